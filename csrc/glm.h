@@ -1,0 +1,4 @@
+#ifndef GLM_H
+#define GLM_H
+#include "backend.h"
+#endif

@@ -1,0 +1,263 @@
+/* Module definition, state, and the functions that need no model. */
+#define GLM_IMPORTS_NUMPY
+#include "module.h"
+
+#include <stddef.h>
+
+struct glm_backend *glm_module_backend(struct module_state *state, const char *name)
+{
+    struct glm_error err;
+    struct glm_backend *be;
+    if (strcmp(name, "cpu") == 0) {
+        for (int i = 0; i < state->n_backends; i++)
+            if (strncmp(state->backends[i]->name, "cpu:", 4) == 0 &&
+                strncmp(state->backends[i]->name + 4, glm_cpu_variants(), strlen(state->backends[i]->name + 4)) == 0)
+                return state->backends[i];
+    }
+    for (int i = 0; i < state->n_backends; i++)
+        if (strcmp(state->backends[i]->name, name) == 0)
+            return state->backends[i];
+    if (state->n_backends == GLM_MAX_BACKENDS) {
+        PyErr_SetString(PyExc_RuntimeError, "too many backends");
+        return NULL;
+    }
+    glm_status status = glm_backend_create(&be, name, &err);
+    if (status != GLM_OK) {
+        glm_raise(status, &err);
+        return NULL;
+    }
+    if (state->threads)
+        be->set_threads(be, state->threads);
+    return state->backends[state->n_backends++] = be;
+}
+
+PyObject *glm_raise(glm_status status, const struct glm_error *err)
+{
+    if (status == GLM_EINTERRUPTED) {
+        if (!PyErr_Occurred())
+            PyErr_SetNone(PyExc_KeyboardInterrupt);
+        return NULL;
+    }
+    PyObject *type = status == GLM_EVALUE     ? PyExc_ValueError
+                     : status == GLM_EMEMORY  ? PyExc_MemoryError
+                     : status == GLM_ENUMERIC ? PyExc_FloatingPointError
+                                              : PyExc_RuntimeError;
+    PyErr_SetString(type, err->text);
+    return NULL;
+}
+
+int glm_dtype_from_name(const char *name, enum glm_dtype *out)
+{
+    static const char *names[] = {"F32", "F16", "BF16", "F64"};
+    for (int i = 0; i < 4; i++)
+        if (strcmp(name, names[i]) == 0) {
+            *out = (enum glm_dtype)i;
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError, "dtype: expected F32, F16, BF16 or F64, got '%s'", name);
+    return -1;
+}
+
+const char *glm_dtype_name(enum glm_dtype dtype)
+{
+    return dtype == GLM_F32 ? "F32" : dtype == GLM_F16 ? "F16" : dtype == GLM_BF16 ? "BF16" : "F64";
+}
+
+int glm_dtype_numpy(enum glm_dtype dtype)
+{
+    return dtype == GLM_F32    ? NPY_FLOAT32
+           : dtype == GLM_F16  ? NPY_FLOAT16
+           : dtype == GLM_BF16 ? NPY_UINT16
+                               : NPY_FLOAT64;
+}
+
+PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, int rank)
+{
+    int integers = typenum == NPY_INT32;
+    PyArrayObject *array;
+    if (!PyArray_Check(object) && !integers) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a NumPy array, got %s", name, Py_TYPE(object)->tp_name);
+        return NULL;
+    }
+    if (integers) {
+        PyArrayObject *any = (PyArrayObject *)PyArray_FROM_O(object);
+        if (!any)
+            return NULL;
+        if (PyArray_SIZE(any) > 0 && !PyTypeNum_ISINTEGER(PyArray_TYPE(any))) {
+            PyErr_Format(PyExc_TypeError, "%s: expected integers (int32), got dtype %S", name, PyArray_DESCR(any));
+            Py_DECREF(any);
+            return NULL;
+        }
+        if (PyArray_TYPE(any) != NPY_INT32 && PyArray_SIZE(any) > 0) { /* refuse values that would wrap */
+            PyArrayObject *wide = (PyArrayObject *)PyArray_FROMANY((PyObject *)any, NPY_INT64, 0, 0,
+                                                                   NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+            if (!wide) {
+                Py_DECREF(any);
+                return NULL;
+            }
+            const npy_int64 *values = PyArray_DATA(wide);
+            for (npy_intp i = 0, n = PyArray_SIZE(wide); i < n; i++)
+                if (values[i] < INT32_MIN || values[i] > INT32_MAX) {
+                    PyErr_Format(PyExc_ValueError, "%s: %lld at flat index %zd does not fit int32", name,
+                                 (long long)values[i], (Py_ssize_t)i);
+                    Py_DECREF(wide);
+                    Py_DECREF(any);
+                    return NULL;
+                }
+            Py_DECREF(wide);
+        }
+        array = (PyArrayObject *)PyArray_FROMANY((PyObject *)any, NPY_INT32, 0, 0,
+                                                 NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+        Py_DECREF(any);
+        if (!array)
+            return NULL;
+    } else {
+        array = (PyArrayObject *)object;
+        if (PyArray_TYPE(array) != typenum || !PyArray_ISCARRAY_RO(array)) {
+            PyArray_Descr *want = PyArray_DescrFromType(typenum);
+            PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous array of %S, got %S%s", name, want,
+                         PyArray_DESCR(array), PyArray_ISCARRAY_RO(array) ? "" : " not contiguous or not aligned");
+            Py_XDECREF(want);
+            return NULL;
+        }
+        Py_INCREF(array);
+    }
+    if (rank >= 0 && PyArray_NDIM(array) != rank) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %d dimension(s), got %d", name, rank, PyArray_NDIM(array));
+        Py_DECREF(array);
+        return NULL;
+    }
+    return array;
+}
+
+static PyObject *set_num_threads(PyObject *module, PyObject *arg)
+{
+    struct module_state *state = PyModule_GetState(module);
+    long n = PyLong_AsLong(arg);
+    if (n == -1 && PyErr_Occurred())
+        return NULL;
+    if (n < 1 || n > 1024)
+        return PyErr_Format(PyExc_ValueError, "n: expected 1 to 1024 threads, got %ld", n);
+    state->threads = (int)n;
+    for (int i = 0; i < state->n_backends; i++)
+        state->backends[i]->set_threads(state->backends[i], (int)n);
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_num_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    struct module_state *state = PyModule_GetState(module);
+    if (state->threads)
+        return PyLong_FromLong(state->threads);
+    struct glm_backend *be = glm_module_backend(state, "cpu");
+    return be ? PyLong_FromLong(be->threads(be)) : NULL;
+}
+
+static PyObject *cpu_variants(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyUnicode_FromString(glm_cpu_variants());
+}
+
+static PyObject *op_table(PyObject *module, PyObject *arg)
+{
+    const char *name = PyUnicode_AsUTF8(arg);
+    if (!name)
+        return NULL;
+    struct glm_backend *be = glm_module_backend(PyModule_GetState(module), name);
+    if (!be)
+        return NULL;
+    PyObject *table = PyDict_New();
+    if (!table)
+        return NULL;
+    const struct {
+        const char *name;
+        size_t address;
+    } entries[] = {
+#define ENTRY(op) {#op, (size_t)(void *)be->ops->op},
+        GLM_OPS(ENTRY)
+#undef ENTRY
+        {"cx", (size_t)be->cx},
+        {"real_size", be->real_size},
+    };
+    for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++) {
+        PyObject *value = PyLong_FromSize_t(entries[i].address);
+        if (!value || PyDict_SetItemString(table, entries[i].name, value) < 0) {
+            Py_XDECREF(value);
+            Py_DECREF(table);
+            return NULL;
+        }
+        Py_DECREF(value);
+    }
+    return table;
+}
+
+static PyMethodDef functions[] = {
+    {"set_num_threads", set_num_threads, METH_O, "Threads of every model; n >= 1."},
+    {"get_num_threads", get_num_threads, METH_NOARGS, "Threads that ops use."},
+    {"cpu_variants", cpu_variants, METH_NOARGS, "Instruction sets this processor runs, best first."},
+    {"op_table", op_table, METH_O, "Addresses of a backend's ops, for tests."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int module_exec(PyObject *module)
+{
+    (void)module;
+    if (PyArray_ImportNumPyAPI() < 0)
+        return -1;
+#ifdef GLM_WITH_MODEL
+    return glm_add_model_types(module, PyModule_GetState(module));
+#else
+    return 0;
+#endif
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    struct module_state *state = PyModule_GetState(module);
+    Py_VISIT(state->model_type);
+    Py_VISIT(state->cache_type);
+    return 0;
+}
+
+static int module_clear(PyObject *module)
+{
+    struct module_state *state = PyModule_GetState(module);
+    Py_CLEAR(state->model_type);
+    Py_CLEAR(state->cache_type);
+    return 0;
+}
+
+static void module_free(void *module)
+{
+    struct module_state *state = PyModule_GetState(module);
+    module_clear(module);
+    for (int i = 0; i < state->n_backends; i++)
+        state->backends[i]->destroy(state->backends[i]);
+    state->n_backends = 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, module_exec},
+#ifdef Py_mod_multiple_interpreters
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+    {0, NULL},
+};
+
+struct PyModuleDef glm_module_def = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "glmlora._core",
+    .m_doc = "The C core of glmlora.",
+    .m_size = sizeof(struct module_state),
+    .m_methods = functions,
+    .m_slots = slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+    .m_free = module_free,
+};
+
+PyMODINIT_FUNC PyInit__core(void);
+PyMODINIT_FUNC PyInit__core(void)
+{
+    return PyModuleDef_Init(&glm_module_def);
+}

@@ -1,0 +1,52 @@
+"""Build glmlora._core from csrc/; flags per file suffix, so a baseline machine can import what newer ones run faster."""
+
+import glob
+import os
+import platform
+import sys
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+# -std=c11 turns contraction off and -O2 leaves loops scalar: kernel files say what they need.
+KERNEL = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+SUFFIX_FLAGS = {
+    "_generic.c": KERNEL,
+    "_avx2.c": KERNEL + ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512.c": KERNEL + ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+STRICT = ["-std=c11", "-D_GNU_SOURCE", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
+
+
+class BuildPerFile(build_ext):
+    """build_ext that adds flags by file suffix and skips instruction sets of other machines."""
+
+    def build_extensions(self):
+        compile_one = self.compiler._compile
+
+        def _compile(obj, src, ext, cc_args, extra, pp_opts):
+            added = [f for suffix, flags in SUFFIX_FLAGS.items() if src.endswith(suffix) for f in flags]
+            compile_one(obj, src, ext, cc_args, extra + added, pp_opts)
+
+        self.compiler._compile = _compile
+        super().build_extensions()
+
+
+sources = sorted(glob.glob("csrc/*.c") + glob.glob("csrc/*/*.c"))
+if not X86:
+    sources = [s for s in sources if not s.endswith(("_avx2.c", "_avx512.c"))]
+sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+sanitize = sanitize if os.environ.get("GLMLORA_SANITIZE") else []
+core = Extension(
+    "glmlora._core",
+    sources=sources,
+    depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*/*.h")),
+    include_dirs=[numpy.get_include(), "csrc"],
+    extra_compile_args=STRICT + ["-O2", "-g0"] + sanitize,
+    extra_link_args=(sanitize[:1] if sanitize else []) + (["-pthread"] if sys.platform != "darwin" else []),
+    libraries=["m"],
+)
+
+setup(ext_modules=[core], cmdclass={"build_ext": BuildPerFile})
