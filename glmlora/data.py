@@ -1,0 +1,815 @@
+"""Records of data sets, their ids, and ragged batches: flat runs of tokens cut into segments, never
+padded.
+
+A record is a dict of `prompt`, `query`, `response` (str) and `history` (list of [query, answer]).
+Strings stay strings: the answer "0" is text, not an empty answer. pandas is never imported; a
+DataFrame is known by its methods.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .files import read_json, refuse_lfs_pointer
+
+#: Label of a position that is not trained.
+IGNORED = -100
+
+#: Fields of a record and the column names they are looked for in a user's own table.
+COLUMNS = {
+    "prompt": ("prompt", "instruction"),
+    "query": ("query", "input"),
+    "response": ("response", "output"),
+    "history": ("history",),
+}
+#: Columns of a data set whose entry has no `columns`.
+DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+EXTENSIONS = (".csv", ".json", ".jsonl")
+
+# Keys of dataset_info.json that are refused, with what to do instead.
+_REFUSED_KEYS = {
+    **dict.fromkeys(
+        ("hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name"),
+        "nothing is downloaded; save the data as a csv, json or jsonl file below dataset_dir "
+        "and set file_name",
+    ),
+    "script_url": "loading scripts are not run; save their data as a csv, json or jsonl file "
+    "and set file_name",
+    "tags": "only the alpaca form is read; convert the conversations to instruction, input, "
+    "output and history",
+    "num_samples": "use max_samples",
+    "subset": "only hub data sets have subsets",
+    "folder": "only hub data sets have folders",
+}
+_KNOWN_KEYS = ("file_name", "file_sha1", "columns", "formatting", "ranking", "split")
+
+
+# Reading
+
+
+def _read_text(path: str) -> str:
+    with open(path, "rb") as file:
+        data = file.read()
+    refuse_lfs_pointer(path, data)
+    mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+    try:
+        return data[mark:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = mark + error.start
+        raise ValueError(
+            f"{path}: not UTF-8: byte 0x{data[offset]:02x} at offset {offset}"
+        ) from None
+
+
+def _read_csv(path: str) -> list[dict[str, Any]]:
+    """Rows of a comma-separated file (RFC 4180) with a header; every cell is text."""
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    rows: list[dict[str, Any]] = []
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            if not cells:  # an empty line
+                continue
+            if header is None:
+                header = cells
+                twice = sorted({name for name in header if header.count(name) > 1})
+                if twice:
+                    raise ValueError(f"{path}: column {twice[0]!r} stands twice in the header")
+                continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{path}: line {reader.line_num}: expected {len(header)} cells as in the "
+                    f"header, got {len(cells)}"
+                )
+            rows.append(dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num}: not csv: {error}") from None
+    if header is None:
+        raise ValueError(f"{path}: expected a header line, the file is empty")
+    return rows
+
+
+def _read_json_lines(path: str, text: str) -> list[Any]:
+    import json
+
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}: line {number} column {error.colno}: not JSON: {error.msg}"
+            ) from None
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{path}: line {number}: not JSON: {error}") from None
+    return rows
+
+
+def _has_json_lines(text: str) -> bool:
+    """Whether a .json file holds one object per line: its first line is a whole object, and others
+    follow.
+    """
+    import json
+
+    first, _, rest = text.strip().partition("\n")
+    if not first.startswith("{") or not rest.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def read_rows(path: str | os.PathLike) -> list[Any]:
+    """Rows of a .csv, .json (an array, or one object per line) or .jsonl file, as they stand there.
+
+    Raises ValueError naming the file and the line, the offset of a byte that is not UTF-8, or the
+    kind of value found.
+    """
+    path = os.fspath(path)
+    extension = os.path.splitext(path)[1].lower()
+    if extension == ".csv":
+        return _read_csv(path)
+    if extension not in EXTENSIONS:
+        raise ValueError(f"{path}: expected a file ending in .csv, .json or .jsonl")
+    text = _read_text(path)
+    if extension == ".jsonl" or _has_json_lines(text):
+        return _read_json_lines(path, text)
+    return read_json(path, list)
+
+
+# Records
+
+
+class _Counts:
+    """Things found in rows, warned about once per kind with their number and first rows."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, kind: str, row: str) -> None:
+        self._found.setdefault(kind, []).append(row)
+
+    def warn(self) -> None:
+        for kind, rows in self._found.items():
+            first = ", ".join(rows[:3]) + (", ..." if len(rows) > 3 else "")
+            warnings.warn(
+                f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} {kind}: {first}", stacklevel=4
+            )
+
+
+def _is_missing(value: Any) -> bool:
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, (float, np.floating)) and math.isnan(value)
+
+
+def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
+    """A cell as text; "" for a missing one."""
+    if _is_missing(value):
+        return ""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{row}: {column}: not valid text: lone surrogate at {error.start}"
+                ) from None
+        return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (bool, int, float)):
+        counts.add(f"had a number as {column}, converted to text", row)
+        return str(value)
+    if isinstance(value, (list, tuple, dict)) and not value:
+        return ""
+    raise ValueError(
+        f"{row}: {column}: expected text, got {type(value).__name__} {str(value)[:60]!r}"
+    )
+
+
+def _history(value: Any, row: str, counts: _Counts) -> list[list[str]]:
+    if isinstance(value, str) and value.strip():  # a csv cell
+        import json
+
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f"{row}: history: expected a JSON list of [query, answer], got {value[:60]!r}"
+            ) from None
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if _is_missing(value) or (isinstance(value, str) and not value.strip()):
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(
+            f"{row}: history: expected a list of [query, answer], got {type(value).__name__}"
+        )
+    pairs = []
+    for pair in value:
+        if isinstance(pair, np.ndarray):
+            pair = pair.tolist()
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(
+                f"{row}: history: expected pairs [query, answer], got {str(pair)[:60]!r}"
+            )
+        pairs.append([_text(part, "history", row, counts) for part in pair])
+    return pairs
+
+
+def _find_columns(rows: Sequence[Any], source: str) -> set[str]:
+    """All column names; raises ValueError for a row that is no object."""
+    names: set[str] = set()
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"{source} row {index}: expected an object of columns, got {type(row).__name__}"
+            )
+        names.update(row)
+    return names
+
+
+def _records(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str | None], source: str
+) -> list[dict[str, Any]]:
+    """Rows as records; those without prompt or answer are left out. Every kind of repair is warned
+    about once.
+    """
+    counts = _Counts()
+    records = []
+    n_float_like = 0
+    for index, cells in enumerate(rows):
+        row = f"{source} row {index}"
+        values = {field: cells.get(name) if name else None for field, name in columns.items()}
+        response = _text(values.get("response"), "answer", row, counts)
+        if not response:
+            counts.add("skipped, answer empty or missing", row)
+            continue
+        prompt = _text(values.get("prompt"), "prompt", row, counts)
+        if not prompt:
+            counts.add("skipped, prompt empty or missing", row)
+            continue
+        n_float_like += re.fullmatch(r"-?\d+\.0", response) is not None
+        records.append(
+            {
+                "prompt": prompt,
+                "query": _text(values.get("query"), "query", row, counts),
+                "response": response,
+                "history": _history(values.get("history"), row, counts),
+            }
+        )
+    counts.warn()
+    if records and n_float_like == len(records):
+        warnings.warn(
+            f"{source}: all answers look like {records[0]['response']!r}: a missing label "
+            "turned the column into "
+            "floats, and the model would learn to answer so; drop rows without a label and "
+            "use str(int(label))",
+            stacklevel=3,
+        )
+    if rows and not records:
+        raise ValueError(
+            f"{source}: all {len(rows)} rows have an empty or missing prompt or answer"
+        )
+    return records
+
+
+def _choose_columns(present: Iterable[str], source: str) -> dict[str, str | None]:
+    """Which column of a user's own table is which field."""
+    present = list(present)
+    chosen: dict[str, str | None] = {}
+    for field, names in COLUMNS.items():
+        found = [name for name in names if name in present]
+        if len(found) > 1:
+            raise ValueError(
+                f"{source}: expected one of the columns {' and '.join(found)}, got both"
+            )
+        if not found and field in ("prompt", "response"):
+            there = ", ".join(sorted(map(str, present))) or "no columns"
+            raise ValueError(
+                f"{source}: expected a column {' or '.join(map(repr, names))}, got {there}"
+            )
+        chosen[field] = found[0] if found else None
+    return chosen
+
+
+def records_from(data: Any) -> list[dict[str, Any]]:
+    """Records from a DataFrame, a list of dicts, or the path of a csv, json or jsonl file.
+
+    Columns: `prompt` or `instruction`, `query` or `input` (optional), `response` or `output`,
+    `history` (optional). Numbers become text; rows without prompt or answer are left out; both are
+    told by one counted warning per kind. Raises ValueError naming the missing column and those
+    there, a bad row, or that no row is left; TypeError for other data.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        source = os.fspath(data)
+        rows: Sequence[Any] = read_rows(source)
+    elif hasattr(data, "columns") and (hasattr(data, "to_dict") or hasattr(data, "iterrows")):
+        source = "DataFrame"
+        names = list(data.columns)
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"DataFrame: column {twice[0]!r} stands twice")
+        columns = _choose_columns(names, source)
+        used = [name for name in columns.values() if name]
+        # Column by column: a row of a mixed frame would turn its ints into floats.
+        cells = zip(*(list(data[name]) for name in used), strict=True)
+        return _nonempty(
+            _records([dict(zip(used, row, strict=True)) for row in cells], columns, source), source
+        )
+    elif isinstance(data, Iterable) and not isinstance(data, (Mapping, bytes)):
+        source, rows = "data", list(data)
+    else:
+        raise TypeError(
+            f"data: expected a DataFrame, a list of dicts or a file name, got {type(data).__name__}"
+        )
+    if not rows:
+        raise ValueError(f"{source}: expected at least one row, got none")
+    return _nonempty(
+        _records(rows, _choose_columns(_find_columns(rows, source), source), source), source
+    )
+
+
+def _nonempty(records: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+    if not records:
+        raise ValueError(f"{source}: expected at least one row, got none")
+    return records
+
+
+# dataset_info.json
+
+
+def load_datasets(
+    names: str | Sequence[str], dataset_dir: str | os.PathLike, max_samples: int | None = None
+) -> list[dict[str, Any]]:
+    """Records of the named data sets (a list, or text with commas), concatenated in that order.
+
+    `dataset_dir` holds dataset_info.json; `max_samples` cuts each data set to its first rows.
+    Raises ValueError naming an unknown data set, a refused key, a missing column or a bad row;
+    FileNotFoundError for a missing file. A missing or different SHA-1 is a warning.
+    """
+    if isinstance(names, str):
+        names = names.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ValueError("dataset: expected at least one name, got none")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples: expected at least 1, got {max_samples}")
+    directory = os.fspath(dataset_dir)
+    info_path = os.path.join(directory, "dataset_info.json")
+    info = read_json(info_path, dict)
+    records: list[dict[str, Any]] = []
+    unchecked: list[str] = []
+    for name in names:
+        if name not in info:
+            there = ", ".join(sorted(info)) or "none"
+            raise ValueError(f"dataset: {name!r} is not in {info_path}, which has: {there}")
+        records += _load_dataset(name, info[name], info_path, directory, max_samples, unchecked)
+    if unchecked:
+        warnings.warn(
+            f"{info_path}: no file_sha1, data not checked: {', '.join(unchecked)}", stacklevel=2
+        )
+    return records
+
+
+def _load_dataset(
+    name: str,
+    entry: Any,
+    info_path: str,
+    directory: str,
+    max_samples: int | None,
+    unchecked: list[str],
+) -> list[dict[str, Any]]:
+    where = f"{info_path}: {name}"
+    columns = _check_entry(entry, where)
+    path = os.path.join(directory, entry["file_name"])
+    files = _data_files(path, where)
+    _check_sha1(entry.get("file_sha1"), files, where, name, unchecked)
+    rows: list[Any] = []
+    for file in files:
+        rows += read_rows(file)
+    rows = rows[:max_samples]
+    if not rows:
+        raise ValueError(f"{path}: expected at least one row, got none")
+    present = _find_columns(rows, name)
+    needed = [
+        column
+        for field, column in columns.items()
+        # The default columns are a convention: records without any input are common.
+        if column and column not in present and ("columns" in entry or field != "query")
+    ]
+    if needed:
+        raise ValueError(
+            f"{path}: expected {'columns' if len(needed) > 1 else 'column'} {', '.join(needed)}, "
+            f"got {', '.join(sorted(present)) or 'no columns'}; `columns` in {info_path} can "
+            "name others"
+        )
+    return _records(rows, columns, name)
+
+
+def _check_entry(entry: Any, where: str) -> dict[str, str | None]:
+    """Columns by field of one entry of dataset_info.json; ValueError for keys that are not
+    supported.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected an object, got {type(entry).__name__}")
+    for key, instead in _REFUSED_KEYS.items():
+        if entry.get(key) is not None:
+            raise ValueError(f"{where}: {key}: not supported: {instead}")
+    if entry.get("formatting", "alpaca") != "alpaca":
+        raise ValueError(
+            f"{where}: formatting: expected 'alpaca', got {entry['formatting']!r}: "
+            f"{_REFUSED_KEYS['tags']}"
+        )
+    if entry.get("ranking"):
+        raise ValueError(f"{where}: ranking: not supported: only the sft stage is; remove the key")
+    if entry.get("split", "train") != "train":
+        raise ValueError(
+            f"{where}: split: not supported: only hub data sets have splits; remove the key"
+        )
+    unknown = [key for key in entry if key not in _KNOWN_KEYS and key not in _REFUSED_KEYS]
+    if unknown:
+        warnings.warn(f"{where}: unknown keys are not used: {', '.join(unknown)}", stacklevel=4)
+    file_name = entry.get("file_name")
+    if not isinstance(file_name, str) or not file_name:
+        raise ValueError(
+            f"{where}: file_name: expected the name of a file or folder, got {file_name!r}"
+        )
+    sha1 = entry.get("file_sha1")
+    if sha1 is not None and not isinstance(sha1, str):
+        raise ValueError(f"{where}: file_sha1: expected text, got {sha1!r}")
+    columns = entry.get("columns", DEFAULT_COLUMNS)
+    if not isinstance(columns, dict):
+        raise ValueError(f"{where}: columns: expected an object, got {type(columns).__name__}")
+    for field, column in columns.items():
+        if field not in COLUMNS:
+            raise ValueError(
+                f"{where}: columns: expected keys from {', '.join(COLUMNS)}, got {field!r}"
+            )
+        if column is not None and not isinstance(column, str):
+            raise ValueError(f"{where}: columns: {field}: expected a column name, got {column!r}")
+    for field in ("prompt", "response"):
+        if not columns.get(field):
+            raise ValueError(
+                f"{where}: columns: expected the key {field!r}, got {', '.join(columns) or 'none'}"
+            )
+    return {field: columns.get(field) for field in COLUMNS}
+
+
+def _data_files(path: str, where: str) -> list[str]:
+    """The file itself, or all files of a folder by name; they must be of one kind."""
+    if os.path.isdir(path):
+        files = [
+            os.path.join(path, file)
+            for file in sorted(os.listdir(path))
+            if not file.startswith(".")
+        ]
+    elif os.path.exists(path):
+        files = [path]
+    else:
+        raise FileNotFoundError(f"{where}: file_name: {path} does not exist")
+    kinds = sorted({os.path.splitext(file)[1].lower() for file in files})
+    if len(kinds) != 1 or kinds[0] not in EXTENSIONS:
+        raise ValueError(
+            f"{path}: expected files of one kind: csv, json or jsonl; got "
+            f"{', '.join(kinds) or 'none'}"
+        )
+    return files
+
+
+def _check_sha1(
+    expected: str | None, files: list[str], where: str, name: str, unchecked: list[str]
+) -> None:
+    if expected is None:
+        unchecked.append(name)
+        return
+    if len(files) != 1:
+        warnings.warn(
+            f"{where}: file_sha1: one sum for {len(files)} files, data not checked", stacklevel=4
+        )
+        return
+    import hashlib
+
+    with open(files[0], "rb") as file:
+        found = hashlib.sha1(file.read(), usedforsecurity=False).hexdigest()
+    if found != expected.lower():
+        warnings.warn(
+            f"{where}: file_sha1: expected {expected}, {files[0]} has {found}", stacklevel=4
+        )
+
+
+# Ids
+
+
+@dataclass
+class Encoded:
+    """Records as ids, one after another.
+
+    ids (N) int32; offsets (n+1) int64: record i is ids[offsets[i]:offsets[i+1]]; source_lengths (n)
+    int32: its leading ids that are not trained (prompt with special ids); n_cut: records whose
+    prompt was cut.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    source_lengths: np.ndarray
+    n_cut: int
+
+    def __len__(self) -> int:
+        return len(self.source_lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Ids per record, (n) int64."""
+        return np.diff(self.offsets)
+
+    def source(self, row: int) -> np.ndarray:
+        """Ids of the prompt."""
+        return self.ids[self.offsets[row] : self.offsets[row] + self.source_lengths[row]]
+
+    def target(self, row: int) -> np.ndarray:
+        """Ids of the answer with its end id."""
+        return self.ids[self.offsets[row] + self.source_lengths[row] : self.offsets[row + 1]]
+
+    def batch(self, rows: Sequence[int] | np.ndarray, ignored_id: int | None = None) -> Batch:
+        """The given records as one batch, labels over the answers only.
+
+        ignored_id: the pad id where labels equal to it are left out of the loss
+        (`ignore_pad_token_for_loss`).
+        """
+        spans = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        lengths = self.lengths[rows].astype(np.int32)
+        ids = np.concatenate([self.ids[span] for span in spans])
+        # Distance of every token from the start of its segment, against the length of its source.
+        starts = np.cumsum(lengths) - lengths
+        within = np.arange(len(ids)) - np.repeat(starts, lengths)
+        labels = np.where(
+            within < np.repeat(self.source_lengths[rows], lengths), IGNORED, ids
+        ).astype(np.int32)
+        if ignored_id is not None:
+            labels[labels == ignored_id] = IGNORED
+        return Batch(ids, lengths, labels)
+
+
+def encode_records(
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    max_source_length: int = 512,
+    max_target_length: int = 512,
+    truncation: str = "template",
+    source_prefix: str | None = None,
+    template: str = "auto",
+) -> Encoded:
+    """Ids of the records in the tokenizer's chat template, special ids and end id included.
+
+    At most `max_source_length` ids of prompt and `max_target_length` of answer. Raises ValueError
+    for no records.
+    """
+    from . import prompt as prompts
+
+    if not records:
+        raise ValueError("records: expected at least one, got none")
+    pieces: list[Sequence[int]] = []
+    offsets = np.zeros(len(records) + 1, np.int64)
+    source_lengths = np.zeros(len(records), np.int32)
+    n_cut = 0
+    for index, record in enumerate(records):
+        source, was_cut = prompts.encode_source(
+            tokenizer,
+            record["prompt"],
+            record.get("query"),
+            record.get("history"),
+            max_source_length,
+            truncation=truncation,
+            source_prefix=source_prefix,
+            template=template,
+        )
+        target = prompts.encode_target(tokenizer, record["response"], max_target_length)
+        pieces += (source, target)
+        source_lengths[index] = len(source)
+        offsets[index + 1] = offsets[index] + len(source) + len(target)
+        n_cut += bool(was_cut)
+    ids = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
+    return Encoded(ids, offsets, source_lengths, n_cut)
+
+
+# Batches
+
+
+@dataclass(eq=False)
+class Batch:
+    """A ragged batch: N tokens in S segments.
+
+    ids (N) int32; lengths (S) int32, their sum is N; labels (N) int32, not shifted, -100 where not
+    trained, or None; positions (N) int32, or None where every segment counts from 0. Raises
+    ValueError naming the array.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray | None = None
+    positions: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ids", "lengths", "labels", "positions"):
+            array = getattr(self, name)
+            if array is None and name in ("labels", "positions"):
+                continue
+            array = np.ascontiguousarray(array, np.int32)
+            shape = self.lengths.shape if name == "lengths" else self.ids.shape
+            if array.ndim != 1 or array.shape != shape:
+                raise ValueError(
+                    f"{name}: expected one dimension as ids {self.ids.shape}, got {array.shape}"
+                )
+            setattr(self, name, array)
+        if self.lengths.size == 0 or self.lengths.min() < 1 or self.lengths.sum() != self.ids.size:
+            raise ValueError(
+                f"lengths: expected at least 1 each and {self.ids.size} together, got "
+                f"{self.lengths[:8].tolist()}"
+            )
+
+    @property
+    def n_tokens(self) -> int:
+        return self.ids.size
+
+    @property
+    def n_segments(self) -> int:
+        return self.lengths.size
+
+    @property
+    def n_targets(self) -> int:
+        """Trained positions. 0 means that there is no loss: the caller decides what that is."""
+        return self.rows_and_targets()[0].size
+
+    def rows_and_targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, targets), both (M) int32: flat index t whose successor t+1 in the same segment is
+        labelled, and that label.
+
+        The shift by one happens here and nowhere else; the label of a segment's first token is
+        never used.
+        """
+        if self.labels is None:
+            return np.empty(0, np.int32), np.empty(0, np.int32)
+        trained = self.labels != IGNORED
+        trained[np.cumsum(self.lengths) - self.lengths] = False
+        rows = np.flatnonzero(trained) - 1
+        return rows.astype(np.int32), self.labels[rows + 1]
+
+    @classmethod
+    def from_padded(
+        cls,
+        input_ids: Any,
+        attention_mask: Any = None,
+        labels: Any = None,
+        position_ids: Any = None,
+    ) -> tuple[Batch, np.ndarray, np.ndarray]:
+        """From arrays (S, T) with padding on either side, where `attention_mask` is 0; no mask
+        means no padding.
+
+        Returns (batch, row, column): token i of the batch stood at [row[i], column[i]] (int64), so
+        `padded[row, column] = values` brings results back. Labels over padding are dropped with it.
+        Raises ValueError for wrong shapes or dtypes, negative ids or labels (but -100), a row of
+        padding alone, or a mask with a hole.
+        """
+        ids = _integers("input_ids", input_ids)
+        if ids.ndim != 2 or ids.size == 0:
+            raise ValueError(f"input_ids: expected shape (rows, tokens), got {ids.shape}")
+        if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(f"input_ids: expected ids from 0 to 2^31 - 1, got {wrong}")
+        keep = _real_tokens(attention_mask, ids.shape)
+        row, column = np.nonzero(keep)
+        if labels is not None:
+            labels = _integers("labels", labels, ids.shape)[keep]
+            wrong = labels[(labels < 0) & (labels != IGNORED) | (labels > np.iinfo(np.int32).max)]
+            if wrong.size:
+                raise ValueError(f"labels: expected ids or {IGNORED}, got {wrong[0]}")
+        lengths = keep.sum(axis=1)
+        positions = None
+        if position_ids is not None:
+            positions = _integers("position_ids", position_ids, ids.shape)[keep]
+            if positions.min() < 0 or positions.max() > np.iinfo(np.int32).max:
+                raise ValueError(f"position_ids: expected 0 or more, got {positions.min()}")
+            usual = np.arange(row.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            if np.array_equal(positions, usual):
+                positions = None
+        return cls(ids[keep], lengths, labels, positions), row, column
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ValueError(
+            f"{name}: expected rows of one length, got ragged ones; pad them first"
+        ) from None
+
+
+def _integers(name: str, value: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    array = _array(name, value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise ValueError(f"{name}: expected integers, got {array.dtype}")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape} as input_ids, got {array.shape}")
+    return array
+
+
+def _real_tokens(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The attention mask as bool (S, T), checked."""
+    if mask is None:
+        return np.ones(shape, bool)
+    mask = _array("attention_mask", mask)
+    if mask.shape != shape:
+        raise ValueError(f"attention_mask: expected shape {shape} as input_ids, got {mask.shape}")
+    if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"attention_mask: expected values 0 and 1, got {mask.dtype} with others")
+    keep = mask.astype(bool)
+    for row in range(shape[0]):
+        places = np.flatnonzero(keep[row])
+        if places.size == 0:
+            raise ValueError(f"attention_mask: row {row} is padding alone")
+        if places[-1] - places[0] + 1 != places.size:
+            raise ValueError(
+                f"attention_mask: row {row} has zeros between ones; padding stands at the ends only"
+            )
+    return keep
+
+
+# Order
+
+
+def _permutation(n: int, seed: int, stream: int) -> np.ndarray:
+    """A permutation (n) int64 of (seed, stream, n) alone: raw Philox words, whose stream NumPy
+    keeps over versions.
+    """
+    words = np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+def epoch_order(n: int, epoch: int, seed: int) -> np.ndarray:
+    """Order (n) int64 of the records in epoch 0, 1, ..: a function of (seed, epoch, n) only."""
+    return _permutation(n, seed, epoch)
+
+
+def grouped_epoch_order(
+    lengths: Sequence[int] | np.ndarray, epoch: int, seed: int, batch_size: int
+) -> np.ndarray:
+    """The order for `group_by_length`: a random order, cut into runs of up to 50 batches that are
+    sorted, longest first.
+
+    As in transformers, the longest record of all comes first, so that too much memory shows at
+    once.
+    """
+    lengths = np.asarray(lengths)
+    order = epoch_order(len(lengths), epoch, seed)
+    run = batch_size * max(1, min(len(lengths) // (batch_size * 4), 50))
+    runs = [order[start : start + run] for start in range(0, len(order), run)]
+    runs = [part[np.argsort(-lengths[part], kind="stable")] for part in runs]
+    if runs:
+        longest = max(range(len(runs)), key=lambda i: lengths[runs[i][0]])
+        runs[0][0], runs[longest][0] = runs[longest][0], runs[0][0]
+    return np.concatenate(runs) if runs else order
+
+
+def split_dev(n: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(train, dev) indices, each sorted int64: dev has ceil(ratio * n) records, chosen by `seed`.
+
+    A ratio up to 1e-6 holds nothing out. Raises ValueError where nothing would be left to train on.
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"dev_ratio: expected from 0 to below 1, got {ratio!r}")
+    # Rounded first: 0.07 * 100 is 7.000000000000001.
+    n_dev = math.ceil(round(ratio * n, 9)) if ratio > 1e-6 else 0
+    if n_dev >= n:
+        raise ValueError(f"dev_ratio: {ratio!r} of {n} records leaves none to train on")
+    order = _permutation(n, seed, 2**64 - 1)  # a stream that no epoch has
+    return np.sort(order[n_dev:]), np.sort(order[:n_dev])
+
+
+def micro_batches(order: np.ndarray, batch_size: int, drop_last: bool = False) -> list[np.ndarray]:
+    """The order cut into batches; a short last one is kept unless `drop_last`."""
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if drop_last and batches and len(batches[-1]) < batch_size:
+        batches.pop()
+    return batches
+
+
+def updates_per_epoch(n: int, batch_size: int, accumulation: int, drop_last: bool = False) -> int:
+    """ceil(micro-batches / accumulation): the short tail of an epoch is an update of its own."""
+    n_micro = n // batch_size if drop_last else -(-n // batch_size)
+    return -(-n_micro // accumulation)
