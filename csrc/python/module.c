@@ -8,11 +8,11 @@ struct glm_backend *glm_module_backend(struct module_state *state, const char *n
 {
     struct glm_error err;
     struct glm_backend *be;
-    if (strcmp(name, "cpu") == 0) {
-        for (int i = 0; i < state->n_backends; i++)
-            if (strncmp(state->backends[i]->name, "cpu:", 4) == 0 &&
-                strncmp(state->backends[i]->name + 4, glm_cpu_variants(), strlen(state->backends[i]->name + 4)) == 0)
-                return state->backends[i];
+    char best[32];
+    if (strcmp(name, "cpu") == 0) { /* the same pool of threads as the variant it stands for */
+        const char *variants = glm_cpu_variants();
+        snprintf(best, sizeof best, "cpu:%.*s", (int)strcspn(variants, ","), variants);
+        name = best;
     }
     for (int i = 0; i < state->n_backends; i++)
         if (strcmp(state->backends[i]->name, name) == 0)
@@ -191,7 +191,57 @@ static PyObject *op_table(PyObject *module, PyObject *arg)
     return table;
 }
 
+static PyObject *memory_available(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromUnsignedLongLong(glm_memory_available());
+}
+
+static PyObject *lr_factor(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"kind", "step", "warmup_steps", "total_steps", "learning_rate", NULL};
+    const char *kind;
+    int step, warmup, total;
+    double lr = 5e-5;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "siii|d", names, &kind, &step, &warmup, &total, &lr))
+        return NULL;
+    const double factor = glm_lr_factor(kind, step, warmup, total, lr);
+    if (factor < 0)
+        return PyErr_Format(PyExc_ValueError,
+                            "lr_scheduler_type: expected linear, cosine, cosine_with_restarts, polynomial, constant, "
+                            "constant_with_warmup or inverse_sqrt, got '%s'",
+                            kind);
+    return PyFloat_FromDouble(factor);
+}
+
+static PyObject *convert(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"array", "from_dtype", "to_dtype", NULL};
+    PyObject *object;
+    const char *from_name, *to_name;
+    enum glm_dtype from, to;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oss", names, &object, &from_name, &to_name) ||
+        glm_dtype_from_name(from_name, &from) < 0 || glm_dtype_from_name(to_name, &to) < 0)
+        return NULL;
+    struct glm_backend *be = glm_module_backend(PyModule_GetState(module), "cpu");
+    PyArrayObject *in = be ? glm_array_arg(object, "array", glm_dtype_numpy(from), -1) : NULL;
+    PyObject *out = in ? PyArray_SimpleNew(PyArray_NDIM(in), PyArray_DIMS(in), glm_dtype_numpy(to)) : NULL;
+    if (out)
+        be->ops->convert(be->cx, PyArray_DATA((PyArrayObject *)out), to, PyArray_DATA(in), from,
+                         (size_t)PyArray_SIZE(in));
+    Py_XDECREF(in);
+    return out;
+}
+
 static PyMethodDef functions[] = {
+    {"memory_available", memory_available, METH_NOARGS, "Bytes this process could still get."},
+    {"lr_factor", (PyCFunction)(void *)lr_factor, METH_VARARGS | METH_KEYWORDS,
+     "Factor on the learning rate after `step` finished updates."},
+    {"convert", (PyCFunction)(void *)convert, METH_VARARGS | METH_KEYWORDS, "A copy in another dtype."},
+    {"adjust_logits", (PyCFunction)(void *)glm_py_adjust_logits, METH_VARARGS | METH_KEYWORDS,
+     "In place: repetition penalty, n-gram bans, suppressed ids."},
+    {"warp_logits", (PyCFunction)(void *)glm_py_warp_logits, METH_VARARGS | METH_KEYWORDS,
+     "Probabilities after temperature, top-k, top-p and softmax."},
+    {"sample", (PyCFunction)(void *)glm_py_sample, METH_VARARGS | METH_KEYWORDS, "One token id."},
     {"set_num_threads", set_num_threads, METH_O, "Threads of every model; n >= 1."},
     {"get_num_threads", get_num_threads, METH_NOARGS, "Threads that ops use."},
     {"cpu_variants", cpu_variants, METH_NOARGS, "Instruction sets this processor runs, best first."},
@@ -201,14 +251,9 @@ static PyMethodDef functions[] = {
 
 static int module_exec(PyObject *module)
 {
-    (void)module;
     if (PyArray_ImportNumPyAPI() < 0)
         return -1;
-#ifdef GLM_WITH_MODEL
     return glm_add_model_types(module, PyModule_GetState(module));
-#else
-    return 0;
-#endif
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)

@@ -13,6 +13,8 @@
 #include <numpy/arrayobject.h>
 #undef I /* complex.h, which NumPy includes, takes the name of the input features */
 
+#include <pthread.h>
+
 #include "glm.h"
 
 #define GLM_MAX_BACKENDS 8
@@ -22,6 +24,8 @@ struct module_state {
     int n_backends;
     int threads; /* 0 until set_num_threads */
     PyTypeObject *model_type, *cache_type;
+    pthread_mutex_t computing; /* one computation at a time: models share the pool, and each has its own poll */
+    long computing_pid;        /* a forked child makes the lock anew: its holder does not exist there */
 };
 
 extern struct PyModuleDef glm_module_def;
@@ -41,6 +45,13 @@ int glm_dtype_numpy(enum glm_dtype dtype);
 /* A C-contiguous aligned array of the type number and rank (rank -1: any), or NULL with a TypeError/ValueError that
  * names the argument and says what came. A new reference. Integers are converted when it is safe; others are not. */
 PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, int rank);
+
+/* Bytes the process could still get: MemAvailable, and what the control group's limit leaves. */
+unsigned long long glm_memory_available(void);
+
+PyObject *glm_py_adjust_logits(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *glm_py_warp_logits(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *glm_py_sample(PyObject *module, PyObject *args, PyObject *kwargs);
 
 int glm_add_model_types(PyObject *module, struct module_state *state);
 

@@ -1,0 +1,79 @@
+/* A linear layer with its adapter: the only LoRA algebra in the project (Hu et al. 2021, eq. 3).
+ *
+ * y = x W^T + b + s (x A^T) B^T     x (N, in)  W (out, in)  A (R, in)  B (out, R)
+ * With u = s * dy B (N, R):   dx = dy W + u A    dA += u^T x    dB += s * dy^T (x A^T)
+ * With LoRA dropout the x beside A is the dropped one, and u A passes the same mask. W may be frozen and 16 bit;
+ * xa = x A^T (N, R) is kept, x is the block's own input. */
+#include "model.h"
+
+static int adapted(const struct glm_model *m, const struct glm_linear *lin)
+{
+    return m->lora_on && lin->A->present;
+}
+
+/* rows: the N inputs are the step's gathered rows, not all its tokens */
+static struct glm_dropout mask_of(const struct glm_model *m, const struct glm_linear *lin, int rows)
+{
+    const struct glm_step *s = &m->step;
+    return (struct glm_dropout){
+        .seed = s->dropout_seed,
+        .step = (uint32_t)m->progress.steps,
+        .site = lin->site,
+        .p = s->use_dropout ? lin->dropout : 0,
+        .stream = rows ? s->row_stream : s->stream,
+        .position = rows ? s->row_position : s->position,
+    };
+}
+
+void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out, const void *inp, void *xa, int N,
+                        int rows)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    op->linear_forward(cx, out, inp, &lin->weight->mat, lin->bias ? lin->bias->mat.data : NULL, N, 1.0, 0);
+    if (!adapted(m, lin))
+        return;
+    struct glm_dropout mask = mask_of(m, lin, rows);
+    if (mask.p > 0) {
+        op->dropout_forward(cx, m->step.lora_x, inp, N, lin->weight->cols, &mask);
+        inp = m->step.lora_x;
+    }
+    op->linear_forward(cx, xa, inp, &lin->A->mat, NULL, N, 1.0, 0);
+    op->linear_forward(cx, out, xa, &lin->B->mat, NULL, N, lin->scale, 1);
+}
+
+/* dinp is overwritten, or NULL where nothing below trains. */
+void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp, const void *dout,
+                         const void *inp, const void *xa, int N, int rows)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    const struct glm_weight *W = lin->weight;
+    if (glm_trains(W) || glm_trains(lin->bias))
+        op->linear_backward_weight(cx, W->grad, lin->bias ? lin->bias->grad : NULL, dout, inp, N, W->rows, W->cols, 1.0);
+    if (dinp)
+        op->linear_backward_input(cx, dinp, dout, &W->mat, N, 1.0, 0);
+    if (!adapted(m, lin) || !(dinp || glm_trains(lin->A) || glm_trains(lin->B)))
+        return;
+    int R = lin->A->rows;
+    void *u = m->step.lora_u;
+    struct glm_dropout mask = mask_of(m, lin, rows);
+    if (glm_trains(lin->B))
+        op->linear_backward_weight(cx, lin->B->grad, NULL, dout, xa, N, W->rows, R, lin->scale);
+    op->linear_backward_input(cx, u, dout, &lin->B->mat, N, lin->scale, 0);
+    if (glm_trains(lin->A)) {
+        if (mask.p > 0) {
+            op->dropout_forward(cx, m->step.lora_x, inp, N, W->cols, &mask);
+            inp = m->step.lora_x;
+        }
+        op->linear_backward_weight(cx, lin->A->grad, NULL, u, inp, N, R, W->cols, 1.0);
+    }
+    if (!dinp)
+        return;
+    if (mask.p > 0) {
+        op->linear_backward_input(cx, m->step.lora_x, u, &lin->A->mat, N, 1.0, 0);
+        op->dropout_backward(cx, dinp, m->step.lora_x, N, W->cols, &mask);
+    } else {
+        op->linear_backward_input(cx, dinp, u, &lin->A->mat, N, 1.0, 1);
+    }
+}

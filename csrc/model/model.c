@@ -1,0 +1,129 @@
+/* The three ways to run a whole model: logits, losses, and losses with gradients. */
+#include "model.h"
+
+#include <math.h>
+
+static double host_real(const struct glm_model *m, const void *values, int i)
+{
+    return m->be->real == GLM_F64 ? ((const double *)values)[i] : ((const float *)values)[i];
+}
+
+glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, void *logits, void *hidden,
+                             struct glm_error *err)
+{
+    struct glm_step *s = &m->step;
+    const size_t V = (size_t)m->arch.vocab;
+    GLM_TRY(glm_step_begin(m, in, 0, !hidden, NULL, err));
+    GLM_TRY(glm_step_forward(m, hidden, err));
+    for (int begin = 0; begin < s->M; begin += s->logits_rows) {
+        const int count = s->M - begin < s->logits_rows ? s->M - begin : s->logits_rows;
+        glm_step_logits(m, begin, count);
+        m->be->download(m->be, glm_at(m, logits, begin * V), s->logits, count * V * m->be->real_size);
+        if (m->be->stopped(m->be))
+            return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
+    }
+    return GLM_OK;
+}
+
+/* Losses of all M rows on the host; with gradients, d(sum of losses)/d(final) in step.dnorm. */
+static glm_status losses_of(struct glm_model *m, int training, struct glm_error *err)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    struct glm_step *s = &m->step;
+    const int C = m->arch.hidden, V = m->arch.vocab;
+    for (int begin = 0; begin < s->M; begin += s->logits_rows) {
+        const int count = s->M - begin < s->logits_rows ? s->M - begin : s->logits_rows;
+        const void *final = glm_at(m, s->final, (size_t)begin * C);
+        void *lse = glm_at(m, s->lse, begin);
+        glm_step_logits(m, begin, count);
+        op->cross_entropy_forward(cx, glm_at(m, s->losses, begin), lse, s->logits, s->target + begin, count, V);
+        if (training) {
+            op->cross_entropy_backward(cx, s->logits, lse, s->target + begin, count, V, 1.0);
+            if (m->output_layer->grad)
+                op->linear_backward_weight(cx, m->output_layer->grad, NULL, s->logits, final, count, V, C, 1.0);
+            op->linear_backward_input(cx, glm_at(m, s->dnorm, (size_t)begin * C), s->logits, &m->output_layer->mat,
+                                      count, 1.0, 0);
+        }
+        if (m->be->stopped(m->be))
+            return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
+    }
+    void *host = s->host_losses;
+    m->be->download(m->be, host, s->losses, (size_t)s->M * m->be->real_size);
+    for (int i = 0; i < s->M; i++)
+        if (!isfinite(host_real(m, host, i)))
+            return glm_step_diagnose(m, err);
+    return GLM_OK;
+}
+
+/* The step's rows are all its tokens' unless it gathers; losses need exactly the M rows asked for. */
+static glm_status begin_losses(struct glm_model *m, const struct glm_input *in, int training, struct glm_error *err)
+{
+    if (!in->rows || !in->targets || in->M < 1)
+        return glm_fail(err, GLM_EVALUE, "rows: no label is left to train on or score (all are masked)");
+    GLM_TRY(glm_step_begin(m, in, training, 1, NULL, err));
+    return glm_step_forward(m, NULL, err);
+}
+
+glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void *losses, struct glm_error *err)
+{
+    GLM_TRY(begin_losses(m, in, 0, err));
+    GLM_TRY(losses_of(m, 0, err));
+    m->be->download(m->be, losses, m->step.losses, (size_t)m->step.M * m->be->real_size);
+    return GLM_OK;
+}
+
+glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in, uint64_t dropout_seed, int dropout,
+                              double *mean_loss, struct glm_error *err)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    struct glm_step *s = &m->step;
+    const int L = m->arch.layers, C = m->arch.hidden, lowest = glm_lowest_layer(m);
+    if (!m->n_trainable)
+        return glm_fail(err, GLM_ESTATE, "nothing is trainable: add an adapter or call requires_grad_(True) first");
+    s->use_dropout = dropout;
+    s->dropout_seed = dropout_seed;
+    glm_status status = begin_losses(m, in, 1, err);
+    if (status == GLM_OK)
+        status = losses_of(m, 1, err);
+    if (status != GLM_OK) {
+        s->use_dropout = 0;
+        return status;
+    }
+
+    const int MR = s->gathered ? s->M : s->N;
+    const int below = lowest < L || glm_trains(m->word_embeddings);
+    void *dfinal = s->dnorm, *dx = s->gathered ? s->dx_rows : s->dx;
+    m->be->zero(m->be, dx, (size_t)MR * C * m->be->real_size);
+    op->rmsnorm_backward(cx, dx, m->final_layernorm->grad, dfinal, s->x[L], m->final_layernorm->mat.data,
+                         s->final_rstd, MR, C);
+    if (s->dprefix_kv && m->prefix_length) {
+        const size_t KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
+        m->be->zero(m->be, s->dprefix_kv, 2 * L * KV * s->prefix_copies * m->prefix_length * m->be->real_size);
+    }
+    const int through = glm_trains(m->word_embeddings);
+    for (int l = L - 1; below && l >= lowest; l--) {
+        if (l < L - s->kept_layers)
+            glm_block_forward(m, l, NULL);
+        glm_block_backward(m, l, l > lowest || through);
+        if (m->be->stopped(m->be)) {
+            s->use_dropout = 0;
+            return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
+        }
+    }
+    if (through)
+        op->embedding_backward(cx, m->word_embeddings->grad, s->dx, s->ids, s->N, C);
+    if (s->dprefix_kv && m->prefix_length)
+        glm_prefix_backward(m);
+    s->use_dropout = 0;
+
+    double sum = 0;
+    const void *host = s->host_losses;
+    for (int i = 0; i < s->M; i++)
+        sum += host_real(m, host, i);
+    *mean_loss = sum / s->M;
+    m->progress.tokens += s->M;
+    m->progress.rows += s->S;
+    return GLM_OK;
+}

@@ -1,0 +1,165 @@
+/* The model as its files see it: weights in slots, layers that point at them, one step's activations. */
+#ifndef GLM_MODEL_H
+#define GLM_MODEL_H
+
+#include "arena.h"
+#include "glm.h"
+
+#define GLM_DEFAULT_BUDGET ((size_t)2 << 30) /* activations are kept up to here, beyond it layers are recomputed */
+
+/* One named weight. Vectors (rank 1) are always real and owned; matrices lie where they were mapped until an adapter,
+ * a merge or training gives them memory of their own. */
+struct glm_weight {
+    char name[112];
+    enum glm_weight_kind kind;
+    int rows, cols, rank;
+    int present;        /* LoRA and prefix slots are empty until asked for */
+    struct glm_mat mat; /* mat.data NULL: not bound */
+    void *owned;        /* freed with the weight; mat.data or NULL */
+    void *grad;         /* in the trainable block; NULL: frozen */
+    size_t offset;      /* in the trainable block, elements */
+};
+
+/* y = x W^T + b + scale (x A^T) B^T; A, B not present: no adapter */
+struct glm_linear {
+    struct glm_weight *weight, *bias, *A, *B;
+    double scale, dropout;
+    uint32_t site; /* names the dropout mask */
+};
+
+enum { GLM_QKV, GLM_DENSE, GLM_H_TO_4H, GLM_4H_TO_H, GLM_LINEARS };
+
+struct glm_layer {
+    struct glm_weight *input_layernorm, *post_attention_layernorm;
+    struct glm_linear linear[GLM_LINEARS];
+};
+
+/* Activations of one layer. NR = N rows, except in the last layer, where what follows attention is computed for the M
+ * rows that someone reads. The list makes the struct and the memory plan. */
+#define BLOCK_ACTS(X) /* name, elements */                                                                            \
+    X(ln1, N *C)                                                                                                      \
+    X(rstd1, N)                                                                                                       \
+    X(qkv, N *QKV)                                                                                                    \
+    X(att, N *AO)                                                                                                     \
+    X(lse, N *NH)                                                                                                     \
+    X(att_rows, gathered ? NR * AO : 0)                                                                               \
+    X(x_rows, gathered ? NR * C : 0)                                                                                  \
+    X(x1, NR *C)                                                                                                      \
+    X(ln2, NR *C)                                                                                                     \
+    X(rstd2, NR)                                                                                                      \
+    X(h, NR * 2 * F)                                                                                                  \
+    X(act, NR *F)                                                                                                     \
+    X(xa[GLM_QKV], N *rank[GLM_QKV])                                                                                  \
+    X(xa[GLM_DENSE], NR *rank[GLM_DENSE])                                                                             \
+    X(xa[GLM_H_TO_4H], NR *rank[GLM_H_TO_4H])                                                                         \
+    X(xa[GLM_4H_TO_H], NR *rank[GLM_4H_TO_H])
+
+struct glm_block_acts {
+    void *ln1, *rstd1, *qkv, *att, *lse, *att_rows, *x_rows, *x1, *ln2, *rstd2, *h, *act;
+    void *xa[GLM_LINEARS]; /* x A^T, kept for dB */
+};
+
+/* One call's work: the batch on the device and every buffer, laid out by glm_step_layout. */
+struct glm_step {
+    int N, S, M, training, gathered, kept_layers;
+    int32_t *ids, *position, *stream, *rows, *target, *row_position, *row_stream, *slot;
+    int32_t *prefix_position, *prefix_stream; /* (copies * P) */
+    struct glm_segment *segments;
+    void **x;                    /* (layers + 1) inputs of the layers, the last their output; on the host */
+    struct glm_block_acts *acts; /* (layers), on the host; layers that are recomputed share one set */
+    void *final, *final_rstd;    /* after the final norm (MR, C) */
+    void *logits, *losses, *lse; /* a piece of at most logits_rows rows; all M losses */
+    int logits_rows;
+    void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
+    void *dx, *dnorm, *dact, *datt, *datt_rows, *dx_rows, *dqkv; /* gradients on their way up */
+    void *dprefix_rows, *dprefix_hidden, *dprefix_kv;
+    void *lora_u, *lora_x; /* (N, max rank), (N, max in) */
+    int prefix_copies;
+    int use_dropout;
+    uint64_t dropout_seed;
+    void *host_losses;       /* (M) real, staging */
+    struct glm_cache *cache; /* generation: where keys and values go; NULL elsewhere */
+};
+
+struct glm_model {
+    struct glm_arch arch;
+    struct glm_backend *be;
+    struct glm_weight *weights; /* base, then 8 LoRA slots a layer, then 5 prefix slots */
+    int n_base, n_weights;
+    struct glm_layer *layers;
+    struct glm_weight *word_embeddings, *final_layernorm, *output_layer;
+    struct glm_weight *prefix; /* embedding, trans.0.weight, trans.0.bias, trans.2.weight, trans.2.bias */
+    int prefix_length;
+    double prefix_dropout;
+    int lora_on;
+    void *rope_table; /* (max_positions, rotary_dim / 2, 2) real */
+    int *trainable, n_trainable;
+    char *block; /* values, gradients, first and second moments, block_size elements each */
+    size_t block_size;
+    struct glm_progress progress;
+    uint64_t version; /* grows when weights change, so a cache knows it is stale */
+    struct glm_arena arena;
+    char *host; /* staging for index arrays and losses */
+    size_t host_size;
+    struct glm_step step;
+};
+
+static inline int glm_present(const struct glm_weight *w) { return w && w->present; }
+static inline int glm_trains(const struct glm_weight *w) { return w && w->grad; }
+static inline size_t glm_count(const struct glm_weight *w) { return (size_t)w->rows * w->cols; }
+static inline void *glm_at(const struct glm_model *m, const void *p, size_t element)
+{
+    return (char *)p + element * m->be->real_size;
+}
+
+/* model/linear.c */
+void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out, const void *inp, void *xa, int N,
+                        int rows);
+void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp, const void *dout,
+                         const void *inp, const void *xa, int N, int rows);
+
+/* model/block.c; x_out NULL: stop before the last linear (enough for the backward pass) */
+void glm_block_forward(struct glm_model *m, int l, void *x_out);
+void glm_block_backward(struct glm_model *m, int l, int need_dx);
+
+/* Where generation puts its tokens: segment i continues row rows[i] of the cache, or its shared prefix. */
+struct glm_place {
+    struct glm_cache *cache;
+    const int32_t *rows; /* NULL: the shared prefix */
+};
+
+/* model/step.c: checks and uploads the batch, takes the memory, runs it. */
+glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in, int training, int gather,
+                          const struct glm_place *place, struct glm_error *err);
+/* Embedding, layers, final norm. hidden: host (layers + 1, N, C) or NULL. */
+glm_status glm_step_forward(struct glm_model *m, void *hidden, struct glm_error *err);
+/* Logits of `count` rows from `begin` into step.logits. */
+void glm_step_logits(struct glm_model *m, int begin, int count);
+/* Runs the step again layer by layer and says where numbers stop being finite. */
+glm_status glm_step_diagnose(struct glm_model *m, struct glm_error *err);
+/* Keys and values that layer l reads besides its own tokens', and their gradients in training. */
+struct glm_kv glm_step_kv(const struct glm_model *m, int l);
+struct glm_kv glm_step_dkv(const struct glm_model *m, int l);
+/* The lowest layer whose gradients are needed; `layers` when only what follows them trains. */
+int glm_lowest_layer(const struct glm_model *m);
+
+/* model/weights.c */
+glm_status glm_weights_complete(struct glm_model *m, struct glm_error *err);
+
+/* model/prefix.c */
+void glm_prefix_forward(struct glm_model *m);
+void glm_prefix_backward(struct glm_model *m);
+
+/* model/kvcache.c */
+struct glm_cache {
+    struct glm_model *model;
+    struct glm_backend *be; /* outlives the model, so a cache can always be freed */
+    int rows, capacity, shared_capacity, shared_length, prefix_length;
+    int32_t *lengths; /* (rows) own tokens */
+    int slots;        /* prefix, shared prefix, then capacity per row */
+    char *kv;         /* (2 * layers, slots, KV) real */
+    size_t bytes;
+    uint64_t version; /* of the model's weights when it was last empty */
+};
+
+#endif
