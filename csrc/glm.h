@@ -88,6 +88,7 @@ struct glm_plan {
 
 glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training, size_t budget,
                           struct glm_plan *plan, struct glm_error *err);
+/* Takes the memory; the budget also holds for later steps. */
 glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int training, size_t budget,
                              struct glm_error *err);
 

@@ -142,7 +142,8 @@ class Model:
     def reserve(
         self, n_tokens: int, n_segments: int, n_rows: int, training: bool, budget: int = 0
     ) -> None:
-        """Take the planned memory now: no later call with at most these sizes allocates. MemoryError names the bytes."""
+        """Take the planned memory now: no later call with at most these sizes allocates. MemoryError names the bytes.
+        The budget holds for later calls too."""
     def forward(
         self,
         ids: np.ndarray,

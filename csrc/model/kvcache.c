@@ -35,7 +35,7 @@ glm_status glm_model_prefix_kv(struct glm_model *m, void *out, struct glm_error 
     if (!m->prefix_length)
         return glm_fail(err, GLM_ESTATE, "this model has no P-Tuning prefix");
     /* the smallest step lays out the encoder's buffers */
-    GLM_TRY(glm_model_reserve(m, 1, 1, 1, 0, 0, err));
+    GLM_TRY(glm_model_reserve(m, 1, 1, 1, 0, m->budget, err));
     glm_prefix_forward(m);
     m->be->download(m->be, out, m->step.prefix_kv, J * m->prefix_length * KV * m->be->real_size);
     return GLM_OK;

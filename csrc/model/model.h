@@ -98,6 +98,7 @@ struct glm_model {
     size_t block_size;
     struct glm_progress progress;
     uint64_t version; /* grows when weights change, so a cache knows it is stale */
+    size_t budget; /* bytes of activations to keep rather than recompute; 0: GLM_DEFAULT_BUDGET */
     struct glm_arena arena;
     char *host; /* staging for index arrays and losses */
     size_t host_size;

@@ -208,6 +208,7 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
 {
     struct glm_plan plan;
     GLM_TRY(glm_model_plan(m, N, S, M, training, budget, &plan, err));
+    m->budget = budget;
     set_sizes(m, &m->step, N, S, M, training, 1, training, NULL);
     return take_memory(m, &m->step, budget, err);
 }
@@ -316,7 +317,7 @@ glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in, int t
     struct glm_step *s = &m->step;
     set_sizes(m, s, in->N, in->S, in->rows || place ? in->M : in->N, training, gather, training && s->use_dropout,
               place ? place->cache : NULL);
-    GLM_TRY(take_memory(m, s, 0, err));
+    GLM_TRY(take_memory(m, s, m->budget, err));
     return upload_batch(m, in, place, err);
 }
 
