@@ -1,0 +1,160 @@
+"""The whole model's gradients in double against central differences: LoRA, prefix, full; kept and recomputed layers."""
+
+import numpy as np
+import pytest
+
+from glmlora import _core
+
+ARCH = dict(
+    layers=2,
+    hidden=12,
+    ffn=10,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    vocab=23,
+    max_positions=16,
+    rotary_dim=4,
+    eps=1e-5,
+    rope_base=10000.0,
+    rope_divisor=1.0,
+    qkv_bias=1,
+    half_rope_table=0,
+)
+IDS = np.array([3, 7, 1, 22, 0, 5, 9, 11, 2, 8, 4, 6], np.int32)
+LENGTHS = np.array([5, 1, 6], np.int32)
+ROWS = np.array([2, 3, 7, 9, 10], np.int32)
+TARGETS = np.array([4, 21, 0, 6, 17], np.int32)
+LINEARS = [
+    "self_attention.query_key_value",
+    "self_attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+]
+
+
+def make_model(backend="ref_f64"):
+    """A model with random weights of a size that lets every gradient be seen."""
+    rng = np.random.default_rng(5)
+    model = _core.Model(ARCH, backend)
+    for name, shape in model.shapes().items():
+        scale = 1.0 if len(shape) == 1 else 1.5 / np.sqrt(shape[1])
+        model.bind(name, rng.normal(0.3 * (len(shape) == 1), scale, shape), "F64")
+    return model
+
+
+def add_lora(model, dropout):
+    """LoRA of rank 3 on all linears of both layers; the names of its weights."""
+    rng = np.random.default_rng(6)
+    names = []
+    for layer in range(ARCH["layers"]):
+        for linear in LINEARS:
+            module = f"transformer.encoder.layers.{layer}.{linear}"
+            out, inp = model.shape(module + ".weight")
+            A, B = rng.normal(0, 0.5, (3, inp)), rng.normal(0, 0.5, (out, 3))
+            model.add_lora(module, A, B, 0.7, dropout)
+            names += [module + ".lora_A.weight", module + ".lora_B.weight"]
+    return names
+
+
+def add_prefix(model, projection, dropout):
+    """A P-Tuning prefix of 3 rows; the names of its weights."""
+    rng = np.random.default_rng(7)
+    width, hidden = 2 * ARCH["layers"] * ARCH["kv_heads"] * ARCH["head_dim"], ARCH["hidden"]
+    shapes = {"embedding.weight": (3, width)}
+    if projection:
+        shapes |= {
+            "trans.0.weight": (hidden, width),
+            "trans.0.bias": (hidden,),
+            "trans.2.weight": (width, hidden),
+            "trans.2.bias": (width,),
+        }
+    arrays = {
+        "transformer.prefix_encoder." + k: rng.normal(0, 0.6, s) for k, s in shapes.items()
+    }
+    model.set_prefix(arrays, dropout)
+    return list(arrays)
+
+
+def loss_of(model):
+    model.zero_grad()
+    return model.backward(IDS, LENGTHS, ROWS, TARGETS, dropout_seed=9)
+
+
+def check(model, names, picks=6):
+    """Every named weight's gradient at its largest and some random entries, relative to its largest entry."""
+    model.set_trainable(names)
+    loss_of(model)
+    gradients = {name: model.read(name, "grad") for name in names}
+    rng = np.random.default_rng(8)
+    for name, gradient in gradients.items():
+        value, scale = model.read(name), np.abs(gradient).max()
+        assert scale > 1e-9, f"{name}: the gradient vanishes, nothing is tested"
+        flat = [int(np.abs(gradient).argmax()), *rng.integers(0, gradient.size, picks)]
+        for i in flat:
+            at = np.unravel_index(i, value.shape)
+            slopes = []
+            for h in (2e-4, 1e-4):  # Richardson: the h^2 term cancels
+                ends = []
+                for sign in (1, -1):
+                    moved = value.copy()
+                    moved[at] += sign * h
+                    model.write(name, moved)
+                    ends.append(loss_of(model))
+                slopes.append((ends[0] - ends[1]) / (2 * h))
+            model.write(name, value)
+            numeric = (4 * slopes[1] - slopes[0]) / 3
+            error = abs(numeric - gradient[at]) / scale
+            assert error <= 1e-7, f"{name}{at}: {gradient[at]} against {numeric}, error {error:.1e}"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_lora(dropout):
+    model = make_model()
+    check(model, add_lora(model, dropout))
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_prefix(projection, dropout):
+    model = make_model()
+    check(model, add_prefix(model, projection, dropout))
+
+
+def test_full():
+    model = make_model()
+    check(model, list(model.shapes()))
+
+
+def test_everything_at_once():
+    model = make_model()
+    names = list(model.shapes()) + add_lora(model, 0.2) + add_prefix(model, True, 0.2)
+    check(model, names, picks=2)
+
+
+def test_freeze_only_last_layer():
+    model = make_model()
+    names = [n for n in model.shapes() if ".layers.1.mlp." in n]
+    check(model, names)
+
+
+@pytest.mark.parametrize("all_rows", [False, True])
+def test_recomputed_layers_give_the_same_bits(all_rows):
+    """A budget of one byte recomputes every layer that may be."""
+    rows = np.delete(np.arange(12, dtype=np.int32), [4, 5, 11]) if all_rows else ROWS
+    targets = IDS[rows + 1] if all_rows else TARGETS
+    results = []
+    for budget in (0, 1):
+        model = make_model()
+        names = add_lora(model, 0.2)
+        model.set_trainable(names)
+        plan = model.plan(12, 3, len(rows), True, budget)
+        model.reserve(12, 3, len(rows), True, budget)
+        before = model.allocations
+        loss = model.backward(IDS, LENGTHS, rows, targets)
+        assert model.allocations == before
+        results.append((plan["kept_layers"], loss, [model.read(n, "grad") for n in names]))
+    assert results[0][0] > results[1][0]
+    assert results[0][1] == results[1][1]
+    for a, b in zip(results[0][2], results[1][2], strict=True):
+        assert np.array_equal(a, b)
