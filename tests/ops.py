@@ -1,0 +1,220 @@
+"""The op table of csrc/backend.h from Python: every op as a function of NumPy arrays.
+
+`Ops("ref_f64").rmsnorm_forward(out, rstd, inp, weight, N, C, eps)` takes the arguments of backend.h
+in its order, less `cx`; arrays stand for pointers, None for NULL. Nothing is copied or allocated: a
+wrong dtype or a strided array is a TypeError here, since in C it would be a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import POINTER, byref, c_double, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from typing import Any
+
+import numpy as np
+
+from glmlora import _core
+
+F32, F16, BF16, F64 = range(4)  # enum glm_dtype
+STORED = {F32: np.float32, F16: np.float16, BF16: np.uint16, F64: np.float64}
+
+
+class Segment(ctypes.Structure):
+    """struct glm_segment."""
+
+    _fields_ = [
+        (name, c_int)
+        for name in "begin count shared_begin shared_count past_begin past_count context".split()
+    ]
+
+
+class _Mat(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("dtype", c_int), ("rows", c_int), ("cols", c_int)]
+
+
+class _KV(ctypes.Structure):
+    _fields_ = [("k", c_void_p), ("v", c_void_p)]
+
+
+class Heads(ctypes.Structure):
+    """struct glm_heads."""
+
+    _fields_ = [("NH", c_int), ("KVH", c_int), ("HD", c_int)]
+
+
+class _Dropout(ctypes.Structure):
+    _fields_ = [
+        ("seed", c_uint64),
+        ("step", c_uint32),
+        ("site", c_uint32),
+        ("p", c_double),
+        ("stream", POINTER(c_int32)),
+        ("position", POINTER(c_int32)),
+    ]
+
+
+def _address(array: np.ndarray | None, dtype: Any, what: str) -> int | None:
+    if array is None:
+        return None
+    if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
+        raise TypeError(f"{what}: expected a C-contiguous array or None, got {type(array)}")
+    if dtype is not None and array.dtype != dtype:
+        raise TypeError(f"{what}: expected {np.dtype(dtype)}, got {array.dtype}")
+    return array.ctypes.data
+
+
+class Mat:
+    """struct glm_mat over a 2-d array; bfloat16 is uint16, which is why the dtype is said."""
+
+    def __init__(self, array: np.ndarray, dtype: int) -> None:
+        self.array = array
+        rows, cols = array.shape
+        self.struct = _Mat(_address(array, STORED[dtype], "weight"), dtype, rows, cols)
+
+
+class Dropout:
+    """struct glm_dropout; keeps its arrays alive."""
+
+    def __init__(
+        self,
+        p: float,
+        stream: Any,
+        position: Any,
+        seed: int = 0,
+        step: int = 0,
+        site: int = 0,
+    ) -> None:
+        self.stream = np.ascontiguousarray(stream, np.int32)
+        self.position = np.ascontiguousarray(position, np.int32)
+        pointer = POINTER(c_int32)
+        self.struct = _Dropout(
+            seed,
+            step,
+            site,
+            p,
+            self.stream.ctypes.data_as(pointer),
+            self.position.ctypes.data_as(pointer),
+        )
+
+
+def bf16_to_float(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float_to_bf16(x: np.ndarray) -> np.ndarray:
+    """Round to nearest even, NaN kept; independent of the C core."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def stored(x: np.ndarray, dtype: int) -> np.ndarray:
+    """x in a stored dtype (bfloat16 as uint16)."""
+    return float_to_bf16(x) if dtype == BF16 else np.ascontiguousarray(x, STORED[dtype])
+
+
+def unstored(x: np.ndarray, dtype: int) -> np.ndarray:
+    """The float64 values of an array of a stored dtype."""
+    return (bf16_to_float(x) if dtype == BF16 else x).astype(np.float64)
+
+
+# One letter per argument: r real array, j int32 array, x array of any dtype, i int, z size_t,
+# d double, W weight, K struct glm_kv (a pair of real arrays), S segments, H heads, D dropout,
+# f double out, o int out.
+SIGNATURES = {
+    "embedding_forward": "rWji",
+    "embedding_backward": "rrjii",
+    "rmsnorm_forward": "rrrriid",
+    "rmsnorm_backward": "rrrrrrii",
+    "linear_forward": "rrWridi",
+    "linear_backward_input": "rrWidi",
+    "linear_backward_weight": "rrrriiid",
+    "rope_forward": "rrjiiiii",
+    "rope_backward": "rrjiiiii",
+    "attention_forward": "rrrKSiH",
+    "attention_backward": "rKrrrrKSiH",
+    "kv_append": "KrjiH",
+    "prefix_forward": "rriiiiD",
+    "prefix_backward": "rriiiiD",
+    "swiglu_forward": "rrii",
+    "swiglu_backward": "rrrii",
+    "tanh_forward": "rrz",
+    "tanh_backward": "rrrz",
+    "dropout_forward": "rriiD",
+    "dropout_backward": "rriiD",
+    "gather_forward": "rrjii",
+    "gather_backward": "rrjii",
+    "cross_entropy_forward": "rrrjii",
+    "cross_entropy_backward": "rrjiid",
+    "add": "rrrz",
+    "sum_squares": "frz",
+    "first_nonfinite": "orii",
+    "adamw": "rrrrzdddddid",
+    "merge": "xirriiid",
+    "convert": "xixiz",
+}
+_TYPES = {
+    "i": c_int,
+    "z": c_size_t,
+    "d": c_double,
+    "W": POINTER(_Mat),
+    "K": _KV,
+    "S": POINTER(Segment),
+    "H": Heads,
+    "D": POINTER(_Dropout),
+    "f": POINTER(c_double),
+    "o": POINTER(c_int),
+}
+
+
+class Ops:
+    """The ops of one backend as methods; `real` is the NumPy type of its element."""
+
+    def __init__(self, name: str) -> None:
+        table = _core.op_table(name)
+        self.name = name
+        self.real = np.float32 if table["real_size"] == 4 else np.float64
+        self.names = [key for key in table if key not in ("cx", "real_size")]
+        self._cx = table["cx"]
+        self._functions = {}
+        for op, signature in SIGNATURES.items():
+            types = [_TYPES.get(letter, c_void_p) for letter in signature]
+            self._functions[op] = ctypes.CFUNCTYPE(None, c_void_p, *types)(table[op])
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        if op not in SIGNATURES:
+            raise AttributeError(op)
+        return lambda *args: self._call(op, args)
+
+    def _call(self, op: str, args: tuple[Any, ...]) -> None:
+        signature = SIGNATURES[op]
+        if len(args) != len(signature):
+            raise TypeError(f"{op}: expected {len(signature)} arguments, got {len(args)}")
+        passed = []
+        for at, (letter, value) in enumerate(zip(signature, args, strict=True)):
+            what = f"{op}, argument {at}"
+            if letter in "rjx":
+                dtype = {"r": self.real, "j": np.int32, "x": None}[letter]
+                value = _address(value, dtype, what)
+            elif letter == "W":
+                value = byref(value.struct)
+            elif letter == "D":
+                value = None if value is None else byref(value.struct)
+            elif letter == "K":
+                k, v = value or (None, None)
+                value = _KV(_address(k, self.real, what), _address(v, self.real, what))
+            elif letter == "S":
+                value = (Segment * max(1, len(value)))(*value)
+            elif letter in "fo":
+                value = byref(value)
+            passed.append(value)
+        self._functions[op](self._cx, *passed)
+
+
+def backends() -> list[str]:
+    """Names of the cpu backends that this processor runs."""
+    return [f"cpu:{variant}" for variant in _core.cpu_variants().split(",") if variant]

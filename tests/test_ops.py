@@ -1,0 +1,1198 @@
+# ruff: noqa: E741 - N, O, I are the sizes of backend.h
+"""Every op of csrc/backend.h: gradients, and every backend against the reference.
+
+A case is a function of a Maker, which makes the same numbers for every backend: float32 values, so
+that the reference in double gets exactly the inputs that a float backend gets. It returns {output:
+(array, tolerance)}. Tolerances: a float sum of n terms is off by about sqrt(n) roundings of the sum
+of the terms' magnitudes (rounding errors are independent; their worst case, n roundings, needs them
+all to have one sign), plus a few roundings of the operations around it; EPS is two roundings.
+How poll stops an op is tested through the model: the table of ops does not show it.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_double, c_int
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+from ops import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    SIGNATURES,
+    STORED,
+    Dropout,
+    Heads,
+    Mat,
+    Ops,
+    Segment,
+    backends,
+    bf16_to_float,
+    float_to_bf16,
+    stored,
+    unstored,
+)
+
+from glmlora import _core
+
+EPS = 2.0**-23
+REF = Ops("ref_f64")
+TESTED = ["ref_f32", *backends()]
+DTYPES = {"F32": F32, "F16": F16, "BF16": BF16, "F64": F64}
+
+every_backend = pytest.mark.parametrize("backend", TESTED)
+
+
+@lru_cache
+def ops_of(name: str) -> Ops:
+    return Ops(name)
+
+
+def test_the_harness_knows_every_op() -> None:
+    assert sorted(REF.names) == sorted(SIGNATURES)
+
+
+# ---- gradients of the reference ----
+
+
+def numeric(f: Any, x: np.ndarray, dout: np.ndarray, h: float = 3e-5) -> np.ndarray:
+    """d sum(f() * dout) / dx by central differences; f reads x."""
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        kept = x[i]
+        x[i] = kept + h
+        above = f().copy()
+        x[i] = kept - h
+        below = f()
+        x[i] = kept
+        gradient[i] = np.sum((above - below) * dout) / (2 * h)
+    return gradient
+
+
+def assert_gradient(analytic: np.ndarray, expected: np.ndarray) -> None:
+    """1e-8: truncation is h^2 / 6 f''' = 2e-10 f''', rounding 1e-16 |f| / h = 4e-12 |f|."""
+    error = np.max(np.abs(analytic - expected)) / max(np.max(np.abs(expected)), 1e-300)
+    assert error <= 1e-8, f"relative error {error:.2e}"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20240501)
+
+
+def test_embedding_gradient(rng: np.random.Generator) -> None:
+    V, C, ids = 5, 3, np.array([4, 0, 4, 2], np.int32)
+    weight, dout = rng.normal(size=(V, C)), rng.normal(size=(4, C))
+
+    def f() -> np.ndarray:
+        out = np.empty((4, C))
+        REF.embedding_forward(out, Mat(weight, F64), ids, 4)
+        return out
+
+    start = rng.normal(size=(V, C))
+    dweight = start.copy()
+    REF.embedding_backward(dweight, dout, ids, 4, C)
+    assert_gradient(dweight - start, numeric(f, weight, dout))
+
+
+def test_rmsnorm_gradient(rng: np.random.Generator) -> None:
+    N, C, eps = 3, 7, 1e-5
+    inp, weight, dout = rng.normal(size=(N, C)), rng.normal(size=C), rng.normal(size=(N, C))
+    rstd = np.empty(N)
+
+    def f() -> np.ndarray:
+        out = np.empty((N, C))
+        REF.rmsnorm_forward(out, rstd, inp, weight, N, C, eps)
+        return out
+
+    expected = numeric(f, inp, dout), numeric(f, weight, dout)
+    f()
+    start = rng.normal(size=(N, C)), rng.normal(size=C)
+    dinp, dweight = start[0].copy(), start[1].copy()
+    REF.rmsnorm_backward(dinp, dweight, dout, inp, weight, rstd, N, C)
+    assert_gradient(dinp - start[0], expected[0])
+    assert_gradient(dweight - start[1], expected[1])
+    frozen = start[0].copy()
+    REF.rmsnorm_backward(frozen, None, dout, inp, weight, rstd, N, C)
+    assert np.array_equal(frozen, dinp)
+
+
+@pytest.mark.parametrize("accumulate", [0, 1])
+def test_linear_gradient(rng: np.random.Generator, accumulate: int) -> None:
+    N, O, I, scale = 4, 5, 3, 0.7
+    inp, weight, bias = rng.normal(size=(N, I)), rng.normal(size=(O, I)), rng.normal(size=O)
+    dout, old = rng.normal(size=(N, O)), rng.normal(size=(N, O))
+
+    def f() -> np.ndarray:
+        out = old.copy()
+        REF.linear_forward(out, inp, Mat(weight, F64), bias, N, scale, accumulate)
+        return out
+
+    start = rng.normal(size=(N, I))
+    dinp = start.copy()
+    REF.linear_backward_input(dinp, dout, Mat(weight, F64), N, scale, accumulate)
+    assert_gradient(dinp - start * accumulate, numeric(f, inp, dout))
+    start_weight, start_bias = rng.normal(size=(O, I)), rng.normal(size=O)
+    dweight, dbias = start_weight.copy(), start_bias.copy()
+    REF.linear_backward_weight(dweight, dbias, dout, inp, N, O, I, scale)
+    assert_gradient(dweight - start_weight, numeric(f, weight, dout))
+    assert_gradient(dbias - start_bias, numeric(f, bias, dout))
+    if accumulate:
+        assert_gradient(dout, numeric(f, old, dout))
+
+
+def rope_table(positions: int, rotary_dim: int) -> np.ndarray:
+    angle = np.outer(np.arange(positions), 10000.0 ** -np.linspace(0, 1, rotary_dim // 2))
+    return np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+
+
+def test_rope_gradient(rng: np.random.Generator) -> None:
+    N, heads, HD, stride, rotary_dim = 3, 2, 6, 15, 4
+    table, position = rope_table(9, rotary_dim), np.array([0, 8, 3], np.int32)
+    x, dout = rng.normal(size=(N, stride)), rng.normal(size=(N, stride))
+
+    def f() -> np.ndarray:
+        out = x.copy()
+        REF.rope_forward(out, table, position, N, heads, HD, stride, rotary_dim)
+        return out
+
+    dx = dout.copy()
+    REF.rope_backward(dx, table, position, N, heads, HD, stride, rotary_dim)
+    assert_gradient(dx, numeric(f, x, dout))
+    untouched = np.ones(stride, bool)
+    for h in range(heads):
+        untouched[h * HD : h * HD + rotary_dim] = False
+    assert np.array_equal(f()[:, untouched], x[:, untouched])
+    z = x[1, HD] + 1j * x[1, HD + 1]  # position 8, head 1, pair 0: frequency 1
+    assert np.allclose(f()[1, HD], (z * np.exp(8j)).real) and np.allclose(
+        f()[1, HD + 1], (z * np.exp(8j)).imag
+    )
+
+
+# All that segments can ask for, over 13 tokens and 9 cache rows.
+SEGMENTS = [
+    Segment(begin=0, count=4, shared_begin=1, shared_count=2),
+    Segment(begin=4, count=3, shared_begin=1, shared_count=2, past_begin=5, past_count=3),
+    Segment(begin=7, count=5, context=3),
+    Segment(begin=12, count=1),
+]
+SHARED_ROWS = [1, 2]
+
+
+def test_attention_gradient(rng: np.random.Generator) -> None:
+    N, rows, heads = 13, 9, Heads(4, 2, 4)
+    qkv, k, v = rng.normal(size=(N, 32)), rng.normal(size=(rows, 8)), rng.normal(size=(rows, 8))
+    dout, lse = rng.normal(size=(N, 16)), np.empty((N, 4))
+
+    def f() -> np.ndarray:
+        out = np.empty((N, 16))
+        REF.attention_forward(out, lse, qkv, (k, v), SEGMENTS, 4, heads)
+        return out
+
+    expected = numeric(f, qkv, dout), numeric(f, k, dout), numeric(f, v, dout)
+    out = f()
+    start_k, start_v = rng.normal(size=(rows, 8)), rng.normal(size=(rows, 8))
+    dqkv, dk, dv = np.full((N, 32), np.nan), start_k.copy(), start_v.copy()
+    REF.attention_backward(dqkv, (dk, dv), dout, out, lse, qkv, (k, v), SEGMENTS, 4, heads)
+    assert_gradient(dqkv, expected[0])
+    assert_gradient((dk - start_k)[SHARED_ROWS], expected[1][SHARED_ROWS])
+    assert_gradient((dv - start_v)[SHARED_ROWS], expected[2][SHARED_ROWS])
+    others = [row for row in range(rows) if row not in SHARED_ROWS]
+    assert np.array_equal(dk[others], start_k[others])
+    assert np.array_equal(dv[others], start_v[others])
+    assert (
+        np.abs(expected[1][5:8]).min() > 0
+    )  # past rows are used: they get no gradient by contract
+    without = np.empty((N, 32))
+    REF.attention_backward(without, None, dout, out, lse, qkv, (k, v), SEGMENTS, 4, heads)
+    assert np.array_equal(without, dqkv)
+
+
+def test_attention_reference_is_softmax(rng: np.random.Generator) -> None:
+    """The reference against the formula in NumPy: who sees whom, which head reads which."""
+    N, NH, KVH, HD = 13, 4, 2, 4
+    qkv, k, v = rng.normal(size=(N, 32)), rng.normal(size=(9, 8)), rng.normal(size=(9, 8))
+    out, lse = np.empty((N, 16)), np.empty((N, NH))
+    REF.attention_forward(out, lse, qkv, (k, v), SEGMENTS, 4, Heads(NH, KVH, HD))
+    for s in SEGMENTS:
+        cached = [*range(s.shared_begin, s.shared_begin + s.shared_count)]
+        cached += range(s.past_begin, s.past_begin + s.past_count)
+        for t in range(s.count):
+            own = s.begin + np.arange(max(t + 1, min(s.context, s.count)))
+            for h in range(NH):
+                g = slice(h // 2 * HD, (h // 2 + 1) * HD)
+                keys = np.concatenate([k[cached, g], qkv[own, 16:24][:, g]])
+                values = np.concatenate([v[cached, g], qkv[own, 24:32][:, g]])
+                scores = keys @ qkv[s.begin + t, h * HD : (h + 1) * HD] / 2
+                p = np.exp(scores) / np.exp(scores).sum()
+                assert np.allclose(out[s.begin + t, h * HD : (h + 1) * HD], p @ values, rtol=1e-13)
+                assert np.isclose(lse[s.begin + t, h], np.log(np.exp(scores).sum()), rtol=1e-13)
+
+
+@pytest.mark.parametrize("p", [None, 0.4])
+def test_prefix_gradient(rng: np.random.Generator, p: float | None) -> None:
+    P, J, KV, copies = 3, 4, 5, 2
+    inp, dout = rng.normal(size=(P, J, KV)), rng.normal(size=(J, copies * P, KV))
+    dropout = None if p is None else Dropout(p, np.arange(6) + 3, np.arange(6) % 3, 9, 2, 5)
+
+    def f() -> np.ndarray:
+        out = np.empty((J, copies * P, KV))
+        REF.prefix_forward(out, inp, P, J, KV, copies, dropout)
+        return out
+
+    start = rng.normal(size=(P, J, KV))
+    dinp = start.copy()
+    REF.prefix_backward(dinp, dout, P, J, KV, copies, dropout)
+    assert_gradient(dinp - start, numeric(f, inp, dout))
+    if dropout is None:
+        assert np.array_equal(f(), np.tile(inp.transpose(1, 0, 2), (1, copies, 1)))
+
+
+def test_swiglu_gradient(rng: np.random.Generator) -> None:
+    N, F = 3, 5
+    inp, dout = rng.normal(size=(N, 2 * F)), rng.normal(size=(N, F))
+
+    def f() -> np.ndarray:
+        out = np.empty((N, F))
+        REF.swiglu_forward(out, inp, N, F)
+        return out
+
+    expected = numeric(f, inp, dout)
+    dinp = np.empty((N, 2 * F))
+    REF.swiglu_backward(dinp, dout, inp, N, F)
+    assert_gradient(dinp, expected)
+    REF.swiglu_backward(inp, dout, inp, N, F)
+    assert np.array_equal(inp, dinp)
+
+
+def test_tanh_gradient(rng: np.random.Generator) -> None:
+    x, dout, out, dinp = rng.normal(size=11), rng.normal(size=11), np.empty(11), np.empty(11)
+
+    def f() -> np.ndarray:
+        REF.tanh_forward(out, x, 11)
+        return out
+
+    expected = numeric(f, x, dout)
+    REF.tanh_backward(dinp, dout, f(), 11)
+    assert_gradient(dinp, expected)
+
+
+def test_dropout_gradient(rng: np.random.Generator) -> None:
+    N, C = 4, 6
+    x, dout, start = rng.normal(size=(N, C)), rng.normal(size=(N, C)), rng.normal(size=(N, C))
+    dropout = Dropout(0.3, [0, 0, 1, 1], [0, 1, 0, 1], seed=7, step=3, site=2)
+
+    def f() -> np.ndarray:
+        out = np.empty((N, C))
+        REF.dropout_forward(out, x, N, C, dropout)
+        return out
+
+    dinp = start.copy()
+    REF.dropout_backward(dinp, dout, N, C, dropout)
+    assert_gradient(dinp - start, numeric(f, x, dout))
+
+
+def test_gather_gradient(rng: np.random.Generator) -> None:
+    rows = np.array([0, 2, 5], np.int32)
+    x, dout, start = rng.normal(size=(6, 4)), rng.normal(size=(3, 4)), rng.normal(size=(6, 4))
+
+    def f() -> np.ndarray:
+        out = np.empty((3, 4))
+        REF.gather_forward(out, x, rows, 3, 4)
+        return out
+
+    dinp = start.copy()
+    REF.gather_backward(dinp, dout, rows, 3, 4)
+    assert_gradient(dinp - start, numeric(f, x, dout))
+
+
+def test_cross_entropy_gradient(rng: np.random.Generator) -> None:
+    M, V, scale, target = 3, 7, 0.3, np.array([6, 0, 3], np.int32)
+    logits, loss, lse = 3 * rng.normal(size=(M, V)), np.empty(M), np.empty(M)
+
+    def f() -> np.ndarray:
+        REF.cross_entropy_forward(loss, lse, logits, target, M, V)
+        return loss
+
+    expected = numeric(f, logits, np.full(M, scale))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert np.allclose(f(), -np.log(p[np.arange(M), target]), rtol=1e-13)
+    REF.cross_entropy_backward(logits, lse, target, M, V, scale)
+    assert_gradient(logits, expected)
+
+
+def test_adamw_reference(rng: np.random.Generator) -> None:
+    """Two steps of Loshchilov & Hutter 2019, algorithm 2, against NumPy."""
+    p, m, v = rng.normal(size=9), np.zeros(9), np.zeros(9)
+    expected, em, ev = p.copy(), m.copy(), v.copy()
+    lr, b1, b2, eps, wd, gscale = 1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5
+    for t in (1, 2):
+        grad = rng.normal(size=9)
+        REF.adamw(p, grad, m, v, 9, lr, b1, b2, eps, wd, t, gscale)
+        g = gscale * grad
+        em, ev = b1 * em + (1 - b1) * g, b2 * ev + (1 - b2) * g * g
+        expected *= 1 - lr * wd
+        expected -= lr * (em / (1 - b1**t)) / (np.sqrt(ev / (1 - b2**t)) + eps)
+        for got, want in ((p, expected), (m, em), (v, ev)):
+            assert np.allclose(got, want, rtol=1e-13, atol=0)
+
+
+# ---- every backend against the reference ----
+
+
+class Maker:
+    """Inputs from a seed, and outputs between sentinels that must survive."""
+
+    def __init__(self, ops: Ops, seed: int) -> None:
+        self.ops, self.rng, self._guarded = ops, np.random.default_rng(seed), []
+
+    def normal(self, *shape: int, scale: float = 1.0) -> np.ndarray:
+        return self.put(self.rng.normal(size=shape) * scale)
+
+    def put(self, values: np.ndarray) -> np.ndarray:
+        """A writable array of these values as float32, misaligned, with sentinels around it."""
+        values = np.asarray(values, np.float32)
+        room = np.full(values.size + 2 * 37, 12345.0, self.ops.real)
+        self._guarded.append(room)
+        array = room[37 : 37 + values.size].reshape(values.shape)
+        array[...] = values
+        return array
+
+    def out(self, *shape: int) -> np.ndarray:
+        """An output that must be overwritten: NaN so far."""
+        return self.put(np.full(shape, np.nan))
+
+    def ints(self, high: int, *shape: int) -> np.ndarray:
+        return self.rng.integers(0, high, size=shape, dtype=np.int32)
+
+    def weight(self, rows: int, cols: int, dtype: str) -> tuple[Mat, np.ndarray]:
+        """A stored matrix and its values in double."""
+        array = stored(self.rng.normal(size=(rows, cols)).astype(np.float32), DTYPES[dtype])
+        return Mat(array, DTYPES[dtype]), unstored(array, DTYPES[dtype])
+
+    def dropout(self, N: int, p: float) -> Dropout:
+        stream, position = self.ints(1000, N), self.ints(1000, N)
+        return Dropout(p, stream, position, seed=0x123456789ABCDEF, step=77, site=13)
+
+    def check(self) -> None:
+        for room in self._guarded:
+            assert (room[:37] == 12345).all() and (room[-37:] == 12345).all(), "wrote outside"
+
+
+def run(case: Any, backend: str, seed: int, args: tuple[Any, ...]) -> dict[str, Any]:
+    maker = Maker(ops_of(backend), seed)
+    result = case(maker, *args)
+    maker.check()
+    return result
+
+
+@cache
+def expected_of(case: Any, seed: int, args: tuple[Any, ...]) -> dict[str, Any]:
+    return run(case, "ref_f64", seed, args)
+
+
+def sum_error(terms: int, magnitude: Any) -> Any:
+    """See the head of this file."""
+    return (np.sqrt(terms) + 8) * EPS * magnitude
+
+
+def linear_forward(
+    m: Maker, N: int, O: int, I: int, dtype: str, bias: bool, scale: float, add: int
+):
+    W, w = m.weight(O, I, dtype)
+    x, b, out = m.normal(N, I), m.normal(O) if bias else None, m.normal(N, O)
+    size = abs(scale) * np.abs(x) @ np.abs(w.T) + (np.abs(b) if bias else 0)
+    size = size + add * np.abs(out)
+    m.ops.linear_forward(out, x, W, b, N, scale, add)
+    return {"out": (out, sum_error(I, size))}
+
+
+def linear_backward_input(m: Maker, N: int, O: int, I: int, dtype: str, scale: float, add: int):
+    W, w = m.weight(O, I, dtype)
+    dout, dinp = m.normal(N, O), m.normal(N, I)
+    size = abs(scale) * np.abs(dout) @ np.abs(w) + add * np.abs(dinp)
+    m.ops.linear_backward_input(dinp, dout, W, N, scale, add)
+    return {"dinp": (dinp, sum_error(O, size))}
+
+
+def linear_backward_weight(
+    m: Maker, N: int, O: int, I: int, scale: float, weight: bool, bias: bool
+):
+    dout, x, dw, db = m.normal(N, O), m.normal(N, I), m.normal(O, I), m.normal(O)
+    tol_w = sum_error(N, np.abs(dw) + abs(scale) * np.abs(dout.T) @ np.abs(x))
+    tol_b = sum_error(N, np.abs(db) + np.abs(dout).sum(0))
+    m.ops.linear_backward_weight(
+        dw if weight else None, db if bias else None, dout, x, N, O, I, scale
+    )
+    return {"dweight": (dw, tol_w), "dbias": (db, tol_b)}
+
+
+def rmsnorm_forward(m: Maker, N: int, C: int, scale: float):
+    inp, weight, out, rstd = m.normal(N, C, scale=scale), m.normal(C), m.out(N, C), m.out(N)
+    m.ops.rmsnorm_forward(out, rstd, inp, weight, N, C, 1e-5)
+    return {"out": (out, sum_error(C, np.abs(out))), "rstd": (rstd, sum_error(C, np.abs(rstd)))}
+
+
+def rmsnorm_backward(m: Maker, N: int, C: int, weight_too: bool):
+    inp, weight, dout = m.normal(N, C), m.normal(C), m.normal(N, C)
+    rstd = m.put(1 / np.sqrt((inp.astype(float) ** 2).mean(1) + 1e-5))
+    dinp, dweight = m.normal(N, C), m.normal(C)
+    r, g = rstd[:, None], np.abs(dout * weight)
+    mean = (g * np.abs(inp)).mean(1, keepdims=True)
+    size = np.abs(dinp) + r * g + np.abs(inp) * r**3 * mean
+    size_w = np.abs(dweight) + np.abs(dout * inp * r).sum(0)
+    m.ops.rmsnorm_backward(dinp, dweight if weight_too else None, dout, inp, weight, rstd, N, C)
+    return {"dinp": (dinp, sum_error(C, size)), "dweight": (dweight, sum_error(N, size_w))}
+
+
+def embedding_forward(m: Maker, N: int, C: int, dtype: str):
+    W, _ = m.weight(11, C, dtype)
+    out = m.out(N, C)
+    m.ops.embedding_forward(out, W, m.ints(11, N), N)
+    return {"out": (out, EPS * np.abs(out) if dtype == "F64" else 0)}
+
+
+def embedding_backward(m: Maker, N: int, C: int):
+    ids, dout, dweight = m.ints(5, N), m.normal(N, C), m.normal(6, C)
+    size = np.abs(dweight)
+    np.add.at(size, ids, np.abs(dout))
+    m.ops.embedding_backward(dweight, dout, ids, N, C)
+    return {"dweight": (dweight, sum_error(N, size))}
+
+
+def rope(m: Maker, N: int, heads: int, HD: int, extra: int, rotary_dim: int, forward: bool):
+    stride = heads * HD + extra
+    x, table = m.normal(N, stride), m.put(rope_table(300, rotary_dim))
+    tolerance = 4 * EPS * np.abs(x).max(initial=0)  # two products and a sum
+    op = m.ops.rope_forward if forward else m.ops.rope_backward
+    op(x, table, m.ints(300, N), N, heads, HD, stride, rotary_dim)
+    return {"x": (x, tolerance)}
+
+
+def segments_of(kind: str, counts: tuple[int, ...]) -> tuple[list[Segment], int]:
+    """Segments over the counts, in order, and the cache rows they need."""
+    segments, begin, row = [], 0, 5
+    for i, count in enumerate(counts):
+        s = Segment(begin=begin, count=count)
+        if "shared" in kind:
+            s.shared_begin, s.shared_count = 1, 4
+        if "past" in kind:
+            s.past_begin, s.past_count = row, 3 * i + 1
+        if "long" in kind:
+            s.past_begin, s.past_count = row, 70
+        if "context" in kind:
+            s.context = count * 2 // 3
+        row += s.past_count
+        begin += count
+        segments.append(s)
+    return segments, row
+
+
+def attention_inputs(m: Maker, kind: str, counts: tuple[int, ...], shape: tuple[int, int, int]):
+    segments, rows = segments_of(kind, counts)
+    NH, KVH, HD = shape
+    N, KV = sum(counts), KVH * HD
+    qkv = m.normal(N, (NH + 2 * KVH) * HD)
+    cache = None if kind in ("plain", "context") else (m.normal(rows, KV), m.normal(rows, KV))
+    keys = max(counts, default=0) + max(
+        (s.shared_count + s.past_count for s in segments), default=0
+    )
+    # a score sums HD products near 1, over HD^1/2; exp makes its error a relative one
+    score = sum_error(HD, np.sqrt(HD)) * 2
+    return segments, qkv, cache, Heads(*shape), N, rows, keys, score
+
+
+def attention_forward(m: Maker, kind: str, counts: tuple[int, ...], shape: tuple[int, int, int]):
+    segments, qkv, cache, heads, N, _, keys, score = attention_inputs(m, kind, counts, shape)
+    out, lse = m.out(N, heads.NH * heads.HD), m.out(N, heads.NH)
+    m.ops.attention_forward(out, lse, qkv, cache, segments, len(segments), heads)
+    relative = 2 * score + sum_error(keys, 1)
+    largest = max([np.abs(qkv).max(initial=0), *(np.abs(a).max() for a in cache or ())])
+    return {
+        "out": (out, relative * largest),
+        "lse": (lse, relative + 8 * EPS * np.abs(lse)),
+    }
+
+
+def attention_backward(m: Maker, kind: str, counts: tuple[int, ...], shape: tuple[int, int, int]):
+    segments, qkv, cache, heads, N, rows, keys, score = attention_inputs(m, kind, counts, shape)
+    NH, KVH, HD = shape
+    exact = [None if a is None else a.astype(np.float64) for a in (qkv, *(cache or (None, None)))]
+    out, lse = np.zeros((N, NH * HD)), np.zeros((N, NH))
+    kv = None if cache is None else (exact[1], exact[2])
+    REF.attention_forward(out, lse, exact[0], kv, segments, len(segments), heads)
+    out, lse, dout = m.put(out), m.put(lse), m.normal(N, NH * HD)
+    dqkv, dcache = m.out(*qkv.shape), None
+    if "shared" in kind:
+        dcache = m.normal(rows, KVH * HD), m.normal(rows, KVH * HD)
+    m.ops.attention_backward(
+        dqkv, dcache, dout, out, lse, qkv, cache, segments, len(segments), heads
+    )
+    outputs = {"dqkv": dqkv}
+    if dcache:
+        outputs |= {"dk": dcache[0], "dv": dcache[1]}
+    # p carries the error of its score and of lse; a gradient is a sum over keys or tokens and head
+    # groups of p times sums over HD. Relative to the largest gradient, since these sums cancel.
+    largest = max(np.abs(a).max(initial=0) for a in outputs.values())
+    terms = keys + N * NH // KVH + HD
+    tolerance = 4 * (2 * score + sum_error(terms, 1)) * largest
+    return {name: (array, tolerance) for name, array in outputs.items()}
+
+
+def kv_append(m: Maker, N: int, NH: int, KVH: int, HD: int):
+    qkv, k, v = (
+        m.normal(N, (NH + 2 * KVH) * HD),
+        m.normal(N + 5, KVH * HD),
+        m.normal(N + 5, KVH * HD),
+    )
+    slot = m.rng.permutation(N + 5)[:N].astype(np.int32)
+    m.ops.kv_append((k, v), qkv, slot, N, Heads(NH, KVH, HD))
+    return {"k": (k, 0), "v": (v, 0)}
+
+
+def prefix_forward(m: Maker, P: int, J: int, KV: int, copies: int, p: float | None):
+    inp, out = m.normal(P, J, KV), m.out(J, copies * P, KV)
+    dropout = None if p is None else m.dropout(copies * P, p)
+    m.ops.prefix_forward(out, inp, P, J, KV, copies, dropout)
+    return {"out": (out, 0 if p is None else 2 * EPS * np.abs(out))}
+
+
+def prefix_backward(m: Maker, P: int, J: int, KV: int, copies: int, p: float | None):
+    dinp, dout = m.normal(P, J, KV), m.normal(J, copies * P, KV)
+    size = np.abs(dinp) + np.abs(dout).reshape(J, copies, P, KV).sum(1).transpose(1, 0, 2) * 2
+    dropout = None if p is None else m.dropout(copies * P, p)
+    m.ops.prefix_backward(dinp, dout, P, J, KV, copies, dropout)
+    return {"dinp": (dinp, sum_error(copies, size))}
+
+
+def swiglu_forward(m: Maker, N: int, F: int, scale: float):
+    inp, out = m.normal(N, 2 * F, scale=scale), m.out(N, F)
+    m.ops.swiglu_forward(out, inp, N, F)
+    return {"out": (out, 16 * EPS * np.abs(out) + 1e-33)}  # 1e-33: exp(100) may overflow to silu 0
+
+
+def swiglu_backward(m: Maker, N: int, F: int, scale: float, in_place: bool):
+    inp, dout = m.normal(N, 2 * F, scale=scale), m.normal(N, F)
+    gate, up = np.split(inp.astype(np.float64), 2, axis=1)
+    sigmoid = 1 / (1 + np.exp(-gate))
+    # 1 - sigmoid cancels: it is off by a rounding of 1, and gate times that
+    size = np.abs(np.hstack([dout * up * sigmoid * (1 + np.abs(gate)), dout * gate * sigmoid]))
+    dinp = inp if in_place else m.out(N, 2 * F)
+    m.ops.swiglu_backward(dinp, dout, inp, N, F)
+    return {"dinp": (dinp, 16 * EPS * size + 1e-33)}
+
+
+def tanh_forward(m: Maker, n: int, scale: float, in_place: bool):
+    inp = m.normal(n, scale=scale)
+    out = inp if in_place else m.out(n)
+    m.ops.tanh_forward(out, inp, n)
+    return {"out": (out, 8 * EPS)}  # absolute: tanh by way of exp cancels near 0
+
+
+def tanh_backward(m: Maker, n: int, in_place: bool):
+    dout, out = m.normal(n), m.put(np.tanh(m.rng.normal(size=n)))
+    tolerance = 4 * EPS * np.abs(dout)
+    dinp = dout if in_place else m.out(n)
+    m.ops.tanh_backward(dinp, dout, out, n)
+    return {"dinp": (dinp, tolerance)}
+
+
+def dropout_forward(m: Maker, N: int, C: int, p: float, in_place: bool):
+    inp = m.normal(N, C)
+    out = inp if in_place else m.out(N, C)
+    m.ops.dropout_forward(out, inp, N, C, m.dropout(N, p))
+    return {"out": (out, 2 * EPS * np.abs(out))}
+
+
+def dropout_backward(m: Maker, N: int, C: int, p: float):
+    dinp, dout = m.normal(N, C), m.normal(N, C)
+    tolerance = 4 * EPS * (np.abs(dinp) + np.abs(dout) / (1 - p))
+    m.ops.dropout_backward(dinp, dout, N, C, m.dropout(N, p))
+    return {"dinp": (dinp, tolerance)}
+
+
+def gather(m: Maker, N: int, M: int, C: int):
+    rows = np.sort(m.rng.permutation(N)[:M]).astype(np.int32)
+    inp, out, dinp, dout = m.normal(N, C), m.out(M, C), m.normal(N, C), m.normal(M, C)
+    m.ops.gather_forward(out, inp, rows, M, C)
+    m.ops.gather_backward(dinp, dout, rows, M, C)
+    return {"out": (out, 0), "dinp": (dinp, EPS * np.abs(dinp))}
+
+
+def cross_entropy_forward(m: Maker, M: int, V: int, scale: float):
+    logits, target = m.normal(M, V, scale=scale), m.ints(V, M)
+    loss, lse = m.out(M), m.out(M)
+    m.ops.cross_entropy_forward(loss, lse, logits, target, M, V)
+    tolerance = sum_error(V, 1) + 4 * EPS * np.abs(logits).max(initial=0)
+    return {"loss": (loss, tolerance), "lse": (lse, tolerance)}
+
+
+def cross_entropy_backward(m: Maker, M: int, V: int, scale: float):
+    logits, target = m.normal(M, V, scale=scale), m.ints(V, M)
+    exact = logits.astype(np.float64)
+    lse = m.put(
+        np.log(np.exp(exact - exact.max(1, initial=0)[:, None]).sum(1)) + exact.max(1, initial=0)
+    )
+    p = np.exp(exact - lse[:, None])
+    p[np.arange(M), target] += 1
+    tolerance = (
+        0.37 * (16 + 2 * np.abs(exact).max(initial=0)) * EPS * p
+    )  # exp of a rounded difference
+    m.ops.cross_entropy_backward(logits, lse, target, M, V, 0.37)
+    return {"logits": (logits, tolerance + 1e-37)}
+
+
+def add(m: Maker, n: int, into: str):
+    a, b = m.normal(n), m.normal(n)
+    out = {"a": a, "b": b, "out": m.out(n)}[into]
+    m.ops.add(out, a, b, n)
+    return {"out": (out, EPS * np.abs(out))}
+
+
+def sum_squares(m: Maker, n: int):
+    total = c_double(np.nan)
+    m.ops.sum_squares(total, m.normal(n), n)
+    value = np.array(total.value)  # in double whatever the backend: n roundings of 2^-53 at most
+    return {"out": (value, n * 2.0**-52 * value)}
+
+
+def first_nonfinite(m: Maker, N: int, C: int, rows: tuple[int, ...], bad: float):
+    x, row = m.normal(N, C), c_int(-7)
+    for at in rows:
+        x[at, m.rng.integers(C)] = bad
+    m.ops.first_nonfinite(row, x, N, C)
+    return {"row": (np.array(row.value), 0), "expected": (np.array(min(rows, default=-1)), 0)}
+
+
+def adamw(m: Maker, n: int, t: int, wd: float):
+    p, g, mom, v = m.normal(n), m.normal(n), m.normal(n, scale=0.1), m.put(m.normal(n) ** 2)
+    lr, b1, b2, eps, gscale = 1e-3, 0.9, 0.999, 1e-8, 0.125
+    m1 = b1 * np.abs(mom) + (1 - b1) * np.abs(gscale * g)
+    v1 = b2 * v.astype(np.float64) + (1 - b2) * np.square(gscale * g)
+    step = lr * m1 / (1 - b1**t) / (np.sqrt(v1 / (1 - b2**t)) + eps)
+    tolerance = 4 * EPS * np.abs(p) + 16 * EPS * step
+    m.ops.adamw(p, g, mom, v, n, lr, b1, b2, eps, wd, t, gscale)
+    return {"p": (p, tolerance), "m": (mom, 4 * EPS * m1), "v": (v, 4 * EPS * v1)}
+
+
+def merge(m: Maker, O: int, I: int, R: int, dtype: str):
+    W, w = m.weight(O, I, dtype)
+    B, A = m.normal(O, R), m.normal(R, I)
+    m.ops.merge(W.array, DTYPES[dtype], B, A, O, I, R, 0.5)
+    value = unstored(W.array, DTYPES[dtype])
+    # a sum near a tie may round to the other neighbour: one unit in the last place
+    unit = {"F32": EPS, "F16": 2.0**-10, "BF16": 2.0**-7, "F64": EPS}[dtype]
+    size = np.abs(w) + 0.5 * np.abs(B) @ np.abs(A)
+    least = 2.0**-24 if dtype == "F16" else 0
+    return {"data": (value, unit * np.abs(value) + sum_error(R, size) + least)}
+
+
+SIZES = (1, 2, 3, 7, 8, 9, 15, 17, 31, 33, 64, 100, 255)
+
+
+def linear_cases() -> list[tuple[Any, ...]]:
+    rng = np.random.default_rng(3)
+    shapes = [tuple(int(x) for x in rng.choice(SIZES, 3)) for _ in range(24)]
+    # one row and many, both sides of 1024 inputs, and shapes past any register or cache block
+    shapes += [(1, 1, 1), (1, 100, 1025), (1, 33, 2500), (9, 17, 2500), (70, 33, 1025)]
+    shapes += [(33, 1025, 31), (3, 2500, 9), (131, 67, 130), (1, 1030, 1030)]
+    shapes += [(0, 5, 7), (600, 5, 9)]
+    cases: list[tuple[Any, ...]] = []
+    for at, (N, O, I) in enumerate(shapes):
+        for step, dtype in enumerate(DTYPES):
+            if max(N, O, I) > 2000 and step % 2 != at % 2:
+                continue
+            scale, accumulate = (1.0, 0.5)[(at + step) % 2], (at // 2 + step) % 2
+            cases.append((linear_forward, N, O, I, dtype, at % 3 > 0, scale, accumulate))
+            cases.append((linear_backward_input, N, O, I, dtype, scale, accumulate))
+        cases.append((linear_backward_weight, N, O, I, 0.5, at % 4 < 3, at % 4 != 2))
+    return cases
+
+
+ROWS = [(1, 1), (1, 7), (3, 8), (2, 31), (17, 33), (1, 64), (5, 255), (100, 100), (3, 1025), (0, 9)]
+HEADS = [(1, 1, 1), (2, 1, 8), (4, 2, 16), (3, 3, 5), (8, 2, 64), (6, 2, 33), (2, 2, 128)]
+KINDS = ["plain", "context", "shared", "past", "shared past", "shared past context", "long"]
+
+
+def attention_cases() -> list[tuple[Any, ...]]:
+    counts = [(1,), (1, 1, 1), (7,), (3, 0, 9), (5, 17, 1), (33, 2)]
+    cases: list[tuple[Any, ...]] = []
+    for at, shape in enumerate(HEADS):
+        for step, kind in enumerate(KINDS):
+            args = (kind, counts[(at + step) % len(counts)], shape)
+            cases += [(attention_forward, *args), (attention_backward, *args)]
+    for args in (
+        ("plain", (130, 65), (2, 1, 16)),
+        ("plain", (), (2, 1, 4)),
+        ("past", (64,), (4, 2, 32)),
+    ):
+        cases += [(attention_forward, *args), (attention_backward, *args)]
+    return cases
+
+
+def small_cases() -> list[tuple[Any, ...]]:
+    cases: list[tuple[Any, ...]] = []
+    for N, C in ROWS:
+        cases += [(rmsnorm_forward, N, C, scale) for scale in (1.0, 1e-4, 1e17)]
+        cases += [(rmsnorm_backward, N, C, weight_too) for weight_too in (True, False)]
+        cases += [(embedding_forward, N, C, dtype) for dtype in DTYPES]
+        cases += [(embedding_backward, N, C), (kv_append, N, 4, 2, C)]
+        cases += [(swiglu_forward, N, C, scale) for scale in (1.0, 100.0)]
+        cases += [(swiglu_backward, N, C, 1.0, False), (swiglu_backward, N, C, 100.0, True)]
+        cases += [(dropout_forward, N, C, p, p < 0.3) for p in (0.0, 0.1, 0.5)]
+        cases += [(dropout_backward, N, C, 0.1), (gather, N + 4, N, C), (gather, N, N, C)]
+        cases += [(cross_entropy_forward, N, C, scale) for scale in (1.0, 30.0, 1e4)]
+        cases += [(cross_entropy_backward, N, C, scale) for scale in (1.0, 30.0, 1e4)]
+        cases += [(first_nonfinite, N, C, (), 0.0)]
+        if N > 2:
+            bad = [((0,), np.nan), ((N - 1,), np.inf), ((1, N - 1), -np.inf), ((2, 1), np.nan)]
+            cases += [(first_nonfinite, N, C, *each) for each in bad]
+    for n in (0, *SIZES, 1025, 5000):
+        cases += [(tanh_forward, n, 1.0, False), (tanh_forward, n, 50.0, True)]
+        cases += [(tanh_backward, n, False), (tanh_backward, n, True), (sum_squares, n)]
+        cases += [(add, n, into) for into in ("a", "b", "out")]
+        cases += [(adamw, n, 1, 0.0), (adamw, n, 1000, 0.1)]
+    for shape in ((3, 2, 8, 4), (1, 1, 2, 2), (17, 3, 64, 64), (5, 2, 33, 10), (0, 2, 8, 8)):
+        N, heads, HD, rotary_dim = shape
+        cases += [(rope, N, heads, HD, extra, rotary_dim, extra > 0) for extra in (0, 11)]
+        cases += [(rope, N, heads, HD, 3, rotary_dim, False)]
+    for shape in ((1, 2, 1, 1), (3, 4, 5, 2), (8, 6, 64, 3), (5, 2, 255, 1), (7, 4, 33, 9)):
+        cases += [(prefix_forward, *shape, p) for p in (None, 0.1)]
+        cases += [(prefix_backward, *shape, p) for p in (None, 0.1)]
+    for O, I, R in ((1, 1, 1), (3, 17, 8), (33, 100, 4), (64, 255, 16), (2, 1025, 64)):
+        cases += [(merge, O, I, R, dtype) for dtype in DTYPES]
+    return cases
+
+
+# enough work for several threads
+LARGE: list[tuple[Any, ...]] = [
+    (linear_forward, 37, 300, 260, "F16", True, 0.5, 1),
+    (linear_forward, 1, 1030, 1030, "BF16", False, 1.0, 0),
+    (linear_backward_input, 37, 260, 300, "F16", 0.5, 1),
+    (linear_backward_input, 1, 1030, 1030, "F32", 1.0, 0),
+    (linear_backward_weight, 61, 200, 130, 0.5, True, True),
+    (rmsnorm_forward, 301, 255, 1.0),
+    (rmsnorm_backward, 301, 255, True),
+    (embedding_forward, 300, 300, "F16"),
+    (embedding_backward, 700, 129),
+    (rope, 200, 4, 64, 7, 32, True),
+    (attention_forward, "shared past context", (40, 33, 1, 60), (8, 2, 32)),
+    (attention_backward, "shared past context", (40, 33, 1, 60), (8, 2, 32)),
+    (attention_forward, "long", (1, 1, 1), (8, 2, 32)),
+    (kv_append, 300, 4, 2, 64),
+    (prefix_forward, 64, 8, 65, 3, 0.1),
+    (prefix_backward, 64, 8, 65, 3, 0.1),
+    (swiglu_forward, 200, 300, 1.0),
+    (swiglu_backward, 200, 300, 1.0, True),
+    (tanh_forward, 70001, 1.0, False),
+    (tanh_backward, 70001, False),
+    (dropout_forward, 200, 301, 0.1, False),
+    (dropout_backward, 200, 301, 0.1),
+    (gather, 400, 300, 129),
+    (cross_entropy_forward, 33, 3001, 1.0),
+    (cross_entropy_backward, 33, 3001, 1.0),
+    (add, 100001, "out"),
+    (sum_squares, 300001),
+    (first_nonfinite, 500, 301, (133, 499), np.nan),
+    (adamw, 100001, 3, 0.1),
+    (merge, 300, 200, 8, "F16"),
+]
+
+
+@lru_cache
+def cases_by_op() -> dict[str, list[tuple[int, tuple[Any, ...]]]]:
+    grouped: dict[str, list[tuple[int, tuple[Any, ...]]]] = {}
+    for seed, case in enumerate(linear_cases() + attention_cases() + small_cases() + LARGE):
+        grouped.setdefault(case[0].__name__, []).append((seed, case))
+    return grouped
+
+
+def compare(case: tuple[Any, ...], backend: str, seed: int) -> str:
+    """Empty, or what is wrong with which output, at which arguments."""
+    wanted = expected_of(case[0], seed, case[1:])
+    got = run(case[0], backend, seed, case[1:])
+    for name, (want, tolerance) in wanted.items():
+        value = np.asarray(got[name][0], np.float64)
+        with np.errstate(invalid="ignore"):
+            bad = ~(np.abs(value - want) <= tolerance)
+            bad &= ~(np.isnan(value) & np.isnan(want)) & (value != want)
+        if bad.any():
+            at = tuple(int(i[0]) for i in np.nonzero(bad))
+            limit = np.broadcast_to(tolerance, want.shape)[at]
+            return (
+                f"{case[0].__name__}{case[1:]} seed {seed}: {name}{at} = {value[at]!r}, expected "
+                f"{want[at]!r} within {limit:.3g}; {bad.sum()} of {bad.size} elements are wrong"
+            )
+    return ""
+
+
+@every_backend
+@pytest.mark.parametrize("op", list(cases_by_op()))
+def test_op_against_reference(backend: str, op: str) -> None:
+    wrong = [compare(case, backend, seed) for seed, case in cases_by_op()[op]]
+    wrong = [text for text in wrong if text]
+    assert not wrong, f"{len(wrong)} of {len(cases_by_op()[op])} cases:\n" + "\n".join(wrong[:5])
+
+
+@every_backend
+def test_nan_and_infinity_propagate(backend: str) -> None:
+    ops = ops_of(backend)
+    rng = np.random.default_rng(5)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(ops.real)
+
+    for N in (1, 9, 40):
+        O, I, at = 33, 100, N // 2
+        for dtype in DTYPES.values():
+            w = stored(rng.normal(size=(O, I)), dtype)
+            x, out = normal(N, I), normal(N, O)
+            x[at, 97] = np.nan
+            ops.linear_forward(out, x, Mat(w, dtype), None, N, 1.0, 0)
+            assert np.array_equal(np.isnan(out).all(1), np.arange(N) == at)
+            assert np.isfinite(out[np.arange(N) != at]).all()
+            x[at, 97] = np.inf
+            ops.linear_forward(out, x, Mat(w, dtype), None, N, 1.0, 0)
+            assert np.array_equal(out[at], np.inf * np.sign(unstored(w, dtype)[:, 97]))
+            dout, dinp = normal(N, O), normal(N, I)
+            dout[at, 31] = np.nan
+            ops.linear_backward_input(dinp, dout, Mat(w, dtype), N, 1.0, 0)
+            assert np.array_equal(np.isnan(dinp).all(1), np.arange(N) == at)
+            assert np.isfinite(dinp[np.arange(N) != at]).all()
+            w[7, 3] = {BF16: 0x7FC0}.get(dtype, np.nan)
+            x[at, 97] = 1
+            ops.linear_forward(out, x, Mat(w, dtype), None, N, 1.0, 0)
+            assert np.array_equal(np.isnan(out).all(0), np.arange(O) == 7)
+
+    x, out, rstd = normal(3, 33), normal(3, 33), normal(3)
+    x[1, 32] = np.nan
+    ops.rmsnorm_forward(out, rstd, x, normal(33), 3, 33, 1e-5)
+    assert np.isnan(out[1]).all() and np.isfinite(out[[0, 2]]).all()
+    ops.rmsnorm_forward(out, rstd, np.zeros_like(x), normal(33), 3, 33, 1e-5)
+    assert (out == 0).all() and np.allclose(rstd, 1e-5**-0.5)
+
+    for place in (0, 8, 32):  # a vector body and its tail
+        x, out = normal(1, 66), normal(1, 33)
+        x[0, place] = np.nan
+        ops.swiglu_forward(out, x, 1, 33)
+        assert np.array_equal(np.isnan(out[0]), np.arange(33) == place)
+        t = normal(33)
+        t[place] = np.nan
+        t[(place + 1) % 33], t[(place + 2) % 33] = np.inf, -np.inf
+        ops.tanh_forward(t, t, 33)
+        assert np.isnan(t[place]) and np.isnan(t).sum() == 1
+        assert t[(place + 1) % 33] == 1 and t[(place + 2) % 33] == -1
+        logits, loss, lse = normal(2, 33), normal(2), normal(2)
+        logits[1, place] = np.nan
+        ops.cross_entropy_forward(loss, lse, logits, np.array([1, 1], np.int32), 2, 33)
+        assert np.isnan(loss[1]) and np.isnan(lse[1]) and np.isfinite(loss[0])
+        logits[1, place] = -np.inf
+        ops.cross_entropy_forward(loss, lse, logits, np.array([1, 1], np.int32), 2, 33)
+        assert np.isfinite(lse).all()
+        total = c_double()
+        ops.sum_squares(total, t, 33)
+        assert np.isnan(total.value)
+
+    T, heads = 20, Heads(2, 1, 16)
+    for what in (40, 50):  # a key element, a value element
+        qkv, out, lse = normal(T, 64), normal(T, 32), normal(T, 2)
+        qkv[12, what] = np.nan
+        ops.attention_forward(out, lse, qkv, None, [Segment(begin=0, count=T)], 1, heads)
+        assert np.isfinite(out[:12]).all()
+        assert np.isnan(out.reshape(T, 2, 16)[12:]).any(2).all()
+
+
+@every_backend
+def test_large_values_do_not_overflow(backend: str) -> None:
+    ops = ops_of(backend)
+    logits = np.array([[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38]], ops.real)
+    loss, lse = np.empty(2, ops.real), np.empty(2, ops.real)
+    ops.cross_entropy_forward(loss, lse, logits, np.array([0, 1], np.int32), 2, 3)
+    assert loss[0] == 0 and np.isfinite(lse).all()
+    qkv = np.random.default_rng(1).normal(size=(40, 96)).astype(ops.real)
+    qkv[:, :64] *= 1e6
+    out, lse = np.empty((40, 32), ops.real), np.empty((40, 1), ops.real)
+    ops.attention_forward(out, lse, qkv, None, [Segment(begin=0, count=40)], 1, Heads(1, 1, 32))
+    assert np.isfinite(out).all() and np.isfinite(lse).all()
+    exact = qkv.astype(np.float64)
+    scores = np.where(np.tri(40) > 0, exact[:, :32] @ exact[:, 32:64].T, -np.inf)
+    assert np.array_equal(out, qkv[scores.argmax(1), 64:])
+
+
+# ---- invariance, bit for bit ----
+
+
+def same_bits(a: np.ndarray, b: np.ndarray, what: str) -> None:
+    assert a.tobytes() == b.tobytes(), f"{what}: {np.sum(a != b)} of {a.size} elements differ"
+
+
+PARTS = [(0, 1), (5, 6), (39, 40), (3, 7), (8, 25), (1, 40)]  # of 40 rows
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_linear_row_does_not_depend_on_others(backend: str, dtype: str) -> None:
+    m = Maker(ops_of(backend), 11)
+    for O, I in ((33, 100), (64, 1025), (100, 31), (7, 2500), (1030, 9), (256, 64)):
+        W, _ = m.weight(O, I, dtype)
+        x, dout, bias = m.normal(40, I), m.normal(40, O), m.normal(O)
+        for accumulate in (0, 1):
+            out, dinp = m.normal(40, O), m.normal(40, I)
+            start = out.copy(), dinp.copy()
+            m.ops.linear_forward(out, x, W, bias, 40, 0.5, accumulate)
+            m.ops.linear_backward_input(dinp, dout, W, 40, 0.5, accumulate)
+            for a, b in PARTS:
+                part, dpart = start[0][a:b].copy(), start[1][a:b].copy()
+                m.ops.linear_forward(part, x[a:b].copy(), W, bias, b - a, 0.5, accumulate)
+                same_bits(part, out[a:b], f"linear_forward O={O} I={I} rows {a}:{b} of 40")
+                m.ops.linear_backward_input(dpart, dout[a:b].copy(), W, b - a, 0.5, accumulate)
+                same_bits(dpart, dinp[a:b], f"linear_backward_input O={O} I={I} rows {a}:{b} of 40")
+
+
+@every_backend
+@pytest.mark.parametrize("C", [1, 9, 33, 255])
+def test_row_does_not_depend_on_others(backend: str, C: int) -> None:
+    m = Maker(ops_of(backend), 12)
+    ops, weight = m.ops, m.normal(C)
+    x, y, z = m.normal(40, C), m.normal(40, C), m.normal(40, 2 * C)
+    target, table = m.ints(C, 40), m.put(rope_table(50, C // 2 * 2))
+    position = m.ints(50, 40)
+    moments = m.put(m.normal(40, C) ** 2)
+
+    def results(a: int, b: int) -> dict[str, np.ndarray]:
+        N, p, q, gates = b - a, x[a:b].copy(), y[a:b].copy(), z[a:b].copy()
+        r = {name: np.zeros((N, C), ops.real) for name in ("norm", "swiglu", "tanh", "sum")}
+        r |= {name: np.zeros(N, ops.real) for name in ("rstd", "loss", "lse")}
+        r |= {"dinp": q.copy(), "dgates": gates.copy(), "rope": p.copy(), "dlogits": p.copy()}
+        r |= {"dtanh": p.copy(), "p": p.copy(), "m": q.copy(), "v": moments[a:b].copy()}
+        ops.rmsnorm_forward(r["norm"], r["rstd"], p, weight, N, C, 1e-5)
+        ops.rmsnorm_backward(r["dinp"], None, q, p, weight, r["rstd"], N, C)
+        ops.swiglu_forward(r["swiglu"], gates, N, C)
+        ops.swiglu_backward(r["dgates"], q, gates, N, C)
+        ops.tanh_forward(r["tanh"], p, N * C)
+        ops.tanh_backward(r["dtanh"], q, r["tanh"], N * C)
+        ops.add(r["sum"], p, q, N * C)
+        ops.rope_forward(r["rope"], table, position[a:b].copy(), N, 1, C, C, C // 2 * 2)
+        ops.cross_entropy_forward(r["loss"], r["lse"], p, target[a:b].copy(), N, C)
+        ops.cross_entropy_backward(r["dlogits"], r["lse"], target[a:b].copy(), N, C, 0.3)
+        ops.adamw(r["p"], q, r["m"], r["v"], N * C, 1e-3, 0.9, 0.999, 1e-8, 0.1, 2, 0.5)
+        return r
+
+    whole = results(0, 40)
+    for a, b in PARTS:
+        for name, part in results(a, b).items():
+            same_bits(part, whole[name][a:b], f"{name}, rows {a}:{b} of 40, C={C}")
+
+
+@every_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_segment_does_not_depend_on_others(backend: str, kind: str) -> None:
+    m = Maker(ops_of(backend), 13)
+    counts, shape = (5, 1, 33, 17, 64), (4, 2, 33)
+    segments, qkv, cache, heads, N, _, _, _ = attention_inputs(m, kind, counts, shape)
+    dout = m.normal(N, 4 * 33)
+
+    def results(tokens: slice, chosen: list[Segment]) -> list[np.ndarray]:
+        rows, d = qkv[tokens].copy(), dout[tokens].copy()
+        out, lse = np.zeros_like(d), np.zeros((len(d), 4), d.dtype)
+        dqkv = np.zeros_like(rows)
+        m.ops.attention_forward(out, lse, rows, cache, chosen, len(chosen), heads)
+        args = (d, out, lse, rows, cache, chosen, len(chosen), heads)
+        m.ops.attention_backward(dqkv, None, *args)
+        return [out, lse, dqkv]
+
+    whole = results(slice(0, N), segments)
+    for s in segments:
+        tokens = slice(s.begin, s.begin + s.count)
+        alone = Segment(*(getattr(s, name) for name, _ in Segment._fields_))
+        alone.begin = 0
+        for got, want in zip(results(tokens, [alone]), whole, strict=True):
+            same_bits(got, want[tokens], f"{kind}: segment of {s.count} tokens alone")
+
+
+@pytest.fixture
+def threads():
+    """set_num_threads for the test; restores what was."""
+    before = _core.get_num_threads() if backends() else None
+    yield _core.set_num_threads
+    if before is not None:
+        _core.set_num_threads(before)
+
+
+@every_backend
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+def test_threads_do_not_change_a_bit(backend: str, case: tuple[Any, ...], threads: Any) -> None:
+    results = []
+    for n in (1, 2, 3):
+        threads(n)
+        results.append(run(case[0], backend, 17, case[1:]))
+    for n, result in zip((2, 3), results[1:], strict=True):
+        for name, (value, _) in results[0].items():
+            same_bits(result[name][0], value, f"{case[0].__name__}{case[1:]} {name}, {n} threads")
+
+
+# ---- Philox and dropout ----
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    """Philox4x32-10 (Salmon et al. 2011), written from the paper in Python integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        low = 0xFFFFFFFF
+        c = [(b >> 32) ^ c[1] ^ k[0], b & low, (a >> 32) ^ c[3] ^ k[1], a & low]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    return tuple(c)
+
+
+def test_philox_known_answers() -> None:
+    """The vectors of the Random123 distribution (kat_vectors, philox4x32 10)."""
+    ones = 0xFFFFFFFF
+    zero = philox((0, 0, 0, 0), (0, 0))
+    assert zero == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    full = philox((ones,) * 4, (ones,) * 2)
+    assert full == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    pi = philox((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+    assert pi == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+
+
+@pytest.mark.parametrize("backend", ["ref_f64", *TESTED])
+def test_dropout_words_are_philox(backend: str) -> None:
+    """At p = word / 2^32 an element is kept, one unit higher it is dropped: that shows the word."""
+    ops = ops_of(backend)
+    rng = np.random.default_rng(2)
+    calls = [(0, 0, 0, 0, 0)]  # all zero: the first known answer
+    calls += [tuple(int(x) for x in rng.integers(0, 2**31, 5)) for _ in range(5)]
+    calls += [(2**64 - 1, 2**32 - 1, 2**31 - 1, 2**31 - 1, 2**32 - 1)]
+    for seed, step, stream, position, site in calls:
+        key = (seed & 0xFFFFFFFF, (seed >> 32) ^ step)
+        for C, element in ((1, 0), (4, 1), (7, 6), (4099, 4098), (4099, 4091)):
+            word = philox((element // 4, position, stream, site), key)[element % 4]
+            for units, kept in ((word, True), (word + 1, False)):
+                dropout = Dropout(units / 2**32, [stream], [position], seed, step, site)
+                out = np.ones((1, C), ops.real)
+                ops.dropout_forward(out, out, 1, C, dropout)
+                assert (out[0, element] != 0) == kept, (seed, step, stream, position, site, element)
+
+
+@pytest.mark.parametrize("backend", ["ref_f64", *TESTED])
+def test_dropout_does_not_depend_on_packing(backend: str) -> None:
+    ops = ops_of(backend)
+    N, C = 60, 37
+    stream, position = np.repeat(np.arange(6), 10), np.tile(np.arange(10), 6)
+    x = np.ones((N, C), ops.real)
+
+    def mask(rows: np.ndarray, **other: int) -> np.ndarray:
+        out = np.empty((len(rows), C), ops.real)
+        arguments = {"seed": 5, "step": 1, "site": 3} | other
+        dropout = Dropout(0.3, stream[rows], position[rows], **arguments)
+        ops.dropout_forward(out, x[rows].copy(), len(rows), C, dropout)
+        return out
+
+    whole = mask(np.arange(N))
+    shuffled = np.random.default_rng(1).permutation(N)
+    assert np.array_equal(mask(shuffled), whole[shuffled])
+    assert np.array_equal(mask(np.arange(17, 18)), whole[17:18])
+    assert len(np.unique(whole != 0, axis=0)) == N  # no two (stream, position) share a mask
+    for other in ({"seed": 6}, {"seed": 5 + 2**32}, {"step": 2}, {"site": 4}):
+        assert (mask(np.arange(N), **other) != whole).any()
+    assert np.isin(whole, [0, np.asarray(1 / 0.7, ops.real)]).all()
+
+
+@pytest.mark.parametrize("backend", ["ref_f64", *TESTED])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
+def test_dropout_keep_rate(backend: str, p: float) -> None:
+    ops = ops_of(backend)
+    N, C = 400, 256
+    out = np.ones((N, C), ops.real)
+    dropout = Dropout(p, np.arange(N) % 7, np.arange(N), seed=1)
+    ops.dropout_forward(out, out, N, C, dropout)
+    deviation = np.sqrt(p * (1 - p) / out.size)
+    assert abs((out != 0).mean() - (1 - p)) <= 4 * deviation
+
+
+# ---- stored dtypes ----
+
+
+@pytest.mark.parametrize("backend", ["ref_f64", *TESTED])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("wide", [F32, F64])
+def test_convert_every_16_bit_pattern(backend: str, dtype: int, wide: int) -> None:
+    ops = ops_of(backend)
+    bits = np.arange(65536, dtype=np.uint16)
+    inp = bits if dtype == BF16 else bits.view(np.float16)
+    out, back = np.empty(65536, STORED[wide]), np.empty_like(inp)
+    ops.convert(out, wide, inp, dtype, 65536)
+    expected = bf16_to_float(bits) if dtype == BF16 else inp.astype(np.float32)
+    assert np.array_equal(out, expected, equal_nan=True)
+    number = ~np.isnan(expected)
+    assert np.array_equal(np.signbit(out[number]), np.signbit(expected[number]))
+    ops.convert(back, dtype, out, wide, 65536)
+    assert np.array_equal(back.view(np.uint16)[number], bits[number])
+    again = bf16_to_float(back) if dtype == BF16 else back.astype(np.float32)
+    assert np.isnan(again[~number]).all()
+
+
+@pytest.mark.parametrize("backend", ["ref_f64", *TESTED])
+def test_convert_rounds_to_nearest_even(backend: str) -> None:
+    ops = ops_of(backend)
+    rng = np.random.default_rng(8)
+    patterns = rng.integers(0, 2**32, 200_003, dtype=np.uint32)
+    near_half = (rng.normal(size=50_000) * 2.0 ** rng.integers(-30, 18, 50_000)).astype(np.float32)
+    halves = np.arange(65535, dtype=np.uint16).view(np.float16).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        ties = ((halves[1:] + halves[:-1]) / 2).astype(np.float32)  # exact ties of half
+    edges = np.array(
+        [65504, 65519.996, 65520, 65536, 2**-24, 2**-25, 1.5 * 2**-25, 0.0], np.float32
+    )
+    special = np.array([np.inf, np.nan, 3.4028235e38, 1e-45, 3.3961775e38], np.float32)
+    x = np.concatenate(
+        [patterns.view(np.float32), near_half, ties, edges, -edges, special, -special]
+    )
+    with np.errstate(invalid="ignore"):
+        doubles = x.astype(np.float64)
+    for source, given in ((F32, x), (F64, doubles)):
+        half, brain = np.empty(len(x), np.float16), np.empty(len(x), np.uint16)
+        ops.convert(half, F16, given, source, len(x))
+        ops.convert(brain, BF16, given, source, len(x))
+        with np.errstate(over="ignore", invalid="ignore"):
+            want_half, want_brain = given.astype(np.float16), float_to_bf16(x)
+        number = ~np.isnan(x)
+        same_bits(half[number], want_half[number], "half")
+        same_bits(brain[number], want_brain[number], "bfloat16")
+        assert np.isnan(half[~number]).all() and np.isnan(bf16_to_float(brain[~number])).all()
+    # the other pairs, and lengths around a vector
+    wide = rng.normal(size=40)
+    for n in (0, 1, 7, 8, 9, 15, 17, 33):
+        for a in DTYPES.values():
+            given = stored(wide[:n], a)
+            for b in DTYPES.values():
+                out = np.full(n + 1, 3, STORED[b])
+                ops.convert(out[:n], b, given, a, n)
+                want = stored(unstored(given, a), b)
+                same_bits(out[:n], np.ascontiguousarray(want), f"{a} to {b}, n={n}")
+                assert out[n] == 3
+
+
+@pytest.mark.parametrize("backend", ["ref_f64", *TESTED])
+def test_merge_against_numpy(backend: str) -> None:
+    """Integers and powers of two: no rounding before the last, so the bits are known."""
+    ops = ops_of(backend)
+    rng = np.random.default_rng(4)
+    O, I, R = 33, 101, 5
+    B, A = (rng.integers(-8, 9, shape).astype(ops.real) for shape in ((O, R), (R, I)))
+    w = rng.normal(size=(O, I)).astype(np.float16)
+    want = w.astype(np.float64) + (B.astype(np.float64) @ A) / 8
+    for dtype in (F32, F16, BF16):
+        data = stored(w.astype(np.float32), dtype)
+        exact = want if dtype != BF16 else unstored(data, BF16) + (B.astype(np.float64) @ A) / 8
+        ops.merge(data, dtype, B, A, O, I, R, 0.125)
+        expected = stored(exact.astype(np.float32), dtype)
+        # the float sum may round before the last rounding: a tie then goes either way, rarely
+        differ = data.view(np.uint16 if dtype != F32 else np.uint32) != expected.view(
+            np.uint16 if dtype != F32 else np.uint32
+        )
+        assert differ.mean() < 0.002, f"dtype {dtype}: {differ.sum()} of {differ.size} differ"
