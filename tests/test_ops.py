@@ -1016,10 +1016,9 @@ def test_segment_does_not_depend_on_others(backend: str, kind: str) -> None:
 @pytest.fixture
 def threads():
     """set_num_threads for the test; restores what was."""
-    before = _core.get_num_threads() if backends() else None
+    before = _core.get_num_threads()
     yield _core.set_num_threads
-    if before is not None:
-        _core.set_num_threads(before)
+    _core.set_num_threads(before)
 
 
 @every_backend
