@@ -1,0 +1,227 @@
+"""Files written whole or not at all, JSON with errors that say where, and files mapped read-only.
+
+Every writer goes to a temporary name beside its target, is synced, and is then renamed over it: a
+reader sees the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER_MAX = 1024  # bytes; pointers have about 130
+
+
+def _sync_directory(path: str | os.PathLike) -> None:
+    """Make a rename inside `path` durable, where the file system can."""
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _named(error: OSError, path: str | os.PathLike) -> OSError:
+    """The same error with the path in it: a failed write (disk full) does not know its file."""
+    if error.filename is not None or error.errno is None:
+        return error
+    return OSError(error.errno, os.strerror(error.errno), os.fspath(path))
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a file for writing that takes its name only when the block ends without an error.
+
+    `mode` is "wb" or "w" (UTF-8, newlines as given). A symbolic link is followed. On any error,
+    Ctrl-C included, the temporary file is removed and what stood under `path` stays. Raises
+    OSError naming `path`.
+    """
+    if mode not in ("wb", "w"):
+        raise ValueError(f"mode: expected 'wb' or 'w', got {mode!r}")
+    target = Path(os.path.realpath(path))
+    # Not derived from the target's name, which may already have the longest length a name can have.
+    temporary = target.parent / f".{os.getpid()}-{os.urandom(6).hex()}.tmp"
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        file = open(temporary, mode.replace("w", "x"), **text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    try:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(temporary, target)
+    except BaseException as error:
+        with suppress(OSError):
+            file.close()
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise _named(error, path) from error
+        raise
+    _sync_directory(target.parent)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """A directory to fill that takes the name `path` only when the block ends without an error.
+
+    Yields the temporary sibling (`.name.tmp`; one left by a killed process is removed first). An
+    existing directory under `path` is replaced as a whole: moved aside, and removed once the new
+    one is in place. On an error the temporary one is removed and what stood under `path` stays.
+    Raises OSError naming the path.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{path}: is a file, expected a directory or nothing")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.tmp"
+    aside = target.parent / f".{target.name}.old.tmp"
+    for left_over in (temporary, aside):
+        if left_over.exists():
+            if left_over is aside and not target.exists():
+                os.rename(
+                    aside, target
+                )  # killed between the two renames below: take the old one back
+            else:
+                shutil.rmtree(left_over)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync_file(os.path.join(folder, name))
+            _sync_directory(folder)
+        if target.exists():
+            os.rename(target, aside)
+        try:
+            os.rename(temporary, target)
+        except BaseException:
+            if aside.exists():
+                os.rename(aside, target)
+            raise
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _named(error, path) from error
+        raise
+    _sync_directory(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_file(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_file(path, "w") as file:
+        file.write(text)
+
+
+def write_json(
+    path: str | os.PathLike, value: Any, indent: int | None = 2, sort_keys: bool = True
+) -> None:
+    """Write `value` as JSON text in UTF-8 with a newline at its end, atomically.
+
+    Raises TypeError for what JSON cannot hold, before any file is touched.
+    """
+    text = json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
+_JSON_NAMES = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def read_json(path: str | os.PathLike, expect: type | None = None) -> Any:
+    """Read one JSON value from a UTF-8 file, with or without a byte order mark.
+
+    `expect` is dict or list: what the outermost value must be. Raises ValueError naming the file
+    and the byte of text that is not UTF-8, the line and column of text that is not JSON, or the
+    kind of value found.
+    """
+    data = Path(path).read_bytes()
+    refuse_lfs_pointer(path, data)
+    mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+    try:
+        value = json.loads(data[mark:].decode("utf-8"))
+    except UnicodeDecodeError as error:
+        offset = mark + error.start
+        byte = data[offset]
+        raise ValueError(f"{path}: not UTF-8: byte 0x{byte:02x} at offset {offset}") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise ValueError(f"{path}: not JSON: {error.msg} at {where}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: JSON nested too deeply") from None
+    except ValueError as error:  # a number with thousands of digits
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if expect is not None and not isinstance(value, expect):
+        found = _JSON_NAMES[type(value)]
+        raise ValueError(
+            f"{path}: expected {_JSON_NAMES[expect]} as the outermost JSON value, got {found}"
+        )
+    return value
+
+
+def refuse_lfs_pointer(path: str | os.PathLike, data: bytes) -> None:
+    """Raise ValueError if `data`, the whole small file, is a git-lfs pointer that was never
+    downloaded.
+    """
+    if len(data) > LFS_POINTER_MAX or not data.startswith(LFS_POINTER):
+        return
+    sizes = [
+        line[5:] for line in data.split(b"\n") if line.startswith(b"size ") and line[5:].isdigit()
+    ]
+    size = f" of {sizes[0].decode()[:20]} bytes" if sizes else ""
+    raise ValueError(
+        f"{path}: is a git-lfs pointer ({len(data)} bytes), not the file itself{size}; "
+        f"run `git lfs install` and `git lfs pull` in {Path(path).parent}, or download the "
+        "file again"
+    )
+
+
+def map_file(path: str | os.PathLike) -> np.ndarray:
+    """Map a regular file: a read-only uint8 array (bytes,) that keeps the mapping alive. Nothing
+    is read yet.
+
+    Raises ValueError for an empty file, something that is not a file, or a git-lfs pointer;
+    OSError as open() does.
+    """
+    import mmap
+
+    if stat.S_ISDIR(os.stat(path).st_mode):
+        raise IsADirectoryError(f"{path}: is a directory, expected a file")
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path}: is not a regular file")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise ValueError(f"{path}: file is empty")
+        if size <= LFS_POINTER_MAX:
+            refuse_lfs_pointer(path, file.read())
+        mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapping, dtype=np.uint8)
