@@ -1,0 +1,17 @@
+/* x86-64 with AVX2, FMA and F16C. */
+#ifdef __AVX2__
+#include <immintrin.h>
+
+#define VL 8
+#define NAME avx2
+#define HALF_TO_FLOAT(p) ((vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
+
+/* lane sums of four vectors, adjacent lanes first */
+static inline __m128 sum4_avx2(__m256 a, __m256 b, __m256 c, __m256 d)
+{
+    const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+}
+#define SUM4(a, b, c, d) ((v4)sum4_avx2((__m256)(a), (__m256)(b), (__m256)(c), (__m256)(d)))
+#include "kernels_tmpl.h"
+#endif

@@ -1,0 +1,258 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MAX_THREADS = 256, SPINS = 4000 };
+
+struct glm_pool {
+    int threads;  /* asked for, the caller's included */
+    int workers;  /* running */
+    long pid;     /* whose workers they are */
+    pthread_t worker[MAX_THREADS];
+    char *scratch[MAX_THREADS]; /* one per worker, the last used by the caller */
+    char *caller_scratch;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake, done;
+    atomic_uint generation; /* grows with each run */
+    atomic_int next, active, stop, busy, quit;
+    int n_tasks;
+    glm_task fn;
+    const void *arg;
+    int (*poll)(void *arg);
+    void *poll_arg;
+    struct timespec polled;
+};
+
+struct seat {
+    struct glm_pool *pool;
+    int index;
+    unsigned generation; /* of the run before the worker was started */
+};
+
+static void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void work(struct glm_pool *pool, char *scratch)
+{
+    for (;;) {
+        const int task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
+        if (task >= pool->n_tasks || atomic_load_explicit(&pool->stop, memory_order_relaxed))
+            return;
+        pool->fn(pool->arg, task, scratch);
+    }
+}
+
+static void *worker_main(void *arg)
+{
+    struct seat seat = *(struct seat *)arg;
+    struct glm_pool *pool = seat.pool;
+    unsigned seen = seat.generation;
+    free(arg);
+    for (;;) {
+        for (int spin = 0; spin < SPINS && atomic_load_explicit(&pool->generation, memory_order_acquire) == seen; spin++)
+            relax();
+        if (atomic_load_explicit(&pool->generation, memory_order_acquire) == seen) {
+            pthread_mutex_lock(&pool->mutex);
+            while (atomic_load_explicit(&pool->generation, memory_order_acquire) == seen)
+                pthread_cond_wait(&pool->wake, &pool->mutex);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+        seen++;
+        if (atomic_load(&pool->quit))
+            return NULL;
+        work(pool, pool->scratch[seat.index]);
+        if (atomic_fetch_sub_explicit(&pool->active, 1, memory_order_acq_rel) == 1) {
+            pthread_mutex_lock(&pool->mutex);
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    }
+}
+
+static int default_threads(void)
+{
+    const char *omp = getenv("OMP_NUM_THREADS");
+    const long asked = omp ? strtol(omp, NULL, 10) : 0; /* "4,2": the outer level counts */
+    if (asked >= 1)
+        return asked > MAX_THREADS ? MAX_THREADS : (int)asked;
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        const int n = CPU_COUNT(&set);
+        return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
+    }
+#endif
+    const long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online < 1 ? 1 : online > MAX_THREADS ? MAX_THREADS : (int)online;
+}
+
+static void *aligned(size_t bytes)
+{
+    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
+
+struct glm_pool *glm_pool_create(void)
+{
+    struct glm_pool *pool = calloc(1, sizeof *pool);
+    if (!pool)
+        return NULL;
+    pool->caller_scratch = aligned(GLM_SCRATCH);
+    if (!pool->caller_scratch) {
+        free(pool);
+        return NULL;
+    }
+    pool->threads = default_threads();
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    return pool;
+}
+
+static void begin_generation(struct glm_pool *pool)
+{
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add_explicit(&pool->generation, 1, memory_order_release);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static void join_workers(struct glm_pool *pool)
+{
+    if (pool->workers && pool->pid == (long)getpid()) {
+        atomic_store(&pool->quit, 1);
+        begin_generation(pool);
+        for (int i = 0; i < pool->workers; i++)
+            pthread_join(pool->worker[i], NULL);
+        atomic_store(&pool->quit, 0);
+    }
+    pool->workers = 0;
+}
+
+void glm_pool_destroy(struct glm_pool *pool)
+{
+    if (!pool)
+        return;
+    join_workers(pool);
+    for (int i = 0; i < MAX_THREADS; i++)
+        free(pool->scratch[i]);
+    free(pool->caller_scratch);
+    free(pool);
+}
+
+/* Starts missing workers; fewer than asked for is slower, never wrong. After a fork the parent's are forgotten. */
+static void start_workers(struct glm_pool *pool)
+{
+    if (pool->pid != (long)getpid()) {
+        pool->workers = 0;
+        pool->pid = (long)getpid();
+        pthread_mutex_init(&pool->mutex, NULL);
+        pthread_cond_init(&pool->wake, NULL);
+        pthread_cond_init(&pool->done, NULL);
+        atomic_store(&pool->active, 0);
+    }
+    if (pool->workers > pool->threads - 1)
+        join_workers(pool);
+    while (pool->workers < pool->threads - 1) {
+        const int i = pool->workers;
+        struct seat *seat = malloc(sizeof *seat);
+        if (!pool->scratch[i])
+            pool->scratch[i] = aligned(GLM_SCRATCH);
+        if (!seat || !pool->scratch[i]) {
+            free(seat);
+            return;
+        }
+        *seat = (struct seat){pool, i, atomic_load(&pool->generation)};
+        if (pthread_create(&pool->worker[i], NULL, worker_main, seat) != 0) {
+            free(seat);
+            return;
+        }
+        pool->workers++;
+    }
+}
+
+void glm_pool_set_threads(struct glm_pool *pool, int threads)
+{
+    pool->threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads; /* the next run starts or ends them */
+}
+
+int glm_pool_threads(const struct glm_pool *pool) { return pool->threads; }
+
+void glm_pool_set_poll(struct glm_pool *pool, int (*poll)(void *arg), void *arg)
+{
+    pool->poll = poll;
+    pool->poll_arg = arg;
+    atomic_store(&pool->stop, 0);
+    clock_gettime(CLOCK_MONOTONIC, &pool->polled);
+}
+
+int glm_pool_stopped(const struct glm_pool *pool) { return atomic_load(&((struct glm_pool *)pool)->stop); }
+
+static void poll_now_and_then(struct glm_pool *pool)
+{
+    struct timespec now;
+    if (!pool->poll || atomic_load_explicit(&pool->stop, memory_order_relaxed))
+        return;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    const double ms = (double)(now.tv_sec - pool->polled.tv_sec) * 1e3 + (double)(now.tv_nsec - pool->polled.tv_nsec) / 1e6;
+    if (ms < 50)
+        return;
+    pool->polled = now;
+    if (pool->poll(pool->poll_arg))
+        atomic_store(&pool->stop, 1);
+}
+
+static void work_and_poll(struct glm_pool *pool)
+{
+    for (;;) {
+        poll_now_and_then(pool);
+        const int task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
+        if (task >= pool->n_tasks || atomic_load_explicit(&pool->stop, memory_order_relaxed))
+            return;
+        pool->fn(pool->arg, task, pool->caller_scratch);
+    }
+}
+
+void glm_pool_run(struct glm_pool *pool, int n_tasks, glm_task fn, const void *arg)
+{
+    if (n_tasks < 1)
+        return;
+    if (atomic_exchange(&pool->busy, 1) && pool->pid == (long)getpid()) { /* another caller's op is running */
+        char *scratch = aligned(GLM_SCRATCH);
+        for (int task = 0; scratch && task < n_tasks; task++)
+            fn(arg, task, scratch);
+        free(scratch);
+        return;
+    }
+    if (n_tasks > 1 && pool->threads > 1)
+        start_workers(pool);
+    pool->n_tasks = n_tasks;
+    pool->fn = fn;
+    pool->arg = arg;
+    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
+    if (n_tasks == 1 || pool->threads == 1 || pool->workers == 0) {
+        work_and_poll(pool);
+    } else {
+        atomic_store_explicit(&pool->active, pool->workers, memory_order_relaxed);
+        begin_generation(pool);
+        work_and_poll(pool);
+        for (int spin = 0; spin < SPINS && atomic_load_explicit(&pool->active, memory_order_acquire); spin++)
+            relax();
+        if (atomic_load_explicit(&pool->active, memory_order_acquire)) {
+            pthread_mutex_lock(&pool->mutex);
+            while (atomic_load_explicit(&pool->active, memory_order_acquire))
+                pthread_cond_wait(&pool->done, &pool->mutex);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    }
+    atomic_store(&pool->busy, 0);
+}
