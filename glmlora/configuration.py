@@ -1,0 +1,320 @@
+"""`config.json` of a model directory: read, checked, completed with the defaults of the published
+code, written again.
+
+A config says what the core needs to know (`arch`); keys this package has no use for are kept and
+written back.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from .files import read_json, write_json
+
+# What the published ChatGLM2 configuration class assumes for keys that a file leaves out.
+DEFAULTS: dict[str, Any] = {
+    "model_type": "chatglm",
+    "num_layers": 28,
+    "padded_vocab_size": 65024,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 13696,
+    "kv_channels": 128,
+    "num_attention_heads": 32,
+    "seq_length": 2048,
+    "layernorm_epsilon": 1e-5,
+    "rmsnorm": True,
+    "apply_residual_connection_post_layernorm": False,
+    "post_layer_norm": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "multi_query_attention": False,
+    "multi_query_group_num": 1,
+    "original_rope": True,
+    "rope_ratio": 1,
+    "quantization_bit": 0,
+    "pre_seq_len": None,
+    "prefix_projection": False,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "torch_dtype": None,
+    "_name_or_path": "",
+}
+FAMILIES = ("v2", "v3", "g4")
+ROPE_MODES = ("base", "interpolate", "half")
+PREFIX_DROPOUT = 0.1  # of prefix keys and values in training, as in the published P-Tuning code
+_SIZES = (
+    "num_layers",
+    "padded_vocab_size",
+    "hidden_size",
+    "ffn_hidden_size",
+    "kv_channels",
+    "num_attention_heads",
+    "seq_length",
+    "multi_query_group_num",
+)
+# Variants of the architecture that the published code can build and no published checkpoint of
+# these families uses.
+_ONLY = {
+    "rmsnorm": True,
+    "apply_residual_connection_post_layernorm": False,
+    "post_layer_norm": True,
+    "add_bias_linear": False,
+    "multi_query_attention": True,
+    "original_rope": True,
+    "tie_word_embeddings": False,
+}
+_OWN = ("family", "rope_mode")  # attributes that no config.json has
+
+
+def model_directory(path: str | os.PathLike) -> Path:
+    """`path` as a Path. OSError if there is no such directory: nothing is ever downloaded."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise OSError(
+            f"{os.fspath(path)!r}: looked for a local directory (from {os.getcwd()}) and found "
+            "none; glmlora downloads "
+            "nothing, so give the path of a model that is already on this machine"
+        )
+    return directory
+
+
+class ChatGLMConfig:
+    """Configuration of a ChatGLM2, ChatGLM3 or GLM-4-9B (original layout) model.
+
+    Every key of `config.json` is an attribute and may be changed until the model is built
+    (`pre_seq_len`, `prefix_projection`). Beside them: `family`, "v2" "v3" or "g4", and `rope_mode`,
+    what `rope_ratio` means: "base" multiplies the rotary base 10000, "interpolate" divides
+    positions, "half" is ChatGLM2's float16 table.
+    """
+
+    def __init__(self, family: str | None = None, rope_mode: str | None = None, **fields: Any):
+        fields = {**DEFAULTS, **fields}
+        projection = fields["prefix_projection"]
+        if isinstance(projection, list | tuple) and len(projection) == 1:
+            fields["prefix_projection"] = projection[
+                0
+            ]  # a stray comma in a published copy made it a tuple
+        self.__dict__.update(fields)
+        self.family = family or detect_family(fields)
+        self._rope_mode = rope_mode
+        self.check()
+
+    @property
+    def rope_mode(self) -> str:
+        """How `rope_ratio` is read; where nobody said, ChatGLM2 divides positions and the others
+        scale the base.
+        """
+        if self._rope_mode is not None:
+            return self._rope_mode
+        return "interpolate" if self.family == "v2" and self.rope_ratio != 1 else "base"
+
+    @rope_mode.setter
+    def rope_mode(self, mode: str | None) -> None:
+        self._rope_mode = mode
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        family: str | None = None,
+        rope_mode: str | None = None,
+        **overrides: Any,
+    ) -> ChatGLMConfig:
+        """Read `path/config.json`. `overrides` replace its keys (`pre_seq_len=128`).
+
+        `trust_remote_code`, `revision` and `cache_dir` are accepted and mean nothing: only local
+        files are read and none is executed. Raises OSError when the directory or file is absent,
+        ValueError for a field that is wrong or a model this release does not support.
+        """
+        directory = model_directory(path)
+        file = directory / "config.json"
+        if not file.is_file():
+            raise OSError(f"{file}: not found; a model directory holds config.json and the weights")
+        fields = read_json(file, dict)
+        fields.update(overrides)
+        try:
+            if family is None:
+                family = detect_family(fields, directory)
+            return cls(family=family, rope_mode=rope_mode, **fields)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    def check(self) -> None:
+        """Raise ValueError naming a field that no supported model can have."""
+        _refuse_other_models(self.__dict__)
+        for name in _SIZES:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+        for name, only in _ONLY.items():
+            value = getattr(self, name)
+            if bool(value) != only:
+                raise ValueError(
+                    f"{name} {value!r} is not supported by this release, only {only!r}"
+                )
+        if self.quantization_bit not in (None, 0):
+            raise ValueError(
+                f"quantization_bit {self.quantization_bit!r}: quantized checkpoints are not "
+                "supported by this release; "
+                "use the float16 one"
+            )
+        for name in ("layernorm_epsilon", "rope_ratio"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        if self.num_attention_heads % self.multi_query_group_num:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"multi_query_group_num {self.multi_query_group_num}"
+            )
+        if self.kv_channels % 4:
+            raise ValueError(f"kv_channels: expected a multiple of 4, got {self.kv_channels}")
+        length = self.pre_seq_len
+        if length is not None and (type(length) is not int or length < 1):
+            raise ValueError(f"pre_seq_len: expected a whole number from 1 or null, got {length!r}")
+        if not isinstance(self.prefix_projection, bool | int | None):
+            raise ValueError(
+                f"prefix_projection: expected true or false, got {self.prefix_projection!r}"
+            )
+        if self.family not in FAMILIES:
+            raise ValueError(f"family: expected one of {' '.join(FAMILIES)}, got {self.family!r}")
+        if self._rope_mode not in (None, *ROPE_MODES):
+            raise ValueError(
+                f"rope_mode: expected one of {' '.join(ROPE_MODES)}, got {self._rope_mode!r}"
+            )
+        self.eos_token_ids  # noqa: B018  checks the field
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """`eos_token_id` as a list; with the role tokens that end an answer in family v3."""
+        ids = self.eos_token_id
+        ids = [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+        for i in ids:
+            if type(i) is not int:
+                raise ValueError(
+                    "eos_token_id: expected a number or a list of numbers, got "
+                    f"{self.eos_token_id!r}"
+                )
+        return ids
+
+    @property
+    def prefix_width(self) -> int:
+        """Numbers of one prefix row, 2 * layers * groups * head size: the keys and values of every
+        layer.
+        """
+        return 2 * self.num_layers * self.multi_query_group_num * self.kv_channels
+
+    def arch(self) -> dict[str, Any]:
+        """What the core must know, under the names of `_core.Model`."""
+        self.check()
+        ratio, mode = float(self.rope_ratio), self.rope_mode
+        return {
+            "layers": self.num_layers,
+            "hidden": self.hidden_size,
+            "ffn": self.ffn_hidden_size,
+            "heads": self.num_attention_heads,
+            "kv_heads": self.multi_query_group_num,
+            "head_dim": self.kv_channels,
+            "vocab": self.padded_vocab_size,
+            "max_positions": self.seq_length,
+            "rotary_dim": self.kv_channels // 2,
+            "eps": float(self.layernorm_epsilon),
+            "rope_base": 10000.0 * ratio if mode == "base" else 10000.0,
+            "rope_divisor": 1.0 if mode == "base" else ratio,
+            "qkv_bias": bool(self.add_qkv_bias),
+            "half_rope_table": mode == "half",
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of `config.json`: everything read, and defaults that were not."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("family", "_rope_mode")}
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write `directory/config.json`, atomically; the directory is made if it is absent."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        fields = self.to_dict()
+        if fields["pre_seq_len"] is None:
+            del fields["pre_seq_len"], fields["prefix_projection"]
+        for name in ("rope_ratio", "quantization_bit", "torch_dtype"):
+            if fields[name] == DEFAULTS[name]:
+                del fields[name]
+        write_json(Path(directory) / "config.json", fields)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Value of a key, or `default`."""
+        return self.__dict__.get(name, default)
+
+    def __repr__(self) -> str:
+        return f"ChatGLMConfig(family={self.family!r}, {self.to_dict()})"
+
+
+def _refuse_other_models(fields: dict[str, Any]) -> None:
+    kind = fields.get("model_type")
+    if kind in ("glm", "glm4"):
+        raise ValueError(
+            f"model_type {kind!r} (the transformers layout of GLM-4) is not supported by this "
+            "release; "
+            "ChatGLM2, ChatGLM3 and GLM-4-9B in their original layout are"
+        )
+    if kind != "chatglm":
+        raise ValueError(f"model_type {kind!r} is not supported by this release, only 'chatglm'")
+    if "inner_hidden_size" in fields or "position_encoding_2d" in fields:
+        raise ValueError(
+            "ChatGLM-6B (the first generation) is not supported by this release; ChatGLM2 and 3 are"
+        )
+
+
+def detect_family(fields: dict[str, Any], directory: Path | None = None) -> str:
+    """ "v2", "v3" or "g4". The configs of v2 and v3 are alike, so the name and the tokenizer decide
+    between them.
+    """
+    _refuse_other_models({"model_type": "chatglm", **fields})
+    names = [str(fields.get("_name_or_path") or "")]
+    names += [directory.resolve().name] if directory else []
+    for name in names:
+        found = re.search(r"chatglm-?([23])|(glm-?4)", name.lower())
+        if found:
+            return f"v{found[1]}" if found[1] else "g4"
+    if fields.get("padded_vocab_size") == 151552:
+        return "g4"
+    if directory is not None:
+        if _tiktoken_vocabulary(directory / "tokenizer.model"):
+            return "g4"
+        for name in ("tokenizer_config.json", "tokenization_chatglm.py"):
+            file = directory / name
+            if file.is_file() and b"<|assistant|>" in file.read_bytes()[: 1 << 20]:
+                return "v3"
+        if fields.get("rope_ratio", 1) != 1:
+            warnings.warn(
+                f"{directory}: rope_ratio {fields['rope_ratio']} divides positions in ChatGLM2 "
+                "and multiplies the "
+                "rotary base in ChatGLM3 and GLM-4, and nothing here tells which this is: taken "
+                "as ChatGLM2. "
+                'Say family="v3" or rope_mode="base" otherwise',
+                stacklevel=4,
+            )
+    return "v2"
+
+
+def _tiktoken_vocabulary(file: Path) -> bool:
+    """Whether a tokenizer.model has lines of base64 and rank (GLM-4) rather than a SentencePiece
+    model.
+    """
+    if not file.is_file():
+        return False
+    with open(file, "rb") as f:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\n", f.read(200)) is not None
+
+
+class AutoConfig:
+    """`AutoConfig.from_pretrained(path)` -> ChatGLMConfig."""
+
+    from_pretrained = ChatGLMConfig.from_pretrained

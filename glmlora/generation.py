@@ -1,0 +1,916 @@
+"""From ids to ids, and from a question to an answer: the one token loop that generate, chat and
+stream_chat share.
+
+A row is a list of ids; the core's cache holds a leading part of it, and every step feeds what it
+lacks. So a prompt, one more token, a new round of a conversation and a cache that was renewed are
+the same call.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _core
+from .files import read_json
+
+if TYPE_CHECKING:
+    from .configuration import ChatGLMConfig
+    from .modeling import ChatGLMForConditionalGeneration
+
+CHUNK = 1024  # tokens fed at a time: bounds the memory of a long prompt
+CAPACITY_STEP = 256  # positions by which caches are sized
+# New tokens after which a cache is made anew, larger: nothing is reserved for the 8192 positions
+# that chat may use.
+# It follows from the count alone, so that a row does not notice which rows are beside it.
+ROOM = (256, 1024, 4096, 16384, 65536)
+
+# Random streams: (global seed, call number) -> seed of a call; (that, row, index) -> one draw.
+
+_random_lock = threading.Lock()
+_global_seed = int.from_bytes(os.urandom(8), "little")
+_calls = 0
+
+
+def set_seed(seed: int) -> None:
+    """Make what follows repeatable: sampling, fresh adapters and prefixes, dropout. seed: a whole
+    number.
+    """
+    global _global_seed, _calls
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed: expected a whole number, got {seed!r}")
+    with _random_lock:
+        _global_seed, _calls = int(seed) % 2**64, 0
+
+
+def next_seed() -> int:
+    """A seed of 64 bits that depends on `set_seed` and on how many were taken since."""
+    global _calls
+    with _random_lock:
+        key = np.array([_global_seed, _calls], np.uint64)
+        _calls += 1
+    return int(np.random.Philox(key=key).random_raw())
+
+
+def generator(seed: int | None = None) -> np.random.Generator:
+    """A NumPy generator (Philox) of `seed`, or of the next global one."""
+    key = next_seed() if seed is None else int(seed) % 2**64
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+# Settings
+
+
+class GenerationConfig:
+    """How to generate. Neutral by default: greedy, and as long as the model has positions.
+
+    max_length: prompt and answer together, max_new_tokens: the answer alone (wins if both are
+    given); min_length: no end before that many ids, prompt included; do_sample, temperature (0 is
+    greedy), top_k (0 is off), top_p; repetition_penalty over the whole context;
+    no_repeat_ngram_size; num_beams, length_penalty, early_stopping; num_return_sequences;
+    eos_token_id: an id, a list, or [] to never stop; pad_token_id; seed: None takes the next one of
+    `set_seed`; use_cache is accepted.
+    """
+
+    FIELDS: dict[str, Any] = {
+        "max_length": None,
+        "max_new_tokens": None,
+        "min_length": 0,
+        "do_sample": False,
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "num_beams": 1,
+        "length_penalty": 1.0,
+        "early_stopping": False,
+        "num_return_sequences": 1,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "seed": None,
+        "use_cache": True,
+    }
+
+    max_length: int | None
+    max_new_tokens: int | None
+    min_length: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool
+    num_return_sequences: int
+    eos_token_id: int | Sequence[int] | None
+    pad_token_id: int | None
+    seed: int | None
+    use_cache: bool
+
+    def __init__(self, **fields: Any):
+        self.__dict__.update(self.FIELDS)
+        self.update(**fields)
+
+    def update(self, **fields: Any) -> None:
+        """Set fields. TypeError naming one that does not exist."""
+        for name, value in fields.items():
+            if name not in self.FIELDS:
+                raise TypeError(
+                    f"unknown generation argument {name!r}; known: {', '.join(self.FIELDS)}"
+                )
+            setattr(self, name, value)
+
+    @classmethod
+    def from_model_config(cls, config: ChatGLMConfig) -> GenerationConfig:
+        """End and pad ids of a model's config.json."""
+        return cls(eos_token_id=config.eos_token_ids, pad_token_id=config.pad_token_id)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, config: ChatGLMConfig | None = None
+    ) -> GenerationConfig:
+        """Read `path/generation_config.json`; keys that are not fields here are ignored, as in
+        transformers.
+        """
+        file = Path(path) / "generation_config.json"
+        found = cls() if config is None else cls.from_model_config(config)
+        stored = read_json(file, dict)
+        found.update(**{k: v for k, v in stored.items() if k in cls.FIELDS and v is not None})
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
+        return {name: getattr(self, name) for name in self.FIELDS}
+
+    @property
+    def eos(self) -> list[int]:
+        """`eos_token_id` as a list."""
+        ids = self.eos_token_id
+        if ids is None:
+            return []
+        return [int(i) for i in ids] if isinstance(ids, Sequence | np.ndarray) else [int(ids)]
+
+    def check(self, vocabulary: int) -> None:
+        """Raise ValueError naming the field that is out of range."""
+        whole = (
+            ("max_length", 1),
+            ("max_new_tokens", 1),
+            ("min_length", 0),
+            ("top_k", 0),
+            ("no_repeat_ngram_size", 0),
+            ("num_beams", 1),
+            ("num_return_sequences", 1),
+            ("seed", None),
+        )
+        for name, least in whole:
+            value = getattr(self, name)
+            if value is None and name in ("max_length", "max_new_tokens", "seed"):
+                continue
+            known = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not known or (least is not None and value < least):
+                expected = "a whole number" + ("" if least is None else f" from {least}")
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: expected 0 (greedy) or more, got {self.temperature!r}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p: expected 0 to 1, got {self.top_p!r}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(
+                f"repetition_penalty: expected more than 0, got {self.repetition_penalty!r}"
+            )
+        for i in self.eos:
+            if not 0 <= i < vocabulary:
+                raise ValueError(f"eos_token_id: {i} is outside the vocabulary of {vocabulary} ids")
+        if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences: {self.num_return_sequences} of {self.num_beams} beams "
+                "were asked for"
+            )
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn rather than the best one taken."""
+        return bool(self.do_sample) and self.temperature > 0
+
+    def __repr__(self) -> str:
+        changed = {k: v for k, v in self.to_dict().items() if v != self.FIELDS[k]}
+        return f"GenerationConfig({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+
+
+Processor = Callable[[np.ndarray, np.ndarray], Any]
+
+
+class Scores:
+    """Changes to the scores of a row before one is chosen: the settings', then the caller's
+    functions, in order.
+    """
+
+    def __init__(self, settings: GenerationConfig, processors: Sequence[Processor] | None):
+        self.settings = settings
+        if callable(processors):
+            processors = [processors]
+        self.processors = list(processors or ())
+        for f in self.processors:
+            if not callable(f):
+                raise TypeError(f"logits_processor: expected functions, got {f!r}")
+        self.eos = settings.eos
+        g = settings
+        self.adjusts = g.repetition_penalty != 1 or g.no_repeat_ngram_size > 0 or g.min_length > 0
+
+    def __call__(self, scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+        """scores float32 (V), changed in place; ids: the whole context. Returns float32 (V)."""
+        g = self.settings
+        if self.adjusts:
+            suppress = self.eos if len(ids) < g.min_length else ()
+            _core.adjust_logits(
+                scores,
+                np.asarray(ids, np.int32),
+                float(g.repetition_penalty),
+                int(g.no_repeat_ngram_size),
+                np.asarray(suppress, np.int32),
+            )
+        for f in self.processors:
+            result = np.asarray(f(np.asarray([ids], np.int64), scores[None]), np.float32)
+            if result.shape not in ((1, scores.size), (scores.size,)):
+                raise ValueError(
+                    f"logits_processor: expected scores of shape (1, {scores.size}), got "
+                    f"{result.shape}"
+                )
+            scores = np.ascontiguousarray(result.reshape(-1))
+        if self.adjusts or self.processors:
+            if np.isnan(scores).any() or scores.max() == np.inf:
+                raise FloatingPointError(
+                    f"logits_processor: scores are not finite at token {len(ids)}"
+                )
+            if scores.max() == -np.inf:
+                raise ValueError(f"no token is allowed at position {len(ids)}: all are suppressed")
+        return scores
+
+
+# Rows and their cache
+
+
+class CachedRow:
+    """Rows of ids, and the core's cache of a leading part of each. One row in chat, many in
+    generate.
+    """
+
+    def __init__(self, model: ChatGLMForConditionalGeneration, rows: int, capacity: int):
+        self.model = model
+        self.ids: list[list[int]] = [[] for _ in range(rows)]
+        self.held = [0] * rows  # tokens of each row that the cache holds
+        self.cache = model.core.cache(rows, self._capacity(capacity))
+
+    def _capacity(self, needed: int) -> int:
+        rounded = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
+        return min(rounded, self.model.config.seq_length)
+
+    def forget(self) -> None:
+        """Empty the cache; the ids stay, and are fed again when they are needed."""
+        for row in range(len(self.held)):
+            self.cache.rewind(row, 0)
+            self.held[row] = 0
+
+    def make_room(self, needed: int) -> None:
+        """A cache of at least `needed` positions for each row, empty if it had to be made anew."""
+        if self.cache.capacity < needed:
+            rows = len(self.ids)
+            del self.cache  # before the new one is made: both need not fit
+            self.held = [0] * rows
+            self.cache = self.model.core.cache(rows, self._capacity(needed))
+
+    def become(self, row: int, ids: Sequence[int]) -> None:
+        """Make `ids` the row's, keeping what the cache holds of the beginning they share."""
+        old, held = self.ids[row], self.held[row]
+        shared = 0
+        while shared < min(held, len(ids)) and old[shared] == ids[shared]:
+            shared += 1
+        if shared < held:
+            self.cache.rewind(row, shared)
+        self.held[row] = shared
+        self.ids[row] = list(ids)
+
+    def fork(self, parents: Sequence[int]) -> None:
+        """Row i becomes a copy of what row parents[i] was."""
+        self.cache.reorder(list(parents))
+        self.ids = [list(self.ids[p]) for p in parents]
+        self.held = [self.held[p] for p in parents]
+
+    def extend(self, rows: Sequence[int]) -> np.ndarray:
+        """Feed what the cache lacks of each row; scores float32 (len(rows), V) of each row's next
+        token.
+
+        Cuts fall at multiples of CHUNK of each row, wherever other rows are.
+        """
+        for row in rows:
+            if self.held[row] == len(self.ids[row]):  # nothing new: its last token once more
+                self.held[row] -= 1
+                self.cache.rewind(row, self.held[row])
+        scores = np.empty((len(rows), self.model.config.padded_vocab_size), np.float32)
+        waiting = list(range(len(rows)))
+        while waiting:
+            turn, ids, lengths, total = [], [], [], 0
+            for i in waiting:
+                held, row_ids = self.held[rows[i]], self.ids[rows[i]]
+                piece = row_ids[held : min(len(row_ids), (held // CHUNK + 1) * CHUNK)]
+                if turn and total + len(piece) > CHUNK:
+                    break
+                turn.append(i)
+                ids += piece
+                lengths.append(len(piece))
+                total += len(piece)
+            found = self.model.core.extend(
+                self.cache,
+                [rows[i] for i in turn],
+                np.asarray(ids, np.int32),
+                np.asarray(lengths, np.int32),
+            )
+            for i, length, row_scores in zip(turn, lengths, found, strict=True):
+                self.held[rows[i]] += length
+                if self.held[rows[i]] == len(self.ids[rows[i]]):
+                    scores[i] = row_scores
+                    waiting.remove(i)
+        return scores
+
+
+def _limits(
+    model: ChatGLMForConditionalGeneration, lengths: Sequence[int], g: GenerationConfig
+) -> list[int]:
+    """New tokens allowed to each row. ValueError for a prompt that leaves no room, with both
+    numbers.
+    """
+    positions = model.config.seq_length
+    limits = []
+    for row, length in enumerate(lengths):
+        which = f"prompt of {length} tokens" + (f" (row {row})" if len(lengths) > 1 else "")
+        if length >= positions:
+            raise ValueError(f"{which}: the model has positions for {positions} (seq_length)")
+        if g.max_new_tokens is not None:
+            if length + g.max_new_tokens > positions:
+                raise ValueError(
+                    f"max_new_tokens: {which} and {g.max_new_tokens} new ones exceed the model's "
+                    f"{positions} positions (seq_length)"
+                )
+            limits.append(int(g.max_new_tokens))
+            continue
+        most = positions if g.max_length is None else g.max_length
+        if length >= most:
+            raise ValueError(
+                f"max_length: {which} leaves no room for an answer: max_length is {most}, prompt "
+                "included"
+            )
+        limits.append(min(most, positions) - length)
+    return limits
+
+
+def _first_room(lengths: Sequence[int], limits: Sequence[int]) -> int:
+    return max(n + min(limit, ROOM[0]) for n, limit in zip(lengths, limits, strict=True))
+
+
+def _renew(rows: CachedRow, live: Sequence[int], index: int, limits: Sequence[int]) -> None:
+    """At the counts of ROOM, go on with a larger cache (filled anew even where the old one is large
+    enough).
+    """
+    if index not in ROOM:
+        return
+    room = next((r for r in ROOM if r > index), 1 << 62)
+    rows.forget()
+    rows.make_room(max(len(rows.ids[r]) + min(limits[r], room) - index for r in live))
+
+
+def _run(
+    model: ChatGLMForConditionalGeneration,
+    rows: CachedRow,
+    limits: Sequence[int],
+    g: GenerationConfig,
+    change: Scores,
+    scores: np.ndarray | None = None,
+) -> Iterator[dict[int, int]]:
+    """The token loop: yields {row: its new token} until every row has ended. Tokens are appended to
+    rows.ids.
+
+    scores (rows, V): of the first new tokens, where they are known already.
+    """
+    seed = next_seed() if g.seed is None else int(g.seed) % 2**64
+    live = list(range(len(rows.ids)))
+    for index in count():
+        _renew(rows, live, index, limits)
+        if scores is None:
+            scores = rows.extend(live)
+        tokens = {}
+        for row, row_scores in zip(live, scores, strict=True):
+            row_scores = change(row_scores, rows.ids[row])
+            if g.samples:
+                token = _core.sample(
+                    row_scores, float(g.temperature), int(g.top_k), float(g.top_p), seed, row, index
+                )
+            else:
+                token = int(row_scores.argmax())
+            rows.ids[row].append(token)
+            tokens[row] = token
+        scores = None
+        live = [r for r in live if tokens[r] not in change.eos and index + 1 < limits[r]]
+        yield tokens
+        if not live:
+            return
+
+
+# generate
+
+
+def _settings(
+    model: ChatGLMForConditionalGeneration,
+    given: GenerationConfig | None,
+    fields: Mapping[str, Any],
+) -> GenerationConfig:
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise TypeError(f"generation_config: expected a GenerationConfig, got {given!r}")
+    own = model.generation_config
+    g = copy.copy(own if given is None else given)
+    g.update(**fields)
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(g, name) is None:
+            setattr(g, name, getattr(own, name))
+    g.check(model.config.padded_vocab_size)
+    return g
+
+
+def _prompts(
+    model: ChatGLMForConditionalGeneration, input_ids: Any, attention_mask: Any, pad: int
+) -> tuple[np.ndarray, list[list[int]]]:
+    """(ids as given (B, T) int64, rows without padding). Lists of several lengths are padded on the
+    left.
+    """
+    from .data import Batch
+    from .modeling import as_rows, check_ids
+
+    if input_ids is None:
+        raise ValueError("input_ids: expected an array of ids (rows, tokens), got None")
+    ragged = isinstance(input_ids, Sequence) and input_ids and isinstance(input_ids[0], Sequence)
+    if ragged and len({len(row) for row in input_ids}) > 1:
+        if attention_mask is not None:
+            raise ValueError("attention_mask: not needed for rows of several lengths")
+        width = max(len(row) for row in input_ids)
+        attention_mask = [[0] * (width - len(row)) + [1] * len(row) for row in input_ids]
+        input_ids = [[pad] * (width - len(row)) + list(row) for row in input_ids]
+    ids = as_rows("input_ids", input_ids)
+    check_ids("input_ids", ids, model.config.padded_vocab_size)
+    mask = None if attention_mask is None else as_rows("attention_mask", attention_mask)
+    batch, _, _ = Batch.from_padded(ids, mask)
+    ends = np.cumsum(batch.lengths)
+    rows = [batch.ids[e - n : e].tolist() for e, n in zip(ends, batch.lengths, strict=True)]
+    return ids.astype(np.int64), rows
+
+
+def _warn_of_prefix(model: ChatGLMForConditionalGeneration) -> None:
+    if model.prefix_is_fresh:
+        import warnings
+
+        model.prefix_is_fresh = False  # once
+        warnings.warn(
+            "the P-Tuning prefix is neither trained nor loaded: use "
+            "model.transformer.prefix_encoder.load_state_dict or glmlora.load_prefix",
+            stacklevel=4,
+        )
+
+
+def stream_generate(
+    model: ChatGLMForConditionalGeneration,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: Sequence[Processor] | None = None,
+    **fields: Any,
+) -> Iterator[np.ndarray]:
+    """As `generate`, but yields the ids so far, int64 (B, T + k), after the k-th new token. Beams
+    are ignored.
+    """
+    g = _settings(model, generation_config, fields)
+    pad = 0 if g.pad_token_id is None else int(g.pad_token_id)
+    padded, prompts = _prompts(model, input_ids, attention_mask, pad)
+    change = Scores(g, logits_processor)
+    n = int(g.num_return_sequences)
+    limits = _limits(model, [len(p) for p in prompts], g)
+    _warn_of_prefix(model)
+
+    def run() -> Iterator[np.ndarray]:
+        rows = CachedRow(model, len(prompts) * n, _first_room([len(p) for p in prompts], limits))
+        for row, prompt in enumerate(prompts):
+            rows.ids[row] = list(prompt)
+        scores = rows.extend(range(len(prompts)))
+        if n > 1:
+            rows.fork([i // n for i in range(len(prompts) * n)])
+            scores = np.repeat(scores, n, axis=0)
+        out = np.repeat(padded, n, axis=0)
+        for tokens in _run(model, rows, np.repeat(limits, n).tolist(), g, change, scores):
+            column = np.full((len(out), 1), pad, np.int64)
+            column[list(tokens), 0] = list(tokens.values())
+            out = np.concatenate((out, column), axis=1)
+            yield out
+
+    return run()
+
+
+def generate(
+    model: ChatGLMForConditionalGeneration,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: Sequence[Processor] | None = None,
+    **fields: Any,
+) -> np.ndarray:
+    """Continue prompts.
+
+    input_ids (B, T) integers with padding at either end where attention_mask is 0, or B lists of
+    ids of any lengths. position_ids are accepted and not needed: a row counts from its first token.
+    logits_processor: functions of (ids int64 (1, t), scores float32 (1, V)) that return scores.
+    fields: see GenerationConfig.
+
+    Returns int64 (B * num_return_sequences, T + new): prompts as given, new ids, rows that ended
+    filled with the pad id. Rows run together; each gets what it would get alone. Raises ValueError
+    naming the argument, TypeError for an unknown one, FloatingPointError naming layer and row.
+    """
+    g = _settings(model, generation_config, fields)
+    if g.num_beams > 1:
+        return _beam_generate(model, input_ids, attention_mask, g, Scores(g, logits_processor))
+    out = None
+    for out in stream_generate(  # noqa: B007
+        model, input_ids, attention_mask, None, g, logits_processor
+    ):
+        pass
+    assert out is not None
+    return out
+
+
+def _beam_generate(
+    model: ChatGLMForConditionalGeneration,
+    input_ids: Any,
+    attention_mask: Any,
+    g: GenerationConfig,
+    change: Scores,
+) -> np.ndarray:
+    pad = 0 if g.pad_token_id is None else int(g.pad_token_id)
+    padded, prompts = _prompts(model, input_ids, attention_mask, pad)
+    limits = _limits(model, [len(p) for p in prompts], g)
+    seed = next_seed() if g.seed is None else int(g.seed) % 2**64
+    answers = []
+    for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        answers += _beams(model, prompt, limit, g, change, (seed, row))
+    width = max(len(a) for a in answers)
+    out = np.full((len(answers), padded.shape[1] + width), pad, np.int64)
+    for i, answer in enumerate(answers):
+        out[i, : padded.shape[1]] = padded[i // g.num_return_sequences]
+        out[i, padded.shape[1] : padded.shape[1] + len(answer)] = answer
+    return out
+
+
+def _beams(
+    model: ChatGLMForConditionalGeneration,
+    prompt: list[int],
+    limit: int,
+    g: GenerationConfig,
+    change: Scores,
+    seed: tuple[int, int],
+) -> list[list[int]]:
+    """The best `num_return_sequences` answers to one prompt by sum of log probabilities / length **
+    length_penalty.
+
+    The rules are transformers': twice as many candidates as beams (more with several end ids), an
+    end counts among the first `num_beams` of them, and the search is over when no running beam can
+    beat the worst finished one. With `do_sample`, candidates are drawn without replacement from the
+    warped distribution, of which at least two tokens of each beam survive.
+    """
+    n = int(g.num_beams)
+    wanted = n * max(2, 1 + len(change.eos))
+    limits = [limit] * n
+    rows = CachedRow(model, n, _first_room([len(prompt)], [limit]))
+    rows.ids[0] = list(prompt)
+    scores = np.repeat(rows.extend([0]), n, axis=0)
+    rows.fork([0] * n)
+    sums = np.full(n, -np.inf)
+    sums[0] = 0.0  # the beams are still alike
+    finished: list[tuple[float, list[int]]] = []
+    for index in range(limit):
+        table = np.empty(scores.shape)
+        for beam in range(n):
+            logp = change(_log_softmax(scores[beam]), rows.ids[beam])
+            if g.samples:
+                warped = _core.warp_logits(
+                    logp, float(g.temperature), int(g.top_k), float(g.top_p), 2
+                )
+                with np.errstate(divide="ignore"):
+                    logp = np.log(warped)
+            table[beam] = logp + sums[beam]
+        flat = table.reshape(-1)
+        keys = flat
+        if g.samples:  # the largest of log p + Gumbel noise are draws without replacement
+            key = np.array([seed[0], seed[1] << 32 | index], np.uint64)
+            keys = flat + np.random.Generator(np.random.Philox(key=key)).gumbel(size=flat.size)
+        best = np.argpartition(-keys, min(wanted, flat.size - 1))[:wanted]
+        best = best[np.lexsort((best, -flat[best]))]
+        length = (index + 1) ** float(g.length_penalty)
+        chosen: list[tuple[float, int, int]] = []
+        for rank, candidate in enumerate(best):
+            beam, token = divmod(int(candidate), scores.shape[1])
+            if flat[candidate] == -np.inf:
+                break
+            if token in change.eos:
+                if rank < n:
+                    answer = rows.ids[beam][len(prompt) :] + [token]
+                    finished.append((float(flat[candidate]) / length, answer))
+            elif len(chosen) < n:
+                chosen.append((float(flat[candidate]), beam, token))
+        finished = sorted(finished, key=lambda f: -f[0])[:n]
+        if not chosen:
+            break
+        highest = float(flat[best[0]]) / length
+        if len(finished) == n and (g.early_stopping or finished[-1][0] >= highest):
+            break
+        chosen += [(-np.inf, *chosen[0][1:])] * (n - len(chosen))
+        rows.fork([beam for _, beam, _ in chosen])
+        for row, (_, _, token) in enumerate(chosen):
+            rows.ids[row].append(token)
+        sums = np.array([total for total, _, _ in chosen])
+        if index + 1 == limit:
+            for row, total in enumerate(sums):
+                finished.append((float(total) / length, rows.ids[row][len(prompt) :]))
+            break
+        _renew(rows, range(n), index + 1, limits)
+        scores = rows.extend(range(n))
+    finished.sort(key=lambda f: -f[0])
+    finished += finished[-1:] * (g.num_return_sequences - len(finished))
+    return [answer for _, answer in finished[: g.num_return_sequences]]
+
+
+def _log_softmax(scores: np.ndarray) -> np.ndarray:
+    wide = scores.astype(np.float64)
+    wide -= wide.max()
+    return (wide - np.log(np.exp(wide).sum())).astype(np.float32)
+
+
+# Chat
+
+
+class PastKeyValues:
+    """What a conversation has in its cache: opaque, to be passed back to `stream_chat` for the next
+    round.
+
+    It stays valid when the loop was left early and when another round went another way meanwhile:
+    the ids say what was shown, and whatever the cache lacks of them is fed again.
+    """
+
+    def __init__(self, rows: CachedRow, ids: list[int]):
+        self.rows = rows
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+_CHAT = ("max_length", "num_beams", "do_sample", "top_p", "temperature", "logits_processor")
+_STREAM = (
+    "past_key_values",
+    "max_length",
+    "do_sample",
+    "top_p",
+    "temperature",
+    "logits_processor",
+    "return_past_key_values",
+)
+_CHAT_DEFAULTS = {
+    "max_length": 8192,
+    "num_beams": 1,
+    "do_sample": True,
+    "top_p": 0.8,
+    "temperature": 0.8,
+    "logits_processor": None,
+    "role": "user",
+    "past_key_values": None,
+    "return_past_key_values": False,
+}
+
+
+def _arguments(
+    method: str, family: str, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Positional and keyword arguments of a chat method by name, defaults filled in; `role` only
+    where there are roles.
+    """
+    if family != "v2":
+        names = ("role", *names)
+    if len(args) > len(names):
+        raise TypeError(
+            f"{method}: at most {len(names) + 3} positional arguments, got {len(args) + 3}"
+        )
+    found = dict(zip(names, args, strict=False))
+    for name in found:
+        if name in kwargs:
+            raise TypeError(f"{method}: got {name!r} twice")
+    return {**{n: _CHAT_DEFAULTS[n] for n in names}, **found, **kwargs}
+
+
+def _chat_settings(
+    model: ChatGLMForConditionalGeneration, tokenizer: Any, fields: dict[str, Any]
+) -> GenerationConfig:
+    """Settings of a chat call: neutral but for `fields`, ending where the family's answers end."""
+    if fields.get("eos_token_id") is None:
+        fields["eos_token_id"] = end_ids(model, tokenizer)
+    g = GenerationConfig(pad_token_id=model.generation_config.pad_token_id)
+    g.update(**fields)
+    g.check(model.config.padded_vocab_size)
+    return g
+
+
+def chat_family(model: ChatGLMForConditionalGeneration, tokenizer: Any) -> str:
+    """The family whose prompts and histories a chat has: the tokenizer's, which writes them."""
+    return getattr(tokenizer, "family", model.config.family)
+
+
+def end_ids(model: ChatGLMForConditionalGeneration, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's end id and, in family v3, <|user|> and
+    <|observation|>.
+    """
+    family = chat_family(model, tokenizer)
+    if family == "g4":
+        return model.config.eos_token_ids
+    ids = [int(tokenizer.eos_token_id)]
+    if family == "v3":
+        ids += [int(tokenizer.get_command(t)) for t in ("<|user|>", "<|observation|>")]
+    return ids
+
+
+def _check_query(query: Any) -> None:
+    if not isinstance(query, str):
+        raise TypeError(f"query: expected text, got {type(query).__name__}")
+
+
+def _take_row(model: ChatGLMForConditionalGeneration, needed: int) -> CachedRow:
+    """The row that chats leave behind, emptied, or a new one. The taker owns it until it gives it
+    back.
+    """
+    row, model.cached_row = model.cached_row, None
+    if row is None or row.cache.capacity < needed:
+        del row
+        return CachedRow(model, 1, needed)
+    row.forget()
+    return row
+
+
+def _answer(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: Any,
+    new: list[int],
+    ended: bool,
+    history: list,
+) -> tuple[Any, list]:
+    """(response, history) of the ids of an answer; `history` is a new list that holds the question
+    already.
+
+    ended: whether the last id is an end id; it is not part of the text.
+    """
+    from . import prompt
+
+    new = new[:-1] if ended else new
+    if chat_family(model, tokenizer) == "v2":
+        response = prompt.process_response_v2(tokenizer.decode(new))
+        return response, [*history[:-1], (history[-1], response)]
+    return prompt.process_response_v3(tokenizer.decode(new), history)
+
+
+def chat(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: Any,
+    query: str,
+    history: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Any, list]:
+    """One turn of conversation.
+
+    Further arguments, in this order: (role="user" in ChatGLM3 and GLM-4,) max_length=8192 (prompt
+    included), num_beams=1, do_sample=True, top_p=0.8, temperature=0.8, logits_processor=None; by
+    name everything of GenerationConfig. Sampling keeps the 50 best tokens unless `top_k` says
+    otherwise (0: all). temperature 0 is greedy. Returns (response, history): the answer's text, and
+    a new list with this turn at its end: (query, response) tuples in ChatGLM2, dicts of role and
+    content in ChatGLM3. The caller's list is not changed and nothing is printed. Raises ValueError
+    naming the argument, TypeError for one that is not known.
+    """
+    _check_query(query)
+    fields = _arguments("chat", chat_family(model, tokenizer), _CHAT, args, kwargs)
+    role, processors = fields.pop("role", None), fields.pop("logits_processor")
+    g = _chat_settings(model, tokenizer, fields)
+    change = Scores(g, processors)
+    ids, asked = _question(model, tokenizer, query, history, role)
+    limits = _limits(model, [len(ids)], g)
+    _warn_of_prefix(model)
+    if g.num_beams > 1:
+        seed = next_seed() if g.seed is None else int(g.seed) % 2**64
+        new = _beams(model, ids, limits[0], g, change, (seed, 0))[0]
+    else:
+        row = _take_row(model, _first_room([len(ids)], limits))
+        row.ids[0] = list(ids)
+        for _ in _run(model, row, limits, g, change):
+            pass
+        new = row.ids[0][len(ids) :]
+        model.cached_row = row
+    return _answer(model, tokenizer, new, new[-1] in change.eos, asked)
+
+
+def _question(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: Any,
+    query: str,
+    history: Any,
+    role: str | None,
+) -> tuple[list[int], list]:
+    """(ids of the whole prompt, a new history that ends in the question)."""
+    from . import prompt
+
+    history = [] if history is None else list(history)
+    if chat_family(model, tokenizer) == "v2":
+        return list(prompt.chat_ids(tokenizer, query, history)), [*history, query]
+    asked = [*copy.deepcopy(history), {"role": role, "content": query}]
+    return list(prompt.chat_ids(tokenizer, query, history, role)), asked
+
+
+def stream_chat(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: Any,
+    query: str,
+    history: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Iterator[tuple]:
+    """One turn that yields (response, history) after each token that completes text; nothing runs
+    before the first.
+
+    Further arguments, in this order: (role="user" in ChatGLM3 and GLM-4,) past_key_values=None,
+    max_length=8192, do_sample=True, top_p=0.8, temperature=0.8, logits_processor=None,
+    return_past_key_values=False; by name as in `chat`, but num_beams is ignored. `response` is the
+    whole text so far. With return_past_key_values, a third value holds the cache: pass it back with
+    the next query to continue without computing the conversation again. Errors as in `chat`.
+    """
+    from . import prompt
+
+    _check_query(query)
+    fields = _arguments("stream_chat", chat_family(model, tokenizer), _STREAM, args, kwargs)
+    role, processors = fields.pop("role", None), fields.pop("logits_processor")
+    past, return_past = fields.pop("past_key_values"), fields.pop("return_past_key_values")
+    if past is not None and not isinstance(past, PastKeyValues):
+        raise TypeError(
+            f"past_key_values: expected what stream_chat returned, got {type(past).__name__}"
+        )
+    if past is not None and past.rows.model is not model:
+        raise ValueError("past_key_values: made by another model")
+    fields["num_beams"] = 1
+    g = _chat_settings(model, tokenizer, fields)
+    change = Scores(g, processors)
+    ids, asked = _question(model, tokenizer, query, history, role)
+    if past is not None:
+        ids = past.ids + list(
+            prompt.stream_ids(tokenizer, query, len(history or []) + 1, role or "user")
+        )
+    limits = _limits(model, [len(ids)], g)
+    _warn_of_prefix(model)
+    needed = _first_room([len(ids)], limits)
+    if past is not None:
+        row = past.rows
+        row.become(0, ids)
+        row.make_room(needed)
+    elif return_past:
+        row = CachedRow(model, 1, needed)
+    else:
+        row = _take_row(model, needed)
+    row.ids[0] = list(ids)
+    try:
+        for tokens in _run(model, row, limits, g, change):
+            ended = tokens[0] in change.eos
+            shown = row.ids[0][: len(row.ids[0]) - ended]
+            response, told = _answer(model, tokenizer, shown[len(ids) :], False, asked)
+            text = response if isinstance(response, str) else " "
+            if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                if return_past:
+                    yield response, told, PastKeyValues(row, shown)
+                else:
+                    yield response, told
+    finally:
+        if past is None and not return_past:
+            model.cached_row = row

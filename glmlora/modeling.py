@@ -1,0 +1,1028 @@
+"""Models: `AutoModel.from_pretrained(directory)` and the object it returns.
+
+A model maps its checkpoint, binds the arrays to the core in place, and turns what users pass
+(padded arrays, lists) into the ragged batches that the core computes on. Arithmetic happens in the
+core; this file moves names and arrays.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _core, generation
+from .checkpoint import load_checkpoint, save_sharded
+from .configuration import PREFIX_DROPOUT, ChatGLMConfig, model_directory
+from .data import Batch
+from .tensor import Tensor
+
+PREFIX = "transformer.prefix_encoder."
+EMBEDDING = "transformer.embedding.word_embeddings.weight"
+OUTPUT_LAYER = "transformer.output_layer.weight"
+PEFT_PREFIX = "base_model.model."  # of LoRA tensors in PEFT's files
+_DTYPES = {
+    "float32": "F32",
+    "float": "F32",
+    "fp32": "F32",
+    "float16": "F16",
+    "half": "F16",
+    "fp16": "F16",
+    "bfloat16": "BF16",
+    "bf16": "BF16",
+}
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_LOSS_ROWS = 64  # rows of logits that are widened at a time for the loss of forward
+
+_warned_device = False
+
+
+@dataclass
+class CausalLMOutput:
+    """What `model(...)` returns. B rows, T tokens, V vocabulary, H hidden size, L layers.
+
+    logits float32 (B, T, V), 0 over padding; loss float (mean over the labelled tokens of the
+    batch, nats) or None; hidden_states: None or L + 1 float32 (B, T, H), before the final norm, 0
+    over padding.
+    """
+
+    logits: np.ndarray
+    loss: float | None = None
+    hidden_states: tuple[np.ndarray, ...] | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """(loss, logits, hidden_states) without those that are None."""
+        return tuple(v for v in (self.loss, self.logits, self.hidden_states) if v is not None)
+
+    def __getitem__(self, key: int | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
+class IncompatibleKeys(NamedTuple):
+    """What `load_state_dict(strict=False)` did not use or find."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Device(str):
+    """Where a model computes: equal to its name ("cpu"), with torch's `.type` and `.index`."""
+
+    @property
+    def type(self) -> str:
+        """Kind of device, "cpu"."""
+        return self.partition(":")[0]
+
+    @property
+    def index(self) -> int | None:
+        """Number of the device, None for the CPU."""
+        return None
+
+
+class Parameter:
+    """One weight of a model. Reading it copies it out of the core.
+
+    name     as in `named_parameters`; core_name as the core and, but for LoRA, the checkpoint have
+    it
+    """
+
+    def __init__(self, model: ChatGLMForConditionalGeneration, name: str, core_name: str):
+        self._model = model
+        self.name = name
+        self.core_name = core_name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the dimensions."""
+        return self._model.core.shape(self.core_name)
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions, 1 or 2."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> str:
+        """ "float32", "float16" or "bfloat16"."""
+        return _DTYPE_NAMES[self._model.stored_dtype(self.core_name)]
+
+    @property
+    def device(self) -> Device:
+        """The model's device."""
+        return self._model.device
+
+    def numel(self) -> int:
+        """How many numbers the weight has."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it is trained; may be set. A change takes effect at the next backward, with fresh
+        moments.
+        """
+        return self.core_name in self._model.trainable_names
+
+    @requires_grad.setter
+    def requires_grad(self, on: bool) -> None:
+        names = [n for n in self._model.trainable_names if n != self.core_name]
+        self._model.set_trainable([*names, self.core_name] if on else names)
+
+    def requires_grad_(self, on: bool = True) -> Parameter:
+        """Set `requires_grad`; returns the parameter."""
+        self.requires_grad = on
+        return self
+
+    def numpy(self) -> np.ndarray:
+        """A copy, float32."""
+        return self._model.core.read(self.core_name)
+
+    @property
+    def data(self) -> np.ndarray:
+        """A copy, float32; changing it does not change the model."""
+        return self.numpy()
+
+    @property
+    def grad(self) -> np.ndarray | None:
+        """The accumulated gradient (token mean), a copy; None where nothing is accumulated."""
+        core = self._model.core
+        if not core.accumulated_tokens or self.core_name not in core.trainable():
+            return None
+        return core.read(self.core_name, "grad")
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.name}, {self.dtype}, {self.shape})"
+
+
+class Weight:
+    """A module that is one weight: `.weight` and its shape (embedding, output layer)."""
+
+    def __init__(self, model: ChatGLMForConditionalGeneration, name: str):
+        self.weight = Parameter(model, name, name)
+
+
+class PrefixEncoder:
+    """The P-Tuning v2 prefix of a model that was built with `pre_seq_len`."""
+
+    def __init__(self, model: ChatGLMForConditionalGeneration):
+        self._model = model
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Its weights, float32, under THUDM's names without `transformer.prefix_encoder.`."""
+        core = self._model.core
+        names = [n for n in core.names() if n.startswith(PREFIX)]
+        return {n[len(PREFIX) :]: core.read(n) for n in names}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True
+    ) -> IncompatibleKeys:
+        """Set its weights. Keys with or without `transformer.prefix_encoder.`.
+
+        Raises ValueError naming a weight that is missing, surplus or misshaped, with both lengths.
+        """
+        given = {k.removeprefix(PREFIX): _float_array(k, v) for k, v in state_dict.items()}
+        core = self._model.core
+        names = [n[len(PREFIX) :] for n in core.names() if n.startswith(PREFIX)]
+        _check_prefix(given, {n: core.shape(PREFIX + n) for n in names})
+        keys = _incompatible(names, given, strict, "prefix encoder")
+        for name in names:
+            if name in given:
+                core.write(PREFIX + name, given[name])
+        self._model.prefix_is_fresh = False
+        return keys
+
+    def float(self) -> PrefixEncoder:
+        """Nothing: it is float32 always."""
+        return self
+
+    half = bfloat16 = float  # THUDM's scripts call them; the encoder stays float32 as in training
+
+
+class Embedding:
+    """`transformer.embedding`: holds `word_embeddings`."""
+
+    def __init__(self, model: ChatGLMForConditionalGeneration):
+        self.word_embeddings = Weight(model, EMBEDDING)
+
+
+class Transformer:
+    """The parts that documented scripts reach for: prefix encoder, output layer, embedding."""
+
+    def __init__(self, model: ChatGLMForConditionalGeneration):
+        self._model = model
+
+    @property
+    def pre_seq_len(self) -> int | None:
+        """Length of the P-Tuning prefix, None without one."""
+        return self._model.config.pre_seq_len if self._model.has_prefix else None
+
+    @property
+    def prefix_encoder(self) -> PrefixEncoder:
+        """The P-Tuning prefix. AttributeError for a model built without `pre_seq_len`."""
+        if not self._model.has_prefix:
+            raise AttributeError(
+                "this model has no prefix_encoder: load it with a config whose pre_seq_len is set "
+                "(AutoConfig.from_pretrained(path, pre_seq_len=128))"
+            )
+        return PrefixEncoder(self._model)
+
+    @property
+    def output_layer(self) -> Weight:
+        """The output layer, `.weight` (V, H)."""
+        return Weight(self._model, OUTPUT_LAYER)
+
+    @property
+    def embedding(self) -> Embedding:
+        """`.word_embeddings.weight` (V, H)."""
+        return Embedding(self._model)
+
+
+class ChatGLMForConditionalGeneration:
+    """A ChatGLM2, ChatGLM3 or GLM-4-9B model on the C core.
+
+    Made by `AutoModel.from_pretrained`. `core` is the `_core.Model`; `training` says whether
+    `backward` applies dropout. One thread at a time may use it: a second gets RuntimeError.
+    """
+
+    backend = "cpu"
+
+    def __init__(self, config: ChatGLMConfig, tensors: Mapping[str, Tensor]):
+        """Bind `tensors` (every base weight, and prefix weights if there are any) in place.
+
+        Raises ValueError naming all tensors that are missing, surplus, misshaped or not floating
+        point.
+        """
+        self.config = config
+        self.core = _core.Model(config.arch(), self.backend)
+        self.device = Device("cpu")
+        self.training = False
+        self.active_adapter_name = "default"
+        self.dropout_seed = generation.next_seed()
+        self.generation_config = generation.GenerationConfig.from_model_config(config)
+        self.transformer = Transformer(self)
+        self.has_prefix = False
+        self.prefix_is_fresh = False
+        self.cached_row: generation.CachedRow | None = None  # kept between chats
+        self._trainable: list[str] = []
+        self._stored: dict[str, Tensor] = {}  # base weights that lie where they were bound
+        self._shapes = self.core.shapes()
+        base, prefix = _sort_tensors(tensors, self._shapes)
+        for name in self._shapes:
+            tensor = base[name]
+            self._bind(name, _converted(tensor, "F32") if tensor.dtype == "F64" else tensor)
+        if config.pre_seq_len is not None:
+            self._build_prefix(prefix)
+
+    # Building
+
+    def _bind(self, name: str, tensor: Tensor) -> None:
+        self.core.bind(name, tensor.data, tensor.dtype)
+        self._stored[name] = tensor
+
+    def _build_prefix(self, tensors: Mapping[str, Tensor]) -> None:
+        """A fresh prefix encoder, or the one that a complete checkpoint brought; only the prefix is
+        trainable.
+        """
+        shapes = prefix_shapes(self.config)
+        if tensors:
+            arrays = {k.removeprefix(PREFIX): t.numpy() for k, t in tensors.items()}
+            _check_prefix(arrays, shapes)
+            _incompatible(shapes, arrays, True, "prefix encoder")
+        else:
+            arrays = fresh_prefix(shapes)
+        self.set_prefix(arrays, fresh=not tensors)
+
+    def set_prefix(self, arrays: Mapping[str, np.ndarray], fresh: bool = False) -> None:
+        """Attach a P-Tuning prefix encoder and make it what is trained.
+
+        arrays: float32 under THUDM's names without `transformer.prefix_encoder.`, of the shapes of
+        `prefix_shapes`.
+        """
+        dropout = float(self.config.get("prefix_dropout", PREFIX_DROPOUT))
+        given = {PREFIX + n: np.ascontiguousarray(a, np.float32) for n, a in arrays.items()}
+        self.core.set_prefix(given, dropout)
+        self.has_prefix, self.prefix_is_fresh = True, fresh
+        self.set_trainable(given)
+
+    # Casts and places
+
+    def half(self) -> ChatGLMForConditionalGeneration:
+        """Store the base weights in float16. Adapters, prefix and trained weights stay float32.
+        Returns the model.
+        """
+        return self._cast("F16")
+
+    def bfloat16(self) -> ChatGLMForConditionalGeneration:
+        """Store the base weights in bfloat16; otherwise as `half`."""
+        return self._cast("BF16")
+
+    def float(self) -> ChatGLMForConditionalGeneration:
+        """Store the base weights in float32."""
+        return self._cast("F32")
+
+    def _cast(self, dtype: str) -> ChatGLMForConditionalGeneration:
+        self._apply_trainable()
+        trained = set(self.core.trainable())
+        for name in self._shapes:
+            if name not in trained and self.stored_dtype(name) != dtype:
+                self._bind(name, _converted(self._tensor(name), dtype))
+        return self
+
+    def cuda(self, device: Any = None) -> ChatGLMForConditionalGeneration:
+        """Warn once that there is no GPU and stay on the CPU; GLMLORA_STRICT_DEVICE=1 raises
+        RuntimeError instead.
+        """
+        _no_gpu("cuda")
+        return self
+
+    def cpu(self) -> ChatGLMForConditionalGeneration:
+        """The model, which is there already."""
+        return self
+
+    def to(
+        self, *args: Any, device: Any = None, dtype: Any = None
+    ) -> ChatGLMForConditionalGeneration:
+        """Move ("cpu", "cuda", "mps") or cast ("float16", numpy.float32, torch.bfloat16); returns
+        the model.
+        """
+        for arg in args:
+            if _is_dtype(arg):
+                dtype = arg
+            elif device is None and isinstance(arg, str | int):
+                device = arg
+            else:
+                raise TypeError(f"to: expected a device or a dtype, got {arg!r}")
+        _check_device(device)
+        kind = parse_dtype(dtype)
+        return self if kind is None else self._cast(kind)
+
+    def eval(self) -> ChatGLMForConditionalGeneration:
+        """Turn dropout off; returns the model."""
+        return self.train(False)
+
+    def train(self, mode: bool = True) -> ChatGLMForConditionalGeneration:
+        """Turn dropout in `backward` on (or off); returns the model."""
+        self.training = bool(mode)
+        return self
+
+    def quantize(self, bits: int, *args: Any, **kwargs: Any) -> ChatGLMForConditionalGeneration:
+        """0 does nothing. ValueError for 4 and 8: quantized weights are not supported by this
+        release.
+        """
+        if bits == 0:
+            return self
+        raise ValueError(
+            f"quantize({bits!r}) is not supported by this release; use half() or bfloat16() to "
+            "save memory"
+        )
+
+    # Weights
+
+    @property
+    def dtype(self) -> str:
+        """What the base weights are stored in: "float32", "float16" or "bfloat16"."""
+        return _DTYPE_NAMES[self.stored_dtype(EMBEDDING)]
+
+    def stored_dtype(self, name: str) -> str:
+        """File type name ("F16") of a weight as it is held."""
+        return self._stored[name].dtype if name in self._stored else self.core.dtype(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        """A base weight in the type it is held in: in place where it was bound, a copy where it was
+        changed.
+        """
+        if name in self._stored:
+            return self._stored[name]
+        dtype = self.core.dtype(name)
+        return Tensor(_core.convert(self.core.read(name), "F32", dtype), dtype)
+
+    def weights_changed(self, names: Iterable[str]) -> None:
+        """Say that the core holds other values than those bound (merge, training)."""
+        for name in names:
+            self._stored.pop(name, None)
+
+    def base_names(self) -> list[str]:
+        """Names of the base weights, without adapters and prefix."""
+        return list(self._shapes)
+
+    def _parameter_name(self, name: str) -> str:
+        for part in (".lora_A.", ".lora_B."):
+            if part in name:
+                return name.replace(part, part + self.active_adapter_name + ".")
+        return name
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(name, Parameter) of every weight; LoRA names carry the adapter's
+        (`...lora_A.default.weight`).
+        """
+        for name in self.core.names():
+            shown = self._parameter_name(name)
+            yield shown, Parameter(self, shown, name)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every weight as a Parameter."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many numbers all weights (or the trainable ones) have."""
+        parameters = self.parameters()
+        return sum(p.numel() for p in parameters if p.requires_grad or not only_trainable)
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of all weights as they are held, mapped ones included."""
+        size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+        return sum(p.numel() * size[self.stored_dtype(p.core_name)] for p in self.parameters())
+
+    def get_input_embeddings(self) -> Weight:
+        """`transformer.embedding.word_embeddings`."""
+        return Weight(self, EMBEDDING)
+
+    def get_output_embeddings(self) -> Weight:
+        """`transformer.output_layer`."""
+        return Weight(self, OUTPUT_LAYER)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Every weight: base ones as they are held (bfloat16 widened to float32), LoRA and prefix
+        float32.
+        """
+        state = {name: self._tensor(name).numpy() for name in self._shapes}
+        for name in self.core.names():
+            if name not in state:
+                state[name] = self.core.read(name)
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True
+    ) -> IncompatibleKeys:
+        """Copy weights in by name, cast to the type each is held in. `rotary_pos_emb.inv_freq` is
+        ignored.
+
+        state_dict: arrays, or what NumPy can read. Raises ValueError naming every misshaped weight
+        and, if `strict`, every missing and unexpected one; nothing is changed then.
+        """
+        given = {k: _float_array(k, v) for k, v in state_dict.items() if not _ignorable(k)}
+        names = self.core.names()
+        shapes = {n: self.core.shape(n) for n in names}
+        keys = _incompatible(names, given, strict, "model")
+        _check_shapes({n: (shapes[n], given[n].shape) for n in names if n in given})
+        trained = set(self.core.trainable())
+        for name in names:
+            if name not in given:
+                continue
+            if name in trained or name not in self._shapes:
+                self.core.write(name, given[name])
+            else:
+                dtype = self.stored_dtype(name)
+                self._bind(name, Tensor(_core.convert(given[name], "F32", dtype), dtype))
+        if any(n.startswith(PREFIX) for n in given):
+            self.prefix_is_fresh = False
+        return keys
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        max_shard_size: int | str = "10GB",
+    ) -> None:
+        """Write config.json and the base weights (and a prefix, if there is one) as a model
+        directory, atomically.
+
+        LoRA tensors are not among them: PeftModel.save_pretrained writes those, merge_and_unload()
+        folds them in. Raises OSError naming the file.
+        """
+        listed = []
+        for name, shape in self._shapes.items():
+            get = self._tensor
+            listed.append((name, self.stored_dtype(name), shape, lambda n=name, get=get: get(n)))
+        for name in self.core.names():
+            if name.startswith(PREFIX):
+                shape, read = self.core.shape(name), self.core.read
+                listed.append((name, "F32", shape, lambda n=name, read=read: read(n)))
+        self.config.torch_dtype = self.dtype
+        self.config.save_pretrained(directory)
+        save_sharded(directory, listed, max_shard_size, safetensors=safe_serialization)
+
+    # What is trained
+
+    @property
+    def trainable_names(self) -> list[str]:
+        """The core's names of the weights to train, in the order of the flat block."""
+        return list(self._trainable)
+
+    def set_trainable(self, names: Iterable[str]) -> None:
+        """Choose the weights to train by the core's names; takes effect (and memory) at the next
+        backward.
+
+        Another choice than before starts with fresh gradients and moments. Raises ValueError for an
+        unknown name.
+        """
+        names = list(names)
+        known = set(self.core.names())
+        for name in names:
+            if name not in known:
+                raise ValueError(f"set_trainable: this model has no weight {name!r}")
+        self._trainable = names
+
+    def requires_grad_(self, requires_grad: bool = True) -> ChatGLMForConditionalGeneration:
+        """True: train every weight (full-parameter training, 16 bytes each). False: none. Returns
+        the model.
+        """
+        self.set_trainable(self.core.names() if requires_grad else [])
+        return self
+
+    def _apply_trainable(self) -> None:
+        if self.core.trainable() != self._trainable:
+            self.core.set_trainable(self._trainable)
+            self.weights_changed(self._trainable)
+
+    def prepare_training(self) -> None:
+        """Take the memory for gradients and moments of the chosen weights now.
+
+        Raises RuntimeError when nothing is trainable, MemoryError with the bytes.
+        """
+        if not self._trainable:
+            raise RuntimeError(
+                "nothing is trainable: add an adapter with get_peft_model, load one with "
+                "is_trainable=True, "
+                "or call requires_grad_(True)"
+            )
+        self._apply_trainable()
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Accepted: layers are recomputed when, and only when, their activations would not fit in
+        memory.
+        """
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Accepted, as above."""
+
+    def enable_input_require_grads(self) -> None:
+        """Accepted: gradients always reach every trainable weight."""
+
+    # Running
+
+    def _batch(
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, labels: Any
+    ) -> tuple[Batch, np.ndarray, np.ndarray, tuple[int, int]]:
+        """(ragged batch, row and column of each of its tokens, shape of the padded arrays),
+        checked.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids: expected an array of ids (rows, tokens), got None")
+        ids = as_rows("input_ids", input_ids)
+        mask, places, labels = (
+            None if v is None else as_rows(n, v)
+            for n, v in (
+                ("attention_mask", attention_mask),
+                ("position_ids", position_ids),
+                ("labels", labels),
+            )
+        )
+        check_ids("input_ids", ids, self.config.padded_vocab_size)
+        if labels is not None:
+            check_ids("labels", labels, self.config.padded_vocab_size, ignored=-100)
+        batch, row, column = Batch.from_padded(ids, mask, labels, places)
+        limit = self.config.seq_length
+        longest = int(batch.lengths.max())
+        if longest > limit:
+            row_number = int(batch.lengths.argmax())
+            raise ValueError(
+                f"input_ids: row {row_number} has {longest} tokens, the model has positions for "
+                f"{limit} (seq_length)"
+            )
+        if batch.positions is not None and batch.positions.max() >= limit:
+            raise ValueError(
+                f"position_ids: {batch.positions.max()} is beyond the model's {limit} positions "
+                "(seq_length)"
+            )
+        return batch, row, column, ids.shape
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        labels: Any = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        use_cache: bool | None = None,
+    ) -> Any:
+        """Logits of every token, without dropout or gradients.
+
+        input_ids (B, T) integers, arrays or lists; attention_mask (B, T), 0 over padding at either
+        end; labels (B, T), not shifted, -100 where not scored (`loss` is their mean; all masked: a
+        warning, and None). Returns a CausalLMOutput, or its tuple with `return_dict=False`. Raises
+        ValueError naming argument, row and value.
+        """
+        batch, row, column, shape = self._batch(input_ids, attention_mask, position_ids, labels)
+        flat, hidden = self.core.forward(
+            batch.ids, batch.lengths, batch.positions, hidden_states=bool(output_hidden_states)
+        )
+        loss = None
+        if labels is not None:
+            rows, targets = batch.rows_and_targets()
+            if rows.size:
+                loss = _mean_loss(flat, rows, targets)
+            else:
+                warnings.warn("labels: all are masked (-100), so there is no loss", stacklevel=3)
+        states = None
+        if hidden is not None:
+            states = tuple(_padded(layer, row, column, shape) for layer in hidden)
+        out = CausalLMOutput(_padded(flat, row, column, shape), loss, states)
+        return out if return_dict else out.to_tuple()
+
+    __call__ = forward
+
+    def backward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        labels: Any = None,
+        position_ids: Any = None,
+    ) -> float:
+        """Add the gradients of the labelled tokens' loss; returns this call's mean loss (nats).
+
+        Arguments as in `forward`. Gradients read and used later are means over all tokens
+        accumulated since `zero_grad`. Dropout applies in `train()` mode. Raises ValueError where no
+        label is left, RuntimeError where nothing is trainable, FloatingPointError naming layer and
+        row of a value that is not finite.
+        """
+        if labels is None:
+            raise ValueError("labels: expected an array like input_ids, got None")
+        batch, _, _, _ = self._batch(input_ids, attention_mask, position_ids, labels)
+        rows, targets = batch.rows_and_targets()
+        if not rows.size:
+            raise ValueError(
+                "labels: no label is left: all are -100, over padding, or the first of a row"
+            )
+        self.prepare_training()
+        self.prefix_is_fresh = False
+        return self.core.backward(
+            batch.ids,
+            batch.lengths,
+            rows,
+            targets,
+            positions=batch.positions,
+            dropout_seed=self.dropout_seed,
+            dropout=self.training,
+        )
+
+    def named_gradients(self) -> dict[str, np.ndarray]:
+        """Accumulated gradients (means over the accumulated tokens), float32, under the names that
+        files store.
+        """
+        return {
+            PEFT_PREFIX + n if is_lora(n) else n: self.core.read(n, "grad")
+            for n in self.core.trainable()
+        }
+
+    def zero_grad(self) -> None:
+        """Forget the accumulated gradients."""
+        self.core.zero_grad()
+
+    # Generation: see generation.py
+
+    def generate(self, input_ids: Any = None, **kwargs: Any) -> np.ndarray:
+        """Prompts (B, T) -> int64 (B, T + new): see `generation.generate`."""
+        return generation.generate(self, input_ids, **kwargs)
+
+    def stream_generate(self, input_ids: Any = None, **kwargs: Any) -> Iterator[np.ndarray]:
+        """As `generate`, yielding the ids so far after every token: see
+        `generation.stream_generate`.
+        """
+        return generation.stream_generate(self, input_ids, **kwargs)
+
+    def chat(
+        self, tokenizer: Any, query: str, history: Any = None, *args: Any, **kwargs: Any
+    ) -> tuple[Any, list]:
+        """One turn of conversation -> (response, history): see `generation.chat`."""
+        return generation.chat(self, tokenizer, query, history, *args, **kwargs)
+
+    def stream_chat(
+        self, tokenizer: Any, query: str, history: Any = None, *args: Any, **kwargs: Any
+    ) -> Iterator[tuple]:
+        """One turn that yields (the text so far, history): see `generation.stream_chat`."""
+        return generation.stream_chat(self, tokenizer, query, history, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"ChatGLMForConditionalGeneration(family={c.family!r}, layers={c.num_layers}, "
+            f"hidden={c.hidden_size}, vocab={c.padded_vocab_size}, dtype={self.dtype!r})"
+        )
+
+
+class AutoModel:
+    """`AutoModel.from_pretrained(directory)` -> ChatGLMForConditionalGeneration."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        config: ChatGLMConfig | None = None,
+        trust_remote_code: bool = False,
+        torch_dtype: Any = None,
+        dtype: Any = None,
+        device: Any = None,
+        device_map: Any = None,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
+        empty_init: bool = True,
+        low_cpu_mem_usage: bool = True,
+        family: str | None = None,
+        rope_mode: str | None = None,
+    ) -> ChatGLMForConditionalGeneration:
+        """Map the checkpoint in the local directory `path` and bind it in place, in the type it is
+        stored in.
+
+        config: in place of `path/config.json`, e.g. one with `pre_seq_len` set. torch_dtype or
+        dtype: cast to it ("float16", "bfloat16", "float32"). family, rope_mode: see ChatGLMConfig.
+        `trust_remote_code`, `revision`, `cache_dir`, `empty_init` and `low_cpu_mem_usage` are
+        accepted and mean nothing: nothing is downloaded and no code of a model directory is
+        executed.
+
+        Raises OSError for a directory that is not there, ValueError naming file, tensor or field
+        for anything wrong in it, TypeError for an unknown keyword.
+        """
+        for name, on in (("load_in_8bit", load_in_8bit), ("load_in_4bit", load_in_4bit)):
+            if on:
+                raise ValueError(
+                    f"{name} is not supported by this release; the weights are used as they are "
+                    "stored"
+                )
+        if device_map is not None and device is None:
+            device = (
+                next(iter(device_map.values()), None)
+                if isinstance(device_map, dict)
+                else device_map
+            )
+        directory = model_directory(path)
+        kind = parse_dtype(torch_dtype if dtype is None else dtype)
+        if config is None:
+            config = ChatGLMConfig.from_pretrained(directory)
+        elif not isinstance(config, ChatGLMConfig):
+            raise TypeError(f"config: expected a ChatGLMConfig, got {type(config).__name__}")
+        if family is not None:
+            config.family = family
+        if rope_mode is not None:
+            config.rope_mode = rope_mode
+        tensors = load_checkpoint(directory, wrap=_progress)
+        try:
+            model = ChatGLMForConditionalGeneration(config, tensors)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
+        file = directory / "generation_config.json"
+        if file.is_file():
+            model.generation_config = generation.GenerationConfig.from_pretrained(directory, config)
+        _check_device(device)
+        return model if kind is None else model._cast(kind)
+
+
+class AutoModelForCausalLM(AutoModel):
+    """The same as AutoModel."""
+
+
+def _progress(names: list[str]) -> Iterable[str]:
+    from tqdm import tqdm
+
+    return tqdm(names, desc="Loading checkpoint shards")
+
+
+# Checks
+
+
+def is_lora(name: str) -> bool:
+    """Whether a core name is that of a LoRA tensor."""
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+def _ignorable(name: str) -> bool:
+    return name.endswith("rotary_pos_emb.inv_freq")  # recomputed; published files have it or not
+
+
+def _sort_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(base weights, prefix weights). ValueError naming all that are missing, surplus, misshaped or
+    not floats.
+    """
+    prefix = {n: t for n, t in tensors.items() if n.startswith(PREFIX)}
+    base = {n: t for n, t in tensors.items() if n not in prefix and not _ignorable(n)}
+    missing = [n for n in shapes if n not in base]
+    surplus = [n for n in base if n not in shapes]
+    for name, tensor in (base | prefix).items():
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(
+                f"tensor {name}: type {tensor.dtype}, expected float32, float16 or bfloat16; "
+                "quantized checkpoints are not supported by this release"
+            )
+    _check_shapes({n: (shapes[n], base[n].shape) for n in shapes if n in base})
+    if missing and not surplus and len(missing) > len(base):
+        what = "the prefix encoder of P-Tuning" if not base else "some of its weights"
+        how = (
+            "AutoConfig.from_pretrained(base, pre_seq_len=..), AutoModel.from_pretrained(base, "
+            "config=config), "
+            "then glmlora.load_prefix(model, directory)"
+            if not base
+            else "AutoModel.from_pretrained(base), then "
+            "model.load_state_dict(glmlora.load_state_dict(directory), strict=False)"
+        )
+        raise ValueError(
+            f"holds {what} only ({len(base) + len(prefix)} tensors, {len(missing)} of the model's "
+            "are missing): "
+            f"it must be loaded over the base model it was trained from: {how}"
+        )
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} tensors are missing: {', '.join(missing)}")
+    if surplus:
+        faults.append(f"{len(surplus)} tensors are not of this model: {', '.join(surplus)}")
+    if faults:
+        raise ValueError("; ".join(faults))
+    return base, prefix
+
+
+def _check_shapes(pairs: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    wrong = [f"{n}: expected {a}, got {b}" for n, (a, b) in pairs.items() if tuple(a) != tuple(b)]
+    if wrong:
+        raise ValueError("wrong shape: " + "; ".join(wrong))
+
+
+def _incompatible(
+    names: Iterable[str], given: Mapping[str, Any], strict: bool, what: str
+) -> IncompatibleKeys:
+    names = list(names)
+    missing = [n for n in names if n not in given]
+    surplus = [n for n in given if n not in set(names)]
+    if strict and (missing or surplus):
+        raise ValueError(
+            f"load_state_dict of the {what}: missing {', '.join(missing) or 'none'}; "
+            f"unexpected {', '.join(surplus) or 'none'}"
+        )
+    return IncompatibleKeys(missing, surplus)
+
+
+def prefix_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
+    """Weights of the prefix encoder that a config asks for, with their shapes (without
+    `transformer.prefix_encoder.`).
+    """
+    width, hidden = config.prefix_width, config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.pre_seq_len, width)}
+    if config.prefix_projection:
+        shapes["trans.0.weight"], shapes["trans.0.bias"] = (hidden, width), (hidden,)
+        shapes["trans.2.weight"], shapes["trans.2.bias"] = (width, hidden), (width,)
+    return shapes
+
+
+def fresh_prefix(
+    shapes: Mapping[str, tuple[int, ...]], seed: int | None = None, std: float = 1.0
+) -> dict[str, np.ndarray]:
+    """Initial prefix weights, float32: normal(0, std), linears uniform within 1/sqrt(in)."""
+    rng = generation.generator(seed)
+    arrays = {}
+    for name, shape in shapes.items():
+        if name == "embedding.weight":
+            arrays[name] = rng.standard_normal(shape, np.float32) * np.float32(std)
+        else:
+            fan_in = shapes[name.replace("bias", "weight")][1]
+            bound = fan_in**-0.5
+            arrays[name] = rng.uniform(-bound, bound, shape).astype(np.float32)
+    return arrays
+
+
+def _check_prefix(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError, with both numbers, for prefix weights of another length or kind than the config
+    says.
+    """
+    found, expected = arrays.get("embedding.weight"), shapes["embedding.weight"]
+    if found is not None and found.ndim == 2 and found.shape[0] != expected[0]:
+        raise ValueError(
+            f"prefix encoder: pre_seq_len is {expected[0]}, but embedding.weight has "
+            f"{found.shape[0]} rows"
+        )
+    projected, wanted = "trans.0.weight" in arrays, "trans.0.weight" in shapes
+    if projected != wanted and found is not None:
+        raise ValueError(
+            f"prefix encoder: prefix_projection is {str(wanted).lower()}, but the weights are "
+            f"{'with' if projected else 'without'} projection (trans.0, trans.2)"
+        )
+    _check_shapes({n: (shapes[n], arrays[n].shape) for n in shapes if n in arrays})
+
+
+def as_rows(name: str, value: Any) -> np.ndarray:
+    """`value` as an integer array (rows, tokens); one row may come without its outer brackets."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(
+            f"{name}: expected rows of one length, got ragged ones; pad them first"
+        ) from None
+    if array.ndim == 1 and array.dtype != object:
+        array = array[None]
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{name}: expected shape (rows, tokens), got {array.shape}")
+    if array.dtype.kind not in "iub":
+        raise ValueError(f"{name}: expected integers, got {array.dtype}")
+    return array
+
+
+def check_ids(name: str, ids: np.ndarray, vocabulary: int, ignored: int | None = None) -> None:
+    """ValueError with id, row and column of the first one that the vocabulary does not have."""
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"{name}: id {ids[row, column]} at row {row}, column {column} is outside the "
+            "vocabulary of "
+            f"{vocabulary} ids (0 to {vocabulary - 1})"
+        )
+
+
+def _float_array(name: str, value: Any) -> np.ndarray:
+    if isinstance(value, Tensor):
+        value = value.numpy()
+    array = np.asarray(value)
+    if array.dtype.kind != "f":
+        raise ValueError(f"{name}: expected floating point numbers, got {array.dtype}")
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _converted(tensor: Tensor, dtype: str) -> Tensor:
+    return Tensor(_core.convert(tensor.data, tensor.dtype, dtype), dtype)
+
+
+def _padded(
+    values: np.ndarray, row: np.ndarray, column: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """Values (N, C) of the ragged tokens at their places in (B, T, C), 0 elsewhere."""
+    if values.shape[0] == shape[0] * shape[1]:
+        return values.reshape(*shape, -1)
+    out = np.zeros((*shape, values.shape[1]), values.dtype)
+    out[row, column] = values
+    return out
+
+
+def _mean_loss(logits: np.ndarray, rows: np.ndarray, targets: np.ndarray) -> float:
+    total = 0.0
+    for start in range(0, rows.size, _LOSS_ROWS):
+        part = slice(start, start + _LOSS_ROWS)
+        scores = logits[rows[part]].astype(np.float64)
+        top = scores.max(axis=1)
+        lse = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
+        total += float((lse - scores[np.arange(len(scores)), targets[part]]).sum())
+    return total / rows.size
+
+
+# Types and devices
+
+
+def _is_dtype(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.removeprefix("torch.") in _DTYPES
+    if isinstance(value, type) and issubclass(value, np.generic):
+        return True
+    return isinstance(value, np.dtype) or str(value).startswith("torch.")
+
+
+def parse_dtype(value: Any) -> str | None:
+    """ "F32", "F16" or "BF16" of a dtype given as name, NumPy or torch object; None for None and
+    "auto".
+    """
+    if value is None or value == "auto":
+        return None
+    name = value if isinstance(value, str) else str(value)
+    if isinstance(value, type) and issubclass(value, np.generic):
+        name = np.dtype(value).name
+    kind = _DTYPES.get(name.removeprefix("torch."))
+    if kind is None:
+        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {value!r}")
+    return kind
+
+
+def _check_device(device: Any) -> None:
+    if device is None:
+        return
+    name = f"cuda:{device}" if isinstance(device, int) else str(device)
+    kind = name.partition(":")[0]
+    if kind in ("cuda", "mps"):
+        _no_gpu(name)
+    elif kind not in ("cpu", "auto"):
+        raise ValueError(f"device: expected 'cpu', 'auto' or 'cuda', got {device!r}")
+
+
+def _no_gpu(name: str) -> None:
+    global _warned_device
+    what = f"{name}: this build computes on the CPU only"
+    if os.environ.get("GLMLORA_STRICT_DEVICE") == "1":
+        raise RuntimeError(f"{what} (GLMLORA_STRICT_DEVICE=1 makes this an error)")
+    if not _warned_device:
+        _warned_device = True
+        warnings.warn(f"{what}: the model stays there", stacklevel=4)

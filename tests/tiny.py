@@ -1,0 +1,125 @@
+"""Makers of small things that tests share."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glmlora.checkpoint import to_bf16, write_safetensors
+
+SENTENCES = (
+    "Please judge whether it is a medical field paper according to the given paper title and abstract",
+    "output 1 or 0, the following is the paper title, author and abstract -->",
+    "title:A study of cells,author:B. Name,abstract:We measure proteins of patients in 1990.",
+    "title:Graph networks,abstract:A fast algorithm for large graphs is given.",
+    "[Round 1] 问：你好 答：你好！我是人工智能助手。",
+    "晚上睡不着应该怎么办 今天天气很好",
+)
+
+
+def tiny_tokenizer_dir(directory: str | Path, vocab_size: int = 480) -> Path:
+    """Write a small `tokenizer.model` of ChatGLM2's kind into `directory` and return it.
+
+    BPE with byte fallback, no normalisation, spaces kept, a newline always a piece of its own: at
+    most `vocab_size` pieces, 259 of which are specials and bytes. The same bytes on every call.
+    """
+    import sentencepiece
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 4),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        split_digits=True,
+        character_coverage=1.0,
+        required_chars="\n\t0123456789",
+        num_threads=1,
+        minloglevel=2,
+    )
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    return directory
+
+
+TINY_CONFIG = {
+    "_name_or_path": "THUDM/chatglm2-6b",
+    "model_type": "chatglm",
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_residual_connection_post_layernorm": False,
+    "ffn_hidden_size": 40,
+    "hidden_size": 32,
+    "kv_channels": 8,
+    "layernorm_epsilon": 1e-5,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "num_attention_heads": 4,
+    "num_layers": 2,
+    "original_rope": True,
+    "padded_vocab_size": 96,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "seq_length": 128,
+    "torch_dtype": "float32",
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 weights of a ChatGLM2 model of the config's sizes, under checkpoint names."""
+    rng = np.random.default_rng(seed)
+    H, F, V = config["hidden_size"], config["ffn_hidden_size"], config["padded_vocab_size"]
+    heads = config["num_attention_heads"] * config["kv_channels"]
+    qkv = heads + 2 * config["multi_query_group_num"] * config["kv_channels"]
+    shapes = {"transformer.embedding.word_embeddings.weight": (V, H)}
+    for i in range(config["num_layers"]):
+        layer = f"transformer.encoder.layers.{i}."
+        shapes[layer + "input_layernorm.weight"] = (H,)
+        shapes[layer + "self_attention.query_key_value.weight"] = (qkv, H)
+        if config["add_qkv_bias"]:
+            shapes[layer + "self_attention.query_key_value.bias"] = (qkv,)
+        shapes[layer + "self_attention.dense.weight"] = (H, heads)
+        shapes[layer + "post_attention_layernorm.weight"] = (H,)
+        shapes[layer + "mlp.dense_h_to_4h.weight"] = (2 * F, H)
+        shapes[layer + "mlp.dense_4h_to_h.weight"] = (H, F)
+    shapes["transformer.encoder.final_layernorm.weight"] = (H,)
+    shapes["transformer.output_layer.weight"] = (V, H)
+    weights = {}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape)
+        if "layernorm" in name:
+            values = 1 + 0.1 * values
+        elif "embedding" not in name:
+            values = values * 1.5 / np.sqrt(shape[-1])
+        weights[name] = values.astype(np.float32)
+    return weights
+
+
+def tiny_model_dir(tmp: Path, seed: int = 0, dtype: str = "F32", **overrides: Any) -> Path:
+    """A directory below `tmp` with config.json and model.safetensors of a tiny random ChatGLM2.
+
+    dtype: "F32", "F16" or "BF16". overrides: keys of config.json. Returns the directory.
+    """
+    config = {**TINY_CONFIG, **overrides}
+    directory = Path(tmp) / "tiny-model"
+    directory.mkdir(parents=True, exist_ok=True)
+    weights: dict[str, Any] = tiny_weights(config, seed)
+    if dtype == "F16":
+        weights = {n: w.astype(np.float16) for n, w in weights.items()}
+    elif dtype == "BF16":
+        weights = {n: to_bf16(w) for n, w in weights.items()}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_safetensors(directory / "model.safetensors", weights)
+    return directory
