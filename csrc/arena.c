@@ -17,8 +17,8 @@ void *glm_arena_push(struct glm_arena *arena, size_t count, size_t size)
     return p;
 }
 
-glm_status glm_arena_commit(struct glm_arena *arena, size_t bytes, struct glm_backend *be, const char *what,
-                            struct glm_error *err)
+glm_status glm_arena_commit(struct glm_arena *arena, size_t bytes, struct glm_backend *be,
+                            const char *what, struct glm_error *err)
 {
     arena->used = arena->peak = 0;
     if (bytes <= arena->capacity)
@@ -26,8 +26,8 @@ glm_status glm_arena_commit(struct glm_arena *arena, size_t bytes, struct glm_ba
     glm_arena_free(arena, be);
     arena->base = be->alloc(be, bytes);
     if (!arena->base)
-        return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes (%.1f MiB) could not be taken", what, bytes,
-                        (double)bytes / (1 << 20));
+        return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes (%.1f MiB) could not be taken", what,
+                        bytes, (double)bytes / (1 << 20));
     arena->capacity = bytes;
     return GLM_OK;
 }

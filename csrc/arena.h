@@ -1,4 +1,5 @@
-/* Plan, then commit: the same layout code first counts bytes (base NULL), then hands out addresses in one block. */
+/* Plan, then commit: the same layout code first counts bytes (base NULL), then hands out addresses
+ * in one block. */
 #ifndef GLM_ARENA_H
 #define GLM_ARENA_H
 
@@ -15,8 +16,8 @@ struct glm_arena {
 void *glm_arena_push(struct glm_arena *arena, size_t count, size_t size);
 
 /* Makes the block hold at least `bytes`; a block that is big enough stays. What it held is lost. */
-glm_status glm_arena_commit(struct glm_arena *arena, size_t bytes, struct glm_backend *be, const char *what,
-                            struct glm_error *err);
+glm_status glm_arena_commit(struct glm_arena *arena, size_t bytes, struct glm_backend *be,
+                            const char *what, struct glm_error *err);
 void glm_arena_free(struct glm_arena *arena, struct glm_backend *be);
 
 #endif

@@ -14,6 +14,7 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
         return glm_ref_f32_create(out, err);
     if (strcmp(name, "ref_f64") == 0)
         return glm_ref_f64_create(out, err);
-    return glm_fail(err, GLM_EVALUE, "backend '%s': expected cpu, cpu:generic, cpu:avx2, cpu:avx512, ref_f32 or ref_f64",
-                    name);
+    return glm_fail(
+        err, GLM_EVALUE,
+        "backend '%s': expected cpu, cpu:generic, cpu:avx2, cpu:avx512, ref_f32 or ref_f64", name);
 }

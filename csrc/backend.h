@@ -1,20 +1,22 @@
 /* The op table: everything the model asks of a device, specified once.
  *
- * "real" is the element type of activations, vectors (norm weights, biases), trainable parameters, gradients and the
- * KV cache: float on cpu, float or double in the reference. Its size is glm_backend.real_size. Weights are glm_mat
- * in any stored dtype; arithmetic is in real. Index and id arrays are int32 and checked before an op sees them.
- * Ops cannot fail and allocate nothing. Unless "+=" is written, an output is overwritten and aliases no input.
- * Shapes: N tokens, C channels, I/O input/output features, M rows, V vocabulary, HD head size.
- * An element's value may not depend on N, on the other rows, or on the number of threads, bit for bit. */
+ * "real" is the element type of activations, vectors (norm weights, biases), trainable parameters,
+ * gradients and the KV cache: float on cpu, float or double in the reference. Its size is
+ * glm_backend.real_size. Weights are glm_mat in any stored dtype; arithmetic is in real. Index and
+ * id arrays are int32 and checked before an op sees them. Ops cannot fail and allocate nothing.
+ * Unless "+=" is written, an output is overwritten and aliases no input. Shapes: N tokens, C
+ * channels, I/O input/output features, M rows, V vocabulary, HD head size. An element's value may
+ * not depend on N, on the other rows, or on the number of threads, bit for bit. */
 #ifndef GLM_BACKEND_H
 #define GLM_BACKEND_H
 
 #include "status.h"
 #include "tensor.h"
 
-/* A run of `count` tokens of the flat batch that attend to: `shared_count` cache rows from shared_begin, then
- * `past_count` cache rows from past_begin, then the tokens of the segment itself up to their own (causal), where
- * the first `context` tokens of the segment are visible to all of them (ChatGLM v1; 0 elsewhere). */
+/* A run of `count` tokens of the flat batch that attend to: `shared_count` cache rows from
+ * shared_begin, then `past_count` cache rows from past_begin, then the tokens of the segment itself
+ * up to their own (causal), where the first `context` tokens of the segment are visible to all of
+ * them (ChatGLM v1; 0 elsewhere). */
 struct glm_segment {
     int begin, count;
     int shared_begin, shared_count;
@@ -22,20 +24,22 @@ struct glm_segment {
     int context;
 };
 
-/* Keys and values of one layer, each (rows, KVH*HD) real, keys rotated; NULL where no segment has cache rows. */
+/* Keys and values of one layer, each (rows, KVH*HD) real, keys rotated; NULL where no segment has
+ * cache rows. */
 struct glm_kv {
     void *k, *v;
 };
 
-/* Heads of one attention layer. A qkv row is [NH queries | KVH keys | KVH values], each HD wide; query head h reads
- * key head h / (NH / KVH). */
+/* Heads of one attention layer. A qkv row is [NH queries | KVH keys | KVH values], each HD wide;
+ * query head h reads key head h / (NH / KVH). */
 struct glm_heads {
     int NH, KVH, HD;
 };
 
-/* What a dropout mask is a function of: Philox4x32-10 with key (seed low, seed high ^ step) and counter
- * (element / 4, position[n], stream[n], site); word element % 4 of its result, as a fraction u of 2^32, drops the
- * element when u < p; kept ones are scaled by 1 / (1 - p). So a mask does not depend on how rows are packed. */
+/* What a dropout mask is a function of: Philox4x32-10 with key (seed low, seed high ^ step) and
+ * counter (element / 4, position[n], stream[n], site); word element % 4 of its result, as a
+ * fraction u of 2^32, drops the element when u < p; kept ones are scaled by 1 / (1 - p). So a mask
+ * does not depend on how rows are packed. */
 struct glm_dropout {
     uint64_t seed;
     uint32_t step, site;
@@ -44,80 +48,82 @@ struct glm_dropout {
 };
 
 /* name: every entry of struct glm_ops, for tests and checks */
-#define GLM_OPS(X)                                                                                 \
-    X(embedding_forward) X(embedding_backward)                                                     \
-    X(rmsnorm_forward) X(rmsnorm_backward)                                                         \
-    X(linear_forward) X(linear_backward_input) X(linear_backward_weight)                           \
-    X(rope_forward) X(rope_backward)                                                               \
-    X(attention_forward) X(attention_backward)                                                     \
-    X(kv_append)                                                                                   \
-    X(prefix_forward) X(prefix_backward)                                                           \
-    X(swiglu_forward) X(swiglu_backward)                                                           \
-    X(tanh_forward) X(tanh_backward)                                                               \
-    X(dropout_forward) X(dropout_backward)                                                         \
-    X(gather_forward) X(gather_backward)                                                           \
-    X(cross_entropy_forward) X(cross_entropy_backward)                                             \
-    X(add) X(sum_squares) X(first_nonfinite) X(adamw) X(merge) X(convert)
+#define GLM_OPS(X)                                                                            \
+    X(embedding_forward)                                                                      \
+    X(embedding_backward) X(rmsnorm_forward) X(rmsnorm_backward) X(linear_forward)            \
+        X(linear_backward_input) X(linear_backward_weight) X(rope_forward) X(rope_backward)   \
+            X(attention_forward) X(attention_backward) X(kv_append) X(prefix_forward)         \
+                X(prefix_backward) X(swiglu_forward) X(swiglu_backward) X(tanh_forward)       \
+                    X(tanh_backward) X(dropout_forward) X(dropout_backward) X(gather_forward) \
+                        X(gather_backward) X(cross_entropy_forward) X(cross_entropy_backward) \
+                            X(add) X(sum_squares) X(first_nonfinite) X(adamw) X(merge) X(convert)
 
 struct glm_ops {
     /* out[n] = weight[ids[n]]        out (N, C)  weight (V, C)  ids (N)
      * backward: dweight[ids[n]] += dout[n], n ascending */
-    void (*embedding_forward)(void *cx, void *out, const struct glm_mat *weight, const int32_t *ids, int N);
-    void (*embedding_backward)(void *cx, void *dweight, const void *dout, const int32_t *ids, int N, int C);
+    void (*embedding_forward)(void *cx, void *out, const struct glm_mat *weight, const int32_t *ids,
+                              int N);
+    void (*embedding_backward)(void *cx, void *dweight, const void *dout, const int32_t *ids, int N,
+                               int C);
 
-    /* out = inp * rstd * weight,  rstd = (mean_C(inp^2) + eps)^-1/2      (Zhang & Sennrich 2019, eq. 4)
-     *   out, inp (N, C)   weight (C) real   rstd (N), kept for backward
-     * backward, with g = dout * weight:
-     *   dinp    += rstd * g - inp * rstd^3 * mean_C(g * inp)
-     *   dweight += sum_N(dout * inp * rstd)      skipped when NULL: a frozen norm costs nothing */
-    void (*rmsnorm_forward)(void *cx, void *out, void *rstd, const void *inp, const void *weight, int N, int C,
-                            double eps);
+    /* out = inp * rstd * weight,  rstd = (mean_C(inp^2) + eps)^-1/2      (Zhang & Sennrich 2019,
+     * eq. 4) out, inp (N, C)   weight (C) real   rstd (N), kept for backward backward, with g =
+     * dout * weight: dinp    += rstd * g - inp * rstd^3 * mean_C(g * inp) dweight += sum_N(dout *
+     * inp * rstd)      skipped when NULL: a frozen norm costs nothing */
+    void (*rmsnorm_forward)(void *cx, void *out, void *rstd, const void *inp, const void *weight,
+                            int N, int C, double eps);
     void (*rmsnorm_backward)(void *cx, void *dinp, void *dweight, const void *dout, const void *inp,
                              const void *weight, const void *rstd, int N, int C);
 
-    /* out = scale * inp W^T + bias (+ out when accumulate)    out (N, O)  inp (N, I)  W (O, I)  bias (O) real or NULL
-     * backward_input:   dinp = scale * dout W (+ dinp when accumulate)
-     * backward_weight:  dweight (O, I) += scale * dout^T inp;  dbias (O) += sum_N dout; either may be NULL
-     * The reduction over I (forward), O (input) or N (weight) is never split over threads. */
-    void (*linear_forward)(void *cx, void *out, const void *inp, const struct glm_mat *weight, const void *bias,
-                           int N, double scale, int accumulate);
-    void (*linear_backward_input)(void *cx, void *dinp, const void *dout, const struct glm_mat *weight, int N,
-                                  double scale, int accumulate);
-    void (*linear_backward_weight)(void *cx, void *dweight, void *dbias, const void *dout, const void *inp, int N,
-                                   int O, int I, double scale);
+    /* out = scale * inp W^T + bias (+ out when accumulate)    out (N, O)  inp (N, I)  W (O, I) bias
+     * (O) real or NULL backward_input:   dinp = scale * dout W (+ dinp when accumulate)
+     * backward_weight:  dweight (O, I) += scale * dout^T inp;  dbias (O) += sum_N dout; either may
+     * be NULL The reduction over I (forward), O (input) or N (weight) is never split over threads.
+     */
+    void (*linear_forward)(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                           const void *bias, int N, double scale, int accumulate);
+    void (*linear_backward_input)(void *cx, void *dinp, const void *dout,
+                                  const struct glm_mat *weight, int N, double scale,
+                                  int accumulate);
+    void (*linear_backward_weight)(void *cx, void *dweight, void *dbias, const void *dout,
+                                   const void *inp, int N, int O, int I, double scale);
 
-    /* Rotates in place the pairs (2j, 2j+1), j < rotary_dim/2, of the first `heads` heads of each row by the angle of
-     * the row's position: x0' = x0 cos - x1 sin, x1' = x1 cos + x0 sin   (Su et al. 2021, eq. 34, pairs adjacent)
-     *   x (N, stride)   table (positions, rotary_dim/2, 2) real: cos, sin    position (N)
-     * backward: the same with -sin (the gradient of a rotation is the inverse rotation) */
-    void (*rope_forward)(void *cx, void *x, const void *table, const int32_t *position, int N, int heads, int HD,
-                         int stride, int rotary_dim);
-    void (*rope_backward)(void *cx, void *dx, const void *table, const int32_t *position, int N, int heads, int HD,
-                          int stride, int rotary_dim);
+    /* Rotates in place the pairs (2j, 2j+1), j < rotary_dim/2, of the first `heads` heads of each
+     * row by the angle of the row's position: x0' = x0 cos - x1 sin, x1' = x1 cos + x0 sin   (Su et
+     * al. 2021, eq. 34, pairs adjacent) x (N, stride)   table (positions, rotary_dim/2, 2) real:
+     * cos, sin    position (N) backward: the same with -sin (the gradient of a rotation is the
+     * inverse rotation) */
+    void (*rope_forward)(void *cx, void *x, const void *table, const int32_t *position, int N,
+                         int heads, int HD, int stride, int rotary_dim);
+    void (*rope_backward)(void *cx, void *dx, const void *table, const int32_t *position, int N,
+                          int heads, int HD, int stride, int rotary_dim);
 
-    /* out = softmax(q k^T / sqrt(HD)) v over what each token's segment lets it see (struct glm_segment)
-     *   out (N, NH*HD)   lse (N, NH) kept for backward: log sum exp of the scaled scores
-     *   qkv (N, (NH+2*KVH)*HD), queries and keys rotated   cache: rows named by the segments, NULL pointers if none
-     * backward: dqkv = gradient of qkv (overwritten); dcache += gradient of the cache rows of shared ranges
-     *   (k and v; skipped when dcache is NULL; past rows get none) */
+    /* out = softmax(q k^T / sqrt(HD)) v over what each token's segment lets it see (struct
+     * glm_segment) out (N, NH*HD)   lse (N, NH) kept for backward: log sum exp of the scaled scores
+     *   qkv (N, (NH+2*KVH)*HD), queries and keys rotated   cache: rows named by the segments, NULL
+     * pointers if none backward: dqkv = gradient of qkv (overwritten); dcache += gradient of the
+     * cache rows of shared ranges (k and v; skipped when dcache is NULL; past rows get none) */
     void (*attention_forward)(void *cx, void *out, void *lse, const void *qkv, struct glm_kv cache,
-                              const struct glm_segment *segments, int n_segments, struct glm_heads heads);
-    void (*attention_backward)(void *cx, void *dqkv, struct glm_kv dcache, const void *dout, const void *out,
-                               const void *lse, const void *qkv, struct glm_kv cache,
-                               const struct glm_segment *segments, int n_segments, struct glm_heads heads);
+                              const struct glm_segment *segments, int n_segments,
+                              struct glm_heads heads);
+    void (*attention_backward)(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
+                               const void *out, const void *lse, const void *qkv,
+                               struct glm_kv cache, const struct glm_segment *segments,
+                               int n_segments, struct glm_heads heads);
 
     /* cache row slot[n] = key and value of row n of qkv (N, (NH+2*KVH)*HD) */
     void (*kv_append)(void *cx, struct glm_kv cache, const void *qkv, const int32_t *slot, int N,
                       struct glm_heads heads);
 
-    /* P-Tuning v2 (Liu et al. 2021): rows of the prefix encoder become cache rows of every layer, `copies` times
-     *   inp (P, J, KV), J = 2*layers (key, value, key, ..)   out (J, copies*P, KV): out[j][b*P + p] = inp[p][j]
-     *   dropout: NULL or the mask of row (b, p): N = copies*P, position and stream index b*P + p, element j*KV + i
-     * backward: dinp[p][j] += sum over b of mask * dout[j][b*P + p] */
+    /* P-Tuning v2 (Liu et al. 2021): rows of the prefix encoder become cache rows of every layer,
+     * `copies` times inp (P, J, KV), J = 2*layers (key, value, key, ..)   out (J, copies*P, KV):
+     * out[j][b*P + p] = inp[p][j] dropout: NULL or the mask of row (b, p): N = copies*P, position
+     * and stream index b*P + p, element j*KV + i backward: dinp[p][j] += sum over b of mask *
+     * dout[j][b*P + p] */
     void (*prefix_forward)(void *cx, void *out, const void *inp, int P, int J, int KV, int copies,
                            const struct glm_dropout *dropout);
-    void (*prefix_backward)(void *cx, void *dinp, const void *dout, int P, int J, int KV, int copies,
-                            const struct glm_dropout *dropout);
+    void (*prefix_backward)(void *cx, void *dinp, const void *dout, int P, int J, int KV,
+                            int copies, const struct glm_dropout *dropout);
 
     /* out = silu(gate) * up     inp (N, 2F) = [gate | up]   out (N, F)     (Shazeer 2020, SwiGLU)
      * backward: dinp (N, 2F) overwritten; dinp may be inp itself */
@@ -128,20 +134,25 @@ struct glm_ops {
     void (*tanh_forward)(void *cx, void *out, const void *inp, size_t n);
     void (*tanh_backward)(void *cx, void *dinp, const void *dout, const void *out, size_t n);
 
-    /* out = inp * mask / (1 - p)   (N, C); in place allowed.   backward: dinp += dout * mask / (1 - p) */
-    void (*dropout_forward)(void *cx, void *out, const void *inp, int N, int C, const struct glm_dropout *dropout);
-    void (*dropout_backward)(void *cx, void *dinp, const void *dout, int N, int C, const struct glm_dropout *dropout);
+    /* out = inp * mask / (1 - p)   (N, C); in place allowed.   backward: dinp += dout * mask / (1 -
+     * p) */
+    void (*dropout_forward)(void *cx, void *out, const void *inp, int N, int C,
+                            const struct glm_dropout *dropout);
+    void (*dropout_backward)(void *cx, void *dinp, const void *dout, int N, int C,
+                             const struct glm_dropout *dropout);
 
-    /* out (M, C) = inp[rows[m]]; rows ascending and distinct.   backward: dinp[rows[m]] += dout[m] */
+    /* out (M, C) = inp[rows[m]]; rows ascending and distinct.   backward: dinp[rows[m]] += dout[m]
+     */
     void (*gather_forward)(void *cx, void *out, const void *inp, const int32_t *rows, int M, int C);
-    void (*gather_backward)(void *cx, void *dinp, const void *dout, const int32_t *rows, int M, int C);
+    void (*gather_backward)(void *cx, void *dinp, const void *dout, const int32_t *rows, int M,
+                            int C);
 
-    /* loss[m] = lse[m] - logits[m][target[m]],  lse = log sum exp    logits (M, V)  target (M)  loss, lse (M)
-     * backward: logits = scale * (softmax(logits) - onehot(target)), in place */
-    void (*cross_entropy_forward)(void *cx, void *loss, void *lse, const void *logits, const int32_t *target, int M,
-                                  int V);
-    void (*cross_entropy_backward)(void *cx, void *logits, const void *lse, const int32_t *target, int M, int V,
-                                   double scale);
+    /* loss[m] = lse[m] - logits[m][target[m]],  lse = log sum exp    logits (M, V)  target (M)
+     * loss, lse (M) backward: logits = scale * (softmax(logits) - onehot(target)), in place */
+    void (*cross_entropy_forward)(void *cx, void *loss, void *lse, const void *logits,
+                                  const int32_t *target, int M, int V);
+    void (*cross_entropy_backward)(void *cx, void *logits, const void *lse, const int32_t *target,
+                                   int M, int V, double scale);
 
     /* out = a + b, n elements; out may be a or b */
     void (*add)(void *cx, void *out, const void *a, const void *b, size_t n);
@@ -149,25 +160,29 @@ struct glm_ops {
     void (*sum_squares)(void *cx, double *out, const void *x, size_t n);
     /* *row = first row of x (N, C) that holds a NaN or an infinity, or -1 */
     void (*first_nonfinite)(void *cx, int *row, const void *x, int N, int C);
-    /* Decoupled weight decay (Loshchilov & Hutter 2019, alg. 2), t = step counted from 1, g = gscale * grad:
-     *   m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p -= lr wd p;  p -= lr (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps) */
-    void (*adamw)(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr, double b1, double b2,
-                  double eps, double wd, int t, double gscale);
-    /* W += scale * B A, rounded to W's dtype: data (O, I) in dtype   B (O, R) real   A (R, I) real */
-    void (*merge)(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A, int O, int I, int R,
-                  double scale);
-    /* out = inp in another dtype, round to nearest even; overflow gives infinity, NaN stays NaN; not in place */
-    void (*convert)(void *cx, void *out, enum glm_dtype out_dtype, const void *inp, enum glm_dtype inp_dtype,
-                    size_t n);
+    /* Decoupled weight decay (Loshchilov & Hutter 2019, alg. 2), t = step counted from 1, g =
+     * gscale * grad: m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p -= lr wd p;  p -= lr
+     * (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps) */
+    void (*adamw)(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr,
+                  double b1, double b2, double eps, double wd, int t, double gscale);
+    /* W += scale * B A, rounded to W's dtype: data (O, I) in dtype   B (O, R) real   A (R, I) real
+     */
+    void (*merge)(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A, int O,
+                  int I, int R, double scale);
+    /* out = inp in another dtype, round to nearest even; overflow gives infinity, NaN stays NaN;
+     * not in place */
+    void (*convert)(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,
+                    enum glm_dtype inp_dtype, size_t n);
 };
 
 struct glm_backend {
-    const char *name;          /* "cpu:avx2", "cpu:generic", "ref_f32", "ref_f64" .. */
+    const char *name; /* "cpu:avx2", "cpu:generic", "ref_f32", "ref_f64" .. */
     const struct glm_ops *ops;
-    void *cx;                  /* handed to every op: threads, scratch, poll; owned by the backend */
+    void *cx; /* handed to every op: threads, scratch, poll; owned by the backend */
     size_t real_size;
-    enum glm_dtype real;       /* GLM_F32 or GLM_F64 */
-    /* Memory of the device, 64-byte aligned; alloc returns NULL when there is none. `allocated` counts calls of alloc. */
+    enum glm_dtype real; /* GLM_F32 or GLM_F64 */
+    /* Memory of the device, 64-byte aligned; alloc returns NULL when there is none. `allocated`
+     * counts calls of alloc. */
     void *(*alloc)(struct glm_backend *be, size_t bytes);
     void (*free)(struct glm_backend *be, void *p);
     void (*upload)(struct glm_backend *be, void *device, const void *host, size_t bytes);
@@ -176,8 +191,9 @@ struct glm_backend {
     void (*zero)(struct glm_backend *be, void *p, size_t bytes);
     void (*set_threads)(struct glm_backend *be, int threads);
     int (*threads)(struct glm_backend *be);
-    /* poll(arg) is called from the thread that called the op, about every 50 ms while an op runs; once it returns
-     * non-zero the op skips its remaining work, its outputs are undefined, and stopped() is 1 until set_poll. */
+    /* poll(arg) is called from the thread that called the op, about every 50 ms while an op runs;
+     * once it returns non-zero the op skips its remaining work, its outputs are undefined, and
+     * stopped() is 1 until set_poll. */
     void (*set_poll)(struct glm_backend *be, int (*poll)(void *arg), void *arg);
     int (*stopped)(struct glm_backend *be);
     void (*destroy)(struct glm_backend *be);
@@ -188,12 +204,14 @@ struct glm_backend {
  * GLM_EVALUE when the name is unknown or this processor lacks the instructions. */
 glm_status glm_backend_create(struct glm_backend **out, const char *name, struct glm_error *err);
 
-/* One constructor per folder; each returns NULL and a reason in err. isa: "", "generic", "avx2", "avx512". */
+/* One constructor per folder; each returns NULL and a reason in err. isa: "", "generic", "avx2",
+ * "avx512". */
 glm_status glm_cpu_create(struct glm_backend **out, const char *isa, struct glm_error *err);
 glm_status glm_ref_f32_create(struct glm_backend **out, struct glm_error *err);
 glm_status glm_ref_f64_create(struct glm_backend **out, struct glm_error *err);
 
-/* Comma-separated names of the cpu variants this processor runs, best first: "avx2,generic". Static storage. */
+/* Comma-separated names of the cpu variants this processor runs, best first: "avx2,generic". Static
+ * storage. */
 const char *glm_cpu_variants(void);
 
 #endif

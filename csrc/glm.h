@@ -9,8 +9,8 @@
 extern "C" {
 #endif
 
-/* One family as numbers (ChatGLM2, ChatGLM3, GLM-4-9B). A family that differs in kind (norm place, MLP, mask) adds a
- * field here and one branch in model/block.c. */
+/* One family as numbers (ChatGLM2, ChatGLM3, GLM-4-9B). A family that differs in kind (norm place,
+ * MLP, mask) adds a field here and one branch in model/block.c. */
 struct glm_arch {
     int layers, hidden, ffn, heads, kv_heads, head_dim, vocab;
     int max_positions, rotary_dim;
@@ -22,8 +22,8 @@ struct glm_arch {
 struct glm_model;
 struct glm_cache;
 
-glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch, struct glm_backend *be,
-                            struct glm_error *err);
+glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
+                            struct glm_backend *be, struct glm_error *err);
 void glm_model_free(struct glm_model *m);
 struct glm_backend *glm_model_backend(struct glm_model *m);
 const struct glm_arch *glm_model_arch(const struct glm_model *m);
@@ -40,41 +40,48 @@ struct glm_weight_info {
     int bound;
 };
 
-/* i counts all slots; returns 0 past the end, -1 for a slot that is empty now, 1 with info filled. */
+/* i counts all slots; returns 0 past the end, -1 for a slot that is empty now, 1 with info filled.
+ */
 int glm_model_weight(struct glm_model *m, int i, struct glm_weight_info *info);
 /* -1 when there is none of this name. */
 int glm_model_find(struct glm_model *m, const char *name);
 
-/* data stays with the caller, alive until the weight is bound again or the model is freed; vectors are copied. */
-glm_status glm_model_bind(struct glm_model *m, const char *name, const void *data, enum glm_dtype dtype, int rank,
-                          int rows, int cols, struct glm_error *err);
+/* data stays with the caller, alive until the weight is bound again or the model is freed; vectors
+ * are copied. */
+glm_status glm_model_bind(struct glm_model *m, const char *name, const void *data,
+                          enum glm_dtype dtype, int rank, int rows, int cols,
+                          struct glm_error *err);
 /* A (R, in), B (out, R), real of the backend, copied. */
-glm_status glm_model_add_lora(struct glm_model *m, const char *module, const void *A, int A_rows, int A_cols,
-                              const void *B, int B_rows, int B_cols, double scale, double dropout,
-                              struct glm_error *err);
+glm_status glm_model_add_lora(struct glm_model *m, const char *module, const void *A, int A_rows,
+                              int A_cols, const void *B, int B_rows, int B_cols, double scale,
+                              double dropout, struct glm_error *err);
 void glm_model_remove_lora(struct glm_model *m);
 void glm_model_enable_lora(struct glm_model *m, int on);
 glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err);
 
 /* P-Tuning v2, real, copied. w0, b0, w2, b2: NULL without projection. */
-glm_status glm_model_set_prefix(struct glm_model *m, int P, const void *embedding, const void *w0, const void *b0,
-                                const void *w2, const void *b2, double dropout, struct glm_error *err);
+glm_status glm_model_set_prefix(struct glm_model *m, int P, const void *embedding, const void *w0,
+                                const void *b0, const void *w2, const void *b2, double dropout,
+                                struct glm_error *err);
 void glm_model_remove_prefix(struct glm_model *m);
 int glm_model_prefix_length(struct glm_model *m);
 /* out (2 * layers, P, kv_heads * head_dim) real */
 glm_status glm_model_prefix_kv(struct glm_model *m, void *out, struct glm_error *err);
 
-glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int n, struct glm_error *err);
+glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int n,
+                                   struct glm_error *err);
 /* Slot numbers in the order of the flat block; returns how many. */
 int glm_model_trainable(struct glm_model *m, const int **weights);
 
 enum glm_part { GLM_VALUE, GLM_GRAD, GLM_EXP_AVG, GLM_EXP_AVG_SQ };
 /* rows * cols real values to or from the host; GLM_GRAD cannot be written. */
-glm_status glm_model_read(struct glm_model *m, int weight, enum glm_part part, void *out, struct glm_error *err);
+glm_status glm_model_read(struct glm_model *m, int weight, enum glm_part part, void *out,
+                          struct glm_error *err);
 glm_status glm_model_write(struct glm_model *m, int weight, enum glm_part part, const void *values,
                            struct glm_error *err);
 
-/* ---- running. Flat ids (N), lengths (S); NULL positions: 0.. in each segment; rows (M) ascending flat indices. */
+/* ---- running. Flat ids (N), lengths (S); NULL positions: 0.. in each segment; rows (M) ascending
+ * flat indices. */
 
 struct glm_input {
     const int32_t *ids, *lengths, *positions, *rows, *targets;
@@ -93,13 +100,15 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
                              struct glm_error *err);
 
 /* logits (M, V) real, hidden (layers + 1, N, hidden) real or NULL; both on the host. */
-glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, void *logits, void *hidden,
-                             struct glm_error *err);
+glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, void *logits,
+                             void *hidden, struct glm_error *err);
 /* losses (M) real on the host, of targets; no gradient, no dropout */
-glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void *losses, struct glm_error *err);
+glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void *losses,
+                          struct glm_error *err);
 /* Adds gradients of the summed loss; *mean_loss of this call. */
-glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in, uint64_t dropout_seed, int dropout,
-                              double *mean_loss, struct glm_error *err);
+glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
+                              uint64_t dropout_seed, int dropout, double *mean_loss,
+                              struct glm_error *err);
 
 struct glm_adamw {
     double lr, beta1, beta2, eps, weight_decay, max_grad_norm;
@@ -111,15 +120,16 @@ struct glm_progress {
 struct glm_progress *glm_model_progress(struct glm_model *m);
 void glm_model_zero_grad(struct glm_model *m);
 glm_status glm_model_grad_norm(struct glm_model *m, double *norm, struct glm_error *err);
-glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, double *norm, struct glm_error *err);
+glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, double *norm,
+                          struct glm_error *err);
 
 /* Factor on the learning rate after k finished updates; negative for an unknown kind. */
 double glm_lr_factor(const char *kind, int k, int warmup, int total, double learning_rate);
 
 /* ---- generation */
 
-glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int rows, int capacity, int shared_capacity,
-                            struct glm_error *err);
+glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int rows, int capacity,
+                            int shared_capacity, struct glm_error *err);
 void glm_cache_free(struct glm_cache *c);
 struct glm_cache_info {
     int rows, capacity, shared_length;
@@ -132,7 +142,8 @@ glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct
 /* logits (n, V) real on the host: after the last token of each of the n rows, which are distinct */
 glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
                             const int32_t *lengths, void *logits, struct glm_error *err);
-glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int n, struct glm_error *err);
+glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int n,
+                                   struct glm_error *err);
 
 /* ---- scores to tokens; float on the host, scratch (n) pairs from the caller */
 
@@ -140,10 +151,11 @@ struct glm_scored {
     float score;
     int32_t id;
 };
-void glm_adjust_logits(float *logits, int n, const int32_t *context, int n_context, double repetition_penalty,
-                       int no_repeat_ngram, const int32_t *suppress, int n_suppress, unsigned char *seen);
-void glm_warp_logits(float *probs, const float *logits, int n, double temperature, int top_k, double top_p,
-                     int min_keep, struct glm_scored *scratch);
+void glm_adjust_logits(float *logits, int n, const int32_t *context, int n_context,
+                       double repetition_penalty, int no_repeat_ngram, const int32_t *suppress,
+                       int n_suppress, unsigned char *seen);
+void glm_warp_logits(float *probs, const float *logits, int n, double temperature, int top_k,
+                     double top_p, int min_keep, struct glm_scored *scratch);
 int glm_draw(const float *probs, int n, uint64_t seed, uint32_t stream, uint32_t index);
 int glm_argmax(const float *logits, int n);
 

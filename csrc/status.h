@@ -21,11 +21,11 @@ struct glm_error {
 glm_status glm_fail(struct glm_error *err, glm_status code, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-#define GLM_TRY(call)                                                                              \
-    do {                                                                                           \
-        glm_status status_ = (call);                                                               \
-        if (status_ != GLM_OK)                                                                     \
-            return status_;                                                                        \
+#define GLM_TRY(call)                \
+    do {                             \
+        glm_status status_ = (call); \
+        if (status_ != GLM_OK)       \
+            return status_;          \
     } while (0)
 
 #endif

@@ -1,4 +1,5 @@
-/* The CPU's op table: cuts each op into tasks and hands them to the pool. The arithmetic is in kernels_tmpl.h. */
+/* The CPU's op table: cuts each op into tasks and hands them to the pool. The arithmetic is in
+ * kernels_tmpl.h. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,7 +19,10 @@ struct cpu {
 static int ceil_div(size_t n, size_t by) { return (int)((n + by - 1) / by); }
 
 /* Rows for one task, so that a task has some work to do. */
-static int rows_for(size_t width) { return width >= ELEMENTS ? 1 : (int)(ELEMENTS / (width ? width : 1)); }
+static int rows_for(size_t width)
+{
+    return width >= ELEMENTS ? 1 : (int)(ELEMENTS / (width ? width : 1));
+}
 
 static void run_rows(struct cpu *cpu, glm_task fn, struct row_args *a, size_t width)
 {
@@ -49,18 +53,21 @@ static void embedding_task(const void *arg, int task, char *scratch)
     (void)scratch;
     for (int n = task * e->rows; n < e->N && n < (task + 1) * e->rows; n++)
         e->cpu->k->load_row(e->out + (size_t)n * C,
-                            (const char *)e->weight->data + (size_t)e->ids[n] * C * glm_dtype_size(e->weight->dtype),
+                            (const char *)e->weight->data +
+                                (size_t)e->ids[n] * C * glm_dtype_size(e->weight->dtype),
                             e->weight->dtype, C);
 }
 
-static void embedding_forward(void *cx, void *out, const struct glm_mat *weight, const int32_t *ids, int N)
+static void embedding_forward(void *cx, void *out, const struct glm_mat *weight, const int32_t *ids,
+                              int N)
 {
     struct cpu *cpu = cx;
     const struct embedding_args e = {cpu, out, weight, ids, N, rows_for((size_t)weight->cols)};
     glm_pool_run(cpu->pool, ceil_div((size_t)N, (size_t)e.rows), embedding_task, &e);
 }
 
-static void embedding_backward(void *cx, void *dweight, const void *dout, const int32_t *ids, int N, int C)
+static void embedding_backward(void *cx, void *dweight, const void *dout, const int32_t *ids, int N,
+                               int C)
 {
     (void)cx;
     for (int n = 0; n < N; n++) { /* in order: ids repeat */
@@ -75,10 +82,12 @@ static void gather_forward(void *cx, void *out, const void *inp, const int32_t *
 {
     (void)cx;
     for (int m = 0; m < M; m++)
-        memcpy((float *)out + (size_t)m * C, (const float *)inp + (size_t)rows[m] * C, (size_t)C * 4);
+        memcpy((float *)out + (size_t)m * C, (const float *)inp + (size_t)rows[m] * C,
+               (size_t)C * 4);
 }
 
-static void gather_backward(void *cx, void *dinp, const void *dout, const int32_t *rows, int M, int C)
+static void gather_backward(void *cx, void *dinp, const void *dout, const int32_t *rows, int M,
+                            int C)
 {
     (void)cx;
     for (int m = 0; m < M; m++) {
@@ -124,8 +133,8 @@ static void prefix_forward(void *cx, void *out, const void *inp, int P, int J, i
             }
 }
 
-static void prefix_backward(void *cx, void *dinp, const void *dout, int P, int J, int KV, int copies,
-                            const struct glm_dropout *dropout)
+static void prefix_backward(void *cx, void *dinp, const void *dout, int P, int J, int KV,
+                            int copies, const struct glm_dropout *dropout)
 {
     (void)cx;
     for (int j = 0; j < J; j++)
@@ -141,25 +150,36 @@ static void prefix_backward(void *cx, void *dinp, const void *dout, int P, int J
 
 /* ---- linear */
 
-static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight, const void *bias, int N,
-                           double scale, int accumulate)
+static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                           const void *bias, int N, double scale, int accumulate)
 {
     struct cpu *cpu = cx;
     const struct nt_args a = {out, inp, bias, weight, N, accumulate, (float)scale};
-    glm_pool_run(cpu->pool, ceil_div((size_t)N, NT_ROWS) * ceil_div((size_t)weight->rows, NT_COLS), cpu->k->nt, &a);
+    glm_pool_run(cpu->pool, ceil_div((size_t)N, NT_ROWS) * ceil_div((size_t)weight->rows, NT_COLS),
+                 cpu->k->nt, &a);
 }
 
 static void run_gemm(struct cpu *cpu, const struct gemm_args *g)
 {
-    glm_pool_run(cpu->pool, ceil_div((size_t)g->M, GEMM_ROWS) * ceil_div((size_t)g->N, GEMM_COLS), cpu->k->gemm, g);
+    glm_pool_run(cpu->pool, ceil_div((size_t)g->M, GEMM_ROWS) * ceil_div((size_t)g->N, GEMM_COLS),
+                 cpu->k->gemm, g);
 }
 
-static void linear_backward_input(void *cx, void *dinp, const void *dout, const struct glm_mat *weight, int N,
-                                  double scale, int accumulate)
+static void linear_backward_input(void *cx, void *dinp, const void *dout,
+                                  const struct glm_mat *weight, int N, double scale, int accumulate)
 {
     const struct gemm_args g = {
-        .c = dinp, .a = dout, .am = (size_t)weight->rows, .ak = 1, .b = weight->data, .b_dtype = weight->dtype,
-        .M = N, .N = weight->cols, .K = weight->rows, .accumulate = accumulate, .scale = (float)scale,
+        .c = dinp,
+        .a = dout,
+        .am = (size_t)weight->rows,
+        .ak = 1,
+        .b = weight->data,
+        .b_dtype = weight->dtype,
+        .M = N,
+        .N = weight->cols,
+        .K = weight->rows,
+        .accumulate = accumulate,
+        .scale = (float)scale,
     };
     run_gemm(cx, &g);
 }
@@ -179,14 +199,23 @@ static void column_sum_task(const void *arg, int task, char *scratch)
         ((float *)a->out)[i] += sum[i - begin];
 }
 
-static void linear_backward_weight(void *cx, void *dweight, void *dbias, const void *dout, const void *inp, int N, int O,
-                                   int I, double scale)
+static void linear_backward_weight(void *cx, void *dweight, void *dbias, const void *dout,
+                                   const void *inp, int N, int O, int I, double scale)
 {
     struct cpu *cpu = cx;
     if (dweight) {
         const struct gemm_args g = {
-            .c = dweight, .a = dout, .am = 1, .ak = (size_t)O, .b = inp, .b_dtype = GLM_F32, .M = O, .N = I, .K = N,
-            .accumulate = 1, .scale = (float)scale,
+            .c = dweight,
+            .a = dout,
+            .am = 1,
+            .ak = (size_t)O,
+            .b = inp,
+            .b_dtype = GLM_F32,
+            .M = O,
+            .N = I,
+            .K = N,
+            .accumulate = 1,
+            .scale = (float)scale,
         };
         run_gemm(cpu, &g);
     }
@@ -198,16 +227,17 @@ static void linear_backward_weight(void *cx, void *dweight, void *dbias, const v
 
 /* ---- norms, rotary, attention */
 
-static void rmsnorm_forward(void *cx, void *out, void *rstd, const void *inp, const void *weight, int N, int C,
-                            double eps)
+static void rmsnorm_forward(void *cx, void *out, void *rstd, const void *inp, const void *weight,
+                            int N, int C, double eps)
 {
     struct cpu *cpu = cx;
-    struct row_args a = {.out = out, .extra = rstd, .a = inp, .b = weight, .N = N, .C = C, .eps = eps};
+    struct row_args a = {
+        .out = out, .extra = rstd, .a = inp, .b = weight, .N = N, .C = C, .eps = eps};
     run_rows(cpu, cpu->k->rmsnorm_forward, &a, (size_t)C);
 }
 
-static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout, const void *inp, const void *weight,
-                             const void *rstd, int N, int C)
+static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout, const void *inp,
+                             const void *weight, const void *rstd, int N, int C)
 {
     struct cpu *cpu = cx;
     struct row_args a = {.out = dinp, .a = dout, .b = inp, .c = weight, .d = rstd, .N = N, .C = C};
@@ -218,48 +248,65 @@ static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *do
     }
 }
 
-static void rope(void *cx, void *x, const void *table, const int32_t *position, int N, int heads, int HD, int stride,
-                 int rotary_dim, float sign)
+static void rope(void *cx, void *x, const void *table, const int32_t *position, int N, int heads,
+                 int HD, int stride, int rotary_dim, float sign)
 {
     struct cpu *cpu = cx;
-    const struct rope_args r = {x,      table,      position, N, heads, HD, stride, rotary_dim,
-                                rows_for((size_t)heads * rotary_dim * 2), sign};
+    const struct rope_args r = {x,      table,      position,
+                                N,      heads,      HD,
+                                stride, rotary_dim, rows_for((size_t)heads * rotary_dim * 2),
+                                sign};
     glm_pool_run(cpu->pool, ceil_div((size_t)N, (size_t)r.rows), cpu->k->rope, &r);
 }
 
-static void rope_forward(void *cx, void *x, const void *table, const int32_t *position, int N, int heads, int HD,
-                         int stride, int rotary_dim)
+static void rope_forward(void *cx, void *x, const void *table, const int32_t *position, int N,
+                         int heads, int HD, int stride, int rotary_dim)
 {
     rope(cx, x, table, position, N, heads, HD, stride, rotary_dim, 1);
 }
 
-static void rope_backward(void *cx, void *dx, const void *table, const int32_t *position, int N, int heads, int HD,
-                          int stride, int rotary_dim)
+static void rope_backward(void *cx, void *dx, const void *table, const int32_t *position, int N,
+                          int heads, int HD, int stride, int rotary_dim)
 {
     rope(cx, dx, table, position, N, heads, HD, stride, rotary_dim, -1);
 }
 
 static void attention_forward(void *cx, void *out, void *lse, const void *qkv, struct glm_kv cache,
-                              const struct glm_segment *segments, int n_segments, struct glm_heads heads)
+                              const struct glm_segment *segments, int n_segments,
+                              struct glm_heads heads)
 {
     struct cpu *cpu = cx;
-    const struct att_args a = {.out = out, .lse = lse, .qkv = qkv, .cache = cache, .segments = segments,
-                               .n_segments = n_segments, .heads = heads};
+    const struct att_args a = {.out = out,
+                               .lse = lse,
+                               .qkv = qkv,
+                               .cache = cache,
+                               .segments = segments,
+                               .n_segments = n_segments,
+                               .heads = heads};
     int tasks = 0;
     for (int i = 0; i < n_segments; i++)
         tasks += att_blocks(&segments[i]) * heads.KVH;
     glm_pool_run(cpu->pool, tasks, cpu->k->attention_forward, &a);
 }
 
-static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout, const void *out,
-                               const void *lse, const void *qkv, struct glm_kv cache,
-                               const struct glm_segment *segments, int n_segments, struct glm_heads heads)
+static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
+                               const void *out, const void *lse, const void *qkv,
+                               struct glm_kv cache, const struct glm_segment *segments,
+                               int n_segments, struct glm_heads heads)
 {
     struct cpu *cpu = cx;
-    const struct att_args a = {.out = (float *)out, .lse = (float *)lse, .dqkv = dqkv, .dout = dout, .qkv = qkv,
-                               .cache = cache, .dcache = dcache, .segments = segments, .n_segments = n_segments,
+    const struct att_args a = {.out = (float *)out,
+                               .lse = (float *)lse,
+                               .dqkv = dqkv,
+                               .dout = dout,
+                               .qkv = qkv,
+                               .cache = cache,
+                               .dcache = dcache,
+                               .segments = segments,
+                               .n_segments = n_segments,
                                .heads = heads};
-    glm_pool_run(cpu->pool, dcache.k ? heads.KVH : n_segments * heads.KVH, cpu->k->attention_backward, &a);
+    glm_pool_run(cpu->pool, dcache.k ? heads.KVH : n_segments * heads.KVH,
+                 cpu->k->attention_backward, &a);
 }
 
 /* ---- activations, dropout, loss */
@@ -292,30 +339,32 @@ static void tanh_backward(void *cx, void *dinp, const void *dout, const void *ou
     run_flat(cpu, cpu->k->tanh_backward, &a);
 }
 
-static void dropout_forward(void *cx, void *out, const void *inp, int N, int C, const struct glm_dropout *dropout)
+static void dropout_forward(void *cx, void *out, const void *inp, int N, int C,
+                            const struct glm_dropout *dropout)
 {
     struct cpu *cpu = cx;
     struct row_args a = {.out = out, .a = inp, .dropout = dropout, .N = N, .C = C};
     run_rows(cpu, cpu->k->dropout_forward, &a, (size_t)4 * C);
 }
 
-static void dropout_backward(void *cx, void *dinp, const void *dout, int N, int C, const struct glm_dropout *dropout)
+static void dropout_backward(void *cx, void *dinp, const void *dout, int N, int C,
+                             const struct glm_dropout *dropout)
 {
     struct cpu *cpu = cx;
     struct row_args a = {.out = dinp, .a = dout, .dropout = dropout, .N = N, .C = C};
     run_rows(cpu, cpu->k->dropout_backward, &a, (size_t)4 * C);
 }
 
-static void cross_entropy_forward(void *cx, void *loss, void *lse, const void *logits, const int32_t *target, int M,
-                                  int V)
+static void cross_entropy_forward(void *cx, void *loss, void *lse, const void *logits,
+                                  const int32_t *target, int M, int V)
 {
     struct cpu *cpu = cx;
     struct row_args a = {.out = loss, .extra = lse, .a = logits, .index = target, .N = M, .C = V};
     run_rows(cpu, cpu->k->cross_entropy_forward, &a, (size_t)4 * V);
 }
 
-static void cross_entropy_backward(void *cx, void *logits, const void *lse, const int32_t *target, int M, int V,
-                                   double scale)
+static void cross_entropy_backward(void *cx, void *logits, const void *lse, const int32_t *target,
+                                   int M, int V, double scale)
 {
     struct cpu *cpu = cx;
     struct row_args a = {.out = logits, .a = lse, .index = target, .N = M, .C = V, .eps = scale};
@@ -336,9 +385,11 @@ static void sum_squares(void *cx, double *out, const void *x, size_t n)
     struct cpu *cpu = cx;
     *out = 0;
     for (size_t begin = 0; begin < n; begin += (size_t)PARTIALS * PIECE) {
-        const size_t count = n - begin < (size_t)PARTIALS * PIECE ? n - begin : (size_t)PARTIALS * PIECE;
+        const size_t count =
+            n - begin < (size_t)PARTIALS * PIECE ? n - begin : (size_t)PARTIALS * PIECE;
         const int pieces = ceil_div(count, PIECE);
-        const struct flat_args f = {.p = {cpu->partial}, .q = {(const float *)x + begin}, .n = count};
+        const struct flat_args f = {
+            .p = {cpu->partial}, .q = {(const float *)x + begin}, .n = count};
         glm_pool_run(cpu->pool, pieces, cpu->k->sum_squares, &f);
         for (int i = 0; i < pieces; i++)
             *out += cpu->partial[i];
@@ -348,7 +399,8 @@ static void sum_squares(void *cx, double *out, const void *x, size_t n)
 static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
 {
     struct cpu *cpu = cx;
-    struct row_args a = {.out = cpu->found, .a = x, .N = N, .C = C, .rows = ceil_div((size_t)N, FINDERS)};
+    struct row_args a = {
+        .out = cpu->found, .a = x, .N = N, .C = C, .rows = ceil_div((size_t)N, FINDERS)};
     const int tasks = N ? ceil_div((size_t)N, (size_t)a.rows) : 0;
     glm_pool_run(cpu->pool, tasks, cpu->k->nonfinite, &a);
     *row = -1;
@@ -356,26 +408,29 @@ static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
         *row = cpu->found[i];
 }
 
-static void adamw(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr, double b1, double b2,
-                  double eps, double wd, int t, double gscale)
+static void adamw(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr,
+                  double b1, double b2, double eps, double wd, int t, double gscale)
 {
     struct cpu *cpu = cx;
     struct flat_args f = {
-        .p = {p, m, v}, .q = {grad}, .n = n,
+        .p = {p, m, v},
+        .q = {grad},
+        .n = n,
         .k = {lr, b1, b2, eps, lr * wd, 1 / (1 - pow(b1, t)), 1 / (1 - pow(b2, t)), gscale},
     };
     run_flat(cpu, cpu->k->adamw, &f);
 }
 
-static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A, int O, int I, int R,
-                  double scale)
+static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A, int O,
+                  int I, int R, double scale)
 {
     struct cpu *cpu = cx;
     const struct merge_args a = {data, dtype, B, A, O, I, R, rows_for((size_t)I * R), (float)scale};
     glm_pool_run(cpu->pool, ceil_div((size_t)O, (size_t)a.rows), cpu->k->merge, &a);
 }
 
-static void convert(void *cx, void *out, enum glm_dtype out_dtype, const void *inp, enum glm_dtype inp_dtype, size_t n)
+static void convert(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,
+                    enum glm_dtype inp_dtype, size_t n)
 {
     struct cpu *cpu = cx;
     struct flat_args f = {.p = {out}, .q = {inp}, .n = n, .from = inp_dtype, .to = out_dtype};
@@ -413,7 +468,10 @@ static void cpu_zero(struct glm_backend *be, void *p, size_t bytes)
         memset(p, 0, bytes);
 }
 static struct glm_pool *pool_of(struct glm_backend *be) { return ((struct cpu *)be->cx)->pool; }
-static void cpu_set_threads(struct glm_backend *be, int threads) { glm_pool_set_threads(pool_of(be), threads); }
+static void cpu_set_threads(struct glm_backend *be, int threads)
+{
+    glm_pool_set_threads(pool_of(be), threads);
+}
 static int cpu_threads(struct glm_backend *be) { return glm_pool_threads(pool_of(be)); }
 static void cpu_set_poll(struct glm_backend *be, int (*poll)(void *arg), void *arg)
 {
@@ -430,7 +488,8 @@ static void cpu_destroy(struct glm_backend *be)
 static int runs_avx2(void)
 {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
 #else
     return 0;
 #endif
@@ -471,13 +530,15 @@ glm_status glm_cpu_create(struct glm_backend **out, const char *isa, struct glm_
         name = "cpu:generic";
     }
     if (!k)
-        return glm_fail(err, GLM_EVALUE, "backend 'cpu:%s': this processor runs %s", isa, glm_cpu_variants());
+        return glm_fail(err, GLM_EVALUE, "backend 'cpu:%s': this processor runs %s", isa,
+                        glm_cpu_variants());
     struct cpu *cpu = calloc(1, sizeof *cpu);
     if (cpu)
         cpu->pool = glm_pool_create();
     if (!cpu || !cpu->pool) {
         free(cpu);
-        return glm_fail(err, GLM_EMEMORY, "cpu backend: %zu bytes could not be taken", sizeof *cpu + GLM_SCRATCH);
+        return glm_fail(err, GLM_EMEMORY, "cpu backend: %zu bytes could not be taken",
+                        sizeof *cpu + GLM_SCRATCH);
     }
     cpu->k = k;
     cpu->be = (struct glm_backend){

@@ -1,16 +1,16 @@
-/* What differs by instruction set: for each op a task over a piece of its output. kernels_tmpl.h is compiled once per
- * set; the table of the best one is picked when the backend is created. */
+/* What differs by instruction set: for each op a task over a piece of its output. kernels_tmpl.h is
+ * compiled once per set; the table of the best one is picked when the backend is created. */
 #ifndef GLM_CPU_KERNELS_H
 #define GLM_CPU_KERNELS_H
 
 #include "backend.h"
 #include "pool.h"
 
-/* Tiles of the matrix products. Reductions are cut in fixed blocks that do not depend on N, so that an element has the
- * same bits whatever batch it is in. */
+/* Tiles of the matrix products. Reductions are cut in fixed blocks that do not depend on N, so that
+ * an element has the same bits whatever batch it is in. */
 enum {
-    NT_ROWS = 64,  /* tile of linear_forward: rows of inp .. */
-    NT_COLS = 32,  /* .. times rows of W; */
+    NT_ROWS = 64,    /* tile of linear_forward: rows of inp .. */
+    NT_COLS = 32,    /* .. times rows of W; */
     NT_BLOCK = 1024, /* its reduction is summed in blocks of this many features */
     GEMM_ROWS = 96,  /* tile of the backward products: rows .. */
     GEMM_COLS = 128, /* .. times columns */
@@ -29,7 +29,8 @@ struct nt_args { /* out = scale * inp W^T + bias (+ out) */
     float scale;
 };
 
-struct gemm_args { /* C (M, N) = scale * A B (+ C);  a(m, k) = A[m * am + k * ak],  B row k at b + k * N */
+struct gemm_args { /* C (M, N) = scale * A B (+ C);  a(m, k) = A[m * am + k * ak],  B row k at b + k
+                      * N */
     float *c;
     const float *a;
     size_t am, ak;
@@ -89,13 +90,19 @@ struct glm_cpu_kernels {
     glm_task swiglu_forward, swiglu_backward, dropout_forward, dropout_backward;
     glm_task cross_entropy_forward, cross_entropy_backward;
     glm_task add, sum_squares, adamw, tanh_forward, tanh_backward, convert, merge, nonfinite;
-    void (*load_row)(float *out, const void *row, enum glm_dtype dtype, int n); /* n elements as float */
+    void (*load_row)(float *out, const void *row, enum glm_dtype dtype,
+                     int n); /* n elements as float */
 };
 
-extern const struct glm_cpu_kernels glm_cpu_kernels_generic, glm_cpu_kernels_avx2, glm_cpu_kernels_avx512;
+extern const struct glm_cpu_kernels glm_cpu_kernels_generic, glm_cpu_kernels_avx2,
+    glm_cpu_kernels_avx512;
 
-/* Blocks of query rows of a segment; attention_forward has a task for each of them and each key head. */
-static inline int att_blocks(const struct glm_segment *s) { return (s->count + ATT_ROWS - 1) / ATT_ROWS; }
+/* Blocks of query rows of a segment; attention_forward has a task for each of them and each key
+ * head. */
+static inline int att_blocks(const struct glm_segment *s)
+{
+    return (s->count + ATT_ROWS - 1) / ATT_ROWS;
+}
 
 /* Philox4x32-10 (Salmon et al. 2011) */
 static inline void glm_philox(uint32_t x[4], uint32_t k0, uint32_t k1)

@@ -1,8 +1,10 @@
-/* Every inner loop of the CPU backend, once, over vectors of VL floats (GCC vector extensions). The including file sets
- * VL, NAME, and, where the set has them, HALF_TO_FLOAT(p): VL halves at p as a vector; SUM4(a, b, c, d): lane sums.
+/* Every inner loop of the CPU backend, once, over vectors of VL floats (GCC vector extensions). The
+ * including file sets VL, NAME, and, where the set has them, HALF_TO_FLOAT(p): VL halves at p as a
+ * vector; SUM4(a, b, c, d): lane sums.
  *
- * Sums over lanes are made in one order, adjacent lanes first, then halves: an element's bits must not depend on the
- * tile it fell into. Every function is static: nothing compiled for a newer processor may be reached from an older. */
+ * Sums over lanes are made in one order, adjacent lanes first, then halves: an element's bits must
+ * not depend on the tile it fell into. Every function is static: nothing compiled for a newer
+ * processor may be reached from an older. */
 #include <math.h>
 #include <string.h>
 
@@ -45,7 +47,10 @@ INLINE float lane_sum(vf v)
 }
 
 #ifndef SUM4
-INLINE v4 sum4(vf a, vf b, vf c, vf d) { return (v4){lane_sum(a), lane_sum(b), lane_sum(c), lane_sum(d)}; }
+INLINE v4 sum4(vf a, vf b, vf c, vf d)
+{
+    return (v4){lane_sum(a), lane_sum(b), lane_sum(c), lane_sum(d)};
+}
 #define SUM4 sum4
 #endif
 
@@ -174,11 +179,13 @@ static void convert_task(const void *arg, int task, char *scratch)
     }
     if (f->from == f->to) { /* bits stay, NaN payloads included */
         const size_t size = glm_dtype_size(f->from);
-        memcpy((char *)f->p[0] + begin * size, (const char *)f->q[0] + begin * size, (end - begin) * size);
+        memcpy((char *)f->p[0] + begin * size, (const char *)f->q[0] + begin * size,
+               (end - begin) * size);
         return;
     }
     for (size_t i = begin; i < end; i++) {
-        if (f->from == GLM_F64 && f->to != GLM_F32) { /* one rounding: to odd float first, then to 16 bits */
+        if (f->from == GLM_F64 &&
+            f->to != GLM_F32) { /* one rounding: to odd float first, then to 16 bits */
             const double d = ((const double *)f->q[0])[i];
             float x = (float)d;
             uint32_t bits;
@@ -229,15 +236,18 @@ static void merge_task(const void *arg, int task, char *scratch)
                 else if (m->dtype == GLM_F64)
                     ((double *)at)[i] += (double)m->scale * row[i];
                 else
-                    ((uint16_t *)at)[i] = m->dtype == GLM_F16 ? float_to_half(x) : float_to_bfloat(x);
+                    ((uint16_t *)at)[i] =
+                        m->dtype == GLM_F16 ? float_to_half(x) : float_to_bfloat(x);
             }
         }
 }
 
-/* ---- linear_forward: both operands are contiguous along the reduction, so vectors run along it (no packing) */
+/* ---- linear_forward: both operands are contiguous along the reduction, so vectors run along it
+ * (no packing) */
 
 /* s[r][c] = sum over k < K of x[r][k] * w[c][k];  R x 4 sums at once */
-INLINE void dot_tile(v4 *s, int R, const float *const *x, const char *const *w, enum glm_dtype dtype, int K)
+INLINE void dot_tile(v4 *s, int R, const float *const *x, const char *const *w,
+                     enum glm_dtype dtype, int K)
 {
     vf acc[4][4];
     int k = 0;
@@ -267,9 +277,10 @@ INLINE void dot_tile(v4 *s, int R, const float *const *x, const char *const *w, 
         s[r] = SUM4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
 }
 
-/* out[n][o] (ldo) of `rows` x `cols` dot products of K features; add: onto what is there. w rows are `stride` bytes apart */
-INLINE void dot_block(float *out, size_t ldo, const float *x, size_t ldx, int rows, const char *w, size_t stride,
-                      enum glm_dtype dtype, int cols, int K, int add)
+/* out[n][o] (ldo) of `rows` x `cols` dot products of K features; add: onto what is there. w rows
+ * are `stride` bytes apart */
+INLINE void dot_block(float *out, size_t ldo, const float *x, size_t ldx, int rows, const char *w,
+                      size_t stride, enum glm_dtype dtype, int cols, int K, int add)
 {
     for (int n = 0; n < rows; n += 3) {
         const float *xs[3];
@@ -304,7 +315,8 @@ static void nt_task(const void *arg, int task, char *scratch)
     const struct nt_args *a = arg;
     const int O = a->w->rows, I = a->w->cols, o_tiles = (O + NT_COLS - 1) / NT_COLS;
     const int n0 = task / o_tiles * NT_ROWS, o0 = task % o_tiles * NT_COLS;
-    const int rows = a->N - n0 < NT_ROWS ? a->N - n0 : NT_ROWS, cols = O - o0 < NT_COLS ? O - o0 : NT_COLS;
+    const int rows = a->N - n0 < NT_ROWS ? a->N - n0 : NT_ROWS,
+              cols = O - o0 < NT_COLS ? O - o0 : NT_COLS;
     const enum glm_dtype dtype = a->w->dtype;
     const size_t size = glm_dtype_size(dtype), stride = (size_t)I * size;
     const char *w = (const char *)a->w->data + o0 * stride;
@@ -318,7 +330,8 @@ static void nt_task(const void *arg, int task, char *scratch)
         } else if (rows > 3) { /* converted once for all rows */
             for (int o = 0; o < cols; o++)
                 load_row(panel + (size_t)o * NT_BLOCK, wb + o * stride, dtype, K);
-            dot_block(tile, NT_COLS, x, (size_t)I, rows, (const char *)panel, NT_BLOCK * 4, GLM_F32, cols, K, begin > 0);
+            dot_block(tile, NT_COLS, x, (size_t)I, rows, (const char *)panel, NT_BLOCK * 4, GLM_F32,
+                      cols, K, begin > 0);
         } else if (dtype == GLM_F16) {
             dot_block(tile, NT_COLS, x, (size_t)I, rows, wb, stride, GLM_F16, cols, K, begin > 0);
         } else if (dtype == GLM_BF16) {
@@ -369,9 +382,11 @@ static void gemm_task(const void *arg, int task, char *scratch)
     const struct gemm_args *g = arg;
     const int n_tiles = (g->N + GEMM_COLS - 1) / GEMM_COLS;
     const int m0 = task / n_tiles * GEMM_ROWS, n0 = task % n_tiles * GEMM_COLS;
-    const int rows = g->M - m0 < GEMM_ROWS ? g->M - m0 : GEMM_ROWS, cols = g->N - n0 < GEMM_COLS ? g->N - n0 : GEMM_COLS;
+    const int rows = g->M - m0 < GEMM_ROWS ? g->M - m0 : GEMM_ROWS,
+              cols = g->N - n0 < GEMM_COLS ? g->N - n0 : GEMM_COLS;
     const size_t size = glm_dtype_size(g->b_dtype);
-    float *tile = (float *)scratch, *ap = tile + GEMM_ROWS * GEMM_COLS, *bp = ap + GEMM_ROWS * GEMM_BLOCK;
+    float *tile = (float *)scratch, *ap = tile + GEMM_ROWS * GEMM_COLS,
+          *bp = ap + GEMM_ROWS * GEMM_BLOCK;
     for (int i = 0; i < GEMM_ROWS * GEMM_COLS; i++)
         tile[i] = 0;
     for (int k0 = 0; k0 < g->K; k0 += GEMM_BLOCK) {
@@ -402,8 +417,8 @@ static void gemm_task(const void *arg, int task, char *scratch)
         }
         for (int m = 0; m < rows; m += MR)
             for (int n = 0; n < cols; n += NR)
-                rank1_tile(tile + m * GEMM_COLS + n, GEMM_COLS, ap + (size_t)m * GEMM_BLOCK, bp + (size_t)n * GEMM_BLOCK,
-                           K);
+                rank1_tile(tile + m * GEMM_COLS + n, GEMM_COLS, ap + (size_t)m * GEMM_BLOCK,
+                           bp + (size_t)n * GEMM_BLOCK, K);
     }
     for (int m = 0; m < rows; m++) {
         float *c = g->c + (size_t)(m0 + m) * g->N + n0;
@@ -416,7 +431,8 @@ static void gemm_task(const void *arg, int task, char *scratch)
 
 /* ---- elementary functions */
 
-/* e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its series to r^7; below -87.3 it stays at 1e-38 */
+/* e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its series to r^7; below -87.3 it
+ * stays at 1e-38 */
 INLINE vf exp_vector(vf x)
 {
     const vf high = splat(88.37626f), low = splat(-87.33654f), shifter = splat(12582912.0f);
@@ -477,7 +493,8 @@ static void rmsnorm_backward_task(const void *arg, int task, char *scratch)
     const float *weight = a->c;
     (void)scratch;
     for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
-        const float *dout = (const float *)a->a + (size_t)n * C, *x = (const float *)a->b + (size_t)n * C;
+        const float *dout = (const float *)a->a + (size_t)n * C,
+                    *x = (const float *)a->b + (size_t)n * C;
         float *dinp = (float *)a->out + (size_t)n * C;
         const float rstd = ((const float *)a->d)[n];
         vf s = {0};
@@ -485,7 +502,8 @@ static void rmsnorm_backward_task(const void *arg, int task, char *scratch)
         for (; i + VL <= C; i += VL)
             s += load(dout + i) * load(weight + i) * load(x + i);
         if (i < C)
-            s += load_part(dout + i, C - i) * load_part(weight + i, C - i) * load_part(x + i, C - i);
+            s +=
+                load_part(dout + i, C - i) * load_part(weight + i, C - i) * load_part(x + i, C - i);
         const float mean = lane_sum(s) / (float)C * rstd * rstd * rstd;
         for (i = 0; i < C; i++)
             dinp[i] += rstd * dout[i] * weight[i] - x[i] * mean;
@@ -501,7 +519,8 @@ static void rmsnorm_dweight_task(const void *arg, int task, char *scratch)
     for (int i = begin; i < end; i++)
         sum[i - begin] = 0;
     for (int n = 0; n < a->N; n++) {
-        const float *dout = (const float *)a->a + (size_t)n * C, *x = (const float *)a->b + (size_t)n * C;
+        const float *dout = (const float *)a->a + (size_t)n * C,
+                    *x = (const float *)a->b + (size_t)n * C;
         const float rstd = ((const float *)a->d)[n];
         for (int i = begin; i < end; i++)
             sum[i - begin] += dout[i] * x[i] * rstd;
@@ -520,7 +539,8 @@ static void rope_task(const void *arg, int task, char *scratch)
         for (int h = 0; h < r->heads; h++) {
             float *x = r->x + (size_t)n * r->stride + (size_t)h * r->HD;
             for (int j = 0; j < pairs; j++) {
-                const float c = angle[2 * j], s = r->sign * angle[2 * j + 1], x0 = x[2 * j], x1 = x[2 * j + 1];
+                const float c = angle[2 * j], s = r->sign * angle[2 * j + 1], x0 = x[2 * j],
+                            x1 = x[2 * j + 1];
                 x[2 * j] = x0 * c - x1 * s;
                 x[2 * j + 1] = x1 * c + x0 * s;
             }
@@ -528,10 +548,13 @@ static void rope_task(const void *arg, int task, char *scratch)
     }
 }
 
-/* ---- attention: keys in blocks of ATT_KEYS from the first visible one, softmax kept running (Milakov & Gimelshein 2018) */
+/* ---- attention: keys in blocks of ATT_KEYS from the first visible one, softmax kept running
+ * (Milakov & Gimelshein 2018) */
 
-/* Row j of what a segment sees: shared, past, then own tokens; its keys or values of head g, and their gradient. */
-INLINE const float *visible(const struct att_args *a, const struct glm_segment *s, int j, int g, int value)
+/* Row j of what a segment sees: shared, past, then own tokens; its keys or values of head g, and
+ * their gradient. */
+INLINE const float *visible(const struct att_args *a, const struct glm_segment *s, int j, int g,
+                            int value)
 {
     const int HD = a->heads.HD, KV = a->heads.KVH * HD;
     const float *cache = value ? a->cache.v : a->cache.k;
@@ -599,7 +622,8 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
             for (int h = 0; h < heads; h++) {
                 top[r * BAND + h] = -INFINITY;
                 sum[r * BAND + h] = 0;
-                memset(a->out + ((size_t)(s->begin + t0 + r) * NH + g * group + h0 + h) * HD, 0, (size_t)HD * 4);
+                memset(a->out + ((size_t)(s->begin + t0 + r) * NH + g * group + h0 + h) * HD, 0,
+                       (size_t)HD * 4);
             }
         for (int j0 = 0; j0 < seen; j0 += ATT_KEYS) {
             const int keys = seen - j0 < ATT_KEYS ? seen - j0 : ATT_KEYS;
@@ -610,7 +634,8 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
             for (int h = 0; h < heads; h++) {
                 const int head = g * group + h0 + h;
                 const float *q = a->qkv + (size_t)(s->begin + t0) * width + (size_t)head * HD;
-                dot_block(score, ATT_KEYS, q, width, rows, (const char *)kb, (size_t)HD * 4, GLM_F32, keys, HD, 0);
+                dot_block(score, ATT_KEYS, q, width, rows, (const char *)kb, (size_t)HD * 4,
+                          GLM_F32, keys, HD, 0);
                 for (int r = 0; r < rows; r++) {
                     int n = last_visible(s, t0 + r) - j0;
                     n = n < keys ? n : keys;
@@ -621,7 +646,8 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
                         p[j] *= scale;
                         m = p[j] > m || p[j] != p[j] ? p[j] : m;
                     }
-                    const float keep = top[r * BAND + h] == -INFINITY ? 0 : expf(top[r * BAND + h] - m);
+                    const float keep =
+                        top[r * BAND + h] == -INFINITY ? 0 : expf(top[r * BAND + h] - m);
                     vf total = {0};
                     for (int j = 0; j < n; j += VL) {
                         const int part = n - j < VL ? n - j : VL;
@@ -631,7 +657,8 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
                     }
                     top[r * BAND + h] = m;
                     sum[r * BAND + h] = sum[r * BAND + h] * keep + lane_sum(total);
-                    weighted_rows(a->out + ((size_t)(s->begin + t0 + r) * NH + head) * HD, keep, p, vb, n, HD);
+                    weighted_rows(a->out + ((size_t)(s->begin + t0 + r) * NH + head) * HD, keep, p,
+                                  vb, n, HD);
                 }
             }
         }
@@ -646,19 +673,24 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
     }
 }
 
-/* A task is one key head of one segment (of all segments where gradients of shared rows add up): no two tasks write the
- * same row. Keys in blocks, outermost; dq adds up over them in order. */
-static void attention_backward_segment(const struct att_args *a, const struct glm_segment *s, int g, char *scratch)
+/* A task is one key head of one segment (of all segments where gradients of shared rows add up): no
+ * two tasks write the same row. Keys in blocks, outermost; dq adds up over them in order. */
+static void attention_backward_segment(const struct att_args *a, const struct glm_segment *s, int g,
+                                       char *scratch)
 {
-    const int NH = a->heads.NH, KVH = a->heads.KVH, HD = a->heads.HD, group = NH / KVH, KV = KVH * HD;
+    const int NH = a->heads.NH, KVH = a->heads.KVH, HD = a->heads.HD, group = NH / KVH,
+              KV = KVH * HD;
     const size_t width = (size_t)(NH + 2 * KVH) * HD;
     const float scale = 1.0f / sqrtf((float)HD);
     const int before = s->shared_count + s->past_count, seen = before + s->count;
-    float *kb = (float *)scratch, *vb = kb + ATT_KEYS * HD, *dk = vb + ATT_KEYS * HD, *dv = dk + ATT_KEYS * HD;
-    float *p = dv + ATT_KEYS * HD, *dp = p + ATT_ROWS * ATT_KEYS, *qd = dp + ATT_ROWS * ATT_KEYS; /* (ATT_ROWS) */
-    float *column = qd + ATT_ROWS; /* (ATT_ROWS) */
+    float *kb = (float *)scratch, *vb = kb + ATT_KEYS * HD, *dk = vb + ATT_KEYS * HD,
+          *dv = dk + ATT_KEYS * HD;
+    float *p = dv + ATT_KEYS * HD, *dp = p + ATT_ROWS * ATT_KEYS,
+          *qd = dp + ATT_ROWS * ATT_KEYS; /* (ATT_ROWS) */
+    float *column = qd + ATT_ROWS;        /* (ATT_ROWS) */
     for (int t = 0; t < s->count; t++)
-        memset(a->dqkv + (size_t)(s->begin + t) * width + (size_t)g * group * HD, 0, (size_t)group * HD * 4);
+        memset(a->dqkv + (size_t)(s->begin + t) * width + (size_t)g * group * HD, 0,
+               (size_t)group * HD * 4);
     for (int j0 = 0; j0 < seen; j0 += ATT_KEYS) {
         const int keys = seen - j0 < ATT_KEYS ? seen - j0 : ATT_KEYS;
         for (int j = 0; j < keys; j++) {
@@ -667,7 +699,8 @@ static void attention_backward_segment(const struct att_args *a, const struct gl
         }
         memset(dk, 0, (size_t)2 * ATT_KEYS * HD * 4);
         /* causal: queries before the block's first own key see none of it */
-        const int first = j0 <= before || s->context > j0 - before ? 0 : (j0 - before) / ATT_ROWS * ATT_ROWS;
+        const int first =
+            j0 <= before || s->context > j0 - before ? 0 : (j0 - before) / ATT_ROWS * ATT_ROWS;
         for (int h = 0; h < group; h++) {
             const int head = g * group + h;
             for (int t0 = first; t0 < s->count; t0 += ATT_ROWS) {
@@ -675,8 +708,10 @@ static void attention_backward_segment(const struct att_args *a, const struct gl
                 const float *q = a->qkv + (size_t)(s->begin + t0) * width + (size_t)head * HD;
                 const float *dout = a->dout + ((size_t)(s->begin + t0) * NH + head) * HD;
                 const size_t ldo = (size_t)NH * HD;
-                dot_block(p, ATT_KEYS, q, width, rows, (const char *)kb, (size_t)HD * 4, GLM_F32, keys, HD, 0);
-                dot_block(dp, ATT_KEYS, dout, ldo, rows, (const char *)vb, (size_t)HD * 4, GLM_F32, keys, HD, 0);
+                dot_block(p, ATT_KEYS, q, width, rows, (const char *)kb, (size_t)HD * 4, GLM_F32,
+                          keys, HD, 0);
+                dot_block(dp, ATT_KEYS, dout, ldo, rows, (const char *)vb, (size_t)HD * 4, GLM_F32,
+                          keys, HD, 0);
                 for (int r = 0; r < rows; r++) {
                     const size_t at = (size_t)(s->begin + t0 + r) * NH + head;
                     const float D = dot_row(dout + r * ldo, a->out + at * HD, HD), lse = a->lse[at];
@@ -684,16 +719,19 @@ static void attention_backward_segment(const struct att_args *a, const struct gl
                     n = n < 0 ? 0 : n < keys ? n : keys;
                     for (int j = 0; j < keys; j += VL) {
                         const int part = keys - j < VL ? keys - j : VL;
-                        const vf e = exp_vector(load_part(p + r * ATT_KEYS + j, part) * splat(scale) - splat(lse));
-                        const vf d = e * (load_part(dp + r * ATT_KEYS + j, part) - splat(D)) * splat(scale);
+                        const vf e = exp_vector(
+                            load_part(p + r * ATT_KEYS + j, part) * splat(scale) - splat(lse));
+                        const vf d =
+                            e * (load_part(dp + r * ATT_KEYS + j, part) - splat(D)) * splat(scale);
                         store_part(p + r * ATT_KEYS + j, e, part);
                         store_part(dp + r * ATT_KEYS + j, d, part);
                     }
                     for (int j = n; j < keys; j++)
                         p[r * ATT_KEYS + j] = dp[r * ATT_KEYS + j] = 0;
                     if (n)
-                        weighted_rows(a->dqkv + (size_t)(s->begin + t0 + r) * width + (size_t)head * HD, 1.0f,
-                                      dp + r * ATT_KEYS, kb, n, HD);
+                        weighted_rows(a->dqkv + (size_t)(s->begin + t0 + r) * width +
+                                          (size_t)head * HD,
+                                      1.0f, dp + r * ATT_KEYS, kb, n, HD);
                 }
                 for (int j = 0; j < keys; j++) {
                     for (int r = 0; r < rows; r++) {
@@ -702,7 +740,8 @@ static void attention_backward_segment(const struct att_args *a, const struct gl
                     }
                     for (int d0 = 0; d0 < HD; d0 += VL) {
                         const int part = HD - d0 < VL ? HD - d0 : VL;
-                        vf k = load_part(dk + j * HD + d0, part), v = load_part(dv + j * HD + d0, part);
+                        vf k = load_part(dk + j * HD + d0, part),
+                           v = load_part(dv + j * HD + d0, part);
                         if (part == VL)
                             for (int r = 0; r < rows; r++) {
                                 k += splat(qd[r]) * load(q + r * width + d0);
@@ -743,7 +782,8 @@ static void attention_backward_task(const void *arg, int task, char *scratch)
 {
     const struct att_args *a = arg;
     if (!a->dcache.k) {
-        attention_backward_segment(a, a->segments + task / a->heads.KVH, task % a->heads.KVH, scratch);
+        attention_backward_segment(a, a->segments + task / a->heads.KVH, task % a->heads.KVH,
+                                   scratch);
         return;
     }
     for (int i = 0; i < a->n_segments; i++)
@@ -780,11 +820,13 @@ static void swiglu_backward_task(const void *arg, int task, char *scratch)
     const int F = a->C;
     (void)scratch;
     for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
-        const float *dout = (const float *)a->a + (size_t)n * F, *gate = (const float *)a->b + (size_t)n * 2 * F;
+        const float *dout = (const float *)a->a + (size_t)n * F,
+                    *gate = (const float *)a->b + (size_t)n * 2 * F;
         float *dgate = (float *)a->out + (size_t)n * 2 * F;
         for (int i = 0; i < F; i += VL) {
             const int part = F - i < VL ? F - i : VL;
-            const vf g = load_part(gate + i, part), u = load_part(gate + F + i, part), d = load_part(dout + i, part);
+            const vf g = load_part(gate + i, part), u = load_part(gate + F + i, part),
+                     d = load_part(dout + i, part);
             const vf y = sigmoid(g), silu = g * y;
             store_part(dgate + i, d * u * (y + silu * (splat(1.0f) - y)), part);
             store_part(dgate + F + i, d * silu, part);
@@ -802,7 +844,8 @@ INLINE void dropout_rows(const struct row_args *a, int task, int backward)
         const float *inp = (const float *)a->a + (size_t)n * C;
         float *out = (float *)a->out + (size_t)n * C;
         for (int i = 0; i < C; i += 4) {
-            uint32_t word[4] = {(uint32_t)i / 4, (uint32_t)drop->position[n], (uint32_t)drop->stream[n], drop->site};
+            uint32_t word[4] = {(uint32_t)i / 4, (uint32_t)drop->position[n],
+                                (uint32_t)drop->stream[n], drop->site};
             glm_philox(word, (uint32_t)drop->seed, (uint32_t)(drop->seed >> 32) ^ drop->step);
             for (int j = 0; j < 4 && i + j < C; j++) {
                 const float y = word[j] < threshold ? 0.0f : inp[i + j] * keep;
@@ -883,7 +926,9 @@ static void cross_entropy_backward_task(const void *arg, int task, char *scratch
         const float lse = ((const float *)a->a)[m];
         for (int i = 0; i < V; i += VL) {
             const int part = V - i < VL ? V - i : VL;
-            const vf p = splat(scale) * exp_vector((part == VL ? load(x + i) : load_part(x + i, part)) - splat(lse));
+            const vf p =
+                splat(scale) *
+                exp_vector((part == VL ? load(x + i) : load_part(x + i, part)) - splat(lse));
             if (part == VL)
                 store(x + i, p);
             else
@@ -916,14 +961,16 @@ static void sum_squares_task(const void *arg, int task, char *scratch)
     ((double *)f->p[0])[task] = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
 }
 
-/* p: value, m, v; q[0]: gradient; k: lr, b1, b2, eps, lr * wd, 1 / (1 - b1^t), 1 / (1 - b2^t), gscale */
+/* p: value, m, v; q[0]: gradient; k: lr, b1, b2, eps, lr * wd, 1 / (1 - b1^t), 1 / (1 - b2^t),
+ * gscale */
 static void adamw_task(const void *arg, int task, char *scratch)
 {
     const struct flat_args *f = arg;
     float *p = f->p[0], *m = f->p[1], *v = f->p[2];
     const float *grad = f->q[0];
     const float lr = (float)f->k[0], b1 = (float)f->k[1], b2 = (float)f->k[2], eps = (float)f->k[3];
-    const float decay = (float)f->k[4], c1 = (float)f->k[5], c2 = (float)f->k[6], gscale = (float)f->k[7];
+    const float decay = (float)f->k[4], c1 = (float)f->k[5], c2 = (float)f->k[6],
+                gscale = (float)f->k[7];
     const float a1 = (float)(1 - f->k[1]), a2 = (float)(1 - f->k[2]);
     (void)scratch;
     for (size_t i = task * f->piece; i < f->n && i < (task + 1) * f->piece; i++) {

@@ -11,9 +11,9 @@
 enum { MAX_THREADS = 256, SPINS = 4000 };
 
 struct glm_pool {
-    int threads;  /* asked for, the caller's included */
-    int workers;  /* running */
-    long pid;     /* whose workers they are */
+    int threads; /* asked for, the caller's included */
+    int workers; /* running */
+    long pid;    /* whose workers they are */
     pthread_t worker[MAX_THREADS];
     char *scratch[MAX_THREADS]; /* one per worker, the last used by the caller */
     char *caller_scratch;
@@ -59,7 +59,9 @@ static void *worker_main(void *arg)
     unsigned seen = seat.generation;
     free(arg);
     for (;;) {
-        for (int spin = 0; spin < SPINS && atomic_load_explicit(&pool->generation, memory_order_acquire) == seen; spin++)
+        for (int spin = 0;
+             spin < SPINS && atomic_load_explicit(&pool->generation, memory_order_acquire) == seen;
+             spin++)
             relax();
         if (atomic_load_explicit(&pool->generation, memory_order_acquire) == seen) {
             pthread_mutex_lock(&pool->mutex);
@@ -96,10 +98,7 @@ static int default_threads(void)
     return online < 1 ? 1 : online > MAX_THREADS ? MAX_THREADS : (int)online;
 }
 
-static void *aligned(size_t bytes)
-{
-    return aligned_alloc(64, (bytes + 63) / 64 * 64);
-}
+static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 struct glm_pool *glm_pool_create(void)
 {
@@ -149,7 +148,8 @@ void glm_pool_destroy(struct glm_pool *pool)
     free(pool);
 }
 
-/* Starts missing workers; fewer than asked for is slower, never wrong. After a fork the parent's are forgotten. */
+/* Starts missing workers; fewer than asked for is slower, never wrong. After a fork the parent's
+ * are forgotten. */
 static void start_workers(struct glm_pool *pool)
 {
     if (pool->pid != (long)getpid()) {
@@ -182,7 +182,9 @@ static void start_workers(struct glm_pool *pool)
 
 void glm_pool_set_threads(struct glm_pool *pool, int threads)
 {
-    pool->threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads; /* the next run starts or ends them */
+    pool->threads = threads < 1             ? 1
+                    : threads > MAX_THREADS ? MAX_THREADS
+                                            : threads; /* the next run starts or ends them */
 }
 
 int glm_pool_threads(const struct glm_pool *pool) { return pool->threads; }
@@ -195,7 +197,10 @@ void glm_pool_set_poll(struct glm_pool *pool, int (*poll)(void *arg), void *arg)
     clock_gettime(CLOCK_MONOTONIC, &pool->polled);
 }
 
-int glm_pool_stopped(const struct glm_pool *pool) { return atomic_load(&((struct glm_pool *)pool)->stop); }
+int glm_pool_stopped(const struct glm_pool *pool)
+{
+    return atomic_load(&((struct glm_pool *)pool)->stop);
+}
 
 static void poll_now_and_then(struct glm_pool *pool)
 {
@@ -203,7 +208,8 @@ static void poll_now_and_then(struct glm_pool *pool)
     if (!pool->poll || atomic_load_explicit(&pool->stop, memory_order_relaxed))
         return;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    const double ms = (double)(now.tv_sec - pool->polled.tv_sec) * 1e3 + (double)(now.tv_nsec - pool->polled.tv_nsec) / 1e6;
+    const double ms = (double)(now.tv_sec - pool->polled.tv_sec) * 1e3 +
+                      (double)(now.tv_nsec - pool->polled.tv_nsec) / 1e6;
     if (ms < 50)
         return;
     pool->polled = now;
@@ -226,7 +232,8 @@ void glm_pool_run(struct glm_pool *pool, int n_tasks, glm_task fn, const void *a
 {
     if (n_tasks < 1)
         return;
-    if (atomic_exchange(&pool->busy, 1) && pool->pid == (long)getpid()) { /* another caller's op is running */
+    if (atomic_exchange(&pool->busy, 1) &&
+        pool->pid == (long)getpid()) { /* another caller's op is running */
         char *scratch = aligned(GLM_SCRATCH);
         for (int task = 0; scratch && task < n_tasks; task++)
             fn(arg, task, scratch);
@@ -245,7 +252,8 @@ void glm_pool_run(struct glm_pool *pool, int n_tasks, glm_task fn, const void *a
         atomic_store_explicit(&pool->active, pool->workers, memory_order_relaxed);
         begin_generation(pool);
         work_and_poll(pool);
-        for (int spin = 0; spin < SPINS && atomic_load_explicit(&pool->active, memory_order_acquire); spin++)
+        for (int spin = 0;
+             spin < SPINS && atomic_load_explicit(&pool->active, memory_order_acquire); spin++)
             relax();
         if (atomic_load_explicit(&pool->active, memory_order_acquire)) {
             pthread_mutex_lock(&pool->mutex);

@@ -1,5 +1,6 @@
-/* The backend's own threads. Tasks are picked from a counter, so which thread runs one is chance: results may not
- * depend on it. A forked child starts threads of its own; a second caller of a busy pool works alone. */
+/* The backend's own threads. Tasks are picked from a counter, so which thread runs one is chance:
+ * results may not depend on it. A forked child starts threads of its own; a second caller of a busy
+ * pool works alone. */
 #ifndef GLM_CPU_POOL_H
 #define GLM_CPU_POOL_H
 
@@ -17,7 +18,8 @@ int glm_pool_threads(const struct glm_pool *pool);
 void glm_pool_set_poll(struct glm_pool *pool, int (*poll)(void *arg), void *arg);
 int glm_pool_stopped(const struct glm_pool *pool);
 
-/* Runs fn(arg, 0 .. n_tasks - 1); returns when all are done, or skipped because poll asked to stop. */
+/* Runs fn(arg, 0 .. n_tasks - 1); returns when all are done, or skipped because poll asked to stop.
+ */
 void glm_pool_run(struct glm_pool *pool, int n_tasks, glm_task fn, const void *arg);
 
 #endif

@@ -1,5 +1,6 @@
 /* One layer: h += dense(attention(norm1 h)); h += mlp(norm2 h), and the way back.
- * In the last layer nothing after attention is computed for tokens whose logits no one reads (step.gathered). */
+ * In the last layer nothing after attention is computed for tokens whose logits no one reads
+ * (step.gathered). */
 #include "model.h"
 
 static struct glm_heads heads_of(const struct glm_model *m)
@@ -25,7 +26,8 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
     const int rows = gathers(m, l), NR = rows ? s->M : N;
     const void *att = a->att, *x = s->x[l];
 
-    op->rmsnorm_forward(cx, a->ln1, a->rstd1, x, layer->input_layernorm->mat.data, N, C, m->arch.eps);
+    op->rmsnorm_forward(cx, a->ln1, a->rstd1, x, layer->input_layernorm->mat.data, N, C,
+                        m->arch.eps);
     glm_linear_forward(m, &layer->linear[GLM_QKV], a->qkv, a->ln1, a->xa[GLM_QKV], N, 0);
     op->rope_forward(cx, a->qkv, m->rope_table, s->position, N, heads.NH + heads.KVH, heads.HD, QKV,
                      m->arch.rotary_dim);
@@ -40,7 +42,8 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
     }
     glm_linear_forward(m, &layer->linear[GLM_DENSE], a->x1, att, a->xa[GLM_DENSE], NR, rows);
     op->add(cx, a->x1, a->x1, x, (size_t)NR * C);
-    op->rmsnorm_forward(cx, a->ln2, a->rstd2, a->x1, layer->post_attention_layernorm->mat.data, NR, C, m->arch.eps);
+    op->rmsnorm_forward(cx, a->ln2, a->rstd2, a->x1, layer->post_attention_layernorm->mat.data, NR,
+                        C, m->arch.eps);
     glm_linear_forward(m, &layer->linear[GLM_H_TO_4H], a->h, a->ln2, a->xa[GLM_H_TO_4H], NR, rows);
     op->swiglu_forward(cx, a->act, a->h, NR, F);
     if (!x_out)
@@ -49,8 +52,8 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
     op->add(cx, x_out, x_out, a->x1, (size_t)NR * C);
 }
 
-/* step.dx holds the gradient of the layer's output (dx_rows in a gathering layer) and receives that of its input;
- * need_dx 0: only parameter gradients are wanted. */
+/* step.dx holds the gradient of the layer's output (dx_rows in a gathering layer) and receives that
+ * of its input; need_dx 0: only parameter gradients are wanted. */
 void glm_block_backward(struct glm_model *m, int l, int need_dx)
 {
     const struct glm_ops *op = m->be->ops;
@@ -65,26 +68,28 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     void *dout = rows ? s->dx_rows : s->dx;
     void *datt = rows ? s->datt_rows : s->datt;
 
-    glm_linear_backward(m, &layer->linear[GLM_4H_TO_H], s->dact, dout, a->act, a->xa[GLM_4H_TO_H], NR, rows);
+    glm_linear_backward(m, &layer->linear[GLM_4H_TO_H], s->dact, dout, a->act, a->xa[GLM_4H_TO_H],
+                        NR, rows);
     op->swiglu_backward(cx, a->h, s->dact, a->h, NR, F);
-    glm_linear_backward(m, &layer->linear[GLM_H_TO_4H], s->dnorm, a->h, a->ln2, a->xa[GLM_H_TO_4H], NR, rows);
+    glm_linear_backward(m, &layer->linear[GLM_H_TO_4H], s->dnorm, a->h, a->ln2, a->xa[GLM_H_TO_4H],
+                        NR, rows);
     op->rmsnorm_backward(cx, dout, layer->post_attention_layernorm->grad, s->dnorm, a->x1,
                          layer->post_attention_layernorm->mat.data, a->rstd2, NR, C);
-    glm_linear_backward(m, &layer->linear[GLM_DENSE], datt, dout, rows ? a->att_rows : a->att, a->xa[GLM_DENSE], NR,
-                        rows);
+    glm_linear_backward(m, &layer->linear[GLM_DENSE], datt, dout, rows ? a->att_rows : a->att,
+                        a->xa[GLM_DENSE], NR, rows);
     if (rows) {
         m->be->zero(m->be, s->datt, (size_t)N * AO * m->be->real_size);
         op->gather_backward(cx, s->datt, datt, s->rows, NR, AO);
         m->be->zero(m->be, s->dx, (size_t)N * C * m->be->real_size);
         op->gather_backward(cx, s->dx, dout, s->rows, NR, C);
     }
-    op->attention_backward(cx, s->dqkv, glm_step_dkv(m, l), s->datt, a->att, a->lse, a->qkv, glm_step_kv(m, l),
-                           s->segments, s->S, heads);
-    op->rope_backward(cx, s->dqkv, m->rope_table, s->position, N, heads.NH + heads.KVH, heads.HD, QKV,
-                      m->arch.rotary_dim);
+    op->attention_backward(cx, s->dqkv, glm_step_dkv(m, l), s->datt, a->att, a->lse, a->qkv,
+                           glm_step_kv(m, l), s->segments, s->S, heads);
+    op->rope_backward(cx, s->dqkv, m->rope_table, s->position, N, heads.NH + heads.KVH, heads.HD,
+                      QKV, m->arch.rotary_dim);
     const int through_norm = need_dx || glm_trains(layer->input_layernorm);
-    glm_linear_backward(m, &layer->linear[GLM_QKV], through_norm ? s->dnorm : NULL, s->dqkv, a->ln1, a->xa[GLM_QKV], N,
-                        0);
+    glm_linear_backward(m, &layer->linear[GLM_QKV], through_norm ? s->dnorm : NULL, s->dqkv, a->ln1,
+                        a->xa[GLM_QKV], N, 0);
     if (through_norm)
         op->rmsnorm_backward(cx, s->dx, layer->input_layernorm->grad, s->dnorm, s->x[l],
                              layer->input_layernorm->mat.data, a->rstd1, N, C);

@@ -1,5 +1,6 @@
 /* Keys and values of a conversation, or of many: append, rewind, shared prefix.
- * Slots of one layer: the P-Tuning prefix, the prompt prefix shared by all rows, then `capacity` slots for each row. */
+ * Slots of one layer: the P-Tuning prefix, the prompt prefix shared by all rows, then `capacity`
+ * slots for each row. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,15 +11,18 @@ static glm_status fill_prefix(struct glm_cache *c, struct glm_error *err)
 {
     struct glm_model *m = c->model;
     struct glm_backend *be = m->be;
-    const int P = m->prefix_length, J = 2 * m->arch.layers, KV = m->arch.kv_heads * m->arch.head_dim;
+    const int P = m->prefix_length, J = 2 * m->arch.layers,
+              KV = m->arch.kv_heads * m->arch.head_dim;
     if (P != c->prefix_length)
-        return glm_fail(err, GLM_ESTATE, "the cache was made for a prefix of %d, the model has one of %d", c->prefix_length,
-                        P);
+        return glm_fail(err, GLM_ESTATE,
+                        "the cache was made for a prefix of %d, the model has one of %d",
+                        c->prefix_length, P);
     if (P) {
         const size_t row = (size_t)P * KV * be->real_size;
         char *kv = be->alloc(be, (size_t)J * row);
         if (!kv)
-            return glm_fail(err, GLM_EMEMORY, "prefix: %zu bytes could not be taken", (size_t)J * row);
+            return glm_fail(err, GLM_EMEMORY, "prefix: %zu bytes could not be taken",
+                            (size_t)J * row);
         glm_status status = glm_model_prefix_kv(m, kv, err);
         for (int j = 0; status == GLM_OK && j < J; j++)
             be->upload(be, c->kv + (size_t)j * c->slots * KV * be->real_size, kv + j * row, row);
@@ -41,8 +45,8 @@ glm_status glm_model_prefix_kv(struct glm_model *m, void *out, struct glm_error 
     return GLM_OK;
 }
 
-glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int rows, int capacity, int shared_capacity,
-                            struct glm_error *err)
+glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int rows, int capacity,
+                            int shared_capacity, struct glm_error *err)
 {
     struct glm_backend *be = m->be;
     const size_t J = 2 * (size_t)m->arch.layers, KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
@@ -50,7 +54,8 @@ glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int row
     if (rows < 1 || capacity < 1 || shared_capacity < 0 || capacity > m->arch.max_positions ||
         shared_capacity > m->arch.max_positions)
         return glm_fail(err, GLM_EVALUE,
-                        "cache: expected rows >= 1 and capacities within the model's %d positions, got %d rows of %d "
+                        "cache: expected rows >= 1 and capacities within the model's %d positions, "
+                        "got %d rows of %d "
                         "after %d shared",
                         m->arch.max_positions, rows, capacity, shared_capacity);
     GLM_TRY(glm_weights_complete(m, err));
@@ -58,12 +63,14 @@ glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int row
     int32_t *lengths = calloc((size_t)rows, sizeof *lengths);
     const int64_t slots = (int64_t)m->prefix_length + shared_capacity + (int64_t)rows * capacity;
     size_t bytes = 0;
-    int fits = slots < INT32_MAX && !__builtin_mul_overflow(J * KV * be->real_size, (size_t)slots, &bytes);
+    int fits =
+        slots < INT32_MAX && !__builtin_mul_overflow(J * KV * be->real_size, (size_t)slots, &bytes);
     if (!c || !lengths || !fits || !(c->kv = be->alloc(be, bytes))) {
         free(c);
         free(lengths);
-        return glm_fail(err, GLM_EMEMORY, "cache: %d rows of %d tokens need %zu bytes: ask for fewer or shorter rows", rows,
-                        capacity, bytes);
+        return glm_fail(err, GLM_EMEMORY,
+                        "cache: %d rows of %d tokens need %zu bytes: ask for fewer or shorter rows",
+                        rows, capacity, bytes);
     }
     c->model = m;
     c->be = be;
@@ -102,8 +109,8 @@ glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm
     if (row < 0 || row >= c->rows)
         return glm_fail(err, GLM_EVALUE, "row: expected 0 to %d, got %d", c->rows - 1, row);
     if (length < 0 || length > c->lengths[row])
-        return glm_fail(err, GLM_EVALUE, "length: row %d holds %d tokens, cannot rewind to %d", row, c->lengths[row],
-                        length);
+        return glm_fail(err, GLM_EVALUE, "length: row %d holds %d tokens, cannot rewind to %d", row,
+                        c->lengths[row], length);
     c->lengths[row] = length;
     return GLM_OK;
 }
@@ -116,7 +123,8 @@ glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct
     int longest = 0;
     for (int i = 0; i < c->rows; i++) {
         if (parents[i] < 0 || parents[i] >= c->rows)
-            return glm_fail(err, GLM_EVALUE, "parents[%d]: expected 0 to %d, got %d", i, c->rows - 1, parents[i]);
+            return glm_fail(err, GLM_EVALUE, "parents[%d]: expected 0 to %d, got %d", i,
+                            c->rows - 1, parents[i]);
         longest = c->lengths[i] > longest ? c->lengths[i] : longest;
     }
     /* one layer's rows aside at a time: parents may point anywhere */
@@ -134,7 +142,8 @@ glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct
             be->copy(be, aside + i * row, kv + (size_t)parents[i] * c->capacity * slot,
                      (size_t)c->lengths[parents[i]] * slot);
         for (int i = 0; i < c->rows; i++)
-            be->copy(be, kv + (size_t)i * c->capacity * slot, aside + i * row, (size_t)c->lengths[parents[i]] * slot);
+            be->copy(be, kv + (size_t)i * c->capacity * slot, aside + i * row,
+                     (size_t)c->lengths[parents[i]] * slot);
     }
     for (int i = 0; i < c->rows; i++)
         lengths[i] = c->lengths[parents[i]];
@@ -144,7 +153,8 @@ glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct
     return GLM_OK;
 }
 
-/* Refreshes an empty cache after the weights changed; one that holds tokens of the old weights is refused. */
+/* Refreshes an empty cache after the weights changed; one that holds tokens of the old weights is
+ * refused. */
 static glm_status check_version(struct glm_cache *c, struct glm_error *err)
 {
     if (c->version == c->model->version)
@@ -153,22 +163,25 @@ static glm_status check_version(struct glm_cache *c, struct glm_error *err)
     for (int i = 0; i < c->rows; i++)
         held += c->lengths[i];
     if (held)
-        return glm_fail(err, GLM_ESTATE, "the model's weights changed since this cache was filled: start a new one");
+        return glm_fail(err, GLM_ESTATE,
+                        "the model's weights changed since this cache was filled: start a new one");
     return fill_prefix(c, err);
 }
 
-static glm_status extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids, const int32_t *lengths,
-                         struct glm_error *err)
+static glm_status extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
+                         const int32_t *lengths, struct glm_error *err)
 {
     struct glm_model *m = c->model;
     int64_t N = 0;
     for (int i = 0; i < n; i++)
         N += lengths[i] > 0 ? lengths[i] : 0;
     if (n < 1 || N > INT32_MAX / 4)
-        return glm_fail(err, GLM_EVALUE, "ids: expected at least one token, got %d segments of %lld tokens", n,
+        return glm_fail(err, GLM_EVALUE,
+                        "ids: expected at least one token, got %d segments of %lld tokens", n,
                         (long long)N);
     GLM_TRY(check_version(c, err));
-    /* the last token of each segment is read: they follow from the lengths, so no array is passed around */
+    /* the last token of each segment is read: they follow from the lengths, so no array is passed
+     * around */
     const struct glm_input in = {.ids = ids, .lengths = lengths, .N = (int)N, .S = n, .M = n};
     const struct glm_place place = {.cache = c, .rows = rows};
     GLM_TRY(glm_step_begin(m, &in, 0, 1, &place, err));
@@ -182,13 +195,14 @@ glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, con
     const size_t V = (size_t)m->arch.vocab;
     for (int i = 0; i < n; i++) {
         if (rows[i] < 0 || rows[i] >= c->rows)
-            return glm_fail(err, GLM_EVALUE, "rows[%d]: expected 0 to %d, got %d", i, c->rows - 1, rows[i]);
+            return glm_fail(err, GLM_EVALUE, "rows[%d]: expected 0 to %d, got %d", i, c->rows - 1,
+                            rows[i]);
         for (int j = 0; j < i; j++)
             if (rows[j] == rows[i])
                 return glm_fail(err, GLM_EVALUE, "rows: row %d is named twice", rows[i]);
         if (lengths[i] < 1 || lengths[i] > c->capacity - c->lengths[rows[i]])
-            return glm_fail(err, GLM_EVALUE, "row %d: %d more tokens do not fit: it holds %d of %d", rows[i], lengths[i],
-                            c->lengths[rows[i]], c->capacity);
+            return glm_fail(err, GLM_EVALUE, "row %d: %d more tokens do not fit: it holds %d of %d",
+                            rows[i], lengths[i], c->lengths[rows[i]], c->capacity);
     }
     GLM_TRY(extend(c, rows, n, ids, lengths, err));
     struct glm_step *s = &m->step;
@@ -201,22 +215,26 @@ glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, con
             return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
         if (bad >= 0)
             return glm_step_diagnose(m, err);
-        m->be->download(m->be, glm_at(m, logits, begin * V), s->logits, count * V * m->be->real_size);
+        m->be->download(m->be, glm_at(m, logits, begin * V), s->logits,
+                        count * V * m->be->real_size);
     }
     for (int i = 0; i < n; i++)
         c->lengths[rows[i]] += lengths[i];
     return GLM_OK;
 }
 
-glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int n, struct glm_error *err)
+glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int n,
+                                   struct glm_error *err)
 {
     const int32_t lengths = n;
     for (int i = 0; i < c->rows; i++)
         if (c->lengths[i])
-            return glm_fail(err, GLM_ESTATE, "shared prefix: row %d already holds %d tokens", i, c->lengths[i]);
+            return glm_fail(err, GLM_ESTATE, "shared prefix: row %d already holds %d tokens", i,
+                            c->lengths[i]);
     if (n < 1 || n > c->shared_capacity - c->shared_length)
-        return glm_fail(err, GLM_EVALUE, "shared prefix: %d more tokens do not fit: it holds %d of %d", n, c->shared_length,
-                        c->shared_capacity);
+        return glm_fail(err, GLM_EVALUE,
+                        "shared prefix: %d more tokens do not fit: it holds %d of %d", n,
+                        c->shared_length, c->shared_capacity);
     GLM_TRY(extend(c, NULL, 1, ids, &lengths, err));
     c->shared_length += n;
     return GLM_OK;

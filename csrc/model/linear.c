@@ -2,8 +2,8 @@
  *
  * y = x W^T + b + s (x A^T) B^T     x (N, in)  W (out, in)  A (R, in)  B (out, R)
  * With u = s * dy B (N, R):   dx = dy W + u A    dA += u^T x    dB += s * dy^T (x A^T)
- * With LoRA dropout the x beside A is the dropped one, and u A passes the same mask. W may be frozen and 16 bit;
- * xa = x A^T (N, R) is kept, x is the block's own input. */
+ * With LoRA dropout the x beside A is the dropped one, and u A passes the same mask. W may be
+ * frozen and 16 bit; xa = x A^T (N, R) is kept, x is the block's own input. */
 #include "model.h"
 
 static int adapted(const struct glm_model *m, const struct glm_linear *lin)
@@ -25,12 +25,13 @@ static struct glm_dropout mask_of(const struct glm_model *m, const struct glm_li
     };
 }
 
-void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out, const void *inp, void *xa, int N,
-                        int rows)
+void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
+                        const void *inp, void *xa, int N, int rows)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
-    op->linear_forward(cx, out, inp, &lin->weight->mat, lin->bias ? lin->bias->mat.data : NULL, N, 1.0, 0);
+    op->linear_forward(cx, out, inp, &lin->weight->mat, lin->bias ? lin->bias->mat.data : NULL, N,
+                       1.0, 0);
     if (!adapted(m, lin))
         return;
     struct glm_dropout mask = mask_of(m, lin, rows);
@@ -43,14 +44,15 @@ void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void 
 }
 
 /* dinp is overwritten, or NULL where nothing below trains. */
-void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp, const void *dout,
-                         const void *inp, const void *xa, int N, int rows)
+void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
+                         const void *dout, const void *inp, const void *xa, int N, int rows)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
     const struct glm_weight *W = lin->weight;
     if (glm_trains(W) || glm_trains(lin->bias))
-        op->linear_backward_weight(cx, W->grad, lin->bias ? lin->bias->grad : NULL, dout, inp, N, W->rows, W->cols, 1.0);
+        op->linear_backward_weight(cx, W->grad, lin->bias ? lin->bias->grad : NULL, dout, inp, N,
+                                   W->rows, W->cols, 1.0);
     if (dinp)
         op->linear_backward_input(cx, dinp, dout, &W->mat, N, 1.0, 0);
     if (!adapted(m, lin) || !(dinp || glm_trains(lin->A) || glm_trains(lin->B)))

@@ -8,8 +8,8 @@ static double host_real(const struct glm_model *m, const void *values, int i)
     return m->be->real == GLM_F64 ? ((const double *)values)[i] : ((const float *)values)[i];
 }
 
-glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, void *logits, void *hidden,
-                             struct glm_error *err)
+glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, void *logits,
+                             void *hidden, struct glm_error *err)
 {
     struct glm_step *s = &m->step;
     const size_t V = (size_t)m->arch.vocab;
@@ -18,7 +18,8 @@ glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, vo
     for (int begin = 0; begin < s->M; begin += s->logits_rows) {
         const int count = s->M - begin < s->logits_rows ? s->M - begin : s->logits_rows;
         glm_step_logits(m, begin, count);
-        m->be->download(m->be, glm_at(m, logits, begin * V), s->logits, count * V * m->be->real_size);
+        m->be->download(m->be, glm_at(m, logits, begin * V), s->logits,
+                        count * V * m->be->real_size);
         if (m->be->stopped(m->be))
             return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
     }
@@ -37,13 +38,15 @@ static glm_status losses_of(struct glm_model *m, int training, struct glm_error 
         const void *final = glm_at(m, s->final, (size_t)begin * C);
         void *lse = glm_at(m, s->lse, begin);
         glm_step_logits(m, begin, count);
-        op->cross_entropy_forward(cx, glm_at(m, s->losses, begin), lse, s->logits, s->target + begin, count, V);
+        op->cross_entropy_forward(cx, glm_at(m, s->losses, begin), lse, s->logits,
+                                  s->target + begin, count, V);
         if (training) {
             op->cross_entropy_backward(cx, s->logits, lse, s->target + begin, count, V, 1.0);
             if (m->output_layer->grad)
-                op->linear_backward_weight(cx, m->output_layer->grad, NULL, s->logits, final, count, V, C, 1.0);
-            op->linear_backward_input(cx, glm_at(m, s->dnorm, (size_t)begin * C), s->logits, &m->output_layer->mat,
-                                      count, 1.0, 0);
+                op->linear_backward_weight(cx, m->output_layer->grad, NULL, s->logits, final, count,
+                                           V, C, 1.0);
+            op->linear_backward_input(cx, glm_at(m, s->dnorm, (size_t)begin * C), s->logits,
+                                      &m->output_layer->mat, count, 1.0, 0);
         }
         if (m->be->stopped(m->be))
             return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
@@ -56,16 +59,20 @@ static glm_status losses_of(struct glm_model *m, int training, struct glm_error 
     return GLM_OK;
 }
 
-/* The step's rows are all its tokens' unless it gathers; losses need exactly the M rows asked for. */
-static glm_status begin_losses(struct glm_model *m, const struct glm_input *in, int training, struct glm_error *err)
+/* The step's rows are all its tokens' unless it gathers; losses need exactly the M rows asked for.
+ */
+static glm_status begin_losses(struct glm_model *m, const struct glm_input *in, int training,
+                               struct glm_error *err)
 {
     if (!in->rows || !in->targets || in->M < 1)
-        return glm_fail(err, GLM_EVALUE, "rows: no label is left to train on or score (all are masked)");
+        return glm_fail(err, GLM_EVALUE,
+                        "rows: no label is left to train on or score (all are masked)");
     GLM_TRY(glm_step_begin(m, in, training, 1, NULL, err));
     return glm_step_forward(m, NULL, err);
 }
 
-glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void *losses, struct glm_error *err)
+glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void *losses,
+                          struct glm_error *err)
 {
     GLM_TRY(begin_losses(m, in, 0, err));
     GLM_TRY(losses_of(m, 0, err));
@@ -73,15 +80,17 @@ glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void 
     return GLM_OK;
 }
 
-glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in, uint64_t dropout_seed, int dropout,
-                              double *mean_loss, struct glm_error *err)
+glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
+                              uint64_t dropout_seed, int dropout, double *mean_loss,
+                              struct glm_error *err)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
     struct glm_step *s = &m->step;
     const int L = m->arch.layers, C = m->arch.hidden, lowest = glm_lowest_layer(m);
     if (!m->n_trainable)
-        return glm_fail(err, GLM_ESTATE, "nothing is trainable: add an adapter or call requires_grad_(True) first");
+        return glm_fail(err, GLM_ESTATE,
+                        "nothing is trainable: add an adapter or call requires_grad_(True) first");
     s->use_dropout = dropout;
     s->dropout_seed = dropout_seed;
     glm_status status = begin_losses(m, in, 1, err);
@@ -96,11 +105,12 @@ glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in, u
     const int below = lowest < L || glm_trains(m->word_embeddings);
     void *dfinal = s->dnorm, *dx = s->gathered ? s->dx_rows : s->dx;
     m->be->zero(m->be, dx, (size_t)MR * C * m->be->real_size);
-    op->rmsnorm_backward(cx, dx, m->final_layernorm->grad, dfinal, s->x[L], m->final_layernorm->mat.data,
-                         s->final_rstd, MR, C);
+    op->rmsnorm_backward(cx, dx, m->final_layernorm->grad, dfinal, s->x[L],
+                         m->final_layernorm->mat.data, s->final_rstd, MR, C);
     if (s->dprefix_kv && m->prefix_length) {
         const size_t KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
-        m->be->zero(m->be, s->dprefix_kv, 2 * L * KV * s->prefix_copies * m->prefix_length * m->be->real_size);
+        m->be->zero(m->be, s->dprefix_kv,
+                    2 * L * KV * s->prefix_copies * m->prefix_length * m->be->real_size);
     }
     const int through = glm_trains(m->word_embeddings);
     for (int l = L - 1; below && l >= lowest; l--) {

@@ -1,14 +1,16 @@
-/* The model as its files see it: weights in slots, layers that point at them, one step's activations. */
+/* The model as its files see it: weights in slots, layers that point at them, one step's
+ * activations. */
 #ifndef GLM_MODEL_H
 #define GLM_MODEL_H
 
 #include "arena.h"
 #include "glm.h"
 
-#define GLM_DEFAULT_BUDGET ((size_t)2 << 30) /* activations are kept up to here, beyond it layers are recomputed */
+#define GLM_DEFAULT_BUDGET \
+    ((size_t)2 << 30) /* activations are kept up to here, beyond it layers are recomputed */
 
-/* One named weight. Vectors (rank 1) are always real and owned; matrices lie where they were mapped until an adapter,
- * a merge or training gives them memory of their own. */
+/* One named weight. Vectors (rank 1) are always real and owned; matrices lie where they were mapped
+ * until an adapter, a merge or training gives them memory of their own. */
 struct glm_weight {
     char name[112];
     enum glm_weight_kind kind;
@@ -34,24 +36,24 @@ struct glm_layer {
     struct glm_linear linear[GLM_LINEARS];
 };
 
-/* Activations of one layer. NR = N rows, except in the last layer, where what follows attention is computed for the M
- * rows that someone reads. The list makes the struct and the memory plan. */
-#define BLOCK_ACTS(X) /* name, elements */                                                                            \
-    X(ln1, N *C)                                                                                                      \
-    X(rstd1, N)                                                                                                       \
-    X(qkv, N *QKV)                                                                                                    \
-    X(att, N *AO)                                                                                                     \
-    X(lse, N *NH)                                                                                                     \
-    X(att_rows, gathered ? NR * AO : 0)                                                                               \
-    X(x_rows, gathered ? NR * C : 0)                                                                                  \
-    X(x1, NR *C)                                                                                                      \
-    X(ln2, NR *C)                                                                                                     \
-    X(rstd2, NR)                                                                                                      \
-    X(h, NR * 2 * F)                                                                                                  \
-    X(act, NR *F)                                                                                                     \
-    X(xa[GLM_QKV], N *rank[GLM_QKV])                                                                                  \
-    X(xa[GLM_DENSE], NR *rank[GLM_DENSE])                                                                             \
-    X(xa[GLM_H_TO_4H], NR *rank[GLM_H_TO_4H])                                                                         \
+/* Activations of one layer. NR = N rows, except in the last layer, where what follows attention is
+ * computed for the M rows that someone reads. The list makes the struct and the memory plan. */
+#define BLOCK_ACTS(X) /* name, elements */    \
+    X(ln1, N *C)                              \
+    X(rstd1, N)                               \
+    X(qkv, N *QKV)                            \
+    X(att, N *AO)                             \
+    X(lse, N *NH)                             \
+    X(att_rows, gathered ? NR *AO : 0)        \
+    X(x_rows, gathered ? NR *C : 0)           \
+    X(x1, NR *C)                              \
+    X(ln2, NR *C)                             \
+    X(rstd2, NR)                              \
+    X(h, NR * 2 * F)                          \
+    X(act, NR *F)                             \
+    X(xa[GLM_QKV], N *rank[GLM_QKV])          \
+    X(xa[GLM_DENSE], NR *rank[GLM_DENSE])     \
+    X(xa[GLM_H_TO_4H], NR *rank[GLM_H_TO_4H]) \
     X(xa[GLM_4H_TO_H], NR *rank[GLM_4H_TO_H])
 
 struct glm_block_acts {
@@ -65,9 +67,10 @@ struct glm_step {
     int32_t *ids, *position, *stream, *rows, *target, *row_position, *row_stream, *slot;
     int32_t *prefix_position, *prefix_stream; /* (copies * P) */
     struct glm_segment *segments;
-    void **x;                    /* (layers + 1) inputs of the layers, the last their output; on the host */
-    struct glm_block_acts *acts; /* (layers), on the host; layers that are recomputed share one set */
-    void *final, *final_rstd;    /* after the final norm (MR, C) */
+    void **x; /* (layers + 1) inputs of the layers, the last their output; on the host */
+    struct glm_block_acts
+        *acts;                /* (layers), on the host; layers that are recomputed share one set */
+    void *final, *final_rstd; /* after the final norm (MR, C) */
     void *logits, *losses, *lse; /* a piece of at most logits_rows rows; all M losses */
     int logits_rows;
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
@@ -88,7 +91,8 @@ struct glm_model {
     int n_base, n_weights;
     struct glm_layer *layers;
     struct glm_weight *word_embeddings, *final_layernorm, *output_layer;
-    struct glm_weight *prefix; /* embedding, trans.0.weight, trans.0.bias, trans.2.weight, trans.2.bias */
+    struct glm_weight
+        *prefix; /* embedding, trans.0.weight, trans.0.bias, trans.2.weight, trans.2.bias */
     int prefix_length;
     double prefix_dropout;
     int lora_on;
@@ -114,16 +118,17 @@ static inline void *glm_at(const struct glm_model *m, const void *p, size_t elem
 }
 
 /* model/linear.c */
-void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out, const void *inp, void *xa, int N,
-                        int rows);
-void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp, const void *dout,
-                         const void *inp, const void *xa, int N, int rows);
+void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
+                        const void *inp, void *xa, int N, int rows);
+void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
+                         const void *dout, const void *inp, const void *xa, int N, int rows);
 
 /* model/block.c; x_out NULL: stop before the last linear (enough for the backward pass) */
 void glm_block_forward(struct glm_model *m, int l, void *x_out);
 void glm_block_backward(struct glm_model *m, int l, int need_dx);
 
-/* Where generation puts its tokens: segment i continues row rows[i] of the cache, or its shared prefix. */
+/* Where generation puts its tokens: segment i continues row rows[i] of the cache, or its shared
+ * prefix. */
 struct glm_place {
     struct glm_cache *cache;
     const int32_t *rows; /* NULL: the shared prefix */

@@ -1,5 +1,6 @@
-/* Clipping, AdamW and the learning-rate schedules. Gradients are kept as sums over labelled tokens; the division by
- * their number happens here, once, so that 8x1, 4x2 and 1x8 rows give one update. */
+/* Clipping, AdamW and the learning-rate schedules. Gradients are kept as sums over labelled tokens;
+ * the division by their number happens here, once, so that 8x1, 4x2 and 1x8 rows give one update.
+ */
 #include <math.h>
 #include <string.h>
 
@@ -18,7 +19,9 @@ static glm_status ready(struct glm_model *m, struct glm_error *err)
     if (!m->n_trainable)
         return glm_fail(err, GLM_ESTATE, "nothing is trainable: there is no gradient");
     if (m->progress.tokens == 0)
-        return glm_fail(err, GLM_ESTATE, "no gradient has been accumulated since the last update: call backward first");
+        return glm_fail(
+            err, GLM_ESTATE,
+            "no gradient has been accumulated since the last update: call backward first");
     return GLM_OK;
 }
 
@@ -35,17 +38,21 @@ glm_status glm_model_grad_norm(struct glm_model *m, double *norm, struct glm_err
         const struct glm_weight *w = &m->weights[m->trainable[i]];
         be->ops->sum_squares(be->cx, &sum, w->grad, glm_count(w));
         if (!isfinite(sum))
-            return glm_fail(err, GLM_ENUMERIC, "the gradient of %s holds NaN or infinity in update %d (%lld rows, %lld tokens)",
-                            w->name, m->progress.steps + 1, (long long)m->progress.rows,
-                            (long long)m->progress.tokens);
+            return glm_fail(
+                err, GLM_ENUMERIC,
+                "the gradient of %s holds NaN or infinity in update %d (%lld rows, %lld tokens)",
+                w->name, m->progress.steps + 1, (long long)m->progress.rows,
+                (long long)m->progress.tokens);
     }
-    return glm_fail(err, GLM_ENUMERIC, "the gradient norm overflows in update %d", m->progress.steps + 1);
+    return glm_fail(err, GLM_ENUMERIC, "the gradient norm overflows in update %d",
+                    m->progress.steps + 1);
 }
 
 /* Decay is for matrices: not for biases and norm weights. */
 static int decays(const struct glm_weight *w) { return w->rank == 2; }
 
-glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, double *norm, struct glm_error *err)
+glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, double *norm,
+                          struct glm_error *err)
 {
     struct glm_backend *be = m->be;
     const size_t size = be->real_size;
@@ -57,8 +64,8 @@ glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, doub
         const struct glm_weight *w = &m->weights[m->trainable[i]];
         char *at = m->block + w->offset * size;
         be->ops->adamw(be->cx, at, at + m->block_size * size, at + 2 * m->block_size * size,
-                       at + 3 * m->block_size * size, glm_count(w), opt->lr, opt->beta1, opt->beta2, opt->eps,
-                       decays(w) ? opt->weight_decay : 0, m->progress.steps + 1, gscale);
+                       at + 3 * m->block_size * size, glm_count(w), opt->lr, opt->beta1, opt->beta2,
+                       opt->eps, decays(w) ? opt->weight_decay : 0, m->progress.steps + 1, gscale);
     }
     m->progress.steps++;
     m->version++;
@@ -70,9 +77,9 @@ double glm_lr_factor(const char *kind, int k, int warmup, int total, double lear
 {
     const double pi = 3.14159265358979323846;
     const int flat = strcmp(kind, "constant") == 0, inverse = strcmp(kind, "inverse_sqrt") == 0;
-    const int known = flat || inverse || strcmp(kind, "linear") == 0 || strcmp(kind, "cosine") == 0 ||
-                      strcmp(kind, "cosine_with_restarts") == 0 || strcmp(kind, "polynomial") == 0 ||
-                      strcmp(kind, "constant_with_warmup") == 0;
+    const int known = flat || inverse || strcmp(kind, "linear") == 0 ||
+                      strcmp(kind, "cosine") == 0 || strcmp(kind, "cosine_with_restarts") == 0 ||
+                      strcmp(kind, "polynomial") == 0 || strcmp(kind, "constant_with_warmup") == 0;
     if (!known)
         return -1;
     if (flat)

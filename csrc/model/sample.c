@@ -1,4 +1,5 @@
-/* Scores to the next token, in float32 (spec: repetition penalty, bans, temperature, top-k, top-p, softmax, draw). */
+/* Scores to the next token, in float32 (spec: repetition penalty, bans, temperature, top-k, top-p,
+ * softmax, draw). */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6,8 +7,9 @@
 #include "glm.h"
 
 /* seen: (n) bytes of scratch */
-void glm_adjust_logits(float *logits, int n, const int32_t *context, int n_context, double repetition_penalty,
-                       int no_repeat_ngram, const int32_t *suppress, int n_suppress, unsigned char *seen)
+void glm_adjust_logits(float *logits, int n, const int32_t *context, int n_context,
+                       double repetition_penalty, int no_repeat_ngram, const int32_t *suppress,
+                       int n_suppress, unsigned char *seen)
 {
     if (repetition_penalty != 1.0) { /* Keskar et al. 2019, eq. 2, signed as the field does it */
         const float p = (float)repetition_penalty;
@@ -25,7 +27,8 @@ void glm_adjust_logits(float *logits, int n, const int32_t *context, int n_conte
     for (int i = 0; g > 0 && i + g <= n_context; i++) {
         const int id = context[i + g - 1];
         if (id >= 0 && id < n &&
-            memcmp(context + i, context + n_context - (g - 1), (size_t)(g - 1) * sizeof *context) == 0)
+            memcmp(context + i, context + n_context - (g - 1), (size_t)(g - 1) * sizeof *context) ==
+                0)
             logits[id] = -INFINITY;
     }
     for (int i = 0; i < n_suppress; i++)
@@ -69,10 +72,10 @@ static float kth_score(struct glm_scored *s, int n, int k)
     return s[k - 1].score;
 }
 
-/* probs (n) of logits (n), scratch (n). Ties at the k-th score stay; top-p drops, from the least likely up, what has
- * cumulated mass <= 1 - top_p, and always keeps min_keep. */
-void glm_warp_logits(float *probs, const float *logits, int n, double temperature, int top_k, double top_p,
-                     int min_keep, struct glm_scored *scratch)
+/* probs (n) of logits (n), scratch (n). Ties at the k-th score stay; top-p drops, from the least
+ * likely up, what has cumulated mass <= 1 - top_p, and always keeps min_keep. */
+void glm_warp_logits(float *probs, const float *logits, int n, double temperature, int top_k,
+                     double top_p, int min_keep, struct glm_scored *scratch)
 {
     const float T = (float)temperature;
     int kept = 0;
@@ -113,14 +116,15 @@ static uint32_t philox(uint64_t seed, uint32_t c0, uint32_t c1)
     uint32_t x[4] = {c0, c1, 0x73616d70u, 0}, k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
         const uint64_t p0 = (uint64_t)0xD2511F53u * x[0], p1 = (uint64_t)0xCD9E8D57u * x[2];
-        const uint32_t y[4] = {(uint32_t)(p1 >> 32) ^ x[1] ^ k0, (uint32_t)p1, (uint32_t)(p0 >> 32) ^ x[3] ^ k1,
-                               (uint32_t)p0};
+        const uint32_t y[4] = {(uint32_t)(p1 >> 32) ^ x[1] ^ k0, (uint32_t)p1,
+                               (uint32_t)(p0 >> 32) ^ x[3] ^ k1, (uint32_t)p0};
         memcpy(x, y, sizeof x);
     }
     return x[0];
 }
 
-/* The draw of (seed, stream, index): the same for any thread count, and for a row whatever the other rows do. */
+/* The draw of (seed, stream, index): the same for any thread count, and for a row whatever the
+ * other rows do. */
 int glm_draw(const float *probs, int n, uint64_t seed, uint32_t stream, uint32_t index)
 {
     const double u = (philox(seed, index, stream) + 0.5) / 4294967296.0;

@@ -1,12 +1,13 @@
-/* One call into the model: check the batch, lay out and take the memory, run forward. Nothing is allocated here once a
- * call of at least the same size was made (or reserved). */
+/* One call into the model: check the batch, lay out and take the memory, run forward. Nothing is
+ * allocated here once a call of at least the same size was made (or reserved). */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "model.h"
 
-#define LOGITS_BYTES ((size_t)32 << 20) /* logits are computed in pieces of rows of about this size */
+#define LOGITS_BYTES \
+    ((size_t)32 << 20) /* logits are computed in pieces of rows of about this size */
 
 int glm_lowest_layer(const struct glm_model *m)
 {
@@ -17,7 +18,8 @@ int glm_lowest_layer(const struct glm_model *m)
             return 0;
     for (int l = 0; l < m->arch.layers; l++) {
         const struct glm_layer *layer = &m->layers[l];
-        int trains = glm_trains(layer->input_layernorm) || glm_trains(layer->post_attention_layernorm);
+        int trains =
+            glm_trains(layer->input_layernorm) || glm_trains(layer->post_attention_layernorm);
         for (int which = 0; which < GLM_LINEARS; which++) {
             const struct glm_linear *lin = &layer->linear[which];
             trains |= glm_trains(lin->weight) || glm_trains(lin->bias);
@@ -29,8 +31,9 @@ int glm_lowest_layer(const struct glm_model *m)
     return m->arch.layers;
 }
 
-static void layout_acts(const struct glm_model *m, struct glm_arena *arena, struct glm_block_acts *a, size_t N,
-                        size_t NR, int gathered, const size_t *rank)
+static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
+                        struct glm_block_acts *a, size_t N, size_t NR, int gathered,
+                        const size_t *rank)
 {
     const struct glm_arch *arch = &m->arch;
     const size_t C = arch->hidden, F = arch->ffn, NH = arch->heads, AO = NH * arch->head_dim;
@@ -62,7 +65,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     const struct glm_arch *arch = &m->arch;
     const int L = arch->layers, lowest = s->training ? glm_lowest_layer(m) : L;
     const size_t real = m->be->real_size, N = s->N, M = s->M, C = arch->hidden, F = arch->ffn;
-    const size_t AO = (size_t)arch->heads * arch->head_dim, KV = (size_t)arch->kv_heads * arch->head_dim;
+    const size_t AO = (size_t)arch->heads * arch->head_dim,
+                 KV = (size_t)arch->kv_heads * arch->head_dim;
     const size_t QKV = AO + 2 * KV, V = arch->vocab, MR = s->gathered ? M : N;
     size_t rank[GLM_LINEARS];
     const size_t R = lora_ranks(m, rank);
@@ -85,7 +89,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->final_rstd = glm_arena_push(arena, MR, real);
 
     struct glm_block_acts workspace;
-    layout_acts(m, arena, &workspace, s->kept_layers < L ? N : 0, s->kept_layers < L ? N : 0, 0, rank);
+    layout_acts(m, arena, &workspace, s->kept_layers < L ? N : 0, s->kept_layers < L ? N : 0, 0,
+                rank);
     for (int l = 0; l < L; l++) {
         const int gathered = s->gathered && l == L - 1;
         s->acts[l] = workspace;
@@ -108,7 +113,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
         s->prefix_hidden = glm_arena_push(arena, projection ? P * C : 0, real);
         s->prefix_rows = glm_arena_push(arena, projection ? P * J * KV : 0, real);
         s->prefix_kv = glm_arena_push(arena, copies * P * J * KV, real);
-        const size_t trains = s->training && (glm_trains(&m->prefix[0]) || glm_trains(&m->prefix[1]));
+        const size_t trains =
+            s->training && (glm_trains(&m->prefix[0]) || glm_trains(&m->prefix[1]));
         s->dprefix_kv = glm_arena_push(arena, trains * copies * P * J * KV, real);
         s->dprefix_rows = glm_arena_push(arena, projection ? trains * P * J * KV : 0, real);
         s->dprefix_hidden = glm_arena_push(arena, projection ? trains * P * C : 0, real);
@@ -129,7 +135,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->lora_x = glm_arena_push(arena, mask * N * widest, real);
 }
 
-/* Layers to keep: as many of the last ones as the budget allows, so that the fewest are computed twice. */
+/* Layers to keep: as many of the last ones as the budget allows, so that the fewest are computed
+ * twice. */
 static size_t plan_activations(const struct glm_model *m, struct glm_step *s, size_t budget)
 {
     const int L = m->arch.layers, lowest = s->training ? glm_lowest_layer(m) : L;
@@ -142,8 +149,8 @@ static size_t plan_activations(const struct glm_model *m, struct glm_step *s, si
     }
 }
 
-static void set_sizes(const struct glm_model *m, struct glm_step *s, int N, int S, int M, int training, int gather,
-                      int dropout, struct glm_cache *cache)
+static void set_sizes(const struct glm_model *m, struct glm_step *s, int N, int S, int M,
+                      int training, int gather, int dropout, struct glm_cache *cache)
 {
     s->N = N;
     s->S = S;
@@ -158,12 +165,13 @@ static void set_sizes(const struct glm_model *m, struct glm_step *s, int N, int 
 static size_t host_bytes(const struct glm_model *m, const struct glm_step *s)
 {
     const size_t prefix = (size_t)s->prefix_copies * m->prefix_length;
-    return ((size_t)s->N * 4 + (size_t)s->M * 4 + prefix * 2) * 4 + (size_t)s->S * sizeof *s->segments +
-           (size_t)s->M * 8 + 64;
+    return ((size_t)s->N * 4 + (size_t)s->M * 4 + prefix * 2) * 4 +
+           (size_t)s->S * sizeof *s->segments + (size_t)s->M * 8 + 64;
 }
 
 /* Memory for the step that `s` describes; kept where it suffices. */
-static glm_status take_memory(struct glm_model *m, struct glm_step *s, size_t budget, struct glm_error *err)
+static glm_status take_memory(struct glm_model *m, struct glm_step *s, size_t budget,
+                              struct glm_error *err)
 {
     const size_t bytes = plan_activations(m, s, budget);
     GLM_TRY(glm_arena_commit(&m->arena, bytes, m->be, "activations of one step", err));
@@ -185,9 +193,12 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
                           struct glm_plan *plan, struct glm_error *err)
 {
     if (N < 1 || S < 1 || S > N || M < 0 || M > N)
-        return glm_fail(err, GLM_EVALUE, "plan: expected 1 <= n_segments <= n_tokens and n_rows <= n_tokens, got %d, %d, %d",
-                        S, N, M);
-    struct glm_step s = m->step; /* x and acts are written while planning; the next step lays them out anew */
+        return glm_fail(
+            err, GLM_EVALUE,
+            "plan: expected 1 <= n_segments <= n_tokens and n_rows <= n_tokens, got %d, %d, %d", S,
+            N, M);
+    struct glm_step s =
+        m->step; /* x and acts are written while planning; the next step lays them out anew */
     *plan = (struct glm_plan){0};
     for (int i = 0; i < m->n_weights; i++) {
         const struct glm_weight *w = &m->weights[i];
@@ -213,55 +224,67 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
     return take_memory(m, &m->step, budget, err);
 }
 
-static glm_status check_input(const struct glm_model *m, const struct glm_input *in, struct glm_error *err)
+static glm_status check_input(const struct glm_model *m, const struct glm_input *in,
+                              struct glm_error *err)
 {
     const int V = m->arch.vocab;
     int64_t sum = 0;
     if (in->N < 1 || in->S < 1)
-        return glm_fail(err, GLM_EVALUE, "ids: the batch is empty (%d tokens, %d segments)", in->N, in->S);
+        return glm_fail(err, GLM_EVALUE, "ids: the batch is empty (%d tokens, %d segments)", in->N,
+                        in->S);
     for (int s = 0; s < in->S; s++) {
         if (in->lengths[s] < 1)
-            return glm_fail(err, GLM_EVALUE, "lengths[%d]: expected at least 1 token, got %d", s, in->lengths[s]);
+            return glm_fail(err, GLM_EVALUE, "lengths[%d]: expected at least 1 token, got %d", s,
+                            in->lengths[s]);
         sum += in->lengths[s];
     }
     if (sum != in->N)
-        return glm_fail(err, GLM_EVALUE, "lengths: sum is %lld but there are %d ids", (long long)sum, in->N);
+        return glm_fail(err, GLM_EVALUE, "lengths: sum is %lld but there are %d ids",
+                        (long long)sum, in->N);
     for (int n = 0; n < in->N; n++) {
         if (in->ids[n] < 0 || in->ids[n] >= V)
-            return glm_fail(err, GLM_EVALUE, "ids[%d]: token id %d is outside the vocabulary of %d", n, in->ids[n], V);
+            return glm_fail(err, GLM_EVALUE, "ids[%d]: token id %d is outside the vocabulary of %d",
+                            n, in->ids[n], V);
         if (in->positions && (in->positions[n] < 0 || in->positions[n] >= m->arch.max_positions))
-            return glm_fail(err, GLM_EVALUE, "positions[%d]: %d is outside 0 .. %d (seq_length)", n, in->positions[n],
-                            m->arch.max_positions - 1);
+            return glm_fail(err, GLM_EVALUE, "positions[%d]: %d is outside 0 .. %d (seq_length)", n,
+                            in->positions[n], m->arch.max_positions - 1);
     }
     for (int i = 0; in->rows && i < in->M; i++) {
         if (in->rows[i] < 0 || in->rows[i] >= in->N || (i && in->rows[i] <= in->rows[i - 1]))
-            return glm_fail(err, GLM_EVALUE, "rows[%d]: expected ascending indices of the %d tokens, got %d", i, in->N,
-                            in->rows[i]);
+            return glm_fail(err, GLM_EVALUE,
+                            "rows[%d]: expected ascending indices of the %d tokens, got %d", i,
+                            in->N, in->rows[i]);
         if (in->targets && (in->targets[i] < 0 || in->targets[i] >= V))
-            return glm_fail(err, GLM_EVALUE, "targets[%d]: label %d is outside the vocabulary of %d", i, in->targets[i],
-                            V);
+            return glm_fail(err, GLM_EVALUE,
+                            "targets[%d]: label %d is outside the vocabulary of %d", i,
+                            in->targets[i], V);
     }
     return GLM_OK;
 }
 
 /* Host copy of the index arrays, uploaded array by array. rows NULL: all tokens; in generation the
  * last token of each segment. */
-static glm_status upload_batch(struct glm_model *m, const struct glm_input *in, const struct glm_place *place,
-                               struct glm_error *err)
+static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
+                               const struct glm_place *place, struct glm_error *err)
 {
     struct glm_backend *be = m->be;
     struct glm_step *s = &m->step;
     struct glm_cache *c = place ? place->cache : NULL;
     const int P = m->prefix_length, N = s->N, M = s->M, fresh = !c;
     struct glm_segment *segments = (struct glm_segment *)m->host;
-    int32_t *position = (int32_t *)(segments + s->S), *stream = position + N, *slot = stream + N, *rows = slot + N;
+    int32_t *position = (int32_t *)(segments + s->S), *stream = position + N, *slot = stream + N,
+            *rows = slot + N;
     int32_t *row_position = rows + M, *row_stream = row_position + M;
-    int32_t *prefix_position = row_stream + M, *prefix_stream = prefix_position + (size_t)s->prefix_copies * P;
-    s->host_losses = (void *)(((uintptr_t)(prefix_stream + (size_t)s->prefix_copies * P) + 7) / 8 * 8);
+    int32_t *prefix_position = row_stream + M,
+            *prefix_stream = prefix_position + (size_t)s->prefix_copies * P;
+    s->host_losses =
+        (void *)(((uintptr_t)(prefix_stream + (size_t)s->prefix_copies * P) + 7) / 8 * 8);
     for (int i = 0, n = 0; i < s->S; i++) {
         const int count = in->lengths[i], row = place && place->rows ? place->rows[i] : -1;
         const int past = row >= 0 ? c->lengths[row] : c ? c->shared_length : 0;
-        const int first = row >= 0 ? c->prefix_length + c->shared_capacity + row * c->capacity : c ? c->prefix_length : 0;
+        const int first = row >= 0 ? c->prefix_length + c->shared_capacity + row * c->capacity
+                          : c      ? c->prefix_length
+                                   : 0;
         int start = past + (row >= 0 ? c->shared_length : 0);
         segments[i] = (struct glm_segment){.begin = n, .count = count};
         if (fresh && P) {
@@ -273,8 +296,11 @@ static glm_status upload_batch(struct glm_model *m, const struct glm_input *in, 
             segments[i].past_count = past;
         }
         if (!in->positions && (int64_t)start + count > m->arch.max_positions)
-            return glm_fail(err, GLM_EVALUE, "segment %d: %d tokens from position %d on are longer than the model's %d "
-                            "positions (seq_length)", i, count, start, m->arch.max_positions);
+            return glm_fail(
+                err, GLM_EVALUE,
+                "segment %d: %d tokens from position %d on are longer than the model's %d "
+                "positions (seq_length)",
+                i, count, start, m->arch.max_positions);
         for (int t = 0; t < count; t++, n++) {
             position[n] = in->positions ? in->positions[n] : start + t;
             stream[n] = (int32_t)(uint32_t)((m->progress.rows + i) & 0x7fffffff);
@@ -315,8 +341,8 @@ glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in, int t
     GLM_TRY(glm_weights_complete(m, err));
     GLM_TRY(check_input(m, in, err));
     struct glm_step *s = &m->step;
-    set_sizes(m, s, in->N, in->S, in->rows || place ? in->M : in->N, training, gather, training && s->use_dropout,
-              place ? place->cache : NULL);
+    set_sizes(m, s, in->N, in->S, in->rows || place ? in->M : in->N, training, gather,
+              training && s->use_dropout, place ? place->cache : NULL);
     GLM_TRY(take_memory(m, s, m->budget, err));
     return upload_batch(m, in, place, err);
 }
@@ -326,10 +352,12 @@ struct glm_kv glm_step_kv(const struct glm_model *m, int l)
     const struct glm_step *s = &m->step;
     const size_t KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
     char *base = s->cache ? s->cache->kv : s->prefix_kv;
-    const size_t slots = s->cache ? (size_t)s->cache->slots : (size_t)s->prefix_copies * m->prefix_length;
+    const size_t slots =
+        s->cache ? (size_t)s->cache->slots : (size_t)s->prefix_copies * m->prefix_length;
     if (!base)
         return (struct glm_kv){NULL, NULL};
-    return (struct glm_kv){glm_at(m, base, 2 * l * slots * KV), glm_at(m, base, (2 * l + 1) * slots * KV)};
+    return (struct glm_kv){glm_at(m, base, 2 * l * slots * KV),
+                           glm_at(m, base, (2 * l + 1) * slots * KV)};
 }
 
 struct glm_kv glm_step_dkv(const struct glm_model *m, int l)
@@ -350,23 +378,28 @@ static glm_status interrupted(struct glm_model *m, struct glm_error *err)
     return GLM_OK;
 }
 
-/* names: say where x (rows, C) stops being finite; rows of a gathered layer are translated back to tokens */
-static glm_status check_finite(struct glm_model *m, const void *x, int rows, int gathered, const char *where, int l,
-                               struct glm_error *err)
+/* names: say where x (rows, C) stops being finite; rows of a gathered layer are translated back to
+ * tokens */
+static glm_status check_finite(struct glm_model *m, const void *x, int rows, int gathered,
+                               const char *where, int l, struct glm_error *err)
 {
     int row;
     m->be->ops->first_nonfinite(m->be->cx, &row, x, rows, m->arch.hidden);
     if (row < 0)
         return GLM_OK;
-    const struct glm_segment *segments = (const struct glm_segment *)m->host; /* upload_batch put them first */
-    int token = gathered ? ((const int32_t *)(segments + m->step.S))[3 * m->step.N + row] : row, segment = 0;
+    const struct glm_segment *segments =
+        (const struct glm_segment *)m->host; /* upload_batch put them first */
+    int token = gathered ? ((const int32_t *)(segments + m->step.S))[3 * m->step.N + row] : row,
+        segment = 0;
     while (segment + 1 < m->step.S && segments[segment + 1].begin <= token)
         segment++;
     if (l < 0)
-        return glm_fail(err, GLM_ENUMERIC, "%s holds NaN or infinity: row %d of the batch, token %d", where, segment,
+        return glm_fail(err, GLM_ENUMERIC,
+                        "%s holds NaN or infinity: row %d of the batch, token %d", where, segment,
                         token - segments[segment].begin);
-    return glm_fail(err, GLM_ENUMERIC, "%s %d yields NaN or infinity: row %d of the batch, token %d", where, l, segment,
-                    token - segments[segment].begin);
+    return glm_fail(err, GLM_ENUMERIC,
+                    "%s %d yields NaN or infinity: row %d of the batch, token %d", where, l,
+                    segment, token - segments[segment].begin);
 }
 
 static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, struct glm_error *err)
@@ -391,7 +424,8 @@ static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, st
         m->be->download(m->be, (char *)hidden + L * bytes, s->x[L], bytes);
     if (diagnose)
         GLM_TRY(check_finite(m, s->x[L], MR, s->gathered, "layer", L - 1, err));
-    op->rmsnorm_forward(cx, s->final, s->final_rstd, s->x[L], m->final_layernorm->mat.data, MR, C, m->arch.eps);
+    op->rmsnorm_forward(cx, s->final, s->final_rstd, s->x[L], m->final_layernorm->mat.data, MR, C,
+                        m->arch.eps);
     return GLM_OK;
 }
 
@@ -409,6 +443,7 @@ glm_status glm_step_diagnose(struct glm_model *m, struct glm_error *err)
 void glm_step_logits(struct glm_model *m, int begin, int count)
 {
     const struct glm_step *s = &m->step;
-    m->be->ops->linear_forward(m->be->cx, s->logits, glm_at(m, s->final, (size_t)begin * m->arch.hidden),
+    m->be->ops->linear_forward(m->be->cx, s->logits,
+                               glm_at(m, s->final, (size_t)begin * m->arch.hidden),
                                &m->output_layer->mat, NULL, count, 1.0, 0);
 }

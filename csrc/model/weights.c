@@ -1,4 +1,5 @@
-/* Named weights: the base ones of a checkpoint, LoRA and prefix ones that come and go, and the trainable block. */
+/* Named weights: the base ones of a checkpoint, LoRA and prefix ones that come and go, and the
+ * trainable block. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,7 +22,8 @@ static const char *const PREFIX_NAMES[PREFIX_WEIGHTS] = {
 
 #define LAYER_NAME "transformer.encoder.layers.%d.%s"
 
-static struct glm_weight *add_base(struct glm_model *m, int rank, int rows, int cols, const char *name)
+static struct glm_weight *add_base(struct glm_model *m, int rank, int rows, int cols,
+                                   const char *name)
 {
     struct glm_weight *w = &m->weights[m->n_base++];
     snprintf(w->name, sizeof w->name, "%s", name);
@@ -33,7 +35,8 @@ static struct glm_weight *add_base(struct glm_model *m, int rank, int rows, int 
     return w;
 }
 
-static struct glm_weight *add_layer_base(struct glm_model *m, int l, int rank, int rows, int cols, const char *tail)
+static struct glm_weight *add_layer_base(struct glm_model *m, int l, int rank, int rows, int cols,
+                                         const char *tail)
 {
     char name[112];
     snprintf(name, sizeof name, LAYER_NAME, l, tail);
@@ -54,15 +57,18 @@ static void add_weights(struct glm_model *m)
 {
     const struct glm_arch *a = &m->arch;
     const int AO = a->heads * a->head_dim, QKV = (a->heads + 2 * a->kv_heads) * a->head_dim;
-    m->word_embeddings = add_base(m, 2, a->vocab, a->hidden, "transformer.embedding.word_embeddings.weight");
+    m->word_embeddings =
+        add_base(m, 2, a->vocab, a->hidden, "transformer.embedding.word_embeddings.weight");
     for (int l = 0; l < a->layers; l++) {
         struct glm_layer *layer = &m->layers[l];
         layer->input_layernorm = add_layer_base(m, l, 1, a->hidden, 1, "input_layernorm.weight");
         add_linear(m, l, GLM_QKV, QKV, a->hidden);
         if (a->qkv_bias)
-            layer->linear[GLM_QKV].bias = add_layer_base(m, l, 1, QKV, 1, "self_attention.query_key_value.bias");
+            layer->linear[GLM_QKV].bias =
+                add_layer_base(m, l, 1, QKV, 1, "self_attention.query_key_value.bias");
         add_linear(m, l, GLM_DENSE, a->hidden, AO);
-        layer->post_attention_layernorm = add_layer_base(m, l, 1, a->hidden, 1, "post_attention_layernorm.weight");
+        layer->post_attention_layernorm =
+            add_layer_base(m, l, 1, a->hidden, 1, "post_attention_layernorm.weight");
         add_linear(m, l, GLM_H_TO_4H, 2 * a->ffn, a->hidden);
         add_linear(m, l, GLM_4H_TO_H, a->hidden, a->ffn);
     }
@@ -73,7 +79,8 @@ static void add_weights(struct glm_model *m)
     for (int l = 0; l < a->layers; l++)
         for (int which = 0; which < GLM_LINEARS; which++)
             for (int b = 0; b < 2; b++, w++) {
-                snprintf(w->name, sizeof w->name, LAYER_NAME ".lora_%c.weight", l, LINEAR_NAMES[which], "AB"[b]);
+                snprintf(w->name, sizeof w->name, LAYER_NAME ".lora_%c.weight", l,
+                         LINEAR_NAMES[which], "AB"[b]);
                 w->kind = GLM_LORA;
                 w->rank = 2;
                 *(b ? &m->layers[l].linear[which].B : &m->layers[l].linear[which].A) = w;
@@ -98,18 +105,21 @@ static glm_status round_half(struct glm_backend *be, float *x, size_t n, struct 
         be->ops->convert(be->cx, wide, GLM_F32, half, GLM_F16, n);
         be->download(be, x, wide, n * 4);
     }
-    glm_status status = wide && half ? GLM_OK : glm_fail(err, GLM_EMEMORY, "rotary table: %zu bytes", n * 6);
+    glm_status status =
+        wide && half ? GLM_OK : glm_fail(err, GLM_EMEMORY, "rotary table: %zu bytes", n * 6);
     be->free(be, wide);
     be->free(be, half);
     return status;
 }
 
-/* ChatGLM2's float16 code rounds exponent, power, reciprocal, position and product (golden long/half_*). */
+/* ChatGLM2's float16 code rounds exponent, power, reciprocal, position and product (golden
+ * long/half_*). */
 static glm_status half_angles(struct glm_model *m, float *angle, struct glm_error *err)
 {
     const int pairs = m->arch.rotary_dim / 2, T = m->arch.max_positions;
     float *inv = malloc((size_t)pairs * 4), *pos = malloc((size_t)T * 4);
-    glm_status status = inv && pos ? GLM_OK : glm_fail(err, GLM_EMEMORY, "rotary table: %d positions", T);
+    glm_status status =
+        inv && pos ? GLM_OK : glm_fail(err, GLM_EMEMORY, "rotary table: %d positions", T);
     for (int j = 0; status == GLM_OK && j < pairs; j++)
         inv[j] = (float)(2 * j) / (float)m->arch.rotary_dim;
     if (status == GLM_OK)
@@ -204,21 +214,25 @@ static glm_status check_arch(const struct glm_arch *a, struct glm_error *err)
     };
     for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++)
         if (ranges[i].value < ranges[i].low || ranges[i].value > ranges[i].high)
-            return glm_fail(err, GLM_EVALUE, "arch %s: expected %d to %d, got %d", ranges[i].name, ranges[i].low,
-                            ranges[i].high, ranges[i].value);
+            return glm_fail(err, GLM_EVALUE, "arch %s: expected %d to %d, got %d", ranges[i].name,
+                            ranges[i].low, ranges[i].high, ranges[i].value);
     if (a->heads % a->kv_heads)
-        return glm_fail(err, GLM_EVALUE, "arch heads: %d is not a multiple of kv_heads %d", a->heads, a->kv_heads);
+        return glm_fail(err, GLM_EVALUE, "arch heads: %d is not a multiple of kv_heads %d",
+                        a->heads, a->kv_heads);
     if (a->rotary_dim % 2)
-        return glm_fail(err, GLM_EVALUE, "arch rotary_dim: expected an even number, got %d", a->rotary_dim);
+        return glm_fail(err, GLM_EVALUE, "arch rotary_dim: expected an even number, got %d",
+                        a->rotary_dim);
     if (!(a->eps > 0) || !(a->rope_base > 0) || !(a->rope_divisor > 0) || !isfinite(a->rope_base) ||
         !isfinite(a->rope_divisor) || !isfinite(a->eps))
-        return glm_fail(err, GLM_EVALUE, "arch: eps %g, rope_base %g and rope_divisor %g must be positive and finite",
-                        a->eps, a->rope_base, a->rope_divisor);
+        return glm_fail(
+            err, GLM_EVALUE,
+            "arch: eps %g, rope_base %g and rope_divisor %g must be positive and finite", a->eps,
+            a->rope_base, a->rope_divisor);
     return GLM_OK;
 }
 
-glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch, struct glm_backend *be,
-                            struct glm_error *err)
+glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
+                            struct glm_backend *be, struct glm_error *err)
 {
     *out = NULL;
     GLM_TRY(check_arch(arch, err));
@@ -287,7 +301,8 @@ int glm_model_weight(struct glm_model *m, int i, struct glm_weight_info *info)
     const struct glm_weight *w = &m->weights[i];
     if (!w->present)
         return -1;
-    *info = (struct glm_weight_info){w->name, w->kind, w->rows, w->cols, w->rank, w->mat.dtype, w->mat.data != NULL};
+    *info = (struct glm_weight_info){
+        w->name, w->kind, w->rows, w->cols, w->rank, w->mat.dtype, w->mat.data != NULL};
     return 1;
 }
 
@@ -300,8 +315,8 @@ int glm_model_find(struct glm_model *m, const char *name)
 }
 
 /* An owned real copy of n host elements of a dtype. */
-static glm_status own(struct glm_model *m, struct glm_weight *w, const void *host, enum glm_dtype dtype,
-                      struct glm_error *err)
+static glm_status own(struct glm_model *m, struct glm_weight *w, const void *host,
+                      enum glm_dtype dtype, struct glm_error *err)
 {
     struct glm_backend *be = m->be;
     const size_t n = glm_count(w);
@@ -310,7 +325,8 @@ static glm_status own(struct glm_model *m, struct glm_weight *w, const void *hos
     if (!value || (dtype != be->real && !raw)) {
         be->free(be, value);
         be->free(be, raw);
-        return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken", w->name, n * be->real_size);
+        return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken", w->name,
+                        n * be->real_size);
     }
     be->upload(be, raw ? raw : value, host, n * glm_dtype_size(dtype));
     if (raw)
@@ -326,12 +342,13 @@ static glm_status own(struct glm_model *m, struct glm_weight *w, const void *hos
 static glm_status refuse_trainable(const struct glm_weight *w, struct glm_error *err)
 {
     if (w->grad)
-        return glm_fail(err, GLM_ESTATE, "%s is being trained: end training first (set_trainable([]))", w->name);
+        return glm_fail(err, GLM_ESTATE,
+                        "%s is being trained: end training first (set_trainable([]))", w->name);
     return GLM_OK;
 }
 
-glm_status glm_model_bind(struct glm_model *m, const char *name, const void *data, enum glm_dtype dtype, int rank,
-                          int rows, int cols, struct glm_error *err)
+glm_status glm_model_bind(struct glm_model *m, const char *name, const void *data,
+                          enum glm_dtype dtype, int rank, int rows, int cols, struct glm_error *err)
 {
     int i = glm_model_find(m, name);
     if (i < 0 || m->weights[i].kind != GLM_BASE)
@@ -339,10 +356,10 @@ glm_status glm_model_bind(struct glm_model *m, const char *name, const void *dat
     struct glm_weight *w = &m->weights[i];
     if (rank != w->rank || rows != w->rows || cols != w->cols) {
         if (w->rank == 1)
-            return glm_fail(err, GLM_EVALUE, "%s: expected shape (%d,), got rank %d, (%d, %d)", name, w->rows, rank,
-                            rows, cols);
-        return glm_fail(err, GLM_EVALUE, "%s: expected shape (%d, %d), got rank %d, (%d, %d)", name, w->rows, w->cols,
-                        rank, rows, cols);
+            return glm_fail(err, GLM_EVALUE, "%s: expected shape (%d,), got rank %d, (%d, %d)",
+                            name, w->rows, rank, rows, cols);
+        return glm_fail(err, GLM_EVALUE, "%s: expected shape (%d, %d), got rank %d, (%d, %d)", name,
+                        w->rows, w->cols, rank, rows, cols);
     }
     GLM_TRY(refuse_trainable(w, err));
     if (w->rank == 1)
@@ -364,7 +381,8 @@ glm_status glm_weights_complete(struct glm_model *m, struct glm_error *err)
             first = first ? first : m->weights[i].name;
         }
     if (missing)
-        return glm_fail(err, GLM_ESTATE, "%d weights are not bound, the first is %s", missing, first);
+        return glm_fail(err, GLM_ESTATE, "%d weights are not bound, the first is %s", missing,
+                        first);
     return GLM_OK;
 }
 
@@ -389,9 +407,9 @@ static void forget_trainables(struct glm_model *m, enum glm_weight_kind kind)
         }
 }
 
-glm_status glm_model_add_lora(struct glm_model *m, const char *module, const void *A, int A_rows, int A_cols,
-                              const void *B, int B_rows, int B_cols, double scale, double dropout,
-                              struct glm_error *err)
+glm_status glm_model_add_lora(struct glm_model *m, const char *module, const void *A, int A_rows,
+                              int A_cols, const void *B, int B_rows, int B_cols, double scale,
+                              double dropout, struct glm_error *err)
 {
     struct glm_linear *lin = NULL;
     char name[112];
@@ -402,11 +420,15 @@ glm_status glm_model_add_lora(struct glm_model *m, const char *module, const voi
                 lin = &m->layers[l].linear[which];
     if (!lin)
         return glm_fail(err, GLM_EVALUE, "module: %s is no linear layer of this model", module);
-    if (A_rows < 1 || A_cols != lin->weight->cols || B_rows != lin->weight->rows || B_cols != A_rows)
-        return glm_fail(err, GLM_EVALUE, "%s: expected lora_A (r, %d) and lora_B (%d, r), got (%d, %d) and (%d, %d)",
-                        module, lin->weight->cols, lin->weight->rows, A_rows, A_cols, B_rows, B_cols);
+    if (A_rows < 1 || A_cols != lin->weight->cols || B_rows != lin->weight->rows ||
+        B_cols != A_rows)
+        return glm_fail(err, GLM_EVALUE,
+                        "%s: expected lora_A (r, %d) and lora_B (%d, r), got (%d, %d) and (%d, %d)",
+                        module, lin->weight->cols, lin->weight->rows, A_rows, A_cols, B_rows,
+                        B_cols);
     if (!isfinite(scale) || !(dropout >= 0 && dropout < 1))
-        return glm_fail(err, GLM_EVALUE, "%s: scale %g must be finite and dropout %g in [0, 1)", module, scale, dropout);
+        return glm_fail(err, GLM_EVALUE, "%s: scale %g must be finite and dropout %g in [0, 1)",
+                        module, scale, dropout);
     GLM_TRY(refuse_trainable(lin->A, err));
     GLM_TRY(refuse_trainable(lin->B, err));
     lin->A->rows = lin->B->cols = A_rows;
@@ -456,7 +478,8 @@ glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
         const size_t bytes = glm_count(w) * glm_dtype_size(w->mat.dtype);
         copies[i] = be->alloc(be, bytes);
         if (!copies[i])
-            status = glm_fail(err, GLM_EMEMORY, "merge_lora: %s: %zu bytes could not be taken", w->name, bytes);
+            status = glm_fail(err, GLM_EMEMORY, "merge_lora: %s: %zu bytes could not be taken",
+                              w->name, bytes);
         else
             be->upload(be, copies[i], w->mat.data, bytes);
     }
@@ -471,8 +494,8 @@ glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
             continue;
         if (copies[i])
             w->mat.data = w->owned = copies[i];
-        be->ops->merge(be->cx, (void *)w->mat.data, w->mat.dtype, lin->B->mat.data, lin->A->mat.data, w->rows, w->cols,
-                       lin->A->rows, lin->scale);
+        be->ops->merge(be->cx, (void *)w->mat.data, w->mat.dtype, lin->B->mat.data,
+                       lin->A->mat.data, w->rows, w->cols, lin->A->rows, lin->scale);
     }
     free(copies);
     if (status == GLM_OK)
@@ -482,17 +505,20 @@ glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
 
 /* ---- P-Tuning v2 */
 
-glm_status glm_model_set_prefix(struct glm_model *m, int P, const void *embedding, const void *w0, const void *b0,
-                                const void *w2, const void *b2, double dropout, struct glm_error *err)
+glm_status glm_model_set_prefix(struct glm_model *m, int P, const void *embedding, const void *w0,
+                                const void *b0, const void *w2, const void *b2, double dropout,
+                                struct glm_error *err)
 {
     const int width = 2 * m->arch.layers * m->arch.kv_heads * m->arch.head_dim;
     const int H = m->arch.hidden, projection = w0 != NULL;
     const void *values[PREFIX_WEIGHTS] = {embedding, w0, b0, w2, b2};
-    const int rows[PREFIX_WEIGHTS] = {P, H, H, width, width}, cols[PREFIX_WEIGHTS] = {width, width, 1, H, 1};
+    const int rows[PREFIX_WEIGHTS] = {P, H, H, width, width},
+              cols[PREFIX_WEIGHTS] = {width, width, 1, H, 1};
     if (P < 1 || P > 1 << 16)
         return glm_fail(err, GLM_EVALUE, "pre_seq_len: expected 1 to 65536, got %d", P);
     if (projection != (b0 != NULL) || projection != (w2 != NULL) || projection != (b2 != NULL))
-        return glm_fail(err, GLM_EVALUE, "prefix: with projection all of trans.0 and trans.2 are needed");
+        return glm_fail(err, GLM_EVALUE,
+                        "prefix: with projection all of trans.0 and trans.2 are needed");
     if (!(dropout >= 0 && dropout < 1))
         return glm_fail(err, GLM_EVALUE, "prefix dropout: expected 0 <= p < 1, got %g", dropout);
     glm_model_remove_prefix(m);
@@ -521,7 +547,8 @@ void glm_model_remove_prefix(struct glm_model *m)
 
 /* ---- the trainable block: values, gradients, first and second moments, one after the other */
 
-glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int n, struct glm_error *err)
+glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int n,
+                                   struct glm_error *err)
 {
     struct glm_backend *be = m->be;
     const size_t size = be->real_size;
@@ -529,19 +556,24 @@ glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int 
     for (int i = 0; i < n; i++) {
         if (weights[i] < 0 || weights[i] >= m->n_weights || !m->weights[weights[i]].present ||
             !m->weights[weights[i]].mat.data)
-            return glm_fail(err, GLM_EVALUE, "names: weight %d is not there or not bound", weights[i]);
+            return glm_fail(err, GLM_EVALUE, "names: weight %d is not there or not bound",
+                            weights[i]);
         for (int j = 0; j < i; j++)
             if (weights[j] == weights[i])
-                return glm_fail(err, GLM_EVALUE, "names: %s is named twice", m->weights[weights[i]].name);
-        total += (glm_count(&m->weights[weights[i]]) + 15) / 16 * 16; /* aligned; the gaps stay zero */
+                return glm_fail(err, GLM_EVALUE, "names: %s is named twice",
+                                m->weights[weights[i]].name);
+        total +=
+            (glm_count(&m->weights[weights[i]]) + 15) / 16 * 16; /* aligned; the gaps stay zero */
     }
     char *block = NULL;
     if (n) {
         if (total > SIZE_MAX / 4 / size || !(block = be->alloc(be, 4 * total * size)))
-            return glm_fail(err, GLM_EMEMORY,
-                            "training needs %zu bytes for parameters, gradients and two moments (16 bytes for each of "
-                            "%zu parameters): train fewer weights (lora) or use a machine with more memory",
-                            4 * total * size, total);
+            return glm_fail(
+                err, GLM_EMEMORY,
+                "training needs %zu bytes for parameters, gradients and two moments (16 bytes for "
+                "each of "
+                "%zu parameters): train fewer weights (lora) or use a machine with more memory",
+                4 * total * size, total);
         be->zero(be, block, 4 * total * size);
     }
     /* weights that stop being trained keep their values in memory of their own */
@@ -555,14 +587,16 @@ glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int 
         w->owned = be->alloc(be, glm_count(w) * size);
         if (!w->owned) {
             be->free(be, block);
-            return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken", w->name, glm_count(w) * size);
+            return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken", w->name,
+                            glm_count(w) * size);
         }
         be->copy(be, w->owned, w->mat.data, glm_count(w) * size);
     }
     size_t offset = 0;
     for (int i = 0; i < n; i++) {
         struct glm_weight *w = &m->weights[weights[i]];
-        be->ops->convert(be->cx, block + offset * size, be->real, w->mat.data, w->mat.dtype, glm_count(w));
+        be->ops->convert(be->cx, block + offset * size, be->real, w->mat.data, w->mat.dtype,
+                         glm_count(w));
         w->offset = offset;
         offset += (glm_count(w) + 15) / 16 * 16;
     }
@@ -595,22 +629,25 @@ int glm_model_trainable(struct glm_model *m, const int **weights)
     return m->n_trainable;
 }
 
-static glm_status part_of(struct glm_model *m, int weight, enum glm_part part, struct glm_weight **out, void **data,
-                          struct glm_error *err)
+static glm_status part_of(struct glm_model *m, int weight, enum glm_part part,
+                          struct glm_weight **out, void **data, struct glm_error *err)
 {
-    if (weight < 0 || weight >= m->n_weights || !m->weights[weight].present || !m->weights[weight].mat.data)
+    if (weight < 0 || weight >= m->n_weights || !m->weights[weight].present ||
+        !m->weights[weight].mat.data)
         return glm_fail(err, GLM_EVALUE, "weight %d is not there or not bound", weight);
     struct glm_weight *w = *out = &m->weights[weight];
     *data = (void *)w->mat.data;
     if (part == GLM_VALUE)
         return GLM_OK;
     if (!w->grad)
-        return glm_fail(err, GLM_ESTATE, "%s is not being trained: it has no gradient and no moments", w->name);
+        return glm_fail(err, GLM_ESTATE,
+                        "%s is not being trained: it has no gradient and no moments", w->name);
     *data = m->block + ((size_t)part * m->block_size + w->offset) * m->be->real_size;
     return GLM_OK;
 }
 
-glm_status glm_model_read(struct glm_model *m, int weight, enum glm_part part, void *out, struct glm_error *err)
+glm_status glm_model_read(struct glm_model *m, int weight, enum glm_part part, void *out,
+                          struct glm_error *err)
 {
     struct glm_backend *be = m->be;
     struct glm_weight *w;
@@ -622,7 +659,8 @@ glm_status glm_model_read(struct glm_model *m, int weight, enum glm_part part, v
         return GLM_OK;
     }
     be->download(be, out, data, n * be->real_size);
-    if (part == GLM_GRAD && m->progress.tokens > 0) { /* sums are kept; the token mean is what callers see */
+    if (part == GLM_GRAD &&
+        m->progress.tokens > 0) { /* sums are kept; the token mean is what callers see */
         const double tokens = (double)m->progress.tokens;
         for (size_t i = 0; i < n; i++)
             if (be->real == GLM_F64)
@@ -642,9 +680,11 @@ glm_status glm_model_write(struct glm_model *m, int weight, enum glm_part part, 
         return glm_fail(err, GLM_EVALUE, "what: gradients cannot be written");
     GLM_TRY(part_of(m, weight, part, &w, &data, err));
     if (part == GLM_VALUE && !w->grad && !w->owned)
-        return glm_fail(err, GLM_ESTATE, "%s is mapped and read-only: bind an array instead", w->name);
+        return glm_fail(err, GLM_ESTATE, "%s is mapped and read-only: bind an array instead",
+                        w->name);
     if (part == GLM_VALUE && w->mat.dtype != m->be->real)
-        return glm_fail(err, GLM_ESTATE, "%s was merged in its stored dtype: bind an array instead", w->name);
+        return glm_fail(err, GLM_ESTATE, "%s was merged in its stored dtype: bind an array instead",
+                        w->name);
     m->be->upload(m->be, data, values, glm_count(w) * m->be->real_size);
     m->version++;
     return GLM_OK;

@@ -1,7 +1,8 @@
 /* Types Model and Cache: argument checks, the GIL, exceptions; no arithmetic.
  *
- * A computation takes the model's busy flag (a second thread gets a RuntimeError), drops the GIL, and takes the module's
- * lock, since models share one pool of threads. While it runs, the backend polls for signals through poll(). */
+ * A computation takes the model's busy flag (a second thread gets a RuntimeError), drops the GIL,
+ * and takes the module's lock, since models share one pool of threads. While it runs, the backend
+ * polls for signals through poll(). */
 #include "module.h"
 
 #include <errno.h>
@@ -11,8 +12,7 @@
 #include <unistd.h>
 
 struct model_object {
-    PyObject_HEAD
-    struct glm_model *m;
+    PyObject_HEAD struct glm_model *m;
     struct module_state *state;
     PyObject *module; /* keeps state alive */
     PyObject *arrays; /* dict: weight name -> array in use by the core */
@@ -20,8 +20,7 @@ struct model_object {
 };
 
 struct cache_object {
-    PyObject_HEAD
-    struct glm_cache *c;
+    PyObject_HEAD struct glm_cache *c;
     struct model_object *model;
 };
 
@@ -45,7 +44,9 @@ static int begin_run(struct run *run, struct model_object *self)
 {
     struct module_state *state = self->state;
     if (self->busy) {
-        PyErr_SetString(PyExc_RuntimeError, "this model is busy in another thread: use one model from one thread at a time");
+        PyErr_SetString(
+            PyExc_RuntimeError,
+            "this model is busy in another thread: use one model from one thread at a time");
         return -1;
     }
     if (state->computing_pid != (long)getpid()) {
@@ -86,18 +87,18 @@ static void end_run(struct run *run)
 }
 
 /* status = call, run that way; on failure the exception is set and `failed` evaluated */
-#define RUN(self, call, failed)                                                                                       \
-    do {                                                                                                              \
-        struct run run_;                                                                                              \
-        struct glm_error err;                                                                                         \
-        if (begin_run(&run_, self) < 0)                                                                               \
-            failed;                                                                                                   \
-        const glm_status status_ = call;                                                                              \
-        end_run(&run_);                                                                                               \
-        if (status_ != GLM_OK) {                                                                                      \
-            glm_raise(status_, &err);                                                                                 \
-            failed;                                                                                                   \
-        }                                                                                                             \
+#define RUN(self, call, failed)          \
+    do {                                 \
+        struct run run_;                 \
+        struct glm_error err;            \
+        if (begin_run(&run_, self) < 0)  \
+            failed;                      \
+        const glm_status status_ = call; \
+        end_run(&run_);                  \
+        if (status_ != GLM_OK) {         \
+            glm_raise(status_, &err);    \
+            failed;                      \
+        }                                \
     } while (0)
 
 static int real_type(const struct model_object *self)
@@ -106,17 +107,20 @@ static int real_type(const struct model_object *self)
 }
 
 /* A contiguous array of the backend's real type from a float32 or float64 one. */
-static PyArrayObject *real_arg(struct model_object *self, PyObject *object, const char *name, int rank)
+static PyArrayObject *real_arg(struct model_object *self, PyObject *object, const char *name,
+                               int rank)
 {
     if (!PyArray_Check(object) || (PyArray_TYPE((PyArrayObject *)object) != NPY_FLOAT32 &&
                                    PyArray_TYPE((PyArrayObject *)object) != NPY_FLOAT64)) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a float32 array, got %R", name, (PyObject *)Py_TYPE(object));
+        PyErr_Format(PyExc_TypeError, "%s: expected a float32 array, got %R", name,
+                     (PyObject *)Py_TYPE(object));
         return NULL;
     }
     PyArrayObject *a = (PyArrayObject *)PyArray_FROMANY(object, real_type(self), 0, 0,
                                                         NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
     if (a && rank >= 0 && PyArray_NDIM(a) != rank) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %d dimension(s), got %d", name, rank, PyArray_NDIM(a));
+        PyErr_Format(PyExc_ValueError, "%s: expected %d dimension(s), got %d", name, rank,
+                     PyArray_NDIM(a));
         Py_CLEAR(a);
     }
     return a;
@@ -125,8 +129,10 @@ static PyArrayObject *real_arg(struct model_object *self, PyObject *object, cons
 static int dims_of(PyArrayObject *a, const char *name, int *rows, int *cols)
 {
     const int rank = PyArray_NDIM(a);
-    if (rank < 1 || rank > 2 || PyArray_DIM(a, 0) > INT_MAX || (rank == 2 && PyArray_DIM(a, 1) > INT_MAX)) {
-        PyErr_Format(PyExc_ValueError, "%s: expected a vector or a matrix, got %d dimensions", name, rank);
+    if (rank < 1 || rank > 2 || PyArray_DIM(a, 0) > INT_MAX ||
+        (rank == 2 && PyArray_DIM(a, 1) > INT_MAX)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected a vector or a matrix, got %d dimensions", name,
+                     rank);
         return -1;
     }
     *rows = (int)PyArray_DIM(a, 0);
@@ -183,7 +189,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     const char *backend = "cpu";
     struct glm_arch a = {0};
     struct glm_error err;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|s", names, &PyDict_Type, &arch_dict, &backend))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|s", names, &PyDict_Type, &arch_dict,
+                                     &backend))
         return NULL;
     const struct {
         const char *key;
@@ -204,7 +211,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     for (size_t i = 0; i < sizeof ints / sizeof ints[0]; i++)
         if (arch_int(arch_dict, ints[i].key, ints[i].out) < 0)
             return NULL;
-    if (arch_double(arch_dict, "eps", &a.eps) < 0 || arch_double(arch_dict, "rope_base", &a.rope_base) < 0 ||
+    if (arch_double(arch_dict, "eps", &a.eps) < 0 ||
+        arch_double(arch_dict, "rope_base", &a.rope_base) < 0 ||
         arch_double(arch_dict, "rope_divisor", &a.rope_divisor) < 0)
         return NULL;
     PyObject *module = PyType_GetModule(type);
@@ -260,14 +268,17 @@ static void model_dealloc(PyObject *object)
 
 static PyObject *shape_tuple(const struct glm_weight_info *info)
 {
-    return info->rank == 1 ? Py_BuildValue("(i)", info->rows) : Py_BuildValue("(ii)", info->rows, info->cols);
+    return info->rank == 1 ? Py_BuildValue("(i)", info->rows)
+                           : Py_BuildValue("(ii)", info->rows, info->cols);
 }
 
 static int idle(struct model_object *self)
 {
     if (!self->busy)
         return 0;
-    PyErr_SetString(PyExc_RuntimeError, "this model is busy in another thread: use one model from one thread at a time");
+    PyErr_SetString(
+        PyExc_RuntimeError,
+        "this model is busy in another thread: use one model from one thread at a time");
     return -1;
 }
 
@@ -302,8 +313,14 @@ static PyObject *names_where(struct model_object *self, int missing)
     return list;
 }
 
-static PyObject *model_missing(struct model_object *self, PyObject *Py_UNUSED(ignored)) { return names_where(self, 1); }
-static PyObject *model_names(struct model_object *self, PyObject *Py_UNUSED(ignored)) { return names_where(self, 0); }
+static PyObject *model_missing(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    return names_where(self, 1);
+}
+static PyObject *model_names(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    return names_where(self, 0);
+}
 
 static PyObject *model_bind(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
@@ -313,8 +330,8 @@ static PyObject *model_bind(struct model_object *self, PyObject *args, PyObject 
     enum glm_dtype dtype;
     struct glm_error err;
     int rows, cols;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOs", names, &name, &object, &dtype_name) || idle(self) < 0 ||
-        glm_dtype_from_name(dtype_name, &dtype) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOs", names, &name, &object, &dtype_name) ||
+        idle(self) < 0 || glm_dtype_from_name(dtype_name, &dtype) < 0)
         return NULL;
     PyArrayObject *a = glm_array_arg(object, PyUnicode_AsUTF8(name), glm_dtype_numpy(dtype), -1);
     if (!a)
@@ -323,8 +340,8 @@ static PyObject *model_bind(struct model_object *self, PyObject *args, PyObject 
         Py_DECREF(a);
         return NULL;
     }
-    const glm_status status = glm_model_bind(self->m, PyUnicode_AsUTF8(name), PyArray_DATA(a), dtype, PyArray_NDIM(a),
-                                             rows, cols, &err);
+    const glm_status status = glm_model_bind(self->m, PyUnicode_AsUTF8(name), PyArray_DATA(a),
+                                             dtype, PyArray_NDIM(a), rows, cols, &err);
     const int kept = status == GLM_OK ? PyDict_SetItem(self->arrays, name, (PyObject *)a) : 0;
     Py_DECREF(a);
     if (status != GLM_OK)
@@ -363,15 +380,17 @@ static PyObject *model_add_lora(struct model_object *self, PyObject *args, PyObj
     struct glm_error err;
     int A_rows, A_cols, B_rows, B_cols;
     glm_status status = GLM_OK;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sOOdd", names, &module, &A_object, &B_object, &scale, &dropout) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sOOdd", names, &module, &A_object, &B_object,
+                                     &scale, &dropout) ||
         idle(self) < 0)
         return NULL;
     PyArrayObject *A = real_arg(self, A_object, "A", 2);
     PyArrayObject *B = A ? real_arg(self, B_object, "B", 2) : NULL;
-    const int ok = B && dims_of(A, "A", &A_rows, &A_cols) == 0 && dims_of(B, "B", &B_rows, &B_cols) == 0;
+    const int ok =
+        B && dims_of(A, "A", &A_rows, &A_cols) == 0 && dims_of(B, "B", &B_rows, &B_cols) == 0;
     if (ok)
-        status = glm_model_add_lora(self->m, module, PyArray_DATA(A), A_rows, A_cols, PyArray_DATA(B), B_rows, B_cols,
-                                    scale, dropout, &err);
+        status = glm_model_add_lora(self->m, module, PyArray_DATA(A), A_rows, A_cols,
+                                    PyArray_DATA(B), B_rows, B_cols, scale, dropout, &err);
     Py_XDECREF(A);
     Py_XDECREF(B);
     if (!ok)
@@ -407,12 +426,13 @@ static PyObject *model_merge_lora(struct model_object *self, PyObject *Py_UNUSED
 static PyObject *model_set_prefix(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"arrays", "dropout", NULL};
-    static const char *const keys[5] = {"embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight",
-                                        "trans.2.bias"};
+    static const char *const keys[5] = {"embedding.weight", "trans.0.weight", "trans.0.bias",
+                                        "trans.2.weight", "trans.2.bias"};
     PyObject *dict;
     double dropout;
     struct glm_error err;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!d", names, &PyDict_Type, &dict, &dropout) || idle(self) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!d", names, &PyDict_Type, &dict, &dropout) ||
+        idle(self) < 0)
         return NULL;
     const struct glm_arch *arch = glm_model_arch(self->m);
     const int H = arch->hidden, width = 2 * arch->layers * arch->kv_heads * arch->head_dim;
@@ -433,22 +453,26 @@ static PyObject *model_set_prefix(struct model_object *self, PyObject *args, PyO
         if ((shapes[i][0] >= 0 && PyArray_DIM(a[i], 0) != shapes[i][0]) ||
             (rank == 2 && PyArray_DIM(a[i], 1) != shapes[i][1])) {
             PyErr_Format(PyExc_ValueError, "%s: expected shape (%s%zd%s%zd), got (%zd, %zd)", key,
-                         shapes[i][0] < 0 ? "pre_seq_len " : "", (Py_ssize_t)shapes[i][0], rank == 2 ? ", " : "; vector ",
-                         (Py_ssize_t)shapes[i][1], (Py_ssize_t)PyArray_DIM(a[i], 0),
+                         shapes[i][0] < 0 ? "pre_seq_len " : "", (Py_ssize_t)shapes[i][0],
+                         rank == 2 ? ", " : "; vector ", (Py_ssize_t)shapes[i][1],
+                         (Py_ssize_t)PyArray_DIM(a[i], 0),
                          rank == 2 ? (Py_ssize_t)PyArray_DIM(a[i], 1) : (Py_ssize_t)0);
             goto done;
         }
     }
     if (!a[0] || used != PyDict_GET_SIZE(dict)) {
-        PyErr_SetString(PyExc_ValueError, "prefix: expected transformer.prefix_encoder.embedding.weight and, with "
-                                          "projection, .trans.0.weight, .trans.0.bias, .trans.2.weight, .trans.2.bias");
+        PyErr_SetString(
+            PyExc_ValueError,
+            "prefix: expected transformer.prefix_encoder.embedding.weight and, with "
+            "projection, .trans.0.weight, .trans.0.bias, .trans.2.weight, .trans.2.bias");
         goto done;
     }
     const void *data[5];
     for (int i = 0; i < 5; i++)
         data[i] = a[i] ? PyArray_DATA(a[i]) : NULL;
-    const glm_status status = glm_model_set_prefix(self->m, (int)PyArray_DIM(a[0], 0), data[0], data[1], data[2], data[3],
-                                                   data[4], dropout, &err);
+    const glm_status status =
+        glm_model_set_prefix(self->m, (int)PyArray_DIM(a[0], 0), data[0], data[1], data[2], data[3],
+                             data[4], dropout, &err);
     if (status != GLM_OK)
         glm_raise(status, &err);
     else
@@ -470,7 +494,8 @@ static PyObject *model_remove_prefix(struct model_object *self, PyObject *Py_UNU
 static PyObject *model_prefix_kv(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     const struct glm_arch *arch = glm_model_arch(self->m);
-    npy_intp dims[3] = {2 * arch->layers, glm_model_prefix_length(self->m), arch->kv_heads * arch->head_dim};
+    npy_intp dims[3] = {2 * arch->layers, glm_model_prefix_length(self->m),
+                        arch->kv_heads * arch->head_dim};
     PyObject *out = PyArray_SimpleNew(3, dims, real_type(self));
     if (!out)
         return NULL;
@@ -530,7 +555,8 @@ static int part_from_name(const char *what, enum glm_part *part)
             *part = (enum glm_part)i;
             return 0;
         }
-    PyErr_Format(PyExc_ValueError, "what: expected value, grad, exp_avg or exp_avg_sq, got '%s'", what);
+    PyErr_Format(PyExc_ValueError, "what: expected value, grad, exp_avg or exp_avg_sq, got '%s'",
+                 what);
     return -1;
 }
 
@@ -542,8 +568,8 @@ static PyObject *model_read(struct model_object *self, PyObject *args, PyObject 
     enum glm_part part;
     struct glm_weight_info info;
     int i;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U|s", names, &name, &what) || part_from_name(what, &part) < 0 ||
-        (i = find_weight(self, name)) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U|s", names, &name, &what) ||
+        part_from_name(what, &part) < 0 || (i = find_weight(self, name)) < 0)
         return NULL;
     glm_model_weight(self->m, i, &info);
     npy_intp dims[2] = {info.rows, info.cols};
@@ -573,10 +599,11 @@ static PyObject *model_write(struct model_object *self, PyObject *args, PyObject
     if (!a)
         return NULL;
     int rows, cols;
-    if (dims_of(a, PyUnicode_AsUTF8(name), &rows, &cols) < 0 || rows != info.rows || cols != info.cols) {
+    if (dims_of(a, PyUnicode_AsUTF8(name), &rows, &cols) < 0 || rows != info.rows ||
+        cols != info.cols) {
         if (!PyErr_Occurred())
-            PyErr_Format(PyExc_ValueError, "%U: expected shape (%d, %d), got (%d, %d)", name, info.rows, info.cols, rows,
-                         cols);
+            PyErr_Format(PyExc_ValueError, "%U: expected shape (%d, %d), got (%d, %d)", name,
+                         info.rows, info.cols, rows, cols);
         Py_DECREF(a);
         return NULL;
     }
@@ -605,7 +632,8 @@ static void drop_batch(struct batch_args *b)
     Py_XDECREF(b->targets);
 }
 
-static int index_arg(PyObject *object, const char *name, PyArrayObject **out, const int32_t **data, int *count)
+static int index_arg(PyObject *object, const char *name, PyArrayObject **out, const int32_t **data,
+                     int *count)
 {
     if (!object || object == Py_None)
         return 0;
@@ -613,7 +641,8 @@ static int index_arg(PyObject *object, const char *name, PyArrayObject **out, co
     if (!*out)
         return -1;
     if (PyArray_SIZE(*out) > INT_MAX / 4) {
-        PyErr_Format(PyExc_ValueError, "%s: %zd elements are too many", name, (Py_ssize_t)PyArray_SIZE(*out));
+        PyErr_Format(PyExc_ValueError, "%s: %zd elements are too many", name,
+                     (Py_ssize_t)PyArray_SIZE(*out));
         return -1;
     }
     *data = PyArray_DATA(*out);
@@ -621,8 +650,8 @@ static int index_arg(PyObject *object, const char *name, PyArrayObject **out, co
     return 0;
 }
 
-static int batch_args(struct batch_args *b, PyObject *ids, PyObject *lengths, PyObject *positions, PyObject *rows,
-                      PyObject *targets)
+static int batch_args(struct batch_args *b, PyObject *ids, PyObject *lengths, PyObject *positions,
+                      PyObject *rows, PyObject *targets)
 {
     int n_positions = -1, n_targets = -1;
     *b = (struct batch_args){0};
@@ -633,11 +662,13 @@ static int batch_args(struct batch_args *b, PyObject *ids, PyObject *lengths, Py
         index_arg(targets, "targets", &b->targets, &b->in.targets, &n_targets) < 0)
         goto fail;
     if (n_positions >= 0 && n_positions != b->in.N) {
-        PyErr_Format(PyExc_ValueError, "positions: expected %d, one for each id, got %d", b->in.N, n_positions);
+        PyErr_Format(PyExc_ValueError, "positions: expected %d, one for each id, got %d", b->in.N,
+                     n_positions);
         goto fail;
     }
     if (n_targets >= 0 && n_targets != b->in.M) {
-        PyErr_Format(PyExc_ValueError, "targets: expected %d, one for each of rows, got %d", b->in.M, n_targets);
+        PyErr_Format(PyExc_ValueError, "targets: expected %d, one for each of rows, got %d",
+                     b->in.M, n_targets);
         goto fail;
     }
     return 0;
@@ -655,9 +686,10 @@ static PyObject *model_plan(struct model_object *self, PyObject *args, PyObject 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiip|n", names, &N, &S, &M, &training, &budget))
         return NULL;
     RUN(self, glm_model_plan(self->m, N, S, M, training, (size_t)budget, &p, &err), return NULL);
-    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:n,s:i}", "weights", (Py_ssize_t)p.weights, "owned", (Py_ssize_t)p.owned,
-                         "trainable", (Py_ssize_t)p.trainable, "activations", (Py_ssize_t)p.activations, "total",
-                         (Py_ssize_t)p.total, "kept_layers", p.kept_layers);
+    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:n,s:i}", "weights", (Py_ssize_t)p.weights, "owned",
+                         (Py_ssize_t)p.owned, "trainable", (Py_ssize_t)p.trainable, "activations",
+                         (Py_ssize_t)p.activations, "total", (Py_ssize_t)p.total, "kept_layers",
+                         p.kept_layers);
 }
 
 static PyObject *model_reserve(struct model_object *self, PyObject *args, PyObject *kwargs)
@@ -674,14 +706,17 @@ static PyObject *model_reserve(struct model_object *self, PyObject *args, PyObje
 static PyObject *model_forward(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"ids", "lengths", "positions", "rows", "hidden_states", NULL};
-    PyObject *ids, *lengths, *positions = NULL, *rows = NULL, *logits = NULL, *hidden = NULL, *result = NULL;
+    PyObject *ids, *lengths, *positions = NULL, *rows = NULL, *logits = NULL, *hidden = NULL,
+                             *result = NULL;
     int want_hidden = 0;
     struct batch_args b;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOp", names, &ids, &lengths, &positions, &rows, &want_hidden) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOp", names, &ids, &lengths, &positions,
+                                     &rows, &want_hidden) ||
         batch_args(&b, ids, lengths, positions, rows, NULL) < 0)
         return NULL;
     if (want_hidden && b.rows) {
-        PyErr_SetString(PyExc_ValueError, "rows: hidden_states are those of all tokens; leave rows out");
+        PyErr_SetString(PyExc_ValueError,
+                        "rows: hidden_states are those of all tokens; leave rows out");
         goto done;
     }
     const struct glm_arch *arch = glm_model_arch(self->m);
@@ -708,7 +743,8 @@ static PyObject *model_loss(struct model_object *self, PyObject *args, PyObject 
     static char *names[] = {"ids", "lengths", "rows", "targets", "positions", NULL};
     PyObject *ids, *lengths, *rows, *targets, *positions = NULL;
     struct batch_args b;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|O", names, &ids, &lengths, &rows, &targets, &positions) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|O", names, &ids, &lengths, &rows, &targets,
+                                     &positions) ||
         batch_args(&b, ids, lengths, positions, rows, targets) < 0)
         return NULL;
     npy_intp dims[1] = {b.in.M};
@@ -724,14 +760,15 @@ static PyObject *model_loss(struct model_object *self, PyObject *args, PyObject 
 
 static PyObject *model_backward(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"ids", "lengths", "rows", "targets", "positions", "dropout_seed", "dropout", NULL};
+    static char *names[] = {"ids",       "lengths",      "rows",    "targets",
+                            "positions", "dropout_seed", "dropout", NULL};
     PyObject *ids, *lengths, *rows, *targets, *positions = NULL, *result = NULL;
     unsigned long long seed = 0;
     int dropout = 1;
     double loss;
     struct batch_args b;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OKp", names, &ids, &lengths, &rows, &targets, &positions, &seed,
-                                     &dropout) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OKp", names, &ids, &lengths, &rows,
+                                     &targets, &positions, &seed, &dropout) ||
         batch_args(&b, ids, lengths, positions, rows, targets) < 0)
         return NULL;
     RUN(self, glm_model_backward(self->m, &b.in, seed, dropout, &loss, &err), goto done);
@@ -761,8 +798,8 @@ static PyObject *model_step(struct model_object *self, PyObject *args, PyObject 
     static char *names[] = {"lr", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm", NULL};
     struct glm_adamw opt;
     double norm;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dddddd", names, &opt.lr, &opt.beta1, &opt.beta2, &opt.eps,
-                                     &opt.weight_decay, &opt.max_grad_norm))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dddddd", names, &opt.lr, &opt.beta1, &opt.beta2,
+                                     &opt.eps, &opt.weight_decay, &opt.max_grad_norm))
         return NULL;
     RUN(self, glm_model_step(self->m, &opt, &norm, &err), return NULL);
     return PyFloat_FromDouble(norm);
@@ -875,7 +912,8 @@ static PyObject *model_cache(struct model_object *self, PyObject *args, PyObject
 
 static int own_cache(struct model_object *self, PyObject *object)
 {
-    if (!PyObject_TypeCheck(object, self->state->cache_type) || ((struct cache_object *)object)->model != self) {
+    if (!PyObject_TypeCheck(object, self->state->cache_type) ||
+        ((struct cache_object *)object)->model != self) {
         PyErr_SetString(PyExc_ValueError, "cache: expected one made by this model's cache()");
         return -1;
     }
@@ -887,15 +925,18 @@ static PyObject *model_extend(struct model_object *self, PyObject *args, PyObjec
     static char *names[] = {"cache", "rows", "ids", "lengths", NULL};
     PyObject *cache, *rows_object, *ids, *lengths, *logits = NULL;
     struct batch_args b;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO", names, &cache, &rows_object, &ids, &lengths) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO", names, &cache, &rows_object, &ids,
+                                     &lengths) ||
         own_cache(self, cache) < 0 || batch_args(&b, ids, lengths, NULL, rows_object, NULL) < 0)
         return NULL;
     int64_t sum = 0;
     for (int i = 0; i < b.in.S; i++)
         sum += b.in.lengths[i] > 0 ? b.in.lengths[i] : 0;
     if (b.in.M != b.in.S || sum != b.in.N) {
-        PyErr_Format(PyExc_ValueError, "lengths: expected %d, one for each row, that add up to the %d ids; got %d, sum %lld",
-                     b.in.M, b.in.N, b.in.S, (long long)sum);
+        PyErr_Format(
+            PyExc_ValueError,
+            "lengths: expected %d, one for each row, that add up to the %d ids; got %d, sum %lld",
+            b.in.M, b.in.N, b.in.S, (long long)sum);
         drop_batch(&b);
         return NULL;
     }
@@ -903,8 +944,9 @@ static PyObject *model_extend(struct model_object *self, PyObject *args, PyObjec
     logits = PyArray_SimpleNew(2, dims, real_type(self));
     if (logits)
         RUN(self,
-            glm_cache_extend(((struct cache_object *)cache)->c, b.in.rows, b.in.S, b.in.ids, b.in.lengths,
-                             PyArray_DATA((PyArrayObject *)logits), &err), {
+            glm_cache_extend(((struct cache_object *)cache)->c, b.in.rows, b.in.S, b.in.ids,
+                             b.in.lengths, PyArray_DATA((PyArrayObject *)logits), &err),
+            {
                 Py_CLEAR(logits);
                 break;
             });
@@ -916,13 +958,16 @@ static PyObject *model_extend_shared(struct model_object *self, PyObject *args, 
 {
     static char *names[] = {"cache", "ids", NULL};
     PyObject *cache, *ids_object;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &cache, &ids_object) || own_cache(self, cache) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &cache, &ids_object) ||
+        own_cache(self, cache) < 0)
         return NULL;
     PyArrayObject *ids = glm_array_arg(ids_object, "ids", NPY_INT32, 1);
     if (!ids)
         return NULL;
     RUN(self,
-        glm_cache_extend_shared(((struct cache_object *)cache)->c, PyArray_DATA(ids), (int)PyArray_SIZE(ids), &err), {
+        glm_cache_extend_shared(((struct cache_object *)cache)->c, PyArray_DATA(ids),
+                                (int)PyArray_SIZE(ids), &err),
+        {
             Py_DECREF(ids);
             return NULL;
         });
@@ -956,7 +1001,8 @@ static int model_set_steps(PyObject *object, PyObject *value, void *Py_UNUSED(cl
     if (steps == -1 && PyErr_Occurred())
         return -1;
     if (steps < 0 || steps > INT_MAX) {
-        PyErr_Format(PyExc_ValueError, "steps: expected a number of updates from 0 on, got %ld", steps);
+        PyErr_Format(PyExc_ValueError, "steps: expected a number of updates from 0 on, got %ld",
+                     steps);
         return -1;
     }
     glm_model_progress(((struct model_object *)object)->m)->steps = (int)steps;
@@ -1008,9 +1054,10 @@ static PyGetSetDef model_getset[] = {
 };
 
 static PyType_Slot model_slots[] = {
-    {Py_tp_new, model_new},         {Py_tp_dealloc, model_dealloc}, {Py_tp_traverse, model_traverse},
-    {Py_tp_clear, model_clear},     {Py_tp_methods, model_methods}, {Py_tp_getset, model_getset},
-    {Py_tp_doc, "One GLM model."}, {0, NULL},
+    {Py_tp_new, model_new},           {Py_tp_dealloc, model_dealloc},
+    {Py_tp_traverse, model_traverse}, {Py_tp_clear, model_clear},
+    {Py_tp_methods, model_methods},   {Py_tp_getset, model_getset},
+    {Py_tp_doc, "One GLM model."},    {0, NULL},
 };
 
 static PyType_Spec model_spec = {
@@ -1021,8 +1068,10 @@ static PyType_Spec model_spec = {
 };
 
 static PyMethodDef cache_methods[] = {
-    {"rewind", (PyCFunction)(void *)cache_rewind, METH_VARARGS, "Forget a row's tokens after the first `length`."},
-    {"reorder", (PyCFunction)(void *)cache_reorder, METH_O, "Row i becomes a copy of what row parents[i] was."},
+    {"rewind", (PyCFunction)(void *)cache_rewind, METH_VARARGS,
+     "Forget a row's tokens after the first `length`."},
+    {"reorder", (PyCFunction)(void *)cache_reorder, METH_O,
+     "Row i becomes a copy of what row parents[i] was."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -1036,9 +1085,13 @@ static PyGetSetDef cache_getset[] = {
 };
 
 static PyType_Slot cache_slots[] = {
-    {Py_tp_dealloc, cache_dealloc}, {Py_tp_traverse, cache_traverse},       {Py_tp_clear, cache_clear},
-    {Py_tp_methods, cache_methods}, {Py_tp_getset, cache_getset},
-    {Py_tp_doc, "Keys and values of some sequences; made by Model.cache."}, {0, NULL},
+    {Py_tp_dealloc, cache_dealloc},
+    {Py_tp_traverse, cache_traverse},
+    {Py_tp_clear, cache_clear},
+    {Py_tp_methods, cache_methods},
+    {Py_tp_getset, cache_getset},
+    {Py_tp_doc, "Keys and values of some sequences; made by Model.cache."},
+    {0, NULL},
 };
 
 static PyType_Spec cache_spec = {
@@ -1054,5 +1107,8 @@ int glm_add_model_types(PyObject *module, struct module_state *state)
     state->cache_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &cache_spec, NULL);
     if (!state->model_type || !state->cache_type)
         return -1;
-    return PyModule_AddType(module, state->model_type) < 0 || PyModule_AddType(module, state->cache_type) < 0 ? -1 : 0;
+    return PyModule_AddType(module, state->model_type) < 0 ||
+                   PyModule_AddType(module, state->cache_type) < 0
+               ? -1
+               : 0;
 }

@@ -76,7 +76,8 @@ PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, in
     int integers = typenum == NPY_INT32;
     PyArrayObject *array;
     if (!PyArray_Check(object) && !integers) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a NumPy array, got %s", name, Py_TYPE(object)->tp_name);
+        PyErr_Format(PyExc_TypeError, "%s: expected a NumPy array, got %s", name,
+                     Py_TYPE(object)->tp_name);
         return NULL;
     }
     if (integers) {
@@ -84,13 +85,15 @@ PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, in
         if (!any)
             return NULL;
         if (PyArray_SIZE(any) > 0 && !PyTypeNum_ISINTEGER(PyArray_TYPE(any))) {
-            PyErr_Format(PyExc_TypeError, "%s: expected integers (int32), got dtype %S", name, PyArray_DESCR(any));
+            PyErr_Format(PyExc_TypeError, "%s: expected integers (int32), got dtype %S", name,
+                         PyArray_DESCR(any));
             Py_DECREF(any);
             return NULL;
         }
-        if (PyArray_TYPE(any) != NPY_INT32 && PyArray_SIZE(any) > 0) { /* refuse values that would wrap */
-            PyArrayObject *wide = (PyArrayObject *)PyArray_FROMANY((PyObject *)any, NPY_INT64, 0, 0,
-                                                                   NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+        if (PyArray_TYPE(any) != NPY_INT32 &&
+            PyArray_SIZE(any) > 0) { /* refuse values that would wrap */
+            PyArrayObject *wide = (PyArrayObject *)PyArray_FROMANY(
+                (PyObject *)any, NPY_INT64, 0, 0, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
             if (!wide) {
                 Py_DECREF(any);
                 return NULL;
@@ -98,8 +101,8 @@ PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, in
             const npy_int64 *values = PyArray_DATA(wide);
             for (npy_intp i = 0, n = PyArray_SIZE(wide); i < n; i++)
                 if (values[i] < INT32_MIN || values[i] > INT32_MAX) {
-                    PyErr_Format(PyExc_ValueError, "%s: %lld at flat index %zd does not fit int32", name,
-                                 (long long)values[i], (Py_ssize_t)i);
+                    PyErr_Format(PyExc_ValueError, "%s: %lld at flat index %zd does not fit int32",
+                                 name, (long long)values[i], (Py_ssize_t)i);
                     Py_DECREF(wide);
                     Py_DECREF(any);
                     return NULL;
@@ -115,15 +118,17 @@ PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, in
         array = (PyArrayObject *)object;
         if (PyArray_TYPE(array) != typenum || !PyArray_ISCARRAY_RO(array)) {
             PyArray_Descr *want = PyArray_DescrFromType(typenum);
-            PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous array of %S, got %S%s", name, want,
-                         PyArray_DESCR(array), PyArray_ISCARRAY_RO(array) ? "" : " not contiguous or not aligned");
+            PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous array of %S, got %S%s",
+                         name, want, PyArray_DESCR(array),
+                         PyArray_ISCARRAY_RO(array) ? "" : " not contiguous or not aligned");
             Py_XDECREF(want);
             return NULL;
         }
         Py_INCREF(array);
     }
     if (rank >= 0 && PyArray_NDIM(array) != rank) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %d dimension(s), got %d", name, rank, PyArray_NDIM(array));
+        PyErr_Format(PyExc_ValueError, "%s: expected %d dimension(s), got %d", name, rank,
+                     PyArray_NDIM(array));
         Py_DECREF(array);
         return NULL;
     }
@@ -176,7 +181,7 @@ static PyObject *op_table(PyObject *module, PyObject *arg)
 #define ENTRY(op) {#op, (size_t)(void *)be->ops->op},
         GLM_OPS(ENTRY)
 #undef ENTRY
-        {"cx", (size_t)be->cx},
+            {"cx", (size_t)be->cx},
         {"real_size", be->real_size},
     };
     for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++) {
@@ -202,12 +207,14 @@ static PyObject *lr_factor(PyObject *Py_UNUSED(module), PyObject *args, PyObject
     const char *kind;
     int step, warmup, total;
     double lr = 5e-5;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "siii|d", names, &kind, &step, &warmup, &total, &lr))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "siii|d", names, &kind, &step, &warmup, &total,
+                                     &lr))
         return NULL;
     const double factor = glm_lr_factor(kind, step, warmup, total, lr);
     if (factor < 0)
         return PyErr_Format(PyExc_ValueError,
-                            "lr_scheduler_type: expected linear, cosine, cosine_with_restarts, polynomial, constant, "
+                            "lr_scheduler_type: expected linear, cosine, cosine_with_restarts, "
+                            "polynomial, constant, "
                             "constant_with_warmup or inverse_sqrt, got '%s'",
                             kind);
     return PyFloat_FromDouble(factor);
@@ -224,7 +231,8 @@ static PyObject *convert(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     struct glm_backend *be = glm_module_backend(PyModule_GetState(module), "cpu");
     PyArrayObject *in = be ? glm_array_arg(object, "array", glm_dtype_numpy(from), -1) : NULL;
-    PyObject *out = in ? PyArray_SimpleNew(PyArray_NDIM(in), PyArray_DIMS(in), glm_dtype_numpy(to)) : NULL;
+    PyObject *out =
+        in ? PyArray_SimpleNew(PyArray_NDIM(in), PyArray_DIMS(in), glm_dtype_numpy(to)) : NULL;
     if (out)
         be->ops->convert(be->cx, PyArray_DATA((PyArrayObject *)out), to, PyArray_DATA(in), from,
                          (size_t)PyArray_SIZE(in));
@@ -236,7 +244,8 @@ static PyMethodDef functions[] = {
     {"memory_available", memory_available, METH_NOARGS, "Bytes this process could still get."},
     {"lr_factor", (PyCFunction)(void *)lr_factor, METH_VARARGS | METH_KEYWORDS,
      "Factor on the learning rate after `step` finished updates."},
-    {"convert", (PyCFunction)(void *)convert, METH_VARARGS | METH_KEYWORDS, "A copy in another dtype."},
+    {"convert", (PyCFunction)(void *)convert, METH_VARARGS | METH_KEYWORDS,
+     "A copy in another dtype."},
     {"adjust_logits", (PyCFunction)(void *)glm_py_adjust_logits, METH_VARARGS | METH_KEYWORDS,
      "In place: repetition penalty, n-gram bans, suppressed ids."},
     {"warp_logits", (PyCFunction)(void *)glm_py_warp_logits, METH_VARARGS | METH_KEYWORDS,
@@ -244,7 +253,8 @@ static PyMethodDef functions[] = {
     {"sample", (PyCFunction)(void *)glm_py_sample, METH_VARARGS | METH_KEYWORDS, "One token id."},
     {"set_num_threads", set_num_threads, METH_O, "Threads of every model; n >= 1."},
     {"get_num_threads", get_num_threads, METH_NOARGS, "Threads that ops use."},
-    {"cpu_variants", cpu_variants, METH_NOARGS, "Instruction sets this processor runs, best first."},
+    {"cpu_variants", cpu_variants, METH_NOARGS,
+     "Instruction sets this processor runs, best first."},
     {"op_table", op_table, METH_O, "Addresses of a backend's ops, for tests."},
     {NULL, NULL, 0, NULL},
 };
@@ -302,7 +312,4 @@ struct PyModuleDef glm_module_def = {
 };
 
 PyMODINIT_FUNC PyInit__core(void);
-PyMODINIT_FUNC PyInit__core(void)
-{
-    return PyModuleDef_Init(&glm_module_def);
-}
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&glm_module_def); }

@@ -1,4 +1,5 @@
-/* What the files of csrc/python share: module state, conversions between NumPy and the core, status to exception. */
+/* What the files of csrc/python share: module state, conversions between NumPy and the core, status
+ * to exception. */
 #ifndef GLM_MODULE_H
 #define GLM_MODULE_H
 
@@ -24,8 +25,9 @@ struct module_state {
     int n_backends;
     int threads; /* 0 until set_num_threads */
     PyTypeObject *model_type, *cache_type;
-    pthread_mutex_t computing; /* one computation at a time: models share the pool, and each has its own poll */
-    long computing_pid;        /* a forked child makes the lock anew: its holder does not exist there */
+    pthread_mutex_t
+        computing; /* one computation at a time: models share the pool, and each has its own poll */
+    long computing_pid; /* a forked child makes the lock anew: its holder does not exist there */
 };
 
 extern struct PyModuleDef glm_module_def;
@@ -42,8 +44,9 @@ const char *glm_dtype_name(enum glm_dtype dtype);
 /* NumPy type number that holds the dtype (uint16 for BF16). */
 int glm_dtype_numpy(enum glm_dtype dtype);
 
-/* A C-contiguous aligned array of the type number and rank (rank -1: any), or NULL with a TypeError/ValueError that
- * names the argument and says what came. A new reference. Integers are converted when it is safe; others are not. */
+/* A C-contiguous aligned array of the type number and rank (rank -1: any), or NULL with a
+ * TypeError/ValueError that names the argument and says what came. A new reference. Integers are
+ * converted when it is safe; others are not. */
 PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, int rank);
 
 /* Bytes the process could still get: MemAvailable, and what the control group's limit leaves. */

@@ -17,15 +17,17 @@ static PyArrayObject *scores_arg(PyObject *object)
 
 PyObject *glm_py_adjust_logits(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"logits", "context", "repetition_penalty", "no_repeat_ngram_size", "suppress", NULL};
+    static char *names[] = {"logits",   "context", "repetition_penalty", "no_repeat_ngram_size",
+                            "suppress", NULL};
     PyObject *logits_object, *context_object, *suppress_object = NULL;
     double penalty = 1;
     int ngram = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|diO", names, &logits_object, &context_object, &penalty, &ngram,
-                                     &suppress_object))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|diO", names, &logits_object, &context_object,
+                                     &penalty, &ngram, &suppress_object))
         return NULL;
     if (!(penalty > 0))
-        return PyErr_Format(PyExc_ValueError, "repetition_penalty: expected a positive number, got %S",
+        return PyErr_Format(PyExc_ValueError,
+                            "repetition_penalty: expected a positive number, got %S",
                             PyTuple_GET_SIZE(args) > 2 ? PyTuple_GET_ITEM(args, 2) : Py_None);
     PyArrayObject *logits = scores_arg(logits_object), *suppress = NULL, *context = NULL;
     PyObject *result = NULL;
@@ -50,7 +52,8 @@ PyObject *glm_py_adjust_logits(PyObject *Py_UNUSED(module), PyObject *args, PyOb
         goto done;
     }
     glm_adjust_logits(PyArray_DATA(logits), (int)PyArray_SIZE(logits), PyArray_DATA(context),
-                      (int)PyArray_SIZE(context), penalty, ngram, suppress ? PyArray_DATA(suppress) : NULL,
+                      (int)PyArray_SIZE(context), penalty, ngram,
+                      suppress ? PyArray_DATA(suppress) : NULL,
                       suppress ? (int)PyArray_SIZE(suppress) : 0, seen);
     result = Py_NewRef(Py_None);
 done:
@@ -66,9 +69,11 @@ static int check_warp(double temperature, int top_k, double top_p)
     PyObject *value = NULL;
     if (!(temperature >= 0)) {
         value = PyFloat_FromDouble(temperature);
-        PyErr_Format(PyExc_ValueError, "temperature: expected 0 (greedy) or a positive number, got %S", value);
+        PyErr_Format(PyExc_ValueError,
+                     "temperature: expected 0 (greedy) or a positive number, got %S", value);
     } else if (top_k < 0) {
-        PyErr_Format(PyExc_ValueError, "top_k: expected 0 (off) or a positive number, got %d", top_k);
+        PyErr_Format(PyExc_ValueError, "top_k: expected 0 (off) or a positive number, got %d",
+                     top_k);
     } else if (!(top_p >= 0 && top_p <= 1)) {
         value = PyFloat_FromDouble(top_p);
         PyErr_Format(PyExc_ValueError, "top_p: expected 0 to 1, got %S", value);
@@ -85,8 +90,8 @@ PyObject *glm_py_warp_logits(PyObject *Py_UNUSED(module), PyObject *args, PyObje
     PyObject *logits_object;
     double temperature, top_p;
     int top_k, min_keep = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Odid|i", names, &logits_object, &temperature, &top_k, &top_p,
-                                     &min_keep) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Odid|i", names, &logits_object, &temperature,
+                                     &top_k, &top_p, &min_keep) ||
         check_warp(temperature, top_k, top_p) < 0)
         return NULL;
     if (temperature == 0) {
@@ -100,8 +105,8 @@ PyObject *glm_py_warp_logits(PyObject *Py_UNUSED(module), PyObject *args, PyObje
     const size_t n = (size_t)PyArray_SIZE(logits);
     struct glm_scored *scratch = malloc(n * sizeof *scratch);
     if (probs && scratch)
-        glm_warp_logits(PyArray_DATA((PyArrayObject *)probs), PyArray_DATA(logits), (int)n, temperature, top_k, top_p,
-                        min_keep < 1 ? 1 : min_keep, scratch);
+        glm_warp_logits(PyArray_DATA((PyArrayObject *)probs), PyArray_DATA(logits), (int)n,
+                        temperature, top_k, top_p, min_keep < 1 ? 1 : min_keep, scratch);
     else if (!scratch) {
         Py_CLEAR(probs);
         PyErr_NoMemory();
@@ -113,14 +118,15 @@ PyObject *glm_py_warp_logits(PyObject *Py_UNUSED(module), PyObject *args, PyObje
 
 PyObject *glm_py_sample(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"logits", "temperature", "top_k", "top_p", "seed", "stream", "index", NULL};
+    static char *names[] = {"logits", "temperature", "top_k", "top_p",
+                            "seed",   "stream",      "index", NULL};
     PyObject *logits_object;
     double temperature, top_p;
     int top_k;
     unsigned long long seed;
     unsigned long stream, index;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OdidKkk", names, &logits_object, &temperature, &top_k, &top_p, &seed,
-                                     &stream, &index) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OdidKkk", names, &logits_object, &temperature,
+                                     &top_k, &top_p, &seed, &stream, &index) ||
         check_warp(temperature, top_k, top_p) < 0)
         return NULL;
     PyArrayObject *logits = scores_arg(logits_object);
@@ -169,10 +175,12 @@ unsigned long long glm_memory_available(void)
         fclose(f);
     static const char *const groups[][2] = {
         {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"},
-        {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"},
+        {"/sys/fs/cgroup/memory/memory.limit_in_bytes",
+         "/sys/fs/cgroup/memory/memory.usage_in_bytes"},
     };
     for (int i = 0; i < 2; i++) {
-        const unsigned long long limit = number_in(groups[i][0], ~0ull), used = number_in(groups[i][1], 0);
+        const unsigned long long limit = number_in(groups[i][0], ~0ull),
+                                 used = number_in(groups[i][1], 0);
         if (limit != ~0ull && limit > used && limit - used < available)
             available = limit - used;
     }

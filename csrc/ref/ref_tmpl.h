@@ -773,10 +773,7 @@ static void backend_set_poll(struct glm_backend *be, int (*poll)(void *arg), voi
     *(struct context *)be->cx = (struct context){poll, arg, 0};
 }
 
-static int backend_stopped(struct glm_backend *be)
-{
-    return ((struct context *)be->cx)->stopped;
-}
+static int backend_stopped(struct glm_backend *be) { return ((struct context *)be->cx)->stopped; }
 
 static void backend_destroy(struct glm_backend *be)
 {

@@ -1,0 +1,43 @@
+# Every verb works on a fresh clone: the environment and the build come first by themselves.
+PYTHON ?= python3
+BIN = .venv/bin
+
+all: .venv/ready
+
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.[ch] csrc/*/*.[ch])
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -U pip setuptools wheel "numpy>=2.0"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+test: all
+	$(BIN)/python -m pytest
+
+demo: all
+	$(BIN)/glmlora demo demo
+
+lint: all
+	$(BIN)/ruff check . && $(BIN)/ruff format --check glmlora tests benchmarks setup.py
+	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] csrc/*/*.[ch]
+
+fmt: all
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format glmlora tests benchmarks setup.py
+	$(BIN)/clang-format -i csrc/*.[ch] csrc/*/*.[ch]
+
+bench: all
+	$(BIN)/python benchmarks/ops.py
+
+# address and undefined-behaviour sanitizers; leaks are counted by tests/test_leaks.py (the interpreter has its own)
+sanitize: all
+	GLMLORA_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1 GLMLORA_SANITIZED=1 \
+	PYTHONPATH=build/sanitize/lib $(BIN)/python -m pytest
+
+wheel: all
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist .venv demo glmlora/*.so *.egg-info
+
+.PHONY: all test demo lint fmt bench sanitize wheel clean
