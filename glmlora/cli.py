@@ -1,0 +1,291 @@
+"""The command `glmlora`: train, chat, predict, init, run, merge, doctor, demo. Each verb is one function below."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+TEMPLATE = (
+    "Please judge whether it is a medical field paper according to the given paper title and abstract, "
+    "output 1 or 0, the following is the paper title and abstract -->title:{title},abstract:{abstract}"
+)
+
+
+def _load(model_path: str, adapter: str | None, dtype: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer of a base directory and an optional adapter or P-Tuning directory."""
+    import glmlora
+    from glmlora.peft import load_prefix
+
+    config = None
+    is_prefix = adapter and not os.path.exists(os.path.join(adapter, "adapter_config.json"))
+    model = glmlora.AutoModel.from_pretrained(model_path, config=config)
+    if dtype:
+        model = getattr(model, {"float16": "half", "bfloat16": "bfloat16", "float32": "float"}[dtype])()
+    if adapter:
+        model = (
+            load_prefix(model, adapter)
+            if is_prefix
+            else glmlora.PeftModel.from_pretrained(model, adapter)
+        )
+    return model.eval(), glmlora.AutoTokenizer.from_pretrained(model_path)
+
+
+def _generation(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("temperature", "top_p", "top_k", "max_length", "repetition_penalty", "seed")
+    return {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talk to a model in the terminal; the answer streams."""
+    model, tokenizer = _load(args.model, args.adapter, args.dtype)
+    history: list[Any] = []
+    kwargs = _generation(args)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("Type a question; `clear` forgets the conversation, `stop` (or Ctrl-D) ends.")
+    while True:
+        try:
+            query = input("> " if interactive else "").strip()
+        except EOFError:
+            return 0
+        if not query:
+            continue
+        if query == "stop":
+            return 0
+        if query == "clear":
+            history = []
+            continue
+        shown = 0
+        before = history
+        try:
+            for response, turn in model.stream_chat(tokenizer, query, history=before, **kwargs):
+                text = response if isinstance(response, str) else str(response)
+                print(text[shown:], end="", flush=True)
+                shown, history = len(text), turn
+        except KeyboardInterrupt:  # ends this answer, not the conversation
+            history = before
+            print(" [interrupted]", end="")
+        print()
+
+
+def _column(row: dict[str, Any], name: str, number: int) -> str:
+    value = row.get(name)
+    if value is None:
+        raise ValueError(
+            f"template: row {number} has no value for the column '{name}'; columns are {sorted(row)}"
+        )
+    return str(value)
+
+
+def predict(args: argparse.Namespace) -> int:
+    """A table in, a table out: one answer for each row, one row at a time."""
+    import csv
+    import string
+
+    from tqdm.auto import tqdm
+
+    from glmlora.data import read_rows
+    from glmlora.files import atomic_file
+
+    rows = read_rows(args.input)
+    fields = [f for _, f, _, _ in string.Formatter().parse(args.template) if f]
+    if not rows:
+        raise ValueError(f"{args.input}: the table has no rows")
+    missing = [f for f in fields if f not in rows[0]]
+    if missing:
+        raise ValueError(
+            f"--template names {missing}, but {args.input} has the columns {list(rows[0])}"
+        )
+    if os.path.exists(args.output) and not args.overwrite:
+        raise FileExistsError(f"{args.output} exists: pass --overwrite to replace it")
+    prompts = [
+        args.template.format(**{f: _column(row, f, i) for f in fields}) for i, row in enumerate(rows)
+    ]
+    model, tokenizer = _load(args.model, args.adapter, args.dtype)
+    kwargs = {"temperature": 0.01, **_generation(args)}
+    odd: list[str] = []
+    answers: list[str] = []
+    for i, prompt in enumerate(tqdm(prompts, desc="predict", unit="row", file=sys.stderr)):
+        answer, _ = model.chat(tokenizer, prompt, history=[], **kwargs)
+        if args.choices and answer.strip() not in args.choices:
+            odd.append(f"row {i}: {answer!r}")
+            answer = args.fallback if args.fallback is not None else answer
+        answers.append(answer.strip())
+    if odd and args.fallback is None:
+        shown = "; ".join(odd[:5])
+        raise ValueError(
+            f"{len(odd)} of {len(rows)} answers are none of {args.choices}: {shown}. Nothing was written; "
+            "--fallback ANSWER takes that answer for such rows"
+        )
+    if odd:
+        print(f"{len(odd)} answers were none of {args.choices}, {args.fallback!r} stands for them", file=sys.stderr)
+    keep = args.columns.split(",") if args.columns else list(rows[0])
+    constants = dict(pair.split("=", 1) for pair in args.add or [])
+    keep = [c for c in keep if c != args.answer_column]
+    with atomic_file(args.output, "w") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow([*keep, args.answer_column])
+        for row, answer in zip(rows, answers, strict=True):
+            writer.writerow([*(constants.get(c, row.get(c, "")) for c in keep), answer])
+    print(f"{args.output}: {len(rows)} rows")
+    return 0
+
+
+def init(args: argparse.Namespace) -> int:
+    """A ready project folder."""
+    from glmlora import project
+
+    project.init(args.directory, model=args.model)
+    print(f"{args.directory} is ready. Next:\n  cd {args.directory}\n  glmlora run xfg.ipynb")
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """An unchanged notebook or script that imports transformers and peft."""
+    from glmlora import compat
+
+    if args.cwd:
+        path = os.path.abspath(args.path)
+        os.chdir(args.cwd)
+        args.path = path
+    result = compat.run(args.path, args.arguments)
+    return result if isinstance(result, int) else 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Base + adapter -> one model directory."""
+    if os.path.exists(args.output) and os.listdir(args.output):
+        raise FileExistsError(f"{args.output} exists and is not empty")
+    model, tokenizer = _load(args.model, args.adapter, args.dtype)
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"{args.adapter}: a P-Tuning prefix cannot be merged into the weights")
+    model.merge_and_unload().save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    print(f"{args.output}: merged model and tokenizer")
+    return 0
+
+
+def train(argv: Sequence[str]) -> int:
+    """All flags of the training script; see `glmlora train --help`."""
+    from glmlora.trainer import run_train
+
+    run_train(list(argv))
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """What this machine has, and what is missing."""
+    from glmlora.doctor import report
+
+    return report()
+
+
+def demo(args: argparse.Namespace) -> int:
+    """csv -> LoRA -> chat -> predictions -> submit.csv, with pictures."""
+    from glmlora.demo import run_demo
+
+    return run_demo(args.directory)
+
+
+def _sampling_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="base model directory")
+    parser.add_argument("--adapter", help="LoRA or P-Tuning directory")
+    parser.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32"], help="default: as stored"
+    )
+    parser.add_argument("--temperature", type=float, help="0 is greedy")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--max-length", type=int, help="prompt and answer together, tokens")
+    parser.add_argument("--repetition-penalty", type=float)
+    parser.add_argument("--seed", type=int)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="glmlora", description="Fine-tune GLM models and chat with them, from one small package."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and end")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    def verb(name: str, function) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(function=function)
+        return sub
+
+    verbs.add_parser("train", help=train.__doc__, add_help=False)
+
+    p = verb("chat", chat)
+    _sampling_flags(p)
+
+    p = verb("predict", predict)
+    _sampling_flags(p)
+    p.add_argument("--input", required=True, help="csv, json or jsonl table")
+    p.add_argument("--output", required=True, help="csv to write")
+    p.add_argument(
+        "--template",
+        default=TEMPLATE,
+        help="prompt with {column} places; default: the paper workflow's",
+    )
+    p.add_argument("--columns", help="columns to keep, comma separated; default: all")
+    p.add_argument("--add", action="append", metavar="COLUMN=TEXT", help="a constant column")
+    p.add_argument("--answer-column", default="label")
+    p.add_argument(
+        "--choices", type=lambda s: s.split(","), help="the only answers allowed, e.g. 0,1"
+    )
+    p.add_argument("--fallback", help="the answer for rows whose answer is none of --choices")
+    p.add_argument("--overwrite", action="store_true")
+
+    p = verb("init", init)
+    p.add_argument("directory")
+    p.add_argument("--model", help="your own base model directory; default: the small one inside")
+
+    p = verb("run", run)
+    p.add_argument("path", metavar="NOTEBOOK_OR_SCRIPT")
+    p.add_argument("arguments", nargs=argparse.REMAINDER)
+    p.add_argument("--cwd", help="directory to run in; default: the current one")
+
+    p = verb("merge", merge)
+    p.add_argument("--model", required=True)
+    p.add_argument("--adapter", required=True)
+    p.add_argument("--output", required=True)
+    p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+
+    verb("doctor", doctor)
+    p = verb("demo", demo)
+    p.add_argument("directory", nargs="?", default="demo")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; user errors are one line on stderr and exit status 1 (GLMLORA_TRACEBACK=1 shows where)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    try:
+        if words[:1] == ["train"]:
+            return train(words[1:])
+        args = parser.parse_args(words)
+        if args.version:
+            import glmlora
+
+            print(glmlora.__version__)
+            return 0
+        if not args.verb:
+            parser.print_help()
+            return 2
+        return args.function(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ArithmeticError) as error:
+        if os.environ.get("GLMLORA_TRACEBACK"):
+            raise
+        print(f"glmlora: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""`glmlora doctor`: the machine, the core, the libraries, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+
+LIBRARIES = [  # name, needed?, what for, how to get it
+    ("numpy", True, "arrays", "pip install numpy"),
+    ("tqdm", True, "progress bars", "pip install tqdm"),
+    ("sentencepiece", True, "the tokenizer", "pip install sentencepiece"),
+    ("pandas", False, "tables in your notebook", 'pip install "pandas<3"'),
+    ("matplotlib", False, "loss plots", 'pip install "glmlora[plot]"'),
+    ("nbclient", False, "running notebooks in tests", 'pip install "glmlora[notebook]"'),
+    ("jieba", False, "ROUGE scores", 'pip install "glmlora[metrics]"'),
+]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gib(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB"
+
+
+def report() -> int:
+    """Print the report; 0 when glmlora can work here, 1 when something needed is missing."""
+    problems: list[str] = []
+    print(f"python        {platform.python_version()} at {sys.executable}")
+    print(f"machine       {platform.machine()}, {platform.system()} {platform.release()}")
+    try:
+        from glmlora import __version__, _core
+    except ImportError as error:
+        print(f"glmlora       the C core cannot be loaded: {error}")
+        print("              build it: pip install . (needs a C compiler, gcc or clang)")
+        return 1
+    print(f"glmlora       {__version__}")
+    sets = _core.cpu_variants().split(",")
+    print(f"instructions  {sets[0]} in use; this processor runs {', '.join(sets)}")
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    source = f"OMP_NUM_THREADS={chosen}" if chosen else "the cores this process may use"
+    print(f"threads       {_core.get_num_threads()} ({source}; glmlora.set_num_threads changes it)")
+    print(f"memory        {_gib(_core.memory_available())} available")
+    print(f"disk here     {_gib(shutil.disk_usage('.').free)} free")
+    print("gpu           not part of this release; .cuda() stays on the CPU with a warning")
+    for name, needed, purpose, how in LIBRARIES:
+        version = _version(name)
+        if version is None and needed:
+            problems.append(f"{name} is missing: {how}")
+        note = version or f"absent: {how}"
+        print(f"{name:<13} {note}  ({purpose})")
+    from glmlora.project import tiny_directory
+
+    try:
+        print(f"glm-tiny      {tiny_directory()}")
+    except FileNotFoundError as error:
+        problems.append(str(error))
+    for problem in problems:
+        print(f"PROBLEM       {problem}")
+    if not problems:
+        print("All that is needed is here.")
+    return 1 if problems else 0
