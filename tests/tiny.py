@@ -12,7 +12,7 @@ import numpy as np
 from glmlora.checkpoint import to_bf16, write_safetensors
 
 SENTENCES = (
-    "Please judge whether it is a medical field paper according to the given paper title and abstract",
+    "Please judge whether it is a medical field paper by its title and abstract",
     "output 1 or 0, the following is the paper title, author and abstract -->",
     "title:A study of cells,author:B. Name,abstract:We measure proteins of patients in 1990.",
     "title:Graph networks,abstract:A fast algorithm for large graphs is given.",
