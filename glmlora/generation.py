@@ -777,22 +777,16 @@ def _take_row(model: ChatGLMForConditionalGeneration, needed: int) -> CachedRow:
 def _answer(
     model: ChatGLMForConditionalGeneration,
     tokenizer: Any,
-    new: list[int],
-    ended: bool,
-    history: list,
+    text: str,
+    asked: list,
 ) -> tuple[Any, list]:
-    """(response, history) of the ids of an answer; `history` is a new list that holds the question
-    already.
-
-    ended: whether the last id is an end id; it is not part of the text.
-    """
+    """(response, history) of an answer's text; `asked` is a history that ends in the question."""
     from . import prompt
 
-    new = new[:-1] if ended else new
     if chat_family(model, tokenizer) == "v2":
-        response = prompt.process_response_v2(tokenizer.decode(new))
-        return response, [*history[:-1], (history[-1], response)]
-    return prompt.process_response_v3(tokenizer.decode(new), history)
+        response = prompt.process_response_v2(text)
+        return response, [*asked[:-1], (asked[-1], response)]
+    return prompt.process_response_v3(text, asked)
 
 
 def chat(
@@ -831,7 +825,9 @@ def chat(
             pass
         new = row.ids[0][len(ids) :]
         model.cached_row = row
-    return _answer(model, tokenizer, new, new[-1] in change.eos, asked)
+    if new[-1] in change.eos:  # only a real end id is cut, not the last token of a full answer
+        new.pop()
+    return _answer(model, tokenizer, tokenizer.decode(new), asked)
 
 
 def _question(
@@ -869,6 +865,7 @@ def stream_chat(
     the next query to continue without computing the conversation again. Errors as in `chat`.
     """
     from . import prompt
+    from .tokenization import TextStream
 
     _check_query(query)
     fields = _arguments("stream_chat", chat_family(model, tokenizer), _STREAM, args, kwargs)
@@ -900,17 +897,18 @@ def stream_chat(
     else:
         row = _take_row(model, needed)
     row.ids[0] = list(ids)
+    decoded = TextStream(tokenizer)
     try:
         for tokens in _run(model, row, limits, g, change):
             ended = tokens[0] in change.eos
-            shown = row.ids[0][: len(row.ids[0]) - ended]
-            response, told = _answer(model, tokenizer, shown[len(ids) :], False, asked)
-            text = response if isinstance(response, str) else " "
-            if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                if return_past:
-                    yield response, told, PastKeyValues(row, shown)
-                else:
-                    yield response, told
+            text = decoded.feed(*([] if ended else [tokens[0]]))
+            if text is None:
+                continue
+            response, told = _answer(model, tokenizer, text, asked)
+            if return_past:
+                yield response, told, PastKeyValues(row, row.ids[0][: len(row.ids[0]) - ended])
+            else:
+                yield response, told
     finally:
         if past is None and not return_past:
             model.cached_row = row

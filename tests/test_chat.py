@@ -1,0 +1,400 @@
+"""chat and stream_chat: arguments, prompts, answers, histories, streaming, the cache."""
+
+import gc
+import inspect
+
+import numpy as np
+import pytest
+from tiny import tiny_model_dir, tiny_tokenizer_dir
+
+import glmlora
+from glmlora import generation, prompt
+
+VOCABULARY = 640
+SAMPLING = dict(temperature=1.5, top_k=0, top_p=1.0)
+
+
+def made(tmp_path_factory, family):
+    directory = tiny_model_dir(
+        tmp_path_factory.mktemp(family),
+        padded_vocab_size=VOCABULARY,
+        seq_length=512,
+        _name_or_path=f"THUDM/chatglm{family[1]}-6b",
+    )
+    tiny_tokenizer_dir(directory)
+    model = glmlora.AutoModel.from_pretrained(directory)
+    return model, glmlora.AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def v2(tmp_path_factory):
+    return made(tmp_path_factory, "v2")
+
+
+@pytest.fixture(scope="module")
+def v3(tmp_path_factory):
+    return made(tmp_path_factory, "v3")
+
+
+class Scripted:
+    """A logits processor that makes the model say given ids, in order."""
+
+    def __init__(self, ids, vocabulary=VOCABULARY):
+        self.ids, self.said, self.vocabulary = list(ids), 0, vocabulary
+
+    def __call__(self, context, scores):
+        out = np.full_like(scores, -50.0)
+        out[0, self.ids[self.said]] = 50.0
+        self.said += 1
+        return out
+
+
+def said(tokenizer, text, end=2):
+    return [*tokenizer.text_ids(text), end]
+
+
+def test_chat_returns_text_and_a_new_history(v2):
+    model, tokenizer = v2
+    history = [("Q", "A")]
+    script = Scripted(said(tokenizer, " It is 1. \n"))
+    response, told = model.chat(tokenizer, "你好", history=history, logits_processor=[script])
+    assert response == "It is 1."
+    assert told == [("Q", "A"), ("你好", "It is 1.")] and isinstance(told[1], tuple)
+    assert history == [("Q", "A")]
+    response, told = model.chat(
+        tokenizer, "a", logits_processor=[Scripted(said(tokenizer, "[[训练时间]]"))]
+    )
+    assert (response, told) == ("2023年", [("a", "2023年")])
+
+
+def test_chat_asks_with_the_families_prompt(v2, v3):
+    for (model, tokenizer), history in (
+        (v2, [["q", "a"], ("q2", 3)]),
+        (v3, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]),
+    ):
+        seen = []
+
+        def look(context, scores, seen=seen):
+            seen.append(context[0].tolist())
+            return scores
+
+        model.chat(tokenizer, "你好", history, logits_processor=[look], max_new_tokens=1)
+        assert seen == [prompt.chat_ids(tokenizer, "你好", history)]
+
+
+def test_positional_arguments_and_defaults(v2, v3, monkeypatch):
+    found = []
+    real = generation._chat_settings
+
+    def spy(model, tokenizer, fields):
+        found.append(dict(fields))
+        return real(model, tokenizer, {**fields, "max_new_tokens": 1})
+
+    monkeypatch.setattr(generation, "_chat_settings", spy)
+    for (model, tokenizer), role in ((v2, ()), (v3, ("user",))):
+        model.chat(tokenizer, "a")
+        assert {k: found[-1][k] for k in ("max_length", "num_beams", "do_sample")} == {
+            "max_length": 8192,
+            "num_beams": 1,
+            "do_sample": True,
+        }
+        assert found[-1]["top_p"] == found[-1]["temperature"] == 0.8
+        model.chat(tokenizer, "a", [], *role, 500, 1, False, 0.7, 0.95, None)
+        assert found[-1]["max_length"] == 500 and found[-1]["do_sample"] is False
+        assert (found[-1]["top_p"], found[-1]["temperature"]) == (0.7, 0.95)
+        out = list(
+            model.stream_chat(tokenizer, "a", [], *role, None, 500, False, 0.7, 0.95, None, True)
+        )
+        assert found[-1]["max_length"] == 500 and all(len(o) == 3 for o in out)
+        with pytest.raises(TypeError, match="positional"):
+            model.chat(tokenizer, "a", [], *role, 500, 1, False, 0.7, 0.95, None, 3)
+        with pytest.raises(TypeError, match="'max_length' twice"):
+            model.chat(tokenizer, "a", [], *role, 500, max_length=3)
+        settings = real(model, tokenizer, {})
+        assert settings.top_k == 50 and settings.repetition_penalty == 1.0
+
+
+def test_unknown_and_bad_arguments(v2):
+    model, tokenizer = v2
+    with pytest.raises(TypeError, match="max_new_token'"):
+        model.chat(tokenizer, "a", max_new_token=3)
+    with pytest.raises(TypeError, match="query"):
+        model.chat(tokenizer, None)
+    with pytest.raises(ValueError, match="temperature"):
+        model.chat(tokenizer, "a", temperature=-1)
+    with pytest.raises(ValueError, match=r"history\[0\]"):
+        model.chat(tokenizer, "a", history=["b"])
+    with pytest.raises(ValueError, match=r"max_length: prompt of \d+ tokens.*max_length is 5"):
+        model.chat(tokenizer, "a", max_length=5)
+    with pytest.raises(ValueError, match=r"prompt of \d+ tokens.*512"):
+        model.chat(tokenizer, "word " * 600)
+    for name in ("max_new_token", "num_beam"):
+        stream = model.stream_chat(tokenizer, "a", **{name: 3})  # nothing runs yet
+        assert inspect.isgenerator(stream)
+        with pytest.raises(TypeError, match=name):
+            next(stream)
+    with pytest.raises(TypeError, match="past_key_values"):
+        next(model.stream_chat(tokenizer, "a", past_key_values=[1]))
+
+
+def test_greedy_chat_is_generate(v2):
+    model, tokenizer = v2
+    ids = prompt.chat_ids(tokenizer, "你好")
+    out = model.generate([ids], max_new_tokens=30, eos_token_id=2)[0, len(ids) :]
+    want = prompt.process_response_v2(tokenizer.decode(out))
+    assert model.chat(tokenizer, "你好", max_new_tokens=30, temperature=0)[0] == want
+    assert model.chat(tokenizer, "你好", max_new_tokens=30, do_sample=False)[0] == want
+    cold = model.chat(tokenizer, "你好", max_new_tokens=30, temperature=0.001)[0]
+    assert cold == want
+    beams = model.chat(tokenizer, "你好", max_new_tokens=5, num_beams=3, do_sample=False)[0]
+    by_generate = model.generate([ids], max_new_tokens=5, num_beams=3, eos_token_id=2)
+    assert beams == tokenizer.decode(by_generate[0, len(ids) :]).strip()
+
+
+def test_a_full_answer_keeps_its_last_token(v2, v3):
+    for model, tokenizer in (v2, v3):
+        ids = tokenizer.text_ids("title 12345")
+        script = Scripted([*ids, 2])
+        response, _ = model.chat(tokenizer, "a", logits_processor=[script], max_new_tokens=len(ids))
+        assert response == "title 12345"
+
+
+def test_seed_and_history_of_calls(v2):
+    model, tokenizer = v2
+    settings = dict(max_new_tokens=20, **SAMPLING)
+    glmlora.set_seed(3)
+    first = [model.chat(tokenizer, "a", **settings)[0] for _ in range(3)]
+    assert len(set(first)) == 3
+    model.chat(tokenizer, "something longer " * 5, max_new_tokens=2)
+    glmlora.set_seed(3)
+    assert [model.chat(tokenizer, "a", **settings)[0] for _ in range(3)] == first
+    one = model.chat(tokenizer, "a", seed=5, **settings)
+    assert one == model.chat(tokenizer, "a", seed=5, **settings)
+    stream = list(model.stream_chat(tokenizer, "a", seed=5, **settings))
+    assert one[0].startswith(stream[-1][0])  # a half character at the very end is not shown
+
+
+def test_stream_yields_the_whole_text_so_far(v2):
+    model, tokenizer = v2
+    ids = said(tokenizer, "a 你好 b")
+    stream = list(model.stream_chat(tokenizer, "x", logits_processor=[Scripted(ids)]))
+    texts = [t for t, _ in stream]
+    assert texts[-1] == "a 你好 b" and texts[-2] == texts[-1]  # the end shows the last text again
+    assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    assert [h for _, h in stream] == [[("x", t)] for t in texts]
+
+
+def test_stream_holds_back_half_characters(v2):
+    model, tokenizer = v2
+    wave = tokenizer.text_ids("\N{WAVING HAND SIGN}")
+    assert len(wave) > 4  # bytes
+    script = Scripted([*wave, *tokenizer.text_ids("ok")[1:], 2])
+    texts = [t for t, _ in model.stream_chat(tokenizer, "x", logits_processor=[script])]
+    assert not any("\ufffd" in t for t in texts)
+    assert texts[0] == "\N{WAVING HAND SIGN}"
+    cut = list(
+        model.stream_chat(tokenizer, "x", logits_processor=[Scripted(wave)], max_new_tokens=3)
+    )
+    assert cut == []
+
+
+def full_ids(tokenizer, first, answer_ids, second):
+    ids = prompt.chat_ids(tokenizer, first) + answer_ids
+    return ids + prompt.stream_ids(tokenizer, second, 2)
+
+
+@pytest.mark.parametrize("family", ["v2", "v3"])
+def test_past_key_values(family, request):
+    model, tokenizer = request.getfixturevalue(family)
+    answer = tokenizer.text_ids("one two three")
+    script = Scripted([*answer, 2])
+    *_, (text, history, past) = model.stream_chat(
+        tokenizer, "x", logits_processor=[script], return_past_key_values=True
+    )
+    assert text == "one two three"
+    want = full_ids(tokenizer, "x", answer, "y")
+    held = past.rows.cache.lengths[0]
+    assert held == len(want) - len(prompt.stream_ids(tokenizer, "y", 2))  # without the end id
+    seen = []
+
+    def look(context, scores):
+        seen.append(context[0].tolist())
+        return scores
+
+    settings = dict(max_new_tokens=8, do_sample=False, return_past_key_values=True)
+    *_, (text, _, later) = model.stream_chat(
+        tokenizer, "y", history, past_key_values=past, logits_processor=[look], **settings
+    )
+    assert seen[0] == want
+    alone = model.generate(
+        [want], max_new_tokens=8, eos_token_id=generation.end_ids(model, tokenizer)
+    )
+    assert later.ids[len(want) :] == [
+        i for i in alone[0, len(want) :] if i not in generation.end_ids(model, tokenizer)
+    ]
+    # The first past is still good, although the cache went on meanwhile.
+    *_, (again, _, _) = model.stream_chat(tokenizer, "y", history, past_key_values=past, **settings)
+    assert again == text
+
+
+def test_a_loop_left_early_goes_on_with_what_was_shown(v2):
+    model, tokenizer = v2
+    answer = tokenizer.text_ids("one two three four")
+    stream = model.stream_chat(
+        tokenizer, "x", logits_processor=[Scripted([*answer, 2])], return_past_key_values=True
+    )
+    for text, history, past in stream:  # noqa: B007
+        if len(text) > 6:
+            break
+    stream.close()
+    shown = past.ids[len(prompt.chat_ids(tokenizer, "x")) :]
+    assert tokenizer.decode(shown).strip() == text
+    assert past.rows.cache.lengths[0] == len(past.ids) - 1  # the last shown token is not in it
+    seen = []
+
+    def look(context, scores):
+        seen.append(context[0].tolist())
+        return scores
+
+    list(
+        model.stream_chat(
+            tokenizer, "y", history, past_key_values=past, logits_processor=[look], max_new_tokens=1
+        )
+    )
+    assert seen[0] == full_ids(tokenizer, "x", shown, "y")
+
+
+def test_history_without_a_cache_sends_everything(v2):
+    model, tokenizer = v2
+    seen = []
+
+    def look(context, scores):
+        seen.append(context[0].tolist())
+        return scores
+
+    history = [("q", "a")]
+    list(
+        model.stream_chat(
+            tokenizer,
+            "y",
+            history,
+            logits_processor=[look],
+            max_new_tokens=1,
+            return_past_key_values=True,
+        )
+    )
+    assert seen[0] == prompt.chat_ids(tokenizer, "y", history)
+
+
+def test_a_cache_of_other_weights_or_another_model_is_refused(v2, v3):
+    model, tokenizer = v2
+    *_, (_, _, past) = model.stream_chat(
+        tokenizer, "x", max_new_tokens=5, return_past_key_values=True, do_sample=False
+    )
+    other, other_tokenizer = v3
+    with pytest.raises(ValueError, match="another model"):
+        next(other.stream_chat(other_tokenizer, "y", past_key_values=past))
+    peft = glmlora.get_peft_model(model, glmlora.LoraConfig(r=2, init_lora_weights=False), seed=0)
+    try:
+        with pytest.raises(RuntimeError, match="weights changed"):
+            list(model.stream_chat(tokenizer, "y", past_key_values=past, max_new_tokens=2))
+        model.chat(tokenizer, "y", max_new_tokens=2)  # the model's own cache starts anew
+    finally:
+        peft.unload()
+
+
+def test_roles_and_tools_of_chatglm3(v3):
+    model, tokenizer = v3
+    end = tokenizer.get_command("<|user|>")
+    script = Scripted(said(tokenizer, "\n fine", end))
+    history = [{"role": "system", "content": "s"}]
+    response, told = model.chat(tokenizer, "x", history, logits_processor=[script])
+    assert response == "fine" and len(history) == 1
+    assert told[1:] == [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "metadata": "", "content": "fine"},
+    ]
+    tools = [{"role": "system", "content": "s", "tools": [{"name": "find"}]}]
+    call = "find\n```python\ntool_call(a=1)\n```"
+    observation = tokenizer.get_command("<|observation|>")
+    script = Scripted(said(tokenizer, call, observation))
+    response, told = model.chat(tokenizer, "x", tools, logits_processor=[script])
+    assert response == {"name": "find", "parameters": {"a": 1}}
+    script = Scripted(said(tokenizer, "\n done"))
+    response, told = model.chat(
+        tokenizer, "42", told, role="observation", logits_processor=[script]
+    )
+    assert response == "done" and told[-2] == {"role": "observation", "content": "42"}
+    evil = "find\n```python\ntool_call(a=__import__('os').getcwd())\n```"
+    script = Scripted(said(tokenizer, evil, observation))
+    response, _ = model.chat(tokenizer, "x", tools, logits_processor=[script])
+    assert response["name"] == "find" and "content" in response
+    with pytest.raises(ValueError, match="role"):
+        model.chat(tokenizer, "x", role="robot")
+    streamed = list(
+        model.stream_chat(
+            tokenizer, "x", tools, logits_processor=[Scripted(said(tokenizer, call, observation))]
+        )
+    )
+    assert streamed[-1][0] == {"name": "find", "parameters": {"a": 1}}
+
+
+def test_chat_prints_nothing(v2, capfd):
+    model, tokenizer = v2
+    model.chat(tokenizer, "a", max_new_tokens=3)
+    list(model.stream_chat(tokenizer, "a", max_new_tokens=3))
+    out, err = capfd.readouterr()
+    assert out == "" and err == ""
+
+
+def test_many_chats_use_one_cache(v2):
+    model, tokenizer = v2
+
+    def ask(n):
+        for i in range(n):
+            model.chat(tokenizer, f"question {i}", max_new_tokens=2, temperature=0.01)
+
+    ask(3)
+    cache, objects = model.cached_row.cache, len(gc.get_objects())
+    allocations = model.core.allocations
+    ask(200)
+    gc.collect()
+    assert model.cached_row.cache is cache
+    assert model.core.allocations == allocations
+    assert len(gc.get_objects()) - objects < 200
+    stream = model.stream_chat(tokenizer, "x", max_new_tokens=5)
+    next(stream)
+    assert model.cached_row is None  # whoever streams owns it
+    model.chat(tokenizer, "in between", max_new_tokens=2)
+    stream.close()
+    assert model.cached_row is not None
+
+
+def test_the_cache_is_no_larger_than_needed(v2):
+    model, tokenizer = v2
+    model.cached_row = None
+    model.chat(tokenizer, "x", do_sample=False, max_new_tokens=3)
+    assert model.cached_row.cache.capacity == 256
+
+
+def test_chat_through_peft(v2):
+    model, tokenizer = v2
+    before = model.chat(tokenizer, "x", max_new_tokens=6, do_sample=False)
+    peft = glmlora.get_peft_model(model, glmlora.LoraConfig(r=2), seed=0).half().float().eval()
+    try:
+        assert peft.chat(tokenizer, "x", history=[], max_new_tokens=6, do_sample=False) == before
+        assert (
+            list(peft.stream_chat(tokenizer, "x", max_new_tokens=6, do_sample=False))[-1] == before
+        )
+    finally:
+        peft.unload()
+
+
+def test_a_fresh_prefix_is_noticed_once(tmp_path):
+    directory = tiny_model_dir(tmp_path, padded_vocab_size=VOCABULARY)
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(tiny_tokenizer_dir(directory))
+    config = glmlora.AutoConfig.from_pretrained(directory, pre_seq_len=4)
+    model = glmlora.AutoModel.from_pretrained(directory, config=config)
+    with pytest.warns(UserWarning, match="prefix"):
+        model.chat(tokenizer, "x", max_new_tokens=1)
+    model.chat(tokenizer, "x", max_new_tokens=1)
