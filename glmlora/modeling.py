@@ -305,6 +305,7 @@ class ChatGLMForConditionalGeneration:
         given = {PREFIX + n: np.ascontiguousarray(a, np.float32) for n, a in arrays.items()}
         self.core.set_prefix(given, dropout)
         self.has_prefix, self.prefix_is_fresh = True, fresh
+        self.cached_row = None  # has no room for the prefix
         self.set_trainable(given)
 
     # Casts and places

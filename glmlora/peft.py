@@ -852,7 +852,7 @@ def load_prefix(
         except ValueError:
             if added:
                 base.core.remove_prefix()
-                base.has_prefix = False
+                base.has_prefix, base.prefix_is_fresh = False, False
                 base.set_trainable([])
             raise
     except ValueError as error:

@@ -390,6 +390,18 @@ def test_chat_through_peft(v2):
         peft.unload()
 
 
+def test_a_prefix_may_come_after_a_chat(tmp_path):
+    directory = tiny_model_dir(tmp_path, padded_vocab_size=VOCABULARY)
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(tiny_tokenizer_dir(directory))
+    model = glmlora.AutoModel.from_pretrained(directory)
+    config = glmlora.PrefixTuningConfig(num_virtual_tokens=3, init_std=3.0)
+    glmlora.save_prefix(glmlora.get_peft_model(model, config, seed=0), tmp_path / "p")
+    other = glmlora.AutoModel.from_pretrained(directory)
+    before = other.chat(tokenizer, "x", max_new_tokens=8, do_sample=False)
+    glmlora.load_prefix(other, tmp_path / "p")
+    assert other.chat(tokenizer, "x", max_new_tokens=8, do_sample=False) != before
+
+
 def test_a_fresh_prefix_is_noticed_once(tmp_path):
     directory = tiny_model_dir(tmp_path, padded_vocab_size=VOCABULARY)
     tokenizer = glmlora.AutoTokenizer.from_pretrained(tiny_tokenizer_dir(directory))

@@ -1,12 +1,16 @@
 """AutoModel and its object: loading, casts, weights in and out, forward, backward, optimiser."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny import TINY_CONFIG, tiny_model_dir, tiny_weights
 
 import glmlora
@@ -533,6 +537,32 @@ def test_a_second_thread_gets_an_error_not_a_crash(tmp_path):
         t.join()
     assert found and all("busy" in text or "thread" in text for text in found)
     assert np.isfinite(model(x[:1, :4]).logits).all()
+
+
+def test_importing_brings_no_framework(directory):
+    """`import glmlora` and loading a model import neither torch, transformers, peft nor pandas."""
+    script = (
+        "import sys, glmlora; light = set(sys.modules)\n"
+        f"model = glmlora.AutoModel.from_pretrained({str(directory)!r})\n"
+        "glmlora.get_peft_model(model, glmlora.LoraConfig())\n"
+        "model.generate([[3, 4]], max_new_tokens=1)\n"
+        "names = {n.partition('.')[0] for n in sys.modules}\n"
+        "print(sorted(names & {'torch', 'transformers', 'peft', 'pandas', 'datasets'}))\n"
+        "print(sorted({n.partition('.')[0] for n in light} & {'numpy', 'tqdm', 'sentencepiece'}))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = [sys.executable, "-c", script]
+    out = subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout
+    assert out.split("\n")[:2] == ["[]", "[]"]
+
+
+def test_every_public_name_is_there():
+    for name in glmlora.__all__:
+        assert getattr(glmlora, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        glmlora.nonsense  # noqa: B018
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{glmlora.__version__}"' in project
 
 
 def test_loading_is_quiet_and_leaves_the_directory_alone(directory):

@@ -1,0 +1,544 @@
+"""LoRA and P-Tuning: configs, files, the wrapper, merging, several adapters, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import TINY_CONFIG, tiny_model_dir
+
+import glmlora
+from glmlora import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from glmlora.checkpoint import read_json, write_json, write_safetensors, write_torch
+from glmlora.peft import LINEARS, trainable_line
+
+V = TINY_CONFIG["padded_vocab_size"]
+LAYER = "transformer.encoder.layers.{}."
+QKV = "base_model.model." + LAYER + "self_attention.query_key_value.lora_{}.weight"
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return tiny_model_dir(tmp_path)
+
+
+def load(directory):
+    return glmlora.AutoModel.from_pretrained(directory)
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, V, (3, 9))
+    mask = np.ones_like(ids)
+    mask[1, :4] = 0
+    labels = np.where(np.arange(9) < 5, -100, ids)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def logits(model):
+    b = batch()
+    return model(b["input_ids"], attention_mask=b["attention_mask"]).logits
+
+
+def trained(model, steps=3, lr=1e-2):
+    opt = glmlora.AdamW(model, lr=lr)
+    for _ in range(steps):
+        model.backward(**batch())
+        opt.step()
+    return model
+
+
+def adapter_files(tmp_path, directory, **settings):
+    """An adapter directory of a trained adapter, and its logits."""
+    model = trained(get_peft_model(load(directory), LoraConfig(r=4, **settings), seed=1))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", logits(model)
+
+
+# Fresh adapters
+
+
+def test_a_fresh_adapter_changes_nothing(directory):
+    base = load(directory)
+    want = logits(base)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=False,
+        r=8,
+        lora_alpha=32,
+        lora_dropout=0.1,
+        target_modules=list(LINEARS),
+    )
+    model = get_peft_model(base, config, seed=0)
+    assert np.array_equal(logits(model), want)
+    assert model.get_base_model() is base and model.base_model.model is base
+    state = model.state_dict()
+    assert len(state) == 2 * 2 * 4
+    for name, array in state.items():
+        if ".lora_B." in name:
+            assert not array.any()
+        else:
+            bound = array.shape[1] ** -0.5  # Kaiming-uniform, a = sqrt 5
+            assert array.shape[0] == 8 and np.abs(array).max() <= bound
+            assert array.std() == pytest.approx(bound / 3**0.5, rel=0.2)
+
+
+def test_fresh_adapters_follow_the_seed(directory):
+    def A(seed=None):
+        return get_peft_model(load(directory), LoraConfig(), seed=seed).state_dict()[
+            QKV.format(0, "A")
+        ]
+
+    assert np.array_equal(A(1), A(1)) and not np.array_equal(A(1), A(2))
+    glmlora.set_seed(5)
+    first, second = A(), A()
+    assert not np.array_equal(first, second)
+    glmlora.set_seed(5)
+    assert np.array_equal(A(), first)
+
+
+def test_parameter_counts_and_the_printed_line(directory, capsys):
+    model = get_peft_model(load(directory), LoraConfig(r=8), seed=0)
+    lora = 2 * 8 * (32 + 64)
+    total = lora + load(directory).num_parameters()
+    assert model.get_nb_trainable_parameters() == (lora, total)
+    model.print_trainable_parameters()
+    line = (
+        f"trainable params: {lora} || all params: {total} || trainable%: {100 * lora / total:.4f}\n"
+    )
+    assert capsys.readouterr().out == line == trainable_line(model.get_base_model()) + "\n"
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names == [
+        QKV.format(i, part).replace(".weight", ".default.weight") for i in (0, 1) for part in "AB"
+    ]
+
+
+def test_other_initialisations(directory):
+    gaussian = get_peft_model(
+        load(directory), LoraConfig(r=8, init_lora_weights="gaussian"), seed=0
+    )
+    state = gaussian.state_dict()
+    assert state[QKV.format(0, "A")].std() == pytest.approx(1 / 8, rel=0.2)
+    assert not state[QKV.format(0, "B")].any()
+    both = get_peft_model(load(directory), LoraConfig(r=8, init_lora_weights=False), seed=0)
+    assert both.state_dict()[QKV.format(0, "B")].any()
+
+
+def test_scales(directory):
+    def scale(**settings):
+        return LoraConfig(**settings).targets(load(directory))
+
+    name = LAYER.format(1) + "self_attention.query_key_value"
+    assert scale(r=8, lora_alpha=32.0)[name] == (8, 4.0)
+    assert scale(r=4, lora_alpha=8, use_rslora=True)[name] == (4, 4.0)
+    pattern = dict(rank_pattern={r"layers\.1\..*": 2, "dense": 3}, alpha_pattern={name: 5})
+    found = scale(r=8, lora_alpha=16, target_modules="all-linear", **pattern)
+    assert found[name] == (2, 2.5)
+    assert found[LAYER.format(0) + "self_attention.dense"] == (3, 16 / 3)
+    assert found[LAYER.format(0) + "mlp.dense_4h_to_h"] == (8, 2.0)
+
+
+def test_targets(directory):
+    def targets(wanted, **settings):
+        found = LoraConfig(target_modules=wanted, **settings).targets(load(directory))
+        return [n.removeprefix("transformer.encoder.layers.") for n in found]
+
+    assert targets(None) == ["0.self_attention.query_key_value", "1.self_attention.query_key_value"]
+    assert targets(["dense"]) == ["0.self_attention.dense", "1.self_attention.dense"]
+    assert targets(["mlp.dense_4h_to_h"], layers_to_transform=1) == ["1.mlp.dense_4h_to_h"]
+    assert targets(["dense"], layers_to_transform=[0]) == ["0.self_attention.dense"]
+    assert targets([LAYER.format(0) + "mlp.dense_h_to_4h"]) == ["0.mlp.dense_h_to_4h"]
+    assert targets(r".*\.1\.mlp\..*") == ["1.mlp.dense_h_to_4h", "1.mlp.dense_4h_to_h"]
+    assert len(targets("all-linear")) == 8
+    with pytest.raises(ValueError, match="'query_key_value'.*no module"):  # not a whole name
+        targets("query_key_value")
+    with pytest.raises(ValueError, match=r"\['q_proj'\].*no module"):
+        targets(["q_proj"])
+    with pytest.warns(UserWarning, match="q_proj"):
+        assert len(targets(["q_proj", "dense"])) == 2
+    with pytest.raises(ValueError, match="in layers 7"):
+        targets(["dense"], layers_to_transform=7)
+    for other in ("word_embeddings", "output_layer", "input_layernorm"):
+        with pytest.raises(ValueError, match=f"{other}.*not supported"):
+            targets([other])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r: .*0"),
+        ({"r": 2.5}, "r: "),
+        ({"lora_alpha": "8"}, "lora_alpha"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": "("}, "target_modules.*regular expression"),
+        ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"modules_to_save": ["output_layer"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"use_dora": True}, "DoRA"),
+        ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"target_modules": ".*dense", "layers_to_transform": 1}, "layers_to_transform"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform"),
+        ({"rank_pattern": {"dense": 0}}, "rank_pattern"),
+        ({"alpha_pattern": {"dense": None}}, "alpha_pattern"),
+    ],
+)
+def test_what_a_config_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**settings)
+
+
+# Files
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_save_and_load(directory, tmp_path, safe):
+    model = get_peft_model(
+        load(directory),
+        LoraConfig(r=4, lora_alpha=8.0, target_modules=["dense", "query_key_value"]),
+        seed=1,
+    )
+    trained(model)
+    target = tmp_path / "adapter"
+    model.save_pretrained(target, safe_serialization=safe)
+    name = "adapter_model.safetensors" if safe else "adapter_model.bin"
+    assert sorted(p.name for p in target.iterdir()) == sorted(["adapter_config.json", name])
+    text = (target / "adapter_config.json").read_text()
+    stored = json.loads(text)
+    assert text == json.dumps(stored, indent=2, sort_keys=True) + "\n"
+    assert stored["peft_type"] == "LORA" and stored["inference_mode"] is True
+    assert stored["target_modules"] == ["dense", "query_key_value"]
+    assert stored["base_model_name_or_path"] == "THUDM/chatglm2-6b"
+    assert not {"use_rslora", "rank_pattern", "alpha_pattern", "use_dora"} & set(stored)
+    arrays = glmlora.load_state_dict(target)
+    assert set(arrays) == set(model.state_dict())
+    assert all(a.dtype == np.float32 for a in arrays.values())
+    again = PeftModel.from_pretrained(load(directory), target)
+    assert np.array_equal(logits(again), logits(model))
+    assert again.peft_config["default"].lora_alpha == 8.0
+    assert again.active_adapter == "default" and not again.trainable_names
+    assert again.half() is again.eval() is again.cpu() is again.to("cpu") is again
+    # the other form replaces this one
+    model.save_pretrained(target, safe_serialization=not safe)
+    assert name not in {p.name for p in target.iterdir()}
+    assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), target)), logits(model))
+
+
+def test_rslora_and_patterns_are_written_when_set(directory, tmp_path):
+    config = LoraConfig(
+        r=4, use_rslora=True, rank_pattern={"dense": 2}, target_modules="all-linear"
+    )
+    model = trained(get_peft_model(load(directory), config, seed=1))
+    model.save_pretrained(tmp_path / "a")
+    stored = read_json(tmp_path / "a" / "adapter_config.json")
+    assert stored["use_rslora"] is True and stored["rank_pattern"] == {"dense": 2}
+    assert stored["target_modules"] == sorted(LINEARS)
+    again = PeftModel.from_pretrained(load(directory), tmp_path / "a")
+    assert np.array_equal(logits(again), logits(model))
+
+
+def test_training_continues(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    model = PeftModel.from_pretrained(load(directory), path, is_trainable=True)
+    assert np.array_equal(logits(model), want)
+    assert len(model.trainable_names) == 4
+    first = model.backward(**batch())
+    model.zero_grad()
+    trained(model)
+    assert model.backward(**batch()) < first
+    assert set(model.named_gradients()) == set(model.state_dict())
+
+
+def test_old_and_new_configs_are_read(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    config = read_json(path / "adapter_config.json")
+    new = {
+        "alora_invocation_tokens": None,
+        "megatron_core": "megatron.core",
+        "qalora_group_size": 16,
+        "lora_bias": False,
+        "loftq_config": {},
+        "peft_version": "0.21.2",
+        "use_dora": False,
+        "exclude_modules": None,
+        "never_heard_of": "",
+    }
+    write_json(path / "adapter_config.json", {**config, **new})
+    assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+    old = {k: config[k] for k in ("peft_type", "r", "lora_alpha", "target_modules")}
+    write_json(path / "adapter_config.json", {**old, "lora_dropout": None})
+    assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": None}, "peft_type"),
+        ({"use_dora": True}, "DoRA"),
+        ({"never_heard_of": 3}, "never_heard_of 3"),
+        ({"modules_to_save": ["x"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"r": "8"}, "r: "),
+        ({"target_modules": ["q_proj"]}, "q_proj"),
+        ({"target_modules": "query_key_value"}, "query_key_value"),
+        ({"r": 3}, r"lora_A.*\(3, 32\).*\(4, 32\)"),
+        ({"target_modules": ["query_key_value", "dense"]}, "missing .*dense.lora_A"),
+        ({"layers_to_transform": [0]}, "not expected .*layers.1"),
+    ],
+)
+def test_configs_that_do_not_fit(directory, tmp_path, change, message):
+    path, _ = adapter_files(tmp_path, directory)
+    config = read_json(path / "adapter_config.json")
+    write_json(path / "adapter_config.json", {**config, **change})
+    with pytest.raises(ValueError, match=message) as error:
+        PeftModel.from_pretrained(load(directory), path)
+    assert str(path) in str(error.value)
+
+
+def test_tensors_that_do_not_fit(directory, tmp_path):
+    path, _ = adapter_files(tmp_path, directory)
+    arrays = {n: np.array(a) for n, a in glmlora.load_state_dict(path).items()}
+    A, B = QKV.format(0, "A"), QKV.format(0, "B")
+
+    def attempt(tensors, message):
+        write_safetensors(path / "adapter_model.safetensors", tensors)
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(load(directory), path)
+
+    attempt({n: a for n, a in arrays.items() if n != A}, f"missing {A}")
+    attempt({**arrays, "base_model.model.extra": np.ones(2, np.float32)}, "not expected .*extra")
+    attempt({**arrays, B: arrays[B][:-1]}, r"lora_B.*\(64, 4\).*\(63, 4\)")
+    attempt({**arrays, A: arrays[A].astype(np.int32)}, "lora_A.*int32")
+    attempt({**arrays, A: np.full_like(arrays[A], np.nan)}, "lora_A.*not finite")
+    zero = {n: a * 0 if "lora_B" in n else a for n, a in arrays.items()}
+    write_safetensors(path / "adapter_model.safetensors", zero)
+    with pytest.warns(UserWarning, match="B is all zero in 2 of 2"):
+        PeftModel.from_pretrained(load(directory), path)
+    (path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="neither"):
+        PeftModel.from_pretrained(load(directory), path)
+
+
+def test_float16_adapters_are_read(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    arrays = glmlora.load_state_dict(path)
+    (path / "adapter_model.safetensors").unlink()
+    write_torch(path / "adapter_model.bin", {n: a.astype(np.float16) for n, a in arrays.items()})
+    found = logits(PeftModel.from_pretrained(load(directory), path))
+    assert 0 < np.abs(found - want).max() < 0.01
+
+
+def test_wrong_paths_and_other_models(directory, tmp_path):
+    with pytest.raises(ValueError, match="adapter_config.json.*no such directory"):
+        PeftModel.from_pretrained(load(directory), tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+        PeftModel.from_pretrained(load(directory), tmp_path / "empty")
+    path, _ = adapter_files(tmp_path, directory)
+    other = tiny_model_dir(tmp_path / "wide", hidden_size=40)
+    with pytest.raises(ValueError, match=r"does not fit this model.*\(4, 40\).*\(4, 32\)"):
+        PeftModel.from_pretrained(load(other), path)
+    with pytest.raises(NotADirectoryError):
+        get_peft_model(load(directory), LoraConfig()).save_pretrained(directory / "config.json")
+
+
+def test_a_failed_save_leaves_the_old_adapter(directory, tmp_path, monkeypatch):
+    path, want = adapter_files(tmp_path, directory)
+    model = trained(PeftModel.from_pretrained(load(directory), path, is_trainable=True))
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="adapter_model.safetensors"):
+        model.save_pretrained(path)
+    monkeypatch.undo()
+    assert not [p for p in path.iterdir() if p.name.endswith(".tmp")]
+    assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+
+
+# The wrapper
+
+
+def test_merged_equals_unmerged(directory, tmp_path):
+    for dtype, atol in (("float32", 1e-4), ("bfloat16", 0.3)):
+        base = load(directory).to(dtype)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=list(LINEARS))
+        model = trained(get_peft_model(base, config, seed=1))
+        want, before = logits(model), base.state_dict()
+        merged = model.merge_and_unload()
+        assert merged is base and base.dtype == dtype
+        assert not [n for n in base.core.names() if "lora" in n]
+        assert np.abs(logits(base) - want).max() < atol
+        after = base.state_dict()
+        changed = {n for n in after if not np.array_equal(after[n], before[n])}
+        assert changed == {
+            n
+            for n in after
+            if n.rpartition(".")[0].rpartition(".")[2] in LINEARS and n.endswith("weight")
+        }
+        base.save_pretrained(tmp_path / dtype)
+        assert np.array_equal(logits(load(tmp_path / dtype)), logits(base))
+        # further casts start from the merged weights
+        assert np.abs(logits(base.float()) - want).max() < atol
+
+
+def test_unload_gives_the_base_back(directory):
+    base = load(directory)
+    want = logits(base)
+    model = trained(get_peft_model(base, LoraConfig(), seed=1))
+    assert not np.array_equal(logits(model), want)
+    with model.disable_adapter():
+        assert np.array_equal(logits(model), want)
+    assert not np.array_equal(logits(model), want)
+    assert np.array_equal(logits(model.unload()), want)
+
+
+def test_several_adapters(directory, tmp_path):
+    first, one = adapter_files(tmp_path / "1", directory)
+    second, two = adapter_files(tmp_path / "2", directory, target_modules=["dense"])
+    model = PeftModel.from_pretrained(load(directory), first, adapter_name="one")
+    model.load_adapter(second, "two")
+    assert model.active_adapter == "one" and set(model.peft_config) == {"one", "two"}
+    assert np.array_equal(logits(model), one)
+    model.set_adapter("two")
+    assert np.array_equal(logits(model), two)
+    assert any("lora_A.two.weight" in n for n, _ in model.named_parameters())
+    model.set_adapter("one")
+    assert np.array_equal(logits(model), one)
+    model.save_pretrained(tmp_path / "both")
+    for path, want in ((tmp_path / "both", one), (tmp_path / "both" / "two", two)):
+        assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+    model.load_adapter(first, "three", is_trainable=True)
+    model.set_adapter("three")
+    trained(model)
+    changed = logits(model)
+    model.set_adapter("one")
+    model.set_adapter("three")  # what was trained was kept
+    assert np.array_equal(logits(model), changed) and not np.array_equal(changed, one)
+    with pytest.raises(ValueError, match="'four' is not one of one, two, three"):
+        model.set_adapter("four")
+    with pytest.raises(ValueError, match="'one' is there already"):
+        model.load_adapter(first, "one")
+
+
+def test_attributes_fall_through_to_the_base(directory):
+    base = load(directory)
+    model = get_peft_model(base, LoraConfig())
+    assert model.config is base.config and model.device == "cpu" and model.dtype == "float32"
+    assert callable(model.chat) and callable(model.generate) and callable(model.stream_chat)
+    with pytest.raises(AttributeError, match="ChatGLMForConditionalGeneration.*nonsense"):
+        model.nonsense  # noqa: B018
+    with pytest.raises(TypeError, match="PeftModel"):
+        get_peft_model(model, LoraConfig())
+    with pytest.raises(ValueError, match="already"):
+        get_peft_model(base, LoraConfig())
+    with pytest.raises(TypeError, match="LoraConfig"):
+        get_peft_model(load(directory), {"r": 8})
+    quiet = get_peft_model(load(directory), LoraConfig(inference_mode=True))
+    with pytest.raises(RuntimeError, match="nothing is trainable"):
+        quiet.backward(**batch())
+
+
+def test_only_the_adapter_is_trained(directory):
+    base = load(directory)
+    before = base.state_dict()
+    model = trained(get_peft_model(base, LoraConfig(), seed=0))
+    after = base.state_dict()
+    assert all(np.array_equal(after[n], before[n]) for n in before)
+    assert set(model.named_gradients()) == set(model.state_dict())
+    assert model.requires_grad_(True) is model
+    assert set(base.trainable_names) == set(base.core.names())
+
+
+# P-Tuning
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_prefix_files(directory, tmp_path, projection):
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=projection
+    )
+    model = get_peft_model(load(directory), config, seed=1)
+    assert model.transformer.pre_seq_len == 4
+    encoder = model.transformer.prefix_encoder
+    assert encoder.float() is encoder.half() is encoder
+    state = encoder.state_dict()
+    width = 2 * 2 * 2 * 8
+    assert state["embedding.weight"].shape == (4, width)
+    assert state["embedding.weight"].std() == pytest.approx(1, abs=0.2)
+    if projection:
+        assert np.abs(state["trans.0.weight"]).max() <= width**-0.5
+        assert np.abs(state["trans.2.bias"]).max() <= 32**-0.5
+    trained(model, lr=0.1)
+    assert all(n.startswith("transformer.prefix_encoder.") for n in model.named_gradients())
+    want = logits(model)
+    model.save_pretrained(tmp_path / "prefix")
+    stored = read_json(tmp_path / "prefix" / "config.json")
+    assert (stored["pre_seq_len"], stored["prefix_projection"]) == (4, projection)
+    arrays = glmlora.load_state_dict(tmp_path / "prefix" / "pytorch_model.bin")
+    assert {n.removeprefix("transformer.prefix_encoder.") for n in arrays} == set(state)
+    assert all(a.dtype == np.float32 for a in arrays.values())
+    assert np.array_equal(logits(glmlora.load_prefix(load(directory), tmp_path / "prefix")), want)
+    # THUDM's way, keys with their whole names
+    config = glmlora.AutoConfig.from_pretrained(tmp_path / "prefix")
+    again = glmlora.AutoModel.from_pretrained(directory, config=config)
+    assert all(p.requires_grad == ("prefix" in n) for n, p in again.named_parameters())
+    again.transformer.prefix_encoder.load_state_dict(arrays)
+    assert np.array_equal(logits(again), want)
+    # a complete directory with the prefix in it
+    again.save_pretrained(tmp_path / "whole")
+    assert np.array_equal(logits(load(tmp_path / "whole")), want)
+
+
+def test_prefixes_that_do_not_fit(directory, tmp_path):
+    model = get_peft_model(load(directory), PrefixTuningConfig(num_virtual_tokens=4), seed=0)
+    glmlora.save_prefix(model, tmp_path / "p")
+    encoder = model.transformer.prefix_encoder
+    with pytest.raises(ValueError, match="pre_seq_len is 4, but .* has 6 rows"):
+        encoder.load_state_dict({"embedding.weight": np.zeros((6, 64), np.float32)})
+    with pytest.raises(ValueError, match=r"embedding.weight: expected \(4, 64\), got \(4, 60\)"):
+        encoder.load_state_dict({"embedding.weight": np.zeros((4, 60), np.float32)})
+    projected = {"embedding.weight": np.zeros((4, 64)), "trans.0.weight": np.zeros((32, 64))}
+    with pytest.raises(ValueError, match="prefix_projection is false.*with projection"):
+        encoder.load_state_dict(projected)
+    with pytest.raises(ValueError, match="missing embedding.weight"):
+        encoder.load_state_dict({})
+    config = glmlora.AutoConfig.from_pretrained(directory, pre_seq_len=6)
+    other = glmlora.AutoModel.from_pretrained(directory, config=config)
+    with pytest.raises(ValueError, match="pre_seq_len is 4, the model was built with 6"):
+        glmlora.load_prefix(other, tmp_path / "p")
+    stored = read_json(tmp_path / "p" / "config.json")
+    write_json(tmp_path / "p" / "config.json", {**stored, "pre_seq_len": 5})
+    plain = load(directory)
+    want = logits(plain)
+    with pytest.raises(ValueError, match="pre_seq_len is 5, but .* has 4 rows"):
+        glmlora.load_prefix(plain, tmp_path / "p")
+    assert np.array_equal(logits(plain), want)  # nothing is left half attached
+    assert plain.config.pre_seq_len is None and plain.transformer.pre_seq_len is None
+    with pytest.raises(ValueError, match="not a P-Tuning checkpoint"):
+        glmlora.load_prefix(load(directory), directory)
+    with pytest.raises(ValueError, match="no P-Tuning prefix"):
+        glmlora.save_prefix(load(directory), tmp_path / "q")
+    with pytest.raises(ValueError, match="num_virtual_tokens"):
+        PrefixTuningConfig(num_virtual_tokens=0)
+
+
+def test_a_padded_row_with_a_prefix_equals_the_row_alone(directory):
+    model = get_peft_model(load(directory), PrefixTuningConfig(num_virtual_tokens=4), seed=0)
+    b = batch()
+    together = logits(model)
+    alone = model(b["input_ids"][1:2, 4:]).logits
+    assert np.array_equal(together[1, 4:], alone[0])
+    with pytest.warns(UserWarning, match="neither trained nor loaded"):
+        out = model.generate(b["input_ids"][:1], max_new_tokens=5, eos_token_id=[])
+    again = model(out).logits[0, 8:-1].argmax(-1)
+    assert np.array_equal(
+        out[0, 9:], again
+    )  # the cache holds the prefix, positions do not count it
