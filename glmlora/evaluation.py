@@ -1,0 +1,167 @@
+"""Scores of a model on records, by loss or generated answers; how metrics are shown and stored."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import read_json, write_json, write_text
+from .data import Encoded
+from .generation import end_ids
+from .metrics import compute_metrics
+
+# How the original decodes while evaluating.
+DECODING = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "top_k": 50}
+
+
+def progress(total: int, disable: bool | None, initial: int = 0, desc: str | None = None) -> Any:
+    """A tqdm bar on standard error, for terminals and notebooks."""
+    import sys
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a notebook without ipywidgets gets the plain bar
+        from tqdm.auto import tqdm
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=desc,
+        disable=bool(disable),
+        file=sys.stderr,
+        dynamic_ncols=True,
+    )
+
+
+def speed(prefix: str, started: float, samples: float, steps: int) -> dict[str, float]:
+    """`<prefix>_runtime` (s), `_samples_per_second` and `_steps_per_second`, rounded as the
+    original does.
+    """
+    runtime = time.perf_counter() - started
+    per = max(runtime, 1e-9)
+    return {
+        f"{prefix}_runtime": round(runtime, 4),
+        f"{prefix}_samples_per_second": round(samples / per, 3),
+        f"{prefix}_steps_per_second": round(steps / per, 3),
+    }
+
+
+def evaluate_loss(
+    core: Any,
+    encoded: Encoded,
+    batch_size: int,
+    ignored_id: int | None = None,
+    disable_tqdm: bool | None = None,
+) -> dict[str, float]:
+    """`eval_loss`, the mean over all labelled tokens (nats, dropout off), and the speed.
+
+    Raises ValueError where no token is labelled, FloatingPointError for a loss that is not finite.
+    """
+    started = time.perf_counter()
+    n_batches = -(-len(encoded) // batch_size)
+    total, tokens = 0.0, 0
+    bar = progress(n_batches, disable_tqdm, desc="eval")
+    with bar:
+        for first in range(0, len(encoded), batch_size):
+            rows = np.arange(first, min(first + batch_size, len(encoded)))
+            batch = encoded.batch(rows, ignored_id)
+            at, targets = batch.rows_and_targets()
+            if at.size:
+                losses = core.loss(batch.ids, batch.lengths, at, targets)
+                total += float(losses.astype(np.float64).sum())
+                tokens += at.size
+            bar.update()
+    if not tokens:
+        raise ValueError("eval_data: no label is left: all are masked")
+    if not math.isfinite(total):
+        raise FloatingPointError(f"evaluation: the loss of {tokens} tokens is {total}")
+    return {"eval_loss": total / tokens, **speed("eval", started, len(encoded), n_batches)}
+
+
+def predict(
+    model: Any,
+    tokenizer: Any,
+    encoded: Encoded,
+    prefix: str,
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    disable_tqdm: bool | None = None,
+) -> tuple[dict[str, float], list[str], list[str]]:
+    """Answers by generation: (metrics under `prefix`_, answers, references).
+
+    Decoded as the original does while evaluating: sampling with top_p 0.7, temperature 0.95 and
+    top_k 50, or `num_beams` beams; repeatable by `set_seed`.
+    """
+    started = time.perf_counter()
+    n_batches = -(-len(encoded) // batch_size)
+    settings = {**DECODING, "do_sample": num_beams == 1}
+    ends = end_ids(model, tokenizer)
+    answers: list[str] = []
+    references: list[str] = []
+    with progress(n_batches, disable_tqdm, desc=prefix) as bar:
+        for first in range(0, len(encoded), batch_size):
+            rows = range(first, min(first + batch_size, len(encoded)))
+            prompts = [encoded.source(row).tolist() for row in rows]
+            out = model.generate(
+                prompts,
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                eos_token_id=ends,
+                **settings,
+            )
+            width = max(map(len, prompts))
+            for row, ids in zip(rows, out[:, width:].tolist(), strict=True):
+                stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+                answers.append(tokenizer.decode(ids[:stop], skip_special_tokens=True))
+                target = encoded.target(row).tolist()
+                references.append(tokenizer.decode(target, skip_special_tokens=True))
+            bar.update()
+    scores = {f"{prefix}_{k}": v for k, v in compute_metrics(answers, references).items()}
+    return {**scores, **speed(prefix, started, len(encoded), n_batches)}, answers, references
+
+
+def write_predictions(path: Path, answers: Sequence[str], references: Sequence[str]) -> None:
+    """`generated_predictions.jsonl`: {"label", "predict"} per line, no newline at the end."""
+    lines = [
+        json.dumps({"label": label, "predict": answer}, ensure_ascii=False)
+        for answer, label in zip(answers, references, strict=True)
+    ]
+    write_text(path, "\n".join(lines))
+
+
+def metrics_block(split: str, metrics: Mapping[str, Any]) -> str:
+    """The `***** train metrics *****` block, laid out as transformers does."""
+    shown: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if key.endswith("_runtime"):
+            seconds, rest = divmod(value, 1)
+            minutes, s = divmod(int(seconds), 60)
+            shown[key] = f"{minutes // 60}:{minutes % 60:02d}:{s:02d}.{int(rest * 100):02d}"
+        elif key == "total_flos":
+            shown[key] = f"{int(value) >> 30}GF"
+        else:
+            shown[key] = round(value, 4) if isinstance(value, float) else value
+    keys = max(map(len, shown))
+    values = max(len(str(v)) for v in shown.values())
+    lines = [f"***** {split} metrics *****"]
+    lines += [f"  {key:<{keys}} = {shown[key]!s:>{values}}" for key in sorted(shown)]
+    return "\n".join(lines)
+
+
+def save_metrics(output_dir: Path, split: str, metrics: Mapping[str, Any]) -> None:
+    """Write `<split>_results.json` and bring them into `all_results.json`."""
+    write_json(output_dir / f"{split}_results.json", dict(metrics), indent=4)
+    everything = output_dir / "all_results.json"
+    known: dict[str, Any] = {}
+    if everything.is_file():
+        try:
+            known = read_json(everything, dict)
+        except ValueError:  # somebody else's, or damaged: these results replace it
+            known = {}
+    write_json(everything, {**known, **metrics}, indent=4)

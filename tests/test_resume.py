@@ -1,0 +1,221 @@
+"""Stop and go on: killed, interrupted and resumed runs equal the uninterrupted one bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training import adapter, losses, model_dir, records, run
+
+import glmlora
+
+TESTS = Path(__file__).resolve().parent
+# Kills itself with the signal at the step; which micro-batch is running does not matter to -9.
+CHILD = """
+import os, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import training
+class Killer:
+    def on_step_end(self, state):
+        if state.global_step == {step}:
+            os.kill(os.getpid(), {signal})
+training.run({model!r}, {out!r}, callbacks=[Killer()], **{settings!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return model_dir(tmp_path_factory.mktemp("base"))
+
+
+def child_code(model, out, step, signal_number, **settings):
+    return CHILD.format(
+        tests=str(TESTS),
+        root=str(TESTS.parent),
+        step=step,
+        signal=int(signal_number),
+        model=model,
+        out=str(out),
+        settings=settings,
+    )
+
+
+def run_child(*args, **settings):
+    command = [sys.executable, "-c", child_code(*args, **settings)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def log_lines(out):
+    """trainer_log.jsonl without the times, which no two runs share."""
+    lines = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if not k.endswith("_time")} for x in lines]
+
+
+def test_killed_at_a_random_step_and_resumed(tiny_model, tmp_path):
+    settings = {"lora_dropout": 0.2, "save_steps": 3, "logging_steps": 2, "weight_decay": 0.01}
+    whole = run(tiny_model, tmp_path / "whole", **settings)
+    step = random.Random(7).randrange(3, 10)
+    killed = run_child(tiny_model, tmp_path / "killed", step, signal.SIGKILL, **settings)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
+    resumed = run(tiny_model, tmp_path / "killed", resume_from_checkpoint="last", **settings)
+    assert losses(resumed) == losses(whole)
+    assert resumed.metrics["train_loss"] == whole.metrics["train_loss"]
+    assert resumed.metrics["total_flos"] == whole.metrics["total_flos"]
+    assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
+    for name in ("checkpoint-9/optimizer.safetensors", "checkpoint-9/adapter_model.safetensors"):
+        ours, theirs = ((tmp_path / d / name).read_bytes() for d in ("killed", "whole"))
+        assert ours == theirs
+    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"finetuning_type": "p_tuning", "pre_seq_len": 5},
+        {"finetuning_type": "freeze", "num_layer_trainable": 1},
+        {"finetuning_type": "full", "learning_rate": 1e-3},
+        {"group_by_length": True, "save_safetensors": False},
+        {"gradient_accumulation_steps": 3, "save_steps": 2},  # in the middle of an epoch
+    ],
+    ids=["p_tuning", "freeze", "full", "grouped", "uneven"],
+)
+def test_every_method_resumes_exactly(tiny_model, tmp_path, method):
+    whole = run(tiny_model, tmp_path / "whole", **method)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{method.get('save_steps', 4)}"
+    resumed = run(tiny_model, tmp_path / "again", resume_from_checkpoint=checkpoint, **method)
+    assert losses(resumed) == losses(whole)
+    names = [p.name for p in (tmp_path / "whole").iterdir() if "model" in p.name]
+    assert names
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_ctrl_c_keeps_what_was_done(tiny_model, tmp_path, capsys):
+    class Interrupt:
+        def on_step_end(self, state):
+            if state.global_step == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole = run(tiny_model, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, tmp_path / "stopped", callbacks=[Interrupt()])
+    said = capsys.readouterr().err
+    assert "interrupted after update 6 of 10" in said and "resume_from_checkpoint" in said
+    assert (tmp_path / "stopped" / "checkpoint-6").is_dir()
+    resumed = run(tiny_model, tmp_path / "stopped", resume_from_checkpoint=True)
+    # The callback came before the log of update 6, which the resumed run therefore has not.
+    assert [x for x in losses(whole) if x[0] > 7] == [x for x in losses(resumed) if x[0] > 7]
+    assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
+
+
+def test_sigint_at_any_moment(tiny_model, tmp_path):
+    """From outside, wherever the run is just then: it ends cleanly, and goes on exactly."""
+    settings = {"num_train_epochs": 12, "lora_dropout": 0.2, "save_steps": 1000}
+    run(tiny_model, tmp_path / "whole", **settings)
+    code = child_code(tiny_model, tmp_path / "stopped", -1, 0, **settings)
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for _ in range(8):  # the line of trainable parameters and 7 logs
+        child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode not in (0, -signal.SIGKILL) and b"KeyboardInterrupt" in said
+    assert b"interrupted after update" in said
+    run(tiny_model, tmp_path / "stopped", resume_from_checkpoint="last", **settings)
+    assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
+
+
+def test_interrupted_before_the_first_update(tiny_model, tmp_path, capsys):
+    class Interrupt:
+        def on_train_begin(self, state):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, tmp_path, callbacks=[Interrupt()])
+    assert "nothing to save" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_usable_after_an_interrupt(tiny_model, tmp_path):
+    model = glmlora.AutoModel.from_pretrained(tiny_model)
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(tiny_model)
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path, tokenizer=tokenizer, callbacks=[stop])
+    assert not model.training and model.core.trainable() == []
+    assert isinstance(model.chat(tokenizer, "title", max_length=64)[0], str)
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"lora_rank": 4}, "lora_rank 8, this run has 4"),
+        ({"lora_dropout": 0.5}, "lora_dropout 0.1, this run has 0.5"),
+        ({"seed": 7}, "data_seed 42, this run has 7"),
+        ({"per_device_train_batch_size": 4}, "max_steps 10, this run has 6"),
+        ({"learning_rate": 1e-3}, "learning_rate 0.01, this run has 0.001"),
+        ({"data": records(19)}, "data_rows 20, this run has 19"),
+        ({"finetuning_type": "freeze", "num_layer_trainable": 1}, "finetuning_type 'lora'"),
+        ({"data": records(21)[1:]}, "other data: data_sha256"),
+        ({"lora_target": "dense"}, "lora_target"),
+    ],
+)
+def test_resuming_another_run_is_refused(tiny_model, tmp_path, changed, text):
+    run(tiny_model, tmp_path / "a", save_steps=5)
+    checkpoint = str(tmp_path / "a" / "checkpoint-5")
+    before = {p: p.read_bytes() for p in (tmp_path / "a" / "checkpoint-5").iterdir()}
+    with pytest.raises(ValueError, match="resume_from_checkpoint") as caught:
+        run(tiny_model, tmp_path / "b", resume_from_checkpoint=checkpoint, **changed)
+    assert text in str(caught.value)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "a" / "checkpoint-5").iterdir()}
+
+
+def test_nothing_to_resume(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint-N folder"):
+        run(tiny_model, tmp_path / "empty", resume_from_checkpoint="last")
+    run(tiny_model, tmp_path / "a", max_steps=4)
+    with pytest.raises(ValueError, match="is no checkpoint of this program: it has no rng_state"):
+        run(tiny_model, tmp_path / "b", resume_from_checkpoint=tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["rng_state.json", "optimizer.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named(tiny_model, tmp_path, name):
+    run(tiny_model, tmp_path / "a", max_steps=4)
+    file = tmp_path / "a" / "checkpoint-4" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=name):
+        run(tiny_model, tmp_path / "b", max_steps=4,
+            resume_from_checkpoint=tmp_path / "a" / "checkpoint-4")  # fmt: skip
+
+
+def test_half_written_checkpoints_are_not_seen(tiny_model, tmp_path):
+    whole = run(tiny_model, tmp_path / "a")
+    shutil.copytree(tmp_path / "a" / "checkpoint-8", tmp_path / "a" / ".checkpoint-9.tmp")
+    (tmp_path / "a" / "checkpoint-9").mkdir()
+    resumed = run(tiny_model, tmp_path / "a", resume_from_checkpoint="last")
+    assert losses(resumed) == losses(whole)
+    assert not (tmp_path / "a" / "checkpoint-9" / "trainer_state.json").exists()
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_model, tmp_path):
+    run(tiny_model, tmp_path, save_steps=5)
+    before = adapter(tmp_path)
+    again = run(tiny_model, tmp_path, save_steps=5, resume_from_checkpoint="last")
+    assert again.global_step == 10 and adapter(tmp_path) == before
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tiny_model, tmp_path):
+    run(tiny_model, tmp_path, max_steps=4)
+    for path in (tmp_path / "checkpoint-4").iterdir():
+        if path.suffix != ".safetensors":
+            json.loads(path.read_text(encoding="utf-8"))
