@@ -1,0 +1,3 @@
+from glmlora.cli import main
+
+raise SystemExit(main(["train"]))
