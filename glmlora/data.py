@@ -599,7 +599,7 @@ def encode_records(
             source_prefix=source_prefix,
             template=template,
         )
-        target = prompts.encode_target(tokenizer, record["response"], max_target_length)
+        target = prompts.encode_target(tokenizer, record["response"], max_target_length, template)
         pieces += (source, target)
         source_lengths[index] = len(source)
         offsets[index + 1] = offsets[index] + len(source) + len(target)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import warnings
 
 import numpy as np
@@ -406,6 +407,36 @@ def test_batches_of_records():
     assert ignoring.rows_and_targets()[1].tolist() == [12, 2]
 
 
+def test_pieces_are_laid_out_in_order(monkeypatch):
+    import glmlora
+
+    calls = []
+
+    class Prompts:
+        @staticmethod
+        def encode_source(tokenizer, prompt, query, history, limit, **options):
+            calls.append((tokenizer, prompt, query, history, limit, options))
+            return [ord(letter) for letter in prompt], len(prompt) > 1
+
+        @staticmethod
+        def encode_target(tokenizer, response, limit, template):
+            calls.append(template)
+            return [ord(letter) for letter in response[: limit - 1]] + [2]
+
+    monkeypatch.setitem(sys.modules, "glmlora.prompt", Prompts)
+    monkeypatch.setattr(glmlora, "prompt", Prompts, raising=False)
+    records = [record("ab", "q", "xyz", [["h", "i"]]), record("c", "", "w")]
+    data = encode_records(records, "tok", 9, 3, "vendored", "P:", "vendored")
+    assert data.ids.tolist() == [97, 98, 120, 121, 2, 99, 119, 2]
+    assert (data.offsets.tolist(), data.source_lengths.tolist()) == ([0, 5, 8], [2, 1])
+    assert data.n_cut == 1
+    assert calls[1] == "vendored"  # ChatGLM3's own answers begin with a line of metadata
+    options = {"truncation": "vendored", "source_prefix": "P:", "template": "vendored"}
+    assert calls[0] == ("tok", "ab", "q", [["h", "i"]], 9, options)
+    with pytest.raises(ValueError, match="^records: "):
+        encode_records([], "tok")
+
+
 @pytest.fixture
 def tokenizer(shared):
     from glmlora.tokenization import AutoTokenizer
@@ -436,8 +467,6 @@ def test_encodings_as_measured(shared, tokenizer):
             assert batch.ids.tolist() == item["input_ids"]
             assert batch.labels.tolist() == item["labels"]
         assert data.n_cut == (3 if case["max_source_length"] == 16 else 0)
-    with pytest.raises(ValueError, match="^records: "):
-        encode_records([], tokenizer)
 
 
 def test_generation_sources_as_measured(shared, tokenizer):
@@ -575,6 +604,7 @@ def test_splits_as_measured(shared):
 def test_splits():
     assert [len(part) for part in split_dev(100, 0.07, 1)] == [93, 7]
     assert [len(part) for part in split_dev(5, 1e-7, 1)] == [5, 0]
+    assert [len(part) for part in split_dev(5, 2e-6, 1)] == [4, 1]
     assert split_dev(100, 0.1, 1)[1].tolist() != split_dev(100, 0.1, 2)[1].tolist()
     with pytest.raises(ValueError, match="^dev_ratio: 0.5 of 1 records"):
         split_dev(1, 0.5, 1)
@@ -600,7 +630,6 @@ def test_drop_last():
 
 def test_pandas_stays_out(tmp_path):
     import subprocess
-    import sys
 
     make_set(tmp_path, {"a.json": ROWS, "b.csv": "prompt,response\na,b\n"})
     code = (
