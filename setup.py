@@ -1,4 +1,5 @@
-"""Build glmlora._core from csrc/; flags per file suffix, so a baseline machine can import what newer ones run faster."""
+"""Build glmlora._core from csrc/; flags per file suffix, so a baseline machine can import what
+newer ones run faster."""
 
 import glob
 import os
@@ -15,9 +16,18 @@ KERNEL = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 SUFFIX_FLAGS = {
     "_generic.c": KERNEL,
     "_avx2.c": KERNEL + ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512.c": KERNEL + ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "_avx512.c": KERNEL
+    + ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
-STRICT = ["-std=c11", "-D_GNU_SOURCE", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
+STRICT = [
+    "-std=c11",
+    "-D_GNU_SOURCE",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+    "-Werror",
+]
 
 
 class BuildPerFile(build_ext):
@@ -27,7 +37,9 @@ class BuildPerFile(build_ext):
         compile_one = self.compiler._compile
 
         def _compile(obj, src, ext, cc_args, extra, pp_opts):
-            added = [f for suffix, flags in SUFFIX_FLAGS.items() if src.endswith(suffix) for f in flags]
+            added = [
+                f for suffix, flags in SUFFIX_FLAGS.items() if src.endswith(suffix) for f in flags
+            ]
             compile_one(obj, src, ext, cc_args, extra + added, pp_opts)
 
         self.compiler._compile = _compile
@@ -45,7 +57,8 @@ core = Extension(
     depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*/*.h")),
     include_dirs=[numpy.get_include(), "csrc"],
     extra_compile_args=STRICT + ["-O2", "-g0"] + sanitize,
-    extra_link_args=(sanitize[:1] if sanitize else []) + (["-pthread"] if sys.platform != "darwin" else []),
+    extra_link_args=(sanitize[:1] if sanitize else [])
+    + (["-pthread"] if sys.platform != "darwin" else []),
     libraries=["m"],
 )
 

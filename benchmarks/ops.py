@@ -2,7 +2,8 @@
 
     python benchmarks/ops.py
 
-One line for each shape: N rows, the layer's (out, in), stored type; GFLOP/s (or GB/s of weights for few rows)
+One line for each shape: N rows, the layer's (out, in), stored type; GFLOP/s (or GB/s of weights
+for few rows)
 of out = x W^T, of dx = dy W and of dW += dy^T x, and NumPy's for out = x W^T.
 """
 
@@ -43,7 +44,9 @@ def main():
     name = "cpu:" + _core.cpu_variants().split(",")[0]
     ops = Ops(name)
     print(f"{name}, {_core.get_num_threads()} threads")
-    print(f"{'N':>5} {'out':>6} {'in':>6} type {'forward':>9} {'dx':>7} {'dW':>7} {'numpy':>7}  GFLOP/s")
+    print(
+        f"{'N':>5} {'out':>6} {'in':>6} type {'forward':>9} {'dx':>7} {'dW':>7} {'numpy':>7} GFLOP/s"
+    )
     rng = np.random.default_rng(0)
     for N, O, I, dtype in SHAPES:  # noqa: E741
         x = rng.normal(size=(N, I)).astype(np.float32)
@@ -67,7 +70,8 @@ def main():
         if N < 16:
             note = f"  forward {rate['forward'] * mat.array.itemsize / 2 / N:.1f} GB/s of weights"
         print(
-            f"{N:5} {O:6} {I:6} {dtype:4} {rate['forward']:9.1f} {rate['dx']:7.1f} {rate['dW']:7.1f} "
+            f"{N:5} {O:6} {I:6} {dtype:4} {rate['forward']:9.1f} {rate['dx']:7.1f} "
+            f"{rate['dW']:7.1f} "
             f"{rate['numpy']:7.1f}{note}"
         )
 

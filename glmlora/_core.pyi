@@ -1,9 +1,13 @@
 """The C core. Arrays are NumPy, C-contiguous; integers int32; no function parses a file.
 
-Every call that computes drops the interpreter lock and reacts to Ctrl-C (KeyboardInterrupt) within a second; a model that is
-busy in one thread raises RuntimeError in another. Errors: ValueError (argument, with its name), MemoryError (bytes
-asked), FloatingPointError (non-finite value, with layer and row), RuntimeError (called at the wrong time).
-N = tokens of a ragged batch, S = segments (rows of the user's batch), M = rows of logits asked for, L = layers,
+Every call that computes drops the interpreter lock and reacts to Ctrl-C (KeyboardInterrupt)
+within a second; a model that is
+busy in one thread raises RuntimeError in another. Errors: ValueError (argument, with its name),
+MemoryError (bytes
+asked), FloatingPointError (non-finite value, with layer and row), RuntimeError (called at the
+wrong time).
+N = tokens of a ragged batch, S = segments (rows of the user's batch), M = rows of logits asked
+for, L = layers,
 H = hidden size, V = vocabulary.
 """
 
@@ -13,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 def set_num_threads(n: int) -> None:
-    """Threads of every model; n >= 1. The default follows OMP_NUM_THREADS, then the cores the process may use."""
+    """Threads of every model; n >= 1. The default follows OMP_NUM_THREADS, then the cores the
+    process may use."""
 
 def get_num_threads() -> int: ...
 def cpu_variants() -> str:
@@ -40,12 +45,14 @@ def adjust_logits(
     no_repeat_ngram_size: int = 0,
     suppress: Sequence[int] = (),
 ) -> None:
-    """In place on float32 (V,): repetition penalty over the distinct ids of context, n-gram bans, suppressed ids to -inf."""
+    """In place on float32 (V,): repetition penalty over the distinct ids of context, n-gram
+    bans, suppressed ids to -inf."""
 
 def warp_logits(
     logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_keep: int = 1
 ) -> np.ndarray:
-    """Probabilities float32 (V,) after temperature, top-k (0 = off), top-p (1 = off) and softmax; logits are unchanged."""
+    """Probabilities float32 (V,) after temperature, top-k (0 = off), top-p (1 = off) and
+    softmax; logits are unchanged."""
 
 def sample(
     logits: np.ndarray,
@@ -56,15 +63,19 @@ def sample(
     stream: int,
     index: int,
 ) -> int:
-    """One draw: warp_logits, then the counter-based uniform of (seed, stream, index). temperature 0: argmax, lowest id."""
+    """One draw: warp_logits, then the counter-based uniform of (seed, stream, index).
+    temperature 0: argmax, lowest id."""
 
 class Cache:
-    """Keys and values of `rows` sequences; made by Model.cache. Positions of a row go 0, 1, .. whatever the prefixes."""
+    """Keys and values of `rows` sequences; made by Model.cache. Positions of a row go 0, 1, ..
+    whatever the prefixes."""
 
     rows: int
     capacity: int
     lengths: list[int]  # own tokens held by each row
-    shared_length: int  # tokens of the prompt prefix common to all rows (P-Tuning prefix not counted)
+    shared_length: (
+        int  # tokens of the prompt prefix common to all rows (P-Tuning prefix not counted)
+    )
     nbytes: int
     def rewind(self, row: int, length: int) -> None:
         """Forget everything of the row after its first `length` own tokens."""
@@ -72,9 +83,11 @@ class Cache:
         """Row i becomes a copy of what row parents[i] was (beam search)."""
 
 class Model:
-    """One GLM model: base weights bound by name, at most one LoRA set, at most one P-Tuning prefix, a trainable set.
+    """One GLM model: base weights bound by name, at most one LoRA set, at most one P-Tuning
+    prefix, a trainable set.
 
-    arch keys: layers, hidden, ffn, heads, kv_heads, head_dim, vocab, max_positions, rotary_dim (ints), eps, rope_base,
+    arch keys: layers, hidden, ffn, heads, kv_heads, head_dim, vocab, max_positions, rotary_dim
+    (ints), eps, rope_base,
     rope_divisor (floats), qkv_bias (bool), half_rope_table (bool, decision 13).
     """
 
@@ -82,11 +95,13 @@ class Model:
     backend: str
     allocations: int  # calls of the backend's allocator so far
 
-    # base weights; names as in the checkpoint ("transformer.encoder.layers.0.mlp.dense_4h_to_h.weight")
+    # base weights; names as in the checkpoint
+    # ("transformer.encoder.layers.0.mlp.dense_4h_to_h.weight")
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every base weight that must be bound, with its shape."""
     def bind(self, name: str, array: np.ndarray, dtype: str) -> None:
-        """Use the array in place (kept alive, never written). dtype "F32" "F16" "BF16" (uint16) or "F64"."""
+        """Use the array in place (kept alive, never written). dtype "F32" "F16" "BF16" (uint16)
+        or "F64"."""
     def missing(self) -> list[str]:
         """Base weights not bound yet."""
 
@@ -94,7 +109,8 @@ class Model:
     def add_lora(
         self, module: str, A: np.ndarray, B: np.ndarray, scale: float, dropout: float
     ) -> None:
-        """module: e.g. "transformer.encoder.layers.0.self_attention.query_key_value". A (R, in), B (out, R) float32, copied.
+        """module: e.g. "transformer.encoder.layers.0.self_attention.query_key_value". A (R, in),
+        B (out, R) float32, copied.
 
         Afterwards the weights are named module + ".lora_A.weight" and ".lora_B.weight".
         """
@@ -102,18 +118,23 @@ class Model:
     def enable_lora(self, on: bool) -> None:
         """off: forward as if no adapter were there (disable_adapter)."""
     def merge_lora(self) -> None:
-        """W += scale * B A in the dtype of W for every adapted linear (owned copies), then remove_lora."""
+        """W += scale * B A in the dtype of W for every adapted linear (owned copies), then
+        remove_lora."""
     def set_prefix(self, arrays: dict[str, np.ndarray], dropout: float) -> None:
-        """P-Tuning v2. Keys "transformer.prefix_encoder.embedding.weight" (P, 2*L*KV) and, with projection,
-        ".trans.0.weight" (H, 2*L*KV), ".trans.0.bias", ".trans.2.weight" (2*L*KV, H), ".trans.2.bias"; float32, copied.
+        """P-Tuning v2. Keys "transformer.prefix_encoder.embedding.weight" (P, 2*L*KV) and, with
+        projection,
+        ".trans.0.weight" (H, 2*L*KV), ".trans.0.bias", ".trans.2.weight" (2*L*KV, H),
+        ".trans.2.bias"; float32, copied.
         """
     def remove_prefix(self) -> None: ...
     def prefix_kv(self) -> np.ndarray:
-        """(2*L, P, KV) float32: keys and values the prefix encoder yields, layer 0 key, layer 0 value, layer 1 key .."""
+        """(2*L, P, KV) float32: keys and values the prefix encoder yields, layer 0 key, layer 0
+        value, layer 1 key .."""
 
     # trainables
     def set_trainable(self, names: Sequence[str]) -> None:
-        """Weights (base, LoRA or prefix names) to train, float32 from now on; [] ends training. Values are kept;
+        """Weights (base, LoRA or prefix names) to train, float32 from now on; [] ends training.
+        Values are kept;
         gradients, moments and the optimiser's step count start at zero."""
     def trainable(self) -> list[str]:
         """Names, in the order of the flat block (that of set_trainable)."""
@@ -124,7 +145,8 @@ class Model:
     def read(
         self, name: str, what: Literal["value", "grad", "exp_avg", "exp_avg_sq"] = "value"
     ) -> np.ndarray:
-        """A copy in float32 (float64 of the ref_f64 backend). grad: the token mean of what is accumulated."""
+        """A copy in float32 (float64 of the ref_f64 backend). grad: the token mean of what is
+        accumulated."""
     def write(
         self,
         name: str,
@@ -133,16 +155,20 @@ class Model:
     ) -> None:
         """Set a trainable (or LoRA, prefix) weight or its moments."""
 
-    # running; ids (N) flat, lengths (S) tokens of each segment, positions default 0.. within each segment
+    # running; ids (N) flat, lengths (S) tokens of each segment, positions default 0.. within
+    # each segment
     def plan(
         self, n_tokens: int, n_segments: int, n_rows: int, training: bool, budget: int = 0
     ) -> dict[str, int]:
-        """Bytes: weights (bound, mapped), owned, trainable (parameters, gradients, moments), activations, logits, total; and
-        kept_layers (layers whose activations are kept rather than recomputed). budget: 0 = the default (README of csrc)."""
+        """Bytes: weights (bound, mapped), owned, trainable (parameters, gradients, moments),
+        activations, logits, total; and
+        kept_layers (layers whose activations are kept rather than recomputed). budget: 0 = the
+        default (README of csrc)."""
     def reserve(
         self, n_tokens: int, n_segments: int, n_rows: int, training: bool, budget: int = 0
     ) -> None:
-        """Take the planned memory now: no later call with at most these sizes allocates. MemoryError names the bytes.
+        """Take the planned memory now: no later call with at most these sizes allocates.
+        MemoryError names the bytes.
         The budget holds for later calls too."""
     def forward(
         self,
@@ -152,7 +178,8 @@ class Model:
         rows: np.ndarray | None = None,
         hidden_states: bool = False,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits float32 (M, V) at flat indices `rows` (default: all tokens), and hidden states (L+1, N, H), before the final
+        """Logits float32 (M, V) at flat indices `rows` (default: all tokens), and hidden states
+        (L+1, N, H), before the final
         norm, or None. Dropout is off."""
     def loss(
         self,
@@ -162,7 +189,8 @@ class Model:
         targets: np.ndarray,
         positions: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Negative log-likelihoods float32 (M): of targets[m] given the tokens up to flat index rows[m]. No gradient."""
+        """Negative log-likelihoods float32 (M): of targets[m] given the tokens up to flat index
+        rows[m]. No gradient."""
     def backward(
         self,
         ids: np.ndarray,
@@ -173,8 +201,10 @@ class Model:
         dropout_seed: int = 0,
         dropout: bool = True,
     ) -> float:
-        """Forward and backward; adds gradients of the summed loss and M to the token count. Returns the mean loss of this
-        call. Dropout masks are functions of (dropout_seed, update number, row within the update, position), so they do
+        """Forward and backward; adds gradients of the summed loss and M to the token count.
+        Returns the mean loss of this
+        call. Dropout masks are functions of (dropout_seed, update number, row within the update,
+        position), so they do
         not depend on how an update's rows are split into calls."""
     def zero_grad(self) -> None: ...
     accumulated_tokens: int  # labelled tokens since zero_grad
@@ -190,17 +220,21 @@ class Model:
         weight_decay: float,
         max_grad_norm: float,
     ) -> float:
-        """Clip (max_grad_norm 0 = off; factor max / (norm + 1e-6)), AdamW, zero_grad. Returns the norm before clipping.
-        Weight decay is not applied to biases and norm weights. Non-finite norm: FloatingPointError, nothing changed."""
+        """Clip (max_grad_norm 0 = off; factor max / (norm + 1e-6)), AdamW, zero_grad. Returns
+        the norm before clipping.
+        Weight decay is not applied to biases and norm weights. Non-finite norm:
+        FloatingPointError, nothing changed."""
     steps: int  # finished updates; settable, for resuming
 
     # generation
     def cache(self, rows: int, capacity: int, shared_capacity: int = 0) -> Cache:
-        """Room for `rows` sequences of at most `capacity` own tokens each, after a prefix of shared_capacity tokens."""
+        """Room for `rows` sequences of at most `capacity` own tokens each, after a prefix of
+        shared_capacity tokens."""
     def extend(
         self, cache: Cache, rows: Sequence[int], ids: np.ndarray, lengths: np.ndarray
     ) -> np.ndarray:
-        """Append ids (flat; lengths[i] >= 1 tokens to rows[i]); logits float32 (len(rows), V) after the last token of each.
+        """Append ids (flat; lengths[i] >= 1 tokens to rows[i]); logits float32 (len(rows), V)
+        after the last token of each.
         Prefill and decoding are this one call. Non-finite logits: FloatingPointError."""
     def extend_shared(self, cache: Cache, ids: np.ndarray) -> None:
         """Append ids to the prefix common to all rows; only while no row has own tokens."""

@@ -1,4 +1,5 @@
-"""The command `glmlora`: train, chat, predict, init, run, merge, doctor, demo. Each verb is one function below."""
+"""The command `glmlora`: train, chat, predict, init, run, merge, doctor, demo. Each verb is one
+function below."""
 
 from __future__ import annotations
 
@@ -8,10 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-TEMPLATE = (
-    "Please judge whether it is a medical field paper according to the given paper title and abstract, "
-    "output 1 or 0, the following is the paper title and abstract -->title:{title},abstract:{abstract}"
-)
+from .demo import ORDER
 
 
 def _load(model_path: str, adapter: str | None, dtype: str | None) -> tuple[Any, Any]:
@@ -23,7 +21,9 @@ def _load(model_path: str, adapter: str | None, dtype: str | None) -> tuple[Any,
     is_prefix = adapter and not os.path.exists(os.path.join(adapter, "adapter_config.json"))
     model = glmlora.AutoModel.from_pretrained(model_path, config=config)
     if dtype:
-        model = getattr(model, {"float16": "half", "bfloat16": "bfloat16", "float32": "float"}[dtype])()
+        model = getattr(
+            model, {"float16": "half", "bfloat16": "bfloat16", "float32": "float"}[dtype]
+        )()
     if adapter:
         model = (
             load_prefix(model, adapter)
@@ -75,7 +75,7 @@ def _column(row: dict[str, Any], name: str, number: int) -> str:
     value = row.get(name)
     if value is None:
         raise ValueError(
-            f"template: row {number} has no value for the column '{name}'; columns are {sorted(row)}"
+            f"template: row {number} has no value in column '{name}'; columns are {sorted(row)}"
         )
     return str(value)
 
@@ -102,7 +102,8 @@ def predict(args: argparse.Namespace) -> int:
     if os.path.exists(args.output) and not args.overwrite:
         raise FileExistsError(f"{args.output} exists: pass --overwrite to replace it")
     prompts = [
-        args.template.format(**{f: _column(row, f, i) for f in fields}) for i, row in enumerate(rows)
+        args.template.format(**{f: _column(row, f, i) for f in fields})
+        for i, row in enumerate(rows)
     ]
     model, tokenizer = _load(args.model, args.adapter, args.dtype)
     kwargs = {"temperature": 0.01, **_generation(args)}
@@ -117,11 +118,14 @@ def predict(args: argparse.Namespace) -> int:
     if odd and args.fallback is None:
         shown = "; ".join(odd[:5])
         raise ValueError(
-            f"{len(odd)} of {len(rows)} answers are none of {args.choices}: {shown}. Nothing was written; "
-            "--fallback ANSWER takes that answer for such rows"
+            f"{len(odd)} of {len(rows)} answers are none of {args.choices}: {shown}. "
+            "Nothing was written; --fallback ANSWER takes that answer for such rows"
         )
     if odd:
-        print(f"{len(odd)} answers were none of {args.choices}, {args.fallback!r} stands for them", file=sys.stderr)
+        print(
+            f"{len(odd)} answers were none of {args.choices}, {args.fallback!r} stands for them",
+            file=sys.stderr,
+        )
     keep = args.columns.split(",") if args.columns else list(rows[0])
     constants = dict(pair.split("=", 1) for pair in args.add or [])
     keep = [c for c in keep if c != args.answer_column]
@@ -206,7 +210,8 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="glmlora", description="Fine-tune GLM models and chat with them, from one small package."
+        prog="glmlora",
+        description="Fine-tune GLM models and chat with them, from one small package.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and end")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
@@ -227,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, help="csv to write")
     p.add_argument(
         "--template",
-        default=TEMPLATE,
+        default=ORDER + "title:{title},abstract:{abstract}",
         help="prompt with {column} places; default: the paper workflow's",
     )
     p.add_argument("--columns", help="columns to keep, comma separated; default: all")
@@ -261,7 +266,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; user errors are one line on stderr and exit status 1 (GLMLORA_TRACEBACK=1 shows where)."""
+    """Run one verb; user errors are one line on stderr and exit status 1 (GLMLORA_TRACEBACK=1
+    shows where)."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     try:

@@ -1,4 +1,5 @@
-"""`glmlora init`: a project folder in which the workflow's notebook and training script run as they are."""
+"""`glmlora init`: a project folder in which the workflow's notebook and training script run as
+they are."""
 
 from __future__ import annotations
 
@@ -18,10 +19,13 @@ BASE = "chatglm2-6b"
 
 
 def tiny_directory() -> Path:
-    """The embedded model glm-tiny, in the ChatGLM2 file layout. FileNotFoundError when it is not there."""
+    """The embedded model glm-tiny, in the ChatGLM2 file layout. FileNotFoundError when it is not
+    there."""
     path = Path(__file__).resolve().parent / "tiny"
     if not (path / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{path}: glm-tiny's model.safetensors is missing; reinstall glmlora")
+        raise FileNotFoundError(
+            f"{path}: glm-tiny's model.safetensors is missing; reinstall glmlora"
+        )
     return path
 
 
@@ -41,11 +45,15 @@ def _place_base(base: Path, model: str | os.PathLike | None) -> None:
     if model is not None:
         source = Path(model).resolve()
         if not (source / "config.json").is_file():
-            raise FileNotFoundError(f"--model {model}: no config.json there, expected a model directory")
+            raise FileNotFoundError(
+                f"--model {model}: no config.json there, expected a model directory"
+            )
         if base.exists() or base.is_symlink():
             if base.resolve() == source:
                 return
-            raise FileExistsError(f"{base} exists and is not {model}: move it away or leave --model out")
+            raise FileExistsError(
+                f"{base} exists and is not {model}: move it away or leave --model out"
+            )
         base.symlink_to(source, target_is_directory=True)
         return
     if (base / "config.json").is_file():
@@ -64,16 +72,20 @@ def _place_base(base: Path, model: str | os.PathLike | None) -> None:
 
 
 def init(directory: str | os.PathLike, model: str | os.PathLike | None = None) -> Path:
-    """Make `directory`: csv_data/ with synthetic papers, data/dataset_info.json, xfg_train.sh, src/train_bash.py,
+    """Make `directory`: csv_data/ with synthetic papers, data/dataset_info.json, xfg_train.sh,
+    src/train_bash.py,
     xfg.ipynb; and `chatglm2-6b` beside it: a copy of glm-tiny, or a link to the directory `model`.
 
-    Nothing of the user's is overwritten (FileExistsError names what is in the way) and nothing half-made stays.
+    Nothing of the user's is overwritten (FileExistsError names what is in the way) and nothing
+    half-made stays.
     Returns the project's path.
     """
     project = Path(directory)
     taken = sorted(p.name for p in project.iterdir()) if project.is_dir() else []
     if taken:
-        raise FileExistsError(f"{project} is not empty (it holds {', '.join(taken[:5])}): choose a new directory")
+        raise FileExistsError(
+            f"{project} is not empty (it holds {', '.join(taken[:5])}): choose a new directory"
+        )
     if project.exists() and not project.is_dir():
         raise FileExistsError(f"{project} is a file: choose a new directory")
     project.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Paths that tests share. The shared folder holds the golden data and real papers; it is not part of the project."""
+"""Paths that tests share. The shared folder holds the golden data and real papers; it is not
+part of the project."""
 
 from pathlib import Path
 
@@ -12,5 +13,7 @@ SHARED = ROOT.parent / "shared"
 def shared() -> Path:
     """The folder with golden fixtures, seed notebook and real papers; skips where it is absent."""
     if not SHARED.is_dir():
-        pytest.skip("../shared is absent: golden fixtures and real papers are not part of the project")
+        pytest.skip(
+            "../shared (golden fixtures, real papers) is absent: it is not part of the project"
+        )
     return SHARED

@@ -254,7 +254,8 @@ def run_child(code, **kwargs):
 
 
 def test_ctrl_c_stops_a_long_call():
-    """The call would take minutes; the child ends by KeyboardInterrupt and its model works afterwards."""
+    """The call would take minutes; the child ends by KeyboardInterrupt and its model works
+    afterwards."""
     child = run_child(
         """
         import numpy as np

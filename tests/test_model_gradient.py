@@ -1,4 +1,5 @@
-"""The whole model's gradients in double against central differences: LoRA, prefix, full; kept and recomputed layers."""
+"""The whole model's gradients in double against central differences: LoRA, prefix, full; kept
+and recomputed layers."""
 
 import numpy as np
 import pytest
@@ -69,9 +70,7 @@ def add_prefix(model, projection, dropout):
             "trans.2.weight": (width, hidden),
             "trans.2.bias": (width,),
         }
-    arrays = {
-        "transformer.prefix_encoder." + k: rng.normal(0, 0.6, s) for k, s in shapes.items()
-    }
+    arrays = {"transformer.prefix_encoder." + k: rng.normal(0, 0.6, s) for k, s in shapes.items()}
     model.set_prefix(arrays, dropout)
     return list(arrays)
 
@@ -82,7 +81,8 @@ def loss_of(model):
 
 
 def check(model, names, picks=6):
-    """Every named weight's gradient at its largest and some random entries, relative to its largest entry."""
+    """Every named weight's gradient at its largest and some random entries, relative to its
+    largest entry."""
     model.set_trainable(names)
     loss_of(model)
     gradients = {name: model.read(name, "grad") for name in names}

@@ -1,4 +1,5 @@
-"""Text and instruction records that glm-tiny is trained on, from WordNet 3.0 (Debian: wordnet-base).
+"""Text and instruction records that glm-tiny is trained on, from WordNet 3.0 (Debian:
+wordnet-base).
 
     python benchmarks/glm_tiny/corpus.py WORDNET_DIR OUT_DIR
 
@@ -16,23 +17,60 @@ import random
 import re
 from pathlib import Path
 
-# the labels of the fields: roots of hyponym trees (first sense listed in data.noun) and topic domains
-MEDICAL_ROOTS = """disease disorder illness symptom injury medicine drug medical_procedure medical_science
-therapy surgery diagnosis infection pathogen virus bacteria hormone enzyme vaccine antibody tumor
+# the labels of the fields: roots of hyponym trees (first sense listed in data.noun) and topic
+# domains
+MEDICAL_ROOTS = """disease disorder illness symptom injury medicine drug medical_procedure
+medical_science therapy surgery diagnosis infection pathogen virus bacteria hormone enzyme vaccine antibody tumor
 health_professional medical_practitioner body_part bodily_process bodily_function pathological_state
 medical_building medical_instrument physiological_condition protein body_fluid""".split()
 MEDICAL_TOPICS = """medicine pathology anatomy physiology surgery psychiatry dentistry pharmacology
 immunology bacteriology virology neurology genetics biochemistry embryology histology oncology
 cardiology""".split()
 OTHER_FIELDS = {  # field -> roots and topics
-    "computing": ["computer_science", "computer", "software", "data_processor", "code", "algorithm"],
-    "physics": ["physics", "electricity", "optics", "wave", "physical_phenomenon", "magnetism", "force"],
-    "mathematics": ["mathematics", "geometry", "statistics", "mathematical_relation", "calculation"],
+    "computing": [
+        "computer_science",
+        "computer",
+        "software",
+        "data_processor",
+        "code",
+        "algorithm",
+    ],
+    "physics": [
+        "physics",
+        "electricity",
+        "optics",
+        "wave",
+        "physical_phenomenon",
+        "magnetism",
+        "force",
+    ],
+    "mathematics": [
+        "mathematics",
+        "geometry",
+        "statistics",
+        "mathematical_relation",
+        "calculation",
+    ],
     "engineering": ["machine", "device", "vehicle", "electronic_equipment", "engine", "mechanism"],
     "materials": ["chemistry", "metal", "alloy", "compound", "mineral", "rock", "material"],
-    "economics": ["finance", "commerce", "economics", "money", "transaction", "business", "industry"],
+    "economics": [
+        "finance",
+        "commerce",
+        "economics",
+        "money",
+        "transaction",
+        "business",
+        "industry",
+    ],
     "law": ["law", "legal_document", "crime", "court"],
-    "earth": ["geological_formation", "astronomy", "celestial_body", "weather", "land", "body_of_water"],
+    "earth": [
+        "geological_formation",
+        "astronomy",
+        "celestial_body",
+        "weather",
+        "land",
+        "body_of_water",
+    ],
     "education": ["education", "school", "teaching", "educator", "course", "learning"],
     "society": ["government", "politics", "military", "social_group", "war", "organization"],
     "farming": ["agriculture", "farm", "crop", "livestock", "grain", "plant_part", "soil"],
@@ -40,8 +78,8 @@ OTHER_FIELDS = {  # field -> roots and topics
 }
 
 ORDERS = [
-    "Please judge whether it is a medical field paper according to the given paper title and abstract, "
-    "output 1 or 0, the following is the paper title and abstract -->",
+    "Please judge whether it is a medical field paper according to the given paper title and "
+    "abstract, output 1 or 0, the following is the paper title and abstract -->",
     "Judge whether the paper belongs to medicine. Answer 1 or 0: ",
     "Is this a medical text? Output 1 for yes and 0 for no. ",
     "Decide if the following paper is from the medical field, output 1 or 0 -->",
@@ -67,7 +105,8 @@ TALK = [
 
 
 class Synset:
-    """words: lemmas with spaces; gloss: definition and examples; up: hypernyms; topics: topic domains"""
+    """words: lemmas with spaces; gloss: definition and examples; up: hypernyms; topics: topic
+    domains"""
 
     def __init__(self, line, kind):
         head, gloss = line.split(" | ", 1)
@@ -98,7 +137,8 @@ def read_wordnet(directory):
 
 
 def fields(synsets):
-    """field -> synsets that lie below one of its roots or belong to one of its topics; "medicine" among them."""
+    """field -> synsets that lie below one of its roots or belong to one of its topics;
+    "medicine" among them."""
     first = {}
     for key, synset in synsets.items():
         if key[0] == "n":
@@ -139,7 +179,8 @@ def sentence(synset, rng):
 
 
 def document(main, noise, synsets, rng):
-    """A text that looks like a paper: a title of words and glosses for an abstract, some of another field."""
+    """A text that looks like a paper: a title of words and glosses for an abstract, some of
+    another field."""
     n = rng.randint(3, 10)
     picks = [synsets[rng.choice(main)] for _ in range(n)]
     words = [rng.choice(p.words) for p in picks]
@@ -147,7 +188,14 @@ def document(main, noise, synsets, rng):
     for _ in range(rng.choice([0, 0, 1, 1, 2, 3]) * n // 10 + (rng.random() < 0.3)):
         sentences.insert(rng.randint(0, len(sentences)), sentence(synsets[rng.choice(noise)], rng))
     pattern = rng.choice(
-        ["{} and {}", "On the {} of {}", "{} in {}", "A study of {} with {}", "Effects of {} on {}", "{}: {}"]
+        [
+            "{} and {}",
+            "On the {} of {}",
+            "{} in {}",
+            "A study of {} with {}",
+            "Effects of {} on {}",
+            "{}: {}",
+        ]
     )
     title = pattern.format(words[0], words[1])
     return title[0].upper() + title[1:], " ".join(sentences)
@@ -160,7 +208,13 @@ def judge_records(by_field, synsets, n, rng):
     for _ in range(n):
         medical = rng.random() < 0.5
         field = "medicine" if medical else rng.choice(others)
-        other = rng.choice(others) if medical else "medicine" if rng.random() < 0.5 else rng.choice(others)
+        other = (
+            rng.choice(others)
+            if medical
+            else "medicine"
+            if rng.random() < 0.5
+            else rng.choice(others)
+        )
         title, abstract = document(by_field[field], by_field[other], synsets, rng)
         body = f"title:{title},abstract:{abstract}"
         if rng.random() < 0.2:
@@ -210,7 +264,8 @@ def main():
     language = language_records(by_field, synsets, rng)
     rng.shuffle(judge)
     (out / "text.txt").write_text(
-        "\n".join(f"{', '.join(s.words)}: {s.text}" for s in synsets.values()) + "\n", encoding="utf-8"
+        "\n".join(f"{', '.join(s.words)}: {s.text}" for s in synsets.values()) + "\n",
+        encoding="utf-8",
     )
     for name, records in (("judge", judge), ("language", language)):
         text = json.dumps(records, ensure_ascii=False, indent=1)

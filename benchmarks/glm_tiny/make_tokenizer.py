@@ -2,7 +2,8 @@
 
     python benchmarks/glm_tiny/make_tokenizer.py CORPUS_DIR OUT_DIR
 
-A SentencePiece BPE model with byte fallback, trained as ChatGLM2's is described in its file: no normalisation, a dummy
+A SentencePiece BPE model with byte fallback, trained as ChatGLM2's is described in its file: no
+normalisation, a dummy
 space in front, runs of spaces kept, digits alone, no pad piece.
 """
 

@@ -1,10 +1,12 @@
-"""Train glm-tiny from nothing with this project's own `train`, full-parameter: first on running text, then on judgements.
+"""Train glm-tiny from nothing with this project's own `train`, full-parameter: first on running
+text, then on judgements.
 
     python benchmarks/glm_tiny/corpus.py WORDNET_DIR CORPUS_DIR
     python benchmarks/glm_tiny/make_tokenizer.py CORPUS_DIR MODEL_DIR
     python benchmarks/glm_tiny/train.py CORPUS_DIR MODEL_DIR [--judge N] [--language N]
 
-MODEL_DIR (tokenizer and config) receives model.safetensors in float16. About half an hour on two cores. The corpora hold
+MODEL_DIR (tokenizer and config) receives model.safetensors in float16. About half an hour on two
+cores. The corpora hold
 WordNet's text only; see NOTICE for its licence.
 """
 
@@ -23,7 +25,8 @@ from glmlora.checkpoint import Tensor, read_safetensors, write_safetensors
 
 
 def random_start(directory, config, seed=1):
-    """Weights as GPT-2 starts: normal(0, 0.02), branches' last linears smaller by sqrt(2 * layers), norms 1, biases 0."""
+    """Weights as GPT-2 starts: normal(0, 0.02), branches' last linears smaller by sqrt(2 *
+    layers), norms 1, biases 0."""
     kv = config["kv_channels"]
     arch = dict(
         layers=config["num_layers"],
