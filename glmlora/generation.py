@@ -632,7 +632,7 @@ def _beams(
             beam, token = divmod(int(candidate), scores.shape[1])
             if flat[candidate] == -np.inf:
                 break
-            if token in change.eos:
+            if token in change.eos or index + 1 == limit:
                 if rank < n:
                     answer = rows.ids[beam][len(prompt) :] + [token]
                     finished.append((float(flat[candidate]) / length, answer))
@@ -641,7 +641,7 @@ def _beams(
         finished = sorted(finished, key=lambda f: -f[0])[:n]
         if not chosen:
             break
-        highest = float(flat[best[0]]) / length
+        highest = chosen[0][0] / length
         if len(finished) == n and (g.early_stopping or finished[-1][0] >= highest):
             break
         chosen += [(-np.inf, *chosen[0][1:])] * (n - len(chosen))
@@ -649,13 +649,8 @@ def _beams(
         for row, (_, _, token) in enumerate(chosen):
             rows.ids[row].append(token)
         sums = np.array([total for total, _, _ in chosen])
-        if index + 1 == limit:
-            for row, total in enumerate(sums):
-                finished.append((float(total) / length, rows.ids[row][len(prompt) :]))
-            break
         _renew(rows, range(n), index + 1, limits)
         scores = rows.extend(range(n))
-    finished.sort(key=lambda f: -f[0])
     finished += finished[-1:] * (g.num_return_sequences - len(finished))
     return [answer for _, answer in finished[: g.num_return_sequences]]
 

@@ -246,8 +246,8 @@ def test_a_merged_directory_loads_in_transformers(directory, tmp_path):
     ).numpy()
     assert np.array_equal(merged.generate(ids.numpy(), max_new_tokens=12, eos_token_id=[]), want)
     for beams in (2, 3):
-        ends = list(range(5, V, 5))
-        settings = dict(max_new_tokens=8, num_beams=beams, eos_token_id=ends, pad_token_id=0)
+        ends = list(range(beams, V, beams))
+        settings = dict(max_new_tokens=8, num_beams=beams, eos_token_id=ends, pad_token_id=1)
         want = glm.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -84,6 +84,25 @@ def test_chunks_and_renewed_caches_do_not_show(model, monkeypatch):
     assert np.array_equal(model.generate(ids, max_new_tokens=steps, eos_token_id=[]), want)
 
 
+def test_a_cache_is_filled_anew_at_the_same_counts_whatever_its_size(model, monkeypatch):
+    monkeypatch.setattr(generation, "ROOM", (3, 10, 20))
+    fed = []
+
+    def count(rows, which, extend=generation.CachedRow.extend):
+        fed.append(sum(len(rows.ids[r]) - rows.held[r] for r in which))
+        return extend(rows, which)
+
+    monkeypatch.setattr(generation.CachedRow, "extend", count)
+    settings = generation.GenerationConfig(eos_token_id=[])
+    for capacity in (8, 128):
+        rows = generation.CachedRow(model, 1, capacity)
+        rows.ids[0] = prompt(5)[0].tolist()
+        fed.clear()
+        for _ in generation._run(model, rows, [14], settings, generation.Scores(settings, None)):
+            pass
+        assert fed == [5, 1, 1, 8, 1, 1, 1, 1, 1, 1, 15, 1, 1, 1]
+
+
 @pytest.mark.parametrize("sample", [False, True])
 def test_a_row_of_a_batch_equals_the_row_alone(model, sample):
     prompts = [prompt(n, seed=n) for n in (3, 11, 1, 6)]
@@ -118,6 +137,9 @@ def test_end_ids_and_lengths(model):
     assert np.array_equal(out, free[: first + 1])
     later = model.generate(ids, max_new_tokens=30, eos_token_id=[end, 1], min_length=25)[0, 5:]
     assert len(later) >= 20 and end not in later[:20]
+    only = model.generate(ids, max_new_tokens=30, eos_token_id=list(range(V - 1)), min_length=25)
+    assert only.shape[1] == 26 and set(only[0, 5:25]) == {V - 1}
+    assert only[0, 25] == model(only[:, :25]).logits[0, -1].argmax() != V - 1
     assert model.generate(ids, eos_token_id=[]).shape[1] == TINY_CONFIG["seq_length"]
     assert model.generate(ids, max_length=9, max_new_tokens=2, eos_token_id=[]).shape[1] == 7
 
