@@ -245,9 +245,15 @@ def test_a_merged_directory_loads_in_transformers(directory, tmp_path):
         eos_token_id=None,
     ).numpy()
     assert np.array_equal(merged.generate(ids.numpy(), max_new_tokens=12, eos_token_id=[]), want)
-    for beams in (2, 3):
-        ends = list(range(beams, V, beams))
-        settings = dict(max_new_tokens=8, num_beams=beams, eos_token_id=ends, pad_token_id=1)
+    for beams, penalty in ((2, 1.0), (3, 1.0), (4, 3.0)):
+        ends = [t for t in range(V) if t % 5 > penalty]
+        settings = dict(
+            max_new_tokens=8,
+            num_beams=beams,
+            eos_token_id=ends,
+            pad_token_id=1,
+            length_penalty=penalty,
+        )
         want = glm.generate(
             ids,
             attention_mask=torch.ones_like(ids),
