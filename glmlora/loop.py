@@ -287,9 +287,9 @@ class Loop:
         if not self._any_label():
             raise ValueError("data: no label is left to train on: all are masked")
         self.take_memory()
-        self._begin_log_file(resume)
         if resume is not None:
             self.resume(resume)
+        self._begin_log_file(resume)
         started = time.perf_counter()
         self.started = started - self.at.elapsed
         s = self.state
@@ -479,8 +479,7 @@ class Loop:
         if resume is None:
             path.unlink(missing_ok=True)
         elif path.is_file():
-            last = read_json(resume / "trainer_state.json", dict).get("global_step", 0)
-            kept = []
+            last, kept = self.state.global_step, []
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     if json.loads(line)["current_steps"] <= last:
@@ -624,7 +623,11 @@ class Loop:
         path = self.checkpoint_path()
         if not self.saved or self.saved[-1] != path:
             print(f"{where}: saving {path}", file=sys.stderr)
-            self.save_checkpoint()
+            try:
+                self.save_checkpoint()
+            except OSError as error:  # what was asked for is the end, not this save
+                print(f"{where}: {path} could not be written: {error}", file=sys.stderr)
+                return
         print(
             f"{where}: everything up to here is in {path}; go on with "
             f"resume_from_checkpoint={str(path)!r} (--resume_from_checkpoint {path})",
@@ -642,18 +645,22 @@ class Loop:
         if not isinstance(told, dict) or not isinstance(stored.get("progress"), dict):
             raise ValueError(f"{path / 'rng_state.json'}: expected the keys 'progress' and 'run'")
         ours = json.loads(json.dumps(self.facts))
-        for name in sorted({*told, *ours} - {"trained_shapes", "data_sha256"}):
+        for name in sorted({*told, *ours} - {"trained_shapes", "data_sha256", "base_sha256"}):
             if told.get(name) != ours.get(name):
                 raise ValueError(
                     f"resume_from_checkpoint: {path} was trained with {name} {told.get(name)!r}, "
                     f"this run has {ours.get(name)!r}; give the same, or start anew from its "
                     "weights with checkpoint_dir"
                 )
-        for name, what in (("data_sha256", "data"), ("trained_shapes", "trained weights")):
-            if told.get(name) != ours[name]:
+        for name, what in (
+            ("data_sha256", "data"),
+            ("base_sha256", "base weights"),
+            ("trained_shapes", "trained weights"),
+        ):
+            if told.get(name) != ours.get(name):
                 raise ValueError(
                     f"resume_from_checkpoint: {path} was trained with other {what}: {name} is "
-                    f"{_short(told.get(name))} there and {_short(ours[name])} here"
+                    f"{_short(told.get(name))} there and {_short(ours.get(name))} here"
                 )
         try:
             at = Progress(**stored["progress"])

@@ -101,6 +101,14 @@ class Trainee:
         self.base.cached_row = None  # of a chat with other weights
         self.model.eval()
 
+    def detach(self) -> None:
+        """Take a LoRA adapter or prefix off again, after `release`: the base is as it was."""
+        if self.kind == "lora":
+            self.model.unload()
+        elif self.kind == "p_tuning":
+            self.base.core.remove_prefix()
+            self.base.has_prefix, self.base.config.pre_seq_len = False, None
+
     def describe(self) -> dict[str, Any]:
         """What of the method decides the result of a run; compared when a run is resumed."""
         told: dict[str, Any] = {"finetuning_type": self.kind, "model_dtype": self.base.dtype}
@@ -114,6 +122,8 @@ class Trainee:
         elif self.kind == "p_tuning":
             told["pre_seq_len"] = self.base.config.pre_seq_len
             told["prefix_projection"] = bool(self.base.config.prefix_projection)
+        if self.kind != "full":
+            told["base_sha256"] = _fingerprint(self.base)
         told["trained_shapes"] = [[n, list(core.shape(n))] for n in self.names]
         return told
 
@@ -121,6 +131,17 @@ class Trainee:
 def unwrapped(model: Model) -> ChatGLMForConditionalGeneration:
     """The base model of a PeftModel, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _fingerprint(base: ChatGLMForConditionalGeneration) -> str:
+    """SHA-256 of the norm weights: tells one base from another without reading gigabytes."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in base.base_names():
+        if name.endswith("layernorm.weight"):
+            digest.update(base.core.read(name).tobytes())
+    return digest.hexdigest()
 
 
 def frozen_but(model: ChatGLMForConditionalGeneration, n_layers: int, part: str) -> list[str]:

@@ -130,6 +130,7 @@ def train(
         _core.set_num_threads(model_args.threads)
     set_seed(training.seed)
     model, tokenizer = _load(model_or_path, tokenizer, model_args)
+    brought = methods.unwrapped(model).core.names()
     trainee = methods.prepare(
         model,
         tokenizer,
@@ -146,9 +147,15 @@ def train(
     else:
         records, held_out = _split(records, data_args.dev_ratio, training)
     plot = model_args.plot_loss if "plot_loss" in given else None
-    result = _run(
-        trainee, records, held_out, training, data_args, finetuning, plot, callbacks, resume
-    )
+    try:
+        result = _run(
+            trainee, records, held_out, training, data_args, finetuning, plot, callbacks, resume
+        )
+    except BaseException:
+        trainee.release()
+        if trainee.base.core.names() != brought:  # the model is the caller's: leave it as it was
+            trainee.detach()
+        raise
     result.rows_skipped = n_given - len(records) - (len(held_out) if eval_data is None else 0)
     return result
 

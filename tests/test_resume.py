@@ -143,17 +143,42 @@ def test_interrupted_before_the_first_update(tiny_model, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_model_is_usable_after_an_interrupt(tiny_model, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "p_tuning", "freeze"])
+def test_the_model_is_usable_after_an_interrupt(tiny_model, tmp_path, method):
+    settings = {"finetuning_type": method, "num_layer_trainable": 1, "pre_seq_len": 4}
     model = glmlora.AutoModel.from_pretrained(tiny_model)
     tokenizer = glmlora.AutoTokenizer.from_pretrained(tiny_model)
 
     def stop(record):
         raise KeyboardInterrupt
 
+    names = model.core.names()
     with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path, tokenizer=tokenizer, callbacks=[stop])
-    assert not model.training and model.core.trainable() == []
+        run(model, tmp_path / "a", tokenizer=tokenizer, callbacks=[stop], **settings)
+    assert not model.training and model.core.trainable() == [] and model.core.names() == names
     assert isinstance(model.chat(tokenizer, "title", max_length=64)[0], str)
+    # The same object goes on where it stopped.
+    settings["resume_from_checkpoint"] = "last"
+    resumed = run(model, tmp_path / "a", tokenizer=tokenizer, **settings)
+    del settings["resume_from_checkpoint"]
+    whole = run(tiny_model, tmp_path / "b", **settings)
+    assert losses(resumed) == losses(whole)
+
+
+def test_resuming_over_another_base_is_refused(tiny_model, tmp_path):
+    run(tiny_model, tmp_path / "a", max_steps=4)
+    other = model_dir(tmp_path, seed=1)
+    with pytest.raises(ValueError, match="other base weights"):
+        run(other, tmp_path / "b", max_steps=4,
+            resume_from_checkpoint=tmp_path / "a" / "checkpoint-4")  # fmt: skip
+
+
+def test_a_refused_resume_leaves_the_log(tiny_model, tmp_path):
+    run(tiny_model, tmp_path)
+    before = (tmp_path / "trainer_log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="lora_rank"):
+        run(tiny_model, tmp_path, lora_rank=2, resume_from_checkpoint="last")
+    assert (tmp_path / "trainer_log.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -349,11 +349,18 @@ def test_checkpoint_dir_continues_or_merges(tiny_model, tmp_path):
     assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["r"] == 4
     first = losses(run(tiny_model, tmp_path / "new", max_steps=2))[0][1]
     assert losses(went_on)[0][1] < first
+    fresh = run(tiny_model, tmp_path / "off", checkpoint_dir=str(tmp_path / "one"), max_steps=1,
+                resume_lora_training=False, lora_dropout=0.0)  # fmt: skip
+    assert json.loads((tmp_path / "off" / "adapter_config.json").read_text())["r"] == 8
+    assert losses(fresh)[0][1] < first
     both = f"{tmp_path / 'one'},{tmp_path / 'two'}"
     merged = run(tiny_model, tmp_path / "three", checkpoint_dir=both, max_steps=1,
                  resume_lora_training=False)  # fmt: skip
     assert json.loads((tmp_path / "three" / "adapter_config.json").read_text())["r"] == 8
     assert losses(merged)[0][1] < first
+    only = run(tiny_model, tmp_path / "only", checkpoint_dir=str(tmp_path / "two"), max_steps=1,
+               resume_lora_training=False)  # fmt: skip
+    assert losses(merged)[0] != losses(only)[0]  # both adapters are in it
     with pytest.raises(ValueError, match="checkpoint_dir: expected one directory for full"):
         run(tiny_model, tmp_path / "four", checkpoint_dir=both, finetuning_type="full")
 
