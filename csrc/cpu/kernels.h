@@ -15,8 +15,8 @@ enum {
     GEMM_ROWS = 96,  /* tile of the backward products: rows .. */
     GEMM_COLS = 128, /* .. times columns */
     GEMM_BLOCK = 256,
-    ATT_ROWS = 32, /* query rows of an attention task */
-    ATT_KEYS = 64, /* keys are taken in blocks of this many, counted from the first visible one */
+    ATT_ROWS = 48, /* query rows of an attention task */
+    ATT_KEYS = 48, /* keys are taken in blocks of this many, counted from the first visible one */
     MAX_HEAD = 512,
     PIECE = 4096, /* elements of a piece of sum_squares */
 };
@@ -30,7 +30,7 @@ struct nt_args { /* out = scale * inp W^T + bias (+ out) */
 };
 
 struct gemm_args { /* C (M, N) = scale * A B (+ C);  a(m, k) = A[m * am + k * ak],  B row k at b + k
-                      * N */
+                    * N */
     float *c;
     const float *a;
     size_t am, ak;

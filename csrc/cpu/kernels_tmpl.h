@@ -355,19 +355,20 @@ static void nt_task(const void *arg, int task, char *scratch)
 
 enum { MR = VL == 16 ? 12 : VL == 8 ? 6 : 4, NV = 2, NR = NV * VL };
 
-/* tile (MR, NR; ldt) += sum over k of a[k][m] * b[k][n]; panels are packed (K, MR) and (K, NR) */
-INLINE void rank1_tile(float *tile, int ldt, const float *a, const float *b, int K)
+/* tile (MR, NR; ldt) += sum over k < K of a[m * am + k * ak] * b[k * ldb + n] */
+INLINE void rank1_tile(float *tile, size_t ldt, const float *a, size_t am, size_t ak,
+                       const float *b, size_t ldb, int K)
 {
     vf acc[MR][NV];
     for (int m = 0; m < MR; m++)
         for (int v = 0; v < NV; v++)
             acc[m][v] = load(tile + m * ldt + v * VL);
-    for (int k = 0; k < K; k++, a += MR, b += NR) {
+    for (int k = 0; k < K; k++, a += ak, b += ldb) {
         vf bv[NV];
         for (int v = 0; v < NV; v++)
             bv[v] = load(b + v * VL);
         for (int m = 0; m < MR; m++) {
-            const vf av = splat(a[m]);
+            const vf av = splat(a[m * am]);
             for (int v = 0; v < NV; v++)
                 acc[m][v] += av * bv[v];
         }
@@ -393,14 +394,18 @@ static void gemm_task(const void *arg, int task, char *scratch)
         const int K = g->K - k0 < GEMM_BLOCK ? g->K - k0 : GEMM_BLOCK;
         for (int m = 0; m < rows; m += MR) { /* (K, MR), rows past the end are zero */
             float *to = ap + (size_t)m * GEMM_BLOCK;
-            for (int r = 0; r < MR; r++) {
-                const float *from = g->a + (size_t)(m0 + m + r) * g->am + (size_t)k0 * g->ak;
-                if (m + r < rows)
+            const float *from = g->a + (size_t)(m0 + m) * g->am + (size_t)k0 * g->ak;
+            const int used = rows - m < MR ? rows - m : MR;
+            if (used < MR)
+                memset(to, 0, (size_t)K * MR * 4);
+            if (g->am == 1) {
+                for (int k = 0; k < K; k++)
+                    for (int r = 0; r < used; r++)
+                        to[k * MR + r] = from[k * g->ak + r];
+            } else {
+                for (int r = 0; r < used; r++)
                     for (int k = 0; k < K; k++)
-                        to[k * MR + r] = from[k * g->ak];
-                else
-                    for (int k = 0; k < K; k++)
-                        to[k * MR + r] = 0;
+                        to[k * MR + r] = from[r * g->am + k * g->ak];
             }
         }
         for (int k = 0; k < K; k++) { /* (K, NR) panels, columns past the end are zero */
@@ -417,8 +422,8 @@ static void gemm_task(const void *arg, int task, char *scratch)
         }
         for (int m = 0; m < rows; m += MR)
             for (int n = 0; n < cols; n += NR)
-                rank1_tile(tile + m * GEMM_COLS + n, GEMM_COLS, ap + (size_t)m * GEMM_BLOCK,
-                           bp + (size_t)n * GEMM_BLOCK, K);
+                rank1_tile(tile + m * GEMM_COLS + n, GEMM_COLS, ap + (size_t)m * GEMM_BLOCK, 1, MR,
+                           bp + (size_t)n * GEMM_BLOCK, NR, K);
     }
     for (int m = 0; m < rows; m++) {
         float *c = g->c + (size_t)(m0 + m) * g->N + n0;
@@ -599,6 +604,55 @@ INLINE void weighted_rows(float *out, float keep, const float *p, const float *v
     }
 }
 
+/* Whether n floats are all finite: 0 times them adds nothing. */
+INLINE int all_finite(const float *x, int n)
+{
+    vf s = {0};
+    int i = 0;
+    for (; i + VL <= n; i += VL)
+        s += load(x + i) * splat(0.0f);
+    s += load_part(x + i, n - i) * splat(0.0f);
+    return lane_sum(s) == 0;
+}
+
+/* out row r (ldo apart) += sum over j < seen[r] of p[r][j] * v[j] for `rows` rows; p (rows,
+ * ATT_KEYS), zero where a row does not see a key; v (keys, HD). Each element's sum runs over j in
+ * order, whatever the tile. */
+INLINE void add_weighted(float *out, size_t ldo, const float *p, const float *v, int rows, int keys,
+                         int HD, const int *seen)
+{
+    int r = 0;
+    if (HD % NR == 0 &&
+        all_finite(v, keys * HD)) /* 0 * NaN would reach rows that do not see the NaN */
+        for (; r + MR <= rows; r += MR)
+            for (int d = 0; d < HD; d += NR)
+                rank1_tile(out + r * ldo + d, ldo, p + r * ATT_KEYS, ATT_KEYS, 1, v + d, (size_t)HD,
+                           keys);
+    for (; r < rows; r++)
+        weighted_rows(out + r * ldo, 1.0f, p + r * ATT_KEYS, v, seen[r], HD);
+}
+
+/* out[j] (HD) += sum over r < rows of p[r][j] * x[r] (ldx apart), for all ATT_KEYS keys that `keys`
+ * rounds up to */
+INLINE void add_transposed(float *out, const float *p, const float *x, size_t ldx, int rows,
+                           int keys, int HD)
+{
+    if (HD % NR == 0) {
+        for (int j = 0; j < keys; j += MR)
+            for (int d = 0; d < HD; d += NR)
+                rank1_tile(out + j * HD + d, (size_t)HD, p + j, 1, ATT_KEYS, x + d, ldx, rows);
+        return;
+    }
+    for (int j = 0; j < keys; j++)
+        for (int d = 0; d < HD; d += VL) {
+            const int part = HD - d < VL ? HD - d : VL;
+            vf sum = load_part(out + j * HD + d, part);
+            for (int r = 0; r < rows; r++)
+                sum += splat(p[r * ATT_KEYS + j]) * load_part(x + r * ldx + d, part);
+            store_part(out + j * HD + d, sum, part);
+        }
+}
+
 static void attention_forward_task(const void *arg, int task, char *scratch)
 {
     const struct att_args *a = arg;
@@ -636,16 +690,22 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
                 const float *q = a->qkv + (size_t)(s->begin + t0) * width + (size_t)head * HD;
                 dot_block(score, ATT_KEYS, q, width, rows, (const char *)kb, (size_t)HD * 4,
                           GLM_F32, keys, HD, 0);
+                float *out = a->out + ((size_t)(s->begin + t0) * NH + head) * HD;
+                int own[ATT_ROWS]; /* keys of this block that each row sees */
+                const size_t ldo = (size_t)NH * HD;
                 for (int r = 0; r < rows; r++) {
                     int n = last_visible(s, t0 + r) - j0;
-                    n = n < keys ? n : keys;
-                    if (n <= 0)
-                        continue;
+                    n = n < 0 ? 0 : n < keys ? n : keys;
+                    own[r] = n;
                     float *p = score + r * ATT_KEYS, m = top[r * BAND + h];
                     for (int j = 0; j < n; j++) {
                         p[j] *= scale;
                         m = p[j] > m || p[j] != p[j] ? p[j] : m;
                     }
+                    for (int j = n; j < keys; j++)
+                        p[j] = 0;
+                    if (n == 0)
+                        continue;
                     const float keep =
                         top[r * BAND + h] == -INFINITY ? 0 : expf(top[r * BAND + h] - m);
                     vf total = {0};
@@ -657,9 +717,11 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
                     }
                     top[r * BAND + h] = m;
                     sum[r * BAND + h] = sum[r * BAND + h] * keep + lane_sum(total);
-                    weighted_rows(a->out + ((size_t)(s->begin + t0 + r) * NH + head) * HD, keep, p,
-                                  vb, n, HD);
+                    if (keep != 1.0f)
+                        for (int d = 0; d < HD; d++)
+                            out[r * ldo + d] *= keep;
                 }
+                add_weighted(out, ldo, score, vb, rows, keys, HD, own);
             }
         }
         for (int r = 0; r < rows; r++)
@@ -685,9 +747,7 @@ static void attention_backward_segment(const struct att_args *a, const struct gl
     const int before = s->shared_count + s->past_count, seen = before + s->count;
     float *kb = (float *)scratch, *vb = kb + ATT_KEYS * HD, *dk = vb + ATT_KEYS * HD,
           *dv = dk + ATT_KEYS * HD;
-    float *p = dv + ATT_KEYS * HD, *dp = p + ATT_ROWS * ATT_KEYS,
-          *qd = dp + ATT_ROWS * ATT_KEYS; /* (ATT_ROWS) */
-    float *column = qd + ATT_ROWS;        /* (ATT_ROWS) */
+    float *p = dv + ATT_KEYS * HD, *dp = p + ATT_ROWS * ATT_KEYS;
     for (int t = 0; t < s->count; t++)
         memset(a->dqkv + (size_t)(s->begin + t) * width + (size_t)g * group * HD, 0,
                (size_t)group * HD * 4);
@@ -708,6 +768,7 @@ static void attention_backward_segment(const struct att_args *a, const struct gl
                 const float *q = a->qkv + (size_t)(s->begin + t0) * width + (size_t)head * HD;
                 const float *dout = a->dout + ((size_t)(s->begin + t0) * NH + head) * HD;
                 const size_t ldo = (size_t)NH * HD;
+                int own[ATT_ROWS];
                 dot_block(p, ATT_KEYS, q, width, rows, (const char *)kb, (size_t)HD * 4, GLM_F32,
                           keys, HD, 0);
                 dot_block(dp, ATT_KEYS, dout, ldo, rows, (const char *)vb, (size_t)HD * 4, GLM_F32,
@@ -717,6 +778,7 @@ static void attention_backward_segment(const struct att_args *a, const struct gl
                     const float D = dot_row(dout + r * ldo, a->out + at * HD, HD), lse = a->lse[at];
                     int n = last_visible(s, t0 + r) - j0;
                     n = n < 0 ? 0 : n < keys ? n : keys;
+                    own[r] = n;
                     for (int j = 0; j < keys; j += VL) {
                         const int part = keys - j < VL ? keys - j : VL;
                         const vf e = exp_vector(
@@ -726,36 +788,13 @@ static void attention_backward_segment(const struct att_args *a, const struct gl
                         store_part(p + r * ATT_KEYS + j, e, part);
                         store_part(dp + r * ATT_KEYS + j, d, part);
                     }
-                    for (int j = n; j < keys; j++)
+                    for (int j = n; j < ATT_KEYS; j++)
                         p[r * ATT_KEYS + j] = dp[r * ATT_KEYS + j] = 0;
-                    if (n)
-                        weighted_rows(a->dqkv + (size_t)(s->begin + t0 + r) * width +
-                                          (size_t)head * HD,
-                                      1.0f, dp + r * ATT_KEYS, kb, n, HD);
                 }
-                for (int j = 0; j < keys; j++) {
-                    for (int r = 0; r < rows; r++) {
-                        qd[r] = dp[r * ATT_KEYS + j];
-                        column[r] = p[r * ATT_KEYS + j];
-                    }
-                    for (int d0 = 0; d0 < HD; d0 += VL) {
-                        const int part = HD - d0 < VL ? HD - d0 : VL;
-                        vf k = load_part(dk + j * HD + d0, part),
-                           v = load_part(dv + j * HD + d0, part);
-                        if (part == VL)
-                            for (int r = 0; r < rows; r++) {
-                                k += splat(qd[r]) * load(q + r * width + d0);
-                                v += splat(column[r]) * load(dout + r * ldo + d0);
-                            }
-                        else
-                            for (int r = 0; r < rows; r++) {
-                                k += splat(qd[r]) * load_part(q + r * width + d0, part);
-                                v += splat(column[r]) * load_part(dout + r * ldo + d0, part);
-                            }
-                        store_part(dk + j * HD + d0, k, part);
-                        store_part(dv + j * HD + d0, v, part);
-                    }
-                }
+                add_weighted(a->dqkv + (size_t)(s->begin + t0) * width + (size_t)head * HD, width,
+                             dp, kb, rows, keys, HD, own);
+                add_transposed(dk, dp, q, width, rows, keys, HD);
+                add_transposed(dv, p, dout, ldo, rows, keys, HD);
             }
         }
         for (int j = 0; j < keys; j++) {
