@@ -45,7 +45,7 @@ def main():
     ops = Ops(name)
     print(f"{name}, {_core.get_num_threads()} threads")
     print(
-        f"{'N':>5} {'out':>6} {'in':>6} type {'forward':>9} {'dx':>7} {'dW':>7} {'numpy':>7} GFLOP/s"
+        f"{'N':>5} {'out':>6} {'in':>5}  type {'forward':>9} {'dx':>7} {'dW':>7} {'numpy':>7} GF/s"
     )
     rng = np.random.default_rng(0)
     for N, O, I, dtype in SHAPES:  # noqa: E741

@@ -19,10 +19,12 @@ from pathlib import Path
 
 # the labels of the fields: roots of hyponym trees (first sense listed in data.noun) and topic
 # domains
-MEDICAL_ROOTS = """disease disorder illness symptom injury medicine drug medical_procedure
-medical_science therapy surgery diagnosis infection pathogen virus bacteria hormone enzyme vaccine antibody tumor
-health_professional medical_practitioner body_part bodily_process bodily_function pathological_state
-medical_building medical_instrument physiological_condition protein body_fluid""".split()
+MEDICAL_ROOTS = """
+disease disorder illness symptom injury medicine drug medical_procedure medical_science therapy
+surgery diagnosis infection pathogen virus bacteria hormone enzyme vaccine antibody tumor
+health_professional medical_practitioner body_part bodily_process bodily_function
+pathological_state medical_building medical_instrument physiological_condition protein body_fluid
+""".split()
 MEDICAL_TOPICS = """medicine pathology anatomy physiology surgery psychiatry dentistry pharmacology
 immunology bacteriology virology neurology genetics biochemistry embryology histology oncology
 cardiology""".split()
