@@ -272,17 +272,19 @@ def _refuse_other_models(fields: dict[str, Any]) -> None:
         )
 
 
+def _family_in(name: str) -> str | None:
+    found = re.search(r"chatglm-?([23])|(glm-?4)", name.lower())
+    return (f"v{found[1]}" if found[1] else "g4") if found else None
+
+
 def detect_family(fields: dict[str, Any], directory: Path | None = None) -> str:
     """ "v2", "v3" or "g4". The configs of v2 and v3 are alike, so the name and the tokenizer decide
     between them.
     """
     _refuse_other_models({"model_type": "chatglm", **fields})
-    names = [str(fields.get("_name_or_path") or "")]
-    names += [directory.resolve().name] if directory else []
-    for name in names:
-        found = re.search(r"chatglm-?([23])|(glm-?4)", name.lower())
-        if found:
-            return f"v{found[1]}" if found[1] else "g4"
+    named = _family_in(str(fields.get("_name_or_path") or ""))
+    if named:
+        return named
     if fields.get("padded_vocab_size") == 151552:
         return "g4"
     if directory is not None:
@@ -292,6 +294,9 @@ def detect_family(fields: dict[str, Any], directory: Path | None = None) -> str:
             file = directory / name
             if file.is_file() and b"<|assistant|>" in file.read_bytes()[: 1 << 20]:
                 return "v3"
+        named = _family_in(directory.resolve().name)
+        if named:
+            return named
         if fields.get("rope_ratio", 1) != 1:
             warnings.warn(
                 f"{directory}: rope_ratio {fields['rope_ratio']} divides positions in ChatGLM2 "

@@ -256,6 +256,7 @@ class ChatGLMForConditionalGeneration:
         point.
         """
         self.config = config
+        self.name_or_path: str | None = None  # the directory it was loaded from
         self.core = _core.Model(config.arch(), self.backend)
         self.device = Device("cpu")
         self.training = False
@@ -778,6 +779,7 @@ class AutoModel:
             model = ChatGLMForConditionalGeneration(config, tensors)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
+        model.name_or_path = os.fspath(path)
         file = directory / "generation_config.json"
         if file.is_file():
             model.generation_config = generation.GenerationConfig.from_pretrained(directory, config)
