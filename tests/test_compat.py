@@ -1,0 +1,149 @@
+"""Stand-ins for transformers and peft, and notebooks run untouched."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import glmlora
+from glmlora import compat
+
+
+@pytest.fixture(autouse=True)
+def clean_modules(monkeypatch):
+    saved = {n: sys.modules.pop(n) for n in compat.STAND_INS if n in sys.modules}
+    yield
+    compat.uninstall()
+    sys.modules.update(saved)
+
+
+def notebook(path, *cells):
+    body = [
+        {"cell_type": "code", "source": textwrap.dedent(c).strip(), "metadata": {}, "outputs": []}
+        for c in cells
+    ]
+    path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": body}))
+    return path
+
+
+def test_names_come_from_glmlora():
+    compat.install()
+    compat.install()
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModel, AutoTokenizer, GenerationConfig
+
+    assert AutoModel is glmlora.AutoModel and PeftModel is glmlora.PeftModel
+    assert AutoTokenizer is glmlora.AutoTokenizer and LoraConfig is glmlora.LoraConfig
+    assert GenerationConfig is glmlora.GenerationConfig
+    with pytest.raises(ImportError):
+        from transformers import LlamaModel  # noqa: F401
+    compat.uninstall()
+    assert "peft" not in sys.modules
+
+
+def test_the_real_package_is_not_replaced(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", type(sys)("peft"))
+    with pytest.raises(RuntimeError, match="peft is imported already: restart"):
+        compat.install()
+
+
+def test_nothing_is_installed_by_import():
+    code = "import glmlora, glmlora.compat, sys; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_cells_share_a_namespace_and_show_values(tmp_path, capfd):
+    path = notebook(
+        tmp_path / "a.ipynb",
+        "x = 20",
+        "def f():\n    return x + 1\nf()",
+        "f();",
+        "%matplotlib inline\n!echo from the shell",
+        "%%time\ny = f() + 1",
+        "%%bash\necho $((1 + 2))",
+        "if True:\n    print(__name__, y, '50%')",
+    )
+    assert compat.run(path) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("21\nfrom the shell\nWall time:")
+    assert out.endswith("3\n__main__ 22 50%\n")
+    assert sys.modules["__main__"].__dict__.get("y") is None
+
+
+def test_an_error_names_cell_and_line(tmp_path, capfd):
+    path = notebook(tmp_path / "b.ipynb", "a = 1", "b = 2\nraise ValueError('wrong paper')", "c")
+    assert compat.run(path) == 1
+    err = capfd.readouterr().err
+    assert 'File "b.ipynb[cell 2]", line 2' in err and "wrong paper" in err
+    assert "raise ValueError('wrong paper')" in err and "compat.py" not in err
+
+
+@pytest.mark.parametrize(
+    "cell, words",
+    [
+        ("x = 1\n%timeit x", "cell 1, line 2: the magic %timeit is not supported"),
+        ("%%writefile a\nb", "the magic %%writefile"),
+        ("!exit 3", "ended with 3"),
+    ],
+)
+def test_what_cannot_run_is_refused(tmp_path, capfd, cell, words):
+    assert compat.run(notebook(tmp_path / "c.ipynb", cell)) == 1
+    assert words in capfd.readouterr().err
+
+
+def test_files_that_are_no_notebooks(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.ipynb"):
+        compat.run(tmp_path / "nothing.ipynb")
+    (tmp_path / "d.ipynb").write_text("{}")
+    with pytest.raises(ValueError, match="nbformat 4"):
+        compat.run(tmp_path / "d.ipynb")
+    (tmp_path / "e.ipynb").write_text("no json")
+    with pytest.raises(ValueError, match="e.ipynb"):
+        compat.run(tmp_path / "e.ipynb")
+
+
+def test_scripts(tmp_path, capfd):
+    script = tmp_path / "s.py"
+    script.write_text("import sys\nfrom peft import PeftModel\nprint(sys.argv[1:])\nsys.exit(4)\n")
+    assert compat.run(script, ["a", "b"]) == 4
+    assert capfd.readouterr().out == "['a', 'b']\n"
+    assert "peft" not in sys.modules
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset_info.json").write_text('{"p": {"file_name": "p.json"}}')
+    (tmp_path / "xfg_train.sh").write_text(
+        "python -c 'import sys, glmlora; print(sys.executable)' >> trained\nexit $STATUS\n"
+    )
+    return tmp_path
+
+
+def test_training_follows_the_cell_that_writes_the_data(folder, monkeypatch):
+    monkeypatch.setenv("STATUS", "0")
+    path = notebook(
+        folder / "n.ipynb",
+        "import os\nassert not os.path.exists('trained')",
+        "open('data/p.json', 'w').write('[1]')",
+        "assert os.path.exists('trained')\nopen('data/p.json', 'w').write('[1, 2]')",
+    )
+    assert compat.run(path) == 0
+    assert (folder / "trained").read_text() == sys.executable + "\n"
+
+
+def test_training_is_left_to_a_cell_that_starts_it(folder, monkeypatch):
+    monkeypatch.setenv("STATUS", "0")
+    path = notebook(folder / "n.ipynb", "open('data/p.json', 'w').close()", "!sh xfg_train.sh")
+    assert compat.run(path) == 0
+    assert len((folder / "trained").read_text().splitlines()) == 1
+
+
+def test_failed_training_stops_the_run(folder, monkeypatch, capfd):
+    monkeypatch.setenv("STATUS", "7")
+    path = notebook(folder / "n.ipynb", "open('data/p.json', 'w').close()", "open('late', 'w')")
+    assert compat.run(path) == 7
+    assert not (folder / "late").exists() and "ended with 7" in capfd.readouterr().err
