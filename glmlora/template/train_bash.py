@@ -1,3 +1,5 @@
+import sys
+
 from glmlora.cli import main
 
-raise SystemExit(main(["train"]))
+raise SystemExit(main(["train", *sys.argv[1:]]))

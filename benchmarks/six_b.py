@@ -1,0 +1,159 @@
+"""A checkpoint of ChatGLM2-6B's exact shapes with random weights: open it, chat, one LoRA step.
+
+    python benchmarks/six_b.py [--dir DIR] [--tokens 1800] [--keep]
+
+Writes 12.5 GB of float16 in 7 safetensors shards into DIR (default: a new temporary one), with
+glm-tiny's tokenizer beside them, measures each part in a process of its own, and deletes it all.
+Memory is anonymous memory (RssAnon): what a process needs beyond the mapped file.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+import glmlora
+from glmlora.checkpoint import Source, save_sharded
+from glmlora.project import tiny_directory
+
+CONFIG = dict(
+    _name_or_path="THUDM/chatglm2-6b",
+    num_layers=28,
+    hidden_size=4096,
+    ffn_hidden_size=13696,
+    kv_channels=128,
+    num_attention_heads=32,
+    multi_query_group_num=2,
+    padded_vocab_size=65024,
+    seq_length=32768,
+    torch_dtype="float16",
+)
+
+
+def make(directory):
+    """The checkpoint; matrices are cut from one random block at different places."""
+    config = json.loads((tiny_directory() / "config.json").read_text()) | CONFIG
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(tiny_directory() / name, directory / name)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    block = np.random.default_rng(0).normal(0, 0.02, 1 << 26).astype(np.float16)
+    C, F, QKV = 4096, 13696, 4608  # noqa: N806
+    shapes = {"transformer.embedding.word_embeddings.weight": (65024, C)}
+    for i in range(28):
+        layer = f"transformer.encoder.layers.{i}."
+        shapes |= {
+            layer + "input_layernorm.weight": (C,),
+            layer + "self_attention.query_key_value.weight": (QKV, C),
+            layer + "self_attention.query_key_value.bias": (QKV,),
+            layer + "self_attention.dense.weight": (C, C),
+            layer + "post_attention_layernorm.weight": (C,),
+            layer + "mlp.dense_h_to_4h.weight": (2 * F, C),
+            layer + "mlp.dense_4h_to_h.weight": (C, F),
+        }
+    shapes["transformer.encoder.final_layernorm.weight"] = (C,)
+    shapes["transformer.output_layer.weight"] = (65024, C)
+
+    def values(name, shape, place):
+        if len(shape) == 1:
+            return np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float16)
+        n = shape[0] * shape[1]
+        start = place % 9973
+        return np.resize(block[start:], n).reshape(shape)
+
+    sources = [
+        Source(name, "F16", shape, lambda n=name, s=shape, i=i: values(n, s, 131 * i))
+        for i, (name, shape) in enumerate(shapes.items())
+    ]
+    save_sharded(directory, sources, max_shard_size=1_900_000_000)
+
+
+class Peak(threading.Thread):
+    """Largest RssAnon of this process, in bytes, sampled every 20 ms."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.bytes = 0
+        self.start()
+
+    def run(self):
+        while True:
+            for line in open("/proc/self/status"):
+                if line.startswith("RssAnon"):
+                    self.bytes = max(self.bytes, int(line.split()[1]) * 1024)
+            time.sleep(0.02)
+
+
+def measure(part, directory, tokens):
+    peak = Peak()
+    start = time.perf_counter()
+    model = glmlora.AutoModel.from_pretrained(directory, trust_remote_code=True)
+    opened = time.perf_counter() - start
+    if part == "open":
+        return print(f"open: {opened:.2f} s")
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(directory)
+    if part == "chat":
+        stream = model.half().stream_chat(tokenizer, "你好", history=[], seed=1, max_length=64)
+        times = []
+        for _ in stream:
+            times.append(time.perf_counter())
+            if len(times) == 6:
+                break
+        rate = (len(times) - 1) / (times[-1] - times[0])
+        return print(f"chat: {len(times)} streamed, {rate:.2f} tokens/s, {peak.bytes / 1e9:.2f} GB")
+    config = glmlora.LoraConfig(
+        r=8, lora_alpha=32.0, lora_dropout=0.1, target_modules=["query_key_value"]
+    )
+    model = glmlora.get_peft_model(model, config)
+    rng = np.random.default_rng(1)
+    ids = rng.integers(3, 60000, (4, tokens // 4))
+    labels = np.full_like(ids, -100)
+    labels[:, -3:] = ids[:, -3:]
+    start = time.perf_counter()
+    loss = model.backward(input_ids=ids, attention_mask=np.ones_like(ids), labels=labels)
+    norm = glmlora.AdamW(model, lr=5e-5, max_grad_norm=1.0).step()
+    seconds = time.perf_counter() - start
+    print(
+        f"LoRA step, 4 rows of {tokens // 4} tokens: loss {loss:.3f}, norm {norm:.3f}, "
+        f"{seconds:.0f} s, {tokens / seconds:.1f} tokens/s, "
+        f"{peak.bytes / 1e9:.2f} GB beyond the mapped file"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir")
+    parser.add_argument("--tokens", type=int, default=1800)
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--part", choices=["open", "chat", "step"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        return measure(args.part, args.dir, args.tokens)
+    directory = Path(args.dir or tempfile.mkdtemp(prefix="six_b."))
+    directory.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(directory).free < 14 << 30:
+        sys.exit(
+            f"{directory}: 14 GiB are needed, {shutil.disk_usage(directory).free >> 30} are free"
+        )
+    try:
+        if not (directory / "config.json").exists():
+            start = time.perf_counter()
+            make(directory)
+            print(f"written in {time.perf_counter() - start:.0f} s")
+        for part in ("open", "open", "chat", "step"):
+            command = [sys.executable, __file__, "--part", part, "--dir", str(directory)]
+            subprocess.run([*command, "--tokens", str(args.tokens)], check=True, env=os.environ)
+    finally:
+        if not args.keep:
+            shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()
