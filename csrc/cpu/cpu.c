@@ -6,6 +6,10 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 enum { PARTIALS = 1024, FINDERS = 64, ELEMENTS = 1 << 14 };
 
 struct cpu {
@@ -488,8 +492,9 @@ static void cpu_destroy(struct glm_backend *be)
 static int runs_avx2(void)
 {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+    unsigned a, b, c, d;
+    const int f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C; /* clang's builtin lacks it */
+    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
     return 0;
 #endif
