@@ -338,8 +338,12 @@ def test_the_model_that_is_given_says_what_is_trained(tiny_model, tmp_path):
     assert "model.safetensors" in files(tmp_path / "c")
     with pytest.raises(ValueError, match="finetuning_type: the model has 'lora' in it, got 'full'"):
         run(peft, tmp_path / "d", tokenizer=tokenizer, finetuning_type="full")
+    alone = glmlora.AutoModel.from_pretrained(tiny_model)
+    run(alone, tmp_path / "e", max_steps=1)  # the tokenizer of the directory it came from
+    alone = glmlora.AutoModel.from_pretrained(tiny_model)
+    alone.name_or_path = None
     with pytest.raises(TypeError, match="tokenizer: needed"):
-        run(glmlora.AutoModel.from_pretrained(tiny_model), tmp_path / "e")
+        run(alone, tmp_path / "f")
 
 
 def test_checkpoint_dir_continues_or_merges(tiny_model, tmp_path):
