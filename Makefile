@@ -30,9 +30,11 @@ bench: all
 # address and undefined-behaviour sanitizers; leaks are counted by tests/test_leaks.py (the interpreter has its own)
 sanitize: all
 	GLMLORA_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	cd build/sanitize/lib && \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1 GLMLORA_SANITIZED=1 \
-	PYTHONPATH=build/sanitize/lib $(BIN)/python -m pytest
+	PYTHONPATH=$(CURDIR)/build/sanitize/lib $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml \
+	--rootdir $(CURDIR) $(CURDIR)/tests
 
 # the core compiles elsewhere: aarch64 (generic path) and clang, where those compilers are installed
 CORE = $(filter-out csrc/python/% %_avx2.c %_avx512.c,$(wildcard csrc/*.c csrc/*/*.c))

@@ -1,12 +1,18 @@
 """Paths that tests share. The shared folder holds the golden data and real papers; it is not
 part of the project."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from glmlora import _core
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+if os.environ.get("GLMLORA_SANITIZED") and "sanitize" not in _core.__file__:
+    raise RuntimeError(f"{_core.__file__} is tested in place of the sanitized build")
 
 
 @pytest.fixture
