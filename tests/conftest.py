@@ -2,6 +2,7 @@
 part of the project."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ SHARED = ROOT.parent / "shared"
 
 if os.environ.get("GLMLORA_SANITIZED") and "sanitize" not in _core.__file__:
     raise RuntimeError(f"{_core.__file__} is tested in place of the sanitized build")
+
+# A job started in the background ignores Ctrl-C, and so would the tests of it and their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
