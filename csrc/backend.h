@@ -48,15 +48,22 @@ struct glm_dropout {
 };
 
 /* name: every entry of struct glm_ops, for tests and checks */
-#define GLM_OPS(X)                                                                            \
-    X(embedding_forward)                                                                      \
-    X(embedding_backward) X(rmsnorm_forward) X(rmsnorm_backward) X(linear_forward)            \
-        X(linear_backward_input) X(linear_backward_weight) X(rope_forward) X(rope_backward)   \
-            X(attention_forward) X(attention_backward) X(kv_append) X(prefix_forward)         \
-                X(prefix_backward) X(swiglu_forward) X(swiglu_backward) X(tanh_forward)       \
-                    X(tanh_backward) X(dropout_forward) X(dropout_backward) X(gather_forward) \
-                        X(gather_backward) X(cross_entropy_forward) X(cross_entropy_backward) \
-                            X(add) X(sum_squares) X(first_nonfinite) X(adamw) X(merge) X(convert)
+/* clang-format off */
+#define GLM_OPS(X) \
+    X(embedding_forward) X(embedding_backward) \
+    X(rmsnorm_forward) X(rmsnorm_backward) \
+    X(linear_forward) X(linear_backward_input) X(linear_backward_weight) \
+    X(rope_forward) X(rope_backward) \
+    X(attention_forward) X(attention_backward) \
+    X(kv_append) \
+    X(prefix_forward) X(prefix_backward) \
+    X(swiglu_forward) X(swiglu_backward) \
+    X(tanh_forward) X(tanh_backward) \
+    X(dropout_forward) X(dropout_backward) \
+    X(gather_forward) X(gather_backward) \
+    X(cross_entropy_forward) X(cross_entropy_backward) \
+    X(add) X(sum_squares) X(first_nonfinite) X(adamw) X(merge) X(convert)
+/* clang-format on */
 
 struct glm_ops {
     /* out[n] = weight[ids[n]]        out (N, C)  weight (V, C)  ids (N)
