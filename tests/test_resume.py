@@ -13,6 +13,7 @@ import pytest
 from training import adapter, losses, model_dir, records, run
 
 import glmlora
+from glmlora import _core
 
 TESTS = Path(__file__).resolve().parent
 # Kills itself with the signal at the step; which micro-batch is running does not matter to -9.
@@ -36,7 +37,7 @@ def tiny_model(tmp_path_factory):
 def child_code(model, out, step, signal_number, **settings):
     return CHILD.format(
         tests=str(TESTS),
-        root=str(TESTS.parent),
+        root=str(Path(_core.__file__).resolve().parent.parent),  # the build under test
         step=step,
         signal=int(signal_number),
         model=model,
