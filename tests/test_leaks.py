@@ -42,13 +42,15 @@ def fail():
         else:
             sys.exit("no error")
 
-work, times = {"chat": (chat, 2000), "reopen": (reopen, 60), "fail": (fail, 300)}[sys.argv[1]]
-for _ in range(max(20, times // 10)):
-    work()
-before = anonymous()
-for _ in range(times):
-    work()
-print(anonymous() - before)
+work, times = {"chat": (chat, 2000), "reopen": (reopen, 300), "fail": (fail, 300)}[sys.argv[1]]
+samples = []
+for _ in range(12):
+    for _ in range(times // 10):
+        work()
+    samples.append(anonymous())
+# two rounds shape the allocator's heap, which then breathes by a megabyte;
+# a leak lifts the mean of the last five rounds
+print((sum(samples[7:]) - sum(samples[2:7])) // 5)
 """
 
 
@@ -62,4 +64,4 @@ def test_memory_does_not_grow(work):
         [sys.executable, "-c", CHILD, work], env=env, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 4096, f"{result.stdout.strip()} KiB more after the loop"
+    assert int(result.stdout) < 2048, f"{result.stdout.strip()} KiB more after the loop"
