@@ -62,7 +62,7 @@ struct glm_dropout {
     X(dropout_forward) X(dropout_backward) \
     X(gather_forward) X(gather_backward) \
     X(cross_entropy_forward) X(cross_entropy_backward) \
-    X(add) X(sum_squares) X(first_nonfinite) X(adamw) X(merge) X(convert)
+    X(add) X(sum_squares) X(first_nonfinite) X(adamw) X(merge) X(convert) X(quantize)
 /* clang-format on */
 
 struct glm_ops {
@@ -180,6 +180,15 @@ struct glm_ops {
      * not in place */
     void (*convert)(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,
                     enum glm_dtype inp_dtype, size_t n);
+    /* Integers `data` and float16 `scale` (struct glm_mat) of a float matrix inp (rows, cols).
+     * group 0: THUDM's, every operation rounded to float16: scale = max|w| / q, q = 127 or 7,
+     *   integer = round to even(w / scale); a row of zeros gets scale 0 and integers 0
+     * group > 0, GLM_I4: integers in -8 .. 7; of the scales m / -(8 + j / 10), j = -9 .. 9, m the
+     *   element of largest magnitude, and what least squares makes of each, the one of smallest
+     *   squared error. A row (group) with an element that is not finite, or that float16 cannot
+     *   hold, gets a scale that is not finite. */
+    void (*quantize)(void *cx, void *data, uint16_t *scale, enum glm_dtype dtype, int group,
+                     const void *inp, enum glm_dtype inp_dtype, int rows, int cols);
 };
 
 struct glm_backend {

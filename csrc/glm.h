@@ -46,11 +46,10 @@ int glm_model_weight(struct glm_model *m, int i, struct glm_weight_info *info);
 /* -1 when there is none of this name. */
 int glm_model_find(struct glm_model *m, const char *name);
 
-/* data stays with the caller, alive until the weight is bound again or the model is freed; vectors
- * are copied. */
-glm_status glm_model_bind(struct glm_model *m, const char *name, const void *data,
-                          enum glm_dtype dtype, int rank, int rows, int cols,
-                          struct glm_error *err);
+/* data and scale stay with the caller, alive until the weight is bound again or the model is freed;
+ * vectors are copied. */
+glm_status glm_model_bind(struct glm_model *m, const char *name, const struct glm_mat *mat,
+                          int rank, struct glm_error *err);
 /* A (R, in), B (out, R), real of the backend, copied. */
 glm_status glm_model_add_lora(struct glm_model *m, const char *module, const void *A, int A_rows,
                               int A_cols, const void *B, int B_rows, int B_cols, double scale,

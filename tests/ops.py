@@ -16,8 +16,9 @@ import numpy as np
 
 from glmlora import _core
 
-F32, F16, BF16, F64 = range(4)  # enum glm_dtype
+F32, F16, BF16, F64, I8, I4 = range(6)  # enum glm_dtype
 STORED = {F32: np.float32, F16: np.float16, BF16: np.uint16, F64: np.float64}
+STORED |= {I8: np.int8, I4: np.int8}
 
 
 class Segment(ctypes.Structure):
@@ -30,7 +31,14 @@ class Segment(ctypes.Structure):
 
 
 class _Mat(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("dtype", c_int), ("rows", c_int), ("cols", c_int)]
+    _fields_ = [
+        ("data", c_void_p),
+        ("dtype", c_int),
+        ("rows", c_int),
+        ("cols", c_int),
+        ("scale", c_void_p),
+        ("group", c_int),
+    ]
 
 
 class _KV(ctypes.Structure):
@@ -67,10 +75,16 @@ def _address(array: np.ndarray | None, dtype: Any, what: str) -> int | None:
 class Mat:
     """struct glm_mat over a 2-d array; bfloat16 is uint16, which is why the dtype is said."""
 
-    def __init__(self, array: np.ndarray, dtype: int) -> None:
-        self.array = array
+    def __init__(
+        self, array: np.ndarray, dtype: int, scale: np.ndarray | None = None, group: int = 0
+    ) -> None:
+        self.array, self.scale = array, scale
         rows, cols = array.shape
-        self.struct = _Mat(_address(array, STORED[dtype], "weight"), dtype, rows, cols)
+        data, scales = (
+            _address(array, STORED[dtype], "weight"),
+            _address(scale, np.float16, "scale"),
+        )
+        self.struct = _Mat(data, dtype, rows, 2 * cols if dtype == I4 else cols, scales, group)
 
 
 class Dropout:
@@ -114,6 +128,23 @@ def stored(x: np.ndarray, dtype: int) -> np.ndarray:
     return float_to_bf16(x) if dtype == BF16 else np.ascontiguousarray(x, STORED[dtype])
 
 
+def unpacked(array: np.ndarray, dtype: int) -> np.ndarray:
+    """The integers of an I8 or I4 array (rows, cols), float64; independent of the C core."""
+    if dtype == I8:
+        return array.astype(np.float64)
+    both = array.astype(np.int64)  # two's complement in each nibble, the even column high
+    nibbles = np.stack([both >> 4 & 15, both & 15], axis=-1).reshape(len(array), -1)
+    return np.where(nibbles < 8, nibbles, nibbles - 16).astype(np.float64)
+
+
+def dequantized(array: np.ndarray, dtype: int, scale: np.ndarray, group: int) -> np.ndarray:
+    """Integers times scales, float64."""
+    integers = unpacked(array, dtype)
+    if not group:
+        return integers * scale.astype(np.float64)[:, None]
+    return integers * np.repeat(scale.astype(np.float64), group, 1)[:, : integers.shape[1]]
+
+
 def unstored(x: np.ndarray, dtype: int) -> np.ndarray:
     """The float64 values of an array of a stored dtype."""
     return (bf16_to_float(x) if dtype == BF16 else x).astype(np.float64)
@@ -153,6 +184,7 @@ SIGNATURES = {
     "adamw": "rrrrzdddddid",
     "merge": "xirriiid",
     "convert": "xixiz",
+    "quantize": "xxiixiii",
 }
 _TYPES = {
     "i": c_int,

@@ -22,6 +22,8 @@ from ops import (
     F16,
     F32,
     F64,
+    I4,
+    I8,
     SIGNATURES,
     STORED,
     Dropout,
@@ -31,6 +33,7 @@ from ops import (
     Segment,
     backends,
     bf16_to_float,
+    dequantized,
     float_to_bf16,
     stored,
     unstored,
@@ -42,6 +45,22 @@ EPS = 2.0**-23
 REF = Ops("ref_f64")
 TESTED = ["ref_f32", *backends()]
 DTYPES = {"F32": F32, "F16": F16, "BF16": BF16, "F64": F64}
+QUANTIZED = {"I8": (I8, 0), "I4": (I4, 0), "I4 by 32": (I4, 32), "I4 by 96": (I4, 96)}  # and group
+
+
+def quantized(rng: np.random.Generator, rows: int, cols: int, kind: str) -> tuple[Mat, np.ndarray]:
+    """Any integers and scales, -128 and -8 too, and their values."""
+    dtype, group = QUANTIZED[kind]
+    array = rng.integers(-128, 128, (rows, cols // 2 if dtype == I4 else cols)).astype(np.int8)
+    shape = (rows, -(-cols // group)) if group else (rows,)
+    scale = rng.uniform(0.001, 0.02, shape).astype(np.float16)
+    return Mat(array, dtype, scale, group), dequantized(array, dtype, scale, group)
+
+
+def usable(kind: str, cols: int) -> bool:
+    """Two 4-bit columns share a byte."""
+    return not kind.startswith("I4") or cols % 2 == 0
+
 
 every_backend = pytest.mark.parametrize("backend", TESTED)
 
@@ -370,6 +389,8 @@ class Maker:
 
     def weight(self, rows: int, cols: int, dtype: str) -> tuple[Mat, np.ndarray]:
         """A stored matrix and its values in double."""
+        if dtype in QUANTIZED:
+            return quantized(self.rng, rows, cols, dtype)
         array = stored(self.rng.normal(size=(rows, cols)).astype(np.float32), DTYPES[dtype])
         return Mat(array, DTYPES[dtype]), unstored(array, DTYPES[dtype])
 
@@ -408,6 +429,22 @@ def linear_forward(
     size = size + add * np.abs(out)
     m.ops.linear_forward(out, x, W, b, N, scale, add)
     return {"out": (out, sum_error(I, size))}
+
+
+def quantize(m: Maker, rows: int, cols: int, kind: str, inp_dtype: str, size: float):
+    """Row-wise: the reference's bits. In groups: as small an error, and integers that fit it."""
+    dtype, group = QUANTIZED[kind]
+    w = stored(m.rng.normal(size=(rows, cols)).astype(np.float32) * size, DTYPES[inp_dtype])
+    if rows > 2:
+        w[1], w[2, : cols // 2] = 0, 0
+    data = np.zeros((rows, cols // 2 if dtype == I4 else cols), np.int8)
+    scale = np.zeros((rows, -(-cols // group)) if group else rows, np.float16)
+    m.ops.quantize(data, scale, dtype, group, w, DTYPES[inp_dtype], rows, cols)
+    if not group:
+        return {"data": (data, 0), "scale": (scale, 0)}
+    value, back = unstored(w, DTYPES[inp_dtype]), dequantized(data, dtype, scale, group)
+    error = np.add.reduceat((value - back) ** 2, range(0, cols, group), axis=1)
+    return {"error": (error, 5e-3 * error + 1e-30)}  # a quotient near .5 may go either way
 
 
 def linear_backward_input(m: Maker, N: int, O: int, I: int, dtype: str, scale: float, add: int):
@@ -699,17 +736,29 @@ def linear_cases() -> list[tuple[Any, ...]]:
     # one row and many, both sides of 1024 inputs, and shapes past any register or cache block
     shapes += [(1, 1, 1), (1, 100, 1025), (1, 33, 2500), (9, 17, 2500), (70, 33, 1025)]
     shapes += [(33, 1025, 31), (3, 2500, 9), (131, 67, 130), (1, 1030, 1030)]
-    shapes += [(0, 5, 7), (600, 5, 9)]
+    shapes += [(0, 5, 7), (600, 5, 9), (2, 6, 8300), (5, 9, 1060), (1, 7, 62), (4, 3, 98)]
     cases: list[tuple[Any, ...]] = []
     for at, (N, O, I) in enumerate(shapes):
-        for step, dtype in enumerate(DTYPES):
-            if max(N, O, I) > 2000 and step % 2 != at % 2:
+        for step, dtype in enumerate([*DTYPES, *QUANTIZED]):
+            if not usable(dtype, I) or (max(N, O, I) > 2000 and step % 2 != at % 2):
                 continue
             scale, accumulate = (1.0, 0.5)[(at + step) % 2], (at // 2 + step) % 2
             cases.append((linear_forward, N, O, I, dtype, at % 3 > 0, scale, accumulate))
             cases.append((linear_backward_input, N, O, I, dtype, scale, accumulate))
         cases.append((linear_backward_weight, N, O, I, 0.5, at % 4 < 3, at % 4 != 2))
     return cases
+
+
+def quantize_cases() -> list[tuple[Any, ...]]:
+    shapes = [(1, 2), (3, 8), (5, 64), (4, 98), (7, 130), (3, 4100), (2, 8300)]
+    return [
+        (quantize, rows, cols, kind, dtype, size)
+        for rows, cols in shapes
+        for kind in QUANTIZED
+        for dtype in ("F16", "BF16", "F32")
+        for size in (0.02, 300.0, 1e-6)
+        if size > 1e-3 or not QUANTIZED[kind][1]
+    ]
 
 
 ROWS = [(1, 1), (1, 7), (3, 8), (2, 31), (17, 33), (1, 64), (5, 255), (100, 100), (3, 1025), (0, 9)]
@@ -805,7 +854,9 @@ LARGE: list[tuple[Any, ...]] = [
 @lru_cache
 def cases_by_op() -> dict[str, list[tuple[int, tuple[Any, ...]]]]:
     grouped: dict[str, list[tuple[int, tuple[Any, ...]]]] = {}
-    for seed, case in enumerate(linear_cases() + attention_cases() + small_cases() + LARGE):
+    for seed, case in enumerate(
+        linear_cases() + attention_cases() + small_cases() + quantize_cases() + LARGE
+    ):
         grouped.setdefault(case[0].__name__, []).append((seed, case))
     return grouped
 
@@ -930,6 +981,41 @@ def same_bits(a: np.ndarray, b: np.ndarray, what: str) -> None:
 
 
 PARTS = [(0, 1), (5, 6), (39, 40), (3, 7), (8, 25), (1, 40)]  # of 40 rows
+
+
+@every_backend
+@pytest.mark.parametrize("kind", list(QUANTIZED))
+def test_a_row_over_a_quantized_weight_has_the_same_bits_in_any_batch(
+    backend: str, kind: str
+) -> None:
+    ops, rng = ops_of(backend), np.random.default_rng(9)
+    for O, I in ((9, 34), (130, 1060), (5, 8300)):
+        W, _ = quantized(rng, O, I, kind)
+        x, dout = (rng.normal(size=(40, n)).astype(ops.real) for n in (I, O))
+        out, dinp = np.empty((40, O), ops.real), np.empty((40, I), ops.real)
+        ops.linear_forward(out, x, W, None, 40, 1.0, 0)
+        ops.linear_backward_input(dinp, dout, W, 40, 1.0, 0)
+        for a, b in ((0, 1), (7, 9), (3, 6), (20, 24), (5, 38)):
+            part, dpart = np.empty((b - a, O), ops.real), np.empty((b - a, I), ops.real)
+            ops.linear_forward(part, x[a:b].copy(), W, None, b - a, 1.0, 0)
+            ops.linear_backward_input(dpart, dout[a:b].copy(), W, b - a, 1.0, 0)
+            same_bits(part, out[a:b], f"linear_forward O={O} I={I} rows {a}:{b} of 40")
+            same_bits(dpart, dinp[a:b], f"linear_backward_input O={O} I={I} rows {a}:{b} of 40")
+
+
+@every_backend
+@pytest.mark.parametrize("kind", list(QUANTIZED))
+def test_weights_that_are_not_finite_get_such_a_scale(backend: str, kind: str) -> None:
+    dtype, group = QUANTIZED[kind]
+    w = np.ones((4, 98), np.float32)
+    w[1, 97], w[2, 0], w[3, 40] = np.nan, -np.inf, 1e30
+    data = np.zeros((4, 49 if dtype == I4 else 98), np.int8)
+    scale = np.zeros((4, -(-98 // group)) if group else 4, np.float16)
+    ops_of(backend).quantize(data, scale, dtype, group, w, F32, 4, 98)
+    finite = np.isfinite(scale) if group else np.isfinite(scale)[:, None]
+    assert finite[0].all() and not finite[1:].all(1).any()
+    if group:  # only the group that holds it
+        assert finite[1:].sum() == 3 * (scale.shape[1] - 1)
 
 
 @every_backend

@@ -58,7 +58,7 @@ static void embedding_task(const void *arg, int task, char *scratch)
     for (int n = task * e->rows; n < e->N && n < (task + 1) * e->rows; n++)
         e->cpu->k->load_row(e->out + (size_t)n * C,
                             (const char *)e->weight->data +
-                                (size_t)e->ids[n] * C * glm_dtype_size(e->weight->dtype),
+                                glm_bytes(e->weight->dtype, (size_t)e->ids[n] * C),
                             e->weight->dtype, C);
 }
 
@@ -165,7 +165,8 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
 
 static void run_gemm(struct cpu *cpu, const struct gemm_args *g)
 {
-    glm_pool_run(cpu->pool, ceil_div((size_t)g->M, GEMM_ROWS) * ceil_div((size_t)g->N, GEMM_COLS),
+    glm_pool_run(cpu->pool,
+                 ceil_div((size_t)g->M, GEMM_ROWS) * ceil_div((size_t)g->b->cols, GEMM_COLS),
                  cpu->k->gemm, g);
 }
 
@@ -177,11 +178,8 @@ static void linear_backward_input(void *cx, void *dinp, const void *dout,
         .a = dout,
         .am = (size_t)weight->rows,
         .ak = 1,
-        .b = weight->data,
-        .b_dtype = weight->dtype,
+        .b = weight,
         .M = N,
-        .N = weight->cols,
-        .K = weight->rows,
         .accumulate = accumulate,
         .scale = (float)scale,
     };
@@ -208,16 +206,14 @@ static void linear_backward_weight(void *cx, void *dweight, void *dbias, const v
 {
     struct cpu *cpu = cx;
     if (dweight) {
+        const struct glm_mat b = {.data = inp, .dtype = GLM_F32, .rows = N, .cols = I};
         const struct gemm_args g = {
             .c = dweight,
             .a = dout,
             .am = 1,
             .ak = (size_t)O,
-            .b = inp,
-            .b_dtype = GLM_F32,
+            .b = &b,
             .M = O,
-            .N = I,
-            .K = N,
             .accumulate = 1,
             .scale = (float)scale,
         };
@@ -439,6 +435,15 @@ static void convert(void *cx, void *out, enum glm_dtype out_dtype, const void *i
     struct cpu *cpu = cx;
     struct flat_args f = {.p = {out}, .q = {inp}, .n = n, .from = inp_dtype, .to = out_dtype};
     run_flat(cpu, cpu->k->convert, &f);
+}
+
+static void quantize(void *cx, void *data, uint16_t *scale, enum glm_dtype dtype, int group,
+                     const void *inp, enum glm_dtype inp_dtype, int rows, int cols)
+{
+    struct cpu *cpu = cx;
+    const struct quantize_args a = {
+        data, scale, inp, dtype, inp_dtype, group, rows, cols, rows_for((size_t)cols * 8)};
+    glm_pool_run(cpu->pool, ceil_div((size_t)rows, (size_t)a.rows_a_task), cpu->k->quantize, &a);
 }
 
 static const struct glm_ops cpu_ops = {

@@ -9,9 +9,10 @@
 /* Tiles of the matrix products. Reductions are cut in fixed blocks that do not depend on N, so that
  * an element has the same bits whatever batch it is in. */
 enum {
-    NT_ROWS = 64,    /* tile of linear_forward: rows of inp .. */
-    NT_COLS = 32,    /* .. times rows of W; */
-    NT_BLOCK = 1024, /* its reduction is summed in blocks of this many features */
+    NT_ROWS = 96,    /* tile of linear_forward: rows of inp .. */
+    NT_COLS = 128,   /* .. times rows of W; */
+    NT_BLOCK = 512,  /* its reduction is summed in blocks of this many features */
+    NT_WIDTH = 8192, /* features that are packed at once where rows are few */
     GEMM_ROWS = 96,  /* tile of the backward products: rows .. */
     GEMM_COLS = 128, /* .. times columns */
     GEMM_BLOCK = 256,
@@ -29,15 +30,21 @@ struct nt_args { /* out = scale * inp W^T + bias (+ out) */
     float scale;
 };
 
-struct gemm_args { /* C (M, N) = scale * A B (+ C);  a(m, k) = A[m * am + k * ak],  B row k at b + k
-                    * N */
+struct gemm_args { /* C (M, N) = scale * A B (+ C);  a(m, k) = A[m * am + k * ak],  B (K, N) */
     float *c;
     const float *a;
     size_t am, ak;
-    const void *b;
-    enum glm_dtype b_dtype;
-    int M, N, K, accumulate;
+    const struct glm_mat *b;
+    int M, accumulate;
     float scale;
+};
+
+struct quantize_args {
+    uint8_t *data;
+    uint16_t *scale;
+    const void *inp;
+    enum glm_dtype dtype, inp_dtype;
+    int group, rows, cols, rows_a_task;
 };
 
 struct row_args { /* whatever goes row by row */
@@ -89,7 +96,8 @@ struct glm_cpu_kernels {
     glm_task rope, attention_forward, attention_backward;
     glm_task swiglu_forward, swiglu_backward, dropout_forward, dropout_backward;
     glm_task cross_entropy_forward, cross_entropy_backward;
-    glm_task add, sum_squares, adamw, tanh_forward, tanh_backward, convert, merge, nonfinite;
+    glm_task add, sum_squares, adamw, tanh_forward, tanh_backward, convert, merge, nonfinite,
+        quantize;
     void (*load_row)(float *out, const void *row, enum glm_dtype dtype,
                      int n); /* n elements as float */
 };

@@ -54,6 +54,28 @@ INLINE v4 sum4(vf a, vf b, vf c, vf d)
 #define SUM4 sum4
 #endif
 
+/* Pairs a0 a1 .. b0 b1 ..: their even and odd elements, and back again. */
+#if VL == 4
+#define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
+#define ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7)
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#elif VL == 8
+#define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
+#define ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define EVEN(a, b) \
+    __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define ODD(a, b) \
+    __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#define LOW(a, b) \
+    __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH(a, b) \
+    __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#endif
+
 /* ---- number types */
 
 INLINE float half_to_float(uint16_t h)
@@ -121,6 +143,12 @@ INLINE float load_one(const void *p, enum glm_dtype dtype, size_t i)
         return half_to_float(((const uint16_t *)p)[i]);
     case GLM_BF16:
         return bfloat_to_float(((const uint16_t *)p)[i]);
+    case GLM_I8:
+        return ((const int8_t *)p)[i];
+    case GLM_I4: {
+        const uint8_t both = ((const uint8_t *)p)[i / 2];
+        return (float)((int8_t)(i % 2 ? both << 4 : both & 0xf0) / 16);
+    }
     default:
         return (float)((const double *)p)[i];
     }
@@ -178,7 +206,7 @@ static void convert_task(const void *arg, int task, char *scratch)
         return;
     }
     if (f->from == f->to) { /* bits stay, NaN payloads included */
-        const size_t size = glm_dtype_size(f->from);
+        const size_t size = glm_bytes(f->from, 1);
         memcpy((char *)f->p[0] + begin * size, (const char *)f->q[0] + begin * size,
                (end - begin) * size);
         return;
@@ -216,7 +244,7 @@ static void merge_task(const void *arg, int task, char *scratch)
     const struct merge_args *m = arg;
     float *row = (float *)scratch;
     enum { WIDTH = 4096 };
-    const size_t size = glm_dtype_size(m->dtype);
+    const size_t size = glm_bytes(m->dtype, 1);
     for (int o = task * m->rows; o < m->O && o < (task + 1) * m->rows; o++)
         for (int begin = 0; begin < m->I; begin += WIDTH) {
             const int n = m->I - begin < WIDTH ? m->I - begin : WIDTH;
@@ -242,8 +270,140 @@ static void merge_task(const void *arg, int task, char *scratch)
         }
 }
 
-/* ---- linear_forward: both operands are contiguous along the reduction, so vectors run along it
- * (no packing) */
+/* ---- quantisation: what the integers and scales mean stands in tensor.h */
+
+/* x rounded to 11 significant bits, as float16 has them where it is normal: quotients below its
+ * normal range round to integer 0 anyway */
+INLINE float round_to_half(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = (bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* nearest integer, ties to even, of |x| < 2^22; no call of a library in the loop */
+INLINE float nearest(float x) { return x + 12582912.0f - 12582912.0f; }
+
+INLINE void store_integers(uint8_t *to, const float *q, int n, enum glm_dtype dtype)
+{
+    if (dtype == GLM_I8)
+        for (int i = 0; i < n; i++)
+            to[i] = (uint8_t)(int8_t)q[i];
+    else
+        for (int i = 0; i < n / 2; i++)
+            to[i] = (uint8_t)((uint32_t)(int)q[2 * i] << 4 | ((uint32_t)(int)q[2 * i + 1] & 15));
+}
+
+enum { QUANTIZE_WIDTH = 4096 }; /* elements that are widened at a time */
+
+/* Elements from `begin` on of the row at `from` as floats; `rounded` to float16. 1: all finite */
+INLINE int load_weights(float *w, const char *from, enum glm_dtype dtype, int n, int rounded)
+{
+    uint32_t bad = 0;
+    load_row(w, from, dtype, n);
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        if (rounded && dtype != GLM_F16)
+            w[i] = half_to_float(float_to_half(w[i]));
+        memcpy(&bits, w + i, 4);
+        bad |= (bits & 0x7f800000u) == 0x7f800000u;
+    }
+    return !bad;
+}
+
+static uint16_t quantize_row(const struct quantize_args *a, uint8_t *to, const char *from, float *w)
+{
+    const float levels = a->dtype == GLM_I8 ? 127.0f : 7.0f;
+    float top = 0;
+    int finite = 1;
+    for (int k = 0; k < a->cols; k += QUANTIZE_WIDTH) {
+        const int n = a->cols - k < QUANTIZE_WIDTH ? a->cols - k : QUANTIZE_WIDTH;
+        finite &= load_weights(w, from + glm_bytes(a->inp_dtype, (size_t)k), a->inp_dtype, n, 1);
+        for (int i = 0; i < n; i++)
+            top = fabsf(w[i]) > top ? fabsf(w[i]) : top;
+    }
+    const uint16_t scale = finite ? float_to_half(top / levels) : 0x7c00;
+    const float s = half_to_float(scale);
+    for (int k = 0; k < a->cols; k += QUANTIZE_WIDTH) {
+        const int n = a->cols - k < QUANTIZE_WIDTH ? a->cols - k : QUANTIZE_WIDTH;
+        load_weights(w, from + glm_bytes(a->inp_dtype, (size_t)k), a->inp_dtype, n, 1);
+        for (int i = 0; i < n; i++) {
+            float x = s > 0 && finite ? nearest(round_to_half(w[i] / s)) : 0;
+            x = x < -levels ? -levels : x; /* a scale that float16 rounds down to few bits */
+            w[i] = x > levels ? levels : x;
+        }
+        store_integers(to + glm_bytes(a->dtype, (size_t)k), w, n, a->dtype);
+    }
+    return scale;
+}
+
+/* Integers of n values by a scale, -8 to 7. */
+INLINE void divide(float *q, const float *w, int n, float inverse)
+{
+    for (int i = 0; i < n; i++) {
+        const float x = nearest(w[i] * inverse);
+        q[i] = x < -8 ? -8 : x > 7 ? 7 : x;
+    }
+}
+
+/* w: n finite values; q: their integers. Returns the scale's bits. */
+INLINE uint16_t quantize_group(float *q, const float *w, int n)
+{
+    float top = 0, least = INFINITY;
+    for (int i = 0; i < n; i++)
+        top = fabsf(w[i]) > fabsf(top) ? w[i] : top;
+    uint16_t best = top != 0 ? 0x7c00 : 0; /* infinite where float16 holds none of the scales */
+    for (int j = -9; j <= 9 && top != 0; j++) {
+        float wq = 0, qq = 0, error = 0;
+        divide(q, w, n, -(8.0f + 0.1f * (float)j) / top);
+        for (int i = 0; i < n; i++) {
+            wq += w[i] * q[i];
+            qq += q[i] * q[i];
+        }
+        const uint16_t scale = float_to_half(wq / qq);
+        const float s = half_to_float(scale);
+        divide(q, w, n, s > 0 || s < 0 ? 1.0f / s : 0);
+        for (int i = 0; i < n; i++)
+            error += (w[i] - s * q[i]) * (w[i] - s * q[i]);
+        if (error < least) {
+            least = error;
+            best = scale;
+        }
+    }
+    const float s = half_to_float(best);
+    divide(q, w, n, s > 0 || s < 0 ? 1.0f / s : 0);
+    return best;
+}
+
+static void quantize_task(const void *arg, int task, char *scratch)
+{
+    const struct quantize_args *a = arg;
+    const int per_row = a->group ? (a->cols + a->group - 1) / a->group : 1;
+    float *w = (float *)scratch, *q = w + QUANTIZE_WIDTH;
+    for (int r = task * a->rows_a_task; r < a->rows && r < (task + 1) * a->rows_a_task; r++)
+        for (int g = 0; g < per_row; g++) {
+            const size_t begin = (size_t)r * a->cols + (size_t)g * a->group;
+            const char *from = (const char *)a->inp + glm_bytes(a->inp_dtype, begin);
+            uint8_t *to = a->data + glm_bytes(a->dtype, begin);
+            uint16_t *scale = a->scale + (size_t)r * per_row + g;
+            if (!a->group) {
+                *scale = quantize_row(a, to, from, w);
+                continue;
+            }
+            const int left = a->cols - g * a->group, n = left < a->group ? left : a->group;
+            if (!load_weights(w, from, a->inp_dtype, n, 0)) {
+                memset(q, 0, (size_t)n * 4);
+                *scale = 0x7c00;
+            } else {
+                *scale = quantize_group(q, w, n);
+            }
+            store_integers(to, q, n, a->dtype);
+        }
+}
+
+/* ---- dot products of rows where they lie, for attention */
 
 /* s[r][c] = sum over k < K of x[r][k] * w[c][k];  R x 4 sums at once */
 INLINE void dot_tile(v4 *s, int R, const float *const *x, const char *const *w,
@@ -310,35 +470,252 @@ INLINE void dot_block(float *out, size_t ldo, const float *x, size_t ldx, int ro
     }
 }
 
+/* ---- linear_forward: both operands are contiguous along the reduction, so vectors run along it.
+ *
+ * An output is a sum of blocks of NT_BLOCK features. In a block, lane l adds up every VL-th
+ * product, then the lanes are summed: the same order whether W is read where it lies (up to XR
+ * rows, at the speed of the memory) or packed into panels (more rows). */
+
+enum { XR = VL == 16 ? 6 : 3, STEP = 2 * VL };
+
+/* Columns k .. k + STEP - 1 of a row of W, as integers where it is quantized. Of 4-bit columns the
+ * even ones come first, then the odd ones; x is packed to match. */
+INLINE void load_step(vf v[2], const char *row, enum glm_dtype dtype, int k)
+{
+    typedef int8_t vb __attribute__((vector_size(VL), aligned(1)));
+    if (dtype == GLM_I4) {
+        const vi both = __builtin_convertvector(*(const vb *)(row + k / 2), vi);
+        v[0] = __builtin_convertvector(both >> 4, vf);
+        v[1] = __builtin_convertvector(both << 28 >> 28, vf);
+    } else if (dtype == GLM_I8) {
+        v[0] = __builtin_convertvector(__builtin_convertvector(*(const vb *)(row + k), vi), vf);
+        v[1] =
+            __builtin_convertvector(__builtin_convertvector(*(const vb *)(row + k + VL), vi), vf);
+    } else {
+        v[0] = load_as(row, dtype, (size_t)k);
+        v[1] = load_as(row, dtype, (size_t)k + VL);
+    }
+}
+
+/* The same for the last columns of a row: zeros follow. */
+INLINE void load_last(vf v[2], const char *row, enum glm_dtype dtype, int k, int n)
+{
+    float x[STEP] = {0};
+    for (int i = 0; i < n; i++)
+        x[dtype == GLM_I4 ? i / 2 + i % 2 * VL : i] = load_one(row, dtype, (size_t)k + i);
+    v[0] = load(x);
+    v[1] = load(x + VL);
+}
+
+/* Rows of x for dot_panel and dot_rows: vector by vector, R of them; rows and features past the end
+ * are 0. */
+INLINE void pack_x(float *to, int R, const float *x, size_t ldx, int rows, int K,
+                   enum glm_dtype dtype)
+{
+    for (int r = 0; r < R; r++)
+        for (int k = 0; k < K; k += STEP) {
+            const float *from = x + r * ldx + k;
+            float *at = to + ((size_t)k / VL * R + r) * VL;
+            const int n = r >= rows ? 0 : K - k < STEP ? K - k : STEP;
+            vf v[2];
+            __builtin_prefetch(from + ldx); /* the next row: too far for the hardware to guess */
+            if (n == STEP) {
+                v[0] = load(from);
+                v[1] = load(from + VL);
+            } else {
+                v[0] = load_part(from, n < VL ? n : VL);
+                v[1] = load_part(from + VL, n < VL ? 0 : n - VL);
+            }
+            if (dtype == GLM_I4) {
+                const vf a = v[0], b = v[1];
+                v[0] = EVEN(a, b);
+                v[1] = ODD(a, b);
+            }
+            store(at, v[0]);
+            store(at + R * VL, v[1]);
+        }
+}
+
+/* The float values of `group` columns' scales from column k of a row on; 1 where there is one scale
+ * for the row, which multiplies the sum. */
+INLINE float scale_at(const struct glm_mat *w, int row, int k)
+{
+    if (!w->group)
+        return 1.0f;
+    return half_to_float(w->scale[(size_t)row * glm_scale_cols(w) + k / w->group]);
+}
+
+/* Four rows of W from row o on, columns k0 .. k0 + K - 1: vector by vector, four of them; rows past
+ * the end are 0. */
+INLINE void pack_w(float *to, const struct glm_mat *w, enum glm_dtype dtype, int o, int rows,
+                   int k0, int K)
+{
+    const size_t stride = glm_bytes(dtype, (size_t)w->cols);
+    for (int c = 0; c < 4; c++) {
+        const char *row = (const char *)w->data + (size_t)(o + c) * stride;
+        float scale = 1.0f;
+        for (int k = 0; k < K; k += STEP) {
+            float *at = to + ((size_t)k / VL * 4 + c) * VL;
+            vf v[2] = {{0}, {0}};
+            __builtin_prefetch(row + stride + glm_bytes(dtype, (size_t)(k0 + k)));
+            if (c < rows && K - k >= STEP)
+                load_step(v, row, dtype, k0 + k);
+            else if (c < rows)
+                load_last(v, row, dtype, k0 + k, K - k);
+            if (dtype == GLM_I4 && w->group && c < rows) {
+                if ((k0 + k) % w->group == 0 || k == 0)
+                    scale = scale_at(w, o + c, k0 + k);
+                v[0] *= splat(scale);
+                v[1] *= splat(scale);
+            }
+            store(at, v[0]);
+            store(at + 4 * VL, v[1]);
+        }
+    }
+}
+
+/* s[r][c] = dot product of row r of packed x with row c of packed w, `vectors` vectors long */
+INLINE void dot_panel(v4 *s, const float *x, const float *w, int vectors)
+{
+    vf acc[XR][4];
+    for (int r = 0; r < XR; r++)
+        for (int c = 0; c < 4; c++)
+            acc[r][c] = (vf){0};
+    for (int k = 0; k < vectors; k++, x += XR * VL, w += 4 * VL) {
+        vf xv[XR];
+        for (int r = 0; r < XR; r++)
+            xv[r] = load(x + r * VL);
+        for (int c = 0; c < 4; c++) {
+            const vf wv = load(w + c * VL);
+            for (int r = 0; r < XR; r++)
+                acc[r][c] += xv[r] * wv;
+        }
+    }
+    for (int r = 0; r < XR; r++)
+        s[r] = SUM4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+}
+
+/* The same with four rows of W from row o on where they lie, columns k0 .. k0 + K - 1; of the four
+ * rows the last ones repeat where W ends. */
+INLINE void dot_rows(v4 *s, int R, const float *x, const struct glm_mat *w, enum glm_dtype dtype,
+                     int grouped, int o, int k0, int K)
+{
+    const size_t stride = glm_bytes(dtype, (size_t)w->cols);
+    const char *row[4];
+    float scale[4][NT_BLOCK / 32];
+    vf acc[XR][4];
+    for (int c = 0; c < 4; c++) {
+        const int at = o + c < w->rows ? o + c : w->rows - 1;
+        row[c] = (const char *)w->data + (size_t)at * stride;
+        for (int k = 0; grouped && k < K; k += 32)
+            scale[c][k / 32] = scale_at(w, at, k0 + k);
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < 4; c++)
+            acc[r][c] = (vf){0};
+    for (int k = 0; k < K; k += STEP, x += 2 * R * VL)
+        for (int c = 0; c < 4; c++) {
+            vf v[2];
+            if (K - k >= STEP)
+                load_step(v, row[c], dtype, k0 + k);
+            else
+                load_last(v, row[c], dtype, k0 + k, K - k);
+            if (grouped) {
+                v[0] *= splat(scale[c][k / 32]);
+                v[1] *= splat(scale[c][k / 32]);
+            }
+            for (int h = 0; h < 2; h++)
+                for (int r = 0; r < R; r++)
+                    acc[r][c] += load(x + (h * R + r) * VL) * v[h];
+        }
+    for (int r = 0; r < R; r++)
+        s[r] = SUM4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+}
+
+/* tile (rows, NT_COLS) of up to R rows, W read in place */
+INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped,
+                          int R, int n0, int rows, int o0, int cols, float *xp)
+{
+    const int I = a->w->cols;
+    for (int begin = 0; begin < I; begin += NT_WIDTH) {
+        const int width = I - begin < NT_WIDTH ? I - begin : NT_WIDTH;
+        pack_x(xp, R, a->inp + (size_t)n0 * I + begin, (size_t)I, rows, width, dtype);
+        for (int o = 0; o < cols; o += 4)
+            for (int k = 0; k < width; k += NT_BLOCK) {
+                v4 s[XR];
+                dot_rows(s, R, xp + (size_t)k * R, a->w, dtype, grouped, o0 + o, begin + k,
+                         width - k < NT_BLOCK ? width - k : NT_BLOCK);
+                for (int r = 0; r < rows; r++)
+                    *(v4 *)(tile + r * NT_COLS + o) += s[r];
+            }
+    }
+}
+
+/* tile (rows, NT_COLS) of many rows: panels of x and W, so many rows of x at a time as L1 holds */
+INLINE void tile_packed(float *tile, const struct nt_args *a, enum glm_dtype dtype, int n0,
+                        int rows, int o0, int cols, float *xp, float *wp)
+{
+    enum { L1_ROWS = XR * (12 / XR) };
+    const int I = a->w->cols;
+    for (int begin = 0; begin < I; begin += NT_BLOCK) {
+        const int K = I - begin < NT_BLOCK ? I - begin : NT_BLOCK;
+        const int vectors = (K + STEP - 1) / STEP * 2;
+        for (int n = 0; n < rows; n += XR)
+            pack_x(xp + (size_t)n * NT_BLOCK, XR, a->inp + (size_t)(n0 + n) * I + begin, (size_t)I,
+                   rows - n, K, dtype);
+        for (int o = 0; o < cols; o += 4)
+            pack_w(wp + (size_t)o * NT_BLOCK, a->w, dtype, o0 + o, cols - o, begin, K);
+        for (int m = 0; m < rows; m += L1_ROWS)
+            for (int o = 0; o < cols; o += 4)
+                for (int n = m; n < rows && n < m + L1_ROWS; n += XR) {
+                    v4 s[XR];
+                    dot_panel(s, xp + (size_t)n * NT_BLOCK, wp + (size_t)o * NT_BLOCK, vectors);
+                    for (int r = 0; r < XR; r++)
+                        *(v4 *)(tile + (n + r) * NT_COLS + o) += s[r];
+                }
+    }
+}
+
+INLINE void nt_tile(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped, int n0,
+                    int rows, int o0, int cols)
+{
+    float *xp = tile + NT_ROWS * NT_COLS, *wp = xp + NT_ROWS * NT_BLOCK;
+    if (rows == 1)
+        tile_in_place(tile, a, dtype, grouped, 1, n0, rows, o0, cols, xp);
+    else if (rows <= XR)
+        tile_in_place(tile, a, dtype, grouped, XR, n0, rows, o0, cols, xp);
+    else
+        tile_packed(tile, a, dtype, n0, rows, o0, cols, xp, wp);
+}
+
 static void nt_task(const void *arg, int task, char *scratch)
 {
     const struct nt_args *a = arg;
-    const int O = a->w->rows, I = a->w->cols, o_tiles = (O + NT_COLS - 1) / NT_COLS;
+    const struct glm_mat *w = a->w;
+    const int O = w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
     const int n0 = task / o_tiles * NT_ROWS, o0 = task % o_tiles * NT_COLS;
     const int rows = a->N - n0 < NT_ROWS ? a->N - n0 : NT_ROWS,
               cols = O - o0 < NT_COLS ? O - o0 : NT_COLS;
-    const enum glm_dtype dtype = a->w->dtype;
-    const size_t size = glm_dtype_size(dtype), stride = (size_t)I * size;
-    const char *w = (const char *)a->w->data + o0 * stride;
-    float *tile = (float *)scratch, *panel = tile + NT_ROWS * NT_COLS;
-    for (int begin = 0; begin < I || begin == 0; begin += NT_BLOCK) {
-        const int K = I - begin < NT_BLOCK ? I - begin : NT_BLOCK;
-        const float *x = a->inp + (size_t)n0 * I + begin;
-        const char *wb = w + begin * size;
-        if (dtype == GLM_F32) {
-            dot_block(tile, NT_COLS, x, (size_t)I, rows, wb, stride, GLM_F32, cols, K, begin > 0);
-        } else if (rows > 3) { /* converted once for all rows */
-            for (int o = 0; o < cols; o++)
-                load_row(panel + (size_t)o * NT_BLOCK, wb + o * stride, dtype, K);
-            dot_block(tile, NT_COLS, x, (size_t)I, rows, (const char *)panel, NT_BLOCK * 4, GLM_F32,
-                      cols, K, begin > 0);
-        } else if (dtype == GLM_F16) {
-            dot_block(tile, NT_COLS, x, (size_t)I, rows, wb, stride, GLM_F16, cols, K, begin > 0);
-        } else if (dtype == GLM_BF16) {
-            dot_block(tile, NT_COLS, x, (size_t)I, rows, wb, stride, GLM_BF16, cols, K, begin > 0);
-        } else {
-            dot_block(tile, NT_COLS, x, (size_t)I, rows, wb, stride, GLM_F64, cols, K, begin > 0);
-        }
+    float *tile = (float *)scratch;
+    memset(tile, 0, (size_t)NT_COLS * 4 * (size_t)((rows + XR - 1) / XR * XR));
+    if (w->dtype == GLM_F32)
+        nt_tile(tile, a, GLM_F32, 0, n0, rows, o0, cols);
+    else if (w->dtype == GLM_F16)
+        nt_tile(tile, a, GLM_F16, 0, n0, rows, o0, cols);
+    else if (w->dtype == GLM_BF16)
+        nt_tile(tile, a, GLM_BF16, 0, n0, rows, o0, cols);
+    else if (w->dtype == GLM_I8)
+        nt_tile(tile, a, GLM_I8, 0, n0, rows, o0, cols);
+    else if (w->dtype == GLM_I4 && w->group)
+        nt_tile(tile, a, GLM_I4, 1, n0, rows, o0, cols);
+    else if (w->dtype == GLM_I4)
+        nt_tile(tile, a, GLM_I4, 0, n0, rows, o0, cols);
+    else
+        nt_tile(tile, a, GLM_F64, 0, n0, rows, o0, cols);
+    for (int o = 0; w->scale && !w->group && o < cols; o++) {
+        const float scale = half_to_float(w->scale[o0 + o]);
+        for (int n = 0; n < rows; n++)
+            tile[n * NT_COLS + o] *= scale;
     }
     for (int n = 0; n < rows; n++) {
         float *out = a->out + (size_t)(n0 + n) * O + o0;
@@ -378,20 +755,73 @@ INLINE void rank1_tile(float *tile, size_t ldt, const float *a, size_t am, size_
             store(tile + m * ldt + v * VL, acc[m][v]);
 }
 
+/* Rows k0 .. k0 + K - 1, columns n0 .. n0 + cols - 1 of B as (K, NR) panels; columns past the end
+ * are 0. */
+INLINE void pack_b(float *bp, const struct glm_mat *b, enum glm_dtype dtype, int k0, int K, int n0,
+                   int cols)
+{
+    const size_t stride = glm_bytes(dtype, (size_t)b->cols);
+    for (int k = 0; k < K; k++) {
+        const char *row = (const char *)b->data + (size_t)(k0 + k) * stride;
+        float scale = 1.0f;
+        if (b->scale && !b->group)
+            scale = half_to_float(b->scale[k0 + k]);
+        for (int n = 0; n < cols; n += NR) {
+            vf v[NV];
+            if (n + NR <= cols)
+                load_step(v, row, dtype, n0 + n);
+            else
+                load_last(v, row, dtype, n0 + n, cols - n);
+            if (dtype == GLM_I4) {
+                const vf even = v[0], odd = v[1];
+                v[0] = LOW(even, odd);
+                v[1] = HIGH(even, odd);
+                if (b->group && ((n0 + n) % b->group == 0 || n == 0))
+                    scale = scale_at(b, k0 + k, n0 + n);
+            }
+            float *to = bp + (size_t)n * GEMM_BLOCK + k * NR;
+            for (int h = 0; h < NV; h++)
+                store(to + h * VL, glm_is_quantized(dtype) ? v[h] * splat(scale) : v[h]);
+        }
+    }
+}
+
+INLINE void pack_b_as(float *bp, const struct glm_mat *b, int k0, int K, int n0, int cols)
+{
+    switch (b->dtype) {
+    case GLM_F32:
+        pack_b(bp, b, GLM_F32, k0, K, n0, cols);
+        break;
+    case GLM_F16:
+        pack_b(bp, b, GLM_F16, k0, K, n0, cols);
+        break;
+    case GLM_BF16:
+        pack_b(bp, b, GLM_BF16, k0, K, n0, cols);
+        break;
+    case GLM_I8:
+        pack_b(bp, b, GLM_I8, k0, K, n0, cols);
+        break;
+    case GLM_I4:
+        pack_b(bp, b, GLM_I4, k0, K, n0, cols);
+        break;
+    default:
+        pack_b(bp, b, GLM_F64, k0, K, n0, cols);
+    }
+}
+
 static void gemm_task(const void *arg, int task, char *scratch)
 {
     const struct gemm_args *g = arg;
-    const int n_tiles = (g->N + GEMM_COLS - 1) / GEMM_COLS;
+    const int N = g->b->cols, n_tiles = (N + GEMM_COLS - 1) / GEMM_COLS;
     const int m0 = task / n_tiles * GEMM_ROWS, n0 = task % n_tiles * GEMM_COLS;
     const int rows = g->M - m0 < GEMM_ROWS ? g->M - m0 : GEMM_ROWS,
-              cols = g->N - n0 < GEMM_COLS ? g->N - n0 : GEMM_COLS;
-    const size_t size = glm_dtype_size(g->b_dtype);
+              cols = N - n0 < GEMM_COLS ? N - n0 : GEMM_COLS;
     float *tile = (float *)scratch, *ap = tile + GEMM_ROWS * GEMM_COLS,
           *bp = ap + GEMM_ROWS * GEMM_BLOCK;
     for (int i = 0; i < GEMM_ROWS * GEMM_COLS; i++)
         tile[i] = 0;
-    for (int k0 = 0; k0 < g->K; k0 += GEMM_BLOCK) {
-        const int K = g->K - k0 < GEMM_BLOCK ? g->K - k0 : GEMM_BLOCK;
+    for (int k0 = 0; k0 < g->b->rows; k0 += GEMM_BLOCK) {
+        const int K = g->b->rows - k0 < GEMM_BLOCK ? g->b->rows - k0 : GEMM_BLOCK;
         for (int m = 0; m < rows; m += MR) { /* (K, MR), rows past the end are zero */
             float *to = ap + (size_t)m * GEMM_BLOCK;
             const float *from = g->a + (size_t)(m0 + m) * g->am + (size_t)k0 * g->ak;
@@ -408,25 +838,14 @@ static void gemm_task(const void *arg, int task, char *scratch)
                         to[k * MR + r] = from[r * g->am + k * g->ak];
             }
         }
-        for (int k = 0; k < K; k++) { /* (K, NR) panels, columns past the end are zero */
-            const char *from = (const char *)g->b + ((size_t)(k0 + k) * g->N + n0) * size;
-            for (int n = 0; n < cols; n += NR) {
-                float *to = bp + (size_t)n * GEMM_BLOCK + k * NR;
-                if (n + NR <= cols)
-                    for (int v = 0; v < NV; v++)
-                        store(to + v * VL, load_as(from, g->b_dtype, n + v * VL));
-                else
-                    for (int i = 0; i < NR; i++)
-                        to[i] = n + i < cols ? load_one(from, g->b_dtype, n + i) : 0;
-            }
-        }
+        pack_b_as(bp, g->b, k0, K, n0, cols);
         for (int m = 0; m < rows; m += MR)
             for (int n = 0; n < cols; n += NR)
                 rank1_tile(tile + m * GEMM_COLS + n, GEMM_COLS, ap + (size_t)m * GEMM_BLOCK, 1, MR,
                            bp + (size_t)n * GEMM_BLOCK, NR, K);
     }
     for (int m = 0; m < rows; m++) {
-        float *c = g->c + (size_t)(m0 + m) * g->N + n0;
+        float *c = g->c + (size_t)(m0 + m) * N + n0;
         for (int n = 0; n < cols; n++) {
             const float v = g->scale * tile[m * GEMM_COLS + n];
             c[n] = g->accumulate ? c[n] + v : v;
@@ -1068,5 +1487,6 @@ const struct glm_cpu_kernels TABLE(NAME) = {
     .convert = convert_task,
     .merge = merge_task,
     .nonfinite = nonfinite_task,
+    .quantize = quantize_task,
     .load_row = load_row,
 };

@@ -204,7 +204,7 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
         const struct glm_weight *w = &m->weights[i];
         if (!w->mat.data || w->grad)
             continue;
-        *(w->owned ? &plan->owned : &plan->weights) += glm_count(w) * glm_dtype_size(w->mat.dtype);
+        *(w->owned ? &plan->owned : &plan->weights) += glm_mat_bytes(&w->mat);
     }
     plan->trainable = 4 * m->block_size * m->be->real_size;
     set_sizes(m, &s, N, S, M, training, 1, training, NULL);

@@ -22,6 +22,11 @@ static const char *const PREFIX_NAMES[PREFIX_WEIGHTS] = {
 
 #define LAYER_NAME "transformer.encoder.layers.%d.%s"
 
+static struct glm_linear *linear_of(const struct glm_model *m, int i)
+{
+    return &m->layers[i / GLM_LINEARS].linear[i % GLM_LINEARS];
+}
+
 static struct glm_weight *add_base(struct glm_model *m, int rank, int rows, int cols,
                                    const char *name)
 {
@@ -314,6 +319,11 @@ int glm_model_find(struct glm_model *m, const char *name)
     return -1;
 }
 
+static void set_mat(struct glm_weight *w, const void *data, enum glm_dtype dtype)
+{
+    w->mat = (struct glm_mat){.data = data, .dtype = dtype, .rows = w->rows, .cols = w->cols};
+}
+
 /* An owned real copy of n host elements of a dtype. */
 static glm_status own(struct glm_model *m, struct glm_weight *w, const void *host,
                       enum glm_dtype dtype, struct glm_error *err)
@@ -321,20 +331,20 @@ static glm_status own(struct glm_model *m, struct glm_weight *w, const void *hos
     struct glm_backend *be = m->be;
     const size_t n = glm_count(w);
     void *value = be->alloc(be, n * be->real_size);
-    void *raw = dtype == be->real ? NULL : be->alloc(be, n * glm_dtype_size(dtype));
+    void *raw = dtype == be->real ? NULL : be->alloc(be, glm_bytes(dtype, n));
     if (!value || (dtype != be->real && !raw)) {
         be->free(be, value);
         be->free(be, raw);
         return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken", w->name,
                         n * be->real_size);
     }
-    be->upload(be, raw ? raw : value, host, n * glm_dtype_size(dtype));
+    be->upload(be, raw ? raw : value, host, glm_bytes(dtype, n));
     if (raw)
         be->ops->convert(be->cx, value, be->real, raw, dtype, n);
     be->free(be, raw);
     be->free(be, w->owned);
     w->owned = value;
-    w->mat = (struct glm_mat){value, be->real, w->rows, w->cols};
+    set_mat(w, value, be->real);
     m->version++;
     return GLM_OK;
 }
@@ -347,9 +357,38 @@ static glm_status refuse_trainable(const struct glm_weight *w, struct glm_error 
     return GLM_OK;
 }
 
-glm_status glm_model_bind(struct glm_model *m, const char *name, const void *data,
-                          enum glm_dtype dtype, int rank, int rows, int cols, struct glm_error *err)
+static glm_status refuse_quantized(const struct glm_weight *w, const char *what,
+                                   struct glm_error *err)
 {
+    if (glm_is_quantized(w->mat.dtype))
+        return glm_fail(err, GLM_ESTATE, "%s is quantized and cannot be %s", w->name, what);
+    return GLM_OK;
+}
+
+static glm_status check_quantized(struct glm_model *m, const struct glm_weight *w,
+                                  const struct glm_mat *mat, struct glm_error *err)
+{
+    int linear = 0;
+    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++)
+        linear |= linear_of(m, i)->weight == w;
+    if (!linear)
+        return glm_fail(err, GLM_EVALUE, "%s: only linear layers can be quantized", w->name);
+    if (!mat->scale)
+        return glm_fail(err, GLM_EVALUE, "%s: integers without scales", w->name);
+    if (mat->group && (mat->dtype != GLM_I4 || mat->group < 32 || mat->group % 32))
+        return glm_fail(err, GLM_EVALUE,
+                        "%s: group: expected a multiple of 32 with I4, or 0, got %d", w->name,
+                        mat->group);
+    if (mat->dtype == GLM_I4 && w->cols % 2)
+        return glm_fail(err, GLM_EVALUE, "%s: 4 bits need an even number of columns, got %d",
+                        w->name, w->cols);
+    return GLM_OK;
+}
+
+glm_status glm_model_bind(struct glm_model *m, const char *name, const struct glm_mat *mat,
+                          int rank, struct glm_error *err)
+{
+    const int rows = mat->rows, cols = mat->cols;
     int i = glm_model_find(m, name);
     if (i < 0 || m->weights[i].kind != GLM_BASE)
         return glm_fail(err, GLM_EVALUE, "%s: this model has no weight of that name", name);
@@ -362,11 +401,13 @@ glm_status glm_model_bind(struct glm_model *m, const char *name, const void *dat
                         w->rows, w->cols, rank, rows, cols);
     }
     GLM_TRY(refuse_trainable(w, err));
+    if (glm_is_quantized(mat->dtype))
+        GLM_TRY(check_quantized(m, w, mat, err));
     if (w->rank == 1)
-        return own(m, w, data, dtype, err);
+        return own(m, w, mat->data, mat->dtype, err);
     m->be->free(m->be, w->owned);
     w->owned = NULL;
-    w->mat = (struct glm_mat){data, dtype, rows, cols};
+    w->mat = *mat;
     m->version++;
     return GLM_OK;
 }
@@ -462,20 +503,35 @@ void glm_model_enable_lora(struct glm_model *m, int on)
     m->version++;
 }
 
+static glm_status refuse_merge(struct glm_model *m, struct glm_error *err)
+{
+    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++) {
+        const struct glm_linear *lin = linear_of(m, i);
+        if (lin->A->present)
+            GLM_TRY(
+                refuse_quantized(lin->weight,
+                                 "merged into: keep the adapter beside it, or merge it into the "
+                                 "float weights",
+                                 err));
+    }
+    return GLM_OK;
+}
+
 glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
 {
     struct glm_backend *be = m->be;
     GLM_TRY(glm_weights_complete(m, err));
+    GLM_TRY(refuse_merge(m, err));
     /* every copy first: a merge that runs out of memory leaves the model as it was */
-    const int n = m->arch.layers * GLM_LINEARS;
-    void **copies = calloc((size_t)n, sizeof *copies);
-    glm_status status = copies ? GLM_OK : glm_fail(err, GLM_EMEMORY, "merge_lora: %d pointers", n);
-    for (int i = 0; status == GLM_OK && i < n; i++) {
-        struct glm_linear *lin = &m->layers[i / GLM_LINEARS].linear[i % GLM_LINEARS];
+    const size_t n = (size_t)m->arch.layers * GLM_LINEARS;
+    void **copies = calloc(n, sizeof *copies);
+    glm_status status = copies ? GLM_OK : glm_fail(err, GLM_EMEMORY, "merge_lora: %zu pointers", n);
+    for (int i = 0; status == GLM_OK && i < (int)n; i++) {
+        struct glm_linear *lin = linear_of(m, i);
         struct glm_weight *w = lin->weight;
         if (!lin->A->present || w->owned || w->grad)
             continue;
-        const size_t bytes = glm_count(w) * glm_dtype_size(w->mat.dtype);
+        const size_t bytes = glm_bytes(w->mat.dtype, glm_count(w));
         copies[i] = be->alloc(be, bytes);
         if (!copies[i])
             status = glm_fail(err, GLM_EMEMORY, "merge_lora: %s: %zu bytes could not be taken",
@@ -483,8 +539,8 @@ glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
         else
             be->upload(be, copies[i], w->mat.data, bytes);
     }
-    for (int i = 0; copies && i < n; i++) {
-        struct glm_linear *lin = &m->layers[i / GLM_LINEARS].linear[i % GLM_LINEARS];
+    for (int i = 0; copies && i < (int)n; i++) {
+        struct glm_linear *lin = linear_of(m, i);
         struct glm_weight *w = lin->weight;
         if (status != GLM_OK) {
             be->free(be, copies[i]);
@@ -562,6 +618,7 @@ glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int 
             if (weights[j] == weights[i])
                 return glm_fail(err, GLM_EVALUE, "names: %s is named twice",
                                 m->weights[weights[i]].name);
+        GLM_TRY(refuse_quantized(&m->weights[weights[i]], "trained: use lora or p_tuning", err));
         total +=
             (glm_count(&m->weights[weights[i]]) + 15) / 16 * 16; /* aligned; the gaps stay zero */
     }
@@ -609,7 +666,7 @@ glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int 
         struct glm_weight *w = &m->weights[weights[i]];
         be->free(be, w->owned);
         w->owned = NULL;
-        w->mat = (struct glm_mat){block + w->offset * size, be->real, w->rows, w->cols};
+        set_mat(w, block + w->offset * size, be->real);
         w->grad = block + (total + w->offset) * size;
     }
     be->free(be, m->block);
@@ -653,6 +710,7 @@ glm_status glm_model_read(struct glm_model *m, int weight, enum glm_part part, v
     struct glm_weight *w;
     void *data;
     GLM_TRY(part_of(m, weight, part, &w, &data, err));
+    GLM_TRY(refuse_quantized(w, "read as numbers", err));
     const size_t n = glm_count(w);
     if (part == GLM_VALUE && w->mat.dtype != be->real) {
         be->ops->convert(be->cx, out, be->real, data, w->mat.dtype, n);

@@ -324,31 +324,56 @@ static PyObject *model_names(struct model_object *self, PyObject *Py_UNUSED(igno
 
 static PyObject *model_bind(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"name", "array", "dtype", NULL};
-    PyObject *name, *object;
+    static char *names[] = {"name", "array", "dtype", "scale", "group", NULL};
+    PyObject *name_object, *object, *scale_object = Py_None, *pair;
     const char *dtype_name;
-    enum glm_dtype dtype;
+    struct glm_mat mat = {0};
     struct glm_error err;
-    int rows, cols;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOs", names, &name, &object, &dtype_name) ||
-        idle(self) < 0 || glm_dtype_from_name(dtype_name, &dtype) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOs|Oi", names, &name_object, &object,
+                                     &dtype_name, &scale_object, &mat.group) ||
+        idle(self) < 0 || glm_dtype_from_name(dtype_name, &mat.dtype) < 0)
         return NULL;
-    PyArrayObject *a = glm_array_arg(object, PyUnicode_AsUTF8(name), glm_dtype_numpy(dtype), -1);
-    if (!a)
-        return NULL;
-    if (dims_of(a, PyUnicode_AsUTF8(name), &rows, &cols) < 0) {
-        Py_DECREF(a);
-        return NULL;
+    const char *name = PyUnicode_AsUTF8(name_object);
+    PyArrayObject *a = glm_array_arg(object, name, glm_dtype_numpy(mat.dtype), -1), *scale = NULL;
+    if (!a || dims_of(a, name, &mat.rows, &mat.cols) < 0)
+        goto failed;
+    mat.data = PyArray_DATA(a);
+    if (mat.dtype == GLM_I4 && mat.cols > INT_MAX / 2) {
+        PyErr_Format(PyExc_ValueError, "%s: %d bytes a row", name, mat.cols);
+        goto failed;
     }
-    const glm_status status = glm_model_bind(self->m, PyUnicode_AsUTF8(name), PyArray_DATA(a),
-                                             dtype, PyArray_NDIM(a), rows, cols, &err);
-    const int kept = status == GLM_OK ? PyDict_SetItem(self->arrays, name, (PyObject *)a) : 0;
+    if (mat.dtype == GLM_I4)
+        mat.cols *= 2;
+    if (scale_object != Py_None) {
+        scale = glm_array_arg(scale_object, name, NPY_FLOAT16, mat.group > 0 ? 2 : 1);
+        if (!scale)
+            goto failed;
+        if (PyArray_DIM(scale, 0) != mat.rows ||
+            (mat.group > 0 && PyArray_DIM(scale, 1) != glm_scale_cols(&mat))) {
+            PyErr_Format(PyExc_ValueError, "%s: scale: expected %d rows of %d, got %zd elements",
+                         name, mat.rows, mat.group > 0 ? glm_scale_cols(&mat) : 1,
+                         (Py_ssize_t)PyArray_SIZE(scale));
+            goto failed;
+        }
+        mat.scale = PyArray_DATA(scale);
+    }
+    const glm_status status = glm_model_bind(self->m, name, &mat, PyArray_NDIM(a), &err);
+    if (status != GLM_OK) {
+        glm_raise(status, &err);
+        goto failed;
+    }
+    pair = PyTuple_Pack(2, (PyObject *)a, scale ? (PyObject *)scale : Py_None);
+    const int kept = pair ? PyDict_SetItem(self->arrays, name_object, pair) : -1;
+    Py_XDECREF(pair);
     Py_DECREF(a);
-    if (status != GLM_OK)
-        return glm_raise(status, &err);
+    Py_XDECREF(scale);
     if (kept < 0)
         return NULL;
     Py_RETURN_NONE;
+failed:
+    Py_XDECREF(a);
+    Py_XDECREF(scale);
+    return NULL;
 }
 
 static PyObject *model_shape(struct model_object *self, PyObject *name)

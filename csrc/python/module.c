@@ -48,27 +48,26 @@ PyObject *glm_raise(glm_status status, const struct glm_error *err)
 
 int glm_dtype_from_name(const char *name, enum glm_dtype *out)
 {
-    static const char *names[] = {"F32", "F16", "BF16", "F64"};
-    for (int i = 0; i < 4; i++)
-        if (strcmp(name, names[i]) == 0) {
+    for (int i = GLM_F32; i <= GLM_I4; i++)
+        if (strcmp(name, glm_dtype_name((enum glm_dtype)i)) == 0) {
             *out = (enum glm_dtype)i;
             return 0;
         }
-    PyErr_Format(PyExc_ValueError, "dtype: expected F32, F16, BF16 or F64, got '%s'", name);
+    PyErr_Format(PyExc_ValueError, "dtype: expected F32, F16, BF16, F64, I8 or I4, got '%s'", name);
     return -1;
 }
 
 const char *glm_dtype_name(enum glm_dtype dtype)
 {
-    return dtype == GLM_F32 ? "F32" : dtype == GLM_F16 ? "F16" : dtype == GLM_BF16 ? "BF16" : "F64";
+    static const char *const names[] = {"F32", "F16", "BF16", "F64", "I8", "I4"};
+    return names[dtype];
 }
 
 int glm_dtype_numpy(enum glm_dtype dtype)
 {
-    return dtype == GLM_F32    ? NPY_FLOAT32
-           : dtype == GLM_F16  ? NPY_FLOAT16
-           : dtype == GLM_BF16 ? NPY_UINT16
-                               : NPY_FLOAT64;
+    static const int types[] = {NPY_FLOAT32, NPY_FLOAT16, NPY_UINT16,
+                                NPY_FLOAT64, NPY_INT8,    NPY_INT8};
+    return types[dtype];
 }
 
 PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, int rank)
@@ -229,6 +228,9 @@ static PyObject *convert(PyObject *module, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oss", names, &object, &from_name, &to_name) ||
         glm_dtype_from_name(from_name, &from) < 0 || glm_dtype_from_name(to_name, &to) < 0)
         return NULL;
+    if (glm_is_quantized(from) || glm_is_quantized(to))
+        return PyErr_Format(PyExc_ValueError, "dtype: %s to %s is no conversion of numbers",
+                            from_name, to_name);
     struct glm_backend *be = glm_module_backend(PyModule_GetState(module), "cpu");
     PyArrayObject *in = be ? glm_array_arg(object, "array", glm_dtype_numpy(from), -1) : NULL;
     PyObject *out =
@@ -240,10 +242,63 @@ static PyObject *convert(PyObject *module, PyObject *args, PyObject *kwargs)
     return out;
 }
 
+/* quantize(array, dtype, bits, group=0) -> (integers, scale) */
+static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"array", "dtype", "bits", "group", NULL};
+    PyObject *object;
+    const char *dtype_name;
+    enum glm_dtype dtype;
+    int bits, group = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Osi|i", names, &object, &dtype_name, &bits,
+                                     &group) ||
+        glm_dtype_from_name(dtype_name, &dtype) < 0)
+        return NULL;
+    if (glm_is_quantized(dtype))
+        return PyErr_Format(PyExc_ValueError, "array: expected numbers, got %s", dtype_name);
+    if (bits != 8 && bits != 4)
+        return PyErr_Format(PyExc_ValueError, "bits: expected 8 or 4, got %d", bits);
+    if (group && (bits != 4 || group < 32 || group % 32))
+        return PyErr_Format(PyExc_ValueError,
+                            "group: expected a multiple of 32 with 4 bits, or 0, got %d", group);
+    struct glm_backend *be = glm_module_backend(PyModule_GetState(module), "cpu");
+    PyArrayObject *in = be ? glm_array_arg(object, "array", glm_dtype_numpy(dtype), 2) : NULL;
+    if (!in)
+        return NULL;
+    if (PyArray_DIM(in, 0) > INT_MAX || PyArray_DIM(in, 1) > INT_MAX - group ||
+        PyArray_DIM(in, 1) < 1 || (bits == 4 && PyArray_DIM(in, 1) % 2)) {
+        PyErr_Format(PyExc_ValueError,
+                     "array: expected columns, an even number of them for 4 bits, got (%zd, %zd)",
+                     (Py_ssize_t)PyArray_DIM(in, 0), (Py_ssize_t)PyArray_DIM(in, 1));
+        Py_DECREF(in);
+        return NULL;
+    }
+    const struct glm_mat mat = {.dtype = bits == 8 ? GLM_I8 : GLM_I4,
+                                .rows = (int)PyArray_DIM(in, 0),
+                                .cols = (int)PyArray_DIM(in, 1),
+                                .group = group};
+    npy_intp shape[2] = {mat.rows, bits == 8 ? mat.cols : mat.cols / 2};
+    npy_intp scale_shape[2] = {mat.rows, glm_scale_cols(&mat)};
+    PyObject *data = PyArray_SimpleNew(2, shape, NPY_INT8),
+             *scale = PyArray_SimpleNew(group ? 2 : 1, scale_shape, NPY_FLOAT16);
+    if (data && scale)
+        be->ops->quantize(be->cx, PyArray_DATA((PyArrayObject *)data),
+                          PyArray_DATA((PyArrayObject *)scale), mat.dtype, group, PyArray_DATA(in),
+                          dtype, mat.rows, mat.cols);
+    Py_DECREF(in);
+    if (data && scale)
+        return Py_BuildValue("NN", data, scale);
+    Py_XDECREF(data);
+    Py_XDECREF(scale);
+    return NULL;
+}
+
 static PyMethodDef functions[] = {
     {"memory_available", memory_available, METH_NOARGS, "Bytes this process could still get."},
     {"lr_factor", (PyCFunction)(void *)lr_factor, METH_VARARGS | METH_KEYWORDS,
      "Factor on the learning rate after `step` finished updates."},
+    {"quantize", (PyCFunction)(void *)quantize, METH_VARARGS | METH_KEYWORDS,
+     "quantize(array, dtype, bits, group=0): (integers int8, scale float16)"},
     {"convert", (PyCFunction)(void *)convert, METH_VARARGS | METH_KEYWORDS,
      "A copy in another dtype."},
     {"adjust_logits", (PyCFunction)(void *)glm_py_adjust_logits, METH_VARARGS | METH_KEYWORDS,

@@ -77,6 +77,12 @@ static double load_as(const void *data, enum glm_dtype dtype, size_t i)
         return decode(((const uint16_t *)data)[i], bfloat16);
     case GLM_F64:
         return ((const double *)data)[i];
+    case GLM_I8:
+        return ((const int8_t *)data)[i];
+    case GLM_I4: { /* two's complement: 8 .. 15 mean -8 .. -1 */
+        int nibble = ((const uint8_t *)data)[i / 2] >> (i % 2 ? 0 : 4) & 15;
+        return nibble < 8 ? nibble : nibble - 16;
+    }
     default:
         return ((const float *)data)[i];
     }
@@ -101,7 +107,93 @@ static void store_as(void *data, enum glm_dtype dtype, size_t i, double x)
 
 static double load(const struct glm_mat *mat, size_t i)
 {
-    return load_as(mat->data, mat->dtype, i);
+    double x = load_as(mat->data, mat->dtype, i);
+    if (!mat->scale)
+        return x;
+    size_t row = i / (size_t)mat->cols, col = i % (size_t)mat->cols;
+    return x * decode(mat->scale[mat->group ? row * glm_scale_cols(mat) + col / mat->group : row],
+                      half);
+}
+
+static double to_half(double x) { return decode(encode(x, half), half); }
+
+static void store_integer(void *data, enum glm_dtype dtype, size_t i, double q)
+{
+    uint8_t *byte = (uint8_t *)data + (dtype == GLM_I8 ? i : i / 2);
+    if (dtype == GLM_I8)
+        *byte = (uint8_t)(int8_t)q;
+    else
+        *byte =
+            (uint8_t)(i % 2 ? (*byte & 0xf0) | ((int)q & 15) : (*byte & 15) | ((int)q & 15) << 4);
+}
+
+/* The integer of x at a scale, low to high; THUDM's (group 0) rounds to float16 before. */
+static double integer(double x, double scale, int group, double low, double high)
+{
+    if (scale == 0 || !isfinite(scale))
+        return 0;
+    double q = rint(group ? x / scale : to_half(x / scale));
+    return fmin(high, fmax(low, q));
+}
+
+static double squared_error(const double *w, int n, double scale)
+{
+    double sum = 0;
+    for (int i = 0; i < n; i++) {
+        double e = w[i] - scale * integer(w[i], scale, 1, -8, 7);
+        sum += e * e;
+    }
+    return sum;
+}
+
+/* The scale of a group: see glm_ops.quantize */
+static double best_scale(const double *w, int n)
+{
+    double top = 0, best = 0;
+    for (int i = 0; i < n; i++)
+        top = fabs(w[i]) > fabs(top) ? w[i] : top;
+    for (int j = -9; top != 0 && j <= 9; j++) {
+        double wq = 0, qq = 0;
+        for (int i = 0; i < n; i++) {
+            double q = integer(w[i], -top / (8 + 0.1 * j), 1, -8, 7);
+            wq += w[i] * q;
+            qq += q * q;
+        }
+        double scale = to_half(wq / qq);
+        if (j == -9 || squared_error(w, n, scale) < squared_error(w, n, best))
+            best = scale;
+    }
+    return best;
+}
+
+static void quantize(void *cx, void *data, uint16_t *scales, enum glm_dtype dtype, int group,
+                     const void *inp, enum glm_dtype inp_dtype, int rows, int cols)
+{
+    const double high = dtype == GLM_I8 ? 127 : 7, low = group ? -8 : -high;
+    const int width = group ? group : cols, per_row = (cols + width - 1) / width;
+    double *w = malloc((size_t)width * sizeof *w);
+    if (stop(cx) || !w)
+        rows = 0;
+    for (int r = 0; r < rows; r++)
+        for (int g = 0; g < per_row; g++) {
+            int n = cols - g * width < width ? cols - g * width : width, finite = 1;
+            size_t at = (size_t)r * cols + (size_t)g * width;
+            double top = 0;
+            for (int i = 0; i < n; i++) {
+                w[i] = load_as(inp, inp_dtype, at + i);
+                if (!group)
+                    w[i] = to_half(w[i]);
+                finite = finite && isfinite(w[i]);
+                top = fmax(top, fabs(w[i]));
+            }
+            double scale = INFINITY;
+            if (finite)
+                scale = group ? best_scale(w, n) : to_half(top / high);
+            scales[(size_t)r * per_row + g] = encode(scale, half);
+            for (int i = 0; i < n; i++)
+                store_integer(data, dtype, at + i, integer(w[i], scale, group, low, high));
+        }
+    free(w);
 }
 
 static void convert(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,
