@@ -38,6 +38,12 @@ def lr_factor(
 def convert(array: np.ndarray, from_dtype: str, to_dtype: str) -> np.ndarray:
     """Copy in another dtype ("F32" "F16" "BF16" "F64"); BF16 arrays are uint16."""
 
+def quantize(
+    array: np.ndarray, dtype: str, bits: int, group: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Integers int8 and scales float16 of a matrix (see glmlora/quantization.py). A row or group
+    that cannot be quantized has a scale that is not finite."""
+
 def adjust_logits(
     logits: np.ndarray,
     context: np.ndarray,
@@ -99,9 +105,17 @@ class Model:
     # ("transformer.encoder.layers.0.mlp.dense_4h_to_h.weight")
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every base weight that must be bound, with its shape."""
-    def bind(self, name: str, array: np.ndarray, dtype: str) -> None:
+    def bind(
+        self,
+        name: str,
+        array: np.ndarray,
+        dtype: str,
+        scale: np.ndarray | None = None,
+        group: int = 0,
+    ) -> None:
         """Use the array in place (kept alive, never written). dtype "F32" "F16" "BF16" (uint16)
-        or "F64"."""
+        or "F64"; for a linear layer also "I8" and "I4" (int8), with float16 scales for each row, or
+        for each `group` columns of it."""
     def missing(self) -> list[str]:
         """Base weights not bound yet."""
 

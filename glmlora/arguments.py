@@ -77,8 +77,9 @@ _MODEL = (
     Flag("model_revision", "str", "main", "A", "nothing is downloaded"),
     Flag("use_auth_token", "bool", False, "A", "nothing is downloaded"),
     Flag("quantization_bit", "int", None, "S", "quantize the frozen base", bound="4,8"),
-    Flag("quantization_type", "str", "nf4", "S", "form of a 4-bit base", ("fp4", "nf4")),
-    Flag("double_quantization", "bool", True, "S", "quantize the scales of a 4-bit base too"),
+    Flag("quantization_type", "str", "nf4", "A", "4 bits are integers in groups of 32",
+         ("fp4", "nf4")),
+    Flag("double_quantization", "bool", True, "A", "the scales of a 4-bit base are float16"),
     Flag("compute_dtype", "str", None, "A", "follows from fp16 and bf16"),
     Flag("checkpoint_dir", "list", None, "S", "trained checkpoints, separated by commas"),
     Flag("reward_model", "str", None, "R", "belongs to the ppo stage; use --stage sft without it"),
@@ -642,8 +643,10 @@ def _check_together(
             f"0.1; got {data.dev_ratio!r}"
         )
     if model.quantization_bit is not None:
-        _check_quantization(model.quantization_bit, training, finetuning)
+        check_quantization(model.quantization_bit, training, finetuning)
     notices = []
+    if model.quantization_bit is not None and not training.do_train:
+        notices.append(f"quantization_bit: an int{model.quantization_bit} base scores lower")
     if not (training.do_train or training.do_eval or training.do_predict):
         notices.append("none of do_train, do_eval and do_predict is set: there is nothing to do")
     if training.do_train and held_out and not training.do_eval:
@@ -653,9 +656,12 @@ def _check_together(
     return notices
 
 
-def _check_quantization(
+def check_quantization(
     bits: int, training: TrainingArguments, finetuning: FinetuningArguments
 ) -> None:
+    """ValueError for a quantized base with a method that trains its weights, or with p_tuning in
+    fp16.
+    """
     if finetuning.finetuning_type in ("full", "freeze"):
         raise ValueError(
             f"quantization_bit: {bits} is incompatible with finetuning_type "
@@ -666,9 +672,6 @@ def _check_quantization(
         raise ValueError(
             f"quantization_bit: {bits} with finetuning_type 'p_tuning' conflicts with fp16"
         )
-    raise ValueError(
-        f"quantization_bit: an int{bits} base is not part of this release; leave it out"
-    )
 
 
 def _all_flags() -> dict[str, Flag]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json, write_json
+from .quantization import check_form
 
 # What the published ChatGLM2 configuration class assumes for keys that a file leaves out.
 DEFAULTS: dict[str, Any] = {
@@ -36,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "original_rope": True,
     "rope_ratio": 1,
     "quantization_bit": 0,
+    "quantization_group_size": None,  # this package's own: columns that share a scale
     "pre_seq_len": None,
     "prefix_projection": False,
     "tie_word_embeddings": False,
@@ -160,12 +162,9 @@ class ChatGLMConfig:
                 raise ValueError(
                     f"{name} {value!r} is not supported by this release, only {only!r}"
                 )
-        if self.quantization_bit not in (None, 0):
-            raise ValueError(
-                f"quantization_bit {self.quantization_bit!r}: quantized checkpoints are not "
-                "supported by this release; "
-                "use the float16 one"
-            )
+        check_form(self.quantization_bit, self.quantization_group_size)
+        if self.get("quantization_embeddings"):
+            raise ValueError("quantization_embeddings: only linear layers may be quantized")
         for name in ("layernorm_epsilon", "rope_ratio"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:

@@ -19,6 +19,8 @@ from . import _core, generation
 from .checkpoint import load_checkpoint, save_sharded
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig, model_directory
 from .data import Batch
+from .quantization import GROUP_SIZE, SCALE, QuantizedTensor, check_form, drop_pages, join
+from .quantization import quantize as quantize_tensor
 from .tensor import Tensor
 
 PREFIX = "transformer.prefix_encoder."
@@ -36,6 +38,7 @@ _DTYPES = {
     "bf16": "BF16",
 }
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_DTYPE_NAMES |= {"I8": "int8", "I4": "int4"}  # of quantized linears
 _LOSS_ROWS = 64  # rows of logits that are widened at a time for the loss of forward
 
 _warned_device = False
@@ -107,7 +110,7 @@ class Parameter:
 
     @property
     def dtype(self) -> str:
-        """ "float32", "float16" or "bfloat16"."""
+        """ "float32", "float16", "bfloat16", or "int8" and "int4" of a quantized linear."""
         return _DTYPE_NAMES[self._model.stored_dtype(self.core_name)]
 
     @property
@@ -137,8 +140,8 @@ class Parameter:
         return self
 
     def numpy(self) -> np.ndarray:
-        """A copy, float32."""
-        return self._model.core.read(self.core_name)
+        """A copy, float32; of a quantized weight integer * scale."""
+        return self._model.read_weight(self.core_name)
 
     @property
     def data(self) -> np.ndarray:
@@ -268,8 +271,12 @@ class ChatGLMForConditionalGeneration:
         self.prefix_is_fresh = False
         self.cached_row: generation.CachedRow | None = None  # kept between chats
         self._trainable: list[str] = []
-        self._stored: dict[str, Tensor] = {}  # base weights that lie where they were bound
+        # base weights that lie where they were bound
+        self._stored: dict[str, Tensor | QuantizedTensor] = {}
         self._shapes = self.core.shapes()
+        bits, group = check_form(config.quantization_bit, config.quantization_group_size)
+        if bits:
+            tensors = join(tensors, self._linear_shapes(), bits, group)
         base, prefix = _sort_tensors(tensors, self._shapes)
         for name in self._shapes:
             tensor = base[name]
@@ -279,9 +286,17 @@ class ChatGLMForConditionalGeneration:
 
     # Building
 
-    def _bind(self, name: str, tensor: Tensor) -> None:
-        self.core.bind(name, tensor.data, tensor.dtype)
+    def _bind(self, name: str, tensor: Tensor | QuantizedTensor) -> None:
+        if isinstance(tensor, QuantizedTensor):
+            integers, scale = tensor.integers.data, tensor.scale.data
+            self.core.bind(name, integers, tensor.dtype, scale, tensor.group)
+        else:
+            self.core.bind(name, tensor.data, tensor.dtype)
         self._stored[name] = tensor
+
+    def _linear_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The matrices of the layers: what is quantized."""
+        return {n: s for n, s in self._shapes.items() if ".layers." in n and len(s) == 2}
 
     def _build_prefix(self, tensors: Mapping[str, Tensor]) -> None:
         """A fresh prefix encoder, or the one that a complete checkpoint brought; only the prefix is
@@ -329,7 +344,8 @@ class ChatGLMForConditionalGeneration:
         self._apply_trainable()
         trained = set(self.core.trainable())
         for name in self._shapes:
-            if name not in trained and self.stored_dtype(name) != dtype:
+            kept = name in trained or isinstance(self._stored.get(name), QuantizedTensor)
+            if not kept and self.stored_dtype(name) != dtype:
                 self._bind(name, _converted(self._tensor(name), dtype))
         return self
 
@@ -370,16 +386,41 @@ class ChatGLMForConditionalGeneration:
         self.training = bool(mode)
         return self
 
-    def quantize(self, bits: int, *args: Any, **kwargs: Any) -> ChatGLMForConditionalGeneration:
-        """0 does nothing. ValueError for 4 and 8: quantized weights are not supported by this
-        release.
+    def quantize(
+        self, bits: int, *args: Any, group_size: int | None = None, **kwargs: Any
+    ) -> ChatGLMForConditionalGeneration:
+        """Store the linear layers as integers of 8 or 4 bits; 0, and a model that is quantized
+        already, stay as they are. Returns the model.
+
+        Row-wise as THUDM's published models; `group_size` (a multiple of 32, 4 bits only) gives
+        each run of so many columns a scale of its own, which is nearer to the float weights.
+        Embeddings, output layer, norms and biases keep their type; adapters and a prefix train over
+        it. Needs memory for the result, beside what is mapped. Raises ValueError for other bits and
+        for a weight that is not finite, RuntimeError while the linear layers are trained; the model
+        is unchanged then.
         """
-        if bits == 0:
+        bits, group = check_form(bits, group_size)
+        if not bits or self.config.quantization_bit:
             return self
-        raise ValueError(
-            f"quantize({bits!r}) is not supported by this release; use half() or bfloat16() to "
-            "save memory"
-        )
+        self._apply_trainable()
+        names = list(self._linear_shapes())
+        for name in set(names) & set(self.core.trainable()):
+            raise RuntimeError(f"quantize: {name} is being trained; only a frozen base can be")
+        before = {}
+        try:
+            for name in _quantizing(names, sum(self._tensor(n).nbytes for n in names)):
+                tensor = self._tensor(name)
+                result = quantize_tensor(name, tensor, bits, group)
+                before[name] = tensor
+                self._bind(name, result)
+                drop_pages(tensor.data)
+        except BaseException:
+            for name, tensor in before.items():
+                self._bind(name, tensor)
+            raise
+        self.config.quantization_bit = bits
+        self.config.quantization_group_size = group or None
+        return self
 
     # Weights
 
@@ -392,9 +433,14 @@ class ChatGLMForConditionalGeneration:
         """File type name ("F16") of a weight as it is held."""
         return self._stored[name].dtype if name in self._stored else self.core.dtype(name)
 
-    def _tensor(self, name: str) -> Tensor:
-        """A base weight in the type it is held in: in place where it was bound, a copy where it was
-        changed.
+    def read_weight(self, name: str) -> np.ndarray:
+        """A weight's values, a float32 copy."""
+        stored = self._stored.get(name)
+        return stored.numpy() if isinstance(stored, QuantizedTensor) else self.core.read(name)
+
+    def _tensor(self, name: str) -> Any:
+        """A base weight, Tensor or QuantizedTensor, in the type it is held in: in place where it
+        was bound, a copy where it was changed.
         """
         if name in self._stored:
             return self._stored[name]
@@ -437,7 +483,12 @@ class ChatGLMForConditionalGeneration:
     def get_memory_footprint(self) -> int:
         """Bytes of all weights as they are held, mapped ones included."""
         size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-        return sum(p.numel() * size[self.stored_dtype(p.core_name)] for p in self.parameters())
+        total = 0
+        for name in self.core.names():
+            stored = self._stored.get(name)
+            count = int(np.prod(self.core.shape(name), dtype=np.int64))
+            total += stored.nbytes if stored else count * size[self.core.dtype(name)]
+        return total
 
     def get_input_embeddings(self) -> Weight:
         """`transformer.embedding.word_embeddings`."""
@@ -449,9 +500,15 @@ class ChatGLMForConditionalGeneration:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every weight: base ones as they are held (bfloat16 widened to float32), LoRA and prefix
-        float32.
+        float32. A quantized linear is its int8 `weight` and a float16 `weight_scale`.
         """
-        state = {name: self._tensor(name).numpy() for name in self._shapes}
+        state = {}
+        for name in self._shapes:
+            tensor = self._tensor(name)
+            if isinstance(tensor, QuantizedTensor):
+                state[name], state[name + SCALE] = tensor.integers.data, tensor.scale.data
+            else:
+                state[name] = tensor.numpy()
         for name in self.core.names():
             if name not in state:
                 state[name] = self.core.read(name)
@@ -466,12 +523,15 @@ class ChatGLMForConditionalGeneration:
         state_dict: arrays, or what NumPy can read. Raises ValueError naming every misshaped weight
         and, if `strict`, every missing and unexpected one; nothing is changed then.
         """
-        given = {k: _float_array(k, v) for k, v in state_dict.items() if not _ignorable(k)}
-        names = self.core.names()
+        integers, floats = self._split_quantized(state_dict)
+        given = {k: _float_array(k, v) for k, v in floats.items() if not _ignorable(k)}
+        names = [n for n in self.core.names() if n not in integers]
         shapes = {n: self.core.shape(n) for n in names}
         keys = _incompatible(names, given, strict, "model")
         _check_shapes({n: (shapes[n], given[n].shape) for n in names if n in given})
         trained = set(self.core.trainable())
+        for name, tensor in integers.items():
+            self._bind(name, tensor)
         for name in names:
             if name not in given:
                 continue
@@ -483,6 +543,22 @@ class ChatGLMForConditionalGeneration:
         if any(n.startswith(PREFIX) for n in given):
             self.prefix_is_fresh = False
         return keys
+
+    def _split_quantized(
+        self, state_dict: Mapping[str, Any]
+    ) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+        """(quantized weights, the others) of a state dict for this model."""
+        bits, group = check_form(self.config.quantization_bit, self.config.quantization_group_size)
+        shapes = self._linear_shapes() if bits else {}
+        parts = {
+            key: value if isinstance(value, Tensor) else Tensor(np.asarray(value))
+            for key, value in state_dict.items()
+            if key.removesuffix(SCALE) in shapes
+        }
+        joined = join(parts, shapes, bits, group)
+        found = {n: joined[n] for n in shapes if n in joined}
+        rest = {k: v for k, v in state_dict.items() if k.removesuffix(SCALE) not in found}
+        return found, rest
 
     def save_pretrained(
         self,
@@ -499,6 +575,11 @@ class ChatGLMForConditionalGeneration:
         listed = []
         for name, shape in self._shapes.items():
             get = self._tensor
+            tensor = self._stored.get(name)
+            if isinstance(tensor, QuantizedTensor):
+                for key, part in ((name, tensor.integers), (name + SCALE, tensor.scale)):
+                    listed.append((key, part.dtype, part.shape, lambda part=part: part))
+                continue
             listed.append((name, self.stored_dtype(name), shape, lambda n=name, get=get: get(n)))
         for name in self.core.names():
             if name.startswith(PREFIX):
@@ -744,7 +825,8 @@ class AutoModel:
         stored in.
 
         config: in place of `path/config.json`, e.g. one with `pre_seq_len` set. torch_dtype or
-        dtype: cast to it ("float16", "bfloat16", "float32"). family, rope_mode: see ChatGLMConfig.
+        dtype: cast to it ("float16", "bfloat16", "float32"). load_in_8bit, load_in_4bit: as
+        `quantize(8)` and `quantize(4, group_size=32)`. family, rope_mode: see ChatGLMConfig.
         `trust_remote_code`, `revision`, `cache_dir`, `empty_init` and `low_cpu_mem_usage` are
         accepted and mean nothing: nothing is downloaded and no code of a model directory is
         executed.
@@ -752,12 +834,8 @@ class AutoModel:
         Raises OSError for a directory that is not there, ValueError naming file, tensor or field
         for anything wrong in it, TypeError for an unknown keyword.
         """
-        for name, on in (("load_in_8bit", load_in_8bit), ("load_in_4bit", load_in_4bit)):
-            if on:
-                raise ValueError(
-                    f"{name} is not supported by this release; the weights are used as they are "
-                    "stored"
-                )
+        if load_in_8bit and load_in_4bit:
+            raise ValueError("load_in_8bit, load_in_4bit: expected one of them")
         if device_map is not None and device is None:
             device = (
                 next(iter(device_map.values()), None)
@@ -784,6 +862,8 @@ class AutoModel:
         if file.is_file():
             model.generation_config = generation.GenerationConfig.from_pretrained(directory, config)
         _check_device(device)
+        if load_in_8bit or load_in_4bit:
+            model.quantize(8 if load_in_8bit else 4, group_size=GROUP_SIZE if load_in_4bit else 0)
         return model if kind is None else model._cast(kind)
 
 
@@ -795,6 +875,12 @@ def _progress(names: list[str]) -> Iterable[str]:
     from tqdm import tqdm
 
     return tqdm(names, desc="Loading checkpoint shards")
+
+
+def _quantizing(names: list[str], nbytes: int) -> Iterable[str]:
+    from tqdm import tqdm
+
+    return tqdm(names, desc="Quantizing", disable=nbytes < 1 << 28)
 
 
 # Checks
@@ -820,10 +906,11 @@ def _sort_tensors(
     missing = [n for n in shapes if n not in base]
     surplus = [n for n in base if n not in shapes]
     for name, tensor in (base | prefix).items():
-        if tensor.dtype not in _DTYPE_NAMES:
+        quantized = isinstance(tensor, QuantizedTensor)
+        if not quantized and tensor.dtype not in ("F32", "F16", "BF16", "F64"):
             raise ValueError(
                 f"tensor {name}: type {tensor.dtype}, expected float32, float16 or bfloat16; "
-                "quantized checkpoints are not supported by this release"
+                "config.json of a quantized model says quantization_bit 4 or 8"
             )
     _check_shapes({n: (shapes[n], base[n].shape) for n in shapes if n in base})
     if missing and not surplus and len(missing) > len(base):

@@ -23,6 +23,7 @@ from .arguments import (
     FinetuningArguments,
     ModelArguments,
     TrainingArguments,
+    check_quantization,
     parse_train_arguments,
 )
 from .configuration import ChatGLMConfig
@@ -48,6 +49,7 @@ from .loop import Loop, TrainState, find_checkpoint
 from .modeling import AutoModel, ChatGLMForConditionalGeneration
 from .peft import PeftModel, trainable_line
 from .plot import plot_loss
+from .quantization import GROUP_SIZE
 from .tokenization import AutoTokenizer
 
 __all__ = ["TrainResult", "TrainState", "run_train", "train"]
@@ -130,6 +132,7 @@ def train(
         _core.set_num_threads(model_args.threads)
     set_seed(training.seed)
     model, tokenizer = _load(model_or_path, tokenizer, model_args)
+    _quantize(methods.unwrapped(model), model_args.quantization_bit, finetuning.finetuning_type)
     brought = methods.unwrapped(model).core.names()
     trainee = methods.prepare(
         model,
@@ -186,6 +189,7 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
     checkpoints = model_args.checkpoint_dir or []
     kind = finetuning.finetuning_type
+    _quantize(base, model_args.quantization_bit, kind)
     result = None
     if args.do_train:
         trainee = methods.prepare(
@@ -391,10 +395,7 @@ def _arguments(
         groups.append(cls(**{k: v for k, v in values.items() if k in own}))
     model_args, data_args, training, finetuning = groups
     if model_args.quantization_bit is not None:
-        raise ValueError(
-            f"quantization_bit: an int{model_args.quantization_bit} base is not part of this "
-            "release; leave it out"
-        )
+        check_quantization(model_args.quantization_bit, training, finetuning)
     for name in ("do_predict", "predict_with_generate"):
         if getattr(training, name):
             raise ValueError(f"{name}: cannot be used while training; use the model's chat")
@@ -455,6 +456,14 @@ def _load(model_or_path: Any, tokenizer: Any, args: ModelArguments) -> tuple[Any
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or place, family=family)
     return model, tokenizer
+
+
+def _quantize(base: ChatGLMForConditionalGeneration, bits: int | None, kind: str) -> None:
+    """The base of p_tuning gets THUDM's row-wise form; 4 bits under LoRA the more exact one in
+    groups.
+    """
+    if bits:
+        base.quantize(bits, group_size=GROUP_SIZE if bits == 4 and kind == "lora" else None)
 
 
 def _load_records(args: DataArguments) -> list[dict[str, Any]]:

@@ -91,7 +91,7 @@ def test_every_flag_by_its_mark(group, flag):
     assert [notice.split()[0] for notice in made.notices] == (
         [flag.name] if flag.mark == "A" else []
     )
-    if flag.name in ("evaluation_strategy", "eval_strategy", "do_predict", "quantization_bit"):
+    if flag.name in ("evaluation_strategy", "eval_strategy", "do_predict"):
         return
     parsed = parse(*words)
     assert (
@@ -373,7 +373,6 @@ def test_yaml_without_its_library(tmp_path, monkeypatch):
             {"quantization_bit": 4, "finetuning_type": "p_tuning", "fp16": True},
             "conflicts with fp16",
         ),
-        ({"quantization_bit": 4}, "int4 base is not part of this release"),
         ({"dataset": " , "}, "^dataset: "),
         ({"deepspeed": {"zero": 2}}, "^deepspeed: not supported"),
     ],

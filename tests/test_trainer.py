@@ -584,7 +584,7 @@ def test_callbacks(tiny_model, tmp_path):
         ({"finetuning_type": "none"}, ValueError, "finetuning_type: expected lora"),
         ({"max_source_length": 400, "max_target_length": 400}, None, ""),
         ({"predict_with_generate": True}, ValueError, "predict_with_generate: cannot be used"),
-        ({"quantization_bit": 8}, ValueError, "quantization_bit: an int8 base"),
+        ({"quantization_bit": 8, "finetuning_type": "full"}, ValueError, "8 is incompatible"),
         ({"stage": "ppo"}, ValueError, "stage: 'ppo'"),
         ({"lora_target": "nothing"}, ValueError, "target_modules"),
     ],
@@ -697,3 +697,17 @@ def test_other_family_is_detected(tiny_model, tmp_path):
         run(tiny_model, tmp_path, use_v2=True, max_steps=1)
     with pytest.warns(UserWarning, match="use_v2: .* is of family v3"):
         run(tiny_model, tmp_path, use_v2=True, family="chatglm3", max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "group"), [("lora", 8, None), ("lora", 4, 32), ("p_tuning", 4, None)]
+)
+def test_quantized_base(tiny_model, tmp_path, method, bits, group):
+    settings = {"output_dir": str(tmp_path / "a"), "max_steps": 2, **QUIET}
+    settings |= {"finetuning_type": method, "quantization_bit": bits}
+    trained = glmlora.train(tiny_model, records(4), **settings)
+    config = trained.model.config
+    assert (config.quantization_bit, config.quantization_group_size) == (bits, group)
+    settings["output_dir"] = str(tmp_path / "b")
+    again = glmlora.train(tiny_model, records(4), **settings)
+    assert again.log_history[-1]["train_loss"] == trained.log_history[-1]["train_loss"]

@@ -1,0 +1,152 @@
+"""Linear layers stored as integers: THUDM's row-wise int8 and int4, and int4 in groups of columns.
+
+A matrix (out, in) becomes an int8 `weight`, (out, in) for 8 bits and (out, in / 2) for 4 (two
+columns a byte, the even one in the high nibble, two's complement), and a float16 `weight_scale`:
+(out,), or in groups (out, ceil(in / group size)), which is this package's own form, named by
+`quantization_group_size` in config.json. value = integer * scale. Scales and integers are computed
+by the core (`quantize` in csrc/backend.h).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+
+import numpy as np
+
+from . import _core
+from .tensor import Tensor
+
+GROUP_SIZE = 32  # where nobody says: 4.5 bits a weight
+SCALE = "_scale"  # `weight_scale` stands beside `weight`
+
+
+class QuantizedTensor:
+    """A quantized matrix where a Tensor is expected.
+
+    integers (out, in) or (out, in / 2) I8, scale float16 Tensors as they are in the file; dtype
+    "I8" or "I4"; group: columns that share a scale, 0 for whole rows.
+    """
+
+    __slots__ = ("dtype", "group", "integers", "scale")
+
+    def __init__(self, integers: Tensor, scale: Tensor, bits: int, group: int = 0):
+        self.integers = integers
+        self.scale = scale
+        self.dtype = "I8" if bits == 8 else "I4"
+        self.group = group
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix that it stands for."""
+        rows, columns = self.integers.shape
+        return rows, columns * (2 if self.dtype == "I4" else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of integers and scales."""
+        return self.integers.nbytes + self.scale.nbytes
+
+    def numpy(self) -> np.ndarray:
+        """The values, float32 (out, in): integer * scale, which float32 holds exactly."""
+        integers = self.integers.data
+        if self.dtype == "I4":  # shifts of int8 keep the sign
+            integers = np.stack([integers >> 4, integers << 4 >> 4], axis=-1)
+        wide = integers.reshape(self.shape).astype(np.float32)
+        scale = self.scale.data.astype(np.float32).reshape(wide.shape[0], -1)
+        if self.group:
+            scale = np.repeat(scale, self.group, axis=1)[:, : wide.shape[1]]
+        wide *= scale
+        return wide
+
+    def __repr__(self) -> str:
+        return f"QuantizedTensor({self.dtype}, {self.shape}, group={self.group})"
+
+
+def quantize(name: str, tensor: Tensor, bits: int, group: int = 0) -> QuantizedTensor:
+    """The quantized form of a float matrix.
+
+    Raises ValueError naming the tensor where a value is not finite or float16 cannot hold a scale,
+    and for 4 bits of an odd number of columns.
+    """
+    if bits == 4 and tensor.shape[1] % 2:
+        raise ValueError(f"{name}: 4 bits need an even number of columns, got {tensor.shape}")
+    integers, scale = _core.quantize(tensor.data, tensor.dtype, bits, group)
+    if not np.isfinite(scale).all():
+        row = int(np.argwhere(~np.isfinite(scale.reshape(len(scale), -1)).all(1))[0, 0])
+        raise ValueError(
+            f"{name}: row {row} has a value that is not finite or too large for float16, so it "
+            "cannot be quantized"
+        )
+    return QuantizedTensor(Tensor(integers), Tensor(scale), bits, group)
+
+
+def check_form(bits: object, group: object) -> tuple[int, int]:
+    """(bits, group) of a config or a call, 0 for what is absent. ValueError for other forms."""
+    if bits not in (None, 0, 4, 8) or isinstance(bits, bool | float):
+        raise ValueError(f"quantization_bit: expected 0, 4 or 8, got {bits!r}")
+    if group in (None, 0):
+        return bits or 0, 0
+    if type(group) is not int or group < 32 or group % 32 or bits != 4:
+        raise ValueError(
+            f"quantization_group_size: expected a multiple of 32 with 4 bits, got {group!r} with "
+            f"{bits!r}"
+        )
+    return 4, group
+
+
+def join(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], bits: int, group: int
+) -> dict[str, Tensor | QuantizedTensor]:
+    """A quantized checkpoint's tensors with `weight` and `weight_scale` of each linear in one.
+
+    shapes: of the matrices that are quantized, by name. Raises ValueError naming a tensor that is
+    of another type or shape than config.json says. Absent ones are the caller's to name.
+    """
+    joined = dict(tensors)
+    for name, (rows, columns) in shapes.items():
+        if name not in joined:
+            continue
+        integers, scale = joined[name], joined.pop(name + SCALE, None)
+        if integers.dtype != "I8" or scale is None:
+            what = f"type {integers.dtype}" if integers.dtype != "I8" else f"no {name + SCALE}"
+            raise ValueError(
+                f"tensor {name}: {what}, but config.json says quantization_bit {bits}: expected "
+                "I8 integers and their scales; for a float checkpoint set it to 0 and call "
+                f"quantize({bits})"
+            )
+        if scale.dtype in ("F32", "BF16"):
+            scale = Tensor(_core.convert(scale.data, scale.dtype, "F16"), "F16")
+        expected = (rows, columns if bits == 8 else columns // 2)
+        per_row = (rows, -(-columns // group)) if group else (rows,)
+        for what, tensor, dtype, shape in (
+            (name, integers, "I8", expected),
+            (name + SCALE, scale, "F16", per_row),
+        ):
+            if tensor.dtype != dtype or tensor.shape != shape:
+                raise ValueError(
+                    f"tensor {what}: expected {dtype} {shape} for quantization_bit {bits}, got "
+                    f"{tensor.dtype} {tensor.shape}"
+                )
+        if not np.isfinite(scale.data).all():
+            raise ValueError(f"tensor {name + SCALE}: a scale is not finite")
+        joined[name] = QuantizedTensor(integers, scale, bits, group)
+    return joined
+
+
+def drop_pages(array: np.ndarray) -> None:
+    """Give back the memory of a mapped file's pages below an array; reading them again reads the
+    file. Arrays in memory of their own stay.
+    """
+    base = array
+    while isinstance(base, np.ndarray) and base.base is not None:
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+    if length > 0:
+        base.madvise(mmap.MADV_DONTNEED, begin, length)
