@@ -134,6 +134,7 @@ struct glm_cache_info {
     int rows, capacity, shared_length;
     const int32_t *lengths; /* (rows) */
     size_t bytes;
+    int current; /* 0: it holds tokens of weights that changed since */
 };
 void glm_cache_get(struct glm_cache *c, struct glm_cache_info *info);
 glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm_error *err);

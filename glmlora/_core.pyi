@@ -83,6 +83,7 @@ class Cache:
         int  # tokens of the prompt prefix common to all rows (P-Tuning prefix not counted)
     )
     nbytes: int
+    current: bool  # filled with the weights as they are now; else only an empty one can be extended
     def rewind(self, row: int, length: int) -> None:
         """Forget everything of the row after its first `length` own tokens."""
     def reorder(self, parents: Sequence[int]) -> None:

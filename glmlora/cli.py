@@ -81,7 +81,7 @@ def _column(row: dict[str, Any], name: str, number: int) -> str:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """A table in, a table out: one answer for each row, one row at a time."""
+    """A table in, a table out: one answer for each row."""
     import csv
     import string
 
@@ -89,6 +89,8 @@ def predict(args: argparse.Namespace) -> int:
 
     from glmlora.data import read_rows
     from glmlora.files import atomic_file
+    from glmlora.generation import chat_rows
+    from glmlora.methods import unwrapped
 
     rows = read_rows(args.input)
     fields = [f for _, f, _, _ in string.Formatter().parse(args.template) if f]
@@ -108,13 +110,15 @@ def predict(args: argparse.Namespace) -> int:
     model, tokenizer = _load(args.model, args.adapter, args.dtype)
     kwargs = {"temperature": 0.01, **_generation(args)}
     odd: list[str] = []
-    answers: list[str] = []
-    for i, prompt in enumerate(tqdm(prompts, desc="predict", unit="row", file=sys.stderr)):
-        answer, _ = model.chat(tokenizer, prompt, history=[], **kwargs)
+    answers: list[str] = [""] * len(rows)
+    ready = chat_rows(unwrapped(model), tokenizer, prompts, **kwargs)
+    for i, answer in tqdm(ready, "predict", len(rows), unit="row", file=sys.stderr):
+        answers[i] = answer
+    for i, answer in enumerate(answers):
         if args.choices and answer.strip() not in args.choices:
             odd.append(f"row {i}: {answer!r}")
             answer = args.fallback if args.fallback is not None else answer
-        answers.append(answer.strip())
+        answers[i] = answer.strip()
     if odd and args.fallback is None:
         shown = "; ".join(odd[:5])
         raise ValueError(

@@ -13,7 +13,8 @@ import numpy as np
 
 from .checkpoint import read_json, write_json, write_text
 from .data import Encoded
-from .generation import end_ids
+from .generation import GenerationConfig, end_ids, generate_rows
+from .methods import unwrapped
 from .metrics import compute_metrics
 
 # How the original decodes while evaluating.
@@ -99,31 +100,29 @@ def predict(
     top_k 50, or `num_beams` beams; repeatable by `set_seed`.
     """
     started = time.perf_counter()
-    n_batches = -(-len(encoded) // batch_size)
-    settings = {**DECODING, "do_sample": num_beams == 1}
-    ends = end_ids(model, tokenizer)
-    answers: list[str] = []
-    references: list[str] = []
-    with progress(n_batches, disable_tqdm, desc=prefix) as bar:
-        for first in range(0, len(encoded), batch_size):
-            rows = range(first, min(first + batch_size, len(encoded)))
-            prompts = [encoded.source(row).tolist() for row in rows]
-            out = model.generate(
-                prompts,
-                max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
-                eos_token_id=ends,
-                **settings,
-            )
-            width = max(map(len, prompts))
-            for row, ids in zip(rows, out[:, width:].tolist(), strict=True):
-                stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-                answers.append(tokenizer.decode(ids[:stop], skip_special_tokens=True))
-                target = encoded.target(row).tolist()
-                references.append(tokenizer.decode(target, skip_special_tokens=True))
+    base = unwrapped(model)
+    ends = end_ids(base, tokenizer)
+    g = GenerationConfig(
+        **{**DECODING, "do_sample": num_beams == 1},
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+    )
+    prompts = [encoded.source(row).tolist() for row in range(len(encoded))]
+    answers = [""] * len(prompts)
+    with progress(len(prompts), disable_tqdm, desc=prefix) as bar:
+        for row, ids in generate_rows(base, prompts, g, batch_size):
+            stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+            answers[row] = tokenizer.decode(ids[:stop], skip_special_tokens=True)
             bar.update()
+    targets = (encoded.target(row).tolist() for row in range(len(encoded)))
+    references = [tokenizer.decode(ids, skip_special_tokens=True) for ids in targets]
     scores = {f"{prefix}_{k}": v for k, v in compute_metrics(answers, references).items()}
-    return {**scores, **speed(prefix, started, len(encoded), n_batches)}, answers, references
+    return (
+        {**scores, **speed(prefix, started, len(encoded), -(-len(encoded) // batch_size))},
+        answers,
+        references,
+    )
 
 
 def write_predictions(path: Path, answers: Sequence[str], references: Sequence[str]) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1024  # tokens fed at a time: bounds the memory of a long prompt
 CAPACITY_STEP = 256  # positions by which caches are sized
+ROWS = 16  # rows of a batch that are decoded together; the others wait for a place ..
+CACHE_BYTES = 2 << 30  # .. and fewer than that where their keys and values would take more
 # New tokens after which a cache is made anew, larger: nothing is reserved for the 8192 positions
 # that chat may use.
 # It follows from the count alone, so that a row does not notice which rows are beside it.
@@ -268,14 +270,27 @@ class Scores:
 
 class CachedRow:
     """Rows of ids, and the core's cache of a leading part of each. One row in chat, many in
-    generate.
+    generate. `shared` ids stand before the ids of every row and are computed once.
     """
 
-    def __init__(self, model: ChatGLMForConditionalGeneration, rows: int, capacity: int):
+    def __init__(
+        self,
+        model: ChatGLMForConditionalGeneration,
+        rows: int,
+        capacity: int,
+        shared: Sequence[int] = (),
+    ):
         self.model = model
         self.ids: list[list[int]] = [[] for _ in range(rows)]
-        self.held = [0] * rows  # tokens of each row that the cache holds
-        self.cache = model.core.cache(rows, self._capacity(capacity))
+        self.shared = np.asarray(shared, np.int32)
+        self._new_cache(capacity)
+
+    def _new_cache(self, capacity: int) -> None:
+        self.held = [0] * len(self.ids)  # tokens of each row that the cache holds
+        core, rows = self.model.core, len(self.ids)
+        self.cache = core.cache(rows, self._capacity(capacity), self.shared.size)
+        for start in range(0, self.shared.size, CHUNK):
+            core.extend_shared(self.cache, self.shared[start : start + CHUNK])
 
     def _capacity(self, needed: int) -> int:
         rounded = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
@@ -290,10 +305,8 @@ class CachedRow:
     def make_room(self, needed: int) -> None:
         """A cache of at least `needed` positions for each row, empty if it had to be made anew."""
         if self.cache.capacity < needed:
-            rows = len(self.ids)
             del self.cache  # before the new one is made: both need not fit
-            self.held = [0] * rows
-            self.cache = self.model.core.cache(rows, self._capacity(needed))
+            self._new_cache(needed)
 
     def become(self, row: int, ids: Sequence[int]) -> None:
         """Make `ids` the row's, keeping what the cache holds of the beginning they share."""
@@ -394,6 +407,13 @@ def _renew(rows: CachedRow, live: Sequence[int], index: int, limits: Sequence[in
     rows.make_room(max(len(rows.ids[r]) + min(limits[r], room) - index for r in live))
 
 
+def _choose(g: GenerationConfig, scores: np.ndarray, draw: tuple[int, int], index: int) -> int:
+    """The index-th new token of a row from its scores float32 (V); draw: its (seed, stream)."""
+    if not g.samples:
+        return int(scores.argmax())
+    return _core.sample(scores, float(g.temperature), int(g.top_k), float(g.top_p), *draw, index)
+
+
 def _run(
     model: ChatGLMForConditionalGeneration,
     rows: CachedRow,
@@ -415,13 +435,7 @@ def _run(
             scores = rows.extend(live)
         tokens = {}
         for row, row_scores in zip(live, scores, strict=True):
-            row_scores = change(row_scores, rows.ids[row])
-            if g.samples:
-                token = _core.sample(
-                    row_scores, float(g.temperature), int(g.top_k), float(g.top_p), seed, row, index
-                )
-            else:
-                token = int(row_scores.argmax())
+            token = _choose(g, change(row_scores, rows.ids[row]), (seed, row), index)
             rows.ids[row].append(token)
             tokens[row] = token
         scores = None
@@ -429,6 +443,63 @@ def _run(
         yield tokens
         if not live:
             return
+
+
+def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many ids all prompts begin with, less one where one of them has no others."""
+    first, last = min(prompts), max(prompts)  # of the rest, every one lies between
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)
+
+
+def complete(
+    model: ChatGLMForConditionalGeneration,
+    prompts: Sequence[list[int]],
+    limits: Sequence[int],
+    g: GenerationConfig,
+    change: Scores,
+    draws: Sequence[tuple[int, int]],
+    at_once: int = ROWS,
+) -> Iterator[tuple[int, list[int]]]:
+    """(number of a prompt, its new ids, an end id included), in the order in which they end.
+
+    At most `at_once` rows run together; the place of one that ended goes to the next prompt. What
+    all prompts begin with is computed once. limits: new ids allowed to each; draws: the (seed,
+    stream) of each one's random numbers. Each gets what it would get alone.
+    """
+    shared = _shared_length(prompts) if len(prompts) > 1 else 0
+    own = [len(p) - shared for p in prompts]
+    room = _first_room(own, limits)
+    c = model.config
+    row_bytes = 8 * c.num_layers * c.multi_query_group_num * c.kv_channels * room
+    places = max(1, min(at_once, len(prompts), CACHE_BYTES // row_bytes))
+    rows = CachedRow(model, places, room, prompts[0][:shared])
+    waiting = iter(range(len(prompts)))
+    running: dict[int, int] = {}  # place: prompt
+    new: dict[int, list[int]] = {}
+    while True:
+        for place in range(places):
+            number = next(waiting, None) if place not in running else None
+            if number is not None:
+                running[place], new[number] = number, []
+                rows.become(place, prompts[number][shared:])
+        if not running:
+            return
+        live = sorted(running)
+        longest = max(len(rows.ids[place]) for place in live)
+        if longest > rows.cache.capacity:
+            most = max(own[n] + limits[n] for n in running.values())
+            rows.make_room(min(2 * longest, most))
+        for place, scores in zip(live, rows.extend(live), strict=True):
+            number = running[place]
+            answer = new[number]
+            scores = change(scores, prompts[number] + answer)
+            token = _choose(g, scores, draws[number], len(answer))
+            rows.ids[place].append(token)
+            answer.append(token)
+            if token in change.eos or len(answer) == limits[number]:
+                del running[place]
+                yield number, new.pop(number)
 
 
 # generate
@@ -503,7 +574,7 @@ def stream_generate(
     are ignored.
     """
     g = _settings(model, generation_config, fields)
-    pad = 0 if g.pad_token_id is None else int(g.pad_token_id)
+    pad = _pad(g)
     padded, prompts = _prompts(model, input_ids, attention_mask, pad)
     change = Scores(g, logits_processor)
     n = int(g.num_return_sequences)
@@ -545,19 +616,59 @@ def generate(
     fields: see GenerationConfig.
 
     Returns int64 (B * num_return_sequences, T + new): prompts as given, new ids, rows that ended
-    filled with the pad id. Rows run together; each gets what it would get alone. Raises ValueError
-    naming the argument, TypeError for an unknown one, FloatingPointError naming layer and row.
+    filled with the pad id. Up to 16 rows run together, a row that ends gives its place to the next,
+    and each gets what it would get alone. Raises ValueError naming the argument, TypeError for an
+    unknown one, FloatingPointError naming layer and row.
     """
     g = _settings(model, generation_config, fields)
+    change = Scores(g, logits_processor)
     if g.num_beams > 1:
-        return _beam_generate(model, input_ids, attention_mask, g, Scores(g, logits_processor))
-    out = None
-    for out in stream_generate(  # noqa: B007
-        model, input_ids, attention_mask, None, g, logits_processor
-    ):
-        pass
-    assert out is not None
-    return out
+        return _beam_generate(model, input_ids, attention_mask, g, change)
+    padded, prompts = _prompts(model, input_ids, attention_mask, _pad(g))
+    limits = _limits(model, [len(p) for p in prompts], g)
+    _warn_of_prefix(model)
+    n = int(g.num_return_sequences)
+    seed = next_seed() if g.seed is None else int(g.seed) % 2**64
+    answers: list[list[int]] = [[]] * (len(prompts) * n)
+    many = [p for p in prompts for _ in range(n)]
+    draws = [(seed, row) for row in range(len(many))]
+    for row, new in complete(model, many, np.repeat(limits, n).tolist(), g, change, draws):
+        answers[row] = new
+    return _beside(np.repeat(padded, n, axis=0), answers, _pad(g))
+
+
+def _pad(g: GenerationConfig) -> int:
+    return 0 if g.pad_token_id is None else int(g.pad_token_id)
+
+
+def _beside(padded: np.ndarray, answers: Sequence[Sequence[int]], pad: int) -> np.ndarray:
+    """Prompts (B, T) and their answers (B, T + longest), filled with `pad`."""
+    out = np.full((len(answers), max(map(len, answers))), pad, np.int64)
+    for row, answer in enumerate(answers):
+        out[row, : len(answer)] = answer
+    return np.concatenate((padded, out), axis=1)
+
+
+def generate_rows(
+    model: ChatGLMForConditionalGeneration,
+    prompts: Sequence[list[int]],
+    g: GenerationConfig,
+    at_once: int = ROWS,
+) -> Iterator[tuple[int, list[int]]]:
+    """(number of a prompt, its new ids) in the order in which they end; at most `at_once` rows run
+    together, and no answer depends on that.
+    """
+    g.check(model.config.padded_vocab_size)
+    change = Scores(g, None)
+    limits = _limits(model, [len(p) for p in prompts], g)
+    _warn_of_prefix(model)
+    seed = next_seed() if g.seed is None else int(g.seed) % 2**64
+    draws = [(seed, row) for row in range(len(prompts))]
+    if g.num_beams == 1:
+        yield from complete(model, prompts, limits, g, change, draws, at_once)
+        return
+    for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        yield row, _beams(model, prompt, limit, g, change, draws[row])[0]
 
 
 def _beam_generate(
@@ -567,19 +678,13 @@ def _beam_generate(
     g: GenerationConfig,
     change: Scores,
 ) -> np.ndarray:
-    pad = 0 if g.pad_token_id is None else int(g.pad_token_id)
-    padded, prompts = _prompts(model, input_ids, attention_mask, pad)
+    padded, prompts = _prompts(model, input_ids, attention_mask, _pad(g))
     limits = _limits(model, [len(p) for p in prompts], g)
     seed = next_seed() if g.seed is None else int(g.seed) % 2**64
     answers = []
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         answers += _beams(model, prompt, limit, g, change, (seed, row))
-    width = max(len(a) for a in answers)
-    out = np.full((len(answers), padded.shape[1] + width), pad, np.int64)
-    for i, answer in enumerate(answers):
-        out[i, : padded.shape[1]] = padded[i // g.num_return_sequences]
-        out[i, padded.shape[1] : padded.shape[1] + len(answer)] = answer
-    return out
+    return _beside(np.repeat(padded, int(g.num_return_sequences), axis=0), answers, _pad(g))
 
 
 def _beams(
@@ -757,15 +862,17 @@ def _check_query(query: Any) -> None:
         raise TypeError(f"query: expected text, got {type(query).__name__}")
 
 
-def _take_row(model: ChatGLMForConditionalGeneration, needed: int) -> CachedRow:
-    """The row that chats leave behind, emptied, or a new one. The taker owns it until it gives it
-    back.
+def _take_row(model: ChatGLMForConditionalGeneration, ids: Sequence[int], needed: int) -> CachedRow:
+    """The row that chats leave behind, or a new one, with these ids; what the last chat began with
+    too is not computed again. The taker owns it until it gives it back.
     """
     row, model.cached_row = model.cached_row, None
     if row is None or row.cache.capacity < needed:
         del row
-        return CachedRow(model, 1, needed)
-    row.forget()
+        row = CachedRow(model, 1, needed)
+    if not row.cache.current:
+        row.forget()
+    row.become(0, ids)
     return row
 
 
@@ -814,8 +921,7 @@ def chat(
         seed = next_seed() if g.seed is None else int(g.seed) % 2**64
         new = _beams(model, ids, limits[0], g, change, (seed, 0))[0]
     else:
-        row = _take_row(model, _first_room([len(ids)], limits))
-        row.ids[0] = list(ids)
+        row = _take_row(model, ids, _first_room([len(ids)], limits))
         for _ in _run(model, row, limits, g, change):
             pass
         new = row.ids[0][len(ids) :]
@@ -823,6 +929,61 @@ def chat(
     if new[-1] in change.eos:  # only a real end id is cut, not the last token of a full answer
         new.pop()
     return _answer(model, tokenizer, tokenizer.decode(new), asked)
+
+
+def chat_rows(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: Any,
+    queries: Sequence[str],
+    at_once: int = ROWS,
+    **kwargs: Any,
+) -> Iterator[tuple[int, Any]]:
+    """(number of a query, response) in the order in which they are ready: what `chat` gives to each
+    query, in this order, with an empty history. Arguments by name as in `chat`.
+    """
+    for query in queries:
+        _check_query(query)
+    fields = _arguments("chat", chat_family(model, tokenizer), _CHAT, (), kwargs)
+    role, processors = fields.pop("role", None), fields.pop("logits_processor")
+    g = _chat_settings(model, tokenizer, fields)
+    change = Scores(g, processors)
+    if g.num_beams > 1:
+        for number, query in enumerate(queries):
+            yield number, chat(model, tokenizer, query, [], **kwargs)[0]
+        return
+    asked = [_question(model, tokenizer, query, [], role) for query in queries]
+    prompts = [ids for ids, _ in asked]
+    limits = _limits(model, [len(p) for p in prompts], g)
+    _warn_of_prefix(model)
+    draws = [(next_seed() if g.seed is None else int(g.seed) % 2**64, 0) for _ in prompts]
+    if not prompts:
+        return
+    for number, new in complete(model, prompts, limits, g, change, draws, at_once):
+        if new[-1] in change.eos:
+            new.pop()
+        yield number, _answer(model, tokenizer, tokenizer.decode(new), asked[number][1])[0]
+
+
+def batch_chat(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: Any,
+    queries: Sequence[str],
+    at_once: int = ROWS,
+    **kwargs: Any,
+) -> list[Any]:
+    """Responses to many queries, each what `model.chat(tokenizer, query, history=[], ..)` would
+    give, several times faster: rows run together, `at_once` of them, and the opening that all
+    prompts share is computed once. Arguments by name as in `chat`. Shows a progress bar on a
+    terminal.
+    """
+    from tqdm.auto import tqdm
+
+    queries = list(queries)
+    answers: list[Any] = [None] * len(queries)
+    ready = chat_rows(model, tokenizer, queries, at_once, **kwargs)
+    for number, answer in tqdm(ready, desc="chat", unit="row", total=len(queries), disable=None):
+        answers[number] = answer
+    return answers
 
 
 def _question(
@@ -889,9 +1050,9 @@ def stream_chat(
         row.make_room(needed)
     elif return_past:
         row = CachedRow(model, 1, needed)
+        row.become(0, ids)
     else:
-        row = _take_row(model, needed)
-    row.ids[0] = list(ids)
+        row = _take_row(model, ids, needed)
     decoded = TextStream(tokenizer)
     try:
         for tokens in _run(model, row, limits, g, change):

@@ -785,6 +785,12 @@ class ChatGLMForConditionalGeneration:
         """One turn of conversation -> (response, history): see `generation.chat`."""
         return generation.chat(self, tokenizer, query, history, *args, **kwargs)
 
+    def batch_chat(self, tokenizer: Any, queries: Any, **kwargs: Any) -> list[Any]:
+        """Responses to many queries, each as `chat` with an empty history gives it: see
+        `generation.batch_chat`.
+        """
+        return generation.batch_chat(self, tokenizer, queries, **kwargs)
+
     def stream_chat(
         self, tokenizer: Any, query: str, history: Any = None, *args: Any, **kwargs: Any
     ) -> Iterator[tuple]:

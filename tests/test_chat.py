@@ -410,3 +410,48 @@ def test_a_fresh_prefix_is_noticed_once(tmp_path):
     with pytest.warns(UserWarning, match="prefix"):
         model.chat(tokenizer, "x", max_new_tokens=1)
     model.chat(tokenizer, "x", max_new_tokens=1)
+
+
+def test_batch_chat_gives_what_chat_gives(v2, v3):
+    queries = [f"{'Order. ' * 9}Paper {i}: {'x ' * (7 * i % 11)}" for i in range(7)]
+    for model, tokenizer in (v2, v3):
+        for kwargs in (dict(temperature=0), dict(seed=3, **SAMPLING), SAMPLING):
+            kwargs = {"max_new_tokens": 9, **kwargs}
+            glmlora.set_seed(11)
+            alone = [model.chat(tokenizer, q, history=[], **kwargs)[0] for q in queries]
+            for at_once in (16, 3):
+                glmlora.set_seed(11)
+                assert model.batch_chat(tokenizer, queries, at_once=at_once, **kwargs) == alone
+        assert model.batch_chat(tokenizer, []) == []
+        beams = model.batch_chat(tokenizer, queries[:2], num_beams=2, do_sample=False)
+        assert beams[1] == model.chat(tokenizer, queries[1], num_beams=2, do_sample=False)[0]
+        with pytest.raises(TypeError, match="query"):
+            model.batch_chat(tokenizer, ["a", 3])
+        with pytest.raises(TypeError, match="temperatur"):
+            model.batch_chat(tokenizer, ["a"], temperatur=1)
+
+
+def test_what_the_last_chat_began_with_is_not_computed_again(v2, monkeypatch):
+    model, tokenizer = v2
+    opening = "Order. " * 30
+    fed = []
+    original = generation.CachedRow.extend
+
+    def count(self, rows):
+        fed.append(sum(len(self.ids[r]) - self.held[r] for r in rows))
+        return original(self, rows)
+
+    settings = dict(temperature=0, max_new_tokens=1)
+    model.cached_row = None
+    want = model.chat(tokenizer, opening + "B", **settings)[0]
+    model.cached_row = None
+    monkeypatch.setattr(generation.CachedRow, "extend", count)
+    model.chat(tokenizer, opening + "A", **settings)
+    assert model.chat(tokenizer, opening + "B", **settings)[0] == want
+    assert fed[0] > 50 and fed[1] < 20
+    model.requires_grad_(True)
+    model.prepare_training()  # the weights are other ones as far as the cache knows
+    model.requires_grad_(False)
+    model.chat(tokenizer, opening + "B", **settings)
+    assert fed[2] == fed[0]
+    model.cached_row = None

@@ -401,3 +401,86 @@ def test_the_global_generator_is_safe_to_share():
     assert len(set(taken)) == 200
     with pytest.raises(TypeError, match="seed"):
         glmlora.set_seed("1")
+
+
+# Batches: places that are filled again, openings that are computed once
+
+
+def settings(**fields):
+    found = generation.GenerationConfig(pad_token_id=0, **fields)
+    found.check(V)
+    return found
+
+
+def completed(model, prompts, g, **kwargs):
+    limits = generation._limits(model, [len(p) for p in prompts], g)
+    draws = [(7, row) for row in range(len(prompts))]
+    change = generation.Scores(g, None)
+    found = dict(generation.complete(model, prompts, limits, g, change, draws, **kwargs))
+    assert sorted(found) == list(range(len(prompts)))
+    return [found[i] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("opening", [0, 1, 23])
+@pytest.mark.parametrize("sample", [False, True])
+def test_places_are_filled_again_and_answers_are_those_of_rows_alone(model, opening, sample):
+    rng = np.random.default_rng(4)
+    start = rng.integers(3, V, opening).tolist()
+    prompts = [start + rng.integers(3, V, rng.integers(1, 30)).tolist() for _ in range(11)]
+    prompts[3] = list(prompts[8])  # twice the same
+    ends = list(range(40, 70))  # about one token in four: answers end at different times
+    g = settings(max_new_tokens=12, eos_token_id=ends, do_sample=sample)
+    alone = []
+    for row, p in enumerate(prompts):
+        limits = generation._limits(model, [len(p)], g)
+        change = generation.Scores(g, None)
+        alone.append(next(generation.complete(model, [p], limits, g, change, [(7, row)]))[1])
+    assert len({len(a) for a in alone}) > 2
+    for at_once in (1, 2, 4, 16):
+        assert completed(model, prompts, g, at_once=at_once) == alone
+    if not sample:
+        whole = model.generate(prompts, max_new_tokens=12, eos_token_id=ends)
+        width = max(map(len, prompts))
+        for row, answer in enumerate(alone):
+            assert whole[row, width : width + len(answer)].tolist() == answer
+            assert (whole[row, width + len(answer) :] == 0).all()
+
+
+def test_scores_in_a_batch_have_the_bits_of_a_row_alone(model):
+    rng = np.random.default_rng(5)
+    start = rng.integers(3, V, 19).tolist()
+    tails = [rng.integers(3, V, n).tolist() for n in (1, 50, 7)]
+    together = generation.CachedRow(model, 3, 64, start)
+    for row, tail in enumerate(tails):
+        together.become(row, tail)
+    scores = together.extend(range(3))
+    for row, tail in enumerate(tails):
+        single = generation.CachedRow(model, 1, 80)
+        single.become(0, start + tail)
+        assert np.array_equal(single.extend([0])[0], scores[row])
+
+
+def test_a_batch_outgrows_its_cache(model, monkeypatch):
+    prompts = [prompt(n, seed=n)[0].tolist() for n in (3, 9, 20)]
+    g = settings(max_new_tokens=40, eos_token_id=[])
+    want = completed(model, prompts, g)
+    monkeypatch.setattr(generation, "ROOM", (2, 1 << 20))
+    monkeypatch.setattr(generation, "CAPACITY_STEP", 1)
+    assert completed(model, prompts, g) == want
+    assert completed(model, prompts, g, at_once=2) == want
+
+
+def test_few_rows_at_once_where_memory_is_short(model, monkeypatch):
+    prompts = [prompt(5, seed=n)[0].tolist() for n in range(6)]
+    g = settings(max_new_tokens=4, eos_token_id=[])
+    want = completed(model, prompts, g)
+    monkeypatch.setattr(generation, "CACHE_BYTES", 1)
+    made = []
+    original = generation.CachedRow
+
+    def seen(model, rows, *args):
+        made.append(rows)
+        return original(model, rows, *args)
+
+    monkeypatch.setattr(generation, "CachedRow", seen)
+    assert completed(model, prompts, g) == want and made == [1]

@@ -83,7 +83,7 @@ def test_accepts_what_the_documentation_of_the_models_passes(directory):
     assert model.config is config
     with pytest.raises(TypeError, match="use_flash"):
         glmlora.AutoModel.from_pretrained(directory, use_flash=True)
-    
+
 
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(OSError, match="local directory.*downloads nothing"):

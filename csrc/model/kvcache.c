@@ -101,7 +101,8 @@ void glm_cache_free(struct glm_cache *c)
 
 void glm_cache_get(struct glm_cache *c, struct glm_cache_info *info)
 {
-    *info = (struct glm_cache_info){c->rows, c->capacity, c->shared_length, c->lengths, c->bytes};
+    *info = (struct glm_cache_info){c->rows,    c->capacity, c->shared_length,
+                                    c->lengths, c->bytes,    c->version == c->model->version};
 }
 
 glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm_error *err)

@@ -886,6 +886,8 @@ static PyObject *cache_get(PyObject *object, void *which)
         return PyLong_FromLong(info.shared_length);
     case 3:
         return PyLong_FromSize_t(info.bytes);
+    case 5:
+        return PyBool_FromLong(info.current);
     }
     PyObject *list = PyList_New(info.rows);
     for (int i = 0; list && i < info.rows; i++)
@@ -1106,6 +1108,8 @@ static PyGetSetDef cache_getset[] = {
     {"shared_length", cache_get, NULL, "Tokens of the prefix common to all rows.", (void *)2},
     {"nbytes", cache_get, NULL, "Bytes of keys and values.", (void *)3},
     {"lengths", cache_get, NULL, "Own tokens of each row.", (void *)4},
+    {"current", cache_get, NULL, "Whether it was filled with the weights as they are now.",
+     (void *)5},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
