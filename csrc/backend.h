@@ -183,10 +183,11 @@ struct glm_ops {
     /* Integers `data` and float16 `scale` (struct glm_mat) of a float matrix inp (rows, cols).
      * group 0: THUDM's, every operation rounded to float16: scale = max|w| / q, q = 127 or 7,
      *   integer = round to even(w / scale); a row of zeros gets scale 0 and integers 0
-     * group > 0, GLM_I4: integers in -8 .. 7; of the scales m / -(8 + j / 10), j = -9 .. 9, m the
-     *   element of largest magnitude, and what least squares makes of each, the one of smallest
-     *   squared error. A row (group) with an element that is not finite, or that float16 cannot
-     *   hold, gets a scale that is not finite. */
+     * group > 0, GLM_I4: integers q in -8 .. 7; of the scales m / -(8 + j / 10), j = -9 .. 9, m the
+     *   element of largest magnitude, the one whose integers have the smallest squared error under
+     *   the scale of least squares, sum(w q) / sum(q^2): that is the scale, rounded to float16, and
+     *   the integers are those nearest by it. A row (group) with an element that is not finite, or
+     * that float16 cannot hold, gets a scale that is not finite. */
     void (*quantize)(void *cx, void *data, uint16_t *scale, enum glm_dtype dtype, int group,
                      const void *inp, enum glm_dtype inp_dtype, int rows, int cols);
 };

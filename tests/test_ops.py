@@ -444,7 +444,7 @@ def quantize(m: Maker, rows: int, cols: int, kind: str, inp_dtype: str, size: fl
         return {"data": (data, 0), "scale": (scale, 0)}
     value, back = unstored(w, DTYPES[inp_dtype]), dequantized(data, dtype, scale, group)
     error = np.add.reduceat((value - back) ** 2, range(0, cols, group), axis=1)
-    return {"error": (error, 5e-3 * error + 1e-30)}  # a quotient near .5 may go either way
+    return {"error": (error, 2e-2 * error + 1e-30)}  # a quotient near .5 may go either way
 
 
 def linear_backward_input(m: Maker, N: int, O: int, I: int, dtype: str, scale: float, add: int):

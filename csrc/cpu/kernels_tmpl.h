@@ -1,6 +1,6 @@
 /* Every inner loop of the CPU backend, once, over vectors of VL floats (GCC vector extensions). The
  * including file sets VL, NAME, and, where the set has them, HALF_TO_FLOAT(p): VL halves at p as a
- * vector; SUM4(a, b, c, d): lane sums.
+ * vector; BYTES_TO_INT(p): VL signed bytes; INT_TO_FLOAT(v); SUM4(a, b, c, d): lane sums.
  *
  * Sums over lanes are made in one order, adjacent lanes first, then halves: an element's bits must
  * not depend on the tile it fell into. Every function is static: nothing compiled for a newer
@@ -163,6 +163,18 @@ INLINE vf half_to_float_vector(const uint16_t *p)
     return v;
 }
 #define HALF_TO_FLOAT half_to_float_vector
+#endif
+
+#ifndef BYTES_TO_INT
+INLINE vi bytes_to_int(const char *p)
+{
+    vi v;
+    for (int i = 0; i < VL; i++)
+        v[i] = ((const int8_t *)p)[i];
+    return v;
+}
+#define BYTES_TO_INT bytes_to_int
+#define INT_TO_FLOAT(v) __builtin_convertvector(v, vf)
 #endif
 
 INLINE vf bfloat_to_float_vector(const uint16_t *p)
@@ -339,49 +351,50 @@ static uint16_t quantize_row(const struct quantize_args *a, uint8_t *to, const c
     return scale;
 }
 
-/* Integers of n values by a scale, -8 to 7. */
-INLINE void divide(float *q, const float *w, int n, float inverse)
+/* The integers, -8 to 7, of values times an inverse scale. */
+INLINE vf divide(vf w, float inverse)
 {
-    for (int i = 0; i < n; i++) {
-        const float x = nearest(w[i] * inverse);
-        q[i] = x < -8 ? -8 : x > 7 ? 7 : x;
-    }
+    const vf shift = splat(12582912.0f), low = splat(-8.0f), high = splat(7.0f);
+    const vf q = w * splat(inverse) + shift - shift;
+    return choose(q < low, low, choose(q > high, high, q));
 }
 
-/* w: n finite values; q: their integers. Returns the scale's bits. */
+/* w: n finite values, zeros up to a whole vector; q: their integers. Returns the scale's bits. With
+ * integers q the best scale is wq / qq, and the squared error then ww - wq^2 / qq. */
 INLINE uint16_t quantize_group(float *q, const float *w, int n)
 {
-    float top = 0, least = INFINITY;
+    float top = 0, best = 0, most = 0;
     for (int i = 0; i < n; i++)
         top = fabsf(w[i]) > fabsf(top) ? w[i] : top;
-    uint16_t best = top != 0 ? 0x7c00 : 0; /* infinite where float16 holds none of the scales */
     for (int j = -9; j <= 9 && top != 0; j++) {
-        float wq = 0, qq = 0, error = 0;
-        divide(q, w, n, -(8.0f + 0.1f * (float)j) / top);
-        for (int i = 0; i < n; i++) {
-            wq += w[i] * q[i];
-            qq += q[i] * q[i];
+        const float inverse = -(8.0f + 0.1f * (float)j) / top;
+        vf wq = {0}, qq = {0};
+        for (int i = 0; i < n; i += VL) {
+            const vf x = divide(load(w + i), inverse);
+            wq += load(w + i) * x;
+            qq += x * x;
         }
-        const uint16_t scale = float_to_half(wq / qq);
-        const float s = half_to_float(scale);
-        divide(q, w, n, s > 0 || s < 0 ? 1.0f / s : 0);
-        for (int i = 0; i < n; i++)
-            error += (w[i] - s * q[i]) * (w[i] - s * q[i]);
-        if (error < least) {
-            least = error;
-            best = scale;
+        const v4 sum = SUM4(wq, qq, wq, qq);
+        if (sum[0] * sum[0] / sum[1] > most) {
+            most = sum[0] * sum[0] / sum[1];
+            best = sum[0] / sum[1];
         }
     }
-    const float s = half_to_float(best);
-    divide(q, w, n, s > 0 || s < 0 ? 1.0f / s : 0);
-    return best;
+    /* infinite where float16 cannot hold it, or float32 not its square */
+    const uint16_t scale = top == 0                      ? 0
+                           : most < INFINITY && most > 0 ? float_to_half(best)
+                                                         : 0x7c00;
+    const float s = half_to_float(scale), inverse = s > 0 || s < 0 ? 1.0f / s : 0;
+    for (int i = 0; i < n; i += VL)
+        store(q + i, divide(load(w + i), inverse));
+    return scale;
 }
 
 static void quantize_task(const void *arg, int task, char *scratch)
 {
     const struct quantize_args *a = arg;
     const int per_row = a->group ? (a->cols + a->group - 1) / a->group : 1;
-    float *w = (float *)scratch, *q = w + QUANTIZE_WIDTH;
+    float *w = (float *)scratch, *q = w + QUANTIZE_WIDTH + VL;
     for (int r = task * a->rows_a_task; r < a->rows && r < (task + 1) * a->rows_a_task; r++)
         for (int g = 0; g < per_row; g++) {
             const size_t begin = (size_t)r * a->cols + (size_t)g * a->group;
@@ -397,6 +410,7 @@ static void quantize_task(const void *arg, int task, char *scratch)
                 memset(q, 0, (size_t)n * 4);
                 *scale = 0x7c00;
             } else {
+                memset(w + n, 0, VL * 4);
                 *scale = quantize_group(q, w, n);
             }
             store_integers(to, q, n, a->dtype);
@@ -482,15 +496,13 @@ enum { XR = VL == 16 ? 6 : 3, STEP = 2 * VL };
  * even ones come first, then the odd ones; x is packed to match. */
 INLINE void load_step(vf v[2], const char *row, enum glm_dtype dtype, int k)
 {
-    typedef int8_t vb __attribute__((vector_size(VL), aligned(1)));
     if (dtype == GLM_I4) {
-        const vi both = __builtin_convertvector(*(const vb *)(row + k / 2), vi);
-        v[0] = __builtin_convertvector(both >> 4, vf);
-        v[1] = __builtin_convertvector(both << 28 >> 28, vf);
+        const vi both = BYTES_TO_INT(row + k / 2);
+        v[0] = INT_TO_FLOAT(both >> 4);
+        v[1] = INT_TO_FLOAT(both << 28 >> 28);
     } else if (dtype == GLM_I8) {
-        v[0] = __builtin_convertvector(__builtin_convertvector(*(const vb *)(row + k), vi), vf);
-        v[1] =
-            __builtin_convertvector(__builtin_convertvector(*(const vb *)(row + k + VL), vi), vf);
+        v[0] = INT_TO_FLOAT(BYTES_TO_INT(row + k));
+        v[1] = INT_TO_FLOAT(BYTES_TO_INT(row + k + VL));
     } else {
         v[0] = load_as(row, dtype, (size_t)k);
         v[1] = load_as(row, dtype, (size_t)k + VL);
@@ -547,22 +559,23 @@ INLINE float scale_at(const struct glm_mat *w, int row, int k)
 
 /* Four rows of W from row o on, columns k0 .. k0 + K - 1: vector by vector, four of them; rows past
  * the end are 0. */
-INLINE void pack_w(float *to, const struct glm_mat *w, enum glm_dtype dtype, int o, int rows,
-                   int k0, int K)
+INLINE void pack_w(float *to, const struct glm_mat *w, enum glm_dtype dtype, int grouped, int o,
+                   int rows, int k0, int K)
 {
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
     for (int c = 0; c < 4; c++) {
         const char *row = (const char *)w->data + (size_t)(o + c) * stride;
         float scale = 1.0f;
-        for (int k = 0; k < K; k += STEP) {
+        int k = 0;
+        for (; c < rows && k < K; k += STEP) {
+            vf v[2];
             float *at = to + ((size_t)k / VL * 4 + c) * VL;
-            vf v[2] = {{0}, {0}};
             __builtin_prefetch(row + stride + glm_bytes(dtype, (size_t)(k0 + k)));
-            if (c < rows && K - k >= STEP)
+            if (__builtin_expect(K - k >= STEP, 1))
                 load_step(v, row, dtype, k0 + k);
-            else if (c < rows)
+            else
                 load_last(v, row, dtype, k0 + k, K - k);
-            if (dtype == GLM_I4 && w->group && c < rows) {
+            if (grouped) {
                 if ((k0 + k) % w->group == 0 || k == 0)
                     scale = scale_at(w, o + c, k0 + k);
                 v[0] *= splat(scale);
@@ -571,6 +584,8 @@ INLINE void pack_w(float *to, const struct glm_mat *w, enum glm_dtype dtype, int
             store(at, v[0]);
             store(at + 4 * VL, v[1]);
         }
+        for (; k < K; k += VL)
+            store(to + ((size_t)k / VL * 4 + c) * VL, (vf){0});
     }
 }
 
@@ -595,65 +610,90 @@ INLINE void dot_panel(v4 *s, const float *x, const float *w, int vectors)
         s[r] = SUM4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
 }
 
-/* The same with four rows of W from row o on where they lie, columns k0 .. k0 + K - 1; of the four
- * rows the last ones repeat where W ends. */
+/* Four rows of W where they lie, eight for a single row of x: enough sums in flight. */
+INLINE int rows_in_place(int R) { return R == 1 ? 8 : 4; }
+
+/* acc[r][c] += products of STEP features of row r of x with two vectors of a row of W */
+INLINE void add_step(vf acc[XR][8], int R, int c, const float *x, const vf v[2])
+{
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++)
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++)
+            acc[r][c] += load(x + (h * R + r) * VL) * v[h];
+}
+
+/* The same with C = rows_in_place(R) rows of W from row o on, columns k0 .. k0 + K - 1; s has C / 4
+ * vectors for each row of x. Where W ends its last row repeats. */
 INLINE void dot_rows(v4 *s, int R, const float *x, const struct glm_mat *w, enum glm_dtype dtype,
                      int grouped, int o, int k0, int K)
 {
+    const int C = rows_in_place(R);
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
-    const char *row[4];
-    float scale[4][NT_BLOCK / 32];
-    vf acc[XR][4];
-    for (int c = 0; c < 4; c++) {
+    const char *row[8];
+    float scale[8][NT_BLOCK / 32];
+    vf acc[XR][8], v[2];
+    int k = 0;
+    for (int c = 0; c < C; c++) {
         const int at = o + c < w->rows ? o + c : w->rows - 1;
         row[c] = (const char *)w->data + (size_t)at * stride;
-        for (int k = 0; grouped && k < K; k += 32)
-            scale[c][k / 32] = scale_at(w, at, k0 + k);
+        if (grouped && w->group == 32)
+            load_row(scale[c], w->scale + (size_t)at * glm_scale_cols(w) + k0 / 32, GLM_F16,
+                     (K + 31) / 32);
+        for (int g = 0; grouped && w->group != 32 && g * 32 < K; g++)
+            scale[c][g] = scale_at(w, at, k0 + g * 32);
     }
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++)
+        for (int c = 0; c < C; c++)
             acc[r][c] = (vf){0};
-    for (int k = 0; k < K; k += STEP, x += 2 * R * VL)
-        for (int c = 0; c < 4; c++) {
-            vf v[2];
-            if (K - k >= STEP)
-                load_step(v, row[c], dtype, k0 + k);
-            else
-                load_last(v, row[c], dtype, k0 + k, K - k);
+    for (; k + STEP <= K; k += STEP, x += 2 * R * VL)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            load_step(v, row[c], dtype, k0 + k);
             if (grouped) {
                 v[0] *= splat(scale[c][k / 32]);
                 v[1] *= splat(scale[c][k / 32]);
             }
-            for (int h = 0; h < 2; h++)
-                for (int r = 0; r < R; r++)
-                    acc[r][c] += load(x + (h * R + r) * VL) * v[h];
+            add_step(acc, R, c, x, v);
+        }
+    if (k < K)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            load_last(v, row[c], dtype, k0 + k, K - k);
+            if (grouped) {
+                v[0] *= splat(scale[c][k / 32]);
+                v[1] *= splat(scale[c][k / 32]);
+            }
+            add_step(acc, R, c, x, v);
         }
     for (int r = 0; r < R; r++)
-        s[r] = SUM4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+        for (int c = 0; c < C; c += 4)
+            s[(r * C + c) / 4] = SUM4(acc[r][c], acc[r][c + 1], acc[r][c + 2], acc[r][c + 3]);
 }
 
 /* tile (rows, NT_COLS) of up to R rows, W read in place */
 INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped,
                           int R, int n0, int rows, int o0, int cols, float *xp)
 {
-    const int I = a->w->cols;
+    const int I = a->w->cols, C = rows_in_place(R);
     for (int begin = 0; begin < I; begin += NT_WIDTH) {
         const int width = I - begin < NT_WIDTH ? I - begin : NT_WIDTH;
         pack_x(xp, R, a->inp + (size_t)n0 * I + begin, (size_t)I, rows, width, dtype);
-        for (int o = 0; o < cols; o += 4)
+        for (int o = 0; o < cols; o += C)
             for (int k = 0; k < width; k += NT_BLOCK) {
                 v4 s[XR];
                 dot_rows(s, R, xp + (size_t)k * R, a->w, dtype, grouped, o0 + o, begin + k,
                          width - k < NT_BLOCK ? width - k : NT_BLOCK);
                 for (int r = 0; r < rows; r++)
-                    *(v4 *)(tile + r * NT_COLS + o) += s[r];
+                    for (int c = 0; c < C; c += 4)
+                        *(v4 *)(tile + r * NT_COLS + o + c) += s[(r * C + c) / 4];
             }
     }
 }
 
 /* tile (rows, NT_COLS) of many rows: panels of x and W, so many rows of x at a time as L1 holds */
-INLINE void tile_packed(float *tile, const struct nt_args *a, enum glm_dtype dtype, int n0,
-                        int rows, int o0, int cols, float *xp, float *wp)
+INLINE void tile_packed(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped,
+                        int n0, int rows, int o0, int cols, float *xp, float *wp)
 {
     enum { L1_ROWS = XR * (12 / XR) };
     const int I = a->w->cols;
@@ -664,7 +704,7 @@ INLINE void tile_packed(float *tile, const struct nt_args *a, enum glm_dtype dty
             pack_x(xp + (size_t)n * NT_BLOCK, XR, a->inp + (size_t)(n0 + n) * I + begin, (size_t)I,
                    rows - n, K, dtype);
         for (int o = 0; o < cols; o += 4)
-            pack_w(wp + (size_t)o * NT_BLOCK, a->w, dtype, o0 + o, cols - o, begin, K);
+            pack_w(wp + (size_t)o * NT_BLOCK, a->w, dtype, grouped, o0 + o, cols - o, begin, K);
         for (int m = 0; m < rows; m += L1_ROWS)
             for (int o = 0; o < cols; o += 4)
                 for (int n = m; n < rows && n < m + L1_ROWS; n += XR) {
@@ -685,7 +725,7 @@ INLINE void nt_tile(float *tile, const struct nt_args *a, enum glm_dtype dtype, 
     else if (rows <= XR)
         tile_in_place(tile, a, dtype, grouped, XR, n0, rows, o0, cols, xp);
     else
-        tile_packed(tile, a, dtype, n0, rows, o0, cols, xp, wp);
+        tile_packed(tile, a, dtype, grouped, n0, rows, o0, cols, xp, wp);
 }
 
 static void nt_task(const void *arg, int task, char *scratch)

@@ -136,20 +136,10 @@ static double integer(double x, double scale, int group, double low, double high
     return fmin(high, fmax(low, q));
 }
 
-static double squared_error(const double *w, int n, double scale)
-{
-    double sum = 0;
-    for (int i = 0; i < n; i++) {
-        double e = w[i] - scale * integer(w[i], scale, 1, -8, 7);
-        sum += e * e;
-    }
-    return sum;
-}
-
 /* The scale of a group: see glm_ops.quantize */
 static double best_scale(const double *w, int n)
 {
-    double top = 0, best = 0;
+    double top = 0, best = 0, most = 0;
     for (int i = 0; i < n; i++)
         top = fabs(w[i]) > fabs(top) ? w[i] : top;
     for (int j = -9; top != 0 && j <= 9; j++) {
@@ -159,11 +149,12 @@ static double best_scale(const double *w, int n)
             wq += w[i] * q;
             qq += q * q;
         }
-        double scale = to_half(wq / qq);
-        if (j == -9 || squared_error(w, n, scale) < squared_error(w, n, best))
-            best = scale;
+        if (wq * wq / qq > most) { /* the squared error is sum(w^2) less this */
+            most = wq * wq / qq;
+            best = wq / qq;
+        }
     }
-    return best;
+    return to_half(best);
 }
 
 static void quantize(void *cx, void *data, uint16_t *scales, enum glm_dtype dtype, int group,
