@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 # -std=c11 turns contraction off and -O2 leaves loops scalar: kernel files say what they need.
-KERNEL = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 SUFFIX_FLAGS = {
     "_generic.c": KERNEL,
     "_avx2.c": KERNEL + ["-mavx2", "-mfma", "-mf16c"],

@@ -1,6 +1,7 @@
 /* Every inner loop of the CPU backend, once, over vectors of VL floats (GCC vector extensions). The
  * including file sets VL, NAME, and, where the set has them, HALF_TO_FLOAT(p): VL halves at p as a
- * vector; BYTES_TO_INT(p): VL signed bytes; INT_TO_FLOAT(v); SUM4(a, b, c, d): lane sums.
+ * vector; BYTES_TO_INT(p): VL signed bytes; INT_TO_FLOAT(v); SUM4(a, b, c, d): lane sums;
+ * MADD(a, b, c).
  *
  * Sums over lanes are made in one order, adjacent lanes first, then halves: an element's bits must
  * not depend on the tile it fell into. Every function is static: nothing compiled for a newer
@@ -19,6 +20,12 @@ typedef float v4 __attribute__((vector_size(16), aligned(4)));
 INLINE vf load(const float *p) { return *(const vf *)p; }
 INLINE void store(float *p, vf v) { *(vf *)p = v; }
 INLINE vf splat(float x) { return x - (vf){0}; }
+
+/* a * b + c. Whether it is rounded once is the instruction set's, never the compiler's choice,
+ * which may differ from one place to the next: it is compiled without contraction. */
+#ifndef MADD
+#define MADD(a, b, c) ((a) * (b) + (c))
+#endif
 
 /* Lane by lane: a where mask is set, else b. */
 INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
@@ -435,7 +442,7 @@ INLINE void dot_tile(v4 *s, int R, const float *const *x, const char *const *w,
         for (int c = 0; c < 4; c++) {
             const vf wv = load_as(w[c], dtype, k);
             for (int r = 0; r < R; r++)
-                acc[r][c] += xv[r] * wv;
+                acc[r][c] = MADD(xv[r], wv, acc[r][c]);
         }
     }
     if (k < K) {
@@ -444,7 +451,7 @@ INLINE void dot_tile(v4 *s, int R, const float *const *x, const char *const *w,
             for (int i = k; i < K; i++)
                 wv[i - k] = load_one(w[c], dtype, i);
             for (int r = 0; r < R; r++)
-                acc[r][c] += load_part(x[r] + k, K - k) * wv;
+                acc[r][c] = MADD(load_part(x[r] + k, K - k), wv, acc[r][c]);
         }
     }
     for (int r = 0; r < R; r++)
@@ -603,7 +610,7 @@ INLINE void dot_panel(v4 *s, const float *x, const float *w, int vectors)
         for (int c = 0; c < 4; c++) {
             const vf wv = load(w + c * VL);
             for (int r = 0; r < XR; r++)
-                acc[r][c] += xv[r] * wv;
+                acc[r][c] = MADD(xv[r], wv, acc[r][c]);
         }
     }
     for (int r = 0; r < XR; r++)
@@ -620,7 +627,7 @@ INLINE void add_step(vf acc[XR][8], int R, int c, const float *x, const vf v[2])
     for (int h = 0; h < 2; h++)
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++)
-            acc[r][c] += load(x + (h * R + r) * VL) * v[h];
+            acc[r][c] = MADD(load(x + (h * R + r) * VL), v[h], acc[r][c]);
 }
 
 /* The same with C = rows_in_place(R) rows of W from row o on, columns k0 .. k0 + K - 1; s has C / 4
@@ -787,7 +794,7 @@ INLINE void rank1_tile(float *tile, size_t ldt, const float *a, size_t am, size_
         for (int m = 0; m < MR; m++) {
             const vf av = splat(a[m * am]);
             for (int v = 0; v < NV; v++)
-                acc[m][v] += av * bv[v];
+                acc[m][v] = MADD(av, bv[v], acc[m][v]);
         }
     }
     for (int m = 0; m < MR; m++)
@@ -902,18 +909,18 @@ INLINE vf exp_vector(vf x)
     const vf high = splat(88.37626f), low = splat(-87.33654f), shifter = splat(12582912.0f);
     x = choose(x > high, high, x);
     x = choose(x < low, low, x);
-    vf n = x * splat(1.44269504f) + shifter;
+    vf n = MADD(x, splat(1.44269504f), shifter);
     const vi exponent = (vi)n << 23;
     n = n - shifter;
-    vf r = x - n * splat(0.693359375f);
-    r = r - n * splat(-2.12194440e-4f);
+    vf r = MADD(n, splat(-0.693359375f), x);
+    r = MADD(n, splat(2.12194440e-4f), r);
     vf p = splat(1.9875691500e-4f);
-    p = p * r + splat(1.3981999507e-3f);
-    p = p * r + splat(8.3334519073e-3f);
-    p = p * r + splat(4.1665795894e-2f);
-    p = p * r + splat(1.6666665459e-1f);
-    p = p * r + splat(5.0000001201e-1f);
-    p = p * r * r + r + splat(1.0f);
+    p = MADD(p, r, splat(1.3981999507e-3f));
+    p = MADD(p, r, splat(8.3334519073e-3f));
+    p = MADD(p, r, splat(4.1665795894e-2f));
+    p = MADD(p, r, splat(1.6666665459e-1f));
+    p = MADD(p, r, splat(5.0000001201e-1f));
+    p = MADD(p * r, r, r) + splat(1.0f);
     p = (vf)((vi)p + exponent);
     return choose(x == x, p, x); /* a NaN's bits are no exponent */
 }
@@ -927,9 +934,9 @@ INLINE float dot_row(const float *a, const float *b, int n)
     vf s = {0};
     int i = 0;
     for (; i + VL <= n; i += VL)
-        s += load(a + i) * load(b + i);
+        s = MADD(load(a + i), load(b + i), s);
     if (i < n)
-        s += load_part(a + i, n - i) * load_part(b + i, n - i);
+        s = MADD(load_part(a + i, n - i), load_part(b + i, n - i), s);
     return lane_sum(s);
 }
 
@@ -1049,7 +1056,7 @@ INLINE void weighted_rows(float *out, float keep, const float *p, const float *v
         for (int j = 0; j < n; j++) {
             const vf w = splat(p[j]);
             for (int i = 0; i < 4; i++)
-                acc[i] += w * load(v + (size_t)j * HD + d + i * VL);
+                acc[i] = MADD(w, load(v + (size_t)j * HD + d + i * VL), acc[i]);
         }
         for (int i = 0; i < 4; i++)
             store(out + d + i * VL, acc[i]);
@@ -1058,7 +1065,7 @@ INLINE void weighted_rows(float *out, float keep, const float *p, const float *v
         const int part = HD - d < VL ? HD - d : VL;
         vf acc = load_part(out + d, part) * splat(keep);
         for (int j = 0; j < n; j++)
-            acc += splat(p[j]) * load_part(v + (size_t)j * HD + d, part);
+            acc = MADD(splat(p[j]), load_part(v + (size_t)j * HD + d, part), acc);
         store_part(out + d, acc, part);
     }
 }
