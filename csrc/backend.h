@@ -192,8 +192,23 @@ struct glm_ops {
                      const void *inp, enum glm_dtype inp_dtype, int rows, int cols);
 };
 
+/* What calls would cost, counted by the "plan" backend. */
+enum glm_op {
+#define GLM_OP(op) GLM_OP_##op,
+    GLM_OPS(GLM_OP)
+#undef GLM_OP
+        GLM_N_OPS
+};
+struct glm_counts {
+    size_t live, peak;           /* bytes allocated */
+    size_t uploaded, downloaded; /* bytes */
+    uint64_t downloads;          /* each waits for the device */
+    uint64_t calls[GLM_N_OPS];
+    double flops; /* of products and attention: 2 for a multiplication and its addition */
+};
+
 struct glm_backend {
-    const char *name; /* "cpu:avx2", "cpu:generic", "ref_f32", "ref_f64" .. */
+    const char *name; /* "cpu:avx2", "cpu:generic", "plan", "ref_f32", "ref_f64" .. */
     const struct glm_ops *ops;
     void *cx; /* handed to every op: threads, scratch, poll; owned by the backend */
     size_t real_size;
@@ -217,15 +232,20 @@ struct glm_backend {
     uint64_t allocated;
 };
 
-/* "cpu" (best instruction set), "cpu:generic", "cpu:avx2", "cpu:avx512", "ref_f32", "ref_f64".
+/* "cpu" (best instruction set), "cpu:generic", "cpu:avx2", "cpu:avx512", "plan" (computes nothing),
+ * "ref_f32", "ref_f64".
  * GLM_EVALUE when the name is unknown or this processor lacks the instructions. */
 glm_status glm_backend_create(struct glm_backend **out, const char *name, struct glm_error *err);
 
 /* One constructor per folder; each returns NULL and a reason in err. isa: "", "generic", "avx2",
  * "avx512". */
 glm_status glm_cpu_create(struct glm_backend **out, const char *isa, struct glm_error *err);
+glm_status glm_plan_create(struct glm_backend **out, struct glm_error *err);
 glm_status glm_ref_f32_create(struct glm_backend **out, struct glm_error *err);
 glm_status glm_ref_f64_create(struct glm_backend **out, struct glm_error *err);
+
+/* What was counted since the last call; 0: this backend computes and does not count. */
+int glm_plan_take_counts(struct glm_backend *be, struct glm_counts *out);
 
 /* Comma-separated names of the cpu variants this processor runs, best first: "avx2,generic". Static
  * storage. */

@@ -179,6 +179,10 @@ class Model:
         activations, logits, total; and
         kept_layers (layers whose activations are kept rather than recomputed). budget: 0 = the
         default (README of csrc)."""
+    def counts(self) -> dict[str, Any]:
+        """Of the backend "plan", since the last call of this: live, peak, uploaded, downloaded
+        bytes, downloads, calls (by op), flops (of products and attention). Models share a backend.
+        ValueError for other backends."""
     def reserve(
         self, n_tokens: int, n_segments: int, n_rows: int, training: bool, budget: int = 0
     ) -> None:

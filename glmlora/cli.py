@@ -1,5 +1,6 @@
-"""The command `glmlora`: train, chat, predict, init, run, merge, doctor, demo. Each verb is one
-function below."""
+"""The command `glmlora`: train, chat, predict, plan, init, run, merge, doctor, demo.
+
+Each verb is one function below."""
 
 from __future__ import annotations
 
@@ -142,6 +143,26 @@ def predict(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    """Memory and products of a training step or a chat, before anything is allocated."""
+    from glmlora.plan import plan
+
+    names = ("lora_rank", "lora_target", "pre_seq_len", "num_layer_trainable")
+    finetuning = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    planned = plan(
+        args.model,
+        args.batch,
+        args.seq,
+        args.method,
+        args.labels,
+        args.quantization_bit,
+        args.dtype,
+        **finetuning,
+    )
+    print(planned)
+    return 0
+
+
 def init(args: argparse.Namespace) -> int:
     """A ready project folder."""
     from glmlora import project
@@ -247,6 +268,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--fallback", help="the answer for rows whose answer is none of --choices")
     p.add_argument("--overwrite", action="store_true")
+
+    p = verb("plan", plan)
+    p.add_argument("--model", required=True, help="a directory with config.json")
+    p.add_argument("--batch", type=int, default=1, help="rows of a micro-batch, or of a chat")
+    p.add_argument("--seq", type=int, default=512, help="tokens of a row")
+    p.add_argument("--method", default="lora", help="lora, p_tuning, freeze, full or chat")
+    p.add_argument("--labels", type=int, default=3, help="labelled tokens of a row")
+    p.add_argument("--quantization_bit", "--quantization-bit", type=int, choices=[4, 8])
+    p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+    p.add_argument("--lora_rank", type=int)
+    p.add_argument("--lora_target")
+    p.add_argument("--pre_seq_len", type=int)
+    p.add_argument("--num_layer_trainable", type=int)
 
     p = verb("init", init)
     p.add_argument("directory")

@@ -717,6 +717,35 @@ static PyObject *model_plan(struct model_object *self, PyObject *args, PyObject 
                          p.kept_layers);
 }
 
+static PyObject *model_counts(struct model_object *self, PyObject *unused)
+{
+    static const char *const names[] = {
+#define NAME(op) #op,
+        GLM_OPS(NAME)
+#undef NAME
+    };
+    struct glm_counts c;
+    (void)unused;
+    if (!glm_plan_take_counts(glm_model_backend(self->m), &c)) {
+        PyErr_Format(PyExc_ValueError, "counts: expected a model on the backend 'plan', got '%s'",
+                     glm_model_backend(self->m)->name);
+        return NULL;
+    }
+    PyObject *calls = PyDict_New();
+    for (int i = 0; calls && i < GLM_N_OPS; i++) {
+        PyObject *n = PyLong_FromUnsignedLongLong(c.calls[i]);
+        if (!n || (c.calls[i] && PyDict_SetItemString(calls, names[i], n) < 0))
+            Py_CLEAR(calls);
+        Py_XDECREF(n);
+    }
+    if (!calls)
+        return NULL;
+    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:K,s:d,s:N}", "live", (Py_ssize_t)c.live, "peak",
+                         (Py_ssize_t)c.peak, "uploaded", (Py_ssize_t)c.uploaded, "downloaded",
+                         (Py_ssize_t)c.downloaded, "downloads", (unsigned long long)c.downloads,
+                         "flops", c.flops, "calls", calls);
+}
+
 static PyObject *model_reserve(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"n_tokens", "n_segments", "n_rows", "training", "budget", NULL};
@@ -1058,6 +1087,7 @@ static PyMethodDef model_methods[] = {
     METHOD(read, KEYWORDS, "A copy of a weight, its gradient or a moment."),
     METHOD(write, KEYWORDS, "Set a trainable weight or a moment."),
     METHOD(plan, KEYWORDS, "Bytes a step would need."),
+    METHOD(counts, METH_NOARGS, "What calls on the plan backend cost."),
     METHOD(reserve, KEYWORDS, "Take the memory of a step now."),
     METHOD(forward, KEYWORDS, "Logits, and hidden states."),
     METHOD(loss, KEYWORDS, "Negative log-likelihoods."),

@@ -1,0 +1,307 @@
+/* A backend that computes nothing and counts: what a call would allocate, move and multiply. The
+ * model runs on it as on any other, so its figures are those of the real code.
+ *
+ * Memory is address space that nobody fills; uploads of index arrays and vectors are kept, since
+ * attention's cost lies in its segments. What is downloaded is zero. */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "backend.h"
+
+#pragma GCC diagnostic ignored "-Wunused-parameter" /* an op's arguments are its specification */
+
+enum { KEPT_UPLOAD = 1 << 20 };
+
+struct region {
+    void *p;
+    size_t bytes;
+    struct region *next;
+};
+
+struct plan {
+    struct glm_backend be;
+    struct region *regions;
+    struct glm_counts counts;
+};
+
+static struct plan *plan_of(struct glm_backend *be) { return be->cx; }
+
+/* one call of an op, `flops` multiplications and additions in products */
+#define COUNT(op, products)                                   \
+    do {                                                      \
+        struct glm_counts *c_ = &((struct plan *)cx)->counts; \
+        c_->calls[GLM_OP_##op]++;                             \
+        c_->flops += (products);                              \
+    } while (0)
+
+/* ---- ops */
+
+static double linear_flops(int N, int O, int I) { return 2.0 * N * O * I; }
+
+/* pairs of query and key that a batch has in one head */
+static double visible_pairs(const struct glm_segment *segments, int n)
+{
+    double pairs = 0;
+    for (const struct glm_segment *s = segments; s < segments + n; s++) {
+        const double own = s->count, before = (double)s->shared_count + s->past_count;
+        pairs += own * before + own * (own + 1) / 2 + (double)s->context * (s->context - 1) / 2;
+    }
+    return pairs;
+}
+
+static void embedding_forward(void *cx, void *out, const struct glm_mat *weight, const int32_t *ids,
+                              int N)
+{
+    COUNT(embedding_forward, 0);
+}
+static void embedding_backward(void *cx, void *dweight, const void *dout, const int32_t *ids, int N,
+                               int C)
+{
+    COUNT(embedding_backward, 0);
+}
+static void rmsnorm_forward(void *cx, void *out, void *rstd, const void *inp, const void *weight,
+                            int N, int C, double eps)
+{
+    COUNT(rmsnorm_forward, 0);
+}
+static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout, const void *inp,
+                             const void *weight, const void *rstd, int N, int C)
+{
+    COUNT(rmsnorm_backward, 0);
+}
+static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                           const void *bias, int N, double scale, int accumulate)
+{
+    COUNT(linear_forward, linear_flops(N, weight->rows, weight->cols));
+}
+static void linear_backward_input(void *cx, void *dinp, const void *dout,
+                                  const struct glm_mat *weight, int N, double scale, int accumulate)
+{
+    COUNT(linear_backward_input, linear_flops(N, weight->rows, weight->cols));
+}
+static void linear_backward_weight(void *cx, void *dweight, void *dbias, const void *dout,
+                                   const void *inp, int N, int O, int I, double scale)
+{
+    COUNT(linear_backward_weight, dweight ? linear_flops(N, O, I) : 0);
+}
+static void rope_forward(void *cx, void *x, const void *table, const int32_t *position, int N,
+                         int heads, int HD, int stride, int rotary_dim)
+{
+    COUNT(rope_forward, 0);
+}
+static void rope_backward(void *cx, void *dx, const void *table, const int32_t *position, int N,
+                          int heads, int HD, int stride, int rotary_dim)
+{
+    COUNT(rope_backward, 0);
+}
+static void attention_forward(void *cx, void *out, void *lse, const void *qkv, struct glm_kv cache,
+                              const struct glm_segment *segments, int n_segments,
+                              struct glm_heads heads)
+{
+    COUNT(attention_forward, 4 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
+}
+static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
+                               const void *out, const void *lse, const void *qkv,
+                               struct glm_kv cache, const struct glm_segment *segments,
+                               int n_segments, struct glm_heads heads)
+{
+    COUNT(attention_backward, 10 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
+}
+static void kv_append(void *cx, struct glm_kv cache, const void *qkv, const int32_t *slot, int N,
+                      struct glm_heads heads)
+{
+    COUNT(kv_append, 0);
+}
+static void prefix_forward(void *cx, void *out, const void *inp, int P, int J, int KV, int copies,
+                           const struct glm_dropout *dropout)
+{
+    COUNT(prefix_forward, 0);
+}
+static void prefix_backward(void *cx, void *dinp, const void *dout, int P, int J, int KV,
+                            int copies, const struct glm_dropout *dropout)
+{
+    COUNT(prefix_backward, 0);
+}
+static void swiglu_forward(void *cx, void *out, const void *inp, int N, int F)
+{
+    COUNT(swiglu_forward, 0);
+}
+static void swiglu_backward(void *cx, void *dinp, const void *dout, const void *inp, int N, int F)
+{
+    COUNT(swiglu_backward, 0);
+}
+static void tanh_forward(void *cx, void *out, const void *inp, size_t n) { COUNT(tanh_forward, 0); }
+static void tanh_backward(void *cx, void *dinp, const void *dout, const void *out, size_t n)
+{
+    COUNT(tanh_backward, 0);
+}
+static void dropout_forward(void *cx, void *out, const void *inp, int N, int C,
+                            const struct glm_dropout *dropout)
+{
+    COUNT(dropout_forward, 0);
+}
+static void dropout_backward(void *cx, void *dinp, const void *dout, int N, int C,
+                             const struct glm_dropout *dropout)
+{
+    COUNT(dropout_backward, 0);
+}
+static void gather_forward(void *cx, void *out, const void *inp, const int32_t *rows, int M, int C)
+{
+    COUNT(gather_forward, 0);
+}
+static void gather_backward(void *cx, void *dinp, const void *dout, const int32_t *rows, int M,
+                            int C)
+{
+    COUNT(gather_backward, 0);
+}
+static void cross_entropy_forward(void *cx, void *loss, void *lse, const void *logits,
+                                  const int32_t *target, int M, int V)
+{
+    COUNT(cross_entropy_forward, 0);
+}
+static void cross_entropy_backward(void *cx, void *logits, const void *lse, const int32_t *target,
+                                   int M, int V, double scale)
+{
+    COUNT(cross_entropy_backward, 0);
+}
+static void add(void *cx, void *out, const void *a, const void *b, size_t n) { COUNT(add, 0); }
+static void sum_squares(void *cx, double *out, const void *x, size_t n)
+{
+    COUNT(sum_squares, 0);
+    *out = 0;
+}
+static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
+{
+    COUNT(first_nonfinite, 0);
+    *row = -1;
+}
+static void adamw(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr,
+                  double b1, double b2, double eps, double wd, int t, double gscale)
+{
+    COUNT(adamw, 0);
+}
+static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A, int O,
+                  int I, int R, double scale)
+{
+    COUNT(merge, linear_flops(O, I, R));
+}
+static void convert(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,
+                    enum glm_dtype inp_dtype, size_t n)
+{
+    COUNT(convert, 0);
+}
+static void quantize(void *cx, void *data, uint16_t *scale, enum glm_dtype dtype, int group,
+                     const void *inp, enum glm_dtype inp_dtype, int rows, int cols)
+{
+    COUNT(quantize, 0);
+}
+
+static const struct glm_ops plan_ops = {
+#define ENTRY(op) .op = op,
+    GLM_OPS(ENTRY)
+#undef ENTRY
+};
+
+/* ---- memory and life */
+
+static void *plan_alloc(struct glm_backend *be, size_t bytes)
+{
+    struct plan *plan = plan_of(be);
+    struct region *r = bytes < SIZE_MAX / 2 ? malloc(sizeof *r) : NULL;
+    if (!r)
+        return NULL;
+    r->bytes = (bytes + 4159) / 4096 * 4096;
+    r->p = mmap(NULL, r->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                -1, 0);
+    if (r->p == MAP_FAILED) {
+        free(r);
+        return NULL;
+    }
+    r->next = plan->regions;
+    plan->regions = r;
+    be->allocated++;
+    plan->counts.live += bytes;
+    if (plan->counts.peak < plan->counts.live)
+        plan->counts.peak = plan->counts.live;
+    r->bytes = bytes;
+    return r->p;
+}
+static void plan_free(struct glm_backend *be, void *p)
+{
+    struct plan *plan = plan_of(be);
+    for (struct region **at = &plan->regions; p && *at; at = &(*at)->next) {
+        struct region *r = *at;
+        if (r->p != p)
+            continue;
+        plan->counts.live -= r->bytes;
+        munmap(p, (r->bytes + 4159) / 4096 * 4096);
+        *at = r->next;
+        free(r);
+        return;
+    }
+}
+static void plan_upload(struct glm_backend *be, void *device, const void *host, size_t bytes)
+{
+    plan_of(be)->counts.uploaded += bytes;
+    if (bytes && bytes <= KEPT_UPLOAD)
+        memcpy(device, host, bytes);
+}
+static void plan_download(struct glm_backend *be, void *host, const void *device, size_t bytes)
+{
+    plan_of(be)->counts.downloads++;
+    plan_of(be)->counts.downloaded += bytes;
+    if (bytes)
+        memset(host, 0, bytes);
+}
+static void plan_copy(struct glm_backend *be, void *to, const void *from, size_t bytes) {}
+static void plan_zero(struct glm_backend *be, void *p, size_t bytes) {}
+static void plan_set_threads(struct glm_backend *be, int threads) {}
+static int plan_threads(struct glm_backend *be) { return 1; }
+static void plan_set_poll(struct glm_backend *be, int (*poll)(void *arg), void *arg) {}
+static int plan_stopped(struct glm_backend *be) { return 0; }
+static void plan_destroy(struct glm_backend *be)
+{
+    struct plan *plan = plan_of(be);
+    while (plan->regions)
+        plan_free(be, plan->regions->p);
+    free(plan);
+}
+
+glm_status glm_plan_create(struct glm_backend **out, struct glm_error *err)
+{
+    struct plan *plan = calloc(1, sizeof *plan);
+    if (!plan)
+        return glm_fail(err, GLM_EMEMORY, "plan backend: %zu bytes could not be taken",
+                        sizeof *plan);
+    plan->be = (struct glm_backend){
+        .name = "plan",
+        .ops = &plan_ops,
+        .cx = plan,
+        .real_size = 4,
+        .real = GLM_F32,
+        .alloc = plan_alloc,
+        .free = plan_free,
+        .upload = plan_upload,
+        .download = plan_download,
+        .copy = plan_copy,
+        .zero = plan_zero,
+        .set_threads = plan_set_threads,
+        .threads = plan_threads,
+        .set_poll = plan_set_poll,
+        .stopped = plan_stopped,
+        .destroy = plan_destroy,
+    };
+    *out = &plan->be;
+    return GLM_OK;
+}
+
+int glm_plan_take_counts(struct glm_backend *be, struct glm_counts *out)
+{
+    if (be->ops != &plan_ops)
+        return 0;
+    struct glm_counts *c = &plan_of(be)->counts;
+    *out = *c;
+    *c = (struct glm_counts){.live = c->live, .peak = c->live};
+    return 1;
+}

@@ -1,0 +1,174 @@
+"""glmlora plan: figures of the real code, counted on a backend that computes nothing."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from glmlora import _core, cli
+from glmlora.configuration import ChatGLMConfig
+from glmlora.plan import plan
+from glmlora.project import tiny_directory
+
+SIZES = dict(
+    hidden_size=512,
+    ffn_hidden_size=1536,
+    num_layers=6,
+    num_attention_heads=8,
+    multi_query_group_num=2,
+    kv_channels=64,
+    padded_vocab_size=2048,
+    seq_length=2048,
+    torch_dtype="float16",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory with nothing but a config.json."""
+    directory = tmp_path_factory.mktemp("planned")
+    config = json.loads((tiny_directory() / "config.json").read_text()) | SIZES
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def peak_of(script: str) -> int:
+    """Bytes by which a fresh process's anonymous memory grows at most while it runs `script`."""
+    watch = """
+        import re, threading, time
+        import numpy, glmlora, glmlora.modeling, glmlora.peft
+        peak = 0
+        def sample():
+            global peak
+            text = open("/proc/self/status").read()
+            peak = max(peak, 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", text).group(1)))
+        def watch():
+            while True:
+                sample()
+                time.sleep(0.002)
+        sample()
+        baseline = peak
+        threading.Thread(target=watch, daemon=True).start()
+    """
+    code = textwrap.dedent(watch) + textwrap.dedent(script) + "\nsample(); print(peak - baseline)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    return int(done.stdout.split()[-1])
+
+
+BUILD = """
+    import numpy as np
+    from glmlora import LoraConfig, get_peft_model
+    from glmlora.configuration import ChatGLMConfig
+    from glmlora import _core, modeling
+    from glmlora.tensor import Tensor
+    config = ChatGLMConfig.from_pretrained({folder!r})
+    shapes = _core.Model(config.arch(), "cpu").shapes()
+    # read-only zero pages, as a file's would be: reading them takes no anonymous memory
+    model = modeling.ChatGLMForConditionalGeneration(
+        config, {{n: Tensor(np.zeros(s, np.float16)) for n, s in shapes.items()}}
+    )
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("bits", [0, 4])
+def test_planned_bytes_of_lora_are_those_measured(folder, bits):
+    planned = plan(folder, 4, 384, labels=3, quantization_bit=bits or None, lora_rank=8)
+    quantize = f"\n    model.quantize({bits}, group_size=32)" if bits else ""
+    measured = peak_of(
+        BUILD.format(folder=str(folder))
+        + quantize
+        + """
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=["query_key_value"]))
+    ids = np.ones((4, 384), np.int64)
+    labels = np.full_like(ids, -100)
+    labels[:, -3:] = 1
+    model.train()
+    model.base_model.core.set_trainable(
+        [n for n in model.base_model.core.names() if "lora" in n]
+    )
+    model.backward(input_ids=ids, attention_mask=np.ones_like(ids), labels=labels)
+    """
+    )
+    assert planned.total - planned.process == pytest.approx(measured, rel=0.10)
+    assert planned.kept_layers == planned.layers
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_planned_bytes_of_a_chat_are_those_measured(folder):
+    planned = plan(folder, 2, 2048, "chat")
+    measured = peak_of(
+        BUILD.format(folder=str(folder))
+        + """
+    cache = model.core.cache(2, 2048, 0)
+    for row in (0, 1):
+        model.core.extend(cache, [row], np.ones(2048, np.int32), np.array([2048], np.int32))
+    """
+    )
+    assert planned.total - planned.process == pytest.approx(measured, rel=0.10)
+
+
+def test_flops_are_those_of_the_formula(folder):
+    C, F, L, V, QKV = 512, 1536, 6, 2048, 768  # noqa: N806
+    planned = plan(folder, 2, 64, labels=3)
+    N, last = 2 * 64, 2 * 3  # noqa: N806  the last layer computes only rows that are read
+    attention = QKV * C
+    rest = C * C + 3 * C * F
+    pairs = 2 * 64 * 65 / 2
+    forward = 2 * N * (L * attention + (L - 1) * rest) + 2 * last * (rest + V * C)
+    # every layer's input gradient, the first layer's query_key_value apart; LoRA is what is left
+    backward = 2 * N * (L - 1) * (attention + rest) + 2 * last * (rest + V * C)
+    scores = pairs * 8 * 64 * (4 + 10) * L
+    lora = 0
+    for layer in range(L):  # x A^T, (x A^T) B^T; dB, u, dA; u A
+        lora += 2 * N * 8 * (2 * (C + QKV) + QKV + C * (layer > 0))
+    assert planned.flops == pytest.approx(forward + backward + scores + lora, rel=2e-3)
+
+
+def test_a_small_budget_computes_layers_twice(folder):
+    whole, small = plan(folder, 4, 512), plan(folder, 4, 512, budget=1)
+    assert (whole.kept_layers, small.kept_layers) == (6, 1)
+    assert small.activations < 0.5 * whole.activations
+    assert small.flops > 1.3 * whole.flops
+    assert "5 of 6 layers computed twice" in str(small)
+
+
+def test_activations_grow_linearly_with_the_length(folder):
+    at = [plan(folder, 1, T, budget=1 << 40).activations for T in (512, 1024, 2048)]
+    assert at[1] < 2.02 * at[0]
+    assert at[2] < 2.02 * at[1]
+
+
+def test_the_command_prints_a_plan_without_weights(folder, capsys):
+    words = ["plan", "--model", str(folder), "--batch", "4", "--seq", "512"]
+    assert cli.main([*words, "--method", "full"]) == 0
+    told = capsys.readouterr().out
+    assert "trained parameters, gradients, two moments" in told
+    assert "in memory at once" in told
+    assert cli.main([*words, "--method", "everything"]) == 1
+    assert "method: expected one of lora, p_tuning, freeze, full, chat" in capsys.readouterr().err
+    assert cli.main(["plan", "--model", str(folder), "--seq", "4096"]) == 1
+    assert "seq: the model has 2048 positions, got 4096" in capsys.readouterr().err
+
+
+def test_counts_are_of_the_plan_backend_only(folder):
+    arch = ChatGLMConfig.from_pretrained(folder).arch()
+    counted = _core.Model(arch, "plan")
+    counted.counts()
+    assert counted.counts()["calls"] == {}  # what was told is not told again
+    with pytest.raises(ValueError, match="backend 'plan', got 'cpu"):
+        _core.Model(arch, "cpu").counts()
+
+
+def test_every_op_can_be_counted():
+    from ops import Ops
+
+    ops = Ops("plan")
+    out, x = np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)
+    ops.add(out, x, x, 6)
+    assert (out == 1).all()  # nothing is computed
