@@ -154,26 +154,39 @@ static void prefix_backward(void *cx, void *dinp, const void *dout, int P, int J
 
 /* ---- linear */
 
+/* Rows of a tile, at most `most`: W is packed once for each, so many; but tasks enough for all
+ * threads to end together. What is computed does not depend on it. */
+static int tile_rows(const struct cpu *cpu, int N, int most, int columns)
+{
+    int tiles = ceil_div((size_t)N, (size_t)most);
+    while (tiles * columns < 6 * glm_pool_threads(cpu->pool) && N > 8 * L1_ROWS * tiles)
+        tiles++;
+    return tiles ? ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), L1_ROWS) * L1_ROWS : 1;
+}
+
 static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
                            const void *bias, int N, double scale, int accumulate)
 {
     struct cpu *cpu = cx;
-    const struct nt_args a = {out, inp, bias, weight, N, accumulate, (float)scale};
-    glm_pool_run(cpu->pool, ceil_div((size_t)N, NT_ROWS) * ceil_div((size_t)weight->rows, NT_COLS),
-                 cpu->k->nt, &a);
+    const int columns = ceil_div((size_t)weight->rows, NT_COLS);
+    const struct nt_args a = {
+        out, inp, bias, weight, N, accumulate, tile_rows(cpu, N, NT_ROWS, columns), (float)scale};
+    if (N)
+        glm_pool_run(cpu->pool, ceil_div((size_t)N, (size_t)a.rows) * columns, cpu->k->nt, &a);
 }
 
-static void run_gemm(struct cpu *cpu, const struct gemm_args *g)
+static void run_gemm(struct cpu *cpu, struct gemm_args *g)
 {
-    glm_pool_run(cpu->pool,
-                 ceil_div((size_t)g->M, GEMM_ROWS) * ceil_div((size_t)g->b->cols, GEMM_COLS),
-                 cpu->k->gemm, g);
+    const int columns = ceil_div((size_t)g->b->cols, GEMM_COLS);
+    g->rows = tile_rows(cpu, g->M, GEMM_ROWS, columns);
+    if (g->M)
+        glm_pool_run(cpu->pool, ceil_div((size_t)g->M, (size_t)g->rows) * columns, cpu->k->gemm, g);
 }
 
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
 {
-    const struct gemm_args g = {
+    struct gemm_args g = {
         .c = dinp,
         .a = dout,
         .am = (size_t)weight->rows,
@@ -207,7 +220,7 @@ static void linear_backward_weight(void *cx, void *dweight, void *dbias, const v
     struct cpu *cpu = cx;
     if (dweight) {
         const struct glm_mat b = {.data = inp, .dtype = GLM_F32, .rows = N, .cols = I};
-        const struct gemm_args g = {
+        struct gemm_args g = {
             .c = dweight,
             .a = dout,
             .am = 1,

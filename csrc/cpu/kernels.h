@@ -9,14 +9,15 @@
 /* Tiles of the matrix products. Reductions are cut in fixed blocks that do not depend on N, so that
  * an element has the same bits whatever batch it is in. */
 enum {
-    NT_ROWS = 96,    /* tile of linear_forward: rows of inp .. */
-    NT_COLS = 128,   /* .. times rows of W; */
-    NT_BLOCK = 512,  /* its reduction is summed in blocks of this many features */
-    NT_WIDTH = 8192, /* features that are packed at once where rows are few */
-    GEMM_ROWS = 96,  /* tile of the backward products: rows .. */
-    GEMM_COLS = 128, /* .. times columns */
-    GEMM_BLOCK = 256,
-    ATT_ROWS = 48, /* query rows of an attention task */
+    NT_ROWS = 384,    /* largest tile of linear_forward: rows of inp .. */
+    NT_COLS = 128,    /* .. times rows of W; */
+    NT_BLOCK = 512,   /* its reduction is summed in blocks of this many features */
+    NT_WIDTH = 8192,  /* features that are packed at once where rows are few */
+    GEMM_ROWS = 192,  /* largest tile of the backward products: rows .. */
+    GEMM_COLS = 256,  /* .. times columns; */
+    GEMM_BLOCK = 128, /* packed in blocks of this many terms */
+    L1_ROWS = 12,     /* rows that are packed together: a multiple of every kernel's */
+    ATT_ROWS = 48,    /* query rows of an attention task */
     ATT_KEYS = 48, /* keys are taken in blocks of this many, counted from the first visible one */
     MAX_HEAD = 512,
     PIECE = 4096, /* elements of a piece of sum_squares */
@@ -26,7 +27,7 @@ struct nt_args { /* out = scale * inp W^T + bias (+ out) */
     float *out;
     const float *inp, *bias;
     const struct glm_mat *w;
-    int N, accumulate;
+    int N, accumulate, rows; /* rows of a tile */
     float scale;
 };
 
@@ -35,7 +36,7 @@ struct gemm_args { /* C (M, N) = scale * A B (+ C);  a(m, k) = A[m * am + k * ak
     const float *a;
     size_t am, ak;
     const struct glm_mat *b;
-    int M, accumulate;
+    int M, accumulate, rows; /* rows of a tile */
     float scale;
 };
 

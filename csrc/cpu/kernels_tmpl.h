@@ -497,7 +497,11 @@ INLINE void dot_block(float *out, size_t ldo, const float *x, size_t ldx, int ro
  * product, then the lanes are summed: the same order whether W is read where it lies (up to XR
  * rows, at the speed of the memory) or packed into panels (more rows). */
 
-enum { XR = VL == 16 ? 6 : 3, STEP = 2 * VL };
+enum {
+    XR = VL == 16 ? 6 : 3,
+    STEP = 2 * VL,
+    PACKED_X = L1_ROWS * NT_BLOCK > XR *NT_WIDTH ? L1_ROWS *NT_BLOCK : XR *NT_WIDTH
+};
 
 /* Columns k .. k + STEP - 1 of a row of W, as integers where it is quantized. Of 4-bit columns the
  * even ones come first, then the odd ones; x is packed to match. */
@@ -698,35 +702,36 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype d
     }
 }
 
-/* tile (rows, NT_COLS) of many rows: panels of x and W, so many rows of x at a time as L1 holds */
+/* tile (rows, NT_COLS) of many rows: W packed once, x so many rows at a time as L1 holds */
 INLINE void tile_packed(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped,
                         int n0, int rows, int o0, int cols, float *xp, float *wp)
 {
-    enum { L1_ROWS = XR * (12 / XR) };
     const int I = a->w->cols;
     for (int begin = 0; begin < I; begin += NT_BLOCK) {
         const int K = I - begin < NT_BLOCK ? I - begin : NT_BLOCK;
         const int vectors = (K + STEP - 1) / STEP * 2;
-        for (int n = 0; n < rows; n += XR)
-            pack_x(xp + (size_t)n * NT_BLOCK, XR, a->inp + (size_t)(n0 + n) * I + begin, (size_t)I,
-                   rows - n, K, dtype);
         for (int o = 0; o < cols; o += 4)
             pack_w(wp + (size_t)o * NT_BLOCK, a->w, dtype, grouped, o0 + o, cols - o, begin, K);
-        for (int m = 0; m < rows; m += L1_ROWS)
+        for (int m = 0; m < rows; m += L1_ROWS) {
+            const int end = rows - m < L1_ROWS ? rows - m : L1_ROWS;
+            for (int n = 0; n < end; n += XR)
+                pack_x(xp + (size_t)n * NT_BLOCK, XR, a->inp + (size_t)(n0 + m + n) * I + begin,
+                       (size_t)I, end - n, K, dtype);
             for (int o = 0; o < cols; o += 4)
-                for (int n = m; n < rows && n < m + L1_ROWS; n += XR) {
+                for (int n = 0; n < end; n += XR) {
                     v4 s[XR];
                     dot_panel(s, xp + (size_t)n * NT_BLOCK, wp + (size_t)o * NT_BLOCK, vectors);
                     for (int r = 0; r < XR; r++)
-                        *(v4 *)(tile + (n + r) * NT_COLS + o) += s[r];
+                        *(v4 *)(tile + (m + n + r) * NT_COLS + o) += s[r];
                 }
+        }
     }
 }
 
 INLINE void nt_tile(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped, int n0,
                     int rows, int o0, int cols)
 {
-    float *xp = tile + NT_ROWS * NT_COLS, *wp = xp + NT_ROWS * NT_BLOCK;
+    float *xp = tile + NT_ROWS * NT_COLS, *wp = xp + PACKED_X;
     if (rows == 1)
         tile_in_place(tile, a, dtype, grouped, 1, n0, rows, o0, cols, xp);
     else if (rows <= XR)
@@ -740,8 +745,8 @@ static void nt_task(const void *arg, int task, char *scratch)
     const struct nt_args *a = arg;
     const struct glm_mat *w = a->w;
     const int O = w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
-    const int n0 = task / o_tiles * NT_ROWS, o0 = task % o_tiles * NT_COLS;
-    const int rows = a->N - n0 < NT_ROWS ? a->N - n0 : NT_ROWS,
+    const int n0 = task / o_tiles * a->rows, o0 = task % o_tiles * NT_COLS;
+    const int rows = a->N - n0 < a->rows ? a->N - n0 : a->rows,
               cols = O - o0 < NT_COLS ? O - o0 : NT_COLS;
     float *tile = (float *)scratch;
     memset(tile, 0, (size_t)NT_COLS * 4 * (size_t)((rows + XR - 1) / XR * XR));
@@ -779,27 +784,55 @@ static void nt_task(const void *arg, int task, char *scratch)
 
 enum { MR = VL == 16 ? 12 : VL == 8 ? 6 : 4, NV = 2, NR = NV * VL };
 
-/* tile (MR, NR; ldt) += sum over k < K of a[m * am + k * ak] * b[k * ldb + n] */
-INLINE void rank1_tile(float *tile, size_t ldt, const float *a, size_t am, size_t ak,
+/* acc (MR, NR) += a[m * am] * b[n] */
+INLINE void add_outer(vf acc[MR][NV], const float *a, size_t am, const float *b)
+{
+    vf bv[NV];
+    for (int v = 0; v < NV; v++)
+        bv[v] = load(b + v * VL);
+    for (int m = 0; m < MR; m++) {
+        const vf av = splat(a[m * am]);
+        for (int v = 0; v < NV; v++)
+            acc[m][v] = MADD(av, bv[v], acc[m][v]);
+    }
+}
+
+/* tile (MR, NR; ldt) += sum over k < K of a(m, k) * b[k * ldb + n], where a(m, k) =
+ * a[m * am + k % 4 * ak + k / 4 * quad] */
+INLINE void rank1_tile(float *tile, size_t ldt, const float *a, size_t am, size_t ak, size_t quad,
                        const float *b, size_t ldb, int K)
 {
     vf acc[MR][NV];
     for (int m = 0; m < MR; m++)
         for (int v = 0; v < NV; v++)
             acc[m][v] = load(tile + m * ldt + v * VL);
-    for (int k = 0; k < K; k++, a += ak, b += ldb) {
-        vf bv[NV];
-        for (int v = 0; v < NV; v++)
-            bv[v] = load(b + v * VL);
-        for (int m = 0; m < MR; m++) {
-            const vf av = splat(a[m * am]);
-            for (int v = 0; v < NV; v++)
-                acc[m][v] = MADD(av, bv[v], acc[m][v]);
-        }
-    }
+    int k = 0;
+    for (; k + 4 <= K; k += 4, a += quad, b += 4 * ldb)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            add_outer(acc, a + i * ak, am, b + i * ldb);
+    for (; k < K; k++, a += ak, b += ldb)
+        add_outer(acc, a, am, b);
     for (int m = 0; m < MR; m++)
         for (int v = 0; v < NV; v++)
             store(tile + m * ldt + v * VL, acc[m][v]);
+}
+
+/* Rows of A for rank1_tile, quads of k together: (K / 4, MR, 4); rows and k past the end are 0. */
+INLINE void pack_a(float *to, const float *from, size_t am, size_t ak, int rows, int K)
+{
+    for (int r = 0; r < MR; r++)
+        for (int k = 0; k < K; k += 4) {
+            v4 v = {0};
+            const float *at = from + r * am + k * ak;
+            const int n = r >= rows ? 0 : K - k < 4 ? K - k : 4;
+            if (n == 4 && ak == 1)
+                v = *(const v4 *)at;
+            else
+                for (int i = 0; i < n; i++)
+                    v[i] = at[i * ak];
+            *(v4 *)(to + k * MR + r * 4) = v;
+        }
 }
 
 /* Rows k0 .. k0 + K - 1, columns n0 .. n0 + cols - 1 of B as (K, NR) panels; columns past the end
@@ -815,6 +848,7 @@ INLINE void pack_b(float *bp, const struct glm_mat *b, enum glm_dtype dtype, int
             scale = half_to_float(b->scale[k0 + k]);
         for (int n = 0; n < cols; n += NR) {
             vf v[NV];
+            __builtin_prefetch(row + stride + glm_bytes(dtype, (size_t)(n0 + n)));
             if (n + NR <= cols)
                 load_step(v, row, dtype, n0 + n);
             else
@@ -860,36 +894,22 @@ static void gemm_task(const void *arg, int task, char *scratch)
 {
     const struct gemm_args *g = arg;
     const int N = g->b->cols, n_tiles = (N + GEMM_COLS - 1) / GEMM_COLS;
-    const int m0 = task / n_tiles * GEMM_ROWS, n0 = task % n_tiles * GEMM_COLS;
-    const int rows = g->M - m0 < GEMM_ROWS ? g->M - m0 : GEMM_ROWS,
+    const int m0 = task / n_tiles * g->rows, n0 = task % n_tiles * GEMM_COLS;
+    const int rows = g->M - m0 < g->rows ? g->M - m0 : g->rows,
               cols = N - n0 < GEMM_COLS ? N - n0 : GEMM_COLS;
     float *tile = (float *)scratch, *ap = tile + GEMM_ROWS * GEMM_COLS,
           *bp = ap + GEMM_ROWS * GEMM_BLOCK;
-    for (int i = 0; i < GEMM_ROWS * GEMM_COLS; i++)
-        tile[i] = 0;
+    memset(tile, 0, (size_t)GEMM_COLS * 4 * (size_t)((rows + MR - 1) / MR * MR));
     for (int k0 = 0; k0 < g->b->rows; k0 += GEMM_BLOCK) {
         const int K = g->b->rows - k0 < GEMM_BLOCK ? g->b->rows - k0 : GEMM_BLOCK;
-        for (int m = 0; m < rows; m += MR) { /* (K, MR), rows past the end are zero */
-            float *to = ap + (size_t)m * GEMM_BLOCK;
-            const float *from = g->a + (size_t)(m0 + m) * g->am + (size_t)k0 * g->ak;
-            const int used = rows - m < MR ? rows - m : MR;
-            if (used < MR)
-                memset(to, 0, (size_t)K * MR * 4);
-            if (g->am == 1) {
-                for (int k = 0; k < K; k++)
-                    for (int r = 0; r < used; r++)
-                        to[k * MR + r] = from[k * g->ak + r];
-            } else {
-                for (int r = 0; r < used; r++)
-                    for (int k = 0; k < K; k++)
-                        to[k * MR + r] = from[r * g->am + k * g->ak];
-            }
-        }
-        pack_b_as(bp, g->b, k0, K, n0, cols);
         for (int m = 0; m < rows; m += MR)
-            for (int n = 0; n < cols; n += NR)
-                rank1_tile(tile + m * GEMM_COLS + n, GEMM_COLS, ap + (size_t)m * GEMM_BLOCK, 1, MR,
-                           bp + (size_t)n * GEMM_BLOCK, NR, K);
+            pack_a(ap + (size_t)m * GEMM_BLOCK,
+                   g->a + (size_t)(m0 + m) * g->am + (size_t)k0 * g->ak, g->am, g->ak, rows - m, K);
+        pack_b_as(bp, g->b, k0, K, n0, cols);
+        for (int n = 0; n < cols; n += NR) /* a panel of B stays in L1 */
+            for (int m = 0; m < rows; m += MR)
+                rank1_tile(tile + m * GEMM_COLS + n, GEMM_COLS, ap + (size_t)m * GEMM_BLOCK, 4, 1,
+                           4 * MR, bp + (size_t)n * GEMM_BLOCK, NR, K);
     }
     for (int m = 0; m < rows; m++) {
         float *c = g->c + (size_t)(m0 + m) * N + n0;
@@ -1092,8 +1112,8 @@ INLINE void add_weighted(float *out, size_t ldo, const float *p, const float *v,
         all_finite(v, keys * HD)) /* 0 * NaN would reach rows that do not see the NaN */
         for (; r + MR <= rows; r += MR)
             for (int d = 0; d < HD; d += NR)
-                rank1_tile(out + r * ldo + d, ldo, p + r * ATT_KEYS, ATT_KEYS, 1, v + d, (size_t)HD,
-                           keys);
+                rank1_tile(out + r * ldo + d, ldo, p + r * ATT_KEYS, ATT_KEYS, 1, 4, v + d,
+                           (size_t)HD, keys);
     for (; r < rows; r++)
         weighted_rows(out + r * ldo, 1.0f, p + r * ATT_KEYS, v, seen[r], HD);
 }
@@ -1106,7 +1126,8 @@ INLINE void add_transposed(float *out, const float *p, const float *x, size_t ld
     if (HD % NR == 0) {
         for (int j = 0; j < keys; j += MR)
             for (int d = 0; d < HD; d += NR)
-                rank1_tile(out + j * HD + d, (size_t)HD, p + j, 1, ATT_KEYS, x + d, ldx, rows);
+                rank1_tile(out + j * HD + d, (size_t)HD, p + j, 1, ATT_KEYS, 4 * ATT_KEYS, x + d,
+                           ldx, rows);
         return;
     }
     for (int j = 0; j < keys; j++)
