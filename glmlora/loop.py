@@ -33,7 +33,9 @@ from .data import Encoded, epoch_order, grouped_epoch_order, micro_batches, upda
 from .evaluation import evaluate_loss, progress, speed
 from .files import write_text
 from .methods import Trainee
+from .quantization import QuantizedTensor
 
+DEFAULT_BUDGET = 2 << 30  # GLM_DEFAULT_BUDGET in csrc/model/model.h
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end")
 #: Training arguments that change the numbers of a run: a resumed run must have the same ones.
@@ -243,12 +245,26 @@ class Loop:
             core.set_trainable([])  # moments of an earlier loop are not of this run
         self._check_room(trained, 0, sizes)
         self.trainee.base.prepare_training()
-        planned = core.plan(*sizes, True)
+        budget = self._activation_budget(core.plan(*sizes, True))
+        planned = core.plan(*sizes, True, budget)
         activations = planned["total"] - sum(planned[k] for k in ("weights", "owned", "trainable"))
         self._check_room(trained, activations, sizes, taken=trained)
-        core.reserve(*sizes, True)
+        core.reserve(*sizes, True, budget)
         if eval_sizes is not None:
-            core.reserve(*eval_sizes, False)
+            core.reserve(*eval_sizes, False, budget)
+
+    def _activation_budget(self, planned: dict[str, int]) -> int:
+        """Bytes of activations to keep before layers are computed twice, 0 for the core's default:
+        with gradient_checkpointing, or where no more than that is free. Else most of what is
+        available beside the mapped weights, which training reads again and again. The result does
+        not depend on it.
+        """
+        if self.args.gradient_checkpointing:
+            return 0
+        stored = self.trainee.base.stored_tensors()
+        mapped = sum(t.nbytes for t in stored if not isinstance(t, QuantizedTensor))
+        free = _core.memory_available() - min(mapped, planned["weights"])
+        return max(0, int(0.7 * free)) if 0.7 * free > DEFAULT_BUDGET else 0
 
     def _check_room(
         self, trained: int, activations: int, sizes: tuple[int, int, int], taken: int = 0

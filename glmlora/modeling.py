@@ -294,6 +294,10 @@ class ChatGLMForConditionalGeneration:
             self.core.bind(name, tensor.data, tensor.dtype)
         self._stored[name] = tensor
 
+    def stored_tensors(self) -> list[Tensor | QuantizedTensor]:
+        """Base weights that lie where they were bound: in mapped files, or quantized."""
+        return list(self._stored.values())
+
     def _linear_shapes(self) -> dict[str, tuple[int, ...]]:
         """The matrices of the layers: what is quantized."""
         return {n: s for n, s in self._shapes.items() if ".layers." in n and len(s) == 2}
@@ -637,7 +641,7 @@ class ChatGLMForConditionalGeneration:
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Accepted: layers are recomputed when, and only when, their activations would not fit in
-        memory.
+        memory; `gradient_checkpointing=True` of `train` makes that 2 GiB.
         """
 
     def gradient_checkpointing_disable(self) -> None:

@@ -711,3 +711,24 @@ def test_quantized_base(tiny_model, tmp_path, method, bits, group):
     settings["output_dir"] = str(tmp_path / "b")
     again = glmlora.train(tiny_model, records(4), **settings)
     assert again.log_history[-1]["train_loss"] == trained.log_history[-1]["train_loss"]
+
+
+def test_what_fits_is_kept_and_gradient_checkpointing_keeps_little(monkeypatch):
+    from types import SimpleNamespace
+
+    from glmlora.loop import Loop
+
+    def budget(available, checkpointing=False, mapped=0):
+        monkeypatch.setattr(_core, "memory_available", lambda: available)
+        tensors = [SimpleNamespace(nbytes=mapped)]
+        base = SimpleNamespace(stored_tensors=lambda: tensors)
+        loop = SimpleNamespace(
+            args=SimpleNamespace(gradient_checkpointing=checkpointing),
+            trainee=SimpleNamespace(base=base),
+        )
+        return Loop._activation_budget(loop, {"weights": mapped})
+
+    assert budget(20 << 30) == int(0.7 * (20 << 30))
+    assert budget(20 << 30, mapped=12 << 30) == int(0.7 * (8 << 30))
+    assert budget(20 << 30, checkpointing=True) == 0  # the core's default
+    assert budget(1 << 30) == budget(13 << 30, mapped=12 << 30) == 0

@@ -3,6 +3,7 @@
 #include "module.h"
 
 #include <stddef.h>
+#include <stdlib.h>
 
 struct glm_backend *glm_module_backend(struct module_state *state, const char *name)
 {
@@ -10,7 +11,9 @@ struct glm_backend *glm_module_backend(struct module_state *state, const char *n
     struct glm_backend *be;
     char best[32];
     if (strcmp(name, "cpu") == 0) { /* the same pool of threads as the variant it stands for */
-        const char *variants = glm_cpu_variants();
+        const char *forced = getenv("GLMLORA_ISA"), *variants = glm_cpu_variants();
+        if (forced && *forced)
+            variants = forced;
         snprintf(best, sizeof best, "cpu:%.*s", (int)strcspn(variants, ","), variants);
         name = best;
     }

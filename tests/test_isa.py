@@ -1,0 +1,49 @@
+"""Every instruction set that this processor runs, forced by GLMLORA_ISA: the same bars hold."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glmlora import _core
+
+BARS = ("test_golden.py", "test_model_gradient.py", "test_generation.py", "test_quantization.py")
+OTHERS = _core.cpu_variants().split(",")[1:]
+
+
+def run(words, isa, **kwargs):
+    env = dict(os.environ, GLMLORA_ISA=isa)
+    return subprocess.run(
+        [sys.executable, *words], env=env, capture_output=True, text=True, timeout=900, **kwargs
+    )
+
+
+@pytest.mark.skipif("GLMLORA_ISA" in os.environ, reason="an instruction set is forced already")
+@pytest.mark.skipif(not OTHERS, reason="this processor runs the generic kernels only")
+@pytest.mark.parametrize("isa", OTHERS)
+def test_the_bars_hold_on(isa):
+    here = Path(__file__).parent
+    done = run(["-m", "pytest", "-q", "-x", *(str(here / name) for name in BARS)], isa)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+MODEL = """
+import sys
+from glmlora import _core
+from glmlora.configuration import ChatGLMConfig
+from glmlora.project import tiny_directory
+print(_core.Model(ChatGLMConfig.from_pretrained(tiny_directory()).arch(), "cpu").backend)
+"""
+
+
+def test_the_variable_chooses_the_kernels():
+    done = run(["-c", MODEL], "generic")
+    assert done.stdout.strip() == "cpu:generic", done.stderr
+    assert run(["-c", MODEL], "").stdout.strip() == "cpu:" + _core.cpu_variants().split(",")[0]
+
+
+def test_a_set_that_the_processor_lacks_is_named():
+    done = run(["-c", MODEL], "sse9")
+    assert "backend 'cpu:sse9': this processor runs" in done.stderr
