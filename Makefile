@@ -25,7 +25,7 @@ fmt: all
 	$(BIN)/clang-format -i csrc/*.[ch] csrc/*/*.[ch]
 
 bench: all
-	$(BIN)/python benchmarks/ops.py
+	$(BIN)/python benchmarks/bench.py
 
 # address and undefined-behaviour sanitizers; leaks are counted by tests/test_leaks.py (the interpreter has its own)
 sanitize: all

@@ -38,28 +38,31 @@ CONFIG = dict(
 )
 
 
-def make(directory):
-    """The checkpoint; matrices are cut from one random block at different places."""
-    config = json.loads((tiny_directory() / "config.json").read_text()) | CONFIG
+def make(directory, **changes):
+    """The checkpoint; matrices are cut from one random block at different places. changes: of the
+    config, e.g. num_layers=2."""
+    config = json.loads((tiny_directory() / "config.json").read_text()) | CONFIG | changes
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(tiny_directory() / name, directory / name)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     block = np.random.default_rng(0).normal(0, 0.02, 1 << 26).astype(np.float16)
-    C, F, QKV = 4096, 13696, 4608  # noqa: N806
-    shapes = {"transformer.embedding.word_embeddings.weight": (65024, C)}
-    for i in range(28):
+    C, F, V = (config[n] for n in ("hidden_size", "ffn_hidden_size", "padded_vocab_size"))  # noqa: N806
+    AO = config["num_attention_heads"] * config["kv_channels"]  # noqa: N806
+    QKV = AO + 2 * config["multi_query_group_num"] * config["kv_channels"]  # noqa: N806
+    shapes = {"transformer.embedding.word_embeddings.weight": (V, C)}
+    for i in range(config["num_layers"]):
         layer = f"transformer.encoder.layers.{i}."
         shapes |= {
             layer + "input_layernorm.weight": (C,),
             layer + "self_attention.query_key_value.weight": (QKV, C),
             layer + "self_attention.query_key_value.bias": (QKV,),
-            layer + "self_attention.dense.weight": (C, C),
+            layer + "self_attention.dense.weight": (C, AO),
             layer + "post_attention_layernorm.weight": (C,),
             layer + "mlp.dense_h_to_4h.weight": (2 * F, C),
             layer + "mlp.dense_4h_to_h.weight": (C, F),
         }
     shapes["transformer.encoder.final_layernorm.weight"] = (C,)
-    shapes["transformer.output_layer.weight"] = (65024, C)
+    shapes["transformer.output_layer.weight"] = (V, C)
 
     def values(name, shape, place):
         if len(shape) == 1:

@@ -1,0 +1,226 @@
+"""torch + transformers (native GLM class) + peft, answering the jobs of benchmarks/worker.py.
+
+    python benchmarks/peers/torch_peer.py DIRECTORY [--dtype bfloat16|float32] [--threads N]
+
+DIRECTORY: a ChatGLM2 config.json gives the shapes; weights are random. LoRA: rank 8 on q_proj,
+k_proj and v_proj, which the fused query_key_value is in this class; batches are padded on the left,
+as the model's generation wants it.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+
+warnings.filterwarnings("ignore")
+
+
+class Peak(threading.Thread):
+    """Largest anonymous memory of this process in bytes since `reset`, sampled every 5 ms."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.reset()
+        self.start()
+
+    def reset(self):
+        self.bytes = self.now()
+
+    @staticmethod
+    def now():
+        with open("/proc/self/status") as f:
+            return 1024 * int(re.search(r"RssAnon:\s+(\d+)", f.read()).group(1))
+
+    def run(self):
+        while True:
+            self.bytes = max(self.bytes, self.now())
+            time.sleep(0.005)
+
+
+def build(directory, dtype):
+    """The model with random weights in `dtype`, filled in place: no second copy at any time."""
+    c = json.loads((Path(directory) / "config.json").read_text())
+    config = transformers.GlmConfig(
+        vocab_size=c["padded_vocab_size"],
+        hidden_size=c["hidden_size"],
+        intermediate_size=c["ffn_hidden_size"],
+        num_hidden_layers=c["num_layers"],
+        num_attention_heads=c["num_attention_heads"],
+        num_key_value_heads=c["multi_query_group_num"],
+        head_dim=c["kv_channels"],
+        rms_norm_eps=c["layernorm_epsilon"],
+        max_position_embeddings=c["seq_length"],
+        attention_bias=True,
+        partial_rotary_factor=0.5,
+        pad_token_id=0,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = transformers.GlmForCausalLM(config).to(dtype)
+    model = model.to_empty(device="cpu")
+    block = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            else:
+                for piece in p.view(-1).split(len(block)):
+                    piece.copy_(block[: len(piece)])
+    rotary = model.model.rotary_emb  # its buffers were on the meta device
+    model.model.rotary_emb = type(rotary)(config)
+    return model.eval()
+
+
+class Worker:
+    """A model, and one method for each job; each returns what is answered."""
+
+    def __init__(self, directory, dtype):
+        self.dtype, self.peak = dtype, Peak()
+        self.model = build(directory, dtype)
+        self.vocab = self.model.config.vocab_size
+        self.weights = sum(p.nbytes for p in self.model.parameters())
+        self.base = self.peak.now()
+        self.mats, self.trained = {}, None
+
+    def ids(self, *shape):
+        return torch.randint(3, self.vocab, shape)
+
+    def gemm(self, rows, out, inp, kind, what):
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.bfloat16}[kind]
+        if (out, inp, dtype) not in self.mats:
+            self.mats = {(out, inp, dtype): torch.randn(out, inp).to(dtype)}
+        w = self.mats[out, inp, dtype]
+        x = torch.randn(rows, out if what == "dx" else inp).to(dtype)
+        start = time.perf_counter()
+        if what == "dx":
+            torch.matmul(x, w)
+        else:
+            torch.nn.functional.linear(x, w)
+        return {"seconds": time.perf_counter() - start}
+
+    @torch.inference_mode()
+    def prefill(self, tokens):
+        ids = self.ids(1, tokens)
+        start = time.perf_counter()
+        self.model(ids, logits_to_keep=1)
+        return {"seconds": time.perf_counter() - start}
+
+    @torch.inference_mode()
+    def decode(self, rows, context, steps):
+        done = self.model(self.ids(rows, context), use_cache=True, logits_to_keep=1)
+        times = []
+        for _ in range(steps):
+            ids = self.ids(rows, 1)
+            start = time.perf_counter()
+            done = self.model(ids, past_key_values=done.past_key_values, use_cache=True)
+            times.append(time.perf_counter() - start)
+        return {"seconds": sorted(times)[steps // 2] * steps}
+
+    @torch.inference_mode()
+    def predict(self, lengths, new, batch=4):
+        seconds = count = 0
+        for begin in range(0, len(lengths), batch):
+            some = lengths[begin : begin + batch]
+            ids, mask = self.padded(some)
+            start = time.perf_counter()
+            out = self.model.generate(
+                ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None
+            )
+            seconds += time.perf_counter() - start
+            count += len(some) * (out.shape[1] - ids.shape[1])
+        return {"seconds": seconds, "new": count}
+
+    @torch.inference_mode()
+    def generate(self, tokens):
+        ids = self.ids(1, 8)
+        start = time.perf_counter()
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        return {"seconds": time.perf_counter() - start}
+
+    def padded(self, lengths):
+        width = max(lengths)
+        ids, mask = self.ids(len(lengths), width), torch.ones(len(lengths), width).long()
+        for row, n in enumerate(lengths):
+            ids[row, : width - n] = 0
+            mask[row, : width - n] = 0
+        return ids, mask
+
+    def lora(self, lengths, labelled, checkpointing):
+        import peft
+
+        if self.trained is None:
+            config = peft.LoraConfig(
+                r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj"]
+            )
+            self.trained = peft.get_peft_model(self.model, config)
+            self.trained.enable_input_require_grads()
+            parameters = [p for p in self.trained.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.AdamW(parameters, lr=5e-5)
+        model = self.trained.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+        ids, mask = self.padded(lengths)
+        labels = torch.full_like(ids, -100)
+        labels[:, -labelled:] = ids[:, -labelled:]
+        gc.collect()
+        self.peak.reset()
+        start = time.perf_counter()
+        model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - start
+        model.eval()
+        return {
+            "seconds": seconds,
+            "tokens": sum(lengths),
+            "beyond_weights": self.peak.bytes - self.base,
+        }
+
+
+def fast_dtype():
+    """bfloat16 where the processor multiplies it; torch's fallback elsewhere takes minutes."""
+    with open("/proc/cpuinfo") as f:
+        flags = f.read()
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory")
+    parser.add_argument("--dtype", default=fast_dtype(), choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    worker = Worker(args.directory, getattr(torch, args.dtype))
+    print(json.dumps({"ready": True, "weights": worker.weights}), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            answer = getattr(worker, job.pop("job"))(**job)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
