@@ -26,6 +26,7 @@ from ops import (
     I8,
     SIGNATURES,
     STORED,
+    DeviceOps,
     Dropout,
     Heads,
     Mat,
@@ -35,6 +36,7 @@ from ops import (
     bf16_to_float,
     dequantized,
     float_to_bf16,
+    ops_of,
     stored,
     unstored,
 )
@@ -63,11 +65,6 @@ def usable(kind: str, cols: int) -> bool:
 
 
 every_backend = pytest.mark.parametrize("backend", TESTED)
-
-
-@lru_cache
-def ops_of(name: str) -> Ops:
-    return Ops(name)
 
 
 def test_the_harness_knows_every_op() -> None:
@@ -980,6 +977,13 @@ def same_bits(a: np.ndarray, b: np.ndarray, what: str) -> None:
     assert a.tobytes() == b.tobytes(), f"{what}: {np.sum(a != b)} of {a.size} elements differ"
 
 
+def chosen_by_shape(ops: Ops) -> None:
+    """Skips where a product's order of summation depends on how many rows it has: cuBLAS picks an
+    algorithm by shape, and up to 8 rows have kernels of their own."""
+    if isinstance(ops, DeviceOps):
+        pytest.skip("products on a device are summed in an order that their shape decides")
+
+
 PARTS = [(0, 1), (5, 6), (39, 40), (3, 7), (8, 25), (1, 40)]  # of 40 rows
 
 
@@ -989,6 +993,7 @@ def test_a_row_over_a_quantized_weight_has_the_same_bits_in_any_batch(
     backend: str, kind: str
 ) -> None:
     ops, rng = ops_of(backend), np.random.default_rng(9)
+    chosen_by_shape(ops)
     for O, I in ((9, 34), (130, 1060), (5, 8300)):
         W, _ = quantized(rng, O, I, kind)
         x, dout = (rng.normal(size=(40, n)).astype(ops.real) for n in (I, O))
@@ -1022,6 +1027,7 @@ def test_weights_that_are_not_finite_get_such_a_scale(backend: str, kind: str) -
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_linear_row_does_not_depend_on_others(backend: str, dtype: str) -> None:
     m = Maker(ops_of(backend), 11)
+    chosen_by_shape(m.ops)
     for O, I in ((33, 100), (64, 1025), (100, 31), (7, 2500), (1030, 9), (256, 64)):
         W, _ = m.weight(O, I, dtype)
         x, dout, bias = m.normal(40, I), m.normal(40, O), m.normal(O)

@@ -86,6 +86,13 @@ static void end_run(struct run *run)
     Py_DECREF(run->self);
 }
 
+/* An error of the device is what went wrong, whatever the call made of it. */
+static glm_status device_error(struct glm_backend *be, glm_status status, struct glm_error *err)
+{
+    const char *text = be->error ? be->error(be) : NULL;
+    return text ? glm_fail(err, GLM_ESTATE, "%s", text) : status;
+}
+
 /* status = call, run that way; on failure the exception is set and `failed` evaluated */
 #define RUN(self, call, failed)          \
     do {                                 \
@@ -93,7 +100,8 @@ static void end_run(struct run *run)
         struct glm_error err;            \
         if (begin_run(&run_, self) < 0)  \
             failed;                      \
-        const glm_status status_ = call; \
+        glm_status status_ = call;       \
+        status_ = device_error(glm_model_backend((self)->m), status_, &err); \
         end_run(&run_);                  \
         if (status_ != GLM_OK) {         \
             glm_raise(status_, &err);    \
