@@ -1,0 +1,306 @@
+/* Attention backward: p is computed again from the scores and lse, and with
+ *   delta = dout . out    ds = p * (dout . v - delta)
+ * dq = scale * sum over keys of ds k, dk = scale * sum over rows of ds q, dv = sum over rows of p dout.
+ *
+ * Three launches, none of which writes what another block writes: delta, left in the first element of
+ * each head of dqkv, which the last launch overwrites; keys and values; queries. A cache row that
+ * several segments share is the first one's: its block adds up all segments in order. Tiles as in
+ * forward: T rows that a block owns, T / 2 of those it runs over. */
+#include "attention.cuh"
+
+GLM_KERNEL(256) k_attention_delta(attention a)
+{
+    const int lane = threadIdx.x & 31, HD = a.HD;
+    const size_t warp = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) >> 5,
+                 warps = ((size_t)gridDim.x * blockDim.x) >> 5;
+    for (int i = 0; i < a.n_segments; i++) {
+        const glm_segment s = a.segments[i];
+        for (size_t row = warp; row < (size_t)s.count * a.NH; row += warps) {
+            const size_t at = (size_t)s.begin * a.NH + row;
+            float sum = 0;
+            for (int c = 4 * lane; c < HD; c += 128) {
+                const f4 x = load4(a.dout + at * HD, c, HD), y = load4(a.out + at * HD, c, HD);
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    sum += x.v[j] * y.v[j];
+            }
+            sum = warp_sum(sum);
+            if (lane == 0)
+                a.dqkv[at / a.NH * (a.NH + 2 * a.KVH) * HD + at % a.NH * HD] = sum;
+        }
+    }
+}
+
+static __device__ __forceinline__ const float *delta_of(const attention &a, const glm_segment &s, int g,
+                                                        int row)
+{
+    return a.dqkv + (query_of(a, s, g, row) - a.qkv);
+}
+
+/* ---- queries: as forward, with T / 2 keys a tile */
+
+template <int T> static __device__ __forceinline__ void query_tiles(const attention &a)
+{
+    const int LANES = 128 / T, K = T / 2, KEYS = K > LANES ? K / LANES : 1;
+    GL_DYN_SHARED(float, shared);
+    const int HD = a.HD, LD = tile_stride(HD);
+    float *qs = shared, *ds = qs + T * LD, *ks = ds + T * LD, *vs = ks + K * LD, *gs = vs + K * LD;
+    const int r = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int piece = blockIdx.x, first = 0;
+    for (int i = 0; i < a.n_segments; i++) {
+        const glm_segment s = a.segments[i];
+        const int rows = s.count * a.G, tiles = (rows + T - 1) / T, pieces = tiles * a.KVH;
+        for (; piece < first + pieces; piece += gridDim.x) {
+            const int g = (piece - first) % a.KVH, row0 = (tiles - 1 - (piece - first) / a.KVH) * T;
+            const int row = row0 + r, last_row = row0 + T < rows ? row0 + T - 1 : rows - 1;
+            const int seen = row < rows ? seen_by(s, row / a.G) : 0;
+            const int last = seen_by(s, last_row / a.G);
+            const size_t at = row < rows ? head_row(a, s, g, row) : 0;
+            __syncthreads(); /* readers of the piece before */
+            fill_row(qs + r * LD, row < rows ? query_of(a, s, g, row) : NULL, HD, lane, LANES);
+            fill_row(ds + r * LD, row < rows ? a.dout + at * HD : NULL, HD, lane, LANES);
+            const float lse = row < rows ? a.lse[at] : 0.0f;
+            const float delta = row < rows ? *delta_of(a, s, g, row) : 0.0f;
+            float4 dq[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                dq[j].x = dq[j].y = dq[j].z = dq[j].w = 0;
+            for (int k0 = 0; k0 < last; k0 += K) {
+                const int key = k0 + r;
+                pair_of kv;
+                kv.k = kv.v = NULL;
+                if (key < last)
+                    kv = key_of(a, s, g, key);
+                __syncthreads();
+                if (r < K) {
+                    fill_row(ks + r * LD, kv.k, HD, lane, LANES);
+                    fill_row(vs + r * LD, kv.v, HD, lane, LANES);
+                }
+                __syncthreads();
+                float score[KEYS], through[KEYS];
+#pragma unroll
+                for (int n = 0; n < KEYS; n++)
+                    score[n] = through[n] = 0;
+                for (int c = 0; c < HD; c += 4) {
+                    const float4 q = at4(qs + r * LD + c), d = at4(ds + r * LD + c);
+#pragma unroll
+                    for (int n = 0; n < KEYS; n++)
+                        if (LANES <= K || lane < K) {
+                            score[n] = dot4(q, at4(ks + (lane + n * LANES) * LD + c), score[n]);
+                            through[n] = dot4(d, at4(vs + (lane + n * LANES) * LD + c), through[n]);
+                        }
+                }
+#pragma unroll
+                for (int n = 0; n < KEYS; n++) {
+                    const int k = lane + n * LANES;
+                    if (k < K)
+                        gs[r * K + k] = k0 + k < seen ? expf(score[n] * a.scale - lse) *
+                                                            (through[n] - delta)
+                                                      : 0.0f;
+                }
+                __syncwarp();
+                const int visible = seen - k0 < K ? seen - k0 : K;
+                for (int k = 0; k < visible; k++) {
+                    const float w = gs[r * K + k];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const int c = 4 * (lane + j * LANES);
+                        if (c < HD)
+                            add4(dq[j], w, at4(ks + k * LD + c));
+                    }
+                }
+            }
+            __syncwarp(); /* every thread of the row has its delta */
+            if (row < rows)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    put4(a.dqkv + (query_of(a, s, g, row) - a.qkv), 4 * (lane + j * LANES), HD, dq[j],
+                         a.scale);
+        }
+        first += pieces;
+    }
+}
+
+GLM_KERNEL(128) k_attention_dq_32(attention a) { query_tiles<32>(a); }
+GLM_KERNEL(128) k_attention_dq_16(attention a) { query_tiles<16>(a); }
+GLM_KERNEL(128) k_attention_dq_8(attention a) { query_tiles<8>(a); }
+
+/* ---- keys and values: a block has T keys, own or shared, and runs over the rows that see them */
+
+/* 1 when no segment before i shares the cache row. */
+static __device__ __forceinline__ int owns_row(const attention &a, int i, int row)
+{
+    for (int j = 0; j < i; j++) {
+        const int begin = a.segments[j].shared_begin, count = a.segments[j].shared_count;
+        if (row >= begin && row < begin + count)
+            return 0;
+    }
+    return 1;
+}
+
+template <int T> static __device__ __forceinline__ void key_tiles(const attention &a)
+{
+    const int LANES = 128 / T, R = T / 2, ROWS = R > LANES ? R / LANES : 1;
+    GL_DYN_SHARED(float, shared);
+    const int HD = a.HD, LD = tile_stride(HD);
+    float *ks = shared, *vs = ks + T * LD, *qs = vs + T * LD, *ds = qs + R * LD, *ps = ds + R * LD,
+          *gs = ps + T * R, *lses = gs + T * R, *deltas = lses + R;
+    const int r = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int piece = blockIdx.x, first = 0;
+    for (int i = 0; i < a.n_segments; i++) {
+        const glm_segment s = a.segments[i];
+        const int own_tiles = (s.count + T - 1) / T;
+        const int tiles = own_tiles + (a.dcache_k ? (s.shared_count + T - 1) / T : 0);
+        for (; piece < first + tiles * a.KVH; piece += gridDim.x) {
+            const int g = (piece - first) % a.KVH, tile = (piece - first) / a.KVH;
+            const bool own = tile < own_tiles;
+            /* the first key of the tile: of the own ones, or a cache row */
+            const int key0 = own ? tile * T : s.shared_begin + (tile - own_tiles) * T;
+            const int keys = own ? s.count : s.shared_begin + s.shared_count, key = key0 + r;
+            pair_of kv;
+            kv.k = kv.v = NULL;
+            if (key < keys)
+                kv = key_of(a, s, g, own ? before(s) + key : key - s.shared_begin);
+            __syncthreads(); /* readers of the piece before */
+            fill_row(ks + r * LD, kv.k, HD, lane, LANES);
+            fill_row(vs + r * LD, kv.v, HD, lane, LANES);
+            float4 dk[4], dv[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                dk[j].x = dk[j].y = dk[j].z = dk[j].w = 0;
+                dv[j].x = dv[j].y = dv[j].z = dv[j].w = 0;
+            }
+            for (int o = i; o < (own ? i + 1 : a.n_segments); o++) {
+                const glm_segment q = a.segments[o];
+                const int begin = q.shared_begin, end = begin + q.shared_count;
+                if (!own && (key0 >= end || key0 + T <= begin))
+                    continue;
+                const int rows = q.count * a.G, context = q.context < q.count ? q.context : q.count;
+                /* rows from `from` on see the key; the tile needs those from its first key's on */
+                int from = own ? (key < context ? 0 : key * a.G) : 0;
+                if (key >= keys || (!own && (key < begin || key >= end)))
+                    from = rows;
+                const int start = own && key0 >= context ? key0 * a.G : 0;
+                for (int row0 = start; row0 < rows; row0 += R) {
+                    const int row = row0 + r;
+                    const size_t at = r < R && row < rows ? head_row(a, q, g, row) : 0;
+                    __syncthreads(); /* readers of the tile before */
+                    if (r < R) {
+                        fill_row(qs + r * LD, row < rows ? query_of(a, q, g, row) : NULL, HD, lane,
+                                 LANES);
+                        fill_row(ds + r * LD, row < rows ? a.dout + at * HD : NULL, HD, lane, LANES);
+                        if (lane == 0) {
+                            lses[r] = row < rows ? a.lse[at] : 0.0f;
+                            deltas[r] = row < rows ? *delta_of(a, q, g, row) : 0.0f;
+                        }
+                    }
+                    __syncthreads();
+                    float score[ROWS], through[ROWS];
+#pragma unroll
+                    for (int n = 0; n < ROWS; n++)
+                        score[n] = through[n] = 0;
+                    for (int c = 0; c < HD; c += 4) {
+                        const float4 k = at4(ks + r * LD + c), v = at4(vs + r * LD + c);
+#pragma unroll
+                        for (int n = 0; n < ROWS; n++)
+                            if (LANES <= R || lane < R) {
+                                score[n] = dot4(k, at4(qs + (lane + n * LANES) * LD + c), score[n]);
+                                through[n] =
+                                    dot4(v, at4(ds + (lane + n * LANES) * LD + c), through[n]);
+                            }
+                    }
+#pragma unroll
+                    for (int n = 0; n < ROWS; n++) {
+                        const int at_row = lane + n * LANES;
+                        if (at_row < R) {
+                            const bool sees = row0 + at_row >= from && row0 + at_row < rows;
+                            const float p =
+                                sees ? expf(score[n] * a.scale - lses[at_row]) : 0.0f;
+                            ps[r * R + at_row] = p;
+                            gs[r * R + at_row] = sees ? p * (through[n] - deltas[at_row]) : 0.0f;
+                        }
+                    }
+                    __syncwarp();
+                    const int top = rows - row0 < R ? rows - row0 : R;
+                    for (int n = from > row0 ? from - row0 : 0; n < top; n++) {
+                        const float p = ps[r * R + n], w = gs[r * R + n];
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            const int c = 4 * (lane + j * LANES);
+                            if (c < HD) {
+                                add4(dv[j], p, at4(ds + n * LD + c));
+                                add4(dk[j], w, at4(qs + n * LD + c));
+                            }
+                        }
+                    }
+                }
+            }
+            if (key >= keys || (!own && !owns_row(a, i, key)))
+                continue;
+            float *to_k, *to_v;
+            if (own) {
+                to_k = a.dqkv + (kv.k - a.qkv);
+                to_v = a.dqkv + (kv.v - a.qkv);
+            } else {
+                to_k = a.dcache_k + (kv.k - a.cache_k);
+                to_v = a.dcache_v + (kv.v - a.cache_v);
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int c = 4 * (lane + j * LANES);
+                if (c >= HD)
+                    continue;
+                float4 k = dk[j], v = dv[j];
+                k.x *= a.scale, k.y *= a.scale, k.z *= a.scale, k.w *= a.scale;
+                if (!own) {
+                    const f4 x = load4(to_k, c, HD), y = load4(to_v, c, HD);
+                    k.x += x.v[0], k.y += x.v[1], k.z += x.v[2], k.w += x.v[3];
+                    v.x += y.v[0], v.y += y.v[1], v.z += y.v[2], v.w += y.v[3];
+                }
+                put4(to_k, c, HD, k, 1.0f);
+                put4(to_v, c, HD, v, 1.0f);
+            }
+        }
+        first += tiles * a.KVH;
+    }
+}
+
+GLM_KERNEL(128) k_attention_dkv_32(attention a) { key_tiles<32>(a); }
+GLM_KERNEL(128) k_attention_dkv_16(attention a) { key_tiles<16>(a); }
+GLM_KERNEL(128) k_attention_dkv_8(attention a) { key_tiles<8>(a); }
+
+#ifdef GLM_HOST
+extern "C" void glm_cuda_attention_backward(void *cx, void *dqkv, struct glm_kv dcache,
+                                            const void *dout, const void *out, const void *lse,
+                                            const void *qkv, struct glm_kv cache,
+                                            const struct glm_segment *segments, int n_segments,
+                                            struct glm_heads heads)
+{
+    struct cuda *cuda = cuda_of(cx);
+    attention a = attention_of(qkv, cache, segments, n_segments, heads);
+    a.out = (float *)out;
+    a.lse = (float *)lse;
+    a.dout = (const float *)dout;
+    a.dqkv = (float *)dqkv;
+    a.dcache_k = (float *)dcache.k;
+    a.dcache_v = (float *)dcache.v;
+    const int T = a.HD <= 64 ? 32 : a.HD <= 128 ? 16 : 8, blocks = attention_blocks(cuda);
+    const size_t tiles = (size_t)3 * T * tile_stride(a.HD);
+    const size_t dq_bytes = (tiles + T * (T / 2)) * sizeof(float),
+                 dkv_bytes = (tiles + 2 * T * (T / 2) + T) * sizeof(float);
+    const char *op = "attention_backward";
+    if (!n_segments || !glm_cuda_begin(cuda) || !attention_fits(cuda, a))
+        return;
+    GLM_LAUNCH(cuda, op, k_attention_delta, blocks, 256, 0, a);
+    if (T == 32) {
+        GLM_LAUNCH(cuda, op, k_attention_dkv_32, blocks, 128, dkv_bytes, a);
+        GLM_LAUNCH(cuda, op, k_attention_dq_32, blocks, 128, dq_bytes, a);
+    } else if (T == 16) {
+        GLM_LAUNCH(cuda, op, k_attention_dkv_16, blocks, 128, dkv_bytes, a);
+        GLM_LAUNCH(cuda, op, k_attention_dq_16, blocks, 128, dq_bytes, a);
+    } else {
+        GLM_LAUNCH(cuda, op, k_attention_dkv_8, blocks, 128, dkv_bytes, a);
+        GLM_LAUNCH(cuda, op, k_attention_dq_8, blocks, 128, dq_bytes, a);
+    }
+}
+#endif
