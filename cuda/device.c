@@ -124,10 +124,8 @@ static void move(struct glm_backend *be, void *to, const void *from, size_t byte
 
 static void backend_upload(struct glm_backend *be, void *device, const void *host, size_t bytes)
 {
+    /* the host's memory is pageable: it has been read when the call returns */
     move(be, device, host, bytes, cudaMemcpyHostToDevice, "upload");
-    /* pageable memory is read before the call returns, pinned memory is not */
-    if (bytes)
-        glm_cuda_failed(of(be), cudaStreamSynchronize(of(be)->stream), "upload");
 }
 
 static void backend_download(struct glm_backend *be, void *host, const void *device, size_t bytes)
