@@ -121,9 +121,9 @@ template <int T> static __device__ __forceinline__ void query_tiles(const attent
     }
 }
 
-GLM_KERNEL(128) k_attention_dq_32(attention a) { query_tiles<32>(a); }
-GLM_KERNEL(128) k_attention_dq_16(attention a) { query_tiles<16>(a); }
-GLM_KERNEL(128) k_attention_dq_8(attention a) { query_tiles<8>(a); }
+GLM_TILE_KERNEL(128, 3) k_attention_dq_32(attention a) { query_tiles<32>(a); }
+GLM_TILE_KERNEL(128, 3) k_attention_dq_16(attention a) { query_tiles<16>(a); }
+GLM_TILE_KERNEL(128, 3) k_attention_dq_8(attention a) { query_tiles<8>(a); }
 
 /* ---- keys and values: a block has T keys, own or shared, and runs over the rows that see them */
 
@@ -265,9 +265,9 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
     }
 }
 
-GLM_KERNEL(128) k_attention_dkv_32(attention a) { key_tiles<32>(a); }
-GLM_KERNEL(128) k_attention_dkv_16(attention a) { key_tiles<16>(a); }
-GLM_KERNEL(128) k_attention_dkv_8(attention a) { key_tiles<8>(a); }
+GLM_TILE_KERNEL(128, 2) k_attention_dkv_32(attention a) { key_tiles<32>(a); }
+GLM_TILE_KERNEL(128, 2) k_attention_dkv_16(attention a) { key_tiles<16>(a); }
+GLM_TILE_KERNEL(128, 2) k_attention_dkv_8(attention a) { key_tiles<8>(a); }
 
 #ifdef GLM_HOST
 extern "C" void glm_cuda_attention_backward(void *cx, void *dqkv, struct glm_kv dcache,

@@ -97,9 +97,9 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
     }
 }
 
-GLM_KERNEL(128) k_attention_forward_32(attention a) { forward_tiles<32>(a); }
-GLM_KERNEL(128) k_attention_forward_16(attention a) { forward_tiles<16>(a); }
-GLM_KERNEL(128) k_attention_forward_8(attention a) { forward_tiles<8>(a); }
+GLM_TILE_KERNEL(128, 3) k_attention_forward_32(attention a) { forward_tiles<32>(a); }
+GLM_TILE_KERNEL(128, 3) k_attention_forward_16(attention a) { forward_tiles<16>(a); }
+GLM_TILE_KERNEL(128, 3) k_attention_forward_8(attention a) { forward_tiles<8>(a); }
 
 #ifdef GLM_HOST
 extern "C" void glm_cuda_attention_forward(void *cx, void *out, void *lse, const void *qkv,

@@ -38,7 +38,8 @@ def run(*command: object, quiet: bool = False) -> str:
     print(shlex.join(words) if not quiet else f"{words[0]} {words[-3]}", flush=True)
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        print(done.stdout)
+        kept = [line for line in done.stdout.splitlines() if "ptxas info" not in line]
+        print("\n".join(line for line in kept if " 0 bytes spill loads" not in line))
         raise SystemExit(f"failed: {shlex.join(words)}")
     return done.stdout
 
@@ -88,12 +89,10 @@ def nvcc_gate() -> None:
             target = [f"-arch=sm_{arch}", "-c", source, "-o", os.devnull]
             text = run("nvcc", *nvcc_flags(), *gate, *target, quiet=True)
             found = re.findall(
-                r"Compiling entry function '(\w+)'.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
-                text,
-                re.S,
+                r"Compiling entry function '(\w+)'.*?Used (\d+) registers", text, re.S
             )
             found.sort(key=lambda f: -int(f[1]))
-            print(f"  {source.stem} sm_{arch}:", *(f"{n} {r}" for n, r, _ in found[:4]), flush=True)
+            print(f"  {source.stem} sm_{arch}:", *(f"{n} {r}" for n, r in found[:4]), flush=True)
 
 
 def nvcc_library() -> Path:

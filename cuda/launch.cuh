@@ -24,6 +24,9 @@
 #endif
 
 #define GLM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+/* For tiles: registers for so many blocks on a multiprocessor, and no spills to get more there. */
+#define GLM_TILE_KERNEL(threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define GLM_INFINITY __int_as_float(0x7f800000)
 
 /* ---- four floats at a time */

@@ -310,10 +310,10 @@ template <int DTYPE, int NB, int ROWS> static __device__ __forceinline__ void fe
 }
 
 #define FEW_KERNELS(name, dtype)                                              \
-    GLM_KERNEL(256) k_few_##name##_1(few_rows a) { few_body<dtype, 1, 4>(a); } \
-    GLM_KERNEL(256) k_few_##name##_2(few_rows a) { few_body<dtype, 2, 2>(a); } \
-    GLM_KERNEL(256) k_few_##name##_4(few_rows a) { few_body<dtype, 4, 2>(a); } \
-    GLM_KERNEL(256) k_few_##name##_8(few_rows a) { few_body<dtype, 8, 1>(a); }
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_1(few_rows a) { few_body<dtype, 1, 4>(a); } \
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_2(few_rows a) { few_body<dtype, 2, 2>(a); } \
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_4(few_rows a) { few_body<dtype, 4, 2>(a); } \
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_8(few_rows a) { few_body<dtype, 8, 1>(a); }
 FEW_KERNELS(f32, GLM_F32)
 FEW_KERNELS(f16, GLM_F16)
 FEW_KERNELS(bf16, GLM_BF16)
@@ -349,13 +349,16 @@ GLM_KERNEL(256) k_merge(void *data, int dtype, const float *B, const float *A, i
         }
 }
 
-static __device__ __forceinline__ float integer_of(float x, float scale, int group, float low,
-                                                   float high)
+/* The element of a row-wise matrix is float16 before anything else is done with it. */
+static __device__ __forceinline__ float element_of(const void *inp, int dtype, size_t i, int group)
 {
-    if (scale == 0 || !(scale - scale == 0))
-        return 0;
-    const float q = rintf(group ? x / scale : half_value(half_bits(x / scale)));
-    return fminf(high, fmaxf(low, q));
+    const float w = load1(inp, dtype, i);
+    return group ? w : half_value(half_bits(w));
+}
+
+static __device__ __forceinline__ float clamp(float x, float low, float high)
+{
+    return fminf(high, fmaxf(low, x));
 }
 
 /* A warp has one row, or one group of a row: see backend.h. */
@@ -373,8 +376,7 @@ GLM_KERNEL(256) k_quantize(unsigned char *data, unsigned short *scales, int dtyp
     float top = 0;
     int finite = 1;
     for (int i = lane; i < n; i += 32) {
-        float w = load1(inp, inp_dtype, at + i);
-        w = group ? w : half_value(half_bits(w));
+        const float w = element_of(inp, inp_dtype, at + i, group);
         finite = finite && w - w == 0;
         top = fmaxf(top, fabsf(w));
     }
@@ -392,12 +394,13 @@ GLM_KERNEL(256) k_quantize(unsigned char *data, unsigned short *scales, int dtyp
         const float peak = load1(inp, inp_dtype, at + where);
         float most = 0;
         scale = 0;
+#pragma unroll 1
         for (int j = -9; top != 0 && j <= 9; j++) {
-            const float trial = -peak / (8.0f + 0.1f * (float)j);
+            const float inverse = (8.0f + 0.1f * (float)j) / -peak;
             float wq = 0, qq = 0;
             for (int i = lane; i < n; i += 32) {
                 const float w = load1(inp, inp_dtype, at + i);
-                const float q = integer_of(w, trial, 1, -8, 7);
+                const float q = clamp(rintf(w * inverse), -8, 7);
                 wq += w * q;
                 qq += q * q;
             }
@@ -412,15 +415,14 @@ GLM_KERNEL(256) k_quantize(unsigned char *data, unsigned short *scales, int dtyp
     scale = half_value(half_bits(scale));
     if (lane == 0)
         scales[warp] = (unsigned short)half_bits(scale);
-    const int step = dtype == GLM_I4 ? 2 : 1;
+    const int step = dtype == GLM_I4 ? 2 : 1, none = scale == 0 || !(scale - scale == 0);
     for (int i = step * lane; i < n; i += 32 * step) {
         int q[2] = {0, 0};
 #pragma unroll
         for (int j = 0; j < 2; j++)
-            if (j < step) {
-                float w = load1(inp, inp_dtype, at + i + j);
-                w = group ? w : half_value(half_bits(w));
-                q[j] = (int)integer_of(w, scale, group, low, high);
+            if (j < step && !none) {
+                const float x = element_of(inp, inp_dtype, at + i + j, group) / scale;
+                q[j] = (int)clamp(rintf(group ? x : half_value(half_bits(x))), low, high);
             }
         if (dtype == GLM_I8)
             data[at + i] = (unsigned char)q[0];
