@@ -15,6 +15,8 @@ struct attention {
     float *out, *lse;                 /* forward writes, backward reads */
     const float *dout;                /* backward */
     float *dqkv, *dcache_k, *dcache_v;
+    float *largest;                    /* |dout| of each block, or NULL */
+    const float *factor, *alpha;       /* of dout in 16 bits, and its inverse; NULL: 1 */
 };
 
 /* Segments of at most so many tokens are one block a token and head (attention_decode.cu), longer
@@ -148,7 +150,11 @@ static inline attention attention_of(const void *qkv, struct glm_kv cache,
 }
 
 /* Enough blocks for an even share of uneven pieces. */
-static inline int attention_blocks(const struct cuda *cuda) { return 8 * cuda->multiprocessors; }
+static inline int attention_blocks(const struct cuda *cuda)
+{
+    const int blocks = 8 * cuda->multiprocessors;
+    return blocks < PARTIALS ? blocks : PARTIALS; /* each may leave a maximum in glm_small */
+}
 
 void glm_cuda_attention_decode(struct cuda *cuda, const attention &a);
 

@@ -108,25 +108,6 @@ GLM_TILE_KERNEL(128, 3) k_attention_forward_8(attention a) { forward_tiles<8>(a)
 
 /* ---- 16 bits */
 
-/* One row of a 16-bit tile, D wide, from HD floats or of zeros: 8 elements a step */
-template <int D, bool BRAIN>
-static __device__ __forceinline__ void narrow_row(unsigned short *to, const float *from, int HD, int c)
-{
-    float v[8];
-    f4 a, b;
-    if (from) {
-        a = load4(from, c, HD);
-        b = load4(from, c + 4, HD);
-    } else {
-        a.v[0] = a.v[1] = a.v[2] = a.v[3] = 0;
-        b = a;
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-        v[j] = a.v[j], v[4 + j] = b.v[j];
-    *reinterpret_cast<uint4 *>(to + c) = narrow8(v, BRAIN ? GLM_BF16 : GLM_F16);
-}
-
 template <int D, bool BRAIN> static __device__ __forceinline__ void forward_pieces(const attention &a)
 {
     const int ROWS = 64, KEYS = 32, LD = D + 8, STEPS = D / 8;
@@ -151,9 +132,9 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void forward_piec
             __syncthreads(); /* readers of the piece before */
             for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
                 const int r = e / STEPS;
-                narrow_row<D, BRAIN>(shared + r * LD,
-                                     row0 + r < rows ? query_of(a, s, g, row0 + r) : NULL, HD,
-                                     8 * (e % STEPS));
+                narrow_piece<BRAIN>(shared + r * LD,
+                                    row0 + r < rows ? query_of(a, s, g, row0 + r) : NULL, HD,
+                                    8 * (e % STEPS), 1);
             }
             __syncthreads();
 #pragma unroll
@@ -171,8 +152,8 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void forward_piec
                     kv.k = kv.v = NULL;
                     if (k0 + r < last)
                         kv = key_of(a, s, g, k0 + r);
-                    narrow_row<D, BRAIN>(ks + r * LD, kv.k, HD, c);
-                    narrow_row<D, BRAIN>(vs + r * LD, kv.v, HD, c);
+                    narrow_piece<BRAIN>(ks + r * LD, kv.k, HD, c, 1);
+                    narrow_piece<BRAIN>(vs + r * LD, kv.v, HD, c, 1);
                 }
                 __syncthreads();
                 float score[KEYS / 8][4];
@@ -243,18 +224,8 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void forward_piec
                 const float share = 1.0f / total[h];
 #pragma unroll
                 for (int n = 0; n < STEPS; n++) {
-                    const int c = 8 * n + 2 * (lane % 4);
-                    float *to = a.out + at * HD + c;
-                    if (c + 1 < HD && ((size_t)to & 7) == 0) {
-                        float2 x;
-                        x.x = mix[n][2 * h] * share, x.y = mix[n][2 * h + 1] * share;
-                        *reinterpret_cast<float2 *>(to) = x;
-                    } else {
-                        if (c < HD)
-                            to[0] = mix[n][2 * h] * share;
-                        if (c + 1 < HD)
-                            to[1] = mix[n][2 * h + 1] * share;
-                    }
+                    put2(a.out + at * HD, 8 * n + 2 * (lane % 4), HD, mix[n][2 * h] * share,
+                         mix[n][2 * h + 1] * share);
                 }
                 if (lane % 4 == 0)
                     a.lse[at] = most[h] + logf(total[h]);

@@ -125,7 +125,7 @@ GLM_KERNEL(256) k_widen(void *out, int to, stored_matrix w, int first, int block
     store8(static_cast<char *>(out) + stored_bytes(to, r * cols), to, c, cols, v);
 }
 
-/* ---- the power of two that brings the largest element to 2^13 */
+/* ---- the power of two that brings the largest element near 2^exponent, and scale over it */
 
 GLM_BLOCK_REDUCTION(block_max, float, warp_max, 0)
 
@@ -143,7 +143,8 @@ GLM_KERNEL(256) k_largest(float *largest, const float *x, size_t n)
         largest[blockIdx.x] = most;
 }
 
-GLM_KERNEL(256) k_factor(float *factor, float *alpha, const float *largest, int n, float scale)
+GLM_KERNEL(256) k_factor(float *factor, float *alpha, const float *largest, int n, int exponent,
+                         float scale)
 {
     float most = 0;
     for (int i = threadIdx.x; i < n; i += blockDim.x)
@@ -152,7 +153,7 @@ GLM_KERNEL(256) k_factor(float *factor, float *alpha, const float *largest, int 
     if (threadIdx.x)
         return;
     const int stored = (__float_as_int(most) >> 23) & 255;
-    int power = most > 0 && stored < 255 ? 13 - (stored - 127) : 0;
+    int power = most > 0 && stored < 255 ? exponent - (stored - 127) : 0;
     power = power > 126 ? 126 : power;
     *factor = __int_as_float((127 + power) << 23);
     *alpha = scale * __int_as_float((127 - power) << 23);
@@ -481,6 +482,13 @@ static const void *widened(struct cuda *cuda, const struct glm_mat *W, enum glm_
     return to;
 }
 
+void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale)
+{
+    struct glm_small *small = cuda->small;
+    GLM_LAUNCH(cuda, "gradient", k_factor, 1, 256, 0, &small->factor, &small->alpha,
+               (const float *)small->largest, n, exponent, (float)scale);
+}
+
 /* x in the product's type. `gradient`: in float16 by a factor whose inverse, times scale, is left in
  * small->alpha; *on_device then says so. */
 static const void *operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
@@ -496,8 +504,7 @@ static const void *operand(struct cuda *cuda, enum glm_scratch which, const void
     if (*on_device) {
         const size_t pieces = ceil_div(n, 8192), blocks = pieces < 512 ? pieces : 512;
         GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, small->largest, (const float *)x, n);
-        GLM_LAUNCH(cuda, "gradient", k_factor, 1, 256, 0, &small->factor, &small->alpha,
-                   (const float *)small->largest, (int)blocks, (float)scale);
+        glm_cuda_factor(cuda, (int)blocks, 13, scale);
     }
     GLM_LAUNCH(cuda, "operand", k_convert, ceil_div(n, 2048), 256, 0, to, (int)type, x, (int)GLM_F32,
                n, *on_device ? (const float *)&small->factor : (const float *)NULL);

@@ -79,3 +79,37 @@ template <bool BRAIN> static __device__ __forceinline__ unsigned pack2(float low
 {
     return BRAIN ? brain_bits(low) | brain_bits(high) << 16 : half_bits(low) | half_bits(high) << 16;
 }
+
+/* Eight columns from c on of a 16-bit tile's row, times factor, from HD floats or of zeros */
+template <bool BRAIN>
+static __device__ __forceinline__ void narrow_piece(unsigned short *to, const float *from, int HD, int c,
+                                                    float factor)
+{
+    float v[8];
+    f4 a, b;
+    a.v[0] = a.v[1] = a.v[2] = a.v[3] = 0;
+    b = a;
+    if (from) {
+        a = load4(from, c, HD);
+        b = load4(from, c + 4, HD);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        v[j] = a.v[j] * factor, v[4 + j] = b.v[j] * factor;
+    *reinterpret_cast<uint4 *>(to + c) = narrow8(v, BRAIN ? GLM_BF16 : GLM_F16);
+}
+
+/* Columns c and c + 1, c even, of a row of HD floats */
+static __device__ __forceinline__ void put2(float *row, int c, int HD, float x, float y)
+{
+    if (c + 1 < HD && ((size_t)(row + c) & 7) == 0) {
+        float2 both;
+        both.x = x, both.y = y;
+        *reinterpret_cast<float2 *>(row + c) = both;
+        return;
+    }
+    if (c < HD)
+        row[c] = x;
+    if (c + 1 < HD)
+        row[c + 1] = y;
+}

@@ -920,7 +920,9 @@ def test_products_in_16_bits(device: str, type_: str) -> None:
         got = run(case[0], name, seed, case[1:])
         for output, (want, _) in expected_of(case[0], seed, case[1:]).items():
             error = np.abs(got[output][0] - want).max(initial=0)
-            if not error <= NARROW[type_] * np.abs(want).max(initial=0):
+            # a score's gradient is the difference dout . v - dout . out, which cancels
+            limit = NARROW[type_] * (3 if case[0] is attention_backward else 1)
+            if not error <= limit * np.abs(want).max(initial=0):
                 wrong.append(f"{case[0].__name__}{case[1:]} seed {seed}: {output}: {error:.3g}")
     assert not wrong, f"{len(wrong)} of {len(cases)} cases:\n" + "\n".join(wrong[:9])
 
