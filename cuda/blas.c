@@ -1,5 +1,8 @@
 /* cuBLAS, found when a device is opened. Looked for in this order: what the process has loaded, the
  * nvidia packages beside this one in site-packages, what the system's loader knows. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #include "device.h"
 
 #include <dlfcn.h>

@@ -2,8 +2,8 @@
 
     python cuda/build.py emu              libglm_cuda_emu.so by the host's compiler, on the emulator
     python cuda/build.py emu-checked      the same with every memory access checked
-    python cuda/build.py nvcc             each file for each architecture; warnings, spills and local
-                                          memory are errors; objects are thrown away
+    python cuda/build.py nvcc [FILE..]    each file for each architecture; warnings, spills and
+                                          local memory are errors; objects are thrown away
     python cuda/build.py lib              libglm_cuda.so by nvcc, for all architectures
 
 EMU_DIR (default cuda/emu): where the emulator is. OUT (default build/cuda): where results go.
@@ -77,7 +77,8 @@ def emu(checked: bool) -> Path:
 
 
 def nvcc_flags() -> list[str]:
-    return ["-std=c++17", "-O3", "--threads", "1", *INCLUDE, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    return ["-std=c++17", "-O3", "--threads", "1", *INCLUDE, *host]
 
 
 def nvcc_gate() -> None:
@@ -105,8 +106,20 @@ def nvcc_library() -> Path:
         target = OUT / f"{source.stem}.o"
         objects.append(target)
         if stale(target, [source, *HEADERS]):
-            run("nvcc", *nvcc_flags(), *code, "-c", source, "-o", target)
-    run("nvcc", "-shared", *objects, "-o", library, "-cudart", "static", "-ldl")
+            flags = nvcc_flags() if source.suffix == ".cu" else nvcc_flags()[1:]
+            run("nvcc", *flags, *code, "-c", source, "-o", target)
+    run(
+        "nvcc",
+        "-shared",
+        *objects,
+        "-o",
+        library,
+        "-cudart",
+        "static",
+        "-ldl",
+        "-Xlinker",
+        "-zdefs",
+    )
     return library
 
 

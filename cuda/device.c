@@ -3,6 +3,9 @@
  * Everything runs on one stream in order. An op cannot return an error, so the first one is kept as
  * a sentence; from then on ops do nothing, stopped() is 1 and error() gives the sentence. Compiles as
  * C and, for the emulator, as C++. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #include "device.h"
 
 #include <stdio.h>
