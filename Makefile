@@ -4,7 +4,7 @@ BIN = .venv/bin
 
 all: .venv/ready
 
-.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.[ch] csrc/*/*.[ch])
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.[ch] csrc/*/*.[ch] cuda/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -U pip setuptools wheel "numpy>=2.0"
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"

@@ -129,8 +129,8 @@ def products(bench, ours, peer):
 
 
 def decoding(bench, sides, peer):
-    for rows in (1, 16):
-        job = dict(job="decode", rows=rows, context=128, steps=6)
+    for rows, context in ((1, 128), (16, 16)):
+        job = dict(job="decode", rows=rows, context=context, steps=6)
         jobs = {name: (side, job) for name, side in sides.items()}
         if peer:
             jobs["peer"] = (peer, job)
@@ -138,7 +138,7 @@ def decoding(bench, sides, peer):
         for name in sides:
             read = sides[name].embedding_free / (m[name]["seconds"] / 6) / 1e9
             peer_step = m["peer"]["seconds"] / 6 if peer else None
-            what = f"decode, {rows} rows, context 128, {name}"
+            what = f"decode, {rows} rows, context {context}, {name}"
             share = "read_gb_s" if rows == 1 else None
             bench.row(what, m[name]["seconds"] / 6, read, "GB/s", share, peer_step)
 

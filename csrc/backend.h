@@ -230,12 +230,23 @@ struct glm_backend {
     int (*stopped)(struct glm_backend *be);
     void (*destroy)(struct glm_backend *be);
     uint64_t allocated;
+    /* Device memory cannot be read by the host: weights are uploaded, not used where they lie. */
+    int device_memory;
+    /* The first error of the device as a sentence, or NULL; from then on ops do nothing and
+     * stopped() is 1. The function is NULL where no such errors exist. */
+    const char *(*error)(struct glm_backend *be);
 };
 
-/* "cpu" (best instruction set), "cpu:generic", "cpu:avx2", "cpu:avx512", "plan" (computes nothing),
- * "ref_f32", "ref_f64".
- * GLM_EVALUE when the name is unknown or this processor lacks the instructions. */
+/* "cpu" (best instruction set, or the one that the environment variable GLMLORA_ISA names),
+ * "cpu:generic", "cpu:avx2", "cpu:avx512", "plan" (computes nothing), "ref_f32", "ref_f64";
+ * "cuda[:N][/float32|/float16|/bfloat16]", device N and the type of its large products, "emu" for
+ * "cuda" without a GPU: from the library that the environment variable GLMLORA_CUDA_LIBRARY names.
+ * GLM_EVALUE when the name is unknown, this processor lacks the instructions or there is no such
+ * library or device. */
 glm_status glm_backend_create(struct glm_backend **out, const char *name, struct glm_error *err);
+
+/* The whole name that a short one stands for, which is the name of the backend made from it. */
+void glm_backend_name(char full[64], const char *name);
 
 /* One constructor per folder; each returns NULL and a reason in err. isa: "", "generic", "avx2",
  * "avx512". */

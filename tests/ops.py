@@ -8,8 +8,10 @@ wrong dtype or a strided array is a TypeError here, since in C it would be a cra
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_double, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -200,6 +202,9 @@ _TYPES = {
 }
 
 
+_NOT_OPS = "cx real_size be device_memory alloc free upload download error".split()
+
+
 class Ops:
     """The ops of one backend as methods; `real` is the NumPy type of its element."""
 
@@ -207,7 +212,7 @@ class Ops:
         table = _core.op_table(name)
         self.name = name
         self.real = np.float32 if table["real_size"] == 4 else np.float64
-        self.names = [key for key in table if key not in ("cx", "real_size")]
+        self.names = [key for key in table if key in SIGNATURES or key not in _NOT_OPS]
         self._cx = table["cx"]
         self._functions = {}
         for op, signature in SIGNATURES.items():
@@ -228,25 +233,132 @@ class Ops:
             raise TypeError(f"{op}: expected {len(signature)} arguments, got {len(args)}")
         passed = []
         for at, (letter, value) in enumerate(zip(signature, args, strict=True)):
-            what = f"{op}, argument {at}"
-            if letter in "rjx":
-                dtype = {"r": self.real, "j": np.int32, "x": None}[letter]
-                value = _address(value, dtype, what)
-            elif letter == "W":
-                value = byref(value.struct)
-            elif letter == "D":
-                value = None if value is None else byref(value.struct)
-            elif letter == "K":
-                k, v = value or (None, None)
-                value = _KV(_address(k, self.real, what), _address(v, self.real, what))
-            elif letter == "S":
-                value = (Segment * max(1, len(value)))(*value)
-            elif letter in "fo":
-                value = byref(value)
-            passed.append(value)
+            passed.append(self._pass(letter, value, f"{op}, argument {at}"))
         self._functions[op](self._cx, *passed)
+
+    def _pass(self, letter: str, value: Any, what: str) -> Any:
+        """The C value of an argument."""
+        if letter in "rjx":
+            dtype = {"r": self.real, "j": np.int32, "x": None}[letter]
+            return self._pointer(value, dtype, what)
+        if letter == "W":
+            return byref(self._mat(value))
+        if letter == "D":
+            return None if value is None else byref(self._dropout(value))
+        if letter == "K":
+            k, v = value or (None, None)
+            return _KV(self._pointer(k, self.real, what), self._pointer(v, self.real, what))
+        if letter == "S":
+            return self._segments((Segment * max(1, len(value)))(*value))
+        return byref(value) if letter in "fo" else value
+
+    # Where an argument lies for the op; DeviceOps puts it on the device.
+
+    def _pointer(self, array: np.ndarray | None, dtype: Any, what: str) -> int | None:
+        return _address(array, dtype, what)
+
+    def _mat(self, mat: Mat) -> _Mat:
+        return mat.struct
+
+    def _dropout(self, dropout: Dropout) -> _Dropout:
+        return dropout.struct
+
+    def _segments(self, segments: Any) -> Any:
+        return segments
+
+
+class DeviceOps(Ops):
+    """The ops of a backend with memory of its own: every array goes there before a call and comes
+    back after it, between sentinels that must survive. Every other call has its arrays off the
+    16-byte grid; matrices always lie on it, as the model's do."""
+
+    GUARD = 256
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        table = _core.op_table(name)
+        self._be = table["be"]
+        function, p, n = ctypes.CFUNCTYPE, c_void_p, c_size_t
+        self._alloc = function(p, p, n)(table["alloc"])
+        self._free = function(None, p, p)(table["free"])
+        self._upload = function(None, p, p, p, n)(table["upload"])
+        self._download = function(None, p, p, p, n)(table["download"])
+        self._error = function(ctypes.c_char_p, p)(table["error"])
+        self._held: dict[int, tuple[int, int, np.ndarray]] = {}
+        self._calls = 0
+
+    def _call(self, op: str, args: tuple[Any, ...]) -> None:
+        self._calls += 1
+        try:
+            super()._call(op, args)
+            error = self._error(self._be)
+            if error:
+                raise RuntimeError(error.decode())
+            for base, offset, array in self._held.values():
+                back = np.empty(offset + array.nbytes + self.GUARD, np.uint8)
+                self._download(self._be, back.ctypes.data, base, back.nbytes)
+                end = offset + array.nbytes
+                outside = np.concatenate((back[:offset], back[end:]))
+                assert (outside == 0xA5).all(), f"{op}: wrote outside an array"
+                if array.flags.writeable and array.nbytes:
+                    flat = back[offset:end].view(array.dtype) if offset % 8 == 0 else None
+                    flat = back[offset:end].copy().view(array.dtype) if flat is None else flat
+                    array[...] = flat.reshape(array.shape)
+        finally:
+            for base, _, _ in self._held.values():
+                self._free(self._be, base)
+            self._held = {}
+
+    def _put(self, array: np.ndarray, shift: int) -> int:
+        """The device address of an array's copy; the same array is put once."""
+        key = array.ctypes.data if array.nbytes else id(array)
+        if key not in self._held:
+            offset = self.GUARD + shift
+            room = np.full(offset + array.nbytes + self.GUARD, 0xA5, np.uint8)
+            room[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+            base = self._alloc(self._be, room.nbytes)
+            if not base:
+                raise MemoryError(f"{self.name}: {room.nbytes} bytes")
+            self._upload(self._be, base, room.ctypes.data, room.nbytes)
+            self._held[key] = base, offset, array
+        base, offset, held = self._held[key]
+        if held.nbytes != array.nbytes:
+            raise TypeError("two arguments overlap in part")
+        return base + offset
+
+    def _pointer(self, array: np.ndarray | None, dtype: Any, what: str) -> int | None:
+        if _address(array, dtype, what) is None or array is None:
+            return None
+        return self._put(array, array.itemsize * (self._calls % 2))
+
+    def _mat(self, mat: Mat) -> _Mat:
+        s = mat.struct
+        scale = None if mat.scale is None else self._put(mat.scale, 0)
+        return _Mat(self._put(mat.array, 0), s.dtype, s.rows, s.cols, scale, s.group)
+
+    def _dropout(self, dropout: Dropout) -> _Dropout:
+        s, pointer = dropout.struct, POINTER(c_int32)
+        at = [self._put(a, 0) for a in (dropout.stream, dropout.position)]
+        return _Dropout(s.seed, s.step, s.site, s.p, *(ctypes.cast(a, pointer) for a in at))
+
+    def _segments(self, segments: Any) -> Any:
+        array = np.frombuffer(segments, np.uint8)
+        return ctypes.cast(self._put(array, 0), POINTER(Segment))
+
+
+@lru_cache
+def ops_of(name: str) -> Ops:
+    """The ops of a backend, wherever its memory is."""
+    return DeviceOps(name) if _core.op_table(name)["device_memory"] else Ops(name)
 
 
 def backends() -> list[str]:
-    """Names of the cpu backends that this processor runs."""
-    return [f"cpu:{variant}" for variant in _core.cpu_variants().split(",") if variant]
+    """Names of the cpu backends that this processor runs, and of the CUDA library's in float32."""
+    found = [f"cpu:{variant}" for variant in _core.cpu_variants().split(",") if variant]
+    for name in ("emu", "cuda") if os.environ.get("GLMLORA_CUDA_LIBRARY") else ():
+        try:
+            _core.op_table(name)
+        except ValueError:
+            continue
+        found.append(name)
+    return found

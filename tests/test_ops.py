@@ -26,6 +26,7 @@ from ops import (
     I8,
     SIGNATURES,
     STORED,
+    DeviceOps,
     Dropout,
     Heads,
     Mat,
@@ -35,6 +36,7 @@ from ops import (
     bf16_to_float,
     dequantized,
     float_to_bf16,
+    ops_of,
     stored,
     unstored,
 )
@@ -63,11 +65,6 @@ def usable(kind: str, cols: int) -> bool:
 
 
 every_backend = pytest.mark.parametrize("backend", TESTED)
-
-
-@lru_cache
-def ops_of(name: str) -> Ops:
-    return Ops(name)
 
 
 def test_the_harness_knows_every_op() -> None:
@@ -888,6 +885,63 @@ def test_op_against_reference(backend: str, op: str) -> None:
     assert not wrong, f"{len(wrong)} of {len(cases_by_op()[op])} cases:\n" + "\n".join(wrong[:5])
 
 
+# Operands are rounded to 16 bits (2^-12 or 2^-9 of each), sums are float: relative to the largest
+# element, since roundings of many terms average out.
+NARROW = {"float16": 2e-3, "bfloat16": 1.6e-2}
+NARROW_OPS = (linear_forward, linear_backward_input, linear_backward_weight)
+NARROW_OPS += (attention_forward, attention_backward)
+NARROW_CASES = [
+    (linear_forward, 300, 290, 310, "F16", True, 0.5, 1),
+    (linear_forward, 20, 300, 270, "F32", True, 1.0, 0),
+    (linear_forward, 20, 300, 270, "I4 by 32", True, 1.0, 0),
+    (linear_backward_input, 300, 290, 310, "F16", 0.5, 1),
+    (linear_backward_input, 20, 300, 270, "BF16", 0.5, 0),
+    (linear_backward_weight, 70, 290, 310, 0.5, True, True),
+    (attention_forward, "plain", (70, 33, 5), (4, 2, 128)),
+    (attention_forward, "shared past context", (40, 1, 33), (8, 2, 64)),
+    (attention_backward, "plain", (70, 33, 5), (4, 2, 128)),
+    (attention_backward, "shared past context", (40, 1, 33), (8, 2, 64)),
+]
+DEVICES = [name for name in backends() if name in ("emu", "cuda")]
+
+
+@pytest.mark.parametrize("type_", NARROW)
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_in_16_bits(device: str, type_: str) -> None:
+    name = f"{device}/{type_}"
+    try:
+        ops_of(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    cases = [(at, case) for at, case in enumerate(NARROW_CASES)]
+    cases += [each for op in NARROW_OPS for each in cases_by_op()[op.__name__]]
+    wrong = []
+    for seed, case in cases:
+        got = run(case[0], name, seed, case[1:])
+        for output, (want, _) in expected_of(case[0], seed, case[1:]).items():
+            error = np.abs(got[output][0] - want).max(initial=0)
+            # a score's gradient is the difference dout . v - dout . out, which cancels
+            limit = NARROW[type_] * (3 if case[0] is attention_backward else 1)
+            if not error <= limit * np.abs(want).max(initial=0):
+                wrong.append(f"{case[0].__name__}{case[1:]} seed {seed}: {output}: {error:.3g}")
+    assert not wrong, f"{len(wrong)} of {len(cases)} cases:\n" + "\n".join(wrong[:9])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1e6])
+def test_gradients_of_any_size_in_float16(device: str, size: float) -> None:
+    ops, rng = ops_of(f"{device}/float16"), np.random.default_rng(3)
+    N, O, I = 20, 290, 310
+    W = rng.normal(size=(O, I)).astype(np.float16)
+    dout, inp = rng.normal(size=(N, O)).astype(np.float32), rng.normal(size=(N, I))
+    dout *= np.float32(size)
+    dinp, dweight = np.zeros((N, I), np.float32), np.zeros((O, I), np.float32)
+    ops.linear_backward_input(dinp, dout, Mat(W, F16), N, 1.0, 0)
+    ops.linear_backward_weight(dweight, None, dout, inp.astype(np.float32), N, O, I, 1.0)
+    for got, want in ((dinp, dout @ W.astype(np.float64)), (dweight, dout.T @ inp)):
+        assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()
+
+
 @every_backend
 def test_nan_and_infinity_propagate(backend: str) -> None:
     ops = ops_of(backend)
@@ -980,6 +1034,13 @@ def same_bits(a: np.ndarray, b: np.ndarray, what: str) -> None:
     assert a.tobytes() == b.tobytes(), f"{what}: {np.sum(a != b)} of {a.size} elements differ"
 
 
+def chosen_by_shape(ops: Ops) -> None:
+    """Skips where a product's order of summation depends on how many rows it has: cuBLAS picks an
+    algorithm by shape, and up to 8 rows have kernels of their own."""
+    if isinstance(ops, DeviceOps):
+        pytest.skip("products on a device are summed in an order that their shape decides")
+
+
 PARTS = [(0, 1), (5, 6), (39, 40), (3, 7), (8, 25), (1, 40)]  # of 40 rows
 
 
@@ -989,6 +1050,7 @@ def test_a_row_over_a_quantized_weight_has_the_same_bits_in_any_batch(
     backend: str, kind: str
 ) -> None:
     ops, rng = ops_of(backend), np.random.default_rng(9)
+    chosen_by_shape(ops)
     for O, I in ((9, 34), (130, 1060), (5, 8300)):
         W, _ = quantized(rng, O, I, kind)
         x, dout = (rng.normal(size=(40, n)).astype(ops.real) for n in (I, O))
@@ -1022,6 +1084,7 @@ def test_weights_that_are_not_finite_get_such_a_scale(backend: str, kind: str) -
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_linear_row_does_not_depend_on_others(backend: str, dtype: str) -> None:
     m = Maker(ops_of(backend), 11)
+    chosen_by_shape(m.ops)
     for O, I in ((33, 100), (64, 1025), (100, 31), (7, 2500), (1030, 9), (256, 64)):
         W, _ = m.weight(O, I, dtype)
         x, dout, bias = m.normal(40, I), m.normal(40, O), m.normal(O)

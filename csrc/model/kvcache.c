@@ -6,6 +6,15 @@
 
 #include "model.h"
 
+/* step.prefix_kv from the present weights */
+static glm_status run_prefix(struct glm_model *m, struct glm_error *err)
+{
+    /* the smallest step lays out the encoder's buffers */
+    GLM_TRY(glm_model_reserve(m, 1, 1, 1, 0, m->budget, err));
+    glm_prefix_forward(m);
+    return GLM_OK;
+}
+
 /* The P-Tuning prefix of the present weights into the first slots of every layer. */
 static glm_status fill_prefix(struct glm_cache *c, struct glm_error *err)
 {
@@ -19,15 +28,10 @@ static glm_status fill_prefix(struct glm_cache *c, struct glm_error *err)
                         c->prefix_length, P);
     if (P) {
         const size_t row = (size_t)P * KV * be->real_size;
-        char *kv = be->alloc(be, (size_t)J * row);
-        if (!kv)
-            return glm_fail(err, GLM_EMEMORY, "prefix: %zu bytes could not be taken",
-                            (size_t)J * row);
-        glm_status status = glm_model_prefix_kv(m, kv, err);
-        for (int j = 0; status == GLM_OK && j < J; j++)
-            be->upload(be, c->kv + (size_t)j * c->slots * KV * be->real_size, kv + j * row, row);
-        be->free(be, kv);
-        GLM_TRY(status);
+        GLM_TRY(run_prefix(m, err));
+        for (int j = 0; j < J; j++)
+            be->copy(be, c->kv + (size_t)j * c->slots * KV * be->real_size,
+                     (const char *)m->step.prefix_kv + j * row, row);
     }
     c->version = m->version;
     return GLM_OK;
@@ -38,9 +42,7 @@ glm_status glm_model_prefix_kv(struct glm_model *m, void *out, struct glm_error 
     const size_t J = 2 * (size_t)m->arch.layers, KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
     if (!m->prefix_length)
         return glm_fail(err, GLM_ESTATE, "this model has no P-Tuning prefix");
-    /* the smallest step lays out the encoder's buffers */
-    GLM_TRY(glm_model_reserve(m, 1, 1, 1, 0, m->budget, err));
-    glm_prefix_forward(m);
+    GLM_TRY(run_prefix(m, err));
     m->be->download(m->be, out, m->step.prefix_kv, J * m->prefix_length * KV * m->be->real_size);
     return GLM_OK;
 }

@@ -385,6 +385,29 @@ static glm_status check_quantized(struct glm_model *m, const struct glm_weight *
     return GLM_OK;
 }
 
+/* An owned copy of a host matrix in its stored dtype, its scales behind its elements. */
+static glm_status upload_mat(struct glm_model *m, struct glm_weight *w, const struct glm_mat *mat,
+                             struct glm_error *err)
+{
+    struct glm_backend *be = m->be;
+    const size_t elements = glm_bytes(mat->dtype, glm_count(w)), all = glm_mat_bytes(mat);
+    const size_t start = (elements + 63) / 64 * 64;
+    char *copy = be->alloc(be, start + all - elements);
+    if (!copy)
+        return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken on %s", w->name, all,
+                        be->name);
+    be->upload(be, copy, mat->data, elements);
+    if (mat->scale)
+        be->upload(be, copy + start, mat->scale, all - elements);
+    be->free(be, w->owned);
+    w->owned = copy;
+    w->mat = *mat;
+    w->mat.data = copy;
+    w->mat.scale = mat->scale ? (const uint16_t *)(copy + start) : NULL;
+    m->version++;
+    return GLM_OK;
+}
+
 glm_status glm_model_bind(struct glm_model *m, const char *name, const struct glm_mat *mat,
                           int rank, struct glm_error *err)
 {
@@ -405,6 +428,8 @@ glm_status glm_model_bind(struct glm_model *m, const char *name, const struct gl
         GLM_TRY(check_quantized(m, w, mat, err));
     if (w->rank == 1)
         return own(m, w, mat->data, mat->dtype, err);
+    if (m->be->device_memory)
+        return upload_mat(m, w, mat, err);
     m->be->free(m->be, w->owned);
     w->owned = NULL;
     w->mat = *mat;
@@ -713,7 +738,15 @@ glm_status glm_model_read(struct glm_model *m, int weight, enum glm_part part, v
     GLM_TRY(refuse_quantized(w, "read as numbers", err));
     const size_t n = glm_count(w);
     if (part == GLM_VALUE && w->mat.dtype != be->real) {
-        be->ops->convert(be->cx, out, be->real, data, w->mat.dtype, n);
+        void *wide = be->device_memory ? be->alloc(be, n * be->real_size) : out;
+        if (!wide)
+            return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken", w->name,
+                            n * be->real_size);
+        be->ops->convert(be->cx, wide, be->real, data, w->mat.dtype, n);
+        if (be->device_memory) {
+            be->download(be, out, wide, n * be->real_size);
+            be->free(be, wide);
+        }
         return GLM_OK;
     }
     be->download(be, out, data, n * be->real_size);

@@ -86,19 +86,27 @@ static void end_run(struct run *run)
     Py_DECREF(run->self);
 }
 
+/* An error of the device is what went wrong, whatever the call made of it. */
+static glm_status device_error(struct glm_backend *be, glm_status status, struct glm_error *err)
+{
+    const char *text = be->error ? be->error(be) : NULL;
+    return text ? glm_fail(err, GLM_ESTATE, "%s", text) : status;
+}
+
 /* status = call, run that way; on failure the exception is set and `failed` evaluated */
-#define RUN(self, call, failed)          \
-    do {                                 \
-        struct run run_;                 \
-        struct glm_error err;            \
-        if (begin_run(&run_, self) < 0)  \
-            failed;                      \
-        const glm_status status_ = call; \
-        end_run(&run_);                  \
-        if (status_ != GLM_OK) {         \
-            glm_raise(status_, &err);    \
-            failed;                      \
-        }                                \
+#define RUN(self, call, failed)                                              \
+    do {                                                                     \
+        struct run run_;                                                     \
+        struct glm_error err;                                                \
+        if (begin_run(&run_, self) < 0)                                      \
+            failed;                                                          \
+        glm_status status_ = call;                                           \
+        status_ = device_error(glm_model_backend((self)->m), status_, &err); \
+        end_run(&run_);                                                      \
+        if (status_ != GLM_OK) {                                             \
+            glm_raise(status_, &err);                                        \
+            failed;                                                          \
+        }                                                                    \
     } while (0)
 
 static int real_type(const struct model_object *self)

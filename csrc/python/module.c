@@ -3,22 +3,15 @@
 #include "module.h"
 
 #include <stddef.h>
-#include <stdlib.h>
 
 struct glm_backend *glm_module_backend(struct module_state *state, const char *name)
 {
     struct glm_error err;
     struct glm_backend *be;
-    char best[32];
-    if (strcmp(name, "cpu") == 0) { /* the same pool of threads as the variant it stands for */
-        const char *forced = getenv("GLMLORA_ISA"), *variants = glm_cpu_variants();
-        if (forced && *forced)
-            variants = forced;
-        snprintf(best, sizeof best, "cpu:%.*s", (int)strcspn(variants, ","), variants);
-        name = best;
-    }
+    char full[64];
+    glm_backend_name(full, name);
     for (int i = 0; i < state->n_backends; i++)
-        if (strcmp(state->backends[i]->name, name) == 0)
+        if (strcmp(state->backends[i]->name, full) == 0)
             return state->backends[i];
     if (state->n_backends == GLM_MAX_BACKENDS) {
         PyErr_SetString(PyExc_RuntimeError, "too many backends");
@@ -185,6 +178,13 @@ static PyObject *op_table(PyObject *module, PyObject *arg)
 #undef ENTRY
             {"cx", (size_t)be->cx},
         {"real_size", be->real_size},
+        {"be", (size_t)be},
+        {"device_memory", (size_t)be->device_memory},
+        {"alloc", (size_t)(void *)be->alloc},
+        {"free", (size_t)(void *)be->free},
+        {"upload", (size_t)(void *)be->upload},
+        {"download", (size_t)(void *)be->download},
+        {"error", (size_t)(void *)be->error},
     };
     for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++) {
         PyObject *value = PyLong_FromSize_t(entries[i].address);
@@ -313,7 +313,7 @@ static PyMethodDef functions[] = {
     {"get_num_threads", get_num_threads, METH_NOARGS, "Threads that ops use."},
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "Instruction sets this processor runs, best first."},
-    {"op_table", op_table, METH_O, "Addresses of a backend's ops, for tests."},
+    {"op_table", op_table, METH_O, "Addresses of a backend's functions, for tests."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,0 +1,171 @@
+/* What the attention kernels share: who sees which key and where it lies, and shared-memory tiles.
+ *
+ * The rows of a segment under one key head are its tokens times the query heads that read it, token
+ * by token: so a tile of keys serves every head of its group, and one token fills a tile as well.
+ * The host does not know how long segments are (they lie on the device): a fixed grid of blocks
+ * strides over the work, each block finding its pieces in the list of segments. */
+#pragma once
+#include "launch.cuh"
+
+struct attention {
+    const float *qkv, *cache_k, *cache_v;
+    const struct glm_segment *segments;
+    int n_segments, NH, KVH, HD, G; /* G query heads to a key head */
+    float scale;
+    float *out, *lse;                 /* forward writes, backward reads */
+    const float *dout;                /* backward */
+    float *dqkv, *dcache_k, *dcache_v;
+    float *largest;                    /* |dout| of each block, or NULL */
+    const float *factor, *alpha;       /* of dout in 16 bits, and its inverse; NULL: 1 */
+};
+
+/* Segments of at most so many tokens are one block a token and head (attention_decode.cu), longer
+ * ones go by tiles. */
+enum { DECODE_TOKENS = 4 };
+
+static __device__ __forceinline__ int before(const glm_segment &s)
+{
+    return s.shared_count + s.past_count;
+}
+
+/* Keys that token t of a segment sees, of the run shared, past, own. */
+static __device__ __forceinline__ int seen_by(const glm_segment &s, int t)
+{
+    const int context = s.context < s.count ? s.context : s.count;
+    return before(s) + (t + 1 > context ? t + 1 : context);
+}
+
+struct pair_of {
+    const float *k, *v;
+};
+
+/* Key j of a segment under key head g, and its value. */
+static __device__ __forceinline__ pair_of key_of(const attention &a, const glm_segment &s, int g, int j)
+{
+    pair_of p;
+    const int own = j - before(s);
+    if (own >= 0) {
+        p.k = a.qkv + ((size_t)(s.begin + own) * (a.NH + 2 * a.KVH) + a.NH + g) * a.HD;
+        p.v = p.k + (size_t)a.KVH * a.HD;
+        return p;
+    }
+    const int row = j < s.shared_count ? s.shared_begin + j : s.past_begin + (j - s.shared_count);
+    const size_t at = ((size_t)row * a.KVH + g) * a.HD;
+    p.k = a.cache_k + at;
+    p.v = a.cache_v + at;
+    return p;
+}
+
+/* Token and head of row `row` of a segment under key head g: index (token, head) into out and lse */
+static __device__ __forceinline__ size_t head_row(const attention &a, const glm_segment &s, int g,
+                                                  int row)
+{
+    return (size_t)(s.begin + row / a.G) * a.NH + (size_t)g * a.G + row % a.G;
+}
+
+static __device__ __forceinline__ const float *query_of(const attention &a, const glm_segment &s, int g,
+                                                        int row)
+{
+    return a.qkv + (size_t)(s.begin + row / a.G) * (a.NH + 2 * a.KVH) * a.HD +
+           (size_t)(g * a.G + row % a.G) * a.HD;
+}
+
+/* Floats of a row of a float tile: 16-byte rows, four banks apart. */
+static __host__ __device__ __forceinline__ int tile_stride(int HD) { return (HD + 3) / 4 * 4 + 4; }
+
+/* A row of HD floats, or of zeros, into a tile; `lanes` threads share the row, this one is `lane`. */
+static __device__ __forceinline__ void fill_row(float *to, const float *from, int HD, int lane, int lanes)
+{
+    for (int c = 4 * lane; c < HD; c += 4 * lanes) {
+        f4 x;
+        if (from)
+            x = load4(from, c, HD);
+        else
+            x.v[0] = x.v[1] = x.v[2] = x.v[3] = 0;
+        float4 q;
+        q.x = x.v[0], q.y = x.v[1], q.z = x.v[2], q.w = x.v[3];
+        *reinterpret_cast<float4 *>(to + c) = q;
+    }
+}
+
+static __device__ __forceinline__ float dot4(const float4 a, const float4 b, float sum)
+{
+    return a.w * b.w + (a.z * b.z + (a.y * b.y + (a.x * b.x + sum)));
+}
+
+static __device__ __forceinline__ float4 at4(const float *p)
+{
+    return *reinterpret_cast<const float4 *>(p);
+}
+
+static __device__ __forceinline__ void add4(float4 &sum, float p, const float4 x)
+{
+    sum.x += p * x.x, sum.y += p * x.y, sum.z += p * x.z, sum.w += p * x.w;
+}
+
+static __device__ __forceinline__ void put4(float *row, int c, int HD, const float4 x, float factor)
+{
+    f4 y;
+    y.v[0] = x.x * factor, y.v[1] = x.y * factor, y.v[2] = x.z * factor, y.v[3] = x.w * factor;
+    store4(row, c, HD, y);
+}
+
+/* Sum and maximum over the LANES adjacent threads that share a row. */
+template <int LANES> static __device__ __forceinline__ float lanes_sum(float v)
+{
+#pragma unroll
+    for (int o = LANES / 2; o; o >>= 1)
+        v += __shfl_xor_sync(0xffffffffu, v, o);
+    return v;
+}
+
+template <int LANES> static __device__ __forceinline__ float lanes_max(float v)
+{
+#pragma unroll
+    for (int o = LANES / 2; o; o >>= 1)
+        v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, o));
+    return v;
+}
+
+#ifdef GLM_HOST
+#include <math.h>
+#include <stdio.h>
+
+static inline attention attention_of(const void *qkv, struct glm_kv cache,
+                                     const struct glm_segment *segments, int n_segments,
+                                     struct glm_heads heads)
+{
+    attention a = attention();
+    a.qkv = (const float *)qkv;
+    a.cache_k = (const float *)cache.k;
+    a.cache_v = (const float *)cache.v;
+    a.segments = segments;
+    a.n_segments = n_segments;
+    a.NH = heads.NH;
+    a.KVH = heads.KVH;
+    a.HD = heads.HD;
+    a.G = heads.NH / heads.KVH;
+    a.scale = (float)(1 / sqrt((double)heads.HD));
+    return a;
+}
+
+/* Enough blocks for an even share of uneven pieces. */
+static inline int attention_blocks(const struct cuda *cuda)
+{
+    const int blocks = 8 * cuda->multiprocessors;
+    return blocks < PARTIALS ? blocks : PARTIALS; /* each may leave a maximum in glm_small */
+}
+
+void glm_cuda_attention_decode(struct cuda *cuda, const attention &a);
+
+/* Heads wider than 256 have no kernel. */
+static inline int attention_fits(struct cuda *cuda, const attention &a)
+{
+    if (a.HD <= 256)
+        return 1;
+    if (!cuda->error[0])
+        snprintf(cuda->error, sizeof cuda->error, "%s: heads of %d are wider than 256", cuda->name,
+                 a.HD);
+    return 0;
+}
+#endif

@@ -1,0 +1,271 @@
+/* Attention forward by tiles, softmax carried along (Milakov & Gimelshein 2018): never a T x S matrix.
+ *
+ * Float: T rows and T keys a tile, 128 threads, 128 / T adjacent threads to a row; each of them has
+ * 16 columns of the row's output in registers. T is 32, 16 or 8 for heads up to 64, 128 or 256, so
+ * that three tiles take at most 31 KB.
+ *
+ * 16 bits: a warp has 16 rows, a block 64, a tile 32 keys, 17 KB at most. Scores and output stay in
+ * registers; only the operands of the two products are rounded. A key hidden from a row is a zero
+ * times its value: if that value is NaN, rows of the same tile before it are NaN too. */
+#include "attention.cuh"
+#include "mma.cuh"
+
+template <int T> static __device__ __forceinline__ void forward_tiles(const attention &a)
+{
+    const int LANES = 128 / T, KEYS = T > LANES ? T / LANES : 1;
+    GL_DYN_SHARED(float, shared);
+    const int HD = a.HD, LD = tile_stride(HD);
+    float *qs = shared, *ks = qs + T * LD, *vs = ks + T * LD, *ps = vs + T * LD;
+    const int r = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int piece = blockIdx.x, first = 0;
+    for (int i = 0; i < a.n_segments; i++) {
+        const glm_segment s = a.segments[i];
+        const int rows = s.count * a.G, tiles = (rows + T - 1) / T;
+        const int pieces = s.count > DECODE_TOKENS ? tiles * a.KVH : 0;
+        for (; piece < first + pieces; piece += gridDim.x) {
+            /* the longest rows first */
+            const int g = (piece - first) % a.KVH, row0 = (tiles - 1 - (piece - first) / a.KVH) * T;
+            const int row = row0 + r, last_row = row0 + T < rows ? row0 + T - 1 : rows - 1;
+            const int seen = row < rows ? seen_by(s, row / a.G) : 0;
+            const int last = seen_by(s, last_row / a.G);
+            __syncthreads(); /* readers of the piece before */
+            fill_row(qs + r * LD, row < rows ? query_of(a, s, g, row) : NULL, HD, lane, LANES);
+            float most = -GLM_INFINITY, total = 0;
+            float4 mix[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                mix[j].x = mix[j].y = mix[j].z = mix[j].w = 0;
+            for (int k0 = 0; k0 < last; k0 += T) {
+                const int key = k0 + r;
+                pair_of kv;
+                kv.k = kv.v = NULL;
+                if (key < last)
+                    kv = key_of(a, s, g, key);
+                __syncthreads(); /* readers of the tile before */
+                fill_row(ks + r * LD, kv.k, HD, lane, LANES);
+                fill_row(vs + r * LD, kv.v, HD, lane, LANES);
+                __syncthreads();
+                float score[KEYS], top = -GLM_INFINITY, sum = 0;
+#pragma unroll
+                for (int n = 0; n < KEYS; n++)
+                    score[n] = 0;
+                for (int c = 0; c < HD; c += 4) {
+                    const float4 q = at4(qs + r * LD + c);
+#pragma unroll
+                    for (int n = 0; n < KEYS; n++)
+                        if (LANES <= T || lane < T)
+                            score[n] = dot4(q, at4(ks + (lane + n * LANES) * LD + c), score[n]);
+                }
+#pragma unroll
+                for (int n = 0; n < KEYS; n++) {
+                    const int k = lane + n * LANES;
+                    score[n] = k < T && k0 + k < seen ? score[n] * a.scale : -GLM_INFINITY;
+                    top = fmaxf(top, score[n]);
+                }
+                top = fmaxf(most, lanes_max<LANES>(top));
+                const float shrink = top == most ? 1.0f : expf(most - top);
+#pragma unroll
+                for (int n = 0; n < KEYS; n++) {
+                    const int k = lane + n * LANES;
+                    const float p = k < T && k0 + k < seen ? expf(score[n] - top) : 0.0f;
+                    if (k < T)
+                        ps[r * T + k] = p;
+                    sum += p;
+                }
+                total = total * shrink + lanes_sum<LANES>(sum);
+                most = top;
+                __syncwarp(); /* a row's threads are in one warp */
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    mix[j].x *= shrink, mix[j].y *= shrink, mix[j].z *= shrink, mix[j].w *= shrink;
+                const int visible = seen - k0 < T ? seen - k0 : T;
+                for (int k = 0; k < visible; k++) { /* hidden keys may hold NaN */
+                    const float p = ps[r * T + k];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const int c = 4 * (lane + j * LANES);
+                        if (c < HD)
+                            add4(mix[j], p, at4(vs + k * LD + c));
+                    }
+                }
+            }
+            if (row < rows) {
+                const size_t at = head_row(a, s, g, row);
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    put4(a.out + at * HD, 4 * (lane + j * LANES), HD, mix[j], 1.0f / total);
+                if (lane == 0)
+                    a.lse[at] = most + logf(total);
+            }
+        }
+        first += pieces;
+    }
+}
+
+GLM_TILE_KERNEL(128, 3) k_attention_forward_32(attention a) { forward_tiles<32>(a); }
+GLM_TILE_KERNEL(128, 3) k_attention_forward_16(attention a) { forward_tiles<16>(a); }
+GLM_TILE_KERNEL(128, 3) k_attention_forward_8(attention a) { forward_tiles<8>(a); }
+
+/* ---- 16 bits */
+
+template <int D, bool BRAIN> static __device__ __forceinline__ void forward_pieces(const attention &a)
+{
+    const int ROWS = 64, KEYS = 32, LD = D + 8, STEPS = D / 8;
+    GL_DYN_SHARED(unsigned short, shared); /* queries, then keys and values: both 64 rows */
+    unsigned short *ks = shared, *vs = shared + KEYS * LD;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, HD = a.HD;
+    int piece = blockIdx.x, first = 0;
+    for (int i = 0; i < a.n_segments; i++) {
+        const glm_segment s = a.segments[i];
+        const int rows = s.count * a.G, tiles = (rows + ROWS - 1) / ROWS;
+        const int pieces = s.count > DECODE_TOKENS ? tiles * a.KVH : 0;
+        for (; piece < first + pieces; piece += gridDim.x) {
+            const int g = (piece - first) % a.KVH,
+                      row0 = (tiles - 1 - (piece - first) / a.KVH) * ROWS;
+            const int last_row = row0 + ROWS < rows ? row0 + ROWS - 1 : rows - 1;
+            const int last = seen_by(s, last_row / a.G);
+            const int row = row0 + 16 * warp + lane / 4; /* and row + 8 */
+            const int seen[2] = {row < rows ? seen_by(s, row / a.G) : 0,
+                                 row + 8 < rows ? seen_by(s, (row + 8) / a.G) : 0};
+            unsigned query[D / 16][4];
+            float mix[STEPS][4], most[2] = {-GLM_INFINITY, -GLM_INFINITY}, total[2] = {0, 0};
+            __syncthreads(); /* readers of the piece before */
+            for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
+                const int r = e / STEPS;
+                narrow_piece<BRAIN>(shared + r * LD,
+                                    row0 + r < rows ? query_of(a, s, g, row0 + r) : NULL, HD,
+                                    8 * (e % STEPS), 1);
+            }
+            __syncthreads();
+#pragma unroll
+            for (int d = 0; d < D / 16; d++)
+                load_pieces<false>(query[d], shared + (16 * warp + lane % 16) * LD + 16 * d +
+                                                 8 * (lane / 16));
+#pragma unroll
+            for (int n = 0; n < STEPS; n++)
+                mix[n][0] = mix[n][1] = mix[n][2] = mix[n][3] = 0;
+            for (int k0 = 0; k0 < last; k0 += KEYS) {
+                __syncthreads(); /* readers of the tile before */
+                for (int e = threadIdx.x; e < KEYS * STEPS; e += 128) {
+                    const int r = e / STEPS, c = 8 * (e % STEPS);
+                    pair_of kv;
+                    kv.k = kv.v = NULL;
+                    if (k0 + r < last)
+                        kv = key_of(a, s, g, k0 + r);
+                    narrow_piece<BRAIN>(ks + r * LD, kv.k, HD, c, 1);
+                    narrow_piece<BRAIN>(vs + r * LD, kv.v, HD, c, 1);
+                }
+                __syncthreads();
+                float score[KEYS / 8][4];
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0;
+#pragma unroll
+                for (int d = 0; d < D / 16; d++)
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n += 2) {
+                        unsigned b[4];
+                        load_pieces<false>(b, ks + (8 * n + 8 * (lane / 16) + lane % 8) * LD + 16 * d +
+                                                  8 * (lane / 8 % 2));
+                        mma<BRAIN>(score[n], query[d], b[0], b[1]);
+                        mma<BRAIN>(score[n + 1], query[d], b[2], b[3]);
+                    }
+                float shrink[2];
+#pragma unroll
+                for (int h = 0; h < 2; h++) { /* rows `row` and `row` + 8: a quad of lanes each */
+                    float top = -GLM_INFINITY, sum = 0;
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const int key = k0 + 8 * n + 2 * (lane % 4) + j;
+                            float *x = &score[n][2 * h + j];
+                            *x = key < seen[h] ? *x * a.scale : -GLM_INFINITY;
+                            top = fmaxf(top, *x);
+                        }
+                    top = fmaxf(most[h], lanes_max<4>(top));
+                    shrink[h] = top == most[h] ? 1.0f : expf(most[h] - top);
+                    most[h] = top;
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const int key = k0 + 8 * n + 2 * (lane % 4) + j;
+                            float *x = &score[n][2 * h + j];
+                            *x = key < seen[h] ? expf(*x - top) : 0.0f;
+                            sum += *x;
+                        }
+                    total[h] = total[h] * shrink[h] + lanes_sum<4>(sum);
+                }
+#pragma unroll
+                for (int n = 0; n < STEPS; n++) {
+                    mix[n][0] *= shrink[0], mix[n][1] *= shrink[0];
+                    mix[n][2] *= shrink[1], mix[n][3] *= shrink[1];
+                }
+#pragma unroll
+                for (int k = 0; k < KEYS / 16; k++) { /* two pieces of scores are one operand */
+                    const float *x = score[2 * k], *y = score[2 * k + 1];
+                    const unsigned p[4] = {pack2<BRAIN>(x[0], x[1]), pack2<BRAIN>(x[2], x[3]),
+                                           pack2<BRAIN>(y[0], y[1]), pack2<BRAIN>(y[2], y[3])};
+#pragma unroll
+                    for (int n = 0; n < STEPS; n += 2) {
+                        unsigned b[4];
+                        load_pieces<true>(b, vs + (16 * k + lane % 16) * LD + 8 * n + 8 * (lane / 16));
+                        mma<BRAIN>(mix[n], p, b[0], b[1]);
+                        mma<BRAIN>(mix[n + 1], p, b[2], b[3]);
+                    }
+                }
+            }
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                if (row + 8 * h >= rows)
+                    continue;
+                const size_t at = head_row(a, s, g, row + 8 * h);
+                const float share = 1.0f / total[h];
+#pragma unroll
+                for (int n = 0; n < STEPS; n++) {
+                    put2(a.out + at * HD, 8 * n + 2 * (lane % 4), HD, mix[n][2 * h] * share,
+                         mix[n][2 * h + 1] * share);
+                }
+                if (lane % 4 == 0)
+                    a.lse[at] = most[h] + logf(total[h]);
+            }
+        }
+        first += pieces;
+    }
+}
+
+GLM_TILE_KERNEL(128, 2) k_attention_forward_f16_64(attention a) { forward_pieces<64, false>(a); }
+GLM_TILE_KERNEL(128, 2) k_attention_forward_f16_128(attention a) { forward_pieces<128, false>(a); }
+GLM_TILE_KERNEL(128, 2) k_attention_forward_bf16_64(attention a) { forward_pieces<64, true>(a); }
+GLM_TILE_KERNEL(128, 2) k_attention_forward_bf16_128(attention a) { forward_pieces<128, true>(a); }
+
+#ifdef GLM_HOST
+extern "C" void glm_cuda_attention_forward(void *cx, void *out, void *lse, const void *qkv,
+                                           struct glm_kv cache, const struct glm_segment *segments,
+                                           int n_segments, struct glm_heads heads)
+{
+    struct cuda *cuda = cuda_of(cx);
+    attention a = attention_of(qkv, cache, segments, n_segments, heads);
+    const int T = a.HD <= 64 ? 32 : a.HD <= 128 ? 16 : 8, blocks = attention_blocks(cuda);
+    const size_t bytes = (size_t)(3 * T * tile_stride(a.HD) + T * T) * sizeof(float);
+    a.out = (float *)out;
+    a.lse = (float *)lse;
+    if (!n_segments || !glm_cuda_begin(cuda) || !attention_fits(cuda, a))
+        return;
+    glm_cuda_attention_decode(cuda, a);
+    if (cuda->compute != GLM_F32 && a.HD <= 128) {
+        void (*const kernels[2][2])(attention) = {
+            {k_attention_forward_f16_64, k_attention_forward_f16_128},
+            {k_attention_forward_bf16_64, k_attention_forward_bf16_128}};
+        void (*const k_pieces)(attention) = kernels[cuda->compute == GLM_BF16][a.HD > 64];
+        const size_t narrow = (size_t)64 * ((a.HD > 64 ? 128 : 64) + 8) * 2;
+        GLM_LAUNCH(cuda, "attention_forward", k_pieces, blocks, 128, narrow, a);
+    } else if (T == 32)
+        GLM_LAUNCH(cuda, "attention_forward", k_attention_forward_32, blocks, 128, bytes, a);
+    else if (T == 16)
+        GLM_LAUNCH(cuda, "attention_forward", k_attention_forward_16, blocks, 128, bytes, a);
+    else
+        GLM_LAUNCH(cuda, "attention_forward", k_attention_forward_8, blocks, 128, bytes, a);
+}
+#endif

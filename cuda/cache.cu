@@ -1,0 +1,120 @@
+/* Rows to and from the cache, rows that are read, the P-Tuning prefix. */
+#include "launch.cuh"
+
+/* keys and values of row n of qkv: one run of 2 * KV floats */
+GLM_KERNEL(128) k_kv_append(float *k, float *v, const float *qkv, const int *slot, int width, int KV)
+{
+    const float *from = qkv + (size_t)blockIdx.x * width + (width - 2 * KV);
+    const size_t to = (size_t)slot[blockIdx.x] * KV;
+    for (int i = 4 * threadIdx.x; i < KV; i += 4 * blockDim.x) {
+        store4(k + to, i, KV, load4(from, i, KV));
+        store4(v + to, i, KV, load4(from + KV, i, KV));
+    }
+}
+
+GLM_KERNEL(128) k_gather_forward(float *out, const float *inp, const int *rows, int C)
+{
+    const size_t m = blockIdx.x, n = (size_t)rows[m];
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x)
+        store4(out + m * C, c, C, load4(inp + n * C, c, C));
+}
+
+GLM_KERNEL(128) k_gather_backward(float *dinp, const float *dout, const int *rows, int C)
+{
+    const size_t m = blockIdx.x, n = (size_t)rows[m];
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
+        f4 x = load4(dinp + n * C, c, C);
+        const f4 d = load4(dout + m * C, c, C);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            x.v[j] += d.v[j];
+        store4(dinp + n * C, c, C, x);
+    }
+}
+
+/* An element e of row n is word e % 4 of counter e / 4. */
+static __device__ __forceinline__ float kept_at(const mask_of &mask, int n, unsigned e)
+{
+    const words w = philox(mask, n, e / 4);
+    const unsigned j = e % 4;
+    return keep(mask, j == 0 ? w.w[0] : j == 1 ? w.w[1] : j == 2 ? w.w[2] : w.w[3]);
+}
+
+GLM_KERNEL(256) k_prefix_forward(float *out, const float *inp, int P, int J, int KV, int copies,
+                                 int drops, mask_of mask)
+{
+    const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t rows = (size_t)copies * P, i = at % KV, n = at / KV % rows, j = at / KV / rows;
+    if (j >= (size_t)J)
+        return;
+    const float x = inp[(n % P * J + j) * KV + i];
+    out[at] = drops ? x * kept_at(mask, (int)n, (unsigned)(j * KV + i)) : x;
+}
+
+GLM_KERNEL(256) k_prefix_backward(float *dinp, const float *dout, int P, int J, int KV, int copies,
+                                  int drops, mask_of mask)
+{
+    const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t i = at % KV, j = at / KV % J, p = at / KV / J;
+    if (p >= (size_t)P)
+        return;
+    float sum = dinp[at];
+    for (int b = 0; b < copies; b++) {
+        const size_t n = (size_t)b * P + p;
+        const float dy = dout[(j * copies * P + n) * KV + i];
+        sum += drops ? dy * kept_at(mask, (int)n, (unsigned)(j * KV + i)) : dy;
+    }
+    dinp[at] = sum;
+}
+
+#ifdef GLM_HOST
+extern "C" void glm_cuda_kv_append(void *cx, struct glm_kv cache, const void *qkv,
+                                   const int32_t *slot, int N, struct glm_heads heads)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const int KV = heads.KVH * heads.HD;
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "kv_append", k_kv_append, N, 128, 0, (float *)cache.k, (float *)cache.v,
+                   (const float *)qkv, slot, heads.NH * heads.HD + 2 * KV, KV);
+}
+
+extern "C" void glm_cuda_gather_forward(void *cx, void *out, const void *inp, const int32_t *rows,
+                                        int M, int C)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "gather_forward", k_gather_forward, M, 128, 0, (float *)out,
+                   (const float *)inp, rows, C);
+}
+
+extern "C" void glm_cuda_gather_backward(void *cx, void *dinp, const void *dout,
+                                         const int32_t *rows, int M, int C)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "gather_backward", k_gather_backward, M, 128, 0, (float *)dinp,
+                   (const float *)dout, rows, C);
+}
+
+extern "C" void glm_cuda_prefix_forward(void *cx, void *out, const void *inp, int P, int J, int KV,
+                                        int copies, const struct glm_dropout *dropout)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const size_t n = (size_t)P * J * KV * copies;
+    const mask_of mask = dropout ? mask_from(dropout) : mask_of();
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "prefix_forward", k_prefix_forward, ceil_div(n, 256), 256, 0, (float *)out,
+                   (const float *)inp, P, J, KV, copies, dropout != NULL, mask);
+}
+
+extern "C" void glm_cuda_prefix_backward(void *cx, void *dinp, const void *dout, int P, int J,
+                                         int KV, int copies, const struct glm_dropout *dropout)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const size_t n = (size_t)P * J * KV;
+    const mask_of mask = dropout ? mask_from(dropout) : mask_of();
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "prefix_backward", k_prefix_backward, ceil_div(n, 256), 256, 0,
+                   (float *)dinp, (const float *)dout, P, J, KV, copies, dropout != NULL, mask);
+}
+#endif

@@ -1,0 +1,85 @@
+/* What the host side of the CUDA files shares: the context, scratch memory, errors, products. */
+#ifndef GLM_CUDA_DEVICE_H
+#define GLM_CUDA_DEVICE_H
+
+#include <cuda_runtime.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#include "glm_cuda.h"
+
+/* cuBLAS by function pointers, so that the library loads where cuBLAS is absent; enumerators have
+ * the values of cublas_api.h and library_types.h. */
+typedef int (*glm_gemm_fn)(void *handle, int transa, int transb, int m, int n, int k,
+                           const void *alpha, const void *A, int a_type, int lda, const void *B,
+                           int b_type, int ldb, const void *beta, void *C, int c_type, int ldc,
+                           int compute, int algorithm);
+struct glm_blas {
+    void *handle;
+    glm_gemm_fn gemm;
+    int (*set_stream)(void *handle, cudaStream_t stream);
+    int (*set_pointer_mode)(void *handle, int mode);
+    int (*destroy)(void *handle);
+};
+enum { BLAS_N = 0, BLAS_T = 1, BLAS_HOST = 0, BLAS_DEVICE = 1 };
+enum { BLAS_R_32F = 0, BLAS_R_16F = 2, BLAS_R_16BF = 14, BLAS_COMPUTE_32F = 68, BLAS_DEFAULT = -1 };
+
+glm_status glm_blas_open(struct glm_blas *blas, cudaStream_t stream, struct glm_error *err);
+void glm_blas_close(struct glm_blas *blas);
+
+/* Scratch grows to the largest size asked for and stays: a repeated step allocates nothing. */
+enum glm_scratch { SCRATCH_WEIGHT, SCRATCH_A, SCRATCH_B, SCRATCHES };
+
+enum { PARTIALS = 1024 };
+
+/* On the device, written and read by kernels of one op. */
+struct glm_small {
+    double partial[PARTIALS];
+    double total;
+    float largest[PARTIALS];
+    float factor, alpha, zero, one; /* glm_cuda_factor; constants of products */
+    int found[PARTIALS];
+};
+
+struct cuda {
+    struct glm_backend be;
+    int device, multiprocessors;
+    enum glm_dtype compute;
+    cudaStream_t stream;
+    struct glm_blas blas;
+    struct glm_small *small;
+    void *scratch[SCRATCHES];
+    size_t scratch_bytes[SCRATCHES];
+    int (*poll)(void *arg);
+    void *poll_arg;
+    int stopped;
+    double polled; /* seconds */
+    char name[32], device_name[64], error[256];
+};
+
+/* 0 when the op is to be skipped: an error came before, or poll asked to stop. */
+int glm_cuda_begin(struct cuda *cx);
+/* Keeps the first error: `what` is the call or the op. Returns 1 when code is one. */
+int glm_cuda_failed(struct cuda *cx, int code, const char *what);
+/* After a launch: keeps its error. */
+void glm_cuda_launched(struct cuda *cx, const char *op);
+void glm_cuda_blas_failed(struct cuda *cx, int status, int m, int n, int k);
+/* From the first n of small->largest: small->factor, a power of two that brings the largest of them
+ * near 2^exponent, and small->alpha = scale / factor. */
+void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale);
+/* At least `bytes` of a scratch buffer, or NULL after keeping the error. */
+void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
+/* Device to host, after everything queued; 0 on an error. */
+int glm_cuda_fetch(struct cuda *cx, void *host, const void *device, size_t bytes, const char *op);
+
+#define DECLARE(op) extern __typeof__(*((const struct glm_ops *)0)->op) glm_cuda_##op;
+GLM_OPS(DECLARE)
+#undef DECLARE
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,30 @@
+/* The CUDA library: one shared object that csrc/backend.c opens when a CUDA device is asked for. */
+#ifndef GLM_CUDA_H
+#define GLM_CUDA_H
+
+#include "backend.h"
+
+/* Changes whenever struct glm_backend, struct glm_ops or a struct that ops take changes. */
+#define GLM_CUDA_ABI 1
+
+#if defined(__GNUC__)
+#define GLM_CUDA_EXPORT __attribute__((visibility("default")))
+#else
+#define GLM_CUDA_EXPORT
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* compute: GLM_F32 (every product in float), GLM_F16 or GLM_BF16 (large products and attention on
+ * tensor cores, sums in float). Activations and trainables are float32 in all three. */
+GLM_CUDA_EXPORT glm_status glm_cuda_create(struct glm_backend **out, int device,
+                                           enum glm_dtype compute, struct glm_error *err);
+GLM_CUDA_EXPORT int glm_cuda_abi(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

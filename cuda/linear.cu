@@ -1,0 +1,660 @@
+/* Products with weights. Up to 8 rows: own kernels that read W once, 16 bytes at a time, whatever its
+ * dtype. More rows: cuBLAS, with the operands in the backend's compute type; weights of another type
+ * and quantized ones are widened into scratch, some rows of W at a time.
+ *
+ * Matrices that are thin (adapters) and everything in float32 mode stay in float. In float16 the
+ * gradient operand is multiplied by a power of two that brings its largest element near 2^13, and
+ * the product by its inverse; both stay on the device, so nothing waits for them. */
+#include "launch.cuh"
+
+/* ---- eight stored elements at a time */
+
+/* Elements i .. i+7 of a run of n, i a multiple of 8, integers without their scale. */
+static __device__ __forceinline__ void load8(const void *p, int dtype, size_t i, size_t n, float *v)
+{
+    const char *at = static_cast<const char *>(p) + stored_bytes(dtype, i);
+    const bool whole = i + 8 <= n;
+    if (dtype == GLM_F32) {
+        const f4 a = load4(static_cast<const float *>(p), i, n),
+                 b = load4(static_cast<const float *>(p), i + 4, n);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            v[j] = a.v[j], v[4 + j] = b.v[j];
+    } else if (whole && (dtype == GLM_F16 || dtype == GLM_BF16) && ((size_t)at & 15) == 0) {
+        widen8(*reinterpret_cast<const uint4 *>(at), dtype, v);
+    } else if (whole && dtype == GLM_I8 && ((size_t)at & 7) == 0) {
+        const uint2 q = *reinterpret_cast<const uint2 *>(at);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            v[j] = (float)((int)(q.x << (24 - 8 * j)) >> 24);
+            v[4 + j] = (float)((int)(q.y << (24 - 8 * j)) >> 24);
+        }
+    } else if (whole && dtype == GLM_I4 && ((size_t)at & 3) == 0) {
+        const unsigned q = *reinterpret_cast<const unsigned *>(at);
+#pragma unroll
+        for (int j = 0; j < 4; j++) { /* the even column is the high nibble */
+            v[2 * j] = (float)((int)(q << (24 - 8 * j)) >> 28);
+            v[2 * j + 1] = (float)((int)(q << (28 - 8 * j)) >> 28);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] = i + j < n ? load1(p, dtype, i + j) : 0.0f;
+    }
+}
+
+static __device__ __forceinline__ void store8(void *p, int dtype, size_t i, size_t n, const float *v)
+{
+    if (dtype == GLM_F32) {
+        f4 a, b;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            a.v[j] = v[j], b.v[j] = v[4 + j];
+        store4(static_cast<float *>(p), i, n, a);
+        store4(static_cast<float *>(p), i + 4, n, b);
+        return;
+    }
+    unsigned short *to = static_cast<unsigned short *>(p) + i;
+    if (i + 8 <= n && ((size_t)to & 15) == 0) {
+        *reinterpret_cast<uint4 *>(to) = narrow8(v, dtype);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        if (i + j < n)
+            to[j] = (unsigned short)(dtype == GLM_F16 ? half_bits(v[j]) : brain_bits(v[j]));
+}
+
+/* out = inp * *factor in another dtype; factor NULL: 1 */
+GLM_KERNEL(256) k_convert(void *out, int to, const void *inp, int from, size_t n, const float *factor)
+{
+    const size_t i = 2 * flat4();
+    if (i >= n)
+        return;
+    float v[8];
+    load8(inp, from, i, n, v);
+    if (factor) {
+        const float f = *factor;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] *= f;
+    }
+    store8(out, to, i, n, v);
+}
+
+/* The same where one of the two is double. */
+GLM_KERNEL(256) k_convert_double(void *out, int to, const void *inp, int from, size_t n)
+{
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n)
+        return;
+    const double x =
+        from == GLM_F64 ? static_cast<const double *>(inp)[i] : (double)load1(inp, from, i);
+    if (to == GLM_F64)
+        static_cast<double *>(out)[i] = x;
+    else
+        store1(out, to, i, to == GLM_F32 ? (float)x : odd_float(x));
+}
+
+struct stored_matrix {
+    const void *data;
+    const unsigned short *scale;
+    int dtype, rows, cols, group, scale_cols;
+};
+
+static __device__ __forceinline__ float scale_at(const stored_matrix &w, size_t row, int col)
+{
+    return half_value(w.scale[w.group ? row * w.scale_cols + col / w.group : row]);
+}
+
+/* Rows first .. of w, times their scales, in another dtype; `blocks` blocks a row */
+GLM_KERNEL(256) k_widen(void *out, int to, stored_matrix w, int first, int blocks)
+{
+    const size_t r = blockIdx.x / blocks, row = first + r, cols = w.cols;
+    const int c = 8 * ((int)(blockIdx.x % blocks) * (int)blockDim.x + (int)threadIdx.x);
+    if (c >= w.cols)
+        return;
+    float v[8];
+    load8(static_cast<const char *>(w.data) + stored_bytes(w.dtype, row * cols), w.dtype, c, cols, v);
+    if (w.scale) { /* groups are multiples of 32: the eight share a scale */
+        const float s = scale_at(w, row, c);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] *= s;
+    }
+    store8(static_cast<char *>(out) + stored_bytes(to, r * cols), to, c, cols, v);
+}
+
+/* ---- the power of two that brings the largest element near 2^exponent, and scale over it */
+
+GLM_BLOCK_REDUCTION(block_max, float, warp_max, 0)
+
+GLM_KERNEL(256) k_largest(float *largest, const float *x, size_t n)
+{
+    float most = 0;
+    for (size_t i = flat4(); i < n; i += 4 * (size_t)gridDim.x * blockDim.x) {
+        const f4 a = load4(x, i, n);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            most = fmaxf(most, fabsf(a.v[j]));
+    }
+    most = block_max(most);
+    if (threadIdx.x == 0)
+        largest[blockIdx.x] = most;
+}
+
+GLM_KERNEL(256) k_factor(float *factor, float *alpha, const float *largest, int n, int exponent,
+                         float scale)
+{
+    float most = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x)
+        most = fmaxf(most, largest[i]);
+    most = block_max(most);
+    if (threadIdx.x)
+        return;
+    const int stored = (__float_as_int(most) >> 23) & 255;
+    int power = most > 0 && stored < 255 ? exponent - (stored - 127) : 0;
+    power = power > 126 ? 126 : power;
+    *factor = __int_as_float((127 + power) << 23);
+    *alpha = scale * __int_as_float((127 - power) << 23);
+}
+
+/* ---- bias */
+
+GLM_KERNEL(256) k_bias(float *out, const float *bias, int O, int blocks, int accumulate)
+{
+    const size_t n = blockIdx.x / blocks;
+    const int o = 4 * ((int)(blockIdx.x % blocks) * (int)blockDim.x + (int)threadIdx.x);
+    if (o >= O)
+        return;
+    f4 b = load4(bias, o, O);
+    if (accumulate) {
+        const f4 y = load4(out + n * O, o, O);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            b.v[j] += y.v[j];
+    }
+    store4(out + n * O, o, O, b);
+}
+
+/* dbias += column sums: 32 columns a block, rows by eights in a fixed order */
+GLM_KERNEL(256) k_column_sum(float *dbias, const float *dout, int N, int O)
+{
+    __shared__ float part[8][32];
+    const int lane = threadIdx.x & 31, group = threadIdx.x >> 5, c = blockIdx.x * 32 + lane;
+    float sum = 0;
+    for (int n = group; n < N && c < O; n += 8)
+        sum += dout[(size_t)n * O + c];
+    part[group][lane] = sum;
+    __syncthreads();
+    if (group || c >= O)
+        return;
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        sum += part[i][lane];
+    dbias[c] += sum;
+}
+
+/* ---- few rows: a warp has ROWS rows of W and all NB rows of inp */
+
+struct few_rows {
+    float *out;
+    const float *inp, *bias;
+    stored_matrix w;
+    int N, accumulate;
+    float scale;
+};
+
+/* Eight elements of the word group `at` of a 16-byte piece (four of float). */
+template <int DTYPE> static __device__ __forceinline__ void decode(const uint4 q, int at, float *v)
+{
+    const unsigned w[4] = {q.x, q.y, q.z, q.w};
+    if (DTYPE == GLM_F32) {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            v[j] = __int_as_float((int)w[j]);
+    } else if (DTYPE == GLM_F16 || DTYPE == GLM_BF16) {
+        widen8(q, DTYPE, v);
+    } else if (DTYPE == GLM_I8) {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] = (float)((int)(w[2 * at + j / 4] << (24 - 8 * (j % 4))) >> 24);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            v[2 * j] = (float)((int)(w[at] << (24 - 8 * j)) >> 28);
+            v[2 * j + 1] = (float)((int)(w[at] << (28 - 8 * j)) >> 28);
+        }
+    }
+}
+
+template <int DTYPE, int NB, int ROWS> static __device__ __forceinline__ void few_body(const few_rows &a)
+{
+    const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
+    const int SUB = PIECE < 8 ? PIECE : 8;
+    const int lane = threadIdx.x & 31, O = a.w.rows, I = a.w.cols;
+    const int first = (int)((blockIdx.x * blockDim.x + threadIdx.x) >> 5) * ROWS;
+    if (first >= O)
+        return;
+    float sum[ROWS][NB];
+    const char *row[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const size_t o = first + r < O ? first + r : O - 1;
+        row[r] = static_cast<const char *>(a.w.data) + stored_bytes(DTYPE, o * I);
+#pragma unroll
+        for (int n = 0; n < NB; n++)
+            sum[r][n] = 0;
+    }
+    if (I % PIECE == 0 && ((size_t)a.w.data & 15) == 0) {
+        for (int c = lane * PIECE; c < I; c += 32 * PIECE) {
+            uint4 q[ROWS];
+            float s[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                q[r] = *reinterpret_cast<const uint4 *>(row[r] + stored_bytes(DTYPE, c));
+                s[r] = DTYPE == GLM_I4 && a.w.group
+                           ? scale_at(a.w, first + r < O ? first + r : O - 1, c)
+                           : 1.0f;
+            }
+#pragma unroll
+            for (int at = 0; at < PIECE / SUB; at++) {
+                float w[ROWS][SUB];
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    decode<DTYPE>(q[r], at, w[r]);
+                    if (DTYPE == GLM_I4)
+#pragma unroll
+                        for (int j = 0; j < SUB; j++)
+                            w[r][j] *= s[r];
+                }
+#pragma unroll
+                for (int n = 0; n < NB; n++) {
+                    const float *x = a.inp + (size_t)(n < a.N ? n : a.N - 1) * I;
+#pragma unroll
+                    for (int k = 0; k < SUB; k += 4) {
+                        const f4 v = load4(x, c + at * SUB + k, I);
+#pragma unroll
+                        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                            for (int j = 0; j < 4; j++)
+                                sum[r][n] += w[r][k + j] * v.v[j];
+                    }
+                }
+            }
+        }
+    } else {
+        for (int c = lane; c < I; c += 32)
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float w = load1(row[r], DTYPE, c);
+                if (DTYPE == GLM_I4 && a.w.group)
+                    w *= scale_at(a.w, first + r < O ? first + r : O - 1, c);
+#pragma unroll
+                for (int n = 0; n < NB; n++)
+                    sum[r][n] += w * a.inp[(size_t)(n < a.N ? n : a.N - 1) * I + c];
+            }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+            const float total = warp_sum(sum[r][n]);
+            const int o = first + r;
+            if (lane || o >= O || n >= a.N)
+                continue;
+            float *y = a.out + (size_t)n * O + o;
+            const float s = a.w.scale && !a.w.group ? a.scale * half_value(a.w.scale[o]) : a.scale;
+            *y = s * total + (a.bias ? a.bias[o] : 0.0f) + (a.accumulate ? *y : 0.0f);
+        }
+}
+
+#define FEW_KERNELS(name, dtype)                                              \
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_1(few_rows a) { few_body<dtype, 1, 4>(a); } \
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_2(few_rows a) { few_body<dtype, 2, 2>(a); } \
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_4(few_rows a) { few_body<dtype, 4, 2>(a); } \
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_8(few_rows a) { few_body<dtype, 8, 1>(a); }
+FEW_KERNELS(f32, GLM_F32)
+FEW_KERNELS(f16, GLM_F16)
+FEW_KERNELS(bf16, GLM_BF16)
+FEW_KERNELS(i8, GLM_I8)
+FEW_KERNELS(i4, GLM_I4)
+
+/* ---- merge and quantize */
+
+/* W += scale * B A, four columns a thread */
+GLM_KERNEL(256) k_merge(void *data, int dtype, const float *B, const float *A, int I, int R,
+                        float scale, int blocks)
+{
+    const size_t o = blockIdx.x / blocks;
+    const int i = 4 * ((int)(blockIdx.x % blocks) * (int)blockDim.x + (int)threadIdx.x);
+    if (i >= I)
+        return;
+    float sum[4] = {0, 0, 0, 0};
+    for (int r = 0; r < R; r++) {
+        const float b = B[o * R + r];
+        const f4 a = load4(A + (size_t)r * I, i, I);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            sum[j] += b * a.v[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (i + j < I) {
+            const size_t at = o * I + i + j;
+            if (dtype == GLM_F64)
+                static_cast<double *>(data)[at] += (double)scale * (double)sum[j];
+            else
+                store1(data, dtype, at, load1(data, dtype, at) + scale * sum[j]);
+        }
+}
+
+/* The element of a row-wise matrix is float16 before anything else is done with it. */
+static __device__ __forceinline__ float element_of(const void *inp, int dtype, size_t i, int group)
+{
+    const float w = load1(inp, dtype, i);
+    return group ? w : half_value(half_bits(w));
+}
+
+static __device__ __forceinline__ float clamp(float x, float low, float high)
+{
+    return fminf(high, fmaxf(low, x));
+}
+
+/* A warp has one row, or one group of a row: see backend.h. */
+GLM_KERNEL(256) k_quantize(unsigned char *data, unsigned short *scales, int dtype, int group,
+                           const void *inp, int inp_dtype, int rows, int cols)
+{
+    const int width = group ? group : cols, per_row = (cols + width - 1) / width;
+    const int lane = threadIdx.x & 31;
+    const size_t warp = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) >> 5;
+    if (warp >= (size_t)rows * per_row)
+        return;
+    const int begin = (int)(warp % per_row) * width, n = cols - begin < width ? cols - begin : width;
+    const size_t at = warp / per_row * cols + begin;
+    const float high = dtype == GLM_I8 ? 127.0f : 7.0f, low = group ? -8.0f : -high;
+    float top = 0;
+    int finite = 1;
+    for (int i = lane; i < n; i += 32) {
+        const float w = element_of(inp, inp_dtype, at + i, group);
+        finite = finite && w - w == 0;
+        top = fmaxf(top, fabsf(w));
+    }
+    top = warp_max(top);
+    finite = warp_min(finite);
+    float scale = GLM_INFINITY;
+    if (finite && !group)
+        scale = top / high;
+    if (finite && group) {
+        int where = n;
+        for (int i = lane; i < n; i += 32)
+            if (fabsf(load1(inp, inp_dtype, at + i)) == top && i < where)
+                where = i;
+        where = warp_min(where);
+        const float peak = load1(inp, inp_dtype, at + where);
+        float most = 0;
+        scale = 0;
+#pragma unroll 1
+        for (int j = -9; top != 0 && j <= 9; j++) {
+            const float inverse = (8.0f + 0.1f * (float)j) / -peak;
+            float wq = 0, qq = 0;
+            for (int i = lane; i < n; i += 32) {
+                const float w = load1(inp, inp_dtype, at + i);
+                const float q = clamp(rintf(w * inverse), -8, 7);
+                wq += w * q;
+                qq += q * q;
+            }
+            wq = warp_sum(wq);
+            qq = warp_sum(qq);
+            if (wq * wq / qq > most) {
+                most = wq * wq / qq;
+                scale = wq / qq;
+            }
+        }
+    }
+    scale = half_value(half_bits(scale));
+    if (lane == 0)
+        scales[warp] = (unsigned short)half_bits(scale);
+    const int step = dtype == GLM_I4 ? 2 : 1, none = scale == 0 || !(scale - scale == 0);
+    for (int i = step * lane; i < n; i += 32 * step) {
+        int q[2] = {0, 0};
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+            if (j < step && !none) {
+                const float x = element_of(inp, inp_dtype, at + i + j, group) / scale;
+                q[j] = (int)clamp(rintf(group ? x : half_value(half_bits(x))), low, high);
+            }
+        if (dtype == GLM_I8)
+            data[at + i] = (unsigned char)q[0];
+        else
+            data[(at + i) / 2] = (unsigned char)((q[0] & 15) << 4 | (q[1] & 15));
+    }
+}
+
+#ifdef GLM_HOST
+
+enum { FEW = 8, THIN = 256 };
+#ifdef __CUDA_EMU__
+static const size_t PIECE = 1 << 12; /* so that tests meet more than one piece */
+#else
+static const size_t PIECE = 1 << 24;
+#endif
+
+static stored_matrix matrix_of(const struct glm_mat *mat)
+{
+    const stored_matrix w = {mat->data, mat->scale, (int)mat->dtype,    mat->rows,
+                             mat->cols, mat->group, glm_scale_cols(mat)};
+    return w;
+}
+
+static int blas_type(enum glm_dtype dtype)
+{
+    return dtype == GLM_F16 ? BLAS_R_16F : dtype == GLM_BF16 ? BLAS_R_16BF : BLAS_R_32F;
+}
+
+/* The type of both operands of a product with a matrix of rows by cols elements of a dtype. */
+static enum glm_dtype product_type(const struct cuda *cuda, enum glm_dtype dtype, int rows, int cols)
+{
+    const int thin = rows < cols ? rows : cols;
+    return dtype == GLM_F32 && thin <= THIN ? GLM_F32 : cuda->compute;
+}
+
+/* Rows of W for one product. */
+static int piece_rows(const struct glm_mat *W, enum glm_dtype type)
+{
+    const size_t rows = PIECE / (size_t)W->cols / 64 * 64;
+    return W->dtype == type || rows > (size_t)W->rows ? W->rows : rows ? (int)rows : 64;
+}
+
+/* `rows` rows of W from `first` on in a float dtype: in place, or widened into scratch. */
+static const void *widened(struct cuda *cuda, const struct glm_mat *W, enum glm_dtype type, int first,
+                           int rows)
+{
+    if (W->dtype == type)
+        return (const char *)W->data + glm_bytes(type, (size_t)first * W->cols);
+    void *to = glm_cuda_scratch(cuda, SCRATCH_WEIGHT,
+                                glm_bytes(type, (size_t)piece_rows(W, type) * W->cols));
+    const int blocks = (int)ceil_div((size_t)W->cols, 2048);
+    if (to)
+        GLM_LAUNCH(cuda, "weights", k_widen, (size_t)rows * blocks, 256, 0, to, (int)type,
+                   matrix_of(W), first, blocks);
+    return to;
+}
+
+void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale)
+{
+    struct glm_small *small = cuda->small;
+    GLM_LAUNCH(cuda, "gradient", k_factor, 1, 256, 0, &small->factor, &small->alpha,
+               (const float *)small->largest, n, exponent, (float)scale);
+}
+
+/* x in the product's type. `gradient`: in float16 by a factor whose inverse, times scale, is left in
+ * small->alpha; *on_device then says so. */
+static const void *operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
+                           enum glm_dtype type, int gradient, double scale, int *on_device)
+{
+    *on_device = gradient && type == GLM_F16;
+    if (type == GLM_F32)
+        return x;
+    void *to = glm_cuda_scratch(cuda, which, glm_bytes(type, n));
+    struct glm_small *small = cuda->small;
+    if (!to)
+        return NULL;
+    if (*on_device) {
+        const size_t pieces = ceil_div(n, 8192), blocks = pieces < 512 ? pieces : 512;
+        GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, small->largest, (const float *)x, n);
+        glm_cuda_factor(cuda, (int)blocks, 13, scale);
+    }
+    GLM_LAUNCH(cuda, "operand", k_convert, ceil_div(n, 2048), 256, 0, to, (int)type, x, (int)GLM_F32,
+               n, *on_device ? (const float *)&small->factor : (const float *)NULL);
+    return to;
+}
+
+/* Column-major C (m, n) = alpha op(A) op(B) + beta C, C float. */
+static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, double alpha,
+                    int on_device, const void *A, int lda, const void *B, int ldb,
+                    enum glm_dtype type, int beta, void *C, int ldc)
+{
+    const float a = (float)alpha, b = (float)beta;
+    const struct glm_small *small = cuda->small;
+    const struct glm_blas *blas = &cuda->blas;
+    int status = 0;
+    if (on_device)
+        status = blas->set_pointer_mode(blas->handle, BLAS_DEVICE);
+    if (!status)
+        status = blas->gemm(blas->handle, ta, tb, m, n, k,
+                            on_device ? (const void *)&small->alpha : &a, A, blas_type(type), lda, B,
+                            blas_type(type), ldb,
+                            on_device ? (const void *)(beta ? &small->one : &small->zero) : &b, C,
+                            BLAS_R_32F, ldc, BLAS_COMPUTE_32F, BLAS_DEFAULT);
+    if (on_device)
+        blas->set_pointer_mode(blas->handle, BLAS_HOST);
+    if (status)
+        glm_cuda_blas_failed(cuda, status, m, n, k);
+}
+
+/* The kernel for a dtype and up to NB rows; NULL: no such */
+typedef void (*few_kernel)(few_rows);
+#define FEW_ROW(name) {k_few_##name##_1, k_few_##name##_2, k_few_##name##_4, k_few_##name##_8}
+static const few_kernel FEW_TABLE[5][4] = {FEW_ROW(f32), FEW_ROW(f16), FEW_ROW(bf16), FEW_ROW(i8),
+                                           FEW_ROW(i4)};
+
+static void few(struct cuda *cuda, void *out, const void *inp, const struct glm_mat *W,
+                const void *bias, int N, double scale, int accumulate)
+{
+    const few_rows a = {(float *)out, (const float *)inp, (const float *)bias, matrix_of(W), N,
+                        accumulate,   (float)scale};
+    const int kind = W->dtype <= GLM_BF16 ? (int)W->dtype : W->dtype == GLM_I8 ? 3 : 4;
+    const int size = N == 1 ? 0 : N == 2 ? 1 : N <= 4 ? 2 : 3, rows = N == 1 ? 4 : N <= 4 ? 2 : 1;
+    const few_kernel k_few = FEW_TABLE[kind][size];
+    GLM_LAUNCH(cuda, "linear_forward", k_few, ceil_div((size_t)W->rows, (size_t)8 * rows), 256, 0, a);
+}
+
+extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
+                                        const struct glm_mat *weight, const void *bias, int N,
+                                        double scale, int accumulate)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const int O = weight->rows, I = weight->cols;
+    if (!N || !glm_cuda_begin(cuda))
+        return;
+    if (N <= FEW && weight->dtype != GLM_F64) {
+        few(cuda, out, inp, weight, bias, N, scale, accumulate);
+        return;
+    }
+    const enum glm_dtype type = product_type(cuda, weight->dtype, O, I);
+    const int rows = piece_rows(weight, type), blocks = (int)ceil_div((size_t)O, 1024);
+    int on_device;
+    const void *x = operand(cuda, SCRATCH_A, inp, (size_t)N * I, type, 0, scale, &on_device);
+    if (bias)
+        GLM_LAUNCH(cuda, "linear_forward", k_bias, (size_t)N * blocks, 256, 0, (float *)out,
+                   (const float *)bias, O, blocks, accumulate);
+    for (int o = 0; x && o < O; o += rows) {
+        const int count = O - o < rows ? O - o : rows;
+        const void *w = widened(cuda, weight, type, o, count);
+        if (!w)
+            return;
+        product(cuda, BLAS_T, BLAS_N, count, N, I, scale, on_device, w, I, x, I, type,
+                bias || accumulate, (float *)out + o, O);
+    }
+}
+
+extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void *dout,
+                                               const struct glm_mat *weight, int N, double scale,
+                                               int accumulate)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const int O = weight->rows, I = weight->cols;
+    if (!N || !glm_cuda_begin(cuda))
+        return;
+    const enum glm_dtype type = product_type(cuda, weight->dtype, O, I);
+    const int rows = piece_rows(weight, type);
+    int on_device;
+    const char *d = (const char *)operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, 1, scale,
+                                          &on_device);
+    for (int o = 0; d && o < O; o += rows) {
+        const int count = O - o < rows ? O - o : rows;
+        const void *w = widened(cuda, weight, type, o, count);
+        if (!w)
+            return;
+        product(cuda, BLAS_N, BLAS_N, I, N, count, scale, on_device, w, I, d + glm_bytes(type, o), O,
+                type, accumulate || o, dinp, I);
+    }
+}
+
+extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *dbias,
+                                                const void *dout, const void *inp, int N, int O,
+                                                int I, double scale)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (!N || !glm_cuda_begin(cuda))
+        return;
+    if (dweight) {
+        const enum glm_dtype type = product_type(cuda, GLM_F32, O, I);
+        int on_device, ignored;
+        const void *d = operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, 1, scale, &on_device);
+        const void *x = operand(cuda, SCRATCH_B, inp, (size_t)N * I, type, 0, scale, &ignored);
+        if (d && x)
+            product(cuda, BLAS_N, BLAS_T, I, O, N, scale, on_device, x, I, d, O, type, 1, dweight, I);
+    }
+    if (dbias)
+        GLM_LAUNCH(cuda, "linear_backward_weight", k_column_sum, ceil_div((size_t)O, 32), 256, 0,
+                   (float *)dbias, (const float *)dout, N, O);
+}
+
+extern "C" void glm_cuda_merge(void *cx, void *data, enum glm_dtype dtype, const void *B,
+                               const void *A, int O, int I, int R, double scale)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const int blocks = (int)ceil_div((size_t)I, 1024);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "merge", k_merge, (size_t)O * blocks, 256, 0, data, (int)dtype,
+                   (const float *)B, (const float *)A, I, R, (float)scale, blocks);
+}
+
+extern "C" void glm_cuda_convert(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,
+                                 enum glm_dtype inp_dtype, size_t n)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (!glm_cuda_begin(cuda))
+        return;
+    if (out_dtype == GLM_F64 || inp_dtype == GLM_F64)
+        GLM_LAUNCH(cuda, "convert", k_convert_double, ceil_div(n, 256), 256, 0, out, (int)out_dtype,
+                   inp, (int)inp_dtype, n);
+    else
+        GLM_LAUNCH(cuda, "convert", k_convert, ceil_div(n, 2048), 256, 0, out, (int)out_dtype, inp,
+                   (int)inp_dtype, n, (const float *)NULL);
+}
+
+extern "C" void glm_cuda_quantize(void *cx, void *data, uint16_t *scale, enum glm_dtype dtype,
+                                  int group, const void *inp, enum glm_dtype inp_dtype, int rows,
+                                  int cols)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const size_t warps = (size_t)rows * (group ? ceil_div((size_t)cols, (size_t)group) : 1);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "quantize", k_quantize, ceil_div(warps, 8), 256, 0, (unsigned char *)data,
+                   scale, (int)dtype, group, inp, (int)inp_dtype, rows, cols);
+}
+#endif

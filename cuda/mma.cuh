@@ -1,0 +1,115 @@
+/* Tensor cores: the three instructions of mma.sync that attention needs, each with a body for the
+ * emulator that has the lane layout of the PTX manual (section "Matrix multiply-accumulate"). Lane l
+ * is in row group l / 4 and has columns 2 (l % 4) and 2 (l % 4) + 1 of an 8-wide piece.
+ *
+ * BRAIN: bfloat16 (capability 8.0 and up), else float16 (7.5 and up). Below that the bodies are
+ * empty and the host never launches their kernels. */
+#pragma once
+#include "launch.cuh"
+
+/* d (16, 8) += a (16, 16) b (16, 8) */
+template <bool BRAIN>
+static __device__ __forceinline__ void mma(float *d, const unsigned *a, unsigned b0, unsigned b1)
+{
+#if defined(__CUDA_EMU__)
+    const unsigned b[2] = {b0, b1};
+    if (BRAIN)
+        emu_mma16816_bf16(d, a, b, d);
+    else
+        emu_mma16816(d, a, b, d);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if (BRAIN)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+                     "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
+                     "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+    if (!BRAIN) {
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, "
+                     "{%6}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(b0));
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, "
+                     "{%6}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[2]), "r"(a[3]), "r"(b1));
+    }
+#endif
+}
+
+/* Four 8 x 8 pieces of 16-bit elements: lane l gives the address of row l % 8 of piece l / 8 and
+ * gets in r[i] its two elements of row l / 4 of piece i; transposed: of column l / 4. */
+template <bool TRANSPOSED>
+static __device__ __forceinline__ void load_pieces(unsigned *r, const unsigned short *row)
+{
+#if defined(__CUDA_EMU__)
+    const int lane = threadIdx.x & 31;
+    for (int i = 0; i < 4; i++) {
+        const int from = 8 * i + (TRANSPOSED ? 2 * (lane % 4) : lane / 4);
+        const int next = TRANSPOSED ? from + 1 : from;
+        const size_t a = __shfl_sync(0xffffffffu, (size_t)row, from),
+                     b = __shfl_sync(0xffffffffu, (size_t)row, next);
+        const int at = TRANSPOSED ? lane / 4 : 2 * (lane % 4);
+        r[i] = (unsigned)reinterpret_cast<const unsigned short *>(a)[at] |
+               (unsigned)reinterpret_cast<const unsigned short *>(b)[TRANSPOSED ? at : at + 1] << 16;
+    }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+    const unsigned at = (unsigned)__cvta_generic_to_shared(row);
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(at)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(at)
+                     : "memory");
+#else
+    r[0] = r[1] = r[2] = r[3] = 0;
+#endif
+}
+
+template <bool BRAIN> static __device__ __forceinline__ unsigned pack2(float low, float high)
+{
+    return BRAIN ? brain_bits(low) | brain_bits(high) << 16 : half_bits(low) | half_bits(high) << 16;
+}
+
+/* Eight columns from c on of a 16-bit tile's row, times factor, from HD floats or of zeros */
+template <bool BRAIN>
+static __device__ __forceinline__ void narrow_piece(unsigned short *to, const float *from, int HD, int c,
+                                                    float factor)
+{
+    float v[8];
+    f4 a, b;
+    a.v[0] = a.v[1] = a.v[2] = a.v[3] = 0;
+    b = a;
+    if (from) {
+        a = load4(from, c, HD);
+        b = load4(from, c + 4, HD);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        v[j] = a.v[j] * factor, v[4 + j] = b.v[j] * factor;
+    *reinterpret_cast<uint4 *>(to + c) = narrow8(v, BRAIN ? GLM_BF16 : GLM_F16);
+}
+
+/* Columns c and c + 1, c even, of a row of HD floats */
+static __device__ __forceinline__ void put2(float *row, int c, int HD, float x, float y)
+{
+    if (c + 1 < HD && ((size_t)(row + c) & 7) == 0) {
+        float2 both;
+        both.x = x, both.y = y;
+        *reinterpret_cast<float2 *>(row + c) = both;
+        return;
+    }
+    if (c < HD)
+        row[c] = x;
+    if (c + 1 < HD)
+        row[c + 1] = y;
+}

@@ -1,0 +1,166 @@
+/* Element by element: SwiGLU, tanh, dropout, add. A thread has four adjacent elements of a row. */
+#include "launch.cuh"
+
+static __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+/* Row and first column of this thread when a row of width `width` takes `blocks` blocks. */
+static __device__ __forceinline__ int column4(int blocks)
+{
+    return 4 * ((int)(blockIdx.x % blocks) * (int)blockDim.x + (int)threadIdx.x);
+}
+
+GLM_KERNEL(256) k_swiglu_forward(float *out, const float *inp, int F, int blocks)
+{
+    const size_t n = blockIdx.x / blocks;
+    const int f = column4(blocks);
+    if (f >= F)
+        return;
+    f4 gate = load4(inp + n * 2 * F, f, F);
+    const f4 up = load4(inp + n * 2 * F + F, f, F);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        gate.v[j] = gate.v[j] * sigmoid(gate.v[j]) * up.v[j];
+    store4(out + n * F, f, F, gate);
+}
+
+/* dinp may be inp: a thread has read what it writes */
+GLM_KERNEL(256) k_swiglu_backward(float *dinp, const float *dout, const float *inp, int F, int blocks)
+{
+    const size_t n = blockIdx.x / blocks;
+    const int f = column4(blocks);
+    if (f >= F)
+        return;
+    f4 gate = load4(inp + n * 2 * F, f, F), up = load4(inp + n * 2 * F + F, f, F);
+    const f4 dy = load4(dout + n * F, f, F);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float x = gate.v[j], s = sigmoid(x);
+        gate.v[j] = dy.v[j] * up.v[j] * s * (1.0f + x * (1.0f - s));
+        up.v[j] = dy.v[j] * x * s;
+    }
+    store4(dinp + n * 2 * F, f, F, gate);
+    store4(dinp + n * 2 * F + F, f, F, up);
+}
+
+GLM_KERNEL(256) k_tanh_forward(float *out, const float *inp, size_t n)
+{
+    const size_t i = flat4();
+    if (i >= n)
+        return;
+    f4 x = load4(inp, i, n);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        x.v[j] = tanhf(x.v[j]);
+    store4(out, i, n, x);
+}
+
+GLM_KERNEL(256) k_tanh_backward(float *dinp, const float *dout, const float *out, size_t n)
+{
+    const size_t i = flat4();
+    if (i >= n)
+        return;
+    f4 d = load4(dout, i, n);
+    const f4 y = load4(out, i, n);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        d.v[j] *= 1.0f - y.v[j] * y.v[j];
+    store4(dinp, i, n, d);
+}
+
+/* out = (add ? out : 0) + inp * mask; four columns are one Philox counter */
+GLM_KERNEL(256) k_dropout(float *out, const float *inp, int C, int blocks, int add, mask_of mask)
+{
+    const size_t n = blockIdx.x / blocks;
+    const int c = column4(blocks);
+    if (c >= C)
+        return;
+    const words w = philox(mask, (int)n, (unsigned)c / 4);
+    f4 x = load4(inp + n * C, c, C), y;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        x.v[j] *= keep(mask, w.w[j]);
+    if (add) {
+        y = load4(out + n * C, c, C);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            x.v[j] += y.v[j];
+    }
+    store4(out + n * C, c, C, x);
+}
+
+GLM_KERNEL(256) k_add(float *out, const float *a, const float *b, size_t n)
+{
+    const size_t i = flat4();
+    if (i >= n)
+        return;
+    f4 x = load4(a, i, n);
+    const f4 y = load4(b, i, n);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        x.v[j] += y.v[j];
+    store4(out, i, n, x);
+}
+
+#ifdef GLM_HOST
+static int blocks_of(int width) { return (int)ceil_div((size_t)width, 1024); }
+
+extern "C" void glm_cuda_swiglu_forward(void *cx, void *out, const void *inp, int N, int F)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "swiglu_forward", k_swiglu_forward, (size_t)N * blocks_of(F), 256, 0,
+                   (float *)out, (const float *)inp, F, blocks_of(F));
+}
+
+extern "C" void glm_cuda_swiglu_backward(void *cx, void *dinp, const void *dout, const void *inp,
+                                         int N, int F)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "swiglu_backward", k_swiglu_backward, (size_t)N * blocks_of(F), 256, 0,
+                   (float *)dinp, (const float *)dout, (const float *)inp, F, blocks_of(F));
+}
+
+extern "C" void glm_cuda_tanh_forward(void *cx, void *out, const void *inp, size_t n)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "tanh_forward", k_tanh_forward, ceil_div(n, 1024), 256, 0, (float *)out,
+                   (const float *)inp, n);
+}
+
+extern "C" void glm_cuda_tanh_backward(void *cx, void *dinp, const void *dout, const void *out,
+                                       size_t n)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "tanh_backward", k_tanh_backward, ceil_div(n, 1024), 256, 0, (float *)dinp,
+                   (const float *)dout, (const float *)out, n);
+}
+
+extern "C" void glm_cuda_dropout_forward(void *cx, void *out, const void *inp, int N, int C,
+                                         const struct glm_dropout *dropout)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "dropout_forward", k_dropout, (size_t)N * blocks_of(C), 256, 0,
+                   (float *)out, (const float *)inp, C, blocks_of(C), 0, mask_from(dropout));
+}
+
+extern "C" void glm_cuda_dropout_backward(void *cx, void *dinp, const void *dout, int N, int C,
+                                          const struct glm_dropout *dropout)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "dropout_backward", k_dropout, (size_t)N * blocks_of(C), 256, 0,
+                   (float *)dinp, (const float *)dout, C, blocks_of(C), 1, mask_from(dropout));
+}
+
+extern "C" void glm_cuda_add(void *cx, void *out, const void *a, const void *b, size_t n)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "add", k_add, ceil_div(n, 1024), 256, 0, (float *)out, (const float *)a,
+                   (const float *)b, n);
+}
+#endif
