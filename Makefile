@@ -18,11 +18,11 @@ demo: all
 
 lint: all
 	$(BIN)/ruff check . && $(BIN)/ruff format --check glmlora tests benchmarks setup.py
-	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] csrc/*/*.[ch]
+	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] csrc/*/*.[ch] cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh
 
 fmt: all
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format glmlora tests benchmarks setup.py
-	$(BIN)/clang-format -i csrc/*.[ch] csrc/*/*.[ch]
+	$(BIN)/clang-format -i csrc/*.[ch] csrc/*/*.[ch] cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh
 
 bench: all
 	$(BIN)/python benchmarks/bench.py

@@ -12,11 +12,11 @@ struct attention {
     const struct glm_segment *segments;
     int n_segments, NH, KVH, HD, G; /* G query heads to a key head */
     float scale;
-    float *out, *lse;                 /* forward writes, backward reads */
-    const float *dout;                /* backward */
+    float *out, *lse;  /* forward writes, backward reads */
+    const float *dout; /* backward */
     float *dqkv, *dcache_k, *dcache_v;
-    float *largest;                    /* |dout| of each block, or NULL */
-    const float *factor, *alpha;       /* of dout in 16 bits, and its inverse; NULL: 1 */
+    float *largest;              /* |dout| of each block, or NULL */
+    const float *factor, *alpha; /* of dout in 16 bits, and its inverse; NULL: 1 */
 };
 
 /* Segments of at most so many tokens are one block a token and head (attention_decode.cu), longer
@@ -40,7 +40,8 @@ struct pair_of {
 };
 
 /* Key j of a segment under key head g, and its value. */
-static __device__ __forceinline__ pair_of key_of(const attention &a, const glm_segment &s, int g, int j)
+static __device__ __forceinline__ pair_of key_of(const attention &a, const glm_segment &s, int g,
+                                                 int j)
 {
     pair_of p;
     const int own = j - before(s);
@@ -56,15 +57,16 @@ static __device__ __forceinline__ pair_of key_of(const attention &a, const glm_s
     return p;
 }
 
-/* Token and head of row `row` of a segment under key head g: index (token, head) into out and lse */
+/* Token and head of row `row` of a segment under key head g: index (token, head) into out and lse
+ */
 static __device__ __forceinline__ size_t head_row(const attention &a, const glm_segment &s, int g,
                                                   int row)
 {
     return (size_t)(s.begin + row / a.G) * a.NH + (size_t)g * a.G + row % a.G;
 }
 
-static __device__ __forceinline__ const float *query_of(const attention &a, const glm_segment &s, int g,
-                                                        int row)
+static __device__ __forceinline__ const float *query_of(const attention &a, const glm_segment &s,
+                                                        int g, int row)
 {
     return a.qkv + (size_t)(s.begin + row / a.G) * (a.NH + 2 * a.KVH) * a.HD +
            (size_t)(g * a.G + row % a.G) * a.HD;
@@ -73,8 +75,10 @@ static __device__ __forceinline__ const float *query_of(const attention &a, cons
 /* Floats of a row of a float tile: 16-byte rows, four banks apart. */
 static __host__ __device__ __forceinline__ int tile_stride(int HD) { return (HD + 3) / 4 * 4 + 4; }
 
-/* A row of HD floats, or of zeros, into a tile; `lanes` threads share the row, this one is `lane`. */
-static __device__ __forceinline__ void fill_row(float *to, const float *from, int HD, int lane, int lanes)
+/* A row of HD floats, or of zeros, into a tile; `lanes` threads share the row, this one is `lane`.
+ */
+static __device__ __forceinline__ void fill_row(float *to, const float *from, int HD, int lane,
+                                                int lanes)
 {
     for (int c = 4 * lane; c < HD; c += 4 * lanes) {
         f4 x;

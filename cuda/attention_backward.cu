@@ -1,11 +1,12 @@
 /* Attention backward: p is computed again from the scores and lse, and with
  *   delta = dout . out    ds = p * (dout . v - delta)
- * dq = scale * sum over keys of ds k, dk = scale * sum over rows of ds q, dv = sum over rows of p dout.
+ * dq = scale * sum over keys of ds k, dk = scale * sum over rows of ds q, dv = sum over rows of p
+ * dout.
  *
- * Three launches, none of which writes what another block writes: delta, left in the first element of
- * each head of dqkv, which the last launch overwrites; keys and values; queries. A cache row that
- * several segments share is the first one's: its block adds up all segments in order. Tiles as in
- * forward: T rows that a block owns, T / 2 of those it runs over. */
+ * Three launches, none of which writes what another block writes: delta, left in the first element
+ * of each head of dqkv, which the last launch overwrites; keys and values; queries. A cache row
+ * that several segments share is the first one's: its block adds up all segments in order. Tiles as
+ * in forward: T rows that a block owns, T / 2 of those it runs over. */
 #include "attention.cuh"
 #include "mma.cuh"
 
@@ -42,8 +43,8 @@ GLM_KERNEL(256) k_attention_delta(attention a)
         a.largest[blockIdx.x] = most;
 }
 
-static __device__ __forceinline__ const float *delta_of(const attention &a, const glm_segment &s, int g,
-                                                        int row)
+static __device__ __forceinline__ const float *delta_of(const attention &a, const glm_segment &s,
+                                                        int g, int row)
 {
     return a.dqkv + (query_of(a, s, g, row) - a.qkv);
 }
@@ -105,9 +106,9 @@ template <int T> static __device__ __forceinline__ void query_tiles(const attent
                 for (int n = 0; n < KEYS; n++) {
                     const int k = lane + n * LANES;
                     if (k < K)
-                        gs[r * K + k] = k0 + k < seen ? expf(score[n] * a.scale - lse) *
-                                                            (through[n] - delta)
-                                                      : 0.0f;
+                        gs[r * K + k] = k0 + k < seen
+                                            ? expf(score[n] * a.scale - lse) * (through[n] - delta)
+                                            : 0.0f;
                 }
                 __syncwarp();
                 const int visible = seen - k0 < K ? seen - k0 : K;
@@ -125,8 +126,8 @@ template <int T> static __device__ __forceinline__ void query_tiles(const attent
             if (row < rows)
 #pragma unroll
                 for (int j = 0; j < 4; j++)
-                    put4(a.dqkv + (query_of(a, s, g, row) - a.qkv), 4 * (lane + j * LANES), HD, dq[j],
-                         a.scale);
+                    put4(a.dqkv + (query_of(a, s, g, row) - a.qkv), 4 * (lane + j * LANES), HD,
+                         dq[j], a.scale);
         }
         first += pieces;
     }
@@ -199,7 +200,8 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
                     if (r < R) {
                         fill_row(qs + r * LD, row < rows ? query_of(a, q, g, row) : NULL, HD, lane,
                                  LANES);
-                        fill_row(ds + r * LD, row < rows ? a.dout + at * HD : NULL, HD, lane, LANES);
+                        fill_row(ds + r * LD, row < rows ? a.dout + at * HD : NULL, HD, lane,
+                                 LANES);
                         if (lane == 0) {
                             lses[r] = row < rows ? a.lse[at] : 0.0f;
                             deltas[r] = row < rows ? *delta_of(a, q, g, row) : 0.0f;
@@ -225,8 +227,7 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
                         const int at_row = lane + n * LANES;
                         if (at_row < R) {
                             const bool sees = row0 + at_row >= from && row0 + at_row < rows;
-                            const float p =
-                                sees ? expf(score[n] * a.scale - lses[at_row]) : 0.0f;
+                            const float p = sees ? expf(score[n] * a.scale - lses[at_row]) : 0.0f;
                             ps[r * R + at_row] = p;
                             gs[r * R + at_row] = sees ? p * (through[n] - deltas[at_row]) : 0.0f;
                         }
@@ -327,9 +328,9 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void query_pieces
                 __syncthreads();
 #pragma unroll
                 for (int d = 0; d < D / 16; d++)
-                    load_pieces<false>(pass ? dout[d] : query[d],
-                                       shared + (16 * warp + lane % 16) * LD + 16 * d +
-                                           8 * (lane / 16));
+                    load_pieces<false>(pass ? dout[d] : query[d], shared +
+                                                                      (16 * warp + lane % 16) * LD +
+                                                                      16 * d + 8 * (lane / 16));
             }
 #pragma unroll
             for (int n = 0; n < STEPS; n++)
@@ -373,13 +374,15 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void query_pieces
                                                               (through[n][j] - delta[h])
                                                         : 0.0f;
                         }
-                    const unsigned ds[4] = {
-                        pack2<BRAIN>(score[0][0], score[0][1]), pack2<BRAIN>(score[0][2], score[0][3]),
-                        pack2<BRAIN>(score[1][0], score[1][1]), pack2<BRAIN>(score[1][2], score[1][3])};
+                    const unsigned ds[4] = {pack2<BRAIN>(score[0][0], score[0][1]),
+                                            pack2<BRAIN>(score[0][2], score[0][3]),
+                                            pack2<BRAIN>(score[1][0], score[1][1]),
+                                            pack2<BRAIN>(score[1][2], score[1][3])};
 #pragma unroll
                     for (int n = 0; n < STEPS; n += 2) {
                         unsigned b[4];
-                        load_pieces<true>(b, ks + (16 * k + lane % 16) * LD + 8 * n + 8 * (lane / 16));
+                        load_pieces<true>(b,
+                                          ks + (16 * k + lane % 16) * LD + 8 * n + 8 * (lane / 16));
                         mma<BRAIN>(dq[n], ds, b[0], b[1]);
                         mma<BRAIN>(dq[n + 1], ds, b[2], b[3]);
                     }
@@ -420,7 +423,7 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
             const int key0 = own ? tile * KEYS : s.shared_begin + (tile - own_tiles) * KEYS;
             const int keys = own ? s.count : s.shared_begin + s.shared_count;
             const int key = key0 + half + lane / 4; /* and key + 8 */
-            __syncthreads(); /* readers of the piece before */
+            __syncthreads();                        /* readers of the piece before */
             for (int e = threadIdx.x; e < KEYS * STEPS; e += 128) {
                 const int r = e / STEPS, c = 8 * (e % STEPS), k = key0 + r;
                 pair_of kv;
@@ -450,15 +453,16 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
                     if (k >= keys || (!own && (k < begin || k >= end)))
                         from[h] = rows;
                 }
-                for (int row0 = own && key0 >= context ? key0 * a.G : 0; row0 < rows; row0 += ROWS) {
+                for (int row0 = own && key0 >= context ? key0 * a.G : 0; row0 < rows;
+                     row0 += ROWS) {
                     __syncthreads(); /* readers of the tile before */
                     for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
                         const int r = e / STEPS, c = 8 * (e % STEPS), row = row0 + r;
                         narrow_piece<BRAIN>(qs + r * LD, row < rows ? query_of(a, q, g, row) : NULL,
                                             HD, c, 1);
                         narrow_piece<BRAIN>(
-                            os + r * LD, row < rows ? a.dout + head_row(a, q, g, row) * HD : NULL, HD,
-                            c, factor);
+                            os + r * LD, row < rows ? a.dout + head_row(a, q, g, row) * HD : NULL,
+                            HD, c, factor);
                     }
                     __syncthreads();
                     float score[2][4], through[2][4];
@@ -468,8 +472,8 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
 #pragma unroll
                     for (int d = 0; d < D / 16; d++) {
                         const int at_key = (half + lane % 16) * LD + 16 * d + 8 * (lane / 16);
-                        const int at_row = (8 * (lane / 16) + lane % 8) * LD + 16 * d +
-                                           8 * (lane / 8 % 2);
+                        const int at_row =
+                            (8 * (lane / 16) + lane % 8) * LD + 16 * d + 8 * (lane / 8 % 2);
                         unsigned x[4], b[4];
                         load_pieces<false>(x, ks + at_key);
                         load_pieces<false>(b, qs + at_row);
@@ -496,9 +500,10 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
                                 *y = sees ? *x * (*y - delta) : 0.0f;
                             }
                         }
-                    const unsigned p[4] = {
-                        pack2<BRAIN>(score[0][0], score[0][1]), pack2<BRAIN>(score[0][2], score[0][3]),
-                        pack2<BRAIN>(score[1][0], score[1][1]), pack2<BRAIN>(score[1][2], score[1][3])};
+                    const unsigned p[4] = {pack2<BRAIN>(score[0][0], score[0][1]),
+                                           pack2<BRAIN>(score[0][2], score[0][3]),
+                                           pack2<BRAIN>(score[1][0], score[1][1]),
+                                           pack2<BRAIN>(score[1][2], score[1][3])};
                     const unsigned w[4] = {pack2<BRAIN>(through[0][0], through[0][1]),
                                            pack2<BRAIN>(through[0][2], through[0][3]),
                                            pack2<BRAIN>(through[1][0], through[1][1]),
@@ -543,8 +548,8 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
     }
 }
 
-#define PIECE_KERNELS(name, D, BRAIN)                                                             \
-    GLM_TILE_KERNEL(128, 2) k_attention_dq_##name(attention a) { query_pieces<D, BRAIN>(a); }     \
+#define PIECE_KERNELS(name, D, BRAIN)                                                         \
+    GLM_TILE_KERNEL(128, 2) k_attention_dq_##name(attention a) { query_pieces<D, BRAIN>(a); } \
     GLM_TILE_KERNEL(128, 2) k_attention_dkv_##name(attention a) { key_pieces<D, BRAIN>(a); }
 PIECE_KERNELS(f16_64, 64, false)
 PIECE_KERNELS(f16_128, 128, false)

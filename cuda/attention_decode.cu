@@ -1,5 +1,5 @@
-/* Attention forward for segments of a few tokens with a long past: a block a token and head. Its warps
- * take keys in turn, four at a time, and their results are put together at the end. */
+/* Attention forward for segments of a few tokens with a long past: a block a token and head. Its
+ * warps take keys in turn, four at a time, and their results are put together at the end. */
 #include "attention.cuh"
 
 enum { WARPS = 8, AT_ONCE = 4 };

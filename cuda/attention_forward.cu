@@ -1,4 +1,5 @@
-/* Attention forward by tiles, softmax carried along (Milakov & Gimelshein 2018): never a T x S matrix.
+/* Attention forward by tiles, softmax carried along (Milakov & Gimelshein 2018): never a T x S
+ * matrix.
  *
  * Float: T rows and T keys a tile, 128 threads, 128 / T adjacent threads to a row; each of them has
  * 16 columns of the row's output in registers. T is 32, 16 or 8 for heads up to 64, 128 or 256, so
@@ -108,7 +109,8 @@ GLM_TILE_KERNEL(128, 3) k_attention_forward_8(attention a) { forward_tiles<8>(a)
 
 /* ---- 16 bits */
 
-template <int D, bool BRAIN> static __device__ __forceinline__ void forward_pieces(const attention &a)
+template <int D, bool BRAIN>
+static __device__ __forceinline__ void forward_pieces(const attention &a)
 {
     const int ROWS = 64, KEYS = 32, LD = D + 8, STEPS = D / 8;
     GL_DYN_SHARED(unsigned short, shared); /* queries, then keys and values: both 64 rows */
@@ -165,8 +167,8 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void forward_piec
 #pragma unroll
                     for (int n = 0; n < KEYS / 8; n += 2) {
                         unsigned b[4];
-                        load_pieces<false>(b, ks + (8 * n + 8 * (lane / 16) + lane % 8) * LD + 16 * d +
-                                                  8 * (lane / 8 % 2));
+                        load_pieces<false>(b, ks + (8 * n + 8 * (lane / 16) + lane % 8) * LD +
+                                                  16 * d + 8 * (lane / 8 % 2));
                         mma<BRAIN>(score[n], query[d], b[0], b[1]);
                         mma<BRAIN>(score[n + 1], query[d], b[2], b[3]);
                     }
@@ -210,7 +212,8 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void forward_piec
 #pragma unroll
                     for (int n = 0; n < STEPS; n += 2) {
                         unsigned b[4];
-                        load_pieces<true>(b, vs + (16 * k + lane % 16) * LD + 8 * n + 8 * (lane / 16));
+                        load_pieces<true>(b,
+                                          vs + (16 * k + lane % 16) * LD + 8 * n + 8 * (lane / 16));
                         mma<BRAIN>(mix[n], p, b[0], b[1]);
                         mma<BRAIN>(mix[n + 1], p, b[2], b[3]);
                     }

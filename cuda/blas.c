@@ -76,9 +76,10 @@ glm_status glm_blas_open(struct glm_blas *blas, cudaStream_t stream, struct glm_
 {
     void *library = open_library();
     if (!library)
-        return glm_fail(err, GLM_EVALUE,
-                        "libcublas.so.%d is not found: install nvidia-cublas%s, or the CUDA toolkit",
-                        MAJORS[0], MAJORS[0] == 12 ? "-cu12" : "");
+        return glm_fail(
+            err, GLM_EVALUE,
+            "libcublas.so.%d is not found: install nvidia-cublas%s, or the CUDA toolkit", MAJORS[0],
+            MAJORS[0] == 12 ? "-cu12" : "");
     int (*create)(void **) = NULL;
     *(void **)&create = dlsym(library, "cublasCreate_v2");
     *(void **)&blas->gemm = dlsym(library, "cublasGemmEx");

@@ -2,7 +2,8 @@
 #include "launch.cuh"
 
 /* keys and values of row n of qkv: one run of 2 * KV floats */
-GLM_KERNEL(128) k_kv_append(float *k, float *v, const float *qkv, const int *slot, int width, int KV)
+GLM_KERNEL(128)
+k_kv_append(float *k, float *v, const float *qkv, const int *slot, int width, int KV)
 {
     const float *from = qkv + (size_t)blockIdx.x * width + (width - 2 * KV);
     const size_t to = (size_t)slot[blockIdx.x] * KV;
@@ -40,8 +41,9 @@ static __device__ __forceinline__ float kept_at(const mask_of &mask, int n, unsi
     return keep(mask, j == 0 ? w.w[0] : j == 1 ? w.w[1] : j == 2 ? w.w[2] : w.w[3]);
 }
 
-GLM_KERNEL(256) k_prefix_forward(float *out, const float *inp, int P, int J, int KV, int copies,
-                                 int drops, mask_of mask)
+GLM_KERNEL(256)
+k_prefix_forward(float *out, const float *inp, int P, int J, int KV, int copies, int drops,
+                 mask_of mask)
 {
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t rows = (size_t)copies * P, i = at % KV, n = at / KV % rows, j = at / KV / rows;
@@ -51,8 +53,9 @@ GLM_KERNEL(256) k_prefix_forward(float *out, const float *inp, int P, int J, int
     out[at] = drops ? x * kept_at(mask, (int)n, (unsigned)(j * KV + i)) : x;
 }
 
-GLM_KERNEL(256) k_prefix_backward(float *dinp, const float *dout, int P, int J, int KV, int copies,
-                                  int drops, mask_of mask)
+GLM_KERNEL(256)
+k_prefix_backward(float *dinp, const float *dout, int P, int J, int KV, int copies, int drops,
+                  mask_of mask)
 {
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t i = at % KV, j = at / KV % J, p = at / KV / J;

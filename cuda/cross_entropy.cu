@@ -5,8 +5,8 @@ GLM_BLOCK_REDUCTION(block_sum, float, warp_sum, 0)
 GLM_BLOCK_REDUCTION(block_max, float, warp_max, -GLM_INFINITY)
 
 /* NaN is never the maximum, but it is in the sum; -infinity is in neither. */
-GLM_KERNEL(256) k_cross_entropy_forward(float *loss, float *lse, const float *logits,
-                                        const int *target, int V)
+GLM_KERNEL(256)
+k_cross_entropy_forward(float *loss, float *lse, const float *logits, const int *target, int V)
 {
     const float *row = logits + (size_t)blockIdx.x * V;
     float most = -GLM_INFINITY, sum = 0;
@@ -35,8 +35,9 @@ GLM_KERNEL(256) k_cross_entropy_forward(float *loss, float *lse, const float *lo
     }
 }
 
-GLM_KERNEL(256) k_cross_entropy_backward(float *logits, const float *lse, const int *target, int V,
-                                         int blocks, float scale)
+GLM_KERNEL(256)
+k_cross_entropy_backward(float *logits, const float *lse, const int *target, int V, int blocks,
+                         float scale)
 {
     const size_t m = blockIdx.x / blocks;
     const int v = 4 * ((int)(blockIdx.x % blocks) * (int)blockDim.x + (int)threadIdx.x);
@@ -57,9 +58,8 @@ extern "C" void glm_cuda_cross_entropy_forward(void *cx, void *loss, void *lse, 
 {
     struct cuda *cuda = cuda_of(cx);
     if (glm_cuda_begin(cuda))
-        GLM_LAUNCH(cuda, "cross_entropy_forward", k_cross_entropy_forward, M,
-                   V > 512 ? 256 : 64, 0, (float *)loss, (float *)lse, (const float *)logits,
-                   target, V);
+        GLM_LAUNCH(cuda, "cross_entropy_forward", k_cross_entropy_forward, M, V > 512 ? 256 : 64, 0,
+                   (float *)loss, (float *)lse, (const float *)logits, target, V);
 }
 
 extern "C" void glm_cuda_cross_entropy_backward(void *cx, void *logits, const void *lse,

@@ -1,8 +1,8 @@
 /* The CUDA backend's context: device, stream, memory, scratch, errors, the table.
  *
  * Everything runs on one stream in order. An op cannot return an error, so the first one is kept as
- * a sentence; from then on ops do nothing, stopped() is 1 and error() gives the sentence. Compiles as
- * C and, for the emulator, as C++. */
+ * a sentence; from then on ops do nothing, stopped() is 1 and error() gives the sentence. Compiles
+ * as C and, for the emulator, as C++. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -93,10 +93,8 @@ void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes)
 
 int glm_cuda_fetch(struct cuda *cx, void *host, const void *device, size_t bytes, const char *op)
 {
-    return !glm_cuda_failed(cx,
-                            cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost,
-                                            cx->stream),
-                            op) &&
+    return !glm_cuda_failed(
+               cx, cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, cx->stream), op) &&
            !glm_cuda_failed(cx, cudaStreamSynchronize(cx->stream), op);
 }
 

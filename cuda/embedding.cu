@@ -2,7 +2,8 @@
  * order, so that no two blocks write one row. */
 #include "launch.cuh"
 
-GLM_KERNEL(256) k_embedding_forward(float *out, const void *weight, int dtype, const int *ids, int C)
+GLM_KERNEL(256)
+k_embedding_forward(float *out, const void *weight, int dtype, const int *ids, int C)
 {
     const size_t n = blockIdx.x;
     const char *row = static_cast<const char *>(weight) + stored_bytes(dtype, (size_t)ids[n] * C);
@@ -32,7 +33,8 @@ GLM_KERNEL(256) k_embedding_forward(float *out, const void *weight, int dtype, c
 
 GLM_BLOCK_REDUCTION(block_min, int, warp_min, 0x7fffffff)
 
-GLM_KERNEL(128) k_embedding_backward(float *dweight, const float *dout, const int *ids, int N, int C)
+GLM_KERNEL(128)
+k_embedding_backward(float *dweight, const float *dout, const int *ids, int N, int C)
 {
     const int n = blockIdx.x, id = ids[n];
     int first = n;

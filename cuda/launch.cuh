@@ -1,8 +1,9 @@
 /* What every kernel file starts from: the launch macro, 16-byte moves, reductions, stored dtypes.
  *
- * One source for three compilers: nvcc, NVRTC (which sees only what is outside GLM_HOST) and, by the
- * emulator's headers, the host's C++ compiler, for which GL_LAUNCH, GL_DYN_SHARED and every wrapper
- * of inline PTX have a second body. Kernels are extern "C", so that a loader finds them by name. */
+ * One source for three compilers: nvcc, NVRTC (which sees only what is outside GLM_HOST) and, by
+ * the emulator's headers, the host's C++ compiler, for which GL_LAUNCH, GL_DYN_SHARED and every
+ * wrapper of inline PTX have a second body. Kernels are extern "C", so that a loader finds them by
+ * name. */
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -70,8 +71,8 @@ static __device__ __forceinline__ size_t flat4()
     return 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
 }
 
-/* ---- sums and maxima: over a warp, then over a block of whole warps; every thread gets the result,
- * the order of the sum is fixed */
+/* ---- sums and maxima: over a warp, then over a block of whole warps; every thread gets the
+ * result, the order of the sum is fixed */
 
 static __device__ __forceinline__ float warp_sum(float v)
 {
@@ -107,17 +108,17 @@ static __device__ __forceinline__ int warp_min(int v)
     return v;
 }
 
-#define GLM_BLOCK_REDUCTION(name, T, warp, none)                              \
-    static __device__ T name(T v)                                             \
-    {                                                                         \
-        __shared__ T part[32];                                                \
-        const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;           \
-        v = warp(v);                                                          \
+#define GLM_BLOCK_REDUCTION(name, T, warp, none)                               \
+    static __device__ T name(T v)                                              \
+    {                                                                          \
+        __shared__ T part[32];                                                 \
+        const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;            \
+        v = warp(v);                                                           \
         __syncthreads(); /* readers of the previous call are done with part */ \
-        if (lane == 0)                                                        \
-            part[threadIdx.x >> 5] = v;                                       \
-        __syncthreads();                                                      \
-        return warp(lane < warps ? part[lane] : (T)(none));                   \
+        if (lane == 0)                                                         \
+            part[threadIdx.x >> 5] = v;                                        \
+        __syncthreads();                                                       \
+        return warp(lane < warps ? part[lane] : (T)(none));                    \
     }
 
 /* ---- stored dtypes */

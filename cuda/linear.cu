@@ -1,6 +1,6 @@
-/* Products with weights. Up to 8 rows: own kernels that read W once, 16 bytes at a time, whatever its
- * dtype. More rows: cuBLAS, with the operands in the backend's compute type; weights of another type
- * and quantized ones are widened into scratch, some rows of W at a time.
+/* Products with weights. Up to 8 rows: own kernels that read W once, 16 bytes at a time, whatever
+ * its dtype. More rows: cuBLAS, with the operands in the backend's compute type; weights of another
+ * type and quantized ones are widened into scratch, some rows of W at a time.
  *
  * Matrices that are thin (adapters) and everything in float32 mode stay in float. In float16 the
  * gradient operand is multiplied by a power of two that brings its largest element near 2^13, and
@@ -43,7 +43,8 @@ static __device__ __forceinline__ void load8(const void *p, int dtype, size_t i,
     }
 }
 
-static __device__ __forceinline__ void store8(void *p, int dtype, size_t i, size_t n, const float *v)
+static __device__ __forceinline__ void store8(void *p, int dtype, size_t i, size_t n,
+                                              const float *v)
 {
     if (dtype == GLM_F32) {
         f4 a, b;
@@ -66,7 +67,8 @@ static __device__ __forceinline__ void store8(void *p, int dtype, size_t i, size
 }
 
 /* out = inp * *factor in another dtype; factor NULL: 1 */
-GLM_KERNEL(256) k_convert(void *out, int to, const void *inp, int from, size_t n, const float *factor)
+GLM_KERNEL(256)
+k_convert(void *out, int to, const void *inp, int from, size_t n, const float *factor)
 {
     const size_t i = 2 * flat4();
     if (i >= n)
@@ -115,7 +117,8 @@ GLM_KERNEL(256) k_widen(void *out, int to, stored_matrix w, int first, int block
     if (c >= w.cols)
         return;
     float v[8];
-    load8(static_cast<const char *>(w.data) + stored_bytes(w.dtype, row * cols), w.dtype, c, cols, v);
+    load8(static_cast<const char *>(w.data) + stored_bytes(w.dtype, row * cols), w.dtype, c, cols,
+          v);
     if (w.scale) { /* groups are multiples of 32: the eight share a scale */
         const float s = scale_at(w, row, c);
 #pragma unroll
@@ -143,8 +146,8 @@ GLM_KERNEL(256) k_largest(float *largest, const float *x, size_t n)
         largest[blockIdx.x] = most;
 }
 
-GLM_KERNEL(256) k_factor(float *factor, float *alpha, const float *largest, int n, int exponent,
-                         float scale)
+GLM_KERNEL(256)
+k_factor(float *factor, float *alpha, const float *largest, int n, int exponent, float scale)
 {
     float most = 0;
     for (int i = threadIdx.x; i < n; i += blockDim.x)
@@ -229,7 +232,8 @@ template <int DTYPE> static __device__ __forceinline__ void decode(const uint4 q
     }
 }
 
-template <int DTYPE, int NB, int ROWS> static __device__ __forceinline__ void few_body(const few_rows &a)
+template <int DTYPE, int NB, int ROWS>
+static __device__ __forceinline__ void few_body(const few_rows &a)
 {
     const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
     const int SUB = PIECE < 8 ? PIECE : 8;
@@ -310,7 +314,7 @@ template <int DTYPE, int NB, int ROWS> static __device__ __forceinline__ void fe
         }
 }
 
-#define FEW_KERNELS(name, dtype)                                              \
+#define FEW_KERNELS(name, dtype)                                                       \
     GLM_TILE_KERNEL(256, 2) k_few_##name##_1(few_rows a) { few_body<dtype, 1, 4>(a); } \
     GLM_TILE_KERNEL(256, 2) k_few_##name##_2(few_rows a) { few_body<dtype, 2, 2>(a); } \
     GLM_TILE_KERNEL(256, 2) k_few_##name##_4(few_rows a) { few_body<dtype, 4, 2>(a); } \
@@ -324,8 +328,9 @@ FEW_KERNELS(i4, GLM_I4)
 /* ---- merge and quantize */
 
 /* W += scale * B A, four columns a thread */
-GLM_KERNEL(256) k_merge(void *data, int dtype, const float *B, const float *A, int I, int R,
-                        float scale, int blocks)
+GLM_KERNEL(256)
+k_merge(void *data, int dtype, const float *B, const float *A, int I, int R, float scale,
+        int blocks)
 {
     const size_t o = blockIdx.x / blocks;
     const int i = 4 * ((int)(blockIdx.x % blocks) * (int)blockDim.x + (int)threadIdx.x);
@@ -363,15 +368,17 @@ static __device__ __forceinline__ float clamp(float x, float low, float high)
 }
 
 /* A warp has one row, or one group of a row: see backend.h. */
-GLM_KERNEL(256) k_quantize(unsigned char *data, unsigned short *scales, int dtype, int group,
-                           const void *inp, int inp_dtype, int rows, int cols)
+GLM_KERNEL(256)
+k_quantize(unsigned char *data, unsigned short *scales, int dtype, int group, const void *inp,
+           int inp_dtype, int rows, int cols)
 {
     const int width = group ? group : cols, per_row = (cols + width - 1) / width;
     const int lane = threadIdx.x & 31;
     const size_t warp = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) >> 5;
     if (warp >= (size_t)rows * per_row)
         return;
-    const int begin = (int)(warp % per_row) * width, n = cols - begin < width ? cols - begin : width;
+    const int begin = (int)(warp % per_row) * width,
+              n = cols - begin < width ? cols - begin : width;
     const size_t at = warp / per_row * cols + begin;
     const float high = dtype == GLM_I8 ? 127.0f : 7.0f, low = group ? -8.0f : -high;
     float top = 0;
@@ -454,7 +461,8 @@ static int blas_type(enum glm_dtype dtype)
 }
 
 /* The type of both operands of a product with a matrix of rows by cols elements of a dtype. */
-static enum glm_dtype product_type(const struct cuda *cuda, enum glm_dtype dtype, int rows, int cols)
+static enum glm_dtype product_type(const struct cuda *cuda, enum glm_dtype dtype, int rows,
+                                   int cols)
 {
     const int thin = rows < cols ? rows : cols;
     return dtype == GLM_F32 && thin <= THIN ? GLM_F32 : cuda->compute;
@@ -468,8 +476,8 @@ static int piece_rows(const struct glm_mat *W, enum glm_dtype type)
 }
 
 /* `rows` rows of W from `first` on in a float dtype: in place, or widened into scratch. */
-static const void *widened(struct cuda *cuda, const struct glm_mat *W, enum glm_dtype type, int first,
-                           int rows)
+static const void *widened(struct cuda *cuda, const struct glm_mat *W, enum glm_dtype type,
+                           int first, int rows)
 {
     if (W->dtype == type)
         return (const char *)W->data + glm_bytes(type, (size_t)first * W->cols);
@@ -489,8 +497,8 @@ void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale)
                (const float *)small->largest, n, exponent, (float)scale);
 }
 
-/* x in the product's type. `gradient`: in float16 by a factor whose inverse, times scale, is left in
- * small->alpha; *on_device then says so. */
+/* x in the product's type. `gradient`: in float16 by a factor whose inverse, times scale, is left
+ * in small->alpha; *on_device then says so. */
 static const void *operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
                            enum glm_dtype type, int gradient, double scale, int *on_device)
 {
@@ -503,11 +511,12 @@ static const void *operand(struct cuda *cuda, enum glm_scratch which, const void
         return NULL;
     if (*on_device) {
         const size_t pieces = ceil_div(n, 8192), blocks = pieces < 512 ? pieces : 512;
-        GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, small->largest, (const float *)x, n);
+        GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, small->largest, (const float *)x,
+                   n);
         glm_cuda_factor(cuda, (int)blocks, 13, scale);
     }
-    GLM_LAUNCH(cuda, "operand", k_convert, ceil_div(n, 2048), 256, 0, to, (int)type, x, (int)GLM_F32,
-               n, *on_device ? (const float *)&small->factor : (const float *)NULL);
+    GLM_LAUNCH(cuda, "operand", k_convert, ceil_div(n, 2048), 256, 0, to, (int)type, x,
+               (int)GLM_F32, n, *on_device ? (const float *)&small->factor : (const float *)NULL);
     return to;
 }
 
@@ -523,11 +532,11 @@ static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, doub
     if (on_device)
         status = blas->set_pointer_mode(blas->handle, BLAS_DEVICE);
     if (!status)
-        status = blas->gemm(blas->handle, ta, tb, m, n, k,
-                            on_device ? (const void *)&small->alpha : &a, A, blas_type(type), lda, B,
-                            blas_type(type), ldb,
-                            on_device ? (const void *)(beta ? &small->one : &small->zero) : &b, C,
-                            BLAS_R_32F, ldc, BLAS_COMPUTE_32F, BLAS_DEFAULT);
+        status =
+            blas->gemm(blas->handle, ta, tb, m, n, k, on_device ? (const void *)&small->alpha : &a,
+                       A, blas_type(type), lda, B, blas_type(type), ldb,
+                       on_device ? (const void *)(beta ? &small->one : &small->zero) : &b, C,
+                       BLAS_R_32F, ldc, BLAS_COMPUTE_32F, BLAS_DEFAULT);
     if (on_device)
         blas->set_pointer_mode(blas->handle, BLAS_HOST);
     if (status)
@@ -548,7 +557,8 @@ static void few(struct cuda *cuda, void *out, const void *inp, const struct glm_
     const int kind = W->dtype <= GLM_BF16 ? (int)W->dtype : W->dtype == GLM_I8 ? 3 : 4;
     const int size = N == 1 ? 0 : N == 2 ? 1 : N <= 4 ? 2 : 3, rows = N == 1 ? 4 : N <= 4 ? 2 : 1;
     const few_kernel k_few = FEW_TABLE[kind][size];
-    GLM_LAUNCH(cuda, "linear_forward", k_few, ceil_div((size_t)W->rows, (size_t)8 * rows), 256, 0, a);
+    GLM_LAUNCH(cuda, "linear_forward", k_few, ceil_div((size_t)W->rows, (size_t)8 * rows), 256, 0,
+               a);
 }
 
 extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
@@ -591,15 +601,15 @@ extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void 
     const enum glm_dtype type = product_type(cuda, weight->dtype, O, I);
     const int rows = piece_rows(weight, type);
     int on_device;
-    const char *d = (const char *)operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, 1, scale,
-                                          &on_device);
+    const char *d =
+        (const char *)operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, 1, scale, &on_device);
     for (int o = 0; d && o < O; o += rows) {
         const int count = O - o < rows ? O - o : rows;
         const void *w = widened(cuda, weight, type, o, count);
         if (!w)
             return;
-        product(cuda, BLAS_N, BLAS_N, I, N, count, scale, on_device, w, I, d + glm_bytes(type, o), O,
-                type, accumulate || o, dinp, I);
+        product(cuda, BLAS_N, BLAS_N, I, N, count, scale, on_device, w, I, d + glm_bytes(type, o),
+                O, type, accumulate || o, dinp, I);
     }
 }
 
@@ -616,7 +626,8 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
         const void *d = operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, 1, scale, &on_device);
         const void *x = operand(cuda, SCRATCH_B, inp, (size_t)N * I, type, 0, scale, &ignored);
         if (d && x)
-            product(cuda, BLAS_N, BLAS_T, I, O, N, scale, on_device, x, I, d, O, type, 1, dweight, I);
+            product(cuda, BLAS_N, BLAS_T, I, O, N, scale, on_device, x, I, d, O, type, 1, dweight,
+                    I);
     }
     if (dbias)
         GLM_LAUNCH(cuda, "linear_backward_weight", k_column_sum, ceil_div((size_t)O, 32), 256, 0,

@@ -1,6 +1,6 @@
 /* Tensor cores: the three instructions of mma.sync that attention needs, each with a body for the
- * emulator that has the lane layout of the PTX manual (section "Matrix multiply-accumulate"). Lane l
- * is in row group l / 4 and has columns 2 (l % 4) and 2 (l % 4) + 1 of an 8-wide piece.
+ * emulator that has the lane layout of the PTX manual (section "Matrix multiply-accumulate"). Lane
+ * l is in row group l / 4 and has columns 2 (l % 4) and 2 (l % 4) + 1 of an 8-wide piece.
  *
  * BRAIN: bfloat16 (capability 8.0 and up), else float16 (7.5 and up). Below that the bodies are
  * empty and the host never launches their kernels. */
@@ -56,7 +56,8 @@ static __device__ __forceinline__ void load_pieces(unsigned *r, const unsigned s
                      b = __shfl_sync(0xffffffffu, (size_t)row, next);
         const int at = TRANSPOSED ? lane / 4 : 2 * (lane % 4);
         r[i] = (unsigned)reinterpret_cast<const unsigned short *>(a)[at] |
-               (unsigned)reinterpret_cast<const unsigned short *>(b)[TRANSPOSED ? at : at + 1] << 16;
+               (unsigned)reinterpret_cast<const unsigned short *>(b)[TRANSPOSED ? at : at + 1]
+                   << 16;
     }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
     const unsigned at = (unsigned)__cvta_generic_to_shared(row);
@@ -77,13 +78,14 @@ static __device__ __forceinline__ void load_pieces(unsigned *r, const unsigned s
 
 template <bool BRAIN> static __device__ __forceinline__ unsigned pack2(float low, float high)
 {
-    return BRAIN ? brain_bits(low) | brain_bits(high) << 16 : half_bits(low) | half_bits(high) << 16;
+    return BRAIN ? brain_bits(low) | brain_bits(high) << 16
+                 : half_bits(low) | half_bits(high) << 16;
 }
 
 /* Eight columns from c on of a 16-bit tile's row, times factor, from HD floats or of zeros */
 template <bool BRAIN>
-static __device__ __forceinline__ void narrow_piece(unsigned short *to, const float *from, int HD, int c,
-                                                    float factor)
+static __device__ __forceinline__ void narrow_piece(unsigned short *to, const float *from, int HD,
+                                                    int c, float factor)
 {
     float v[8];
     f4 a, b;

@@ -3,8 +3,8 @@
 
 GLM_BLOCK_REDUCTION(block_sum, float, warp_sum, 0)
 
-GLM_KERNEL(256) k_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight,
-                                  int C, float eps)
+GLM_KERNEL(256)
+k_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int C, float eps)
 {
     const size_t row = (size_t)blockIdx.x * C;
     float squares = 0;
@@ -27,8 +27,9 @@ GLM_KERNEL(256) k_rmsnorm_forward(float *out, float *rstd, const float *inp, con
     }
 }
 
-GLM_KERNEL(256) k_rmsnorm_backward(float *dinp, const float *dout, const float *inp,
-                                   const float *weight, const float *rstd, int C)
+GLM_KERNEL(256)
+k_rmsnorm_backward(float *dinp, const float *dout, const float *inp, const float *weight,
+                   const float *rstd, int C)
 {
     const size_t row = (size_t)blockIdx.x * C;
     const float r = rstd[blockIdx.x];
@@ -51,8 +52,9 @@ GLM_KERNEL(256) k_rmsnorm_backward(float *dinp, const float *dout, const float *
 }
 
 /* 32 columns by 8 rows at a time */
-GLM_KERNEL(256) k_rmsnorm_dweight(float *dweight, const float *dout, const float *inp,
-                                  const float *rstd, int N, int C)
+GLM_KERNEL(256)
+k_rmsnorm_dweight(float *dweight, const float *dout, const float *inp, const float *rstd, int N,
+                  int C)
 {
     __shared__ float part[8][32];
     const int lane = threadIdx.x & 31, group = threadIdx.x >> 5, c = blockIdx.x * 32 + lane;

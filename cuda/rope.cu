@@ -1,8 +1,9 @@
 /* Rotary positions, in place: a thread rotates two adjacent pairs, 16 bytes. */
 #include "launch.cuh"
 
-GLM_KERNEL(256) k_rope(float *x, const float *table, const int *position, int N, int heads, int HD,
-                       int stride, int rotary_dim, float sign)
+GLM_KERNEL(256)
+k_rope(float *x, const float *table, const int *position, int N, int heads, int HD, int stride,
+       int rotary_dim, float sign)
 {
     const int quads = (rotary_dim + 3) / 4;
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;

@@ -24,7 +24,8 @@ GLM_KERNEL(256) k_swiglu_forward(float *out, const float *inp, int F, int blocks
 }
 
 /* dinp may be inp: a thread has read what it writes */
-GLM_KERNEL(256) k_swiglu_backward(float *dinp, const float *dout, const float *inp, int F, int blocks)
+GLM_KERNEL(256)
+k_swiglu_backward(float *dinp, const float *dout, const float *inp, int F, int blocks)
 {
     const size_t n = blockIdx.x / blocks;
     const int f = column4(blocks);
