@@ -1,9 +1,9 @@
-"""Accuracy on the synthetic test after LoRA over float32, int8 and int4 bases, and their predictions.
+"""Accuracy on the synthetic test after LoRA over float32, int8 and int4 bases.
 
     python benchmarks/quantized_quality.py [--papers 2000]
 
-Trains glm-tiny as `glmlora demo` does, once for each base, and predicts with the base it was trained
-over. Prints accuracy, odd answers and the difference to float32 in points.
+Trains glm-tiny as `glmlora demo` does, once for each base, and predicts with the base it was
+trained over. Prints accuracy, odd answers and the difference to float32 in points.
 """
 
 import argparse
