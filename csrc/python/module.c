@@ -17,7 +17,7 @@ struct glm_backend *glm_module_backend(struct module_state *state, const char *n
         PyErr_SetString(PyExc_RuntimeError, "too many backends");
         return NULL;
     }
-    glm_status status = glm_backend_create(&be, name, &err);
+    glm_status status = glm_backend_create(&be, full, &err);
     if (status != GLM_OK) {
         glm_raise(status, &err);
         return NULL;
