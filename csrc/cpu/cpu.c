@@ -1,5 +1,5 @@
 /* The CPU's op table: cuts each op into tasks and hands them to the pool. The arithmetic is in
- * kernels_tmpl.h. */
+ * tmpl_*.h. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
