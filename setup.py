@@ -13,11 +13,12 @@ from setuptools.command.build_ext import build_ext
 X86 = platform.machine() in ("x86_64", "AMD64")
 # -std=c11 turns contraction off and -O2 leaves loops scalar: kernel files say what they need.
 KERNEL = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 SUFFIX_FLAGS = {
     "_generic.c": KERNEL,
     "_avx2.c": KERNEL + ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512.c": KERNEL
-    + ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "_avx512.c": KERNEL + AVX512,
+    "_avx512bf16.c": KERNEL + AVX512 + ["-mavx512bf16", "-mavx512vnni"],
 }
 STRICT = [
     "-std=c11",
@@ -48,7 +49,7 @@ class BuildPerFile(build_ext):
 
 sources = sorted(glob.glob("csrc/*.c") + glob.glob("csrc/*/*.c"))
 if not X86:
-    sources = [s for s in sources if not s.endswith(("_avx2.c", "_avx512.c"))]
+    sources = [s for s in sources if not s.endswith(("_avx2.c", "_avx512.c", "_avx512bf16.c"))]
 sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 sanitize = sanitize if os.environ.get("GLMLORA_SANITIZE") else []
 core = Extension(

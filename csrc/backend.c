@@ -83,9 +83,12 @@ void glm_backend_name(char full[64], const char *name)
     const char *forced = getenv("GLMLORA_ISA");
     const char *variants = forced && *forced ? forced : glm_cpu_variants();
     struct device_name device;
-    if (strcmp(name, "cpu") == 0) /* the same pool of threads as the variant it stands for */
-        snprintf(full, 64, "cpu:%.*s", (int)strcspn(variants, ","), variants);
-    else if (parse_device(&device, name))
+    if (strncmp(name, "cpu", 3) == 0 && (!name[3] || name[3] == ':' || name[3] == '/')) {
+        const char *isa = name[3] == ':' ? name + 4 : variants, *type = strchr(name, '/');
+        if (type && strcmp(type, "/float32") == 0)
+            type = NULL;
+        snprintf(full, 64, "cpu:%.*s%.20s", (int)strcspn(isa, ",/"), isa, type ? type : "");
+    } else if (parse_device(&device, name))
         snprintf(full, 64, "%s:%d/%s", device.library, device.device, types[device.compute]);
     else
         snprintf(full, 64, "%.63s", name);
@@ -95,10 +98,8 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
 {
     struct device_name device;
     *out = NULL;
-    if (strcmp(name, "cpu") == 0)
-        return glm_cpu_create(out, "", err);
     if (strncmp(name, "cpu:", 4) == 0)
-        return glm_cpu_create(out, name + 4, err);
+        return glm_cpu_create(out, name, err);
     if (strcmp(name, "plan") == 0)
         return glm_plan_create(out, err);
     if (strcmp(name, "ref_f32") == 0)
@@ -107,8 +108,9 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
         return glm_ref_f64_create(out, err);
     if (parse_device(&device, name))
         return cuda_create(out, &device, name, err);
-    return glm_fail(err, GLM_EVALUE,
-                    "backend '%s': expected cpu, cpu:generic, cpu:avx2, cpu:avx512, plan, ref_f32, "
-                    "ref_f64 or cuda[:N][/float32|/float16|/bfloat16]",
-                    name);
+    return glm_fail(
+        err, GLM_EVALUE,
+        "backend '%s': expected cpu[:generic|:avx2|:avx512|:avx512bf16][/float32|/bfloat16|"
+        "/int8], plan, ref_f32, ref_f64 or cuda[:N][/float32|/float16|/bfloat16]",
+        name);
 }

@@ -237,8 +237,9 @@ struct glm_backend {
     const char *(*error)(struct glm_backend *be);
 };
 
-/* "cpu" (best instruction set, or the one that the environment variable GLMLORA_ISA names),
- * "cpu:generic", "cpu:avx2", "cpu:avx512", "plan" (computes nothing), "ref_f32", "ref_f64";
+/* "cpu[:ISA][/TYPE]": ISA generic, avx2, avx512 or avx512bf16, else the one that the environment
+ * variable GLMLORA_ISA names, else the best; TYPE float32, bfloat16 or int8, of the large products
+ * (int8 over int8 weights, bfloat16 over others). "plan" (computes nothing), "ref_f32", "ref_f64";
  * "cuda[:N][/float32|/float16|/bfloat16]", device N and the type of its large products, "emu" for
  * "cuda" without a GPU: from the library that the environment variable GLMLORA_CUDA_LIBRARY names.
  * GLM_EVALUE when the name is unknown, this processor lacks the instructions or there is no such
@@ -248,9 +249,8 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
 /* The whole name that a short one stands for, which is the name of the backend made from it. */
 void glm_backend_name(char full[64], const char *name);
 
-/* One constructor per folder; each returns NULL and a reason in err. isa: "", "generic", "avx2",
- * "avx512". */
-glm_status glm_cpu_create(struct glm_backend **out, const char *isa, struct glm_error *err);
+/* One constructor per folder; each returns a reason in err. name: whole, see glm_backend_name. */
+glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm_error *err);
 glm_status glm_plan_create(struct glm_backend **out, struct glm_error *err);
 glm_status glm_ref_f32_create(struct glm_backend **out, struct glm_error *err);
 glm_status glm_ref_f64_create(struct glm_backend **out, struct glm_error *err);

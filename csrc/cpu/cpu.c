@@ -1,6 +1,7 @@
 /* The CPU's op table: cuts each op into tasks and hands them to the pool. The arithmetic is in
  * tmpl_*.h. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -11,11 +12,15 @@
 #endif
 
 enum { PARTIALS = 1024, FINDERS = 64, ELEMENTS = 1 << 14 };
+#define PACKED ((size_t)32 << 20) /* bytes of an operand that are packed at a time */
 
 struct cpu {
     struct glm_backend be;
     struct glm_pool *pool;
     const struct glm_cpu_kernels *k;
+    enum glm_dtype compute; /* of the large products */
+    char *packed;           /* (PACKED), touched where it is used */
+    char name[64];
     double partial[PARTIALS];
     int found[FINDERS];
 };
@@ -152,51 +157,154 @@ static void prefix_backward(void *cx, void *dinp, const void *dout, int P, int J
             }
 }
 
-/* ---- linear */
+/* ---- linear: the arithmetic is chosen, one operand packed, then tasks make tiles of the output */
 
-/* Rows of a tile, at most `most`: W is packed once for each, so many; but tasks enough for all
- * threads to end together. What is computed does not depend on it. */
+/* Matrices that are thinner than this in float32 are adapters: their products stay in float. */
+enum { THIN = 256 };
+
+static enum glm_dtype kind_of(const struct cpu *cpu, enum glm_dtype dtype, int group, int rows,
+                              int cols)
+{
+    const int thin = rows < cols ? rows : cols;
+    if (cpu->compute == GLM_F32 || dtype == GLM_F64 || (dtype == GLM_F32 && thin <= THIN))
+        return GLM_F32;
+    return cpu->compute == GLM_I8 && dtype == GLM_I8 && !group ? GLM_I8 : GLM_BF16;
+}
+
+/* Rows of a tile, at most `most`: the other operand is packed once for each, so many; but tasks
+ * enough for all threads to end together. What is computed does not depend on it. */
 static int tile_rows(const struct cpu *cpu, int N, int most, int columns)
 {
     int tiles = ceil_div((size_t)N, (size_t)most);
-    while (tiles * columns < 6 * glm_pool_threads(cpu->pool) && N > 8 * L1_ROWS * tiles)
+    while (tiles * columns < 6 * glm_pool_threads(cpu->pool) && N > 8 * ROW_GROUP * tiles)
         tiles++;
-    return tiles ? ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), L1_ROWS) * L1_ROWS : 1;
+    return tiles ? ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), ROW_GROUP) * ROW_GROUP : 1;
+}
+
+/* Runs of a row of K columns as bytes. */
+static int runs_of(enum glm_dtype kind, int K)
+{
+    return kind == GLM_I8 ? ceil_div((size_t)K, NT_RUN_BYTES) : 0;
+}
+
+/* Rows, a multiple of `together`, that are packed at a time when each takes `bytes`: the runs lie
+ * behind the vectors. */
+static int packed_rows(struct pack_args *p, struct cpu *cpu, size_t bytes, int N, int together)
+{
+    const size_t each = bytes + (size_t)runs_of(p->kind, p->K) * sizeof(struct x_run);
+    const size_t most = PACKED / each / (size_t)together * (size_t)together;
+    const size_t needed = (size_t)ceil_div((size_t)N, (size_t)together) * (size_t)together;
+    const size_t rows = most < needed ? most : needed;
+    p->to = cpu->packed;
+    p->runs = (struct x_run *)(cpu->packed + rows * bytes);
+    return (int)rows;
+}
+
+static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
+{
+    const struct glm_cpu_kernels *k = cpu->k;
+    const size_t bytes =
+        (size_t)k->packed_vectors(p->kind, p->dtype, p->K) * (size_t)k->vector_bytes;
+    p->R = k->in_place_rows[N <= k->in_place_rows[0] ? 0 : N <= k->in_place_rows[1] ? 1 : 2];
+    p->N = a->N = N;
+    packed_rows(p, cpu, bytes, N, p->R);
+    for (int task = 0; task * p->R < N; task++)
+        k->pack_x(p, task, NULL);
+    a->x = p->to;
+    a->runs = p->runs;
+    a->R = p->R;
+    glm_pool_run(cpu->pool, ceil_div((size_t)a->w->rows, (size_t)k->in_place_cols), k->nt_in_place,
+                 a);
 }
 
 static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
                            const void *bias, int N, double scale, int accumulate)
 {
     struct cpu *cpu = cx;
-    const int columns = ceil_div((size_t)weight->rows, NT_COLS);
-    const struct nt_args a = {
-        out, inp, bias, weight, N, accumulate, tile_rows(cpu, N, NT_ROWS, columns), (float)scale};
-    if (N)
-        glm_pool_run(cpu->pool, ceil_div((size_t)N, (size_t)a.rows) * columns, cpu->k->nt, &a);
+    const struct glm_cpu_kernels *k = cpu->k;
+    const int O = weight->rows, I = weight->cols;
+    const enum glm_dtype kind = kind_of(cpu, weight->dtype, weight->group, O, I);
+    struct pack_args p = {.x = inp, .K = I, .kind = kind, .dtype = weight->dtype};
+    struct nt_args a = {.out = out,
+                        .ldo = (size_t)O,
+                        .ldc = 1,
+                        .bias = bias,
+                        .w = weight,
+                        .kind = kind,
+                        .accumulate = accumulate,
+                        .scale = (float)scale};
+    if (N <= k->most_in_place) {
+        if (N)
+            in_place(cpu, &a, &p, N);
+        return;
+    }
+    if (O <= k->most_in_place && weight->dtype == GLM_F32 && !bias) { /* x is the large one */
+        const struct glm_mat x = {.data = inp, .dtype = GLM_F32, .rows = N, .cols = I};
+        a.w = &x;
+        a.ldo = 1;
+        a.ldc = (size_t)O;
+        p.x = weight->data;
+        in_place(cpu, &a, &p, O);
+        return;
+    }
+    const size_t bytes = (size_t)k->packed_vectors(kind, p.dtype, I) * (size_t)k->vector_bytes;
+    const int rows = packed_rows(&p, cpu, bytes, N, k->x_rows);
+    const int columns = ceil_div((size_t)O, NT_COLS);
+    p.R = k->x_rows;
+    a.x = p.to;
+    a.runs = p.runs;
+    for (int n = 0; n < N; n += rows) {
+        p.N = a.N = N - n < rows ? N - n : rows;
+        p.x = (const float *)inp + (size_t)n * I;
+        a.out = (float *)out + (size_t)n * O;
+        a.rows = tile_rows(cpu, a.N, accumulate ? NT_ROWS_ADDED : NT_ROWS, columns);
+        glm_pool_run(cpu->pool, ceil_div((size_t)a.N, (size_t)p.R), k->pack_x, &p);
+        glm_pool_run(cpu->pool, ceil_div((size_t)a.N, (size_t)a.rows) * columns, k->nt, &a);
+    }
 }
 
-static void run_gemm(struct cpu *cpu, struct gemm_args *g)
+/* c (M, b's columns) = scale * A B (+ c),  a(m, k) = x[m * am + k * ak] */
+static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_t ak,
+                     const struct glm_mat *b, enum glm_dtype kind, int M, double scale,
+                     int accumulate)
 {
-    const int columns = ceil_div((size_t)g->b->cols, GEMM_COLS);
-    g->rows = tile_rows(cpu, g->M, GEMM_ROWS, columns);
-    if (g->M)
-        glm_pool_run(cpu->pool, ceil_div((size_t)g->M, (size_t)g->rows) * columns, cpu->k->gemm, g);
+    const struct glm_cpu_kernels *k = cpu->k;
+    if (!M || !b->rows) /* a sum of nothing; only accumulated products have no terms */
+        return;
+    const int K = b->rows, per = kind == GLM_I8 ? 4 : kind == GLM_BF16 ? 2 : 1;
+    struct pack_args p = {.x = x,
+                          .K = K,
+                          .R = k->a_rows,
+                          .kind = kind,
+                          .am = am,
+                          .ak = ak,
+                          .factor = b->group ? NULL : b->scale,
+                          .scale = (float)scale};
+    const int rows =
+        packed_rows(&p, cpu, (size_t)ceil_div((size_t)K, (size_t)per) * 4, M, k->a_rows);
+    const int columns = ceil_div((size_t)b->cols, GEMM_COLS);
+    for (int m = 0; m < M; m += rows) {
+        p.N = M - m < rows ? M - m : rows;
+        p.x = x + (size_t)m * am;
+        const struct gemm_args g = {.c = c + (size_t)m * b->cols,
+                                    .a = (const float *)p.to,
+                                    .runs = p.runs,
+                                    .b = b,
+                                    .kind = kind,
+                                    .M = p.N,
+                                    .accumulate = accumulate,
+                                    .rows = tile_rows(cpu, p.N, GEMM_ROWS, columns)};
+        glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)k->a_rows), k->pack_a, &p);
+        glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)g.rows) * columns, k->gemm, &g);
+    }
 }
 
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
 {
-    struct gemm_args g = {
-        .c = dinp,
-        .a = dout,
-        .am = (size_t)weight->rows,
-        .ak = 1,
-        .b = weight,
-        .M = N,
-        .accumulate = accumulate,
-        .scale = (float)scale,
-    };
-    run_gemm(cx, &g);
+    const enum glm_dtype kind =
+        kind_of(cx, weight->dtype, weight->group, weight->rows, weight->cols);
+    run_gemm(cx, dinp, dout, (size_t)weight->rows, 1, weight, kind, N, scale, accumulate);
 }
 
 /* a task is a run of columns: out += sum over rows of a (N, C) */
@@ -220,17 +328,9 @@ static void linear_backward_weight(void *cx, void *dweight, void *dbias, const v
     struct cpu *cpu = cx;
     if (dweight) {
         const struct glm_mat b = {.data = inp, .dtype = GLM_F32, .rows = N, .cols = I};
-        struct gemm_args g = {
-            .c = dweight,
-            .a = dout,
-            .am = 1,
-            .ak = (size_t)O,
-            .b = &b,
-            .M = O,
-            .accumulate = 1,
-            .scale = (float)scale,
-        };
-        run_gemm(cpu, &g);
+        const enum glm_dtype kind = kind_of(cpu, GLM_F32, 0, O, I);
+        run_gemm(cpu, dweight, dout, 1, (size_t)O, &b, kind == GLM_I8 ? GLM_BF16 : kind, O, scale,
+                 1);
     }
     if (dbias) {
         const struct row_args a = {.out = dbias, .a = dout, .N = N, .C = O};
@@ -504,6 +604,7 @@ static void cpu_destroy(struct glm_backend *be)
 {
     struct cpu *cpu = be->cx;
     glm_pool_destroy(cpu->pool);
+    free(cpu->packed);
     free(cpu);
 }
 
@@ -528,44 +629,78 @@ static int runs_avx512(void)
 #endif
 }
 
-const char *glm_cpu_variants(void)
+static int runs_avx512bf16(void)
 {
-    return runs_avx512() ? "avx512,avx2,generic" : runs_avx2() ? "avx2,generic" : "generic";
+#if defined(__x86_64__)
+    return runs_avx512() && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vnni");
+#else
+    return 0;
+#endif
 }
 
-glm_status glm_cpu_create(struct glm_backend **out, const char *isa, struct glm_error *err)
+const char *glm_cpu_variants(void)
 {
-    const struct glm_cpu_kernels *k = NULL;
-    const char *name = NULL;
-    const int best = !*isa;
+    return runs_avx512bf16() ? "avx512bf16,avx512,avx2,generic"
+           : runs_avx512()   ? "avx512,avx2,generic"
+           : runs_avx2()     ? "avx2,generic"
+                             : "generic";
+}
+
+static const struct glm_cpu_kernels *kernels_of(const char *isa, size_t length)
+{
+#define IS(name) (length == strlen(name) && strncmp(isa, name, length) == 0)
 #if defined(__x86_64__)
-    if (!k && runs_avx512() && (best || strcmp(isa, "avx512") == 0)) {
-        k = &glm_cpu_kernels_avx512;
-        name = "cpu:avx512";
-    }
-    if (!k && runs_avx2() && (best || strcmp(isa, "avx2") == 0)) {
-        k = &glm_cpu_kernels_avx2;
-        name = "cpu:avx2";
-    }
+    if (IS("avx512bf16") && runs_avx512bf16())
+        return &glm_cpu_kernels_avx512bf16;
+    if (IS("avx512") && runs_avx512())
+        return &glm_cpu_kernels_avx512;
+    if (IS("avx2") && runs_avx2())
+        return &glm_cpu_kernels_avx2;
 #endif
-    if (!k && (best || strcmp(isa, "generic") == 0)) {
-        k = &glm_cpu_kernels_generic;
-        name = "cpu:generic";
-    }
+    return IS("generic") ? &glm_cpu_kernels_generic : NULL;
+#undef IS
+}
+
+glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm_error *err)
+{
+    const char *isa = name[3] == ':' ? name + 4 : "", *type = strchr(name, '/');
+    const size_t length = type ? (size_t)(type - isa) : strlen(isa);
+    const struct glm_cpu_kernels *k = kernels_of(isa, length);
     if (!k)
-        return glm_fail(err, GLM_EVALUE, "backend 'cpu:%s': this processor runs %s", isa,
+        return glm_fail(err, GLM_EVALUE, "backend '%s': this processor runs %s", name,
                         glm_cpu_variants());
+    const enum glm_dtype compute = !type || strcmp(type, "/float32") == 0 ? GLM_F32
+                                   : strcmp(type, "/bfloat16") == 0       ? GLM_BF16
+                                   : strcmp(type, "/int8") == 0           ? GLM_I8
+                                                                          : GLM_F64;
+    if (compute == GLM_F64)
+        return glm_fail(err, GLM_EVALUE, "backend '%s': expected /float32, /bfloat16 or /int8",
+                        name);
+    if (compute != GLM_F32 && !k->fast)
+        return glm_fail(err, GLM_EVALUE,
+                        "backend '%s': these kernels multiply in float32; bfloat16 and int8 need "
+                        "avx512bf16, this processor runs %s",
+                        name, glm_cpu_variants());
     struct cpu *cpu = calloc(1, sizeof *cpu);
-    if (cpu)
+    if (cpu) {
         cpu->pool = glm_pool_create();
-    if (!cpu || !cpu->pool) {
+        cpu->packed = glm_aligned(PACKED);
+    }
+    if (!cpu || !cpu->pool || !cpu->packed) {
+        if (cpu) {
+            glm_pool_destroy(cpu->pool);
+            free(cpu->packed);
+        }
         free(cpu);
         return glm_fail(err, GLM_EMEMORY, "cpu backend: %zu bytes could not be taken",
-                        sizeof *cpu + GLM_SCRATCH);
+                        sizeof *cpu + GLM_SCRATCH + PACKED);
     }
     cpu->k = k;
+    cpu->compute = compute;
+    snprintf(cpu->name, sizeof cpu->name, "%s", name);
     cpu->be = (struct glm_backend){
-        .name = name,
+        .name = cpu->name,
         .ops = &cpu_ops,
         .cx = cpu,
         .real_size = 4,

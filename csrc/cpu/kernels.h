@@ -9,35 +9,59 @@
 /* Tiles of the matrix products. Reductions are cut in fixed blocks that do not depend on N, so that
  * an element has the same bits whatever batch it is in. */
 enum {
-    NT_ROWS = 384,    /* largest tile of linear_forward: rows of inp .. */
-    NT_COLS = 128,    /* .. times rows of W; */
-    NT_BLOCK = 512,   /* its reduction is summed in blocks of this many features */
-    NT_WIDTH = 8192,  /* features that are packed at once where rows are few */
-    GEMM_ROWS = 192,  /* largest tile of the backward products: rows .. */
-    GEMM_COLS = 256,  /* .. times columns; */
-    GEMM_BLOCK = 128, /* packed in blocks of this many terms */
-    L1_ROWS = 12,     /* rows that are packed together: a multiple of every kernel's */
-    ATT_ROWS = 48,    /* query rows of an attention task */
+    NT_RUN_BYTES = 2048, /* linear_forward sums runs of packed rows of x and W of this size; */
+    NT_COLS = 128,       /* its tasks have this many rows of W .. */
+    NT_ROWS = 1024,      /* .. times at most this many of x, */
+    NT_ROWS_ADDED = 384, /* fewer where the output is added to */
+    GEMM_ROWS = 1024,    /* largest task of the backward products: rows .. */
+    GEMM_COLS = 256,     /* .. times columns; */
+    GEMM_UNITS = 512,    /* a panel of B has so many units; of bytes that is a run of x */
+    ROW_GROUP = 12,      /* rows that are packed together: a multiple of every kernel's */
+    OUTLIERS = 4,        /* of a run of x */
+    ATT_ROWS = 48,       /* query rows of an attention task */
     ATT_KEYS = 48, /* keys are taken in blocks of this many, counted from the first visible one */
     MAX_HEAD = 512,
     PIECE = 4096, /* elements of a piece of sum_squares */
 };
 
-struct nt_args { /* out = scale * inp W^T + bias (+ out) */
-    float *out;
-    const float *inp, *bias;
-    const struct glm_mat *w;
-    int N, accumulate, rows; /* rows of a tile */
+/* A run of a row of x as bytes: their sum and scale, and what is kept apart. */
+struct x_run {
+    int32_t sum, count;
+    float scale;
+    int32_t column[OUTLIERS]; /* in the run */
+    float value[OUTLIERS];
+};
+
+struct pack_args { /* rows of x (N, K), or of A with strides am, ak, for the products of a kind */
+    char *to;
+    struct x_run *runs; /* kind GLM_I8: (N, runs of a row) */
+    const float *x;
+    int N, K, R;                /* R rows together */
+    enum glm_dtype kind, dtype; /* dtype of W, whose columns' order x follows */
+    size_t am, ak;
+    const uint16_t *factor; /* float16 factors of the K terms, or NULL */
     float scale;
 };
 
-struct gemm_args { /* C (M, N) = scale * A B (+ C);  a(m, k) = A[m * am + k * ak],  B (K, N) */
-    float *c;
-    const float *a;
-    size_t am, ak;
-    const struct glm_mat *b;
-    int M, accumulate, rows; /* rows of a tile */
+struct nt_args { /* out[n * ldo + o * ldc] = scale * x W^T + bias (+ out) */
+    float *out;
+    size_t ldo, ldc;
+    const char *x; /* packed, R rows together */
+    const struct x_run *runs;
+    const float *bias;
+    const struct glm_mat *w;
+    enum glm_dtype kind;
+    int N, accumulate, rows, R; /* rows of a task */
     float scale;
+};
+
+struct gemm_args { /* C (M, N) = A B (+ C) */
+    float *c;
+    const float *a; /* packed */
+    const struct x_run *runs;
+    const struct glm_mat *b;
+    enum glm_dtype kind;
+    int M, accumulate, rows; /* rows of a task */
 };
 
 struct quantize_args {
@@ -92,7 +116,11 @@ struct merge_args {
 
 struct glm_cpu_kernels {
     const char *name;
-    glm_task nt, gemm;
+    glm_task pack_x, nt, nt_in_place, pack_a, gemm;
+    int x_rows, in_place_rows[3], a_rows; /* packed together; in place: R1, R2, R3 */
+    int most_in_place, in_place_cols, vector_bytes;
+    int (*packed_vectors)(enum glm_dtype kind, enum glm_dtype dtype, int columns);
+    int fast; /* has the kinds GLM_BF16 and GLM_I8 */
     glm_task rmsnorm_forward, rmsnorm_backward, rmsnorm_dweight;
     glm_task rope, attention_forward, attention_backward;
     glm_task swiglu_forward, swiglu_backward, dropout_forward, dropout_backward;
@@ -104,7 +132,7 @@ struct glm_cpu_kernels {
 };
 
 extern const struct glm_cpu_kernels glm_cpu_kernels_generic, glm_cpu_kernels_avx2,
-    glm_cpu_kernels_avx512;
+    glm_cpu_kernels_avx512, glm_cpu_kernels_avx512bf16;
 
 /* Blocks of query rows of a segment; attention_forward has a task for each of them and each key
  * head. */

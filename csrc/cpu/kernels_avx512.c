@@ -1,9 +1,11 @@
-/* x86-64 with AVX-512 F, BW, VL, DQ. */
+/* x86-64 with AVX-512 F, BW, VL, DQ; kernels_avx512bf16.c adds to it. */
 #ifdef __AVX512F__
 #include <immintrin.h>
 
 #define VL 16
+#ifndef NAME
 #define NAME avx512
+#endif
 #define HALF_TO_FLOAT(p) ((vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #define BYTES_TO_INT(p) ((vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p))))
 #define INT_TO_FLOAT(v) ((vf)_mm512_cvtepi32_ps((__m512i)(v)))

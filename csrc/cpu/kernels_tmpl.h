@@ -10,6 +10,7 @@
 #include "tmpl_vector.h"
 #include "tmpl_convert.h"
 #include "tmpl_linear.h"
+#include "tmpl_linear_backward.h"
 #include "tmpl_attention.h"
 #include "tmpl_rows.h"
 
@@ -20,8 +21,21 @@
 
 const struct glm_cpu_kernels TABLE(NAME) = {
     .name = STRING(NAME),
+    .pack_x = pack_x_task,
     .nt = nt_task,
+    .nt_in_place = nt_in_place_task,
+    .pack_a = pack_a_task,
     .gemm = gemm_task,
+    .x_rows = XR,
+    .in_place_rows = {R1, R2, R3},
+    .a_rows = MR,
+    .most_in_place = IN_PLACE_ROWS,
+    .in_place_cols = IN_PLACE_COLS,
+    .vector_bytes = VB,
+    .packed_vectors = packed_vectors,
+#ifdef DOT_BF16
+    .fast = 1,
+#endif
     .rmsnorm_forward = rmsnorm_forward_task,
     .rmsnorm_backward = rmsnorm_backward_task,
     .rmsnorm_dweight = rmsnorm_dweight_task,

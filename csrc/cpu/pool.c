@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -98,14 +99,25 @@ static int default_threads(void)
     return online < 1 ? 1 : online > MAX_THREADS ? MAX_THREADS : (int)online;
 }
 
-static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+/* On huge pages where the system has them: panels of 4 KiB pages meet in the caches by chance (up
+ * to a tenth of a product's time, different from process to process). */
+void *glm_aligned(size_t bytes)
+{
+    const size_t huge = (size_t)2 << 20, size = (bytes + huge - 1) / huge * huge;
+    void *p = aligned_alloc(huge, size);
+#ifdef MADV_HUGEPAGE
+    if (p)
+        madvise(p, size, MADV_HUGEPAGE);
+#endif
+    return p;
+}
 
 struct glm_pool *glm_pool_create(void)
 {
     struct glm_pool *pool = calloc(1, sizeof *pool);
     if (!pool)
         return NULL;
-    pool->caller_scratch = aligned(GLM_SCRATCH);
+    pool->caller_scratch = glm_aligned(GLM_SCRATCH);
     if (!pool->caller_scratch) {
         free(pool);
         return NULL;
@@ -166,7 +178,7 @@ static void start_workers(struct glm_pool *pool)
         const int i = pool->workers;
         struct seat *seat = malloc(sizeof *seat);
         if (!pool->scratch[i])
-            pool->scratch[i] = aligned(GLM_SCRATCH);
+            pool->scratch[i] = glm_aligned(GLM_SCRATCH);
         if (!seat || !pool->scratch[i]) {
             free(seat);
             return;
@@ -234,7 +246,7 @@ void glm_pool_run(struct glm_pool *pool, int n_tasks, glm_task fn, const void *a
         return;
     if (atomic_exchange(&pool->busy, 1) &&
         pool->pid == (long)getpid()) { /* another caller's op is running */
-        char *scratch = aligned(GLM_SCRATCH);
+        char *scratch = glm_aligned(GLM_SCRATCH);
         for (int task = 0; scratch && task < n_tasks; task++)
             fn(arg, task, scratch);
         free(scratch);

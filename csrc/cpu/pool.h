@@ -11,6 +11,8 @@
 struct glm_pool;
 typedef void (*glm_task)(const void *arg, int task, char *scratch);
 
+void *glm_aligned(size_t bytes); /* for free(); NULL: no memory */
+
 struct glm_pool *glm_pool_create(void); /* NULL: no memory */
 void glm_pool_destroy(struct glm_pool *pool);
 void glm_pool_set_threads(struct glm_pool *pool, int threads);

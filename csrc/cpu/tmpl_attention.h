@@ -1,3 +1,37 @@
+/* acc (MR, NR) += a[m * am] * b[n] */
+INLINE void add_outer(vf acc[MR][NV], const float *a, size_t am, const float *b)
+{
+    vf bv[NV];
+    for (int v = 0; v < NV; v++)
+        bv[v] = load(b + v * VL);
+    for (int m = 0; m < MR; m++) {
+        const vf av = splat(a[m * am]);
+        for (int v = 0; v < NV; v++)
+            acc[m][v] = MADD(av, bv[v], acc[m][v]);
+    }
+}
+
+/* tile (MR, NR; ldt) += sum over k < K of a(m, k) * b[k * ldb + n], where a(m, k) =
+ * a[m * am + k % 4 * ak + k / 4 * quad] */
+INLINE void rank1_tile(float *tile, size_t ldt, const float *a, size_t am, size_t ak, size_t quad,
+                       const float *b, size_t ldb, int K)
+{
+    vf acc[MR][NV];
+    for (int m = 0; m < MR; m++)
+        for (int v = 0; v < NV; v++)
+            acc[m][v] = load(tile + m * ldt + v * VL);
+    int k = 0;
+    for (; k + 4 <= K; k += 4, a += quad, b += 4 * ldb)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            add_outer(acc, a + i * ak, am, b + i * ldb);
+    for (; k < K; k++, a += ak, b += ldb)
+        add_outer(acc, a, am, b);
+    for (int m = 0; m < MR; m++)
+        for (int v = 0; v < NV; v++)
+            store(tile + m * ldt + v * VL, acc[m][v]);
+}
+
 /* ---- dot products of rows where they lie, for attention */
 
 /* s[r][c] = sum over k < K of x[r][k] * w[c][k];  R x 4 sums at once */

@@ -1,428 +1,704 @@
-/* ---- linear_forward: both operands are contiguous along the reduction, so vectors run along it.
+/* linear_forward: out = x W^T. Both operands are contiguous along the reduction, so vectors run
+ * along it and a sum is made of VL lanes.
  *
- * An output is a sum of blocks of NT_BLOCK features. In a block, lane l adds up every VL-th
- * product, then the lanes are summed: the same order whether W is read where it lies (up to XR
- * rows, at the speed of the memory) or packed into panels (more rows). */
+ * The arithmetic of a product is a "kind": GLM_F32, GLM_BF16 (pairs of bfloat16, summed in float)
+ * or GLM_I8 (quads of bytes, summed in int). W is converted to it while it is read, x before. An
+ * output is a sum over runs of RUN vectors; in a run lane l adds up its products in order, then the
+ * lanes are summed: the same for one row of x, which reads W where it lies at the memory's speed,
+ * and for many, which pack panels of W. Only W of kind GLM_BF16 with group scales differs: few rows
+ * multiply sums of 8 products by the scale, many rows have it rounded into their bfloat16. */
 
 enum {
-    XR = VL == 16 ? 6 : 3,
-    STEP = 2 * VL,
-    PACKED_X = L1_ROWS * NT_BLOCK > XR *NT_WIDTH ? L1_ROWS *NT_BLOCK : XR *NT_WIDTH
+    VB = 4 * VL,             /* bytes of a vector */
+    RUN = NT_RUN_BYTES / VB, /* vectors of a run */
+#if VL == 16                 /* rows of x times rows of W whose sums the registers hold: */
+    XR = 6,                  /* packed, times 4 */
+    R1 = 1,
+    C1 = 8, /* in place */
+    R2 = 4,
+    C2 = 6,
+    R3 = 8,
+    C3 = 3,
+    IN_PLACE_ROWS = 16, /* more rows of x are worth packing W for */
+#else
+    XR = 3,
+    R1 = 1,
+    C1 = 8,
+    R2 = 3,
+    C2 = 4,
+    R3 = R2,
+    C3 = C2,
+    IN_PLACE_ROWS = 3,
+#endif
+    IN_PLACE_COLS = 96,                    /* rows of W of a task in place: a multiple of each C */
+    IN_PLACE_AHEAD = 1024,                 /* bytes that W is fetched ahead there */
+    RUN_GROUPS = NT_RUN_BYTES / 2 / 32 + 4 /* most groups of 32 columns of a run */
 };
 
-/* Columns k .. k + STEP - 1 of a row of W, as integers where it is quantized. Of 4-bit columns the
- * even ones come first, then the odd ones; x is packed to match. */
-INLINE void load_step(vf v[2], const char *row, enum glm_dtype dtype, int k)
+INLINE int per_vector(enum glm_dtype kind)
 {
+    return kind == GLM_I8 ? 4 * VL : kind == GLM_BF16 ? 2 * VL : VL;
+}
+
+/* Vectors that are converted together: as many columns of W as make whole vectors. */
+INLINE int chunk_of(enum glm_dtype kind, enum glm_dtype dtype)
+{
+    if (kind == GLM_F32)
+        return 2;
+    return kind == GLM_BF16 && dtype == GLM_I4 ? 4 : kind == GLM_BF16 && dtype == GLM_I8 ? 2 : 1;
+}
+
+/* Vectors of a packed row. */
+INLINE int vectors_of(enum glm_dtype kind, enum glm_dtype dtype, int columns)
+{
+    const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
+    return (columns + width - 1) / width * chunk;
+}
+
+static int packed_vectors(enum glm_dtype kind, enum glm_dtype dtype, int columns)
+{
+    return vectors_of(kind, dtype, columns);
+}
+
+INLINE vf multiply_add(enum glm_dtype kind, vf acc, vf x, vf w)
+{
+#ifdef DOT_BF16
+    if (kind == GLM_BF16)
+        return DOT_BF16(acc, x, w);
+    if (kind == GLM_I8)
+        return DOT_I8(acc, w, x); /* bytes of w are unsigned: 128 too large, see finish */
+#endif
+    (void)kind;
+    return MADD(x, w, acc);
+}
+
+/* Four sums of lanes, as the kind sums. */
+INLINE v4 sums_of(enum glm_dtype kind, vf a, vf b, vf c, vf d)
+{
+#ifdef DOT_BF16
+    if (kind == GLM_I8)
+        return SUM4_INT(a, b, c, d);
+#endif
+    (void)kind;
+    return SUM4(a, b, c, d);
+}
+
+/* A chunk of a row of W at `p`. Of 4-bit columns kind GLM_F32 has the even ones first, then the
+ * odd ones; kind GLM_BF16 has columns 4i + 1, 4i, 4i + 3, 4i + 2; x is packed to match. */
+INLINE void load_chunk(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype dtype)
+{
+#ifdef DOT_BF16
+    if (kind == GLM_I8) {
+        v[0] = FLIP_SIGNS(load((const float *)p));
+        return;
+    }
+    if (kind == GLM_BF16 && dtype == GLM_I4) {
+        const vi raw = (vi)load((const float *)p);
+        for (int j = 0; j < 4; j++)
+            v[j] = INTEGERS_TO_BF16(raw >> 4 * j);
+        return;
+    }
+    if (kind == GLM_BF16 && dtype == GLM_BF16) {
+        v[0] = load((const float *)p);
+        return;
+    }
+    if (kind == GLM_BF16 && dtype == GLM_I8) {
+        for (int j = 0; j < 2; j++)
+            v[j] = TO_BF16(INT_TO_FLOAT(BYTES_TO_INT(p + 2 * j * VL)),
+                           INT_TO_FLOAT(BYTES_TO_INT(p + (2 * j + 1) * VL)));
+        return;
+    }
+    if (kind == GLM_BF16) {
+        v[0] = TO_BF16(load_as(p, dtype, 0), load_as(p, dtype, VL));
+        return;
+    }
+#endif
+    (void)kind;
     if (dtype == GLM_I4) {
-        const vi both = BYTES_TO_INT(row + k / 2);
+        const vi both = BYTES_TO_INT(p);
         v[0] = INT_TO_FLOAT(both >> 4);
         v[1] = INT_TO_FLOAT(both << 28 >> 28);
     } else if (dtype == GLM_I8) {
-        v[0] = INT_TO_FLOAT(BYTES_TO_INT(row + k));
-        v[1] = INT_TO_FLOAT(BYTES_TO_INT(row + k + VL));
+        v[0] = INT_TO_FLOAT(BYTES_TO_INT(p));
+        v[1] = INT_TO_FLOAT(BYTES_TO_INT(p + VL));
     } else {
-        v[0] = load_as(row, dtype, (size_t)k);
-        v[1] = load_as(row, dtype, (size_t)k + VL);
+        v[0] = load_as(p, dtype, 0);
+        v[1] = load_as(p, dtype, VL);
     }
 }
 
-/* The same for the last columns of a row: zeros follow. */
-INLINE void load_last(vf v[2], const char *row, enum glm_dtype dtype, int k, int n)
+/* The same for the last n columns of a row: zeros follow. */
+INLINE void load_last(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype dtype, int n)
 {
-    float x[STEP] = {0};
-    for (int i = 0; i < n; i++)
-        x[dtype == GLM_I4 ? i / 2 + i % 2 * VL : i] = load_one(row, dtype, (size_t)k + i);
-    v[0] = load(x);
-    v[1] = load(x + VL);
+    char end[4 * VB] __attribute__((aligned(64))) = {0};
+    memcpy(end, p, glm_bytes(dtype, (size_t)n));
+    load_chunk(v, end, kind, dtype);
 }
 
-/* Rows of x for dot_panel and dot_rows: vector by vector, R of them; rows and features past the end
- * are 0. */
-INLINE void pack_x(float *to, int R, const float *x, size_t ldx, int rows, int K,
-                   enum glm_dtype dtype)
+/* A chunk of a row of x at `p`, n columns of it; zeros follow. */
+INLINE void load_x(vf *v, const float *p, int n, enum glm_dtype kind, enum glm_dtype dtype)
 {
-    for (int r = 0; r < R; r++)
-        for (int k = 0; k < K; k += STEP) {
-            const float *from = x + r * ldx + k;
-            float *at = to + ((size_t)k / VL * R + r) * VL;
-            const int n = r >= rows ? 0 : K - k < STEP ? K - k : STEP;
-            vf v[2];
-            __builtin_prefetch(from + ldx); /* the next row: too far for the hardware to guess */
-            if (n == STEP) {
-                v[0] = load(from);
-                v[1] = load(from + VL);
-            } else {
-                v[0] = load_part(from, n < VL ? n : VL);
-                v[1] = load_part(from + VL, n < VL ? 0 : n - VL);
-            }
-            if (dtype == GLM_I4) {
-                const vf a = v[0], b = v[1];
-                v[0] = EVEN(a, b);
-                v[1] = ODD(a, b);
-            }
-            store(at, v[0]);
-            store(at + R * VL, v[1]);
+    const int width = chunk_of(kind, dtype) * per_vector(kind);
+    float end[8 * VL] __attribute__((aligned(64)));
+    if (n < width) {
+        memset(end, 0, sizeof end);
+        memcpy(end, p, (size_t)n * 4);
+        p = end;
+    }
+#ifdef DOT_BF16
+    if (kind == GLM_BF16 && dtype == GLM_I4) {
+        vf even[4], odd[4];
+        for (int i = 0; i < 4; i++) {
+            even[i] = EVEN(load(p + 2 * i * VL), load(p + (2 * i + 1) * VL));
+            odd[i] = ODD(load(p + 2 * i * VL), load(p + (2 * i + 1) * VL));
         }
+        v[0] = TO_BF16(EVEN(odd[0], odd[1]), EVEN(odd[2], odd[3]));
+        v[1] = TO_BF16(EVEN(even[0], even[1]), EVEN(even[2], even[3]));
+        v[2] = TO_BF16(ODD(odd[0], odd[1]), ODD(odd[2], odd[3]));
+        v[3] = TO_BF16(ODD(even[0], even[1]), ODD(even[2], even[3]));
+        return;
+    }
+    if (kind == GLM_BF16) {
+        for (int j = 0; j < chunk_of(kind, dtype); j++)
+            v[j] = TO_BF16(load(p + 2 * j * VL), load(p + (2 * j + 1) * VL));
+        return;
+    }
+#endif
+    v[0] = load(p);
+    v[1] = load(p + VL);
+    if (dtype == GLM_I4) {
+        const vf a = v[0], b = v[1];
+        v[0] = EVEN(a, b);
+        v[1] = ODD(a, b);
+    }
 }
 
-/* The float values of `group` columns' scales from column k of a row on; 1 where there is one scale
- * for the row, which multiplies the sum. */
-INLINE float scale_at(const struct glm_mat *w, int row, int k)
+/* Rows of x, vector by vector, R of them; rows past the end are 0. */
+INLINE void pack_x(char *to, int R, const float *x, size_t ldx, int rows, int K,
+                   enum glm_dtype kind, enum glm_dtype dtype)
 {
-    if (!w->group)
-        return 1.0f;
-    return half_to_float(w->scale[(size_t)row * glm_scale_cols(w) + k / w->group]);
+    const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
+    for (int r = 0; r < R; r++) {
+        char *at = to + (size_t)r * VB;
+        for (int k = 0; k < K; k += width, at += (size_t)chunk * R * VB) {
+            vf v[4] = {{0}};
+            if (r < rows)
+                load_x(v, x + r * ldx + k, K - k, kind, dtype);
+            for (int j = 0; j < chunk; j++)
+                store((float *)(at + (size_t)j * R * VB), v[j]);
+        }
+    }
+}
+
+/* Scales of the groups of 32 columns of a run from column k0 on; a row has at most 32 of them. */
+INLINE void run_scales(float *scale, const struct glm_mat *w, int row, int k0, int K)
+{
+    const uint16_t *from = w->scale + (size_t)row * glm_scale_cols(w);
+    if (w->group == 32)
+        load_row(scale, from + k0 / 32, GLM_F16, (K + 31) / 32);
+    else
+        for (int g = 0; g * 32 < K; g++)
+            scale[g] = half_to_float(from[(k0 + g * 32) / w->group]);
+}
+
+/* A chunk of W times its groups' scales; g: the first group of the chunk in the run. */
+INLINE void scale_chunk(vf *v, const float *scale, int g, enum glm_dtype kind)
+{
+#ifdef DOT_BF16
+    if (kind == GLM_BF16) {
+        const vf lanes = SCALES_TO_LANES(scale + g);
+        for (int j = 0; j < 4; j++)
+            v[j] = SCALE_BF16(v[j], lanes);
+        return;
+    }
+#endif
+    (void)kind;
+    for (int j = 0; j < 2; j++)
+        v[j] *= splat(scale[g]);
 }
 
 /* Four rows of W from row o on, columns k0 .. k0 + K - 1: vector by vector, four of them; rows past
  * the end are 0. */
-INLINE void pack_w(float *to, const struct glm_mat *w, enum glm_dtype dtype, int grouped, int o,
-                   int rows, int k0, int K)
+INLINE void pack_w(char *to, const struct glm_mat *w, enum glm_dtype kind, enum glm_dtype dtype,
+                   int grouped, int o, int rows, int k0, int K)
 {
+    const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
+    float scale[RUN_GROUPS];
     for (int c = 0; c < 4; c++) {
-        const char *row = (const char *)w->data + (size_t)(o + c) * stride;
-        float scale = 1.0f;
-        int k = 0;
-        for (; c < rows && k < K; k += STEP) {
-            vf v[2];
-            float *at = to + ((size_t)k / VL * 4 + c) * VL;
-            __builtin_prefetch(row + stride + glm_bytes(dtype, (size_t)(k0 + k)));
-            if (__builtin_expect(K - k >= STEP, 1))
-                load_step(v, row, dtype, k0 + k);
-            else
-                load_last(v, row, dtype, k0 + k, K - k);
-            if (grouped) {
-                if ((k0 + k) % w->group == 0 || k == 0)
-                    scale = scale_at(w, o + c, k0 + k);
-                v[0] *= splat(scale);
-                v[1] *= splat(scale);
+        const char *row =
+            (const char *)w->data + (size_t)(o + c) * stride + glm_bytes(dtype, (size_t)k0);
+        char *at = to + c * VB;
+        if (grouped && c < rows)
+            run_scales(scale, w, o + c, k0, K);
+        for (int k = 0; k < K; k += width, at += chunk * 4 * VB) {
+            vf v[4] = {{0}};
+            const char *p = row + glm_bytes(dtype, (size_t)k);
+            __builtin_prefetch(p + 4 * stride);
+            if (c < rows) {
+                if (__builtin_expect(K - k >= width, 1))
+                    load_chunk(v, p, kind, dtype);
+                else
+                    load_last(v, p, kind, dtype, K - k);
+                if (grouped)
+                    scale_chunk(v, scale, k / 32, kind);
             }
-            store(at, v[0]);
-            store(at + 4 * VL, v[1]);
+            for (int j = 0; j < chunk; j++)
+                store((float *)(at + j * 4 * VB), v[j]);
         }
-        for (; k < K; k += VL)
-            store(to + ((size_t)k / VL * 4 + c) * VL, (vf){0});
     }
 }
 
-/* s[r][c] = dot product of row r of packed x with row c of packed w, `vectors` vectors long */
-INLINE void dot_panel(v4 *s, const float *x, const float *w, int vectors)
+/* s[r] = dot products of row r of packed x with four rows of packed w, `vectors` vectors long */
+INLINE void dot_panel(v4 *s, const char *x, const char *w, int vectors, enum glm_dtype kind)
 {
     vf acc[XR][4];
     for (int r = 0; r < XR; r++)
         for (int c = 0; c < 4; c++)
             acc[r][c] = (vf){0};
-    for (int k = 0; k < vectors; k++, x += XR * VL, w += 4 * VL) {
+    for (int k = 0; k < vectors; k++, x += XR * VB, w += 4 * VB) {
         vf xv[XR];
         for (int r = 0; r < XR; r++)
-            xv[r] = load(x + r * VL);
+            xv[r] = load((const float *)(x + r * VB));
         for (int c = 0; c < 4; c++) {
-            const vf wv = load(w + c * VL);
+            const vf wv = load((const float *)(w + c * VB));
             for (int r = 0; r < XR; r++)
-                acc[r][c] = MADD(xv[r], wv, acc[r][c]);
+                acc[r][c] = multiply_add(kind, acc[r][c], xv[r], wv);
         }
     }
     for (int r = 0; r < XR; r++)
-        s[r] = SUM4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+        s[r] = sums_of(kind, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
 }
 
-/* Four rows of W where they lie, eight for a single row of x: enough sums in flight. */
-INLINE int rows_in_place(int R) { return R == 1 ? 8 : 4; }
-
-/* acc[r][c] += products of STEP features of row r of x with two vectors of a row of W */
-INLINE void add_step(vf acc[XR][8], int R, int c, const float *x, const vf v[2])
+/* acc[r][c] += products of a chunk of row r of x with the chunk v of row c of W */
+INLINE void add_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v, const float *scale,
+                      int g, enum glm_dtype kind, enum glm_dtype dtype)
 {
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++)
-#pragma GCC unroll 6
+    const int chunk = chunk_of(kind, dtype);
+#ifdef DOT_BF16
+    if (scale && kind == GLM_BF16) { /* the integers are exact, their sums times the scale */
+        const vf lanes = SCALES_TO_LANES(scale + g);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            vf sum = {0};
+#pragma GCC unroll 4
+            for (int j = 0; j < chunk; j++)
+                sum = multiply_add(kind, sum, load((const float *)(x + (j * R + r) * VB)), v[j]);
+            acc[r * C + c] = MADD(lanes, sum, acc[r * C + c]);
+        }
+        return;
+    }
+#endif
+    vf w[4];
+    for (int j = 0; j < chunk; j++)
+        w[j] = scale ? v[j] * splat(scale[g]) : v[j];
+#pragma GCC unroll 4
+    for (int j = 0; j < chunk; j++)
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++)
-            acc[r][c] = MADD(load(x + (h * R + r) * VL), v[h], acc[r][c]);
+            acc[r * C + c] = multiply_add(kind, acc[r * C + c],
+                                          load((const float *)(x + (j * R + r) * VB)), w[j]);
 }
 
-/* The same with C = rows_in_place(R) rows of W from row o on, columns k0 .. k0 + K - 1; s has C / 4
- * vectors for each row of x. Where W ends its last row repeats. */
-INLINE void dot_rows(v4 *s, int R, const float *x, const struct glm_mat *w, enum glm_dtype dtype,
-                     int grouped, int o, int k0, int K)
+/* s[r * C + c] = dot product of row r of packed x with row o + c of W where it lies, columns k0 ..
+ * k0 + K - 1. Where W ends its last row repeats. */
+INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w,
+                     enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int k0, int K)
 {
-    const int C = rows_in_place(R);
+    const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
     const char *row[8];
-    float scale[8][NT_BLOCK / 32];
-    vf acc[XR][8], v[2];
+    float scale[8][RUN_GROUPS];
+    vf acc[24 + 8], v[4];
     int k = 0;
     for (int c = 0; c < C; c++) {
         const int at = o + c < w->rows ? o + c : w->rows - 1;
-        row[c] = (const char *)w->data + (size_t)at * stride;
-        if (grouped && w->group == 32)
-            load_row(scale[c], w->scale + (size_t)at * glm_scale_cols(w) + k0 / 32, GLM_F16,
-                     (K + 31) / 32);
-        for (int g = 0; grouped && w->group != 32 && g * 32 < K; g++)
-            scale[c][g] = scale_at(w, at, k0 + g * 32);
+        row[c] = (const char *)w->data + (size_t)at * stride + glm_bytes(dtype, (size_t)k0);
+        if (grouped)
+            run_scales(scale[c], w, at, k0, K);
     }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++)
-            acc[r][c] = (vf){0};
-    for (; k + STEP <= K; k += STEP, x += 2 * R * VL)
+#pragma GCC unroll 24
+    for (int i = 0; i < R * C; i++)
+        acc[i] = (vf){0};
+    for (; k + width <= K; k += width, x += chunk * R * VB)
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
-            load_step(v, row[c], dtype, k0 + k);
-            if (grouped) {
-                v[0] *= splat(scale[c][k / 32]);
-                v[1] *= splat(scale[c][k / 32]);
-            }
-            add_step(acc, R, c, x, v);
+            load_chunk(v, row[c], kind, dtype);
+            row[c] += glm_bytes(dtype, (size_t)width);
+            __builtin_prefetch(row[c] + IN_PLACE_AHEAD);
+            add_chunk(acc, R, C, c, x, v, grouped ? scale[c] : NULL, k / 32, kind, dtype);
         }
     if (k < K)
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
-            load_last(v, row[c], dtype, k0 + k, K - k);
-            if (grouped) {
-                v[0] *= splat(scale[c][k / 32]);
-                v[1] *= splat(scale[c][k / 32]);
-            }
-            add_step(acc, R, c, x, v);
+            load_last(v, row[c], kind, dtype, K - k);
+            add_chunk(acc, R, C, c, x, v, grouped ? scale[c] : NULL, k / 32, kind, dtype);
         }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c += 4)
-            s[(r * C + c) / 4] = SUM4(acc[r][c], acc[r][c + 1], acc[r][c + 2], acc[r][c + 3]);
+#pragma GCC unroll 8
+    for (int i = R * C; i < (R * C + 3) / 4 * 4; i++)
+        acc[i] = (vf){0};
+#pragma GCC unroll 8
+    for (int i = 0; i < R * C; i += 4)
+        s[i / 4] = sums_of(kind, acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
 }
 
-/* tile (rows, NT_COLS) of up to R rows, W read in place */
-INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped,
-                          int R, int n0, int rows, int o0, int cols, float *xp)
+/* ---- kind GLM_I8: a run of a row of x as bytes, its scale, and its outliers kept apart */
+
+INLINE float value_of(float x) { return x < 0 ? -x : x; }
+
+#ifdef DOT_BF16
+/* Square sum of the n values at x whose size is below `bound`, and the largest of those sizes. */
+INLINE float squares_below(float *largest, const float *x, int n, float bound)
 {
-    const int I = a->w->cols, C = rows_in_place(R);
-    for (int begin = 0; begin < I; begin += NT_WIDTH) {
-        const int width = I - begin < NT_WIDTH ? I - begin : NT_WIDTH;
-        pack_x(xp, R, a->inp + (size_t)n0 * I + begin, (size_t)I, rows, width, dtype);
-        for (int o = 0; o < cols; o += C)
-            for (int k = 0; k < width; k += NT_BLOCK) {
-                v4 s[XR];
-                dot_rows(s, R, xp + (size_t)k * R, a->w, dtype, grouped, o0 + o, begin + k,
-                         width - k < NT_BLOCK ? width - k : NT_BLOCK);
-                for (int r = 0; r < rows; r++)
-                    for (int c = 0; c < C; c += 4)
-                        *(v4 *)(tile + r * NT_COLS + o + c) += s[(r * C + c) / 4];
+    vf square = {0}, top = {0};
+    for (int k = 0; k < n; k += VL) {
+        const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
+        const vf size = (vf)((vi)v & 0x7fffffff), kept = (vf)((vi)size & (size < splat(bound)));
+        square = MADD(kept, kept, square);
+        top = choose(kept > top, kept, top);
+    }
+    *largest = 0;
+    for (int i = 0; i < VL; i++)
+        *largest = top[i] > *largest ? top[i] : *largest;
+    return lane_sum(square);
+}
+
+/* n <= NT_RUN_BYTES columns at x; columns past the end are 0. Of the OUTLIERS largest those beyond
+ * six times the root mean square of the others do not share the scale: their products are made in
+ * float. A run that is not finite gets the scale NaN. */
+INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
+{
+    typedef int8_t vb __attribute__((vector_size(VL), aligned(1)));
+    float rest;
+    vf bad = {0};
+    int k = 0;
+    *run = (struct x_run){0};
+    for (; k + VL <= n; k += VL)
+        bad += load(x + k) - load(x + k);
+    if (k < n)
+        bad += load_part(x + k, n - k) - load_part(x + k, n - k);
+    const float mean = sqrtf(squares_below(&rest, x, n, INFINITY) / (float)n);
+    if (rest > 6.0f * mean && lane_sum(bad) == 0) {
+        float least = mean;
+        for (k = 0; k < n; k++) {
+            if (!(value_of(x[k]) > least))
+                continue;
+            int at = run->count < OUTLIERS ? run->count++ : OUTLIERS - 1;
+            for (; at > 0 && value_of(run->value[at - 1]) < value_of(x[k]); at--) {
+                run->value[at] = run->value[at - 1];
+                run->column[at] = run->column[at - 1];
             }
-    }
-}
-
-/* tile (rows, NT_COLS) of many rows: W packed once, x so many rows at a time as L1 holds */
-INLINE void tile_packed(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped,
-                        int n0, int rows, int o0, int cols, float *xp, float *wp)
-{
-    const int I = a->w->cols;
-    for (int begin = 0; begin < I; begin += NT_BLOCK) {
-        const int K = I - begin < NT_BLOCK ? I - begin : NT_BLOCK;
-        const int vectors = (K + STEP - 1) / STEP * 2;
-        for (int o = 0; o < cols; o += 4)
-            pack_w(wp + (size_t)o * NT_BLOCK, a->w, dtype, grouped, o0 + o, cols - o, begin, K);
-        for (int m = 0; m < rows; m += L1_ROWS) {
-            const int end = rows - m < L1_ROWS ? rows - m : L1_ROWS;
-            for (int n = 0; n < end; n += XR)
-                pack_x(xp + (size_t)n * NT_BLOCK, XR, a->inp + (size_t)(n0 + m + n) * I + begin,
-                       (size_t)I, end - n, K, dtype);
-            for (int o = 0; o < cols; o += 4)
-                for (int n = 0; n < end; n += XR) {
-                    v4 s[XR];
-                    dot_panel(s, xp + (size_t)n * NT_BLOCK, wp + (size_t)o * NT_BLOCK, vectors);
-                    for (int r = 0; r < XR; r++)
-                        *(v4 *)(tile + (m + n + r) * NT_COLS + o) += s[r];
-                }
+            run->value[at] = x[k];
+            run->column[at] = k;
+            if (run->count == OUTLIERS)
+                least = value_of(run->value[OUTLIERS - 1]);
         }
+        const float limit =
+            6.0f *
+            sqrtf(squares_below(&rest, x, n, value_of(run->value[run->count - 1])) / (float)n);
+        for (; run->count && value_of(run->value[run->count - 1]) <= limit; run->count--)
+            rest = value_of(run->value[run->count - 1]);
     }
+    run->scale = lane_sum(bad) == 0 ? rest / 127.0f : NAN;
+    const vf inverse = splat(rest > 0 && run->scale > 0 ? 127.0f / rest : 0);
+    vi sum = {0};
+    for (k = 0; k < n; k += VL) {
+        const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
+        const vf shift = splat(12582912.0f), most = splat(127.0f);
+        vf rounded = v * inverse + shift - shift;
+        rounded = choose(rounded > most, most, choose(rounded < -most, -most, rounded));
+        const vi whole = __builtin_convertvector(rounded, vi);
+        *(vb *)(q + k) = __builtin_convertvector(whole, vb);
+        sum += whole;
+    }
+    for (int i = 0; i < run->count; i++) {
+        sum[0] -= q[run->column[i]];
+        q[run->column[i]] = 0;
+    }
+    for (int i = 0; i < VL; i++)
+        run->sum += sum[i];
+    memset(q + k, 0, (size_t)(NT_RUN_BYTES - k));
 }
+#endif
 
-INLINE void nt_tile(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped, int n0,
-                    int rows, int o0, int cols)
+/* Groups of R rows of x: as vectors of the kind in rows of `vectors`, one task for each group. */
+static void pack_x_task(const void *arg, int task, char *scratch)
 {
-    float *xp = tile + NT_ROWS * NT_COLS, *wp = xp + PACKED_X;
-    if (rows == 1)
-        tile_in_place(tile, a, dtype, grouped, 1, n0, rows, o0, cols, xp);
-    else if (rows <= XR)
-        tile_in_place(tile, a, dtype, grouped, XR, n0, rows, o0, cols, xp);
+    const struct pack_args *p = arg;
+    const int rows = p->N - task * p->R;
+    const float *x = p->x + (size_t)task * p->R * p->K;
+    const int vectors = vectors_of(p->kind, p->dtype, p->K);
+    char *to = p->to + (size_t)task * p->R * vectors * VB;
+    (void)scratch;
+#ifdef DOT_BF16
+    if (p->kind == GLM_I8) {
+        const int n_runs = (vectors + RUN - 1) / RUN;
+        for (int r = 0; r < p->R; r++)
+            for (int b = 0; b < n_runs; b++) {
+                const int left = p->K - b * NT_RUN_BYTES, in_run = vectors - b * RUN;
+                int8_t q[NT_RUN_BYTES] __attribute__((aligned(64))) = {0};
+                if (r < rows)
+                    quantize_x(q, p->runs + ((size_t)task * p->R + r) * n_runs + b,
+                               x + (size_t)r * p->K + (size_t)b * NT_RUN_BYTES,
+                               left < NT_RUN_BYTES ? left : NT_RUN_BYTES);
+                for (int v = 0; v < (in_run < RUN ? in_run : RUN); v++)
+                    store((float *)(to + (((size_t)b * RUN + v) * p->R + r) * VB),
+                          load((float *)(q + v * VB)));
+            }
+        return;
+    }
+    if (p->kind == GLM_BF16) {
+        if (p->dtype == GLM_I4)
+            pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_I4);
+        else if (p->dtype == GLM_I8)
+            pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_I8);
+        else
+            pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_F32);
+        return;
+    }
+#endif
+    if (p->dtype == GLM_I4)
+        pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_F32, GLM_I4);
     else
-        tile_packed(tile, a, dtype, grouped, n0, rows, o0, cols, xp, wp);
+        pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_F32, GLM_F32);
+}
+
+/* Four outputs of a run added to their sums. Kind GLM_I8: w was 128 too large. */
+INLINE v4 run_value(v4 s, const struct x_run *run, enum glm_dtype kind)
+{
+    if (kind != GLM_I8)
+        return s;
+    typedef int32_t i4 __attribute__((vector_size(16), aligned(4)));
+    return __builtin_convertvector((i4)s - 128 * run->sum, v4) * run->scale;
+}
+
+/* tile (a->N, ldt) of few rows, W read in place: R of them at a time with C rows of W, which the
+ * next R find in the cache */
+INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype kind,
+                          enum glm_dtype dtype, int grouped, int R, int C, int o0, int cols)
+{
+    const int I = a->w->cols, vectors = vectors_of(kind, dtype, I);
+    const int width = RUN * per_vector(kind), n_runs = (vectors + RUN - 1) / RUN;
+    for (int o = 0; o < cols; o += C)
+        for (int b = 0; b < n_runs; b++)
+            for (int g = 0; g * R < a->N; g++) {
+                const int K = I - b * width < width ? I - b * width : width;
+                v4 s[8];
+                dot_rows(s, R, C, a->x + ((size_t)g * vectors + (size_t)b * RUN) * R * VB, a->w,
+                         kind, dtype, grouped, o0 + o, b * width, K);
+                for (int r = 0; r < R && g * R + r < a->N; r++) {
+                    const int n = g * R + r;
+                    const struct x_run *run = kind == GLM_I8 ? a->runs + n * n_runs + b : NULL;
+                    for (int c = 0; c < C && o + c < cols; c++) {
+                        const int i = r * C + c;
+                        float *at = tile + n * IN_PLACE_COLS + o + c;
+                        *at += run_value((v4){s[i / 4][i % 4]}, run, kind)[0];
+                        if (kind != GLM_I8)
+                            continue;
+                        const int8_t *q = (const int8_t *)a->w->data + (size_t)(o0 + o + c) * I +
+                                          (size_t)b * width;
+                        for (int j = 0; j < run->count; j++)
+                            *at += run->value[j] * (float)q[run->column[j]];
+                    }
+                }
+            }
+}
+
+/* Columns of a packed panel of W that outliers of x meet, as bytes, taken out once a run. */
+struct panel_columns {
+    int16_t place[NT_RUN_BYTES]; /* -1: not yet */
+    int count;
+    int8_t value[NT_RUN_BYTES][NT_COLS];
+};
+
+INLINE void add_outliers(float *out, int cols, const struct x_run *run, const char *wp,
+                         struct panel_columns *columns)
+{
+    for (int j = 0; j < run->count; j++) {
+        const int k = run->column[j];
+        if (columns->place[k] < 0) {
+            int8_t *to = columns->value[columns->count];
+            const char *from = wp + k / VB * 4 * VB + k % VB;
+            for (int o = 0; o < NT_COLS; o++)
+                to[o] = (int8_t)(from[o / 4 * 4 * NT_RUN_BYTES + o % 4 * VB] ^ -128);
+            columns->place[k] = (int16_t)columns->count++;
+        }
+        const int8_t *q = columns->value[columns->place[k]];
+        for (int o = 0; o < cols; o++)
+            out[o] += run->value[j] * (float)q[o];
+    }
+}
+
+/* Ahead of one tile of XR rows by 4: its outputs, a piece of the next XR rows of x, and a piece of
+ * the panel of W that is packed next, so that nobody waits for the memory. */
+struct ahead {
+    const char *x, *w; /* next unfetched byte of either */
+    size_t w_stride;
+    int w_rows, w_bytes, w_at, per_tile;
+};
+
+INLINE void fetch_ahead(struct ahead *f, const float *tile, size_t ldt, int rows, int columns)
+{
+    for (int r = 0; r < rows; r++)
+        __builtin_prefetch(tile + r * ldt, 1, 3);
+    for (int i = 0; i * columns < XR * NT_RUN_BYTES / 64; i++, f->x += 64)
+        __builtin_prefetch(f->x, 0, 2);
+    for (int i = 0; i < f->per_tile && f->w_rows; i++) {
+        __builtin_prefetch(f->w + f->w_at, 0, 2);
+        f->w_at += 64;
+        if (f->w_at >= f->w_bytes) {
+            f->w_at = 0;
+            f->w += f->w_stride;
+            f->w_rows--;
+        }
+    }
+}
+
+/* tile (rows, ldt) of many rows: a panel of W is packed once, x is packed already */
+INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum glm_dtype kind,
+                        enum glm_dtype dtype, int grouped, int n0, int rows, int o0, int cols,
+                        char *wp)
+{
+    const int I = a->w->cols, vectors = vectors_of(kind, dtype, I);
+    const int width = RUN * per_vector(kind), n_runs = (vectors + RUN - 1) / RUN;
+    const int tiles = (rows + XR - 1) / XR * ((cols + 3) / 4);
+    struct panel_columns *columns = (struct panel_columns *)(wp + NT_COLS * NT_RUN_BYTES);
+    struct ahead ahead = {.w_stride = glm_bytes(dtype, (size_t)I)};
+    for (int b = 0; b < n_runs; b++) {
+        const int K = I - b * width < width ? I - b * width : width;
+        const int in_run = vectors - b * RUN < RUN ? vectors - b * RUN : RUN;
+        for (int o = 0; o < cols; o += 4)
+            pack_w(wp + (size_t)o * NT_RUN_BYTES, a->w, kind, dtype, grouped, o0 + o, cols - o,
+                   b * width, K);
+        if (kind == GLM_I8) {
+            memset(columns->place, -1, sizeof columns->place);
+            columns->count = 0;
+        }
+        const int left = I - (b + 1) * width;
+        ahead.w_bytes = (int)glm_bytes(dtype, (size_t)(left < width ? left & ~1 : width));
+        ahead.w_rows = left > 0 ? cols : 0;
+        ahead.w_at = 0;
+        ahead.w = (const char *)a->w->data + (size_t)o0 * ahead.w_stride +
+                  glm_bytes(dtype, (size_t)(b + 1) * width);
+        ahead.per_tile = (cols * (ahead.w_bytes / 64) + tiles - 1) / tiles;
+        for (int n = 0; n < rows; n += XR) {
+            const char *xp = a->x + ((size_t)(n0 + n) * vectors + (size_t)b * RUN * XR) * VB;
+            const struct x_run *run = a->runs + (size_t)(n0 + n) * n_runs + b;
+            const int end = rows - n < XR ? rows - n : XR;
+            ahead.x = n + XR < rows ? xp + (size_t)vectors * XR * VB : xp;
+            for (int o = 0; o < cols; o += 4) {
+                v4 s[XR];
+                float *at = tile + n * ldt + o;
+                fetch_ahead(&ahead, at, ldt, end, (cols + 3) / 4);
+                dot_panel(s, xp, wp + (size_t)o * NT_RUN_BYTES, in_run, kind);
+                for (int r = 0; r < XR; r++)
+                    s[r] = run_value(s[r], kind == GLM_I8 ? run + (size_t)r * n_runs : NULL, kind);
+                if (end == XR && cols - o >= 4) {
+#pragma GCC unroll 6
+                    for (int r = 0; r < XR; r++)
+                        *(v4 *)(at + r * ldt) = b ? *(v4 *)(at + r * ldt) + s[r] : s[r];
+                    continue;
+                }
+                for (int r = 0; r < end; r++)
+                    for (int c = 0; c < 4 && o + c < cols; c++)
+                        at[r * ldt + c] = b ? at[r * ldt + c] + s[r][c] : s[r][c];
+            }
+            for (int r = 0; kind == GLM_I8 && r < end; r++)
+                add_outliers(tile + (n + r) * ldt, cols, run + (size_t)r * n_runs, wp, columns);
+        }
+    }
+}
+
+/* out = scale * (tile times the scales of W's rows) + bias (+ out) */
+INLINE void finish(const struct nt_args *a, float *tile, size_t ldt, int n0, int rows, int o0,
+                   int cols)
+{
+    const struct glm_mat *w = a->w;
+    const int by_row = w->scale && !w->group;
+    if (tile == a->out + (size_t)n0 * a->ldo + o0 && !by_row && a->scale == 1 && !a->bias)
+        return;
+    float factor[NT_COLS];
+    for (int o = 0; o < cols; o++)
+        factor[o] = by_row ? half_to_float(w->scale[o0 + o]) : 1.0f;
+    for (int n = 0; n < rows; n++) {
+        float *out = a->out + (size_t)(n0 + n) * a->ldo + (size_t)o0 * a->ldc;
+        const float *from = tile + n * ldt;
+        for (int o = 0; o < cols; o++) {
+            float v = a->scale * (from[o] * factor[o]);
+            if (a->bias)
+                v += a->bias[o0 + o];
+            out[o * a->ldc] = a->accumulate ? out[o * a->ldc] + v : v;
+        }
+    }
+}
+
+/* What a weight is stored as and multiplied in: chosen once a task. */
+#define EACH_KIND(call)                                        \
+    if (a->kind == GLM_F32 && dtype == GLM_F32)                \
+        call(GLM_F32, GLM_F32, 0);                             \
+    else if (a->kind == GLM_F32 && dtype == GLM_F16)           \
+        call(GLM_F32, GLM_F16, 0);                             \
+    else if (a->kind == GLM_F32 && dtype == GLM_BF16)          \
+        call(GLM_F32, GLM_BF16, 0);                            \
+    else if (a->kind == GLM_F32 && dtype == GLM_I8)            \
+        call(GLM_F32, GLM_I8, 0);                              \
+    else if (a->kind == GLM_F32 && dtype == GLM_I4 && grouped) \
+        call(GLM_F32, GLM_I4, 1);                              \
+    else if (a->kind == GLM_F32 && dtype == GLM_I4)            \
+        call(GLM_F32, GLM_I4, 0);                              \
+    else if (a->kind == GLM_F32)                               \
+        call(GLM_F32, GLM_F64, 0);                             \
+    EACH_FAST_KIND(call)
+
+#ifdef DOT_BF16
+#define EACH_FAST_KIND(call)                                        \
+    else if (a->kind == GLM_I8) call(GLM_I8, GLM_I8, 0);            \
+    else if (dtype == GLM_F32) call(GLM_BF16, GLM_F32, 0);          \
+    else if (dtype == GLM_F16) call(GLM_BF16, GLM_F16, 0);          \
+    else if (dtype == GLM_BF16) call(GLM_BF16, GLM_BF16, 0);        \
+    else if (dtype == GLM_I8) call(GLM_BF16, GLM_I8, 0);            \
+    else if (dtype == GLM_I4 && grouped) call(GLM_BF16, GLM_I4, 1); \
+    else if (dtype == GLM_I4) call(GLM_BF16, GLM_I4, 0);
+#else
+#define EACH_FAST_KIND(call)
+#endif
+
+static void nt_in_place_task(const void *arg, int task, char *scratch)
+{
+    const struct nt_args *a = arg;
+    const enum glm_dtype dtype = a->w->dtype;
+    const int grouped = a->w->group != 0, o0 = task * IN_PLACE_COLS;
+    const int cols = a->w->rows - o0 < IN_PLACE_COLS ? a->w->rows - o0 : IN_PLACE_COLS;
+    float *tile = (float *)scratch;
+    memset(tile, 0, (size_t)a->N * IN_PLACE_COLS * 4);
+#define CALL(kind, stored, by_group)                                          \
+    do {                                                                      \
+        if (a->R == R1)                                                       \
+            tile_in_place(tile, a, kind, stored, by_group, R1, C1, o0, cols); \
+        else if (a->R == R2)                                                  \
+            tile_in_place(tile, a, kind, stored, by_group, R2, C2, o0, cols); \
+        else                                                                  \
+            tile_in_place(tile, a, kind, stored, by_group, R3, C3, o0, cols); \
+    } while (0)
+    EACH_KIND(CALL)
+#undef CALL
+    finish(a, tile, IN_PLACE_COLS, 0, a->N, o0, cols);
 }
 
 static void nt_task(const void *arg, int task, char *scratch)
 {
     const struct nt_args *a = arg;
-    const struct glm_mat *w = a->w;
-    const int O = w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
+    const enum glm_dtype dtype = a->w->dtype;
+    const int grouped = a->w->group != 0, O = a->w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
     const int n0 = task / o_tiles * a->rows, o0 = task % o_tiles * NT_COLS;
     const int rows = a->N - n0 < a->rows ? a->N - n0 : a->rows,
               cols = O - o0 < NT_COLS ? O - o0 : NT_COLS;
-    float *tile = (float *)scratch;
-    memset(tile, 0, (size_t)NT_COLS * 4 * (size_t)((rows + XR - 1) / XR * XR));
-    if (w->dtype == GLM_F32)
-        nt_tile(tile, a, GLM_F32, 0, n0, rows, o0, cols);
-    else if (w->dtype == GLM_F16)
-        nt_tile(tile, a, GLM_F16, 0, n0, rows, o0, cols);
-    else if (w->dtype == GLM_BF16)
-        nt_tile(tile, a, GLM_BF16, 0, n0, rows, o0, cols);
-    else if (w->dtype == GLM_I8)
-        nt_tile(tile, a, GLM_I8, 0, n0, rows, o0, cols);
-    else if (w->dtype == GLM_I4 && w->group)
-        nt_tile(tile, a, GLM_I4, 1, n0, rows, o0, cols);
-    else if (w->dtype == GLM_I4)
-        nt_tile(tile, a, GLM_I4, 0, n0, rows, o0, cols);
-    else
-        nt_tile(tile, a, GLM_F64, 0, n0, rows, o0, cols);
-    for (int o = 0; w->scale && !w->group && o < cols; o++) {
-        const float scale = half_to_float(w->scale[o0 + o]);
-        for (int n = 0; n < rows; n++)
-            tile[n * NT_COLS + o] *= scale;
-    }
-    for (int n = 0; n < rows; n++) {
-        float *out = a->out + (size_t)(n0 + n) * O + o0;
-        for (int o = 0; o < cols; o++) {
-            float v = a->scale * tile[n * NT_COLS + o];
-            if (a->bias)
-                v += a->bias[o0 + o];
-            out[o] = a->accumulate ? out[o] + v : v;
-        }
-    }
-}
-
-/* ---- the backward products: rank-1 updates over packed panels, vectors run along the output */
-
-enum { MR = VL == 16 ? 12 : VL == 8 ? 6 : 4, NV = 2, NR = NV * VL };
-
-/* acc (MR, NR) += a[m * am] * b[n] */
-INLINE void add_outer(vf acc[MR][NV], const float *a, size_t am, const float *b)
-{
-    vf bv[NV];
-    for (int v = 0; v < NV; v++)
-        bv[v] = load(b + v * VL);
-    for (int m = 0; m < MR; m++) {
-        const vf av = splat(a[m * am]);
-        for (int v = 0; v < NV; v++)
-            acc[m][v] = MADD(av, bv[v], acc[m][v]);
-    }
-}
-
-/* tile (MR, NR; ldt) += sum over k < K of a(m, k) * b[k * ldb + n], where a(m, k) =
- * a[m * am + k % 4 * ak + k / 4 * quad] */
-INLINE void rank1_tile(float *tile, size_t ldt, const float *a, size_t am, size_t ak, size_t quad,
-                       const float *b, size_t ldb, int K)
-{
-    vf acc[MR][NV];
-    for (int m = 0; m < MR; m++)
-        for (int v = 0; v < NV; v++)
-            acc[m][v] = load(tile + m * ldt + v * VL);
-    int k = 0;
-    for (; k + 4 <= K; k += 4, a += quad, b += 4 * ldb)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            add_outer(acc, a + i * ak, am, b + i * ldb);
-    for (; k < K; k++, a += ak, b += ldb)
-        add_outer(acc, a, am, b);
-    for (int m = 0; m < MR; m++)
-        for (int v = 0; v < NV; v++)
-            store(tile + m * ldt + v * VL, acc[m][v]);
-}
-
-/* Rows of A for rank1_tile, quads of k together: (K / 4, MR, 4); rows and k past the end are 0. */
-INLINE void pack_a(float *to, const float *from, size_t am, size_t ak, int rows, int K)
-{
-    for (int r = 0; r < MR; r++)
-        for (int k = 0; k < K; k += 4) {
-            v4 v = {0};
-            const float *at = from + r * am + k * ak;
-            const int n = r >= rows ? 0 : K - k < 4 ? K - k : 4;
-            if (n == 4 && ak == 1)
-                v = *(const v4 *)at;
-            else
-                for (int i = 0; i < n; i++)
-                    v[i] = at[i * ak];
-            *(v4 *)(to + k * MR + r * 4) = v;
-        }
-}
-
-/* Rows k0 .. k0 + K - 1, columns n0 .. n0 + cols - 1 of B as (K, NR) panels; columns past the end
- * are 0. */
-INLINE void pack_b(float *bp, const struct glm_mat *b, enum glm_dtype dtype, int k0, int K, int n0,
-                   int cols)
-{
-    const size_t stride = glm_bytes(dtype, (size_t)b->cols);
-    for (int k = 0; k < K; k++) {
-        const char *row = (const char *)b->data + (size_t)(k0 + k) * stride;
-        float scale = 1.0f;
-        if (b->scale && !b->group)
-            scale = half_to_float(b->scale[k0 + k]);
-        for (int n = 0; n < cols; n += NR) {
-            vf v[NV];
-            __builtin_prefetch(row + stride + glm_bytes(dtype, (size_t)(n0 + n)));
-            if (n + NR <= cols)
-                load_step(v, row, dtype, n0 + n);
-            else
-                load_last(v, row, dtype, n0 + n, cols - n);
-            if (dtype == GLM_I4) {
-                const vf even = v[0], odd = v[1];
-                v[0] = LOW(even, odd);
-                v[1] = HIGH(even, odd);
-                if (b->group && ((n0 + n) % b->group == 0 || n == 0))
-                    scale = scale_at(b, k0 + k, n0 + n);
-            }
-            float *to = bp + (size_t)n * GEMM_BLOCK + k * NR;
-            for (int h = 0; h < NV; h++)
-                store(to + h * VL, glm_is_quantized(dtype) ? v[h] * splat(scale) : v[h]);
-        }
-    }
-}
-
-INLINE void pack_b_as(float *bp, const struct glm_mat *b, int k0, int K, int n0, int cols)
-{
-    switch (b->dtype) {
-    case GLM_F32:
-        pack_b(bp, b, GLM_F32, k0, K, n0, cols);
-        break;
-    case GLM_F16:
-        pack_b(bp, b, GLM_F16, k0, K, n0, cols);
-        break;
-    case GLM_BF16:
-        pack_b(bp, b, GLM_BF16, k0, K, n0, cols);
-        break;
-    case GLM_I8:
-        pack_b(bp, b, GLM_I8, k0, K, n0, cols);
-        break;
-    case GLM_I4:
-        pack_b(bp, b, GLM_I4, k0, K, n0, cols);
-        break;
-    default:
-        pack_b(bp, b, GLM_F64, k0, K, n0, cols);
-    }
-}
-
-static void gemm_task(const void *arg, int task, char *scratch)
-{
-    const struct gemm_args *g = arg;
-    const int N = g->b->cols, n_tiles = (N + GEMM_COLS - 1) / GEMM_COLS;
-    const int m0 = task / n_tiles * g->rows, n0 = task % n_tiles * GEMM_COLS;
-    const int rows = g->M - m0 < g->rows ? g->M - m0 : g->rows,
-              cols = N - n0 < GEMM_COLS ? N - n0 : GEMM_COLS;
-    float *tile = (float *)scratch, *ap = tile + GEMM_ROWS * GEMM_COLS,
-          *bp = ap + GEMM_ROWS * GEMM_BLOCK;
-    memset(tile, 0, (size_t)GEMM_COLS * 4 * (size_t)((rows + MR - 1) / MR * MR));
-    for (int k0 = 0; k0 < g->b->rows; k0 += GEMM_BLOCK) {
-        const int K = g->b->rows - k0 < GEMM_BLOCK ? g->b->rows - k0 : GEMM_BLOCK;
-        for (int m = 0; m < rows; m += MR)
-            pack_a(ap + (size_t)m * GEMM_BLOCK,
-                   g->a + (size_t)(m0 + m) * g->am + (size_t)k0 * g->ak, g->am, g->ak, rows - m, K);
-        pack_b_as(bp, g->b, k0, K, n0, cols);
-        for (int n = 0; n < cols; n += NR) /* a panel of B stays in L1 */
-            for (int m = 0; m < rows; m += MR)
-                rank1_tile(tile + m * GEMM_COLS + n, GEMM_COLS, ap + (size_t)m * GEMM_BLOCK, 4, 1,
-                           4 * MR, bp + (size_t)n * GEMM_BLOCK, NR, K);
-    }
-    for (int m = 0; m < rows; m++) {
-        float *c = g->c + (size_t)(m0 + m) * N + n0;
-        for (int n = 0; n < cols; n++) {
-            const float v = g->scale * tile[m * GEMM_COLS + n];
-            c[n] = g->accumulate ? c[n] + v : v;
-        }
-    }
+    float *tile = a->accumulate ? (float *)scratch : a->out + (size_t)n0 * a->ldo + o0;
+    const size_t ldt = a->accumulate ? NT_COLS : a->ldo;
+    char *wp = scratch + NT_ROWS_ADDED * NT_COLS * 4;
+#define CALL(kind, stored, by_group) \
+    tile_packed(tile, ldt, a, kind, stored, by_group, n0, rows, o0, cols, wp)
+    EACH_KIND(CALL)
+#undef CALL
+    finish(a, tile, ldt, n0, rows, o0, cols);
 }

@@ -1,0 +1,270 @@
+/* The backward products, C (M, N) = scale * A B (+ C): dx = dy W and dW += dy^T x. Rank-1 updates
+ * over packed panels: vectors run along the output, so each element adds up its terms in order.
+ *
+ * A unit is what one lane multiplies at once: one float, two bfloat16 or four bytes, neighbours in
+ * the reduction. A is packed before, as units of MR rows; panels of B here, as units of NR
+ * columns. */
+
+enum { MR = VL == 16 ? 12 : VL == 8 ? 6 : 4, NV = 2, NR = NV * VL };
+
+/* terms of a unit */
+INLINE int per_unit(enum glm_dtype kind) { return kind == GLM_I8 ? 4 : kind == GLM_BF16 ? 2 : 1; }
+
+INLINE int units_of(enum glm_dtype kind, int K)
+{
+    return (K + per_unit(kind) - 1) / per_unit(kind);
+}
+
+/* the four bytes at p in every lane */
+INLINE vf splat_unit(const float *p)
+{
+    int32_t bits;
+    memcpy(&bits, p, 4);
+    return (vf)((vi){0} + bits);
+}
+
+/* tile (MR, NR; ldt) (+)= sum over `units` of a (units, MR) times b (units, NR) */
+INLINE void unit_tile(float *tile, size_t ldt, const float *a, const char *b, int units, int add,
+                      enum glm_dtype kind, const struct x_run *run, size_t runs)
+{
+    vf acc[MR][NV];
+    for (int m = 0; m < MR; m++)
+        for (int v = 0; v < NV; v++)
+            acc[m][v] = add && kind != GLM_I8 ? load(tile + m * ldt + v * VL) : (vf){0};
+#pragma GCC unroll 2
+    for (int k = 0; k < units; k++, a += MR, b += NV * VB) {
+        vf bv[NV];
+        for (int v = 0; v < NV; v++)
+            bv[v] = load((const float *)(b + v * VB));
+        for (int m = 0; m < MR; m++) {
+            const vf av = splat_unit(a + m);
+            for (int v = 0; v < NV; v++)
+                acc[m][v] = multiply_add(kind, acc[m][v], av, bv[v]);
+        }
+    }
+    for (int m = 0; m < MR; m++)
+        for (int v = 0; v < NV; v++) {
+            float *at = tile + m * ldt + v * VL;
+            if (kind == GLM_I8) { /* b was 128 too large */
+                const struct x_run *of = run + m * runs;
+                acc[m][v] = INT_TO_FLOAT((vi)acc[m][v] - 128 * of->sum) * splat(of->scale);
+                if (add)
+                    acc[m][v] += load(at);
+            }
+            store(at, acc[m][v]);
+        }
+}
+
+/* VL rows (or columns) of B or W in natural order, as floats */
+INLINE void load_natural(vf *v, const char *p, enum glm_dtype dtype, int n)
+{
+    if (n < 2 * VL)
+        load_last(v, p, GLM_F32, dtype, n);
+    else
+        load_chunk(v, p, GLM_F32, dtype);
+    if (dtype == GLM_I4) {
+        const vf even = v[0], odd = v[1];
+        v[0] = LOW(even, odd);
+        v[1] = HIGH(even, odd);
+    }
+}
+
+#ifdef DOT_BF16
+/* MR rows of A as bytes, in runs of NT_RUN_BYTES terms with their scales; see quantize_x. */
+INLINE void quantize_a(float *to, const struct pack_args *p, const float *from, int task, int rows,
+                       int units)
+{
+    const int n_runs = (p->K + NT_RUN_BYTES - 1) / NT_RUN_BYTES;
+    for (int r = 0; r < MR; r++)
+        for (int b = 0; b < n_runs; b++) {
+            const int begin = b * NT_RUN_BYTES, left = p->K - begin;
+            const int n = left < NT_RUN_BYTES ? left : NT_RUN_BYTES;
+            float x[NT_RUN_BYTES] __attribute__((aligned(64)));
+            int8_t q[NT_RUN_BYTES] __attribute__((aligned(64))) = {0};
+            struct x_run *run = p->runs + ((size_t)task * MR + r) * n_runs + b;
+            *run = (struct x_run){0};
+            if (r < rows) {
+                for (int k = 0; k < n; k++)
+                    x[k] = p->scale * from[r * p->am + begin + k] *
+                           half_to_float(p->factor[begin + k]);
+                quantize_x(q, run, x, n);
+            }
+            for (int u = 0; u < NT_RUN_BYTES / 4 && begin / 4 + u < units; u++)
+                memcpy(to + ((size_t)begin / 4 + u) * MR + r, q + 4 * u, 4);
+        }
+}
+
+/* NR columns of four rows of bytes as units, 128 added; `used` rows and `width` columns are there.
+ */
+INLINE void pack_quads(char *to, const char *p, size_t stride, int used, int width)
+{
+    char rows[4][NR] __attribute__((aligned(32))) = {{0}};
+    for (int i = 0; i < used; i++)
+        memcpy(rows[i], p + i * stride, (size_t)width);
+    vf v[2];
+    QUADS(v, rows[0]);
+    store((float *)to, FLIP_SIGNS(v[0]));
+    store((float *)(to + VB), FLIP_SIGNS(v[1]));
+}
+#endif
+
+/* Units of A for MR rows from row m0 on: (units, MR); rows and terms past the end are 0. am, ak:
+ * strides of a(m, k); one of them is 1. */
+static void pack_a_task(const void *arg, int task, char *scratch)
+{
+    const struct pack_args *p = arg;
+    const int rows = p->N - task * MR < MR ? p->N - task * MR : MR, units = units_of(p->kind, p->K);
+    const float *from = p->x + (size_t)task * MR * p->am;
+    float *to = (float *)p->to + (size_t)task * MR * units;
+    (void)scratch;
+#ifdef DOT_BF16
+    if (p->kind == GLM_I8) {
+        quantize_a(to, p, from, task, rows, units);
+        return;
+    }
+    if (p->kind == GLM_BF16 && p->ak == 1) {
+        for (int r = 0; r < MR; r++)
+            for (int k = 0; k < p->K; k += 2 * VL) {
+                float pair[VL] __attribute__((aligned(64)));
+                const int n = r >= rows ? 0 : p->K - k < 2 * VL ? p->K - k : 2 * VL;
+                vf v[2] = {{0}};
+                if (n)
+                    load_natural(v, (const char *)(from + r * p->am + k), GLM_F32, n);
+                if (p->factor) {
+                    vf f[2];
+                    load_natural(f, (const char *)(p->factor + k), GLM_F16,
+                                 p->K - k < 2 * VL ? p->K - k : 2 * VL);
+                    v[0] *= f[0];
+                    v[1] *= f[1];
+                }
+                store(pair, TO_BF16(v[0] * splat(p->scale), v[1] * splat(p->scale)));
+                for (int i = 0; i < VL && k / 2 + i < units; i++)
+                    to[(size_t)(k / 2 + i) * MR + r] = pair[i];
+            }
+        return;
+    }
+    if (p->kind == GLM_BF16) {
+        for (int u = 0; u < units; u++) {
+            const float *at = from + (size_t)2 * u * p->ak;
+            const vf first = load_part(at, rows);
+            const vf second = 2 * u + 1 < p->K ? load_part(at + p->ak, rows) : (vf){0};
+            const vf both = TO_BF16(first * splat(p->scale), second * splat(p->scale));
+            store_part(to + (size_t)u * MR, HALVES_TO_PAIRS(both), MR);
+        }
+        return;
+    }
+#endif
+    for (int r = 0; r < MR; r++)
+        for (int k = 0; k < p->K; k++) {
+            float v = r < rows ? p->scale * from[r * p->am + k * p->ak] : 0;
+            if (p->factor)
+                v *= half_to_float(p->factor[k]);
+            to[(size_t)k * MR + r] = v;
+        }
+}
+
+/* Rows k0 .. k0 + K - 1 of B, columns n0 .. n0 + cols - 1, as panels of NR columns: units one after
+ * the other; what is past the end is 0. Scales of rows are A's business. */
+INLINE void pack_b(char *bp, const struct glm_mat *b, enum glm_dtype kind, enum glm_dtype dtype,
+                   int grouped, int k0, int K, int n0, int cols)
+{
+    const size_t stride = glm_bytes(dtype, (size_t)b->cols);
+    const int per = per_unit(kind), units = units_of(kind, K);
+    for (int u = 0; u < units; u++) {
+        const int k = k0 + u * per, used = K - u * per < per ? K - u * per : per;
+        const char *row = (const char *)b->data + (size_t)k * stride;
+        for (int n = 0; n < cols; n += NR) {
+            const int width = cols - n < NR ? cols - n : NR;
+            const char *p = row + glm_bytes(dtype, (size_t)(n0 + n));
+            char *to = bp + ((size_t)n / NR * GEMM_UNITS + u) * NV * VB;
+            __builtin_prefetch(p + 8 * stride);
+#ifdef DOT_BF16
+            if (kind == GLM_I8) {
+                pack_quads(to, p, stride, used, width);
+                continue;
+            }
+#endif
+            vf v[2][2] = {{{0}}};
+            for (int i = 0; i < used; i++) {
+                load_natural(v[i], p + i * stride, dtype, width);
+                if (grouped) {
+                    const float scale = half_to_float(
+                        b->scale[(size_t)(k + i) * glm_scale_cols(b) + (n0 + n) / b->group]);
+                    v[i][0] *= splat(scale);
+                    v[i][1] *= splat(scale);
+                }
+            }
+#ifdef DOT_BF16
+            if (kind == GLM_BF16) {
+                const vf first = TO_BF16(v[0][0], v[0][1]), second = TO_BF16(v[1][0], v[1][1]);
+                store((float *)to, PAIRS_LOW(first, second));
+                store((float *)(to + VB), PAIRS_HIGH(first, second));
+                continue;
+            }
+#endif
+            store((float *)to, v[0][0]);
+            store((float *)(to + VB), v[0][1]);
+        }
+    }
+}
+
+/* rows x cols of C at c from packed A and B */
+INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_dtype kind,
+                      enum glm_dtype dtype, int grouped, int m0, int rows, int n0, int cols,
+                      char *bp, float *edge)
+{
+    const int K = g->b->rows, per = per_unit(kind), units = units_of(kind, K);
+    const int n_runs = (K + NT_RUN_BYTES - 1) / NT_RUN_BYTES;
+    for (int u = 0; u < units; u += GEMM_UNITS) {
+        const int in_block = units - u < GEMM_UNITS ? units - u : GEMM_UNITS;
+        const int left = K - u * per, add = u || g->accumulate;
+        pack_b(bp, g->b, kind, dtype, grouped, u * per,
+               left < GEMM_UNITS * per ? left : GEMM_UNITS * per, n0, cols);
+        for (int m = 0; m < rows; m += MR) {
+            const float *ap = g->a + ((size_t)(m0 + m) * units + (size_t)u * MR);
+            const struct x_run *run = NULL;
+            if (kind == GLM_I8)
+                run = g->runs + (size_t)(m0 + m) * n_runs + u / GEMM_UNITS;
+            const int height = rows - m < MR ? rows - m : MR;
+            for (int n = 0; n < cols; n += NR) {
+                float *at = c + m * ldc + n;
+                const char *panel = bp + (size_t)n / NR * GEMM_UNITS * NV * VB;
+                const int width = cols - n < NR ? cols - n : NR;
+                if (height == MR && width == NR) {
+                    unit_tile(at, ldc, ap, panel, in_block, add, kind, run, (size_t)n_runs);
+                    continue;
+                }
+                for (int r = 0; r < height; r++)
+                    memcpy(edge + r * NR, at + r * ldc, (size_t)width * 4);
+                unit_tile(edge, NR, ap, panel, in_block, add, kind, run, (size_t)n_runs);
+                for (int r = 0; r < height; r++)
+                    memcpy(at + r * ldc, edge + r * NR, (size_t)width * 4);
+            }
+            for (int r = 0; kind == GLM_I8 && r < height; r++) {
+                const struct x_run *of = run + (size_t)r * n_runs;
+                for (int j = 0; j < of->count; j++) {
+                    const int8_t *q = (const int8_t *)g->b->data +
+                                      ((size_t)u * per + of->column[j]) * g->b->cols + n0;
+                    for (int n = 0; n < cols; n++)
+                        c[(m + r) * ldc + n] += of->value[j] * (float)q[n];
+                }
+            }
+        }
+    }
+}
+
+static void gemm_task(const void *arg, int task, char *scratch)
+{
+    const struct gemm_args *a = arg;
+    const enum glm_dtype dtype = a->b->dtype;
+    const int grouped = a->b->group != 0, N = a->b->cols, n_tiles = (N + GEMM_COLS - 1) / GEMM_COLS;
+    const int m0 = task / n_tiles * a->rows, n0 = task % n_tiles * GEMM_COLS;
+    const int rows = a->M - m0 < a->rows ? a->M - m0 : a->rows,
+              cols = N - n0 < GEMM_COLS ? N - n0 : GEMM_COLS;
+    float *c = a->c + (size_t)m0 * N + n0;
+    char *bp = scratch + MR * NR * 4;
+#define CALL(kind, stored, by_group) \
+    gemm_tile(c, (size_t)N, a, kind, stored, by_group, m0, rows, n0, cols, bp, (float *)scratch)
+    EACH_KIND(CALL)
+#undef CALL
+}
