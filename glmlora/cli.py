@@ -13,14 +13,18 @@ from typing import Any
 from .demo import ORDER
 
 
-def _load(model_path: str, adapter: str | None, dtype: str | None) -> tuple[Any, Any]:
+def _load(
+    model_path: str, adapter: str | None, dtype: str | None, compute_dtype: str | None
+) -> tuple[Any, Any]:
     """Model and tokenizer of a base directory and an optional adapter or P-Tuning directory."""
     import glmlora
     from glmlora.peft import load_prefix
 
     config = None
     is_prefix = adapter and not os.path.exists(os.path.join(adapter, "adapter_config.json"))
-    model = glmlora.AutoModel.from_pretrained(model_path, config=config)
+    model = glmlora.AutoModel.from_pretrained(
+        model_path, config=config, compute_dtype=compute_dtype
+    )
     if dtype:
         model = getattr(
             model, {"float16": "half", "bfloat16": "bfloat16", "float32": "float"}[dtype]
@@ -41,7 +45,7 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
 
 def chat(args: argparse.Namespace) -> int:
     """Talk to a model in the terminal; the answer streams."""
-    model, tokenizer = _load(args.model, args.adapter, args.dtype)
+    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype)
     history: list[Any] = []
     kwargs = _generation(args)
     interactive = sys.stdin.isatty()
@@ -108,7 +112,7 @@ def predict(args: argparse.Namespace) -> int:
         args.template.format(**{f: _column(row, f, i) for f in fields})
         for i, row in enumerate(rows)
     ]
-    model, tokenizer = _load(args.model, args.adapter, args.dtype)
+    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype)
     kwargs = {"temperature": 0.01, **_generation(args)}
     odd: list[str] = []
     answers: list[str] = [""] * len(rows)
@@ -188,7 +192,7 @@ def merge(args: argparse.Namespace) -> int:
     """Base + adapter -> one model directory."""
     if os.path.exists(args.output) and os.listdir(args.output):
         raise FileExistsError(f"{args.output} exists and is not empty")
-    model, tokenizer = _load(args.model, args.adapter, args.dtype)
+    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype)
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"{args.adapter}: a P-Tuning prefix cannot be merged into the weights")
     model.merge_and_unload().save_pretrained(args.output)
@@ -224,6 +228,12 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", help="LoRA or P-Tuning directory")
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"], help="default: as stored"
+    )
+    parser.add_argument(
+        "--compute_dtype",
+        "--compute-dtype",
+        choices=["auto", "float32", "bfloat16", "int8"],
+        help="type of the large products; default: what the processor multiplies fast",
     )
     parser.add_argument("--temperature", type=float, help="0 is greedy")
     parser.add_argument("--top-p", type=float)

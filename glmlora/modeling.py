@@ -17,6 +17,7 @@ import numpy as np
 
 from . import _core, generation
 from .checkpoint import load_checkpoint, save_sharded
+from .compute import backend_of
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig, model_directory
 from .data import Batch
 from .quantization import GROUP_SIZE, SCALE, QuantizedTensor, check_form, drop_pages, join
@@ -252,15 +253,23 @@ class ChatGLMForConditionalGeneration:
 
     backend = "cpu"
 
-    def __init__(self, config: ChatGLMConfig, tensors: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        config: ChatGLMConfig,
+        tensors: Mapping[str, Tensor],
+        compute_dtype: str | None = None,
+    ):
         """Bind `tensors` (every base weight, and prefix weights if there are any) in place.
+        compute_dtype: see `AutoModel.from_pretrained`.
 
         Raises ValueError naming all tensors that are missing, surplus, misshaped or not floating
         point.
         """
         self.config = config
         self.name_or_path: str | None = None  # the directory it was loaded from
-        self.core = _core.Model(config.arch(), self.backend)
+        self.asked_compute_dtype = compute_dtype
+        matrices = {t.dtype for t in tensors.values() if len(t.shape) == 2}
+        self.core = _core.Model(config.arch(), backend_of(self.backend, compute_dtype, matrices))
         self.device = Device("cpu")
         self.training = False
         self.active_adapter_name = "default"
@@ -283,6 +292,11 @@ class ChatGLMForConditionalGeneration:
             self._bind(name, _converted(tensor, "F32") if tensor.dtype == "F64" else tensor)
         if config.pre_seq_len is not None:
             self._build_prefix(prefix)
+
+    @property
+    def compute_dtype(self) -> str:
+        """Type of the large products, e.g. "bfloat16"."""
+        return self.core.backend.partition("/")[2] or "float32"
 
     # Building
 
@@ -830,6 +844,7 @@ class AutoModel:
         low_cpu_mem_usage: bool = True,
         family: str | None = None,
         rope_mode: str | None = None,
+        compute_dtype: str | None = None,
     ) -> ChatGLMForConditionalGeneration:
         """Map the checkpoint in the local directory `path` and bind it in place, in the type it is
         stored in.
@@ -837,6 +852,8 @@ class AutoModel:
         config: in place of `path/config.json`, e.g. one with `pre_seq_len` set. torch_dtype or
         dtype: cast to it ("float16", "bfloat16", "float32"). load_in_8bit, load_in_4bit: as
         `quantize(8)` and `quantize(4, group_size=32)`. family, rope_mode: see ChatGLMConfig.
+        compute_dtype: of the large products, "float32", "bfloat16" or "int8" (over int8 weights);
+        default "auto", see glmlora/compute.py; `model.compute_dtype` tells.
         `trust_remote_code`, `revision`, `cache_dir`, `empty_init` and `low_cpu_mem_usage` are
         accepted and mean nothing: nothing is downloaded and no code of a model directory is
         executed.
@@ -864,7 +881,7 @@ class AutoModel:
             config.rope_mode = rope_mode
         tensors = load_checkpoint(directory, wrap=_progress)
         try:
-            model = ChatGLMForConditionalGeneration(config, tensors)
+            model = ChatGLMForConditionalGeneration(config, tensors, compute_dtype)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
         model.name_or_path = os.fspath(path)

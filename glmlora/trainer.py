@@ -446,7 +446,7 @@ def _load(model_or_path: Any, tokenizer: Any, args: ModelArguments) -> tuple[Any
             warnings.warn(
                 f"use_v2: {place} is of family {config.family}, which is used", stacklevel=3
             )
-        model = AutoModel.from_pretrained(place, config=config)
+        model = AutoModel.from_pretrained(place, config=config, compute_dtype=args.compute_dtype)
         model.name_or_path = place
         family = config.family
     else:
