@@ -205,7 +205,7 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
     const struct glm_cpu_kernels *k = cpu->k;
     const size_t bytes =
         (size_t)k->packed_vectors(p->kind, p->dtype, p->K) * (size_t)k->vector_bytes;
-    p->R = k->in_place_rows[N <= k->in_place_rows[0] ? 0 : N <= k->in_place_rows[1] ? 1 : 2];
+    p->R = k->in_place_rows[N > 1];
     p->N = a->N = N;
     packed_rows(p, cpu, bytes, N, p->R);
     for (int task = 0; task * p->R < N; task++)

@@ -117,7 +117,7 @@ struct merge_args {
 struct glm_cpu_kernels {
     const char *name;
     glm_task pack_x, nt, nt_in_place, pack_a, gemm;
-    int x_rows, in_place_rows[3], a_rows; /* packed together; in place: R1, R2, R3 */
+    int x_rows, in_place_rows[2], a_rows; /* packed together; in place: R1 or R2 */
     int most_in_place, in_place_cols, vector_bytes;
     int (*packed_vectors)(enum glm_dtype kind, enum glm_dtype dtype, int columns);
     int fast; /* has the kinds GLM_BF16 and GLM_I8 */

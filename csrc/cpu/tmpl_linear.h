@@ -17,8 +17,6 @@ enum {
     C1 = 8, /* in place */
     R2 = 4,
     C2 = 6,
-    R3 = 8,
-    C3 = 3,
     IN_PLACE_ROWS = 16, /* more rows of x are worth packing W for */
 #else
     XR = 3,
@@ -26,12 +24,9 @@ enum {
     C1 = 8,
     R2 = 3,
     C2 = 4,
-    R3 = R2,
-    C3 = C2,
     IN_PLACE_ROWS = 3,
 #endif
     IN_PLACE_COLS = 96,                    /* rows of W of a task in place: a multiple of each C */
-    IN_PLACE_AHEAD = 1024,                 /* bytes that W is fetched ahead there */
     RUN_GROUPS = NT_RUN_BYTES / 2 / 32 + 4 /* most groups of 32 columns of a run */
 };
 
@@ -194,7 +189,10 @@ INLINE void pack_x(char *to, int R, const float *x, size_t ldx, int rows, int K,
 INLINE void run_scales(float *scale, const struct glm_mat *w, int row, int k0, int K)
 {
     const uint16_t *from = w->scale + (size_t)row * glm_scale_cols(w);
-    if (w->group == 32)
+    if (w->group == 32 && K == 1024 && VL == 16) /* a whole run of bfloat16 */
+        for (int g = 0; g < 32; g += VL)
+            store(scale + g, HALF_TO_FLOAT(from + k0 / 32 + g));
+    else if (w->group == 32)
         load_row(scale, from + k0 / 32, GLM_F16, (K + 31) / 32);
     else
         for (int g = 0; g * 32 < K; g++)
@@ -301,9 +299,11 @@ INLINE void add_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v, 
 }
 
 /* s[r * C + c] = dot product of row r of packed x with row o + c of W where it lies, columns k0 ..
- * k0 + K - 1. Where W ends its last row repeats. */
+ * k0 + K - 1. Where W ends its last row repeats. The converted run of W is left in `kept`, (RUN,
+ * C), or, again, taken from there. */
 INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w,
-                     enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int k0, int K)
+                     enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int k0, int K,
+                     vf *kept, int turn, int turns)
 {
     const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
@@ -320,18 +320,57 @@ INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w
 #pragma GCC unroll 24
     for (int i = 0; i < R * C; i++)
         acc[i] = (vf){0};
-    for (; k + width <= K; k += width, x += chunk * R * VB)
+    for (; turn && k < K; k += width, x += chunk * R * VB, kept += chunk * C) {
+        for (int c = turn; c < C; c += turns)
+            for (int i = 0; i * 64 < (int)glm_bytes(dtype, (size_t)width); i++)
+                __builtin_prefetch(row[c] + C * stride + glm_bytes(dtype, (size_t)k) + i * 64, 0,
+                                   2);
+        if (grouped) {
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++)
+                add_chunk(acc, R, C, c, x, kept + c * chunk, scale[c], k / 32, kind, dtype);
+            continue;
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < chunk; j++) {
+            vf xv[4];
+#pragma GCC unroll 4
+            for (int r = 0; r < R && r < 4; r++)
+                xv[r] = load((const float *)(x + (j * R + r) * VB));
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++)
+#pragma GCC unroll 4
+                for (int r = 0; r < R && r < 4; r++)
+                    acc[r * C + c] = multiply_add(kind, acc[r * C + c], xv[r], kept[c * chunk + j]);
+        }
+    }
+    for (; k + width <= K; k += width, x += chunk * R * VB) {
+        vf xv[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < R && r < 4; r++)
+            xv[r] = load((const float *)(x + r * VB));
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
             load_chunk(v, row[c], kind, dtype);
             row[c] += glm_bytes(dtype, (size_t)width);
-            __builtin_prefetch(row[c] + IN_PLACE_AHEAD);
-            add_chunk(acc, R, C, c, x, v, grouped ? scale[c] : NULL, k / 32, kind, dtype);
+            if (c % turns == 0) /* the next rows; each turn fetches its share */
+                __builtin_prefetch(row[c] + C * stride, 0, 2);
+            for (int i = 0; kept && i < chunk; i++)
+                *kept++ = v[i];
+            if (chunk > 1)
+                add_chunk(acc, R, C, c, x, v, grouped ? scale[c] : NULL, k / 32, kind, dtype);
+            else
+#pragma GCC unroll 4
+                for (int r = 0; r < R && r < 4; r++)
+                    acc[r * C + c] = multiply_add(kind, acc[r * C + c], xv[r], v[0]);
         }
+    }
     if (k < K)
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
             load_last(v, row[c], kind, dtype, K - k);
+            for (int i = 0; kept && i < chunk; i++)
+                *kept++ = v[i];
             add_chunk(acc, R, C, c, x, v, grouped ? scale[c] : NULL, k / 32, kind, dtype);
         }
 #pragma GCC unroll 8
@@ -472,36 +511,43 @@ INLINE v4 run_value(v4 s, const struct x_run *run, enum glm_dtype kind)
     return __builtin_convertvector((i4)s - 128 * run->sum, v4) * run->scale;
 }
 
-/* tile (a->N, ldt) of few rows, W read in place: R of them at a time with C rows of W, which the
- * next R find in the cache */
+/* tile (a->N, IN_PLACE_COLS) of few rows, W read in place: R of them at a time with C rows of W,
+ * which the next R find converted. The sums of such a step lie together until the end. */
 INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype kind,
                           enum glm_dtype dtype, int grouped, int R, int C, int o0, int cols)
 {
-    const int I = a->w->cols, vectors = vectors_of(kind, dtype, I);
+    const int I = a->w->cols, vectors = vectors_of(kind, dtype, I), S = (R * C + 3) / 4;
     const int width = RUN * per_vector(kind), n_runs = (vectors + RUN - 1) / RUN;
-    for (int o = 0; o < cols; o += C)
+    const int steps = (cols + C - 1) / C, groups = (a->N + R - 1) / R;
+    v4 *sums = (v4 *)(tile + IN_PLACE_ROWS * IN_PLACE_COLS);
+    vf kept[RUN * 8];
+    memset(sums, 0, (size_t)(groups * steps * S) * sizeof *sums);
+    for (int step = 0; step < steps; step++)
         for (int b = 0; b < n_runs; b++)
-            for (int g = 0; g * R < a->N; g++) {
-                const int K = I - b * width < width ? I - b * width : width;
-                v4 s[8];
+            for (int g = 0; g < groups; g++) {
+                const int K = I - b * width < width ? I - b * width : width, o = o0 + step * C;
+                v4 s[8], *at = sums + (g * steps + step) * S;
                 dot_rows(s, R, C, a->x + ((size_t)g * vectors + (size_t)b * RUN) * R * VB, a->w,
-                         kind, dtype, grouped, o0 + o, b * width, K);
-                for (int r = 0; r < R && g * R + r < a->N; r++) {
-                    const int n = g * R + r;
-                    const struct x_run *run = kind == GLM_I8 ? a->runs + n * n_runs + b : NULL;
-                    for (int c = 0; c < C && o + c < cols; c++) {
-                        const int i = r * C + c;
-                        float *at = tile + n * IN_PLACE_COLS + o + c;
-                        *at += run_value((v4){s[i / 4][i % 4]}, run, kind)[0];
-                        if (kind != GLM_I8)
-                            continue;
-                        const int8_t *q = (const int8_t *)a->w->data + (size_t)(o0 + o + c) * I +
-                                          (size_t)b * width;
-                        for (int j = 0; j < run->count; j++)
-                            *at += run->value[j] * (float)q[run->column[j]];
-                    }
+                         kind, dtype, grouped, o, b * width, K, groups > 1 ? kept : NULL, g,
+                         groups);
+                for (int i = 0; i < S && kind != GLM_I8; i++)
+                    at[i] += s[i];
+                for (int i = 0; i < R * C && kind == GLM_I8; i++) {
+                    const int n = g * R + i / C < a->N ? g * R + i / C : a->N - 1;
+                    const int row = o + i % C < a->w->rows ? o + i % C : a->w->rows - 1;
+                    const struct x_run *run = a->runs + n * n_runs + b;
+                    const int8_t *q =
+                        (const int8_t *)a->w->data + (size_t)row * I + (size_t)b * width;
+                    float *sum = (float *)at + i;
+                    *sum += run_value((v4){s[i / 4][i % 4]}, run, kind)[0];
+                    for (int j = 0; j < run->count; j++)
+                        *sum += run->value[j] * (float)q[run->column[j]];
                 }
             }
+    for (int n = 0; n < a->N; n++)
+        for (int o = 0; o < cols; o++)
+            tile[n * IN_PLACE_COLS + o] =
+                ((float *)(sums + (n / R * steps + o / C) * S))[n % R * C + o % C];
 }
 
 /* Columns of a packed panel of W that outliers of x meet, as bytes, taken out once a run. */
@@ -670,15 +716,12 @@ static void nt_in_place_task(const void *arg, int task, char *scratch)
     const int grouped = a->w->group != 0, o0 = task * IN_PLACE_COLS;
     const int cols = a->w->rows - o0 < IN_PLACE_COLS ? a->w->rows - o0 : IN_PLACE_COLS;
     float *tile = (float *)scratch;
-    memset(tile, 0, (size_t)a->N * IN_PLACE_COLS * 4);
 #define CALL(kind, stored, by_group)                                          \
     do {                                                                      \
         if (a->R == R1)                                                       \
             tile_in_place(tile, a, kind, stored, by_group, R1, C1, o0, cols); \
-        else if (a->R == R2)                                                  \
-            tile_in_place(tile, a, kind, stored, by_group, R2, C2, o0, cols); \
         else                                                                  \
-            tile_in_place(tile, a, kind, stored, by_group, R3, C3, o0, cols); \
+            tile_in_place(tile, a, kind, stored, by_group, R2, C2, o0, cols); \
     } while (0)
     EACH_KIND(CALL)
 #undef CALL
