@@ -774,6 +774,12 @@ def attention_cases() -> list[tuple[Any, ...]]:
         ("plain", (130, 65), (2, 1, 16)),
         ("plain", (), (2, 1, 4)),
         ("past", (64,), (4, 2, 32)),
+        # several blocks of keys and panels of rows; groups and heads wider than a panel
+        ("shared past", (250, 3), (20, 1, 40)),
+        ("context", (203,), (2, 1, 64)),
+        ("past", (5,), (200, 1, 8)),
+        ("plain", (97,), (2, 2, 300)),
+        ("long", (33,), (2, 1, 1024)),
     ):
         cases += [(attention_forward, *args), (attention_backward, *args)]
     return cases

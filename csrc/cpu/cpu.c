@@ -398,7 +398,7 @@ static void attention_forward(void *cx, void *out, void *lse, const void *qkv, s
                                .heads = heads};
     int tasks = 0;
     for (int i = 0; i < n_segments; i++)
-        tasks += att_blocks(&segments[i]) * heads.KVH;
+        tasks += att_parts(&segments[i], heads) * heads.KVH;
     glm_pool_run(cpu->pool, tasks, cpu->k->attention_forward, &a);
 }
 

@@ -18,10 +18,9 @@ enum {
     GEMM_UNITS = 512,    /* a panel of B has so many units; of bytes that is a run of x */
     ROW_GROUP = 12,      /* rows that are packed together: a multiple of every kernel's */
     OUTLIERS = 4,        /* of a run of x */
-    ATT_ROWS = 48,       /* query rows of an attention task */
-    ATT_KEYS = 48, /* keys are taken in blocks of this many, counted from the first visible one */
-    MAX_HEAD = 512,
-    PIECE = 4096, /* elements of a piece of sum_squares */
+    ATT_BLOCK = 96,      /* keys of a block, and query rows (lanes) of a panel, at most; */
+    ATT_PANELS = 2,      /* panels of an attention task */
+    PIECE = 4096,        /* elements of a piece of sum_squares */
 };
 
 /* A run of a row of x as bytes: their sum and scale, and what is kept apart. */
@@ -134,11 +133,19 @@ struct glm_cpu_kernels {
 extern const struct glm_cpu_kernels glm_cpu_kernels_generic, glm_cpu_kernels_avx2,
     glm_cpu_kernels_avx512, glm_cpu_kernels_avx512bf16;
 
-/* Blocks of query rows of a segment; attention_forward has a task for each of them and each key
- * head. */
-static inline int att_blocks(const struct glm_segment *s)
+/* Rows of an attention panel: fewer where heads are wide, so that nine panels fit the scratch. */
+static inline int att_block(int HD)
 {
-    return (s->count + ATT_ROWS - 1) / ATT_ROWS;
+    return HD <= 256 ? ATT_BLOCK : ATT_BLOCK * 256 / ((HD + 15) / 16 * 16) / 16 * 16;
+}
+
+/* Parts that the query rows of a key head of a segment are cut into; attention_forward has a task
+ * for each of them and each key head. */
+static inline int att_parts(const struct glm_segment *s, struct glm_heads heads)
+{
+    const int64_t rows = (int64_t)s->count * (heads.NH / heads.KVH),
+                  most = (int64_t)ATT_PANELS * att_block(heads.HD);
+    return (int)((rows + most - 1) / most);
 }
 
 /* Philox4x32-10 (Salmon et al. 2011) */
