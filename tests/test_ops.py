@@ -1248,6 +1248,29 @@ def test_threads_do_not_change_a_bit(backend: str, case: tuple[Any, ...], thread
             same_bits(result[name][0], value, f"{case[0].__name__}{case[1:]} {name}, {n} threads")
 
 
+# ---- elementary functions ----
+
+
+@pytest.mark.parametrize("backend", [name for name in backends() if name.startswith("cpu")])
+def test_exp_and_silu_in_ulp(backend: str) -> None:
+    """What exp_vector and sigmoid promise (csrc/cpu/tmpl_vector.h), over all their range."""
+    ops = ops_of(backend)
+    x = np.linspace(-87.3, 88.3, 1_000_001, dtype=np.float32)
+
+    def ulps(got: np.ndarray, want: np.ndarray) -> float:
+        unit = np.spacing(np.abs(want.astype(np.float32))).astype(np.float64)
+        return float(np.max(np.abs(got - want) / unit))
+
+    y = np.concatenate([x, [0.0]]).astype(np.float32)[None]  # the last is the target
+    ops.cross_entropy_backward(
+        y, np.zeros(1, np.float32), np.array([x.size], np.int32), 1, y.size, 1.0
+    )
+    assert ulps(y[0, :-1], np.exp(x.astype(np.float64))) <= 2
+    inp, out = np.concatenate([x, np.ones_like(x)])[None], np.empty((1, x.size), np.float32)
+    ops.swiglu_forward(out, inp, 1, x.size)
+    assert ulps(out[0], x / (1 + np.exp(-x.astype(np.float64)))) <= 4
+
+
 # ---- Philox and dropout ----
 
 

@@ -80,6 +80,13 @@ struct row_args { /* whatever goes row by row */
     double eps;
 };
 
+struct prefix_args {
+    float *to;
+    const float *from;
+    int P, J, KV, copies, rows; /* rows of a task */
+    const struct glm_dropout *dropout;
+};
+
 struct flat_args { /* whatever goes element by element */
     void *p[4];
     const void *q[2];
@@ -123,11 +130,13 @@ struct glm_cpu_kernels {
     glm_task rmsnorm_forward, rmsnorm_backward, rmsnorm_dweight;
     glm_task rope, attention_forward, attention_backward;
     glm_task swiglu_forward, swiglu_backward, dropout_forward, dropout_backward;
+    glm_task prefix_forward, prefix_backward;
     glm_task cross_entropy_forward, cross_entropy_backward;
     glm_task add, sum_squares, adamw, tanh_forward, tanh_backward, convert, merge, nonfinite,
         quantize;
     void (*load_row)(float *out, const void *row, enum glm_dtype dtype,
                      int n); /* n elements as float */
+    void (*add_row)(float *to, const float *from, int n);
 };
 
 extern const struct glm_cpu_kernels glm_cpu_kernels_generic, glm_cpu_kernels_avx2,
@@ -146,19 +155,6 @@ static inline int att_parts(const struct glm_segment *s, struct glm_heads heads)
     const int64_t rows = (int64_t)s->count * (heads.NH / heads.KVH),
                   most = (int64_t)ATT_PANELS * att_block(heads.HD);
     return (int)((rows + most - 1) / most);
-}
-
-/* Philox4x32-10 (Salmon et al. 2011) */
-static inline void glm_philox(uint32_t x[4], uint32_t k0, uint32_t k1)
-{
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-        const uint64_t p0 = (uint64_t)0xD2511F53u * x[0], p1 = (uint64_t)0xCD9E8D57u * x[2];
-        const uint32_t y0 = (uint32_t)(p1 >> 32) ^ x[1] ^ k0, y2 = (uint32_t)(p0 >> 32) ^ x[3] ^ k1;
-        x[1] = (uint32_t)p1;
-        x[3] = (uint32_t)p0;
-        x[0] = y0;
-        x[2] = y2;
-    }
 }
 
 #endif

@@ -12,6 +12,7 @@
 #define MADD(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define VMAX(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define VMIN(a, b) ((vf)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#define MULTIPLY_EVEN(x, m) ((vw)_mm512_mul_epu32((__m512i)(x), _mm512_set1_epi32((int)(m))))
 
 /* lane sums of four vectors: adjacent lanes, then quarters, halves first */
 static inline __m128 sum4_avx512(__m512 a, __m512 b, __m512 c, __m512 d)

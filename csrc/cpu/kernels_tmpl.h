@@ -46,6 +46,8 @@ const struct glm_cpu_kernels TABLE(NAME) = {
     .swiglu_backward = swiglu_backward_task,
     .dropout_forward = dropout_forward_task,
     .dropout_backward = dropout_backward_task,
+    .prefix_forward = prefix_forward_task,
+    .prefix_backward = prefix_backward_task,
     .cross_entropy_forward = cross_entropy_forward_task,
     .cross_entropy_backward = cross_entropy_backward_task,
     .add = add_task,
@@ -58,4 +60,5 @@ const struct glm_cpu_kernels TABLE(NAME) = {
     .nonfinite = nonfinite_task,
     .quantize = quantize_task,
     .load_row = load_row,
+    .add_row = add_row,
 };
