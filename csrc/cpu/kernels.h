@@ -129,6 +129,7 @@ struct glm_cpu_kernels {
     int fast; /* has the kinds GLM_BF16 and GLM_I8 */
     glm_task rmsnorm_forward, rmsnorm_backward, rmsnorm_dweight;
     glm_task rope, attention_forward, attention_backward;
+    glm_task attention_forward_bf16, attention_backward_bf16; /* NULL without such instructions */
     glm_task swiglu_forward, swiglu_backward, dropout_forward, dropout_backward;
     glm_task prefix_forward, prefix_backward;
     glm_task cross_entropy_forward, cross_entropy_backward;

@@ -42,6 +42,10 @@ const struct glm_cpu_kernels TABLE(NAME) = {
     .rope = rope_task,
     .attention_forward = attention_forward_task,
     .attention_backward = attention_backward_task,
+#ifdef DOT_BF16
+    .attention_forward_bf16 = attention_forward_bf16_task,
+    .attention_backward_bf16 = attention_backward_bf16_task,
+#endif
     .swiglu_forward = swiglu_forward_task,
     .swiglu_backward = swiglu_backward_task,
     .dropout_forward = dropout_forward_task,

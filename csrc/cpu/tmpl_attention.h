@@ -8,7 +8,9 @@
  * in: its bits depend on nothing else.
  *
  * Panels: "packed" rows lie as (feature / VL, row, VL), "turned" rows as (row / VL, feature, VL),
- * both with features padded by zeros to vectors. */
+ * both with features padded by zeros to vectors. Where the large products are in bfloat16 (bf16,
+ * a constant of each function) the same tiles multiply pairs of neighbours along the sum, two to a
+ * float's place: features in scores, keys or lanes in what is added up. */
 
 enum {
     AR = VL == 16  ? 12
@@ -43,12 +45,24 @@ INLINE int last_visible(const struct glm_segment *s, int t)
     return s->shared_count + s->past_count + (own < s->count ? own : s->count);
 }
 
+#ifdef DOT_BF16
+#define ATT_MADD(a, b, c) (bf16 ? DOT_BF16(c, a, b) : MADD(a, b, c))
+#define NEIGHBOURS(a, b) TO_BF16(a, b) /* of 2 * VL features in order */
+#define PAIRED(a, b) HALVES_TO_PAIRS(TO_BF16(a, b))
+#else /* never reached: bf16 is 0 */
+#define ATT_MADD(a, b, c) MADD(a, b, c)
+#define NEIGHBOURS(a, b) (a)
+#define PAIRED(a, b) (a)
+#endif
+
 /* c (R, V vectors; ldc) = (+) sum over `chunks` runs of `len` terms of a[r * am + k * ak] times
  * vector k of panel v of b (bv apart) */
-INLINE void att_tile(int R, int V, int add, float *c, size_t ldc, const float *a, size_t am,
-                     size_t ak, size_t a_chunk, const float *b, size_t bv, int chunks, int len)
+INLINE void att_tile(int bf16, int R, int V, int add, float *c, size_t ldc, const float *a,
+                     size_t am, size_t ak, size_t a_chunk, const float *b, size_t bv, int chunks,
+                     int len)
 {
     vf acc[AR][2];
+    (void)bf16;
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
@@ -67,7 +81,7 @@ INLINE void att_tile(int R, int V, int add, float *c, size_t ldc, const float *a
                 const vf x = splat(at[r * am]);
 #pragma GCC unroll 2
                 for (int v = 0; v < V; v++)
-                    acc[r][v] = MADD(x, bvec[v], acc[r][v]);
+                    acc[r][v] = ATT_MADD(x, bvec[v], acc[r][v]);
             }
         }
     }
@@ -79,25 +93,25 @@ INLINE void att_tile(int R, int V, int add, float *c, size_t ldc, const float *a
 }
 
 /* The same for `rows` rows, where a and c have room for whole fours, and `vectors` panels. */
-INLINE void att_product(int add, float *c, size_t ldc, int rows, const float *a, size_t am,
-                        size_t ak, size_t a_chunk, const float *b, size_t bv, int vectors,
-                        int chunks, int len)
+INLINE void att_product(int bf16, int add, float *c, size_t ldc, int rows, const float *a,
+                        size_t am, size_t ak, size_t a_chunk, const float *b, size_t bv,
+                        int vectors, int chunks, int len)
 {
     for (int v = 0; v < vectors; v += 2, b += 2 * bv, c += 2 * VL) {
         int r = 0;
         if (vectors - v > 1) {
             for (; r + AR <= rows; r += AR)
-                att_tile(AR, 2, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv, chunks,
-                         len);
+                att_tile(bf16, AR, 2, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv,
+                         chunks, len);
             for (; r < rows; r += AREST)
-                att_tile(AREST, 2, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv,
+                att_tile(bf16, AREST, 2, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv,
                          chunks, len);
         } else {
             for (; r + AR <= rows; r += AR)
-                att_tile(AR, 1, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv, chunks,
-                         len);
+                att_tile(bf16, AR, 1, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv,
+                         chunks, len);
             for (; r < rows; r += AREST)
-                att_tile(AREST, 1, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv,
+                att_tile(bf16, AREST, 1, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv,
                          chunks, len);
         }
     }
@@ -105,45 +119,73 @@ INLINE void att_product(int add, float *c, size_t ldc, int rows, const float *a,
 
 /* Sizes of one call: features padded to vectors, rows of a block so that its panels fit. */
 struct att_sizes {
-    int HD, features, block; /* features: multiple of VL */
-    size_t step;             /* floats from one vector of a packed row to the next */
+    int HD, features, units, block; /* units: floats, or pairs, of a padded row */
+    size_t step, sum_step;          /* floats from one vector of a packed row to the next */
 };
 
-INLINE struct att_sizes att_sizes_of(int HD)
+INLINE struct att_sizes att_sizes_of(int HD, int bf16)
 {
-    struct att_sizes z = {.HD = HD, .features = (HD + VL - 1) / VL * VL};
+    const int whole = bf16 ? 2 * VL : VL;
+    struct att_sizes z = {.HD = HD, .features = (HD + whole - 1) / whole * whole};
+    z.units = bf16 ? z.features / 2 : z.features;
     z.block = att_block(HD);
     z.step = (size_t)z.block * VL;
+    z.sum_step = bf16 ? z.step / 2 : z.step;
     return z;
 }
 
-INLINE vf load_row_part(const float *row, int d, int HD)
+/* VL features from d on, times factor; zeros past the end */
+INLINE vf load_features(const float *row, int d, int HD, float factor)
 {
-    return HD - d >= VL ? load(row + d) : load_part(row + d, HD - d);
+    const vf v = HD - d >= VL ? load(row + d) : HD > d ? load_part(row + d, HD - d) : (vf){0};
+    return v * splat(factor);
 }
 
-/* rows times factor, packed; up to whole fours zeros follow */
-INLINE void att_pack(float *to, const struct att_sizes *z, const float *const *rows, int n,
-                     float factor)
+/* VL units of a row */
+INLINE vf load_units(int bf16, const float *row, int unit, int HD, float factor)
+{
+    if (!bf16)
+        return load_features(row, unit, HD, factor);
+    return NEIGHBOURS(load_features(row, 2 * unit, HD, factor),
+                      load_features(row, 2 * unit + VL, HD, factor));
+}
+
+/* rows times factor, packed for sums over features; up to whole fours zeros follow */
+INLINE void att_pack(int bf16, float *to, const struct att_sizes *z, const float *const *rows,
+                     int n, float factor)
 {
     for (int r = 0; r < (n + 3) / 4 * 4; r++)
+        for (int u = 0; u < z->units; u += VL)
+            store(to + u / VL * z->step + r * VL,
+                  r < n ? load_units(bf16, rows[r], u, z->HD, factor) : (vf){0});
+}
+
+/* rows times factor, packed for sums over rows */
+INLINE void att_pack_sum(int bf16, float *to, const struct att_sizes *z, const float *const *rows,
+                         int n, float factor)
+{
+    if (!bf16) {
+        att_pack(0, to, z, rows, n, factor);
+        return;
+    }
+    for (int r = 0; r < n; r += 2)
         for (int d = 0; d < z->features; d += VL) {
-            vf v = {0};
-            if (r < n)
-                v = load_row_part(rows[r], d, z->HD) * splat(factor);
-            store(to + d / VL * z->step + r * VL, v);
+            const vf a = load_features(rows[r], d, z->HD, factor);
+            const vf b = r + 1 < n ? load_features(rows[r + 1], d, z->HD, factor) : (vf){0};
+            (void)b;
+            store(to + d / VL * z->sum_step + r / 2 * VL, PAIRED(a, b));
         }
 }
 
-/* rows times factor, turned; up to a whole vector of rows zeros follow */
-INLINE void att_turn(float *to, const struct att_sizes *z, const float *const *rows, int n,
-                     float factor)
+/* rows, turned; up to a whole vector of rows zeros follow */
+INLINE void att_turn(int bf16, float *to, const struct att_sizes *z, const float *const *rows,
+                     int n)
 {
     for (int r = 0; r < n; r += VL)
-        for (int d = 0; d < z->features; d += VL) {
+        for (int u = 0; u < z->units; u += VL) {
             vf x[VL], y[VL];
             for (int i = 0; i < VL; i++)
-                x[i] = r + i < n ? load_row_part(rows[r + i], d, z->HD) * splat(factor) : (vf){0};
+                x[i] = r + i < n ? load_units(bf16, rows[r + i], u, z->HD, 1.0f) : (vf){0};
             for (int half = VL / 2; half; half /= 2) { /* each stage shuffles the rows like cards */
 #pragma GCC unroll 8
                 for (int i = 0; i < VL / 2; i++) {
@@ -155,32 +197,50 @@ INLINE void att_turn(float *to, const struct att_sizes *z, const float *const *r
                     x[i] = y[i];
             }
             for (int i = 0; i < VL; i++)
-                store(to + (size_t)r * z->features + (size_t)(d + i) * VL, x[i]);
+                store(to + (size_t)r * z->units + (size_t)(u + i) * VL, x[i]);
         }
 }
 
 /* s[key][lane] of `keys` packed keys and the turned lanes */
-INLINE void att_scores(float *s, const struct att_sizes *z, const float *packed, int keys,
+INLINE void att_scores(int bf16, float *s, const struct att_sizes *z, const float *packed, int keys,
                        const float *turned, int lanes)
 {
-    att_product(0, s, LD, keys, packed, VL, 1, z->step, turned, (size_t)z->features * VL,
-                (lanes + VL - 1) / VL, z->features / VL, VL);
+    att_product(bf16, 0, s, LD, keys, packed, VL, 1, z->step, turned, (size_t)z->units * VL,
+                (lanes + VL - 1) / VL, z->units / VL, VL);
 }
 
-/* out[lane][feature] += sum over keys of p[key][lane] * packed[key] */
-INLINE void att_add_keys(int add, float *out, const struct att_sizes *z, const float *p,
+/* out[lane][feature] (+)= sum over keys of p[key][lane] * packed[key]. Where pairs are multiplied,
+ * p is followed by room for them. */
+INLINE void att_add_keys(int bf16, int add, float *out, const struct att_sizes *z, float *p,
                          const float *packed, int keys, int lanes)
 {
-    att_product(add, out, (size_t)z->features, lanes, p, 1, LD, 0, packed, z->step,
-                z->features / VL, 1, keys);
+    float *from = p;
+    if (bf16) {
+        from = p + LD * ATT_BLOCK;
+        for (int j = 0; j < keys; j += 2)
+            for (int i = 0; i < lanes; i += VL)
+                store(from + j / 2 * LD + i,
+                      PAIRED(load(p + j * LD + i), load(p + (j + 1) * LD + i)));
+    }
+    att_product(bf16, add, out, (size_t)z->features, lanes, from, 1, LD, 0, packed, z->sum_step,
+                z->features / VL, 1, bf16 ? (keys + 1) / 2 : keys);
 }
 
 /* out[key][feature] += sum over lanes of p[key][lane] * packed[lane] */
-INLINE void att_add_lanes(float *out, const struct att_sizes *z, const float *p,
+INLINE void att_add_lanes(int bf16, float *out, const struct att_sizes *z, float *p,
                           const float *packed, int keys, int lanes)
 {
-    att_product(1, out, (size_t)z->features, keys, p, LD, 1, 0, packed, z->step, z->features / VL,
-                1, lanes);
+    const float *from = p;
+    if (bf16) {
+        float *to = p + LD * ATT_BLOCK;
+        from = to;
+        for (int j = 0; j < (keys + 3) / 4 * 4; j++)
+            for (int i = 0; i < lanes; i += 2 * VL)
+                store(to + j * (LD / 2) + i / 2,
+                      NEIGHBOURS(load(p + j * LD + i), load(p + j * LD + i + VL)));
+    }
+    att_product(bf16, 1, out, (size_t)z->features, keys, from, bf16 ? LD / 2 : LD, 1, 0, packed,
+                z->sum_step, z->features / VL, 1, bf16 ? (lanes + 1) / 2 : lanes);
 }
 
 INLINE vi lanes_see(const int32_t *seen, int j) { return *(const vi *)seen > (vi){0} + j; }
@@ -235,6 +295,8 @@ INLINE void att_softmax(float *s, int keys, int all, int j0, const struct att_la
             store(s + j * LD + i, e);
             total += e;
         }
+        if (keys % 2) /* the other half of a pair */
+            store(s + keys * LD + i, (vf){0});
         const vf k = exp2_vector(before - most);
         store(keep + i, k);
         store(top + i, most);
@@ -252,12 +314,11 @@ INLINE int all_finite(const float *x, int n)
     return lane_sum(s) == 0;
 }
 
-static void attention_forward_task(const void *arg, int task, char *scratch)
+INLINE void attention_forward_part(int bf16, const struct att_args *a, int task, char *scratch)
 {
-    const struct att_args *a = arg;
     const int NH = a->heads.NH, KVH = a->heads.KVH, HD = a->heads.HD, group = NH / KVH;
     const size_t width = (size_t)(NH + 2 * KVH) * HD;
-    const struct att_sizes z = att_sizes_of(HD);
+    const struct att_sizes z = att_sizes_of(HD, bf16);
     const struct glm_segment *s = a->segments;
     while (task >= att_parts(s, a->heads) * KVH)
         task -= att_parts(s++, a->heads) * KVH;
@@ -267,7 +328,8 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
     float top[ATT_PANELS][ATT_BLOCK], sum[ATT_PANELS][ATT_BLOCK], keep[ATT_BLOCK];
     const size_t panel = (size_t)z.block * z.features;
     float *kb = (float *)scratch, *vb = kb + panel, *score = vb + panel;
-    float *turned = score + LD * ATT_BLOCK, *out = turned + ATT_PANELS * panel;
+    float *turned = score + 2 * LD * ATT_BLOCK, *out = turned + ATT_PANELS * panel;
+    static const float zeros[1024];
     int panels = 0, seen = 0;
     for (; panels < ATT_PANELS; panels++) {
         const int first = (part * ATT_PANELS + panels) * z.block;
@@ -277,7 +339,7 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
         att_set_lanes(l, s, group, first, z.block);
         for (int i = 0; i < l->count; i++)
             l->rows[i] = lane_row(a->qkv, width, s, a->heads, g, first + i);
-        att_turn(turned + panels * panel, &z, l->rows, l->count, LOG2E / sqrtf((float)HD));
+        att_turn(bf16, turned + panels * panel, &z, l->rows, l->count);
         for (int i = 0; i < ATT_BLOCK; i++) {
             top[panels][i] = -INFINITY;
             sum[panels][i] = 0;
@@ -297,14 +359,12 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
             apart[j] = NULL;
             if (j0 + j >= lanes[0].seen[0] && !all_finite(values[j], HD)) {
                 apart[j] = values[j];
+                values[j] = zeros;
                 any_apart = 1;
             }
         }
-        att_pack(kb, &z, keys, block, 1.0f);
-        att_pack(vb, &z, values, block, 1.0f);
-        for (int j = 0; any_apart && j < block; j++)
-            for (int d = 0; apart[j] && d < z.features; d += VL)
-                store(vb + d / VL * z.step + j * VL, (vf){0});
+        att_pack(bf16, kb, &z, keys, block, LOG2E / sqrtf((float)HD));
+        att_pack_sum(bf16, vb, &z, values, block, 1.0f);
         for (int p = 0; p < panels; p++) {
             const struct att_lanes *l = lanes + p;
             float *o = out + p * panel;
@@ -313,13 +373,13 @@ static void attention_forward_task(const void *arg, int task, char *scratch)
             all = all < 0 ? 0 : all < n ? all : n;
             if (n <= 0)
                 continue;
-            att_scores(score, &z, kb, n, turned + p * panel, l->count);
+            att_scores(bf16, score, &z, kb, n, turned + p * panel, l->count);
             att_softmax(score, n, all, j0, l, top[p], sum[p], keep);
             for (int i = 0; j0 && i < l->count; i++)
                 for (int d = 0; keep[i] != 1.0f && d < z.features; d += VL)
                     store(o + (size_t)i * z.features + d,
                           load(o + (size_t)i * z.features + d) * splat(keep[i]));
-            att_add_keys(j0 > 0, o, &z, score, vb, n, l->count);
+            att_add_keys(bf16, j0 > 0, o, &z, score, vb, n, l->count);
             for (int j = 0; any_apart && j < n; j++)
                 for (int i = 0; apart[j] && i < l->count; i++)
                     for (int d = 0; l->seen[i] > j0 + j && d < HD; d++)
@@ -364,29 +424,32 @@ INLINE void att_score_gradient(float *s, float *ds, int keys, int all, int j0,
 /* One key head of one segment. Blocks of keys outermost; dq adds up over them in order. Keys and
  * queries are scaled by log2 e / sqrt(HD): with scores' gradients times ln 2 that gives 1 /
  * sqrt(HD) in dq and dk. */
-static void attention_backward_segment(const struct att_args *a, const struct glm_segment *s, int g,
-                                       char *scratch)
+INLINE void attention_backward_segment(int bf16, const struct att_args *a,
+                                       const struct glm_segment *s, int g, char *scratch)
 {
     const int NH = a->heads.NH, KVH = a->heads.KVH, HD = a->heads.HD, group = NH / KVH,
               KV = KVH * HD;
     const size_t width = (size_t)(NH + 2 * KVH) * HD;
-    const struct att_sizes z = att_sizes_of(HD);
+    const struct att_sizes z = att_sizes_of(HD, bf16);
     const int before = s->shared_count + s->past_count, seen = before + s->count;
     const float scale = LOG2E / sqrtf((float)HD);
     const size_t panel = (size_t)z.block * z.features;
     float *kb = (float *)scratch, *vb = kb + panel, *dk = vb + panel, *dv = dk + panel;
     float *q = dv + panel, *dout = q + panel, *turned = dout + panel, *dq = turned + panel;
-    float *p = dq + panel, *ds = p + LD * ATT_BLOCK;
+    float *p = dq + panel, *ds = p + 2 * LD * ATT_BLOCK;
+    float *ks = bf16 ? kb + panel / 2 : kb; /* keys, packed for sums over them */
     struct att_lanes l;
     for (int j0 = 0; j0 < seen; j0 += z.block) {
         const int block = seen - j0 < z.block ? seen - j0 : z.block;
         const float *rows[ATT_BLOCK];
         for (int j = 0; j < block; j++)
             rows[j] = visible(a, s, j0 + j, g, 0);
-        att_pack(kb, &z, rows, block, scale);
+        att_pack(bf16, kb, &z, rows, block, scale);
+        if (bf16)
+            att_pack_sum(bf16, ks, &z, rows, block, scale);
         for (int j = 0; j < block; j++)
             rows[j] = visible(a, s, j0 + j, g, 1);
-        att_pack(vb, &z, rows, block, 1.0f);
+        att_pack(bf16, vb, &z, rows, block, 1.0f);
         memset(dk, 0, 2 * panel * 4);
         /* causal: queries before the block's first own key see none of it */
         const int t0 = j0 <= before || s->context > j0 - before ? 0 : j0 - before;
@@ -407,23 +470,23 @@ static void attention_backward_segment(const struct att_args *a, const struct gl
             int n = l.seen[l.count - 1] - j0, all = l.seen[0] - j0;
             n = n < block ? n : block;
             all = all < 0 ? 0 : all < n ? all : n;
-            att_turn(turned, &z, l.rows, l.count, 1.0f);
-            att_scores(p, &z, kb, n, turned, l.count);
-            att_turn(turned, &z, douts, l.count, 1.0f);
-            att_scores(ds, &z, vb, n, turned, l.count);
+            att_turn(bf16, turned, &z, l.rows, l.count);
+            att_scores(bf16, p, &z, kb, n, turned, l.count);
+            att_turn(bf16, turned, &z, douts, l.count);
+            att_scores(bf16, ds, &z, vb, n, turned, l.count);
             att_score_gradient(p, ds, n, all, j0, &l, lse, D);
 
             for (int i = 0; j0 && i < l.count; i++)
                 memcpy(dq + (size_t)i * z.features,
                        lane_row(a->dqkv, width, s, a->heads, g, first + i), (size_t)HD * 4);
-            att_add_keys(j0 > 0, dq, &z, ds, kb, n, l.count);
+            att_add_keys(bf16, j0 > 0, dq, &z, ds, ks, n, l.count);
             for (int i = 0; i < l.count; i++)
                 memcpy((float *)lane_row(a->dqkv, width, s, a->heads, g, first + i),
                        dq + (size_t)i * z.features, (size_t)HD * 4);
-            att_pack(dout, &z, douts, l.count, 1.0f);
-            att_add_lanes(dv, &z, p, dout, n, l.count);
-            att_pack(q, &z, l.rows, l.count, scale);
-            att_add_lanes(dk, &z, ds, q, n, l.count);
+            att_pack_sum(bf16, dout, &z, douts, l.count, 1.0f);
+            att_add_lanes(bf16, dv, &z, p, dout, n, l.count);
+            att_pack_sum(bf16, q, &z, l.rows, l.count, scale);
+            att_add_lanes(bf16, dk, &z, ds, q, n, l.count);
         }
         for (int j = 0; j < block; j++) {
             const int row = j0 + j;
@@ -449,14 +512,31 @@ static void attention_backward_segment(const struct att_args *a, const struct gl
 
 /* A task is one key head of one segment (of all segments where gradients of shared rows add up): no
  * two tasks write the same row. */
+INLINE void attention_backward_part(int bf16, const struct att_args *a, int task, char *scratch)
+{
+    const int KVH = a->heads.KVH, all = a->dcache.k != NULL;
+    for (int i = all ? 0 : task / KVH; i < (all ? a->n_segments : task / KVH + 1); i++)
+        attention_backward_segment(bf16, a, a->segments + i, task % KVH, scratch);
+}
+
+static void attention_forward_task(const void *arg, int task, char *scratch)
+{
+    attention_forward_part(0, arg, task, scratch);
+}
+
 static void attention_backward_task(const void *arg, int task, char *scratch)
 {
-    const struct att_args *a = arg;
-    if (!a->dcache.k) {
-        attention_backward_segment(a, a->segments + task / a->heads.KVH, task % a->heads.KVH,
-                                   scratch);
-        return;
-    }
-    for (int i = 0; i < a->n_segments; i++)
-        attention_backward_segment(a, a->segments + i, task, scratch);
+    attention_backward_part(0, arg, task, scratch);
 }
+
+#ifdef DOT_BF16
+static void attention_forward_bf16_task(const void *arg, int task, char *scratch)
+{
+    attention_forward_part(1, arg, task, scratch);
+}
+
+static void attention_backward_bf16_task(const void *arg, int task, char *scratch)
+{
+    attention_backward_part(1, arg, task, scratch);
+}
+#endif
