@@ -420,7 +420,9 @@ static void attention_forward(void *cx, void *out, void *lse, const void *qkv, s
     int tasks = 0;
     for (int i = 0; i < n_segments; i++)
         tasks += att_parts(&segments[i], heads) * heads.KVH;
-    glm_pool_run(cpu->pool, tasks, cpu->k->attention_forward, &a);
+    glm_pool_run(
+        cpu->pool, tasks,
+        cpu->compute == GLM_F32 ? cpu->k->attention_forward : cpu->k->attention_forward_bf16, &a);
 }
 
 static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
@@ -439,8 +441,9 @@ static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const
                                .segments = segments,
                                .n_segments = n_segments,
                                .heads = heads};
-    glm_pool_run(cpu->pool, dcache.k ? heads.KVH : n_segments * heads.KVH,
-                 cpu->k->attention_backward, &a);
+    glm_pool_run(
+        cpu->pool, dcache.k ? heads.KVH : n_segments * heads.KVH,
+        cpu->compute == GLM_F32 ? cpu->k->attention_backward : cpu->k->attention_backward_bf16, &a);
 }
 
 /* ---- activations, dropout, loss */
