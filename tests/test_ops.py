@@ -774,6 +774,12 @@ def attention_cases() -> list[tuple[Any, ...]]:
         ("plain", (130, 65), (2, 1, 16)),
         ("plain", (), (2, 1, 4)),
         ("past", (64,), (4, 2, 32)),
+        # several blocks of keys and panels of rows; groups and heads wider than a panel
+        ("shared past", (250, 3), (20, 1, 40)),
+        ("context", (203,), (2, 1, 64)),
+        ("past", (5,), (200, 1, 8)),
+        ("plain", (97,), (2, 2, 300)),
+        ("long", (33,), (2, 1, 1024)),
     ):
         cases += [(attention_forward, *args), (attention_backward, *args)]
     return cases
@@ -1240,6 +1246,29 @@ def test_threads_do_not_change_a_bit(backend: str, case: tuple[Any, ...], thread
     for n, result in zip((2, 3), results[1:], strict=True):
         for name, (value, _) in results[0].items():
             same_bits(result[name][0], value, f"{case[0].__name__}{case[1:]} {name}, {n} threads")
+
+
+# ---- elementary functions ----
+
+
+@pytest.mark.parametrize("backend", [name for name in backends() if name.startswith("cpu")])
+def test_exp_and_silu_in_ulp(backend: str) -> None:
+    """What exp_vector and sigmoid promise (csrc/cpu/tmpl_vector.h), over all their range."""
+    ops = ops_of(backend)
+    x = np.linspace(-87.3, 88.3, 1_000_001, dtype=np.float32)
+
+    def ulps(got: np.ndarray, want: np.ndarray) -> float:
+        unit = np.spacing(np.abs(want.astype(np.float32))).astype(np.float64)
+        return float(np.max(np.abs(got - want) / unit))
+
+    y = np.concatenate([x, [0.0]]).astype(np.float32)[None]  # the last is the target
+    ops.cross_entropy_backward(
+        y, np.zeros(1, np.float32), np.array([x.size], np.int32), 1, y.size, 1.0
+    )
+    assert ulps(y[0, :-1], np.exp(x.astype(np.float64))) <= 2
+    inp, out = np.concatenate([x, np.ones_like(x)])[None], np.empty((1, x.size), np.float32)
+    ops.swiglu_forward(out, inp, 1, x.size)
+    assert ulps(out[0], x / (1 + np.exp(-x.astype(np.float64)))) <= 4
 
 
 # ---- Philox and dropout ----

@@ -45,65 +45,104 @@ static void run_flat(struct cpu *cpu, glm_task fn, struct flat_args *a)
     glm_pool_run(cpu->pool, ceil_div(a->n, a->piece), fn, a);
 }
 
-/* ---- embedding, gather, cache: copies */
+/* ---- embedding, gather, cache: copies of rows */
 
-struct embedding_args {
-    struct cpu *cpu;
-    float *out;
+struct copy_args {
+    const struct glm_cpu_kernels *k;
+    void *out, *out2;
+    const void *inp;
     const struct glm_mat *weight;
-    const int32_t *ids;
-    int N, rows;
+    const int32_t *index;
+    int N, C, rows; /* rows of a task */
+    size_t stride;
 };
+
+static void run_copy(struct cpu *cpu, glm_task fn, struct copy_args *a)
+{
+    a->k = cpu->k;
+    a->rows = rows_for((size_t)a->C);
+    glm_pool_run(cpu->pool, ceil_div((size_t)a->N, (size_t)a->rows), fn, a);
+}
 
 static void embedding_task(const void *arg, int task, char *scratch)
 {
-    const struct embedding_args *e = arg;
-    const int C = e->weight->cols;
+    const struct copy_args *a = arg;
+    const struct glm_mat *w = a->weight;
     (void)scratch;
-    for (int n = task * e->rows; n < e->N && n < (task + 1) * e->rows; n++)
-        e->cpu->k->load_row(e->out + (size_t)n * C,
-                            (const char *)e->weight->data +
-                                glm_bytes(e->weight->dtype, (size_t)e->ids[n] * C),
-                            e->weight->dtype, C);
+    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++)
+        a->k->load_row((float *)a->out + (size_t)n * a->C,
+                       (const char *)w->data + glm_bytes(w->dtype, (size_t)a->index[n] * a->C),
+                       w->dtype, a->C);
 }
 
 static void embedding_forward(void *cx, void *out, const struct glm_mat *weight, const int32_t *ids,
                               int N)
 {
-    struct cpu *cpu = cx;
-    const struct embedding_args e = {cpu, out, weight, ids, N, rows_for((size_t)weight->cols)};
-    glm_pool_run(cpu->pool, ceil_div((size_t)N, (size_t)e.rows), embedding_task, &e);
+    struct copy_args a = {.out = out, .weight = weight, .index = ids, .N = N, .C = weight->cols};
+    run_copy(cx, embedding_task, &a);
+}
+
+/* ids repeat, so a task is a run of columns, and rows go in order */
+static void embedding_backward_task(const void *arg, int task, char *scratch)
+{
+    const struct copy_args *a = arg;
+    const int begin = task * PIECE, left = a->C - begin, count = left < PIECE ? left : PIECE;
+    (void)scratch;
+    for (int n = 0; n < a->N; n++)
+        a->k->add_row((float *)a->out + (size_t)a->index[n] * a->C + begin,
+                      (const float *)a->inp + (size_t)n * a->C + begin, count);
 }
 
 static void embedding_backward(void *cx, void *dweight, const void *dout, const int32_t *ids, int N,
                                int C)
 {
-    (void)cx;
-    for (int n = 0; n < N; n++) { /* in order: ids repeat */
-        float *to = (float *)dweight + (size_t)ids[n] * C;
-        const float *from = (const float *)dout + (size_t)n * C;
-        for (int i = 0; i < C; i++)
-            to[i] += from[i];
-    }
+    struct cpu *cpu = cx;
+    const struct copy_args a = {
+        .k = cpu->k, .out = dweight, .inp = dout, .index = ids, .N = N, .C = C};
+    glm_pool_run(cpu->pool, ceil_div((size_t)C, PIECE), embedding_backward_task, &a);
+}
+
+static void gather_task(const void *arg, int task, char *scratch)
+{
+    const struct copy_args *a = arg;
+    (void)scratch;
+    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++)
+        memcpy((float *)a->out + (size_t)n * a->C, (const float *)a->inp + a->index[n] * a->stride,
+               (size_t)a->C * 4);
 }
 
 static void gather_forward(void *cx, void *out, const void *inp, const int32_t *rows, int M, int C)
 {
-    (void)cx;
-    for (int m = 0; m < M; m++)
-        memcpy((float *)out + (size_t)m * C, (const float *)inp + (size_t)rows[m] * C,
-               (size_t)C * 4);
+    struct copy_args a = {
+        .out = out, .inp = inp, .index = rows, .N = M, .C = C, .stride = (size_t)C};
+    run_copy(cx, gather_task, &a);
+}
+
+static void gather_backward_task(const void *arg, int task, char *scratch)
+{
+    const struct copy_args *a = arg;
+    (void)scratch;
+    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++)
+        a->k->add_row((float *)a->out + (size_t)a->index[n] * a->C,
+                      (const float *)a->inp + (size_t)n * a->C, a->C);
 }
 
 static void gather_backward(void *cx, void *dinp, const void *dout, const int32_t *rows, int M,
                             int C)
 {
-    (void)cx;
-    for (int m = 0; m < M; m++) {
-        float *to = (float *)dinp + (size_t)rows[m] * C;
-        const float *from = (const float *)dout + (size_t)m * C;
-        for (int i = 0; i < C; i++)
-            to[i] += from[i];
+    struct copy_args a = {.out = dinp, .inp = dout, .index = rows, .N = M, .C = C};
+    run_copy(cx, gather_backward_task, &a); /* rows are distinct */
+}
+
+static void kv_append_task(const void *arg, int task, char *scratch)
+{
+    const struct copy_args *a = arg;
+    const size_t KV = (size_t)a->C / 2;
+    (void)scratch;
+    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
+        const float *row = (const float *)a->inp + (size_t)n * a->stride;
+        memcpy((float *)a->out + a->index[n] * KV, row, KV * 4);
+        memcpy((float *)a->out2 + a->index[n] * KV, row + KV, KV * 4);
     }
 }
 
@@ -111,50 +150,32 @@ static void kv_append(void *cx, struct glm_kv cache, const void *qkv, const int3
                       struct glm_heads heads)
 {
     const size_t KV = (size_t)heads.KVH * heads.HD, q = (size_t)heads.NH * heads.HD;
-    (void)cx;
-    for (int n = 0; n < N; n++) {
-        const float *row = (const float *)qkv + (size_t)n * (q + 2 * KV);
-        memcpy((float *)cache.k + slot[n] * KV, row + q, KV * 4);
-        memcpy((float *)cache.v + slot[n] * KV, row + q + KV, KV * 4);
-    }
-}
-
-/* The kept fraction of element i of row n, scaled: 0 or 1 / (1 - p). */
-static float mask_at(const struct glm_dropout *d, int n, int i)
-{
-    uint32_t word[4] = {(uint32_t)i / 4, (uint32_t)d->position[n], (uint32_t)d->stream[n], d->site};
-    glm_philox(word, (uint32_t)d->seed, (uint32_t)(d->seed >> 32) ^ d->step);
-    return word[i % 4] < (uint64_t)(d->p * 4294967296.0) ? 0 : (float)(1.0 / (1.0 - d->p));
+    struct copy_args a = {.out = cache.k,
+                          .out2 = cache.v,
+                          .inp = (const float *)qkv + q,
+                          .index = slot,
+                          .N = N,
+                          .C = (int)(2 * KV),
+                          .stride = q + 2 * KV};
+    run_copy(cx, kv_append_task, &a);
 }
 
 static void prefix_forward(void *cx, void *out, const void *inp, int P, int J, int KV, int copies,
                            const struct glm_dropout *dropout)
 {
-    (void)cx;
-    for (int j = 0; j < J; j++)
-        for (int b = 0; b < copies; b++)
-            for (int p = 0; p < P; p++) {
-                const int n = b * P + p;
-                float *to = (float *)out + ((size_t)j * copies * P + n) * KV;
-                const float *from = (const float *)inp + ((size_t)p * J + j) * KV;
-                for (int i = 0; i < KV; i++)
-                    to[i] = dropout ? from[i] * mask_at(dropout, n, j * KV + i) : from[i];
-            }
+    struct cpu *cpu = cx;
+    const struct prefix_args a = {out, inp, P, J, KV, copies, rows_for((size_t)KV), dropout};
+    glm_pool_run(cpu->pool, ceil_div((size_t)J * copies * P, (size_t)a.rows),
+                 cpu->k->prefix_forward, &a);
 }
 
 static void prefix_backward(void *cx, void *dinp, const void *dout, int P, int J, int KV,
                             int copies, const struct glm_dropout *dropout)
 {
-    (void)cx;
-    for (int j = 0; j < J; j++)
-        for (int b = 0; b < copies; b++)
-            for (int p = 0; p < P; p++) {
-                const int n = b * P + p;
-                float *to = (float *)dinp + ((size_t)p * J + j) * KV;
-                const float *from = (const float *)dout + ((size_t)j * copies * P + n) * KV;
-                for (int i = 0; i < KV; i++)
-                    to[i] += dropout ? from[i] * mask_at(dropout, n, j * KV + i) : from[i];
-            }
+    struct cpu *cpu = cx;
+    const struct prefix_args a = {dinp,   dout, P, J, KV, copies, rows_for((size_t)KV * copies),
+                                  dropout};
+    glm_pool_run(cpu->pool, ceil_div((size_t)P * J, (size_t)a.rows), cpu->k->prefix_backward, &a);
 }
 
 /* ---- linear: the arithmetic is chosen, one operand packed, then tasks make tiles of the output */
@@ -398,8 +419,10 @@ static void attention_forward(void *cx, void *out, void *lse, const void *qkv, s
                                .heads = heads};
     int tasks = 0;
     for (int i = 0; i < n_segments; i++)
-        tasks += att_blocks(&segments[i]) * heads.KVH;
-    glm_pool_run(cpu->pool, tasks, cpu->k->attention_forward, &a);
+        tasks += att_parts(&segments[i], heads) * heads.KVH;
+    glm_pool_run(
+        cpu->pool, tasks,
+        cpu->compute == GLM_F32 ? cpu->k->attention_forward : cpu->k->attention_forward_bf16, &a);
 }
 
 static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
@@ -418,8 +441,9 @@ static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const
                                .segments = segments,
                                .n_segments = n_segments,
                                .heads = heads};
-    glm_pool_run(cpu->pool, dcache.k ? heads.KVH : n_segments * heads.KVH,
-                 cpu->k->attention_backward, &a);
+    glm_pool_run(
+        cpu->pool, dcache.k ? heads.KVH : n_segments * heads.KVH,
+        cpu->compute == GLM_F32 ? cpu->k->attention_backward : cpu->k->attention_backward_bf16, &a);
 }
 
 /* ---- activations, dropout, loss */

@@ -18,10 +18,9 @@ enum {
     GEMM_UNITS = 512,    /* a panel of B has so many units; of bytes that is a run of x */
     ROW_GROUP = 12,      /* rows that are packed together: a multiple of every kernel's */
     OUTLIERS = 4,        /* of a run of x */
-    ATT_ROWS = 48,       /* query rows of an attention task */
-    ATT_KEYS = 48, /* keys are taken in blocks of this many, counted from the first visible one */
-    MAX_HEAD = 512,
-    PIECE = 4096, /* elements of a piece of sum_squares */
+    ATT_BLOCK = 96,      /* keys of a block, and query rows (lanes) of a panel, at most; */
+    ATT_PANELS = 2,      /* panels of an attention task */
+    PIECE = 4096,        /* elements of a piece of sum_squares */
 };
 
 /* A run of a row of x as bytes: their sum and scale, and what is kept apart. */
@@ -81,6 +80,13 @@ struct row_args { /* whatever goes row by row */
     double eps;
 };
 
+struct prefix_args {
+    float *to;
+    const float *from;
+    int P, J, KV, copies, rows; /* rows of a task */
+    const struct glm_dropout *dropout;
+};
+
 struct flat_args { /* whatever goes element by element */
     void *p[4];
     const void *q[2];
@@ -123,35 +129,33 @@ struct glm_cpu_kernels {
     int fast; /* has the kinds GLM_BF16 and GLM_I8 */
     glm_task rmsnorm_forward, rmsnorm_backward, rmsnorm_dweight;
     glm_task rope, attention_forward, attention_backward;
+    glm_task attention_forward_bf16, attention_backward_bf16; /* NULL without such instructions */
     glm_task swiglu_forward, swiglu_backward, dropout_forward, dropout_backward;
+    glm_task prefix_forward, prefix_backward;
     glm_task cross_entropy_forward, cross_entropy_backward;
     glm_task add, sum_squares, adamw, tanh_forward, tanh_backward, convert, merge, nonfinite,
         quantize;
     void (*load_row)(float *out, const void *row, enum glm_dtype dtype,
                      int n); /* n elements as float */
+    void (*add_row)(float *to, const float *from, int n);
 };
 
 extern const struct glm_cpu_kernels glm_cpu_kernels_generic, glm_cpu_kernels_avx2,
     glm_cpu_kernels_avx512, glm_cpu_kernels_avx512bf16;
 
-/* Blocks of query rows of a segment; attention_forward has a task for each of them and each key
- * head. */
-static inline int att_blocks(const struct glm_segment *s)
+/* Rows of an attention panel: fewer where heads are wide, so that nine panels fit the scratch. */
+static inline int att_block(int HD)
 {
-    return (s->count + ATT_ROWS - 1) / ATT_ROWS;
+    return HD <= 256 ? ATT_BLOCK : ATT_BLOCK * 256 / ((HD + 15) / 16 * 16) / 16 * 16;
 }
 
-/* Philox4x32-10 (Salmon et al. 2011) */
-static inline void glm_philox(uint32_t x[4], uint32_t k0, uint32_t k1)
+/* Parts that the query rows of a key head of a segment are cut into; attention_forward has a task
+ * for each of them and each key head. */
+static inline int att_parts(const struct glm_segment *s, struct glm_heads heads)
 {
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-        const uint64_t p0 = (uint64_t)0xD2511F53u * x[0], p1 = (uint64_t)0xCD9E8D57u * x[2];
-        const uint32_t y0 = (uint32_t)(p1 >> 32) ^ x[1] ^ k0, y2 = (uint32_t)(p0 >> 32) ^ x[3] ^ k1;
-        x[1] = (uint32_t)p1;
-        x[3] = (uint32_t)p0;
-        x[0] = y0;
-        x[2] = y2;
-    }
+    const int64_t rows = (int64_t)s->count * (heads.NH / heads.KVH),
+                  most = (int64_t)ATT_PANELS * att_block(heads.HD);
+    return (int)((rows + most - 1) / most);
 }
 
 #endif

@@ -10,6 +10,9 @@
 #define BYTES_TO_INT(p) ((vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p))))
 #define INT_TO_FLOAT(v) ((vf)_mm512_cvtepi32_ps((__m512i)(v)))
 #define MADD(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define VMAX(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define VMIN(a, b) ((vf)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#define MULTIPLY_EVEN(x, m) ((vw)_mm512_mul_epu32((__m512i)(x), _mm512_set1_epi32((int)(m))))
 
 /* lane sums of four vectors: adjacent lanes, then quarters, halves first */
 static inline __m128 sum4_avx512(__m512 a, __m512 b, __m512 c, __m512 d)

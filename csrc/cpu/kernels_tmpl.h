@@ -42,10 +42,16 @@ const struct glm_cpu_kernels TABLE(NAME) = {
     .rope = rope_task,
     .attention_forward = attention_forward_task,
     .attention_backward = attention_backward_task,
+#ifdef DOT_BF16
+    .attention_forward_bf16 = attention_forward_bf16_task,
+    .attention_backward_bf16 = attention_backward_bf16_task,
+#endif
     .swiglu_forward = swiglu_forward_task,
     .swiglu_backward = swiglu_backward_task,
     .dropout_forward = dropout_forward_task,
     .dropout_backward = dropout_backward_task,
+    .prefix_forward = prefix_forward_task,
+    .prefix_backward = prefix_backward_task,
     .cross_entropy_forward = cross_entropy_forward_task,
     .cross_entropy_backward = cross_entropy_backward_task,
     .add = add_task,
@@ -58,4 +64,5 @@ const struct glm_cpu_kernels TABLE(NAME) = {
     .nonfinite = nonfinite_task,
     .quantize = quantize_task,
     .load_row = load_row,
+    .add_row = add_row,
 };

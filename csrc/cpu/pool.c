@@ -11,6 +11,12 @@
 
 enum { MAX_THREADS = 256, SPINS = 4000 };
 
+#ifdef CLOCK_MONOTONIC_COARSE
+#define POLL_CLOCK CLOCK_MONOTONIC_COARSE /* read before every task */
+#else
+#define POLL_CLOCK CLOCK_MONOTONIC
+#endif
+
 struct glm_pool {
     int threads; /* asked for, the caller's included */
     int workers; /* running */
@@ -20,8 +26,10 @@ struct glm_pool {
     char *caller_scratch;
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
-    atomic_uint generation; /* grows with each run */
-    atomic_int next, active, stop, busy, quit;
+    /* Runs so far twice, plus one while a run takes workers in, times INSIDE; plus the workers that
+     * it took in. A worker that sleeps through a run is not waited for. */
+    atomic_ullong state;
+    atomic_int next, asleep, waiting, stop, busy, quit;
     int n_tasks;
     glm_task fn;
     const void *arg;
@@ -30,10 +38,11 @@ struct glm_pool {
     struct timespec polled;
 };
 
+#define INSIDE (1ull << 32)
+
 struct seat {
     struct glm_pool *pool;
     int index;
-    unsigned generation; /* of the run before the worker was started */
 };
 
 static void relax(void)
@@ -53,28 +62,40 @@ static void work(struct glm_pool *pool, char *scratch)
     }
 }
 
+/* Whether there is something for a worker that has been in run `seen`. */
+static int called(struct glm_pool *pool, unsigned long long seen)
+{
+    const unsigned long long run = atomic_load(&pool->state) / INSIDE;
+    return (run & 1 && run != seen) || atomic_load(&pool->quit);
+}
+
 static void *worker_main(void *arg)
 {
     struct seat seat = *(struct seat *)arg;
     struct glm_pool *pool = seat.pool;
-    unsigned seen = seat.generation;
+    unsigned long long seen = 0;
     free(arg);
     for (;;) {
-        for (int spin = 0;
-             spin < SPINS && atomic_load_explicit(&pool->generation, memory_order_acquire) == seen;
-             spin++)
+        for (int spin = 0; spin < SPINS && !called(pool, seen); spin++)
             relax();
-        if (atomic_load_explicit(&pool->generation, memory_order_acquire) == seen) {
+        if (!called(pool, seen)) {
             pthread_mutex_lock(&pool->mutex);
-            while (atomic_load_explicit(&pool->generation, memory_order_acquire) == seen)
+            atomic_fetch_add(&pool->asleep, 1);
+            while (!called(pool, seen))
                 pthread_cond_wait(&pool->wake, &pool->mutex);
+            atomic_fetch_sub(&pool->asleep, 1);
             pthread_mutex_unlock(&pool->mutex);
         }
-        seen++;
         if (atomic_load(&pool->quit))
             return NULL;
+        unsigned long long state = atomic_load(&pool->state);
+        if (!(state / INSIDE & 1) ||
+            !atomic_compare_exchange_strong(&pool->state, &state, state + 1))
+            continue; /* over, or another worker came between: look again */
+        seen = state / INSIDE;
         work(pool, pool->scratch[seat.index]);
-        if (atomic_fetch_sub_explicit(&pool->active, 1, memory_order_acq_rel) == 1) {
+        atomic_fetch_sub(&pool->state, 1);
+        if (atomic_load(&pool->waiting)) {
             pthread_mutex_lock(&pool->mutex);
             pthread_cond_signal(&pool->done);
             pthread_mutex_unlock(&pool->mutex);
@@ -129,10 +150,11 @@ struct glm_pool *glm_pool_create(void)
     return pool;
 }
 
-static void begin_generation(struct glm_pool *pool)
+static void wake_sleepers(struct glm_pool *pool)
 {
+    if (!atomic_load(&pool->asleep))
+        return;
     pthread_mutex_lock(&pool->mutex);
-    atomic_fetch_add_explicit(&pool->generation, 1, memory_order_release);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
 }
@@ -141,7 +163,7 @@ static void join_workers(struct glm_pool *pool)
 {
     if (pool->workers && pool->pid == (long)getpid()) {
         atomic_store(&pool->quit, 1);
-        begin_generation(pool);
+        wake_sleepers(pool);
         for (int i = 0; i < pool->workers; i++)
             pthread_join(pool->worker[i], NULL);
         atomic_store(&pool->quit, 0);
@@ -170,7 +192,9 @@ static void start_workers(struct glm_pool *pool)
         pthread_mutex_init(&pool->mutex, NULL);
         pthread_cond_init(&pool->wake, NULL);
         pthread_cond_init(&pool->done, NULL);
-        atomic_store(&pool->active, 0);
+        atomic_store(&pool->asleep, 0);
+        atomic_store(&pool->waiting, 0);
+        atomic_store(&pool->state, atomic_load(&pool->state) / (2 * INSIDE) * (2 * INSIDE));
     }
     if (pool->workers > pool->threads - 1)
         join_workers(pool);
@@ -183,7 +207,7 @@ static void start_workers(struct glm_pool *pool)
             free(seat);
             return;
         }
-        *seat = (struct seat){pool, i, atomic_load(&pool->generation)};
+        *seat = (struct seat){pool, i};
         if (pthread_create(&pool->worker[i], NULL, worker_main, seat) != 0) {
             free(seat);
             return;
@@ -206,7 +230,7 @@ void glm_pool_set_poll(struct glm_pool *pool, int (*poll)(void *arg), void *arg)
     pool->poll = poll;
     pool->poll_arg = arg;
     atomic_store(&pool->stop, 0);
-    clock_gettime(CLOCK_MONOTONIC, &pool->polled);
+    clock_gettime(POLL_CLOCK, &pool->polled);
 }
 
 int glm_pool_stopped(const struct glm_pool *pool)
@@ -219,7 +243,7 @@ static void poll_now_and_then(struct glm_pool *pool)
     struct timespec now;
     if (!pool->poll || atomic_load_explicit(&pool->stop, memory_order_relaxed))
         return;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(POLL_CLOCK, &now);
     const double ms = (double)(now.tv_sec - pool->polled.tv_sec) * 1e3 +
                       (double)(now.tv_nsec - pool->polled.tv_nsec) / 1e6;
     if (ms < 50)
@@ -232,12 +256,30 @@ static void poll_now_and_then(struct glm_pool *pool)
 static void work_and_poll(struct glm_pool *pool)
 {
     for (;;) {
-        poll_now_and_then(pool);
         const int task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
-        if (task >= pool->n_tasks || atomic_load_explicit(&pool->stop, memory_order_relaxed))
+        if (task >= pool->n_tasks)
+            return;
+        poll_now_and_then(pool);
+        if (atomic_load_explicit(&pool->stop, memory_order_relaxed))
             return;
         pool->fn(pool->arg, task, pool->caller_scratch);
     }
+}
+
+/* No worker enters any more; returns when those inside have left. */
+static void close_run(struct glm_pool *pool)
+{
+    atomic_fetch_add(&pool->state, INSIDE);
+    for (int spin = 0; spin < SPINS && atomic_load(&pool->state) % INSIDE; spin++)
+        relax();
+    if (atomic_load(&pool->state) % INSIDE == 0)
+        return;
+    pthread_mutex_lock(&pool->mutex);
+    atomic_store(&pool->waiting, 1);
+    while (atomic_load(&pool->state) % INSIDE)
+        pthread_cond_wait(&pool->done, &pool->mutex);
+    atomic_store(&pool->waiting, 0);
+    pthread_mutex_unlock(&pool->mutex);
 }
 
 void glm_pool_run(struct glm_pool *pool, int n_tasks, glm_task fn, const void *arg)
@@ -252,27 +294,20 @@ void glm_pool_run(struct glm_pool *pool, int n_tasks, glm_task fn, const void *a
         free(scratch);
         return;
     }
-    if (n_tasks > 1 && pool->threads > 1)
+    const int alone = n_tasks == 1 || pool->threads == 1;
+    if (!alone)
         start_workers(pool);
     pool->n_tasks = n_tasks;
     pool->fn = fn;
     pool->arg = arg;
     atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-    if (n_tasks == 1 || pool->threads == 1 || pool->workers == 0) {
+    if (alone || pool->workers == 0) {
         work_and_poll(pool);
     } else {
-        atomic_store_explicit(&pool->active, pool->workers, memory_order_relaxed);
-        begin_generation(pool);
+        atomic_fetch_add(&pool->state, INSIDE);
+        wake_sleepers(pool);
         work_and_poll(pool);
-        for (int spin = 0;
-             spin < SPINS && atomic_load_explicit(&pool->active, memory_order_acquire); spin++)
-            relax();
-        if (atomic_load_explicit(&pool->active, memory_order_acquire)) {
-            pthread_mutex_lock(&pool->mutex);
-            while (atomic_load_explicit(&pool->active, memory_order_acquire))
-                pthread_cond_wait(&pool->done, &pool->mutex);
-            pthread_mutex_unlock(&pool->mutex);
-        }
+        close_run(pool);
     }
     atomic_store(&pool->busy, 0);
 }

@@ -1,109 +1,28 @@
-/* acc (MR, NR) += a[m * am] * b[n] */
-INLINE void add_outer(vf acc[MR][NV], const float *a, size_t am, const float *b)
-{
-    vf bv[NV];
-    for (int v = 0; v < NV; v++)
-        bv[v] = load(b + v * VL);
-    for (int m = 0; m < MR; m++) {
-        const vf av = splat(a[m * am]);
-        for (int v = 0; v < NV; v++)
-            acc[m][v] = MADD(av, bv[v], acc[m][v]);
-    }
-}
+/* ---- attention, never more than a block of it at a time.
+ *
+ * The query rows of a segment that share a key head, tokens outermost, heads of the group
+ * innermost, are lanes: a task takes panels of them, and loads a block of keys and values once for
+ * all. Scores are computed transposed, s[key][lane], so that a row's softmax goes lane by lane. The
+ * softmax is kept running (Milakov & Gimelshein 2018) over blocks of keys counted from the first
+ * visible one. Every sum of a row runs over its keys (or features) in order, whatever lane it lies
+ * in: its bits depend on nothing else.
+ *
+ * Panels: "packed" rows lie as (feature / VL, row, VL), "turned" rows as (row / VL, feature, VL),
+ * both with features padded by zeros to vectors. Where the large products are in bfloat16 (bf16,
+ * a constant of each function) the same tiles multiply pairs of neighbours along the sum, two to a
+ * float's place: features in scores, keys or lanes in what is added up. */
 
-/* tile (MR, NR; ldt) += sum over k < K of a(m, k) * b[k * ldb + n], where a(m, k) =
- * a[m * am + k % 4 * ak + k / 4 * quad] */
-INLINE void rank1_tile(float *tile, size_t ldt, const float *a, size_t am, size_t ak, size_t quad,
-                       const float *b, size_t ldb, int K)
-{
-    vf acc[MR][NV];
-    for (int m = 0; m < MR; m++)
-        for (int v = 0; v < NV; v++)
-            acc[m][v] = load(tile + m * ldt + v * VL);
-    int k = 0;
-    for (; k + 4 <= K; k += 4, a += quad, b += 4 * ldb)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            add_outer(acc, a + i * ak, am, b + i * ldb);
-    for (; k < K; k++, a += ak, b += ldb)
-        add_outer(acc, a, am, b);
-    for (int m = 0; m < MR; m++)
-        for (int v = 0; v < NV; v++)
-            store(tile + m * ldt + v * VL, acc[m][v]);
-}
+enum {
+    AR = VL == 16  ? 12
+         : VL == 8 ? 6
+                   : 4,      /* rows of a register tile, by 2 vectors, */
+    AREST = VL == 8 ? 2 : 4, /* and of the tiles that end a product */
+    LD = ATT_BLOCK           /* lanes from one key's scores to the next */
+};
+#define LOG2E 1.44269504088896341f
+#define LN2 0.69314718055994531f
 
-/* ---- dot products of rows where they lie, for attention */
-
-/* s[r][c] = sum over k < K of x[r][k] * w[c][k];  R x 4 sums at once */
-INLINE void dot_tile(v4 *s, int R, const float *const *x, const char *const *w,
-                     enum glm_dtype dtype, int K)
-{
-    vf acc[4][4];
-    int k = 0;
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++)
-            acc[r][c] = (vf){0};
-    for (; k + VL <= K; k += VL) {
-        vf xv[4];
-        for (int r = 0; r < R; r++)
-            xv[r] = load(x[r] + k);
-        for (int c = 0; c < 4; c++) {
-            const vf wv = load_as(w[c], dtype, k);
-            for (int r = 0; r < R; r++)
-                acc[r][c] = MADD(xv[r], wv, acc[r][c]);
-        }
-    }
-    if (k < K) {
-        for (int c = 0; c < 4; c++) {
-            vf wv = {0};
-            for (int i = k; i < K; i++)
-                wv[i - k] = load_one(w[c], dtype, i);
-            for (int r = 0; r < R; r++)
-                acc[r][c] = MADD(load_part(x[r] + k, K - k), wv, acc[r][c]);
-        }
-    }
-    for (int r = 0; r < R; r++)
-        s[r] = SUM4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-}
-
-/* out[n][o] (ldo) of `rows` x `cols` dot products of K features; add: onto what is there. w rows
- * are `stride` bytes apart */
-INLINE void dot_block(float *out, size_t ldo, const float *x, size_t ldx, int rows, const char *w,
-                      size_t stride, enum glm_dtype dtype, int cols, int K, int add)
-{
-    for (int n = 0; n < rows; n += 3) {
-        const float *xs[3];
-        for (int r = 0; r < 3; r++)
-            xs[r] = x + (size_t)(n + r < rows ? n + r : rows - 1) * ldx;
-        const int R = rows - n < 3 ? rows - n : 3;
-        for (int o = 0; o < cols; o += 4) {
-            const char *ws[4];
-            v4 s[3];
-            for (int c = 0; c < 4; c++)
-                ws[c] = w + (size_t)(o + c < cols ? o + c : cols - 1) * stride;
-            if (R == 1)
-                dot_tile(s, 1, xs, ws, dtype, K);
-            else
-                dot_tile(s, 3, xs, ws, dtype, K);
-            const int used = cols - o < 4 ? cols - o : 4;
-            for (int r = 0; r < R; r++) {
-                float *at = out + (n + r) * ldo + o;
-                if (used == 4) {
-                    *(v4 *)at = add ? *(v4 *)at + s[r] : s[r];
-                    continue;
-                }
-                for (int c = 0; c < used; c++)
-                    at[c] = add ? at[c] + s[r][c] : s[r][c];
-            }
-        }
-    }
-}
-
-/* ---- attention: keys in blocks of ATT_KEYS from the first visible one, softmax kept running
- * (Milakov & Gimelshein 2018) */
-
-/* Row j of what a segment sees: shared, past, then own tokens; its keys or values of head g, and
- * their gradient. */
+/* Row j of what a segment sees: shared, past, then own tokens; its keys or values of head g. */
 INLINE const float *visible(const struct att_args *a, const struct glm_segment *s, int j, int g,
                             int value)
 {
@@ -119,38 +38,272 @@ INLINE const float *visible(const struct att_args *a, const struct glm_segment *
            (size_t)(a->heads.NH + (value ? a->heads.KVH : 0) + g) * HD;
 }
 
+/* Keys that token t of a segment sees. */
 INLINE int last_visible(const struct glm_segment *s, int t)
 {
     const int own = t + 1 < s->context ? s->context : t + 1;
     return s->shared_count + s->past_count + (own < s->count ? own : s->count);
 }
 
-/* out (HD) = out * keep + sum over j < n of p[j] * v[j]; v (n, HD) */
-INLINE void weighted_rows(float *out, float keep, const float *p, const float *v, int n, int HD)
+#ifdef DOT_BF16
+#define ATT_MADD(a, b, c) (bf16 ? DOT_BF16(c, a, b) : MADD(a, b, c))
+#define NEIGHBOURS(a, b) TO_BF16(a, b) /* of 2 * VL features in order */
+#define PAIRED(a, b) HALVES_TO_PAIRS(TO_BF16(a, b))
+#else /* never reached: bf16 is 0 */
+#define ATT_MADD(a, b, c) MADD(a, b, c)
+#define NEIGHBOURS(a, b) (a)
+#define PAIRED(a, b) (a)
+#endif
+
+/* c (R, V vectors; ldc) = (+) sum over `chunks` runs of `len` terms of a[r * am + k * ak] times
+ * vector k of panel v of b (bv apart) */
+INLINE void att_tile(int bf16, int R, int V, int add, float *c, size_t ldc, const float *a,
+                     size_t am, size_t ak, size_t a_chunk, const float *b, size_t bv, int chunks,
+                     int len)
 {
-    int d = 0;
-    for (; d + 4 * VL <= HD; d += 4 * VL) {
-        vf acc[4];
-        for (int i = 0; i < 4; i++)
-            acc[i] = load(out + d + i * VL) * splat(keep);
-        for (int j = 0; j < n; j++) {
-            const vf w = splat(p[j]);
-            for (int i = 0; i < 4; i++)
-                acc[i] = MADD(w, load(v + (size_t)j * HD + d + i * VL), acc[i]);
+    vf acc[AR][2];
+    (void)bf16;
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++)
+            acc[r][v] = add ? load(c + r * ldc + v * VL) : (vf){0};
+    for (int i = 0; i < chunks; i++, a += a_chunk) {
+        const float *at = a;
+#pragma GCC unroll 4
+        for (int k = 0; k < len; k++, at += ak, b += VL) {
+            vf bvec[2];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v++)
+                bvec[v] = load(b + v * bv);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+                const vf x = splat(at[r * am]);
+#pragma GCC unroll 2
+                for (int v = 0; v < V; v++)
+                    acc[r][v] = ATT_MADD(x, bvec[v], acc[r][v]);
+            }
         }
-        for (int i = 0; i < 4; i++)
-            store(out + d + i * VL, acc[i]);
     }
-    for (; d < HD; d += VL) {
-        const int part = HD - d < VL ? HD - d : VL;
-        vf acc = load_part(out + d, part) * splat(keep);
-        for (int j = 0; j < n; j++)
-            acc = MADD(splat(p[j]), load_part(v + (size_t)j * HD + d, part), acc);
-        store_part(out + d, acc, part);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++)
+            store(c + r * ldc + v * VL, acc[r][v]);
+}
+
+/* The same for `rows` rows, where a and c have room for whole fours, and `vectors` panels. */
+INLINE void att_product(int bf16, int add, float *c, size_t ldc, int rows, const float *a,
+                        size_t am, size_t ak, size_t a_chunk, const float *b, size_t bv,
+                        int vectors, int chunks, int len)
+{
+    for (int v = 0; v < vectors; v += 2, b += 2 * bv, c += 2 * VL) {
+        int r = 0;
+        if (vectors - v > 1) {
+            for (; r + AR <= rows; r += AR)
+                att_tile(bf16, AR, 2, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv,
+                         chunks, len);
+            for (; r < rows; r += AREST)
+                att_tile(bf16, AREST, 2, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv,
+                         chunks, len);
+        } else {
+            for (; r + AR <= rows; r += AR)
+                att_tile(bf16, AR, 1, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv,
+                         chunks, len);
+            for (; r < rows; r += AREST)
+                att_tile(bf16, AREST, 1, add, c + r * ldc, ldc, a + r * am, am, ak, a_chunk, b, bv,
+                         chunks, len);
+        }
     }
 }
 
-/* Whether n floats are all finite: 0 times them adds nothing. */
+/* Sizes of one call: features padded to vectors, rows of a block so that its panels fit. */
+struct att_sizes {
+    int HD, features, units, block; /* units: floats, or pairs, of a padded row */
+    size_t step, sum_step;          /* floats from one vector of a packed row to the next */
+};
+
+INLINE struct att_sizes att_sizes_of(int HD, int bf16)
+{
+    const int whole = bf16 ? 2 * VL : VL;
+    struct att_sizes z = {.HD = HD, .features = (HD + whole - 1) / whole * whole};
+    z.units = bf16 ? z.features / 2 : z.features;
+    z.block = att_block(HD);
+    z.step = (size_t)z.block * VL;
+    z.sum_step = bf16 ? z.step / 2 : z.step;
+    return z;
+}
+
+/* VL features from d on, times factor; zeros past the end */
+INLINE vf load_features(const float *row, int d, int HD, float factor)
+{
+    const vf v = HD - d >= VL ? load(row + d) : HD > d ? load_part(row + d, HD - d) : (vf){0};
+    return v * splat(factor);
+}
+
+/* VL units of a row */
+INLINE vf load_units(int bf16, const float *row, int unit, int HD, float factor)
+{
+    if (!bf16)
+        return load_features(row, unit, HD, factor);
+    return NEIGHBOURS(load_features(row, 2 * unit, HD, factor),
+                      load_features(row, 2 * unit + VL, HD, factor));
+}
+
+/* rows times factor, packed for sums over features; up to whole fours zeros follow */
+INLINE void att_pack(int bf16, float *to, const struct att_sizes *z, const float *const *rows,
+                     int n, float factor)
+{
+    for (int r = 0; r < (n + 3) / 4 * 4; r++)
+        for (int u = 0; u < z->units; u += VL)
+            store(to + u / VL * z->step + r * VL,
+                  r < n ? load_units(bf16, rows[r], u, z->HD, factor) : (vf){0});
+}
+
+/* rows times factor, packed for sums over rows */
+INLINE void att_pack_sum(int bf16, float *to, const struct att_sizes *z, const float *const *rows,
+                         int n, float factor)
+{
+    if (!bf16) {
+        att_pack(0, to, z, rows, n, factor);
+        return;
+    }
+    for (int r = 0; r < n; r += 2)
+        for (int d = 0; d < z->features; d += VL) {
+            const vf a = load_features(rows[r], d, z->HD, factor);
+            const vf b = r + 1 < n ? load_features(rows[r + 1], d, z->HD, factor) : (vf){0};
+            (void)b;
+            store(to + d / VL * z->sum_step + r / 2 * VL, PAIRED(a, b));
+        }
+}
+
+/* rows, turned; up to a whole vector of rows zeros follow */
+INLINE void att_turn(int bf16, float *to, const struct att_sizes *z, const float *const *rows,
+                     int n)
+{
+    for (int r = 0; r < n; r += VL)
+        for (int u = 0; u < z->units; u += VL) {
+            vf x[VL], y[VL];
+            for (int i = 0; i < VL; i++)
+                x[i] = r + i < n ? load_units(bf16, rows[r + i], u, z->HD, 1.0f) : (vf){0};
+            for (int half = VL / 2; half; half /= 2) { /* each stage shuffles the rows like cards */
+#pragma GCC unroll 8
+                for (int i = 0; i < VL / 2; i++) {
+                    y[2 * i] = LOW(x[i], x[i + VL / 2]);
+                    y[2 * i + 1] = HIGH(x[i], x[i + VL / 2]);
+                }
+#pragma GCC unroll 16
+                for (int i = 0; i < VL; i++)
+                    x[i] = y[i];
+            }
+            for (int i = 0; i < VL; i++)
+                store(to + (size_t)r * z->units + (size_t)(u + i) * VL, x[i]);
+        }
+}
+
+/* s[key][lane] of `keys` packed keys and the turned lanes */
+INLINE void att_scores(int bf16, float *s, const struct att_sizes *z, const float *packed, int keys,
+                       const float *turned, int lanes)
+{
+    att_product(bf16, 0, s, LD, keys, packed, VL, 1, z->step, turned, (size_t)z->units * VL,
+                (lanes + VL - 1) / VL, z->units / VL, VL);
+}
+
+/* out[lane][feature] (+)= sum over keys of p[key][lane] * packed[key]. Where pairs are multiplied,
+ * p is followed by room for them. */
+INLINE void att_add_keys(int bf16, int add, float *out, const struct att_sizes *z, float *p,
+                         const float *packed, int keys, int lanes)
+{
+    float *from = p;
+    if (bf16) {
+        from = p + LD * ATT_BLOCK;
+        for (int j = 0; j < keys; j += 2)
+            for (int i = 0; i < lanes; i += VL)
+                store(from + j / 2 * LD + i,
+                      PAIRED(load(p + j * LD + i), load(p + (j + 1) * LD + i)));
+    }
+    att_product(bf16, add, out, (size_t)z->features, lanes, from, 1, LD, 0, packed, z->sum_step,
+                z->features / VL, 1, bf16 ? (keys + 1) / 2 : keys);
+}
+
+/* out[key][feature] += sum over lanes of p[key][lane] * packed[lane] */
+INLINE void att_add_lanes(int bf16, float *out, const struct att_sizes *z, float *p,
+                          const float *packed, int keys, int lanes)
+{
+    const float *from = p;
+    if (bf16) {
+        float *to = p + LD * ATT_BLOCK;
+        from = to;
+        for (int j = 0; j < (keys + 3) / 4 * 4; j++)
+            for (int i = 0; i < lanes; i += 2 * VL)
+                store(to + j * (LD / 2) + i / 2,
+                      NEIGHBOURS(load(p + j * LD + i), load(p + j * LD + i + VL)));
+    }
+    att_product(bf16, 1, out, (size_t)z->features, keys, from, bf16 ? LD / 2 : LD, 1, 0, packed,
+                z->sum_step, z->features / VL, 1, bf16 ? (lanes + 1) / 2 : lanes);
+}
+
+INLINE vi lanes_see(const int32_t *seen, int j) { return *(const vi *)seen > (vi){0} + j; }
+
+/* A panel of lanes: `count` of them from lane `first` of the segment on. */
+struct att_lanes {
+    int first, count;
+    int32_t seen[ATT_BLOCK]; /* keys that each sees; some up to the first, none past the last */
+    const float *rows[ATT_BLOCK];
+};
+
+INLINE void att_set_lanes(struct att_lanes *l, const struct glm_segment *s, int group, int first,
+                          int block)
+{
+    const int left = s->count * group - first;
+    l->first = first;
+    l->count = left < block ? left : block;
+    for (int i = 0; i < ATT_BLOCK; i++)
+        l->seen[i] = i < l->count ? last_visible(s, (first + i) / group) : 0;
+}
+
+/* Where the queries (of rows `width` apart) of the lanes lie. */
+INLINE const float *lane_row(const float *base, size_t width, const struct glm_segment *s,
+                             struct glm_heads heads, int g, int lane)
+{
+    const int group = heads.NH / heads.KVH;
+    return base + (size_t)(s->begin + lane / group) * width +
+           (size_t)(g * group + lane % group) * heads.HD;
+}
+
+/* Scores of `keys` keys from key j0 on become weights; top and sum run on, keep is what the sums so
+ * far are multiplied by. The first `all` keys are seen by every lane. */
+INLINE void att_softmax(float *s, int keys, int all, int j0, const struct att_lanes *l, float *top,
+                        float *sum, float *keep)
+{
+    for (int i = 0; i < l->count; i += VL) {
+        const vf before = load(top + i), hidden = splat(-INFINITY);
+        vf most = before, total = {0};
+        int j = 0;
+        for (; j < all; j++)
+            most = VMAX(load(s + j * LD + i), most);
+        for (; j < keys; j++)
+            most = VMAX(choose(lanes_see(l->seen + i, j0 + j), load(s + j * LD + i), hidden), most);
+        for (j = 0; j < all; j++) {
+            const vf e = exp2_vector(load(s + j * LD + i) - most);
+            store(s + j * LD + i, e);
+            total += e;
+        }
+        for (; j < keys; j++) {
+            const vf e = choose(lanes_see(l->seen + i, j0 + j),
+                                exp2_vector(load(s + j * LD + i) - most), (vf){0});
+            store(s + j * LD + i, e);
+            total += e;
+        }
+        if (keys % 2) /* the other half of a pair */
+            store(s + keys * LD + i, (vf){0});
+        const vf k = exp2_vector(before - most);
+        store(keep + i, k);
+        store(top + i, most);
+        store(sum + i, load(sum + i) * k + total);
+    }
+}
+
 INLINE int all_finite(const float *x, int n)
 {
     vf s = {0};
@@ -161,217 +314,229 @@ INLINE int all_finite(const float *x, int n)
     return lane_sum(s) == 0;
 }
 
-/* out row r (ldo apart) += sum over j < seen[r] of p[r][j] * v[j] for `rows` rows; p (rows,
- * ATT_KEYS), zero where a row does not see a key; v (keys, HD). Each element's sum runs over j in
- * order, whatever the tile. */
-INLINE void add_weighted(float *out, size_t ldo, const float *p, const float *v, int rows, int keys,
-                         int HD, const int *seen)
+INLINE void attention_forward_part(int bf16, const struct att_args *a, int task, char *scratch)
 {
-    int r = 0;
-    if (HD % NR == 0 &&
-        all_finite(v, keys * HD)) /* 0 * NaN would reach rows that do not see the NaN */
-        for (; r + MR <= rows; r += MR)
-            for (int d = 0; d < HD; d += NR)
-                rank1_tile(out + r * ldo + d, ldo, p + r * ATT_KEYS, ATT_KEYS, 1, 4, v + d,
-                           (size_t)HD, keys);
-    for (; r < rows; r++)
-        weighted_rows(out + r * ldo, 1.0f, p + r * ATT_KEYS, v, seen[r], HD);
-}
-
-/* out[j] (HD) += sum over r < rows of p[r][j] * x[r] (ldx apart), for all ATT_KEYS keys that `keys`
- * rounds up to */
-INLINE void add_transposed(float *out, const float *p, const float *x, size_t ldx, int rows,
-                           int keys, int HD)
-{
-    if (HD % NR == 0) {
-        for (int j = 0; j < keys; j += MR)
-            for (int d = 0; d < HD; d += NR)
-                rank1_tile(out + j * HD + d, (size_t)HD, p + j, 1, ATT_KEYS, 4 * ATT_KEYS, x + d,
-                           ldx, rows);
-        return;
-    }
-    for (int j = 0; j < keys; j++)
-        for (int d = 0; d < HD; d += VL) {
-            const int part = HD - d < VL ? HD - d : VL;
-            vf sum = load_part(out + j * HD + d, part);
-            for (int r = 0; r < rows; r++)
-                sum += splat(p[r * ATT_KEYS + j]) * load_part(x + r * ldx + d, part);
-            store_part(out + j * HD + d, sum, part);
-        }
-}
-
-static void attention_forward_task(const void *arg, int task, char *scratch)
-{
-    const struct att_args *a = arg;
     const int NH = a->heads.NH, KVH = a->heads.KVH, HD = a->heads.HD, group = NH / KVH;
     const size_t width = (size_t)(NH + 2 * KVH) * HD;
-    const float scale = 1.0f / sqrtf((float)HD);
+    const struct att_sizes z = att_sizes_of(HD, bf16);
     const struct glm_segment *s = a->segments;
-    while (task >= att_blocks(s) * KVH)
-        task -= att_blocks(s++) * KVH;
-    const int g = task % KVH, t0 = task / KVH * ATT_ROWS;
-    const int rows = s->count - t0 < ATT_ROWS ? s->count - t0 : ATT_ROWS;
-    const int seen = last_visible(s, t0 + rows - 1);
-    float *kb = (float *)scratch, *vb = kb + ATT_KEYS * HD, *score = vb + ATT_KEYS * HD;
-    float *top = score + ATT_ROWS * ATT_KEYS; /* (rows, group), then the sums */
-    /* a group may be wide: heads go in bands so that top and sum fit */
-    enum { BAND = 64 };
-    for (int h0 = 0; h0 < group; h0 += BAND) {
-        const int heads = group - h0 < BAND ? group - h0 : BAND;
-        float *sum = top + ATT_ROWS * BAND;
-        for (int r = 0; r < rows; r++)
-            for (int h = 0; h < heads; h++) {
-                top[r * BAND + h] = -INFINITY;
-                sum[r * BAND + h] = 0;
-                memset(a->out + ((size_t)(s->begin + t0 + r) * NH + g * group + h0 + h) * HD, 0,
-                       (size_t)HD * 4);
-            }
-        for (int j0 = 0; j0 < seen; j0 += ATT_KEYS) {
-            const int keys = seen - j0 < ATT_KEYS ? seen - j0 : ATT_KEYS;
-            for (int j = 0; j < keys; j++) {
-                memcpy(kb + j * HD, visible(a, s, j0 + j, g, 0), (size_t)HD * 4);
-                memcpy(vb + j * HD, visible(a, s, j0 + j, g, 1), (size_t)HD * 4);
-            }
-            for (int h = 0; h < heads; h++) {
-                const int head = g * group + h0 + h;
-                const float *q = a->qkv + (size_t)(s->begin + t0) * width + (size_t)head * HD;
-                dot_block(score, ATT_KEYS, q, width, rows, (const char *)kb, (size_t)HD * 4,
-                          GLM_F32, keys, HD, 0);
-                float *out = a->out + ((size_t)(s->begin + t0) * NH + head) * HD;
-                int own[ATT_ROWS]; /* keys of this block that each row sees */
-                const size_t ldo = (size_t)NH * HD;
-                for (int r = 0; r < rows; r++) {
-                    int n = last_visible(s, t0 + r) - j0;
-                    n = n < 0 ? 0 : n < keys ? n : keys;
-                    own[r] = n;
-                    float *p = score + r * ATT_KEYS, m = top[r * BAND + h];
-                    for (int j = 0; j < n; j++) {
-                        p[j] *= scale;
-                        m = p[j] > m || p[j] != p[j] ? p[j] : m;
-                    }
-                    for (int j = n; j < keys; j++)
-                        p[j] = 0;
-                    if (n == 0)
-                        continue;
-                    const float keep =
-                        top[r * BAND + h] == -INFINITY ? 0 : expf(top[r * BAND + h] - m);
-                    vf total = {0};
-                    for (int j = 0; j < n; j += VL) {
-                        const int part = n - j < VL ? n - j : VL;
-                        vf e = exp_vector(load_part(p + j, part) - splat(m));
-                        store_part(p + j, e, part);
-                        total += load_part(p + j, part);
-                    }
-                    top[r * BAND + h] = m;
-                    sum[r * BAND + h] = sum[r * BAND + h] * keep + lane_sum(total);
-                    if (keep != 1.0f)
-                        for (int d = 0; d < HD; d++)
-                            out[r * ldo + d] *= keep;
-                }
-                add_weighted(out, ldo, score, vb, rows, keys, HD, own);
+    while (task >= att_parts(s, a->heads) * KVH)
+        task -= att_parts(s++, a->heads) * KVH;
+    const int part = att_parts(s, a->heads) - 1 - task / KVH, g = task % KVH; /* most first */
+
+    struct att_lanes lanes[ATT_PANELS];
+    float top[ATT_PANELS][ATT_BLOCK], sum[ATT_PANELS][ATT_BLOCK], keep[ATT_BLOCK];
+    const size_t panel = (size_t)z.block * z.features;
+    float *kb = (float *)scratch, *vb = kb + panel, *score = vb + panel;
+    float *turned = score + 2 * LD * ATT_BLOCK, *out = turned + ATT_PANELS * panel;
+    static const float zeros[1024];
+    int panels = 0, seen = 0;
+    for (; panels < ATT_PANELS; panels++) {
+        const int first = (part * ATT_PANELS + panels) * z.block;
+        struct att_lanes *l = lanes + panels;
+        if (first >= s->count * group)
+            break;
+        att_set_lanes(l, s, group, first, z.block);
+        for (int i = 0; i < l->count; i++)
+            l->rows[i] = lane_row(a->qkv, width, s, a->heads, g, first + i);
+        att_turn(bf16, turned + panels * panel, &z, l->rows, l->count);
+        for (int i = 0; i < ATT_BLOCK; i++) {
+            top[panels][i] = -INFINITY;
+            sum[panels][i] = 0;
+        }
+        seen = l->seen[l->count - 1];
+    }
+
+    for (int j0 = 0; j0 < seen; j0 += z.block) {
+        const int block = seen - j0 < z.block ? seen - j0 : z.block;
+        const float *keys[ATT_BLOCK], *values[ATT_BLOCK];
+        /* 0 * NaN would reach lanes that do not see the NaN: such values are added apart */
+        const float *apart[ATT_BLOCK];
+        int any_apart = 0;
+        for (int j = 0; j < block; j++) {
+            keys[j] = visible(a, s, j0 + j, g, 0);
+            values[j] = visible(a, s, j0 + j, g, 1);
+            apart[j] = NULL;
+            if (j0 + j >= lanes[0].seen[0] && !all_finite(values[j], HD)) {
+                apart[j] = values[j];
+                values[j] = zeros;
+                any_apart = 1;
             }
         }
-        for (int r = 0; r < rows; r++)
-            for (int h = 0; h < heads; h++) {
-                const size_t at = (size_t)(s->begin + t0 + r) * NH + g * group + h0 + h;
-                const float inverse = 1.0f / sum[r * BAND + h];
-                for (int d = 0; d < HD; d++)
-                    a->out[at * HD + d] *= inverse;
-                a->lse[at] = top[r * BAND + h] + logf(sum[r * BAND + h]);
-            }
+        att_pack(bf16, kb, &z, keys, block, LOG2E / sqrtf((float)HD));
+        att_pack_sum(bf16, vb, &z, values, block, 1.0f);
+        for (int p = 0; p < panels; p++) {
+            const struct att_lanes *l = lanes + p;
+            float *o = out + p * panel;
+            int n = l->seen[l->count - 1] - j0, all = l->seen[0] - j0;
+            n = n < block ? n : block;
+            all = all < 0 ? 0 : all < n ? all : n;
+            if (n <= 0)
+                continue;
+            att_scores(bf16, score, &z, kb, n, turned + p * panel, l->count);
+            att_softmax(score, n, all, j0, l, top[p], sum[p], keep);
+            for (int i = 0; j0 && i < l->count; i++)
+                for (int d = 0; keep[i] != 1.0f && d < z.features; d += VL)
+                    store(o + (size_t)i * z.features + d,
+                          load(o + (size_t)i * z.features + d) * splat(keep[i]));
+            att_add_keys(bf16, j0 > 0, o, &z, score, vb, n, l->count);
+            for (int j = 0; any_apart && j < n; j++)
+                for (int i = 0; apart[j] && i < l->count; i++)
+                    for (int d = 0; l->seen[i] > j0 + j && d < HD; d++)
+                        o[(size_t)i * z.features + d] += score[j * LD + i] * apart[j][d];
+        }
     }
+
+    for (int p = 0; p < panels; p++)
+        for (int i = 0; i < lanes[p].count; i++) {
+            const int lane = lanes[p].first + i;
+            const size_t at = (size_t)(s->begin + lane / group) * NH + g * group + lane % group;
+            const float *o = out + p * panel + (size_t)i * z.features;
+            const vf inverse = splat(1.0f / sum[p][i]);
+            for (int d = 0; d < HD; d += VL) {
+                if (HD - d >= VL)
+                    store(a->out + at * HD + d, load(o + d) * inverse);
+                else
+                    store_part(a->out + at * HD + d, load(o + d) * inverse, HD - d);
+            }
+            a->lse[at] = top[p][i] * LN2 + logf(sum[p][i]);
+        }
 }
 
-/* A task is one key head of one segment (of all segments where gradients of shared rows add up): no
- * two tasks write the same row. Keys in blocks, outermost; dq adds up over them in order. */
-static void attention_backward_segment(const struct att_args *a, const struct glm_segment *s, int g,
-                                       char *scratch)
+/* From scores and the products of dout and values: weights, and the scores' gradients times ln 2 */
+INLINE void att_score_gradient(float *s, float *ds, int keys, int all, int j0,
+                               const struct att_lanes *l, const float *lse, const float *D)
+{
+    for (int j = 0; j < (keys + 3) / 4 * 4; j++)
+        for (int i = 0; i < l->count; i += VL) {
+            vf e = exp2_vector(load(s + j * LD + i) - load(lse + i));
+            vf d = e * (load(ds + j * LD + i) - load(D + i)) * splat(LN2);
+            if (j >= all) {
+                const vi see = lanes_see(l->seen + i, j0 + j);
+                e = choose(see, e, (vf){0});
+                d = choose(see, d, (vf){0});
+            }
+            store(s + j * LD + i, e);
+            store(ds + j * LD + i, d);
+        }
+}
+
+/* One key head of one segment. Blocks of keys outermost; dq adds up over them in order. Keys and
+ * queries are scaled by log2 e / sqrt(HD): with scores' gradients times ln 2 that gives 1 /
+ * sqrt(HD) in dq and dk. */
+INLINE void attention_backward_segment(int bf16, const struct att_args *a,
+                                       const struct glm_segment *s, int g, char *scratch)
 {
     const int NH = a->heads.NH, KVH = a->heads.KVH, HD = a->heads.HD, group = NH / KVH,
               KV = KVH * HD;
     const size_t width = (size_t)(NH + 2 * KVH) * HD;
-    const float scale = 1.0f / sqrtf((float)HD);
+    const struct att_sizes z = att_sizes_of(HD, bf16);
     const int before = s->shared_count + s->past_count, seen = before + s->count;
-    float *kb = (float *)scratch, *vb = kb + ATT_KEYS * HD, *dk = vb + ATT_KEYS * HD,
-          *dv = dk + ATT_KEYS * HD;
-    float *p = dv + ATT_KEYS * HD, *dp = p + ATT_ROWS * ATT_KEYS;
-    for (int t = 0; t < s->count; t++)
-        memset(a->dqkv + (size_t)(s->begin + t) * width + (size_t)g * group * HD, 0,
-               (size_t)group * HD * 4);
-    for (int j0 = 0; j0 < seen; j0 += ATT_KEYS) {
-        const int keys = seen - j0 < ATT_KEYS ? seen - j0 : ATT_KEYS;
-        for (int j = 0; j < keys; j++) {
-            memcpy(kb + j * HD, visible(a, s, j0 + j, g, 0), (size_t)HD * 4);
-            memcpy(vb + j * HD, visible(a, s, j0 + j, g, 1), (size_t)HD * 4);
-        }
-        memset(dk, 0, (size_t)2 * ATT_KEYS * HD * 4);
+    const float scale = LOG2E / sqrtf((float)HD);
+    const size_t panel = (size_t)z.block * z.features;
+    float *kb = (float *)scratch, *vb = kb + panel, *dk = vb + panel, *dv = dk + panel;
+    float *q = dv + panel, *dout = q + panel, *turned = dout + panel, *dq = turned + panel;
+    float *p = dq + panel, *ds = p + 2 * LD * ATT_BLOCK;
+    float *ks = bf16 ? kb + panel / 2 : kb; /* keys, packed for sums over them */
+    struct att_lanes l;
+    for (int j0 = 0; j0 < seen; j0 += z.block) {
+        const int block = seen - j0 < z.block ? seen - j0 : z.block;
+        const float *rows[ATT_BLOCK];
+        for (int j = 0; j < block; j++)
+            rows[j] = visible(a, s, j0 + j, g, 0);
+        att_pack(bf16, kb, &z, rows, block, scale);
+        if (bf16)
+            att_pack_sum(bf16, ks, &z, rows, block, scale);
+        for (int j = 0; j < block; j++)
+            rows[j] = visible(a, s, j0 + j, g, 1);
+        att_pack(bf16, vb, &z, rows, block, 1.0f);
+        memset(dk, 0, 2 * panel * 4);
         /* causal: queries before the block's first own key see none of it */
-        const int first =
-            j0 <= before || s->context > j0 - before ? 0 : (j0 - before) / ATT_ROWS * ATT_ROWS;
-        for (int h = 0; h < group; h++) {
-            const int head = g * group + h;
-            for (int t0 = first; t0 < s->count; t0 += ATT_ROWS) {
-                const int rows = s->count - t0 < ATT_ROWS ? s->count - t0 : ATT_ROWS;
-                const float *q = a->qkv + (size_t)(s->begin + t0) * width + (size_t)head * HD;
-                const float *dout = a->dout + ((size_t)(s->begin + t0) * NH + head) * HD;
-                const size_t ldo = (size_t)NH * HD;
-                int own[ATT_ROWS];
-                dot_block(p, ATT_KEYS, q, width, rows, (const char *)kb, (size_t)HD * 4, GLM_F32,
-                          keys, HD, 0);
-                dot_block(dp, ATT_KEYS, dout, ldo, rows, (const char *)vb, (size_t)HD * 4, GLM_F32,
-                          keys, HD, 0);
-                for (int r = 0; r < rows; r++) {
-                    const size_t at = (size_t)(s->begin + t0 + r) * NH + head;
-                    const float D = dot_row(dout + r * ldo, a->out + at * HD, HD), lse = a->lse[at];
-                    int n = last_visible(s, t0 + r) - j0;
-                    n = n < 0 ? 0 : n < keys ? n : keys;
-                    own[r] = n;
-                    for (int j = 0; j < keys; j += VL) {
-                        const int part = keys - j < VL ? keys - j : VL;
-                        const vf e = exp_vector(
-                            load_part(p + r * ATT_KEYS + j, part) * splat(scale) - splat(lse));
-                        const vf d =
-                            e * (load_part(dp + r * ATT_KEYS + j, part) - splat(D)) * splat(scale);
-                        store_part(p + r * ATT_KEYS + j, e, part);
-                        store_part(dp + r * ATT_KEYS + j, d, part);
-                    }
-                    for (int j = n; j < ATT_KEYS; j++)
-                        p[r * ATT_KEYS + j] = dp[r * ATT_KEYS + j] = 0;
-                }
-                add_weighted(a->dqkv + (size_t)(s->begin + t0) * width + (size_t)head * HD, width,
-                             dp, kb, rows, keys, HD, own);
-                add_transposed(dk, dp, q, width, rows, keys, HD);
-                add_transposed(dv, p, dout, ldo, rows, keys, HD);
+        const int t0 = j0 <= before || s->context > j0 - before ? 0 : j0 - before;
+        for (int first = t0 * group; first < s->count * group; first += z.block) {
+            float lse[ATT_BLOCK], D[ATT_BLOCK];
+            const float *douts[ATT_BLOCK];
+            att_set_lanes(&l, s, group, first, z.block);
+            for (int i = 0; i < l.count; i++) {
+                const int lane = first + i;
+                const size_t at = (size_t)(s->begin + lane / group) * NH + g * group + lane % group;
+                l.rows[i] = lane_row(a->qkv, width, s, a->heads, g, lane);
+                douts[i] = a->dout + at * HD;
+                D[i] = dot_row(douts[i], a->out + at * HD, HD);
+                lse[i] = a->lse[at] * LOG2E;
             }
+            for (int i = l.count; i < ATT_BLOCK; i++)
+                D[i] = lse[i] = 0;
+            int n = l.seen[l.count - 1] - j0, all = l.seen[0] - j0;
+            n = n < block ? n : block;
+            all = all < 0 ? 0 : all < n ? all : n;
+            att_turn(bf16, turned, &z, l.rows, l.count);
+            att_scores(bf16, p, &z, kb, n, turned, l.count);
+            att_turn(bf16, turned, &z, douts, l.count);
+            att_scores(bf16, ds, &z, vb, n, turned, l.count);
+            att_score_gradient(p, ds, n, all, j0, &l, lse, D);
+
+            for (int i = 0; j0 && i < l.count; i++)
+                memcpy(dq + (size_t)i * z.features,
+                       lane_row(a->dqkv, width, s, a->heads, g, first + i), (size_t)HD * 4);
+            att_add_keys(bf16, j0 > 0, dq, &z, ds, ks, n, l.count);
+            for (int i = 0; i < l.count; i++)
+                memcpy((float *)lane_row(a->dqkv, width, s, a->heads, g, first + i),
+                       dq + (size_t)i * z.features, (size_t)HD * 4);
+            att_pack_sum(bf16, dout, &z, douts, l.count, 1.0f);
+            att_add_lanes(bf16, dv, &z, p, dout, n, l.count);
+            att_pack_sum(bf16, q, &z, l.rows, l.count, scale);
+            att_add_lanes(bf16, dk, &z, ds, q, n, l.count);
         }
-        for (int j = 0; j < keys; j++) {
+        for (int j = 0; j < block; j++) {
             const int row = j0 + j;
+            const float *from_k = dk + (size_t)j * z.features,
+                        *from_v = dv + (size_t)j * z.features;
             float *to_k, *to_v;
             if (row >= before) {
                 to_k = a->dqkv + (size_t)(s->begin + row - before) * width + (size_t)(NH + g) * HD;
                 to_v = to_k + KV;
-                memcpy(to_k, dk + j * HD, (size_t)HD * 4);
-                memcpy(to_v, dv + j * HD, (size_t)HD * 4);
+                memcpy(to_k, from_k, (size_t)HD * 4);
+                memcpy(to_v, from_v, (size_t)HD * 4);
             } else if (row < s->shared_count && a->dcache.k) {
                 to_k = (float *)a->dcache.k + (size_t)(s->shared_begin + row) * KV + (size_t)g * HD;
                 to_v = (float *)a->dcache.v + (size_t)(s->shared_begin + row) * KV + (size_t)g * HD;
                 for (int d = 0; d < HD; d++) {
-                    to_k[d] += dk[j * HD + d];
-                    to_v[d] += dv[j * HD + d];
+                    to_k[d] += from_k[d];
+                    to_v[d] += from_v[d];
                 }
             }
         }
     }
 }
 
+/* A task is one key head of one segment (of all segments where gradients of shared rows add up): no
+ * two tasks write the same row. */
+INLINE void attention_backward_part(int bf16, const struct att_args *a, int task, char *scratch)
+{
+    const int KVH = a->heads.KVH, all = a->dcache.k != NULL;
+    for (int i = all ? 0 : task / KVH; i < (all ? a->n_segments : task / KVH + 1); i++)
+        attention_backward_segment(bf16, a, a->segments + i, task % KVH, scratch);
+}
+
+static void attention_forward_task(const void *arg, int task, char *scratch)
+{
+    attention_forward_part(0, arg, task, scratch);
+}
+
 static void attention_backward_task(const void *arg, int task, char *scratch)
 {
-    const struct att_args *a = arg;
-    if (!a->dcache.k) {
-        attention_backward_segment(a, a->segments + task / a->heads.KVH, task % a->heads.KVH,
-                                   scratch);
-        return;
-    }
-    for (int i = 0; i < a->n_segments; i++)
-        attention_backward_segment(a, a->segments + i, task, scratch);
+    attention_backward_part(0, arg, task, scratch);
 }
+
+#ifdef DOT_BF16
+static void attention_forward_bf16_task(const void *arg, int task, char *scratch)
+{
+    attention_forward_part(1, arg, task, scratch);
+}
+
+static void attention_backward_bf16_task(const void *arg, int task, char *scratch)
+{
+    attention_backward_part(1, arg, task, scratch);
+}
+#endif

@@ -105,6 +105,13 @@ static void swiglu_forward_task(const void *arg, int task, char *scratch)
     }
 }
 
+INLINE void swiglu_gradient(vf *dgate, vf *dup, vf d, vf gate, vf up)
+{
+    const vf y = sigmoid(gate), silu = gate * y;
+    *dgate = d * up * (y + silu * (splat(1.0f) - y));
+    *dup = d * silu;
+}
+
 /* out = dinp (may be the input), a = dout, b = inp */
 static void swiglu_backward_task(const void *arg, int task, char *scratch)
 {
@@ -115,36 +122,111 @@ static void swiglu_backward_task(const void *arg, int task, char *scratch)
         const float *dout = (const float *)a->a + (size_t)n * F,
                     *gate = (const float *)a->b + (size_t)n * 2 * F;
         float *dgate = (float *)a->out + (size_t)n * 2 * F;
-        for (int i = 0; i < F; i += VL) {
-            const int part = F - i < VL ? F - i : VL;
-            const vf g = load_part(gate + i, part), u = load_part(gate + F + i, part),
-                     d = load_part(dout + i, part);
-            const vf y = sigmoid(g), silu = g * y;
-            store_part(dgate + i, d * u * (y + silu * (splat(1.0f) - y)), part);
-            store_part(dgate + F + i, d * silu, part);
+        int i = 0;
+        vf dg, du;
+        for (; i + VL <= F; i += VL) {
+            swiglu_gradient(&dg, &du, load(dout + i), load(gate + i), load(gate + F + i));
+            store(dgate + i, dg);
+            store(dgate + F + i, du);
+        }
+        if (i < F) {
+            const int part = F - i;
+            swiglu_gradient(&dg, &du, load_part(dout + i, part), load_part(gate + i, part),
+                            load_part(gate + F + i, part));
+            store_part(dgate + i, dg, part);
+            store_part(dgate + F + i, du, part);
         }
     }
 }
 
+/* High and low halves of the products of 32-bit lanes with m. */
+INLINE void multiply_wide(vu *high, vu *low, vu x, uint32_t m)
+{
+    const vw even = MULTIPLY_EVEN((vw)x, m), odd = MULTIPLY_EVEN((vw)x >> 32, m);
+    const vw lower = (vw){0} + 0xffffffffu;
+    *high = (vu)(even >> 32 | (odd & ~lower));
+    *low = (vu)((even & lower) | odd << 32);
+}
+
+/* Which of the 4 * VL elements from `first` (a multiple of 4) on the mask of row n drops: -1 or 0.
+ * Philox4x32-10 (Salmon et al. 2011) on VL counters at once. */
+INLINE void dropped(vi *drop, const struct glm_dropout *d, int n, uint32_t first)
+{
+    const uint64_t threshold = (uint64_t)(d->p * 4294967296.0);
+    const uint32_t high_bit = 0x80000000u; /* compared as signed numbers */
+    uint32_t k0 = (uint32_t)d->seed, k1 = (uint32_t)(d->seed >> 32) ^ d->step;
+    uint32_t counter[VL];
+    vu x[4];
+    for (int i = 0; i < VL; i++)
+        counter[i] = first / 4 + (uint32_t)i;
+    memcpy(&x[0], counter, sizeof counter);
+    x[1] = (vu){0} + (uint32_t)d->position[n];
+    x[2] = (vu){0} + (uint32_t)d->stream[n];
+    x[3] = (vu){0} + d->site;
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+        vu high0, low0, high1, low1;
+        multiply_wide(&high0, &low0, x[0], 0xD2511F53u);
+        multiply_wide(&high1, &low1, x[2], 0xCD9E8D57u);
+        x[0] = high1 ^ x[1] ^ k0;
+        x[2] = high0 ^ x[3] ^ k1;
+        x[1] = low1;
+        x[3] = low0;
+    }
+    for (int w = 0; w < 4; w++)
+        x[w] = (vu)((vi)(x[w] ^ high_bit) < (vi)((vu){0} + ((uint32_t)threshold ^ high_bit)));
+    const vf a = LOW((vf)x[0], (vf)x[2]), b = LOW((vf)x[1], (vf)x[3]);
+    const vf c = HIGH((vf)x[0], (vf)x[2]), e = HIGH((vf)x[1], (vf)x[3]);
+    drop[0] = (vi)LOW(a, b);
+    drop[1] = (vi)HIGH(a, b);
+    drop[2] = (vi)LOW(c, e);
+    drop[3] = (vi)HIGH(c, e);
+    if (threshold >> 32)
+        for (int w = 0; w < 4; w++)
+            drop[w] = ~(vi){0};
+}
+
 INLINE void dropout_rows(const struct row_args *a, int task, int backward)
 {
-    const struct glm_dropout *drop = a->dropout;
-    const uint64_t threshold = (uint64_t)(drop->p * 4294967296.0);
-    const float keep = (float)(1.0 / (1.0 - drop->p));
+    const vf keep = splat((float)(1.0 / (1.0 - a->dropout->p)));
     const int C = a->C;
     for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
         const float *inp = (const float *)a->a + (size_t)n * C;
         float *out = (float *)a->out + (size_t)n * C;
-        for (int i = 0; i < C; i += 4) {
-            uint32_t word[4] = {(uint32_t)i / 4, (uint32_t)drop->position[n],
-                                (uint32_t)drop->stream[n], drop->site};
-            glm_philox(word, (uint32_t)drop->seed, (uint32_t)(drop->seed >> 32) ^ drop->step);
-            for (int j = 0; j < 4 && i + j < C; j++) {
-                const float y = word[j] < threshold ? 0.0f : inp[i + j] * keep;
-                out[i + j] = backward ? out[i + j] + y : y;
+        for (int i = 0; i < C; i += 4 * VL) {
+            vi drop[4];
+            dropped(drop, a->dropout, n, (uint32_t)i);
+            for (int w = 0, at = i; w < 4 && at < C; w++, at += VL) {
+                const int part = C - at;
+                if (part >= VL) {
+                    const vf y = choose(drop[w], (vf){0}, load(inp + at) * keep);
+                    store(out + at, backward ? load(out + at) + y : y);
+                } else {
+                    const vf y = choose(drop[w], (vf){0}, load_part(inp + at, part) * keep);
+                    store_part(out + at, backward ? load_part(out + at, part) + y : y, part);
+                }
             }
         }
     }
+}
+
+/* x[i] = x[i] * mask of element `first` + i of row n, in place */
+static void drop_part(float *x, const struct glm_dropout *d, int n, int first, int count)
+{
+    const float keep = (float)(1.0 / (1.0 - d->p));
+    int32_t drop[4 * VL];
+    for (int i = -(first % 4); i < count; i += 4 * VL) {
+        vi v[4];
+        dropped(v, d, n, (uint32_t)(first + i));
+        memcpy(drop, v, sizeof drop);
+        for (int at = i < 0 ? 0 : i; at < count && at < i + 4 * VL; at++)
+            x[at] = drop[at - i] ? 0 : x[at] * keep;
+    }
+}
+
+static void add_row(float *to, const float *from, int n)
+{
+    for (int i = 0; i < n; i++)
+        to[i] += from[i];
 }
 
 static void dropout_forward_task(const void *arg, int task, char *scratch)
@@ -157,6 +239,44 @@ static void dropout_backward_task(const void *arg, int task, char *scratch)
 {
     (void)scratch;
     dropout_rows(arg, task, 1);
+}
+
+/* out (J, copies * P, KV) and inp (P, J, KV), or dinp and dout; a task is `rows` rows of out
+ * forward, of dinp backward. */
+static void prefix_forward_task(const void *arg, int task, char *scratch)
+{
+    const struct prefix_args *a = arg;
+    const int rows = a->copies * a->P;
+    (void)scratch;
+    for (int at = task * a->rows; at < a->J * rows && at < (task + 1) * a->rows; at++) {
+        const int j = at / rows, n = at % rows;
+        float *to = a->to + (size_t)at * a->KV;
+        memcpy(to, a->from + ((size_t)(n % a->P) * a->J + j) * a->KV, (size_t)a->KV * 4);
+        if (a->dropout)
+            drop_part(to, a->dropout, n, j * a->KV, a->KV);
+    }
+}
+
+static void prefix_backward_task(const void *arg, int task, char *scratch)
+{
+    const struct prefix_args *a = arg;
+    const int KV = a->KV;
+    float *part = (float *)scratch;
+    for (int at = task * a->rows; at < a->P * a->J && at < (task + 1) * a->rows; at++) {
+        const int p = at / a->J, j = at % a->J;
+        float *to = a->to + (size_t)at * KV;
+        for (int b = 0; b < a->copies; b++) {
+            const int n = b * a->P + p;
+            const float *from = a->from + ((size_t)j * a->copies * a->P + n) * KV;
+            for (int begin = 0; begin < KV; begin += PIECE) {
+                const int count = KV - begin < PIECE ? KV - begin : PIECE;
+                memcpy(part, from + begin, (size_t)count * 4);
+                if (a->dropout)
+                    drop_part(part, a->dropout, n, j * KV + begin, count);
+                add_row(to + begin, part, count);
+            }
+        }
+    }
 }
 
 static void tanh_forward_task(const void *arg, int task, char *scratch)
@@ -186,9 +306,17 @@ static void cross_entropy_forward_task(const void *arg, int task, char *scratch)
     (void)scratch;
     for (int m = task * a->rows; m < a->N && m < (task + 1) * a->rows; m++) {
         const float *x = (const float *)a->a + (size_t)m * V;
-        float top = x[0];
-        for (int i = 1; i < V; i++)
-            top = x[i] > top || x[i] != x[i] ? x[i] : top;
+        vf most[4] = {splat(x[0]), splat(x[0]), splat(x[0]), splat(x[0])};
+        int first = 0;
+        for (; first + 4 * VL <= V; first += 4 * VL) /* a NaN is passed over; the sum shows it */
+            for (int v = 0; v < 4; v++)
+                most[v] = VMAX(load(x + first + v * VL), most[v]);
+        most[0] = VMAX(VMAX(most[0], most[1]), VMAX(most[2], most[3]));
+        float top = most[0][0];
+        for (int i = 1; i < VL; i++)
+            top = most[0][i] > top ? most[0][i] : top;
+        for (int i = first; i < V; i++)
+            top = x[i] > top ? x[i] : top;
         double sum = 0;
         for (int i0 = 0; i0 < V; i0 += 64 * VL) { /* short float sums, then double */
             vf s = {0};

@@ -7,6 +7,8 @@
 
 typedef float vf __attribute__((vector_size(4 * VL), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * VL), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(4 * VL), aligned(4)));
+typedef uint64_t vw __attribute__((vector_size(4 * VL), aligned(4)));
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
 
 #define INLINE static inline __attribute__((always_inline))
@@ -23,6 +25,17 @@ INLINE vf splat(float x) { return x - (vf){0}; }
 
 /* Lane by lane: a where mask is set, else b. */
 INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+
+/* The larger and the smaller; b where either is NaN. */
+#ifndef VMAX
+#define VMAX(a, b) choose((a) > (b), a, b)
+#define VMIN(a, b) choose((a) < (b), a, b)
+#endif
+
+/* The lower halves of 64-bit lanes times m. */
+#ifndef MULTIPLY_EVEN
+#define MULTIPLY_EVEN(x, m) (((x) & 0xffffffffu) * (uint64_t)(m))
+#endif
 
 INLINE vf load_part(const float *p, int n)
 {
@@ -211,16 +224,17 @@ static void load_row(float *out, const void *row, enum glm_dtype dtype, int n)
 
 /* ---- elementary functions */
 
-/* e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its series to r^7; below -87.3 it
- * stays at 1e-38 */
+/* 2^n for an integer -126 <= n <= 127 that was rounded by adding 1.5 * 2^23 */
+INLINE vf power_of_two(vf shifted) { return (vf)(((vi)shifted << 23) + (vi)splat(1.0f)); }
+
+/* e^x, at most 2 ulp off where it is a normal number below 2.4e38 (tests/test_ops.py); it stays
+ * between 1.2e-38 and 2.4e38, NaN stays NaN. x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its series */
 INLINE vf exp_vector(vf x)
 {
-    const vf high = splat(88.37626f), low = splat(-87.33654f), shifter = splat(12582912.0f);
-    x = choose(x > high, high, x);
-    x = choose(x < low, low, x);
-    vf n = MADD(x, splat(1.44269504f), shifter);
-    const vi exponent = (vi)n << 23;
-    n = n - shifter;
+    const vf shifter = splat(12582912.0f);
+    x = VMIN(splat(88.37f), x);
+    x = VMAX(splat(-87.33654f), x);
+    const vf shifted = MADD(x, splat(1.44269504f), shifter), n = shifted - shifter;
     vf r = MADD(n, splat(-0.693359375f), x);
     r = MADD(n, splat(2.12194440e-4f), r);
     vf p = splat(1.9875691500e-4f);
@@ -230,10 +244,27 @@ INLINE vf exp_vector(vf x)
     p = MADD(p, r, splat(1.6666665459e-1f));
     p = MADD(p, r, splat(5.0000001201e-1f));
     p = MADD(p * r, r, r) + splat(1.0f);
-    p = (vf)((vi)p + exponent);
-    return choose(x == x, p, x); /* a NaN's bits are no exponent */
+    return p * power_of_two(shifted);
 }
 
+/* 2^x by the same rules: the softmax of attention, whose scores are scaled by log2 e */
+INLINE vf exp2_vector(vf x)
+{
+    const vf shifter = splat(12582912.0f);
+    x = VMIN(splat(127.0f), x);
+    x = VMAX(splat(-126.0f), x);
+    const vf shifted = x + shifter, r = x - (shifted - shifter);
+    vf p = splat(1.535336188319500e-4f);
+    p = MADD(p, r, splat(1.339887440266574e-3f));
+    p = MADD(p, r, splat(9.618437357674640e-3f));
+    p = MADD(p, r, splat(5.550332471162809e-2f));
+    p = MADD(p, r, splat(2.402264791363012e-1f));
+    p = MADD(p, r, splat(6.931472028550421e-1f));
+    p = MADD(p, r, splat(1.0f));
+    return p * power_of_two(shifted);
+}
+
+/* x * sigmoid(x) is at most 4 ulp off */
 INLINE vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp_vector(-x)); }
 
 INLINE float dot_row(const float *a, const float *b, int n)

@@ -212,7 +212,7 @@ static glm_status check_arch(const struct glm_arch *a, struct glm_error *err)
         {"ffn", a->ffn, 1, 1 << 22},
         {"heads", a->heads, 1, 1 << 12},
         {"kv_heads", a->kv_heads, 1, a->heads},
-        {"head_dim", a->head_dim, 2, 1 << 12},
+        {"head_dim", a->head_dim, 2, 1 << 10},
         {"vocab", a->vocab, 2, 1 << 24},
         {"max_positions", a->max_positions, 1, 1 << 24},
         {"rotary_dim", a->rotary_dim, 2, a->head_dim},
