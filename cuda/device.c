@@ -8,6 +8,9 @@
 #endif
 #include "device.h"
 #include "products.h"
+#ifdef GLM_NAMED
+#include "named.h"
+#endif
 
 #include <assert.h>
 #include <stdio.h>
@@ -317,7 +320,8 @@ static void backend_destroy(struct glm_backend *be)
     struct cuda *cx = be ? of(be) : NULL;
     if (!cx)
         return;
-    cudaSetDevice(cx->device);
+    if (cudaSetDevice(cx->device) != cudaSuccess)
+        cudaGetLastError(); /* nothing was opened; the next launch must not be told */
     glm_blas_close(&cx->blas);
     for (int i = 0; i < SCRATCHES; i++)
         give(cx, cx->scratch[i]);
@@ -325,6 +329,9 @@ static void backend_destroy(struct glm_backend *be)
     give(cx, cx->small);
     if (cx->stream)
         cudaStreamDestroy(cx->stream);
+#ifdef GLM_NAMED
+    glm_cuda_unload_images(cx);
+#endif
     while (cx->blocks) { /* models and caches that outlive the backend free nothing after it */
         struct block *block = cx->blocks;
         cx->blocks = block->next;
@@ -402,6 +409,14 @@ static glm_status open_device(struct cuda *cx, struct glm_error *err)
                         "backend '%s': %s has compute capability %d.%d, %s needs %s", cx->name,
                         cx->device_name, properties.major, properties.minor,
                         dtype_name(cx->compute), cx->compute == GLM_BF16 ? "8.0" : "7.5");
+#ifdef GLM_NAMED
+    if ((code = glm_cuda_load_images(cx, capability)) != cudaSuccess)
+        return glm_fail(err, GLM_EVALUE,
+                        "backend '%s': this library has no code for %s, capability %d.%d: %s "
+                        "(error %d)",
+                        cx->name, cx->device_name, properties.major, properties.minor,
+                        cudaGetErrorString((cudaError_t)code), code);
+#endif
     cx->small = (struct glm_small *)take(cx, sizeof *cx->small);
     cx->workspace = cx->small ? take(cx, GLM_BLAS_BYTES) : NULL;
     if (!cx->workspace)

@@ -73,11 +73,12 @@ struct cuda {
     int stopped;
     double polled; /* seconds */
     struct recording recordings[RECORDINGS];
-    struct glm_key last; /* of the call before */
-    int next_recording;  /* the oldest, to be replaced */
-    int capturing;       /* ops are being recorded, under the key `last` */
-    int transient;       /* the error does not outlast the call: memory was short */
-    void *workspace;     /* of cuBLAS */
+    struct glm_key last;          /* of the call before */
+    int next_recording;           /* the oldest, to be replaced */
+    int capturing;                /* ops are being recorded, under the key `last` */
+    int transient;                /* the error does not outlast the call: memory was short */
+    struct glm_images_of *images; /* named.h; NULL where nvcc made the library */
+    void *workspace;              /* of cuBLAS */
     char name[32], device_name[64], error[256], refusal[256];
 };
 
