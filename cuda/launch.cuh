@@ -16,6 +16,10 @@
 #include "backend.h"
 #endif
 
+#ifdef GLM_NAMED
+#include "named.h"
+#endif
+
 #ifndef __CUDA_EMU__
 #define GL_DYN_SHARED(T, name)                                  \
     extern __shared__ __align__(16) unsigned char gl_dyn_raw[]; \
@@ -287,6 +291,14 @@ static inline struct cuda *cuda_of(void *cx) { return static_cast<struct cuda *>
 static inline size_t ceil_div(size_t n, size_t by) { return (n + by - 1) / by; }
 
 /* Launch and keep an error; no launch over nothing. */
+#ifdef GLM_NAMED
+#define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                            \
+    do {                                                                                      \
+        if ((blocks) > 0)                                                                     \
+            glm_launch(cuda, op, kernel, dim3((unsigned)(blocks)), dim3((unsigned)(threads)), \
+                       (shared), __VA_ARGS__);                                                \
+    } while (0)
+#else
 #define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                           \
     do {                                                                                     \
         if ((blocks) > 0) {                                                                  \
@@ -295,4 +307,5 @@ static inline size_t ceil_div(size_t n, size_t by) { return (n + by - 1) / by; }
             glm_cuda_launched(cuda, op);                                                     \
         }                                                                                    \
     } while (0)
+#endif
 #endif

@@ -14,7 +14,11 @@ from .demo import ORDER
 
 
 def _load(
-    model_path: str, adapter: str | None, dtype: str | None, compute_dtype: str | None
+    model_path: str,
+    adapter: str | None,
+    dtype: str | None,
+    compute_dtype: str | None,
+    device: str = "cpu",
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a base directory and an optional adapter or P-Tuning directory."""
     import glmlora
@@ -35,6 +39,7 @@ def _load(
             if is_prefix
             else glmlora.PeftModel.from_pretrained(model, adapter)
         )
+    model.to(device=device)
     return model.eval(), glmlora.AutoTokenizer.from_pretrained(model_path)
 
 
@@ -45,7 +50,7 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
 
 def chat(args: argparse.Namespace) -> int:
     """Talk to a model in the terminal; the answer streams."""
-    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype)
+    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype, args.device)
     history: list[Any] = []
     kwargs = _generation(args)
     interactive = sys.stdin.isatty()
@@ -112,7 +117,7 @@ def predict(args: argparse.Namespace) -> int:
         args.template.format(**{f: _column(row, f, i) for f in fields})
         for i, row in enumerate(rows)
     ]
-    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype)
+    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype, args.device)
     kwargs = {"temperature": 0.01, **_generation(args)}
     odd: list[str] = []
     answers: list[str] = [""] * len(rows)
@@ -161,6 +166,8 @@ def plan(args: argparse.Namespace) -> int:
         args.labels,
         args.quantization_bit,
         args.dtype,
+        device=args.device,
+        memory=args.memory,
         **finetuning,
     )
     print(planned)
@@ -230,6 +237,9 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float16", "bfloat16", "float32"], help="default: as stored"
     )
     parser.add_argument(
+        "--device", default="auto", help="auto: a GPU where there is one; cpu, cuda, cuda:1"
+    )
+    parser.add_argument(
         "--compute_dtype",
         "--compute-dtype",
         choices=["auto", "float32", "bfloat16", "int8"],
@@ -287,6 +297,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--labels", type=int, default=3, help="labelled tokens of a row")
     p.add_argument("--quantization_bit", "--quantization-bit", type=int, choices=[4, 8])
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    p.add_argument("--memory", help="of the GPU, e.g. 16GB: decides what is computed twice")
     p.add_argument("--lora_rank", type=int)
     p.add_argument("--lora_target")
     p.add_argument("--pre_seq_len", type=int)

@@ -30,6 +30,33 @@ def _gib(n: int) -> str:
     return f"{n / 2**30:.1f} GiB"
 
 
+def gpu_lines() -> list[str]:
+    """What there is to compute on beside the CPU: a line for each GPU, or why there is none."""
+    from glmlora import device
+
+    first = device.info("cuda")
+    if not first["count"]:
+        return [f"gpu           none: {first['why']}", "              .cuda() stays on the CPU"]
+    lines = []
+    for index in range(first["count"]):
+        found = device.info(f"cuda:{index}")
+        major, minor = found["capability"]
+        lines.append(
+            f"gpu {index}         {found['name']}, capability {major}.{minor}, "
+            f"{_gib(found['free'])} of {_gib(found['total'])} free"
+        )
+    driver, runtime = (f"{v // 1000}.{v % 1000 // 10}" for v in (first["driver"], first["runtime"]))
+    lines.append(f"cuda          driver for {driver}, library built with {runtime}")
+    try:
+        from glmlora import _core
+
+        device.preload_cublas()
+        _core.op_table("cuda")
+    except (ValueError, RuntimeError, MemoryError) as error:
+        lines.append(f"              it cannot be used: {error}")
+    return lines
+
+
 def report() -> int:
     """Print the report; 0 when glmlora can work here, 1 when something needed is missing."""
     problems: list[str] = []
@@ -49,7 +76,8 @@ def report() -> int:
     print(f"threads       {_core.get_num_threads()} ({source}; glmlora.set_num_threads changes it)")
     print(f"memory        {_gib(_core.memory_available())} available")
     print(f"disk here     {_gib(shutil.disk_usage('.').free)} free")
-    print("gpu           not part of this release; .cuda() stays on the CPU with a warning")
+    for line in gpu_lines():
+        print(line)
     for name, needed, purpose, how in LIBRARIES:
         version = _version(name)
         if version is None and needed:

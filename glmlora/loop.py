@@ -30,12 +30,14 @@ from . import _core
 from .arguments import TrainingArguments
 from .checkpoint import atomic_directory, read_json, read_safetensors, write_json, write_safetensors
 from .data import Encoded, epoch_order, grouped_epoch_order, micro_batches, updates_per_epoch
+from .device import memory_available
 from .evaluation import evaluate_loss, progress, speed
 from .files import write_text
 from .methods import Trainee
 from .quantization import QuantizedTensor
 
 DEFAULT_BUDGET = 2 << 30  # GLM_DEFAULT_BUDGET in csrc/model/model.h
+DEVICE_SCRATCH = 1 << 28  # of a GPU's free memory, for what products and cuBLAS take later
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end")
 #: Training arguments that change the numbers of a run: a resumed run must have the same ones.
@@ -261,6 +263,8 @@ class Loop:
         """
         if self.args.gradient_checkpointing:
             return 0
+        if self.trainee.base.device != "cpu":  # some of it is for the products' operands
+            return max(1, memory_available(self.trainee.base.device) - DEVICE_SCRATCH)
         stored = self.trainee.base.stored_tensors()
         mapped = sum(t.nbytes for t in stored if not isinstance(t, QuantizedTensor))
         free = _core.memory_available() - min(mapped, planned["weights"])
@@ -269,7 +273,7 @@ class Loop:
     def _check_room(
         self, trained: int, activations: int, sizes: tuple[int, int, int], taken: int = 0
     ) -> None:
-        available = _core.memory_available()
+        available = memory_available(self.trainee.base.device)
         if trained + activations - taken <= available:
             return
         tokens, rows, _ = sizes

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _core, generation
+from . import device as devices
 from .checkpoint import load_checkpoint, save_sharded
 from .compute import backend_of
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig, model_directory
 from .data import Batch
+from .device import Device
 from .quantization import GROUP_SIZE, SCALE, QuantizedTensor, check_form, drop_pages, join
 from .quantization import quantize as quantize_tensor
 from .tensor import Tensor
@@ -41,8 +43,6 @@ _DTYPES = {
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _DTYPE_NAMES |= {"I8": "int8", "I4": "int4"}  # of quantized linears
 _LOSS_ROWS = 64  # rows of logits that are widened at a time for the loss of forward
-
-_warned_device = False
 
 
 @dataclass
@@ -71,20 +71,6 @@ class IncompatibleKeys(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
-
-
-class Device(str):
-    """Where a model computes: equal to its name ("cpu"), with torch's `.type` and `.index`."""
-
-    @property
-    def type(self) -> str:
-        """Kind of device, "cpu"."""
-        return self.partition(":")[0]
-
-    @property
-    def index(self) -> int | None:
-        """Number of the device, None for the CPU."""
-        return None
 
 
 class Parameter:
@@ -270,7 +256,8 @@ class ChatGLMForConditionalGeneration:
         self.asked_compute_dtype = compute_dtype
         matrices = {t.dtype for t in tensors.values() if len(t.shape) == 2}
         self.core = _core.Model(config.arch(), backend_of(self.backend, compute_dtype, matrices))
-        self.device = Device("cpu")
+        self.device = _device_of(self.backend)
+        self._cpu_backend = self.core.backend if self.device == "cpu" else "cpu"
         self.training = False
         self.active_adapter_name = "default"
         self.dropout_seed = generation.next_seed()
@@ -365,35 +352,63 @@ class ChatGLMForConditionalGeneration:
             kept = name in trained or isinstance(self._stored.get(name), QuantizedTensor)
             if not kept and self.stored_dtype(name) != dtype:
                 self._bind(name, _converted(self._tensor(name), dtype))
+        return self if self.device == "cpu" else self._move(self.device)  # for its products' type
+
+    def _move(self, device: Device) -> ChatGLMForConditionalGeneration:
+        """To another device, weight by weight in the order of the files; on failure (MemoryError)
+        it is where it was.
+        """
+        first = self.core.backend
+        stored_as = self.stored_dtype(EMBEDDING)
+        backend = devices.backend(device, stored_as, self._cpu_backend, self.asked_compute_dtype)
+        if _core.backend_name(backend) == first:
+            return self
+        self._apply_trainable()
+        stored = dict(self._stored)
+        self.core.move(backend, list(stored))
+        self.cached_row = None
+        try:
+            for name in _uploading(list(stored), device, stored.values()):
+                self._bind(name, stored[name])
+                if device != "cpu" and isinstance(stored[name], Tensor):
+                    drop_pages(stored[name].data)
+        except BaseException:
+            self.core.move(first, [n for n in stored if n not in self.core.missing()])
+            for name, tensor in stored.items():
+                self._bind(name, tensor)
+            raise
+        self.device = device
         return self
 
     def cuda(self, device: Any = None) -> ChatGLMForConditionalGeneration:
-        """Warn once that there is no GPU and stay on the CPU; GLMLORA_STRICT_DEVICE=1 raises
-        RuntimeError instead.
+        """Move to a GPU (the first, or a number, or "cuda:1"); returns the model. Without one it
+        goes to the CPU with one warning; GLMLORA_STRICT_DEVICE=1 raises RuntimeError instead.
+
+        Raises MemoryError, naming the GPU and the bytes asked and free, where it does not fit.
         """
-        _no_gpu("cuda")
-        return self
+        return self.to(device="cuda" if device is None else device)
 
     def cpu(self) -> ChatGLMForConditionalGeneration:
-        """The model, which is there already."""
-        return self
+        """Move to the CPU; returns the model."""
+        return self.to(device="cpu")
 
     def to(
         self, *args: Any, device: Any = None, dtype: Any = None
     ) -> ChatGLMForConditionalGeneration:
-        """Move ("cpu", "cuda", "mps") or cast ("float16", numpy.float32, torch.bfloat16); returns
-        the model.
+        """Move ("cpu", "cuda", "cuda:1", 1) or cast ("float16", numpy.float32, torch.bfloat16);
+        returns the model.
         """
         for arg in args:
             if _is_dtype(arg):
                 dtype = arg
-            elif device is None and isinstance(arg, str | int):
+            elif device is None and (isinstance(arg, str | int) or hasattr(arg, "type")):
                 device = arg
             else:
                 raise TypeError(f"to: expected a device or a dtype, got {arg!r}")
-        _check_device(device)
         kind = parse_dtype(dtype)
-        return self if kind is None else self._cast(kind)
+        if kind is not None:
+            self._cast(kind)
+        return self if device is None else self._move(devices.find(device))
 
     def eval(self) -> ChatGLMForConditionalGeneration:
         """Turn dropout off; returns the model."""
@@ -851,7 +866,8 @@ class AutoModel:
 
         config: in place of `path/config.json`, e.g. one with `pre_seq_len` set. torch_dtype or
         dtype: cast to it ("float16", "bfloat16", "float32"). load_in_8bit, load_in_4bit: as
-        `quantize(8)` and `quantize(4, group_size=32)`. family, rope_mode: see ChatGLMConfig.
+        `quantize(8)` and `quantize(4, group_size=32)`. device: as `to` takes it, or
+        "auto". family, rope_mode: see ChatGLMConfig.
         compute_dtype: of the large products, "float32", "bfloat16" or "int8" (over int8 weights);
         default "auto", see glmlora/compute.py; `model.compute_dtype` tells.
         `trust_remote_code`, `revision`, `cache_dir`, `empty_init` and `low_cpu_mem_usage` are
@@ -888,10 +904,12 @@ class AutoModel:
         file = directory / "generation_config.json"
         if file.is_file():
             model.generation_config = generation.GenerationConfig.from_pretrained(directory, config)
-        _check_device(device)
         if load_in_8bit or load_in_4bit:
             model.quantize(8 if load_in_8bit else 4, group_size=GROUP_SIZE if load_in_4bit else 0)
-        return model if kind is None else model._cast(kind)
+        if kind is not None:
+            model._cast(kind)
+        place = devices.find(device, model.device)
+        return model if place == model.device else model._move(place)
 
 
 class AutoModelForCausalLM(AutoModel):
@@ -902,6 +920,13 @@ def _progress(names: list[str]) -> Iterable[str]:
     from tqdm import tqdm
 
     return tqdm(names, desc="Loading checkpoint shards")
+
+
+def _uploading(names: list[str], device: Device, tensors: Iterable[Any]) -> Iterable[str]:
+    from tqdm import tqdm
+
+    small = sum(t.nbytes for t in tensors) < 1 << 28
+    return tqdm(names, desc=f"Weights to {device}", disable=small or device == "cpu")
 
 
 def _quantizing(names: list[str], nbytes: int) -> Iterable[str]:
@@ -1124,22 +1149,6 @@ def parse_dtype(value: Any) -> str | None:
     return kind
 
 
-def _check_device(device: Any) -> None:
-    if device is None:
-        return
-    name = f"cuda:{device}" if isinstance(device, int) else str(device)
-    kind = name.partition(":")[0]
-    if kind in ("cuda", "mps"):
-        _no_gpu(name)
-    elif kind not in ("cpu", "auto"):
-        raise ValueError(f"device: expected 'cpu', 'auto' or 'cuda', got {device!r}")
-
-
-def _no_gpu(name: str) -> None:
-    global _warned_device
-    what = f"{name}: this build computes on the CPU only"
-    if os.environ.get("GLMLORA_STRICT_DEVICE") == "1":
-        raise RuntimeError(f"{what} (GLMLORA_STRICT_DEVICE=1 makes this an error)")
-    if not _warned_device:
-        _warned_device = True
-        warnings.warn(f"{what}: the model stays there", stacklevel=4)
+def _device_of(backend: str) -> Device:
+    kind = backend.partition("/")[0]
+    return Device("cpu") if kind.partition(":")[0] not in ("cuda", "emu") else devices.parse(kind)

@@ -571,6 +571,7 @@ class PeftModel:
 
     def cpu(self) -> PeftModel:
         """As the base's."""
+        self._base.cpu()
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> PeftModel:

@@ -133,6 +133,7 @@ def train(
     set_seed(training.seed)
     model, tokenizer = _load(model_or_path, tokenizer, model_args)
     _quantize(methods.unwrapped(model), model_args.quantization_bit, finetuning.finetuning_type)
+    _place(methods.unwrapped(model), training)
     brought = methods.unwrapped(model).core.names()
     trainee = methods.prepare(
         model,
@@ -178,7 +179,6 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
         print(f"{name} parameters: {group.to_dict()}")
     for notice in notices:
         print(f"Notice: {notice}")
-    _warn_of_precision(args)
     check_output_dir(args.output_dir)
     output_dir = Path(args.output_dir)
     resume = find_checkpoint(args.resume_from_checkpoint, output_dir)
@@ -190,6 +190,7 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     checkpoints = model_args.checkpoint_dir or []
     kind = finetuning.finetuning_type
     _quantize(base, model_args.quantization_bit, kind)
+    _place(base, args)
     result = None
     if args.do_train:
         trainee = methods.prepare(
@@ -410,15 +411,23 @@ def _say_notices(*groups: Any) -> None:
     for group in groups:
         for notice in group.notices:
             warnings.warn(notice, stacklevel=3)
-    _warn_of_precision(groups[2])
 
 
-def _warn_of_precision(args: TrainingArguments) -> None:
+def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments) -> None:
+    """On a GPU where there is one and `no_cuda` does not say otherwise. One that is somewhere
+    stays there.
+    """
+    if base.device == "cpu":
+        base.to(device="cpu" if args.no_cuda else "auto")
+    _warn_of_precision(args, base.device)
+
+
+def _warn_of_precision(args: TrainingArguments, device: str) -> None:
     """Decision 3 of the project: without a GPU one warning, and on with the CPU."""
     for name in ("fp16", "bf16"):
-        if getattr(args, name):
+        if getattr(args, name) and device == "cpu":
             text = (
-                f"{name}: this build computes on the CPU only: the base stays in the type it is "
+                f"{name}: no GPU is used, the CPU computes: the base stays in the type it is "
                 "stored in, arithmetic is float32, and no loss scale is needed"
             )
             if os.environ.get("GLMLORA_STRICT_DEVICE") == "1":

@@ -1,0 +1,548 @@
+"""`python -m glmlora.selftest --device cuda`: does this GPU compute what the CPU computes?
+
+Every op beside the reference at odd shapes, a tiny model (logits, steps of LoRA, P-Tuning and full
+training, greedy answers with and without cache and recording), the same step twice, and what the
+plan says beside what the device counted. Needs no files. Prints a line for each item, ends with
+`selftest cuda: PASS` or the first item that failed, and writes a JSON file to send back.
+`--device emu` runs the same list on the emulator, which is how the list itself is tested; `--deep`
+runs the ops again under compute-sanitizer where that is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from . import _core, modeling, optim, peft
+from . import device as devices
+from . import plan as plans
+from .configuration import ChatGLMConfig
+from .optable import BF16, F16, F32, I4, I8, Dropout, Heads, Mat, Ops, Segment, ops_of, stored
+from .tensor import Tensor
+
+# Largest difference from the reference, over the largest element of it: float32 products, and
+# operands rounded to 16 bits.
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+LOSS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}  # relative, in 20 steps
+
+Case = Callable[[Ops, np.random.Generator], list[np.ndarray]]
+
+
+# Ops. A case makes its arguments from the generator, in the backend's type, and returns outputs.
+
+
+def _normal(o: Ops, rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(o.real)
+
+
+def _matrix(rng: np.random.Generator, O: int, I: int, dtype: int) -> Mat:  # noqa: E741, N803
+    if dtype in (I8, I4):
+        cols = I if dtype == I8 else I // 2
+        scale = (0.01 * (1 + rng.random(O))).astype(np.float16)
+        return Mat(rng.integers(-127, 128, (O, cols)).astype(np.int8), dtype, scale)
+    return Mat(stored(rng.standard_normal((O, I)).astype(np.float32), dtype), dtype)
+
+
+def _linear(N: int, O: int, I: int, dtype: int) -> Case:  # noqa: E741, N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        W, x, dy = _matrix(rng, O, I, dtype), _normal(o, rng, N, I), _normal(o, rng, N, O)  # noqa: N806
+        y, dx, bias = _normal(o, rng, N, O), _normal(o, rng, N, I), _normal(o, rng, O)
+        dW, db = _normal(o, rng, O, I), _normal(o, rng, O)  # noqa: N806
+        o.linear_forward(y, x, W, bias, N, 0.5, 1)
+        o.linear_backward_input(dx, dy, W, N, 2.0, 1)
+        o.linear_backward_weight(dW, db, dy, x, N, O, I, 1.0)
+        return [y, dx, dW, db]
+
+    return case
+
+
+def _norm(N: int, C: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        x, b, w, dy = (_normal(o, rng, *s) for s in ((N, C), (N, C), (C,), (N, C)))
+        y, z, r, total = (np.empty(s, o.real) for s in ((N, C), (N, C), N, (N, C)))
+        dx, dw = _normal(o, rng, N, C), _normal(o, rng, C)
+        o.rmsnorm_forward(y, r, x, w, N, C, 1e-5)
+        o.rmsnorm_backward(dx, dw, dy, x, w, r, N, C)
+        o.add_rmsnorm_forward(z, r, total, x, b, w, N, C, 1e-5)
+        return [y, dx, dw, z, r, total]
+
+    return case
+
+
+def _embedding(N: int, C: int, dtype: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        W, ids = _matrix(rng, 11, C, dtype), rng.integers(0, 11, N).astype(np.int32)  # noqa: N806
+        y, dW, dy = np.empty((N, C), o.real), _normal(o, rng, 11, C), _normal(o, rng, N, C)  # noqa: N806
+        o.embedding_forward(y, W, ids, N)
+        o.embedding_backward(dW, dy, ids, N, C)
+        return [y, dW]
+
+    return case
+
+
+def _rotary(N: int, HD: int, rotary: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        angle = rng.random((9, rotary // 2))
+        table = np.stack([np.cos(angle), np.sin(angle)], -1).reshape(9, rotary).astype(o.real)
+        at = rng.integers(0, 9, N).astype(np.int32)
+        slot = rng.permutation(N + 3)[:N].astype(np.int32)
+        width = 8 * HD  # 4 heads, 2 of keys and 2 of values
+        x, y, z = (_normal(o, rng, N, width) for _ in range(3))
+        k, v, k2, v2 = (_normal(o, rng, N + 3, 2 * HD) for _ in range(4))
+        o.rope_forward(x, table, at, N, 6, HD, width, rotary)
+        o.rope_backward(y, table, at, N, 6, HD, width, rotary)
+        o.rope_append((k, v), z, table, at, slot, N, Heads(4, 2, HD), rotary)
+        o.kv_append((k2, v2), x, slot, N, Heads(4, 2, HD))
+        return [x, y, z, k, v, k2, v2]
+
+    return case
+
+
+def _attention(counts: tuple[int, ...], NH: int, KVH: int, HD: int, shared: int, past: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        segments, begin, row = [], 0, shared
+        for count in counts:
+            segments.append(Segment(begin, count, 0, shared, row, past, 0))
+            begin, row = begin + count, row + past
+        width, heads = (NH + 2 * KVH) * HD, Heads(NH, KVH, HD)
+        qkv, dout = _normal(o, rng, begin, width), _normal(o, rng, begin, NH * HD)
+        cache = [_normal(o, rng, row + 1, KVH * HD) for _ in range(2)]
+        dcache = [_normal(o, rng, row + 1, KVH * HD) for _ in range(2)]
+        out, lse = np.empty((begin, NH * HD), o.real), np.empty((begin, NH), o.real)
+        dqkv = np.empty_like(qkv)
+        n = len(segments)
+        o.attention_forward(out, lse, qkv, tuple(cache), segments, n, heads)
+        o.attention_backward(
+            dqkv, tuple(dcache), dout, out, lse, qkv, tuple(cache), segments, n, heads
+        )
+        return [out, lse, dqkv, *dcache]
+
+    return case
+
+
+def _elements(N: int, C: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        x, a, b, dy = (_normal(o, rng, N, n) for n in (2 * C, C, C, C))
+        y, dx, t, dt, s = (np.empty((N, n), o.real) for n in (C, 2 * C, C, C, C))
+        o.swiglu_forward(y, x, N, C)
+        o.swiglu_backward(dx, dy, x, N, C)
+        o.tanh_forward(t, a, N * C)
+        o.tanh_backward(dt, dy, t, N * C)
+        o.add(s, a, b, N * C)
+        mask = Dropout(0.3, np.arange(N), np.arange(N)[::-1].copy(), seed=7, step=2, site=3)
+        dropped, back = np.empty((N, C), o.real), _normal(o, rng, N, C)
+        o.dropout_forward(dropped, a, N, C, mask)
+        o.dropout_backward(back, dy, N, C, mask)
+        rows = np.arange(0, N, 2, dtype=np.int32)
+        taken, spread = np.empty((len(rows), C), o.real), _normal(o, rng, N, C)
+        o.gather_forward(taken, a, rows, len(rows), C)
+        o.gather_backward(spread, taken, rows, len(rows), C)
+        return [y, dx, t, dt, s, dropped, back, taken, spread]
+
+    return case
+
+
+def _loss(M: int, V: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        logits, target = _normal(o, rng, M, V), rng.integers(0, V, M).astype(np.int32)
+        loss, lse, ids = np.empty(M, o.real), np.empty(M, o.real), np.zeros(M, np.int32)
+        o.argmax(ids, logits, M, V)
+        o.cross_entropy_forward(loss, lse, logits, target, M, V)
+        o.cross_entropy_backward(logits, lse, target, M, V, 0.5)
+        return [loss, lse, logits, ids.astype(o.real)]
+
+    return case
+
+
+def _flat(n: int) -> Case:
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        p, g, m = (_normal(o, rng, n) for _ in range(3))
+        v, total = np.square(_normal(o, rng, n)), np.zeros(1)
+        o.adamw(p, g, m, v, n, 1e-3, 0.9, 0.999, 1e-8, 0.1, 5, 0.5)
+        o.sum_squares(total, g, n)
+        return [p, m, v, total.astype(o.real)]
+
+    return case
+
+
+def _prefix(P: int, J: int, KV: int, copies: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        rows = np.arange(copies * P)
+        mask = Dropout(0.2, rows, rows, seed=5)
+        x, y = _normal(o, rng, P, J, KV), np.empty((J, copies * P, KV), o.real)
+        o.prefix_forward(y, x, P, J, KV, copies, mask)
+        dx = _normal(o, rng, P, J, KV)
+        o.prefix_backward(dx, y, P, J, KV, copies, mask)
+        return [y, dx]
+
+    return case
+
+
+def _stored(O: int, I: int) -> Case:  # noqa: E741, N803
+    """Conversions, merging and quantization: what comes back is compared as it is."""
+
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        w = rng.standard_normal((O, I)).astype(np.float32)
+        half = np.empty((O, I), np.float16)
+        o.convert(half, F16, w, F32, O * I)
+        o.merge(half, F16, _normal(o, rng, O, 4), _normal(o, rng, 4, I), O, I, 4, 0.5)
+        q, s = np.empty((O, I), np.int8), np.empty(O, np.float16)
+        o.quantize(q, s, I8, 0, w, F32, O, I)
+        return [half.astype(o.real), q.astype(o.real), s.astype(o.real)]
+
+    return case
+
+
+def op_cases() -> dict[str, Case]:
+    """By name; three shapes or more of each group, sizes odd."""
+    found: dict[str, Case] = {}
+    types = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8, "int4": I4}
+    for name, dtype in types.items():
+        for N, O, I in ((1, 33, 70), (5, 64, 96), (37, 129, 66), (20, 300, 260)):  # noqa: E741, N806
+            found[f"linear {name} {N}x{O}x{I}"] = _linear(N, O, I, dtype)
+    for N, C in ((1, 1), (3, 33), (17, 260)):  # noqa: N806
+        found |= {f"norm {N}x{C}": _norm(N, C), f"elements {N}x{C}": _elements(N, C)}
+        found |= {f"loss {N}x{C + 1}": _loss(N, C + 1), f"flat {N * C}": _flat(N * C)}
+        found |= {f"embedding {N}x{C}": _embedding(N, C, F32)}
+        found |= {f"stored {N}x{2 * C}": _stored(N, 2 * C)}
+    found |= {"embedding float16 9x64": _embedding(9, 64, F16)}
+    for N, HD, rotary in ((1, 8, 4), (7, 64, 32), (5, 33, 10)):  # noqa: N806
+        found[f"rotary {N}x{HD}"] = _rotary(N, HD, rotary)
+    for counts, NH, KVH, HD, shared, past in (  # noqa: N806
+        ((1, 1, 1), 4, 2, 64, 3, 9),
+        ((13, 1, 40), 4, 2, 32, 0, 0),
+        ((65, 9), 2, 1, 128, 5, 7),
+        ((), 2, 2, 16, 0, 0),
+    ):
+        name = f"attention {len(counts)} of {HD}"
+        found[name] = _attention(counts, NH, KVH, HD, shared, past)
+    for shape in ((1, 2, 1, 1), (5, 4, 33, 2), (8, 2, 64, 3)):
+        found[f"prefix {shape}"] = _prefix(*shape)
+    return found
+
+
+def _same(got: list[np.ndarray], want: list[np.ndarray], tolerance: float) -> float:
+    """The largest difference over the largest element; AssertionError beyond the tolerance."""
+    worst = 0.0
+    for place, (a, b) in enumerate(zip(got, want, strict=True)):
+        if not b.size:
+            continue
+        assert np.isfinite(a).all(), f"output {place} is not finite"
+        difference = np.abs(a.astype(np.float64) - b).max() / max(np.abs(b).max(), 1e-3)
+        assert difference <= tolerance, f"output {place} differs by {difference:.1e}"
+        worst = max(worst, float(difference))
+    return worst
+
+
+def check_op(case: Case, backend: str) -> str:
+    """Three seeds; the arrays lie between guards that must survive (optable.DeviceOps)."""
+    worst = 0.0
+    for seed in range(3):
+        got = case(ops_of(backend), np.random.default_rng(seed))
+        want = case(Ops("cpu"), np.random.default_rng(seed))
+        worst = max(worst, _same(got, want, TOLERANCE[backend.rpartition("/")[2]]))
+    return f"{worst:.1e}"
+
+
+# A tiny model
+
+
+SIZES = dict(
+    _name_or_path="THUDM/chatglm2-6b",
+    model_type="chatglm",
+    multi_query_attention=True,
+    add_bias_linear=False,
+    add_qkv_bias=True,
+    apply_residual_connection_post_layernorm=False,
+    layernorm_epsilon=1e-5,
+    original_rope=True,
+    post_layer_norm=True,
+    rmsnorm=True,
+    torch_dtype="float32",
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_layers=2,
+    num_attention_heads=4,
+    multi_query_group_num=2,
+    kv_channels=16,
+    padded_vocab_size=101,
+    seq_length=128,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
+    """A model of random weights, the same every time, on a backend."""
+    config = ChatGLMConfig(**SIZES, pre_seq_len=prefix)
+    rng = np.random.default_rng(3)
+    form = {"F32": F32, "F16": F16, "BF16": BF16}[stored_as]
+    tensors = {}
+    for name, shape in _core.Model(config.arch(), "plan").shapes().items():
+        w = rng.standard_normal(shape).astype(np.float32)
+        if len(shape) == 1:
+            w = 1 + 0.1 * w
+        elif "embedding" not in name:
+            w *= 1.5 / np.sqrt(shape[1])
+        tensors[name] = Tensor(stored(w, form), stored_as)
+    kind = modeling.ChatGLMForConditionalGeneration
+    on_backend = type("Model", (kind,), {"backend": backend})
+    model = on_backend(config, tensors)
+    if prefix:
+        shapes = modeling.prefix_shapes(config)
+        model.set_prefix(modeling.fresh_prefix(shapes, seed=4, std=0.3))
+    return model
+
+
+def _batch(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, SIZES["padded_vocab_size"], (3, 23))
+    mask = np.ones_like(ids)
+    mask[1, :7] = 0  # rows of several lengths
+    labels = np.where(mask == 1, ids, -100)
+    labels[:, :11] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _trained(backend: str, stored_as: str, method: str, steps: int = 20) -> list[float]:
+    model = tiny_model(backend, stored_as, 6 if method == "p_tuning" else None)
+    trained = model
+    if method == "lora":
+        names = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=names)
+        trained = peft.get_peft_model(model, config)
+    elif method == "full":
+        model.requires_grad_(True)
+    batches = [_batch(1), _batch(2)]
+    trained.backward(**batches[0])
+    trained.zero_grad()
+    rng = np.random.default_rng(5)
+    for name in model.core.trainable() if method == "lora" else ():  # the same on every device
+        size = 0.2 if ".lora_A." in name else 0.02
+        values = size * rng.standard_normal(model.core.shape(name))
+        model.core.write(name, values.astype(np.float32))
+    lr = 3e-2 if method == "p_tuning" else 1e-3
+    optimizer, losses = optim.AdamW(trained, lr=lr, max_grad_norm=1.0), []
+    for step in range(steps):
+        losses.append(trained.backward(**batches[step % 2]))
+        optimizer.step()
+    return losses
+
+
+def check_logits(backend: str, stored_as: str) -> str:
+    """Logits of rows of several lengths."""
+    inputs = {k: v for k, v in _batch(0).items() if k != "labels"}
+    got, want = (tiny_model(b, stored_as)(**inputs).logits for b in (backend, "cpu"))
+    limit = 10 * TOLERANCE[backend.rpartition("/")[2]]  # two layers of products
+    return f"{_same([got], [want], limit):.1e}"
+
+
+def check_training(backend: str, stored_as: str, method: str) -> str:
+    """Losses of 20 steps."""
+    got, want = (np.array(_trained(b, stored_as, method)) for b in (backend, "cpu"))
+    worst = float(np.abs(got / want - 1).max())
+    limit = LOSS[backend.rpartition("/")[2]]
+    assert worst <= limit, f"losses differ by {worst:.1e}: {got} {want}"
+    assert want[-1] < want[1], "nothing was learnt"  # of the same batch
+    return f"{worst:.1e}"
+
+
+def check_answers(backend: str, stored_as: str) -> str:
+    """Greedy answers: the CPU's, with the cache and recordings, with the cache alone, without."""
+    ids, new = np.random.default_rng(6).integers(3, 101, (2, 9)), 10
+    model = tiny_model(backend, stored_as)
+    answers = [model.generate(ids, max_new_tokens=new, eos_token_id=[]) for _ in range(2)]
+    # a processor wants the scores, so they come to the host, and nothing is recorded
+    seen = model.generate(
+        ids, max_new_tokens=new, eos_token_id=[], logits_processor=lambda _, scores: scores
+    )
+    plain = ids
+    for _ in range(new):
+        best = model(plain).logits[:, -1].argmax(1)
+        plain = np.concatenate((plain, best[:, None]), axis=1)
+    cpu = tiny_model("cpu", stored_as).generate(ids, max_new_tokens=new, eos_token_id=[])
+    for name, other in (("again", answers[1]), ("scores", seen), ("no cache", plain), ("cpu", cpu)):
+        assert np.array_equal(answers[0], other), f"{name}: {answers[0]} {other}"
+    graphs = model.core.counts()["graphs"]
+    assert graphs > new, f"{graphs} recordings were used"
+    return f"{graphs} from recordings"
+
+
+def check_bits(backend: str, stored_as: str) -> str:
+    """The same step twice is the same, bit for bit."""
+    first, second = (_trained(backend, stored_as, "lora", 3) for _ in range(2))
+    assert first == second, f"{first} {second}"
+    return "equal"
+
+
+def check_plan(backend: str, stored_as: str) -> str:
+    """Launches, products, waits, transfers and bytes of a step and of tokens, as planned."""
+
+    def counted(name: str) -> list[dict[str, int]]:
+        model, told = tiny_model(name, stored_as), []
+        core, one = model.core, np.ones(1, np.int32)
+
+        def tell() -> None:
+            kept = {k: v for k, v in core.counts().items() if k not in ("calls", "flops", "peak")}
+            told.append(kept)
+
+        core.counts()
+        model.requires_grad_(True)
+        for _ in range(2):
+            model.backward(**_batch(1))
+            core.step(1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
+            tell()
+        cache = core.cache(1, 40, 0)
+        core.extend(cache, [0], np.ones(20, np.int32), 20 * one)
+        tell()
+        for _ in range(4):
+            core.next(cache, [0], one, one)
+            tell()
+        for earlier in told:  # other models may share the device
+            earlier["live"] -= told[0]["live"]
+        return told
+
+    planned, done = counted(f"plan:{backend}"), counted(backend)
+    for place, (a, b) in enumerate(zip(planned, done, strict=True)):
+        odd = {k: (a[k], b[k]) for k in a if a[k] != b[k] and k not in ("scratch", "live")}
+        assert not odd, f"call {place}: planned and done {odd}"
+    return f"a token: {plans.Work.of(done[3])}"
+
+
+def readings(backend: str) -> dict[str, Any]:
+    """Of a GPU only, for whoever reads the JSON file: bytes that the context takes beside what is
+    counted, seconds and bytes a second of an op that only moves memory."""
+    found = devices.info(backend.partition("/")[0])
+    told: dict[str, Any] = {"total_bytes": found["total"], "free_bytes": found["free"]}
+    o, n = ops_of(backend), 1 << 24
+    x, y = np.ones(n, np.float32), np.ones(n, np.float32)
+    out = np.empty_like(x)
+    at = [o._put(a, 0) for a in (out, x, y)]
+    counts = tiny_model(backend, "F32").core
+    for repeat in (1, 20):
+        counts.counts()
+        begin = time.perf_counter()
+        for _ in range(repeat):
+            o._functions["add"](o._cx, at[0], at[1], at[2], n)
+        o._download(o._be, out.ctypes.data, at[0], 4)  # waits
+        seconds = (time.perf_counter() - begin) / repeat
+    for address in at:
+        o._free(o._be, address - o.GUARD)
+    o._held = {}
+    told["add"] = {"bytes": 12 * n, "seconds": seconds, "bytes_per_second": 12 * n / seconds}
+    return told
+
+
+def items(device: str, types: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, what to run) in order; an item fails by raising."""
+    stored_as = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    cases = op_cases()
+    for type_ in types:
+        for name, case in cases.items():
+            # what does not multiply does not depend on the type
+            if type_ == "float32" or name.startswith(("linear", "attention")):
+                backend = f"{device}/{type_}"
+                yield f"{type_} {name}", lambda case=case, b=backend: check_op(case, b)
+    for type_ in types:
+        of = (f"{device}/{type_}", stored_as[type_])
+        yield f"{type_} logits", lambda of=of: check_logits(*of)
+        for method in ("lora", "p_tuning", "full"):
+            yield f"{type_} {method} 20 steps", lambda of=of, m=method: check_training(*of, m)
+        if type_ == "float32":
+            yield f"{type_} greedy answers", lambda of=of: check_answers(*of)
+        yield f"{type_} twice the same bits", lambda of=of: check_bits(*of)
+        yield f"{type_} counts as planned", lambda of=of: check_plan(*of)
+
+
+def deep(device: str) -> str:
+    """The ops under each tool of compute-sanitizer."""
+    tool = shutil.which("compute-sanitizer")
+    if device.startswith("emu") or tool is None:
+        return "skipped: compute-sanitizer is not installed, or there is no GPU"
+    for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        words = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m"]
+        words += [
+            "glmlora.selftest",
+            "--device",
+            device,
+            "--only",
+            "float16",
+            "--output",
+            os.devnull,
+        ]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, f"{check}: {done.stdout[-1500:]}"
+    return "memcheck, racecheck, initcheck, synccheck"
+
+
+def run(device: str, only: str = "", deeply: bool = False, output: str | None = None) -> int:
+    """Run the list; 0 when all items pass. The JSON file has every item and where it ran."""
+    started = time.perf_counter()
+    kind = device.partition(":")[0]
+    if kind == "emu":
+        os.environ.setdefault("EMU_PIECE", str(1 << 24))  # as on a GPU; read when it is opened
+    told: dict[str, Any] = {"device": devices.info(device), "items": [], "python": sys.version}
+    told["core"] = os.path.basename(_core.__file__)
+    failed = None
+    if not told["device"]["count"]:
+        failed = f"environment: {told['device']['why']}"
+    else:
+        if kind == "cuda":
+            told["cublas"] = str(devices.preload_cublas() or "found by the process or the system")
+        types = ["float32", "float16", "bfloat16"]
+        if told["device"]["capability"] < (8, 0):
+            types.remove("bfloat16")
+        listed = [(n, f) for n, f in items(device, types) if n.startswith(only)]
+        if deeply:
+            listed.append(("compute-sanitizer", lambda: deep(device)))
+        if kind == "cuda":
+            listed.append(("readings", lambda: readings(f"{device}/float32")))
+        for name, check in listed:
+            begin = time.perf_counter()
+            try:
+                note, passed = check(), True
+            except Exception as error:  # an item that fails must not hide the others
+                note, passed = f"{type(error).__name__}: {error}", False
+                failed = failed or f"{name}: {note}"
+            seconds = round(time.perf_counter() - begin, 3)
+            told["items"].append({"name": name, "passed": passed, "note": note, "seconds": seconds})
+            print(f"{'ok  ' if passed else 'FAIL'}  {name}: {note}", flush=True)
+    told["result"] = failed or "PASS"
+    told["seconds"] = round(time.perf_counter() - started, 1)
+    output = output or f"selftest-{kind}.json"
+    if output != os.devnull:
+        with open(output, "w") as file:
+            json.dump(told, file, indent=1, default=str)
+        print(f"{len(told['items'])} items in {told['seconds']} s; {output} is what to send back")
+    print(f"selftest {kind}: {told['result']}")
+    return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m glmlora.selftest", description=__doc__)
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or emu")
+    parser.add_argument("--only", default="", help="items whose names begin so")
+    parser.add_argument("--deep", action="store_true", help="also under compute-sanitizer")
+    parser.add_argument("--output", help="the JSON file, default selftest-DEVICE.json")
+    args = parser.parse_args(argv)
+    try:
+        device = devices.parse(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if device is None or device == "cpu":
+        parser.error("--device: expected cuda, cuda:N or emu")
+    return run(str(device), args.only, args.deep, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The self-test of a GPU, run on the emulator: it passes, and it says what fails."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glmlora import selftest
+from glmlora.optable import SIGNATURES
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") or "GLMLORA_SANITIZED" in os.environ,
+    reason="the emulator needs g++ and a plain build: no device is tested",
+)
+
+
+def run(*words, **env):
+    command = [sys.executable, "-m", "glmlora.selftest", *words]
+    env = {k: v for k, v in os.environ.items() if k != "GLMLORA_DEVICE"} | env
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def test_every_op_is_in_the_list():
+    used = set()
+
+    class Recording(selftest.Ops):
+        def _call(self, op, args):
+            used.add(op)
+            super()._call(op, args)
+
+    import numpy as np
+
+    for case in selftest.op_cases().values():
+        case(Recording("cpu"), np.random.default_rng(0))
+    assert set(SIGNATURES) - used == {"first_nonfinite"}  # which the tiny model uses
+
+
+@needs_compiler
+def test_it_passes_on_the_emulator(tmp_path):
+    build = [sys.executable, str(ROOT / "cuda" / "build.py"), "emu"]
+    library = subprocess.run(build, capture_output=True, text=True, check=True).stdout.split()[-1]
+    out = tmp_path / "told.json"
+    status, lines, errors = run(
+        "--device", "emu", "--output", str(out), GLMLORA_CUDA_LIBRARY=library
+    )
+    assert (status, lines[-1]) == (0, "selftest emu: PASS"), errors[-2000:] + "\n".join(lines[-40:])
+    told = json.loads(out.read_text())
+    assert told["result"] == "PASS" and len(told["items"]) > 100
+    assert told["device"]["name"] == "emulator"
+    assert all(item["passed"] for item in told["items"])
+
+
+@needs_compiler
+def test_an_item_that_fails_is_named(tmp_path, monkeypatch, capsys):
+    build = [sys.executable, str(ROOT / "cuda" / "build.py"), "emu"]
+    library = subprocess.run(build, capture_output=True, text=True, check=True).stdout.split()[-1]
+    monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", library)
+    monkeypatch.setitem(selftest.TOLERANCE, "float16", 1e-7)  # no rounding is that small
+    out = tmp_path / "told.json"
+    assert selftest.run("emu:0", only="float16 linear float16 37", output=str(out)) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("selftest emu: float16 linear float16 37x129x66: AssertionError")
+    assert "differs by" in json.loads(out.read_text())["result"]
+
+
+def test_without_a_device_it_fails_and_says_why(tmp_path):
+    library = str(tmp_path / "none.so")
+    status, lines, _ = run("--device", "cuda", "--output", os.devnull, GLMLORA_CUDA_LIBRARY=library)
+    assert status == 1 and lines[-1].startswith("selftest cuda: environment: ")
+    status, _, errors = run("--device", "cpu")
+    assert status == 2 and "expected cuda" in errors
