@@ -32,8 +32,7 @@ int glm_lowest_layer(const struct glm_model *m)
 }
 
 static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
-                        struct glm_block_acts *a, size_t N, size_t NR, int gathered,
-                        const size_t *rank)
+                        struct glm_block_acts *a, size_t N, size_t NR, const size_t *rank)
 {
     const struct glm_arch *arch = &m->arch;
     const size_t C = arch->hidden, F = arch->ffn, NH = arch->heads, AO = NH * arch->head_dim;
@@ -43,16 +42,20 @@ static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
 #undef PUSH
 }
 
-/* Largest LoRA rank of each linear (over all layers), and over everything. */
-static size_t lora_ranks(const struct glm_model *m, size_t *rank)
+/* Largest LoRA rank of each linear (over all layers) and over everything; widest: input of an
+ * adapted linear. */
+static size_t lora_ranks(const struct glm_model *m, size_t *rank, size_t *widest)
 {
     size_t largest = 0;
+    *widest = 0;
     for (int which = 0; which < GLM_LINEARS; which++) {
         rank[which] = 0;
         for (int l = 0; l < m->arch.layers; l++) {
             const struct glm_weight *A = m->layers[l].linear[which].A;
-            if (A->present && (size_t)A->rows > rank[which])
-                rank[which] = (size_t)A->rows;
+            if (!A->present)
+                continue;
+            rank[which] = (size_t)A->rows > rank[which] ? (size_t)A->rows : rank[which];
+            *widest = (size_t)A->cols > *widest ? (size_t)A->cols : *widest;
         }
         largest = rank[which] > largest ? rank[which] : largest;
     }
@@ -69,7 +72,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
                  KV = (size_t)arch->kv_heads * arch->head_dim;
     const size_t QKV = AO + 2 * KV, V = arch->vocab, MR = s->gathered ? M : N;
     size_t rank[GLM_LINEARS];
-    const size_t R = lora_ranks(m, rank);
+    size_t widest;
+    const size_t R = lora_ranks(m, rank, &widest);
 
     s->ids = glm_arena_push(arena, N, 4);
     s->position = glm_arena_push(arena, N, 4);
@@ -88,15 +92,26 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->final = glm_arena_push(arena, MR * C, real);
     s->final_rstd = glm_arena_push(arena, MR, real);
 
-    struct glm_block_acts workspace;
-    layout_acts(m, arena, &workspace, s->kept_layers < L ? N : 0, s->kept_layers < L ? N : 0, 0,
-                rank);
-    for (int l = 0; l < L; l++) {
-        const int gathered = s->gathered && l == L - 1;
-        s->acts[l] = workspace;
-        if (l >= L - s->kept_layers)
-            layout_acts(m, arena, &s->acts[l], N, gathered ? M : N, gathered, rank);
-    }
+    const size_t NR = s->gathered && s->kept_layers == L ? M : N;
+    layout_acts(m, arena, &s->acts[L - 1], N, NR, rank);
+    for (int l = 0; l < L - 1; l++)
+        if (l < L - s->kept_layers)
+            s->acts[l] = s->acts[L - 1];
+        else
+            layout_acts(m, arena, &s->acts[l], N, N, rank);
+
+    s->att_rows = glm_arena_push(arena, s->gathered ? M * AO : 0, real);
+    s->x_rows = glm_arena_push(arena, s->gathered ? M * C : 0, real);
+    const size_t back = s->training ? 1 : 0, unit = 64 / real;
+    const size_t ln = (N * (AO > C ? AO : C) + unit - 1) / unit * unit, dqkv = back * N * QKV;
+    s->act = glm_arena_push(arena, N * F > ln + dqkv ? N * F : ln + dqkv, real);
+    s->ln = s->dnorm = s->datt = s->dact = s->act;
+    s->dqkv = s->act ? glm_at(m, s->act, ln) : NULL;
+    s->datt_rows = s->att_rows;
+    s->dx_rows = s->x_rows;
+    s->dx = glm_arena_push(arena, back * N * C, real);
+    s->lora_u = glm_arena_push(arena, back * N * R, real);
+    s->lora_x = glm_arena_push(arena, s->use_dropout ? back * N * widest : 0, real);
 
     const size_t piece = LOGITS_BYTES / (V * real) < 16 ? 16 : LOGITS_BYTES / (V * real);
     s->logits_rows = (int)(M < piece ? M : piece);
@@ -121,26 +136,14 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
         if (!trains)
             s->dprefix_kv = NULL;
     }
-
-    const size_t back = s->training ? 1 : 0, widest = F > AO ? (F > C ? F : C) : (AO > C ? AO : C);
-    const size_t mask = back && s->use_dropout && R ? 1 : 0;
-    s->dx = glm_arena_push(arena, back * N * C, real);
-    s->dx_rows = glm_arena_push(arena, s->gathered ? back * M * C : 0, real);
-    s->dnorm = glm_arena_push(arena, back * N * C, real);
-    s->dact = glm_arena_push(arena, back * N * F, real);
-    s->datt = glm_arena_push(arena, back * N * AO, real);
-    s->datt_rows = glm_arena_push(arena, s->gathered ? back * M * AO : 0, real);
-    s->dqkv = glm_arena_push(arena, back * N * QKV, real);
-    s->lora_u = glm_arena_push(arena, back * N * R, real);
-    s->lora_x = glm_arena_push(arena, mask * N * widest, real);
 }
 
 /* Layers to keep: as many of the last ones as the budget allows, so that the fewest are computed
- * twice. */
+ * twice; the last one costs nothing. */
 static size_t plan_activations(const struct glm_model *m, struct glm_step *s, size_t budget)
 {
     const int L = m->arch.layers, lowest = s->training ? glm_lowest_layer(m) : L;
-    const int fewest = s->gathered ? 1 : 0, most = L - lowest > fewest ? L - lowest : fewest;
+    const int fewest = 1, most = L - lowest > fewest ? L - lowest : fewest;
     for (s->kept_layers = s->training ? most : fewest;; s->kept_layers--) {
         struct glm_arena plan = {0};
         layout(m, &plan, s);
