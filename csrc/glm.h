@@ -139,6 +139,8 @@ struct glm_cache_info {
 void glm_cache_get(struct glm_cache *c, struct glm_cache_info *info);
 glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm_error *err);
 glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct glm_error *err);
+/* Room for more tokens in each row; what the cache holds stays. */
+glm_status glm_cache_grow(struct glm_cache *c, int capacity, struct glm_error *err);
 /* logits (n, V) real on the host: after the last token of each of the n rows, which are distinct */
 glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
                             const int32_t *lengths, void *logits, struct glm_error *err);

@@ -86,6 +86,9 @@ class Cache:
     current: bool  # filled with the weights as they are now; else only an empty one can be extended
     def rewind(self, row: int, length: int) -> None:
         """Forget everything of the row after its first `length` own tokens."""
+    def grow(self, capacity: int) -> None:
+        """Room for at least `capacity` tokens in each row; what is held stays. MemoryError names
+        the bytes."""
     def reorder(self, parents: Sequence[int]) -> None:
         """Row i becomes a copy of what row parents[i] was (beam search)."""
 

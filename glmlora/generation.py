@@ -2,8 +2,7 @@
 stream_chat share.
 
 A row is a list of ids; the core's cache holds a leading part of it, and every step feeds what it
-lacks. So a prompt, one more token, a new round of a conversation and a cache that was renewed are
-the same call.
+lacks. So a prompt, one more token and a new round of a conversation are the same call.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ CHUNK = 1024  # tokens fed at a time: bounds the memory of a long prompt
 CAPACITY_STEP = 256  # positions by which caches are sized
 ROWS = 16  # rows of a batch that are decoded together; the others wait for a place ..
 CACHE_BYTES = 2 << 30  # .. and fewer than that where their keys and values would take more
-# New tokens after which a cache is made anew, larger: nothing is reserved for the 8192 positions
-# that chat may use.
-# It follows from the count alone, so that a row does not notice which rows are beside it.
+# New tokens after which a cache grows: nothing is reserved for the 8192 positions chat may use.
 ROOM = (256, 1024, 4096, 16384, 65536)
 
 # Random streams: (global seed, call number) -> seed of a call; (that, row, index) -> one draw.
@@ -282,15 +279,11 @@ class CachedRow:
     ):
         self.model = model
         self.ids: list[list[int]] = [[] for _ in range(rows)]
-        self.shared = np.asarray(shared, np.int32)
-        self._new_cache(capacity)
-
-    def _new_cache(self, capacity: int) -> None:
-        self.held = [0] * len(self.ids)  # tokens of each row that the cache holds
-        core, rows = self.model.core, len(self.ids)
-        self.cache = core.cache(rows, self._capacity(capacity), self.shared.size)
-        for start in range(0, self.shared.size, CHUNK):
-            core.extend_shared(self.cache, self.shared[start : start + CHUNK])
+        self.held = [0] * rows  # tokens of each row that the cache holds
+        opening = np.asarray(shared, np.int32)
+        self.cache = model.core.cache(rows, self._capacity(capacity), opening.size)
+        for start in range(0, opening.size, CHUNK):
+            model.core.extend_shared(self.cache, opening[start : start + CHUNK])
 
     def _capacity(self, needed: int) -> int:
         rounded = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
@@ -303,10 +296,9 @@ class CachedRow:
             self.held[row] = 0
 
     def make_room(self, needed: int) -> None:
-        """A cache of at least `needed` positions for each row, empty if it had to be made anew."""
+        """At least `needed` positions for each row; what the cache holds stays."""
         if self.cache.capacity < needed:
-            del self.cache  # before the new one is made: both need not fit
-            self._new_cache(needed)
+            self.cache.grow(self._capacity(needed))
 
     def become(self, row: int, ids: Sequence[int]) -> None:
         """Make `ids` the row's, keeping what the cache holds of the beginning they share."""
@@ -396,15 +388,11 @@ def _first_room(lengths: Sequence[int], limits: Sequence[int]) -> int:
     return max(n + min(limit, ROOM[0]) for n, limit in zip(lengths, limits, strict=True))
 
 
-def _renew(rows: CachedRow, live: Sequence[int], index: int, limits: Sequence[int]) -> None:
-    """At the counts of ROOM, go on with a larger cache (filled anew even where the old one is large
-    enough).
-    """
-    if index not in ROOM:
-        return
-    room = next((r for r in ROOM if r > index), 1 << 62)
-    rows.forget()
-    rows.make_room(max(len(rows.ids[r]) + min(limits[r], room) - index for r in live))
+def _grow(rows: CachedRow, live: Sequence[int], index: int, limits: Sequence[int]) -> None:
+    """At the counts of ROOM, room for as many new tokens as the next one says."""
+    if index in ROOM:
+        room = next((r for r in ROOM if r > index), 1 << 62)
+        rows.make_room(max(len(rows.ids[r]) + min(limits[r], room) - index for r in live))
 
 
 def _choose(g: GenerationConfig, scores: np.ndarray, draw: tuple[int, int], index: int) -> int:
@@ -430,7 +418,7 @@ def _run(
     seed = next_seed() if g.seed is None else int(g.seed) % 2**64
     live = list(range(len(rows.ids)))
     for index in count():
-        _renew(rows, live, index, limits)
+        _grow(rows, live, index, limits)
         if scores is None:
             scores = rows.extend(live)
         tokens = {}
@@ -754,7 +742,7 @@ def _beams(
         for row, (_, _, token) in enumerate(chosen):
             rows.ids[row].append(token)
         sums = np.array([total for total, _, _ in chosen])
-        _renew(rows, range(n), index + 1, limits)
+        _grow(rows, range(n), index + 1, limits)
         scores = rows.extend(range(n))
     finished += finished[-1:] * (g.num_return_sequences - len(finished))
     return [answer for _, answer in finished[: g.num_return_sequences]]
@@ -867,12 +855,12 @@ def _take_row(model: ChatGLMForConditionalGeneration, ids: Sequence[int], needed
     too is not computed again. The taker owns it until it gives it back.
     """
     row, model.cached_row = model.cached_row, None
-    if row is None or row.cache.capacity < needed:
-        del row
+    if row is None:
         row = CachedRow(model, 1, needed)
     if not row.cache.current:
         row.forget()
     row.become(0, ids)
+    row.make_room(needed)
     return row
 
 

@@ -965,6 +965,15 @@ static PyObject *cache_reorder(struct cache_object *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+static PyObject *cache_grow(struct cache_object *self, PyObject *args)
+{
+    int capacity;
+    if (!PyArg_ParseTuple(args, "i", &capacity))
+        return NULL;
+    RUN(self->model, glm_cache_grow(self->c, capacity, &err), return NULL);
+    Py_RETURN_NONE;
+}
+
 static PyObject *model_cache(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"rows", "capacity", "shared_capacity", NULL};
@@ -1135,6 +1144,8 @@ static PyType_Spec model_spec = {
 static PyMethodDef cache_methods[] = {
     {"rewind", (PyCFunction)(void *)cache_rewind, METH_VARARGS,
      "Forget a row's tokens after the first `length`."},
+    {"grow", (PyCFunction)(void *)cache_grow, METH_VARARGS,
+     "Room for `capacity` tokens in each row; what is held stays."},
     {"reorder", (PyCFunction)(void *)cache_reorder, METH_O,
      "Row i becomes a copy of what row parents[i] was."},
     {NULL, NULL, 0, NULL},
