@@ -89,12 +89,14 @@ struct glm_input {
 
 struct glm_plan {
     size_t weights, owned, trainable, activations, total;
+    size_t held; /* of the activations: taken already */
     int kept_layers;
 };
 
 glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training, size_t budget,
                           struct glm_plan *plan, struct glm_error *err);
-/* Takes the memory; the budget also holds for later steps. */
+/* Takes the memory. A training budget also holds for later steps, so that none of at most these
+ * sizes takes more. */
 glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int training, size_t budget,
                              struct glm_error *err);
 

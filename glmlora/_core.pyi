@@ -179,9 +179,8 @@ class Model:
         self, n_tokens: int, n_segments: int, n_rows: int, training: bool, budget: int = 0
     ) -> dict[str, int]:
         """Bytes: weights (bound, mapped), owned, trainable (parameters, gradients, moments),
-        activations, logits, total; and
-        kept_layers (layers whose activations are kept rather than recomputed). budget: 0 = the
-        default (README of csrc)."""
+        activations, held (of the activations, taken already), total; and kept_layers (layers whose
+        activations are kept rather than recomputed). budget: 0 = the default (README of csrc)."""
     def counts(self) -> dict[str, Any]:
         """Of the backend "plan", since the last call of this: live, peak, uploaded, downloaded
         bytes, downloads, calls (by op), flops (of products and attention). Models share a backend.
@@ -190,8 +189,7 @@ class Model:
         self, n_tokens: int, n_segments: int, n_rows: int, training: bool, budget: int = 0
     ) -> None:
         """Take the planned memory now: no later call with at most these sizes allocates.
-        MemoryError names the bytes.
-        The budget holds for later calls too."""
+        MemoryError names the bytes. A training budget holds for later calls too."""
     def forward(
         self,
         ids: np.ndarray,

@@ -81,6 +81,23 @@ def test_no_allocation_in_training_steps_and_decode_steps():
     assert model.allocations == before
 
 
+def test_a_smaller_batch_takes_no_more_than_was_reserved():
+    """With fewer tokens more layers fit into the budget, but not beyond the memory taken."""
+    model = make_model()
+    model.set_trainable(add_lora(model))
+    most = model.plan(200, 2, 4, True, 1 << 30)
+    least = model.plan(200, 2, 4, True, 1)
+    assert most["kept_layers"] > least["kept_layers"]
+    budget = (most["activations"] + least["activations"]) // 2
+    model.reserve(200, 2, 4, True, budget)
+    before = model.allocations
+    ids = np.ones(200, np.int32)
+    for n in (100, 99, 98, 90, 70, 50, 30, 10):
+        rows = np.array([n - 2, 2 * n - 2], np.int32)
+        model.backward(ids[: 2 * n], [n, n], rows, ids[:2])
+    assert model.allocations == before
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_same_bits_for_any_thread_count(threads):
     results = []

@@ -7,7 +7,7 @@
 #include "glm.h"
 
 #define GLM_DEFAULT_BUDGET \
-    ((size_t)2 << 30) /* activations are kept up to here, beyond it layers are recomputed */
+    ((size_t)1 << 30) /* activations are kept up to here, beyond it layers are recomputed */
 
 /* One named weight. Vectors (rank 1) are always real and owned; matrices lie where they were mapped
  * until an adapter, a merge or training gives them memory of their own. */

@@ -187,8 +187,8 @@ static glm_status take_memory(struct glm_model *m, struct glm_step *s, size_t bu
         if (!m->host)
             return glm_fail(err, GLM_EMEMORY, "batch: %zu bytes could not be taken", host);
     }
-    struct glm_arena place = {.base = m->arena.base, .capacity = m->arena.capacity};
-    layout(m, &place, s);
+    m->arena.used = 0;
+    layout(m, &m->arena, s);
     return GLM_OK;
 }
 
@@ -212,6 +212,7 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
     plan->trainable = 4 * m->block_size * m->be->real_size;
     set_sizes(m, &s, N, S, M, training, 1, training, NULL);
     plan->activations = plan_activations(m, &s, budget) + host_bytes(m, &s);
+    plan->held = m->arena.capacity;
     plan->kept_layers = s.kept_layers;
     plan->total = plan->weights + plan->owned + plan->trainable + plan->activations;
     return GLM_OK;
@@ -221,10 +222,15 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
                              struct glm_error *err)
 {
     struct glm_plan plan;
+    struct glm_step *s = &m->step;
     GLM_TRY(glm_model_plan(m, N, S, M, training, budget, &plan, err));
-    m->budget = budget;
-    set_sizes(m, &m->step, N, S, M, training, 1, training, NULL);
-    return take_memory(m, &m->step, budget, err);
+    set_sizes(m, s, N, S, M, training, 1, training, NULL);
+    GLM_TRY(take_memory(m, s, budget, err));
+    if (training) { /* a smaller batch keeps more layers, but not beyond what was taken */
+        const int all = s->kept_layers >= m->arch.layers - glm_lowest_layer(m);
+        m->budget = all ? budget : m->arena.peak;
+    }
+    return GLM_OK;
 }
 
 static glm_status check_input(const struct glm_model *m, const struct glm_input *in,

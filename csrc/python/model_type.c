@@ -719,10 +719,10 @@ static PyObject *model_plan(struct model_object *self, PyObject *args, PyObject 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiip|n", names, &N, &S, &M, &training, &budget))
         return NULL;
     RUN(self, glm_model_plan(self->m, N, S, M, training, (size_t)budget, &p, &err), return NULL);
-    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:n,s:i}", "weights", (Py_ssize_t)p.weights, "owned",
+    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:n,s:n,s:i}", "weights", (Py_ssize_t)p.weights, "owned",
                          (Py_ssize_t)p.owned, "trainable", (Py_ssize_t)p.trainable, "activations",
-                         (Py_ssize_t)p.activations, "total", (Py_ssize_t)p.total, "kept_layers",
-                         p.kept_layers);
+                         (Py_ssize_t)p.activations, "held", (Py_ssize_t)p.held, "total",
+                         (Py_ssize_t)p.total, "kept_layers", p.kept_layers);
 }
 
 static PyObject *model_counts(struct model_object *self, PyObject *unused)
