@@ -114,6 +114,8 @@ glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
     }
     const int through = glm_trains(m->word_embeddings);
     for (int l = L - 1; below && l >= lowest; l--) {
+        if (l == 0) /* the second layer's input took its place */
+            op->embedding_forward(cx, s->x[0], &m->word_embeddings->mat, s->ids, s->N);
         if (l < L - s->kept_layers)
             glm_block_forward(m, l, NULL);
         glm_block_backward(m, l, l > lowest || through);

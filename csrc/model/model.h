@@ -73,7 +73,8 @@ struct glm_step {
     int logits_rows;
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
     /* Inputs of linears, and in their place the gradients on the way up, which are written once the
-     * input was read. act spans ln and dqkv, which are used when it is not. */
+     * input was read. act spans ln, dqkv and, unless the linear that reads it is adapted, lora_x:
+     * those are used when it is not. */
     void *ln, *act, *att_rows, *x_rows; /* (N, C), (N, F), (M, AO), (M, C) */
     void *dnorm, *dact, *datt, *datt_rows, *dx_rows, *dqkv;
     void *dx; /* of the residual stream */

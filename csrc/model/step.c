@@ -85,9 +85,10 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->row_stream = glm_arena_push(arena, M, 4);
     s->segments = glm_arena_push(arena, s->S, sizeof *s->segments);
 
+    /* the first layer's input is looked up again in backward, so the second's may take its place */
     void *shared_x = glm_arena_push(arena, N * C, real);
     for (int l = 0; l < L; l++)
-        s->x[l] = l <= lowest ? shared_x : glm_arena_push(arena, N * C, real);
+        s->x[l] = l <= (lowest ? lowest : 1) ? shared_x : glm_arena_push(arena, N * C, real);
     s->x[L] = s->training || s->gathered ? glm_arena_push(arena, MR * C, real) : shared_x;
     s->final = glm_arena_push(arena, MR * C, real);
     s->final_rstd = glm_arena_push(arena, MR, real);
@@ -103,15 +104,20 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->att_rows = glm_arena_push(arena, s->gathered ? M * AO : 0, real);
     s->x_rows = glm_arena_push(arena, s->gathered ? M * C : 0, real);
     const size_t back = s->training ? 1 : 0, unit = 64 / real;
-    const size_t ln = (N * (AO > C ? AO : C) + unit - 1) / unit * unit, dqkv = back * N * QKV;
-    s->act = glm_arena_push(arena, N * F > ln + dqkv ? N * F : ln + dqkv, real);
+    const size_t ln = (N * (AO > C ? AO : C) + unit - 1) / unit * unit;
+    const size_t dqkv = ln + (back * N * QKV + unit - 1) / unit * unit;
+    const size_t dropped = s->use_dropout ? back * N * widest : 0;
+    const size_t inside = dqkv + (rank[GLM_4H_TO_H] ? 0 : dropped);
+    s->act = glm_arena_push(arena, N * F > inside ? N * F : inside, real);
     s->ln = s->dnorm = s->datt = s->dact = s->act;
     s->dqkv = s->act ? glm_at(m, s->act, ln) : NULL;
+    s->lora_x = s->act ? glm_at(m, s->act, dqkv) : NULL;
+    if (rank[GLM_4H_TO_H])
+        s->lora_x = glm_arena_push(arena, dropped, real);
     s->datt_rows = s->att_rows;
     s->dx_rows = s->x_rows;
     s->dx = glm_arena_push(arena, back * N * C, real);
     s->lora_u = glm_arena_push(arena, back * N * R, real);
-    s->lora_x = glm_arena_push(arena, s->use_dropout ? back * N * widest : 0, real);
 
     const size_t piece = LOGITS_BYTES / (V * real) < 16 ? 16 : LOGITS_BYTES / (V * real);
     s->logits_rows = (int)(M < piece ? M : piece);
