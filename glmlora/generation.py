@@ -231,6 +231,7 @@ class Scores:
         self.eos = settings.eos
         g = settings
         self.adjusts = g.repetition_penalty != 1 or g.no_repeat_ngram_size > 0 or g.min_length > 0
+        self.active = self.adjusts or bool(self.processors)  # else scores stay as they are
 
     def __call__(self, scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
         """scores float32 (V), changed in place; ids: the whole context. Returns float32 (V)."""
@@ -252,7 +253,7 @@ class Scores:
                     f"{result.shape}"
                 )
             scores = np.ascontiguousarray(result.reshape(-1))
-        if self.adjusts or self.processors:
+        if self.active:
             if np.isnan(scores).any() or scores.max() == np.inf:
                 raise FloatingPointError(
                     f"logits_processor: scores are not finite at token {len(ids)}"
@@ -280,6 +281,7 @@ class CachedRow:
         self.model = model
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.held = [0] * rows  # tokens of each row that the cache holds
+        self._ones = np.ones(rows, np.int32)
         opening = np.asarray(shared, np.int32)
         self.cache = model.core.cache(rows, self._capacity(capacity), opening.size)
         for start in range(0, opening.size, CHUNK):
@@ -323,8 +325,15 @@ class CachedRow:
 
         Cuts fall at multiples of CHUNK of each row, wherever other rows are.
         """
-        for row in rows:
-            if self.held[row] == len(self.ids[row]):  # nothing new: its last token once more
+        lacks = [len(self.ids[row]) - self.held[row] for row in rows]
+        if max(lacks) == min(lacks) == 1 and len(rows) <= CHUNK:  # a step of decoding
+            tokens = np.array([self.ids[row][-1] for row in rows], np.int32)
+            scores = self.model.core.extend(self.cache, list(rows), tokens, self._ones[: len(rows)])
+            for row in rows:
+                self.held[row] += 1
+            return scores
+        for row, lack in zip(rows, lacks, strict=True):
+            if lack == 0:  # nothing new: its last token once more
                 self.held[row] -= 1
                 self.cache.rewind(row, self.held[row])
         scores = np.empty((len(rows), self.model.config.padded_vocab_size), np.float32)
@@ -398,7 +407,7 @@ def _grow(rows: CachedRow, live: Sequence[int], index: int, limits: Sequence[int
 def _choose(g: GenerationConfig, scores: np.ndarray, draw: tuple[int, int], index: int) -> int:
     """The index-th new token of a row from its scores float32 (V); draw: its (seed, stream)."""
     if not g.samples:
-        return int(scores.argmax())
+        return scores.argmax().item()
     return _core.sample(scores, float(g.temperature), int(g.top_k), float(g.top_p), *draw, index)
 
 
@@ -423,7 +432,9 @@ def _run(
             scores = rows.extend(live)
         tokens = {}
         for row, row_scores in zip(live, scores, strict=True):
-            token = _choose(g, change(row_scores, rows.ids[row]), (seed, row), index)
+            if change.active:
+                row_scores = change(row_scores, rows.ids[row])
+            token = _choose(g, row_scores, (seed, row), index)
             rows.ids[row].append(token)
             tokens[row] = token
         scores = None
@@ -463,31 +474,38 @@ def complete(
     places = max(1, min(at_once, len(prompts), CACHE_BYTES // row_bytes))
     rows = CachedRow(model, places, room, prompts[0][:shared])
     waiting = iter(range(len(prompts)))
-    running: dict[int, int] = {}  # place: prompt
-    new: dict[int, list[int]] = {}
+    running: dict[int, int] = {}  # place: prompt, in the order of places
+    new: list[list[int]] = [[] for _ in prompts]
+    free, live, left = list(range(places)), [], 0
     while True:
-        for place in range(places):
-            number = next(waiting, None) if place not in running else None
-            if number is not None:
-                running[place], new[number] = number, []
-                rows.become(place, prompts[number][shared:])
-        if not running:
-            return
-        live = sorted(running)
-        longest = max(len(rows.ids[place]) for place in live)
-        if longest > rows.cache.capacity:
-            most = max(own[n] + limits[n] for n in running.values())
-            rows.make_room(min(2 * longest, most))
+        if free:  # the next prompts take the places
+            running.update(zip(free, waiting, strict=False))
+            for place in free:
+                if place in running:
+                    rows.become(place, prompts[running[place]][shared:])
+            if not running:
+                return
+            running = dict(sorted(running.items()))
+            live, left, free = list(running), 0, []
+        if left == 0:  # steps for which the cache has room
+            longest = max(len(rows.ids[place]) for place in live)
+            if longest > rows.cache.capacity:
+                most = max(own[n] + limits[n] for n in running.values())
+                rows.make_room(min(2 * longest, most))
+            left = rows.cache.capacity - longest + 1
+        left -= 1
         for place, scores in zip(live, rows.extend(live), strict=True):
             number = running[place]
             answer = new[number]
-            scores = change(scores, prompts[number] + answer)
+            if change.active:
+                scores = change(scores, prompts[number] + answer)
             token = _choose(g, scores, draws[number], len(answer))
             rows.ids[place].append(token)
             answer.append(token)
             if token in change.eos or len(answer) == limits[number]:
                 del running[place]
-                yield number, new.pop(number)
+                free.append(place)
+                yield number, answer
 
 
 # generate

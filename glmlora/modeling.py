@@ -1062,6 +1062,8 @@ def as_rows(name: str, value: Any) -> np.ndarray:
 
 def check_ids(name: str, ids: np.ndarray, vocabulary: int, ignored: int | None = None) -> None:
     """ValueError with id, row and column of the first one that the vocabulary does not have."""
+    if ids.min() >= 0 and ids.max() < vocabulary:
+        return
     wrong = (ids < 0) | (ids >= vocabulary)
     if ignored is not None:
         wrong &= ids != ignored
