@@ -422,3 +422,60 @@ def test_objects_are_freed_in_any_order():
     assert cache.lengths == [1]
     with pytest.raises(TypeError):
         type(cache)()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits anonymous memory")
+def test_a_model_larger_than_its_memory_trains_and_answers(tmp_path):
+    """Mapped weights stream: a process that may have less memory of its own than half of them
+    computes a step and an answer, with the pages given back to the system in between."""
+    script = """
+        import re, resource, sys
+        sys.path[:0] = sys.argv[1:3]
+        from pathlib import Path
+        import numpy as np
+        from six_b import make
+        sizes = dict(
+            num_layers=6, hidden_size=1024, ffn_hidden_size=3072, kv_channels=64,
+            num_attention_heads=16, padded_vocab_size=4096,
+        )
+        folder = Path(sys.argv[3])
+        make(folder, **sizes)
+        import glmlora
+        from glmlora import quantization
+        model = glmlora.AutoModel.from_pretrained(folder)
+        mapped = sum(t.nbytes for t in model.stored_tensors())
+        config = glmlora.LoraConfig(r=4, target_modules=["query_key_value"])
+        trained = glmlora.get_peft_model(model, config)
+        ids = np.arange(3, 67)[None]
+
+        def run():
+            answer = model.generate(ids, max_new_tokens=3, do_sample=False)
+            loss = trained.backward(input_ids=ids, labels=ids)
+            trained.zero_grad()
+            return answer.tolist(), loss
+
+        def data():
+            return 1024 * int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+        limit = data() + mapped // 2
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        try:
+            np.ones(mapped, np.uint8)
+        except MemoryError:
+            pass
+        else:
+            raise SystemExit("the limit holds nothing back")
+        first = run()
+        for tensor in model.stored_tensors():
+            quantization.drop_pages(tensor.data)
+        assert run() == first
+        print(mapped)
+    """
+    here = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), here,
+         os.path.join(here, os.pardir, "benchmarks"), str(tmp_path)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 100e6
