@@ -157,6 +157,7 @@ def plan(args: argparse.Namespace) -> int:
         args.labels,
         args.quantization_bit,
         args.dtype,
+        gradient_checkpointing=args.gradient_checkpointing,
         **finetuning,
     )
     print(planned)
@@ -277,6 +278,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--labels", type=int, default=3, help="labelled tokens of a row")
     p.add_argument("--quantization_bit", "--quantization-bit", type=int, choices=[4, 8])
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+    p.add_argument(
+        "--gradient_checkpointing",
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep 1 GiB of activations at most; without it, what fits into the free memory",
+    )
     p.add_argument("--lora_rank", type=int)
     p.add_argument("--lora_target")
     p.add_argument("--pre_seq_len", type=int)

@@ -94,7 +94,8 @@ def plan(
     labels: int = 3,
     quantization_bit: int | None = None,
     dtype: str | None = None,
-    budget: int = 0,
+    budget: int | None = None,
+    gradient_checkpointing: bool = False,
     **finetuning: Any,
 ) -> Plan:
     """Plan a training step of `batch` rows of `seq` tokens, or (method "chat") a cache of `batch`
@@ -103,7 +104,9 @@ def plan(
     model: a directory with config.json; no weights are read. labels: labelled tokens of a row.
     quantization_bit: 4 or 8, as in training. dtype: the float weights are stored in, default
     config.json's torch_dtype. budget: bytes of activations beyond which layers are computed twice;
-    0: the default. finetuning: lora_rank, lora_target, pre_seq_len and other arguments of `train`.
+    None: what training would take of the memory that is free now, or 1 GiB with
+    `gradient_checkpointing`. finetuning: lora_rank, lora_target, pre_seq_len and other arguments of
+    `train`.
     Raises OSError for a directory that is not there, ValueError naming an argument.
     """
     for name, value in (("batch", batch), ("seq", seq), ("labels", labels)):
@@ -128,6 +131,10 @@ def plan(
         arguments = FinetuningArguments(finetuning_type=method, **finetuning)
         trainee = methods.prepare(planned, None, arguments, method, seed=0)
         trainee.base.prepare_training()
+        if budget is None:
+            trained = trainee.base.core.plan(1, 1, 1, True)["trainable"]
+            taken = -(result.weights + trained)  # by then
+            budget = trainee.base.activation_budget(gradient_checkpointing, taken)
         _train(result, trainee, batch, seq, min(labels, seq - 1), budget)
     sizes = planned.core.plan(1, 1, 1, False)
     result.mapped = sizes["weights"] - result.weights
