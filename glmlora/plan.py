@@ -18,6 +18,7 @@ import numpy as np
 from . import _core, methods
 from .arguments import FinetuningArguments
 from .configuration import ChatGLMConfig, model_directory
+from .generation import CHUNK
 from .modeling import ChatGLMForConditionalGeneration, parse_dtype
 from .quantization import GROUP_SIZE, QuantizedTensor, check_form
 from .tensor import Tensor
@@ -38,7 +39,7 @@ class Plan:
     and its libraries; weights: in memory (quantized ones, norms and biases); trained: parameters,
     gradients and two moments; activations: of the largest step, `kept_layers` of `layers` kept and
     the others computed twice; cache: keys and values of a chat; scratch: of the threads. flops: of
-    the products and the attention of one step (of the prompt, for a chat).
+    the products and the attention of one step (of what a chat feeds at a time).
     """
 
     method: str
@@ -74,7 +75,7 @@ class Plan:
             (self.total, "in memory at once, beside the mapped files"),
         ]
         text = [f"{_size(n):>10}  {what}" for n, what in lines if n]
-        what = "the prompt" if self.method == "chat" else "a step"
+        what = f"{self.tokens:,} tokens" if self.method == "chat" else "a step"
         text.append(f"{self.flops / 1e12:>6.2f} TFLOP  in the products of {what}")
         return "\n".join(text)
 
@@ -168,10 +169,11 @@ def _build(
 def _chat(result: Plan, model: _PlanModel, rows: int, tokens: int) -> None:
     cache = model.core.cache(rows, tokens, 0)
     result.cache = cache.nbytes
-    step = min(tokens, 2048)
+    step = min(rows * tokens, CHUNK)  # what is fed at a time, rows together
+    lengths = [min(tokens, step - start) for start in range(0, step, tokens)]
     ids = np.zeros(step, np.int32)
     before = model.core.counts()["live"]
-    model.core.extend(cache, [0], ids, np.array([step], np.int32))
+    model.core.extend(cache, list(range(len(lengths))), ids, np.array(lengths, np.int32))
     counted = model.core.counts()
     result.tokens = step
     result.activations = counted["peak"] - before

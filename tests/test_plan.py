@@ -106,9 +106,8 @@ def test_planned_bytes_of_a_chat_are_those_measured(folder):
     measured = peak_of(
         BUILD.format(folder=str(folder))
         + """
-    cache = model.core.cache(2, 2048, 0)
-    for row in (0, 1):
-        model.core.extend(cache, [row], np.ones(2048, np.int32), np.array([2048], np.int32))
+    prompts = np.random.default_rng(0).integers(3, 2000, (2, 2040))
+    model.generate(prompts, max_new_tokens=8, do_sample=False, eos_token_id=[])
     """
     )
     assert planned.total - planned.process == pytest.approx(measured, rel=0.10)

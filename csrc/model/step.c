@@ -209,6 +209,7 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
     struct glm_step s =
         m->step; /* x and acts are written while planning; the next step lays them out anew */
     *plan = (struct glm_plan){0};
+    plan->owned = (size_t)m->arch.max_positions * m->arch.rotary_dim * m->be->real_size;
     for (int i = 0; i < m->n_weights; i++) {
         const struct glm_weight *w = &m->weights[i];
         if (!w->mat.data || w->grad)
