@@ -234,6 +234,8 @@ class Scores:
         self.eos = settings.eos
         g = settings
         self.adjusts = g.repetition_penalty != 1 or g.no_repeat_ngram_size > 0 or g.min_length > 0
+        # the highest score decides, so the core can choose where the scores are
+        self.greedy = not (g.samples or self.adjusts or self.processors)
 
     def __call__(self, scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
         """scores float32 (V), changed in place; ids: the whole context. Returns float32 (V)."""
@@ -325,17 +327,20 @@ class CachedRow:
         self.ids = [list(self.ids[p]) for p in parents]
         self.held = [self.held[p] for p in parents]
 
-    def extend(self, rows: Sequence[int]) -> np.ndarray:
+    def extend(self, rows: Sequence[int], choose: bool = False) -> np.ndarray:
         """Feed what the cache lacks of each row; scores float32 (len(rows), V) of each row's next
-        token.
+        token, or, to choose, the id (len(rows),) that has the highest.
 
         Cuts fall at multiples of CHUNK of each row, wherever other rows are.
         """
+        core = self.model.core
+        run = core.next if choose else core.extend
         for row in rows:
             if self.held[row] == len(self.ids[row]):  # nothing new: its last token once more
                 self.held[row] -= 1
                 self.cache.rewind(row, self.held[row])
-        scores = np.empty((len(rows), self.model.config.padded_vocab_size), np.float32)
+        vocabulary = self.model.config.padded_vocab_size
+        found = np.empty(len(rows), np.int32) if choose else np.empty((len(rows), vocabulary), "f4")
         waiting = list(range(len(rows)))
         while waiting:
             turn, ids, lengths, total = [], [], [], 0
@@ -348,18 +353,18 @@ class CachedRow:
                 ids += piece
                 lengths.append(len(piece))
                 total += len(piece)
-            found = self.model.core.extend(
+            after = run(
                 self.cache,
                 [rows[i] for i in turn],
                 np.asarray(ids, np.int32),
                 np.asarray(lengths, np.int32),
             )
-            for i, length, row_scores in zip(turn, lengths, found, strict=True):
+            for i, length, of_row in zip(turn, lengths, after, strict=True):
                 self.held[rows[i]] += length
                 if self.held[rows[i]] == len(self.ids[rows[i]]):
-                    scores[i] = row_scores
+                    found[i] = of_row
                     waiting.remove(i)
-        return scores
+        return found
 
 
 def _limits(
@@ -431,11 +436,14 @@ def _run(
     live = list(range(len(rows.ids)))
     for index in count():
         _renew(rows, live, index, limits)
+        chosen = scores is None and change.greedy
         if scores is None:
-            scores = rows.extend(live)
+            scores = rows.extend(live, choose=chosen)
         tokens = {}
-        for row, row_scores in zip(live, scores, strict=True):
-            token = _choose(g, change(row_scores, rows.ids[row]), (seed, row), index)
+        for row, found in zip(live, scores, strict=True):
+            token = int(found) if chosen else None
+            if token is None:
+                token = _choose(g, change(found, rows.ids[row]), (seed, row), index)
             rows.ids[row].append(token)
             tokens[row] = token
         scores = None
@@ -490,11 +498,14 @@ def complete(
         if longest > rows.cache.capacity:
             most = max(own[n] + limits[n] for n in running.values())
             rows.make_room(min(2 * longest, most))
-        for place, scores in zip(live, rows.extend(live), strict=True):
+        for place, found in zip(live, rows.extend(live, choose=change.greedy), strict=True):
             number = running[place]
             answer = new[number]
-            scores = change(scores, prompts[number] + answer)
-            token = _choose(g, scores, draws[number], len(answer))
+            if change.greedy:
+                token = int(found)
+            else:
+                scores = change(found, prompts[number] + answer)
+                token = _choose(g, scores, draws[number], len(answer))
             rows.ids[place].append(token)
             answer.append(token)
             if token in change.eos or len(answer) == limits[number]:

@@ -88,9 +88,9 @@ def test_a_cache_is_filled_anew_at_the_same_counts_whatever_its_size(model, monk
     monkeypatch.setattr(generation, "ROOM", (3, 10, 20))
     fed = []
 
-    def count(rows, which, extend=generation.CachedRow.extend):
+    def count(rows, which, choose=False, extend=generation.CachedRow.extend):
         fed.append(sum(len(rows.ids[r]) - rows.held[r] for r in which))
-        return extend(rows, which)
+        return extend(rows, which, choose)
 
     monkeypatch.setattr(generation.CachedRow, "extend", count)
     settings = generation.GenerationConfig(eos_token_id=[])

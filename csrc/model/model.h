@@ -36,22 +36,25 @@ struct glm_layer {
     struct glm_linear linear[GLM_LINEARS];
 };
 
-/* Activations of one layer. NR = N rows, except in the last layer, where what follows attention is
- * computed for the M rows that someone reads. The list makes the struct and the memory plan. */
-#define BLOCK_ACTS(X) /* name, elements */    \
-    X(ln1, N *C)                              \
-    X(rstd1, N)                               \
-    X(qkv, N *QKV)                            \
-    X(att, N *AO)                             \
-    X(lse, N *NH)                             \
+/* Activations of one layer, up to attention and after it. NR = N rows, except in the last layer,
+ * where what follows attention is computed for the M rows that someone reads. The lists make the
+ * struct and the memory plan. Where nobody reads it on the way back, act is one for all layers, and
+ * ln2 lies where act will be written when it has been read. */
+#define BLOCK_TOKENS(X) /* name, elements */ \
+    X(ln1, N *C)                             \
+    X(rstd1, N)                              \
+    X(qkv, N *QKV)                           \
+    X(att, N *AO)                            \
+    X(lse, N *NH)                            \
+    X(xa[GLM_QKV], N *rank[GLM_QKV])
+#define BLOCK_ROWS(X)                         \
     X(att_rows, gathered ? NR *AO : 0)        \
     X(x_rows, gathered ? NR *C : 0)           \
     X(x1, NR *C)                              \
-    X(ln2, NR *C)                             \
+    X(ln2, s->ln2_in_act ? 0 : NR *C)         \
     X(rstd2, NR)                              \
     X(h, NR * 2 * F)                          \
-    X(act, NR *F)                             \
-    X(xa[GLM_QKV], N *rank[GLM_QKV])          \
+    X(act, s->act_shared ? 0 : NR *F)         \
     X(xa[GLM_DENSE], NR *rank[GLM_DENSE])     \
     X(xa[GLM_H_TO_4H], NR *rank[GLM_H_TO_4H]) \
     X(xa[GLM_4H_TO_H], NR *rank[GLM_4H_TO_H])
@@ -64,14 +67,21 @@ struct glm_block_acts {
 /* One call's work: the batch on the device and every buffer, laid out by glm_step_layout. */
 struct glm_step {
     int N, S, M, training, gathered, kept_layers;
+    int longest; /* tokens of the longest segment */
     int32_t *ids, *position, *stream, *rows, *target, *row_position, *row_stream, *slot;
     int32_t *prefix_position, *prefix_stream; /* (copies * P) */
     struct glm_segment *segments;
     void **x; /* (layers + 1) inputs of the layers, the last their output; on the host */
+    void **
+        saved; /* (layers) inputs of layers to be computed twice in 16 bits, or NULL; on the host */
+    void *act; /* of all layers together where act_shared */
+    int act_shared, ln2_in_act;
     struct glm_block_acts
         *acts;                /* (layers), on the host; layers that are recomputed share one set */
     void *final, *final_rstd; /* after the final norm (MR, C) */
     void *logits, *losses, *lse; /* a piece of at most logits_rows rows; all M losses */
+    double *squares;             /* behind the losses: of all gradients together */
+    int32_t *chosen;             /* (M) ids, generation */
     int logits_rows;
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
     void *dx, *dnorm, *dact, *datt, *datt_rows, *dx_rows, *dqkv; /* gradients on their way up */
@@ -80,7 +90,7 @@ struct glm_step {
     int prefix_copies;
     int use_dropout;
     uint64_t dropout_seed;
-    void *host_losses;       /* (M) real, staging */
+    void *host_losses;       /* (M) real and what lies up to squares, staging */
     struct glm_cache *cache; /* generation: where keys and values go; NULL elsewhere */
 };
 
@@ -98,9 +108,12 @@ struct glm_model {
     int lora_on;
     void *rope_table; /* (max_positions, rotary_dim / 2, 2) real */
     int *trainable, n_trainable;
-    char *block; /* values, gradients, first and second moments, block_size elements each */
+    char *block; /* values, gradients, first and second moments, block_size elements each, and a
+                  * double */
     size_t block_size;
     struct glm_progress progress;
+    double squares; /* sum of squares of all gradients, where it is known */
+    int squares_known;
     uint64_t version; /* grows when weights change, so a cache knows it is stale */
     size_t budget; /* bytes of activations to keep rather than recompute; 0: GLM_DEFAULT_BUDGET */
     struct glm_arena arena;
@@ -123,7 +136,8 @@ void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void 
 void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
                          const void *dout, const void *inp, const void *xa, int N, int rows);
 
-/* model/block.c; x_out NULL: stop before the last linear (enough for the backward pass) */
+/* model/block.c. With x_out the layers run in order: each leaves its output's norm to the next one.
+ * x_out NULL: a layer alone, up to its last linear (enough for the backward pass) */
 void glm_block_forward(struct glm_model *m, int l, void *x_out);
 void glm_block_backward(struct glm_model *m, int l, int need_dx);
 

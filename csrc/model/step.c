@@ -31,17 +31,51 @@ int glm_lowest_layer(const struct glm_model *m)
     return m->arch.layers;
 }
 
-static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
-                        struct glm_block_acts *a, size_t N, size_t NR, int gathered,
+/* In training, some layer's gradient of this linear reads the linear's input. */
+static int input_is_read(const struct glm_model *m, int which)
+{
+    for (int l = 0; l < m->arch.layers; l++) {
+        const struct glm_linear *lin = &m->layers[l].linear[which];
+        if (lin->A->present || glm_trains(lin->weight))
+            return 1;
+    }
+    return 0;
+}
+
+/* Of all adapted linears */
+static size_t widest_input(const struct glm_model *m)
+{
+    size_t widest = 0;
+    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++) {
+        const struct glm_weight *A = m->layers[i / GLM_LINEARS].linear[i % GLM_LINEARS].A;
+        if (A->present && (size_t)A->cols > widest)
+            widest = (size_t)A->cols;
+    }
+    return widest;
+}
+
+#define PUSH(name, elements) a->name = glm_arena_push(arena, elements, m->be->real_size);
+
+static void layout_tokens(const struct glm_model *m, struct glm_arena *arena,
+                          struct glm_block_acts *a, size_t N, const size_t *rank)
+{
+    const size_t C = m->arch.hidden, NH = m->arch.heads, AO = NH * m->arch.head_dim;
+    const size_t QKV = AO + (size_t)2 * m->arch.kv_heads * m->arch.head_dim;
+    BLOCK_TOKENS(PUSH)
+}
+
+static void layout_rows(const struct glm_model *m, struct glm_arena *arena,
+                        const struct glm_step *s, struct glm_block_acts *a, size_t NR, int gathered,
                         const size_t *rank)
 {
-    const struct glm_arch *arch = &m->arch;
-    const size_t C = arch->hidden, F = arch->ffn, NH = arch->heads, AO = NH * arch->head_dim;
-    const size_t QKV = AO + (size_t)2 * arch->kv_heads * arch->head_dim;
-#define PUSH(name, elements) a->name = glm_arena_push(arena, elements, m->be->real_size);
-    BLOCK_ACTS(PUSH)
-#undef PUSH
+    const size_t C = m->arch.hidden, F = m->arch.ffn, AO = (size_t)m->arch.heads * m->arch.head_dim;
+    BLOCK_ROWS(PUSH)
+    if (s->act_shared)
+        a->act = s->act;
+    if (s->ln2_in_act)
+        a->ln2 = a->act;
 }
+#undef PUSH
 
 /* Largest LoRA rank of each linear (over all layers), and over everything. */
 static size_t lora_ranks(const struct glm_model *m, size_t *rank)
@@ -81,27 +115,45 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->row_stream = glm_arena_push(arena, M, 4);
     s->segments = glm_arena_push(arena, s->S, sizeof *s->segments);
 
+    const int first_kept = L - s->kept_layers, narrow = s->training && m->be->kept != GLM_F32;
     void *shared_x = glm_arena_push(arena, N * C, real);
-    for (int l = 0; l < L; l++)
-        s->x[l] = l <= lowest ? shared_x : glm_arena_push(arena, N * C, real);
+    for (int l = 0; l < L; l++) {
+        /* the first layer that is kept has its input to itself until the others run again */
+        const int passes = l <= lowest || (narrow && l <= first_kept);
+        s->x[l] = passes ? shared_x : glm_arena_push(arena, N * C, real);
+        s->saved[l] = narrow && l && l >= lowest && l < first_kept
+                          ? glm_arena_push(arena, N * C, 2)
+                          : NULL; /* the embedding is looked up again */
+    }
     s->x[L] = s->training || s->gathered ? glm_arena_push(arena, MR * C, real) : shared_x;
     s->final = glm_arena_push(arena, MR * C, real);
     s->final_rstd = glm_arena_push(arena, MR, real);
 
-    struct glm_block_acts workspace;
-    layout_acts(m, arena, &workspace, s->kept_layers < L ? N : 0, s->kept_layers < L ? N : 0, 0,
-                rank);
+    s->act_shared = !s->training || !input_is_read(m, GLM_4H_TO_H);
+    s->ln2_in_act = F >= C && (!s->training || !input_is_read(m, GLM_H_TO_4H));
+    s->act = glm_arena_push(arena, s->act_shared ? N * F : 0, real);
+    struct glm_block_acts workspace = {0}; /* of layers that are not kept, and of the last one */
+    if (first_kept > 0) {
+        layout_tokens(m, arena, &workspace, N, rank);
+        layout_rows(m, arena, s, &workspace, N, 0, rank);
+    }
     for (int l = 0; l < L; l++) {
-        const int gathered = s->gathered && l == L - 1;
+        const int last = l == L - 1, gathered = s->gathered && last;
         s->acts[l] = workspace;
-        if (l >= L - s->kept_layers)
-            layout_acts(m, arena, &s->acts[l], N, gathered ? M : N, gathered, rank);
+        if (l < first_kept)
+            continue;
+        if (!last || first_kept == 0)
+            layout_tokens(m, arena, &s->acts[l], N, rank);
+        if (!last || first_kept == 0 || gathered)
+            layout_rows(m, arena, s, &s->acts[l], gathered ? M : N, gathered, rank);
     }
 
     const size_t piece = LOGITS_BYTES / (V * real) < 16 ? 16 : LOGITS_BYTES / (V * real);
     s->logits_rows = (int)(M < piece ? M : piece);
     s->logits = glm_arena_push(arena, s->logits_rows * V, real);
     s->losses = glm_arena_push(arena, M, real);
+    s->squares = glm_arena_push(arena, 1, sizeof *s->squares);
+    s->chosen = glm_arena_push(arena, s->cache ? M : 0, 4);
     s->lse = glm_arena_push(arena, M, real);
 
     s->prefix_hidden = s->prefix_rows = s->prefix_kv = NULL;
@@ -122,15 +174,19 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
             s->dprefix_kv = NULL;
     }
 
-    const size_t back = s->training ? 1 : 0, widest = F > AO ? (F > C ? F : C) : (AO > C ? AO : C);
+    const size_t back = s->training ? 1 : 0, widest = widest_input(m);
     const size_t mask = back && s->use_dropout && R ? 1 : 0;
     s->dx = glm_arena_push(arena, back * N * C, real);
     s->dx_rows = glm_arena_push(arena, s->gathered ? back * M * C : 0, real);
-    s->dnorm = glm_arena_push(arena, back * N * C, real);
-    s->dact = glm_arena_push(arena, back * N * F, real);
-    s->datt = glm_arena_push(arena, back * N * AO, real);
+    /* gradients lie where a layer's activations have been read for the last time */
+    s->dact = s->act_shared ? s->act : glm_arena_push(arena, back * N * F, real);
+    s->dnorm = F >= C ? s->dact : glm_arena_push(arena, back * N * C, real);
+    const size_t after = (N * AO + 15) / 16 * 16;
+    const int inside = first_kept > 0 && after + N * QKV <= N * 2 * F;
+    s->datt = inside ? workspace.h : glm_arena_push(arena, back * N * AO, real);
     s->datt_rows = glm_arena_push(arena, s->gathered ? back * M * AO : 0, real);
-    s->dqkv = glm_arena_push(arena, back * N * QKV, real);
+    s->dqkv =
+        inside ? (char *)workspace.h + after * real : glm_arena_push(arena, back * N * QKV, real);
     s->lora_u = glm_arena_push(arena, back * N * R, real);
     s->lora_x = glm_arena_push(arena, mask * N * widest, real);
 }
@@ -166,7 +222,7 @@ static size_t host_bytes(const struct glm_model *m, const struct glm_step *s)
 {
     const size_t prefix = (size_t)s->prefix_copies * m->prefix_length;
     return ((size_t)s->N * 4 + (size_t)s->M * 4 + prefix * 2) * 4 +
-           (size_t)s->S * sizeof *s->segments + (size_t)s->M * 8 + 64;
+           (size_t)s->S * sizeof *s->segments + (size_t)s->M * 8 + 192;
 }
 
 /* Memory for the step that `s` describes; kept where it suffices. */
@@ -178,7 +234,7 @@ static glm_status take_memory(struct glm_model *m, struct glm_step *s, size_t bu
     const size_t host = host_bytes(m, s);
     if (host > m->host_size) {
         free(m->host);
-        m->host = malloc(host);
+        m->host = calloc(1, host);
         m->host_size = m->host ? host : 0;
         m->be->allocated++;
         if (!m->host)
@@ -279,6 +335,7 @@ static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
             *prefix_stream = prefix_position + (size_t)s->prefix_copies * P;
     s->host_losses =
         (void *)(((uintptr_t)(prefix_stream + (size_t)s->prefix_copies * P) + 7) / 8 * 8);
+    s->longest = 0;
     for (int i = 0, n = 0; i < s->S; i++) {
         const int count = in->lengths[i], row = place && place->rows ? place->rows[i] : -1;
         const int past = row >= 0 ? c->lengths[row] : c ? c->shared_length : 0;
@@ -286,6 +343,7 @@ static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
                           : c      ? c->prefix_length
                                    : 0;
         int start = past + (row >= 0 ? c->shared_length : 0);
+        s->longest = count > s->longest ? count : s->longest;
         segments[i] = (struct glm_segment){.begin = n, .count = count};
         if (fresh && P) {
             segments[i].shared_begin = s->prefix_copies > 1 ? i * P : 0;
@@ -417,6 +475,8 @@ static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, st
             m->be->download(m->be, (char *)hidden + l * bytes, s->x[l], bytes);
         if (diagnose)
             GLM_TRY(check_finite(m, s->x[l], s->N, 0, l ? "layer" : "the embedding", l - 1, err));
+        if (s->saved[l])
+            op->convert(cx, s->saved[l], m->be->kept, s->x[l], m->be->real, (size_t)s->N * C);
         glm_block_forward(m, l, s->x[l + 1]);
         GLM_TRY(interrupted(m, err));
     }
@@ -424,8 +484,6 @@ static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, st
         m->be->download(m->be, (char *)hidden + L * bytes, s->x[L], bytes);
     if (diagnose)
         GLM_TRY(check_finite(m, s->x[L], MR, s->gathered, "layer", L - 1, err));
-    op->rmsnorm_forward(cx, s->final, s->final_rstd, s->x[L], m->final_layernorm->mat.data, MR, C,
-                        m->arch.eps);
     return GLM_OK;
 }
 
