@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* ---- the CUDA library, opened when its first backend is made and never closed */
 
@@ -46,33 +47,89 @@ static int parse_device(struct device_name *out, const char *name)
     return 0;
 }
 
-static glm_status cuda_create(struct glm_backend **out, const struct device_name *which,
-                              const char *name, struct glm_error *err)
+/* The folder that this module lies in, with its slash; "" where that is not known. */
+static void own_folder(char *out, size_t n)
 {
-    const char *path = getenv("GLMLORA_CUDA_LIBRARY");
-    if (!path || !*path)
+    Dl_info self;
+    const char *file = dladdr((void *)glm_backend_create, &self) ? self.dli_fname : NULL;
+    const char *end = file ? strrchr(file, '/') : NULL;
+    snprintf(out, n, "%.*s", end ? (int)(end + 1 - file) : 0, file ? file : "");
+}
+
+/* Where the library of "cuda" or "emu" is: GLMLORA_CUDA_LIBRARY, or beside this module: what a
+ * wheel brings (libglm_cuda.so, of the CUDA version of whoever built it, or libglm_cuda12.so), or
+ * what `python cuda/build.py` leaves in a checkout. 0: nowhere. */
+static int find_library(char path[4096], const char *kind)
+{
+    static const char *const places[2][4] = {
+        {"libglm_cuda.so", "libglm_cuda12.so", "../build/cuda/libglm_cuda.so",
+         "../build/cuda/libglm_cuda12.so"},
+        {"../build/cuda/emu/libglm_cuda_emu.so", "", "", ""},
+    };
+    const char *named = getenv("GLMLORA_CUDA_LIBRARY");
+    char folder[3072];
+    if (named && *named) {
+        snprintf(path, 4096, "%s", named);
+        return 1;
+    }
+    own_folder(folder, sizeof folder);
+    for (int i = 0; i < 4; i++) {
+        const char *place = places[strcmp(kind, "emu") == 0][i];
+        snprintf(path, 4096, "%s%s", folder, place);
+        if (*place && access(path, R_OK) == 0)
+            return 1;
+    }
+    return 0;
+}
+
+/* The library's functions; a library of the other kind is refused by the name it says. */
+static glm_status open_library(void **library, const struct device_name *which, const char *name,
+                               struct glm_error *err)
+{
+    char path[4096];
+    if (!find_library(path, which->library))
         return glm_fail(err, GLM_EVALUE,
-                        "backend '%s': there is no CUDA library: GLMLORA_CUDA_LIBRARY names none",
-                        name);
-    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!library)
+                        "backend '%s': this build has no library for it: build one with "
+                        "`python cuda/build.py %s`, or name one in GLMLORA_CUDA_LIBRARY",
+                        name, strcmp(which->library, "emu") == 0 ? "emu" : "lib");
+    *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!*library)
         return glm_fail(err, GLM_EVALUE, "backend '%s': %s", name, dlerror());
     int (*abi)(void);
-    glm_status (*create)(struct glm_backend **, int, enum glm_dtype, struct glm_error *);
-    *(void **)&abi = dlsym(library, "glm_cuda_abi");
-    *(void **)&create = dlsym(library, "glm_cuda_create");
-    if (!abi || !create || abi() != GLM_CUDA_ABI)
+    const char *(*kind)(void);
+    *(void **)&abi = dlsym(*library, "glm_cuda_abi");
+    *(void **)&kind = dlsym(*library, "glm_cuda_kind");
+    if (!abi || !kind || abi() != GLM_CUDA_ABI)
         return glm_fail(err, GLM_EVALUE,
                         "backend '%s': %s has interface %d, expected %d: build it anew", name, path,
                         abi ? abi() : 0, GLM_CUDA_ABI);
-    GLM_TRY(create(out, which->device, which->compute, err));
-    if (strncmp((*out)->name, which->library, strlen(which->library)) == 0)
-        return GLM_OK;
-    const glm_status status = glm_fail(err, GLM_EVALUE, "backend '%s': %s is the library of '%s'",
-                                       name, path, (*out)->name);
-    (*out)->destroy(*out);
-    *out = NULL;
-    return status;
+    if (strcmp(kind(), which->library) != 0)
+        return glm_fail(err, GLM_EVALUE, "backend '%s': %s is the library of '%s'", name, path,
+                        kind());
+    return GLM_OK;
+}
+
+static glm_status cuda_create(struct glm_backend **out, const struct device_name *which,
+                              const char *name, struct glm_error *err)
+{
+    void *library;
+    glm_status (*create)(struct glm_backend **, int, enum glm_dtype, struct glm_error *);
+    GLM_TRY(open_library(&library, which, name, err));
+    *(void **)&create = dlsym(library, "glm_cuda_create");
+    return create(out, which->device, which->compute, err);
+}
+
+glm_status glm_device_info(const char *name, struct glm_device *out, struct glm_error *err)
+{
+    struct device_name which;
+    void *library;
+    glm_status (*info)(int, struct glm_device *, struct glm_error *);
+    *out = (struct glm_device){0};
+    if (!parse_device(&which, name))
+        return glm_fail(err, GLM_EVALUE, "device '%s': expected cuda[:N] or emu[:N]", name);
+    GLM_TRY(open_library(&library, &which, name, err));
+    *(void **)&info = dlsym(library, "glm_cuda_info");
+    return info(which.device, out, err);
 }
 
 /* ---- names */
@@ -85,6 +142,8 @@ void glm_backend_name(char full[64], const char *name)
     struct device_name device;
     if (strcmp(name, "cpu") == 0) /* the same pool of threads as the variant it stands for */
         snprintf(full, 64, "cpu:%.*s", (int)strcspn(variants, ","), variants);
+    else if (strncmp(name, "plan:", 5) == 0 && parse_device(&device, name + 5))
+        snprintf(full, 64, "plan:%s/%s", device.library, types[device.compute]);
     else if (parse_device(&device, name))
         snprintf(full, 64, "%s:%d/%s", device.library, device.device, types[device.compute]);
     else
@@ -100,7 +159,9 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
     if (strncmp(name, "cpu:", 4) == 0)
         return glm_cpu_create(out, name + 4, err);
     if (strcmp(name, "plan") == 0)
-        return glm_plan_create(out, err);
+        return glm_plan_create(out, name, 0, GLM_F32, err);
+    if (strncmp(name, "plan:", 5) == 0 && parse_device(&device, name + 5))
+        return glm_plan_create(out, name, 1, device.compute, err);
     if (strcmp(name, "ref_f32") == 0)
         return glm_ref_f32_create(out, err);
     if (strcmp(name, "ref_f64") == 0)
@@ -108,7 +169,7 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
     if (parse_device(&device, name))
         return cuda_create(out, &device, name, err);
     return glm_fail(err, GLM_EVALUE,
-                    "backend '%s': expected cpu, cpu:generic, cpu:avx2, cpu:avx512, plan, ref_f32, "
-                    "ref_f64 or cuda[:N][/float32|/float16|/bfloat16]",
+                    "backend '%s': expected cpu, cpu:generic, cpu:avx2, cpu:avx512, ref_f32, "
+                    "ref_f64, cuda[:N][/float32|/float16|/bfloat16], plan or plan:cuda..",
                     name);
 }

@@ -31,9 +31,10 @@ struct glm_kv {
 };
 
 /* Heads of one attention layer. A qkv row is [NH queries | KVH keys | KVH values], each HD wide;
- * query head h reads key head h / (NH / KVH). */
+ * query head h reads key head h / (NH / KVH). No value depends on `longest`. */
 struct glm_heads {
     int NH, KVH, HD;
+    int longest; /* tokens of the longest segment, where the caller knows; 0: not known */
 };
 
 /* What a dropout mask is a function of: Philox4x32-10 with key (seed low, seed high ^ step) and
@@ -51,18 +52,18 @@ struct glm_dropout {
 /* clang-format off */
 #define GLM_OPS(X) \
     X(embedding_forward) X(embedding_backward) \
-    X(rmsnorm_forward) X(rmsnorm_backward) \
+    X(rmsnorm_forward) X(add_rmsnorm_forward) X(rmsnorm_backward) \
     X(linear_forward) X(linear_backward_input) X(linear_backward_weight) \
     X(rope_forward) X(rope_backward) \
     X(attention_forward) X(attention_backward) \
-    X(kv_append) \
+    X(kv_append) X(rope_append) \
     X(prefix_forward) X(prefix_backward) \
     X(swiglu_forward) X(swiglu_backward) \
     X(tanh_forward) X(tanh_backward) \
     X(dropout_forward) X(dropout_backward) \
     X(gather_forward) X(gather_backward) \
     X(cross_entropy_forward) X(cross_entropy_backward) \
-    X(add) X(sum_squares) X(first_nonfinite) X(adamw) X(merge) X(convert) X(quantize)
+    X(add) X(sum_squares) X(first_nonfinite) X(argmax) X(adamw) X(merge) X(convert) X(quantize)
 /* clang-format on */
 
 struct glm_ops {
@@ -79,6 +80,10 @@ struct glm_ops {
      * inp * rstd)      skipped when NULL: a frozen norm costs nothing */
     void (*rmsnorm_forward)(void *cx, void *out, void *rstd, const void *inp, const void *weight,
                             int N, int C, double eps);
+    /* sum = a + b, out = rmsnorm(sum), bit for bit as `add` and `rmsnorm_forward` give them
+     * sum, a, b (N, C); sum may be a or b */
+    void (*add_rmsnorm_forward)(void *cx, void *out, void *rstd, void *sum, const void *a,
+                                const void *b, const void *weight, int N, int C, double eps);
     void (*rmsnorm_backward)(void *cx, void *dinp, void *dweight, const void *dout, const void *inp,
                              const void *weight, const void *rstd, int N, int C);
 
@@ -121,6 +126,11 @@ struct glm_ops {
     /* cache row slot[n] = key and value of row n of qkv (N, (NH+2*KVH)*HD) */
     void (*kv_append)(void *cx, struct glm_kv cache, const void *qkv, const int32_t *slot, int N,
                       struct glm_heads heads);
+    /* rope_forward of the queries and keys of qkv in place, then kv_append: for generation, where
+     * nothing goes back */
+    void (*rope_append)(void *cx, struct glm_kv cache, void *qkv, const void *table,
+                        const int32_t *position, const int32_t *slot, int N, struct glm_heads heads,
+                        int rotary_dim);
 
     /* P-Tuning v2 (Liu et al. 2021): rows of the prefix encoder become cache rows of every layer,
      * `copies` times inp (P, J, KV), J = 2*layers (key, value, key, ..)   out (J, copies*P, KV):
@@ -163,10 +173,14 @@ struct glm_ops {
 
     /* out = a + b, n elements; out may be a or b */
     void (*add)(void *cx, void *out, const void *a, const void *b, size_t n);
-    /* *out = sum of x^2 in double, over fixed pieces in order: the same for any thread count */
+    /* *out, on the device, = sum of x^2 in double, over fixed pieces in order: the same for any
+     * thread count */
     void (*sum_squares)(void *cx, double *out, const void *x, size_t n);
     /* *row = first row of x (N, C) that holds a NaN or an infinity, or -1 */
     void (*first_nonfinite)(void *cx, int *row, const void *x, int N, int C);
+    /* id[m] = column of the first largest element of row m of x (M, V), or -1 where the row holds a
+     * NaN or an infinity; id (M) on the device */
+    void (*argmax)(void *cx, int32_t *id, const void *x, int M, int V);
     /* Decoupled weight decay (Loshchilov & Hutter 2019, alg. 2), t = step counted from 1, g =
      * gscale * grad: m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p -= lr wd p;  p -= lr
      * (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps) */
@@ -192,7 +206,7 @@ struct glm_ops {
                      const void *inp, enum glm_dtype inp_dtype, int rows, int cols);
 };
 
-/* What calls would cost, counted by the "plan" backend. */
+/* What calls cost, counted by "plan" without doing them, and by CUDA devices. */
 enum glm_op {
 #define GLM_OP(op) GLM_OP_##op,
     GLM_OPS(GLM_OP)
@@ -201,10 +215,19 @@ enum glm_op {
 };
 struct glm_counts {
     size_t live, peak;           /* bytes allocated */
+    size_t scratch;              /* of these, what products keep for operands */
     size_t uploaded, downloaded; /* bytes */
-    uint64_t downloads;          /* each waits for the device */
-    uint64_t calls[GLM_N_OPS];
+    uint64_t uploads, downloads;
+    uint64_t syncs; /* times that the host waited for the device */
+    uint64_t launches,
+        products;              /* kernels of ours; calls of cuBLAS. Fills and copies are neither */
+    uint64_t graphs;           /* launches of a recorded sequence: what is in it is not counted */
+    uint64_t calls[GLM_N_OPS]; /* "plan" only, as is flops */
     double flops; /* of products and attention: 2 for a multiplication and its addition */
+};
+
+struct glm_key {
+    uint64_t of[8];
 };
 
 struct glm_backend {
@@ -213,6 +236,9 @@ struct glm_backend {
     void *cx; /* handed to every op: threads, scratch, poll; owned by the backend */
     size_t real_size;
     enum glm_dtype real; /* GLM_F32 or GLM_F64 */
+    enum glm_dtype
+        kept; /* in which the inputs of layers to be computed twice are kept: a device
+               * that rounds operands to 16 bits keeps no more of them; GLM_F32: as real */
     /* Memory of the device, 64-byte aligned; alloc returns NULL when there is none. `allocated`
      * counts calls of alloc. */
     void *(*alloc)(struct glm_backend *be, size_t bytes);
@@ -235,15 +261,39 @@ struct glm_backend {
     /* The first error of the device as a sentence, or NULL; from then on ops do nothing and
      * stopped() is 1. The function is NULL where no such errors exist. */
     const char *(*error)(struct glm_backend *be);
+    /* A sequence of ops that comes again: replay(key) returns 1 when it has queued what was
+     * recorded for an equal key, and the caller leaves the ops out. Otherwise the caller runs them
+     * and calls recorded(). The key names all that the ops' arguments follow from, beside the
+     * contents of memory. Freeing memory forgets every recording. NULL: there is no such thing. */
+    int (*replay)(struct glm_backend *be, const struct glm_key *key);
+    void (*recorded)(struct glm_backend *be);
+    /* What was counted since the last call; NULL: this backend does not count. */
+    void (*take_counts)(struct glm_backend *be, struct glm_counts *out);
+    /* Why alloc returned NULL the last time, as a sentence; NULL where there is no more to say. */
+    const char *(*refusal)(struct glm_backend *be);
 };
 
 /* "cpu" (best instruction set, or the one that the environment variable GLMLORA_ISA names),
  * "cpu:generic", "cpu:avx2", "cpu:avx512", "plan" (computes nothing), "ref_f32", "ref_f64";
  * "cuda[:N][/float32|/float16|/bfloat16]", device N and the type of its large products, "emu" for
- * "cuda" without a GPU: from the library that the environment variable GLMLORA_CUDA_LIBRARY names.
- * GLM_EVALUE when the name is unknown, this processor lacks the instructions or there is no such
- * library or device. */
+ * "cuda" without a GPU: from the library that the environment variable GLMLORA_CUDA_LIBRARY names,
+ * or the one beside this module. "plan:cuda.." counts what a CUDA device would do. GLM_EVALUE when
+ * the name is unknown, this processor lacks the instructions or there is no such library or device.
+ */
 glm_status glm_backend_create(struct glm_backend **out, const char *name, struct glm_error *err);
+
+/* A device as its runtime describes it; count 0: there is none, and `why` says so. */
+struct glm_device {
+    int count; /* devices of this kind that the process may use */
+    char name[64], why[192];
+    int major, minor, multiprocessors; /* compute capability */
+    int driver, runtime;               /* 1000 * major + 10 * minor of the CUDA version */
+    size_t free_bytes, total_bytes;
+};
+
+/* Of "cuda[:N]" or "emu[:N]". GLM_EVALUE when there is no library for it, or no device N among
+ * those that exist. */
+glm_status glm_device_info(const char *name, struct glm_device *out, struct glm_error *err);
 
 /* The whole name that a short one stands for, which is the name of the backend made from it. */
 void glm_backend_name(char full[64], const char *name);
@@ -251,12 +301,10 @@ void glm_backend_name(char full[64], const char *name);
 /* One constructor per folder; each returns NULL and a reason in err. isa: "", "generic", "avx2",
  * "avx512". */
 glm_status glm_cpu_create(struct glm_backend **out, const char *isa, struct glm_error *err);
-glm_status glm_plan_create(struct glm_backend **out, struct glm_error *err);
+glm_status glm_plan_create(struct glm_backend **out, const char *name, int cuda,
+                           enum glm_dtype compute, struct glm_error *err);
 glm_status glm_ref_f32_create(struct glm_backend **out, struct glm_error *err);
 glm_status glm_ref_f64_create(struct glm_backend **out, struct glm_error *err);
-
-/* What was counted since the last call; 0: this backend computes and does not count. */
-int glm_plan_take_counts(struct glm_backend *be, struct glm_counts *out);
 
 /* Comma-separated names of the cpu variants this processor runs, best first: "avx2,generic". Static
  * storage. */

@@ -26,6 +26,11 @@ glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
                             struct glm_backend *be, struct glm_error *err);
 void glm_model_free(struct glm_model *m);
 struct glm_backend *glm_model_backend(struct glm_model *m);
+/* The model to another backend that computes in the same type. The n_left weights `left` are
+ * unbound there; every weight that lies with the caller must be among them. Caches made before are
+ * of no more use. On failure the model is where it was, as it was. */
+glm_status glm_model_move(struct glm_model *m, struct glm_backend *to, const int *left, int n_left,
+                          struct glm_error *err);
 const struct glm_arch *glm_model_arch(const struct glm_model *m);
 
 /* ---- weights: base ones exist from the start, LoRA and prefix ones come and go */
@@ -106,7 +111,8 @@ glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, vo
 /* losses (M) real on the host, of targets; no gradient, no dropout */
 glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void *losses,
                           struct glm_error *err);
-/* Adds gradients of the summed loss; *mean_loss of this call. */
+/* Adds gradients of the summed loss; *mean_loss of this call. On a device that fails for a loss
+ * that is not finite only after the gradients were added. */
 glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
                               uint64_t dropout_seed, int dropout, double *mean_loss,
                               struct glm_error *err);
@@ -146,6 +152,9 @@ glm_status glm_cache_grow(struct glm_cache *c, int capacity, struct glm_error *e
 /* logits (n, V) real on the host: after the last token of each of the n rows, which are distinct */
 glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
                             const int32_t *lengths, void *logits, struct glm_error *err);
+/* The same, and only the likeliest id after each of the n rows comes back: next (n). */
+glm_status glm_cache_next(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
+                          const int32_t *lengths, int32_t *next, struct glm_error *err);
 glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int n,
                                    struct glm_error *err);
 

@@ -257,6 +257,8 @@ extern "C" void glm_cuda_attention_forward(void *cx, void *out, void *lse, const
     if (!n_segments || !glm_cuda_begin(cuda) || !attention_fits(cuda, a))
         return;
     glm_cuda_attention_decode(cuda, a);
+    if (heads.longest && heads.longest <= DECODE_TOKENS)
+        return; /* tiles would find nothing to do */
     if (cuda->compute != GLM_F32 && a.HD <= 128) {
         void (*const kernels[2][2])(attention) = {
             {k_attention_forward_f16_64, k_attention_forward_f16_128},

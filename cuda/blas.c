@@ -24,6 +24,7 @@ glm_status glm_blas_open(struct glm_blas *blas, cudaStream_t stream, struct glm_
     blas->gemm = (glm_gemm_fn)cublasGemmEx;
     blas->set_stream = (int (*)(void *, cudaStream_t))cublasSetStream_v2;
     blas->set_pointer_mode = (int (*)(void *, int))cublasSetPointerMode_v2;
+    blas->set_workspace = NULL;
     blas->destroy = (int (*)(void *))cublasDestroy_v2;
     blas->set_stream(handle, stream);
     return GLM_OK;
@@ -85,8 +86,10 @@ glm_status glm_blas_open(struct glm_blas *blas, cudaStream_t stream, struct glm_
     *(void **)&blas->gemm = dlsym(library, "cublasGemmEx");
     *(void **)&blas->set_stream = dlsym(library, "cublasSetStream_v2");
     *(void **)&blas->set_pointer_mode = dlsym(library, "cublasSetPointerMode_v2");
+    *(void **)&blas->set_workspace = dlsym(library, "cublasSetWorkspace_v2");
     *(void **)&blas->destroy = dlsym(library, "cublasDestroy_v2");
-    if (!create || !blas->gemm || !blas->set_stream || !blas->set_pointer_mode || !blas->destroy)
+    if (!create || !blas->gemm || !blas->set_stream || !blas->set_pointer_mode ||
+        !blas->set_workspace || !blas->destroy)
         return glm_fail(err, GLM_EVALUE, "libcublas lacks functions that are needed");
     int code = create(&blas->handle);
     if (code == 0)

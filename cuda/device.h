@@ -21,6 +21,7 @@ struct glm_blas {
     glm_gemm_fn gemm;
     int (*set_stream)(void *handle, cudaStream_t stream);
     int (*set_pointer_mode)(void *handle, int mode);
+    int (*set_workspace)(void *handle, void *workspace, size_t bytes);
     int (*destroy)(void *handle);
 };
 enum { BLAS_N = 0, BLAS_T = 1, BLAS_HOST = 0, BLAS_DEVICE = 1 };
@@ -37,15 +38,30 @@ enum { PARTIALS = 1024 };
 /* On the device, written and read by kernels of one op. */
 struct glm_small {
     double partial[PARTIALS];
-    double total;
     float largest[PARTIALS];
     float factor, alpha, zero, one; /* glm_cuda_factor; constants of products */
     int found[PARTIALS];
 };
 
+/* A sequence of launches that comes again (glm_backend.replay). */
+enum { RECORDINGS = 4 };
+struct recording {
+    struct glm_key key;
+    cudaGraphExec_t graph; /* NULL: none */
+};
+
+struct block {
+    void *p;
+    size_t bytes;
+    struct block *next;
+};
+
 struct cuda {
     struct glm_backend be;
+    struct block *blocks; /* live memory */
     int device, multiprocessors;
+    size_t piece; /* GLM_PIECE */
+    struct glm_counts counts;
     enum glm_dtype compute;
     cudaStream_t stream;
     struct glm_blas blas;
@@ -56,7 +72,13 @@ struct cuda {
     void *poll_arg;
     int stopped;
     double polled; /* seconds */
-    char name[32], device_name[64], error[256];
+    struct recording recordings[RECORDINGS];
+    struct glm_key last; /* of the call before */
+    int next_recording;  /* the oldest, to be replaced */
+    int capturing;       /* ops are being recorded, under the key `last` */
+    int transient;       /* the error does not outlast the call: memory was short */
+    void *workspace;     /* of cuBLAS */
+    char name[32], device_name[64], error[256], refusal[256];
 };
 
 /* 0 when the op is to be skipped: an error came before, or poll asked to stop. */

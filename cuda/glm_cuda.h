@@ -5,7 +5,7 @@
 #include "backend.h"
 
 /* Changes whenever struct glm_backend, struct glm_ops or a struct that ops take changes. */
-#define GLM_CUDA_ABI 1
+#define GLM_CUDA_ABI 2
 
 #if defined(__GNUC__)
 #define GLM_CUDA_EXPORT __attribute__((visibility("default")))
@@ -22,6 +22,10 @@ extern "C" {
 GLM_CUDA_EXPORT glm_status glm_cuda_create(struct glm_backend **out, int device,
                                            enum glm_dtype compute, struct glm_error *err);
 GLM_CUDA_EXPORT int glm_cuda_abi(void);
+/* "cuda" or "emu" */
+GLM_CUDA_EXPORT const char *glm_cuda_kind(void);
+/* Makes no context where there is no device; free_bytes are of the moment. */
+GLM_CUDA_EXPORT glm_status glm_cuda_info(int device, struct glm_device *out, struct glm_error *err);
 
 #ifdef __cplusplus
 }

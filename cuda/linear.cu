@@ -84,7 +84,28 @@ k_convert(void *out, int to, const void *inp, int from, size_t n, const float *f
     store8(out, to, i, n, v);
 }
 
-/* The same where one of the two is double. */
+/* Columns first .. first + count of inp (N, O), times *factor, side by side in another dtype;
+ * `blocks` blocks a row */
+GLM_KERNEL(256)
+k_columns(void *out, int to, const float *inp, int O, int first, int count, int blocks,
+          const float *factor)
+{
+    const size_t n = blockIdx.x / blocks;
+    const int c = 8 * ((int)(blockIdx.x % blocks) * (int)blockDim.x + (int)threadIdx.x);
+    if (c >= count)
+        return;
+    float v[8];
+    load8(inp + n * O, GLM_F32, first + c, first + count, v);
+    if (factor) {
+        const float f = *factor;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] *= f;
+    }
+    store8(static_cast<char *>(out) + stored_bytes(to, n * count), to, c, count, v);
+}
+
+/* out = inp where one of the two is double. */
 GLM_KERNEL(256) k_convert_double(void *out, int to, const void *inp, int from, size_t n)
 {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -440,13 +461,7 @@ k_quantize(unsigned char *data, unsigned short *scales, int dtype, int group, co
 }
 
 #ifdef GLM_HOST
-
-enum { FEW = 8, THIN = 256 };
-#ifdef __CUDA_EMU__
-static const size_t PIECE = 1 << 12; /* so that tests meet more than one piece */
-#else
-static const size_t PIECE = 1 << 24;
-#endif
+#include "products.h"
 
 static stored_matrix matrix_of(const struct glm_mat *mat)
 {
@@ -460,29 +475,14 @@ static int blas_type(enum glm_dtype dtype)
     return dtype == GLM_F16 ? BLAS_R_16F : dtype == GLM_BF16 ? BLAS_R_16BF : BLAS_R_32F;
 }
 
-/* The type of both operands of a product with a matrix of rows by cols elements of a dtype. */
-static enum glm_dtype product_type(const struct cuda *cuda, enum glm_dtype dtype, int rows,
-                                   int cols)
-{
-    const int thin = rows < cols ? rows : cols;
-    return dtype == GLM_F32 && thin <= THIN ? GLM_F32 : cuda->compute;
-}
-
-/* Rows of W for one product. */
-static int piece_rows(const struct glm_mat *W, enum glm_dtype type)
-{
-    const size_t rows = PIECE / (size_t)W->cols / 64 * 64;
-    return W->dtype == type || rows > (size_t)W->rows ? W->rows : rows ? (int)rows : 64;
-}
-
-/* `rows` rows of W from `first` on in a float dtype: in place, or widened into scratch. */
+/* `rows` rows of W from `first` on in a float dtype: in place, or widened into scratch for the
+ * `most` that come at a time. */
 static const void *widened(struct cuda *cuda, const struct glm_mat *W, enum glm_dtype type,
-                           int first, int rows)
+                           int first, int rows, int most)
 {
     if (W->dtype == type)
         return (const char *)W->data + glm_bytes(type, (size_t)first * W->cols);
-    void *to = glm_cuda_scratch(cuda, SCRATCH_WEIGHT,
-                                glm_bytes(type, (size_t)piece_rows(W, type) * W->cols));
+    void *to = glm_cuda_scratch(cuda, SCRATCH_WEIGHT, glm_bytes(type, (size_t)most * W->cols));
     const int blocks = (int)ceil_div((size_t)W->cols, 2048);
     if (to)
         GLM_LAUNCH(cuda, "weights", k_widen, (size_t)rows * blocks, 256, 0, to, (int)type,
@@ -497,26 +497,30 @@ void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale)
                (const float *)small->largest, n, exponent, (float)scale);
 }
 
-/* x in the product's type. `gradient`: in float16 by a factor whose inverse, times scale, is left
- * in small->alpha; *on_device then says so. */
-static const void *operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
-                           enum glm_dtype type, int gradient, double scale, int *on_device)
+/* The factor by which gradients x become float16, on the device; its inverse, times scale, is left
+ * in small->alpha. NULL: none is needed. */
+static const float *gradient_factor(struct cuda *cuda, const void *x, size_t n, enum glm_dtype type,
+                                    double scale)
 {
-    *on_device = gradient && type == GLM_F16;
+    const size_t pieces = ceil_div(n, 8192), blocks = pieces < 512 ? pieces : 512;
+    if (type != GLM_F16)
+        return NULL;
+    GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, cuda->small->largest, (const float *)x,
+               n);
+    glm_cuda_factor(cuda, (int)blocks, 13, scale);
+    return &cuda->small->factor;
+}
+
+/* x times *factor (NULL: 1) in the product's type; x itself where that is float. */
+static const void *operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
+                           enum glm_dtype type, const float *factor)
+{
     if (type == GLM_F32)
         return x;
     void *to = glm_cuda_scratch(cuda, which, glm_bytes(type, n));
-    struct glm_small *small = cuda->small;
-    if (!to)
-        return NULL;
-    if (*on_device) {
-        const size_t pieces = ceil_div(n, 8192), blocks = pieces < 512 ? pieces : 512;
-        GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, small->largest, (const float *)x,
-                   n);
-        glm_cuda_factor(cuda, (int)blocks, 13, scale);
-    }
-    GLM_LAUNCH(cuda, "operand", k_convert, ceil_div(n, 2048), 256, 0, to, (int)type, x,
-               (int)GLM_F32, n, *on_device ? (const float *)&small->factor : (const float *)NULL);
+    if (to)
+        GLM_LAUNCH(cuda, "operand", k_convert, ceil_div(n, 2048), 256, 0, to, (int)type, x,
+                   (int)GLM_F32, n, factor);
     return to;
 }
 
@@ -539,6 +543,7 @@ static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, doub
                        BLAS_R_32F, ldc, BLAS_COMPUTE_32F, BLAS_DEFAULT);
     if (on_device)
         blas->set_pointer_mode(blas->handle, BLAS_HOST);
+    cuda->counts.products += !cuda->capturing;
     if (status)
         glm_cuda_blas_failed(cuda, status, m, n, k);
 }
@@ -569,24 +574,29 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
     const int O = weight->rows, I = weight->cols;
     if (!N || !glm_cuda_begin(cuda))
         return;
-    if (N <= FEW && weight->dtype != GLM_F64) {
+    if (N <= GLM_FEW && weight->dtype != GLM_F64) {
         few(cuda, out, inp, weight, bias, N, scale, accumulate);
         return;
     }
-    const enum glm_dtype type = product_type(cuda, weight->dtype, O, I);
-    const int rows = piece_rows(weight, type), blocks = (int)ceil_div((size_t)O, 1024);
-    int on_device;
-    const void *x = operand(cuda, SCRATCH_A, inp, (size_t)N * I, type, 0, scale, &on_device);
+    const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
+    const int rows = glm_forward_rows(cuda->piece, weight, type),
+              blocks = (int)ceil_div((size_t)O, 1024);
+    const int tokens = glm_piece_rows(cuda->piece, N, type == GLM_F32 ? 0 : (size_t)I);
     if (bias)
         GLM_LAUNCH(cuda, "linear_forward", k_bias, (size_t)N * blocks, 256, 0, (float *)out,
                    (const float *)bias, O, blocks, accumulate);
-    for (int o = 0; x && o < O; o += rows) {
-        const int count = O - o < rows ? O - o : rows;
-        const void *w = widened(cuda, weight, type, o, count);
-        if (!w)
-            return;
-        product(cuda, BLAS_T, BLAS_N, count, N, I, scale, on_device, w, I, x, I, type,
-                bias || accumulate, (float *)out + o, O);
+    for (int n = 0; n < N; n += tokens) {
+        const int some = N - n < tokens ? N - n : tokens;
+        const void *x = operand(cuda, SCRATCH_A, (const float *)inp + (size_t)n * I,
+                                (size_t)some * I, type, NULL);
+        for (int o = 0; x && o < O; o += rows) {
+            const int count = O - o < rows ? O - o : rows;
+            const void *w = widened(cuda, weight, type, o, count, rows);
+            if (!w)
+                return;
+            product(cuda, BLAS_T, BLAS_N, count, some, I, scale, 0, w, I, x, I, type,
+                    bias || accumulate, (float *)out + (size_t)n * O + o, O);
+        }
     }
 }
 
@@ -598,18 +608,21 @@ extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void 
     const int O = weight->rows, I = weight->cols;
     if (!N || !glm_cuda_begin(cuda))
         return;
-    const enum glm_dtype type = product_type(cuda, weight->dtype, O, I);
-    const int rows = piece_rows(weight, type);
-    int on_device;
-    const char *d =
-        (const char *)operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, 1, scale, &on_device);
-    for (int o = 0; d && o < O; o += rows) {
-        const int count = O - o < rows ? O - o : rows;
-        const void *w = widened(cuda, weight, type, o, count);
+    const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
+    const int rows = glm_backward_rows(cuda->piece, weight, type, N), narrow = type != GLM_F32;
+    const float *factor = gradient_factor(cuda, dout, (size_t)N * O, type, scale);
+    void *d = narrow ? glm_cuda_scratch(cuda, SCRATCH_A, glm_bytes(type, (size_t)N * rows)) : NULL;
+    for (int o = 0; (d || !narrow) && o < O; o += rows) {
+        const int count = O - o < rows ? O - o : rows, blocks = (int)ceil_div((size_t)count, 2048);
+        const void *w = widened(cuda, weight, type, o, count, rows);
         if (!w)
             return;
-        product(cuda, BLAS_N, BLAS_N, I, N, count, scale, on_device, w, I, d + glm_bytes(type, o),
-                O, type, accumulate || o, dinp, I);
+        if (narrow)
+            GLM_LAUNCH(cuda, "operand", k_columns, (size_t)N * blocks, 256, 0, d, (int)type,
+                       (const float *)dout, O, o, count, blocks, factor);
+        product(cuda, BLAS_N, BLAS_N, I, N, count, scale, factor != NULL, w, I,
+                narrow ? d : (const float *)dout + o, narrow ? count : O, type, accumulate || o,
+                dinp, I);
     }
 }
 
@@ -621,13 +634,13 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
     if (!N || !glm_cuda_begin(cuda))
         return;
     if (dweight) {
-        const enum glm_dtype type = product_type(cuda, GLM_F32, O, I);
-        int on_device, ignored;
-        const void *d = operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, 1, scale, &on_device);
-        const void *x = operand(cuda, SCRATCH_B, inp, (size_t)N * I, type, 0, scale, &ignored);
+        const enum glm_dtype type = glm_product_type(cuda->compute, GLM_F32, O, I);
+        const float *factor = gradient_factor(cuda, dout, (size_t)N * O, type, scale);
+        const void *d = operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, factor);
+        const void *x = operand(cuda, SCRATCH_B, inp, (size_t)N * I, type, NULL);
         if (d && x)
-            product(cuda, BLAS_N, BLAS_T, I, O, N, scale, on_device, x, I, d, O, type, 1, dweight,
-                    I);
+            product(cuda, BLAS_N, BLAS_T, I, O, N, scale, factor != NULL, x, I, d, O, type, 1,
+                    dweight, I);
     }
     if (dbias)
         GLM_LAUNCH(cuda, "linear_backward_weight", k_column_sum, ceil_div((size_t)O, 32), 256, 0,

@@ -27,6 +27,36 @@ k_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight
     }
 }
 
+/* The same of sum = a + b; a thread reads back what it wrote. */
+GLM_KERNEL(256)
+k_add_rmsnorm_forward(float *out, float *rstd, float *sum, const float *a, const float *b,
+                      const float *weight, int C, float eps)
+{
+    const size_t row = (size_t)blockIdx.x * C;
+    float squares = 0;
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
+        f4 x = load4(a + row, c, C);
+        const f4 y = load4(b + row, c, C);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x.v[j] += y.v[j];
+            squares += x.v[j] * x.v[j];
+        }
+        store4(sum + row, c, C, x);
+    }
+    const float r = 1.0f / sqrtf(block_sum(squares) / (float)C + eps);
+    if (threadIdx.x == 0)
+        rstd[blockIdx.x] = r;
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
+        f4 x = load4(sum + row, c, C);
+        const f4 w = load4(weight, c, C);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            x.v[j] = x.v[j] * r * w.v[j];
+        store4(out + row, c, C, x);
+    }
+}
+
 GLM_KERNEL(256)
 k_rmsnorm_backward(float *dinp, const float *dout, const float *inp, const float *weight,
                    const float *rstd, int C)
@@ -83,6 +113,17 @@ extern "C" void glm_cuda_rmsnorm_forward(void *cx, void *out, void *rstd, const 
     if (glm_cuda_begin(cuda))
         GLM_LAUNCH(cuda, "rmsnorm_forward", k_rmsnorm_forward, N, threads_for(C), 0, (float *)out,
                    (float *)rstd, (const float *)inp, (const float *)weight, C, (float)eps);
+}
+
+extern "C" void glm_cuda_add_rmsnorm_forward(void *cx, void *out, void *rstd, void *sum,
+                                             const void *a, const void *b, const void *weight,
+                                             int N, int C, double eps)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "add_rmsnorm_forward", k_add_rmsnorm_forward, N, threads_for(C), 0,
+                   (float *)out, (float *)rstd, (float *)sum, (const float *)a, (const float *)b,
+                   (const float *)weight, C, (float)eps);
 }
 
 extern "C" void glm_cuda_rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout,

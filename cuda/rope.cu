@@ -1,6 +1,23 @@
 /* Rotary positions, in place: a thread rotates two adjacent pairs, 16 bytes. */
 #include "launch.cuh"
 
+/* Pairs of a that lie before column rotary_dim, by the angles of a position. */
+static __device__ __forceinline__ f4 rotated(f4 a, const float *table, int i, int rotary_dim,
+                                             float sign)
+{
+    const f4 angle = load4(table, i, rotary_dim);
+    f4 r = a;
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+        const float c = angle.v[j], s = sign * angle.v[j + 1];
+        if (i + j < rotary_dim) {
+            r.v[j] = a.v[j] * c - a.v[j + 1] * s;
+            r.v[j + 1] = a.v[j + 1] * c + a.v[j] * s;
+        }
+    }
+    return r;
+}
+
 GLM_KERNEL(256)
 k_rope(float *x, const float *table, const int *position, int N, int heads, int HD, int stride,
        int rotary_dim, float sign)
@@ -13,16 +30,34 @@ k_rope(float *x, const float *table, const int *position, int N, int heads, int 
     const int in_row = (int)(at % ((size_t)heads * quads)), h = in_row / quads,
               i = in_row % quads * 4;
     float *head = x + n * stride + (size_t)h * HD;
-    const f4 angle = load4(table + (size_t)position[n] * rotary_dim, i, rotary_dim);
-    const f4 a = load4(head, i, rotary_dim);
-    f4 r;
-#pragma unroll
-    for (int j = 0; j < 4; j += 2) {
-        const float c = angle.v[j], s = sign * angle.v[j + 1];
-        r.v[j] = a.v[j] * c - a.v[j + 1] * s;
-        r.v[j + 1] = a.v[j + 1] * c + a.v[j] * s;
-    }
-    store4(head, i, rotary_dim, r);
+    store4(head, i, rotary_dim,
+           rotated(load4(head, i, rotary_dim), table + (size_t)position[n] * rotary_dim, i,
+                   rotary_dim, sign));
+}
+
+/* Queries and keys of a token are rotated in place; keys and values go to its row of the cache. */
+GLM_KERNEL(256)
+k_rope_append(float *k, float *v, float *qkv, const float *table, const int *position,
+              const int *slot, int N, int NH, int KVH, int HD, int rotary_dim)
+{
+    const int quads = (HD + 3) / 4, heads = NH + KVH;
+    const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t n = at / ((size_t)heads * quads);
+    if (n >= (size_t)N)
+        return;
+    const int in_row = (int)(at % ((size_t)heads * quads)), h = in_row / quads,
+              i = in_row % quads * 4;
+    float *head = qkv + (n * (heads + KVH) + h) * HD;
+    if (h < NH && i >= rotary_dim)
+        return;
+    const f4 r =
+        rotated(load4(head, i, HD), table + (size_t)position[n] * rotary_dim, i, rotary_dim, 1);
+    store4(head, i, HD, r);
+    if (h < NH)
+        return;
+    const size_t to = ((size_t)slot[n] * KVH + (h - NH)) * HD;
+    store4(k + to, i, HD, r);
+    store4(v + to, i, HD, load4(head + (size_t)KVH * HD, i, HD));
 }
 
 #ifdef GLM_HOST
@@ -40,6 +75,18 @@ extern "C" void glm_cuda_rope_forward(void *cx, void *x, const void *table, cons
                                       int N, int heads, int HD, int stride, int rotary_dim)
 {
     rope(cx, x, table, position, N, heads, HD, stride, rotary_dim, 1);
+}
+
+extern "C" void glm_cuda_rope_append(void *cx, struct glm_kv cache, void *qkv, const void *table,
+                                     const int32_t *position, const int32_t *slot, int N,
+                                     struct glm_heads heads, int rotary_dim)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const size_t threads = (size_t)N * (heads.NH + heads.KVH) * ((heads.HD + 3) / 4);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "rope_append", k_rope_append, ceil_div(threads, 256), 256, 0,
+                   (float *)cache.k, (float *)cache.v, (float *)qkv, (const float *)table, position,
+                   slot, N, heads.NH, heads.KVH, heads.HD, rotary_dim);
 }
 
 extern "C" void glm_cuda_rope_backward(void *cx, void *dx, const void *table,

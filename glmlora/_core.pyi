@@ -27,6 +27,14 @@ def cpu_variants() -> str:
 def op_table(backend: str) -> dict[str, int]:
     """For tests: addresses of the ops and of their context ("cx"), and "real_size"."""
 
+def backend_name(name: str) -> str:
+    """The whole name of a backend: "cuda" is "cuda:0/float32"."""
+
+def device_info(name: str) -> dict[str, Any]:
+    """Of "cuda[:N]" or "emu[:N]": count (0: there is none, and why says so), why, name, capability
+    (major, minor), multiprocessors, driver and runtime (1000 * major + 10 * minor), free and total
+    bytes. ValueError where there is no library for it, or no device N."""
+
 def memory_available() -> int:
     """Bytes this process could still get (MemAvailable and the control group's limit)."""
 
@@ -124,6 +132,10 @@ class Model:
         """Base weights not bound yet."""
 
     # adapters
+    def move(self, backend: str, left: Sequence[str]) -> None:
+        """Go to another backend. left: weights that are unbound there; all that were bound and not
+        changed must be among them. Caches made before are of no more use. On failure (MemoryError
+        with the bytes) nothing has changed."""
     def add_lora(
         self, module: str, A: np.ndarray, B: np.ndarray, scale: float, dropout: float
     ) -> None:
@@ -182,9 +194,11 @@ class Model:
         activations, held (of the activations, taken already), total; and kept_layers (layers whose
         activations are kept rather than recomputed). budget: 0 = the default (README of csrc)."""
     def counts(self) -> dict[str, Any]:
-        """Of the backend "plan", since the last call of this: live, peak, uploaded, downloaded
-        bytes, downloads, calls (by op), flops (of products and attention). Models share a backend.
-        ValueError for other backends."""
+        """Of a device or of the backend "plan..", since the last call of this: live, peak,
+        scratch (of products), uploaded, downloaded bytes; uploads, downloads, syncs (waits for the
+        device), launches,
+        products (calls of cuBLAS), graphs (recorded sequences launched); "plan" also calls (by op)
+        and flops (of products and attention). Models share a backend. ValueError for others."""
     def reserve(
         self, n_tokens: int, n_segments: int, n_rows: int, training: bool, budget: int = 0
     ) -> None:
@@ -256,5 +270,10 @@ class Model:
         """Append ids (flat; lengths[i] >= 1 tokens to rows[i]); logits float32 (len(rows), V)
         after the last token of each.
         Prefill and decoding are this one call. Non-finite logits: FloatingPointError."""
+    def next(
+        self, cache: Cache, rows: Sequence[int], ids: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray:
+        """As extend, but int32 (len(rows),): the id of the largest logit after each row, chosen on
+        the device."""
     def extend_shared(self, cache: Cache, ids: np.ndarray) -> None:
         """Append ids to the prefix common to all rows; only while no row has own tokens."""

@@ -13,7 +13,9 @@ from typing import Any
 from .demo import ORDER
 
 
-def _load(model_path: str, adapter: str | None, dtype: str | None) -> tuple[Any, Any]:
+def _load(
+    model_path: str, adapter: str | None, dtype: str | None, device: str = "cpu"
+) -> tuple[Any, Any]:
     """Model and tokenizer of a base directory and an optional adapter or P-Tuning directory."""
     import glmlora
     from glmlora.peft import load_prefix
@@ -31,6 +33,7 @@ def _load(model_path: str, adapter: str | None, dtype: str | None) -> tuple[Any,
             if is_prefix
             else glmlora.PeftModel.from_pretrained(model, adapter)
         )
+    model.to(device=device)
     return model.eval(), glmlora.AutoTokenizer.from_pretrained(model_path)
 
 
@@ -41,7 +44,7 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
 
 def chat(args: argparse.Namespace) -> int:
     """Talk to a model in the terminal; the answer streams."""
-    model, tokenizer = _load(args.model, args.adapter, args.dtype)
+    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.device)
     history: list[Any] = []
     kwargs = _generation(args)
     interactive = sys.stdin.isatty()
@@ -108,7 +111,7 @@ def predict(args: argparse.Namespace) -> int:
         args.template.format(**{f: _column(row, f, i) for f in fields})
         for i, row in enumerate(rows)
     ]
-    model, tokenizer = _load(args.model, args.adapter, args.dtype)
+    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.device)
     kwargs = {"temperature": 0.01, **_generation(args)}
     odd: list[str] = []
     answers: list[str] = [""] * len(rows)
@@ -158,6 +161,8 @@ def plan(args: argparse.Namespace) -> int:
         args.quantization_bit,
         args.dtype,
         gradient_checkpointing=args.gradient_checkpointing,
+        device=args.device,
+        memory=args.memory,
         **finetuning,
     )
     print(planned)
@@ -226,6 +231,9 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"], help="default: as stored"
     )
+    parser.add_argument(
+        "--device", default="auto", help="auto: a GPU where there is one; cpu, cuda, cuda:1"
+    )
     parser.add_argument("--temperature", type=float, help="0 is greedy")
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--top-k", type=int)
@@ -284,6 +292,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep 1 GiB of activations at most; without it, what fits into the free memory",
     )
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    p.add_argument("--memory", help="of the GPU, e.g. 16GB: decides what is computed twice")
     p.add_argument("--lora_rank", type=int)
     p.add_argument("--lora_target")
     p.add_argument("--pre_seq_len", type=int)

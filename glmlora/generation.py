@@ -232,6 +232,8 @@ class Scores:
         g = settings
         self.adjusts = g.repetition_penalty != 1 or g.no_repeat_ngram_size > 0 or g.min_length > 0
         self.active = self.adjusts or bool(self.processors)  # else scores stay as they are
+        # the highest score decides, so the core can choose where the scores are
+        self.greedy = not (g.samples or self.active)
 
     def __call__(self, scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
         """scores float32 (V), changed in place; ids: the whole context. Returns float32 (V)."""
@@ -319,24 +321,27 @@ class CachedRow:
         self.ids = [list(self.ids[p]) for p in parents]
         self.held = [self.held[p] for p in parents]
 
-    def extend(self, rows: Sequence[int]) -> np.ndarray:
+    def extend(self, rows: Sequence[int], choose: bool = False) -> np.ndarray:
         """Feed what the cache lacks of each row; scores float32 (len(rows), V) of each row's next
-        token.
+        token, or, to choose, the id (len(rows),) that has the highest.
 
         Cuts fall at multiples of CHUNK of each row, wherever other rows are.
         """
+        core = self.model.core
+        run = core.next if choose else core.extend
         lacks = [len(self.ids[row]) - self.held[row] for row in rows]
         if max(lacks) == min(lacks) == 1 and len(rows) <= CHUNK:  # a step of decoding
             tokens = np.array([self.ids[row][-1] for row in rows], np.int32)
-            scores = self.model.core.extend(self.cache, list(rows), tokens, self._ones[: len(rows)])
+            found = run(self.cache, list(rows), tokens, self._ones[: len(rows)])
             for row in rows:
                 self.held[row] += 1
-            return scores
+            return found
         for row, lack in zip(rows, lacks, strict=True):
             if lack == 0:  # nothing new: its last token once more
                 self.held[row] -= 1
                 self.cache.rewind(row, self.held[row])
-        scores = np.empty((len(rows), self.model.config.padded_vocab_size), np.float32)
+        vocabulary = self.model.config.padded_vocab_size
+        found = np.empty(len(rows), np.int32) if choose else np.empty((len(rows), vocabulary), "f4")
         waiting = list(range(len(rows)))
         while waiting:
             turn, ids, lengths, total = [], [], [], 0
@@ -349,18 +354,18 @@ class CachedRow:
                 ids += piece
                 lengths.append(len(piece))
                 total += len(piece)
-            found = self.model.core.extend(
+            after = run(
                 self.cache,
                 [rows[i] for i in turn],
                 np.asarray(ids, np.int32),
                 np.asarray(lengths, np.int32),
             )
-            for i, length, row_scores in zip(turn, lengths, found, strict=True):
+            for i, length, of_row in zip(turn, lengths, after, strict=True):
                 self.held[rows[i]] += length
                 if self.held[rows[i]] == len(self.ids[rows[i]]):
-                    scores[i] = row_scores
+                    found[i] = of_row
                     waiting.remove(i)
-        return scores
+        return found
 
 
 def _limits(
@@ -428,13 +433,16 @@ def _run(
     live = list(range(len(rows.ids)))
     for index in count():
         _grow(rows, live, index, limits)
+        chosen = scores is None and change.greedy
         if scores is None:
-            scores = rows.extend(live)
+            scores = rows.extend(live, choose=chosen)
         tokens = {}
-        for row, row_scores in zip(live, scores, strict=True):
-            if change.active:
-                row_scores = change(row_scores, rows.ids[row])
-            token = _choose(g, row_scores, (seed, row), index)
+        for row, found in zip(live, scores.tolist() if chosen else scores, strict=True):
+            token = found
+            if not chosen:
+                if change.active:
+                    found = change(found, rows.ids[row])
+                token = _choose(g, found, (seed, row), index)
             rows.ids[row].append(token)
             tokens[row] = token
         scores = None
@@ -494,12 +502,13 @@ def complete(
                 rows.make_room(min(2 * longest, most))
             left = rows.cache.capacity - longest + 1
         left -= 1
-        for place, scores in zip(live, rows.extend(live), strict=True):
+        found = rows.extend(live, choose=change.greedy)
+        for place, token in zip(live, found.tolist() if change.greedy else found, strict=True):
             number = running[place]
             answer = new[number]
-            if change.active:
-                scores = change(scores, prompts[number] + answer)
-            token = _choose(g, scores, draws[number], len(answer))
+            if not change.greedy:
+                scores = change(token, prompts[number] + answer) if change.active else token
+                token = _choose(g, scores, draws[number], len(answer))
             rows.ids[place].append(token)
             answer.append(token)
             if token in change.eos or len(answer) == limits[number]:

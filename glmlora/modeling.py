@@ -664,9 +664,14 @@ class ChatGLMForConditionalGeneration:
         """
         if checkpointing:
             return 0
-        stored = self.stored_tensors()
-        mapped = sum(t.nbytes for t in stored if not isinstance(t, QuantizedTensor))
-        free = int(_FREE_FOR_ACTIVATIONS * (_core.memory_available() - mapped + held))
+        device = self.core.backend.partition("/")[0]
+        if device.startswith(("cuda", "emu")):  # whose weights are there already
+            available = _core.device_info(device)["free"]
+        else:
+            stored = self.stored_tensors()
+            mapped = sum(t.nbytes for t in stored if not isinstance(t, QuantizedTensor))
+            available = _core.memory_available() - mapped
+        free = int(_FREE_FOR_ACTIVATIONS * (available + held))
         return free if free > _LEAST_BUDGET else 0
 
     def enable_input_require_grads(self) -> None:

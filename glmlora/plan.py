@@ -4,10 +4,15 @@ it is allocated.
 The model is built on the core's backend "plan", which hands out address space that nobody fills and
 counts what is asked of it; weights are zeros that are never touched, so a 6B model plans in a
 second.
+
+For a GPU the backend "plan:cuda.." counts as the CUDA library does: launches, products, waits and
+transfers beside the bytes. All of them are counts; how long they take is not told.
 """
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import re
 from dataclasses import dataclass, field
@@ -24,11 +29,38 @@ from .quantization import GROUP_SIZE, QuantizedTensor, check_form
 from .tensor import Tensor
 
 METHODS = (*methods.METHODS, "chat")
+RESERVE = 3 << 28  # 0.75 GiB of a GPU for its context and for what cuBLAS keeps: an estimate
 _THREAD_SCRATCH = 1 << 20  # GLM_SCRATCH in csrc/cpu/pool.h
 
 
 class _PlanModel(ChatGLMForConditionalGeneration):
     backend = "plan"
+
+
+@dataclass
+class Work:
+    """What a call of a model has the GPU do: kernels launched, products (cuBLAS), recorded
+    sequences launched (graphs), times that the host waits (syncs), transfers and their bytes.
+    """
+
+    launches: int = 0
+    products: int = 0
+    graphs: int = 0
+    syncs: int = 0
+    uploads: int = 0
+    uploaded: int = 0
+    downloads: int = 0
+    downloaded: int = 0
+
+    @classmethod
+    def of(cls, counted: dict[str, Any]) -> Work:
+        """The part of `core.counts()` that is of a call."""
+        return cls(**{name: counted[name] for name in cls.__dataclass_fields__})
+
+    def __str__(self) -> str:
+        parts = [f"{self.launches} launches", f"{self.products} products", f"{self.graphs} graphs"]
+        up = f"{self.uploaded:,} bytes up in {self.uploads} copies"
+        return ", ".join([*parts, f"{self.syncs} waits", up, f"{self.downloaded:,} back"])
 
 
 @dataclass
@@ -38,8 +70,10 @@ class Plan:
     mapped: weights read from their files, whose pages the system may drop; process: the interpreter
     and its libraries; weights: in memory (quantized ones, norms and biases); trained: parameters,
     gradients and two moments; activations: of the largest step, `kept_layers` of `layers` kept and
-    the others computed twice; cache: keys and values of a chat; scratch: of the threads. flops: of
-    the products and the attention of one step (of what a chat feeds at a time).
+    the others computed twice; cache: keys and values of a chat; scratch: of the threads, or of a
+    GPU's products; library: what a GPU needs for any model. flops: of the products and the
+    attention of one step (of what a chat feeds at a time). work: what a GPU does in a step, or for
+    a token.
     """
 
     method: str
@@ -56,12 +90,15 @@ class Plan:
     flops: float = 0.0
     n_trained: int = 0
     calls: dict[str, int] = field(default_factory=dict)
+    device: str = "cpu"
+    library: int = 0
+    work: dict[str, Work] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """Bytes that must be there at once, mapped files apart."""
         parts = (self.process, self.weights, self.trained, self.activations, self.cache)
-        return sum(parts) + self.scratch
+        return sum(parts) + self.scratch + self.library
 
     def __str__(self) -> str:
         lines = [
@@ -71,12 +108,19 @@ class Plan:
             (self.trained, f"{self.n_trained:,} trained parameters, gradients, two moments"),
             (self.activations, self._activations()),
             (self.cache, "keys and values"),
-            (self.scratch, "scratch of the threads"),
-            (self.total, "in memory at once, beside the mapped files"),
         ]
+        if self.device == "cpu":
+            lines.append((self.scratch, "scratch of the threads"))
+            lines.append((self.total, "in memory at once, beside the mapped files"))
+        else:
+            lines.append((self.scratch, "converted operands of products"))
+            lines.append((self.library, "rotary table, workspace of cuBLAS"))
+            lines.append((self.total, "on the GPU at once, and beside it"))
+            lines.append((RESERVE, "for its context and what cuBLAS keeps: an estimate"))
         text = [f"{_size(n):>10}  {what}" for n, what in lines if n]
         what = f"{self.tokens:,} tokens" if self.method == "chat" else "a step"
         text.append(f"{self.flops / 1e12:>6.2f} TFLOP  in the products of {what}")
+        text += [f"{name}: {work}" for name, work in self.work.items()]
         return "\n".join(text)
 
     def _activations(self) -> str:
@@ -97,6 +141,8 @@ def plan(
     dtype: str | None = None,
     budget: int | None = None,
     gradient_checkpointing: bool = False,
+    device: str = "cpu",
+    memory: int | str | None = None,
     **finetuning: Any,
 ) -> Plan:
     """Plan a training step of `batch` rows of `seq` tokens, or (method "chat") a cache of `batch`
@@ -106,15 +152,21 @@ def plan(
     quantization_bit: 4 or 8, as in training. dtype: the float weights are stored in, default
     config.json's torch_dtype. budget: bytes of activations beyond which layers are computed twice;
     None: what training would take of the memory that is free now, or 1 GiB with
-    `gradient_checkpointing`. finetuning: lora_rank, lora_target, pre_seq_len and other arguments of
-    `train`.
-    Raises OSError for a directory that is not there, ValueError naming an argument.
+    `gradient_checkpointing` and for a GPU. device: "cpu" or "cuda", whose products are in `dtype`.
+    memory: what the GPU has, bytes or "16GB"; RESERVE of it is left alone, what is not needed
+    otherwise is the budget. finetuning: lora_rank, lora_target, pre_seq_len and other arguments of
+    `train`. Raises OSError for a directory that is not there, ValueError naming an argument,
+    MemoryError for what does not fit into `memory`.
     """
     for name, value in (("batch", batch), ("seq", seq), ("labels", labels)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value!r}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    if memory is not None and device == "cpu":
+        raise ValueError("memory: what a GPU has; say device cuda, too")
     config = ChatGLMConfig.from_pretrained(model_directory(model))
     if seq > config.seq_length:
         raise ValueError(f"seq: the model has {config.seq_length} positions, got {seq}")
@@ -122,36 +174,77 @@ def plan(
     bits, group = check_form(quantization_bit or stored, config.quantization_group_size)
     if bits == 4 and not stored and method == "lora":
         group = GROUP_SIZE
-    planned, quantized = _build(config, dtype, bits, group)
-    result = Plan(method, batch * seq, layers=config.num_layers, process=_process())
-    result.scratch = _core.get_num_threads() * _THREAD_SCRATCH
-    result.weights = 0 if stored else quantized
-    if method == "chat":
-        _chat(result, planned, batch, seq)
-    else:
-        arguments = FinetuningArguments(finetuning_type=method, **finetuning)
-        trainee = methods.prepare(planned, None, arguments, method, seed=0)
-        trainee.base.prepare_training()
-        if budget is None:
-            trained = trainee.base.core.plan(1, 1, 1, True)["trainable"]
-            taken = -(result.weights + trained)  # by then
-            budget = trainee.base.activation_budget(gradient_checkpointing, taken)
-        _train(result, trainee, batch, seq, min(labels, seq - 1), budget)
-    sizes = planned.core.plan(1, 1, 1, False)
-    result.mapped = sizes["weights"] - result.weights
-    result.weights += sizes["owned"]
-    return result
+    kind = parse_dtype(dtype or config.get("torch_dtype") or "float16") or "F16"
+    backend = "plan" if device == "cpu" else f"plan:cuda/{_COMPUTE[kind]}"
+
+    def planned(limit: int | None) -> Plan:
+        gc.collect()  # a model planned before is gone, and the backend's scratch with it
+        model, quantized = _build(config, kind, bits, group, backend)
+        result = Plan(method, batch * seq, layers=config.num_layers, device=device)
+        before = model.core.counts()["live"]
+        if method == "chat":
+            _chat(result, model, batch, seq)
+        else:
+            arguments = FinetuningArguments(finetuning_type=method, **finetuning)
+            trainee = methods.prepare(model, None, arguments, method, seed=0)
+            trainee.base.prepare_training()
+            if limit is None:
+                checkpointing = gradient_checkpointing or device != "cpu"
+                taken = trainee.base.core.plan(1, 1, 1, True)["trainable"]
+                taken += 0 if stored else quantized
+                limit = trainee.base.activation_budget(checkpointing, -taken)
+            _train(result, trainee, batch, seq, min(labels, seq - 1), limit)
+        sizes = model.core.plan(1, 1, 1, False)
+        result.weights = sizes["weights"] + sizes["owned"]
+        if device == "cpu":
+            result.process = _process()
+            result.scratch = _core.get_num_threads() * _THREAD_SCRATCH
+            result.mapped = sizes["weights"] - (0 if stored else quantized)
+            result.weights -= result.mapped
+        else:
+            result.library = before - result.weights
+        return result
+
+    if memory is None:
+        return planned(budget)
+    room, least = parse_bytes(memory) - RESERVE, planned(1)
+    if least.total > room:
+        raise MemoryError(
+            f"memory: {least.total:,} bytes are needed on the GPU, and {max(0, room):,} are there "
+            f"beside {RESERVE:,} for its context; take {_SMALLER[method]}"
+        )
+    return planned(least.activations + room - least.total)
+
+
+_COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SMALLER = {
+    "lora": "quantization_bit 8 or 4, or fewer or shorter rows",
+    "p_tuning": "quantization_bit 8 or 4, or fewer or shorter rows",
+    "freeze": "method lora, fewer num_layer_trainable, or fewer or shorter rows",
+    "full": "method lora, or fewer or shorter rows",
+    "chat": "quantization_bit 8 or 4, or fewer or shorter rows",
+}
+
+
+def parse_bytes(value: int | str) -> int:
+    """A number of bytes: itself, "16GB" (16e9) or "15.5GiB". ValueError for anything else."""
+    units = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", str(value).strip())
+    if not found or found.group(2).upper() not in units:
+        raise ValueError(f"memory: expected bytes, or e.g. 16GB or 15.5GiB, got {value!r}")
+    return int(float(found.group(1)) * units[found.group(2).upper()])
 
 
 def _build(
-    config: ChatGLMConfig, dtype: str | None, bits: int, group: int
+    config: ChatGLMConfig, kind: str, bits: int, group: int, backend: str
 ) -> tuple[_PlanModel, int]:
     """The model with weights of zeros that nobody touches, and the bytes of its quantized ones."""
-    kind = parse_dtype(dtype or config.get("torch_dtype") or "float16") or "F16"
     form = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind]
+    config = copy.copy(config)
     config.quantization_bit, config.pre_seq_len = 0, None
-    shapes = _core.Model(config.arch(), "plan").shapes()
-    model = _PlanModel(config, {n: Tensor(np.zeros(s, form), kind) for n, s in shapes.items()})
+    shapes = _core.Model(config.arch(), backend).shapes()
+    on_backend = type("_PlanModel", (_PlanModel,), {"backend": backend})
+    model = on_backend(config, {n: Tensor(np.zeros(s, form), kind) for n, s in shapes.items()})
     nbytes = 0
     for name, (rows, columns) in model._linear_shapes().items() if bits else ():
         scales = (rows, -(-columns // group)) if group else (rows,)
@@ -167,17 +260,27 @@ def _build(
 
 
 def _chat(result: Plan, model: _PlanModel, rows: int, tokens: int) -> None:
-    cache = model.core.cache(rows, tokens, 0)
+    core = model.core
+    cache = core.cache(rows, tokens, 0)
     result.cache = cache.nbytes
     step = min(rows * tokens, CHUNK)  # what is fed at a time, rows together
     lengths = [min(tokens, step - start) for start in range(0, step, tokens)]
     ids = np.zeros(step, np.int32)
-    before = model.core.counts()["live"]
-    model.core.extend(cache, list(range(len(lengths))), ids, np.array(lengths, np.int32))
-    counted = model.core.counts()
+    before = core.counts()["live"]
+    core.extend(cache, list(range(len(lengths))), ids, np.array(lengths, np.int32))
+    counted = core.counts()
     result.tokens = step
-    result.activations = counted["peak"] - before
+    result.activations = counted["peak"] - before - counted["scratch"]
     result.flops, result.calls = counted["flops"], counted["calls"]
+    if result.device == "cpu":
+        return
+    result.scratch = counted["scratch"]
+    cache.rewind(0, min(lengths[0], tokens - 3))
+    for name in ("a token", "", "a token, recorded"):  # it is recorded the second time
+        core.next(cache, [0], ids[:1], np.ones(1, np.int32))
+        work = Work.of(core.counts())
+        if name:
+            result.work[name] = work
 
 
 def _train(
@@ -188,18 +291,27 @@ def _train(
     result.trained, result.kept_layers = sizes["trainable"], sizes["kept_layers"]
     result.n_trained = trainee.base.num_parameters(only_trainable=True)
     result.activations = sizes["activations"]
+    before = core.counts()["live"]
     core.reserve(tokens, batch, batch * labels, True, budget)
-    core.counts()
+    if result.device != "cpu":
+        result.activations = core.counts()["live"] - before
     last = np.arange(1, batch + 1)[:, None] * seq - 1  # of each row: it predicts nothing
     rows = (last - np.arange(labels, 0, -1)).ravel()
-    core.backward(
-        np.zeros(tokens, np.int32),
-        np.full(batch, seq, np.int32),
-        rows=rows.astype(np.int32),
-        targets=np.zeros(len(rows), np.int32),
-    )
-    counted = core.counts()
+    for _ in range(1 if result.device == "cpu" else 2):  # the first step also takes scratch
+        core.counts()
+        core.backward(
+            np.zeros(tokens, np.int32),
+            np.full(batch, seq, np.int32),
+            rows=rows.astype(np.int32),
+            targets=np.zeros(len(rows), np.int32),
+        )
+        if result.device != "cpu":
+            core.step(1e-4, 0.9, 0.999, 1e-8, 0.0, 1.0)
+        counted = core.counts()
     result.flops, result.calls = counted["flops"], counted["calls"]
+    if result.device != "cpu":
+        result.scratch = counted["scratch"]
+        result.work["a step"] = Work.of(counted)
 
 
 def _process() -> int:

@@ -355,9 +355,9 @@ def test_an_opening_is_computed_once(v2, monkeypatch):
     monkeypatch.setattr(generation, "ROOM", (4, 1 << 20))
     fed = []
 
-    def count(rows, which, extend=generation.CachedRow.extend):
+    def count(rows, which, choose=False, extend=generation.CachedRow.extend):
         fed.append(sum(len(rows.ids[r]) - rows.held[r] for r in which))
-        return extend(rows, which)
+        return extend(rows, which, choose)
 
     monkeypatch.setattr(generation.CachedRow, "extend", count)
     settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": []}
@@ -472,9 +472,9 @@ def test_what_the_last_chat_began_with_is_not_computed_again(v2, monkeypatch):
     fed = []
     original = generation.CachedRow.extend
 
-    def count(self, rows):
+    def count(self, rows, choose=False):
         fed.append(sum(len(self.ids[r]) - self.held[r] for r in rows))
-        return original(self, rows)
+        return original(self, rows, choose)
 
     settings = dict(temperature=0, max_new_tokens=1)
     model.cached_row = None

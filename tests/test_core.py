@@ -349,7 +349,7 @@ def test_threads_follow_omp_num_threads():
         (lambda m: m.plan(0, 1, 1, True), ValueError, "plan"),
         (lambda m: _core.Model({}), ValueError, "'layers' is missing"),
         (lambda m: make_model(kv_heads=3), ValueError, "not a multiple"),
-        (lambda m: make_model(backend="cuda"), ValueError, "backend 'cuda:0/float32': there is no"),
+        (lambda m: make_model(backend="cuda:99"), ValueError, "backend 'cuda:99/float32': "),
         (lambda m: _core.lr_factor("zigzag", 0, 0, 1), ValueError, "zigzag"),
         (lambda m: _core.warp_logits(np.zeros(3, np.float32), -1, 0, 1), ValueError, "temperature"),
         (lambda m: _core.sample(np.zeros(3, np.float32), 1, 0, 2, 0, 0, 0), ValueError, "top_p"),

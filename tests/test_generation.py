@@ -89,9 +89,9 @@ def fed(monkeypatch):
     """Tokens fed to the core by each call of CachedRow.extend."""
     counts = []
 
-    def count(rows, which, extend=generation.CachedRow.extend):
+    def count(rows, which, choose=False, extend=generation.CachedRow.extend):
         counts.append(sum(len(rows.ids[r]) - rows.held[r] for r in which))
-        return extend(rows, which)
+        return extend(rows, which, choose)
 
     monkeypatch.setattr(generation.CachedRow, "extend", count)
     return counts

@@ -11,7 +11,7 @@ How poll stops an op is tested through the model: the table of ops does not show
 
 from __future__ import annotations
 
-from ctypes import c_double, c_int
+from ctypes import c_int
 from functools import cache, lru_cache
 from typing import Any
 
@@ -470,6 +470,17 @@ def rmsnorm_forward(m: Maker, N: int, C: int, scale: float):
     return {"out": (out, sum_error(C, np.abs(out))), "rstd": (rstd, sum_error(C, np.abs(rstd)))}
 
 
+def add_rmsnorm_forward(m: Maker, N: int, C: int, into: str):
+    a, b, weight, out, rstd = m.normal(N, C), m.normal(N, C), m.normal(C), m.out(N, C), m.out(N)
+    total = {"a": a, "b": b, "out": m.out(N, C)}[into]
+    m.ops.add_rmsnorm_forward(out, rstd, total, a, b, weight, N, C, 1e-5)
+    return {
+        "out": (out, sum_error(C, np.abs(out))),
+        "rstd": (rstd, sum_error(C, np.abs(rstd))),
+        "sum": (total, EPS * np.abs(total)),
+    }
+
+
 def rmsnorm_backward(m: Maker, N: int, C: int, weight_too: bool):
     inp, weight, dout = m.normal(N, C), m.normal(C), m.normal(N, C)
     rstd = m.put(1 / np.sqrt((inp.astype(float) ** 2).mean(1) + 1e-5))
@@ -587,6 +598,17 @@ def kv_append(m: Maker, N: int, NH: int, KVH: int, HD: int):
     return {"k": (k, 0), "v": (v, 0)}
 
 
+def rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int):
+    qkv = m.normal(N, (NH + 2 * KVH) * HD)
+    k, v, table = m.normal(N + 5, KVH * HD), m.normal(N + 5, KVH * HD), m.normal(7, rotary_dim)
+    slot = m.rng.permutation(N + 5)[:N].astype(np.int32)
+    position = m.rng.integers(0, 7, N).astype(np.int32)
+    most = 8 * EPS * max(np.abs(qkv).max(initial=0) * np.abs(table).max(initial=0), 1)
+    heads = Heads(NH, KVH, HD)
+    m.ops.rope_append((k, v), qkv, table, position, slot, N, heads, rotary_dim)
+    return {"qkv": (qkv, most), "k": (k, most), "v": (v, 0)}
+
+
 def prefix_forward(m: Maker, P: int, J: int, KV: int, copies: int, p: float | None):
     inp, out = m.normal(P, J, KV), m.out(J, copies * P, KV)
     dropout = None if p is None else m.dropout(copies * P, p)
@@ -687,9 +709,8 @@ def add(m: Maker, n: int, into: str):
 
 
 def sum_squares(m: Maker, n: int):
-    total = c_double(np.nan)
-    m.ops.sum_squares(total, m.normal(n), n)
-    value = np.array(total.value)  # in double whatever the backend: n roundings of 2^-53 at most
+    value = np.full(1, np.nan)  # in double whatever the backend: n roundings of 2^-53 at most
+    m.ops.sum_squares(value, m.normal(n), n)
     return {"out": (value, n * 2.0**-52 * value)}
 
 
@@ -699,6 +720,19 @@ def first_nonfinite(m: Maker, N: int, C: int, rows: tuple[int, ...], bad: float)
         x[at, m.rng.integers(C)] = bad
     m.ops.first_nonfinite(row, x, N, C)
     return {"row": (np.array(row.value), 0), "expected": (np.array(min(rows, default=-1)), 0)}
+
+
+def argmax(m: Maker, M: int, V: int, kind: str):
+    x, ids = m.normal(M, V), np.full(M, -7, np.int32)
+    if kind == "ties":
+        x[:] = np.round(x)
+    want = x.argmax(1) if V else ids
+    if kind == "bad":
+        for row in range(0, M, 2):
+            x[row, m.rng.integers(V)] = [np.nan, np.inf, -np.inf][row // 2 % 3]
+            want[row] = -1
+    m.ops.argmax(ids, x, M, V)
+    return {"id": (ids.astype(float), 0), "expected": (want.astype(float), 0)}
 
 
 def adamw(m: Maker, n: int, t: int, wd: float):
@@ -784,6 +818,8 @@ def small_cases() -> list[tuple[Any, ...]]:
     for N, C in ROWS:
         cases += [(rmsnorm_forward, N, C, scale) for scale in (1.0, 1e-4, 1e17)]
         cases += [(rmsnorm_backward, N, C, weight_too) for weight_too in (True, False)]
+        cases += [(add_rmsnorm_forward, N, C, into) for into in ("a", "b", "out")]
+        cases += [(argmax, N, C, kind) for kind in ("plain", "ties", "bad")]
         cases += [(embedding_forward, N, C, dtype) for dtype in DTYPES]
         cases += [(embedding_backward, N, C), (kv_append, N, 4, 2, C)]
         cases += [(swiglu_forward, N, C, scale) for scale in (1.0, 100.0)]
@@ -805,6 +841,7 @@ def small_cases() -> list[tuple[Any, ...]]:
         N, heads, HD, rotary_dim = shape
         cases += [(rope, N, heads, HD, extra, rotary_dim, extra > 0) for extra in (0, 11)]
         cases += [(rope, N, heads, HD, 3, rotary_dim, False)]
+        cases += [(rope_append, N, 2 * heads, heads, HD, rotary_dim)]
     for shape in ((1, 2, 1, 1), (3, 4, 5, 2), (8, 6, 64, 3), (5, 2, 255, 1), (7, 4, 33, 9)):
         cases += [(prefix_forward, *shape, p) for p in (None, 0.1)]
         cases += [(prefix_backward, *shape, p) for p in (None, 0.1)]
@@ -822,6 +859,9 @@ LARGE: list[tuple[Any, ...]] = [
     (linear_backward_weight, 61, 200, 130, 0.5, True, True),
     (rmsnorm_forward, 301, 255, 1.0),
     (rmsnorm_backward, 301, 255, True),
+    (add_rmsnorm_forward, 301, 255, "a"),
+    (argmax, 33, 3001, "ties"),
+    (rope_append, 200, 8, 2, 64, 32),
     (embedding_forward, 300, 300, "F16"),
     (embedding_backward, 700, 129),
     (rope, 200, 4, 64, 7, 32, True),
@@ -997,9 +1037,9 @@ def test_nan_and_infinity_propagate(backend: str) -> None:
         logits[1, place] = -np.inf
         ops.cross_entropy_forward(loss, lse, logits, np.array([1, 1], np.int32), 2, 33)
         assert np.isfinite(lse).all()
-        total = c_double()
+        total = np.empty(1)
         ops.sum_squares(total, t, 33)
-        assert np.isnan(total.value)
+        assert np.isnan(total[0])
 
     T, heads = 20, Heads(2, 1, 16)
     for what in (40, 50):  # a key element, a value element

@@ -194,7 +194,7 @@ def test_counts_are_of_the_plan_backend_only(folder):
     counted = _core.Model(arch, "plan")
     counted.counts()
     assert counted.counts()["calls"] == {}  # what was told is not told again
-    with pytest.raises(ValueError, match="backend 'plan', got 'cpu"):
+    with pytest.raises(ValueError, match="or on a device, got 'cpu"):
         _core.Model(arch, "cpu").counts()
 
 

@@ -250,6 +250,15 @@ static void rmsnorm_forward(void *cx, void *out, void *rstd, const void *inp, co
     run_rows(cpu, cpu->k->rmsnorm_forward, &a, (size_t)C);
 }
 
+static void add(void *cx, void *out, const void *a, const void *b, size_t n);
+
+static void add_rmsnorm_forward(void *cx, void *out, void *rstd, void *sum, const void *a,
+                                const void *b, const void *weight, int N, int C, double eps)
+{
+    add(cx, sum, a, b, (size_t)N * C);
+    rmsnorm_forward(cx, out, rstd, sum, weight, N, C, eps);
+}
+
 static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout, const void *inp,
                              const void *weight, const void *rstd, int N, int C)
 {
@@ -422,6 +431,20 @@ static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
         *row = cpu->found[i];
 }
 
+static void argmax(void *cx, int32_t *id, const void *x, int M, int V)
+{
+    (void)cx;
+    for (int m = 0; m < M; m++) {
+        const float *row = (const float *)x + (size_t)m * V;
+        int best = 0, finite = 1;
+        for (int v = 0; v < V; v++) {
+            finite &= isfinite(row[v]) != 0;
+            best = row[v] > row[best] ? v : best;
+        }
+        id[m] = finite ? best : -1;
+    }
+}
+
 static void adamw(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr,
                   double b1, double b2, double eps, double wd, int t, double gscale)
 {
@@ -458,6 +481,15 @@ static void quantize(void *cx, void *data, uint16_t *scale, enum glm_dtype dtype
     const struct quantize_args a = {
         data, scale, inp, dtype, inp_dtype, group, rows, cols, rows_for((size_t)cols * 8)};
     glm_pool_run(cpu->pool, ceil_div((size_t)rows, (size_t)a.rows_a_task), cpu->k->quantize, &a);
+}
+
+static void rope_append(void *cx, struct glm_kv cache, void *qkv, const void *table,
+                        const int32_t *position, const int32_t *slot, int N, struct glm_heads heads,
+                        int rotary_dim)
+{
+    rope_forward(cx, qkv, table, position, N, heads.NH + heads.KVH, heads.HD,
+                 (heads.NH + 2 * heads.KVH) * heads.HD, rotary_dim);
+    kv_append(cx, cache, qkv, slot, N, heads);
 }
 
 static const struct glm_ops cpu_ops = {

@@ -5,12 +5,23 @@
 
 static struct glm_heads heads_of(const struct glm_model *m)
 {
-    return (struct glm_heads){m->arch.heads, m->arch.kv_heads, m->arch.head_dim};
+    return (struct glm_heads){m->arch.heads, m->arch.kv_heads, m->arch.head_dim, m->step.longest};
 }
 
 static int gathers(const struct glm_model *m, int l)
 {
     return m->step.gathered && l == m->arch.layers - 1;
+}
+
+/* x_out = x_out + x1, and its norm where the next layer, or the output layer, looks for it */
+static void finish(struct glm_model *m, int l, void *x_out, const void *x1, int N)
+{
+    const struct glm_step *s = &m->step;
+    const int last = l == m->arch.layers - 1;
+    const struct glm_weight *norm = last ? m->final_layernorm : m->layers[l + 1].input_layernorm;
+    m->be->ops->add_rmsnorm_forward(m->be->cx, last ? s->final : s->ln,
+                                    last ? s->final_rstd : s->acts[l + 1].rstd1, x_out, x_out, x1,
+                                    norm->mat.data, N, m->arch.hidden, m->arch.eps);
 }
 
 void glm_block_forward(struct glm_model *m, int l, void *x_out)
@@ -26,14 +37,17 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
     const int rows = gathers(m, l), NR = rows ? s->M : N;
     const void *att = a->att, *x = s->x[l];
 
-    op->rmsnorm_forward(cx, s->ln, a->rstd1, x, layer->input_layernorm->mat.data, N, C,
-                        m->arch.eps);
+    if (l == 0 || !x_out) /* else the layer before has done it */
+        op->rmsnorm_forward(cx, s->ln, a->rstd1, x, layer->input_layernorm->mat.data, N, C,
+                            m->arch.eps);
     glm_linear_forward(m, &layer->linear[GLM_QKV], a->qkv, s->ln, a->xa[GLM_QKV], N, 0);
-    op->rope_forward(cx, a->qkv, m->rope_table, s->position, N, heads.NH + heads.KVH, heads.HD, QKV,
-                     m->arch.rotary_dim);
+    if (s->cache) /* rows of the cache that no segment of this call reads */
+        op->rope_append(cx, glm_step_kv(m, l), a->qkv, m->rope_table, s->position, s->slot, N,
+                        heads, m->arch.rotary_dim);
+    else
+        op->rope_forward(cx, a->qkv, m->rope_table, s->position, N, heads.NH + heads.KVH, heads.HD,
+                         QKV, m->arch.rotary_dim);
     op->attention_forward(cx, a->att, a->lse, a->qkv, glm_step_kv(m, l), s->segments, s->S, heads);
-    if (s->cache)
-        op->kv_append(cx, glm_step_kv(m, l), a->qkv, s->slot, N, heads);
     if (rows) {
         op->gather_forward(cx, s->att_rows, a->att, s->rows, NR, AO);
         op->gather_forward(cx, s->x_rows, x, s->rows, NR, C);
@@ -41,9 +55,8 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
         x = s->x_rows;
     }
     glm_linear_forward(m, &layer->linear[GLM_DENSE], a->x1, att, a->xa[GLM_DENSE], NR, rows);
-    op->add(cx, a->x1, a->x1, x, (size_t)NR * C);
-    op->rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, layer->post_attention_layernorm->mat.data, NR,
-                        C, m->arch.eps);
+    op->add_rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, a->x1, x,
+                            layer->post_attention_layernorm->mat.data, NR, C, m->arch.eps);
     glm_linear_forward(m, &layer->linear[GLM_H_TO_4H], a->h, s->ln, a->xa[GLM_H_TO_4H], NR, rows);
     const struct glm_linear *last = &layer->linear[GLM_4H_TO_H];
     if (x_out || glm_trains(last->B))
@@ -54,7 +67,7 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
         return;
     }
     glm_linear_forward(m, last, x_out, s->act, a->xa[GLM_4H_TO_H], NR, rows);
-    op->add(cx, x_out, x_out, a->x1, (size_t)NR * C);
+    finish(m, l, x_out, a->x1, NR);
 }
 
 /* step.dx holds the gradient of the layer's output (dx_rows in a gathering layer) and receives that

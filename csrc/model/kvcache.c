@@ -103,8 +103,9 @@ void glm_cache_free(struct glm_cache *c)
 
 void glm_cache_get(struct glm_cache *c, struct glm_cache_info *info)
 {
-    *info = (struct glm_cache_info){c->rows,    c->capacity, c->shared_length,
-                                    c->lengths, c->bytes,    c->version == c->model->version};
+    *info = (struct glm_cache_info){
+        c->rows,    c->capacity, c->shared_length,
+        c->lengths, c->bytes,    c->version == c->model->version && c->be == c->model->be};
 }
 
 glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm_error *err)
@@ -120,7 +121,7 @@ glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm
 
 glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct glm_error *err)
 {
-    struct glm_backend *be = c->model->be;
+    struct glm_backend *be = c->be;
     const size_t slot = (size_t)c->model->arch.kv_heads * c->model->arch.head_dim * be->real_size;
     const int J = 2 * c->model->arch.layers, first = c->prefix_length + c->shared_capacity;
     int longest = 0;
@@ -197,6 +198,10 @@ glm_status glm_cache_grow(struct glm_cache *c, int capacity, struct glm_error *e
  * refused. */
 static glm_status check_version(struct glm_cache *c, struct glm_error *err)
 {
+    if (c->be != c->model->be)
+        return glm_fail(err, GLM_ESTATE,
+                        "the model moved to %s since this cache was made: start a new one",
+                        c->model->be->name);
     if (c->version == c->model->version)
         return GLM_OK;
     int held = c->shared_length;
@@ -208,8 +213,9 @@ static glm_status check_version(struct glm_cache *c, struct glm_error *err)
     return fill_prefix(c, err);
 }
 
-static glm_status extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
-                         const int32_t *lengths, struct glm_error *err)
+/* Checks, memory and uploads of a step that continues n rows. */
+static glm_status begin(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
+                        const int32_t *lengths, struct glm_error *err)
 {
     struct glm_model *m = c->model;
     int64_t N = 0;
@@ -224,15 +230,13 @@ static glm_status extend(struct glm_cache *c, const int32_t *rows, int n, const 
      * around */
     const struct glm_input in = {.ids = ids, .lengths = lengths, .N = (int)N, .S = n, .M = n};
     const struct glm_place place = {.cache = c, .rows = rows};
-    GLM_TRY(glm_step_begin(m, &in, 0, 1, &place, err));
-    return glm_step_forward(m, NULL, err);
+    return glm_step_begin(m, &in, 0, 1, &place, err);
 }
 
-glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
-                            const int32_t *lengths, void *logits, struct glm_error *err)
+/* Each of the n rows, distinct, has room for its tokens. */
+static glm_status check_rows(const struct glm_cache *c, const int32_t *rows, int n,
+                             const int32_t *lengths, struct glm_error *err)
 {
-    struct glm_model *m = c->model;
-    const size_t V = (size_t)m->arch.vocab;
     for (int i = 0; i < n; i++) {
         if (rows[i] < 0 || rows[i] >= c->rows)
             return glm_fail(err, GLM_EVALUE, "rows[%d]: expected 0 to %d, got %d", i, c->rows - 1,
@@ -244,20 +248,79 @@ glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, con
             return glm_fail(err, GLM_EVALUE, "row %d: %d more tokens do not fit: it holds %d of %d",
                             rows[i], lengths[i], c->lengths[rows[i]], c->capacity);
     }
-    GLM_TRY(extend(c, rows, n, ids, lengths, err));
+    return GLM_OK;
+}
+
+glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
+                            const int32_t *lengths, void *logits, struct glm_error *err)
+{
+    struct glm_model *m = c->model;
+    const size_t V = (size_t)m->arch.vocab;
+    GLM_TRY(check_rows(c, rows, n, lengths, err));
+    GLM_TRY(begin(c, rows, n, ids, lengths, err));
+    GLM_TRY(glm_step_forward(m, NULL, err));
     struct glm_step *s = &m->step;
-    for (int begin = 0; begin < n; begin += s->logits_rows) {
-        const int count = n - begin < s->logits_rows ? n - begin : s->logits_rows;
+    for (int first = 0; first < n; first += s->logits_rows) {
+        const int count = n - first < s->logits_rows ? n - first : s->logits_rows;
         int bad;
-        glm_step_logits(m, begin, count);
+        glm_step_logits(m, first, count);
         m->be->ops->first_nonfinite(m->be->cx, &bad, s->logits, count, m->arch.vocab);
         if (m->be->stopped(m->be))
             return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
         if (bad >= 0)
             return glm_step_diagnose(m, err);
-        m->be->download(m->be, glm_at(m, logits, begin * V), s->logits,
+        m->be->download(m->be, glm_at(m, logits, first * V), s->logits,
                         count * V * m->be->real_size);
     }
+    for (int i = 0; i < n; i++)
+        c->lengths[rows[i]] += lengths[i];
+    return GLM_OK;
+}
+
+/* From the embedding to the chosen ids, which stay on the device. */
+static glm_status run_to_ids(struct glm_model *m, int n, struct glm_error *err)
+{
+    const struct glm_step *s = &m->step;
+    GLM_TRY(glm_step_forward(m, NULL, err));
+    for (int first = 0; first < n; first += s->logits_rows) {
+        const int count = n - first < s->logits_rows ? n - first : s->logits_rows;
+        glm_step_logits(m, first, count);
+        m->be->ops->argmax(m->be->cx, s->chosen + first, s->logits, count, m->arch.vocab);
+    }
+    return GLM_OK;
+}
+
+/* One token a row is the same sequence of ops again and again: where the batch lies and what it
+ * reads changes, which addresses the ops get does not. */
+static glm_status replay_to_ids(struct glm_model *m, int n, struct glm_error *err)
+{
+    struct glm_backend *be = m->be;
+    const struct glm_step *s = &m->step;
+    const struct glm_key key = {{(uintptr_t)m, m->version, (uintptr_t)m->arena.base,
+                                 (uintptr_t)s->cache->kv, (uint64_t)s->cache->slots, (uint64_t)s->N,
+                                 (uint64_t)n, (uint64_t)s->kept_layers}};
+    if (!be->replay || s->longest > 1)
+        return run_to_ids(m, n, err);
+    if (be->replay(be, &key))
+        return GLM_OK;
+    const glm_status status = run_to_ids(m, n, err);
+    be->recorded(be);
+    return status;
+}
+
+glm_status glm_cache_next(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
+                          const int32_t *lengths, int32_t *next, struct glm_error *err)
+{
+    struct glm_model *m = c->model;
+    GLM_TRY(check_rows(c, rows, n, lengths, err));
+    GLM_TRY(begin(c, rows, n, ids, lengths, err));
+    GLM_TRY(replay_to_ids(m, n, err));
+    m->be->download(m->be, next, m->step.chosen, (size_t)n * sizeof *next);
+    if (m->be->stopped(m->be))
+        return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
+    for (int i = 0; i < n; i++)
+        if (next[i] < 0)
+            return glm_step_diagnose(m, err);
     for (int i = 0; i < n; i++)
         c->lengths[rows[i]] += lengths[i];
     return GLM_OK;
@@ -275,7 +338,8 @@ glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int 
         return glm_fail(err, GLM_EVALUE,
                         "shared prefix: %d more tokens do not fit: it holds %d of %d", n,
                         c->shared_length, c->shared_capacity);
-    GLM_TRY(extend(c, NULL, 1, ids, &lengths, err));
+    GLM_TRY(begin(c, NULL, 1, ids, &lengths, err));
+    GLM_TRY(glm_step_forward(c->model, NULL, err));
     c->shared_length += n;
     return GLM_OK;
 }

@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include <math.h>
+#include <string.h>
 
 static double host_real(const struct glm_model *m, const void *values, int i)
 {
@@ -26,7 +27,7 @@ glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, vo
     return GLM_OK;
 }
 
-/* Losses of all M rows on the host; with gradients, d(sum of losses)/d(final) in step.dnorm. */
+/* Losses of all M rows; with gradients, d(sum of losses)/d(final) in step.dnorm. */
 static glm_status losses_of(struct glm_model *m, int training, struct glm_error *err)
 {
     const struct glm_ops *op = m->be->ops;
@@ -51,10 +52,19 @@ static glm_status losses_of(struct glm_model *m, int training, struct glm_error 
         if (m->be->stopped(m->be))
             return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
     }
-    void *host = s->host_losses;
-    m->be->download(m->be, host, s->losses, (size_t)s->M * m->be->real_size);
+    return GLM_OK;
+}
+
+/* The losses to the host, with what lies up to `end` on the device, in one download. */
+static glm_status fetch_losses(struct glm_model *m, const void *end, struct glm_error *err)
+{
+    const struct glm_step *s = &m->step;
+    m->be->download(m->be, s->host_losses, s->losses,
+                    (size_t)((const char *)end - (const char *)s->losses));
+    if (m->be->stopped(m->be))
+        return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
     for (int i = 0; i < s->M; i++)
-        if (!isfinite(host_real(m, host, i)))
+        if (!isfinite(host_real(m, s->host_losses, i)))
             return glm_step_diagnose(m, err);
     return GLM_OK;
 }
@@ -76,7 +86,8 @@ glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void 
 {
     GLM_TRY(begin_losses(m, in, 0, err));
     GLM_TRY(losses_of(m, 0, err));
-    m->be->download(m->be, losses, m->step.losses, (size_t)m->step.M * m->be->real_size);
+    GLM_TRY(fetch_losses(m, glm_at(m, m->step.losses, (size_t)m->step.M), err));
+    memcpy(losses, m->step.host_losses, (size_t)m->step.M * m->be->real_size);
     return GLM_OK;
 }
 
@@ -96,6 +107,9 @@ glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
     glm_status status = begin_losses(m, in, 1, err);
     if (status == GLM_OK)
         status = losses_of(m, 1, err);
+    if (status == GLM_OK && !m->be->device_memory) /* it costs nothing to look now */
+        status = fetch_losses(m, glm_at(m, s->losses, (size_t)s->M), err);
+    m->squares_known = 0;
     if (status != GLM_OK) {
         s->use_dropout = 0;
         return status;
@@ -114,8 +128,10 @@ glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
     }
     const int through = glm_trains(m->word_embeddings);
     for (int l = L - 1; below && l >= lowest; l--) {
-        if (l == 0) /* the second layer's input took its place */
+        if (l == 0) /* what followed took its place */
             op->embedding_forward(cx, s->x[0], &m->word_embeddings->mat, s->ids, s->N);
+        if (s->saved[l])
+            op->convert(cx, s->x[l], m->be->real, s->saved[l], m->be->kept, (size_t)s->N * C);
         if (l < L - s->kept_layers)
             glm_block_forward(m, l, NULL);
         glm_block_backward(m, l, l > lowest || through);
@@ -128,6 +144,16 @@ glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
         op->embedding_backward(cx, m->word_embeddings->grad, s->dx, s->ids, s->N, C);
     if (s->dprefix_kv && m->prefix_length)
         glm_prefix_backward(m);
+    if (m->be->device_memory) { /* the host waits once, and step() needs not wait again */
+        op->sum_squares(cx, s->squares, m->block + m->block_size * m->be->real_size, m->block_size);
+        status = fetch_losses(m, s->squares + 1, err);
+        s->use_dropout = 0;
+        GLM_TRY(status);
+        memcpy(&m->squares,
+               (const char *)s->host_losses + ((const char *)s->squares - (const char *)s->losses),
+               sizeof m->squares);
+        m->squares_known = 1;
+    }
     s->use_dropout = 0;
 
     double sum = 0;

@@ -61,15 +61,20 @@ struct glm_block_acts {
 /* One call's work: the batch on the device and every buffer, laid out by glm_step_layout. */
 struct glm_step {
     int N, S, M, training, gathered, kept_layers;
+    int longest; /* tokens of the longest segment */
     int32_t *ids, *position, *stream, *rows, *target, *row_position, *row_stream, *slot;
     int32_t *prefix_position, *prefix_stream; /* (copies * P) */
     struct glm_segment *segments;
     void **x; /* (layers + 1) inputs of the layers, the last their output; on the host */
+    void **
+        saved; /* (layers) inputs of layers to be computed twice in 16 bits, or NULL; on the host */
     /* (layers), on the host; the last layer and those that are recomputed share one set: in it
      * the last one's are still there when backward begins */
     struct glm_block_acts *acts;
     void *final, *final_rstd;    /* after the final norm (MR, C) */
     void *logits, *losses, *lse; /* a piece of at most logits_rows rows; all M losses */
+    double *squares;             /* behind the losses: of all gradients together */
+    int32_t *chosen;             /* (M) ids, generation */
     int logits_rows;
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
     /* Inputs of linears, and in their place the gradients on the way up, which are written once the
@@ -83,7 +88,7 @@ struct glm_step {
     int prefix_copies;
     int use_dropout;
     uint64_t dropout_seed;
-    void *host_losses;       /* (M) real, staging */
+    void *host_losses;       /* (M) real and what lies up to squares, staging */
     struct glm_cache *cache; /* generation: where keys and values go; NULL elsewhere */
 };
 
@@ -101,9 +106,12 @@ struct glm_model {
     int lora_on;
     void *rope_table; /* (max_positions, rotary_dim / 2, 2) real */
     int *trainable, n_trainable;
-    char *block; /* values, gradients, first and second moments, block_size elements each */
+    char *block; /* values, gradients, first and second moments, block_size elements each, and a
+                  * double */
     size_t block_size;
     struct glm_progress progress;
+    double squares; /* sum of squares of all gradients, where it is known */
+    int squares_known;
     uint64_t version; /* grows when weights change, so a cache knows it is stale */
     size_t budget; /* bytes of activations to keep rather than recompute; 0: GLM_DEFAULT_BUDGET */
     struct glm_arena arena;
@@ -129,7 +137,8 @@ void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void
                          const void *dout, const void *inp, const void *xa, int N, int rows);
 int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin);
 
-/* model/block.c; x_out NULL: only what the backward pass reads, so not the last product */
+/* model/block.c. With x_out the layers run in order: each leaves its output's norm to the next one.
+ * x_out NULL: a layer alone, only what the backward pass reads, so not the last product */
 void glm_block_forward(struct glm_model *m, int l, void *x_out);
 void glm_block_backward(struct glm_model *m, int l, int need_dx);
 

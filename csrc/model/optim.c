@@ -12,6 +12,17 @@ void glm_model_zero_grad(struct glm_model *m)
     if (m->block)
         m->be->zero(m->be, m->block + bytes, bytes);
     m->progress.tokens = m->progress.rows = 0;
+    m->squares_known = 0;
+}
+
+/* Sum of squares of n elements of the device, on the host. */
+static double squares_of(struct glm_model *m, const void *x, size_t n)
+{
+    struct glm_backend *be = m->be;
+    double *place = (double *)(m->block + 4 * m->block_size * be->real_size), sum;
+    be->ops->sum_squares(be->cx, place, x, n);
+    be->download(be, &sum, place, sizeof sum);
+    return sum;
 }
 
 static glm_status ready(struct glm_model *m, struct glm_error *err)
@@ -27,17 +38,16 @@ static glm_status ready(struct glm_model *m, struct glm_error *err)
 
 glm_status glm_model_grad_norm(struct glm_model *m, double *norm, struct glm_error *err)
 {
-    struct glm_backend *be = m->be;
-    double sum;
     GLM_TRY(ready(m, err));
-    be->ops->sum_squares(be->cx, &sum, m->block + m->block_size * be->real_size, m->block_size);
-    *norm = sqrt(sum) / (double)m->progress.tokens;
+    if (!m->squares_known)
+        m->squares = squares_of(m, m->block + m->block_size * m->be->real_size, m->block_size);
+    m->squares_known = 1;
+    *norm = sqrt(m->squares) / (double)m->progress.tokens;
     if (isfinite(*norm))
         return GLM_OK;
     for (int i = 0; i < m->n_trainable; i++) {
         const struct glm_weight *w = &m->weights[m->trainable[i]];
-        be->ops->sum_squares(be->cx, &sum, w->grad, glm_count(w));
-        if (!isfinite(sum))
+        if (!isfinite(squares_of(m, w->grad, glm_count(w))))
             return glm_fail(
                 err, GLM_ENUMERIC,
                 "the gradient of %s holds NaN or infinity in update %d (%lld rows, %lld tokens)",
@@ -60,12 +70,18 @@ glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, doub
     double gscale = 1.0 / (double)m->progress.tokens;
     if (opt->max_grad_norm > 0 && opt->max_grad_norm / (*norm + 1e-6) < 1)
         gscale *= opt->max_grad_norm / (*norm + 1e-6);
-    for (int i = 0; i < m->n_trainable; i++) {
+    for (int i = 0, end; i < m->n_trainable; i = end) { /* neighbours of one kind in one call */
         const struct glm_weight *w = &m->weights[m->trainable[i]];
+        for (end = i + 1; end < m->n_trainable; end++)
+            if (decays(&m->weights[m->trainable[end]]) != decays(w))
+                break;
+        const size_t stop =
+            end < m->n_trainable ? m->weights[m->trainable[end]].offset : m->block_size;
         char *at = m->block + w->offset * size;
         be->ops->adamw(be->cx, at, at + m->block_size * size, at + 2 * m->block_size * size,
-                       at + 3 * m->block_size * size, glm_count(w), opt->lr, opt->beta1, opt->beta2,
-                       opt->eps, decays(w) ? opt->weight_decay : 0, m->progress.steps + 1, gscale);
+                       at + 3 * m->block_size * size, stop - w->offset, opt->lr, opt->beta1,
+                       opt->beta2, opt->eps, decays(w) ? opt->weight_decay : 0,
+                       m->progress.steps + 1, gscale);
     }
     m->progress.steps++;
     m->version++;

@@ -85,18 +85,25 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->row_stream = glm_arena_push(arena, M, 4);
     s->segments = glm_arena_push(arena, s->S, sizeof *s->segments);
 
-    /* the first layer's input is looked up again in backward, so the second's may take its place */
+    /* The first layer's input is looked up again in backward, so the second's may take its place.
+     */
+    const int first_kept = L - s->kept_layers, narrow = s->training && m->be->kept != GLM_F32;
     void *shared_x = glm_arena_push(arena, N * C, real);
-    for (int l = 0; l < L; l++)
-        s->x[l] = l <= (lowest ? lowest : 1) ? shared_x : glm_arena_push(arena, N * C, real);
+    for (int l = 0; l < L; l++) {
+        /* the first layer that is kept has its input to itself until the others run again */
+        const int passes = l <= (lowest ? lowest : 1) || (narrow && l <= first_kept);
+        s->x[l] = passes ? shared_x : glm_arena_push(arena, N * C, real);
+        s->saved[l] =
+            narrow && l && l >= lowest && l < first_kept ? glm_arena_push(arena, N * C, 2) : NULL;
+    }
     s->x[L] = s->training || s->gathered ? glm_arena_push(arena, MR * C, real) : shared_x;
     s->final = glm_arena_push(arena, MR * C, real);
     s->final_rstd = glm_arena_push(arena, MR, real);
 
-    const size_t NR = s->gathered && s->kept_layers == L ? M : N;
+    const size_t NR = s->gathered && first_kept == 0 ? M : N;
     layout_acts(m, arena, &s->acts[L - 1], N, NR, rank);
     for (int l = 0; l < L - 1; l++)
-        if (l < L - s->kept_layers)
+        if (l < first_kept)
             s->acts[l] = s->acts[L - 1];
         else
             layout_acts(m, arena, &s->acts[l], N, N, rank);
@@ -123,6 +130,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->logits_rows = (int)(M < piece ? M : piece);
     s->logits = glm_arena_push(arena, s->logits_rows * V, real);
     s->losses = glm_arena_push(arena, M, real);
+    s->squares = glm_arena_push(arena, 1, sizeof *s->squares);
+    s->chosen = glm_arena_push(arena, s->cache ? M : 0, 4);
     s->lse = glm_arena_push(arena, M, real);
 
     s->prefix_hidden = s->prefix_rows = s->prefix_kv = NULL;
@@ -175,7 +184,7 @@ static size_t host_bytes(const struct glm_model *m, const struct glm_step *s)
 {
     const size_t prefix = (size_t)s->prefix_copies * m->prefix_length;
     return ((size_t)s->N * 4 + (size_t)s->M * 4 + prefix * 2) * 4 +
-           (size_t)s->S * sizeof *s->segments + (size_t)s->M * 8 + 64;
+           (size_t)s->S * sizeof *s->segments + (size_t)s->M * 8 + 192;
 }
 
 /* Memory for the step that `s` describes; kept where it suffices. */
@@ -187,7 +196,7 @@ static glm_status take_memory(struct glm_model *m, struct glm_step *s, size_t bu
     const size_t host = host_bytes(m, s);
     if (host > m->host_size) {
         free(m->host);
-        m->host = malloc(host);
+        m->host = calloc(1, host);
         m->host_size = m->host ? host : 0;
         m->be->allocated++;
         if (!m->host)
@@ -295,6 +304,7 @@ static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
             *prefix_stream = prefix_position + (size_t)s->prefix_copies * P;
     s->host_losses =
         (void *)(((uintptr_t)(prefix_stream + (size_t)s->prefix_copies * P) + 7) / 8 * 8);
+    s->longest = 0;
     for (int i = 0, n = 0; i < s->S; i++) {
         const int count = in->lengths[i], row = place && place->rows ? place->rows[i] : -1;
         const int past = row >= 0 ? c->lengths[row] : c ? c->shared_length : 0;
@@ -302,6 +312,7 @@ static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
                           : c      ? c->prefix_length
                                    : 0;
         int start = past + (row >= 0 ? c->shared_length : 0);
+        s->longest = count > s->longest ? count : s->longest;
         segments[i] = (struct glm_segment){.begin = n, .count = count};
         if (fresh && P) {
             segments[i].shared_begin = s->prefix_copies > 1 ? i * P : 0;
@@ -433,6 +444,8 @@ static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, st
             m->be->download(m->be, (char *)hidden + l * bytes, s->x[l], bytes);
         if (diagnose)
             GLM_TRY(check_finite(m, s->x[l], s->N, 0, l ? "layer" : "the embedding", l - 1, err));
+        if (s->saved[l])
+            op->convert(cx, s->saved[l], m->be->kept, s->x[l], m->be->real, (size_t)s->N * C);
         glm_block_forward(m, l, s->x[l + 1]);
         GLM_TRY(interrupted(m, err));
     }
@@ -440,8 +453,6 @@ static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, st
         m->be->download(m->be, (char *)hidden + L * bytes, s->x[L], bytes);
     if (diagnose)
         GLM_TRY(check_finite(m, s->x[L], MR, s->gathered, "layer", L - 1, err));
-    op->rmsnorm_forward(cx, s->final, s->final_rstd, s->x[L], m->final_layernorm->mat.data, MR, C,
-                        m->arch.eps);
     return GLM_OK;
 }
 

@@ -255,8 +255,9 @@ glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
     m->trainable = calloc(slots, sizeof *m->trainable);
     m->step.x = calloc((size_t)arch->layers + 1, sizeof *m->step.x);
     m->step.acts = calloc((size_t)arch->layers, sizeof *m->step.acts);
+    m->step.saved = calloc((size_t)arch->layers, sizeof *m->step.saved);
     glm_status status = GLM_OK;
-    if (!m->layers || !m->weights || !m->trainable || !m->step.x || !m->step.acts)
+    if (!m->layers || !m->weights || !m->trainable || !m->step.x || !m->step.acts || !m->step.saved)
         status = glm_fail(err, GLM_EMEMORY, "model: tables of %d layers", arch->layers);
     if (status == GLM_OK) {
         add_weights(m);
@@ -293,6 +294,7 @@ void glm_model_free(struct glm_model *m)
     free(m->trainable);
     free(m->step.x);
     free(m->step.acts);
+    free(m->step.saved);
     free(m);
 }
 
@@ -651,7 +653,8 @@ glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int 
     }
     char *block = NULL;
     if (n) {
-        if (total > SIZE_MAX / 4 / size || !(block = be->alloc(be, 4 * total * size)))
+        if (total > SIZE_MAX / 4 / size - 1 ||
+            !(block = be->alloc(be, 4 * total * size + sizeof(double))))
             return glm_fail(
                 err, GLM_EMEMORY,
                 "training needs %zu bytes for parameters, gradients and two moments (16 bytes for "
@@ -703,6 +706,7 @@ glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int 
     for (int i = 0; i < n; i++)
         m->trainable[i] = weights[i];
     m->progress = (struct glm_progress){0};
+    m->squares_known = 0;
     m->version++;
     return GLM_OK;
 }

@@ -1,17 +1,23 @@
 /* A backend that computes nothing and counts: what a call would allocate, move and multiply. The
  * model runs on it as on any other, so its figures are those of the real code.
  *
+ * "plan" has the cpu's costs. "plan:cuda.." has those of the CUDA library, op by op: a line here
+ * for every launch there (cuda/[op].cu), which a test compares with the library on the emulator.
+ *
  * Memory is address space that nobody fills; uploads of index arrays and vectors are kept, since
  * attention's cost lies in its segments. What is downloaded is zero. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
+#include "../cuda/products.h"
 #include "backend.h"
 
 #pragma GCC diagnostic ignored "-Wunused-parameter" /* an op's arguments are its specification */
 
-enum { KEPT_UPLOAD = 1 << 20 };
+enum { KEPT_UPLOAD = 1 << 20, RECORDINGS = 4 };
+enum { SCRATCH_WEIGHT, SCRATCH_A, SCRATCH_B, SCRATCHES };
 
 struct region {
     void *p;
@@ -23,17 +29,115 @@ struct plan {
     struct glm_backend be;
     struct region *regions;
     struct glm_counts counts;
+    int cuda; /* counts as the CUDA library does */
+    enum glm_dtype compute;
+    size_t scratch[SCRATCHES];
+    struct glm_key last, recorded[RECORDINGS]; /* as in cuda/device.c */
+    int next_recording, capturing;
+    char name[32];
 };
 
 static struct plan *plan_of(struct glm_backend *be) { return be->cx; }
 
 /* one call of an op, `flops` multiplications and additions in products */
-#define COUNT(op, products)                                   \
+#define COUNT(op, products_)                                  \
     do {                                                      \
         struct glm_counts *c_ = &((struct plan *)cx)->counts; \
         c_->calls[GLM_OP_##op]++;                             \
-        c_->flops += (products);                              \
+        c_->flops += (products_);                             \
     } while (0)
+
+/* so many launches of a CUDA device, where there is anything to do */
+static void launch(void *cx, int some, int launches)
+{
+    struct plan *plan = cx;
+    if (plan->cuda && some && !plan->capturing)
+        plan->counts.launches += (uint64_t)launches;
+}
+
+static void live(struct plan *plan, size_t more)
+{
+    plan->counts.live += more;
+    if (plan->counts.peak < plan->counts.live)
+        plan->counts.peak = plan->counts.live;
+}
+
+static void scratch(struct plan *plan, int which, size_t bytes)
+{
+    if (!plan->cuda || bytes <= plan->scratch[which])
+        return;
+    plan->counts.syncs += plan->scratch[which] != 0;
+    plan->counts.live -= plan->scratch[which];
+    plan->counts.scratch += bytes - plan->scratch[which];
+    live(plan, bytes);
+    plan->scratch[which] = bytes;
+}
+
+/* ---- products as cuda/linear.cu makes them */
+
+/* An operand of n elements is converted; `gradient`: a factor is found first. */
+static void operand(struct plan *plan, int which, size_t n, enum glm_dtype type, int gradient)
+{
+    if (type == GLM_F32)
+        return;
+    launch(plan, gradient && type == GLM_F16, 2);
+    scratch(plan, which, glm_bytes(type, n));
+    launch(plan, 1, 1);
+}
+
+static void count_forward(struct plan *plan, const struct glm_mat *W, int bias, int N)
+{
+    const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
+    const int rows = glm_forward_rows(GLM_PIECE, W, type), pieces = (W->rows + rows - 1) / rows;
+    if (!N || !plan->cuda)
+        return;
+    if (N <= GLM_FEW && W->dtype != GLM_F64) {
+        launch(plan, 1, 1);
+        return;
+    }
+    const int tokens = glm_piece_rows(GLM_PIECE, N, type == GLM_F32 ? 0 : (size_t)W->cols);
+    launch(plan, bias, 1);
+    for (int n = 0; n < N; n += tokens) {
+        const int some = N - n < tokens ? N - n : tokens;
+        operand(plan, SCRATCH_A, (size_t)some * W->cols, type, 0);
+        if (W->dtype != type) {
+            scratch(plan, SCRATCH_WEIGHT, glm_bytes(type, (size_t)rows * W->cols));
+            launch(plan, 1, pieces);
+        }
+        plan->counts.products += plan->capturing ? 0 : (uint64_t)pieces;
+    }
+}
+
+static void count_backward_input(struct plan *plan, const struct glm_mat *W, int N)
+{
+    const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
+    const int rows = glm_backward_rows(GLM_PIECE, W, type, N), pieces = (W->rows + rows - 1) / rows;
+    if (!N || !plan->cuda)
+        return;
+    launch(plan, type == GLM_F16, 2);
+    if (type != GLM_F32) {
+        scratch(plan, SCRATCH_A, glm_bytes(type, (size_t)N * rows));
+        launch(plan, 1, pieces);
+    }
+    if (W->dtype != type) {
+        scratch(plan, SCRATCH_WEIGHT, glm_bytes(type, (size_t)rows * W->cols));
+        launch(plan, 1, pieces);
+    }
+    plan->counts.products += (uint64_t)pieces;
+}
+
+static void count_backward_weight(struct plan *plan, int dweight, int dbias, int N, int O, int I)
+{
+    const enum glm_dtype type = glm_product_type(plan->compute, GLM_F32, O, I);
+    if (!N || !plan->cuda)
+        return;
+    if (dweight) {
+        operand(plan, SCRATCH_A, (size_t)N * O, type, 1);
+        operand(plan, SCRATCH_B, (size_t)N * I, type, 0);
+        plan->counts.products++;
+    }
+    launch(plan, dbias, 1);
+}
 
 /* ---- ops */
 
@@ -54,147 +158,213 @@ static void embedding_forward(void *cx, void *out, const struct glm_mat *weight,
                               int N)
 {
     COUNT(embedding_forward, 0);
+    launch(cx, N, 1);
 }
 static void embedding_backward(void *cx, void *dweight, const void *dout, const int32_t *ids, int N,
                                int C)
 {
     COUNT(embedding_backward, 0);
+    launch(cx, N, 1);
 }
 static void rmsnorm_forward(void *cx, void *out, void *rstd, const void *inp, const void *weight,
                             int N, int C, double eps)
 {
     COUNT(rmsnorm_forward, 0);
+    launch(cx, N, 1);
 }
 static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout, const void *inp,
                              const void *weight, const void *rstd, int N, int C)
 {
     COUNT(rmsnorm_backward, 0);
+    launch(cx, N, 1);
+    launch(cx, dweight != NULL, 1);
 }
 static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
                            const void *bias, int N, double scale, int accumulate)
 {
     COUNT(linear_forward, linear_flops(N, weight->rows, weight->cols));
+    count_forward(cx, weight, bias != NULL, N);
 }
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
 {
     COUNT(linear_backward_input, linear_flops(N, weight->rows, weight->cols));
+    count_backward_input(cx, weight, N);
 }
 static void linear_backward_weight(void *cx, void *dweight, void *dbias, const void *dout,
                                    const void *inp, int N, int O, int I, double scale)
 {
     COUNT(linear_backward_weight, dweight ? linear_flops(N, O, I) : 0);
+    count_backward_weight(cx, dweight != NULL, dbias != NULL, N, O, I);
 }
 static void rope_forward(void *cx, void *x, const void *table, const int32_t *position, int N,
                          int heads, int HD, int stride, int rotary_dim)
 {
     COUNT(rope_forward, 0);
+    launch(cx, N, 1);
 }
 static void rope_backward(void *cx, void *dx, const void *table, const int32_t *position, int N,
                           int heads, int HD, int stride, int rotary_dim)
 {
     COUNT(rope_backward, 0);
+    launch(cx, N, 1);
 }
 static void attention_forward(void *cx, void *out, void *lse, const void *qkv, struct glm_kv cache,
                               const struct glm_segment *segments, int n_segments,
                               struct glm_heads heads)
 {
     COUNT(attention_forward, 4 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
+    launch(cx, n_segments, heads.longest && heads.longest <= 4 ? 1 : 2);
 }
 static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
                                const void *out, const void *lse, const void *qkv,
                                struct glm_kv cache, const struct glm_segment *segments,
                                int n_segments, struct glm_heads heads)
 {
+    const struct plan *plan = cx;
+    const int factor = plan->compute == GLM_F16 && heads.HD <= 128;
     COUNT(attention_backward, 10 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
+    launch(cx, n_segments, factor ? 4 : 3); /* delta, its factor, keys and values, queries */
 }
 static void kv_append(void *cx, struct glm_kv cache, const void *qkv, const int32_t *slot, int N,
                       struct glm_heads heads)
 {
     COUNT(kv_append, 0);
+    launch(cx, N, 1);
 }
 static void prefix_forward(void *cx, void *out, const void *inp, int P, int J, int KV, int copies,
                            const struct glm_dropout *dropout)
 {
     COUNT(prefix_forward, 0);
+    launch(cx, copies, 1);
 }
 static void prefix_backward(void *cx, void *dinp, const void *dout, int P, int J, int KV,
                             int copies, const struct glm_dropout *dropout)
 {
     COUNT(prefix_backward, 0);
+    launch(cx, P, 1);
 }
 static void swiglu_forward(void *cx, void *out, const void *inp, int N, int F)
 {
     COUNT(swiglu_forward, 0);
+    launch(cx, N, 1);
 }
 static void swiglu_backward(void *cx, void *dinp, const void *dout, const void *inp, int N, int F)
 {
     COUNT(swiglu_backward, 0);
+    launch(cx, N, 1);
 }
-static void tanh_forward(void *cx, void *out, const void *inp, size_t n) { COUNT(tanh_forward, 0); }
+static void tanh_forward(void *cx, void *out, const void *inp, size_t n)
+{
+    COUNT(tanh_forward, 0);
+    launch(cx, n > 0, 1);
+}
 static void tanh_backward(void *cx, void *dinp, const void *dout, const void *out, size_t n)
 {
     COUNT(tanh_backward, 0);
+    launch(cx, n > 0, 1);
 }
 static void dropout_forward(void *cx, void *out, const void *inp, int N, int C,
                             const struct glm_dropout *dropout)
 {
     COUNT(dropout_forward, 0);
+    launch(cx, N, 1);
 }
 static void dropout_backward(void *cx, void *dinp, const void *dout, int N, int C,
                              const struct glm_dropout *dropout)
 {
     COUNT(dropout_backward, 0);
+    launch(cx, N, 1);
 }
 static void gather_forward(void *cx, void *out, const void *inp, const int32_t *rows, int M, int C)
 {
     COUNT(gather_forward, 0);
+    launch(cx, M, 1);
 }
 static void gather_backward(void *cx, void *dinp, const void *dout, const int32_t *rows, int M,
                             int C)
 {
     COUNT(gather_backward, 0);
+    launch(cx, M, 1);
 }
 static void cross_entropy_forward(void *cx, void *loss, void *lse, const void *logits,
                                   const int32_t *target, int M, int V)
 {
     COUNT(cross_entropy_forward, 0);
+    launch(cx, M, 1);
 }
 static void cross_entropy_backward(void *cx, void *logits, const void *lse, const int32_t *target,
                                    int M, int V, double scale)
 {
     COUNT(cross_entropy_backward, 0);
+    launch(cx, M, 1);
 }
-static void add(void *cx, void *out, const void *a, const void *b, size_t n) { COUNT(add, 0); }
+static void add(void *cx, void *out, const void *a, const void *b, size_t n)
+{
+    COUNT(add, 0);
+    launch(cx, n > 0, 1);
+}
 static void sum_squares(void *cx, double *out, const void *x, size_t n)
 {
     COUNT(sum_squares, 0);
+    launch(cx, n > 0, 1);
+    launch(cx, 1, 1);
     *out = 0;
 }
 static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
 {
+    struct plan *plan = cx;
+    const int rows = (N + 127) / 128;
     COUNT(first_nonfinite, 0);
+    launch(cx, N, 1);
+    if (plan->cuda && N) {
+        plan->counts.downloads++;
+        plan->counts.downloaded += (size_t)((N + rows - 1) / rows) * sizeof(int);
+        plan->counts.syncs++;
+    }
     *row = -1;
+}
+static void argmax(void *cx, int32_t *id, const void *x, int M, int V)
+{
+    COUNT(argmax, 0);
+    launch(cx, M, 1);
+}
+static void add_rmsnorm_forward(void *cx, void *out, void *rstd, void *sum, const void *a,
+                                const void *b, const void *weight, int N, int C, double eps)
+{
+    COUNT(add_rmsnorm_forward, 0);
+    launch(cx, N, 1);
+}
+static void rope_append(void *cx, struct glm_kv cache, void *qkv, const void *table,
+                        const int32_t *position, const int32_t *slot, int N, struct glm_heads heads,
+                        int rotary_dim)
+{
+    COUNT(rope_append, 0);
+    launch(cx, N, 1);
 }
 static void adamw(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr,
                   double b1, double b2, double eps, double wd, int t, double gscale)
 {
     COUNT(adamw, 0);
+    launch(cx, n > 0, 1);
 }
 static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A, int O,
                   int I, int R, double scale)
 {
     COUNT(merge, linear_flops(O, I, R));
+    launch(cx, O, 1);
 }
 static void convert(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,
                     enum glm_dtype inp_dtype, size_t n)
 {
     COUNT(convert, 0);
+    launch(cx, n > 0, 1);
 }
 static void quantize(void *cx, void *data, uint16_t *scale, enum glm_dtype dtype, int group,
                      const void *inp, enum glm_dtype inp_dtype, int rows, int cols)
 {
     COUNT(quantize, 0);
+    launch(cx, rows, 1);
 }
 
 static const struct glm_ops plan_ops = {
@@ -221,9 +391,7 @@ static void *plan_alloc(struct glm_backend *be, size_t bytes)
     r->next = plan->regions;
     plan->regions = r;
     be->allocated++;
-    plan->counts.live += bytes;
-    if (plan->counts.peak < plan->counts.live)
-        plan->counts.peak = plan->counts.live;
+    live(plan, bytes);
     r->bytes = bytes;
     return r->p;
 }
@@ -235,22 +403,31 @@ static void plan_free(struct glm_backend *be, void *p)
         if (r->p != p)
             continue;
         plan->counts.live -= r->bytes;
+        memset(&plan->last, 0, sizeof plan->last);
+        memset(plan->recorded, 0, sizeof plan->recorded);
         munmap(p, (r->bytes + 4159) / 4096 * 4096);
         *at = r->next;
         free(r);
+        if (plan->regions)
+            return;
+        plan->counts.live -= plan->counts.scratch; /* the next model begins on a fresh device */
+        plan->counts.scratch = 0;
+        memset(plan->scratch, 0, sizeof plan->scratch);
         return;
     }
 }
 static void plan_upload(struct glm_backend *be, void *device, const void *host, size_t bytes)
 {
+    plan_of(be)->counts.uploads += bytes != 0;
     plan_of(be)->counts.uploaded += bytes;
     if (bytes && bytes <= KEPT_UPLOAD)
         memcpy(device, host, bytes);
 }
 static void plan_download(struct glm_backend *be, void *host, const void *device, size_t bytes)
 {
-    plan_of(be)->counts.downloads++;
+    plan_of(be)->counts.downloads += bytes != 0;
     plan_of(be)->counts.downloaded += bytes;
+    plan_of(be)->counts.syncs += bytes != 0;
     if (bytes)
         memset(host, 0, bytes);
 }
@@ -268,14 +445,48 @@ static void plan_destroy(struct glm_backend *be)
     free(plan);
 }
 
-glm_status glm_plan_create(struct glm_backend **out, struct glm_error *err)
+/* Recordings as cuda/device.c makes them: at the second call in a row of one key. */
+static int plan_replay(struct glm_backend *be, const struct glm_key *key)
+{
+    struct plan *plan = plan_of(be);
+    for (int i = 0; i < RECORDINGS; i++)
+        if (memcmp(&plan->recorded[i], key, sizeof *key) == 0) {
+            plan->counts.graphs++;
+            return 1;
+        }
+    plan->capturing = memcmp(&plan->last, key, sizeof *key) == 0;
+    plan->last = *key;
+    return 0;
+}
+static void plan_recorded(struct glm_backend *be)
+{
+    struct plan *plan = plan_of(be);
+    if (!plan->capturing)
+        return;
+    plan->capturing = 0;
+    plan->counts.graphs++;
+    plan->recorded[plan->next_recording] = plan->last;
+    plan->next_recording = (plan->next_recording + 1) % RECORDINGS;
+}
+static void plan_take_counts(struct glm_backend *be, struct glm_counts *out)
+{
+    struct glm_counts *c = &plan_of(be)->counts;
+    *out = *c;
+    *c = (struct glm_counts){.live = c->live, .peak = c->live, .scratch = c->scratch};
+}
+
+glm_status glm_plan_create(struct glm_backend **out, const char *name, int cuda,
+                           enum glm_dtype compute, struct glm_error *err)
 {
     struct plan *plan = calloc(1, sizeof *plan);
     if (!plan)
         return glm_fail(err, GLM_EMEMORY, "plan backend: %zu bytes could not be taken",
                         sizeof *plan);
+    plan->cuda = cuda;
+    plan->compute = compute;
+    snprintf(plan->name, sizeof plan->name, "%s", name);
     plan->be = (struct glm_backend){
-        .name = "plan",
+        .name = plan->name,
         .ops = &plan_ops,
         .cx = plan,
         .real_size = 4,
@@ -291,17 +502,15 @@ glm_status glm_plan_create(struct glm_backend **out, struct glm_error *err)
         .set_poll = plan_set_poll,
         .stopped = plan_stopped,
         .destroy = plan_destroy,
+        .take_counts = plan_take_counts,
     };
+    if (cuda) {
+        plan->be.device_memory = 1;
+        plan->be.kept = compute;
+        plan->be.replay = plan_replay;
+        plan->be.recorded = plan_recorded;
+        live(plan, GLM_CUDA_SMALL + GLM_BLAS_BYTES);
+    }
     *out = &plan->be;
     return GLM_OK;
-}
-
-int glm_plan_take_counts(struct glm_backend *be, struct glm_counts *out)
-{
-    if (be->ops != &plan_ops)
-        return 0;
-    struct glm_counts *c = &plan_of(be)->counts;
-    *out = *c;
-    *c = (struct glm_counts){.live = c->live, .peak = c->live};
-    return 1;
 }

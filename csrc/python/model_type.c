@@ -29,6 +29,7 @@ struct cache_object {
 struct run {
     struct model_object *self;
     PyThreadState *thread;
+    struct glm_backend *be;
 };
 
 static int poll(void *arg)
@@ -55,7 +56,7 @@ static int begin_run(struct run *run, struct model_object *self)
     }
     self->busy = 1;
     Py_INCREF(self);
-    *run = (struct run){self, PyEval_SaveThread()};
+    *run = (struct run){self, PyEval_SaveThread(), glm_model_backend(self->m)};
     for (;;) { /* Ctrl-C must work while another model computes */
         struct timespec until;
         clock_gettime(CLOCK_REALTIME, &until);
@@ -71,15 +72,13 @@ static int begin_run(struct run *run, struct model_object *self)
             return -1;
         }
     }
-    struct glm_backend *be = glm_model_backend(self->m);
-    be->set_poll(be, poll, run);
+    run->be->set_poll(run->be, poll, run);
     return 0;
 }
 
 static void end_run(struct run *run)
 {
-    struct glm_backend *be = glm_model_backend(run->self->m);
-    be->set_poll(be, NULL, NULL);
+    run->be->set_poll(run->be, NULL, NULL);
     pthread_mutex_unlock(&run->self->state->computing);
     PyEval_RestoreThread(run->thread);
     run->self->busy = 0;
@@ -90,23 +89,31 @@ static void end_run(struct run *run)
 static glm_status device_error(struct glm_backend *be, glm_status status, struct glm_error *err)
 {
     const char *text = be->error ? be->error(be) : NULL;
+    const char *more = be->refusal && status == GLM_EMEMORY ? be->refusal(be) : NULL;
+    if (more) {
+        const size_t n = strlen(err->text);
+        snprintf(err->text + n, sizeof err->text - n, ": %s", more);
+    }
     return text ? glm_fail(err, GLM_ESTATE, "%s", text) : status;
 }
 
 /* status = call, run that way; on failure the exception is set and `failed` evaluated */
-#define RUN(self, call, failed)                                              \
-    do {                                                                     \
-        struct run run_;                                                     \
-        struct glm_error err;                                                \
-        if (begin_run(&run_, self) < 0)                                      \
-            failed;                                                          \
-        glm_status status_ = call;                                           \
-        status_ = device_error(glm_model_backend((self)->m), status_, &err); \
-        end_run(&run_);                                                      \
-        if (status_ != GLM_OK) {                                             \
-            glm_raise(status_, &err);                                        \
-            failed;                                                          \
-        }                                                                    \
+#define RUN(self, call, failed) RUN_ON(self, glm_model_backend((self)->m), call, failed)
+
+/* whatever goes wrong goes wrong on the backend `be_` */
+#define RUN_ON(self, be_, call, failed)             \
+    do {                                            \
+        struct run run_;                            \
+        struct glm_error err;                       \
+        if (begin_run(&run_, self) < 0)             \
+            failed;                                 \
+        glm_status status_ = call;                  \
+        status_ = device_error(be_, status_, &err); \
+        end_run(&run_);                             \
+        if (status_ != GLM_OK) {                    \
+            glm_raise(status_, &err);               \
+            failed;                                 \
+        }                                           \
     } while (0)
 
 static int real_type(const struct model_object *self)
@@ -236,7 +243,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->state = state;
     self->module = Py_NewRef(module);
     self->arrays = PyDict_New();
-    const glm_status status = glm_model_create(&self->m, &a, be, &err);
+    const glm_status status = device_error(be, glm_model_create(&self->m, &a, be, &err), &err);
     if (status != GLM_OK || !self->arrays) {
         Py_DECREF(self);
         return status != GLM_OK ? glm_raise(status, &err) : NULL;
@@ -365,7 +372,8 @@ static PyObject *model_bind(struct model_object *self, PyObject *args, PyObject 
         }
         mat.scale = PyArray_DATA(scale);
     }
-    const glm_status status = glm_model_bind(self->m, name, &mat, PyArray_NDIM(a), &err);
+    glm_status status = glm_model_bind(self->m, name, &mat, PyArray_NDIM(a), &err);
+    status = device_error(glm_model_backend(self->m), status, &err);
     if (status != GLM_OK) {
         glm_raise(status, &err);
         goto failed;
@@ -382,6 +390,37 @@ failed:
     Py_XDECREF(a);
     Py_XDECREF(scale);
     return NULL;
+}
+
+/* move(backend, left): left, names of weights that the caller binds anew */
+static PyObject *model_move(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"backend", "left", NULL};
+    const char *backend;
+    PyObject *left, *result = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO", names, &backend, &left) || idle(self) < 0)
+        return NULL;
+    struct glm_backend *to = glm_module_backend(self->state, backend);
+    PyObject *list = to ? PySequence_Fast(left, "left: expected names of weights") : NULL;
+    if (!list)
+        return NULL;
+    const Py_ssize_t n = PySequence_Fast_GET_SIZE(list);
+    int *weights = PyMem_New(int, n ? n : 1);
+    for (Py_ssize_t i = 0; weights && i < n; i++)
+        if ((weights[i] = find_weight(self, PySequence_Fast_GET_ITEM(list, i))) < 0)
+            goto done;
+    if (!weights)
+        PyErr_NoMemory();
+    else
+        RUN_ON(self, to, glm_model_move(self->m, to, weights, (int)n, &err), goto done);
+    if (weights) {
+        PyDict_Clear(self->arrays);
+        result = Py_NewRef(Py_None);
+    }
+done:
+    PyMem_Free(weights);
+    Py_DECREF(list);
+    return result;
 }
 
 static PyObject *model_shape(struct model_object *self, PyObject *name)
@@ -424,6 +463,8 @@ static PyObject *model_add_lora(struct model_object *self, PyObject *args, PyObj
     if (ok)
         status = glm_model_add_lora(self->m, module, PyArray_DATA(A), A_rows, A_cols,
                                     PyArray_DATA(B), B_rows, B_cols, scale, dropout, &err);
+    if (ok)
+        status = device_error(glm_model_backend(self->m), status, &err);
     Py_XDECREF(A);
     Py_XDECREF(B);
     if (!ok)
@@ -503,9 +544,9 @@ static PyObject *model_set_prefix(struct model_object *self, PyObject *args, PyO
     const void *data[5];
     for (int i = 0; i < 5; i++)
         data[i] = a[i] ? PyArray_DATA(a[i]) : NULL;
-    const glm_status status =
-        glm_model_set_prefix(self->m, (int)PyArray_DIM(a[0], 0), data[0], data[1], data[2], data[3],
-                             data[4], dropout, &err);
+    glm_status status = glm_model_set_prefix(self->m, (int)PyArray_DIM(a[0], 0), data[0], data[1],
+                                             data[2], data[3], data[4], dropout, &err);
+    status = device_error(glm_model_backend(self->m), status, &err);
     if (status != GLM_OK)
         glm_raise(status, &err);
     else
@@ -734,11 +775,14 @@ static PyObject *model_counts(struct model_object *self, PyObject *unused)
     };
     struct glm_counts c;
     (void)unused;
-    if (!glm_plan_take_counts(glm_model_backend(self->m), &c)) {
-        PyErr_Format(PyExc_ValueError, "counts: expected a model on the backend 'plan', got '%s'",
-                     glm_model_backend(self->m)->name);
+    struct glm_backend *be = glm_model_backend(self->m);
+    if (!be->take_counts) {
+        PyErr_Format(PyExc_ValueError,
+                     "counts: expected a model on the backend 'plan' or on a device, got '%s'",
+                     be->name);
         return NULL;
     }
+    be->take_counts(be, &c);
     PyObject *calls = PyDict_New();
     for (int i = 0; calls && i < GLM_N_OPS; i++) {
         PyObject *n = PyLong_FromUnsignedLongLong(c.calls[i]);
@@ -748,10 +792,13 @@ static PyObject *model_counts(struct model_object *self, PyObject *unused)
     }
     if (!calls)
         return NULL;
-    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:K,s:d,s:N}", "live", (Py_ssize_t)c.live, "peak",
+    typedef unsigned long long u;
+    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:n,s:K,s:K,s:K,s:K,s:K,s:K,s:d,s:N}", "scratch",
+                         (Py_ssize_t)c.scratch, "live", (Py_ssize_t)c.live, "peak",
                          (Py_ssize_t)c.peak, "uploaded", (Py_ssize_t)c.uploaded, "downloaded",
-                         (Py_ssize_t)c.downloaded, "downloads", (unsigned long long)c.downloads,
-                         "flops", c.flops, "calls", calls);
+                         (Py_ssize_t)c.downloaded, "uploads", (u)c.uploads, "downloads",
+                         (u)c.downloads, "syncs", (u)c.syncs, "launches", (u)c.launches, "products",
+                         (u)c.products, "graphs", (u)c.graphs, "flops", c.flops, "calls", calls);
 }
 
 static PyObject *model_reserve(struct model_object *self, PyObject *args, PyObject *kwargs)
@@ -993,26 +1040,34 @@ static int own_cache(struct model_object *self, PyObject *object)
     return 0;
 }
 
-static PyObject *model_extend(struct model_object *self, PyObject *args, PyObject *kwargs)
+/* cache, rows, ids, lengths: what continues rows of a cache; -1 with an exception set */
+static int rows_args(struct model_object *self, struct batch_args *b, PyObject **cache,
+                     PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"cache", "rows", "ids", "lengths", NULL};
-    PyObject *cache, *rows_object, *ids, *lengths, *logits = NULL;
-    struct batch_args b;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO", names, &cache, &rows_object, &ids,
-                                     &lengths) ||
-        own_cache(self, cache) < 0 || batch_args(&b, ids, lengths, NULL, rows_object, NULL) < 0)
-        return NULL;
+    PyObject *rows, *ids, *lengths;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO", names, cache, &rows, &ids, &lengths) ||
+        own_cache(self, *cache) < 0 || batch_args(b, ids, lengths, NULL, rows, NULL) < 0)
+        return -1;
     int64_t sum = 0;
-    for (int i = 0; i < b.in.S; i++)
-        sum += b.in.lengths[i] > 0 ? b.in.lengths[i] : 0;
-    if (b.in.M != b.in.S || sum != b.in.N) {
-        PyErr_Format(
-            PyExc_ValueError,
-            "lengths: expected %d, one for each row, that add up to the %d ids; got %d, sum %lld",
-            b.in.M, b.in.N, b.in.S, (long long)sum);
-        drop_batch(&b);
+    for (int i = 0; i < b->in.S; i++)
+        sum += b->in.lengths[i] > 0 ? b->in.lengths[i] : 0;
+    if (b->in.M == b->in.S && sum == b->in.N)
+        return 0;
+    PyErr_Format(
+        PyExc_ValueError,
+        "lengths: expected %d, one for each row, that add up to the %d ids; got %d, sum %lld",
+        b->in.M, b->in.N, b->in.S, (long long)sum);
+    drop_batch(b);
+    return -1;
+}
+
+static PyObject *model_extend(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    PyObject *cache, *logits = NULL;
+    struct batch_args b;
+    if (rows_args(self, &b, &cache, args, kwargs) < 0)
         return NULL;
-    }
     npy_intp dims[2] = {b.in.S, glm_model_arch(self->m)->vocab};
     logits = PyArray_SimpleNew(2, dims, real_type(self));
     if (logits)
@@ -1025,6 +1080,28 @@ static PyObject *model_extend(struct model_object *self, PyObject *args, PyObjec
             });
     drop_batch(&b);
     return logits;
+}
+
+/* The ids that are likeliest after the rows: what model_extend and argmax would give. */
+static PyObject *model_next(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    PyObject *next = NULL;
+    struct batch_args b;
+    PyObject *cache;
+    if (rows_args(self, &b, &cache, args, kwargs) < 0)
+        return NULL;
+    npy_intp n = b.in.S;
+    next = PyArray_ZEROS(1, &n, NPY_INT32, 0);
+    if (next)
+        RUN(self,
+            glm_cache_next(((struct cache_object *)cache)->c, b.in.rows, b.in.S, b.in.ids,
+                           b.in.lengths, PyArray_DATA((PyArrayObject *)next), &err),
+            {
+                Py_CLEAR(next);
+                break;
+            });
+    drop_batch(&b);
+    return next;
 }
 
 static PyObject *model_extend_shared(struct model_object *self, PyObject *args, PyObject *kwargs)
@@ -1092,6 +1169,7 @@ static PyMethodDef model_methods[] = {
     METHOD(shape, METH_O, "Shape of a weight."),
     METHOD(dtype, METH_O, "Number type of a weight: F32, F16, BF16 or F64."),
     METHOD(bind, KEYWORDS, "Use an array in place as a base weight."),
+    METHOD(move, KEYWORDS, "To another backend."),
     METHOD(add_lora, KEYWORDS, "Adapt one linear layer."),
     METHOD(remove_lora, METH_NOARGS, "Drop the adapter."),
     METHOD(enable_lora, METH_O, "Whether forward applies the adapter."),
@@ -1114,6 +1192,7 @@ static PyMethodDef model_methods[] = {
     METHOD(step, KEYWORDS, "Clip, AdamW, zero_grad."),
     METHOD(cache, KEYWORDS, "Keys and values for generation."),
     METHOD(extend, KEYWORDS, "Append tokens to rows of a cache; logits after the last of each."),
+    METHOD(next, KEYWORDS, "Append tokens to rows of a cache; the likeliest id after each."),
     METHOD(extend_shared, KEYWORDS, "Append tokens to the prefix common to all rows."),
     {NULL, NULL, 0, NULL},
 };

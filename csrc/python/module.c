@@ -198,6 +198,33 @@ static PyObject *op_table(PyObject *module, PyObject *arg)
     return table;
 }
 
+static PyObject *backend_name(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    const char *name = PyUnicode_AsUTF8(arg);
+    char full[64];
+    if (!name)
+        return NULL;
+    glm_backend_name(full, name);
+    return PyUnicode_FromString(full);
+}
+
+/* {"count": 0, "why": ..} or what struct glm_device holds */
+static PyObject *device_info(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    const char *name = PyUnicode_AsUTF8(arg);
+    struct glm_device d;
+    struct glm_error err;
+    if (!name)
+        return NULL;
+    const glm_status status = glm_device_info(name, &d, &err);
+    if (status != GLM_OK)
+        return glm_raise(status, &err);
+    return Py_BuildValue("{s:i,s:s,s:s,s:(ii),s:i,s:i,s:i,s:n,s:n}", "count", d.count, "why", d.why,
+                         "name", d.name, "capability", d.major, d.minor, "multiprocessors",
+                         d.multiprocessors, "driver", d.driver, "runtime", d.runtime, "free",
+                         (Py_ssize_t)d.free_bytes, "total", (Py_ssize_t)d.total_bytes);
+}
+
 static PyObject *memory_available(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
     return PyLong_FromUnsignedLongLong(glm_memory_available());
@@ -298,6 +325,8 @@ static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
 
 static PyMethodDef functions[] = {
     {"memory_available", memory_available, METH_NOARGS, "Bytes this process could still get."},
+    {"backend_name", backend_name, METH_O, "The whole name that a short one stands for."},
+    {"device_info", device_info, METH_O, "A CUDA device, and how many there are."},
     {"lr_factor", (PyCFunction)(void *)lr_factor, METH_VARARGS | METH_KEYWORDS,
      "Factor on the learning rate after `step` finished updates."},
     {"quantize", (PyCFunction)(void *)quantize, METH_VARARGS | METH_KEYWORDS,

@@ -18,7 +18,7 @@
 
 #include "glm.h"
 
-#define GLM_MAX_BACKENDS 8
+#define GLM_MAX_BACKENDS 16
 
 struct module_state {
     struct glm_backend *backends[GLM_MAX_BACKENDS];

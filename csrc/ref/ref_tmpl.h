@@ -282,6 +282,16 @@ static void rmsnorm_forward(void *cx, void *out_, void *rstd_, const void *inp_,
     }
 }
 
+static void add_rmsnorm_forward(void *cx, void *out, void *rstd, void *sum, const void *a,
+                                const void *b, const void *weight, int N, int C, double eps)
+{
+    if (stop(cx))
+        return;
+    for (size_t i = 0; i < (size_t)N * C; i++)
+        ((real *)sum)[i] = ((const real *)a)[i] + ((const real *)b)[i];
+    rmsnorm_forward(cx, out, rstd, sum, weight, N, C, eps);
+}
+
 static void rmsnorm_backward(void *cx, void *dinp_, void *dweight_, const void *dout_,
                              const void *inp_, const void *weight_, const void *rstd_, int N, int C)
 {
@@ -572,6 +582,15 @@ static void kv_append(void *cx, struct glm_kv cache, const void *qkv, const int3
     }
 }
 
+static void rope_append(void *cx, struct glm_kv cache, void *qkv, const void *table,
+                        const int32_t *position, const int32_t *slot, int N, struct glm_heads heads,
+                        int rotary_dim)
+{
+    rope_forward(cx, qkv, table, position, N, heads.NH + heads.KVH, heads.HD,
+                 (heads.NH + 2 * heads.KVH) * heads.HD, rotary_dim);
+    kv_append(cx, cache, qkv, slot, N, heads);
+}
+
 /* ---- dropout ---- */
 
 /* Philox4x32-10: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3". */
@@ -783,6 +802,24 @@ static void first_nonfinite(void *cx, int *row, const void *x_, int N, int C)
                 *row = n;
                 return;
             }
+}
+
+static void argmax(void *cx, int32_t *id, const void *x_, int M, int V)
+{
+    const real *x = x_;
+    if (stop(cx))
+        return;
+    for (int m = 0; m < M; m++, x += V) {
+        id[m] = 0;
+        for (int v = 0; v < V; v++) {
+            if (!isfinite(x[v])) {
+                id[m] = -1;
+                break;
+            }
+            if (x[v] > x[id[m]])
+                id[m] = v;
+        }
+    }
 }
 
 static void adamw(void *cx, void *p_, const void *grad_, void *m_, void *v_, size_t n, double lr,

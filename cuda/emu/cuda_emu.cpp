@@ -1056,7 +1056,18 @@ cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g)
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long)
 {
-    *e = g;
+    *e = new emu_graph(*g);
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t g)
+{
+    delete g;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e)
+{
+    drain_all();
+    delete e;
     return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t s)
@@ -1088,6 +1099,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int)
     p->sharedMemPerBlockOptin = g_limit_kb << 10;
     return cudaSuccess;
 }
+cudaError_t cudaDriverGetVersion(int *v) { return *v = 0, cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int *v) { return *v = 0, cudaSuccess; }
 cudaError_t cudaMemGetInfo(size_t *f, size_t *t)
 {
     boot();

@@ -1,0 +1,49 @@
+/* How a product is cut, for the library that does it and the plan that counts it: which operands
+ * are converted, and how much of a matrix at a time. */
+#ifndef GLM_CUDA_PRODUCTS_H
+#define GLM_CUDA_PRODUCTS_H
+
+#include "tensor.h"
+
+enum {
+    GLM_FEW = 8,    /* rows that one kernel of ours takes, reading the weights once */
+    GLM_THIN = 256, /* float matrices with a side up to this are multiplied in float */
+};
+/* Elements of an operand that are converted at a time, and bytes that cuBLAS may work in. */
+#define GLM_PIECE ((size_t)1 << 24)
+#define GLM_BLAS_BYTES ((size_t)8 << 20)
+/* Bytes of struct glm_small (device.h). */
+#define GLM_CUDA_SMALL ((size_t)16400)
+
+/* The type of both operands of a product with a matrix of rows by cols elements of a dtype. */
+static inline enum glm_dtype glm_product_type(enum glm_dtype compute, enum glm_dtype dtype,
+                                              int rows, int cols)
+{
+    const int thin = rows < cols ? rows : cols;
+    return dtype == GLM_F32 && thin <= GLM_THIN ? GLM_F32 : compute;
+}
+
+/* Rows of W (rows, cols) that make one product of `type`: all where nothing has to be converted.
+ * width: elements that are converted for each of them, beside or in place of the row itself. */
+static inline int glm_piece_rows(size_t piece, int rows, size_t width)
+{
+    const size_t fit = width ? piece / width / 64 * 64 : (size_t)rows;
+    return fit >= (size_t)rows ? rows : fit ? (int)fit : 64 < rows ? 64 : rows;
+}
+
+/* Forward: a row of W is widened unless it is stored in `type`. */
+static inline int glm_forward_rows(size_t piece, const struct glm_mat *W, enum glm_dtype type)
+{
+    return glm_piece_rows(piece, W->rows, W->dtype == type ? 0 : (size_t)W->cols);
+}
+
+/* Gradient of the input: for each row of W a column of the N gradients is narrowed, too. */
+static inline int glm_backward_rows(size_t piece, const struct glm_mat *W, enum glm_dtype type,
+                                    int N)
+{
+    const size_t widened = W->dtype == type ? 0 : (size_t)W->cols,
+                 narrowed = type == GLM_F32 ? 0 : (size_t)N;
+    return glm_piece_rows(piece, W->rows, widened > narrowed ? widened : narrowed);
+}
+
+#endif

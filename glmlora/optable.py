@@ -1,0 +1,366 @@
+"""The op table of csrc/backend.h from Python: every op as a function of NumPy arrays.
+
+`Ops("ref_f64").rmsnorm_forward(out, rstd, inp, weight, N, C, eps)` takes the arguments of backend.h
+in its order, less `cx`; arrays stand for pointers, None for NULL. Nothing is copied or allocated: a
+wrong dtype or a strided array is a TypeError here, since in C it would be a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from ctypes import POINTER, byref, c_double, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from glmlora import _core
+
+F32, F16, BF16, F64, I8, I4 = range(6)  # enum glm_dtype
+STORED = {F32: np.float32, F16: np.float16, BF16: np.uint16, F64: np.float64}
+STORED |= {I8: np.int8, I4: np.int8}
+
+
+class Segment(ctypes.Structure):
+    """struct glm_segment."""
+
+    _fields_ = [
+        (name, c_int)
+        for name in "begin count shared_begin shared_count past_begin past_count context".split()
+    ]
+
+
+class _Mat(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("dtype", c_int),
+        ("rows", c_int),
+        ("cols", c_int),
+        ("scale", c_void_p),
+        ("group", c_int),
+    ]
+
+
+class _KV(ctypes.Structure):
+    _fields_ = [("k", c_void_p), ("v", c_void_p)]
+
+
+class Heads(ctypes.Structure):
+    """struct glm_heads."""
+
+    _fields_ = [("NH", c_int), ("KVH", c_int), ("HD", c_int), ("longest", c_int)]
+
+
+class _Dropout(ctypes.Structure):
+    _fields_ = [
+        ("seed", c_uint64),
+        ("step", c_uint32),
+        ("site", c_uint32),
+        ("p", c_double),
+        ("stream", POINTER(c_int32)),
+        ("position", POINTER(c_int32)),
+    ]
+
+
+def _address(array: np.ndarray | None, dtype: Any, what: str) -> int | None:
+    if array is None:
+        return None
+    if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
+        raise TypeError(f"{what}: expected a C-contiguous array or None, got {type(array)}")
+    if dtype is not None and array.dtype != dtype:
+        raise TypeError(f"{what}: expected {np.dtype(dtype)}, got {array.dtype}")
+    return array.ctypes.data
+
+
+class Mat:
+    """struct glm_mat over a 2-d array; bfloat16 is uint16, which is why the dtype is said."""
+
+    def __init__(
+        self, array: np.ndarray, dtype: int, scale: np.ndarray | None = None, group: int = 0
+    ) -> None:
+        self.array, self.scale = array, scale
+        rows, cols = array.shape
+        data, scales = (
+            _address(array, STORED[dtype], "weight"),
+            _address(scale, np.float16, "scale"),
+        )
+        self.struct = _Mat(data, dtype, rows, 2 * cols if dtype == I4 else cols, scales, group)
+
+
+class Dropout:
+    """struct glm_dropout; keeps its arrays alive."""
+
+    def __init__(
+        self,
+        p: float,
+        stream: Any,
+        position: Any,
+        seed: int = 0,
+        step: int = 0,
+        site: int = 0,
+    ) -> None:
+        self.stream = np.ascontiguousarray(stream, np.int32)
+        self.position = np.ascontiguousarray(position, np.int32)
+        pointer = POINTER(c_int32)
+        self.struct = _Dropout(
+            seed,
+            step,
+            site,
+            p,
+            self.stream.ctypes.data_as(pointer),
+            self.position.ctypes.data_as(pointer),
+        )
+
+
+def bf16_to_float(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float_to_bf16(x: np.ndarray) -> np.ndarray:
+    """Round to nearest even, NaN kept; independent of the C core."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def stored(x: np.ndarray, dtype: int) -> np.ndarray:
+    """x in a stored dtype (bfloat16 as uint16)."""
+    return float_to_bf16(x) if dtype == BF16 else np.ascontiguousarray(x, STORED[dtype])
+
+
+def unpacked(array: np.ndarray, dtype: int) -> np.ndarray:
+    """The integers of an I8 or I4 array (rows, cols), float64; independent of the C core."""
+    if dtype == I8:
+        return array.astype(np.float64)
+    both = array.astype(np.int64)  # two's complement in each nibble, the even column high
+    nibbles = np.stack([both >> 4 & 15, both & 15], axis=-1).reshape(len(array), -1)
+    return np.where(nibbles < 8, nibbles, nibbles - 16).astype(np.float64)
+
+
+def dequantized(array: np.ndarray, dtype: int, scale: np.ndarray, group: int) -> np.ndarray:
+    """Integers times scales, float64."""
+    integers = unpacked(array, dtype)
+    if not group:
+        return integers * scale.astype(np.float64)[:, None]
+    return integers * np.repeat(scale.astype(np.float64), group, 1)[:, : integers.shape[1]]
+
+
+def unstored(x: np.ndarray, dtype: int) -> np.ndarray:
+    """The float64 values of an array of a stored dtype."""
+    return (bf16_to_float(x) if dtype == BF16 else x).astype(np.float64)
+
+
+# One letter per argument: r real array, j int32 array, x array of any dtype, i int, z size_t,
+# d double, W weight, K struct glm_kv (a pair of real arrays), S segments, H heads, D dropout, o int
+# out.
+SIGNATURES = {
+    "embedding_forward": "rWji",
+    "embedding_backward": "rrjii",
+    "rmsnorm_forward": "rrrriid",
+    "add_rmsnorm_forward": "rrrrrriid",
+    "rmsnorm_backward": "rrrrrrii",
+    "linear_forward": "rrWridi",
+    "linear_backward_input": "rrWidi",
+    "linear_backward_weight": "rrrriiid",
+    "rope_forward": "rrjiiiii",
+    "rope_backward": "rrjiiiii",
+    "attention_forward": "rrrKSiH",
+    "attention_backward": "rKrrrrKSiH",
+    "kv_append": "KrjiH",
+    "rope_append": "KrrjjiHi",
+    "prefix_forward": "rriiiiD",
+    "prefix_backward": "rriiiiD",
+    "swiglu_forward": "rrii",
+    "swiglu_backward": "rrrii",
+    "tanh_forward": "rrz",
+    "tanh_backward": "rrrz",
+    "dropout_forward": "rriiD",
+    "dropout_backward": "rriiD",
+    "gather_forward": "rrjii",
+    "gather_backward": "rrjii",
+    "cross_entropy_forward": "rrrjii",
+    "cross_entropy_backward": "rrjiid",
+    "add": "rrrz",
+    "sum_squares": "xrz",
+    "first_nonfinite": "orii",
+    "argmax": "jrii",
+    "adamw": "rrrrzdddddid",
+    "merge": "xirriiid",
+    "convert": "xixiz",
+    "quantize": "xxiixiii",
+}
+_TYPES = {
+    "i": c_int,
+    "z": c_size_t,
+    "d": c_double,
+    "W": POINTER(_Mat),
+    "K": _KV,
+    "S": POINTER(Segment),
+    "H": Heads,
+    "D": POINTER(_Dropout),
+    "o": POINTER(c_int),
+}
+
+
+_NOT_OPS = "cx real_size be device_memory alloc free upload download error".split()
+
+
+class Ops:
+    """The ops of one backend as methods; `real` is the NumPy type of its element."""
+
+    def __init__(self, name: str) -> None:
+        table = _core.op_table(name)
+        self.name = name
+        self.real = np.float32 if table["real_size"] == 4 else np.float64
+        self.names = [key for key in table if key in SIGNATURES or key not in _NOT_OPS]
+        self._cx = table["cx"]
+        self._functions = {}
+        for op, signature in SIGNATURES.items():
+            types = [_TYPES.get(letter, c_void_p) for letter in signature]
+            self._functions[op] = ctypes.CFUNCTYPE(None, c_void_p, *types)(table[op])
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        if op not in SIGNATURES:
+            raise AttributeError(op)
+        return lambda *args: self._call(op, args)
+
+    def _call(self, op: str, args: tuple[Any, ...]) -> None:
+        signature = SIGNATURES[op]
+        if len(args) != len(signature):
+            raise TypeError(f"{op}: expected {len(signature)} arguments, got {len(args)}")
+        passed = []
+        for at, (letter, value) in enumerate(zip(signature, args, strict=True)):
+            passed.append(self._pass(letter, value, f"{op}, argument {at}"))
+        self._functions[op](self._cx, *passed)
+
+    def _pass(self, letter: str, value: Any, what: str) -> Any:
+        """The C value of an argument."""
+        if letter in "rjx":
+            dtype = {"r": self.real, "j": np.int32, "x": None}[letter]
+            return self._pointer(value, dtype, what)
+        if letter == "W":
+            return byref(self._mat(value))
+        if letter == "D":
+            return None if value is None else byref(self._dropout(value))
+        if letter == "K":
+            k, v = value or (None, None)
+            return _KV(self._pointer(k, self.real, what), self._pointer(v, self.real, what))
+        if letter == "S":
+            return self._segments((Segment * max(1, len(value)))(*value))
+        return byref(value) if letter == "o" else value
+
+    # Where an argument lies for the op; DeviceOps puts it on the device.
+
+    def _pointer(self, array: np.ndarray | None, dtype: Any, what: str) -> int | None:
+        return _address(array, dtype, what)
+
+    def _mat(self, mat: Mat) -> _Mat:
+        return mat.struct
+
+    def _dropout(self, dropout: Dropout) -> _Dropout:
+        return dropout.struct
+
+    def _segments(self, segments: Any) -> Any:
+        return segments
+
+
+class DeviceOps(Ops):
+    """The ops of a backend with memory of its own: every array goes there before a call and comes
+    back after it, between sentinels that must survive. Every other call has its arrays off the
+    16-byte grid; matrices always lie on it, as the model's do."""
+
+    GUARD = 256
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        table = _core.op_table(name)
+        self._be = table["be"]
+        function, p, n = ctypes.CFUNCTYPE, c_void_p, c_size_t
+        self._alloc = function(p, p, n)(table["alloc"])
+        self._free = function(None, p, p)(table["free"])
+        self._upload = function(None, p, p, p, n)(table["upload"])
+        self._download = function(None, p, p, p, n)(table["download"])
+        self._error = function(ctypes.c_char_p, p)(table["error"])
+        self._held: dict[int, tuple[int, int, np.ndarray]] = {}
+        self._calls = 0
+
+    def _call(self, op: str, args: tuple[Any, ...]) -> None:
+        self._calls += 1
+        try:
+            super()._call(op, args)
+            error = self._error(self._be)
+            if error:
+                raise RuntimeError(error.decode())
+            for base, offset, array in self._held.values():
+                back = np.empty(offset + array.nbytes + self.GUARD, np.uint8)
+                self._download(self._be, back.ctypes.data, base, back.nbytes)
+                end = offset + array.nbytes
+                outside = np.concatenate((back[:offset], back[end:]))
+                assert (outside == 0xA5).all(), f"{op}: wrote outside an array"
+                if array.flags.writeable and array.nbytes:
+                    flat = back[offset:end].view(array.dtype) if offset % 8 == 0 else None
+                    flat = back[offset:end].copy().view(array.dtype) if flat is None else flat
+                    array[...] = flat.reshape(array.shape)
+        finally:
+            for base, _, _ in self._held.values():
+                self._free(self._be, base)
+            self._held = {}
+
+    def _put(self, array: np.ndarray, shift: int) -> int:
+        """The device address of an array's copy; the same array is put once."""
+        key = array.ctypes.data if array.nbytes else id(array)
+        if key not in self._held:
+            offset = self.GUARD + shift
+            room = np.full(offset + array.nbytes + self.GUARD, 0xA5, np.uint8)
+            room[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+            base = self._alloc(self._be, room.nbytes)
+            if not base:
+                raise MemoryError(f"{self.name}: {room.nbytes} bytes")
+            self._upload(self._be, base, room.ctypes.data, room.nbytes)
+            self._held[key] = base, offset, array
+        base, offset, held = self._held[key]
+        if held.nbytes != array.nbytes:
+            raise TypeError("two arguments overlap in part")
+        return base + offset
+
+    def _pointer(self, array: np.ndarray | None, dtype: Any, what: str) -> int | None:
+        if _address(array, dtype, what) is None or array is None:
+            return None
+        return self._put(array, array.itemsize * (self._calls % 2))
+
+    def _mat(self, mat: Mat) -> _Mat:
+        s = mat.struct
+        scale = None if mat.scale is None else self._put(mat.scale, 0)
+        return _Mat(self._put(mat.array, 0), s.dtype, s.rows, s.cols, scale, s.group)
+
+    def _dropout(self, dropout: Dropout) -> _Dropout:
+        s, pointer = dropout.struct, POINTER(c_int32)
+        at = [self._put(a, 0) for a in (dropout.stream, dropout.position)]
+        return _Dropout(s.seed, s.step, s.site, s.p, *(ctypes.cast(a, pointer) for a in at))
+
+    def _segments(self, segments: Any) -> Any:
+        array = np.frombuffer(segments, np.uint8)
+        return ctypes.cast(self._put(array, 0), POINTER(Segment))
+
+
+@lru_cache
+def ops_of(name: str) -> Ops:
+    """The ops of a backend, wherever its memory is."""
+    return DeviceOps(name) if _core.op_table(name)["device_memory"] else Ops(name)
+
+
+def backends() -> list[str]:
+    """Names of the cpu backends that this processor runs, and of the CUDA library's in float32."""
+    found = [f"cpu:{variant}" for variant in _core.cpu_variants().split(",") if variant]
+    for name in ("emu", "cuda") if os.environ.get("GLMLORA_CUDA_LIBRARY") else ():
+        try:
+            _core.op_table(name)
+        except ValueError:
+            continue
+        found.append(name)
+    return found

@@ -1,0 +1,197 @@
+"""What a 6B model takes of a GPU and does on it, as the plan backend counts it, and that the CUDA
+library does just that: its host code run at the same shapes on the emulator, kernels left out."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import tiny
+
+from glmlora import cli
+from glmlora.plan import RESERVE, parse_bytes, plan
+
+ROOT = Path(__file__).resolve().parent.parent
+SIX_B = dict(
+    hidden_size=4096,
+    ffn_hidden_size=13696,
+    num_layers=28,
+    num_attention_heads=32,
+    multi_query_group_num=2,
+    kv_channels=128,
+    padded_vocab_size=65024,
+    seq_length=32768,
+    torch_dtype="float16",
+)
+LEAST = dict(device="cuda", budget=1)  # every layer but the last is computed twice
+
+
+@pytest.fixture(scope="module")
+def six_b(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("six_b")
+    (directory / "config.json").write_text(json.dumps(tiny.TINY_CONFIG | SIX_B))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "gigabytes, method, more",
+    [
+        (14.0, "lora", dict(lora_rank=8)),
+        (8.5, "lora", dict(lora_rank=8, quantization_bit=8)),
+        (5.6, "lora", dict(lora_rank=8, quantization_bit=4)),
+        (6.0, "p_tuning", dict(pre_seq_len=128, quantization_bit=4)),
+    ],
+)
+def test_a_step_of_4_rows_of_600_tokens(six_b, gigabytes, method, more):
+    planned = plan(six_b, 4, 600, method, **LEAST, **more)
+    assert planned.total <= gigabytes * 1e9
+    assert planned.total > 0.95 * gigabytes * 1e9 - 0.5e9  # the count is not of something else
+    assert planned.work["a step"].syncs == 1
+
+
+@pytest.mark.parametrize("gigabytes, bits", [(13.1, None), (8.2, 8), (5.5, 4)])
+def test_a_chat_of_2048_tokens(six_b, gigabytes, bits):
+    planned = plan(six_b, 1, 2048, "chat", quantization_bit=bits, device="cuda")
+    assert planned.total <= gigabytes * 1e9
+    token, recorded = planned.work["a token"], planned.work["a token, recorded"]
+    around = 4  # the embedding and its norm before the layers, the logits and their maximum after
+    assert token.launches == 28 * 9 + around and token.products == 0
+    assert (recorded.launches, recorded.products, recorded.graphs) == (0, 0, 1)
+    for work in (token, recorded):
+        assert work.syncs == 1 and work.downloaded <= 16
+
+
+def test_memory_grows_linearly_with_the_length(six_b):
+    at = [plan(six_b, 1, T, **LEAST).activations for T in (512, 1024, 2048)]
+    assert at[1] < 2.02 * at[0] and at[2] < 2.02 * at[1]
+
+
+def test_the_memory_decides_how_many_layers_are_computed_twice(six_b):
+    at = [plan(six_b, 4, 600, device="cuda", memory=m) for m in ("16GB", "24GB", "80GB")]
+    kept = [planned.kept_layers for planned in at]
+    assert kept[0] < kept[1] < kept[2] == 28
+    for planned, memory in zip(at, (16e9, 24e9, 80e9), strict=True):
+        assert planned.total + RESERVE <= memory
+        assert planned.flops == pytest.approx(
+            at[2].flops * (1 + 0.42 * (28 - planned.kept_layers) / 28), rel=0.1
+        )
+    with pytest.raises(MemoryError, match="quantization_bit 8 or 4"):
+        plan(six_b, 4, 600, device="cuda", memory="12GB")
+
+
+def test_memory_is_said_in_bytes(six_b, capsys):
+    assert parse_bytes("16GB") == 16 * 10**9 and parse_bytes("1.5 GiB") == 3 << 29
+    for wrong in ("16 apples", "-1GB", "GB"):
+        with pytest.raises(ValueError, match="memory: expected bytes"):
+            parse_bytes(wrong)
+    words = ["plan", "--model", str(six_b), "--batch", "4", "--seq", "600"]
+    assert cli.main([*words, "--device", "cuda", "--memory", "16GB"]) == 0
+    told = capsys.readouterr().out
+    assert "on the GPU at once" in told and "an estimate" in told and "1 waits" in told
+    assert cli.main([*words, "--memory", "16GB"]) == 1
+    assert "say device cuda" in capsys.readouterr().err
+
+
+COUNTED = """
+    import ctypes, json, sys
+    import numpy as np
+    runtime = ctypes.CDLL({runtime!r})
+    runtime.emu_mode(1, 0, 0, 0)  # kernels are counted and left out
+    from glmlora import methods, plan
+    from glmlora.arguments import FinetuningArguments
+    from glmlora.configuration import ChatGLMConfig
+
+    def counted(backend, method, bits, dtype):
+        config = ChatGLMConfig.from_pretrained({directory!r})
+        model, _ = plan._build(config, dtype, bits, 32 if bits == 4 else 0, backend)
+        core, told = model.core, []
+
+        def tell():
+            counts = core.counts()
+            told.append({{n: v for n, v in counts.items() if n not in ("calls", "flops", "peak")}})
+
+        tell()
+        told[0] = told[0]["live"]
+        if method == "chat":
+            cache, one = core.cache(2, 1100, 0), np.ones(1, np.int32)
+            tell()
+            core.extend(cache, [0], np.zeros(1024, np.int32), one * 1024)
+            tell()
+            for _ in range(4):
+                core.next(cache, [0], one, one)
+                tell()
+            for _ in range(3):
+                core.next(cache, [0, 1], np.ones(12, np.int32), np.array([1, 11], np.int32))
+                tell()
+            core.extend(cache, [0, 1], np.ones(2, np.int32), np.ones(2, np.int32))
+            tell()
+            return told
+        targets = "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
+        arguments = FinetuningArguments(
+            finetuning_type=method, lora_target=targets, pre_seq_len=64
+        )
+        trainee = methods.prepare(model, None, arguments, method, seed=0)
+        trainee.base.prepare_training()
+        tell()
+        rows = np.array([100, 599, 1199], np.int32)
+        for budget in (1, 1 << 31):
+            core.reserve(1200, 2, 3, True, budget)
+            for _ in range(2):
+                core.backward(np.zeros(1200, np.int32), np.full(2, 600, np.int32), rows=rows,
+                              targets=rows, dropout=True)
+                tell()
+                core.step(1e-4, 0.9, 0.999, 1e-8, 0.0, 1.0)
+                tell()
+        return told
+
+    dtype, method, bits = json.loads(sys.argv[1])
+    compute = plan._COMPUTE[dtype]
+    planned = counted("plan:cuda/" + compute, method, bits, dtype)
+    done = counted("emu/" + compute, method, bits, dtype)
+    odd = [(i, a, b) for i, (a, b) in enumerate(zip(planned, done)) if a != b]
+    assert not odd, odd
+    assert len(planned) == len(done) > 8
+    print("equal")
+"""
+
+
+@pytest.fixture(scope="module")
+def library():
+    words = [sys.executable, str(ROOT / "cuda" / "build.py"), "emu"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    return Path(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed: nothing is emulated")
+@pytest.mark.skipif("GLMLORA_SANITIZED" in os.environ, reason="a plain build is tested")
+@pytest.mark.parametrize(
+    "method, bits, dtype",
+    [
+        ("lora", 0, "F16"),
+        ("lora", 4, "F16"),
+        ("lora", 8, "BF16"),
+        ("lora", 0, "F32"),
+        ("p_tuning", 4, "F16"),
+        ("full", 0, "F16"),
+        ("chat", 0, "F16"),
+        ("chat", 4, "F16"),
+        ("chat", 8, "F32"),
+    ],
+)
+def test_the_library_does_what_the_plan_counts(library, method, bits, dtype, tmp_path):
+    config = tiny.TINY_CONFIG | SIX_B | {"num_layers": 3, "seq_length": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = COUNTED.format(runtime=str(library.parent / "libcuda_emu.so"), directory=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), json.dumps([dtype, method, bits])],
+        env=dict(os.environ, GLMLORA_CUDA_LIBRARY=str(library), EMU_PIECE=str(1 << 24)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.split() == ["equal"], done.stdout[-2000:] + done.stderr[-4000:]
