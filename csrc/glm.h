@@ -94,12 +94,14 @@ struct glm_input {
 
 struct glm_plan {
     size_t weights, owned, trainable, activations, total;
+    size_t held; /* of the activations: taken already */
     int kept_layers;
 };
 
 glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training, size_t budget,
                           struct glm_plan *plan, struct glm_error *err);
-/* Takes the memory; the budget also holds for later steps. */
+/* Takes the memory. A training budget also holds for later steps, so that none of at most these
+ * sizes takes more. */
 glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int training, size_t budget,
                              struct glm_error *err);
 
@@ -145,6 +147,8 @@ struct glm_cache_info {
 void glm_cache_get(struct glm_cache *c, struct glm_cache_info *info);
 glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm_error *err);
 glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct glm_error *err);
+/* Room for more tokens in each row; what the cache holds stays. */
+glm_status glm_cache_grow(struct glm_cache *c, int capacity, struct glm_error *err);
 /* logits (n, V) real on the host: after the last token of each of the n rows, which are distinct */
 glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
                             const int32_t *lengths, void *logits, struct glm_error *err);

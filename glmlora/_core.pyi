@@ -94,6 +94,9 @@ class Cache:
     current: bool  # filled with the weights as they are now; else only an empty one can be extended
     def rewind(self, row: int, length: int) -> None:
         """Forget everything of the row after its first `length` own tokens."""
+    def grow(self, capacity: int) -> None:
+        """Room for at least `capacity` tokens in each row; what is held stays. MemoryError names
+        the bytes."""
     def reorder(self, parents: Sequence[int]) -> None:
         """Row i becomes a copy of what row parents[i] was (beam search)."""
 
@@ -188,9 +191,8 @@ class Model:
         self, n_tokens: int, n_segments: int, n_rows: int, training: bool, budget: int = 0
     ) -> dict[str, int]:
         """Bytes: weights (bound, mapped), owned, trainable (parameters, gradients, moments),
-        activations, logits, total; and
-        kept_layers (layers whose activations are kept rather than recomputed). budget: 0 = the
-        default (README of csrc)."""
+        activations, held (of the activations, taken already), total; and kept_layers (layers whose
+        activations are kept rather than recomputed). budget: 0 = the default (README of csrc)."""
     def counts(self) -> dict[str, Any]:
         """Of a device or of the backend "plan..", since the last call of this: live, peak,
         scratch (of products), uploaded, downloaded bytes; uploads, downloads, syncs (waits for the
@@ -201,8 +203,7 @@ class Model:
         self, n_tokens: int, n_segments: int, n_rows: int, training: bool, budget: int = 0
     ) -> None:
         """Take the planned memory now: no later call with at most these sizes allocates.
-        MemoryError names the bytes.
-        The budget holds for later calls too."""
+        MemoryError names the bytes. A training budget holds for later calls too."""
     def forward(
         self,
         ids: np.ndarray,

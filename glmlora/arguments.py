@@ -247,7 +247,7 @@ _TRAINING = (
     Flag("resume_from_checkpoint", "str", None, "S",
          "a checkpoint-N folder to go on from, exactly"),
     Flag("gradient_checkpointing", "bool", False, "S",
-         "keep 2 GiB of activations at most; without it, what fits into memory"),
+         "keep 1 GiB of activations at most; without it, what fits into memory"),
     Flag("auto_find_batch_size", "bool", False, "R",
          "memory is told before the first step; set the batch size"),
     Flag("full_determinism", "bool", False, "S", "runs are bit-equal on the CPU anyway"),

@@ -166,6 +166,7 @@ def plan(args: argparse.Namespace) -> int:
         args.labels,
         args.quantization_bit,
         args.dtype,
+        gradient_checkpointing=args.gradient_checkpointing,
         device=args.device,
         memory=args.memory,
         **finetuning,
@@ -297,6 +298,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--labels", type=int, default=3, help="labelled tokens of a row")
     p.add_argument("--quantization_bit", "--quantization-bit", type=int, choices=[4, 8])
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+    p.add_argument(
+        "--gradient_checkpointing",
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep 1 GiB of activations at most; without it, what fits into the free memory",
+    )
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--memory", help="of the GPU, e.g. 16GB: decides what is computed twice")
     p.add_argument("--lora_rank", type=int)

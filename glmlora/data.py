@@ -693,22 +693,31 @@ class Batch:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise ValueError(f"input_ids: expected ids from 0 to 2^31 - 1, got {wrong}")
         keep = _real_tokens(attention_mask, ids.shape)
-        row, column = np.nonzero(keep)
+        if keep is None:  # no padding, the common case of small batches: no index arrays
+            lengths = np.full(ids.shape[0], ids.shape[1])
+            row, column = np.divmod(np.arange(ids.size), ids.shape[1])
+        else:
+            lengths = keep.sum(axis=1)
+            row, column = np.nonzero(keep)
+
+        def real(array: np.ndarray) -> np.ndarray:
+            return array.ravel() if keep is None else array[keep]
+
         if labels is not None:
-            labels = _integers("labels", labels, ids.shape)[keep]
-            wrong = labels[(labels < 0) & (labels != IGNORED) | (labels > np.iinfo(np.int32).max)]
-            if wrong.size:
-                raise ValueError(f"labels: expected ids or {IGNORED}, got {wrong[0]}")
-        lengths = keep.sum(axis=1)
+            labels = real(_integers("labels", labels, ids.shape))
+            if labels.min() < 0 or labels.max() > np.iinfo(np.int32).max:
+                wrong = labels[(labels < 0) & (labels != IGNORED) | (labels > 2**31 - 1)]
+                if wrong.size:
+                    raise ValueError(f"labels: expected ids or {IGNORED}, got {wrong[0]}")
         positions = None
         if position_ids is not None:
-            positions = _integers("position_ids", position_ids, ids.shape)[keep]
+            positions = real(_integers("position_ids", position_ids, ids.shape))
             if positions.min() < 0 or positions.max() > np.iinfo(np.int32).max:
                 raise ValueError(f"position_ids: expected 0 or more, got {positions.min()}")
             usual = np.arange(row.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             if np.array_equal(positions, usual):
                 positions = None
-        return cls(ids[keep], lengths, labels, positions), row, column
+        return cls(real(ids), lengths, labels, positions), row, column
 
 
 def _array(name: str, value: Any) -> np.ndarray:
@@ -729,15 +738,17 @@ def _integers(name: str, value: Any, shape: tuple[int, ...] | None = None) -> np
     return array
 
 
-def _real_tokens(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The attention mask as bool (S, T), checked."""
+def _real_tokens(mask: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The attention mask as bool (S, T), checked; None where there is no padding."""
     if mask is None:
-        return np.ones(shape, bool)
+        return None
     mask = _array("attention_mask", mask)
     if mask.shape != shape:
         raise ValueError(f"attention_mask: expected shape {shape} as input_ids, got {mask.shape}")
-    if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+    if mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"attention_mask: expected values 0 and 1, got {mask.dtype} with others")
+    if mask.all():
+        return None
     keep = mask.astype(bool)
     for row in range(shape[0]):
         places = np.flatnonzero(keep[row])

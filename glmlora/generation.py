@@ -2,8 +2,7 @@
 stream_chat share.
 
 A row is a list of ids; the core's cache holds a leading part of it, and every step feeds what it
-lacks. So a prompt, one more token, a new round of a conversation and a cache that was renewed are
-the same call.
+lacks. So a prompt, one more token and a new round of a conversation are the same call.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ CHUNK = 1024  # tokens fed at a time: bounds the memory of a long prompt
 CAPACITY_STEP = 256  # positions by which caches are sized
 ROWS = 16  # rows of a batch that are decoded together; the others wait for a place ..
 CACHE_BYTES = 2 << 30  # .. and fewer than that where their keys and values would take more
-# New tokens after which a cache is made anew, larger: nothing is reserved for the 8192 positions
-# that chat may use.
-# It follows from the count alone, so that a row does not notice which rows are beside it.
+# New tokens after which a cache grows: nothing is reserved for the 8192 positions chat may use.
 ROOM = (256, 1024, 4096, 16384, 65536)
 
 # Random streams: (global seed, call number) -> seed of a call; (that, row, index) -> one draw.
@@ -234,8 +231,9 @@ class Scores:
         self.eos = settings.eos
         g = settings
         self.adjusts = g.repetition_penalty != 1 or g.no_repeat_ngram_size > 0 or g.min_length > 0
+        self.active = self.adjusts or bool(self.processors)  # else scores stay as they are
         # the highest score decides, so the core can choose where the scores are
-        self.greedy = not (g.samples or self.adjusts or self.processors)
+        self.greedy = not (g.samples or self.active)
 
     def __call__(self, scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
         """scores float32 (V), changed in place; ids: the whole context. Returns float32 (V)."""
@@ -257,7 +255,7 @@ class Scores:
                     f"{result.shape}"
                 )
             scores = np.ascontiguousarray(result.reshape(-1))
-        if self.adjusts or self.processors:
+        if self.active:
             if np.isnan(scores).any() or scores.max() == np.inf:
                 raise FloatingPointError(
                     f"logits_processor: scores are not finite at token {len(ids)}"
@@ -284,15 +282,12 @@ class CachedRow:
     ):
         self.model = model
         self.ids: list[list[int]] = [[] for _ in range(rows)]
-        self.shared = np.asarray(shared, np.int32)
-        self._new_cache(capacity)
-
-    def _new_cache(self, capacity: int) -> None:
-        self.held = [0] * len(self.ids)  # tokens of each row that the cache holds
-        core, rows = self.model.core, len(self.ids)
-        self.cache = core.cache(rows, self._capacity(capacity), self.shared.size)
-        for start in range(0, self.shared.size, CHUNK):
-            core.extend_shared(self.cache, self.shared[start : start + CHUNK])
+        self.held = [0] * rows  # tokens of each row that the cache holds
+        self._ones = np.ones(rows, np.int32)
+        opening = np.asarray(shared, np.int32)
+        self.cache = model.core.cache(rows, self._capacity(capacity), opening.size)
+        for start in range(0, opening.size, CHUNK):
+            model.core.extend_shared(self.cache, opening[start : start + CHUNK])
 
     def _capacity(self, needed: int) -> int:
         rounded = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
@@ -305,10 +300,9 @@ class CachedRow:
             self.held[row] = 0
 
     def make_room(self, needed: int) -> None:
-        """A cache of at least `needed` positions for each row, empty if it had to be made anew."""
+        """At least `needed` positions for each row; what the cache holds stays."""
         if self.cache.capacity < needed:
-            del self.cache  # before the new one is made: both need not fit
-            self._new_cache(needed)
+            self.cache.grow(self._capacity(needed))
 
     def become(self, row: int, ids: Sequence[int]) -> None:
         """Make `ids` the row's, keeping what the cache holds of the beginning they share."""
@@ -335,8 +329,15 @@ class CachedRow:
         """
         core = self.model.core
         run = core.next if choose else core.extend
-        for row in rows:
-            if self.held[row] == len(self.ids[row]):  # nothing new: its last token once more
+        lacks = [len(self.ids[row]) - self.held[row] for row in rows]
+        if max(lacks) == min(lacks) == 1 and len(rows) <= CHUNK:  # a step of decoding
+            tokens = np.array([self.ids[row][-1] for row in rows], np.int32)
+            found = run(self.cache, list(rows), tokens, self._ones[: len(rows)])
+            for row in rows:
+                self.held[row] += 1
+            return found
+        for row, lack in zip(rows, lacks, strict=True):
+            if lack == 0:  # nothing new: its last token once more
                 self.held[row] -= 1
                 self.cache.rewind(row, self.held[row])
         vocabulary = self.model.config.padded_vocab_size
@@ -401,21 +402,17 @@ def _first_room(lengths: Sequence[int], limits: Sequence[int]) -> int:
     return max(n + min(limit, ROOM[0]) for n, limit in zip(lengths, limits, strict=True))
 
 
-def _renew(rows: CachedRow, live: Sequence[int], index: int, limits: Sequence[int]) -> None:
-    """At the counts of ROOM, go on with a larger cache (filled anew even where the old one is large
-    enough).
-    """
-    if index not in ROOM:
-        return
-    room = next((r for r in ROOM if r > index), 1 << 62)
-    rows.forget()
-    rows.make_room(max(len(rows.ids[r]) + min(limits[r], room) - index for r in live))
+def _grow(rows: CachedRow, live: Sequence[int], index: int, limits: Sequence[int]) -> None:
+    """At the counts of ROOM, room for as many new tokens as the next one says."""
+    if index in ROOM:
+        room = next((r for r in ROOM if r > index), 1 << 62)
+        rows.make_room(max(len(rows.ids[r]) + min(limits[r], room) - index for r in live))
 
 
 def _choose(g: GenerationConfig, scores: np.ndarray, draw: tuple[int, int], index: int) -> int:
     """The index-th new token of a row from its scores float32 (V); draw: its (seed, stream)."""
     if not g.samples:
-        return int(scores.argmax())
+        return scores.argmax().item()
     return _core.sample(scores, float(g.temperature), int(g.top_k), float(g.top_p), *draw, index)
 
 
@@ -435,15 +432,17 @@ def _run(
     seed = next_seed() if g.seed is None else int(g.seed) % 2**64
     live = list(range(len(rows.ids)))
     for index in count():
-        _renew(rows, live, index, limits)
+        _grow(rows, live, index, limits)
         chosen = scores is None and change.greedy
         if scores is None:
             scores = rows.extend(live, choose=chosen)
         tokens = {}
-        for row, found in zip(live, scores, strict=True):
-            token = int(found) if chosen else None
-            if token is None:
-                token = _choose(g, change(found, rows.ids[row]), (seed, row), index)
+        for row, found in zip(live, scores.tolist() if chosen else scores, strict=True):
+            token = found
+            if not chosen:
+                if change.active:
+                    found = change(found, rows.ids[row])
+                token = _choose(g, found, (seed, row), index)
             rows.ids[row].append(token)
             tokens[row] = token
         scores = None
@@ -483,34 +482,39 @@ def complete(
     places = max(1, min(at_once, len(prompts), CACHE_BYTES // row_bytes))
     rows = CachedRow(model, places, room, prompts[0][:shared])
     waiting = iter(range(len(prompts)))
-    running: dict[int, int] = {}  # place: prompt
-    new: dict[int, list[int]] = {}
+    running: dict[int, int] = {}  # place: prompt, in the order of places
+    new: list[list[int]] = [[] for _ in prompts]
+    free, live, left = list(range(places)), [], 0
     while True:
-        for place in range(places):
-            number = next(waiting, None) if place not in running else None
-            if number is not None:
-                running[place], new[number] = number, []
-                rows.become(place, prompts[number][shared:])
-        if not running:
-            return
-        live = sorted(running)
-        longest = max(len(rows.ids[place]) for place in live)
-        if longest > rows.cache.capacity:
-            most = max(own[n] + limits[n] for n in running.values())
-            rows.make_room(min(2 * longest, most))
-        for place, found in zip(live, rows.extend(live, choose=change.greedy), strict=True):
+        if free:  # the next prompts take the places
+            running.update(zip(free, waiting, strict=False))
+            for place in free:
+                if place in running:
+                    rows.become(place, prompts[running[place]][shared:])
+            if not running:
+                return
+            running = dict(sorted(running.items()))
+            live, left, free = list(running), 0, []
+        if left == 0:  # steps for which the cache has room
+            longest = max(len(rows.ids[place]) for place in live)
+            if longest > rows.cache.capacity:
+                most = max(own[n] + limits[n] for n in running.values())
+                rows.make_room(min(2 * longest, most))
+            left = rows.cache.capacity - longest + 1
+        left -= 1
+        found = rows.extend(live, choose=change.greedy)
+        for place, token in zip(live, found.tolist() if change.greedy else found, strict=True):
             number = running[place]
             answer = new[number]
-            if change.greedy:
-                token = int(found)
-            else:
-                scores = change(found, prompts[number] + answer)
+            if not change.greedy:
+                scores = change(token, prompts[number] + answer) if change.active else token
                 token = _choose(g, scores, draws[number], len(answer))
             rows.ids[place].append(token)
             answer.append(token)
             if token in change.eos or len(answer) == limits[number]:
                 del running[place]
-                yield number, new.pop(number)
+                free.append(place)
+                yield number, answer
 
 
 # generate
@@ -765,7 +769,7 @@ def _beams(
         for row, (_, _, token) in enumerate(chosen):
             rows.ids[row].append(token)
         sums = np.array([total for total, _, _ in chosen])
-        _renew(rows, range(n), index + 1, limits)
+        _grow(rows, range(n), index + 1, limits)
         scores = rows.extend(range(n))
     finished += finished[-1:] * (g.num_return_sequences - len(finished))
     return [answer for _, answer in finished[: g.num_return_sequences]]
@@ -878,12 +882,12 @@ def _take_row(model: ChatGLMForConditionalGeneration, ids: Sequence[int], needed
     too is not computed again. The taker owns it until it gives it back.
     """
     row, model.cached_row = model.cached_row, None
-    if row is None or row.cache.capacity < needed:
-        del row
+    if row is None:
         row = CachedRow(model, 1, needed)
     if not row.cache.current:
         row.forget()
     row.become(0, ids)
+    row.make_room(needed)
     return row
 
 

@@ -34,10 +34,7 @@ from .device import memory_available
 from .evaluation import evaluate_loss, progress, speed
 from .files import write_text
 from .methods import Trainee
-from .quantization import QuantizedTensor
 
-DEFAULT_BUDGET = 2 << 30  # GLM_DEFAULT_BUDGET in csrc/model/model.h
-DEVICE_SCRATCH = 1 << 28  # of a GPU's free memory, for what products and cuBLAS take later
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end")
 #: Training arguments that change the numbers of a run: a resumed run must have the same ones.
@@ -239,36 +236,22 @@ class Loop:
         Raises MemoryError before anything is taken that is not there: bytes needed by kind, bytes
         available, and what to change.
         """
-        core = self.core
+        core, base = self.core, self.trainee.base
         sizes, eval_sizes = self._largest(), self._largest_eval()
         n_trained = sum(int(np.prod(core.shape(n), dtype=np.int64)) for n in self.trainee.names)
         trained = 16 * n_trained
         if core.trainable():
             core.set_trainable([])  # moments of an earlier loop are not of this run
         self._check_room(trained, 0, sizes)
-        self.trainee.base.prepare_training()
-        budget = self._activation_budget(core.plan(*sizes, True))
+        base.prepare_training()
+        checkpointing = self.args.gradient_checkpointing or base.gradient_checkpointing
+        held = core.plan(*sizes, True)["held"]
+        budget = base.activation_budget(checkpointing, held)
         planned = core.plan(*sizes, True, budget)
-        activations = planned["total"] - sum(planned[k] for k in ("weights", "owned", "trainable"))
-        self._check_room(trained, activations, sizes, taken=trained)
+        self._check_room(trained, planned["activations"] - held, sizes, taken=trained)
         core.reserve(*sizes, True, budget)
         if eval_sizes is not None:
-            core.reserve(*eval_sizes, False, budget)
-
-    def _activation_budget(self, planned: dict[str, int]) -> int:
-        """Bytes of activations to keep before layers are computed twice, 0 for the core's default:
-        with gradient_checkpointing, or where no more than that is free. Else most of what is
-        available beside the mapped weights, which training reads again and again. The result does
-        not depend on it.
-        """
-        if self.args.gradient_checkpointing:
-            return 0
-        if self.trainee.base.device != "cpu":  # some of it is for the products' operands
-            return max(1, memory_available(self.trainee.base.device) - DEVICE_SCRATCH)
-        stored = self.trainee.base.stored_tensors()
-        mapped = sum(t.nbytes for t in stored if not isinstance(t, QuantizedTensor))
-        free = _core.memory_available() - min(mapped, planned["weights"])
-        return max(0, int(0.7 * free)) if 0.7 * free > DEFAULT_BUDGET else 0
+            core.reserve(*eval_sizes, False)
 
     def _check_room(
         self, trained: int, activations: int, sizes: tuple[int, int, int], taken: int = 0

@@ -42,6 +42,10 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _DTYPE_NAMES |= {"I8": "int8", "I4": "int4"}  # of quantized linears
+# Of the memory that is free, what activations may take: other programs and the system's file cache,
+# out of which the weights are read again and again, need some.
+_FREE_FOR_ACTIVATIONS = 0.7
+_LEAST_BUDGET = 1 << 30  # GLM_DEFAULT_BUDGET in csrc/model/model.h
 _LOSS_ROWS = 64  # rows of logits that are widened at a time for the loss of forward
 
 
@@ -266,6 +270,8 @@ class ChatGLMForConditionalGeneration:
         self.has_prefix = False
         self.prefix_is_fresh = False
         self.cached_row: generation.CachedRow | None = None  # kept between chats
+        self.gradient_checkpointing = False
+        self._reserved = (0, 0, 0)  # sizes of the largest training step so far
         self._trainable: list[str] = []
         # base weights that lie where they were bound
         self._stored: dict[str, Tensor | QuantizedTensor] = {}
@@ -669,12 +675,33 @@ class ChatGLMForConditionalGeneration:
         self._apply_trainable()
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Accepted: layers are recomputed when, and only when, their activations would not fit in
-        memory; `gradient_checkpointing=True` of `train` makes that 2 GiB.
+        """Activations beyond 1 GiB are computed again on the way back rather than kept. Otherwise
+        that starts where the free memory ends. The result is the same, bit for bit.
         """
+        self.gradient_checkpointing, self._reserved = True, (0, 0, 0)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Accepted, as above."""
+        """Keep the activations that fit into the free memory again."""
+        self.gradient_checkpointing, self._reserved = False, (0, 0, 0)
+
+    def activation_budget(self, checkpointing: bool, held: int = 0) -> int:
+        """Bytes of activations that a training step may keep before layers are computed twice, 0
+        for the core's default: with `checkpointing`, or where less is free.
+
+        Free is what the system or the control group leaves, without the mapped weights, which
+        training reads again and again; held: bytes of activations that this model has already.
+        """
+        if checkpointing:
+            return 0
+        device = self.core.backend.partition("/")[0]
+        if device.startswith(("cuda", "emu")):  # whose weights are there already
+            available = _core.device_info(device)["free"]
+        else:
+            stored = self.stored_tensors()
+            mapped = sum(t.nbytes for t in stored if not isinstance(t, QuantizedTensor))
+            available = _core.memory_available() - mapped
+        free = int(_FREE_FOR_ACTIVATIONS * (available + held))
+        return free if free > _LEAST_BUDGET else 0
 
     def enable_input_require_grads(self) -> None:
         """Accepted: gradients always reach every trainable weight."""
@@ -777,6 +804,12 @@ class ChatGLMForConditionalGeneration:
             )
         self.prepare_training()
         self.prefix_is_fresh = False
+        sizes = (batch.n_tokens, len(batch.lengths), len(rows))
+        if any(n > most for n, most in zip(sizes, self._reserved, strict=True)):
+            self._reserved = tuple(map(max, sizes, self._reserved))
+            held = self.core.plan(*sizes, True)["held"]
+            budget = self.activation_budget(self.gradient_checkpointing, held)
+            self.core.reserve(*self._reserved, True, budget)
         return self.core.backward(
             batch.ids,
             batch.lengths,
@@ -1076,6 +1109,8 @@ def as_rows(name: str, value: Any) -> np.ndarray:
 
 def check_ids(name: str, ids: np.ndarray, vocabulary: int, ignored: int | None = None) -> None:
     """ValueError with id, row and column of the first one that the vocabulary does not have."""
+    if ids.min() >= 0 and ids.max() < vocabulary:
+        return
     wrong = (ids < 0) | (ids >= vocabulary)
     if ignored is not None:
         wrong &= ids != ignored

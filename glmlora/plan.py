@@ -72,8 +72,8 @@ class Plan:
     gradients and two moments; activations: of the largest step, `kept_layers` of `layers` kept and
     the others computed twice; cache: keys and values of a chat; scratch: of the threads, or of a
     GPU's products; library: what a GPU needs for any model. flops: of the products and the
-    attention of one step (of the prompt, for a chat). work: what a GPU does in a step, or for a
-    token.
+    attention of one step (of what a chat feeds at a time). work: what a GPU does in a step, or for
+    a token.
     """
 
     method: str
@@ -118,7 +118,7 @@ class Plan:
             lines.append((self.total, "on the GPU at once, and beside it"))
             lines.append((RESERVE, "for its context and what cuBLAS keeps: an estimate"))
         text = [f"{_size(n):>10}  {what}" for n, what in lines if n]
-        what = "the prompt" if self.method == "chat" else "a step"
+        what = f"{self.tokens:,} tokens" if self.method == "chat" else "a step"
         text.append(f"{self.flops / 1e12:>6.2f} TFLOP  in the products of {what}")
         text += [f"{name}: {work}" for name, work in self.work.items()]
         return "\n".join(text)
@@ -139,7 +139,8 @@ def plan(
     labels: int = 3,
     quantization_bit: int | None = None,
     dtype: str | None = None,
-    budget: int = 0,
+    budget: int | None = None,
+    gradient_checkpointing: bool = False,
     device: str = "cpu",
     memory: int | str | None = None,
     **finetuning: Any,
@@ -150,11 +151,12 @@ def plan(
     model: a directory with config.json; no weights are read. labels: labelled tokens of a row.
     quantization_bit: 4 or 8, as in training. dtype: the float weights are stored in, default
     config.json's torch_dtype. budget: bytes of activations beyond which layers are computed twice;
-    0: the default. device: "cpu" or "cuda", whose products are in `dtype`. memory: what the GPU
-    has, bytes or "16GB"; RESERVE of it is left alone, what is not needed otherwise is the budget.
-    finetuning: lora_rank, lora_target, pre_seq_len and other arguments of `train`. Raises OSError
-    for a directory that is not there, ValueError naming an argument, MemoryError for what does not
-    fit into `memory`.
+    None: what training would take of the memory that is free now, or 1 GiB with
+    `gradient_checkpointing` and for a GPU. device: "cpu" or "cuda", whose products are in `dtype`.
+    memory: what the GPU has, bytes or "16GB"; RESERVE of it is left alone, what is not needed
+    otherwise is the budget. finetuning: lora_rank, lora_target, pre_seq_len and other arguments of
+    `train`. Raises OSError for a directory that is not there, ValueError naming an argument,
+    MemoryError for what does not fit into `memory`.
     """
     for name, value in (("batch", batch), ("seq", seq), ("labels", labels)):
         if type(value) is not int or value < 1:
@@ -175,7 +177,7 @@ def plan(
     kind = parse_dtype(dtype or config.get("torch_dtype") or "float16") or "F16"
     backend = "plan" if device == "cpu" else f"plan:cuda/{_COMPUTE[kind]}"
 
-    def planned(limit: int) -> Plan:
+    def planned(limit: int | None) -> Plan:
         gc.collect()  # a model planned before is gone, and the backend's scratch with it
         model, quantized = _build(config, kind, bits, group, backend)
         result = Plan(method, batch * seq, layers=config.num_layers, device=device)
@@ -186,6 +188,11 @@ def plan(
             arguments = FinetuningArguments(finetuning_type=method, **finetuning)
             trainee = methods.prepare(model, None, arguments, method, seed=0)
             trainee.base.prepare_training()
+            if limit is None:
+                checkpointing = gradient_checkpointing or device != "cpu"
+                taken = trainee.base.core.plan(1, 1, 1, True)["trainable"]
+                taken += 0 if stored else quantized
+                limit = trainee.base.activation_budget(checkpointing, -taken)
             _train(result, trainee, batch, seq, min(labels, seq - 1), limit)
         sizes = model.core.plan(1, 1, 1, False)
         result.weights = sizes["weights"] + sizes["owned"]
@@ -256,10 +263,11 @@ def _chat(result: Plan, model: _PlanModel, rows: int, tokens: int) -> None:
     core = model.core
     cache = core.cache(rows, tokens, 0)
     result.cache = cache.nbytes
-    step = min(tokens, CHUNK)
+    step = min(rows * tokens, CHUNK)  # what is fed at a time, rows together
+    lengths = [min(tokens, step - start) for start in range(0, step, tokens)]
     ids = np.zeros(step, np.int32)
     before = core.counts()["live"]
-    core.extend(cache, [0], ids, np.array([step], np.int32))
+    core.extend(cache, list(range(len(lengths))), ids, np.array(lengths, np.int32))
     counted = core.counts()
     result.tokens = step
     result.activations = counted["peak"] - before - counted["scratch"]
@@ -267,7 +275,7 @@ def _chat(result: Plan, model: _PlanModel, rows: int, tokens: int) -> None:
     if result.device == "cpu":
         return
     result.scratch = counted["scratch"]
-    cache.rewind(0, min(step, tokens - 3))
+    cache.rewind(0, min(lengths[0], tokens - 3))
     for name in ("a token", "", "a token, recorded"):  # it is recorded the second time
         core.next(cache, [0], ids[:1], np.ones(1, np.int32))
         work = Work.of(core.counts())

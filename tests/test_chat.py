@@ -347,6 +347,41 @@ def test_chat_prints_nothing(v2, capfd):
     assert out == "" and err == ""
 
 
+def test_an_opening_is_computed_once(v2, monkeypatch):
+    """A second turn, and a fresh question that begins alike, feed only what is new, also where the
+    cache must grow; after the weights changed everything is fed again."""
+    model, tokenizer = v2
+    monkeypatch.setattr(generation, "CAPACITY_STEP", 1)
+    monkeypatch.setattr(generation, "ROOM", (4, 1 << 20))
+    fed = []
+
+    def count(rows, which, choose=False, extend=generation.CachedRow.extend):
+        fed.append(sum(len(rows.ids[r]) - rows.held[r] for r in which))
+        return extend(rows, which, choose)
+
+    monkeypatch.setattr(generation.CachedRow, "extend", count)
+    settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": []}
+    opening = "a long opening that is the same in every question, word by word: "
+
+    def ask(query, history=()):
+        fed.clear()
+        answer, after = model.chat(tokenizer, query, list(history), **settings)
+        return answer, after, fed[0]
+
+    length = len(tokenizer(opening)["input_ids"])
+    _, after, first = ask(opening + "one")
+    assert first >= length
+    answer, _, second = ask(opening + "and another")
+    assert second < first - length / 2
+    _, _, turn = ask("next", after)
+    assert turn < first
+    model.cached_row = None
+    assert ask(opening + "and another")[0] == answer
+    model.core.enable_lora(True)  # other weights, as far as the cache knows
+    again, _, anew = ask(opening + "and another")
+    assert anew > length and again == answer
+
+
 def test_many_chats_use_one_cache(v2):
     model, tokenizer = v2
 

@@ -81,6 +81,23 @@ def test_no_allocation_in_training_steps_and_decode_steps():
     assert model.allocations == before
 
 
+def test_a_smaller_batch_takes_no_more_than_was_reserved():
+    """With fewer tokens more layers fit into the budget, but not beyond the memory taken."""
+    model = make_model()
+    model.set_trainable(add_lora(model))
+    most = model.plan(200, 2, 4, True, 1 << 30)
+    least = model.plan(200, 2, 4, True, 1)
+    assert most["kept_layers"] > least["kept_layers"]
+    budget = (most["activations"] + least["activations"]) // 2
+    model.reserve(200, 2, 4, True, budget)
+    before = model.allocations
+    ids = np.ones(200, np.int32)
+    for n in (100, 99, 98, 90, 70, 50, 30, 10):
+        rows = np.array([n - 2, 2 * n - 2], np.int32)
+        model.backward(ids[: 2 * n], [n, n], rows, ids[:2])
+    assert model.allocations == before
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_same_bits_for_any_thread_count(threads):
     results = []
@@ -405,3 +422,60 @@ def test_objects_are_freed_in_any_order():
     assert cache.lengths == [1]
     with pytest.raises(TypeError):
         type(cache)()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits anonymous memory")
+def test_a_model_larger_than_its_memory_trains_and_answers(tmp_path):
+    """Mapped weights stream: a process that may have less memory of its own than half of them
+    computes a step and an answer, with the pages given back to the system in between."""
+    script = """
+        import re, resource, sys
+        sys.path[:0] = sys.argv[1:3]
+        from pathlib import Path
+        import numpy as np
+        from six_b import make
+        sizes = dict(
+            num_layers=6, hidden_size=1024, ffn_hidden_size=3072, kv_channels=64,
+            num_attention_heads=16, padded_vocab_size=4096,
+        )
+        folder = Path(sys.argv[3])
+        make(folder, **sizes)
+        import glmlora
+        from glmlora import quantization
+        model = glmlora.AutoModel.from_pretrained(folder)
+        mapped = sum(t.nbytes for t in model.stored_tensors())
+        config = glmlora.LoraConfig(r=4, target_modules=["query_key_value"])
+        trained = glmlora.get_peft_model(model, config)
+        ids = np.arange(3, 67)[None]
+
+        def run():
+            answer = model.generate(ids, max_new_tokens=3, do_sample=False)
+            loss = trained.backward(input_ids=ids, labels=ids)
+            trained.zero_grad()
+            return answer.tolist(), loss
+
+        def data():
+            return 1024 * int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+        limit = data() + mapped // 2
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        try:
+            np.ones(mapped, np.uint8)
+        except MemoryError:
+            pass
+        else:
+            raise SystemExit("the limit holds nothing back")
+        first = run()
+        for tensor in model.stored_tensors():
+            quantization.drop_pages(tensor.data)
+        assert run() == first
+        print(mapped)
+    """
+    here = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), here,
+         os.path.join(here, os.pardir, "benchmarks"), str(tmp_path)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 100e6

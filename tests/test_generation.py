@@ -75,7 +75,7 @@ def test_become_keeps_what_is_shared(model):
     assert np.abs(row.extend([0]) - fresh.extend([0])).max() < 1e-5
 
 
-def test_chunks_and_renewed_caches_do_not_show(model, monkeypatch):
+def test_chunks_and_grown_caches_do_not_show(model, monkeypatch):
     ids, steps = prompt(30), 40
     want = model.generate(ids, max_new_tokens=steps, eos_token_id=[])
     monkeypatch.setattr(generation, "CHUNK", 7)
@@ -84,23 +84,36 @@ def test_chunks_and_renewed_caches_do_not_show(model, monkeypatch):
     assert np.array_equal(model.generate(ids, max_new_tokens=steps, eos_token_id=[]), want)
 
 
-def test_a_cache_is_filled_anew_at_the_same_counts_whatever_its_size(model, monkeypatch):
-    monkeypatch.setattr(generation, "ROOM", (3, 10, 20))
-    fed = []
+@pytest.fixture
+def fed(monkeypatch):
+    """Tokens fed to the core by each call of CachedRow.extend."""
+    counts = []
 
     def count(rows, which, choose=False, extend=generation.CachedRow.extend):
-        fed.append(sum(len(rows.ids[r]) - rows.held[r] for r in which))
+        counts.append(sum(len(rows.ids[r]) - rows.held[r] for r in which))
         return extend(rows, which, choose)
 
     monkeypatch.setattr(generation.CachedRow, "extend", count)
-    settings = generation.GenerationConfig(eos_token_id=[])
+    return counts
+
+
+def test_a_cache_that_grows_keeps_what_it_holds(model, monkeypatch, fed):
+    monkeypatch.setattr(generation, "ROOM", (3, 10, 20))
+    monkeypatch.setattr(generation, "CAPACITY_STEP", 4)
+    g = generation.GenerationConfig(eos_token_id=[])
+    ends = []
     for capacity in (8, 128):
-        rows = generation.CachedRow(model, 1, capacity)
-        rows.ids[0] = prompt(5)[0].tolist()
+        rows = generation.CachedRow(model, 2, capacity, [7, 8, 9])
+        rows.ids = [prompt(5)[0].tolist(), prompt(3, seed=2)[0].tolist()]
         fed.clear()
-        for _ in generation._run(model, rows, [14], settings, generation.Scores(settings, None)):
+        for _ in generation._run(model, rows, [14, 14], g, generation.Scores(g, None)):
             pass
-        assert fed == [5, 1, 1, 8, 1, 1, 1, 1, 1, 1, 15, 1, 1, 1]
+        assert fed == [8] + [2] * 13
+        assert rows.cache.capacity >= 18
+        ends.append(rows.ids)
+    assert ends[0] == ends[1]
+    with pytest.raises(ValueError, match="at most the model's .* positions, got 100000"):
+        rows.cache.grow(100_000)
 
 
 @pytest.mark.parametrize("sample", [False, True])

@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from glmlora import _core, cli
+from glmlora import _core, cli, modeling
 from glmlora.configuration import ChatGLMConfig
 from glmlora.plan import plan
 from glmlora.project import tiny_directory
@@ -105,10 +106,8 @@ def test_planned_bytes_of_a_chat_are_those_measured(folder):
     measured = peak_of(
         BUILD.format(folder=str(folder))
         + """
-    cache = model.core.cache(2, 2048, 0)
-    for row in (0, 1):
-        for _ in range(2):
-            model.core.extend(cache, [row], np.ones(1024, np.int32), np.array([1024], np.int32))
+    prompts = np.random.default_rng(0).integers(3, 2000, (2, 2040))
+    model.generate(prompts, max_new_tokens=8, do_sample=False, eos_token_id=[])
     """
     )
     assert planned.total - planned.process == pytest.approx(measured, rel=0.10)
@@ -139,6 +138,38 @@ def test_a_small_budget_computes_layers_twice(folder):
     assert "5 of 6 layers computed twice" in str(small)
 
 
+def test_layers_are_kept_as_training_would_keep_them(folder, monkeypatch):
+    """By the memory that is free once quantized weights, parameters and moments are there."""
+    whole = plan(folder, 4, 512)
+    assert whole.kept_layers == 6
+    monkeypatch.setattr(modeling, "_LEAST_BUDGET", 1)  # 1 GiB holds all layers of this model
+    weights = whole.mapped + whole.trained
+    few = int(0.6 * whole.activations / 0.7)
+    monkeypatch.setattr(_core, "memory_available", lambda: weights + few)
+    short = plan(folder, 4, 512)
+    assert 1 < short.kept_layers < 6 and short.activations <= 0.6 * whole.activations
+    assert plan(folder, 4, 512, gradient_checkpointing=True).kept_layers == 6
+    quantized = plan(folder, 4, 512, quantization_bit=4)
+    mapped = quantized.mapped + quantized.weights + quantized.trained
+    monkeypatch.setattr(_core, "memory_available", lambda: mapped + few)
+    assert plan(folder, 4, 512, quantization_bit=4).kept_layers == short.kept_layers
+
+
+def test_chatglm2_6b_trains_in_little_memory(tmp_path):
+    """LoRA, 4 x 512 tokens: over int4 the whole process stays below 6.5 GB, mapped pages included;
+    beyond float16 weights it needs less than half of what peft takes (2.7 GiB)."""
+    sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+    from six_b import CONFIG
+
+    config = json.loads((tiny_directory() / "config.json").read_text()) | CONFIG
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    planned = plan(tmp_path, 4, 512, gradient_checkpointing=True, lora_rank=8)
+    assert planned.kept_layers == 1
+    assert planned.total - planned.process < 0.5 * 2.7 * 2**30
+    planned = plan(tmp_path, 4, 512, quantization_bit=4, gradient_checkpointing=True, lora_rank=8)
+    assert planned.total + planned.mapped < 6.5e9
+
+
 def test_activations_grow_linearly_with_the_length(folder):
     at = [plan(folder, 1, T, budget=1 << 40).activations for T in (512, 1024, 2048)]
     assert at[1] < 2.02 * at[0]
@@ -151,6 +182,7 @@ def test_the_command_prints_a_plan_without_weights(folder, capsys):
     told = capsys.readouterr().out
     assert "trained parameters, gradients, two moments" in told
     assert "in memory at once" in told
+    assert cli.main([*words, "--gradient_checkpointing"]) == 0
     assert cli.main([*words, "--method", "everything"]) == 1
     assert "method: expected one of lora, p_tuning, freeze, full, chat" in capsys.readouterr().err
     assert cli.main(["plan", "--model", str(folder), "--seq", "4096"]) == 1

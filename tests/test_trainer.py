@@ -713,22 +713,46 @@ def test_quantized_base(tiny_model, tmp_path, method, bits, group):
     assert again.log_history[-1]["train_loss"] == trained.log_history[-1]["train_loss"]
 
 
-def test_what_fits_is_kept_and_gradient_checkpointing_keeps_little(monkeypatch):
-    from types import SimpleNamespace
+def test_what_fits_is_kept_and_gradient_checkpointing_keeps_little(tiny_model, monkeypatch):
+    model = glmlora.AutoModel.from_pretrained(tiny_model)
+    mapped = sum(t.nbytes for t in model.stored_tensors())
 
-    from glmlora.loop import Loop
-
-    def budget(available, checkpointing=False, mapped=0):
+    def budget(available, checkpointing=False, held=0):
         monkeypatch.setattr(_core, "memory_available", lambda: available)
-        tensors = [SimpleNamespace(nbytes=mapped)]
-        base = SimpleNamespace(stored_tensors=lambda: tensors)
-        loop = SimpleNamespace(
-            args=SimpleNamespace(gradient_checkpointing=checkpointing),
-            trainee=SimpleNamespace(base=base),
-        )
-        return Loop._activation_budget(loop, {"weights": mapped})
+        return model.activation_budget(checkpointing, held)
 
-    assert budget(20 << 30) == int(0.7 * (20 << 30))
-    assert budget(20 << 30, mapped=12 << 30) == int(0.7 * (8 << 30))
-    assert budget(20 << 30, checkpointing=True) == 0  # the core's default
-    assert budget(1 << 30) == budget(13 << 30, mapped=12 << 30) == 0
+    gib = 1 << 30
+    assert budget(20 * gib + mapped) == int(0.7 * 20 * gib)
+    assert budget(18 * gib + mapped, held=2 * gib) == int(0.7 * 20 * gib)
+    assert budget(20 * gib, checkpointing=True) == 0  # the core's default, 1 GiB
+    assert budget(gib) == 0
+    model.quantize(8)  # what is quantized is in memory already, the rest is mapped still
+    left = sum(t.nbytes for t in model.stored_tensors() if not hasattr(t, "integers"))
+    assert left < mapped and budget(20 * gib + left) == int(0.7 * 20 * gib)
+
+
+def test_backward_takes_its_memory_when_batches_grow(tiny_model, monkeypatch):
+    model = glmlora.AutoModel.from_pretrained(tiny_model)
+    config = glmlora.LoraConfig(r=2, target_modules=["query_key_value"])
+    model = glmlora.get_peft_model(model, config)
+    base = model.get_base_model()
+    asked = []
+    monkeypatch.setattr(
+        type(base), "activation_budget", lambda self, c, held=0: asked.append((c, held)) or 0
+    )
+
+    def step(tokens):
+        ids = np.ones((2, tokens), np.int64)
+        model.backward(input_ids=ids, labels=ids)
+
+    step(8)
+    step(6)
+    assert len(asked) == 1 and asked[0] == (False, 0)
+    allocations = base.core.allocations
+    step(8)
+    assert base.core.allocations == allocations
+    step(20)
+    assert len(asked) == 2 and asked[1][1] > 0
+    base.gradient_checkpointing_enable()
+    step(4)
+    assert asked[2][0] is True

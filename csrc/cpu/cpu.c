@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "kernels.h"
 
@@ -623,10 +624,19 @@ static const struct glm_ops cpu_ops = {
 
 /* ---- memory and life */
 
+/* Large blocks lie on huge pages where the system has them: fewer faults when they are first
+ * written, fewer misses of address translation when they are walked. */
 static void *cpu_alloc(struct glm_backend *be, size_t bytes)
 {
+    const size_t huge = (size_t)1 << 21, align = bytes < 4 * huge ? 64 : huge;
     be->allocated++;
-    return bytes > SIZE_MAX / 2 ? NULL : aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
+    void *p =
+        bytes > SIZE_MAX / 2 ? NULL : aligned_alloc(align, (bytes + 63 + align) / align * align);
+#ifdef MADV_HUGEPAGE
+    if (p && align == huge)
+        madvise(p, bytes / huge * huge, MADV_HUGEPAGE); /* advice: refused is no error */
+#endif
+    return p;
 }
 static void cpu_free(struct glm_backend *be, void *p)
 {

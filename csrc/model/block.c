@@ -18,10 +18,9 @@ static void finish(struct glm_model *m, int l, void *x_out, const void *x1, int 
 {
     const struct glm_step *s = &m->step;
     const int last = l == m->arch.layers - 1;
-    const struct glm_block_acts *next = last ? NULL : &s->acts[l + 1];
     const struct glm_weight *norm = last ? m->final_layernorm : m->layers[l + 1].input_layernorm;
-    m->be->ops->add_rmsnorm_forward(m->be->cx, last ? s->final : next->ln1,
-                                    last ? s->final_rstd : next->rstd1, x_out, x_out, x1,
+    m->be->ops->add_rmsnorm_forward(m->be->cx, last ? s->final : s->ln,
+                                    last ? s->final_rstd : s->acts[l + 1].rstd1, x_out, x_out, x1,
                                     norm->mat.data, N, m->arch.hidden, m->arch.eps);
 }
 
@@ -39,9 +38,9 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
     const void *att = a->att, *x = s->x[l];
 
     if (l == 0 || !x_out) /* else the layer before has done it */
-        op->rmsnorm_forward(cx, a->ln1, a->rstd1, x, layer->input_layernorm->mat.data, N, C,
+        op->rmsnorm_forward(cx, s->ln, a->rstd1, x, layer->input_layernorm->mat.data, N, C,
                             m->arch.eps);
-    glm_linear_forward(m, &layer->linear[GLM_QKV], a->qkv, a->ln1, a->xa[GLM_QKV], N, 0);
+    glm_linear_forward(m, &layer->linear[GLM_QKV], a->qkv, s->ln, a->xa[GLM_QKV], N, 0);
     if (s->cache) /* rows of the cache that no segment of this call reads */
         op->rope_append(cx, glm_step_kv(m, l), a->qkv, m->rope_table, s->position, s->slot, N,
                         heads, m->arch.rotary_dim);
@@ -50,19 +49,24 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
                          QKV, m->arch.rotary_dim);
     op->attention_forward(cx, a->att, a->lse, a->qkv, glm_step_kv(m, l), s->segments, s->S, heads);
     if (rows) {
-        op->gather_forward(cx, a->att_rows, a->att, s->rows, NR, AO);
-        op->gather_forward(cx, a->x_rows, x, s->rows, NR, C);
-        att = a->att_rows;
-        x = a->x_rows;
+        op->gather_forward(cx, s->att_rows, a->att, s->rows, NR, AO);
+        op->gather_forward(cx, s->x_rows, x, s->rows, NR, C);
+        att = s->att_rows;
+        x = s->x_rows;
     }
     glm_linear_forward(m, &layer->linear[GLM_DENSE], a->x1, att, a->xa[GLM_DENSE], NR, rows);
-    op->add_rmsnorm_forward(cx, a->ln2, a->rstd2, a->x1, a->x1, x,
+    op->add_rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, a->x1, x,
                             layer->post_attention_layernorm->mat.data, NR, C, m->arch.eps);
-    glm_linear_forward(m, &layer->linear[GLM_H_TO_4H], a->h, a->ln2, a->xa[GLM_H_TO_4H], NR, rows);
-    op->swiglu_forward(cx, a->act, a->h, NR, F);
-    if (!x_out)
+    glm_linear_forward(m, &layer->linear[GLM_H_TO_4H], a->h, s->ln, a->xa[GLM_H_TO_4H], NR, rows);
+    const struct glm_linear *last = &layer->linear[GLM_4H_TO_H];
+    if (x_out || glm_trains(last->B))
+        op->swiglu_forward(cx, s->act, a->h, NR, F);
+    if (!x_out) {
+        if (glm_trains(last->B))
+            glm_adapter_forward(m, last, s->act, a->xa[GLM_4H_TO_H], NR, rows);
         return;
-    glm_linear_forward(m, &layer->linear[GLM_4H_TO_H], x_out, a->act, a->xa[GLM_4H_TO_H], NR, rows);
+    }
+    glm_linear_forward(m, last, x_out, s->act, a->xa[GLM_4H_TO_H], NR, rows);
     finish(m, l, x_out, a->x1, NR);
 }
 
@@ -81,15 +85,23 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     const int rows = gathers(m, l), NR = rows ? s->M : N;
     void *dout = rows ? s->dx_rows : s->dx;
     void *datt = rows ? s->datt_rows : s->datt;
+    const struct glm_linear *linear = layer->linear;
 
-    glm_linear_backward(m, &layer->linear[GLM_4H_TO_H], s->dact, dout, a->act, a->xa[GLM_4H_TO_H],
-                        NR, rows);
+    if (glm_reads_input(m, &linear[GLM_4H_TO_H]))
+        op->swiglu_forward(cx, s->act, a->h, NR, F);
+    glm_linear_backward(m, &linear[GLM_4H_TO_H], s->dact, dout, s->act, a->xa[GLM_4H_TO_H], NR,
+                        rows);
     op->swiglu_backward(cx, a->h, s->dact, a->h, NR, F);
-    glm_linear_backward(m, &layer->linear[GLM_H_TO_4H], s->dnorm, a->h, a->ln2, a->xa[GLM_H_TO_4H],
-                        NR, rows);
+    if (glm_reads_input(m, &linear[GLM_H_TO_4H]))
+        op->rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, layer->post_attention_layernorm->mat.data,
+                            NR, C, m->arch.eps);
+    glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, a->h, s->ln, a->xa[GLM_H_TO_4H], NR,
+                        rows);
     op->rmsnorm_backward(cx, dout, layer->post_attention_layernorm->grad, s->dnorm, a->x1,
                          layer->post_attention_layernorm->mat.data, a->rstd2, NR, C);
-    glm_linear_backward(m, &layer->linear[GLM_DENSE], datt, dout, rows ? a->att_rows : a->att,
+    if (rows && glm_reads_input(m, &linear[GLM_DENSE]))
+        op->gather_forward(cx, s->att_rows, a->att, s->rows, NR, AO);
+    glm_linear_backward(m, &linear[GLM_DENSE], datt, dout, rows ? s->att_rows : a->att,
                         a->xa[GLM_DENSE], NR, rows);
     if (rows) {
         m->be->zero(m->be, s->datt, (size_t)N * AO * m->be->real_size);
@@ -102,7 +114,10 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     op->rope_backward(cx, s->dqkv, m->rope_table, s->position, N, heads.NH + heads.KVH, heads.HD,
                       QKV, m->arch.rotary_dim);
     const int through_norm = need_dx || glm_trains(layer->input_layernorm);
-    glm_linear_backward(m, &layer->linear[GLM_QKV], through_norm ? s->dnorm : NULL, s->dqkv, a->ln1,
+    if (glm_reads_input(m, &linear[GLM_QKV]))
+        op->rmsnorm_forward(cx, s->ln, a->rstd1, s->x[l], layer->input_layernorm->mat.data, N, C,
+                            m->arch.eps);
+    glm_linear_backward(m, &linear[GLM_QKV], through_norm ? s->dnorm : NULL, s->dqkv, s->ln,
                         a->xa[GLM_QKV], N, 0);
     if (through_norm)
         op->rmsnorm_backward(cx, s->dx, layer->input_layernorm->grad, s->dnorm, s->x[l],

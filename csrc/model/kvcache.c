@@ -157,6 +157,43 @@ glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct
     return GLM_OK;
 }
 
+glm_status glm_cache_grow(struct glm_cache *c, int capacity, struct glm_error *err)
+{
+    struct glm_backend *be = c->be;
+    const size_t J = 2 * (size_t)c->model->arch.layers;
+    const size_t slot = (size_t)c->model->arch.kv_heads * c->model->arch.head_dim * be->real_size;
+    if (capacity <= c->capacity)
+        return GLM_OK;
+    if (capacity > c->model->arch.max_positions)
+        return glm_fail(err, GLM_EVALUE,
+                        "capacity: expected at most the model's %d positions, got %d",
+                        c->model->arch.max_positions, capacity);
+    const int first = c->prefix_length + c->shared_capacity;
+    const int64_t slots = first + (int64_t)c->rows * capacity;
+    size_t bytes = 0;
+    char *kv = NULL;
+    if (slots >= INT32_MAX || __builtin_mul_overflow(J * slot, (size_t)slots, &bytes) ||
+        !(kv = be->alloc(be, bytes)))
+        return glm_fail(err, GLM_EMEMORY,
+                        "cache: %d rows of %d tokens need %zu bytes: ask for fewer or shorter rows",
+                        c->rows, capacity, bytes);
+    for (size_t j = 0; j < J; j++) {
+        const char *from = c->kv + j * (size_t)c->slots * slot;
+        char *to = kv + j * (size_t)slots * slot;
+        be->copy(be, to, from, (size_t)(c->prefix_length + c->shared_length) * slot);
+        for (int i = 0; i < c->rows; i++)
+            be->copy(be, to + ((size_t)first + (size_t)i * capacity) * slot,
+                     from + ((size_t)first + (size_t)i * c->capacity) * slot,
+                     (size_t)c->lengths[i] * slot);
+    }
+    be->free(be, c->kv);
+    c->kv = kv;
+    c->capacity = capacity;
+    c->slots = (int)slots;
+    c->bytes = bytes;
+    return GLM_OK;
+}
+
 /* Refreshes an empty cache after the weights changed; one that holds tokens of the old weights is
  * refused. */
 static glm_status check_version(struct glm_cache *c, struct glm_error *err)

@@ -25,6 +25,21 @@ static struct glm_dropout mask_of(const struct glm_model *m, const struct glm_li
     };
 }
 
+void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, const void *inp,
+                         void *xa, int N, int rows)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    if (!adapted(m, lin))
+        return;
+    const struct glm_dropout mask = mask_of(m, lin, rows);
+    if (mask.p > 0) {
+        op->dropout_forward(cx, m->step.lora_x, inp, N, lin->weight->cols, &mask);
+        inp = m->step.lora_x;
+    }
+    op->linear_forward(cx, xa, inp, &lin->A->mat, NULL, N, 1.0, 0);
+}
+
 void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
                         const void *inp, void *xa, int N, int rows)
 {
@@ -32,50 +47,52 @@ void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void 
     void *cx = m->be->cx;
     op->linear_forward(cx, out, inp, &lin->weight->mat, lin->bias ? lin->bias->mat.data : NULL, N,
                        1.0, 0);
-    if (!adapted(m, lin))
-        return;
-    struct glm_dropout mask = mask_of(m, lin, rows);
-    if (mask.p > 0) {
-        op->dropout_forward(cx, m->step.lora_x, inp, N, lin->weight->cols, &mask);
-        inp = m->step.lora_x;
-    }
-    op->linear_forward(cx, xa, inp, &lin->A->mat, NULL, N, 1.0, 0);
-    op->linear_forward(cx, out, xa, &lin->B->mat, NULL, N, lin->scale, 1);
+    glm_adapter_forward(m, lin, inp, xa, N, rows);
+    if (adapted(m, lin))
+        op->linear_forward(cx, out, xa, &lin->B->mat, NULL, N, lin->scale, 1);
 }
 
-/* dinp is overwritten, or NULL where nothing below trains. */
+/* Whether backward reads the layer's input: for a frozen weight without a trained adapter it does
+ * not. */
+int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin)
+{
+    return glm_trains(lin->weight) || (adapted(m, lin) && glm_trains(lin->A));
+}
+
+/* dinp is overwritten, or NULL where nothing below trains; it may be inp itself, which is read
+ * before. */
 void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
                          const void *dout, const void *inp, const void *xa, int N, int rows)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
     const struct glm_weight *W = lin->weight;
+    const int trains = glm_trains(lin->A) || glm_trains(lin->B);
+    const int adapter = adapted(m, lin) && (dinp || trains);
+    const struct glm_dropout mask = mask_of(m, lin, rows);
+    void *u = m->step.lora_u, *x = m->step.lora_x;
     if (glm_trains(W) || glm_trains(lin->bias))
         op->linear_backward_weight(cx, W->grad, lin->bias ? lin->bias->grad : NULL, dout, inp, N,
                                    W->rows, W->cols, 1.0);
-    if (dinp)
-        op->linear_backward_input(cx, dinp, dout, &W->mat, N, 1.0, 0);
-    if (!adapted(m, lin) || !(dinp || glm_trains(lin->A) || glm_trains(lin->B)))
-        return;
-    int R = lin->A->rows;
-    void *u = m->step.lora_u;
-    struct glm_dropout mask = mask_of(m, lin, rows);
-    if (glm_trains(lin->B))
-        op->linear_backward_weight(cx, lin->B->grad, NULL, dout, xa, N, W->rows, R, lin->scale);
-    op->linear_backward_input(cx, u, dout, &lin->B->mat, N, lin->scale, 0);
-    if (glm_trains(lin->A)) {
-        if (mask.p > 0) {
-            op->dropout_forward(cx, m->step.lora_x, inp, N, W->cols, &mask);
-            inp = m->step.lora_x;
+    if (adapter) {
+        if (glm_trains(lin->B))
+            op->linear_backward_weight(cx, lin->B->grad, NULL, dout, xa, N, W->rows, lin->A->rows,
+                                       lin->scale);
+        op->linear_backward_input(cx, u, dout, &lin->B->mat, N, lin->scale, 0);
+        if (glm_trains(lin->A)) {
+            if (mask.p > 0)
+                op->dropout_forward(cx, x, inp, N, W->cols, &mask);
+            op->linear_backward_weight(cx, lin->A->grad, NULL, u, mask.p > 0 ? x : inp, N,
+                                       lin->A->rows, W->cols, 1.0);
         }
-        op->linear_backward_weight(cx, lin->A->grad, NULL, u, inp, N, R, W->cols, 1.0);
     }
     if (!dinp)
         return;
-    if (mask.p > 0) {
-        op->linear_backward_input(cx, m->step.lora_x, u, &lin->A->mat, N, 1.0, 0);
-        op->dropout_backward(cx, dinp, m->step.lora_x, N, W->cols, &mask);
-    } else {
+    op->linear_backward_input(cx, dinp, dout, &W->mat, N, 1.0, 0);
+    if (adapter && mask.p > 0) {
+        op->linear_backward_input(cx, x, u, &lin->A->mat, N, 1.0, 0);
+        op->dropout_backward(cx, dinp, x, N, W->cols, &mask);
+    } else if (adapter) {
         op->linear_backward_input(cx, dinp, u, &lin->A->mat, N, 1.0, 1);
     }
 }

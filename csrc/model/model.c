@@ -128,7 +128,7 @@ glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
     }
     const int through = glm_trains(m->word_embeddings);
     for (int l = L - 1; below && l >= lowest; l--) {
-        if (l == 0 && s->kept_layers < L) /* x[0] may be where the layers above passed */
+        if (l == 0) /* what followed took its place */
             op->embedding_forward(cx, s->x[0], &m->word_embeddings->mat, s->ids, s->N);
         if (s->saved[l])
             op->convert(cx, s->x[l], m->be->real, s->saved[l], m->be->kept, (size_t)s->N * C);

@@ -7,7 +7,7 @@
 #include "glm.h"
 
 #define GLM_DEFAULT_BUDGET \
-    ((size_t)2 << 30) /* activations are kept up to here, beyond it layers are recomputed */
+    ((size_t)1 << 30) /* activations are kept up to here, beyond it layers are recomputed */
 
 /* One named weight. Vectors (rank 1) are always real and owned; matrices lie where they were mapped
  * until an adapter, a merge or training gives them memory of their own. */
@@ -36,31 +36,25 @@ struct glm_layer {
     struct glm_linear linear[GLM_LINEARS];
 };
 
-/* Activations of one layer, up to attention and after it. NR = N rows, except in the last layer,
- * where what follows attention is computed for the M rows that someone reads. The lists make the
- * struct and the memory plan. Where nobody reads it on the way back, act is one for all layers, and
- * ln2 lies where act will be written when it has been read. */
-#define BLOCK_TOKENS(X) /* name, elements */ \
-    X(ln1, N *C)                             \
-    X(rstd1, N)                              \
-    X(qkv, N *QKV)                           \
-    X(att, N *AO)                            \
-    X(lse, N *NH)                            \
-    X(xa[GLM_QKV], N *rank[GLM_QKV])
-#define BLOCK_ROWS(X)                         \
-    X(att_rows, gathered ? NR *AO : 0)        \
-    X(x_rows, gathered ? NR *C : 0)           \
+/* What backward needs of one layer. NR = N rows, except in the last layer, where what follows
+ * attention is computed for the M rows that someone reads. Inputs of linears are not here: the
+ * norms and the activation yield them again from x, x1 and h, bit for bit and at the memory's
+ * speed. The list makes the struct and the memory plan. */
+#define BLOCK_ACTS(X) /* name, elements */    \
+    X(rstd1, N)                               \
+    X(qkv, N *QKV)                            \
+    X(att, N *AO)                             \
+    X(lse, N *NH)                             \
     X(x1, NR *C)                              \
-    X(ln2, s->ln2_in_act ? 0 : NR *C)         \
     X(rstd2, NR)                              \
     X(h, NR * 2 * F)                          \
-    X(act, s->act_shared ? 0 : NR *F)         \
+    X(xa[GLM_QKV], N *rank[GLM_QKV])          \
     X(xa[GLM_DENSE], NR *rank[GLM_DENSE])     \
     X(xa[GLM_H_TO_4H], NR *rank[GLM_H_TO_4H]) \
     X(xa[GLM_4H_TO_H], NR *rank[GLM_4H_TO_H])
 
 struct glm_block_acts {
-    void *ln1, *rstd1, *qkv, *att, *lse, *att_rows, *x_rows, *x1, *ln2, *rstd2, *h, *act;
+    void *rstd1, *qkv, *att, *lse, *x1, *rstd2, *h;
     void *xa[GLM_LINEARS]; /* x A^T, kept for dB */
 };
 
@@ -74,17 +68,21 @@ struct glm_step {
     void **x; /* (layers + 1) inputs of the layers, the last their output; on the host */
     void **
         saved; /* (layers) inputs of layers to be computed twice in 16 bits, or NULL; on the host */
-    void *act; /* of all layers together where act_shared */
-    int act_shared, ln2_in_act;
-    struct glm_block_acts
-        *acts;                /* (layers), on the host; layers that are recomputed share one set */
-    void *final, *final_rstd; /* after the final norm (MR, C) */
+    /* (layers), on the host; the last layer and those that are recomputed share one set: in it
+     * the last one's are still there when backward begins */
+    struct glm_block_acts *acts;
+    void *final, *final_rstd;    /* after the final norm (MR, C) */
     void *logits, *losses, *lse; /* a piece of at most logits_rows rows; all M losses */
     double *squares;             /* behind the losses: of all gradients together */
     int32_t *chosen;             /* (M) ids, generation */
     int logits_rows;
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
-    void *dx, *dnorm, *dact, *datt, *datt_rows, *dx_rows, *dqkv; /* gradients on their way up */
+    /* Inputs of linears, and in their place the gradients on the way up, which are written once the
+     * input was read. act spans ln, dqkv and, unless the linear that reads it is adapted, lora_x:
+     * those are used when it is not. */
+    void *ln, *act, *att_rows, *x_rows; /* (N, C), (N, F), (M, AO), (M, C) */
+    void *dnorm, *dact, *datt, *datt_rows, *dx_rows, *dqkv;
+    void *dx; /* of the residual stream */
     void *dprefix_rows, *dprefix_hidden, *dprefix_kv;
     void *lora_u, *lora_x; /* (N, max rank), (N, max in) */
     int prefix_copies;
@@ -130,14 +128,17 @@ static inline void *glm_at(const struct glm_model *m, const void *p, size_t elem
     return (char *)p + element * m->be->real_size;
 }
 
-/* model/linear.c */
+/* model/linear.c; xa = x A^T, of the dropped x where there is dropout */
+void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, const void *inp,
+                         void *xa, int N, int rows);
 void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
                         const void *inp, void *xa, int N, int rows);
 void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
                          const void *dout, const void *inp, const void *xa, int N, int rows);
+int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin);
 
 /* model/block.c. With x_out the layers run in order: each leaves its output's norm to the next one.
- * x_out NULL: a layer alone, up to its last linear (enough for the backward pass) */
+ * x_out NULL: a layer alone, only what the backward pass reads, so not the last product */
 void glm_block_forward(struct glm_model *m, int l, void *x_out);
 void glm_block_backward(struct glm_model *m, int l, int need_dx);
 

@@ -31,62 +31,31 @@ int glm_lowest_layer(const struct glm_model *m)
     return m->arch.layers;
 }
 
-/* In training, some layer's gradient of this linear reads the linear's input. */
-static int input_is_read(const struct glm_model *m, int which)
+static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
+                        struct glm_block_acts *a, size_t N, size_t NR, const size_t *rank)
 {
-    for (int l = 0; l < m->arch.layers; l++) {
-        const struct glm_linear *lin = &m->layers[l].linear[which];
-        if (lin->A->present || glm_trains(lin->weight))
-            return 1;
-    }
-    return 0;
-}
-
-/* Of all adapted linears */
-static size_t widest_input(const struct glm_model *m)
-{
-    size_t widest = 0;
-    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++) {
-        const struct glm_weight *A = m->layers[i / GLM_LINEARS].linear[i % GLM_LINEARS].A;
-        if (A->present && (size_t)A->cols > widest)
-            widest = (size_t)A->cols;
-    }
-    return widest;
-}
-
+    const struct glm_arch *arch = &m->arch;
+    const size_t C = arch->hidden, F = arch->ffn, NH = arch->heads, AO = NH * arch->head_dim;
+    const size_t QKV = AO + (size_t)2 * arch->kv_heads * arch->head_dim;
 #define PUSH(name, elements) a->name = glm_arena_push(arena, elements, m->be->real_size);
-
-static void layout_tokens(const struct glm_model *m, struct glm_arena *arena,
-                          struct glm_block_acts *a, size_t N, const size_t *rank)
-{
-    const size_t C = m->arch.hidden, NH = m->arch.heads, AO = NH * m->arch.head_dim;
-    const size_t QKV = AO + (size_t)2 * m->arch.kv_heads * m->arch.head_dim;
-    BLOCK_TOKENS(PUSH)
-}
-
-static void layout_rows(const struct glm_model *m, struct glm_arena *arena,
-                        const struct glm_step *s, struct glm_block_acts *a, size_t NR, int gathered,
-                        const size_t *rank)
-{
-    const size_t C = m->arch.hidden, F = m->arch.ffn, AO = (size_t)m->arch.heads * m->arch.head_dim;
-    BLOCK_ROWS(PUSH)
-    if (s->act_shared)
-        a->act = s->act;
-    if (s->ln2_in_act)
-        a->ln2 = a->act;
-}
+    BLOCK_ACTS(PUSH)
 #undef PUSH
+}
 
-/* Largest LoRA rank of each linear (over all layers), and over everything. */
-static size_t lora_ranks(const struct glm_model *m, size_t *rank)
+/* Largest LoRA rank of each linear (over all layers) and over everything; widest: input of an
+ * adapted linear. */
+static size_t lora_ranks(const struct glm_model *m, size_t *rank, size_t *widest)
 {
     size_t largest = 0;
+    *widest = 0;
     for (int which = 0; which < GLM_LINEARS; which++) {
         rank[which] = 0;
         for (int l = 0; l < m->arch.layers; l++) {
             const struct glm_weight *A = m->layers[l].linear[which].A;
-            if (A->present && (size_t)A->rows > rank[which])
-                rank[which] = (size_t)A->rows;
+            if (!A->present)
+                continue;
+            rank[which] = (size_t)A->rows > rank[which] ? (size_t)A->rows : rank[which];
+            *widest = (size_t)A->cols > *widest ? (size_t)A->cols : *widest;
         }
         largest = rank[which] > largest ? rank[which] : largest;
     }
@@ -103,7 +72,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
                  KV = (size_t)arch->kv_heads * arch->head_dim;
     const size_t QKV = AO + 2 * KV, V = arch->vocab, MR = s->gathered ? M : N;
     size_t rank[GLM_LINEARS];
-    const size_t R = lora_ranks(m, rank);
+    size_t widest;
+    const size_t R = lora_ranks(m, rank, &widest);
 
     s->ids = glm_arena_push(arena, N, 4);
     s->position = glm_arena_push(arena, N, 4);
@@ -115,38 +85,46 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->row_stream = glm_arena_push(arena, M, 4);
     s->segments = glm_arena_push(arena, s->S, sizeof *s->segments);
 
+    /* The first layer's input is looked up again in backward, so the second's may take its place.
+     */
     const int first_kept = L - s->kept_layers, narrow = s->training && m->be->kept != GLM_F32;
     void *shared_x = glm_arena_push(arena, N * C, real);
     for (int l = 0; l < L; l++) {
         /* the first layer that is kept has its input to itself until the others run again */
-        const int passes = l <= lowest || (narrow && l <= first_kept);
+        const int passes = l <= (lowest ? lowest : 1) || (narrow && l <= first_kept);
         s->x[l] = passes ? shared_x : glm_arena_push(arena, N * C, real);
-        s->saved[l] = narrow && l && l >= lowest && l < first_kept
-                          ? glm_arena_push(arena, N * C, 2)
-                          : NULL; /* the embedding is looked up again */
+        s->saved[l] =
+            narrow && l && l >= lowest && l < first_kept ? glm_arena_push(arena, N * C, 2) : NULL;
     }
     s->x[L] = s->training || s->gathered ? glm_arena_push(arena, MR * C, real) : shared_x;
     s->final = glm_arena_push(arena, MR * C, real);
     s->final_rstd = glm_arena_push(arena, MR, real);
 
-    s->act_shared = !s->training || !input_is_read(m, GLM_4H_TO_H);
-    s->ln2_in_act = F >= C && (!s->training || !input_is_read(m, GLM_H_TO_4H));
-    s->act = glm_arena_push(arena, s->act_shared ? N * F : 0, real);
-    struct glm_block_acts workspace = {0}; /* of layers that are not kept, and of the last one */
-    if (first_kept > 0) {
-        layout_tokens(m, arena, &workspace, N, rank);
-        layout_rows(m, arena, s, &workspace, N, 0, rank);
-    }
-    for (int l = 0; l < L; l++) {
-        const int last = l == L - 1, gathered = s->gathered && last;
-        s->acts[l] = workspace;
+    const size_t NR = s->gathered && first_kept == 0 ? M : N;
+    layout_acts(m, arena, &s->acts[L - 1], N, NR, rank);
+    for (int l = 0; l < L - 1; l++)
         if (l < first_kept)
-            continue;
-        if (!last || first_kept == 0)
-            layout_tokens(m, arena, &s->acts[l], N, rank);
-        if (!last || first_kept == 0 || gathered)
-            layout_rows(m, arena, s, &s->acts[l], gathered ? M : N, gathered, rank);
-    }
+            s->acts[l] = s->acts[L - 1];
+        else
+            layout_acts(m, arena, &s->acts[l], N, N, rank);
+
+    s->att_rows = glm_arena_push(arena, s->gathered ? M * AO : 0, real);
+    s->x_rows = glm_arena_push(arena, s->gathered ? M * C : 0, real);
+    const size_t back = s->training ? 1 : 0, unit = 64 / real;
+    const size_t ln = (N * (AO > C ? AO : C) + unit - 1) / unit * unit;
+    const size_t dqkv = ln + (back * N * QKV + unit - 1) / unit * unit;
+    const size_t dropped = s->use_dropout ? back * N * widest : 0;
+    const size_t inside = dqkv + (rank[GLM_4H_TO_H] ? 0 : dropped);
+    s->act = glm_arena_push(arena, N * F > inside ? N * F : inside, real);
+    s->ln = s->dnorm = s->datt = s->dact = s->act;
+    s->dqkv = s->act ? glm_at(m, s->act, ln) : NULL;
+    s->lora_x = s->act ? glm_at(m, s->act, dqkv) : NULL;
+    if (rank[GLM_4H_TO_H])
+        s->lora_x = glm_arena_push(arena, dropped, real);
+    s->datt_rows = s->att_rows;
+    s->dx_rows = s->x_rows;
+    s->dx = glm_arena_push(arena, back * N * C, real);
+    s->lora_u = glm_arena_push(arena, back * N * R, real);
 
     const size_t piece = LOGITS_BYTES / (V * real) < 16 ? 16 : LOGITS_BYTES / (V * real);
     s->logits_rows = (int)(M < piece ? M : piece);
@@ -173,30 +151,14 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
         if (!trains)
             s->dprefix_kv = NULL;
     }
-
-    const size_t back = s->training ? 1 : 0, widest = widest_input(m);
-    const size_t mask = back && s->use_dropout && R ? 1 : 0;
-    s->dx = glm_arena_push(arena, back * N * C, real);
-    s->dx_rows = glm_arena_push(arena, s->gathered ? back * M * C : 0, real);
-    /* gradients lie where a layer's activations have been read for the last time */
-    s->dact = s->act_shared ? s->act : glm_arena_push(arena, back * N * F, real);
-    s->dnorm = F >= C ? s->dact : glm_arena_push(arena, back * N * C, real);
-    const size_t after = (N * AO + 15) / 16 * 16;
-    const int inside = first_kept > 0 && after + N * QKV <= N * 2 * F;
-    s->datt = inside ? workspace.h : glm_arena_push(arena, back * N * AO, real);
-    s->datt_rows = glm_arena_push(arena, s->gathered ? back * M * AO : 0, real);
-    s->dqkv =
-        inside ? (char *)workspace.h + after * real : glm_arena_push(arena, back * N * QKV, real);
-    s->lora_u = glm_arena_push(arena, back * N * R, real);
-    s->lora_x = glm_arena_push(arena, mask * N * widest, real);
 }
 
 /* Layers to keep: as many of the last ones as the budget allows, so that the fewest are computed
- * twice. */
+ * twice; the last one costs nothing. */
 static size_t plan_activations(const struct glm_model *m, struct glm_step *s, size_t budget)
 {
     const int L = m->arch.layers, lowest = s->training ? glm_lowest_layer(m) : L;
-    const int fewest = s->gathered ? 1 : 0, most = L - lowest > fewest ? L - lowest : fewest;
+    const int fewest = 1, most = L - lowest > fewest ? L - lowest : fewest;
     for (s->kept_layers = s->training ? most : fewest;; s->kept_layers--) {
         struct glm_arena plan = {0};
         layout(m, &plan, s);
@@ -240,8 +202,8 @@ static glm_status take_memory(struct glm_model *m, struct glm_step *s, size_t bu
         if (!m->host)
             return glm_fail(err, GLM_EMEMORY, "batch: %zu bytes could not be taken", host);
     }
-    struct glm_arena place = {.base = m->arena.base, .capacity = m->arena.capacity};
-    layout(m, &place, s);
+    m->arena.used = 0;
+    layout(m, &m->arena, s);
     return GLM_OK;
 }
 
@@ -256,6 +218,7 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
     struct glm_step s =
         m->step; /* x and acts are written while planning; the next step lays them out anew */
     *plan = (struct glm_plan){0};
+    plan->owned = (size_t)m->arch.max_positions * m->arch.rotary_dim * m->be->real_size;
     for (int i = 0; i < m->n_weights; i++) {
         const struct glm_weight *w = &m->weights[i];
         if (!w->mat.data || w->grad)
@@ -265,6 +228,7 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
     plan->trainable = 4 * m->block_size * m->be->real_size;
     set_sizes(m, &s, N, S, M, training, 1, training, NULL);
     plan->activations = plan_activations(m, &s, budget) + host_bytes(m, &s);
+    plan->held = m->arena.capacity;
     plan->kept_layers = s.kept_layers;
     plan->total = plan->weights + plan->owned + plan->trainable + plan->activations;
     return GLM_OK;
@@ -274,10 +238,15 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
                              struct glm_error *err)
 {
     struct glm_plan plan;
+    struct glm_step *s = &m->step;
     GLM_TRY(glm_model_plan(m, N, S, M, training, budget, &plan, err));
-    m->budget = budget;
-    set_sizes(m, &m->step, N, S, M, training, 1, training, NULL);
-    return take_memory(m, &m->step, budget, err);
+    set_sizes(m, s, N, S, M, training, 1, training, NULL);
+    GLM_TRY(take_memory(m, s, budget, err));
+    if (training) { /* a smaller batch keeps more layers, but not beyond what was taken */
+        const int all = s->kept_layers >= m->arch.layers - glm_lowest_layer(m);
+        m->budget = all ? budget : m->arena.peak;
+    }
+    return GLM_OK;
 }
 
 static glm_status check_input(const struct glm_model *m, const struct glm_input *in,

@@ -173,17 +173,18 @@ static glm_status make_rope_table(struct glm_model *m, struct glm_error *err)
                         2 * n * be->real_size);
     }
     glm_status status = angle ? half_angles(m, angle, err) : GLM_OK;
-    for (int p = 0; status == GLM_OK && p < a->max_positions; p++)
-        for (int j = 0; j < pairs; j++) {
+    for (int j = 0; status == GLM_OK && j < pairs; j++) {
+        const double wide = pow(a->rope_base, -2.0 * j / a->rotary_dim);
+        const float inv = 1.0f / powf((float)a->rope_base, (float)(2 * j) / (float)a->rotary_dim);
+        for (int p = 0; p < a->max_positions; p++) {
             const size_t i = (size_t)p * pairs + j;
             if (be->real == GLM_F64 && !angle) {
-                double t = p / a->rope_divisor * pow(a->rope_base, -2.0 * j / a->rotary_dim);
+                const double t = p / a->rope_divisor * wide;
                 ((double *)table)[2 * i] = cos(t);
                 ((double *)table)[2 * i + 1] = sin(t);
                 continue;
             }
-            float inv = 1.0f / powf((float)a->rope_base, (float)(2 * j) / (float)a->rotary_dim);
-            float t = angle ? angle[i] : (float)p / (float)a->rope_divisor * inv;
+            const float t = angle ? angle[i] : (float)p / (float)a->rope_divisor * inv;
             if (be->real == GLM_F64) {
                 ((double *)table)[2 * i] = cosf(t);
                 ((double *)table)[2 * i + 1] = sinf(t);
@@ -192,6 +193,7 @@ static glm_status make_rope_table(struct glm_model *m, struct glm_error *err)
                 ((float *)table)[2 * i + 1] = sinf(t);
             }
         }
+    }
     if (status == GLM_OK && angle && be->real == GLM_F32)
         status = round_half(be, (float *)table, 2 * n, err);
     if (status == GLM_OK)

@@ -760,10 +760,10 @@ static PyObject *model_plan(struct model_object *self, PyObject *args, PyObject 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiip|n", names, &N, &S, &M, &training, &budget))
         return NULL;
     RUN(self, glm_model_plan(self->m, N, S, M, training, (size_t)budget, &p, &err), return NULL);
-    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:n,s:i}", "weights", (Py_ssize_t)p.weights, "owned",
+    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:n,s:n,s:i}", "weights", (Py_ssize_t)p.weights, "owned",
                          (Py_ssize_t)p.owned, "trainable", (Py_ssize_t)p.trainable, "activations",
-                         (Py_ssize_t)p.activations, "total", (Py_ssize_t)p.total, "kept_layers",
-                         p.kept_layers);
+                         (Py_ssize_t)p.activations, "held", (Py_ssize_t)p.held, "total",
+                         (Py_ssize_t)p.total, "kept_layers", p.kept_layers);
 }
 
 static PyObject *model_counts(struct model_object *self, PyObject *unused)
@@ -1012,6 +1012,15 @@ static PyObject *cache_reorder(struct cache_object *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+static PyObject *cache_grow(struct cache_object *self, PyObject *args)
+{
+    int capacity;
+    if (!PyArg_ParseTuple(args, "i", &capacity))
+        return NULL;
+    RUN(self->model, glm_cache_grow(self->c, capacity, &err), return NULL);
+    Py_RETURN_NONE;
+}
+
 static PyObject *model_cache(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"rows", "capacity", "shared_capacity", NULL};
@@ -1214,6 +1223,8 @@ static PyType_Spec model_spec = {
 static PyMethodDef cache_methods[] = {
     {"rewind", (PyCFunction)(void *)cache_rewind, METH_VARARGS,
      "Forget a row's tokens after the first `length`."},
+    {"grow", (PyCFunction)(void *)cache_grow, METH_VARARGS,
+     "Room for `capacity` tokens in each row; what is held stays."},
     {"reorder", (PyCFunction)(void *)cache_reorder, METH_O,
      "Row i becomes a copy of what row parents[i] was."},
     {NULL, NULL, 0, NULL},
