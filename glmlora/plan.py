@@ -22,6 +22,7 @@ import numpy as np
 
 from . import _core, methods
 from .arguments import FinetuningArguments
+from .compute import compute_dtype
 from .configuration import ChatGLMConfig, model_directory
 from .generation import CHUNK
 from .modeling import ChatGLMForConditionalGeneration, parse_dtype
@@ -30,7 +31,8 @@ from .tensor import Tensor
 
 METHODS = (*methods.METHODS, "chat")
 RESERVE = 3 << 28  # 0.75 GiB of a GPU for its context and for what cuBLAS keeps: an estimate
-_THREAD_SCRATCH = 1 << 20  # GLM_SCRATCH in csrc/cpu/pool.h
+_THREAD_SCRATCH = 2 << 20  # GLM_SCRATCH in csrc/cpu/pool.h, on a huge page
+_PACKED = 32 << 20  # PACKED in csrc/cpu/cpu.c: operands of products, touched where it is used
 
 
 class _PlanModel(ChatGLMForConditionalGeneration):
@@ -110,7 +112,7 @@ class Plan:
             (self.cache, "keys and values"),
         ]
         if self.device == "cpu":
-            lines.append((self.scratch, "scratch of the threads"))
+            lines.append((self.scratch, "operands of products"))
             lines.append((self.total, "in memory at once, beside the mapped files"))
         else:
             lines.append((self.scratch, "converted operands of products"))
@@ -198,7 +200,9 @@ def plan(
         result.weights = sizes["weights"] + sizes["owned"]
         if device == "cpu":
             result.process = _process()
-            result.scratch = _core.get_num_threads() * _THREAD_SCRATCH
+            form = compute_dtype(None, [f"I{bits}" if bits else kind])
+            widest = result.tokens * 2 * config.ffn_hidden_size * (4 if form == "float32" else 2)
+            result.scratch = _core.get_num_threads() * _THREAD_SCRATCH + min(_PACKED, widest)
             result.mapped = sizes["weights"] - (0 if stored else quantized)
             result.weights -= result.mapped
         else:

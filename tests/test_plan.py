@@ -157,7 +157,7 @@ def test_layers_are_kept_as_training_would_keep_them(folder, monkeypatch):
 
 def test_chatglm2_6b_trains_in_little_memory(tmp_path):
     """LoRA, 4 x 512 tokens: over int4 the whole process stays below 6.5 GB, mapped pages included;
-    beyond float16 weights it needs less than half of what peft takes (2.7 GiB)."""
+    beyond float16 weights it needs 1.5 GB, of which 0.9 are the inputs of 28 layers."""
     sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
     from six_b import CONFIG
 
@@ -165,7 +165,7 @@ def test_chatglm2_6b_trains_in_little_memory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     planned = plan(tmp_path, 4, 512, gradient_checkpointing=True, lora_rank=8)
     assert planned.kept_layers == 1
-    assert planned.total - planned.process < 0.5 * 2.7 * 2**30
+    assert planned.total - planned.process < 1.5e9
     planned = plan(tmp_path, 4, 512, quantization_bit=4, gradient_checkpointing=True, lora_rank=8)
     assert planned.total + planned.mapped < 6.5e9
 
