@@ -358,7 +358,7 @@ class ChatGLMForConditionalGeneration:
             kept = name in trained or isinstance(self._stored.get(name), QuantizedTensor)
             if not kept and self.stored_dtype(name) != dtype:
                 self._bind(name, _converted(self._tensor(name), dtype))
-        return self if self.device == "cpu" else self._move(self.device)  # for its products' type
+        return self._move(self.device)  # for its products' type
 
     def _move(self, device: Device) -> ChatGLMForConditionalGeneration:
         """To another device, weight by weight in the order of the files; on failure (MemoryError)
@@ -366,7 +366,11 @@ class ChatGLMForConditionalGeneration:
         """
         first = self.core.backend
         stored_as = self.stored_dtype(EMBEDDING)
-        backend = devices.backend(device, stored_as, self._cpu_backend, self.asked_compute_dtype)
+        kinds = {self.stored_dtype(n) for n, s in self._shapes.items() if len(s) == 2}
+        cpu = backend_of("cpu", self.asked_compute_dtype, kinds)
+        if not self.backend.startswith(("cuda", "emu")) and self.backend != "cpu":
+            cpu = self._cpu_backend  # asked for by its whole name
+        backend = devices.backend(device, stored_as, cpu, self.asked_compute_dtype)
         if _core.backend_name(backend) == first:
             return self
         self._apply_trainable()

@@ -1,0 +1,78 @@
+"""The type of the large products: chosen, told, overridden; close to float32."""
+
+import numpy as np
+import pytest
+
+from glmlora import AutoModel, LoraConfig, _core, get_peft_model
+from glmlora.compute import compute_dtype
+from glmlora.project import tiny_directory
+
+FAST = "avx512bf16" in _core.cpu_variants().split(",")
+fast = pytest.mark.skipif(not FAST, reason="this processor multiplies float32 only")
+
+
+def test_auto_is_bfloat16_where_it_is_fast_and_the_weights_are_narrow(monkeypatch):
+    monkeypatch.delenv("GLMLORA_COMPUTE_DTYPE")
+    monkeypatch.delenv("GLMLORA_ISA", raising=False)
+    narrow = "bfloat16" if FAST else "float32"
+    assert compute_dtype(None, {"F16", "F32"}) == compute_dtype("auto", {"I4"}) == narrow
+    assert compute_dtype(None, {"F32"}) == compute_dtype("float32", {"F16"}) == "float32"
+    monkeypatch.setenv("GLMLORA_ISA", "generic")
+    assert compute_dtype(None, {"F16"}) == "float32"
+    with pytest.raises(ValueError, match="compute_dtype: this processor does not multiply int8"):
+        compute_dtype("int8", {"I8"})
+    with pytest.raises(ValueError, match="expected auto, float32, bfloat16, int8, got 'half'"):
+        compute_dtype("half", {"F16"})
+
+
+@fast
+def test_a_cast_to_float32_ends_narrow_products_and_half_brings_them_back(monkeypatch, capsys):
+    monkeypatch.delenv("GLMLORA_COMPUTE_DTYPE")
+    model = AutoModel.from_pretrained(tiny_directory())
+    assert model.compute_dtype == "bfloat16"
+    ids = np.arange(3, 60)[None]
+    narrow = model(input_ids=ids).logits
+    wide = model.float()(input_ids=ids).logits
+    assert model.compute_dtype == "float32"
+    assert (model.half()(input_ids=ids).logits == narrow).all()
+    assert not (narrow == wide).all()
+    exact = AutoModel.from_pretrained(tiny_directory(), compute_dtype="float32")
+    assert np.allclose(exact(input_ids=ids).logits, wide, atol=1e-4)
+
+
+@fast
+@pytest.mark.parametrize(("kind", "bits"), [("bfloat16", 0), ("bfloat16", 4), ("int8", 8)])
+def test_losses_and_gradients_are_near_those_of_float32(kind, bits):
+    rng, found = np.random.default_rng(0), {}
+    ids = rng.integers(3, 500, (3, 90))
+    labels = np.full_like(ids, -100)
+    labels[:, -8:] = ids[:, -8:]
+    for name in ("float32", kind):
+        model = AutoModel.from_pretrained(tiny_directory(), compute_dtype=name)
+        if bits:
+            model.quantize(bits, group_size=32 if bits == 4 else 0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["query_key_value"]))
+        first = np.random.default_rng(1)
+        core = model.base_model.core
+        for lora in core.names():
+            if "lora" in lora:
+                core.write(lora, first.normal(0, 0.02, core.shape(lora)).astype(np.float32))
+        loss = model.backward(input_ids=ids, attention_mask=np.ones_like(ids), labels=labels)
+        found[name] = loss, model.named_gradients()
+    (want, exact), (got, near) = found["float32"], found[kind]
+    assert got != want and abs(got - want) < 0.02 * abs(want)
+    for key, gradient in exact.items():
+        error = np.linalg.norm(near[key] - gradient) / np.linalg.norm(gradient)
+        assert error < (0.05 if kind == "bfloat16" else 0.12), key
+
+
+@fast
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_a_row_answers_alike_alone_and_in_a_batch(kind):
+    model = AutoModel.from_pretrained(tiny_directory(), compute_dtype=kind)
+    if kind == "int8":
+        model.quantize(8)
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(3, 500, n).tolist() for n in (5, 40, 17, 60, 33)]
+    together = model(input_ids=np.array([rows[1], [*rows[1][:39], 7]])).logits[0]
+    assert (model(input_ids=np.array([rows[1]])).logits[0] == together).all()
