@@ -138,8 +138,8 @@ class Worker:
         for _ in range(steps):
             _, seconds, measured = self.timed(c.feed, [self.ids(1) for _ in range(rows)])
             times.append((seconds, measured))
-        seconds, measured = np.median(times, axis=0).tolist()
-        return {"seconds": seconds, "measured": measured}
+        seconds, measured = zip(*times, strict=True)
+        return {"seconds": float(np.median(seconds)), "measured": sum(measured)}
 
     def predict(self, lengths, new):
         c = self.context(len(lengths), max(lengths) + new)
