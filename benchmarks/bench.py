@@ -119,7 +119,7 @@ class Bench:
         "int4 groups": ("--bits", 4, "--group", 32),
     }
 
-    def __init__(self, folder, minutes):
+    def __init__(self, folder, minutes, peers):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.minutes = folder, minutes
         self.limits, self.rows, self.sides, self.curves = Limits(folder), [], {}, {}
@@ -127,8 +127,8 @@ class Bench:
             if not (folder / name / "model.safetensors").exists():
                 (folder / name).mkdir(parents=True, exist_ok=True)
                 six_b.make(folder / name, **shapes)
-        self.torch = interpreter("torch", "transformers", "peft")
-        self.llama = interpreter("llama_cpp")
+        self.torch = "torch" in peers and interpreter("torch", "transformers", "peft")
+        self.llama = "llama" in peers and interpreter("llama_cpp")
         self.product = "bf16_gflop_s" if "bf16_gflop_s" in self.limits.best else "fma_gflop_s"
 
     def side(self, name):
@@ -552,6 +552,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10, help="to plan for; 25: 5 runs of all")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--peers", default="torch,llama", help="none: ours alone")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument(
         "--keep", type=Path, help="make the models here, and use them the next time"
@@ -562,7 +563,7 @@ def main():
     parts = [name for name in PARTS if name in args.only.split(",")]
     bench = None
     try:
-        bench = Bench(folder, args.minutes)
+        bench = Bench(folder, args.minutes, args.peers.split(","))
         print(processor(), platform.platform(), "2 threads,", json.dumps(bench.limits.best))
         for name in parts:
             bench.part(PARTS[name])

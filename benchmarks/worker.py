@@ -23,7 +23,6 @@ was spent). Any job may carry "threads".
 
 import argparse
 import copy
-import inspect
 import json
 import re
 import sys
@@ -64,22 +63,6 @@ class Peak(threading.Thread):
             time.sleep(0.005)
 
 
-def opened(directory, compute):
-    options = {"compute_dtype": compute} if compute else {}
-    if "compute_dtype" not in inspect.signature(glmlora.AutoModel.from_pretrained).parameters:
-        options = {}
-    return glmlora.AutoModel.from_pretrained(directory, **options)
-
-
-def ops_of(compute):
-    from ops import Ops
-
-    try:
-        return Ops(f"cpu/{compute}")
-    except ValueError:
-        return Ops("cpu:" + _core.cpu_variants().split(",")[0])
-
-
 def with_lora(model):
     """The model with rank 8 on query_key_value, to be trained."""
     config = glmlora.LoraConfig(
@@ -106,7 +89,7 @@ class Worker:
 
     def __init__(self, directory, whole, compute, bits, group):
         self.peak = Peak()
-        self.file = opened(directory, compute)
+        self.file = glmlora.AutoModel.from_pretrained(directory, compute_dtype=compute)
         self.floats = dict(zip(self.file.base_names(), self.file.stored_tensors(), strict=True))
         if bits:
             self.file.quantize(bits, group_size=group)
@@ -129,11 +112,11 @@ class Worker:
         config = copy.copy(self.file.config)
         config.num_layers = layers
         config.quantization_bit = config.quantization_group_size = None
-        kind = type("Layers", (type(self.file),), {"backend": self.file.core.backend})
         of = {}
         for name in _core.Model(config.arch(), "plan").shapes():
             of[name] = re.sub(r"layers\.(\d+)", lambda m: f"layers.{int(m[1]) % self.here}", name)
-        model = kind(config, {name: self.floats[here] for name, here in of.items()})
+        floats = {name: self.floats[here] for name, here in of.items()}
+        model = type(self.file)(config, floats, self.file.compute_dtype)
         for name, here in of.items():
             if self.bound[here] is not self.floats[here]:
                 model._bind(name, self.bound[here])
@@ -157,7 +140,7 @@ class Worker:
         return self.rng.integers(3, self.file.config.padded_vocab_size, n).astype(np.int32)
 
     def gemm(self, module, rows, kind, what, compute):
-        from ops import F16, F32, I8, Mat
+        from ops import F16, F32, I8, Mat, Ops
 
         key = module, kind
         if key not in self.mats:
@@ -174,7 +157,7 @@ class Worker:
         x, y = np.ones((rows, inp), np.float32), np.ones((rows, out), np.float32)
         x += self.rng.random(inp, np.float32)
         y += self.rng.random(out, np.float32)
-        ops = ops_of(compute)
+        ops = Ops(f"cpu/{compute}")
         start = time.perf_counter()
         if what == "dx":
             ops.linear_backward_input(x, y, mat, rows, 1.0, 0)
