@@ -4,8 +4,8 @@
 
 ChatGLM2-6B's shapes with random weights, 2 threads. Seconds are those of 28 layers; worker.py and
 the peers tell how they are found from fewer. Sides are run in turn, again and again, at most 5
-times (`x5`), fewer where `--minutes` do not allow; a figure is the median. limits.c is run before
-and after each part, and the best it saw there counts. Peers (benchmarks/peers) are torch +
+times (`x5`), fewer where `--minutes` do not allow; a figure is the median. limits.c is run between
+the runs, and the better of before and after a run counts. Peers (benchmarks/peers) are torch +
 transformers + peft, in bfloat16 where the processor multiplies it, and llama.cpp; rows stand
 without them where they are not installed. A bar is what the row has to reach: a share of the limit,
 or how many times a peer's speed. Rows go to stderr as they come; the table, results.json and
@@ -87,25 +87,21 @@ class Side:
 
 
 class Limits:
-    """What the machine does at most: `best` is the best that limits.c saw since `begin`, since a
-    shared machine is not the same for long."""
+    """What the machine does at most, by limits.c: `now`, and `around` the last run, the better of
+    before and after it, since a shared machine is not the same for long."""
 
     def __init__(self, folder):
         self.program = str(folder / "limits")
         source = str(HERE / "limits.c")
         flags = ["-O3", "-march=native", "-std=c11"]
         subprocess.run(["gcc", *flags, source, "-o", self.program, "-pthread"], check=True)
-        self.begin()
-
-    def begin(self):
-        self.best = {}
+        self.now = self.around = {}
         self.measure()
 
-    def measure(self, *what):
-        command = [self.program, "2", *what]
-        out = subprocess.run(command, capture_output=True, text=True, check=True)
-        for name, value in json.loads(out.stdout).items():
-            self.best[name] = max(value, self.best.get(name, 0))
+    def measure(self):
+        out = subprocess.run([self.program, "2"], capture_output=True, text=True, check=True)
+        before, self.now = self.now, json.loads(out.stdout)
+        self.around = {n: max(v, before.get(n, v)) for n, v in self.now.items()}
 
 
 class Bench:
@@ -129,7 +125,7 @@ class Bench:
                 six_b.make(folder / name, **shapes)
         self.torch = "torch" in peers and interpreter("torch", "transformers", "peft")
         self.llama = "llama" in peers and interpreter("llama_cpp")
-        self.product = "bf16_gflop_s" if "bf16_gflop_s" in self.limits.best else "fma_gflop_s"
+        self.product = "bf16_gflop_s" if "bf16_gflop_s" in self.limits.now else "fma_gflop_s"
 
     def side(self, name):
         """The process of that name, or None where it cannot be: no peer, no such instructions."""
@@ -165,26 +161,28 @@ class Bench:
             side.close()
         self.sides.clear()
 
-    def run(self, jobs, seconds, limits=None):
+    def run(self, jobs, seconds):
         """jobs: {name: (side's name, job)}. Runs each in turn, again and again, for so many seconds
-        of measured time in a bench of 10 minutes. Returns {name: the last answer with the median of
-        its times} without those that no side can do. limits: what is measured between runs."""
+        of measured time in a bench of 10 minutes, and the limits between. Returns {name: the last
+        answer with the median of its times, `every` time and the `limits` around each} without
+        those that no side can do."""
         there = {n: (self.side(s), job) for n, (s, job) in jobs.items() if self.side(s)}
-        answers = {name: [] for name in there}
+        answers, limits = {name: [] for name in there}, []
         spent = 0.0  # without what the sides prepare for their first run
+        self.limits.measure()
         for run in range(REPS):
             if run and spent * (run + 1) / run > seconds * self.minutes / 10:
                 break
             for name, (side, job) in there.items():
                 answers[name].append(side.ask(dict(job)))
                 spent += answers[name][-1]["measured"]
-            if limits:
-                self.limits.measure(limits)
+            self.limits.measure()
+            limits.append(self.limits.around)
         medians = {}
         for name, runs in answers.items():
-            seconds = statistics.median(r["seconds"] for r in runs)
-            every = [round(r["seconds"], 6) for r in runs]
-            medians[name] = runs[-1] | {"seconds": seconds, "runs": len(runs), "every": every}
+            every = [r["seconds"] for r in runs]
+            medians[name] = runs[-1] | dict(seconds=statistics.median(every), runs=len(runs))
+            medians[name] |= dict(every=every, limits=limits)
         return medians
 
     def row(
@@ -201,35 +199,38 @@ class Bench:
         bars=(),
         note="",
     ):
-        """One row. line: of the acceptance list; answer: of `run`; rate in `unit`, and `limit` the
-        name in limits.c's line; peers: {name: seconds}; ratios: others, {what: times}; bars: {what:
-        at least} of "limit", peers and ratios."""
-        row = dict(line=line, job=job, seconds=answer["seconds"], runs=answer["runs"])
-        row |= dict(rate=rate, unit=unit, limit=limit, bars=dict(bars), note=note)
-        row |= dict(peers=dict(peers), more=dict(ratios), every=answer.get("every", []))
+        """One row. line: of the acceptance list; answer: of `run`; rate in `unit` at its median,
+        and `limit` the name in limits.c's line; peers: {name: answer}; ratios: others, {what:
+        times}; bars: {what: at least} of "limit", peers and ratios. A ratio is the median of those
+        of the runs, each beside its neighbours."""
+        seconds, every = answer["seconds"], answer["every"]
+        row = dict(line=line, job=job, seconds=seconds, runs=answer["runs"], every=every)
+        row |= dict(rate=rate, unit=unit, note=note, bars=dict(bars), peers={}, ratios={})
+        if limit in self.limits.now:
+            at = [around[limit] for around in answer["limits"]]
+            shares = [rate * seconds / s / a for s, a in zip(every, at, strict=True)]
+            row |= dict(limit=dict(name=limit, values=at))
+            row["ratios"]["limit"] = statistics.median(shares)
+        for name, peer in dict(peers).items():
+            row["peers"][name] = dict(seconds=peer["seconds"], every=peer["every"])
+            pairs = zip(peer["every"], every, strict=True)
+            row["ratios"][name] = statistics.median(p / s for p, s in pairs)
+        row["ratios"] |= dict(ratios)
+        row["met"] = verdict(row["bars"], row["ratios"])
         self.rows.append(row)
+        print(table_line(row), file=sys.stderr, flush=True)
 
-    def part(self, function):
-        """Its rows, with the limits measured before and after it."""
-        self.limits.begin()
-        first = len(self.rows)
-        function(self)
-        self.limits.measure()
-        for row in self.rows[first:]:
-            print(table_line(self.judged(row)), file=sys.stderr, flush=True)
 
-    def judged(self, row):
-        """The row with its ratios to the limit and to the peers, and whether its bars are met
-        (None: nothing to compare with)."""
-        ratios = {}
-        if row["limit"] in self.limits.best:
-            row["limit"] = dict(name=row["limit"], value=self.limits.best[row["limit"]])
-            ratios["limit"] = row["rate"] / row["limit"]["value"]
-        ratios |= {name: seconds / row["seconds"] for name, seconds in row["peers"].items()}
-        row["ratios"] = ratios = ratios | row["more"]
-        known = [ratios[what] >= least for what, least in row["bars"].items() if what in ratios]
-        row["met"] = all(known) if known else None
-        return row
+def verdict(bars, ratios):
+    """Whether the bars are met; None where there is nothing to compare with."""
+    known = [ratios[what] >= least for what, least in bars.items() if what in ratios]
+    return all(known) if known else None
+
+
+def times(answer, factor):
+    """The answer with its times so many times as long."""
+    every = [s * factor for s in answer["every"]]
+    return answer | dict(seconds=answer["seconds"] * factor, every=every)
 
 
 def table_line(row):
@@ -244,20 +245,20 @@ def table_line(row):
         if what == "limit":
             beside.append(f"limit {ratio:.0%}{wanted}")
         else:
-            seconds = row["peers"].get(what)
-            time_told = f" {seconds:.4g} s" if seconds else ""
+            peer = row["peers"].get(what)
+            time_told = f" {peer['seconds']:.4g} s" if peer else ""
             beside.append(f"{what}{time_told} {ratio:.2f}x{wanted}")
-    verdict = {True: "met", False: "NOT MET", None: ""}[row["met"]]
+    met = {True: "met", False: "NOT MET", None: ""}[row["met"]]
     note = f"  [{row['note']}]" if row["note"] else ""
     return (
         f"{row['line']:>3} {row['job']:44} {row['seconds']:10.4g} s x{row['runs']} {told} "
-        f"{verdict:8}{'; '.join(beside)}{note}"
+        f"{met:8}{'; '.join(beside)}{note}"
     )
 
 
-def seconds_of(medians, names):
-    """{name as shown: seconds} of the peers that answered."""
-    return {shown: medians[n]["seconds"] for shown, n in names.items() if n in medians}
+def those(medians, names):
+    """{name as shown: answer} of the peers that answered."""
+    return {shown: medians[n] for shown, n in names.items() if n in medians}
 
 
 def step_flops(lengths, labelled):
@@ -285,7 +286,7 @@ def gemm(b):
     for rows, seconds in ((512, 15), (2048, 40)):
         jobs = {}
         for compute, (kind, limit, peer, _) in kinds.items():
-            for module, (out, inp) in MODULES.items() if limit in b.limits.best else ():
+            for module, (out, inp) in MODULES.items() if limit in b.limits.now else ():
                 job = dict(job="gemm", module=module, rows=rows, what="forward")
                 jobs[compute, module] = ("float16", job | dict(kind=kind, compute=compute))
                 if peer:
@@ -297,7 +298,7 @@ def gemm(b):
                 if (compute, module) not in m:
                     continue
                 mine = m[compute, module]
-                peers = seconds_of(m, {"torch": ("torch", compute, module)})
+                peers = those(m, {"torch": ("torch", compute, module)})
                 flops = 2e-9 * rows * out * inp / mine["seconds"]
                 job = f"{compute} {rows} x ({out}, {inp})"
                 b.row(1, job, mine, rate=flops, unit="GFLOP/s", limit=limit, peers=peers, bars=bars)
@@ -312,11 +313,11 @@ def decode(b):
     job = dict(job="decode", rows=1, context=128, steps=6)
     jobs = {name: (name, job) for name in kinds} | {"torch": ("torch", job)}
     jobs |= {LLAMA[n]: (f"llama.cpp {LLAMA[n]}", job) for n in kinds}
-    m = b.run(jobs, 25, "read")
+    m = b.run(jobs, 25)
     for name in kinds:
         rate = b.side(name).ready["read"] / m[name]["seconds"] / 1e9
         kind = LLAMA[name]
-        peers = seconds_of(m, {"torch": "torch", kind: kind})
+        peers = those(m, {"torch": "torch", kind: kind})
         bars = {"limit": 0.9, "torch": 2.5, kind: 1.0 if kind == "F16" else 1.1}
         told = dict(rate=rate, unit="GB/s", limit="read_gb_s", peers=peers, bars=bars)
         b.row(2, f"decode, 1 row, context 128, {name}", m[name], **told)
@@ -325,7 +326,7 @@ def decode(b):
     jobs |= {"torch": ("torch", job), "F16": ("llama.cpp F16", job)}
     m = b.run(jobs, 15)
     for name in ("float16", "int8", "int4 groups"):
-        peers = seconds_of(m, {"torch": "torch", "F16": "F16"} if name == "float16" else {})
+        peers = those(m, {"torch": "torch", "F16": "F16"} if name == "float16" else {})
         told = dict(rate=16 / m[name]["seconds"], unit="tokens/s", peers=peers)
         b.row(8, f"decode, 16 rows, context 64, {name}", m[name], **told, bars={"torch": 2.0})
 
@@ -345,7 +346,7 @@ def prefill(b):
             continue
         seconds = m[name]["seconds"]
         limit = "int8_gop_s" if "arithmetic" in name else b.product
-        peers = seconds_of(m, {"torch": "torch", LLAMA[name]: LLAMA[name]})
+        peers = those(m, {"torch": "torch", LLAMA[name]: LLAMA[name]})
         note = f"{512 / seconds:.1f} tokens/s"
         told = dict(rate=prefill_flops(512) / seconds / 1e9, unit="GFLOP/s", limit=limit, note=note)
         b.row(3, f"prefill of 512 tokens, {name}", m[name], **told, peers=peers, bars=bars)
@@ -357,18 +358,16 @@ def predict(b):
     jobs |= {"torch": ("torch", job), "F16": ("llama.cpp F16", job)}
     m = b.run(jobs, 90)
     bars = {"float16": {"torch": 1.2, "F16": 2.0}, "int8 arithmetic": {"torch": 2.2}}
-    peers = seconds_of(m, {"torch": "torch", "F16": "F16"})
+    peers = those(m, {"torch": "torch", "F16": "F16"})
     scale = FORECAST_ROWS / len(PROMPTS) * sum(PROMPTS) / sum(SHORTER)
-    later = {n: s * scale for n, s in peers.items()}
     for name in bars:
         if name in m:
             told = dict(rate=16 / m[name]["seconds"], unit="rows/s", peers=peers, bars=bars[name])
             b.row(8, f"16 prompts of 440, 3 new tokens, {name}", m[name], **told)
-            mine = m[name] | {"seconds": m[name]["seconds"] * scale, "every": []}
-            hours = ", ".join(
-                f"{n} {s / 3600:.1f}" for n, s in {"hours": mine["seconds"], **later}.items()
-            )
-            b.row(8, f"forecast: 2,000 prompts of 496, {name}", mine, peers=later, note=hours)
+            mine, later = times(m[name], scale), {n: times(a, scale) for n, a in peers.items()}
+            hours = {"hours:": mine} | later
+            note = ", ".join(f"{n} {a['seconds'] / 3600:.1f}" for n, a in hours.items())
+            b.row(8, f"forecast: 2,000 prompts of 496, {name}", mine, peers=later, note=note)
 
 
 def lora(b):
@@ -380,15 +379,16 @@ def lora(b):
     jobs = {(n, kept): (n, job if kept else again) for n in kinds for kept in (True, False)}
     jobs |= {"peft": ("peft", job), "peft checkpointing": ("peft", again)}
     m = b.run(jobs, 90)
-    peers = seconds_of(m, {n: n for n in ("peft", "peft checkpointing")})
+    peers = those(m, {n: n for n in ("peft", "peft checkpointing")})
     theirs = {n: m[n]["beyond_weights"] for n in peers}
 
     def kept(name, layers):
         most, least = m[name, True], m[name, False]
-        mixed = dict(least)
+        part, mixed = layers / WHOLE, dict(least)
         for what in ("seconds", "beyond_weights", "resident"):
-            mixed[what] += (most[what] - least[what]) * layers / WHOLE
-        return mixed | {"every": []}
+            mixed[what] += (most[what] - least[what]) * part
+        pairs = zip(most["every"], least["every"], strict=True)
+        return mixed | {"every": [n + (a - n) * part for a, n in pairs]}
 
     def fitting(name, what, most):
         """Layers that can be kept."""
@@ -420,7 +420,7 @@ def lora(b):
             row(line, name, 0)
     layers = fitting("int4 groups", "resident", 6.5e9)
     small = kept("int4 groups", layers)["resident"]
-    beside = peers | {"float16 base": kept("float16", layers)["seconds"]}
+    beside = peers | {"float16 base": kept("float16", layers)}
     bars = {"float16 base": 0.8, "6.5 GB": 1.0}
     row(7, "int4 groups", layers, peers=beside, ratios={"6.5 GB": 6.5e9 / small}, bars=bars)
 
@@ -432,7 +432,7 @@ def uneven(b):
     m = b.run(jobs, 40)
     mine = m["float16"]
     told = dict(rate=step_flops(UNEVEN, 3) / mine["seconds"] / 1e9, unit="GFLOP/s", limit=b.product)
-    told |= dict(peers=seconds_of(m, {"peft checkpointing": "ckpt"}))
+    told |= dict(peers=those(m, {"peft checkpointing": "ckpt"}))
     note = f"{mine['tokens'] / mine['seconds']:.1f} real tokens/s"
     b.row(
         6, "LoRA step, 4 uneven papers", mine, **told, bars={"peft checkpointing": 2.5}, note=note
@@ -450,7 +450,7 @@ def threads(b):
     jobs = {(n, k): ("float16", job | dict(threads=k)) for n, job in cases.items() for k in (2, 1)}
     m = b.run(jobs, 20)
     for name in cases:
-        one = {"1 thread": m[name, 1]["seconds"]}
+        one = {"1 thread": m[name, 1]}
         b.row(9, f"{name}, 2 threads", m[name, 2], peers=one, bars={"1 thread": 1.85})
 
 
@@ -461,9 +461,8 @@ def tiny(b):
         (step, "tiny model: LoRA step, 4 x 64", 1, 20),
     ):
         m = b.run({"ours": ("tiny", job), "torch": ("tiny torch", job)}, 8)
-        mine = m["ours"] | {"seconds": m["ours"]["seconds"] / each}
-        peers = {n: s / each for n, s in seconds_of(m, {"torch": "torch"}).items()}
-        b.row(10, told, mine, peers=peers, bars={"torch": bar})
+        peers = {n: times(a, 1 / each) for n, a in those(m, {"torch": "torch"}).items()}
+        b.row(10, told, times(m["ours"], 1 / each), peers=peers, bars={"torch": bar})
 
 
 def cold(b):
@@ -473,16 +472,17 @@ def cold(b):
         if not (b.folder / "saved/model.safetensors").exists():
             b.side("torch").ask(dict(job="save", directory=str(b.folder / "saved")))
         commands["torch"] = [b.torch, str(HERE / "peers/torch_peer.py"), str(b.folder / "saved")]
-    times = {name: [] for name in commands}
+    every = {name: [] for name in commands}
     for _ in range(4):
         for name, command in commands.items():
             start = time.perf_counter()
             subprocess.run([*command, "--cold"], check=True, capture_output=True)
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(t[1:]) for name, t in times.items()}  # the first warms up
-    mine = {"seconds": medians.pop("ours"), "runs": 3}
-    told = dict(peers=medians, bars={"torch": 10}, note=f"{LAYERS} layers")
-    b.row(10, "start, import, open, feed 8 tokens", mine, **told)
+            every[name].append(time.perf_counter() - start)
+    answers = {  # the first run reads the files
+        n: dict(seconds=statistics.median(t[1:]), runs=3, every=t[1:]) for n, t in every.items()
+    }
+    told = dict(peers=those(answers, {"torch": "torch"}), bars={"torch": 10})
+    b.row(10, "start, import, open, feed 8", answers["ours"], **told, note=f"{LAYERS} layers")
 
 
 def curves(b):
@@ -506,7 +506,9 @@ def curves(b):
         (x, y), (x_end, y_end) = points[0], points[-1]
         note = ", ".join(f"{n}: {v:.3g}" for n, v in points)
         note = f"{note}; {y_end / y:.2f} times"
-        b.row(12, f"{name}, {x} to {x_end} tokens", {"seconds": y_end, "runs": 1}, note=note)
+        b.row(
+            12, f"{name}, {x} to {x_end} tokens", dict(seconds=y_end, runs=1, every=[]), note=note
+        )
 
 
 def draw(found, path):
@@ -564,9 +566,9 @@ def main():
     bench = None
     try:
         bench = Bench(folder, args.minutes, args.peers.split(","))
-        print(processor(), platform.platform(), "2 threads,", json.dumps(bench.limits.best))
+        print(processor(), platform.platform(), "2 threads,", json.dumps(bench.limits.now))
         for name in parts:
-            bench.part(PARTS[name])
+            PARTS[name](bench)
             if name in ("cold", "curves"):
                 bench.close()
         if bench.curves:

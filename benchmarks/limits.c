@@ -1,5 +1,4 @@
-/* What this machine can do at most, measured: `limits THREADS [read]` prints one line of JSON,
- * with `read` of the memory alone.
+/* What this machine can do at most, measured: `limits THREADS` prints one line of JSON.
  *
  * read_gb_s: reading memory that no cache holds, summed with vector loads. fma_gflop_s: float32
  * multiply-adds in registers. bf16_gflop_s, int8_gop_s: the dot products of 16-bit and 8-bit
@@ -213,10 +212,6 @@ int main(int argc, char **argv)
     }
     printf("{\"threads\": %d, \"read_gb_s\": %.2f", threads,
            1e-9 * rate(read_memory, memory, threads));
-    if (argc > 2 && strcmp(argv[2], "read") == 0) {
-        puts("}");
-        return 0;
-    }
     work fma = multiply_add;
 #if defined(__x86_64__)
     work int8 = __builtin_cpu_supports("avx2") ? dot_int8_256 : NULL, bf16 = NULL;

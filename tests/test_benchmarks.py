@@ -114,16 +114,24 @@ def test_gguf_file(tmp_path):
         assert (tmp_path / kind).read_bytes()[:8] == b"GGUF\x03\0\0\0"
 
 
-def test_verdict_of_a_row():
+def test_row_is_judged_run_by_run(capsys):
     bench = load("bench")
-    some = SimpleNamespace(limits=SimpleNamespace(best={"fma_gflop_s": 200.0}))
-    row = dict(seconds=2.0, limit="fma_gflop_s", rate=170.0, peers={"torch": 3.0}, more={})
-
-    def met(**bars):
-        return bench.Bench.judged(some, row | dict(bars=bars))["met"]
-
-    assert met(limit=0.85, torch=1.5) is True
-    assert met(limit=0.86, torch=1.5) is False
-    assert met(limit=0.85, torch=1.51) is False
-    assert met(absent=1.0) is None
-    assert met() is None
+    some = SimpleNamespace(limits=SimpleNamespace(now={"fma_gflop_s": 1}), rows=[])
+    # the machine halves its speed in the last run: the ratios are those of before
+    limits = [{"fma_gflop_s": v} for v in (200.0, 200.0, 100.0)]
+    mine = dict(seconds=2.0, runs=3, every=[2.0, 2.0, 4.0], limits=limits)
+    peer = dict(seconds=3.0, runs=3, every=[3.0, 3.0, 6.0])
+    told = dict(rate=170.0, unit="GFLOP/s", limit="fma_gflop_s", peers={"torch": peer})
+    for bars, met in (
+        (dict(limit=0.85, torch=1.5), True),
+        (dict(limit=0.86, torch=1.5), False),
+        (dict(limit=0.85, torch=1.51), False),
+        (dict(memory=2.0), True),
+        (dict(absent=1.0), None),
+        ({}, None),
+    ):
+        bench.Bench.row(some, 4, "a job", mine, **told, ratios={"memory": 2.0}, bars=bars)
+        row = some.rows[-1]
+        assert row["met"] is met
+        assert row["ratios"] == pytest.approx({"limit": 0.85, "torch": 1.5, "memory": 2.0})
+        assert ("NOT MET" in capsys.readouterr().err) is (met is False)
