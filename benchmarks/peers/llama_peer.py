@@ -66,6 +66,13 @@ class Context:
         llama.llama_memory_clear(llama.llama_get_memory(self.context), False)
         self.held = [0] * self.rows
 
+    def copy_first(self):
+        """Every sequence becomes what the first one is."""
+        memory = llama.llama_get_memory(self.context)
+        for row in range(1, self.rows):
+            llama.llama_memory_seq_cp(memory, 0, row, -1, -1)
+        self.held = [self.held[0]] * self.rows
+
     def feed(self, ids):
         """Append ids[row], as many tokens for each row as there are, and choose the best next token
         of each."""
@@ -141,12 +148,16 @@ class Worker:
         seconds, measured = zip(*times, strict=True)
         return {"seconds": float(np.median(seconds)), "measured": sum(measured)}
 
-    def predict(self, lengths, new):
+    def predict(self, lengths, new, opening=0):
+        """The first `opening` tokens of all prompts are computed once and copied."""
         c = self.context(len(lengths), max(lengths) + new)
-        prompts = [self.ids(n) for n in lengths]
+        first, rest = self.ids(opening), [self.ids(n - opening) for n in lengths]
 
         def run():
-            best = c.feed(prompts)
+            if opening:
+                c.feed([first] + [[]] * (len(lengths) - 1))
+                c.copy_first()
+            best = c.feed(rest)
             for _ in range(new - 1):
                 best = c.feed([[token] for token in best])
 

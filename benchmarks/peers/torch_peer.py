@@ -190,7 +190,8 @@ class Worker:
         return {"seconds": seconds, "measured": sum(t["measured"] for t in times)}
 
     @torch.inference_mode()
-    def predict(self, lengths, new, batch=4):
+    def predict(self, lengths, new, opening=0, batch=4):
+        """The common opening is computed with each prompt, as `generate` does."""
         total = {"seconds": 0.0, "measured": 0.0}
         for begin in range(0, len(lengths), batch):
             ids, mask = self.padded(lengths[begin : begin + batch])
