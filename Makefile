@@ -27,6 +27,12 @@ fmt: all
 bench: all
 	$(BIN)/python benchmarks/bench.py
 
+# torch, transformers, peft and llama.cpp (built for this processor, ten minutes), which bench then runs beside ours
+PEERS = benchmarks/peers/requirements-torch.txt benchmarks/peers/requirements-llama.txt
+peers:
+	test -x .peers/bin/python || $(PYTHON) -m venv .peers
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" .peers/bin/python -m pip install -q $(addprefix -r ,$(PEERS))
+
 # address and undefined-behaviour sanitizers; leaks are counted by tests/test_leaks.py (the interpreter has its own)
 sanitize: all
 	GLMLORA_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
@@ -48,4 +54,4 @@ wheel: all
 clean:
 	rm -rf build dist .venv demo glmlora/*.so *.egg-info
 
-.PHONY: all test demo lint fmt bench sanitize portable wheel clean
+.PHONY: all test demo lint fmt bench peers sanitize portable wheel clean

@@ -1,19 +1,19 @@
-"""Everything that the README says about speed, in one table: ours, the machine's limit, a peer.
+"""Every speed and memory bar of the project, in one table: ours, the machine's limit, the peers.
 
-    make bench          (python benchmarks/bench.py [--reps 3] [--layers 2] [--out benchmarks])
+    make bench          (python benchmarks/bench.py [--minutes 10] [--only decode,prefill])
 
-Weights are random at ChatGLM2-6B's shapes, with few layers so that it ends in ten minutes; each
-figure is the median of interleaved runs: ours, then the peer's, again. The machine's limits
-(limits.c) are measured before and between the parts. The peer is torch + transformers (+ peft)
-where they are installed (benchmarks/peers), in the number type that is fast on the processor; its
-columns stay empty elsewhere. Writes results.json, and bench.png where matplotlib is installed: cost
-against tokens, attention's memory against length, decoding against context.
+ChatGLM2-6B's shapes with random weights, 2 threads. Seconds are those of 28 layers; worker.py and
+the peers tell how they are found from fewer. Sides are run in turn, again and again, at most 5
+times (`x5`), fewer where `--minutes` do not allow; a figure is the median. limits.c is run between
+the runs, and the better of before and after a run counts. Peers (benchmarks/peers) are torch +
+transformers + peft, in bfloat16 where the processor multiplies it, and llama.cpp; rows stand
+without them where they are not installed. A bar is what the row has to reach: a share of the limit,
+or how many times a peer's speed. Rows go to stderr as they come; the table, results.json and
+bench.png (where matplotlib is installed) are written at the end.
 """
 
 import argparse
-import importlib.util
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -24,11 +24,19 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE / "peers")]
 
+import make_gguf  # noqa: E402
 import six_b  # noqa: E402
 
-SHAPES = [(4608, 4096), (27392, 4096), (4096, 13696)]
+LAYERS, WHOLE, REPS = 2, 28, 5  # in the file, in the model, runs at most
+QKV, DENSE, MLP = 4608 * 4096, 4096 * 4096, 3 * 4096 * 13696  # weights of a layer
+MODULES = {
+    "self_attention.query_key_value": (4608, 4096),
+    "self_attention.dense": (4096, 4096),
+    "mlp.dense_h_to_4h": (27392, 4096),
+    "mlp.dense_4h_to_h": (4096, 13696),
+}
 TINY = dict(
     hidden_size=64,
     ffn_hidden_size=172,
@@ -40,29 +48,37 @@ TINY = dict(
     seq_length=512,
     torch_dtype="float32",
 )
-UNEVEN = [33, 65, 105, 240]  # tokens of four papers, a quarter as long as real ones
+# Tokens of real prompts (1,333 papers, order and text, glm-tiny's tokenizer, cut at 1,024): 16
+# quantiles, mean 496, out of order as papers are; 4 quantiles as a batch, which padding makes 1.33
+# times as long (random batches of 4: 1.30). All begin with the same 41 tokens.
+PROMPTS = [268, 430, 533, 792, 410, 513, 684, 389, 491, 632, 367, 473, 592, 331, 452, 561]
+UNEVEN, OPENING = [349, 441, 523, 654], 41
+SHORTER = [n * 440 // 496 for n in PROMPTS]
+FORECAST_ROWS = 2000
 
 
 class Side:
     """A worker process; `ask` sends a job and waits for its answer."""
 
-    def __init__(self, script, directory, *options):
-        command = [sys.executable, str(HERE / script), str(directory), *map(str, options)]
+    def __init__(self, python, script, path, *options):
+        command = [python, str(HERE / script), str(path), *map(str, options)]
+        self.told = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=dict(os.environ, TQDM_DISABLE="1"),
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.told, text=True
         )
-        self.ready = json.loads(self.process.stdout.readline())
+        self.ready = json.loads(self.process.stdout.readline() or "{}")
+
+    def last_words(self):
+        """The last line of its stderr."""
+        self.told.seek(0)
+        return self.told.read().strip().rpartition("\n")[2]
 
     def ask(self, job):
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        answer = json.loads(self.process.stdout.readline() or '{"error": "it ended"}')
         if "error" in answer:
-            raise RuntimeError(f"{self.process.args[1]}: {job}: {answer['error']}")
+            raise RuntimeError(f"{' '.join(self.process.args)}: {job}: {answer['error']}")
         return answer
 
     def close(self):
@@ -71,162 +87,428 @@ class Side:
 
 
 class Limits:
-    """What the machine does at most: the best that limits.c saw so far in this run."""
+    """What the machine does at most, by limits.c: `now`, and `around` the last run, the better of
+    before and after it, since a shared machine is not the same for long."""
 
     def __init__(self, folder):
         self.program = str(folder / "limits")
         source = str(HERE / "limits.c")
         flags = ["-O3", "-march=native", "-std=c11"]
         subprocess.run(["gcc", *flags, source, "-o", self.program, "-pthread"], check=True)
-        self.best = {}
+        self.now = self.around = {}
+        self.measure()
 
     def measure(self):
         out = subprocess.run([self.program, "2"], capture_output=True, text=True, check=True)
-        for name, value in json.loads(out.stdout).items():
-            self.best[name] = max(value, self.best.get(name, 0))
+        before, self.now = self.now, json.loads(out.stdout)
+        self.around = {n: max(v, before.get(n, v)) for n, v in self.now.items()}
 
 
 class Bench:
-    """Runs jobs and keeps rows of the table."""
+    """Opens sides when they are first needed, runs jobs on them and keeps rows of the table."""
 
-    def __init__(self, reps, limits):
-        self.reps, self.limits, self.rows = reps, limits, []
+    OURS = {
+        "float16": (),
+        "int8": ("--bits", 8),
+        "int8 arithmetic": ("--bits", 8, "--compute", "int8"),
+        "int4": ("--bits", 4),
+        "int4 groups": ("--bits", 4, "--group", 32),
+    }
 
-    def run(self, sides, reps=None):
-        """sides: {name: (Side, job)}; one row for each, in the order given. Returns medians."""
-        answers = {name: [] for name in sides}
-        for _ in range(reps or self.reps):
-            for name, (side, job) in sides.items():
+    def __init__(self, folder, minutes, peers):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.minutes = folder, minutes
+        self.limits, self.rows, self.sides, self.curves = Limits(folder), [], {}, {}
+        for name, shapes in {"six": dict(num_layers=LAYERS), "tiny": TINY}.items():
+            if not (folder / name / "model.safetensors").exists():
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                six_b.make(folder / name, **shapes)
+        self.torch = "torch" in peers and interpreter("torch", "transformers", "peft")
+        self.llama = "llama" in peers and interpreter("llama_cpp")
+        self.product = "bf16_gflop_s" if "bf16_gflop_s" in self.limits.now else "fma_gflop_s"
+
+    def side(self, name):
+        """The process of that name, or None where it cannot be: no peer, no such instructions."""
+        if name not in self.sides:
+            self.sides[name] = self.open(name)
+        return self.sides[name]
+
+    def open(self, name):
+        six = self.folder / "six"
+        if name in self.OURS:
+            side = Side(sys.executable, "worker.py", six, "--whole", WHOLE, *self.OURS[name])
+        elif name == "tiny":
+            side = Side(sys.executable, "worker.py", self.folder / "tiny")
+        elif name == "tiny torch":
+            options = ("--whole", TINY["num_layers"], "--dtype", "float32")
+            path = self.folder / "tiny"
+            side = self.torch and Side(self.torch, "peers/torch_peer.py", path, *options)
+        elif name in ("torch", "peft"):
+            side = self.torch and Side(self.torch, "peers/torch_peer.py", six)
+        else:
+            kind = name.removeprefix("llama.cpp ")
+            path = self.folder / f"{kind}.gguf"
+            if self.llama and not path.exists():
+                make_gguf.make(json.loads((six / "config.json").read_text()), path, kind)
+            side = self.llama and Side(self.llama, "peers/llama_peer.py", path)
+        if side and not side.ready:
+            print(f"{name}: left out, {side.last_words()}", file=sys.stderr)
+            return None
+        return side
+
+    def close(self):
+        for side in filter(None, self.sides.values()):
+            side.close()
+        self.sides.clear()
+
+    def run(self, jobs, seconds):
+        """jobs: {name: (side's name, job)}. Runs each in turn, again and again, for so many seconds
+        of measured time in a bench of 10 minutes, and the limits between. Returns {name: the last
+        answer with the median of its times, `every` time and the `limits` around each} without
+        those that no side can do."""
+        there = {n: (self.side(s), job) for n, (s, job) in jobs.items() if self.side(s)}
+        answers, limits = {name: [] for name in there}, []
+        spent = 0.0  # without what the sides prepare for their first run
+        self.limits.measure()
+        for run in range(REPS):
+            if run and spent * (run + 1) / run > seconds * self.minutes / 10:
+                break
+            for name, (side, job) in there.items():
                 answers[name].append(side.ask(dict(job)))
+                spent += answers[name][-1]["measured"]
+            self.limits.measure()
+            limits.append(self.limits.around)
         medians = {}
         for name, runs in answers.items():
-            medians[name] = dict(runs[-1], seconds=statistics.median(r["seconds"] for r in runs))
+            every = [r["seconds"] for r in runs]
+            medians[name] = runs[-1] | dict(seconds=statistics.median(every), runs=len(runs))
+            medians[name] |= dict(every=every, limits=limits)
         return medians
 
-    def row(self, what, seconds, rate=None, unit="", limit=None, peer=None, note=""):
-        """rate in `unit`; limit: name in limits.c's line; peer: its seconds."""
-        self.rows.append(
-            dict(job=what, seconds=seconds, rate=rate, unit=unit, limit=limit, peer=peer, note=note)
+    def row(
+        self,
+        line,
+        job,
+        answer,
+        *,
+        rate=None,
+        unit="",
+        limit=None,
+        peers=(),
+        ratios=(),
+        bars=(),
+        note="",
+    ):
+        """One row. line: of the acceptance list; answer: of `run`; rate in `unit` at its median,
+        and `limit` the name in limits.c's line; peers: {name: answer}; ratios: others, {what:
+        times}; bars: {what: at least} of "limit", peers and ratios. A ratio is the median of those
+        of the runs, each beside its neighbours."""
+        seconds, every = answer["seconds"], answer["every"]
+        row = dict(line=line, job=job, seconds=seconds, runs=answer["runs"], every=every)
+        row |= dict(rate=rate, unit=unit, note=note, bars=dict(bars), peers={}, ratios={})
+        if limit in self.limits.now:
+            at = [around[limit] for around in answer["limits"]]
+            shares = [rate * seconds / s / a for s, a in zip(every, at, strict=True)]
+            row |= dict(limit=dict(name=limit, values=at))
+            row["ratios"]["limit"] = statistics.median(shares)
+        for name, peer in dict(peers).items():
+            row["peers"][name] = dict(seconds=peer["seconds"], every=peer["every"])
+            pairs = zip(peer["every"], every, strict=True)
+            row["ratios"][name] = statistics.median(p / s for p, s in pairs)
+        row["ratios"] |= dict(ratios)
+        row["met"] = verdict(row["bars"], row["ratios"])
+        self.rows.append(row)
+        print(table_line(row), file=sys.stderr, flush=True)
+
+
+def verdict(bars, ratios):
+    """Whether the bars are met; None where there is nothing to compare with."""
+    known = [ratios[what] >= least for what, least in bars.items() if what in ratios]
+    return all(known) if known else None
+
+
+def times(answer, factor):
+    """The answer with its times so many times as long."""
+    every = [s * factor for s in answer["every"]]
+    return answer | dict(seconds=answer["seconds"] * factor, every=every)
+
+
+def table_line(row):
+    """A row of the table as text."""
+    told = f"{row['rate']:9.2f} {row['unit']:8}" if row["rate"] else " " * 18
+    beside = []
+    for what, ratio in row["ratios"].items():
+        bar = row["bars"].get(what)
+        wanted = (
+            "" if bar is None else f" (bar {bar:.0%})" if what == "limit" else f" (bar {bar:g})"
         )
-        share = f"{rate / self.limits.best[limit]:7.0%}" if limit else " " * 7
-        beside = f"{peer:9.3f} {peer / seconds:6.2f}x" if peer else " " * 17
-        told = f"{rate:8.1f} {unit:8}" if rate else " " * 17
-        print(f"{what:44} {seconds:9.3f} {told} {share} {beside}  {note}", flush=True)
-
-
-def products(bench, ours, peer):
-    for out, inp in SHAPES:
-        for kind, what in (("F32", "forward"), ("F16", "forward"), ("F16", "dx")):
-            job = dict(job="gemm", rows=512, out=out, inp=inp, kind=kind, what=what)
-            sides = {"ours": (ours, job)}
-            if peer:
-                sides["peer"] = (peer, dict(job, kind="F32"))
-            m = bench.run(sides, max(5, bench.reps))
-            flops = 2e-9 * 512 * out * inp / m["ours"]["seconds"]
-            name = f"{what} 512 x ({out}, {inp}) {kind}"
-            peer_seconds = m["peer"]["seconds"] if peer else None
-            bench.row(name, m["ours"]["seconds"], flops, "GFLOP/s", "fma_gflop_s", peer_seconds)
-
-
-def decoding(bench, sides, peer):
-    for rows, context in ((1, 128), (16, 16)):
-        job = dict(job="decode", rows=rows, context=context, steps=6)
-        jobs = {name: (side, job) for name, side in sides.items()}
-        if peer:
-            jobs["peer"] = (peer, job)
-        m = bench.run(jobs)
-        for name in sides:
-            read = sides[name].embedding_free / (m[name]["seconds"] / 6) / 1e9
-            peer_step = m["peer"]["seconds"] / 6 if peer else None
-            what = f"decode, {rows} rows, context {context}, {name}"
-            share = "read_gb_s" if rows == 1 else None
-            bench.row(what, m[name]["seconds"] / 6, read, "GB/s", share, peer_step)
-
-
-def prefill(bench, sides, peer, one_thread):
-    job = dict(job="prefill", tokens=512)
-    jobs = {name: (side, job) for name, side in sides.items()}
-    jobs["one thread"] = (one_thread, job)
-    if peer:
-        jobs["peer"] = (peer, job)
-    m = bench.run(jobs)
-    for name in sides:
-        peer_seconds = m["peer"]["seconds"] if peer else None
-        seconds = m[name]["seconds"]
-        bench.row(
-            f"prefill of 512 tokens, {name}", seconds, 512 / seconds, "tokens/s", None, peer_seconds
-        )
-    gain = m["one thread"]["seconds"] / m["float16"]["seconds"]
-    bench.row("prefill, 2 threads", m["float16"]["seconds"], note=f"{gain:.2f}x one thread")
-
-
-def training(bench, sides, peer, one_thread, flops):
-    for lengths, told in (([128] * 4, "4 x 128"), (UNEVEN, "4 uneven papers")):
-        for checkpointing in (False, True):
-            job = dict(job="lora", lengths=lengths, labelled=3, checkpointing=checkpointing)
-            jobs = {name: (side, job) for name, side in sides.items()}
-            if lengths is not UNEVEN and not checkpointing:
-                jobs["one thread"] = (one_thread, job)
-            if peer:
-                jobs["peer"] = (peer, job)
-            m = bench.run(jobs, 2)
-            for name in sides:
-                a = m[name]
-                note = f"{a['beyond_weights'] / 1e9:.2f} GB beyond the weights"
-                if peer:
-                    note += f", peer {m['peer']['beyond_weights'] / 1e9:.2f}"
-                kept = "2 GiB kept" if checkpointing else "all kept"
-                what = f"LoRA step, {told}, {kept}, {name}"
-                peer_seconds = m["peer"]["seconds"] if peer else None
-                rate = flops * a["tokens"] / a["seconds"] / 1e9
-                bench.row(what, a["seconds"], rate, "GFLOP/s", "fma_gflop_s", peer_seconds, note)
-            if "one thread" in m:
-                gain = m["one thread"]["seconds"] / m["float16"]["seconds"]
-                seconds = m["float16"]["seconds"]
-                bench.row("LoRA step, 2 threads", seconds, note=f"{gain:.2f}x one thread")
-
-
-def prediction(bench, ours, peer):
-    job = dict(job="predict", lengths=[400, 420, 440, 460, 480, 430, 450, 440], new=3)
-    jobs = {"ours": (ours, job)} | ({"peer": (peer, job)} if peer else {})
-    m = bench.run(jobs, 2)
-    seconds = m["ours"]["seconds"]
-    peer_seconds = m["peer"]["seconds"] if peer else None
-    bench.row(
-        "8 prompts of 440 tokens, 3 new ones", seconds, 8 / seconds, "rows/s", None, peer_seconds
+        if what == "limit":
+            beside.append(f"limit {ratio:.0%}{wanted}")
+        else:
+            peer = row["peers"].get(what)
+            time_told = f" {peer['seconds']:.4g} s" if peer else ""
+            beside.append(f"{what}{time_told} {ratio:.2f}x{wanted}")
+    met = {True: "met", False: "NOT MET", None: ""}[row["met"]]
+    note = f"  [{row['note']}]" if row["note"] else ""
+    return (
+        f"{row['line']:>3} {row['job']:44} {row['seconds']:10.4g} s x{row['runs']} {told} "
+        f"{met:8}{'; '.join(beside)}{note}"
     )
 
 
-def tiny(bench, ours, peer):
-    for job, told, steps in (
-        (dict(job="generate", tokens=64), "tiny model: a token of generate", 64),
-        (
-            dict(job="lora", lengths=[64] * 4, labelled=3, checkpointing=False),
-            "tiny model: LoRA step, 4 x 64",
-            1,
-        ),
+def those(medians, names):
+    """{name as shown: answer} of the peers that answered."""
+    return {shown: medians[n] for shown, n in names.items() if n in medians}
+
+
+def step_flops(lengths, labelled):
+    """Of a LoRA step on query_key_value: what the mathematics needs. Below the lowest adapter
+    nothing goes back, and of the last layer's rows after attention only the labelled are read."""
+    tokens, read = sum(lengths), labelled * len(lengths)
+    rest, square = DENSE + MLP, sum(n * n for n in lengths)
+    forward = tokens * (WHOLE * QKV + (WHOLE - 1) * rest) + read * (rest + 65024 * 4096)
+    back = tokens * (WHOLE - 1) * (QKV + rest) + read * (rest + 65024 * 4096)
+    return 2 * (forward + back) + 3 * 2 * 4096 * square * WHOLE  # attention: causal, 1 + 2 times
+
+
+def prefill_flops(tokens):
+    rest = DENSE + MLP
+    needed = tokens * (WHOLE * QKV + (WHOLE - 1) * rest) + rest + 65024 * 4096
+    return 2 * needed + 2 * 4096 * tokens * tokens * WHOLE
+
+
+def gemm(b):
+    kinds = {
+        "bfloat16": ("F16", "bf16_gflop_s", "BF16", {"limit": 0.88, "torch": 1.0}),
+        "float32": ("F32", "fma_gflop_s", "F32", {"limit": 0.85, "torch": 1.05}),
+        "int8": ("I8", "int8_gop_s", None, {"limit": 0.75}),
+    }
+    for rows, seconds in ((512, 15), (2048, 40)):
+        jobs = {}
+        for compute, (kind, limit, peer, _) in kinds.items():
+            for module, (out, inp) in MODULES.items() if limit in b.limits.now else ():
+                job = dict(job="gemm", module=module, rows=rows, what="forward")
+                jobs[compute, module] = ("float16", job | dict(kind=kind, compute=compute))
+                if peer:
+                    job = dict(job="gemm", out=out, inp=inp, rows=rows, what="forward", kind=peer)
+                    jobs["torch", compute, module] = ("torch", job)
+        m = b.run(jobs, seconds)
+        for compute, (_, limit, _, bars) in kinds.items():
+            for module, (out, inp) in MODULES.items():
+                if (compute, module) not in m:
+                    continue
+                mine = m[compute, module]
+                peers = those(m, {"torch": ("torch", compute, module)})
+                flops = 2e-9 * rows * out * inp / mine["seconds"]
+                job = f"{compute} {rows} x ({out}, {inp})"
+                b.row(1, job, mine, rate=flops, unit="GFLOP/s", limit=limit, peers=peers, bars=bars)
+
+
+LLAMA = {"float16": "F16", "int8": "Q8_0", "int8 arithmetic": "Q8_0"}
+LLAMA |= {"int4": "Q4_0", "int4 groups": "Q4_0"}
+
+
+def decode(b):
+    kinds = ("float16", "int8", "int4", "int4 groups")
+    job = dict(job="decode", rows=1, context=128, steps=6)
+    jobs = {name: (name, job) for name in kinds} | {"torch": ("torch", job)}
+    jobs |= {LLAMA[n]: (f"llama.cpp {LLAMA[n]}", job) for n in kinds}
+    m = b.run(jobs, 25)
+    for name in kinds:
+        rate = b.side(name).ready["read"] / m[name]["seconds"] / 1e9
+        kind = LLAMA[name]
+        peers = those(m, {"torch": "torch", kind: kind})
+        bars = {"limit": 0.9, "torch": 2.5, kind: 1.0 if kind == "F16" else 1.1}
+        told = dict(rate=rate, unit="GB/s", limit="read_gb_s", peers=peers, bars=bars)
+        b.row(2, f"decode, 1 row, context 128, {name}", m[name], **told)
+    job = dict(job="decode", rows=16, context=64, steps=6)
+    jobs = {n: (n, job | dict(layers=[1, 3])) for n in ("float16", "int8", "int4 groups")}
+    jobs |= {"torch": ("torch", job), "F16": ("llama.cpp F16", job)}
+    m = b.run(jobs, 15)
+    for name in ("float16", "int8", "int4 groups"):
+        peers = those(m, {"torch": "torch", "F16": "F16"} if name == "float16" else {})
+        told = dict(rate=16 / m[name]["seconds"], unit="tokens/s", peers=peers)
+        b.row(8, f"decode, 16 rows, context 64, {name}", m[name], **told, bars={"torch": 2.0})
+
+
+def prefill(b):
+    job = dict(job="prefill", tokens=512)
+    kinds = {
+        "float16": {"torch": 1.0, "F16": 1.8},
+        "int8 arithmetic": {"torch": 1.7, "Q8_0": 2.5},
+        "int4 groups": {"Q4_0": 1.4},
+    }
+    jobs = {name: (name, job) for name in kinds} | {"torch": ("torch", job)}
+    jobs |= {k: (f"llama.cpp {k}", job) for k in ("F16", "Q8_0", "Q4_0")}
+    m = b.run(jobs, 40)
+    for name, bars in kinds.items():
+        if name not in m:
+            continue
+        seconds = m[name]["seconds"]
+        limit = "int8_gop_s" if "arithmetic" in name else b.product
+        peers = those(m, {"torch": "torch", LLAMA[name]: LLAMA[name]})
+        note = f"{512 / seconds:.1f} tokens/s"
+        told = dict(rate=prefill_flops(512) / seconds / 1e9, unit="GFLOP/s", limit=limit, note=note)
+        b.row(3, f"prefill of 512 tokens, {name}", m[name], **told, peers=peers, bars=bars)
+
+
+def predict(b):
+    job = dict(job="predict", lengths=SHORTER, new=3, opening=OPENING)
+    jobs = {"float16": ("float16", job), "int8 arithmetic": ("int8 arithmetic", job)}
+    jobs |= {"torch": ("torch", job), "F16": ("llama.cpp F16", job)}
+    m = b.run(jobs, 90)
+    bars = {"float16": {"torch": 1.2, "F16": 2.0}, "int8 arithmetic": {"torch": 2.2}}
+    peers = those(m, {"torch": "torch", "F16": "F16"})
+    scale = FORECAST_ROWS / len(PROMPTS) * sum(PROMPTS) / sum(SHORTER)
+    for name in bars:
+        if name in m:
+            told = dict(rate=16 / m[name]["seconds"], unit="rows/s", peers=peers, bars=bars[name])
+            b.row(8, f"16 prompts of 440, 3 new tokens, {name}", m[name], **told)
+            mine, later = times(m[name], scale), {n: times(a, scale) for n, a in peers.items()}
+            hours = {"hours:": mine} | later
+            note = ", ".join(f"{n} {a['seconds'] / 3600:.1f}" for n, a in hours.items())
+            b.row(8, f"forecast: 2,000 prompts of 496, {name}", mine, peers=later, note=note)
+
+
+def lora(b):
+    """Ours with all layers' activations kept and with none; between the two, time and memory are a
+    straight line in the layers kept, and a row says how many are so that a bar of memory holds."""
+    job = dict(job="lora", lengths=[512] * 4, labelled=3, checkpointing=False)
+    again = job | dict(checkpointing=True)
+    kinds = ("float16", "int8 arithmetic", "int4 groups")
+    jobs = {(n, kept): (n, job if kept else again) for n in kinds for kept in (True, False)}
+    jobs |= {"peft": ("peft", job), "peft checkpointing": ("peft", again)}
+    m = b.run(jobs, 90)
+    peers = those(m, {n: n for n in ("peft", "peft checkpointing")})
+    theirs = {n: m[n]["beyond_weights"] for n in peers}
+
+    def kept(name, layers):
+        most, least = m[name, True], m[name, False]
+        part, mixed = layers / WHOLE, dict(least)
+        for what in ("seconds", "beyond_weights", "resident"):
+            mixed[what] += (most[what] - least[what]) * part
+        pairs = zip(most["every"], least["every"], strict=True)
+        return mixed | {"every": [n + (a - n) * part for a, n in pairs]}
+
+    def fitting(name, what, most):
+        """Layers that can be kept."""
+        none, every = m[name, False][what], m[name, True][what]
+        return max(0, min(WHOLE, int((most - none) / (every - none) * WHOLE)))
+
+    def row(line, name, layers, **told):
+        mine = kept(name, layers)
+        rate, beyond = mine["tokens"] / mine["seconds"], mine["beyond_weights"]
+        memory = [f"{n} {v / 1e9:.1f}" for n, v in {"": beyond, **theirs}.items()]
+        note = f"{rate:.1f} tokens/s, GB beyond the weights:{', '.join(memory)}"
+        if line == 7:
+            note += f"; {mine['resident'] / 1e9:.1f} GB resident"
+        told = dict(peers=peers, ratios={}) | told
+        told["ratios"] |= {f"memory of {n}": v / beyond for n, v in theirs.items()}
+        told |= dict(rate=step_flops([512] * 4, 3) / mine["seconds"] / 1e9, unit="GFLOP/s")
+        told |= dict(limit="int8_gop_s" if "arithmetic" in name else b.product, note=note)
+        b.row(line, f"LoRA step, 4 x 512, {name}, {layers} kept", mine, **told)
+
+    half = theirs.get("peft", 16e9) / 2
+    for line, name, bars in (
+        (4, "float16", {"limit": 0.85, "peft": 1.35, "peft checkpointing": 1.8}),
+        (5, "int8 arithmetic", {"peft": 2.2, "peft checkpointing": 2.8}),
     ):
-        jobs = {"ours": (ours, job)} | ({"peer": (peer, job)} if peer else {})
-        m = bench.run(jobs, 9)
-        peer_seconds = m["peer"]["seconds"] / steps if peer else None
-        bench.row(told, m["ours"]["seconds"] / steps, peer=peer_seconds)
+        if (name, True) in m:
+            bars |= {"memory of peft": 2.0}
+            row(line, name, fitting(name, "beyond_weights", half), bars=bars)
+            row(line, name, WHOLE)
+            row(line, name, 0)
+    layers = fitting("int4 groups", "resident", 6.5e9)
+    small = kept("int4 groups", layers)["resident"]
+    beside = peers | {"float16 base": kept("float16", layers)}
+    bars = {"float16 base": 0.8, "6.5 GB": 1.0}
+    row(7, "int4 groups", layers, peers=beside, ratios={"6.5 GB": 6.5e9 / small}, bars=bars)
 
 
-def curves(ours):
-    """Points (x, y) of each curve; one run each."""
-    found = {"seconds of a LoRA step": [], "GB beyond the weights": [], "attention MB": []}
-    found["seconds of a decoding step"] = []
-    for tokens in (64, 128, 256, 512):
-        a = ours.ask(dict(job="lora", lengths=[tokens], labelled=3, checkpointing=False))
+def uneven(b):
+    job = dict(job="lora", lengths=UNEVEN, labelled=3, checkpointing=False)
+    jobs = {"float16": ("float16", job)}
+    jobs |= {"ckpt": ("peft", job | dict(checkpointing=True))}
+    m = b.run(jobs, 40)
+    mine = m["float16"]
+    told = dict(rate=step_flops(UNEVEN, 3) / mine["seconds"] / 1e9, unit="GFLOP/s", limit=b.product)
+    told |= dict(peers=those(m, {"peft checkpointing": "ckpt"}))
+    note = f"{mine['tokens'] / mine['seconds']:.1f} real tokens/s"
+    b.row(
+        6, "LoRA step, 4 uneven papers", mine, **told, bars={"peft checkpointing": 2.5}, note=note
+    )
+
+
+def threads(b):
+    product = dict(job="gemm", module="mlp.dense_h_to_4h", rows=512, kind="F16", what="forward")
+    cases = {
+        "prefill of 256 tokens": dict(job="prefill", tokens=256),
+        "LoRA step, 4 x 64": dict(job="lora", lengths=[64] * 4, labelled=3, checkpointing=False),
+        "product, 512 rows": product
+        | dict(compute="bfloat16" if "bf16" in b.product else "float32"),
+    }
+    jobs = {(n, k): ("float16", job | dict(threads=k)) for n, job in cases.items() for k in (2, 1)}
+    m = b.run(jobs, 20)
+    for name in cases:
+        one = {"1 thread": m[name, 1]}
+        b.row(9, f"{name}, 2 threads", m[name, 2], peers=one, bars={"1 thread": 1.85})
+
+
+def tiny(b):
+    step = dict(job="lora", lengths=[64] * 4, labelled=3, checkpointing=False)
+    for job, told, each, bar in (
+        (dict(job="generate", tokens=64), "tiny model: a token of generate", 64, 50),
+        (step, "tiny model: LoRA step, 4 x 64", 1, 20),
+    ):
+        m = b.run({"ours": ("tiny", job), "torch": ("tiny torch", job)}, 8)
+        peers = {n: times(a, 1 / each) for n, a in those(m, {"torch": "torch"}).items()}
+        b.row(10, told, times(m["ours"], 1 / each), peers=peers, bars={"torch": bar})
+
+
+def cold(b):
+    """Whole processes: start, import, open, feed 8 tokens; the files are in memory."""
+    commands = {"ours": [sys.executable, str(HERE / "worker.py"), str(b.folder / "six")]}
+    if b.torch:
+        if not (b.folder / "saved/model.safetensors").exists():
+            b.side("torch").ask(dict(job="save", directory=str(b.folder / "saved")))
+        commands["torch"] = [b.torch, str(HERE / "peers/torch_peer.py"), str(b.folder / "saved")]
+    every = {name: [] for name in commands}
+    for _ in range(4):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run([*command, "--cold"], check=True, capture_output=True)
+            every[name].append(time.perf_counter() - start)
+    answers = {  # the first run reads the files
+        n: dict(seconds=statistics.median(t[1:]), runs=3, every=t[1:]) for n, t in every.items()
+    }
+    told = dict(peers=those(answers, {"torch": "torch"}), bars={"torch": 10})
+    b.row(10, "start, import, open, feed 8", answers["ours"], **told, note=f"{LAYERS} layers")
+
+
+def curves(b):
+    """Points (x, y) of each curve; the median of `run` each."""
+    found = b.curves
+    side = b.side("float16")
+    found["seconds of a LoRA step"], found["GB beyond the weights"] = [], []
+    for tokens in (128, 256, 512, 1024):
+        a = side.ask(dict(job="lora", lengths=[tokens], labelled=3, checkpointing=False))
         found["seconds of a LoRA step"].append((tokens, a["seconds"]))
         found["GB beyond the weights"].append((tokens, a["beyond_weights"] / 1e9))
+    found["attention: MB"] = []
     for tokens in (512, 1024, 2048, 8192):
-        a = ours.ask(dict(job="attention", tokens=tokens))
-        found["attention MB"].append((tokens, (a["bytes"] + a["more"]) / 1e6))
+        a = side.ask(dict(job="attention", tokens=tokens))
+        found["attention: MB"].append((tokens, a["bytes"] / 1e6))
+    found["seconds of a decoding step"] = []
     for context in (16, 512, 1024, 2048):
-        a = ours.ask(dict(job="decode", rows=1, context=context, steps=5))
-        found["seconds of a decoding step"].append((context, a["seconds"] / 5))
-    return found
+        job = dict(job="decode", rows=1, context=context, steps=9, layers=[1, 2])
+        found["seconds of a decoding step"].append((context, side.ask(job)["seconds"]))
+    for name, points in found.items():
+        (x, y), (x_end, y_end) = points[0], points[-1]
+        note = ", ".join(f"{n}: {v:.3g}" for n, v in points)
+        note = f"{note}; {y_end / y:.2f} times"
+        b.row(
+            12, f"{name}, {x} to {x_end} tokens", dict(seconds=y_end, runs=1, every=[]), note=note
+        )
 
 
 def draw(found, path):
@@ -244,6 +526,16 @@ def draw(found, path):
     print(path)
 
 
+def interpreter(*modules):
+    """A Python that has these: this one, or that of .peers; None without."""
+    find = f"import importlib.util as u; assert all(map(u.find_spec, {modules!r}))"
+    for python in (sys.executable, str(HERE.parent / ".peers/bin/python")):
+        if Path(python).exists():
+            if subprocess.run([python, "-c", find], capture_output=True).returncode == 0:
+                return python
+    return None
+
+
 def processor():
     with open("/proc/cpuinfo") as f:
         lines = f.read().splitlines()
@@ -253,67 +545,47 @@ def processor():
     return f"{name or platform.processor()} ({', '.join(sets)})"
 
 
+# in this order; after `cold` and `curves` the sides are closed, which gives their memory back
+PARTS = {f.__name__: f for f in (gemm, decode, prefill, predict, cold)}
+PARTS |= {f.__name__: f for f in (lora, uneven, threads, curves, tiny)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--out", default=str(HERE))
+    parser.add_argument("--minutes", type=float, default=10, help="to plan for; 25: 5 runs of all")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--peers", default="torch,llama", help="none: ours alone")
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument(
+        "--keep", type=Path, help="make the models here, and use them the next time"
+    )
     args = parser.parse_args()
     begun = time.perf_counter()
-    folder = Path(tempfile.mkdtemp(prefix="bench."))
-    opened = []
-
-    def side(script, directory, *options):
-        opened.append(Side(script, directory, *options))
-        return opened[-1]
-
+    folder = args.keep or Path(tempfile.mkdtemp(prefix="bench."))
+    parts = [name for name in PARTS if name in args.only.split(",")]
+    bench = None
     try:
-        limits = Limits(folder)
-        limits.measure()
-        (folder / "six").mkdir()
-        (folder / "tiny").mkdir()
-        six_b.make(folder / "six", num_layers=args.layers)
-        six_b.make(folder / "tiny", **TINY)
-        bench = Bench(args.reps, limits)
-        has_peer = all(importlib.util.find_spec(n) for n in ("torch", "transformers", "peft"))
-        script = "peers/torch_peer.py"
-        peer = side(script, folder / "six") if has_peer else None
-        tiny_peer = side(script, folder / "tiny") if has_peer else None
-        ours = side("worker.py", folder / "six")
-        int8 = side("worker.py", folder / "six", "--bits", 8)
-        int4 = side("worker.py", folder / "six", "--bits", 4)
-        groups = side("worker.py", folder / "six", "--bits", 4, "--group", 32)
-        single = side("worker.py", folder / "six", "--threads", 1)
-        embedding = 2 * 65024 * 4096
-        for one in (ours, int8, int4, groups):
-            one.embedding_free = one.ready["weights"] - embedding  # a row of it is read
-        print(processor(), platform.platform(), "2 threads")
-        print(
-            f"{'job':44} {'seconds':>9} {'rate':>8} {'':8} {'limit':>7} {'peer s':>9} {'gain':>7}"
-        )
-        products(bench, ours, peer)
-        limits.measure()
-        sides = {"float16": ours, "int8": int8, "int4": int4, "int4 groups": groups}
-        decoding(bench, sides, peer)
-        limits.measure()
-        prefill(bench, {"float16": ours, "int4 groups": groups}, peer, single)
-        # forward, and backward to the inputs below the last layer's unread rows
-        per_layer = 4608 * 4096 + 4096 * 4096 + 3 * 4096 * 13696
-        flops = 4.0 * (args.layers - 1) * per_layer + 2.0 * 4608 * 4096
-        training(bench, {"float16": ours, "int4 groups": groups}, peer, single, flops)
-        prediction(bench, ours, peer)
-        tiny(bench, side("worker.py", folder / "tiny"), tiny_peer)
-        found = curves(ours)
-        out = Path(args.out)
-        draw(found, out / "bench.png")
-        told = dict(machine=processor(), layers=args.layers, reps=args.reps, limits=limits.best)
-        told |= dict(rows=bench.rows, curves=found, seconds=round(time.perf_counter() - begun))
-        (out / "results.json").write_text(json.dumps(told, indent=1) + "\n")
-        print("limits:", json.dumps(limits.best), f"{time.perf_counter() - begun:.0f} s in all")
+        bench = Bench(folder, args.minutes, args.peers.split(","))
+        print(processor(), platform.platform(), "2 threads,", json.dumps(bench.limits.now))
+        for name in parts:
+            PARTS[name](bench)
+            if name in ("cold", "curves"):
+                bench.close()
+        if bench.curves:
+            draw(bench.curves, args.out / "bench.png")
+        bench.rows.sort(key=lambda row: row["line"])
+        for row in bench.rows:
+            print(table_line(row))
+        spent = round(time.perf_counter() - begun)
+        told = dict(machine=processor(), seconds=spent, rows=bench.rows)
+        (args.out / "results.json").write_text(json.dumps(told, indent=1) + "\n")
+        asked = [row["met"] for row in bench.rows if row["met"] is not None]
+        print(f"{sum(asked)} of {len(asked)} rows meet their bars; {spent} s in all")
     finally:
-        for one in opened:
-            one.close()
-        shutil.rmtree(folder)
+        if bench:
+            bench.close()
+        if not args.keep:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ AVX2 static double read_memory(void *arg)
     return (double)(4 * quarter * 4);
 }
 
-enum { LOOPS = 20000000 };
+enum { LOOPS = 8000000 };
 
 AVX2 static double multiply_add(void *arg)
 {

@@ -1,10 +1,14 @@
 """torch + transformers (native GLM class) + peft, answering the jobs of benchmarks/worker.py.
 
-    python benchmarks/peers/torch_peer.py DIRECTORY [--dtype bfloat16|float32] [--threads N]
+    python benchmarks/peers/torch_peer.py DIRECTORY [--whole 28] [--dtype bfloat16] [--threads N]
+    python benchmarks/peers/torch_peer.py --cold DIRECTORY
 
-DIRECTORY: a ChatGLM2 config.json gives the shapes; weights are random. LoRA: rank 8 on q_proj,
-k_proj and v_proj, which the fused query_key_value is in this class; batches are padded on the left,
-as the model's generation wants it.
+DIRECTORY: a ChatGLM2 config.json gives the shapes; weights are random. A job's "seconds" are those
+of `--whole` layers: the last layer is timed on its own inside the run, forward and backward, and
+counted for each layer that the directory lacks; the same for memory. LoRA: rank 8 on q_proj, k_proj
+and v_proj, which the fused query_key_value is in this class; batches are padded on the left, as the
+model's generation wants it. --cold: of a directory that the job `save` wrote: open it and feed 8
+tokens.
 """
 
 import argparse
@@ -12,6 +16,7 @@ import gc
 import json
 import os
 import re
+import statistics
 import sys
 import threading
 import time
@@ -81,12 +86,56 @@ def build(directory, dtype):
     return model.eval()
 
 
+class LayerClock:
+    """What the last layer takes: `seconds` forward and backward since `reset`, `kept` bytes that it
+    saved for the way back."""
+
+    def __init__(self, model):
+        model.layers[-1].register_forward_pre_hook(self.enter)
+        model.norm.register_forward_pre_hook(self.leave)
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.reset()
+
+    def reset(self):
+        self.seconds, self.kept, self.saving = 0.0, 0, None
+
+    def enter(self, module, args):
+        if args[0].requires_grad:
+            args[0].register_hook(self.leave_backward)
+            self.seen = set(self.weights)
+            self.saving = torch.autograd.graph.saved_tensors_hooks(self.save, lambda t: t)
+            self.saving.__enter__()
+        self.begun = time.perf_counter()
+
+    def save(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.kept += storage.nbytes()
+        return tensor
+
+    def leave(self, module, args):
+        self.seconds += time.perf_counter() - self.begun
+        if self.saving:
+            self.saving.__exit__()
+            self.saving = None
+            args[0].register_hook(self.enter_backward)
+
+    def enter_backward(self, grad):
+        self.begun = time.perf_counter()
+
+    def leave_backward(self, grad):
+        self.seconds += time.perf_counter() - self.begun
+
+
 class Worker:
     """A model, and one method for each job; each returns what is answered."""
 
-    def __init__(self, directory, dtype):
+    def __init__(self, directory, dtype, whole):
         self.dtype, self.peak = dtype, Peak()
         self.model = build(directory, dtype)
+        self.more = max(0, whole - self.model.config.num_hidden_layers)
+        self.clock = LayerClock(self.model.model) if self.more else None
         self.vocab = self.model.config.vocab_size
         self.weights = sum(p.nbytes for p in self.model.parameters())
         self.base = self.peak.now()
@@ -95,10 +144,24 @@ class Worker:
     def ids(self, *shape):
         return torch.randint(3, self.vocab, shape)
 
+    def timed(self, function, *args, **kwargs):
+        """(result, {"seconds": of the whole model, "measured"})."""
+        if self.clock:
+            self.clock.reset()
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        measured = time.perf_counter() - start
+        missing = self.more * self.clock.seconds if self.clock else 0.0
+        return result, {"seconds": measured + missing, "measured": measured}
+
+    def save(self, directory):
+        self.model.save_pretrained(directory)
+        return {"seconds": 0.0}
+
     def gemm(self, rows, out, inp, kind, what):
         dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.bfloat16}[kind]
         if (out, inp, dtype) not in self.mats:
-            self.mats = {(out, inp, dtype): torch.randn(out, inp).to(dtype)}
+            self.mats[out, inp, dtype] = torch.randn(out, inp).to(dtype)
         w = self.mats[out, inp, dtype]
         x = torch.randn(rows, out if what == "dx" else inp).to(dtype)
         start = time.perf_counter()
@@ -106,14 +169,12 @@ class Worker:
             torch.matmul(x, w)
         else:
             torch.nn.functional.linear(x, w)
-        return {"seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "measured": seconds}
 
     @torch.inference_mode()
     def prefill(self, tokens):
-        ids = self.ids(1, tokens)
-        start = time.perf_counter()
-        self.model(ids, logits_to_keep=1)
-        return {"seconds": time.perf_counter() - start}
+        return self.timed(self.model, self.ids(1, tokens), logits_to_keep=1)[1]
 
     @torch.inference_mode()
     def decode(self, rows, context, steps):
@@ -121,37 +182,37 @@ class Worker:
         times = []
         for _ in range(steps):
             ids = self.ids(rows, 1)
-            start = time.perf_counter()
-            done = self.model(ids, past_key_values=done.past_key_values, use_cache=True)
-            times.append(time.perf_counter() - start)
-        return {"seconds": sorted(times)[steps // 2] * steps}
+            done, took = self.timed(
+                self.model, ids, past_key_values=done.past_key_values, use_cache=True
+            )
+            times.append(took)
+        seconds = statistics.median(t["seconds"] for t in times)
+        return {"seconds": seconds, "measured": sum(t["measured"] for t in times)}
 
     @torch.inference_mode()
-    def predict(self, lengths, new, batch=4):
-        seconds = count = 0
+    def predict(self, lengths, new, opening=0, batch=4):
+        """The common opening is computed with each prompt, as `generate` does."""
+        total = {"seconds": 0.0, "measured": 0.0}
         for begin in range(0, len(lengths), batch):
-            some = lengths[begin : begin + batch]
-            ids, mask = self.padded(some)
-            start = time.perf_counter()
-            out = self.model.generate(
-                ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None
-            )
-            seconds += time.perf_counter() - start
-            count += len(some) * (out.shape[1] - ids.shape[1])
-        return {"seconds": seconds, "new": count}
+            ids, mask = self.padded(lengths[begin : begin + batch])
+            took = self.continued(ids, mask, new)
+            total = {k: total[k] + took[k] for k in total}
+        return total
 
     @torch.inference_mode()
     def generate(self, tokens):
         ids = self.ids(1, 8)
-        start = time.perf_counter()
-        self.model.generate(
+        return self.continued(ids, torch.ones_like(ids), tokens)
+
+    def continued(self, ids, mask, new):
+        return self.timed(
+            self.model.generate,
             ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
+            attention_mask=mask,
+            max_new_tokens=new,
+            min_new_tokens=new,
             do_sample=False,
-            eos_token_id=None,
-        )
-        return {"seconds": time.perf_counter() - start}
+        )[1]
 
     def padded(self, lengths):
         width = max(lengths)
@@ -180,20 +241,28 @@ class Worker:
         ids, mask = self.padded(lengths)
         labels = torch.full_like(ids, -100)
         labels[:, -labelled:] = ids[:, -labelled:]
+
+        def step():
+            model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
         gc.collect()
         self.peak.reset()
-        start = time.perf_counter()
-        model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        seconds = time.perf_counter() - start
+        _, took = self.timed(step)
         model.eval()
-        return {
-            "seconds": seconds,
-            "tokens": sum(lengths),
-            "beyond_weights": self.peak.bytes - self.base,
-        }
+        beyond = self.peak.bytes - self.base
+        if self.clock:
+            beyond += self.more * self.clock.kept
+        return took | {"tokens": sum(lengths), "beyond_weights": beyond}
+
+
+def cold(directory):
+    """Open a directory and feed 8 tokens: what a user waits for after starting Python."""
+    model = transformers.GlmForCausalLM.from_pretrained(directory, dtype="auto")
+    with torch.inference_mode():
+        model(torch.arange(3, 11)[None], logits_to_keep=1)
 
 
 def fast_dtype():
@@ -206,12 +275,16 @@ def fast_dtype():
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("directory")
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--whole", type=int, default=28)
     parser.add_argument("--dtype", default=fast_dtype(), choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
-    worker = Worker(args.directory, getattr(torch, args.dtype))
+    if args.cold:
+        return cold(args.directory)
+    worker = Worker(args.directory, getattr(torch, args.dtype), args.whole)
     print(json.dumps({"ready": True, "weights": worker.weights}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)

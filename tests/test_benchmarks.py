@@ -1,0 +1,137 @@
+"""What the figures of benchmarks/ rest on: models of more layers than the file has, the count of
+products, the peers' files and the verdict of a row."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from glmlora.plan import plan
+from glmlora.project import tiny_directory
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name):
+    sys.path[:0] = [str(FOLDER), str(FOLDER / "peers")]
+    try:
+        spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        del sys.path[:2]
+    return module
+
+
+def logits(model, ids):
+    core = model.core
+    lengths = np.array([len(ids)], np.int32)
+    return core.extend(core.cache(1, len(ids)), [0], np.array(ids, np.int32), lengths)
+
+
+@pytest.mark.parametrize("bits, group", [(0, None), (8, None), (4, 32)])
+def test_model_of_repeated_layers(bits, group):
+    worker = load("worker").Worker(tiny_directory(), 9, None, bits, group)
+    here = worker.here
+    same, ids = worker.model(here), [5, 6, 7, 8]
+    assert np.array_equal(logits(same, ids), logits(worker.file, ids))
+    whole = worker.model(2 * here + 1)
+    for i in (0, here, 2 * here):  # each is layer 0
+        name = f"transformer.encoder.layers.{i}.self_attention.dense.weight"
+        assert np.array_equal(
+            whole.read_weight(name),
+            worker.file.read_weight("transformer.encoder.layers.0.self_attention.dense.weight"),
+        )
+    own = sum(t.nbytes for t in worker.file.stored_tensors())
+    assert worker.weights == own + (9 - here) * worker.layer
+
+
+def test_line_is_that_of_equal_layers():
+    worker = load("worker").Worker(tiny_directory(), 28, None, 0, None)
+    answer = worker.line(lambda layers: 3.0 + 0.5 * layers)
+    assert answer == {"seconds": 17.0, "measured": 3.5 + 4.0}
+    for job in (
+        dict(job="decode", rows=2, context=5, steps=2, layers=[1, 2]),
+        dict(job="lora", lengths=[6, 9], labelled=3, checkpointing=True),
+        dict(job="predict", lengths=[6, 9], new=2, opening=3),
+    ):
+        assert getattr(worker, job.pop("job"))(**job)["measured"] > 0
+
+
+def test_flops_of_a_step():
+    bench = load("bench")
+    config = json.loads((tiny_directory() / "config.json").read_text())
+    six = config | load("six_b").CONFIG | {"padded_vocab_size": 65024}
+    planned = plan_flops(six, 4, 512, 3)
+    assert bench.step_flops([512] * 4, 3) == pytest.approx(planned, rel=0.02)
+
+
+def plan_flops(config, rows, tokens, labels):
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return plan(folder, rows, tokens, "lora", labels, budget=1 << 40).flops
+
+
+def test_gguf_blocks():
+    make_gguf = load("peers/make_gguf")
+    x = np.random.default_rng(3).normal(0, 0.02, 64 * 32).astype(np.float32)
+    x[:32] = 0
+    blocks = x.reshape(-1, 32)
+    for kind, per_block in (("Q8_0", 34), ("Q4_0", 18)):
+        data = make_gguf.encode(x, kind).reshape(-1, per_block)
+        assert data.nbytes == make_gguf.nbytes(x.size, kind)
+        scale = data[:, :2].copy().view(np.float16).astype(np.float32)
+        if kind == "Q8_0":
+            values = data[:, 2:].view(np.int8).astype(np.float32)
+        else:
+            values = np.concatenate([data[:, 2:] & 15, data[:, 2:] >> 4], 1).astype(np.float32) - 8
+        # half a step, a whole one at the end that Q4_0 lacks, and the scale's own rounding
+        allowed = np.abs(scale) * (1.0 if kind == "Q4_0" else 0.5) + np.abs(blocks) / 1000
+        assert (np.abs(values * scale - blocks) <= allowed).all()
+        assert np.abs(values * scale - blocks).max() > 0
+
+
+def test_gguf_file(tmp_path):
+    make_gguf = load("peers/make_gguf")
+    config = json.loads((tiny_directory() / "config.json").read_text())
+    config |= dict(hidden_size=64, ffn_hidden_size=96, kv_channels=32, num_attention_heads=2)
+    config |= dict(multi_query_group_num=1, padded_vocab_size=96, num_layers=2)
+    for kind in ("F16", "Q8_0", "Q4_0"):
+        make_gguf.make(config, tmp_path / kind, kind)
+        tensors = list(make_gguf.shapes(config))
+        sizes = [
+            make_gguf.nbytes(int(np.prod(s)), kind if len(s) == 2 else "F32") for _, s in tensors
+        ]
+        data = sum(-(-n // 32) * 32 for n in sizes)
+        header = (tmp_path / kind).stat().st_size - data
+        assert 0 < header < 4096 and header % 32 == 0
+        assert (tmp_path / kind).read_bytes()[:8] == b"GGUF\x03\0\0\0"
+
+
+def test_row_is_judged_run_by_run(capsys):
+    bench = load("bench")
+    some = SimpleNamespace(limits=SimpleNamespace(now={"fma_gflop_s": 1}), rows=[])
+    # the machine halves its speed in the last run: the ratios are those of before
+    limits = [{"fma_gflop_s": v} for v in (200.0, 200.0, 100.0)]
+    mine = dict(seconds=2.0, runs=3, every=[2.0, 2.0, 4.0], limits=limits)
+    peer = dict(seconds=3.0, runs=3, every=[3.0, 3.0, 6.0])
+    told = dict(rate=170.0, unit="GFLOP/s", limit="fma_gflop_s", peers={"torch": peer})
+    for bars, met in (
+        (dict(limit=0.85, torch=1.5), True),
+        (dict(limit=0.86, torch=1.5), False),
+        (dict(limit=0.85, torch=1.51), False),
+        (dict(memory=2.0), True),
+        (dict(absent=1.0), None),
+        ({}, None),
+    ):
+        bench.Bench.row(some, 4, "a job", mine, **told, ratios={"memory": 2.0}, bars=bars)
+        row = some.rows[-1]
+        assert row["met"] is met
+        assert row["ratios"] == pytest.approx({"limit": 0.85, "torch": 1.5, "memory": 2.0})
+        assert ("NOT MET" in capsys.readouterr().err) is (met is False)
