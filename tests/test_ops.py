@@ -1012,6 +1012,21 @@ def test_outliers_do_not_coarsen_a_row_of_bytes(backend: str) -> None:
             assert np.abs(got - want).max() <= 3e-2 * np.abs(size).max(), rows
 
 
+@pytest.mark.parametrize("backend", FAST[:1])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_the_last_groups_of_a_row_meet_no_scale_of_another(backend: str, rows: int) -> None:
+    ops, rng = ops_of(backend), np.random.default_rng(8)
+    bad = quantized(rng, 260, 1024, "I4 by 32")[0]
+    bad.scale[...] = np.nan  # what the stack held before
+    W, w = quantized(rng, 260, 194, "I4 by 32")
+    x, out = rng.normal(size=(rows, 194)).astype(np.float32), np.empty((rows, 260), np.float32)
+    for _ in range(4):
+        wide = np.ones((rows, 1024), np.float32)
+        ops.linear_forward(np.empty((rows, 260), np.float32), wide, bad, None, rows, 1.0, 0)
+        ops.linear_forward(out, x, W, None, rows, 1.0, 0)
+        assert np.abs(out - x @ w.T).max() <= 1.6e-2 * np.abs(x @ w.T).max()
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_rows_that_are_not_finite_stay_so(backend: str) -> None:
     ops, rng = ops_of(backend), np.random.default_rng(8)

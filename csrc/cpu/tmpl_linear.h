@@ -197,6 +197,8 @@ INLINE void run_scales(float *scale, const struct glm_mat *w, int row, int k0, i
     else
         for (int g = 0; g * 32 < K; g++)
             scale[g] = half_to_float(from[(k0 + g * 32) / w->group]);
+    for (int g = (K + 31) / 32; g % 4; g++) /* a last chunk meets four of them */
+        scale[g] = 0;
 }
 
 /* A chunk of W times its groups' scales; g: the first group of the chunk in the run. */
