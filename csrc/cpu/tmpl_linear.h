@@ -577,27 +577,33 @@ INLINE void add_outliers(float *out, int cols, const struct x_run *run, const ch
     }
 }
 
-/* Ahead of one tile of XR rows by 4: its outputs, a piece of the next XR rows of x, and a piece of
- * the panel of W that is packed next, so that nobody waits for the memory. */
+/* The panel of W that is packed next, fetched into the cache a piece a tile. */
 struct ahead {
-    const char *x, *w; /* next unfetched byte of either */
-    size_t w_stride;
-    int w_rows, w_bytes, w_at, per_tile;
+    const char *w; /* first row that is not fetched whole */
+    size_t stride;
+    int rows, bytes, at, per_tile; /* rows left; of a row, and of it fetched; lines a tile */
 };
 
-INLINE void fetch_ahead(struct ahead *f, const float *tile, size_t ldt, int rows, int columns)
+INLINE struct ahead start_ahead(const struct glm_mat *w, enum glm_dtype dtype, int row, int rows,
+                                int column, int columns, int tiles)
 {
-    for (int r = 0; r < rows; r++)
-        __builtin_prefetch(tile + r * ldt, 1, 3);
-    for (int i = 0; i * columns < XR * NT_RUN_BYTES / 64; i++, f->x += 64)
-        __builtin_prefetch(f->x, 0, 2);
-    for (int i = 0; i < f->per_tile && f->w_rows; i++) {
-        __builtin_prefetch(f->w + f->w_at, 0, 2);
-        f->w_at += 64;
-        if (f->w_at >= f->w_bytes) {
-            f->w_at = 0;
-            f->w += f->w_stride;
-            f->w_rows--;
+    struct ahead f = {.stride = glm_bytes(dtype, (size_t)w->cols)};
+    f.w = (const char *)w->data + (size_t)row * f.stride + glm_bytes(dtype, (size_t)column);
+    f.rows = columns > 0 ? rows : 0;
+    f.bytes = (int)glm_bytes(dtype, (size_t)columns);
+    f.per_tile = (rows * ((f.bytes + 63) / 64) + tiles - 1) / tiles;
+    return f;
+}
+
+INLINE void fetch_ahead(struct ahead *f)
+{
+    for (int i = 0; i < f->per_tile && f->rows > 0; i++) {
+        __builtin_prefetch(f->w + f->at, 0, 2);
+        f->at += 64;
+        if (f->at >= f->bytes) {
+            f->at = 0;
+            f->w += f->stride;
+            f->rows--;
         }
     }
 }
@@ -611,7 +617,6 @@ INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum g
     const int width = RUN * per_vector(kind), n_runs = (vectors + RUN - 1) / RUN;
     const int tiles = (rows + XR - 1) / XR * ((cols + 3) / 4);
     struct panel_columns *columns = (struct panel_columns *)(wp + NT_COLS * NT_RUN_BYTES);
-    struct ahead ahead = {.w_stride = glm_bytes(dtype, (size_t)I)};
     for (int b = 0; b < n_runs; b++) {
         const int K = I - b * width < width ? I - b * width : width;
         const int in_run = vectors - b * RUN < RUN ? vectors - b * RUN : RUN;
@@ -623,21 +628,21 @@ INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum g
             columns->count = 0;
         }
         const int left = I - (b + 1) * width;
-        ahead.w_bytes = (int)glm_bytes(dtype, (size_t)(left < width ? left & ~1 : width));
-        ahead.w_rows = left > 0 ? cols : 0;
-        ahead.w_at = 0;
-        ahead.w = (const char *)a->w->data + (size_t)o0 * ahead.w_stride +
-                  glm_bytes(dtype, (size_t)(b + 1) * width);
-        ahead.per_tile = (cols * (ahead.w_bytes / 64) + tiles - 1) / tiles;
+        struct ahead ahead = start_ahead(a->w, dtype, o0, cols, (b + 1) * width,
+                                         left < width ? left & ~1 : width, tiles);
         for (int n = 0; n < rows; n += XR) {
             const char *xp = a->x + ((size_t)(n0 + n) * vectors + (size_t)b * RUN * XR) * VB;
             const struct x_run *run = a->runs + (size_t)(n0 + n) * n_runs + b;
             const int end = rows - n < XR ? rows - n : XR;
-            ahead.x = n + XR < rows ? xp + (size_t)vectors * XR * VB : xp;
+            const char *next = n + XR < rows ? xp + (size_t)vectors * XR * VB : xp;
             for (int o = 0; o < cols; o += 4) {
                 v4 s[XR];
                 float *at = tile + n * ldt + o;
-                fetch_ahead(&ahead, at, ldt, end, (cols + 3) / 4);
+                for (int r = 0; r < end; r++)
+                    __builtin_prefetch(at + r * ldt, 1, 3);
+                for (int i = 0; i * ((cols + 3) / 4) < XR * NT_RUN_BYTES / 64; i++, next += 64)
+                    __builtin_prefetch(next, 0, 2);
+                fetch_ahead(&ahead);
                 dot_panel(s, xp, wp + (size_t)o * NT_RUN_BYTES, in_run, kind);
                 for (int r = 0; r < XR; r++)
                     s[r] = run_value(s[r], kind == GLM_I8 ? run + (size_t)r * n_runs : NULL, kind);

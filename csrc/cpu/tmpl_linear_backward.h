@@ -215,11 +215,16 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
 {
     const int K = g->b->rows, per = per_unit(kind), units = units_of(kind, K);
     const int n_runs = (K + NT_RUN_BYTES - 1) / NT_RUN_BYTES;
+    const int tiles = (rows + MR - 1) / MR * ((cols + NR - 1) / NR);
     for (int u = 0; u < units; u += GEMM_UNITS) {
         const int in_block = units - u < GEMM_UNITS ? units - u : GEMM_UNITS;
         const int left = K - u * per, add = u || g->accumulate;
         pack_b(bp, g->b, kind, dtype, grouped, u * per,
                left < GEMM_UNITS * per ? left : GEMM_UNITS * per, n0, cols);
+        const int after = left - GEMM_UNITS * per;
+        struct ahead ahead =
+            start_ahead(g->b, dtype, u * per + GEMM_UNITS * per,
+                        after < GEMM_UNITS * per ? after : GEMM_UNITS * per, n0, cols, tiles);
         for (int m = 0; m < rows; m += MR) {
             const float *ap = g->a + ((size_t)(m0 + m) * units + (size_t)u * MR);
             const struct x_run *run = NULL;
@@ -230,6 +235,7 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
                 float *at = c + m * ldc + n;
                 const char *panel = bp + (size_t)n / NR * GEMM_UNITS * NV * VB;
                 const int width = cols - n < NR ? cols - n : NR;
+                fetch_ahead(&ahead);
                 if (height == MR && width == NR) {
                     unit_tile(at, ldc, ap, panel, in_block, add, kind, run, (size_t)n_runs);
                     continue;
