@@ -124,7 +124,7 @@ def gate(out: Path) -> dict[str, dict[str, float]]:
 # only declared (named.h says what stands for them).
 
 MARKS = """#pragma once
-#include_next <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 #undef __global__
 #undef __device__
 #undef __host__
@@ -196,7 +196,8 @@ def linked(out: Path) -> Path:
     (folder / "include" / "cuda_runtime.h").write_text(MARKS)
     for name in ("cuda_fp16.h", "cuda_bf16.h"):
         (folder / "include" / name).write_text("#pragma once\n")
-    paths = [f"-I{folder / 'include'}", *INCLUDE, f"-I{runtime / 'include'}"]
+    toolkit = [f"-I{runtime / 'include'}", f"-I{wheels() / 'cuda_nvcc' / 'include'}"]
+    paths = [f"-I{folder / 'include'}", *INCLUDE, *toolkit]
     flags = ["-O2", "-fPIC", "-fvisibility=hidden", "-DGLM_NAMED"]
     objects, names = [], []
     for source in KERNELS:
@@ -221,7 +222,7 @@ def linked(out: Path) -> Path:
     lines.append(f"const int glm_n_images = {len(table)};")
     made = folder / "images.c"
     made.write_text('#include "named.h"\n' + "\n".join(lines) + "\n")
-    plain = [f"-I{runtime / 'include'}", *INCLUDE]
+    plain = [*toolkit, *INCLUDE]
     for source in [*HOST, CUDA / "named.c", made]:
         objects.append(folder / f"{source.stem}.host.o")
         words = ["gcc", "-std=gnu11", "-Wall", "-Wno-parentheses", *flags, *plain]
