@@ -1,9 +1,13 @@
 """Build glmlora._core from csrc/; flags per file suffix, so a baseline machine can import what
-newer ones run faster."""
+newer ones run faster.
+
+GLMLORA_BUILD_CUDA=lib (by nvcc) or lib12 (by NVRTC 12.9) also builds the CUDA library and puts it
+into the wheel; GLMLORA_BUILD_CUDA=FILE.so takes one that is there. Nothing else needs either."""
 
 import glob
 import os
 import platform
+import subprocess
 import sys
 
 import numpy
@@ -45,6 +49,19 @@ class BuildPerFile(build_ext):
 
         self.compiler._compile = _compile
         super().build_extensions()
+        self.add_cuda(os.environ.get("GLMLORA_BUILD_CUDA", ""))
+
+    def add_cuda(self, how):
+        """The CUDA library beside the module, where it is asked for."""
+        if not how:
+            return
+        library = how
+        if not how.endswith(".so"):
+            words = [sys.executable, "cuda/build.py", how]
+            told = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
+            library = told.split()[-1]
+        folder = os.path.dirname(os.path.abspath(self.get_ext_fullpath("glmlora._core")))
+        self.copy_file(library, os.path.join(folder, os.path.basename(library)))
 
 
 sources = sorted(glob.glob("csrc/*.c") + glob.glob("csrc/*/*.c"))

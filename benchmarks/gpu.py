@@ -257,7 +257,9 @@ def main():
     told = {"device": found, "toy": toy, "weights": "zeros"}
     if not args.no_selftest:
         only = "float32 norm" if toy else ""
-        if selftest.run(f"{args.device}:0", only=only, output="selftest.json"):
+        if selftest.run(
+            f"{args.device}:0", only=only, output=str(Path(args.json).with_name("selftest.json"))
+        ):
             raise SystemExit("the self-test failed: no time is worth measuring")
     stored = "F16" if found["capability"] < (8, 0) else "BF16"
     sizes = TOY if toy else SIX_B

@@ -26,7 +26,8 @@ glm_status glm_blas_open(struct glm_blas *blas, cudaStream_t stream, struct glm_
     blas->set_pointer_mode = (int (*)(void *, int))cublasSetPointerMode_v2;
     blas->set_workspace = NULL;
     blas->destroy = (int (*)(void *))cublasDestroy_v2;
-    blas->set_stream(handle, stream);
+    if (blas->set_stream(handle, stream))
+        return glm_fail(err, GLM_EMEMORY, "the emulated cuBLAS cannot be started");
     return GLM_OK;
 }
 

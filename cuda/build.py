@@ -1,22 +1,33 @@
 """Builds the CUDA library, or checks that it compiles.
 
-    python cuda/build.py emu              libglm_cuda_emu.so by the host's compiler, on the emulator
+    python cuda/build.py emu              libglm_cuda_emu.so by the host's compiler, on the
+                                          emulator
     python cuda/build.py emu-checked      the same with every memory access checked
-    python cuda/build.py nvcc [FILE..]    each file for each architecture; warnings, spills and
-                                          local memory are errors; objects are thrown away
+    python cuda/build.py nvcc [FILE..]    the gate: each file for each architecture; warnings,
+                                          spills, local memory and more than 10 s are errors
+    python cuda/build.py budget           shared memory, occupancy, tensor cores and 128-bit moves
+                                          of what the gate compiled
     python cuda/build.py lib              libglm_cuda.so by nvcc, for all architectures
+    python cuda/build.py nvrtc            the gate by NVRTC 12.9 (wheels nvidia-cuda-nvrtc-cu12,
+                                          -runtime-cu12 and -nvcc-cu12), cubins for sm_70 to sm_120
+    python cuda/build.py lib12            libglm_cuda12.so: those cubins and PTX, for drivers of
+                                          CUDA 12 and newer
 
 EMU_DIR (default cuda/emu): where the emulator is. OUT (default build/cuda): where results go.
-Only files that changed are compiled; one at a time.
+ARCHS (default "75 80 86 89 90"): for nvcc. NVIDIA_WHEELS: a folder that the wheels were installed
+into, where it is not site-packages. Only files that changed are compiled; one at a time.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,8 +37,9 @@ EMU = Path(os.environ.get("EMU_DIR", CUDA / "emu")).resolve()
 ARCHS = os.environ.get("ARCHS", "75 80 86 89 90").split()
 KERNELS = sorted(CUDA.glob("*.cu"))
 HOST = [CUDA / "device.c", CUDA / "blas.c", ROOT / "csrc/status.c"]
-HEADERS = [Path(__file__), *CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
+HEADERS = [*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
 INCLUDE = [f"-I{CUDA}", f"-I{ROOT / 'csrc'}"]
+SECONDS = 10  # of processor time, for one file and one architecture
 SIMD = ["-mf16c", "-mavx2", "-mfma"]
 CHECKED = ["-O1", "-fsanitize=thread", "-fsanitize=alignment"]
 CHECKED += ["--param=tsan-instrument-func-entry-exit=0"]
@@ -81,26 +93,72 @@ def nvcc_flags() -> list[str]:
     return ["-std=c++17", "-O3", "--threads", "1", *INCLUDE, *host]
 
 
-def nvcc_gate() -> None:
-    """Registers by kernel and architecture, most first."""
+def cpu_seconds(run_it: Callable[[], str]) -> tuple[str, float]:
+    """Its result, and the processor time of the processes it ran: other work does not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    text = run_it()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return text, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def kernels_of(text: str) -> dict[str, dict[str, int]]:
+    """Registers and static shared memory of each kernel, from what ptxas -v says."""
+    found = {}
+    entry = r"Compiling entry function '(\w+)'.*?\n.*?Used (\d+) registers(.*?)\n"
+    for name, registers, rest in re.findall(entry, text + "\n", re.S):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        found[name] = {"registers": int(registers), "shared": int(shared[1]) if shared else 0}
+    return found
+
+
+def nvcc_gate(only: list[str]) -> dict[str, dict]:
+    """{file: {architecture: {seconds, kernels}}}; once more for the host part."""
     gate = ["-Werror", "all-warnings", "-Xptxas"]
     gate += ["-v,-warn-spills,-warn-lmem-usage,-Werror"]
-    for source in [k for k in KERNELS if k.stem in sys.argv[2:] or not sys.argv[2:]]:
-        for arch in ARCHS:
-            target = [f"-arch=sm_{arch}", "-c", source, "-o", os.devnull]
-            text = run("nvcc", *nvcc_flags(), *gate, *target, quiet=True)
-            found = re.findall(
-                r"Compiling entry function '(\w+)'.*?Used (\d+) registers", text, re.S
-            )
-            found.sort(key=lambda f: -int(f[1]))
-            print(f"  {source.stem} sm_{arch}:", *(f"{n} {r}" for n, r in found[:4]), flush=True)
+    table: dict[str, dict] = {}
+    for source in [k for k in KERNELS if k.stem in only or not only]:
+        for arch in ["host", *ARCHS]:
+            target = OUT / "nvcc" / f"{source.stem}.{arch}"
+            told = target.with_suffix(f".{arch}.json")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if stale(told, [source, *HEADERS]):
+                how = ["-cubin", f"-arch=sm_{arch}"]
+                if arch == "host":
+                    how = ["-c", f"-arch=sm_{ARCHS[0]}", "-Xcompiler", "-Wall,-Wno-unused-function"]
+                words = ["nvcc", *nvcc_flags(), *gate, *how, source, "-o", target]
+                text, seconds = cpu_seconds(lambda words=words: run(*words, quiet=True))
+                made = {"seconds": round(seconds, 2), "kernels": kernels_of(text)}
+                told.write_text(json.dumps(made))
+            table.setdefault(source.stem, {})[arch] = json.loads(told.read_text())
+    slow = {f"{f} {a}: {d['seconds']} s" for f, by in table.items() for a, d in by.items()
+            if d["seconds"] > SECONDS}  # fmt: skip
+    if slow:
+        raise SystemExit(f"more than {SECONDS} s: {', '.join(sorted(slow))}")
+    return table
+
+
+def print_gate(table: dict[str, dict]) -> None:
+    for file, by in table.items():
+        most = max(by.values(), key=lambda d: d["seconds"])["seconds"]
+        registers = {a: max((k["registers"] for k in d["kernels"].values()), default=0)
+                     for a, d in by.items() if a != "host"}  # fmt: skip
+        shown = ", ".join(f"sm_{a} {r}" for a, r in registers.items())
+        print(f"{file:<20} {most:5.1f} s at most; registers: {shown}")
+
+
+def library_archs() -> list[str]:
+    """ARCHS, where it is set; else all that we know and this nvcc has code for."""
+    if "ARCHS" in os.environ:
+        return ARCHS
+    listed = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout
+    return [a for a in "75 80 86 89 90 100 120".split() if f"sm_{a}" in listed.split()] or ARCHS
 
 
 def nvcc_library() -> Path:
     OUT.mkdir(parents=True, exist_ok=True)
-    library = OUT / "libglm_cuda.so"
-    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
-    code.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
+    library, archs = OUT / "libglm_cuda.so", library_archs()
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     objects = []
     for source in KERNELS + HOST:
         target = OUT / f"{source.stem}.o"
@@ -128,8 +186,16 @@ if __name__ == "__main__":
     if goal in ("emu", "emu-checked"):
         print(emu(goal == "emu-checked"))
     elif goal == "nvcc":
-        nvcc_gate()
+        print_gate(nvcc_gate(sys.argv[2:]))
+    elif goal == "budget":
+        import budget
+
+        budget.check(nvcc_gate([]), OUT / "nvcc", nvcc_flags())
     elif goal == "lib":
         print(nvcc_library())
+    elif goal in ("nvrtc", "lib12"):
+        import nvrtc
+
+        print(nvrtc.library(OUT, link=goal == "lib12"))
     else:
         raise SystemExit(__doc__)

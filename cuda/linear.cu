@@ -389,7 +389,7 @@ static __device__ __forceinline__ float clamp(float x, float low, float high)
 }
 
 /* A warp has one row, or one group of a row: see backend.h. */
-GLM_KERNEL(256)
+GLM_TILE_KERNEL(256, 2)
 k_quantize(unsigned char *data, unsigned short *scales, int dtype, int group, const void *inp,
            int inp_dtype, int rows, int cols)
 {
@@ -541,8 +541,10 @@ static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, doub
                        A, blas_type(type), lda, B, blas_type(type), ldb,
                        on_device ? (const void *)(beta ? &small->one : &small->zero) : &b, C,
                        BLAS_R_32F, ldc, BLAS_COMPUTE_32F, BLAS_DEFAULT);
-    if (on_device)
-        blas->set_pointer_mode(blas->handle, BLAS_HOST);
+    if (on_device) {
+        const int back = blas->set_pointer_mode(blas->handle, BLAS_HOST);
+        status = status ? status : back;
+    }
     cuda->counts.products += !cuda->capturing;
     if (status)
         glm_cuda_blas_failed(cuda, status, m, n, k);

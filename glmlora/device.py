@@ -117,10 +117,7 @@ def backend(device: Device, stored: str, cpu: str = "cpu", compute_dtype: str | 
     """
     if device == "cpu":
         return cpu
-    found = info(device)
-    if not found["count"]:
-        raise RuntimeError(f"{device}: {found['why']}")
-    capability = tuple(found["capability"])
+    capability = tuple(_present(device)["capability"])
     named = {name: kind for kind, name in _COMPUTE.items()}
     stored = named.get(compute_dtype or "", stored)
     if stored == "BF16" and capability < (8, 0):
@@ -130,6 +127,14 @@ def backend(device: Device, stored: str, cpu: str = "cpu", compute_dtype: str | 
     if device.type == "cuda":
         preload_cublas()
     return f"{device}/{_COMPUTE.get(stored, 'float32')}"
+
+
+def _present(device: Device) -> dict[str, Any]:
+    """`info` of a device that a model is on; RuntimeError where it is no longer there."""
+    found = info(device)
+    if not found["count"]:
+        raise RuntimeError(f"{device}: {found['why']}")
+    return found
 
 
 def preload_cublas() -> Path | None:
@@ -160,4 +165,4 @@ def _runtime_major() -> int:
 
 def memory_available(device: Device) -> int:
     """Free bytes of the device, or what this process could still get."""
-    return _core.memory_available() if device == "cpu" else info(device)["free"]
+    return _core.memory_available() if device == "cpu" else _present(device)["free"]

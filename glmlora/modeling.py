@@ -697,9 +697,8 @@ class ChatGLMForConditionalGeneration:
         """
         if checkpointing:
             return 0
-        device = self.core.backend.partition("/")[0]
-        if device.startswith(("cuda", "emu")):  # whose weights are there already
-            available = _core.device_info(device)["free"]
+        if self.device != "cpu":  # whose weights are there already
+            available = devices.memory_available(self.device)
         else:
             stored = self.stored_tensors()
             mapped = sum(t.nbytes for t in stored if not isinstance(t, QuantizedTensor))

@@ -319,7 +319,7 @@ SCENARIO = """
             assert name in {harmless}, (name, at, "was not told")
     print(cases)
 """
-HARMLESS = ["cudaSetDevice", "cudaGetLastError", "cudaMemGetInfo", "cublasSetPointerMode_v2"]
+HARMLESS = ["cudaSetDevice", "cudaGetLastError", "cudaMemGetInfo"]
 HARMLESS += ["cudaFree", "cudaGraphDestroy", "cudaGraphExecDestroy"]  # told by the call after it
 FAULTY = """cudaMalloc cudaMemcpyAsync cudaMemsetAsync cudaStreamCreateWithFlags
     cudaStreamSynchronize cudaStreamBeginCapture cudaStreamEndCapture cudaGraphInstantiate

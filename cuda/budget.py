@@ -1,0 +1,140 @@
+"""The static budget of the kernels, from what nvcc compiled: shared memory, occupancy by formula,
+and from the PTX of compute_75 whether attention multiplies on tensor cores and reads its operands
+by ldmatrix, and whether streaming kernels move 16 bytes at a time. Nothing here ran on a GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# Of a multiprocessor: warps, blocks, bytes of shared memory, and what a block takes beside its own.
+# From the table "Technical Specifications per Compute Capability" of the CUDA programming guide.
+LIMITS = {
+    "75": (32, 16, 64 << 10, 0),
+    "80": (64, 32, 164 << 10, 1 << 10),
+    "86": (48, 16, 100 << 10, 1 << 10),
+    "89": (48, 24, 100 << 10, 1 << 10),
+    "90": (64, 32, 228 << 10, 1 << 10),
+}
+REGISTERS, REGISTER_UNIT, SHARED_UNIT = 65536, 256, 128
+WITHOUT_ASKING = 48 << 10  # dynamic shared memory of a launch; no kernel asks for more
+
+# Kernels that read or write whole arrays once, 16 bytes a thread at a time.
+STREAMING = """
+    k_embedding_forward k_embedding_backward k_rmsnorm_forward k_add_rmsnorm_forward
+    k_rmsnorm_backward k_rope k_rope_append k_kv_append k_gather_forward k_gather_backward
+    k_swiglu_forward k_swiglu_backward k_tanh_forward k_tanh_backward k_dropout k_add
+    k_cross_entropy_forward k_cross_entropy_backward k_adamw k_sum_squares k_first_nonfinite
+    k_argmax k_convert k_columns k_widen k_bias k_largest
+""".split()
+NO_STORES = {
+    "k_cross_entropy_forward",
+    "k_sum_squares",
+    "k_first_nonfinite",
+    "k_argmax",
+    "k_largest",
+}
+
+
+def tile_stride(HD: int) -> int:  # noqa: N803  as cuda/attention.cuh
+    return (HD + 3) // 4 * 4 + 4
+
+
+def dynamic_shared() -> dict[str, int]:
+    """Bytes at launch of the kernels that take any, for the widest heads of each (the launchers in
+    cuda/attention_*.cu)."""
+    told = {}
+    for T, HD in ((32, 64), (16, 128), (8, 256)):  # noqa: N806
+        tiles = 3 * T * tile_stride(HD)
+        told[f"k_attention_forward_{T}"] = 4 * (tiles + T * T)
+        told[f"k_attention_dq_{T}"] = 4 * (tiles + T * (T // 2))
+        told[f"k_attention_dkv_{T}"] = 4 * (tiles + 2 * T * (T // 2) + T)
+    for D in (64, 128):  # noqa: N806
+        for type_ in ("f16", "bf16"):
+            told[f"k_attention_forward_{type_}_{D}"] = 64 * (D + 8) * 2
+            told[f"k_attention_dkv_{type_}_{D}"] = 96 * (D + 8) * 2
+            told[f"k_attention_dq_{type_}_{D}"] = 64 * (D + 8) * 2
+        told[f"k_attention_decode_{2 * D}"] = 4 * 8 * (tile_stride(2 * D) + 2)
+    return told
+
+
+def blocks_at_once(arch: str, threads: int, registers: int, shared: int) -> int:
+    """Blocks of a multiprocessor at the same time."""
+    warps, blocks, bytes_, per_block = LIMITS[arch]
+    of_block = -(-threads // 32)
+    of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    taken = -(-(shared + per_block) // SHARED_UNIT) * SHARED_UNIT
+    by_registers = REGISTERS // of_warp // of_block
+    return min(warps // of_block, blocks, by_registers, bytes_ // taken if taken else blocks)
+
+
+def entries(ptx: str) -> dict[str, str]:
+    """The text of each kernel."""
+    parts = re.split(r"\.visible \.entry (\w+)\(", ptx)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def count(text: str, *pieces: str) -> int:
+    return sum(len(re.findall(piece, text)) for piece in pieces)
+
+
+def check(table: dict[str, dict], folder: Path, flags: list[str]) -> None:
+    """Prints a line for each kernel; SystemExit names those over the budget."""
+    from build import CUDA, HEADERS, run, stale
+
+    faults, dynamic, seen = [], dynamic_shared(), set()
+    if "cudaFuncSetAttribute" in "".join(p.read_text() for p in CUDA.glob("*.c*")):
+        faults.append(
+            "a kernel asks for more than 48 KB of shared memory: this script knows of none"
+        )
+    print(f"{'kernel':<34}{'threads':>8}{'shared':>8}{'sm_75':>8}{'sm_86':>8}  16-byte moves, mma")
+    for file, by_arch in table.items():
+        ptx = folder / f"{file}.ptx"
+        if stale(ptx, [CUDA / f"{file}.cu", *HEADERS]):
+            run(
+                "nvcc",
+                *flags,
+                "-ptx",
+                "-arch=compute_75",
+                CUDA / f"{file}.cu",
+                "-o",
+                ptx,
+                quiet=True,
+            )
+        for name, text in entries(ptx.read_text()).items():
+            seen.add(name)
+            threads = int(re.search(r"\.maxntid (\d+)", text)[1])
+            shared = by_arch["75"]["kernels"][name]["shared"] + dynamic.get(name, 0)
+            blocks, share = {}, {}
+            for arch in LIMITS:
+                if arch not in by_arch:
+                    continue
+                registers = by_arch[arch]["kernels"][name]["registers"]
+                blocks[arch] = blocks_at_once(arch, threads, registers, shared)
+                share[arch] = blocks[arch] * -(-threads // 32) / LIMITS[arch][0]
+            loads = count(
+                text, r"ld\.global(?:\.nc)?\.v4\.[a-z]32", r"ld\.global(?:\.nc)?\.v2\.[a-z]64"
+            )
+            stores = count(text, r"st\.global\.v4\.[a-z]32", r"st\.global\.v2\.[a-z]64")
+            mma, operands = count(text, r"mma\.sync"), count(text, r"ldmatrix", r"wmma\.load")
+            shown = "".join(f"{share[a]:8.0%}" for a in ("75", "86") if a in share)
+            print(f"{name:<34}{threads:>8}{shared:>8}{shown}  {loads} in, {stores} out, {mma}")
+            if shared > WITHOUT_ASKING:
+                faults.append(f"{name}: {shared} bytes of shared memory")
+            if ".local " in text:
+                faults.append(f"{name}: local memory")
+            for arch in share:
+                if name in STREAMING and share[arch] < 0.5:
+                    faults.append(f"{name}: occupancy {share[arch]:.0%} on sm_{arch}")
+                if "attention" in name and blocks[arch] < 2:
+                    faults.append(f"{name}: {blocks[arch]} blocks at once on sm_{arch}")
+            if name in STREAMING and (not loads or (not stores and name not in NO_STORES)):
+                faults.append(f"{name}: {loads} loads and {stores} stores of 16 bytes")
+            if re.search(r"attention_(forward|dq|dkv)_f16", name) and not (mma and operands):
+                faults.append(f"{name}: {mma} mma, {operands} ldmatrix")
+    absent = (set(STREAMING) | set(dynamic)) - seen
+    if absent:
+        faults.append(f"no such kernels: {', '.join(sorted(absent))}")
+    if faults:
+        raise SystemExit("over the budget: " + "; ".join(faults))
+    print("within the budget")
