@@ -13,6 +13,10 @@ all: .venv/ready
 test: all
 	$(BIN)/python -m pytest
 
+# the kernels on the emulator at length: every seed in the checked build, every mutant
+test-deep: all
+	GLMLORA_DEEP=1 $(BIN)/python -m pytest tests/test_emu.py
+
 demo: all
 	$(BIN)/glmlora demo demo
 
@@ -54,4 +58,4 @@ wheel: all
 clean:
 	rm -rf build dist .venv demo glmlora/*.so *.egg-info
 
-.PHONY: all test demo lint fmt bench peers sanitize portable wheel clean
+.PHONY: all test test-deep demo lint fmt bench peers sanitize portable wheel clean

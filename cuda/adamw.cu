@@ -57,7 +57,7 @@ GLM_KERNEL(256) k_sum_partials(double *total, const double *partial, int n)
 /* Block b looks at its share of the rows and leaves its first bad one, or the largest int. */
 GLM_KERNEL(256) k_first_nonfinite(int *found, const float *x, int N, int C, int rows)
 {
-    const int begin = blockIdx.x * rows, end = begin + rows < N ? begin + rows : N;
+    const int begin = blockIdx.x * rows, end = min(begin + rows, N);
     int first = 0x7fffffff;
     for (int n = begin; n < end; n++)
         for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
@@ -109,7 +109,7 @@ GLM_KERNEL(256) k_argmax(int *id, const float *x, int V)
     __syncthreads();
     if (threadIdx.x)
         return;
-    for (int w = 1; w < (int)blockDim.x >> 5; w++)
+    for (int w = 1; w < (int)(blockDim.x >> 5); w++)
         take_better(&most, &at, mosts[w], places[w]);
     id[blockIdx.x] = at;
 }

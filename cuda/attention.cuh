@@ -31,8 +31,7 @@ static __device__ __forceinline__ int before(const glm_segment &s)
 /* Keys that token t of a segment sees, of the run shared, past, own. */
 static __device__ __forceinline__ int seen_by(const glm_segment &s, int t)
 {
-    const int context = s.context < s.count ? s.context : s.count;
-    return before(s) + (t + 1 > context ? t + 1 : context);
+    return before(s) + max(t + 1, min(s.context, s.count));
 }
 
 struct pair_of {
@@ -44,6 +43,7 @@ static __device__ __forceinline__ pair_of key_of(const attention &a, const glm_s
                                                  int j)
 {
     pair_of p;
+    GL_EXPECT(0 <= j && j < before(s) + s.count);
     const int own = j - before(s);
     if (own >= 0) {
         p.k = a.qkv + ((size_t)(s.begin + own) * (a.NH + 2 * a.KVH) + a.NH + g) * a.HD;

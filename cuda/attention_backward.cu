@@ -64,15 +64,16 @@ template <int T> static __device__ __forceinline__ void query_tiles(const attent
         const int rows = s.count * a.G, tiles = (rows + T - 1) / T, pieces = tiles * a.KVH;
         for (; piece < first + pieces; piece += gridDim.x) {
             const int g = (piece - first) % a.KVH, row0 = (tiles - 1 - (piece - first) / a.KVH) * T;
-            const int row = row0 + r, last_row = row0 + T < rows ? row0 + T - 1 : rows - 1;
-            const int seen = row < rows ? seen_by(s, row / a.G) : 0;
-            const int last = seen_by(s, last_row / a.G);
-            const size_t at = row < rows ? head_row(a, s, g, row) : 0;
-            __syncthreads(); /* readers of the piece before */
-            fill_row(qs + r * LD, row < rows ? query_of(a, s, g, row) : NULL, HD, lane, LANES);
-            fill_row(ds + r * LD, row < rows ? a.dout + at * HD : NULL, HD, lane, LANES);
-            const float lse = row < rows ? a.lse[at] : 0.0f;
-            const float delta = row < rows ? *delta_of(a, s, g, row) : 0.0f;
+            const int row = row0 + r;
+            const bool real = row < rows;
+            const int seen = real ? seen_by(s, row / a.G) : 0;
+            const int last = seen_by(s, (min(row0 + T, rows) - 1) / a.G);
+            const size_t at = real ? head_row(a, s, g, row) : 0;
+            /* their readers are this row's threads, and past the __syncwarp below */
+            fill_row(qs + r * LD, real ? query_of(a, s, g, row) : NULL, HD, lane, LANES);
+            fill_row(ds + r * LD, real ? a.dout + at * HD : NULL, HD, lane, LANES);
+            const float lse = real ? a.lse[at] : 0.0f;
+            const float delta = real ? *delta_of(a, s, g, row) : 0.0f;
             float4 dq[4];
 #pragma unroll
             for (int j = 0; j < 4; j++)
@@ -96,22 +97,20 @@ template <int T> static __device__ __forceinline__ void query_tiles(const attent
                 for (int c = 0; c < HD; c += 4) {
                     const float4 q = at4(qs + r * LD + c), d = at4(ds + r * LD + c);
 #pragma unroll
-                    for (int n = 0; n < KEYS; n++)
-                        if (LANES <= K || lane < K) {
-                            score[n] = dot4(q, at4(ks + (lane + n * LANES) * LD + c), score[n]);
-                            through[n] = dot4(d, at4(vs + (lane + n * LANES) * LD + c), through[n]);
-                        }
+                    for (int n = 0; n < KEYS; n++) {
+                        const int at_key = min(lane + n * LANES, K - 1) * LD + c;
+                        score[n] = dot4(q, at4(ks + at_key), score[n]);
+                        through[n] = dot4(d, at4(vs + at_key), through[n]);
+                    }
                 }
 #pragma unroll
                 for (int n = 0; n < KEYS; n++) {
                     const int k = lane + n * LANES;
                     if (k < K)
-                        gs[r * K + k] = k0 + k < seen
-                                            ? expf(score[n] * a.scale - lse) * (through[n] - delta)
-                                            : 0.0f;
+                        gs[r * K + k] = expf(score[n] * a.scale - lse) * (through[n] - delta);
                 }
                 __syncwarp();
-                const int visible = seen - k0 < K ? seen - k0 : K;
+                const int visible = min(seen - k0, K); /* others are not read */
                 for (int k = 0; k < visible; k++) {
                     const float w = gs[r * K + k];
 #pragma unroll
@@ -122,10 +121,11 @@ template <int T> static __device__ __forceinline__ void query_tiles(const attent
                     }
                 }
             }
-            __syncwarp(); /* every thread of the row has its delta */
-            if (row < rows)
+            if (!real)
+                continue;
 #pragma unroll
-                for (int j = 0; j < 4; j++)
+            for (int j = 0; j < 4; j++)
+                if (4 * (lane + j * LANES) < HD)
                     put4(a.dqkv + (query_of(a, s, g, row) - a.qkv), 4 * (lane + j * LANES), HD,
                          dq[j], a.scale);
         }
@@ -169,11 +169,12 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
             /* the first key of the tile: of the own ones, or a cache row */
             const int key0 = own ? tile * T : s.shared_begin + (tile - own_tiles) * T;
             const int keys = own ? s.count : s.shared_begin + s.shared_count, key = key0 + r;
+            const bool real = key < keys;
             pair_of kv;
             kv.k = kv.v = NULL;
-            if (key < keys)
+            if (real)
                 kv = key_of(a, s, g, own ? before(s) + key : key - s.shared_begin);
-            __syncthreads(); /* readers of the piece before */
+            /* their readers are this key's threads, and past the __syncwarp below */
             fill_row(ks + r * LD, kv.k, HD, lane, LANES);
             fill_row(vs + r * LD, kv.v, HD, lane, LANES);
             float4 dk[4], dv[4];
@@ -187,24 +188,24 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
                 const int begin = q.shared_begin, end = begin + q.shared_count;
                 if (!own && (key0 >= end || key0 + T <= begin))
                     continue;
-                const int rows = q.count * a.G, context = q.context < q.count ? q.context : q.count;
+                const int rows = q.count * a.G, context = min(q.context, q.count);
                 /* rows from `from` on see the key; the tile needs those from its first key's on */
                 int from = own ? (key < context ? 0 : key * a.G) : 0;
-                if (key >= keys || (!own && (key < begin || key >= end)))
+                if (!real || (!own && (key < begin || key >= end)))
                     from = rows;
                 const int start = own && key0 >= context ? key0 * a.G : 0;
                 for (int row0 = start; row0 < rows; row0 += R) {
                     const int row = row0 + r;
-                    const size_t at = r < R && row < rows ? head_row(a, q, g, row) : 0;
+                    const bool real_row = row < rows;
                     __syncthreads(); /* readers of the tile before */
                     if (r < R) {
-                        fill_row(qs + r * LD, row < rows ? query_of(a, q, g, row) : NULL, HD, lane,
+                        const size_t at = real_row ? head_row(a, q, g, row) : 0;
+                        fill_row(qs + r * LD, real_row ? query_of(a, q, g, row) : NULL, HD, lane,
                                  LANES);
-                        fill_row(ds + r * LD, row < rows ? a.dout + at * HD : NULL, HD, lane,
-                                 LANES);
+                        fill_row(ds + r * LD, real_row ? a.dout + at * HD : NULL, HD, lane, LANES);
                         if (lane == 0) {
-                            lses[r] = row < rows ? a.lse[at] : 0.0f;
-                            deltas[r] = row < rows ? *delta_of(a, q, g, row) : 0.0f;
+                            lses[r] = real_row ? a.lse[at] : 0.0f;
+                            deltas[r] = real_row ? *delta_of(a, q, g, row) : 0.0f;
                         }
                     }
                     __syncthreads();
@@ -215,26 +216,24 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
                     for (int c = 0; c < HD; c += 4) {
                         const float4 k = at4(ks + r * LD + c), v = at4(vs + r * LD + c);
 #pragma unroll
-                        for (int n = 0; n < ROWS; n++)
-                            if (LANES <= R || lane < R) {
-                                score[n] = dot4(k, at4(qs + (lane + n * LANES) * LD + c), score[n]);
-                                through[n] =
-                                    dot4(v, at4(ds + (lane + n * LANES) * LD + c), through[n]);
-                            }
+                        for (int n = 0; n < ROWS; n++) {
+                            const int at_row = min(lane + n * LANES, R - 1) * LD + c;
+                            score[n] = dot4(k, at4(qs + at_row), score[n]);
+                            through[n] = dot4(v, at4(ds + at_row), through[n]);
+                        }
                     }
 #pragma unroll
                     for (int n = 0; n < ROWS; n++) {
                         const int at_row = lane + n * LANES;
                         if (at_row < R) {
-                            const bool sees = row0 + at_row >= from && row0 + at_row < rows;
-                            const float p = sees ? expf(score[n] * a.scale - lses[at_row]) : 0.0f;
+                            const float p = expf(score[n] * a.scale - lses[at_row]);
                             ps[r * R + at_row] = p;
-                            gs[r * R + at_row] = sees ? p * (through[n] - deltas[at_row]) : 0.0f;
+                            gs[r * R + at_row] = p * (through[n] - deltas[at_row]);
                         }
                     }
                     __syncwarp();
-                    const int top = rows - row0 < R ? rows - row0 : R;
-                    for (int n = from > row0 ? from - row0 : 0; n < top; n++) {
+                    const int top = min(rows - row0, R); /* those before `from` are not read */
+                    for (int n = max(from - row0, 0); n < top; n++) {
                         const float p = ps[r * R + n], w = gs[r * R + n];
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
@@ -247,7 +246,7 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
                     }
                 }
             }
-            if (key >= keys || (!own && !owns_row(a, i, key)))
+            if (!real || (!own && !owns_row(a, i, key)))
                 continue;
             float *to_k, *to_v;
             if (own) {
@@ -300,16 +299,16 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void query_pieces
         for (; piece < first + pieces; piece += gridDim.x) {
             const int g = (piece - first) % a.KVH,
                       row0 = (tiles - 1 - (piece - first) / a.KVH) * ROWS;
-            const int last_row = row0 + ROWS < rows ? row0 + ROWS - 1 : rows - 1;
-            const int last = seen_by(s, last_row / a.G);
+            const int last = seen_by(s, (min(row0 + ROWS, rows) - 1) / a.G);
             const int row = row0 + 16 * warp + lane / 4; /* and row + 8 */
+            const bool real[2] = {row < rows, row + 8 < rows};
             int seen[2];
             float lse[2], delta[2], dq[STEPS][4];
             unsigned query[D / 16][4], dout[D / 16][4];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int at = row + 8 * h < rows ? row + 8 * h : rows - 1;
-                seen[h] = row + 8 * h < rows ? seen_by(s, at / a.G) : 0;
+                const int at = real[h] ? row + 8 * h : rows - 1;
+                seen[h] = real[h] ? seen_by(s, at / a.G) : 0;
                 lse[h] = a.lse[head_row(a, s, g, at)];
                 delta[h] = factor * *delta_of(a, s, g, at);
             }
@@ -390,7 +389,7 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void query_pieces
             }
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                if (row + 8 * h < rows) {
+                if (real[h]) {
                     float *to = a.dqkv + (query_of(a, s, g, row + 8 * h) - a.qkv);
 #pragma unroll
                     for (int n = 0; n < STEPS; n++)
@@ -423,7 +422,8 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
             const int key0 = own ? tile * KEYS : s.shared_begin + (tile - own_tiles) * KEYS;
             const int keys = own ? s.count : s.shared_begin + s.shared_count;
             const int key = key0 + half + lane / 4; /* and key + 8 */
-            __syncthreads();                        /* readers of the piece before */
+            const bool real[2] = {key < keys, key + 8 < keys};
+            __syncthreads(); /* readers of the piece before */
             for (int e = threadIdx.x; e < KEYS * STEPS; e += 128) {
                 const int r = e / STEPS, c = 8 * (e % STEPS), k = key0 + r;
                 pair_of kv;
@@ -444,13 +444,13 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
                 const int begin = q.shared_begin, end = begin + q.shared_count;
                 if (!own && (key0 >= end || key0 + KEYS <= begin))
                     continue;
-                const int rows = q.count * a.G, context = q.context < q.count ? q.context : q.count;
+                const int rows = q.count * a.G, context = min(q.context, q.count);
                 int from[2]; /* rows from there on see the key */
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     const int k = key + 8 * h;
                     from[h] = own && k >= context ? k * a.G : 0;
-                    if (k >= keys || (!own && (k < begin || k >= end)))
+                    if (!real[h] || (!own && (k < begin || k >= end)))
                         from[h] = rows;
                 }
                 for (int row0 = own && key0 >= context ? key0 * a.G : 0; row0 < rows;
@@ -489,7 +489,7 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
                             const int row = row0 + 8 * n + 2 * (lane % 4) + j;
-                            const int at = row < rows ? row : rows - 1;
+                            const int at = min(row, rows - 1);
                             const float lse = a.lse[head_row(a, q, g, at)];
                             const float delta = factor * *delta_of(a, q, g, at);
 #pragma unroll
@@ -524,7 +524,7 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int k = key + 8 * h;
-                if (k >= keys || (!own && !owns_row(a, i, k)))
+                if (!real[h] || (!own && !owns_row(a, i, k)))
                     continue;
                 const pair_of kv = key_of(a, s, g, own ? before(s) + k : k - s.shared_begin);
                 float *to_k = own ? a.dqkv + (kv.k - a.qkv) : a.dcache_k + (kv.k - a.cache_k);

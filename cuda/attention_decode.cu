@@ -4,11 +4,13 @@
 
 enum { WARPS = 8, AT_ONCE = 4 };
 
+static __host__ __device__ __forceinline__ int mix_stride(int HD) { return (HD + 3) / 4 * 4; }
+
 /* CHUNKS float4 of a head for each lane */
 template <int CHUNKS> static __device__ __forceinline__ void decode_heads(const attention &a)
 {
     GL_DYN_SHARED(float, shared); /* (WARPS, HD padded), then maxima and sums of the warps */
-    const int HD = a.HD, LD = tile_stride(HD), lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int HD = a.HD, LD = mix_stride(HD), lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     float *mixes = shared, *mosts = shared + WARPS * LD, *totals = mosts + WARPS;
     int piece = blockIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
@@ -22,7 +24,7 @@ template <int CHUNKS> static __device__ __forceinline__ void decode_heads(const 
             float most = -GLM_INFINITY, total = 0;
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++) {
-                query[c] = load4(q, 4 * (lane + 32 * c), HD);
+                query[c] = load4_or_zero(q, 4 * (lane + 32 * c), HD);
 #pragma unroll
                 for (int j = 0; j < 4; j++)
                     mix[c].v[j] = 0;
@@ -32,12 +34,12 @@ template <int CHUNKS> static __device__ __forceinline__ void decode_heads(const 
                 const float *value[AT_ONCE];
 #pragma unroll
                 for (int k = 0; k < AT_ONCE; k++) {
-                    const pair_of kv = key_of(a, s, g, k0 + k < seen ? k0 + k : k0);
+                    const pair_of kv = key_of(a, s, g, k ? min(k0 + k, seen - 1) : k0);
                     value[k] = kv.v;
                     score[k] = 0;
 #pragma unroll
                     for (int c = 0; c < CHUNKS; c++) {
-                        const f4 x = load4(kv.k, 4 * (lane + 32 * c), HD);
+                        const f4 x = load4_or_zero(kv.k, 4 * (lane + 32 * c), HD);
 #pragma unroll
                         for (int j = 0; j < 4; j++)
                             score[k] += query[c].v[j] * x.v[j];
@@ -46,8 +48,7 @@ template <int CHUNKS> static __device__ __forceinline__ void decode_heads(const 
 #pragma unroll
                 for (int k = 0; k < AT_ONCE; k++) {
                     score[k] = warp_sum(score[k]) * a.scale;
-                    if (k0 + k < seen)
-                        top = fmaxf(top, score[k]);
+                    top = fmaxf(top, score[k]); /* past the end it is the last key's again */
                 }
                 const float shrink = top == most ? 1.0f : expf(most - top);
                 total *= shrink;
@@ -64,7 +65,7 @@ template <int CHUNKS> static __device__ __forceinline__ void decode_heads(const 
                         total += p;
 #pragma unroll
                         for (int c = 0; c < CHUNKS; c++) {
-                            const f4 x = load4(value[k], 4 * (lane + 32 * c), HD);
+                            const f4 x = load4_or_zero(value[k], 4 * (lane + 32 * c), HD);
 #pragma unroll
                             for (int j = 0; j < 4; j++)
                                 mix[c].v[j] += p * x.v[j];
@@ -117,7 +118,7 @@ GLM_KERNEL(256) k_attention_decode_256(attention a) { decode_heads<2>(a); }
 void glm_cuda_attention_decode(struct cuda *cuda, const attention &a)
 {
     const int blocks = attention_blocks(cuda);
-    const size_t bytes = (size_t)(WARPS * (tile_stride(a.HD) + 2)) * sizeof(float);
+    const size_t bytes = (size_t)(WARPS * (mix_stride(a.HD) + 2)) * sizeof(float);
     if (a.HD <= 128)
         GLM_LAUNCH(cuda, "attention_forward", k_attention_decode_128, blocks, 256, bytes, a);
     else

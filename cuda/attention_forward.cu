@@ -26,11 +26,12 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
         for (; piece < first + pieces; piece += gridDim.x) {
             /* the longest rows first */
             const int g = (piece - first) % a.KVH, row0 = (tiles - 1 - (piece - first) / a.KVH) * T;
-            const int row = row0 + r, last_row = row0 + T < rows ? row0 + T - 1 : rows - 1;
-            const int seen = row < rows ? seen_by(s, row / a.G) : 0;
-            const int last = seen_by(s, last_row / a.G);
-            __syncthreads(); /* readers of the piece before */
-            fill_row(qs + r * LD, row < rows ? query_of(a, s, g, row) : NULL, HD, lane, LANES);
+            const int row = row0 + r;
+            const bool real = row < rows;
+            const int seen = real ? seen_by(s, row / a.G) : 0;
+            const int last = seen_by(s, (min(row0 + T, rows) - 1) / a.G);
+            /* its readers are this row's threads, and past the __syncwarp below */
+            fill_row(qs + r * LD, real ? query_of(a, s, g, row) : NULL, HD, lane, LANES);
             float most = -GLM_INFINITY, total = 0;
             float4 mix[4];
 #pragma unroll
@@ -54,8 +55,8 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
                     const float4 q = at4(qs + r * LD + c);
 #pragma unroll
                     for (int n = 0; n < KEYS; n++)
-                        if (LANES <= T || lane < T)
-                            score[n] = dot4(q, at4(ks + (lane + n * LANES) * LD + c), score[n]);
+                        score[n] =
+                            dot4(q, at4(ks + min(lane + n * LANES, T - 1) * LD + c), score[n]);
                 }
 #pragma unroll
                 for (int n = 0; n < KEYS; n++) {
@@ -68,7 +69,7 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
 #pragma unroll
                 for (int n = 0; n < KEYS; n++) {
                     const int k = lane + n * LANES;
-                    const float p = k < T && k0 + k < seen ? expf(score[n] - top) : 0.0f;
+                    const float p = expf(score[n] - top); /* of a hidden key: 0 */
                     if (k < T)
                         ps[r * T + k] = p;
                     sum += p;
@@ -79,7 +80,7 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
 #pragma unroll
                 for (int j = 0; j < 4; j++)
                     mix[j].x *= shrink, mix[j].y *= shrink, mix[j].z *= shrink, mix[j].w *= shrink;
-                const int visible = seen - k0 < T ? seen - k0 : T;
+                const int visible = min(seen - k0, T);
                 for (int k = 0; k < visible; k++) { /* hidden keys may hold NaN */
                     const float p = ps[r * T + k];
 #pragma unroll
@@ -90,11 +91,12 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
                     }
                 }
             }
-            if (row < rows) {
+            if (real) {
                 const size_t at = head_row(a, s, g, row);
 #pragma unroll
                 for (int j = 0; j < 4; j++)
-                    put4(a.out + at * HD, 4 * (lane + j * LANES), HD, mix[j], 1.0f / total);
+                    if (4 * (lane + j * LANES) < HD)
+                        put4(a.out + at * HD, 4 * (lane + j * LANES), HD, mix[j], 1.0f / total);
                 if (lane == 0)
                     a.lse[at] = most + logf(total);
             }
@@ -124,11 +126,11 @@ static __device__ __forceinline__ void forward_pieces(const attention &a)
         for (; piece < first + pieces; piece += gridDim.x) {
             const int g = (piece - first) % a.KVH,
                       row0 = (tiles - 1 - (piece - first) / a.KVH) * ROWS;
-            const int last_row = row0 + ROWS < rows ? row0 + ROWS - 1 : rows - 1;
-            const int last = seen_by(s, last_row / a.G);
+            const int last = seen_by(s, (min(row0 + ROWS, rows) - 1) / a.G);
             const int row = row0 + 16 * warp + lane / 4; /* and row + 8 */
-            const int seen[2] = {row < rows ? seen_by(s, row / a.G) : 0,
-                                 row + 8 < rows ? seen_by(s, (row + 8) / a.G) : 0};
+            const bool real[2] = {row < rows, row + 8 < rows};
+            const int seen[2] = {real[0] ? seen_by(s, row / a.G) : 0,
+                                 real[1] ? seen_by(s, (row + 8) / a.G) : 0};
             unsigned query[D / 16][4];
             float mix[STEPS][4], most[2] = {-GLM_INFINITY, -GLM_INFINITY}, total[2] = {0, 0};
             __syncthreads(); /* readers of the piece before */
@@ -192,9 +194,8 @@ static __device__ __forceinline__ void forward_pieces(const attention &a)
                     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
-                            const int key = k0 + 8 * n + 2 * (lane % 4) + j;
                             float *x = &score[n][2 * h + j];
-                            *x = key < seen[h] ? expf(*x - top) : 0.0f;
+                            *x = expf(*x - top); /* of a hidden key: 0 */
                             sum += *x;
                         }
                     total[h] = total[h] * shrink[h] + lanes_sum<4>(sum);
@@ -221,7 +222,7 @@ static __device__ __forceinline__ void forward_pieces(const attention &a)
             }
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                if (row + 8 * h >= rows)
+                if (!real[h])
                     continue;
                 const size_t at = head_row(a, s, g, row + 8 * h);
                 const float share = 1.0f / total[h];

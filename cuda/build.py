@@ -28,6 +28,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,7 @@ INCLUDE = [f"-I{CUDA}", f"-I{ROOT / 'csrc'}"]
 SECONDS = 10  # of processor time, for one file and one architecture
 SIMD = ["-mf16c", "-mavx2", "-mfma"]
 CHECKED = ["-O1", "-fsanitize=thread", "-fsanitize=alignment"]
+CHECKED += ["-fno-tree-sra"]  # a vector is one access
 CHECKED += ["--param=tsan-instrument-func-entry-exit=0"]
 
 
@@ -60,31 +62,37 @@ def stale(target: Path, sources: list[Path]) -> bool:
     return not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in sources)
 
 
-def emu(checked: bool) -> Path:
-    """Kernels and host code as C++, linked with the emulator's runtime."""
-    out = OUT / ("emu-checked" if checked else "emu")
+def emu(checked: bool, cuda: Path = CUDA, name: str = "") -> Path:
+    """Kernels and host code of a folder as C++, linked with the emulator's runtime."""
+    out = OUT / (name or ("emu-checked" if checked else "emu"))
     out.mkdir(parents=True, exist_ok=True)
-    runtime = out / "libcuda_emu.so"
-    engine = [EMU / "cuda_emu.cpp", EMU / "cuda_emu.h"]
-    if stale(runtime, engine):
+    runtime, includes = out / "libcuda_emu.so", [f"-I{cuda}", f"-I{ROOT / 'csrc'}"]
+    commands = []
+    if stale(runtime, [EMU / "cuda_emu.cpp", EMU / "cuda_emu.h"]):
         flags = ["-std=c++17", "-O3", *SIMD, "-g", "-fPIC", "-shared", "-w"]
-        run("g++", *flags, engine[0], "-o", runtime, "-ldl")
+        commands.append(["g++", *flags, EMU / "cuda_emu.cpp", "-o", runtime, "-ldl"])
     flags = ["-std=c++17", "-x", "c++", "-include", "cuda_emu.h", f"-I{EMU}", f"-I{EMU}/include"]
-    flags += [*INCLUDE, *SIMD, "-fPIC", "-g", "-fno-strict-aliasing", "-fvisibility=hidden"]
+    flags += [*includes, *SIMD, "-fPIC", "-g", "-fno-strict-aliasing", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
-    objects = []
-    for source in KERNELS + HOST:
+    flags += CHECKED if checked else ["-O2"]
+    objects, headers = [], [Path(__file__), EMU / "cuda_emu.h", *(ROOT / "csrc").glob("*.h")]
+    headers += [*cuda.glob("*.cuh"), *cuda.glob("*.h")]
+    host = [cuda / source.name if source.parent == CUDA else source for source in HOST]
+    for source in [*sorted(cuda.glob("*.cu")), *host]:
         target = out / f"{source.stem}.o"
         objects.append(target)
-        if stale(target, [source, EMU / "cuda_emu.h", *HEADERS]):
-            if source.parent != CUDA:  # the core's own C
-                plain = ["-x", "c", "-O2", "-fPIC", "-fvisibility=hidden", *INCLUDE]
-                run("g++", *plain, "-c", source, "-o", target)
-                continue
-            run("g++", *flags, *(CHECKED if checked else ["-O2"]), "-c", source, "-o", target)
+        if stale(target, [source, *headers]):
+            plain = ["-x", "c", "-O2", "-fPIC", "-fvisibility=hidden", *includes]
+            own = source.parent == cuda  # else the core's own C
+            commands.append(["g++", *(flags if own else plain), "-c", source, "-o", target])
+    # the largest files first, two at a time
+    commands.sort(key=lambda words: -Path(words[-3]).stat().st_size if "-c" in words else 0)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda words: run(*words), commands))
     library = out / "libglm_cuda_emu.so"
-    link = [f"-L{out}", "-lcuda_emu", "-Wl,-rpath,$ORIGIN", "-Wl,-z,defs"]
-    run("g++", "-shared", *objects, "-o", library, *link)
+    if stale(library, [runtime, *objects]):
+        link = [f"-L{out}", "-lcuda_emu", "-Wl,-rpath,$ORIGIN", "-Wl,-z,defs"]
+        run("g++", "-shared", *objects, "-o", library, *link)
     return library
 
 

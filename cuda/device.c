@@ -51,6 +51,13 @@ int glm_cuda_failed(struct cuda *cx, int code, const char *what)
 
 int glm_cuda_begin(struct cuda *cx)
 {
+#ifdef __CUDA_EMU__ /* nothing passes from one op to the next but what the table says */
+    struct glm_small *small = cx->small;
+    emu_forget(small, offsetof(struct glm_small, zero), cx->stream);
+    emu_forget(small->found, sizeof small->found, cx->stream);
+    for (int i = 0; i < SCRATCHES; i++)
+        emu_forget(cx->scratch[i], cx->scratch_bytes[i], cx->stream);
+#endif
     return !cx->stopped && !cx->error[0] &&
            !glm_cuda_failed(cx, cudaSetDevice(cx->device), "cudaSetDevice");
 }

@@ -7,28 +7,8 @@ k_embedding_forward(float *out, const void *weight, int dtype, const int *ids, i
 {
     const size_t n = blockIdx.x;
     const char *row = static_cast<const char *>(weight) + stored_bytes(dtype, (size_t)ids[n] * C);
-    const bool vector = C % 8 == 0 && ((size_t)row & 15) == 0;
-    if (dtype == GLM_F32) {
-        const float *from = reinterpret_cast<const float *>(row);
-        for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x)
-            store4(out + n * C, c, C, load4(from, c, C));
-        return;
-    }
-    if (vector && (dtype == GLM_F16 || dtype == GLM_BF16)) {
-        for (int c = 8 * threadIdx.x; c < C; c += 8 * blockDim.x) {
-            float v[8];
-            f4 a, b;
-            widen8(*reinterpret_cast<const uint4 *>(row + 2 * (size_t)c), dtype, v);
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                a.v[j] = v[j], b.v[j] = v[4 + j];
-            store4(out + n * C, c, C, a);
-            store4(out + n * C, c + 4, C, b);
-        }
-        return;
-    }
-    for (int c = threadIdx.x; c < C; c += blockDim.x)
-        out[n * C + c] = load1(row, dtype, c);
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x)
+        store4(out + n * C, c, C, load4_stored(row, dtype, c, C));
 }
 
 GLM_BLOCK_REDUCTION(block_min, int, warp_min, 0x7fffffff)
@@ -38,8 +18,8 @@ k_embedding_backward(float *dweight, const float *dout, const int *ids, int N, i
 {
     const int n = blockIdx.x, id = ids[n];
     int first = n;
-    for (int j = threadIdx.x; j < n; j += blockDim.x)
-        first = ids[j] == id && j < first ? j : first;
+    for (int j = threadIdx.x; j <= n; j += blockDim.x)
+        first = ids[j] == id ? min(j, first) : first;
     if (block_min(first) < n)
         return;
     float *to = dweight + (size_t)id * C;

@@ -26,6 +26,7 @@
     T *name = reinterpret_cast<T *>(gl_dyn_raw)
 #define GL_LAUNCH(k, grid, block, smem, stream, ...) \
     k<<<(grid), (block), (smem), (stream)>>>(__VA_ARGS__)
+#define GL_EXPECT(condition) ((void)0) /* what callers owe; the emulator looks */
 #endif
 
 #define GLM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
@@ -40,10 +41,11 @@ struct f4 {
     float v[4];
 };
 
-/* Elements i .. i+3 of p, zero from n on: one 16-byte load where it is aligned and whole. */
+/* Elements i .. i+3 of p, i < n, zero from n on: one 16-byte load where it is aligned and whole. */
 static __device__ __forceinline__ f4 load4(const float *p, size_t i, size_t n)
 {
     f4 r;
+    GL_EXPECT(i < n);
     if (i + 4 <= n && ((size_t)(p + i) & 15) == 0) {
         const float4 q = *reinterpret_cast<const float4 *>(p + i);
         r.v[0] = q.x, r.v[1] = q.y, r.v[2] = q.z, r.v[3] = q.w;
@@ -55,8 +57,19 @@ static __device__ __forceinline__ f4 load4(const float *p, size_t i, size_t n)
     return r;
 }
 
+/* The same where i may lie past the end. */
+static __device__ __forceinline__ f4 load4_or_zero(const float *p, size_t i, size_t n)
+{
+    f4 r;
+    if (i < n)
+        return load4(p, i, n);
+    r.v[0] = r.v[1] = r.v[2] = r.v[3] = 0;
+    return r;
+}
+
 static __device__ __forceinline__ void store4(float *p, size_t i, size_t n, f4 x)
 {
+    GL_EXPECT(i < n);
     if (i + 4 <= n && ((size_t)(p + i) & 15) == 0) {
         float4 q;
         q.x = x.v[0], q.y = x.v[1], q.z = x.v[2], q.w = x.v[3];
@@ -105,24 +118,22 @@ static __device__ __forceinline__ float warp_max(float v)
 static __device__ __forceinline__ int warp_min(int v)
 {
 #pragma unroll
-    for (int o = 16; o; o >>= 1) {
-        const int other = __shfl_xor_sync(0xffffffffu, v, o);
-        v = other < v ? other : v;
-    }
+    for (int o = 16; o; o >>= 1)
+        v = min(v, __shfl_xor_sync(0xffffffffu, v, o));
     return v;
 }
 
-#define GLM_BLOCK_REDUCTION(name, T, warp, none)                               \
-    static __device__ T name(T v)                                              \
-    {                                                                          \
-        __shared__ T part[32];                                                 \
-        const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;            \
-        v = warp(v);                                                           \
-        __syncthreads(); /* readers of the previous call are done with part */ \
-        if (lane == 0)                                                         \
-            part[threadIdx.x >> 5] = v;                                        \
-        __syncthreads();                                                       \
-        return warp(lane < warps ? part[lane] : (T)(none));                    \
+/* To be called once by a kernel: a second call would write what the first one's readers read. */
+#define GLM_BLOCK_REDUCTION(name, T, warp, none)                    \
+    static __device__ T name(T v)                                   \
+    {                                                               \
+        __shared__ T part[32];                                      \
+        const int lane = threadIdx.x & 31, warps = blockDim.x >> 5; \
+        v = warp(v);                                                \
+        if (lane == 0)                                              \
+            part[threadIdx.x >> 5] = v;                             \
+        __syncthreads();                                            \
+        return warp(lane < warps ? part[lane] : (T)(none));         \
     }
 
 /* ---- stored dtypes */
@@ -222,6 +233,34 @@ static __device__ __forceinline__ void widen8(const uint4 q, int dtype, float *v
         v[2 * j] = dtype == GLM_F16 ? half_value(w[j] & 0xffff) : brain_value(w[j] & 0xffff);
         v[2 * j + 1] = dtype == GLM_F16 ? half_value(w[j] >> 16) : brain_value(w[j] >> 16);
     }
+}
+
+/* Elements i .. i+3 of a run of n of a dtype, i a multiple of 4 and below n, integers without their
+ * scale. What is written as float goes by fours: a warp's 16-byte stores are then adjacent. */
+static __device__ __forceinline__ f4 load4_stored(const void *p, int dtype, size_t i, size_t n)
+{
+    f4 r;
+    GL_EXPECT(i < n);
+    if (dtype == GLM_F32)
+        return load4(static_cast<const float *>(p), i, n);
+    const char *at = static_cast<const char *>(p) + stored_bytes(dtype, i);
+    if (i + 4 <= n && (dtype == GLM_F16 || dtype == GLM_BF16) && ((size_t)at & 7) == 0) {
+        const uint2 q = *reinterpret_cast<const uint2 *>(at);
+        const unsigned w[4] = {q.x & 0xffff, q.x >> 16, q.y & 0xffff, q.y >> 16};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            r.v[j] = dtype == GLM_F16 ? half_value(w[j]) : brain_value(w[j]);
+    } else if (i + 4 <= n && dtype == GLM_I8 && ((size_t)at & 3) == 0) {
+        const unsigned q = *reinterpret_cast<const unsigned *>(at);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            r.v[j] = (float)((int)(q << (24 - 8 * j)) >> 24);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            r.v[j] = i + j < n ? load1(p, dtype, i + j) : 0.0f;
+    }
+    return r;
 }
 
 static __device__ __forceinline__ uint4 narrow8(const float *v, int dtype)

@@ -14,9 +14,10 @@ static __device__ __forceinline__ void load8(const void *p, int dtype, size_t i,
 {
     const char *at = static_cast<const char *>(p) + stored_bytes(dtype, i);
     const bool whole = i + 8 <= n;
+    GL_EXPECT(i < n);
     if (dtype == GLM_F32) {
         const f4 a = load4(static_cast<const float *>(p), i, n),
-                 b = load4(static_cast<const float *>(p), i + 4, n);
+                 b = load4_or_zero(static_cast<const float *>(p), i + 4, n);
 #pragma unroll
         for (int j = 0; j < 4; j++)
             v[j] = a.v[j], v[4 + j] = b.v[j];
@@ -43,18 +44,10 @@ static __device__ __forceinline__ void load8(const void *p, int dtype, size_t i,
     }
 }
 
+/* In 16 bits */
 static __device__ __forceinline__ void store8(void *p, int dtype, size_t i, size_t n,
                                               const float *v)
 {
-    if (dtype == GLM_F32) {
-        f4 a, b;
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            a.v[j] = v[j], b.v[j] = v[4 + j];
-        store4(static_cast<float *>(p), i, n, a);
-        store4(static_cast<float *>(p), i + 4, n, b);
-        return;
-    }
     unsigned short *to = static_cast<unsigned short *>(p) + i;
     if (i + 8 <= n && ((size_t)to & 15) == 0) {
         *reinterpret_cast<uint4 *>(to) = narrow8(v, dtype);
@@ -66,10 +59,19 @@ static __device__ __forceinline__ void store8(void *p, int dtype, size_t i, size
             to[j] = (unsigned short)(dtype == GLM_F16 ? half_bits(v[j]) : brain_bits(v[j]));
 }
 
-/* out = inp * *factor in another dtype; factor NULL: 1 */
+/* out = inp * *factor in another dtype; factor NULL: 1, and so where that dtype is float */
 GLM_KERNEL(256)
 k_convert(void *out, int to, const void *inp, int from, size_t n, const float *factor)
 {
+    if (to == GLM_F32) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const size_t i = flat4() + 4 * blockDim.x * (size_t)(blockIdx.x + half);
+            if (i < n)
+                store4(static_cast<float *>(out), i, n, load4_stored(inp, from, i, n));
+        }
+        return;
+    }
     const size_t i = 2 * flat4();
     if (i >= n)
         return;
@@ -134,12 +136,30 @@ static __device__ __forceinline__ float scale_at(const stored_matrix &w, size_t 
 GLM_KERNEL(256) k_widen(void *out, int to, stored_matrix w, int first, int blocks)
 {
     const size_t r = blockIdx.x / blocks, row = first + r, cols = w.cols;
-    const int c = 8 * ((int)(blockIdx.x % blocks) * (int)blockDim.x + (int)threadIdx.x);
+    const int begin = 8 * (int)(blockIdx.x % blocks) * (int)blockDim.x;
+    const char *from = static_cast<const char *>(w.data) + stored_bytes(w.dtype, row * cols);
+    if (to == GLM_F32) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int c = begin + 4 * (int)(half * blockDim.x + threadIdx.x);
+            if (c >= w.cols)
+                return;
+            f4 x = load4_stored(from, w.dtype, c, cols);
+            if (w.scale) {
+                const float s = scale_at(w, row, c);
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    x.v[j] *= s;
+            }
+            store4(static_cast<float *>(out) + r * cols, c, cols, x);
+        }
+        return;
+    }
+    const int c = begin + 8 * (int)threadIdx.x;
     if (c >= w.cols)
         return;
     float v[8];
-    load8(static_cast<const char *>(w.data) + stored_bytes(w.dtype, row * cols), w.dtype, c, cols,
-          v);
+    load8(from, w.dtype, c, cols, v);
     if (w.scale) { /* groups are multiples of 32: the eight share a scale */
         const float s = scale_at(w, row, c);
 #pragma unroll
@@ -266,7 +286,7 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
     const char *row[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        const size_t o = first + r < O ? first + r : O - 1;
+        const size_t o = r ? min(first + r, O - 1) : first;
         row[r] = static_cast<const char *>(a.w.data) + stored_bytes(DTYPE, o * I);
 #pragma unroll
         for (int n = 0; n < NB; n++)
@@ -280,7 +300,7 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
             for (int r = 0; r < ROWS; r++) {
                 q[r] = *reinterpret_cast<const uint4 *>(row[r] + stored_bytes(DTYPE, c));
                 s[r] = DTYPE == GLM_I4 && a.w.group
-                           ? scale_at(a.w, first + r < O ? first + r : O - 1, c)
+                           ? scale_at(a.w, r ? min(first + r, O - 1) : first, c)
                            : 1.0f;
             }
 #pragma unroll
@@ -296,7 +316,7 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
                 }
 #pragma unroll
                 for (int n = 0; n < NB; n++) {
-                    const float *x = a.inp + (size_t)(n < a.N ? n : a.N - 1) * I;
+                    const float *x = a.inp + (size_t)min(n, a.N - 1) * I;
 #pragma unroll
                     for (int k = 0; k < SUB; k += 4) {
                         const f4 v = load4(x, c + at * SUB + k, I);
@@ -315,10 +335,10 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
             for (int r = 0; r < ROWS; r++) {
                 float w = load1(row[r], DTYPE, c);
                 if (DTYPE == GLM_I4 && a.w.group)
-                    w *= scale_at(a.w, first + r < O ? first + r : O - 1, c);
+                    w *= scale_at(a.w, r ? min(first + r, O - 1) : first, c);
 #pragma unroll
                 for (int n = 0; n < NB; n++)
-                    sum[r][n] += w * a.inp[(size_t)(n < a.N ? n : a.N - 1) * I + c];
+                    sum[r][n] += w * a.inp[(size_t)min(n, a.N - 1) * I + c];
             }
     }
 #pragma unroll
@@ -398,8 +418,7 @@ k_quantize(unsigned char *data, unsigned short *scales, int dtype, int group, co
     const size_t warp = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) >> 5;
     if (warp >= (size_t)rows * per_row)
         return;
-    const int begin = (int)(warp % per_row) * width,
-              n = cols - begin < width ? cols - begin : width;
+    const int begin = (int)(warp % per_row) * width, n = min(cols - begin, width);
     const size_t at = warp / per_row * cols + begin;
     const float high = dtype == GLM_I8 ? 127.0f : 7.0f, low = group ? -8.0f : -high;
     float top = 0;
@@ -417,8 +436,8 @@ k_quantize(unsigned char *data, unsigned short *scales, int dtype, int group, co
     if (finite && group) {
         int where = n;
         for (int i = lane; i < n; i += 32)
-            if (fabsf(load1(inp, inp_dtype, at + i)) == top && i < where)
-                where = i;
+            if (fabsf(load1(inp, inp_dtype, at + i)) == top)
+                where = min(where, i);
         where = warp_min(where);
         const float peak = load1(inp, inp_dtype, at + where);
         float most = 0;

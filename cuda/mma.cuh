@@ -92,8 +92,8 @@ static __device__ __forceinline__ void narrow_piece(unsigned short *to, const fl
     a.v[0] = a.v[1] = a.v[2] = a.v[3] = 0;
     b = a;
     if (from) {
-        a = load4(from, c, HD);
-        b = load4(from, c + 4, HD);
+        a = load4_or_zero(from, c, HD);
+        b = load4_or_zero(from, c + 4, HD);
     }
 #pragma unroll
     for (int j = 0; j < 4; j++)

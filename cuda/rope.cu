@@ -5,7 +5,7 @@
 static __device__ __forceinline__ f4 rotated(f4 a, const float *table, int i, int rotary_dim,
                                              float sign)
 {
-    const f4 angle = load4(table, i, rotary_dim);
+    const f4 angle = load4_or_zero(table, i, rotary_dim);
     f4 r = a;
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from emulator import emulator
 
 from glmlora import _core
 from glmlora.modeling import ChatGLMForConditionalGeneration
@@ -26,6 +27,17 @@ os.environ.setdefault("GLMLORA_COMPUTE_DTYPE", "float32")
 
 # A job started in the background ignores Ctrl-C, and so would the tests of it and their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_reports():
+    """What runs on the emulated device gives it nothing to report."""
+    emu = emulator()
+    before = emu.reports()[0] if emu else 0
+    yield
+    if emu:
+        count, text = emu.reports()
+        assert count == before, f"{count - before} reports of the emulator, the last: {text}"
 
 
 @pytest.fixture

@@ -1,19 +1,260 @@
-"""Models on a CUDA backend against the cpu: emulated, or a device where there is one.
+"""Ops and models on a CUDA backend against the cpu: emulated, or a device where there is one.
 
 The golden tests and all others that load models run there too: GLMLORA_TEST_BACKEND=emu."""
 
+import csv
+import io
+import json
+import os
+
 import numpy as np
 import pytest
+import test_ops
 import tiny
-from ops import backends
+from emulator import emulator
+from ops import BF16, F16, STORED, Mat, backends, ops_of, stored, unstored
 
 import glmlora
-from glmlora import _core
+from glmlora import _core, cli, project
 from glmlora.modeling import ChatGLMForConditionalGeneration as Model
 
 DEVICES = [name for name in backends() if name in ("emu", "cuda")]
 pytestmark = pytest.mark.skipif(not DEVICES, reason="GLMLORA_CUDA_LIBRARY names no CUDA library")
 on_devices = pytest.mark.parametrize("device", DEVICES)
+
+
+# ---- every op
+
+# Where a result is a difference of numbers nearly equal, or was rounded to 16 bits or to integers,
+# the error is what test_ops.py derives for it, not 1e-5 of the result.
+BY_CASE = ("cross_entropy_backward", "merge", "quantize")
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture
+def order(request):
+    """On the emulator the seed is an order of threads too, and streams are late."""
+    seed, emu = request.param, emulator()
+    if emu:
+        emu.mode(seed=seed, lazy=seed > 0)
+    yield seed
+    if emu:
+        emu.mode()
+
+
+class Narrow(test_ops.Maker):
+    """Inputs that a 16-bit type holds, in memory of float32 all the same."""
+
+    dtype = F16
+
+    def put(self, values):
+        return super().put(unstored(stored(np.asarray(values, np.float32), self.dtype), self.dtype))
+
+    def weight(self, rows, cols, dtype):
+        if dtype not in ("F32", "F64"):
+            return super().weight(rows, cols, dtype)
+        kind = test_ops.DTYPES[dtype]
+        values = stored(self.rng.normal(size=(rows, cols)).astype(np.float32), self.dtype)
+        values = unstored(values, self.dtype).astype(STORED[kind])
+        return Mat(values, kind), values.astype(np.float64)
+
+
+class Brain(Narrow):
+    dtype = BF16
+
+
+MAKERS = {"float32": test_ops.Maker, "float16": Narrow, "bfloat16": Brain}
+
+
+def barriers(op, kind, counts, shape, type_):
+    """Barriers that blocks pass in an attention op: two for a tile of keys or rows. So it tells
+    that no tile is gone over in vain, which no result does."""
+    segments, _ = test_ops.segments_of(kind, counts)
+    NH, KVH, HD = shape
+    G, T = NH // KVH, 32 if HD <= 64 else 16 if HD <= 128 else 8
+    narrow = type_ != "float32" and HD <= 128
+
+    def over(n, tile):
+        return 2 * -(-n // tile)
+
+    def seen(s, row):
+        return s.shared_count + s.past_count + max(row // G + 1, min(s.context, s.count))
+
+    def queries(s, block, keys, before):
+        ends = [min(row + block, s.count * G) for row in range(0, s.count * G, block)]
+        return KVH * sum(before + over(seen(s, end - 1), keys) for end in ends)
+
+    def keys_and_values(i, s, keys, block, before):
+        found = 0
+        for key in range(0, s.count, keys):
+            start = key * G if key >= min(s.context, s.count) else 0
+            found += before + over(s.count * G - start, block)
+        end = s.shared_begin + s.shared_count
+        for key in range(s.shared_begin, end if "shared" in kind else 0, keys):
+            found += before
+            for q in segments[i:]:
+                if key < q.shared_begin + q.shared_count and key + keys > q.shared_begin:
+                    found += over(q.count * G, block)
+        return KVH * found
+
+    if op == "attention_forward":
+        sizes = (64, 32, 2) if narrow else (T, T, 0)
+        return sum(
+            queries(s, *sizes) if s.count > 4 else 2 * s.count * NH for s in segments if s.count
+        )
+    count = (16 + (type_ == "float16") if narrow else 0) if segments else 0  # largest of dout
+    for i, s in enumerate(segments):
+        count += queries(s, *((64, 32, 4) if narrow else (T, T // 2, 0)))
+        count += keys_and_values(i, s, *((32, 16, 1) if narrow else (T, T // 2, 0)))
+    return count
+
+
+class Check:
+    """A case of an op on a device against the cpu, which gets the same numbers."""
+
+    def __init__(self, case, seed, type_):
+        self.case, self.seed, self.type = case, seed, type_
+        numbers = [n for n in case[1:] if isinstance(n, (int, float, tuple))]
+        sizes = [sum(n) if isinstance(n, tuple) else n for n in numbers]
+        self.largest = max(sizes, default=0)
+        self.cost = np.prod([float(n) for n in sizes if n > 0]) * (1 + (type_ != "float32"))
+
+    def __repr__(self):
+        return f"{self.case[0].__name__}{self.case[1:]} {self.type} seed {self.seed}"
+
+    def run(self, device):
+        """Relative errors (norms) of its outputs that have elements enough for an average."""
+        op, args = self.case[0], self.case[1:]
+        ops, found = (ops_of("cpu"), ops_of(f"{device}/{self.type}")), []
+        maker, emu = MAKERS[self.type](ops[1], self.seed), emulator()
+        if emu:
+            emu.metrics(False)
+        got = op(maker, *args)
+        maker.check()
+        if emu and op.__name__.startswith("attention"):
+            count = sum(kernel["barriers"] for kernel in emu.traffic().values())
+            wanted = barriers(op.__name__, *args, self.type)
+            assert count == wanted, f"{self}: {count} barriers, expected {wanted}"
+        wanted = op(MAKERS[self.type](ops[0], self.seed), *args)
+        for name, (want, tolerance) in wanted.items():
+            with np.errstate(invalid="ignore"):
+                off = np.subtract(got[name][0], want, dtype=np.float64)
+                off = np.where(got[name][0] == want, 0, np.abs(off))
+            error = np.linalg.norm(off) / (np.linalg.norm(want) or 1)
+            if self.type == "float32":
+                limit = 1e-5 * np.abs(want).max(initial=0) + 1e-30
+                if op.__name__ in BY_CASE:
+                    limit = np.maximum(limit, 2 * np.asarray(tolerance))
+                assert (off <= limit).all(), f"{self}: {name} off by {off.max(initial=0)}"
+            else:
+                limit = 2e-3 if self.type == "float16" else 2e-2
+                assert error <= limit, f"{self}: {name}: {error}"
+            found += [error] if np.size(want) >= 64 else []
+        return found
+
+
+def checks(op, type_="float32"):
+    """The cases of an op."""
+    found = [Check(case, seed, type_) for seed, case in test_ops.cases_on("cuda", op)]
+    if type_ != "float32":
+        cold = [(test_ops.attention_backward, "cold", (33, 2), (2, 1, 64))]
+        narrow = [c for c in test_ops.NARROW_CASES + cold if c[0].__name__ == op]
+        found += [Check(case, seed, type_) for seed, case in enumerate(narrow)]
+    return found
+
+
+def under(seed, found):
+    """The checks with other numbers; the largest ones under the first seed only."""
+    for check in found:
+        if not seed or check.largest <= 310:
+            yield Check(check.case, check.seed + 7919 * seed, check.type)
+
+
+@on_devices
+@pytest.mark.parametrize("order", SEEDS, indirect=True)
+@pytest.mark.parametrize("op", test_ops.cases_by_op())
+def test_op_equals_the_cpu(device, op, order):
+    for check in under(order, checks(op)):
+        check.run(device)
+
+
+@on_devices
+@pytest.mark.parametrize("order", SEEDS, indirect=True)
+@pytest.mark.parametrize("type_", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op", [op.__name__ for op in test_ops.NARROW_OPS])
+def test_16_bit_op_equals_the_cpu(device, op, type_, order):
+    """The cpu gets the same 16-bit numbers; what is left is the rounding of softmax and of its
+    gradient, and of weights that are stored in another type. bfloat16 has 2^-9 for each of these,
+    so 2e-3 holds for what has enough elements, over all cases (root mean square)."""
+    errors = [error for check in under(order, checks(op, type_)) for error in check.run(device)]
+    assert np.sqrt(np.mean(np.square(errors))) <= 2e-3
+
+
+# ---- memory
+
+# What a kernel moves over what it asks for, in a model (see the test).
+STREAMING = [
+    (test_ops.rmsnorm_forward, 64, 256, 1.0), (test_ops.rmsnorm_backward, 64, 256, True),
+    (test_ops.embedding_forward, 64, 256, "F16"), (test_ops.embedding_forward, 64, 256, "F32"),
+    (test_ops.rope, 64, 4, 64, 0, 32, True), (test_ops.rope, 64, 2, 128, 256, 64, False),
+    (test_ops.swiglu_forward, 64, 512, 1.0), (test_ops.swiglu_backward, 64, 512, 1.0, False),
+    (test_ops.tanh_forward, 65536, 1.0, False), (test_ops.tanh_backward, 65536, False),
+    (test_ops.dropout_forward, 64, 256, 0.1, False), (test_ops.dropout_backward, 64, 256, 0.1),
+    (test_ops.gather, 80, 64, 256), (test_ops.kv_append, 64, 4, 2, 64),
+    (test_ops.cross_entropy_forward, 64, 1024, 1.0),
+    (test_ops.cross_entropy_backward, 64, 1024, 1.0),
+    (test_ops.add, 65536, "out"), (test_ops.sum_squares, 65536), (test_ops.adamw, 65536, 3, 0.1),
+    (test_ops.first_nonfinite, 128, 256, (100,), np.nan),
+    (test_ops.prefix_forward, 64, 8, 64, 2, 0.1), (test_ops.prefix_backward, 64, 8, 64, 2, 0.1),
+    *((test_ops.convert, 65536, a, b) for a in test_ops.DTYPES for b in test_ops.DTYPES),
+    *((test_ops.linear_forward, n, 512, 512, kind, True, 1.0, 1) for n in (1, 8)
+      for kind in ("F32", "F16", "I8", "I4", "I4 by 32")),
+    *((test_ops.linear_backward_input, 64, 256, 384, kind, 1.0, 1)
+      for kind in ("F16", "BF16", "I8", "I4", "I4 by 32")),
+    (test_ops.linear_forward, 64, 256, 384, "I8", True, 1.0, 1),
+    (test_ops.linear_backward_weight, 64, 288, 384, 1.0, True, True),
+]  # fmt: skip
+OTHERS = [
+    (test_ops.embedding_backward, 64, 256),
+    *((test_ops.merge, 64, 256, 8, kind) for kind in test_ops.DTYPES),
+    *((test_ops.quantize, 64, 256, kind, "F16", 0.02) for kind in test_ops.QUANTIZED),
+    *((op, kind, counts, (4, 2, HD)) for op in (test_ops.attention_forward,
+      test_ops.attention_backward) for kind, counts in (("plain", (64, 70)), ("shared", (64, 33)),
+      ("long", (1,) * 64)) for HD in (64, 128)),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(
+    not emulator() or "checked" not in os.environ["GLMLORA_CUDA_LIBRARY"],
+    reason="addresses are known to the emulator's checked build",
+)
+@pytest.mark.parametrize("limit", [1.1, 1.5])
+@pytest.mark.parametrize("type_", ["float32", "float16"])
+def test_sectors_moved_over_bytes_asked(type_, limit):
+    """A model of the memory system, not a measurement: an instruction of a warp moves the 32-byte
+    sectors that its lanes touch, over the distinct bytes that they ask for; a load finds those of
+    the warp's four loads before it in the first cache. Kernels that ask for less than 1 KiB (the
+    last step of a reduction) are left out."""
+    ops, emu, worst = ops_of(f"emu/{type_}"), emulator(), {}
+    ops.aligned = True
+    for case in STREAMING if limit == 1.1 else OTHERS:
+        emu.metrics(True)
+        case[0](test_ops.Maker(ops, 1), *case[1:])
+        for kernel, count in emu.traffic().items():
+            if count["asked"] >= 1024:
+                ratio = 32 * count["sectors"] / count["asked"]
+                worst[kernel] = max(
+                    worst.get(kernel, (0,)), (ratio, f"{case[0].__name__}{case[1:]}")
+                )
+    emu.metrics(False)
+    ops.aligned = False
+    print(*(f"model: {k} {r:.2f} {case}" for k, (r, case) in sorted(worst.items())), sep="\n")
+    assert len(worst) > 4 and max(worst.values())[0] <= limit, max(
+        worst.items(), key=lambda w: w[1]
+    )
+
+
+# ---- models
 
 
 def load(directory, backend, monkeypatch, **kwargs):
@@ -121,3 +362,65 @@ def test_names(device):
     }.items():
         with pytest.raises(ValueError, match=text):
             _core.op_table(name)
+
+
+# ---- the workflow
+
+
+def shorten(path, rows):
+    """The first rows of a table, with texts of a few words; returns them."""
+    with open(path, encoding="utf-8", newline="") as f:
+        found = [{k: " ".join(v.split()[:6]) for k, v in r.items()} for r in csv.DictReader(f)]
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, found[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found[:rows])
+    return found[:rows]
+
+
+def workflow(device, folder, monkeypatch, capsys):
+    """A project from init to submit.csv in this process: (losses, answer, submission)."""
+    monkeypatch.setattr(Model, "backend", device)
+    home, base, adapter = project.init(folder / "xfg"), "../chatglm2-6b", "output/label_xfg"
+    monkeypatch.chdir(home)
+    rows = shorten("csv_data/train.csv", 16)
+    shorten("csv_data/testB.csv", 6)
+    data = [
+        {"instruction": "Is it medicine? --> ", "input": r["title"], "output": r["label"]}
+        for r in rows
+    ]
+    with open("data/paper_label.json", "w", encoding="utf-8") as f:
+        json.dump(data, f)
+    flags = "--stage sft --use_v2 --do_train --dataset paper_label --finetuning_type lora --fp16"
+    flags += " --lora_rank 8 --per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+    flags += f" --logging_steps 1 --learning_rate 5e-3 --num_train_epochs 3 --output_dir {adapter}"
+    assert cli.main(["train", "--model_name_or_path", base, *flags.split()]) == 0
+    with open(f"{adapter}/trainer_log.jsonl", encoding="utf-8") as f:
+        losses = [log["loss"] for log in map(json.loads, f) if log.get("loss") is not None]
+    model = ["--model", base, "--adapter", adapter, "--temperature", "0"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nstop\n"))
+    capsys.readouterr()
+    assert cli.main(["chat", *model]) == 0
+    answer = capsys.readouterr().out
+    words = "--input csv_data/testB.csv --output submit.csv --choices 0,1 --fallback 0"
+    words += " --columns uuid,Keywords --add Keywords=tmp"
+    assert cli.main(["predict", *model, *words.split()]) == 0
+    with open("submit.csv", encoding="utf-8") as f:
+        return np.array(losses), answer, f.read()
+
+
+@on_devices
+def test_the_workflow(device, tmp_path, monkeypatch, capsys):
+    """init, train, chat, predict, submit: the losses within 1e-3 of the cpu's, the same answers."""
+    emu = emulator()
+    if emu:
+        emu.metrics(False)
+    got = workflow(device, tmp_path / "device", monkeypatch, capsys)
+    if emu:
+        assert emu.traffic()["k_attention_delta"]["launches"] >= 6 * 2 * 4  # it did run there
+    want = workflow("cpu", tmp_path / "cpu", monkeypatch, capsys)
+    assert len(got[0]) == 6 and got[0][-1] < got[0][0]
+    assert np.abs(got[0] - want[0]).max() <= 1e-3
+    assert got[1] == want[1] and got[1].strip()
+    assert got[2] == want[2] and got[2].startswith("uuid,Keywords,label\n")
+    assert got[2].count("\n") == 7

@@ -29,6 +29,7 @@ static bool in_dev, in_kernel, g_checked; // g_checked: the kernels' library is 
 static const char *g_kname = "host";
 static cudaError_t g_last;
 static std::map<std::string, u64> g_seen;
+static std::string g_report; // the last one
 static std::map<std::string, u64> g_launches;
 emu_fiber *emu_cur;
 uint3 emu_bid;
@@ -45,6 +46,7 @@ static void report(void *pc, const char *fmt, ...)
         snprintf(where, sizeof where, " at %s+0x%zx", di.dli_fname,
                  (size_t)((u8 *)pc - (u8 *)di.dli_fbase));
     S.errors++;
+    g_report = std::string(m) + " [" + g_kname + where + "]";
     std::string key = std::string(g_kname) + where + std::string(m).substr(0, 30);
     if (g_seen[key]++)
         return;
@@ -123,6 +125,10 @@ static void boot()
     shadow(dyn, DYN);
     if (const char *e = getenv("EMU_SMEM_KB"))
         g_limit_kb = atoi(e);
+    if (const char *e = getenv("EMU_SEED"))
+        g_seed = (unsigned)atoi(e);
+    g_lazy |= getenv("EMU_LAZY") != nullptr;
+    g_protect |= getenv("EMU_PROTECT") != nullptr;
     static u8 alt[65536];
     stack_t ss{};
     ss.ss_sp = alt;
@@ -206,6 +212,7 @@ static std::function<void()> *body;
 static void *main_sp;
 static int nthr, ndone, nblockwait, fifo[2 * MAXT], fh, ft;
 static unsigned lcg = 1, g_launch;
+static u64 g_barriers; // of this launch
 static size_t g_dyn;
 extern "C" void emu_switch(void **save, void *to);
 asm(".globl emu_switch\nemu_switch:\n push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n "
@@ -319,6 +326,7 @@ void emu_syncthreads(const char *f, int l, int site)
     static int o[MAXT];
     int n = 0;
     nblockwait = 0;
+    g_barriers++;
     for (int i = 0; i < nthr; i++)
         if (F[i].state == WAIT_BLOCK || &F[i] == me) {
             if (F[i].site != site)
@@ -484,6 +492,13 @@ void emu_frag_io(void *x, bool f32, void *mem, unsigned ldm, bool col, bool stor
                  0); // convergence check only: each lane moved its own elements
 }
 void *emu_dyn_shared() { return dyn.base; }
+static int g_mutant = -1;
+static u8 reached[4096];
+int emu_mutant(int k)
+{
+    reached[k] = 1;
+    return k == g_mutant;
+}
 // ---------------------------------------------------------------- checked accesses
 struct Img {
     u8 *lo, *hi, *tls;
@@ -579,9 +594,65 @@ struct L2 {
     }
 };
 static L2 l2;
-static std::unordered_map<u64, unsigned> occ;
-static std::unordered_map<u64, std::set<u64>> sect;
 static int g_metrics = -1;
+struct Traffic {
+    u64 launches, barriers, asked, distinct, sectors;
+};
+static std::map<std::string, Traffic> g_traffic;
+static std::unordered_map<u64, unsigned> occ; // how often a thread was at a place
+static unsigned sequence[MAXT];               // accesses of a thread so far
+struct Together {                             // an instruction of a warp
+    std::vector<std::pair<u64, u64>> bytes;   // [begin, end) of its lanes
+    unsigned warp, order = ~0u;
+    bool store;
+};
+static std::unordered_map<u64, Together> together;
+// The accesses of a block: what each warp's instruction asked for, and the sectors that it moves. A
+// load moves none that one of the warp's four loads before it has just brought (they are in the
+// first cache); a store moves all that it touches.
+static void count_traffic()
+{
+    Traffic &t = g_traffic[g_kname];
+    std::vector<Together *> all;
+    for (auto &e : together)
+        all.push_back(&e.second);
+    std::sort(all.begin(), all.end(), [](const Together *a, const Together *b) {
+        return a->warp != b->warp ? a->warp < b->warp : a->order < b->order;
+    });
+    std::deque<std::vector<u64>> recent;
+    unsigned warp = ~0u;
+    for (Together *e : all) {
+        if (e->warp != warp)
+            recent.clear();
+        warp = e->warp;
+        std::vector<u64> sectors;
+        auto &v = e->bytes;
+        std::sort(v.begin(), v.end());
+        u64 end = 0; // bytes below are counted
+        for (auto &a : v) {
+            t.asked += a.second - a.first;
+            t.distinct += a.second > end ? a.second - std::max(end, a.first) : 0;
+            end = std::max(end, a.second);
+            for (u64 x = a.first / 32; x <= (a.second - 1) / 32; x++)
+                if (sectors.empty() || sectors.back() < x)
+                    sectors.push_back(x);
+        }
+        for (u64 x : sectors) {
+            bool near = false;
+            for (auto &r : recent)
+                near |= !e->store && std::binary_search(r.begin(), r.end(), x);
+            t.sectors += !near;
+            S.sectors += !near;
+        }
+        if (!e->store)
+            recent.push_back(std::move(sectors));
+        if (recent.size() > 4)
+            recent.pop_front();
+    }
+    together.clear();
+    occ.clear();
+    memset(sequence, 0, sizeof sequence);
+}
 static void access(void *vp, size_t n, bool wr, bool atomic, void *pc)
 {
     u8 *p = (u8 *)vp;
@@ -634,11 +705,14 @@ static void access(void *vp, size_t n, bool wr, bool atomic, void *pc)
         (wr ? S.wr : S.rd) += n;
         if (g_metrics) {
             unsigned k = occ[(u64)emu_cur->tid << 48 ^ (u64)pc]++;
-            auto &s = sect[(u64)(emu_cur->tid / 32) << 56 ^ (u64)k << 40 ^ (u64)pc];
-            for (u64 a = (u64)p / 32; a <= ((u64)p + n - 1) / 32; a++) {
-                s.insert(a);
+            const unsigned warp = emu_cur->tid / 32;
+            Together &e = together[(u64)warp << 56 ^ (u64)k << 40 ^ (u64)pc];
+            e.bytes.push_back({(u64)p, (u64)p + n});
+            e.warp = warp;
+            e.store = wr;
+            e.order = std::min(e.order, sequence[emu_cur->tid]++);
+            for (u64 a = (u64)p / 32; a <= ((u64)p + n - 1) / 32; a++)
                 l2.touch(a, wr);
-            }
         }
     }
     for (size_t i = o; i < o + n; i++) {
@@ -782,6 +856,10 @@ static void submit(cudaStream_t st, std::function<void()> f, emu_event w = {})
     if (!g_lazy)
         drain(s, s->tail);
 }
+void emu_expect_failed(const char *what, const char *file, int line)
+{
+    report(__builtin_return_address(0), "%s:%d expected %s", file, line, what);
+}
 static cudaError_t fail(cudaError_t e) { return g_last = e; }
 static std::map<const void *, int> g_smem_attr;
 cudaError_t emu_func_attr(const void *f, cudaFuncAttribute, int v)
@@ -832,6 +910,7 @@ void __attribute__((noinline)) emu_launch(const char *name, const void *id, dim3
         lcg = g_seed * 7919u + g_launch;
         if (g_metrics < 0)
             g_metrics = getenv("EMU_METRICS") != nullptr;
+        g_barriers = 0;
         if (!F) {
             F = (emu_fiber *)vmap(sizeof(emu_fiber) * MAXT);
             stacks = (u8 *)vmap(STK * MAXT);
@@ -850,13 +929,11 @@ void __attribute__((noinline)) emu_launch(const char *name, const void *id, dim3
                     if (sta.base)
                         memset(sta.base, 0xff, sta.limit), clear_shadow(sta, sta.limit);
                     run_block();
-                    if (g_metrics) {
-                        for (auto &e : sect)
-                            S.sectors += e.second.size();
-                        sect.clear();
-                        occ.clear();
-                    }
+                    if (g_metrics)
+                        count_traffic();
                 }
+        g_traffic[name].launches++;
+        g_traffic[name].barriers += g_barriers;
         in_kernel = false;
         g_kname = "host";
     };
@@ -1110,6 +1187,8 @@ cudaError_t cudaMemGetInfo(size_t *f, size_t *t)
 }
 void emu_mode(int dry, int lazy, int protect, unsigned seed)
 {
+    guard(true);
+    drain_all();
     g_dry = dry;
     g_lazy = lazy;
     g_protect = protect;
@@ -1130,6 +1209,43 @@ void emu_reset_stats()
     S.cur_bytes = S.peak_bytes = c;
     g_seen.clear();
     g_launches.clear();
+}
+u64 emu_reports(char *text, size_t n)
+{
+    snprintf(text, n, "%s", g_report.c_str());
+    return S.errors;
+}
+void emu_forget(void *p, size_t n, cudaStream_t st)
+{
+    if (!n)
+        return;
+    submit(st, [=] {
+        Open o;
+        memset(p, 0xff, n);
+        if (g_checked)
+            memset(dev.init + ((u8 *)p - dev.base), 0, n);
+    });
+}
+int emu_checked() { return g_checked; }
+void emu_set_mutant(int k)
+{
+    g_mutant = k;
+    memset(reached, 0, sizeof reached);
+}
+int emu_reached(int k) { return reached[k]; }
+void emu_metrics(int on)
+{
+    g_metrics = on;
+    g_traffic.clear();
+}
+int emu_traffic(int i, char *name, size_t n, u64 *out)
+{
+    if (i < 0 || i >= (int)g_traffic.size())
+        return 0;
+    auto it = std::next(g_traffic.begin(), i);
+    snprintf(name, n, "%s", it->first.c_str());
+    memcpy(out, &it->second, sizeof it->second);
+    return 1;
 }
 void emu_print_launches()
 {

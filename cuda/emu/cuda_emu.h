@@ -388,12 +388,28 @@ struct emu_stats {
 };
 void emu_get_stats(emu_stats *);
 void emu_reset_stats();
+uint64_t emu_reports(char *text, size_t n); // how many so far, and the last one's text
+// What an op leaves in a buffer of its own is not for the next op: uninitialised again, in order.
+void emu_forget(void *, size_t, cudaStream_t);
+int emu_checked();                           // 1: the kernels' library is the checked build
+// Per kernel since emu_metrics: launches and barriers of blocks; while on and in the checked build,
+// bytes that threads asked for, distinct bytes and 32-byte sectors of each instruction of a warp.
+// 0 past the last kernel.
+void emu_metrics(int on);
+int emu_traffic(int i, char *name, size_t n, uint64_t out[5]);
+// cuda/mutate.py: is mutant k in force; which it is to be (-1 none); was its place reached since
+int emu_mutant(int k);
+void emu_set_mutant(int k);
+int emu_reached(int k);
 }
 cudaError_t emu_func_attr(const void *, cudaFuncAttribute, int);
 template <class F> static inline cudaError_t cudaFuncSetAttribute(F *f, cudaFuncAttribute a, int v)
 {
     return emu_func_attr((const void *)f, a, v);
 }
+void emu_expect_failed(const char *what, const char *file, int line);
+#define GL_EXPECT(condition) \
+    ((condition) ? (void)0 : emu_expect_failed(#condition, __FILE__, __LINE__))
 void emu_launch(const char *, const void *, dim3, dim3, size_t, cudaStream_t, size_t argbytes,
                 std::function<void()>);
 template <class... P, class... A>
