@@ -200,7 +200,7 @@ def merge(args: argparse.Namespace) -> int:
     """Base + adapter -> one model directory."""
     if os.path.exists(args.output) and os.listdir(args.output):
         raise FileExistsError(f"{args.output} exists and is not empty")
-    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype)
+    model, tokenizer = _load(args.model, args.adapter, args.dtype, "float32")
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"{args.adapter}: a P-Tuning prefix cannot be merged into the weights")
     model.merge_and_unload().save_pretrained(args.output)

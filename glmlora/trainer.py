@@ -428,7 +428,7 @@ def _warn_of_precision(args: TrainingArguments, device: str) -> None:
         if getattr(args, name) and device == "cpu":
             text = (
                 f"{name}: no GPU is used, the CPU computes: the base stays in the type it is "
-                "stored in, arithmetic is float32, and no loss scale is needed"
+                "stored in, compute_dtype says what products are in, and no loss scale is needed"
             )
             if os.environ.get("GLMLORA_STRICT_DEVICE") == "1":
                 raise RuntimeError(f"{text} (GLMLORA_STRICT_DEVICE=1 makes this an error)")

@@ -60,7 +60,7 @@ def run(words, environment):
 def pytest_part(library, words, environment):
     words = [ROOT / "tests" / w if w.endswith(".py") else w for w in words]
     environment = {**environment, "GLMLORA_CUDA_LIBRARY": str(library)}
-    return run(["-m", "pytest", "-q", "-x", "-rs", *words], environment)
+    return run(["-m", "pytest", "-x", "-rs", *words], environment)
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def test_chatglm2_6b_trains_in_little_memory(tmp_path):
     assert planned.kept_layers == 1
     assert planned.total - planned.process < 1.5e9
     planned = plan(tmp_path, 4, 512, quantization_bit=4, gradient_checkpointing=True, lora_rank=8)
-    assert planned.total + planned.mapped < 6.5e9
+    assert planned.total - planned.process + 1e8 + planned.mapped < 6.5e9  # python and NumPy alone
 
 
 def test_activations_grow_linearly_with_the_length(folder):

@@ -448,7 +448,7 @@ def test_standard_output_in_order(tiny_model, tmp_path, capsys):
         "--logging_steps", "1", "--save_steps", "1000", "--num_train_epochs", "3.0", "--fp16",
         "--plot_loss",
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="fp16: this build computes on the CPU"):
+    with pytest.warns(UserWarning, match="fp16: no GPU is used, the CPU computes"):
         result = run_train(argv)
     out = capsys.readouterr().out
     marks = [
