@@ -101,7 +101,7 @@ INLINE void pack_quads(char *to, const char *p, size_t stride, int used, int wid
     char rows[4][NR] __attribute__((aligned(32))) = {{0}};
     for (int i = 0; i < used; i++)
         memcpy(rows[i], p + i * stride, (size_t)width);
-    vf v[2];
+    vf v[2] __attribute__((aligned(64)));
     QUADS(v, rows[0]);
     store((float *)to, FLIP_SIGNS(v[0]));
     store((float *)(to + VB), FLIP_SIGNS(v[1]));
