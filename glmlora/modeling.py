@@ -261,7 +261,6 @@ class ChatGLMForConditionalGeneration:
         matrices = {t.dtype for t in tensors.values() if len(t.shape) == 2}
         self.core = _core.Model(config.arch(), backend_of(self.backend, compute_dtype, matrices))
         self.device = _device_of(self.backend)
-        self._cpu_backend = self.core.backend if self.device == "cpu" else "cpu"
         self.training = False
         self.active_adapter_name = "default"
         self.dropout_seed = generation.next_seed()
@@ -367,9 +366,8 @@ class ChatGLMForConditionalGeneration:
         first = self.core.backend
         stored_as = self.stored_dtype(EMBEDDING)
         kinds = {self.stored_dtype(n) for n, s in self._shapes.items() if len(s) == 2}
-        cpu = backend_of("cpu", self.asked_compute_dtype, kinds)
-        if not self.backend.startswith(("cuda", "emu")) and self.backend != "cpu":
-            cpu = self._cpu_backend  # asked for by its whole name
+        home = "cpu" if self.backend.startswith(("cuda", "emu")) else self.backend
+        cpu = backend_of(home, self.asked_compute_dtype, kinds)
         backend = devices.backend(device, stored_as, cpu, self.asked_compute_dtype)
         if _core.backend_name(backend) == first:
             return self

@@ -4,7 +4,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "kernels.h"
 
@@ -293,7 +292,7 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
     const struct glm_cpu_kernels *k = cpu->k;
     if (!M || !b->rows) /* a sum of nothing; only accumulated products have no terms */
         return;
-    const int K = b->rows, per = kind == GLM_I8 ? 4 : kind == GLM_BF16 ? 2 : 1;
+    const int K = b->rows, per = glm_per_unit(kind);
     struct pack_args p = {.x = x,
                           .K = K,
                           .R = k->a_rows,
@@ -628,15 +627,12 @@ static const struct glm_ops cpu_ops = {
  * written, fewer misses of address translation when they are walked. */
 static void *cpu_alloc(struct glm_backend *be, size_t bytes)
 {
-    const size_t huge = (size_t)1 << 21, align = bytes < 4 * huge ? 64 : huge;
+    const size_t slack = 64, large = (size_t)8 << 20;
     be->allocated++;
-    void *p =
-        bytes > SIZE_MAX / 2 ? NULL : aligned_alloc(align, (bytes + 63 + align) / align * align);
-#ifdef MADV_HUGEPAGE
-    if (p && align == huge)
-        madvise(p, bytes / huge * huge, MADV_HUGEPAGE); /* advice: refused is no error */
-#endif
-    return p;
+    if (bytes > SIZE_MAX / 2)
+        return NULL;
+    return bytes < large ? aligned_alloc(64, (bytes + 63) / 64 * 64 + slack)
+                         : glm_aligned(bytes + slack);
 }
 static void cpu_free(struct glm_backend *be, void *p)
 {

@@ -31,6 +31,12 @@ struct x_run {
     float value[OUTLIERS];
 };
 
+/* Terms that a lane multiplies at once in the products of a kind. */
+static inline int glm_per_unit(enum glm_dtype kind)
+{
+    return kind == GLM_I8 ? 4 : kind == GLM_BF16 ? 2 : 1;
+}
+
 struct pack_args { /* rows of x (N, K), or of A with strides am, ak, for the products of a kind */
     char *to;
     struct x_run *runs; /* kind GLM_I8: (N, runs of a row) */

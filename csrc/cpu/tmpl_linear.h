@@ -30,10 +30,7 @@ enum {
     RUN_GROUPS = NT_RUN_BYTES / 2 / 32 + 4 /* most groups of 32 columns of a run */
 };
 
-INLINE int per_vector(enum glm_dtype kind)
-{
-    return kind == GLM_I8 ? 4 * VL : kind == GLM_BF16 ? 2 * VL : VL;
-}
+INLINE int per_vector(enum glm_dtype kind) { return glm_per_unit(kind) * VL; }
 
 /* Vectors that are converted together: as many columns of W as make whole vectors. */
 INLINE int chunk_of(enum glm_dtype kind, enum glm_dtype dtype)

@@ -7,12 +7,9 @@
 
 enum { MR = VL == 16 ? 12 : VL == 8 ? 6 : 4, NV = 2, NR = NV * VL };
 
-/* terms of a unit */
-INLINE int per_unit(enum glm_dtype kind) { return kind == GLM_I8 ? 4 : kind == GLM_BF16 ? 2 : 1; }
-
 INLINE int units_of(enum glm_dtype kind, int K)
 {
-    return (K + per_unit(kind) - 1) / per_unit(kind);
+    return (K + glm_per_unit(kind) - 1) / glm_per_unit(kind);
 }
 
 /* the four bytes at p in every lane */
@@ -169,7 +166,7 @@ INLINE void pack_b(char *bp, const struct glm_mat *b, enum glm_dtype kind, enum 
                    int grouped, int k0, int K, int n0, int cols)
 {
     const size_t stride = glm_bytes(dtype, (size_t)b->cols);
-    const int per = per_unit(kind), units = units_of(kind, K);
+    const int per = glm_per_unit(kind), units = units_of(kind, K);
     for (int u = 0; u < units; u++) {
         const int k = k0 + u * per, used = K - u * per < per ? K - u * per : per;
         const char *row = (const char *)b->data + (size_t)k * stride;
@@ -213,7 +210,7 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
                       enum glm_dtype dtype, int grouped, int m0, int rows, int n0, int cols,
                       char *bp, float *edge)
 {
-    const int K = g->b->rows, per = per_unit(kind), units = units_of(kind, K);
+    const int K = g->b->rows, per = glm_per_unit(kind), units = units_of(kind, K);
     const int n_runs = (K + NT_RUN_BYTES - 1) / NT_RUN_BYTES;
     const int tiles = (rows + MR - 1) / MR * ((cols + NR - 1) / NR);
     for (int u = 0; u < units; u += GEMM_UNITS) {
