@@ -297,18 +297,29 @@ INLINE void add_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v, 
                                           load((const float *)(x + (j * R + r) * VB)), w[j]);
 }
 
+/* What comes after the loop over a run: the sums of lanes, four by four. */
+INLINE void sum_lanes(v4 *s, vf *acc, int n, enum glm_dtype kind)
+{
+#pragma GCC unroll 8
+    for (int i = n; i < (n + 3) / 4 * 4; i++)
+        acc[i] = (vf){0};
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i += 4)
+        s[i / 4] = sums_of(kind, acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+}
+
 /* s[r * C + c] = dot product of row r of packed x with row o + c of W where it lies, columns k0 ..
- * k0 + K - 1. Where W ends its last row repeats. The converted run of W is left in `kept`, (RUN,
- * C), or, again, taken from there. */
+ * k0 + K - 1. Where W ends its last row repeats. The next C rows of W are fetched into the cache,
+ * every turns-th of them here. With `keep` the converted run is left in `kept`, (RUN, C). */
 INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w,
                      enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int k0, int K,
-                     vf *kept, int turn, int turns)
+                     int keep, vf *kept, int turns)
 {
     const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
     const char *row[8];
     float scale[8][RUN_GROUPS];
-    vf acc[24 + 8], v[4];
+    vf acc[24 + 8];
     int k = 0;
     for (int c = 0; c < C; c++) {
         const int at = o + c < w->rows ? o + c : w->rows - 1;
@@ -319,65 +330,57 @@ INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w
 #pragma GCC unroll 24
     for (int i = 0; i < R * C; i++)
         acc[i] = (vf){0};
-    for (; turn && k < K; k += width, x += chunk * R * VB, kept += chunk * C) {
-        for (int c = turn; c < C; c += turns)
-            for (int i = 0; i * 64 < (int)glm_bytes(dtype, (size_t)width); i++)
-                __builtin_prefetch(row[c] + C * stride + glm_bytes(dtype, (size_t)k) + i * 64, 0,
-                                   2);
-        if (grouped) {
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++)
-                add_chunk(acc, R, C, c, x, kept + c * chunk, scale[c], k / 32, kind, dtype);
-            continue;
-        }
-#pragma GCC unroll 4
-        for (int j = 0; j < chunk; j++) {
-            vf xv[4];
-#pragma GCC unroll 4
-            for (int r = 0; r < R && r < 4; r++)
-                xv[r] = load((const float *)(x + (j * R + r) * VB));
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++)
-#pragma GCC unroll 4
-                for (int r = 0; r < R && r < 4; r++)
-                    acc[r * C + c] = multiply_add(kind, acc[r * C + c], xv[r], kept[c * chunk + j]);
-        }
-    }
     for (; k + width <= K; k += width, x += chunk * R * VB) {
-        vf xv[4];
-#pragma GCC unroll 4
-        for (int r = 0; r < R && r < 4; r++)
-            xv[r] = load((const float *)(x + r * VB));
+        const size_t at = glm_bytes(dtype, (size_t)k);
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
-            load_chunk(v, row[c], kind, dtype);
-            row[c] += glm_bytes(dtype, (size_t)width);
-            if (c % turns == 0) /* the next rows; each turn fetches its share */
-                __builtin_prefetch(row[c] + C * stride, 0, 2);
-            for (int i = 0; kept && i < chunk; i++)
+            vf v[4];
+            load_chunk(v, row[c] + at, kind, dtype);
+            if (c % turns == 0)
+                __builtin_prefetch(row[c] + at + C * stride, 0, 2);
+            for (int i = 0; keep && i < chunk; i++)
                 *kept++ = v[i];
-            if (chunk > 1)
-                add_chunk(acc, R, C, c, x, v, grouped ? scale[c] : NULL, k / 32, kind, dtype);
-            else
-#pragma GCC unroll 4
-                for (int r = 0; r < R && r < 4; r++)
-                    acc[r * C + c] = multiply_add(kind, acc[r * C + c], xv[r], v[0]);
+            add_chunk(acc, R, C, c, x, v, grouped ? scale[c] : NULL, k / 32, kind, dtype);
         }
     }
     if (k < K)
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
-            load_last(v, row[c], kind, dtype, K - k);
-            for (int i = 0; kept && i < chunk; i++)
+            vf v[4];
+            load_last(v, row[c] + glm_bytes(dtype, (size_t)k), kind, dtype, K - k);
+            for (int i = 0; keep && i < chunk; i++)
                 *kept++ = v[i];
             add_chunk(acc, R, C, c, x, v, grouped ? scale[c] : NULL, k / 32, kind, dtype);
         }
-#pragma GCC unroll 8
-    for (int i = R * C; i < (R * C + 3) / 4 * 4; i++)
+    sum_lanes(s, acc, R * C, kind);
+}
+
+/* The same of the run that dot_rows kept, for the group of rows of x that has this turn. */
+INLINE void dot_kept(v4 *s, int R, int C, const char *x, const struct glm_mat *w,
+                     enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int k0, int K,
+                     const vf *kept, int turn, int turns)
+{
+    const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
+    const size_t stride = glm_bytes(dtype, (size_t)w->cols);
+    const char *row = (const char *)w->data + (size_t)o * stride + glm_bytes(dtype, (size_t)k0);
+    float scale[8][RUN_GROUPS];
+    vf acc[24 + 8];
+    for (int c = 0; grouped && c < C; c++)
+        run_scales(scale[c], w, o + c < w->rows ? o + c : w->rows - 1, k0, K);
+#pragma GCC unroll 24
+    for (int i = 0; i < R * C; i++)
         acc[i] = (vf){0};
+    for (int k = 0; k < K; k += width, x += chunk * R * VB, kept += chunk * C) {
+        for (int c = turn; c < C; c += turns)
+            for (int i = 0; i * 64 < (int)glm_bytes(dtype, (size_t)width); i++)
+                __builtin_prefetch(
+                    row + (size_t)(C + c) * stride + glm_bytes(dtype, (size_t)k) + i * 64, 0, 2);
 #pragma GCC unroll 8
-    for (int i = 0; i < R * C; i += 4)
-        s[i / 4] = sums_of(kind, acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+        for (int c = 0; c < C; c++)
+            add_chunk(acc, R, C, c, x, kept + c * chunk, grouped ? scale[c] : NULL, k / 32, kind,
+                      dtype);
+    }
+    sum_lanes(s, acc, R * C, kind);
 }
 
 /* ---- kind GLM_I8: a run of a row of x as bytes, its scale, and its outliers kept apart */
@@ -526,9 +529,15 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
             for (int g = 0; g < groups; g++) {
                 const int K = I - b * width < width ? I - b * width : width, o = o0 + step * C;
                 v4 s[8], *at = sums + (g * steps + step) * S;
-                dot_rows(s, R, C, a->x + ((size_t)g * vectors + (size_t)b * RUN) * R * VB, a->w,
-                         kind, dtype, grouped, o, b * width, K, groups > 1 ? kept : NULL, g,
-                         groups);
+                const char *x = a->x + ((size_t)g * vectors + (size_t)b * RUN) * R * VB;
+                if (R == 1 || groups == 1)
+                    dot_rows(s, R, C, x, a->w, kind, dtype, grouped, o, b * width, K, 0, kept, 1);
+                else if (g == 0)
+                    dot_rows(s, R, C, x, a->w, kind, dtype, grouped, o, b * width, K, 1, kept,
+                             groups);
+                else
+                    dot_kept(s, R, C, x, a->w, kind, dtype, grouped, o, b * width, K, kept, g,
+                             groups);
                 for (int i = 0; i < S && kind != GLM_I8; i++)
                     at[i] += s[i];
                 for (int i = 0; i < R * C && kind == GLM_I8; i++) {
