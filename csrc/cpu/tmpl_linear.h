@@ -257,6 +257,9 @@ INLINE void dot_panel(v4 *s, const char *x, const char *w, int vectors, enum glm
         vf xv[XR];
         for (int r = 0; r < XR; r++)
             xv[r] = load((const float *)(x + r * VB));
+#if VL == 16 /* in registers: the compiler would load them again with every row of W */
+        __asm__("" : "+v"(xv[0]), "+v"(xv[1]), "+v"(xv[2]), "+v"(xv[3]), "+v"(xv[4]), "+v"(xv[5]));
+#endif
         for (int c = 0; c < 4; c++) {
             const vf wv = load((const float *)(w + c * VB));
             for (int r = 0; r < XR; r++)
