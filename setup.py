@@ -22,7 +22,7 @@ SUFFIX_FLAGS = {
     "_generic.c": KERNEL,
     "_avx2.c": KERNEL + ["-mavx2", "-mfma", "-mf16c"],
     "_avx512.c": KERNEL + AVX512,
-    "_avx512bf16.c": KERNEL + AVX512 + ["-mavx512bf16", "-mavx512vnni"],
+    "_avx512bf16.c": KERNEL + AVX512 + ["-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"],
 }
 STRICT = [
     "-std=c11",

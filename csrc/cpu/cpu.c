@@ -695,7 +695,7 @@ static int runs_avx512bf16(void)
 {
 #if defined(__x86_64__)
     return runs_avx512() && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 #else
     return 0;
 #endif

@@ -76,7 +76,8 @@ INLINE v4 sums_of(enum glm_dtype kind, vf a, vf b, vf c, vf d)
 }
 
 /* A chunk of a row of W at `p`. Of 4-bit columns kind GLM_F32 has the even ones first, then the
- * odd ones; kind GLM_BF16 has columns 4i + 1, 4i, 4i + 3, 4i + 2; x is packed to match. */
+ * odd ones; kind GLM_BF16 has columns 4i + 1, 4i, 4i + 3, 4i + 2, and of bytes the first 8 of each
+ * 16, then the others; x is packed to match. */
 INLINE void load_chunk(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype dtype)
 {
 #ifdef DOT_BF16
@@ -95,9 +96,7 @@ INLINE void load_chunk(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype
         return;
     }
     if (kind == GLM_BF16 && dtype == GLM_I8) {
-        for (int j = 0; j < 2; j++)
-            v[j] = TO_BF16(INT_TO_FLOAT(BYTES_TO_INT(p + 2 * j * VL)),
-                           INT_TO_FLOAT(BYTES_TO_INT(p + (2 * j + 1) * VL)));
+        BYTES_TO_BF16(v, p);
         return;
     }
     if (kind == GLM_BF16) {
@@ -150,9 +149,14 @@ INLINE void load_x(vf *v, const float *p, int n, enum glm_dtype kind, enum glm_d
         v[3] = TO_BF16(ODD(even[0], even[1]), ODD(even[2], even[3]));
         return;
     }
+    if (kind == GLM_BF16 && dtype == GLM_I8) {
+        const vf a = load(p), b = load(p + VL), c = load(p + 2 * VL), d = load(p + 3 * VL);
+        v[0] = TO_BF16(FIRST_HALVES(a, b), FIRST_HALVES(c, d));
+        v[1] = TO_BF16(LAST_HALVES(a, b), LAST_HALVES(c, d));
+        return;
+    }
     if (kind == GLM_BF16) {
-        for (int j = 0; j < chunk_of(kind, dtype); j++)
-            v[j] = TO_BF16(load(p + 2 * j * VL), load(p + (2 * j + 1) * VL));
+        v[0] = TO_BF16(load(p), load(p + VL));
         return;
     }
 #endif
