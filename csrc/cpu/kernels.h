@@ -13,7 +13,7 @@ enum {
     NT_COLS = 128,       /* its tasks have this many rows of W .. */
     NT_ROWS = 1024,      /* .. times at most this many of x, */
     NT_ROWS_ADDED = 384, /* fewer where the output is added to */
-    GEMM_ROWS = 1024,    /* largest task of the backward products: rows .. */
+    GEMM_ROWS = 2048,    /* largest task of the backward products: rows .. */
     GEMM_COLS = 256,     /* .. times columns; */
     GEMM_UNITS = 512,    /* a panel of B has so many units; of bytes that is a run of x */
     ROW_GROUP = 12,      /* rows that are packed together: a multiple of every kernel's */
