@@ -588,16 +588,9 @@ static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
 
 static void argmax(void *cx, int32_t *id, const void *x, int M, int V)
 {
-    (void)cx;
-    for (int m = 0; m < M; m++) {
-        const float *row = (const float *)x + (size_t)m * V;
-        int best = 0, finite = 1;
-        for (int v = 0; v < V; v++) {
-            finite &= isfinite(row[v]) != 0;
-            best = row[v] > row[best] ? v : best;
-        }
-        id[m] = finite ? best : -1;
-    }
+    struct cpu *cpu = cx;
+    struct row_args a = {.out = id, .a = x, .N = M, .C = V};
+    run_rows(cpu, cpu->k->argmax, &a, (size_t)V);
 }
 
 static void adamw(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr,
