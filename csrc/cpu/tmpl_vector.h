@@ -37,6 +37,8 @@ INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (v
 #define MULTIPLY_EVEN(x, m) (((x) & 0xffffffffu) * (uint64_t)(m))
 #endif
 
+/* The first n floats at p, then zeros; and back. Without them: copies through memory. */
+#ifndef LOAD_PART
 INLINE vf load_part(const float *p, int n)
 {
     vf v = {0};
@@ -45,6 +47,20 @@ INLINE vf load_part(const float *p, int n)
 }
 
 INLINE void store_part(float *p, vf v, int n) { memcpy(p, &v, (size_t)n * 4); }
+#else
+INLINE vf load_part(const float *p, int n) { return LOAD_PART(p, n); }
+INLINE void store_part(float *p, vf v, int n) { STORE_PART(p, v, n); }
+#endif
+
+/* So many bytes, fewer than four vectors; zeros follow up to those. */
+#ifndef COPY_PART
+INLINE void copy_part(char *to, const char *from, size_t bytes)
+{
+    memset(to, 0, 16 * VL);
+    memcpy(to, from, bytes);
+}
+#define COPY_PART copy_part
+#endif
 
 INLINE float lane_sum(vf v)
 {
