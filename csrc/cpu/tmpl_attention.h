@@ -183,19 +183,10 @@ INLINE void att_turn(int bf16, float *to, const struct att_sizes *z, const float
 {
     for (int r = 0; r < n; r += VL)
         for (int u = 0; u < z->units; u += VL) {
-            vf x[VL], y[VL];
+            vf x[VL];
             for (int i = 0; i < VL; i++)
                 x[i] = r + i < n ? load_units(bf16, rows[r + i], u, z->HD, 1.0f) : (vf){0};
-            for (int half = VL / 2; half; half /= 2) { /* each stage shuffles the rows like cards */
-#pragma GCC unroll 8
-                for (int i = 0; i < VL / 2; i++) {
-                    y[2 * i] = LOW(x[i], x[i + VL / 2]);
-                    y[2 * i + 1] = HIGH(x[i], x[i + VL / 2]);
-                }
-#pragma GCC unroll 16
-                for (int i = 0; i < VL; i++)
-                    x[i] = y[i];
-            }
+            turn(x);
             for (int i = 0; i < VL; i++)
                 store(to + (size_t)r * z->units + (size_t)(u + i) * VL, x[i]);
         }

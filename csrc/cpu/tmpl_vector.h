@@ -106,6 +106,22 @@ INLINE v4 sum4(vf a, vf b, vf c, vf d)
     __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #endif
 
+/* Lane j of vector i becomes lane i of vector j: each stage shuffles the vectors like cards. */
+INLINE void turn(vf *x)
+{
+    vf y[VL];
+    for (int half = VL / 2; half; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < VL / 2; i++) {
+            y[2 * i] = LOW(x[i], x[i + VL / 2]);
+            y[2 * i + 1] = HIGH(x[i], x[i + VL / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++)
+            x[i] = y[i];
+    }
+}
+
 /* ---- number types */
 
 INLINE float half_to_float(uint16_t h)
