@@ -14,7 +14,8 @@ was spent). Any job may carry "threads".
     decode   rows, context, steps        a step, with rows of `context` tokens
     predict  lengths, new, opening       greedy answers to prompts of these lengths, all at once;
                                          they begin with the same `opening` tokens
-    lora     lengths, labelled, checkpointing    forward, backward and update, one micro-batch
+    lora     lengths, labelled, checkpointing, steps    forward, backward and update, one
+                                         micro-batch; of many steps the mean
     generate tokens                      model.generate, greedy, one row
     attention tokens                     one layer's attention alone: seconds and bytes
 
@@ -219,7 +220,7 @@ class Worker:
 
         return self.line(run)
 
-    def lora(self, lengths, labelled, checkpointing):
+    def lora(self, lengths, labelled, checkpointing, steps=1):
         ends = np.cumsum(lengths)
         rows = (ends[:, None] - 1 - np.arange(labelled, 0, -1)).ravel().astype(np.int32)
         sizes = (int(ends[-1]), len(lengths), len(rows))
@@ -238,8 +239,9 @@ class Worker:
                 step(model.core, ids, lengths, rows)  # touches its memory
                 self.trainees[key] = model, self.peak.bytes - before
             start = time.perf_counter()
-            step(self.trainees[key][0].core, ids, lengths, rows)
-            return time.perf_counter() - start
+            for _ in range(steps):
+                step(self.trainees[key][0].core, ids, lengths, rows)
+            return (time.perf_counter() - start) / steps
 
         answer = self.line(run) | {"tokens": int(ends[-1])}
         ran = self.whole if self.whole == self.here else 2

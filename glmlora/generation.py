@@ -50,13 +50,22 @@ def set_seed(seed: int) -> None:
         _global_seed, _calls = int(seed) % 2**64, 0
 
 
-def next_seed() -> int:
-    """A seed of 64 bits that depends on `set_seed` and on how many were taken since."""
+def next_key() -> tuple[int, int]:
+    """What `seed_of` makes the next seed of, once it is needed: many a seed never is."""
     global _calls
     with _random_lock:
-        key = np.array([_global_seed, _calls], np.uint64)
         _calls += 1
-    return int(np.random.Philox(key=key).random_raw())
+        return _global_seed, _calls - 1
+
+
+def seed_of(key: tuple[int, int]) -> int:
+    """A seed of 64 bits."""
+    return int(np.random.Philox(key=np.array(key, np.uint64)).random_raw())
+
+
+def next_seed() -> int:
+    """A seed of 64 bits that depends on `set_seed` and on how many were taken since."""
+    return seed_of(next_key())
 
 
 def generator(seed: int | None = None) -> np.random.Generator:
@@ -284,6 +293,7 @@ class CachedRow:
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.held = [0] * rows  # tokens of each row that the cache holds
         self._ones = np.ones(rows, np.int32)
+        self._places = [0], np.zeros(1, np.int32)  # the rows of the last step, for the core
         opening = np.asarray(shared, np.int32)
         self.cache = model.core.cache(rows, self._capacity(capacity), opening.size)
         for start in range(0, opening.size, CHUNK):
@@ -330,9 +340,11 @@ class CachedRow:
         core = self.model.core
         run = core.next if choose else core.extend
         lacks = [len(self.ids[row]) - self.held[row] for row in rows]
-        if max(lacks) == min(lacks) == 1 and len(rows) <= CHUNK:  # a step of decoding
+        if lacks.count(1) == len(rows) <= CHUNK:  # a step of decoding
+            if rows != self._places[0]:
+                self._places = list(rows), np.array(rows, np.int32)
             tokens = np.array([self.ids[row][-1] for row in rows], np.int32)
-            found = run(self.cache, list(rows), tokens, self._ones[: len(rows)])
+            found = run(self.cache, self._places[1], tokens, self._ones[: len(rows)])
             for row in rows:
                 self.held[row] += 1
             return found
@@ -409,6 +421,14 @@ def _grow(rows: CachedRow, live: Sequence[int], index: int, limits: Sequence[int
         rows.make_room(max(len(rows.ids[r]) + min(limits[r], room) - index for r in live))
 
 
+def _seed_of(g: GenerationConfig) -> int:
+    """The seed of a call's draws; of no use, and 0, where nothing is drawn."""
+    if g.seed is not None:
+        return int(g.seed) % 2**64
+    key = next_key()
+    return seed_of(key) if g.samples else 0
+
+
 def _choose(g: GenerationConfig, scores: np.ndarray, draw: tuple[int, int], index: int) -> int:
     """The index-th new token of a row from its scores float32 (V); draw: its (seed, stream)."""
     if not g.samples:
@@ -429,7 +449,7 @@ def _run(
 
     scores (rows, V): of the first new tokens, where they are known already.
     """
-    seed = next_seed() if g.seed is None else int(g.seed) % 2**64
+    seed = _seed_of(g)
     live = list(range(len(rows.ids)))
     for index in count():
         _grow(rows, live, index, limits)
@@ -557,6 +577,8 @@ def _prompts(
         input_ids = [[pad] * (width - len(row)) + list(row) for row in input_ids]
     ids = as_rows("input_ids", input_ids)
     check_ids("input_ids", ids, model.config.padded_vocab_size)
+    if attention_mask is None and ids.dtype.kind != "b":
+        return ids.astype(np.int64), ids.tolist()
     mask = None if attention_mask is None else as_rows("attention_mask", attention_mask)
     batch, _, _ = Batch.from_padded(ids, mask)
     ends = np.cumsum(batch.lengths)
@@ -643,7 +665,7 @@ def generate(
     limits = _limits(model, [len(p) for p in prompts], g)
     _warn_of_prefix(model)
     n = int(g.num_return_sequences)
-    seed = next_seed() if g.seed is None else int(g.seed) % 2**64
+    seed = _seed_of(g)
     answers: list[list[int]] = [[]] * (len(prompts) * n)
     many = [p for p in prompts for _ in range(n)]
     draws = [(seed, row) for row in range(len(many))]
@@ -677,7 +699,7 @@ def generate_rows(
     change = Scores(g, None)
     limits = _limits(model, [len(p) for p in prompts], g)
     _warn_of_prefix(model)
-    seed = next_seed() if g.seed is None else int(g.seed) % 2**64
+    seed = _seed_of(g)
     draws = [(seed, row) for row in range(len(prompts))]
     if g.num_beams == 1:
         yield from complete(model, prompts, limits, g, change, draws, at_once)
@@ -695,7 +717,7 @@ def _beam_generate(
 ) -> np.ndarray:
     padded, prompts = _prompts(model, input_ids, attention_mask, _pad(g))
     limits = _limits(model, [len(p) for p in prompts], g)
-    seed = next_seed() if g.seed is None else int(g.seed) % 2**64
+    seed = _seed_of(g)
     answers = []
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         answers += _beams(model, prompt, limit, g, change, (seed, row))
@@ -933,7 +955,7 @@ def chat(
     limits = _limits(model, [len(ids)], g)
     _warn_of_prefix(model)
     if g.num_beams > 1:
-        seed = next_seed() if g.seed is None else int(g.seed) % 2**64
+        seed = _seed_of(g)
         new = _beams(model, ids, limits[0], g, change, (seed, 0))[0]
     else:
         row = _take_row(model, ids, _first_room([len(ids)], limits))
@@ -970,7 +992,7 @@ def chat_rows(
     prompts = [ids for ids, _ in asked]
     limits = _limits(model, [len(p) for p in prompts], g)
     _warn_of_prefix(model)
-    draws = [(next_seed() if g.seed is None else int(g.seed) % 2**64, 0) for _ in prompts]
+    draws = [(_seed_of(g), 0) for _ in prompts]
     if not prompts:
         return
     for number, new in complete(model, prompts, limits, g, change, draws, at_once):

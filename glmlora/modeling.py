@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,7 +264,7 @@ class ChatGLMForConditionalGeneration:
         self.device = _device_of(self.backend)
         self.training = False
         self.active_adapter_name = "default"
-        self.dropout_seed = generation.next_seed()
+        self._dropout_key = generation.next_key()
         self.generation_config = generation.GenerationConfig.from_model_config(config)
         self.transformer = Transformer(self)
         self.has_prefix = False
@@ -284,6 +285,11 @@ class ChatGLMForConditionalGeneration:
             self._bind(name, _converted(tensor, "F32") if tensor.dtype == "F64" else tensor)
         if config.pre_seq_len is not None:
             self._build_prefix(prefix)
+
+    @cached_property
+    def dropout_seed(self) -> int:
+        """Of its dropout masks."""
+        return generation.seed_of(self._dropout_key)
 
     @property
     def compute_dtype(self) -> str:

@@ -62,6 +62,19 @@ def batch(rng, n_segments=3, length=40):
 STEP = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
 
 
+@pytest.mark.parametrize("half", (0, 1))
+def test_the_rotary_table_reaches_every_position(half):
+    """Its rows are computed when they are needed: near ones first and far ones at once alike."""
+    ids, lengths = np.array([5, 9, 20], np.int32), np.array([3], np.int32)
+    near, far = (make_model(max_positions=3000, half_rope_table=half) for _ in range(2))
+    starts = (0, 1022, 2046, 2997)
+    each = [near.forward(ids, lengths, np.arange(p, p + 3, dtype=np.int32)) for p in starts]
+    alone = far.forward(ids, lengths, np.arange(2997, 3000, dtype=np.int32))
+    np.testing.assert_array_equal(each[-1][0], alone[0])
+    for logits, _ in each[: 1 if half else None]:  # only distances count, before rounding
+        np.testing.assert_allclose(logits, each[0][0], atol=2e-3)
+
+
 def test_no_allocation_in_training_steps_and_decode_steps():
     model = make_model()
     model.set_trainable(add_lora(model))

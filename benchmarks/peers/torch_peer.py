@@ -222,7 +222,7 @@ class Worker:
             mask[row, : width - n] = 0
         return ids, mask
 
-    def lora(self, lengths, labelled, checkpointing):
+    def lora(self, lengths, labelled, checkpointing, steps=1):
         import peft
 
         if self.trained is None:
@@ -242,19 +242,22 @@ class Worker:
         labels = torch.full_like(ids, -100)
         labels[:, -labelled:] = ids[:, -labelled:]
 
-        def step():
-            model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        def run():
+            for _ in range(steps):
+                model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+                trained = [p for p in model.parameters() if p.requires_grad]
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
 
         gc.collect()
         self.peak.reset()
-        _, took = self.timed(step)
+        _, took = self.timed(run)
+        took = {k: seconds / steps for k, seconds in took.items()}
         model.eval()
         beyond = self.peak.bytes - self.base
         if self.clock:
-            beyond += self.more * self.clock.kept
+            beyond += self.more * self.clock.kept // steps
         return took | {"tokens": sum(lengths), "beyond_weights": beyond}
 
 

@@ -11,7 +11,7 @@
 #include <cpuid.h>
 #endif
 
-enum { PARTIALS = 1024, FINDERS = 64, ELEMENTS = 1 << 14 };
+enum { PARTIALS = 1024, FINDERS = 64, ELEMENTS = 1 << 12 };
 #define PACKED ((size_t)32 << 20) /* bytes of an operand that are packed at a time */
 
 struct cpu {
@@ -27,6 +27,17 @@ struct cpu {
 
 static int ceil_div(size_t n, size_t by) { return (int)((n + by - 1) / by); }
 
+/* About how long one thread takes, in ns: for so many elements, each as much work as an addition;
+ * for so many multiplications. */
+static size_t ns_of(size_t elements) { return elements / 4; }
+static size_t products_ns(size_t n) { return n / 32; }
+
+/* Runs fn over `tasks` parts of so many elements. */
+static void run(struct cpu *cpu, int tasks, size_t elements, glm_task fn, const void *args)
+{
+    glm_pool_run(cpu->pool, tasks, ns_of(elements), fn, args);
+}
+
 /* Rows for one task, so that a task has some work to do. */
 static int rows_for(size_t width)
 {
@@ -36,13 +47,13 @@ static int rows_for(size_t width)
 static void run_rows(struct cpu *cpu, glm_task fn, struct row_args *a, size_t width)
 {
     a->rows = rows_for(width);
-    glm_pool_run(cpu->pool, ceil_div((size_t)a->N, (size_t)a->rows), fn, a);
+    run(cpu, ceil_div((size_t)a->N, (size_t)a->rows), a->N * width, fn, a);
 }
 
 static void run_flat(struct cpu *cpu, glm_task fn, struct flat_args *a)
 {
     a->piece = a->n / ELEMENTS > 1 << 20 ? a->n >> 20 : ELEMENTS;
-    glm_pool_run(cpu->pool, ceil_div(a->n, a->piece), fn, a);
+    run(cpu, ceil_div(a->n, a->piece), a->n, fn, a);
 }
 
 /* ---- embedding, gather, cache: copies of rows */
@@ -61,7 +72,7 @@ static void run_copy(struct cpu *cpu, glm_task fn, struct copy_args *a)
 {
     a->k = cpu->k;
     a->rows = rows_for((size_t)a->C);
-    glm_pool_run(cpu->pool, ceil_div((size_t)a->N, (size_t)a->rows), fn, a);
+    run(cpu, ceil_div((size_t)a->N, (size_t)a->rows), (size_t)a->N * a->C, fn, a);
 }
 
 static void embedding_task(const void *arg, int task, char *scratch)
@@ -99,7 +110,7 @@ static void embedding_backward(void *cx, void *dweight, const void *dout, const 
     struct cpu *cpu = cx;
     const struct copy_args a = {
         .k = cpu->k, .out = dweight, .inp = dout, .index = ids, .N = N, .C = C};
-    glm_pool_run(cpu->pool, ceil_div((size_t)C, PIECE), embedding_backward_task, &a);
+    run(cpu, ceil_div((size_t)C, PIECE), (size_t)N * C, embedding_backward_task, &a);
 }
 
 static void gather_task(const void *arg, int task, char *scratch)
@@ -165,8 +176,8 @@ static void prefix_forward(void *cx, void *out, const void *inp, int P, int J, i
 {
     struct cpu *cpu = cx;
     const struct prefix_args a = {out, inp, P, J, KV, copies, rows_for((size_t)KV), dropout};
-    glm_pool_run(cpu->pool, ceil_div((size_t)J * copies * P, (size_t)a.rows),
-                 cpu->k->prefix_forward, &a);
+    const size_t rows = (size_t)J * copies * P;
+    run(cpu, ceil_div(rows, (size_t)a.rows), rows * KV, cpu->k->prefix_forward, &a);
 }
 
 static void prefix_backward(void *cx, void *dinp, const void *dout, int P, int J, int KV,
@@ -175,7 +186,8 @@ static void prefix_backward(void *cx, void *dinp, const void *dout, int P, int J
     struct cpu *cpu = cx;
     const struct prefix_args a = {dinp,   dout, P, J, KV, copies, rows_for((size_t)KV * copies),
                                   dropout};
-    glm_pool_run(cpu->pool, ceil_div((size_t)P * J, (size_t)a.rows), cpu->k->prefix_backward, &a);
+    run(cpu, ceil_div((size_t)P * J, (size_t)a.rows), (size_t)P * J * KV * copies,
+        cpu->k->prefix_backward, &a);
 }
 
 /* ---- linear: the arithmetic is chosen, one operand packed, then tasks make tiles of the output */
@@ -196,9 +208,13 @@ static enum glm_dtype kind_of(const struct cpu *cpu, enum glm_dtype dtype, int g
  * enough for all threads to end together. What is computed does not depend on it. */
 static int tile_rows(const struct cpu *cpu, int N, int most, int columns)
 {
+    const int threads = glm_pool_threads(cpu->pool);
     int tiles = ceil_div((size_t)N, (size_t)most);
-    while (tiles * columns < 6 * glm_pool_threads(cpu->pool) && N > 8 * ROW_GROUP * tiles)
+    while (tiles * columns < 6 * threads && N > 8 * ROW_GROUP * tiles)
         tiles++;
+    if (tiles * columns < 6 * threads) /* a few of equal size: as many for each thread */
+        while (tiles * columns % threads && N > 4 * ROW_GROUP * tiles)
+            tiles++;
     return tiles ? ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), ROW_GROUP) * ROW_GROUP : 1;
 }
 
@@ -234,8 +250,8 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
     a->x = p->to;
     a->runs = p->runs;
     a->R = p->R;
-    glm_pool_run(cpu->pool, ceil_div((size_t)a->w->rows, (size_t)k->in_place_cols), k->nt_in_place,
-                 a);
+    glm_pool_run(cpu->pool, ceil_div((size_t)a->w->rows, (size_t)k->in_place_cols),
+                 products_ns((size_t)a->w->rows * a->w->cols * (N + 1)), k->nt_in_place, a);
 }
 
 static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
@@ -279,8 +295,9 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
         p.x = (const float *)inp + (size_t)n * I;
         a.out = (float *)out + (size_t)n * O;
         a.rows = tile_rows(cpu, a.N, accumulate ? NT_ROWS_ADDED : NT_ROWS, columns);
-        glm_pool_run(cpu->pool, ceil_div((size_t)a.N, (size_t)p.R), k->pack_x, &p);
-        glm_pool_run(cpu->pool, ceil_div((size_t)a.N, (size_t)a.rows) * columns, k->nt, &a);
+        run(cpu, ceil_div((size_t)a.N, (size_t)p.R), (size_t)a.N * I, k->pack_x, &p);
+        glm_pool_run(cpu->pool, ceil_div((size_t)a.N, (size_t)a.rows) * columns,
+                     products_ns((size_t)a.N * O * I), k->nt, &a);
     }
 }
 
@@ -315,8 +332,9 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
                                     .M = p.N,
                                     .accumulate = accumulate,
                                     .rows = tile_rows(cpu, p.N, GEMM_ROWS, columns)};
-        glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)k->a_rows), k->pack_a, &p);
-        glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)g.rows) * columns, k->gemm, &g);
+        run(cpu, ceil_div((size_t)p.N, (size_t)k->a_rows), (size_t)p.N * K, k->pack_a, &p);
+        glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)g.rows) * columns,
+                     products_ns((size_t)p.N * K * b->cols), k->gemm, &g);
     }
 }
 
@@ -355,7 +373,7 @@ static void linear_backward_weight(void *cx, void *dweight, void *dbias, const v
     }
     if (dbias) {
         const struct row_args a = {.out = dbias, .a = dout, .N = N, .C = O};
-        glm_pool_run(cpu->pool, ceil_div((size_t)O, 64), column_sum_task, &a);
+        run(cpu, ceil_div((size_t)O, 64), (size_t)N * O, column_sum_task, &a);
     }
 }
 
@@ -387,7 +405,7 @@ static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *do
     run_rows(cpu, cpu->k->rmsnorm_backward, &a, (size_t)C);
     if (dweight) {
         a.out = dweight;
-        glm_pool_run(cpu->pool, ceil_div((size_t)C, 64), cpu->k->rmsnorm_dweight, &a);
+        run(cpu, ceil_div((size_t)C, 64), (size_t)N * C, cpu->k->rmsnorm_dweight, &a);
     }
 }
 
@@ -399,7 +417,8 @@ static void rope(void *cx, void *x, const void *table, const int32_t *position, 
                                 N,      heads,      HD,
                                 stride, rotary_dim, rows_for((size_t)heads * rotary_dim * 2),
                                 sign};
-    glm_pool_run(cpu->pool, ceil_div((size_t)N, (size_t)r.rows), cpu->k->rope, &r);
+    run(cpu, ceil_div((size_t)N, (size_t)r.rows), (size_t)N * heads * rotary_dim * 2, cpu->k->rope,
+        &r);
 }
 
 static void rope_forward(void *cx, void *x, const void *table, const int32_t *position, int N,
@@ -412,6 +431,18 @@ static void rope_backward(void *cx, void *dx, const void *table, const int32_t *
                           int heads, int HD, int stride, int rotary_dim)
 {
     rope(cx, dx, table, position, N, heads, HD, stride, rotary_dim, -1);
+}
+
+/* Of the queries of all segments with all keys that they may see, about. */
+static size_t attention_ns(const struct glm_segment *segments, int n, struct glm_heads heads)
+{
+    size_t pairs = 0;
+    for (int i = 0; i < n; i++) {
+        const struct glm_segment *s = &segments[i];
+        pairs += (size_t)s->count * heads.NH *
+                 ((size_t)s->shared_count + s->past_count + s->count / 2 + 1);
+    }
+    return pairs + products_ns(pairs * 2 * heads.HD);
 }
 
 static void attention_forward(void *cx, void *out, void *lse, const void *qkv, struct glm_kv cache,
@@ -430,7 +461,7 @@ static void attention_forward(void *cx, void *out, void *lse, const void *qkv, s
     for (int i = 0; i < n_segments; i++)
         tasks += att_parts(&segments[i], heads) * heads.KVH;
     glm_pool_run(
-        cpu->pool, tasks,
+        cpu->pool, tasks, attention_ns(segments, n_segments, heads),
         cpu->compute == GLM_F32 ? cpu->k->attention_forward : cpu->k->attention_forward_bf16, &a);
 }
 
@@ -452,6 +483,7 @@ static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const
                                .heads = heads};
     glm_pool_run(
         cpu->pool, dcache.k ? heads.KVH : n_segments * heads.KVH,
+        3 * attention_ns(segments, n_segments, heads),
         cpu->compute == GLM_F32 ? cpu->k->attention_backward : cpu->k->attention_backward_bf16, &a);
 }
 
@@ -536,7 +568,7 @@ static void sum_squares(void *cx, double *out, const void *x, size_t n)
         const int pieces = ceil_div(count, PIECE);
         const struct flat_args f = {
             .p = {cpu->partial}, .q = {(const float *)x + begin}, .n = count};
-        glm_pool_run(cpu->pool, pieces, cpu->k->sum_squares, &f);
+        run(cpu, pieces, count, cpu->k->sum_squares, &f);
         for (int i = 0; i < pieces; i++)
             *out += cpu->partial[i];
     }
@@ -548,7 +580,7 @@ static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
     struct row_args a = {
         .out = cpu->found, .a = x, .N = N, .C = C, .rows = ceil_div((size_t)N, FINDERS)};
     const int tasks = N ? ceil_div((size_t)N, (size_t)a.rows) : 0;
-    glm_pool_run(cpu->pool, tasks, cpu->k->nonfinite, &a);
+    run(cpu, tasks, (size_t)N * C, cpu->k->nonfinite, &a);
     *row = -1;
     for (int i = 0; i < tasks && *row < 0; i++)
         *row = cpu->found[i];
@@ -556,16 +588,9 @@ static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
 
 static void argmax(void *cx, int32_t *id, const void *x, int M, int V)
 {
-    (void)cx;
-    for (int m = 0; m < M; m++) {
-        const float *row = (const float *)x + (size_t)m * V;
-        int best = 0, finite = 1;
-        for (int v = 0; v < V; v++) {
-            finite &= isfinite(row[v]) != 0;
-            best = row[v] > row[best] ? v : best;
-        }
-        id[m] = finite ? best : -1;
-    }
+    struct cpu *cpu = cx;
+    struct row_args a = {.out = id, .a = x, .N = M, .C = V};
+    run_rows(cpu, cpu->k->argmax, &a, (size_t)V);
 }
 
 static void adamw(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr,
@@ -586,7 +611,8 @@ static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, con
 {
     struct cpu *cpu = cx;
     const struct merge_args a = {data, dtype, B, A, O, I, R, rows_for((size_t)I * R), (float)scale};
-    glm_pool_run(cpu->pool, ceil_div((size_t)O, (size_t)a.rows), cpu->k->merge, &a);
+    glm_pool_run(cpu->pool, ceil_div((size_t)O, (size_t)a.rows), products_ns((size_t)O * I * R),
+                 cpu->k->merge, &a);
 }
 
 static void convert(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,
@@ -603,7 +629,8 @@ static void quantize(void *cx, void *data, uint16_t *scale, enum glm_dtype dtype
     struct cpu *cpu = cx;
     const struct quantize_args a = {
         data, scale, inp, dtype, inp_dtype, group, rows, cols, rows_for((size_t)cols * 8)};
-    glm_pool_run(cpu->pool, ceil_div((size_t)rows, (size_t)a.rows_a_task), cpu->k->quantize, &a);
+    run(cpu, ceil_div((size_t)rows, (size_t)a.rows_a_task), (size_t)rows * cols * 8,
+        cpu->k->quantize, &a);
 }
 
 static void rope_append(void *cx, struct glm_kv cache, void *qkv, const void *table,

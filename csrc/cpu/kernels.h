@@ -140,7 +140,7 @@ struct glm_cpu_kernels {
     glm_task prefix_forward, prefix_backward;
     glm_task cross_entropy_forward, cross_entropy_backward;
     glm_task add, sum_squares, adamw, tanh_forward, tanh_backward, convert, merge, nonfinite,
-        quantize;
+        argmax, quantize;
     void (*load_row)(float *out, const void *row, enum glm_dtype dtype,
                      int n); /* n elements as float */
     void (*add_row)(float *to, const float *from, int n);

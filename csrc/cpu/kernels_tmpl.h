@@ -62,6 +62,7 @@ const struct glm_cpu_kernels TABLE(NAME) = {
     .convert = convert_task,
     .merge = merge_task,
     .nonfinite = nonfinite_task,
+    .argmax = argmax_task,
     .quantize = quantize_task,
     .load_row = load_row,
     .add_row = add_row,

@@ -9,7 +9,15 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_THREADS = 256, SPINS = 4000 };
+enum {
+    MAX_THREADS = 256,
+    SPINS = 4000,
+    /* Nanoseconds of work that are worth handing out: to workers that look for it, to workers that
+     * must be woken first; and that a thread takes at least at a time. */
+    SHARED = 4000,
+    WOKEN = 20000,
+    TAKEN = 1000,
+};
 
 #ifdef CLOCK_MONOTONIC_COARSE
 #define POLL_CLOCK CLOCK_MONOTONIC_COARSE /* read before every task */
@@ -30,7 +38,7 @@ struct glm_pool {
      * it took in. A worker that sleeps through a run is not waited for. */
     atomic_ullong state;
     atomic_int next, asleep, waiting, stop, busy, quit;
-    int n_tasks;
+    int n_tasks, take; /* tasks, and how many a thread takes at a time */
     glm_task fn;
     const void *arg;
     int (*poll)(void *arg);
@@ -52,14 +60,19 @@ static void relax(void)
 #endif
 }
 
+/* The next tasks that nobody has taken; 0: all are, or the run is to stop. */
+static int take_tasks(struct glm_pool *pool, int *begin, int *end)
+{
+    *begin = atomic_fetch_add_explicit(&pool->next, pool->take, memory_order_relaxed);
+    *end = pool->n_tasks - *begin < pool->take ? pool->n_tasks : *begin + pool->take;
+    return *begin < *end && !atomic_load_explicit(&pool->stop, memory_order_relaxed);
+}
+
 static void work(struct glm_pool *pool, char *scratch)
 {
-    for (;;) {
-        const int task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
-        if (task >= pool->n_tasks || atomic_load_explicit(&pool->stop, memory_order_relaxed))
-            return;
-        pool->fn(pool->arg, task, scratch);
-    }
+    for (int task, end; take_tasks(pool, &task, &end);)
+        for (; task < end; task++)
+            pool->fn(pool->arg, task, scratch);
 }
 
 /* Whether there is something for a worker that has been in run `seen`. */
@@ -144,6 +157,7 @@ struct glm_pool *glm_pool_create(void)
         return NULL;
     }
     pool->threads = default_threads();
+    pool->pid = (long)getpid();
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->done, NULL);
@@ -255,15 +269,9 @@ static void poll_now_and_then(struct glm_pool *pool)
 
 static void work_and_poll(struct glm_pool *pool)
 {
-    for (;;) {
-        const int task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
-        if (task >= pool->n_tasks)
-            return;
-        poll_now_and_then(pool);
-        if (atomic_load_explicit(&pool->stop, memory_order_relaxed))
-            return;
-        pool->fn(pool->arg, task, pool->caller_scratch);
-    }
+    for (int task, end; poll_now_and_then(pool), take_tasks(pool, &task, &end);)
+        for (; task < end; task++)
+            pool->fn(pool->arg, task, pool->caller_scratch);
 }
 
 /* No worker enters any more; returns when those inside have left. */
@@ -282,7 +290,15 @@ static void close_run(struct glm_pool *pool)
     pthread_mutex_unlock(&pool->mutex);
 }
 
-void glm_pool_run(struct glm_pool *pool, int n_tasks, glm_task fn, const void *arg)
+/* Tasks for a thread to take at a time: enough to be worth it, few enough that all end together. */
+static int taken(const struct glm_pool *pool, int n_tasks, size_t ns)
+{
+    const size_t few = (size_t)n_tasks * TAKEN / (ns + 1), most = (size_t)n_tasks;
+    const size_t fair = most / (4 * (size_t)pool->threads) + 1;
+    return (int)(few < 1 ? 1 : few < fair ? few : fair);
+}
+
+void glm_pool_run(struct glm_pool *pool, int n_tasks, size_t ns, glm_task fn, const void *arg)
 {
     if (n_tasks < 1)
         return;
@@ -294,10 +310,18 @@ void glm_pool_run(struct glm_pool *pool, int n_tasks, glm_task fn, const void *a
         free(scratch);
         return;
     }
-    const int alone = n_tasks == 1 || pool->threads == 1;
+    if (ns < SHARED) { /* too short to look at the clock, too */
+        for (int task = 0; task < n_tasks; task++)
+            fn(arg, task, pool->caller_scratch);
+        atomic_store(&pool->busy, 0);
+        return;
+    }
+    const int alone =
+        n_tasks == 1 || pool->threads == 1 || (ns < WOKEN && atomic_load(&pool->asleep));
     if (!alone)
         start_workers(pool);
     pool->n_tasks = n_tasks;
+    pool->take = taken(pool, n_tasks, ns);
     pool->fn = fn;
     pool->arg = arg;
     atomic_store_explicit(&pool->next, 0, memory_order_relaxed);

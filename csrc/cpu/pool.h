@@ -21,7 +21,8 @@ void glm_pool_set_poll(struct glm_pool *pool, int (*poll)(void *arg), void *arg)
 int glm_pool_stopped(const struct glm_pool *pool);
 
 /* Runs fn(arg, 0 .. n_tasks - 1); returns when all are done, or skipped because poll asked to stop.
- */
-void glm_pool_run(struct glm_pool *pool, int n_tasks, glm_task fn, const void *arg);
+ * ns: about what they cost one thread together; of little the caller does all, since handing it out
+ * costs more. */
+void glm_pool_run(struct glm_pool *pool, int n_tasks, size_t ns, glm_task fn, const void *arg);
 
 #endif

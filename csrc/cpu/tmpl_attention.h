@@ -183,19 +183,10 @@ INLINE void att_turn(int bf16, float *to, const struct att_sizes *z, const float
 {
     for (int r = 0; r < n; r += VL)
         for (int u = 0; u < z->units; u += VL) {
-            vf x[VL], y[VL];
+            vf x[VL];
             for (int i = 0; i < VL; i++)
                 x[i] = r + i < n ? load_units(bf16, rows[r + i], u, z->HD, 1.0f) : (vf){0};
-            for (int half = VL / 2; half; half /= 2) { /* each stage shuffles the rows like cards */
-#pragma GCC unroll 8
-                for (int i = 0; i < VL / 2; i++) {
-                    y[2 * i] = LOW(x[i], x[i + VL / 2]);
-                    y[2 * i + 1] = HIGH(x[i], x[i + VL / 2]);
-                }
-#pragma GCC unroll 16
-                for (int i = 0; i < VL; i++)
-                    x[i] = y[i];
-            }
+            turn(x);
             for (int i = 0; i < VL; i++)
                 store(to + (size_t)r * z->units + (size_t)(u + i) * VL, x[i]);
         }
@@ -205,8 +196,9 @@ INLINE void att_turn(int bf16, float *to, const struct att_sizes *z, const float
 INLINE void att_scores(int bf16, float *s, const struct att_sizes *z, const float *packed, int keys,
                        const float *turned, int lanes)
 {
+    const int used = bf16 ? (z->HD + 1) / 2 : z->HD; /* units that are not all padding */
     att_product(bf16, 0, s, LD, keys, packed, VL, 1, z->step, turned, (size_t)z->units * VL,
-                (lanes + VL - 1) / VL, z->units / VL, VL);
+                (lanes + VL - 1) / VL, used < VL ? 1 : z->units / VL, used < VL ? used : VL);
 }
 
 /* out[lane][feature] (+)= sum over keys of p[key][lane] * packed[key]. Where pairs are multiplied,
@@ -223,7 +215,7 @@ INLINE void att_add_keys(int bf16, int add, float *out, const struct att_sizes *
                       PAIRED(load(p + j * LD + i), load(p + (j + 1) * LD + i)));
     }
     att_product(bf16, add, out, (size_t)z->features, lanes, from, 1, LD, 0, packed, z->sum_step,
-                z->features / VL, 1, bf16 ? (keys + 1) / 2 : keys);
+                (z->HD + VL - 1) / VL, 1, bf16 ? (keys + 1) / 2 : keys);
 }
 
 /* out[key][feature] += sum over lanes of p[key][lane] * packed[lane] */
@@ -240,7 +232,7 @@ INLINE void att_add_lanes(int bf16, float *out, const struct att_sizes *z, float
                       NEIGHBOURS(load(p + j * LD + i), load(p + j * LD + i + VL)));
     }
     att_product(bf16, 1, out, (size_t)z->features, keys, from, bf16 ? LD / 2 : LD, 1, 0, packed,
-                z->sum_step, z->features / VL, 1, bf16 ? (lanes + 1) / 2 : lanes);
+                z->sum_step, (z->HD + VL - 1) / VL, 1, bf16 ? (lanes + 1) / 2 : lanes);
 }
 
 INLINE vi lanes_see(const int32_t *seen, int j) { return *(const vi *)seen > (vi){0} + j; }
@@ -252,13 +244,16 @@ struct att_lanes {
     const float *rows[ATT_BLOCK];
 };
 
+/* Lanes of the vectors that hold so many. */
+INLINE int whole_lanes(int count) { return (count + VL - 1) / VL * VL; }
+
 INLINE void att_set_lanes(struct att_lanes *l, const struct glm_segment *s, int group, int first,
                           int block)
 {
     const int left = s->count * group - first;
     l->first = first;
     l->count = left < block ? left : block;
-    for (int i = 0; i < ATT_BLOCK; i++)
+    for (int i = 0; i < whole_lanes(l->count); i++)
         l->seen[i] = i < l->count ? last_visible(s, (first + i) / group) : 0;
 }
 
@@ -340,7 +335,7 @@ INLINE void attention_forward_part(int bf16, const struct att_args *a, int task,
         for (int i = 0; i < l->count; i++)
             l->rows[i] = lane_row(a->qkv, width, s, a->heads, g, first + i);
         att_turn(bf16, turned + panels * panel, &z, l->rows, l->count);
-        for (int i = 0; i < ATT_BLOCK; i++) {
+        for (int i = 0; i < whole_lanes(l->count); i++) {
             top[panels][i] = -INFINITY;
             sum[panels][i] = 0;
         }
@@ -376,7 +371,7 @@ INLINE void attention_forward_part(int bf16, const struct att_args *a, int task,
             att_scores(bf16, score, &z, kb, n, turned + p * panel, l->count);
             att_softmax(score, n, all, j0, l, top[p], sum[p], keep);
             for (int i = 0; j0 && i < l->count; i++)
-                for (int d = 0; keep[i] != 1.0f && d < z.features; d += VL)
+                for (int d = 0; keep[i] != 1.0f && d < HD; d += VL)
                     store(o + (size_t)i * z.features + d,
                           load(o + (size_t)i * z.features + d) * splat(keep[i]));
             att_add_keys(bf16, j0 > 0, o, &z, score, vb, n, l->count);
@@ -465,7 +460,7 @@ INLINE void attention_backward_segment(int bf16, const struct att_args *a,
                 D[i] = dot_row(douts[i], a->out + at * HD, HD);
                 lse[i] = a->lse[at] * LOG2E;
             }
-            for (int i = l.count; i < ATT_BLOCK; i++)
+            for (int i = l.count; i < whole_lanes(l.count); i++)
                 D[i] = lse[i] = 0;
             int n = l.seen[l.count - 1] - j0, all = l.seen[0] - j0;
             n = n < block ? n : block;

@@ -121,8 +121,8 @@ INLINE void load_chunk(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype
 /* The same for the last n columns of a row: zeros follow. */
 INLINE void load_last(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype dtype, int n)
 {
-    char end[4 * VB] __attribute__((aligned(64))) = {0};
-    memcpy(end, p, glm_bytes(dtype, (size_t)n));
+    char end[4 * VB] __attribute__((aligned(64)));
+    COPY_PART(end, p, glm_bytes(dtype, (size_t)n));
     load_chunk(v, end, kind, dtype);
 }
 
@@ -559,10 +559,11 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
                         *sum += run->value[j] * (float)q[run->column[j]];
                 }
             }
-    for (int n = 0; n < a->N; n++)
-        for (int o = 0; o < cols; o++)
-            tile[n * IN_PLACE_COLS + o] =
-                ((float *)(sums + (n / R * steps + o / C) * S))[n % R * C + o % C];
+    for (int g = 0; g < groups; g++)
+        for (int step = 0; step < steps; step++)
+            for (int r = 0; r < R; r++)
+                memcpy(tile + (g * R + r) * IN_PLACE_COLS + step * C,
+                       (float *)(sums + (g * steps + step) * S) + r * C, (size_t)C * 4);
 }
 
 /* Columns of a packed panel of W that outliers of x meet, as bytes, taken out once a run. */
@@ -689,7 +690,14 @@ INLINE void finish(const struct nt_args *a, float *tile, size_t ldt, int n0, int
     for (int n = 0; n < rows; n++) {
         float *out = a->out + (size_t)(n0 + n) * a->ldo + (size_t)o0 * a->ldc;
         const float *from = tile + n * ldt;
-        for (int o = 0; o < cols; o++) {
+        int o = 0;
+        for (; a->ldc == 1 && o + VL <= cols; o += VL) {
+            vf v = splat(a->scale) * (load(from + o) * load(factor + o));
+            if (a->bias)
+                v += load(a->bias + o0 + o);
+            store(out + o, a->accumulate ? load(out + o) + v : v);
+        }
+        for (; o < cols; o++) {
             float v = a->scale * (from[o] * factor[o]);
             if (a->bias)
                 v += a->bias[o0 + o];

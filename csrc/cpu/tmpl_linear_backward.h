@@ -120,24 +120,24 @@ static void pack_a_task(const void *arg, int task, char *scratch)
         return;
     }
     if (p->kind == GLM_BF16 && p->ak == 1) {
-        for (int r = 0; r < MR; r++)
-            for (int k = 0; k < p->K; k += 2 * VL) {
-                float pair[VL] __attribute__((aligned(64)));
-                const int n = r >= rows ? 0 : p->K - k < 2 * VL ? p->K - k : 2 * VL;
-                vf v[2] = {{0}};
-                if (n)
-                    load_natural(v, (const char *)(from + r * p->am + k), GLM_F32, n);
+        for (int k = 0; k < p->K; k += 2 * VL) {
+            const int n = p->K - k < 2 * VL ? p->K - k : 2 * VL;
+            vf x[VL] = {{0}}, f[2] = {{0}};
+            if (p->factor)
+                load_natural(f, (const char *)(p->factor + k), GLM_F16, n);
+            for (int r = 0; r < rows; r++) {
+                vf v[2];
+                load_natural(v, (const char *)(from + r * p->am + k), GLM_F32, n);
                 if (p->factor) {
-                    vf f[2];
-                    load_natural(f, (const char *)(p->factor + k), GLM_F16,
-                                 p->K - k < 2 * VL ? p->K - k : 2 * VL);
                     v[0] *= f[0];
                     v[1] *= f[1];
                 }
-                store(pair, TO_BF16(v[0] * splat(p->scale), v[1] * splat(p->scale)));
-                for (int i = 0; i < VL && k / 2 + i < units; i++)
-                    to[(size_t)(k / 2 + i) * MR + r] = pair[i];
+                x[r] = TO_BF16(v[0] * splat(p->scale), v[1] * splat(p->scale));
             }
+            turn(x);
+            for (int i = 0; i < VL && k / 2 + i < units; i++)
+                store_part(to + (size_t)(k / 2 + i) * MR, x[i], MR);
+        }
         return;
     }
     if (p->kind == GLM_BF16) {
@@ -151,13 +151,30 @@ static void pack_a_task(const void *arg, int task, char *scratch)
         return;
     }
 #endif
-    for (int r = 0; r < MR; r++)
+    if (p->am == 1 && !p->factor) {
         for (int k = 0; k < p->K; k++) {
-            float v = r < rows ? p->scale * from[r * p->am + k * p->ak] : 0;
-            if (p->factor)
-                v *= half_to_float(p->factor[k]);
-            to[(size_t)k * MR + r] = v;
+            const float *at = from + k * p->ak;
+            const vf v = rows == MR ? load_part(at, MR) : load_part(at, rows);
+            store_part(to + (size_t)k * MR, v * splat(p->scale), MR);
         }
+        return;
+    }
+    for (int k = 0; k < p->K; k += VL) {
+        const int n = p->K - k < VL ? p->K - k : VL;
+        float factor[VL] = {0};
+        vf x[VL] = {{0}};
+        if (p->factor)
+            load_row(factor, p->factor + k, GLM_F16, n);
+        for (int r = 0; r < rows; r++) {
+            const float *at = from + r * p->am + k;
+            x[r] = (n == VL ? load(at) : load_part(at, n)) * splat(p->scale);
+            if (p->factor)
+                x[r] *= load(factor);
+        }
+        turn(x);
+        for (int i = 0; i < n; i++)
+            store_part(to + (size_t)(k + i) * MR, x[i], MR);
+    }
 }
 
 /* Rows k0 .. k0 + K - 1 of B, columns n0 .. n0 + cols - 1, as panels of NR columns: units one after

@@ -419,3 +419,40 @@ static void nonfinite_task(const void *arg, int task, char *scratch)
         }
     }
 }
+
+/* out[n] = the first of the largest elements of row n, or -1 where one is not finite */
+static void argmax_task(const void *arg, int task, char *scratch)
+{
+    const struct row_args *a = arg;
+    const int V = a->C;
+    (void)scratch;
+    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
+        const float *x = (const float *)a->a + (size_t)n * V;
+        int best = 0, v = 0, finite = 1;
+        if (V >=
+            VL) { /* lane by lane: the first of its largest, and 0 * x, which is NaN at times */
+            vf most = load(x), bad = most * splat(0.0f);
+            vi at = {0}, from = {0};
+            for (v = VL; v + VL <= V; v += VL) {
+                const vf y = load(x + v);
+                const vi more = y > most;
+                from += VL;
+                most = choose(more, y, most);
+                at = (more & from) | (~more & at);
+                bad += y * splat(0.0f);
+            }
+            finite = lane_sum(bad) == 0;
+            best = at[0];
+            for (int i = 1; i < VL; i++) {
+                const int other = at[i] + i;
+                if (x[other] > x[best] || (x[other] == x[best] && other < best))
+                    best = other;
+            }
+        }
+        for (; v < V; v++) {
+            finite &= x[v] * 0.0f == 0;
+            best = x[v] > x[best] ? v : best;
+        }
+        ((int32_t *)a->out)[n] = finite ? best : -1;
+    }
+}

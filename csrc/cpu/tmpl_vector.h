@@ -37,6 +37,8 @@ INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (v
 #define MULTIPLY_EVEN(x, m) (((x) & 0xffffffffu) * (uint64_t)(m))
 #endif
 
+/* The first n floats at p, then zeros; and back. Without them: copies through memory. */
+#ifndef LOAD_PART
 INLINE vf load_part(const float *p, int n)
 {
     vf v = {0};
@@ -45,6 +47,20 @@ INLINE vf load_part(const float *p, int n)
 }
 
 INLINE void store_part(float *p, vf v, int n) { memcpy(p, &v, (size_t)n * 4); }
+#else
+INLINE vf load_part(const float *p, int n) { return LOAD_PART(p, n); }
+INLINE void store_part(float *p, vf v, int n) { STORE_PART(p, v, n); }
+#endif
+
+/* So many bytes, fewer than four vectors; zeros follow up to those. */
+#ifndef COPY_PART
+INLINE void copy_part(char *to, const char *from, size_t bytes)
+{
+    memset(to, 0, 16 * VL);
+    memcpy(to, from, bytes);
+}
+#define COPY_PART copy_part
+#endif
 
 INLINE float lane_sum(vf v)
 {
@@ -89,6 +105,22 @@ INLINE v4 sum4(vf a, vf b, vf c, vf d)
 #define HIGH(a, b) \
     __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #endif
+
+/* Lane j of vector i becomes lane i of vector j: each stage shuffles the vectors like cards. */
+INLINE void turn(vf *x)
+{
+    vf y[VL];
+    for (int half = VL / 2; half; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < VL / 2; i++) {
+            y[2 * i] = LOW(x[i], x[i + VL / 2]);
+            y[2 * i + 1] = HIGH(x[i], x[i + VL / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++)
+            x[i] = y[i];
+    }
+}
 
 /* ---- number types */
 

@@ -61,6 +61,7 @@ glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int row
                         "after %d shared",
                         m->arch.max_positions, rows, capacity, shared_capacity);
     GLM_TRY(glm_weights_complete(m, err));
+    GLM_TRY(glm_rope_reach(m, (int64_t)shared_capacity + capacity, err));
     struct glm_cache *c = calloc(1, sizeof *c);
     int32_t *lengths = calloc((size_t)rows, sizeof *lengths);
     const int64_t slots = (int64_t)m->prefix_length + shared_capacity + (int64_t)rows * capacity;
@@ -168,6 +169,8 @@ glm_status glm_cache_grow(struct glm_cache *c, int capacity, struct glm_error *e
         return glm_fail(err, GLM_EVALUE,
                         "capacity: expected at most the model's %d positions, got %d",
                         c->model->arch.max_positions, capacity);
+    if (c->be == c->model->be) /* else it is refused where it is used */
+        GLM_TRY(glm_rope_reach(c->model, (int64_t)c->shared_capacity + capacity, err));
     const int first = c->prefix_length + c->shared_capacity;
     const int64_t slots = first + (int64_t)c->rows * capacity;
     size_t bytes = 0;

@@ -104,7 +104,8 @@ struct glm_model {
     int prefix_length;
     double prefix_dropout;
     int lora_on;
-    void *rope_table; /* (max_positions, rotary_dim / 2, 2) real */
+    void *rope_table; /* (max_positions, rotary_dim / 2, 2) real; rope_rows of them are there */
+    int rope_rows;
     int *trainable, n_trainable;
     char *block; /* values, gradients, first and second moments, block_size elements each, and a
                   * double */
@@ -166,6 +167,8 @@ int glm_lowest_layer(const struct glm_model *m);
 
 /* model/weights.c */
 glm_status glm_weights_complete(struct glm_model *m, struct glm_error *err);
+/* The rotary table has so many positions, or all. */
+glm_status glm_rope_reach(struct glm_model *m, int64_t positions, struct glm_error *err);
 
 /* model/prefix.c */
 void glm_prefix_forward(struct glm_model *m);

@@ -85,10 +85,12 @@ glm_status glm_model_move(struct glm_model *m, struct glm_backend *to, const int
         block->bytes = 4 * m->block_size * size + sizeof(double);
         status = carry(block, from, to, bounce, "parameters, gradients and moments", err);
     }
-    if (status == GLM_OK) {
-        table->from = m->rope_table;
+    if (status == GLM_OK) { /* filled again where it is read */
         table->bytes = (size_t)m->arch.max_positions * m->arch.rotary_dim * size;
-        status = carry(table, from, to, bounce, "rotary table", err);
+        table->to = to->alloc(to, table->bytes);
+        if (!table->to)
+            status = glm_fail(err, GLM_EMEMORY, "rotary table: %zu bytes could not be taken on %s",
+                              table->bytes, to->name);
     }
     if (status == GLM_OK && to->stopped(to))
         status = glm_fail(err, GLM_EINTERRUPTED, "interrupted");
@@ -112,6 +114,7 @@ glm_status glm_model_move(struct glm_model *m, struct glm_backend *to, const int
         glm_arena_free(&m->arena, from);
         m->block = block->to;
         m->rope_table = table->to;
+        m->rope_rows = 0;
         m->be = to;
         m->version++;
     }

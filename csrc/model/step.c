@@ -241,6 +241,7 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
     struct glm_step *s = &m->step;
     GLM_TRY(glm_model_plan(m, N, S, M, training, budget, &plan, err));
     set_sizes(m, s, N, S, M, training, 1, training, NULL);
+    GLM_TRY(glm_rope_reach(m, N - S + 1, err)); /* no segment is longer */
     GLM_TRY(take_memory(m, s, budget, err));
     if (training) { /* a smaller batch keeps more layers, but not beyond what was taken */
         const int all = s->kept_layers >= m->arch.layers - glm_lowest_layer(m);
@@ -305,6 +306,7 @@ static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
     s->host_losses =
         (void *)(((uintptr_t)(prefix_stream + (size_t)s->prefix_copies * P) + 7) / 8 * 8);
     s->longest = 0;
+    int farthest = 0;
     for (int i = 0, n = 0; i < s->S; i++) {
         const int count = in->lengths[i], row = place && place->rows ? place->rows[i] : -1;
         const int past = row >= 0 ? c->lengths[row] : c ? c->shared_length : 0;
@@ -330,6 +332,7 @@ static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
                 i, count, start, m->arch.max_positions);
         for (int t = 0; t < count; t++, n++) {
             position[n] = in->positions ? in->positions[n] : start + t;
+            farthest = position[n] > farthest ? position[n] : farthest;
             stream[n] = (int32_t)(uint32_t)((m->progress.rows + i) & 0x7fffffff);
             slot[n] = first + past + t;
         }
@@ -344,6 +347,7 @@ static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
         row_position[i] = position[rows[i]];
         row_stream[i] = stream[rows[i]];
     }
+    GLM_TRY(glm_rope_reach(m, (int64_t)farthest + 1, err));
     be->upload(be, s->segments, segments, (size_t)s->S * sizeof *segments);
     be->upload(be, s->ids, in->ids, (size_t)N * 4);
     be->upload(be, s->position, position, (size_t)N * 4);

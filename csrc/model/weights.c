@@ -119,9 +119,10 @@ static glm_status round_half(struct glm_backend *be, float *x, size_t n, struct 
 
 /* ChatGLM2's float16 code rounds exponent, power, reciprocal, position and product (golden
  * long/half_*). */
-static glm_status half_angles(struct glm_model *m, float *angle, struct glm_error *err)
+static glm_status half_angles(struct glm_model *m, float *angle, int first, int T,
+                              struct glm_error *err)
 {
-    const int pairs = m->arch.rotary_dim / 2, T = m->arch.max_positions;
+    const int pairs = m->arch.rotary_dim / 2;
     float *inv = malloc((size_t)pairs * 4), *pos = malloc((size_t)T * 4);
     glm_status status =
         inv && pos ? GLM_OK : glm_fail(err, GLM_EMEMORY, "rotary table: %d positions", T);
@@ -138,7 +139,7 @@ static glm_status half_angles(struct glm_model *m, float *angle, struct glm_erro
     if (status == GLM_OK)
         status = round_half(m->be, inv, (size_t)pairs, err);
     for (int p = 0; status == GLM_OK && p < T; p++)
-        pos[p] = (float)p;
+        pos[p] = (float)(first + p);
     if (status == GLM_OK)
         status = round_half(m->be, pos, (size_t)T, err);
     if (status == GLM_OK && m->arch.rope_divisor != 1.0) {
@@ -156,35 +157,35 @@ static glm_status half_angles(struct glm_model *m, float *angle, struct glm_erro
     return status;
 }
 
-/* cos and sin of position / divisor * base^(-2j / rotary_dim), in the precision of the backend */
-static glm_status make_rope_table(struct glm_model *m, struct glm_error *err)
+/* Rows first .. first + T - 1: cos and sin of position / divisor * base^(-2j / rotary_dim), in the
+ * precision of the backend. */
+static glm_status fill_rope_table(struct glm_model *m, int first, int T, struct glm_error *err)
 {
     const struct glm_arch *a = &m->arch;
     const int pairs = a->rotary_dim / 2;
-    const size_t n = (size_t)a->max_positions * pairs;
+    const size_t n = (size_t)T * pairs;
     struct glm_backend *be = m->be;
-    m->rope_table = be->alloc(be, 2 * n * be->real_size);
     char *table = malloc(2 * n * be->real_size);
     float *angle = a->half_rope_table ? malloc(n * 4) : NULL;
-    if (!m->rope_table || !table || (a->half_rope_table && !angle)) {
+    if (!table || (a->half_rope_table && !angle)) {
         free(table);
         free(angle);
-        return glm_fail(err, GLM_EMEMORY, "rotary table: %d positions, %zu bytes", a->max_positions,
+        return glm_fail(err, GLM_EMEMORY, "rotary table: %d positions, %zu bytes", T,
                         2 * n * be->real_size);
     }
-    glm_status status = angle ? half_angles(m, angle, err) : GLM_OK;
+    glm_status status = angle ? half_angles(m, angle, first, T, err) : GLM_OK;
     for (int j = 0; status == GLM_OK && j < pairs; j++) {
         const double wide = pow(a->rope_base, -2.0 * j / a->rotary_dim);
         const float inv = 1.0f / powf((float)a->rope_base, (float)(2 * j) / (float)a->rotary_dim);
-        for (int p = 0; p < a->max_positions; p++) {
+        for (int p = 0; p < T; p++) {
             const size_t i = (size_t)p * pairs + j;
             if (be->real == GLM_F64 && !angle) {
-                const double t = p / a->rope_divisor * wide;
+                const double t = (first + p) / a->rope_divisor * wide;
                 ((double *)table)[2 * i] = cos(t);
                 ((double *)table)[2 * i + 1] = sin(t);
                 continue;
             }
-            const float t = angle ? angle[i] : (float)p / (float)a->rope_divisor * inv;
+            const float t = angle ? angle[i] : (float)(first + p) / (float)a->rope_divisor * inv;
             if (be->real == GLM_F64) {
                 ((double *)table)[2 * i] = cosf(t);
                 ((double *)table)[2 * i + 1] = sinf(t);
@@ -197,10 +198,34 @@ static glm_status make_rope_table(struct glm_model *m, struct glm_error *err)
     if (status == GLM_OK && angle && be->real == GLM_F32)
         status = round_half(be, (float *)table, 2 * n, err);
     if (status == GLM_OK)
-        be->upload(be, m->rope_table, table, 2 * n * be->real_size);
+        be->upload(be, glm_at(m, m->rope_table, (size_t)first * a->rotary_dim), table,
+                   2 * n * be->real_size);
     free(table);
     free(angle);
     return status;
+}
+
+glm_status glm_rope_reach(struct glm_model *m, int64_t positions, struct glm_error *err)
+{
+    enum { ROWS = 1024 }; /* at a time: all 32,768 of a large model take 12 ms */
+    const int first = m->rope_rows, T = m->arch.max_positions;
+    if (positions <= first || first == T)
+        return GLM_OK;
+    const int64_t whole = (positions + ROWS - 1) / ROWS * ROWS;
+    const int end = whole < T ? (int)whole : T;
+    GLM_TRY(fill_rope_table(m, first, end - first, err));
+    m->rope_rows = end;
+    return GLM_OK;
+}
+
+static glm_status make_rope_table(struct glm_model *m, struct glm_error *err)
+{
+    const size_t bytes = (size_t)m->arch.max_positions * m->arch.rotary_dim * m->be->real_size;
+    m->rope_table = m->be->alloc(m->be, bytes);
+    if (!m->rope_table)
+        return glm_fail(err, GLM_EMEMORY, "rotary table: %d positions, %zu bytes",
+                        m->arch.max_positions, bytes);
+    return glm_rope_reach(m, 1, err);
 }
 
 static glm_status check_arch(const struct glm_arch *a, struct glm_error *err)

@@ -57,7 +57,8 @@ static int begin_run(struct run *run, struct model_object *self)
     self->busy = 1;
     Py_INCREF(self);
     *run = (struct run){self, PyEval_SaveThread(), glm_model_backend(self->m)};
-    for (;;) { /* Ctrl-C must work while another model computes */
+    while (pthread_mutex_trylock(&state->computing) != 0) {
+        /* Ctrl-C must work while another model computes */
         struct timespec until;
         clock_gettime(CLOCK_REALTIME, &until);
         until.tv_nsec += 100000000;
