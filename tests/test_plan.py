@@ -4,10 +4,10 @@ import json
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
+from sides import SIX_B
 
 from glmlora import _core, cli, modeling
 from glmlora.configuration import ChatGLMConfig
@@ -158,10 +158,7 @@ def test_layers_are_kept_as_training_would_keep_them(folder, monkeypatch):
 def test_chatglm2_6b_trains_in_little_memory(tmp_path):
     """LoRA, 4 x 512 tokens: over int4 the whole process stays below 6.5 GB, mapped pages included;
     beyond float16 weights it needs 1.5 GB, of which 0.9 are the inputs of 28 layers."""
-    sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-    from six_b import CONFIG
-
-    config = json.loads((tiny_directory() / "config.json").read_text()) | CONFIG
+    config = json.loads((tiny_directory() / "config.json").read_text()) | SIX_B
     (tmp_path / "config.json").write_text(json.dumps(config))
     planned = plan(tmp_path, 4, 512, gradient_checkpointing=True, lora_rank=8)
     assert planned.kept_layers == 1
