@@ -1,7 +1,7 @@
 """Accuracy on the synthetic test after LoRA: over float32, int8 and int4 bases, and with products
 in bfloat16 and int8.
 
-    python benchmarks/quantized_quality.py [--rows float32,int8] [--papers 2000] [--keep DIR]
+    python benchmarks/quantized_quality.py [--rows float32,int8] [--seed 42] [--keep DIR]
 
 Trains glm-tiny as `glmlora demo` does, once for each row, and predicts with the base and the
 products it was trained with; then with the adapter that was trained in float32, as a user who
@@ -81,13 +81,15 @@ def told(papers, answers, first):
     return f"accuracy {accuracy:.4f}{points}, odd {odd}"
 
 
-def measure(papers, names, folder):
+def measure(papers, names, folder, seed):
     """Train, predict and print each row."""
     kept = folder / "float32"
     for name in names:
         begun = time.perf_counter()
         place = folder / name
-        settings = TRAINING | dict(plot_loss=False, disable_tqdm=True, logging_steps=1000)
+        settings = TRAINING | dict(
+            plot_loss=False, disable_tqdm=True, logging_steps=1000, seed=seed
+        )
         result = glmlora.train(
             papers.model(*ROWS[name]),
             papers.train,
@@ -112,6 +114,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--papers", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=42, help="of the training")
     parser.add_argument("--keep", type=Path)
     args = parser.parse_args()
     names = args.rows.split(",")
@@ -122,7 +125,7 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        measure(Papers(folder, args.papers), names, folder)
+        measure(Papers(folder, args.papers), names, folder, args.seed)
 
 
 if __name__ == "__main__":
