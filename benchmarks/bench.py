@@ -91,7 +91,8 @@ class Limits:
     """What the machine does at most, by limits.c: `now`, and `around` the last run, the better of
     before and after it, since a shared machine is not the same for long."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, threads=2):
+        self.threads = str(threads)
         self.program = str(folder / "limits")
         source = str(HERE / "limits.c")
         flags = ["-O3", "-march=native", "-std=c11"]
@@ -100,7 +101,9 @@ class Limits:
         self.measure()
 
     def measure(self):
-        out = subprocess.run([self.program, "2"], capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [self.program, self.threads], capture_output=True, text=True, check=True
+        )
         before, self.now = self.now, json.loads(out.stdout)
         self.around = {n: max(v, before.get(n, v)) for n, v in self.now.items()}
 

@@ -8,9 +8,7 @@ the time that a layer's products would take at the processor's peak for 16-bit n
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,23 +19,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from bench import Limits  # noqa: E402
 from ops import F16, Dropout, Heads, Mat, Ops, Segment  # noqa: E402
+from sides import SIX_B  # noqa: E402
 
 from glmlora import _core  # noqa: E402
 
-C, F, NH, KVH, HD, V = 4096, 13696, 32, 2, 128, 65024
+NAMES = "hidden_size ffn_hidden_size num_attention_heads multi_query_group_num kv_channels"
+C, F, NH, KVH, HD = (SIX_B[name] for name in NAMES.split())
+V = SIX_B["padded_vocab_size"]
 QKV = (NH + 2 * KVH) * HD
 PRODUCTS = 2 * (C * QKV + C * C + 3 * C * F)  # operations of a layer's products for one token
 BATCHES = {"4 x 512": [512] * 4, "1 x 2048": [2048], "uneven": [100, 357, 620, 971]}
-
-
-def limits(threads):
-    with tempfile.TemporaryDirectory() as folder:
-        program = f"{folder}/limits"
-        source = str(ROOT / "benchmarks" / "limits.c")
-        flags = ["-O3", "-march=native", "-std=c11", "-pthread"]
-        subprocess.run(["gcc", *flags, source, "-o", program], check=True)
-        return json.loads(subprocess.check_output([program, str(threads)], text=True))
 
 
 class Table:
@@ -201,7 +194,8 @@ def main():
     parser.add_argument("--only", default="")
     parser.add_argument("--reps", type=int, default=5)
     args = parser.parse_args()
-    limit = limits(_core.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        limit = Limits(Path(folder), _core.get_num_threads()).now
     ops, rng = Ops(f"cpu:{args.isa}"), np.random.default_rng(0)
     print(f"cpu:{args.isa}, {_core.get_num_threads()} threads, limits {limit}")
     table = Table(limit, args.reps, args.only)

@@ -25,21 +25,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from sides import SIX_B, glm_fields  # noqa: E402
+
 from glmlora import device as devices  # noqa: E402
 from glmlora import plan, selftest  # noqa: E402
 from glmlora.configuration import ChatGLMConfig  # noqa: E402
 from glmlora.peft import LoraConfig, get_peft_model  # noqa: E402
 
-SIX_B = dict(
-    num_layers=28,
-    hidden_size=4096,
-    ffn_hidden_size=13696,
-    kv_channels=128,
-    num_attention_heads=32,
-    multi_query_group_num=2,
-    padded_vocab_size=65024,
-    seq_length=32768,
-)
 TOY = dict(
     num_layers=2,
     hidden_size=64,
@@ -154,17 +146,7 @@ def theirs(sizes, toy, clock):
     except ImportError as error:
         return None, str(error), 0
     dtype = torch.bfloat16
-    config = transformers.GlmConfig(
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["ffn_hidden_size"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_attention_heads"],
-        num_key_value_heads=sizes["multi_query_group_num"],
-        head_dim=sizes["kv_channels"],
-        vocab_size=sizes["padded_vocab_size"],
-        attention_bias=True,
-        pad_token_id=0,
-    )
+    config = transformers.GlmConfig(**glm_fields(sizes))
     where = "cpu" if toy else "cuda"
     model = transformers.GlmForCausalLM(config).to(where, dtype).eval()
     prompt, rows, told = (24, 2, {}) if toy else (1024, 16, {})

@@ -14,34 +14,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
+from sides import SIX_B, Peak
 
 import glmlora
 from glmlora.checkpoint import Source, save_sharded
 from glmlora.project import tiny_directory
 
-CONFIG = dict(
-    _name_or_path="THUDM/chatglm2-6b",
-    num_layers=28,
-    hidden_size=4096,
-    ffn_hidden_size=13696,
-    kv_channels=128,
-    num_attention_heads=32,
-    multi_query_group_num=2,
-    padded_vocab_size=65024,
-    seq_length=32768,
-    torch_dtype="float16",
-)
-
 
 def make(directory, **changes):
     """The checkpoint; matrices are cut from one random block at different places. changes: of the
     config, e.g. num_layers=2."""
-    config = json.loads((tiny_directory() / "config.json").read_text()) | CONFIG | changes
+    config = json.loads((tiny_directory() / "config.json").read_text()) | SIX_B | changes
+    config["_name_or_path"] = "THUDM/chatglm2-6b"
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(tiny_directory() / name, directory / name)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
@@ -76,22 +64,6 @@ def make(directory, **changes):
         for i, (name, shape) in enumerate(shapes.items())
     ]
     save_sharded(directory, sources, max_shard_size=1_900_000_000)
-
-
-class Peak(threading.Thread):
-    """Largest RssAnon of this process, in bytes, sampled every 20 ms."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.bytes = 0
-        self.start()
-
-    def run(self):
-        while True:
-            for line in open("/proc/self/status"):
-                if line.startswith("RssAnon"):
-                    self.bytes = max(self.bytes, int(line.split()[1]) * 1024)
-            time.sleep(0.02)
 
 
 def measure(part, directory, tokens):

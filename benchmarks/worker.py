@@ -7,7 +7,7 @@ Prints {"ready": true, ..}, then for each line {"job": name, ..} of its input {"
 {"error": ..}. The peers in benchmarks/peers answer the same jobs. "seconds" are those of a model of
 `--whole` layers, whose layers are the directory's, again and again. Decoding runs it as it is; what
 takes long runs 1 and 2 layers, and each further one is counted as the second ("measured" is what
-was spent). Any job may carry "threads".
+was spent). Any job may carry "threads". The line in and the line out are of sides.py.
 
     gemm     module, rows, kind (F32, F16, I8), what (forward, dx), compute
     prefill  tokens                      logits after the last of them
@@ -24,10 +24,8 @@ was spent). Any job may carry "threads".
 
 import argparse
 import copy
-import json
 import re
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -36,32 +34,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from sides import Jobs, Peak, serve  # noqa: E402
+
 import glmlora  # noqa: E402
 from glmlora import _core, generation  # noqa: E402
 
 KEEP_ALL, KEEP_NONE = 1 << 40, 1  # budgets of activations
-
-
-class Peak(threading.Thread):
-    """Largest anonymous memory of this process in bytes since `reset`, sampled every 5 ms."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.reset()
-        self.start()
-
-    def reset(self):
-        self.bytes = self.now()
-
-    @staticmethod
-    def now(field="RssAnon"):
-        with open("/proc/self/status") as f:
-            return 1024 * int(re.search(field + r":\s+(\d+)", f.read()).group(1))
-
-    def run(self):
-        while True:
-            self.bytes = max(self.bytes, self.now())
-            time.sleep(0.005)
 
 
 def with_lora(model):
@@ -85,7 +63,7 @@ def step(core, ids, lengths, rows):
     core.step(lr=5e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
 
 
-class Worker:
+class Worker(Jobs):
     """A model, and one method for each job; each returns what is answered."""
 
     def __init__(self, directory, whole, compute, bits, group):
@@ -107,6 +85,13 @@ class Worker:
         self.read = self.weights - embedding  # by a step of decoding; of the embedding it is a row
         self.file.core.extend(self.file.core.cache(1, 8), [0], self.ids(8), np.array([8], np.int32))
         self.resident = self.peak.now("VmRSS") + (self.whole - self.here) * self.layer
+        self.threads = _core.get_num_threads()
+        self.told = {"threads": self.threads, "backend": self.file.core.backend}
+        self.told |= {"weights": self.weights, "read": self.read}
+
+    def do(self, job, threads=None, **fields):
+        _core.set_num_threads(threads or self.threads)
+        return super().do(job, **fields)
 
     def model(self, layers):
         """A new model of so many layers, bound to those of the directory again and again."""
@@ -298,20 +283,7 @@ def main():
     args = parser.parse_args()
     if args.cold:
         return cold(args.directory)
-    real, sys.stdout = sys.stdout, sys.stderr
-    worker = Worker(args.directory, args.whole, args.compute, args.bits, args.group)
-    threads = _core.get_num_threads()
-    told = {"ready": True, "threads": threads, "backend": worker.file.core.backend}
-    told |= {"weights": worker.weights, "read": worker.read}
-    print(json.dumps(told), file=real, flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        _core.set_num_threads(job.pop("threads", threads))
-        try:
-            answer = getattr(worker, job.pop("job"))(**job)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=real, flush=True)
+    serve(Worker, args.directory, args.whole, args.compute, args.bits, args.group)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ part of the project."""
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from glmlora.modeling import ChatGLMForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks/peers")]  # their modules
 
 if os.environ.get("GLMLORA_SANITIZED") and "sanitize" not in _core.__file__:
     raise RuntimeError(f"{_core.__file__} is tested in place of the sanitized build")

@@ -1,30 +1,23 @@
 """What the figures of benchmarks/ rest on: models of more layers than the file has, the count of
 products, the peers' files and the verdict of a row."""
 
-import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench
+import make_gguf
 import numpy as np
 import pytest
+from sides import SIX_B
+from worker import Worker
 
 from glmlora.plan import plan
 from glmlora.project import tiny_directory
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def load(name):
-    sys.path[:0] = [str(FOLDER), str(FOLDER / "peers")]
-    try:
-        spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        del sys.path[:2]
-    return module
 
 
 def logits(model, ids):
@@ -35,7 +28,7 @@ def logits(model, ids):
 
 @pytest.mark.parametrize("bits, group", [(0, None), (8, None), (4, 32)])
 def test_model_of_repeated_layers(bits, group):
-    worker = load("worker").Worker(tiny_directory(), 9, None, bits, group)
+    worker = Worker(tiny_directory(), 9, None, bits, group)
     here = worker.here
     same, ids = worker.model(here), [5, 6, 7, 8]
     assert np.array_equal(logits(same, ids), logits(worker.file, ids))
@@ -51,7 +44,7 @@ def test_model_of_repeated_layers(bits, group):
 
 
 def test_line_is_that_of_equal_layers():
-    worker = load("worker").Worker(tiny_directory(), 28, None, 0, None)
+    worker = Worker(tiny_directory(), 28, None, 0, None)
     answer = worker.line(lambda layers: 3.0 + 0.5 * layers)
     assert answer == {"seconds": 17.0, "measured": 3.5 + 4.0}
     for job in (
@@ -62,11 +55,31 @@ def test_line_is_that_of_equal_layers():
         assert getattr(worker, job.pop("job"))(**job)["measured"] > 0
 
 
+def test_side_answers_a_line_for_a_line():
+    jobs = [
+        dict(job="decode", rows=1, context=4, steps=2, threads=1),
+        dict(job="decode", rows=0, context=4),
+        dict(job="bake", tokens=4),
+        dict(job="prefill", tokens=4),
+    ]
+    told = subprocess.run(
+        [sys.executable, FOLDER / "worker.py", tiny_directory()],
+        input="".join(json.dumps(job) + "\n" for job in jobs),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ready, *answers = map(json.loads, told.stdout.splitlines())
+    assert ready["ready"] and ready["weights"] > ready["read"] > 0
+    assert [sorted(a) for a in answers] == [["measured", "seconds"], ["error"], ["error"]] + [
+        ["measured", "seconds"]
+    ]
+    assert "steps" in answers[1]["error"] and "bake" in answers[2]["error"]
+
+
 def test_flops_of_a_step():
-    bench = load("bench")
     config = json.loads((tiny_directory() / "config.json").read_text())
-    six = config | load("six_b").CONFIG | {"padded_vocab_size": 65024}
-    planned = plan_flops(six, 4, 512, 3)
+    planned = plan_flops(config | SIX_B, 4, 512, 3)
     assert bench.step_flops([512] * 4, 3) == pytest.approx(planned, rel=0.02)
 
 
@@ -79,7 +92,6 @@ def plan_flops(config, rows, tokens, labels):
 
 
 def test_gguf_blocks():
-    make_gguf = load("peers/make_gguf")
     x = np.random.default_rng(3).normal(0, 0.02, 64 * 32).astype(np.float32)
     x[:32] = 0
     blocks = x.reshape(-1, 32)
@@ -98,7 +110,6 @@ def test_gguf_blocks():
 
 
 def test_gguf_file(tmp_path):
-    make_gguf = load("peers/make_gguf")
     config = json.loads((tiny_directory() / "config.json").read_text())
     config |= dict(hidden_size=64, ffn_hidden_size=96, kv_channels=32, num_attention_heads=2)
     config |= dict(multi_query_group_num=1, padded_vocab_size=96, num_layers=2)
@@ -115,7 +126,6 @@ def test_gguf_file(tmp_path):
 
 
 def test_row_is_judged_run_by_run(capsys):
-    bench = load("bench")
     some = SimpleNamespace(limits=SimpleNamespace(now={"fma_gflop_s": 1}), rows=[])
     # the machine halves its speed in the last run: the ratios are those of before
     limits = [{"fma_gflop_s": v} for v in (200.0, 200.0, 100.0)]

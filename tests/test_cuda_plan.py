@@ -11,22 +11,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from sides import SIX_B
 
 from glmlora import cli
 from glmlora.plan import RESERVE, parse_bytes, plan
 
 ROOT = Path(__file__).resolve().parent.parent
-SIX_B = dict(
-    hidden_size=4096,
-    ffn_hidden_size=13696,
-    num_layers=28,
-    num_attention_heads=32,
-    multi_query_group_num=2,
-    kv_channels=128,
-    padded_vocab_size=65024,
-    seq_length=32768,
-    torch_dtype="float16",
-)
 LEAST = dict(device="cuda", budget=1)  # every layer but the last is computed twice
 
 

@@ -10,15 +10,19 @@ train.
 
 import argparse
 import ctypes
-import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import llama_cpp as llama
 import numpy as np
 
-VOCABULARY = 65024
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sides import SIX_B, Jobs, serve  # noqa: E402
+
+VOCABULARY = SIX_B["padded_vocab_size"]
 
 
 def ggml_names():
@@ -98,7 +102,7 @@ class Context:
         return best
 
 
-class Worker:
+class Worker(Jobs):
     """A model, and one method for each job; each returns what is answered."""
 
     def __init__(self, path, whole, threads):
@@ -110,6 +114,7 @@ class Worker:
         self.layers = llama.llama_model_n_layer(self.model)
         self.more = max(0, whole - self.layers)
         self.weights = llama.llama_model_size(self.model)
+        self.told = {"weights": self.weights}
         self.threads, self.clock, self.contexts = threads, LayerClock(), {}
         self.rng = np.random.default_rng(0)
         self.prefill(32)
@@ -174,15 +179,7 @@ def main():
     quiet = llama.llama_log_callback(lambda level, text, data: None)
     llama.llama_log_set(quiet, None)
     llama.llama_backend_init()
-    worker = Worker(args.file, args.whole, args.threads)
-    print(json.dumps({"ready": True, "weights": worker.weights}), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        try:
-            answer = getattr(worker, job.pop("job"))(**job)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+    serve(Worker, args.file, args.whole, args.threads)
 
 
 if __name__ == "__main__":

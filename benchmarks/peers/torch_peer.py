@@ -15,10 +15,8 @@ import argparse
 import gc
 import json
 import os
-import re
 import statistics
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -26,50 +24,17 @@ from pathlib import Path
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sides import Jobs, Peak, glm_fields, serve  # noqa: E402
+
 warnings.filterwarnings("ignore")
-
-
-class Peak(threading.Thread):
-    """Largest anonymous memory of this process in bytes since `reset`, sampled every 5 ms."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.reset()
-        self.start()
-
-    def reset(self):
-        self.bytes = self.now()
-
-    @staticmethod
-    def now():
-        with open("/proc/self/status") as f:
-            return 1024 * int(re.search(r"RssAnon:\s+(\d+)", f.read()).group(1))
-
-    def run(self):
-        while True:
-            self.bytes = max(self.bytes, self.now())
-            time.sleep(0.005)
 
 
 def build(directory, dtype):
     """The model with random weights in `dtype`, filled in place: no second copy at any time."""
     c = json.loads((Path(directory) / "config.json").read_text())
-    config = transformers.GlmConfig(
-        vocab_size=c["padded_vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["ffn_hidden_size"],
-        num_hidden_layers=c["num_layers"],
-        num_attention_heads=c["num_attention_heads"],
-        num_key_value_heads=c["multi_query_group_num"],
-        head_dim=c["kv_channels"],
-        rms_norm_eps=c["layernorm_epsilon"],
-        max_position_embeddings=c["seq_length"],
-        attention_bias=True,
-        partial_rotary_factor=0.5,
-        pad_token_id=0,
-        eos_token_id=None,
-        tie_word_embeddings=False,
-    )
+    config = transformers.GlmConfig(**glm_fields(c))
     with torch.device("meta"):
         model = transformers.GlmForCausalLM(config).to(dtype)
     model = model.to_empty(device="cpu")
@@ -128,7 +93,7 @@ class LayerClock:
         self.seconds += time.perf_counter() - self.begun
 
 
-class Worker:
+class Worker(Jobs):
     """A model, and one method for each job; each returns what is answered."""
 
     def __init__(self, directory, dtype, whole):
@@ -138,6 +103,7 @@ class Worker:
         self.clock = LayerClock(self.model.model) if self.more else None
         self.vocab = self.model.config.vocab_size
         self.weights = sum(p.nbytes for p in self.model.parameters())
+        self.told = {"weights": self.weights}
         self.base = self.peak.now()
         self.mats, self.trained = {}, None
 
@@ -287,15 +253,7 @@ def main():
     transformers.logging.set_verbosity_error()
     if args.cold:
         return cold(args.directory)
-    worker = Worker(args.directory, getattr(torch, args.dtype), args.whole)
-    print(json.dumps({"ready": True, "weights": worker.weights}), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        try:
-            answer = getattr(worker, job.pop("job"))(**job)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+    serve(Worker, args.directory, getattr(torch, args.dtype), args.whole)
 
 
 if __name__ == "__main__":

@@ -82,17 +82,17 @@ INLINE void load_chunk(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype
 {
 #ifdef DOT_BF16
     if (kind == GLM_I8) {
-        v[0] = FLIP_SIGNS(load((const float *)p));
+        v[0] = FLIP_SIGNS(load_bytes(p));
         return;
     }
     if (kind == GLM_BF16 && dtype == GLM_I4) {
-        const vi raw = (vi)load((const float *)p);
+        const vi raw = (vi)load_bytes(p);
         for (int j = 0; j < 4; j++)
             v[j] = INTEGERS_TO_BF16(raw >> 4 * j);
         return;
     }
     if (kind == GLM_BF16 && dtype == GLM_BF16) {
-        v[0] = load((const float *)p);
+        v[0] = load_bytes(p);
         return;
     }
     if (kind == GLM_BF16 && dtype == GLM_I8) {

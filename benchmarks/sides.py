@@ -1,0 +1,86 @@
+"""What our side and the peers of the benchmarks have in common, each in an interpreter of its own:
+nothing but the standard library is imported here."""
+
+import json
+import re
+import sys
+import threading
+import time
+
+# ChatGLM2-6B's config.json, as far as it gives shapes.
+SIX_B = dict(
+    num_layers=28,
+    hidden_size=4096,
+    ffn_hidden_size=13696,
+    kv_channels=128,
+    num_attention_heads=32,
+    multi_query_group_num=2,
+    padded_vocab_size=65024,
+    seq_length=32768,
+    torch_dtype="float16",
+)
+
+
+def glm_fields(c):
+    """Of a ChatGLM2 config.json: the fields of a transformers.GlmConfig of the same shapes."""
+    return dict(
+        vocab_size=c["padded_vocab_size"],
+        hidden_size=c["hidden_size"],
+        intermediate_size=c["ffn_hidden_size"],
+        num_hidden_layers=c["num_layers"],
+        num_attention_heads=c["num_attention_heads"],
+        num_key_value_heads=c["multi_query_group_num"],
+        head_dim=c["kv_channels"],
+        rms_norm_eps=c.get("layernorm_epsilon", 1e-5),
+        max_position_embeddings=c["seq_length"],
+        attention_bias=True,
+        partial_rotary_factor=0.5,
+        pad_token_id=0,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+    )
+
+
+class Peak(threading.Thread):
+    """Largest anonymous memory of this process in bytes since `reset`, sampled every 5 ms."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.reset()
+        self.start()
+
+    def reset(self):
+        self.bytes = self.now()
+
+    @staticmethod
+    def now(field="RssAnon"):
+        with open("/proc/self/status") as f:
+            return 1024 * int(re.search(field + r":\s+(\d+)", f.read()).group(1))
+
+    def run(self):
+        while True:
+            self.bytes = max(self.bytes, self.now())
+            time.sleep(0.005)
+
+
+class Jobs:
+    """A side: one method for each job, which returns what is answered."""
+
+    told = {}  # beside "ready"
+
+    def do(self, job, **fields):
+        return getattr(self, job)(**fields)
+
+
+def serve(make, *args):
+    """make(*args), a Jobs, answers the jobs of this process's input, a line of JSON each; what is
+    printed meanwhile goes to stderr."""
+    real, sys.stdout = sys.stdout, sys.stderr
+    jobs = make(*args)
+    print(json.dumps({"ready": True} | jobs.told), file=real, flush=True)
+    for line in sys.stdin:
+        try:
+            answer = jobs.do(**json.loads(line))
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=real, flush=True)
