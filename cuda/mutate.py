@@ -39,11 +39,12 @@ LOWER = re.compile(r"(>= (begin|from|0\b)|<= begin|< begin)")
 
 # Ops that reach the kernels of a file.
 OPS = {
-    "adamw": ["adamw", "sum_squares", "first_nonfinite", "argmax"],
+    "adamw": ["adamw", "sum_squares", "first_nonfinite"],
     "attention_decode": ["attention_forward"],
     "attention_forward": ["attention_forward"],
     "attention_backward": ["attention_backward"],
     "cache": ["kv_append", "gather", "prefix_forward", "prefix_backward"],
+    "choose": ["choose", "choose_drawn"],
     "cross_entropy": ["cross_entropy_forward", "cross_entropy_backward"],
     "embedding": ["embedding_forward", "embedding_backward"],
     "linear": ["linear_forward", "linear_backward_input", "linear_backward_weight"],

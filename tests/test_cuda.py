@@ -336,6 +336,49 @@ def test_greedy_answers_are_the_same(device, tmp_path, monkeypatch):
     assert np.array_equal(*answers)
 
 
+DRAWN = dict(do_sample=True, temperature=1.2, top_k=0, top_p=0.9, eos_token_id=[5, 6], seed=4)
+
+
+@on_devices
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"top_k": 7, "top_p": 1.0},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_length": 25},
+        {"temperature": 0, "repetition_penalty": 1.4},
+    ],
+)
+def test_drawn_answers_are_the_same(device, more, tmp_path, monkeypatch):
+    """And the device draws them: from the third token on there is one recorded sequence a token, a
+    wait, and 4 bytes back for each of the rows."""
+    directory = tiny.tiny_model_dir(tmp_path)
+    ids = np.random.default_rng(3).integers(3, 90, (3, 11))
+    models = [load(directory, backend, monkeypatch) for backend in ("cpu", device)]
+    answers = [model.generate(ids, max_new_tokens=30, **DRAWN | more) for model in models]
+    assert np.array_equal(*answers)
+    endless = DRAWN | more | {"eos_token_id": []}
+    tokens = models[1].stream_generate(ids[:1], max_new_tokens=9, **endless)
+    next(tokens)  # its scores come to the host
+    for place in range(8):
+        models[1].core.counts()
+        next(tokens)
+        counts = models[1].core.counts()
+        assert (counts["syncs"], counts["downloaded"]) == (1, 4)
+        assert place < 2 or (counts["graphs"], counts["launches"], counts["products"]) == (1, 0, 0)
+
+
+@on_devices
+def test_what_allows_no_token_is_refused(device, tmp_path, monkeypatch):
+    model = load(tiny.tiny_model_dir(tmp_path), device, monkeypatch)
+    vocabulary = model.config.padded_vocab_size
+    with pytest.raises(ValueError, match="row 0: no token is allowed after 3"):
+        model.generate(
+            [[4, 5, 6]], max_new_tokens=2, min_length=9, eos_token_id=list(range(vocabulary))
+        )
+    assert model.generate([[4, 5, 6]], max_new_tokens=2, eos_token_id=[]).shape == (1, 5)
+
+
 @on_devices
 def test_a_repeated_step_allocates_nothing_and_has_the_same_bits(device, tmp_path, monkeypatch):
     model = lora(load(tiny.tiny_model_dir(tmp_path), f"{device}/float16", monkeypatch))

@@ -9,10 +9,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
 from glmlora import cli
+from glmlora import plan as planning
+from glmlora.configuration import ChatGLMConfig
 from glmlora.plan import RESERVE, parse_bytes, plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +66,24 @@ def test_a_chat_of_2048_tokens(six_b, gigabytes, bits):
     assert (recorded.launches, recorded.products, recorded.graphs) == (0, 0, 1)
     for work in (token, recorded):
         assert work.syncs == 1 and work.downloaded <= 16
+
+
+def test_a_drawn_token(six_b):
+    config = ChatGLMConfig.from_pretrained(six_b)
+    model, _ = planning._build(config, "F16", 0, 0, "plan:cuda/float16")
+    core, one = model.core, np.ones(1, np.int32)
+    cache = core.cache(1, 2048, 0)
+    core.next(cache, [0], np.ones(1000, np.int32), 1000 * one)
+    choice = dict(draws=np.zeros((1, 3), np.uint64), temperature=0.8, top_k=50, top_p=0.8)
+    works = []
+    for length in range(1001, 1007):
+        choice |= dict(context=np.arange(length, dtype=np.int32), repetition_penalty=1.1)
+        core.counts()
+        core.next(cache, [0], one, one, choice | {"context_lengths": length * one})
+        works.append(planning.Work.of(core.counts()))
+    assert works[0].launches <= 260 and works[0].products == 0
+    assert all(w.syncs == 1 and w.downloaded <= 16 for w in works)
+    assert all((w.launches, w.graphs) == (0, 1) for w in works[1:])
 
 
 def test_memory_grows_linearly_with_the_length(six_b):
@@ -123,6 +144,12 @@ COUNTED = """
             tell()
             for _ in range(4):
                 core.next(cache, [0], one, one)
+                tell()
+            draws = dict(draws=np.ones((1, 3), np.uint64), temperature=0.8, top_p=0.8)
+            context = dict(context=np.arange(1030, dtype=np.int32), repetition_penalty=1.1)
+            context["context_lengths"] = one * 1030
+            for choice in (draws, draws, draws, draws | context, draws | context, draws | context):
+                core.next(cache, [0], one, one, choice)
                 tell()
             for _ in range(3):
                 core.next(cache, [0, 1], np.ones(12, np.int32), np.array([1, 11], np.int32))

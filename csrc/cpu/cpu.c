@@ -554,18 +554,12 @@ static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
         *row = cpu->found[i];
 }
 
-static void argmax(void *cx, int32_t *id, const void *x, int M, int V)
+static void choose(void *cx, int32_t *id, void *x, int M, int V, const struct glm_choice *choices,
+                   const int32_t *touched)
 {
-    (void)cx;
-    for (int m = 0; m < M; m++) {
-        const float *row = (const float *)x + (size_t)m * V;
-        int best = 0, finite = 1;
-        for (int v = 0; v < V; v++) {
-            finite &= isfinite(row[v]) != 0;
-            best = row[v] > row[best] ? v : best;
-        }
-        id[m] = finite ? best : -1;
-    }
+    struct cpu *cpu = cx;
+    const struct choose_args a = {id, x, V, choices, touched};
+    glm_pool_run(cpu->pool, M, glm_choose_task, &a);
 }
 
 static void adamw(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr,

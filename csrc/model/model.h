@@ -75,6 +75,11 @@ struct glm_step {
     void *logits, *losses, *lse; /* a piece of at most logits_rows rows; all M losses */
     double *squares;             /* behind the losses: of all gradients together */
     int32_t *chosen;             /* (M) ids, generation */
+    /* generation, where the likeliest is not chosen: (M), and the ids whose scores change */
+    const struct glm_sampling *how; /* NULL elsewhere */
+    struct glm_choice *choices;
+    int32_t *touched;
+    size_t touched_room;
     int logits_rows;
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
     /* Inputs of linears, and in their place the gradients on the way up, which are written once the
@@ -147,6 +152,7 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx);
 struct glm_place {
     struct glm_cache *cache;
     const int32_t *rows; /* NULL: the shared prefix */
+    const struct glm_sampling *how;
 };
 
 /* model/step.c: checks and uploads the batch, takes the memory, runs it. */

@@ -324,9 +324,10 @@ static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
     }
     *row = -1;
 }
-static void argmax(void *cx, int32_t *id, const void *x, int M, int V)
+static void choose(void *cx, int32_t *id, void *x, int M, int V, const struct glm_choice *choices,
+                   const int32_t *touched)
 {
-    COUNT(argmax, 0);
+    COUNT(choose, 0);
     launch(cx, M, 1);
 }
 static void add_rmsnorm_forward(void *cx, void *out, void *rstd, void *sum, const void *a,
