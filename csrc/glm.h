@@ -74,7 +74,7 @@ glm_status glm_model_prefix_kv(struct glm_model *m, void *out, struct glm_error 
 
 glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int n,
                                    struct glm_error *err);
-/* Slot numbers in the order of the flat block; returns how many. */
+/* Slot numbers in the order in which they were named; returns how many. */
 int glm_model_trainable(struct glm_model *m, const int **weights);
 
 enum glm_part { GLM_VALUE, GLM_GRAD, GLM_EXP_AVG, GLM_EXP_AVG_SQ };

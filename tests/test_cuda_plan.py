@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import tiny
 
-from glmlora import cli
+from glmlora import cli, methods
 from glmlora import plan as planning
+from glmlora.arguments import FinetuningArguments
 from glmlora.configuration import ChatGLMConfig
 from glmlora.plan import RESERVE, parse_bytes, plan
 
@@ -66,6 +67,28 @@ def test_a_chat_of_2048_tokens(six_b, gigabytes, bits):
     assert (recorded.launches, recorded.products, recorded.graphs) == (0, 0, 1)
     for work in (token, recorded):
         assert work.syncs == 1 and work.downloaded <= 16
+
+
+@pytest.mark.parametrize(
+    "method, more, most",
+    [
+        ("lora", dict(lora_target="query_key_value,dense"), 1),
+        ("p_tuning", dict(pre_seq_len=16, prefix_projection=True), 2),
+        ("full", {}, 2),
+    ],
+)
+def test_an_update_is_few_launches(six_b, method, more, most):
+    config = ChatGLMConfig.from_pretrained(six_b)
+    config.num_layers = 2
+    model, _ = planning._build(config, "F16", 0, 0, "plan:cuda/float16")
+    arguments = FinetuningArguments(finetuning_type=method, **more)
+    trainee = methods.prepare(model, None, arguments, method, seed=0)
+    trainee.base.prepare_training()
+    core, rows = model.core, np.array([8], np.int32)
+    core.backward(np.zeros(9, np.int32), np.full(1, 9, np.int32), rows=rows, targets=rows)
+    core.counts()
+    core.step(1e-4, 0.9, 0.999, 1e-8, 0.1, 0.0)
+    assert core.counts()["calls"]["adamw"] == most
 
 
 def test_a_drawn_token(six_b):
@@ -124,7 +147,8 @@ COUNTED = """
     runtime.emu_mode(1, 0, 0, 0)  # kernels are counted and left out
     from glmlora import methods, plan
     from glmlora.arguments import FinetuningArguments
-    from glmlora.configuration import ChatGLMConfig
+    from glmlora.arguments import FinetuningArguments
+from glmlora.configuration import ChatGLMConfig
 
     def counted(backend, method, bits, dtype):
         config = ChatGLMConfig.from_pretrained({directory!r})

@@ -113,7 +113,7 @@ struct glm_model {
     int *trainable, n_trainable;
     char *block; /* values, gradients, first and second moments, block_size elements each, and a
                   * double */
-    size_t block_size;
+    size_t block_size, decaying; /* matrices come first: to so many elements weight decay applies */
     struct glm_progress progress;
     double squares; /* sum of squares of all gradients, where it is known */
     int squares_known;
