@@ -74,6 +74,7 @@ struct glm_choice {
     X(embedding_forward) X(embedding_backward) \
     X(rmsnorm_forward) X(add_rmsnorm_forward) X(rmsnorm_backward) \
     X(linear_forward) X(linear_backward_input) X(linear_backward_weight) \
+    X(adapted_forward) X(linear_swiglu_forward) \
     X(rope_forward) X(rope_backward) \
     X(attention_forward) X(attention_backward) \
     X(kv_append) X(rope_append) \
@@ -119,6 +120,16 @@ struct glm_ops {
                                   int accumulate);
     void (*linear_backward_weight)(void *cx, void *dweight, void *dbias, const void *dout,
                                    const void *inp, int N, int O, int I, double scale);
+
+    /* out = inp W^T + bias + scale * xa B^T, as `linear_forward` gives it with W and then, added, B
+     * xa (N, R)   B (O, R) real */
+    void (*adapted_forward)(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                            const void *bias, const void *xa, const struct glm_mat *B, int N,
+                            double scale);
+    /* out = swiglu_forward of h = inp W^T + bias    out (N, F)  W (2F, I)  h (N, 2F): its contents
+     * are undefined */
+    void (*linear_swiglu_forward)(void *cx, void *out, void *h, const void *inp,
+                                  const struct glm_mat *weight, const void *bias, int N);
 
     /* Rotates in place the pairs (2j, 2j+1), j < rotary_dim/2, of the first `heads` heads of each
      * row by the angle of the row's position: x0' = x0 cos - x1 sin, x1' = x1 cos + x0 sin   (Su et

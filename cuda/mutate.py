@@ -53,6 +53,7 @@ OPS = {
     "swiglu": ["swiglu_forward", "swiglu_backward", "tanh_forward", "tanh_backward", "add"],
     "attention": ["attention_forward", "attention_backward"],
     "mma": ["attention_forward", "attention_backward"],
+    "few": ["linear_forward", "adapted_forward", "linear_swiglu_forward"],
     "launch": ["add", "adamw", "sum_squares", "rmsnorm_forward", "linear_forward", "convert"],
 }
 OPS["linear"] += ["merge", "quantize", "convert"]

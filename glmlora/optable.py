@@ -192,6 +192,8 @@ SIGNATURES = {
     "linear_forward": "rrWridi",
     "linear_backward_input": "rrWidi",
     "linear_backward_weight": "rrrriiid",
+    "adapted_forward": "rrWrrWid",
+    "linear_swiglu_forward": "rrrWri",
     "rope_forward": "rrjiiiii",
     "rope_backward": "rrjiiiii",
     "attention_forward": "rrrKSiH",

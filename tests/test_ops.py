@@ -429,6 +429,28 @@ def linear_forward(
     return {"out": (out, sum_error(I, size))}
 
 
+def adapted_forward(m: Maker, N: int, O: int, I: int, R: int, dtype: str, bias: bool):
+    W, w = m.weight(O, I, dtype)
+    x, b, xa = m.normal(N, I), m.normal(O) if bias else None, m.normal(N, R)
+    B, out = m.normal(O, R), m.out(N, O)
+    size = np.abs(x) @ np.abs(w.T) + (np.abs(b) if bias else 0) + 0.5 * np.abs(xa) @ np.abs(B.T)
+    kind = F64 if B.dtype == np.float64 else F32
+    m.ops.adapted_forward(out, x, W, b, xa, Mat(B, kind), N, 0.5)
+    return {"out": (out, sum_error(I + R, size))}
+
+
+def linear_swiglu_forward(m: Maker, N: int, F: int, I: int, dtype: str, bias: bool):
+    W, w = m.weight(2 * F, I, dtype)
+    x, b = m.normal(N, I, scale=0.3), m.normal(2 * F) if bias else None
+    out, h = m.out(N, F), m.out(N, 2 * F)
+    size = np.abs(x) @ np.abs(w.T) + (np.abs(b) if bias else 0)
+    error = np.broadcast_to(sum_error(I, size), (N, 2 * F))
+    y = np.abs(x @ w.T + (b if bias else 0))  # |silu| is at most |x|, its slope at most 1.1
+    off = 1.1 * y[:, F:] * error[:, :F] + y[:, :F] * error[:, F:] + 8 * EPS * y[:, :F] * y[:, F:]
+    m.ops.linear_swiglu_forward(out, h, x, W, b, N)
+    return {"out": (out, off)}
+
+
 def quantize(m: Maker, rows: int, cols: int, kind: str, inp_dtype: str, size: float):
     """Row-wise: the reference's bits. In groups: as small an error, and integers that fit it."""
     dtype, group = QUANTIZED[kind]
@@ -830,6 +852,12 @@ def linear_cases() -> list[tuple[Any, ...]]:
             cases.append((linear_forward, N, O, I, dtype, at % 3 > 0, scale, accumulate))
             cases.append((linear_backward_input, N, O, I, dtype, scale, accumulate))
         cases.append((linear_backward_weight, N, O, I, 0.5, at % 4 < 3, at % 4 != 2))
+    for N in (0, 1, 2, 3, 4, 7, 8, 9, 33):
+        for step, dtype in enumerate([*DTYPES, *QUANTIZED]):
+            for O, I, R in ((1, 8, 1), (33, 64, 8), (7, 130, 16), (64, 260, 40)):
+                if usable(dtype, I):
+                    cases.append((adapted_forward, N, O, I, R, dtype, step % 2 > 0))
+                    cases.append((linear_swiglu_forward, N, O, I, dtype, step % 2 > 0))
     return cases
 
 

@@ -320,6 +320,14 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
     }
 }
 
+static void adapted_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                            const void *bias, const void *xa, const struct glm_mat *B, int N,
+                            double scale)
+{
+    linear_forward(cx, out, inp, weight, bias, N, 1, 0);
+    linear_forward(cx, out, xa, B, NULL, N, scale, 1);
+}
+
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
 {
@@ -469,6 +477,13 @@ static void swiglu_backward(void *cx, void *dinp, const void *dout, const void *
     struct cpu *cpu = cx;
     struct row_args a = {.out = dinp, .a = dout, .b = inp, .N = N, .C = F};
     run_rows(cpu, cpu->k->swiglu_backward, &a, (size_t)2 * F);
+}
+
+static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
+                                  const struct glm_mat *weight, const void *bias, int N)
+{
+    linear_forward(cx, h, inp, weight, bias, N, 1, 0);
+    swiglu_forward(cx, out, h, N, weight->rows / 2);
 }
 
 static void tanh_forward(void *cx, void *out, const void *inp, size_t n)

@@ -140,6 +140,7 @@ void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void 
                         const void *inp, void *xa, int N, int rows);
 void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
                          const void *dout, const void *inp, const void *xa, int N, int rows);
+int glm_adapted(const struct glm_model *m, const struct glm_linear *lin);
 int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin);
 
 /* model/block.c. With x_out the layers run in order: each leaves its output's norm to the next one.

@@ -9,6 +9,10 @@
 #define LOGITS_BYTES \
     ((size_t)32 << 20) /* logits are computed in pieces of rows of about this size */
 
+/* Rows of generation up to which a norm is not in the memory of the activation that is made of it,
+ * so that the product between them and the activation are one op. */
+enum { APART = 64 };
+
 int glm_lowest_layer(const struct glm_model *m)
 {
     if (glm_trains(m->word_embeddings))
@@ -117,6 +121,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     const size_t inside = dqkv + (rank[GLM_4H_TO_H] ? 0 : dropped);
     s->act = glm_arena_push(arena, N * F > inside ? N * F : inside, real);
     s->ln = s->dnorm = s->datt = s->dact = s->act;
+    if (s->cache && N <= APART)
+        s->ln = glm_arena_push(arena, ln, real);
     s->dqkv = s->act ? glm_at(m, s->act, ln) : NULL;
     s->lora_x = s->act ? glm_at(m, s->act, dqkv) : NULL;
     if (rank[GLM_4H_TO_H])

@@ -185,6 +185,22 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
     COUNT(linear_forward, linear_flops(N, weight->rows, weight->cols));
     count_forward(cx, weight, bias != NULL, N);
 }
+static void adapted_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                            const void *bias, const void *xa, const struct glm_mat *B, int N,
+                            double scale)
+{
+    COUNT(adapted_forward, linear_flops(N, weight->rows, weight->cols + B->cols));
+    count_forward(cx, weight, bias != NULL, N);
+    if (N > GLM_FEW)
+        count_forward(cx, B, 0, N);
+}
+static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
+                                  const struct glm_mat *weight, const void *bias, int N)
+{
+    COUNT(linear_swiglu_forward, linear_flops(N, weight->rows, weight->cols));
+    count_forward(cx, weight, bias != NULL, N);
+    launch(cx, N > GLM_FEW, 1);
+}
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
 {

@@ -337,6 +337,14 @@ static void linear_forward(void *cx, void *out_, const void *inp_, const struct 
         }
 }
 
+static void adapted_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                            const void *bias, const void *xa, const struct glm_mat *B, int N,
+                            double scale)
+{
+    linear_forward(cx, out, inp, weight, bias, N, 1, 0);
+    linear_forward(cx, out, xa, B, NULL, N, scale, 1);
+}
+
 static void linear_backward_input(void *cx, void *dinp_, const void *dout_,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
 {
@@ -696,6 +704,13 @@ static void swiglu_forward(void *cx, void *out_, const void *inp_, int N, int F)
             double gate = inp[(size_t)n * 2 * F + f], up = inp[(size_t)n * 2 * F + F + f];
             out[(size_t)n * F + f] = (real)(gate / (1 + exp(-gate)) * up);
         }
+}
+
+static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
+                                  const struct glm_mat *weight, const void *bias, int N)
+{
+    linear_forward(cx, h, inp, weight, bias, N, 1, 0);
+    swiglu_forward(cx, out, h, N, weight->rows / 2);
 }
 
 /* silu(x) = x sigmoid(x), so silu' = sigmoid (1 + x (1 - sigmoid)) */
