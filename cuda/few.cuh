@@ -153,7 +153,7 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
         for (int n = 0; n < NB; n++) {
             float y = total_of<GATED>(a, row_at<GATED, ROWS>(first, r, O), n, sum[r][n]);
             if (GATED) {
-                const int at = r + own < ROWS ? r + own : r;
+                const int at = (r + own) % ROWS; /* its value */
                 y *= total_of<GATED>(a, row_at<GATED, ROWS>(first, at, O), n, sum[at][n]) /
                      (1.0f + expf(-y));
             }

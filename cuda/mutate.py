@@ -32,6 +32,7 @@ COMPARISON = re.compile(r"(?<= )(<|<=|>|>=) (?=[-\w(*])")
 VALUES = re.compile(
     r"top > most|most > 0|> fabs\(|word < m\.threshold|wq / qq > most|DECODE_TOKENS|GL_EXPECT"
     r"|i < \*at|h < NH && i >= rotary_dim"  # the first of equals; what stays as it is
+    r"|top_k < r\.V|equal \* each < total"  # that cut nothing off when they are equal
 )
 CONSTANT = re.compile(r"^[\s(]*[A-Z0-9]+(\s*[-+*/]\s*[A-Z0-9]+)*\b")
 # Lower bounds, and upper bounds that reject: wider is one less.
