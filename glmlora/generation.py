@@ -647,8 +647,9 @@ def stream_generate(
         rows = CachedRow(model, len(prompts) * n, _first_room([len(p) for p in prompts], limits))
         for row, prompt in enumerate(prompts):
             rows.ids[row] = list(prompt)
-        scores = rows.extend(range(len(prompts)))
+        scores = None
         if n > 1:
+            scores = rows.extend(range(len(prompts)))
             rows.fork([i // n for i in range(len(prompts) * n)])
             scores = np.repeat(scores, n, axis=0)
         out = np.repeat(padded, n, axis=0)
