@@ -6,18 +6,13 @@
 
 enum { DIGIT = 11 };
 
-/* A row whose columns stay while their (score, -column) is at least (least, -last). */
+/* A row of scores whose columns stay while their (score, -column) is at least (least, -last). */
 struct row {
-    const float *x;
+    float *x;
     int V, last;
-    float temperature, top;
+    float top;
     uint32_t least;
 };
-
-static float score_at(const struct row *r, int v)
-{
-    return r->x[v] / r->temperature + 0.0f; /* -0 as 0 */
-}
 
 /* Bits that are ordered as the scores are. */
 static uint32_t ordered(float score)
@@ -57,7 +52,7 @@ static uint32_t descend(const struct row *r, int masses, uint64_t need, uint64_t
         shift -= digit;
         memset(weight, 0, sizeof weight);
         for (int v = 0; v < r->V; v++) {
-            const float score = score_at(r, v);
+            const float score = r->x[v];
             const uint32_t key = ordered(score);
             if ((uint64_t)key >> before == (uint64_t)place >> before && stays(r, key, v))
                 weight[key >> shift & ((1u << digit) - 1)] += masses ? mass_of(r, score) : 1;
@@ -89,7 +84,7 @@ static uint64_t masses_until(const struct row *r, uint64_t over, int *column)
 {
     uint64_t sum = 0;
     for (int v = 0; v < r->V; v++) {
-        const float score = score_at(r, v);
+        const float score = r->x[v];
         if (!stays(r, ordered(score), v))
             continue;
         sum += mass_of(r, score);
@@ -114,7 +109,7 @@ static int draw(struct row *r, const struct glm_choice *c)
         const uint64_t each = mass_of(r, score_of(r->least));
         uint64_t equal = (need - above + each - 1) / each; /* that stay */
         for (int v = 0; v < r->V && equal; v++)
-            if (ordered(score_at(r, v)) == r->least) {
+            if (ordered(r->x[v]) == r->least) {
                 r->last = v;
                 equal--;
             }
@@ -125,15 +120,19 @@ static int draw(struct row *r, const struct glm_choice *c)
     return column;
 }
 
-/* The first largest of a row; -1: not all are finite */
+/* The first largest of a row, and whether all are finite */
 static int likeliest(const float *x, int V, int *finite)
 {
-    int best = 0;
-    *finite = 1;
-    for (int v = 0; v < V; v++) {
-        *finite &= isfinite(x[v]) != 0;
-        best = x[v] > x[best] ? v : best;
-    }
+    int best = 0, other = 0;
+    float most = x[0];
+    for (int v = 0; v < V; v++)
+        other |= !isfinite(x[v]);
+    for (int v = 1; v < V; v++)
+        if (x[v] > most) {
+            most = x[v];
+            best = v;
+        }
+    *finite = !other;
     return best;
 }
 
@@ -151,14 +150,16 @@ static int choose_of(float *x, int V, const struct glm_choice *c, const int32_t 
     }
     for (int i = 0; i < c->banned; i++)
         x[banned[i]] = -INFINITY;
-    best = likeliest(x, V, &finite);
+    if (c->penalised + c->banned)
+        best = likeliest(x, V, &finite);
     if (!isfinite(x[best]))
         return -2;
-    struct row r = {.x = x, .V = V, .last = V, .temperature = c->temperature};
-    if (c->temperature == 0)
+    struct row r = {.x = x, .V = V, .last = V, .top = x[best] / c->temperature + 0.0f};
+    if (c->temperature == 0 || !isfinite(r.top))
         return best;
-    r.top = score_at(&r, best);
-    return isfinite(r.top) ? draw(&r, c) : best;
+    for (int v = 0; v < V; v++)
+        x[v] = x[v] / c->temperature + 0.0f; /* -0 as 0 */
+    return draw(&r, c);
 }
 
 void glm_choose_task(const void *arg, int task, char *scratch)
