@@ -212,6 +212,11 @@ STREAMING = [
     *((test_ops.linear_backward_input, 64, 256, 384, kind, 1.0, 1)
       for kind in ("F16", "BF16", "I8", "I4", "I4 by 32")),
     (test_ops.linear_forward, 64, 256, 384, "I8", True, 1.0, 1),
+    *((test_ops.adapted_forward, n, 512, 512, 8, kind, True) for n in (1, 8)
+      for kind in ("F16", "I4 by 32")),
+    *((test_ops.linear_swiglu_forward, n, 256, 512, kind, False) for n in (1, 8)
+      for kind in ("F16", "I4 by 32")),
+    (test_ops.choose, 8, 4096, "plain"), (test_ops.choose_drawn, 4, 4096, 0.8, 50, 0.8, False),
     (test_ops.linear_backward_weight, 64, 288, 384, 1.0, True, True),
 ]  # fmt: skip
 OTHERS = [
@@ -350,8 +355,8 @@ DRAWN = dict(do_sample=True, temperature=1.2, top_k=0, top_p=0.9, eos_token_id=[
     ],
 )
 def test_drawn_answers_are_the_same(device, more, tmp_path, monkeypatch):
-    """And the device draws them: from the fourth token on it is one recorded sequence; always a wait,
-    and 4 bytes back."""
+    """And the device draws them: a token is a wait and 4 bytes back, from the fourth on it is one
+    recorded sequence."""
     directory = tiny.tiny_model_dir(tmp_path)
     ids = np.random.default_rng(3).integers(3, 90, (3, 11))
     models = [load(directory, backend, monkeypatch) for backend in ("cpu", device)]

@@ -781,11 +781,14 @@ def choices_of(
 
 
 def choose_drawn(
-    m: Maker, M: int, V: int, temperature: float, top_k: int, top_p: float, ties: bool
+    m: Maker, M: int, V: int, temperature: float, top_k: int, top_p: float, ties: bool | str
 ):
     x, ids = m.normal(M, V, scale=3), np.full(M, -7, np.int32)
     if ties:
         x[:] = np.round(x)  # -0, too
+    if ties == "near":  # one that is as little as possible before its equals
+        x[:] = 1
+        x[:, : V // 8] += EPS
     choices, touched = choices_of(m.rng, M, V, temperature, top_k, top_p)
     wanted = {}
     if M > 4:  # a row that is not finite, and one where nothing is allowed
@@ -966,6 +969,7 @@ LARGE: list[tuple[Any, ...]] = [
     (rmsnorm_backward, 301, 255, True),
     (add_rmsnorm_forward, 301, 255, "a"),
     (choose, 33, 3001, "ties"),
+    (choose_drawn, 40, 64, 1.0, 0, 0.5, "near"),
     (choose_drawn, 9, 4101, 0.9, 600, 0.9, False),
     (choose_drawn, 3, 4101, 5.0, 0, 0.99, True),
     (rope_append, 200, 8, 2, 64, 32),
