@@ -48,12 +48,33 @@ struct glm_dropout {
     const int32_t *stream, *position; /* (N) each, >= 0 */
 };
 
+/* How a row's next token is chosen of its scores x (V). Of the columns touched[first ..], distinct
+ * in each of two runs, the first `penalised` get x < 0 ? x * penalty : x / penalty, the next
+ * `banned` ones -infinity. Columns whose scores are all -infinity, or one of which is infinity or
+ * NaN, allow no choice. temperature 0, or so small that
+ * the largest score overflows: the first largest is chosen. Otherwise, with s = x / temperature and
+ * the mass of a column floor(2^40 exp(s - max s)):
+ * top_k > 0: those below the top_k-th largest s are dropped, those equal to it stay;
+ * top_p < 1: in the order of falling s, then rising column, the fewest stay whose mass is all but
+ *   at most the fraction 1 - top_p, and at least one;
+ * with r the first word of Philox4x32-10 of key (seed low, seed high) and counter (index, stream,
+ *   "samp", 0), u = (r + 1/2) / 2^32: the first column is chosen up to which those that stay have
+ *   more than u of their mass. */
+struct glm_choice {
+    double top_p;
+    uint64_t seed;
+    uint32_t stream, index;
+    float temperature, penalty;
+    int32_t top_k, first, penalised, banned;
+};
+
 /* name: every entry of struct glm_ops, for tests and checks */
 /* clang-format off */
 #define GLM_OPS(X) \
     X(embedding_forward) X(embedding_backward) \
     X(rmsnorm_forward) X(add_rmsnorm_forward) X(rmsnorm_backward) \
     X(linear_forward) X(linear_backward_input) X(linear_backward_weight) \
+    X(adapted_forward) X(linear_swiglu_forward) \
     X(rope_forward) X(rope_backward) \
     X(attention_forward) X(attention_backward) \
     X(kv_append) X(rope_append) \
@@ -63,7 +84,7 @@ struct glm_dropout {
     X(dropout_forward) X(dropout_backward) \
     X(gather_forward) X(gather_backward) \
     X(cross_entropy_forward) X(cross_entropy_backward) \
-    X(add) X(sum_squares) X(first_nonfinite) X(argmax) X(adamw) X(merge) X(convert) X(quantize)
+    X(add) X(sum_squares) X(first_nonfinite) X(choose) X(adamw) X(merge) X(convert) X(quantize)
 /* clang-format on */
 
 struct glm_ops {
@@ -99,6 +120,16 @@ struct glm_ops {
                                   int accumulate);
     void (*linear_backward_weight)(void *cx, void *dweight, void *dbias, const void *dout,
                                    const void *inp, int N, int O, int I, double scale);
+
+    /* out = inp W^T + bias + scale * xa B^T, as `linear_forward` gives it with W and then, added, B
+     * xa (N, R)   B (O, R) real */
+    void (*adapted_forward)(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                            const void *bias, const void *xa, const struct glm_mat *B, int N,
+                            double scale);
+    /* out = swiglu_forward of h = inp W^T + bias    out (N, F)  W (2F, I)  h (N, 2F): its contents
+     * are undefined */
+    void (*linear_swiglu_forward)(void *cx, void *out, void *h, const void *inp,
+                                  const struct glm_mat *weight, const void *bias, int N);
 
     /* Rotates in place the pairs (2j, 2j+1), j < rotary_dim/2, of the first `heads` heads of each
      * row by the angle of the row's position: x0' = x0 cos - x1 sin, x1' = x1 cos + x0 sin   (Su et
@@ -179,8 +210,11 @@ struct glm_ops {
     /* *row = first row of x (N, C) that holds a NaN or an infinity, or -1 */
     void (*first_nonfinite)(void *cx, int *row, const void *x, int N, int C);
     /* id[m] = column of the first largest element of row m of x (M, V), or -1 where the row holds a
-     * NaN or an infinity; id (M) on the device */
-    void (*argmax)(void *cx, int32_t *id, const void *x, int M, int V);
+     * NaN or an infinity; id (M) on the device.
+     * choices: NULL, or (M) on the device, how it is chosen instead (struct glm_choice), with the
+     * columns that `touched` lists; x is changed then, and -2 says that no column may be chosen. */
+    void (*choose)(void *cx, int32_t *id, void *x, int M, int V, const struct glm_choice *choices,
+                   const int32_t *touched);
     /* Decoupled weight decay (Loshchilov & Hutter 2019, alg. 2), t = step counted from 1, g =
      * gscale * grad: m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p -= lr wd p;  p -= lr
      * (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps) */

@@ -74,7 +74,7 @@ glm_status glm_model_prefix_kv(struct glm_model *m, void *out, struct glm_error 
 
 glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int n,
                                    struct glm_error *err);
-/* Slot numbers in the order of the flat block; returns how many. */
+/* Slot numbers in the order in which they were named; returns how many. */
 int glm_model_trainable(struct glm_model *m, const int **weights);
 
 enum glm_part { GLM_VALUE, GLM_GRAD, GLM_EXP_AVG, GLM_EXP_AVG_SQ };
@@ -152,9 +152,25 @@ glm_status glm_cache_grow(struct glm_cache *c, int capacity, struct glm_error *e
 /* logits (n, V) real on the host: after the last token of each of the n rows, which are distinct */
 glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
                             const int32_t *lengths, void *logits, struct glm_error *err);
-/* The same, and only the likeliest id after each of the n rows comes back: next (n). */
+/* How the next tokens of n rows are chosen (struct glm_choice in backend.h): the same draw for any
+ * thread count, and for a row whatever the other rows do. */
+struct glm_sampling {
+    double temperature, top_p; /* temperature 0: the likeliest */
+    int top_k;
+    const uint64_t *draws; /* (n, 3): seed, stream and index of each row's random number */
+    /* of each row the ids before its next one, one run after another; NULL: scores stay as they are
+     */
+    const int32_t *context, *context_lengths;
+    double repetition_penalty;
+    int no_repeat_ngram;
+    const int32_t *suppress; /* (n_suppress): not chosen before min_length ids of context */
+    int n_suppress, min_length;
+};
+/* As extend, and only the ids that are chosen after each of the n rows come back: next (n). how
+ * NULL: the likeliest. */
 glm_status glm_cache_next(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
-                          const int32_t *lengths, int32_t *next, struct glm_error *err);
+                          const int32_t *lengths, const struct glm_sampling *how, int32_t *next,
+                          struct glm_error *err);
 glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int n,
                                    struct glm_error *err);
 
@@ -164,9 +180,14 @@ struct glm_scored {
     float score;
     int32_t id;
 };
-void glm_adjust_logits(float *logits, int n, const int32_t *context, int n_context,
-                       double repetition_penalty, int no_repeat_ngram, const int32_t *suppress,
-                       int n_suppress, unsigned char *seen);
+/* The ids below n whose scores change: of the context (none when the penalty is 1), then those that
+ * may not come, each once in its run. ids: room for 2 * n_context + n_suppress; seen: (n) bytes of
+ * scratch. */
+void glm_touched_ids(int32_t *ids, int *penalised, int *banned, int n, const int32_t *context,
+                     int n_context, double repetition_penalty, int no_repeat_ngram,
+                     const int32_t *suppress, int n_suppress, unsigned char *seen);
+void glm_adjust_logits(float *logits, const int32_t *ids, int penalised, int banned,
+                       double repetition_penalty);
 void glm_warp_logits(float *probs, const float *logits, int n, double temperature, int top_k,
                      double top_p, int min_keep, struct glm_scored *scratch);
 int glm_draw(const float *probs, int n, uint64_t seed, uint32_t stream, uint32_t index);

@@ -1,5 +1,4 @@
-/* Over flat arrays: AdamW, the sum of squares, the first row that is not finite, the largest
- * element. */
+/* Over flat arrays: AdamW, the sum of squares, the first row that is not finite. */
 #include "launch.cuh"
 
 GLM_BLOCK_REDUCTION(block_sum, double, warp_sum, 0)
@@ -72,48 +71,6 @@ GLM_KERNEL(256) k_first_nonfinite(int *found, const float *x, int N, int C, int 
         found[blockIdx.x] = first;
 }
 
-/* The better of two candidates: larger, or as large and before; an index below 0 beats all. */
-static __device__ __forceinline__ void take_better(float *most, int *at, float x, int i)
-{
-    if (i < 0 || (*at >= 0 && (x > *most || (x == *most && i < *at))))
-        *most = x, *at = i;
-}
-
-/* A block a row */
-GLM_KERNEL(256) k_argmax(int *id, const float *x, int V)
-{
-    __shared__ float mosts[8];
-    __shared__ int places[8];
-    const float *row = x + (size_t)blockIdx.x * V;
-    float most = -GLM_INFINITY;
-    int at = V;
-    for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) {
-        const f4 a = load4(row, v, V);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (v + j < V) {
-                const bool finite = (__float_as_int(a.v[j]) & 0x7f800000) != 0x7f800000;
-                take_better(&most, &at, a.v[j], finite ? v + j : -1);
-            }
-    }
-#pragma unroll
-    for (int o = 16; o; o >>= 1) {
-        const float x_o = __shfl_xor_sync(0xffffffffu, most, o);
-        const int at_o = __shfl_xor_sync(0xffffffffu, at, o);
-        take_better(&most, &at, x_o, at_o);
-    }
-    if ((threadIdx.x & 31) == 0) {
-        mosts[threadIdx.x >> 5] = most;
-        places[threadIdx.x >> 5] = at;
-    }
-    __syncthreads();
-    if (threadIdx.x)
-        return;
-    for (int w = 1; w < (int)(blockDim.x >> 5); w++)
-        take_better(&most, &at, mosts[w], places[w]);
-    id[blockIdx.x] = at;
-}
-
 #ifdef GLM_HOST
 #include <math.h>
 
@@ -165,12 +122,5 @@ extern "C" void glm_cuda_first_nonfinite(void *cx, int *row, const void *x, int 
                        "first_nonfinite"))
         for (int i = 0; i < blocks && *row < 0; i++)
             *row = found[i] == 0x7fffffff ? -1 : found[i];
-}
-
-extern "C" void glm_cuda_argmax(void *cx, int32_t *id, const void *x, int M, int V)
-{
-    struct cuda *cuda = cuda_of(cx);
-    if (glm_cuda_begin(cuda))
-        GLM_LAUNCH(cuda, "argmax", k_argmax, M, V > 512 ? 256 : 64, 0, id, (const float *)x, V);
 }
 #endif

@@ -25,13 +25,14 @@ STREAMING = """
     k_rmsnorm_backward k_rope k_rope_append k_kv_append k_gather_forward k_gather_backward
     k_swiglu_forward k_swiglu_backward k_tanh_forward k_tanh_backward k_dropout k_add
     k_cross_entropy_forward k_cross_entropy_backward k_adamw k_sum_squares k_first_nonfinite
-    k_argmax k_convert k_columns k_widen k_bias k_largest
+    k_likeliest k_choose k_convert k_columns k_widen k_bias k_largest
 """.split()
 NO_STORES = {
     "k_cross_entropy_forward",
     "k_sum_squares",
     "k_first_nonfinite",
-    "k_argmax",
+    "k_likeliest",
+    "k_choose",
     "k_largest",
 }
 

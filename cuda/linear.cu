@@ -1,11 +1,11 @@
-/* Products with weights. Up to 8 rows: own kernels that read W once, 16 bytes at a time, whatever
- * its dtype. More rows: cuBLAS, with the operands in the backend's compute type; weights of another
- * type and quantized ones are widened into scratch, some rows of W at a time.
+/* Products with weights. Up to 8 rows: own kernels (few.cuh). More rows: cuBLAS, with the operands
+ * in the backend's compute type; weights of another type and quantized ones are widened into
+ * scratch, some rows of W at a time.
  *
  * Matrices that are thin (adapters) and everything in float32 mode stay in float. In float16 the
  * gradient operand is multiplied by a power of two that brings its largest element near 2^13, and
  * the product by its inverse; both stay on the device, so nothing waits for them. */
-#include "launch.cuh"
+#include "few.cuh"
 
 /* ---- eight stored elements at a time */
 
@@ -121,17 +121,6 @@ GLM_KERNEL(256) k_convert_double(void *out, int to, const void *inp, int from, s
         store1(out, to, i, to == GLM_F32 ? (float)x : odd_float(x));
 }
 
-struct stored_matrix {
-    const void *data;
-    const unsigned short *scale;
-    int dtype, rows, cols, group, scale_cols;
-};
-
-static __device__ __forceinline__ float scale_at(const stored_matrix &w, size_t row, int col)
-{
-    return half_value(w.scale[w.group ? row * w.scale_cols + col / w.group : row]);
-}
-
 /* Rows first .. of w, times their scales, in another dtype; `blocks` blocks a row */
 GLM_KERNEL(256) k_widen(void *out, int to, stored_matrix w, int first, int blocks)
 {
@@ -239,132 +228,6 @@ GLM_KERNEL(256) k_column_sum(float *dbias, const float *dout, int N, int O)
         sum += part[i][lane];
     dbias[c] += sum;
 }
-
-/* ---- few rows: a warp has ROWS rows of W and all NB rows of inp */
-
-struct few_rows {
-    float *out;
-    const float *inp, *bias;
-    stored_matrix w;
-    int N, accumulate;
-    float scale;
-};
-
-/* Eight elements of the word group `at` of a 16-byte piece (four of float). */
-template <int DTYPE> static __device__ __forceinline__ void decode(const uint4 q, int at, float *v)
-{
-    const unsigned w[4] = {q.x, q.y, q.z, q.w};
-    if (DTYPE == GLM_F32) {
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            v[j] = __int_as_float((int)w[j]);
-    } else if (DTYPE == GLM_F16 || DTYPE == GLM_BF16) {
-        widen8(q, DTYPE, v);
-    } else if (DTYPE == GLM_I8) {
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            v[j] = (float)((int)(w[2 * at + j / 4] << (24 - 8 * (j % 4))) >> 24);
-    } else {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            v[2 * j] = (float)((int)(w[at] << (24 - 8 * j)) >> 28);
-            v[2 * j + 1] = (float)((int)(w[at] << (28 - 8 * j)) >> 28);
-        }
-    }
-}
-
-template <int DTYPE, int NB, int ROWS>
-static __device__ __forceinline__ void few_body(const few_rows &a)
-{
-    const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
-    const int SUB = PIECE < 8 ? PIECE : 8;
-    const int lane = threadIdx.x & 31, O = a.w.rows, I = a.w.cols;
-    const int first = (int)((blockIdx.x * blockDim.x + threadIdx.x) >> 5) * ROWS;
-    if (first >= O)
-        return;
-    float sum[ROWS][NB];
-    const char *row[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        const size_t o = r ? min(first + r, O - 1) : first;
-        row[r] = static_cast<const char *>(a.w.data) + stored_bytes(DTYPE, o * I);
-#pragma unroll
-        for (int n = 0; n < NB; n++)
-            sum[r][n] = 0;
-    }
-    if (I % PIECE == 0 && ((size_t)a.w.data & 15) == 0) {
-        for (int c = lane * PIECE; c < I; c += 32 * PIECE) {
-            uint4 q[ROWS];
-            float s[ROWS];
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                q[r] = *reinterpret_cast<const uint4 *>(row[r] + stored_bytes(DTYPE, c));
-                s[r] = DTYPE == GLM_I4 && a.w.group
-                           ? scale_at(a.w, r ? min(first + r, O - 1) : first, c)
-                           : 1.0f;
-            }
-#pragma unroll
-            for (int at = 0; at < PIECE / SUB; at++) {
-                float w[ROWS][SUB];
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    decode<DTYPE>(q[r], at, w[r]);
-                    if (DTYPE == GLM_I4)
-#pragma unroll
-                        for (int j = 0; j < SUB; j++)
-                            w[r][j] *= s[r];
-                }
-#pragma unroll
-                for (int n = 0; n < NB; n++) {
-                    const float *x = a.inp + (size_t)min(n, a.N - 1) * I;
-#pragma unroll
-                    for (int k = 0; k < SUB; k += 4) {
-                        const f4 v = load4(x, c + at * SUB + k, I);
-#pragma unroll
-                        for (int r = 0; r < ROWS; r++)
-#pragma unroll
-                            for (int j = 0; j < 4; j++)
-                                sum[r][n] += w[r][k + j] * v.v[j];
-                    }
-                }
-            }
-        }
-    } else {
-        for (int c = lane; c < I; c += 32)
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                float w = load1(row[r], DTYPE, c);
-                if (DTYPE == GLM_I4 && a.w.group)
-                    w *= scale_at(a.w, r ? min(first + r, O - 1) : first, c);
-#pragma unroll
-                for (int n = 0; n < NB; n++)
-                    sum[r][n] += w * a.inp[(size_t)min(n, a.N - 1) * I + c];
-            }
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int n = 0; n < NB; n++) {
-            const float total = warp_sum(sum[r][n]);
-            const int o = first + r;
-            if (lane || o >= O || n >= a.N)
-                continue;
-            float *y = a.out + (size_t)n * O + o;
-            const float s = a.w.scale && !a.w.group ? a.scale * half_value(a.w.scale[o]) : a.scale;
-            *y = s * total + (a.bias ? a.bias[o] : 0.0f) + (a.accumulate ? *y : 0.0f);
-        }
-}
-
-#define FEW_KERNELS(name, dtype)                                                       \
-    GLM_TILE_KERNEL(256, 2) k_few_##name##_1(few_rows a) { few_body<dtype, 1, 4>(a); } \
-    GLM_TILE_KERNEL(256, 2) k_few_##name##_2(few_rows a) { few_body<dtype, 2, 2>(a); } \
-    GLM_TILE_KERNEL(256, 2) k_few_##name##_4(few_rows a) { few_body<dtype, 4, 2>(a); } \
-    GLM_TILE_KERNEL(256, 2) k_few_##name##_8(few_rows a) { few_body<dtype, 8, 1>(a); }
-FEW_KERNELS(f32, GLM_F32)
-FEW_KERNELS(f16, GLM_F16)
-FEW_KERNELS(bf16, GLM_BF16)
-FEW_KERNELS(i8, GLM_I8)
-FEW_KERNELS(i4, GLM_I4)
 
 /* ---- merge and quantize */
 
@@ -480,15 +343,6 @@ k_quantize(unsigned char *data, unsigned short *scales, int dtype, int group, co
 }
 
 #ifdef GLM_HOST
-#include "products.h"
-
-static stored_matrix matrix_of(const struct glm_mat *mat)
-{
-    const stored_matrix w = {mat->data, mat->scale, (int)mat->dtype,    mat->rows,
-                             mat->cols, mat->group, glm_scale_cols(mat)};
-    return w;
-}
-
 static int blas_type(enum glm_dtype dtype)
 {
     return dtype == GLM_F16 ? BLAS_R_16F : dtype == GLM_BF16 ? BLAS_R_16BF : BLAS_R_32F;
@@ -569,24 +423,6 @@ static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, doub
         glm_cuda_blas_failed(cuda, status, m, n, k);
 }
 
-/* The kernel for a dtype and up to NB rows; NULL: no such */
-typedef void (*few_kernel)(few_rows);
-#define FEW_ROW(name) {k_few_##name##_1, k_few_##name##_2, k_few_##name##_4, k_few_##name##_8}
-static const few_kernel FEW_TABLE[5][4] = {FEW_ROW(f32), FEW_ROW(f16), FEW_ROW(bf16), FEW_ROW(i8),
-                                           FEW_ROW(i4)};
-
-static void few(struct cuda *cuda, void *out, const void *inp, const struct glm_mat *W,
-                const void *bias, int N, double scale, int accumulate)
-{
-    const few_rows a = {(float *)out, (const float *)inp, (const float *)bias, matrix_of(W), N,
-                        accumulate,   (float)scale};
-    const int kind = W->dtype <= GLM_BF16 ? (int)W->dtype : W->dtype == GLM_I8 ? 3 : 4;
-    const int size = N == 1 ? 0 : N == 2 ? 1 : N <= 4 ? 2 : 3, rows = N == 1 ? 4 : N <= 4 ? 2 : 1;
-    const few_kernel k_few = FEW_TABLE[kind][size];
-    GLM_LAUNCH(cuda, "linear_forward", k_few, ceil_div((size_t)W->rows, (size_t)8 * rows), 256, 0,
-               a);
-}
-
 extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
                                         const struct glm_mat *weight, const void *bias, int N,
                                         double scale, int accumulate)
@@ -595,8 +431,10 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
     const int O = weight->rows, I = weight->cols;
     if (!N || !glm_cuda_begin(cuda))
         return;
-    if (N <= GLM_FEW && weight->dtype != GLM_F64) {
-        few(cuda, out, inp, weight, bias, N, scale, accumulate);
+    if (is_few(weight, N)) {
+        few_rows a = {(float *)out, (const float *)inp, (const float *)bias};
+        a.N = N, a.scale = (float)scale, a.accumulate = accumulate;
+        glm_cuda_few(cuda, "linear_forward", a, weight);
         return;
     }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
@@ -618,6 +456,23 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
             product(cuda, BLAS_T, BLAS_N, count, some, I, scale, 0, w, I, x, I, type,
                     bias || accumulate, (float *)out + (size_t)n * O + o, O);
         }
+    }
+}
+
+extern "C" void glm_cuda_adapted_forward(void *cx, void *out, const void *inp,
+                                         const struct glm_mat *weight, const void *bias,
+                                         const void *xa, const struct glm_mat *B, int N,
+                                         double scale)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (!is_few(weight, N)) {
+        glm_cuda_linear_forward(cx, out, inp, weight, bias, N, 1, 0);
+        glm_cuda_linear_forward(cx, out, xa, B, NULL, N, scale, 1);
+    } else if (N && glm_cuda_begin(cuda)) {
+        few_rows a = {(float *)out, (const float *)inp, (const float *)bias};
+        a.N = N, a.scale = 1, a.added = (float)scale;
+        a.xa = (const float *)xa, a.B = (const float *)B->data, a.R = B->cols;
+        glm_cuda_few(cuda, "adapted_forward", a, weight);
     }
 }
 

@@ -32,6 +32,7 @@ COMPARISON = re.compile(r"(?<= )(<|<=|>|>=) (?=[-\w(*])")
 VALUES = re.compile(
     r"top > most|most > 0|> fabs\(|word < m\.threshold|wq / qq > most|DECODE_TOKENS|GL_EXPECT"
     r"|i < \*at|h < NH && i >= rotary_dim"  # the first of equals; what stays as it is
+    r"|top_k < r\.V|equal \* each < total"  # that cut nothing off when they are equal
 )
 CONSTANT = re.compile(r"^[\s(]*[A-Z0-9]+(\s*[-+*/]\s*[A-Z0-9]+)*\b")
 # Lower bounds, and upper bounds that reject: wider is one less.
@@ -39,11 +40,12 @@ LOWER = re.compile(r"(>= (begin|from|0\b)|<= begin|< begin)")
 
 # Ops that reach the kernels of a file.
 OPS = {
-    "adamw": ["adamw", "sum_squares", "first_nonfinite", "argmax"],
+    "adamw": ["adamw", "sum_squares", "first_nonfinite"],
     "attention_decode": ["attention_forward"],
     "attention_forward": ["attention_forward"],
     "attention_backward": ["attention_backward"],
     "cache": ["kv_append", "gather", "prefix_forward", "prefix_backward"],
+    "choose": ["choose", "choose_drawn"],
     "cross_entropy": ["cross_entropy_forward", "cross_entropy_backward"],
     "embedding": ["embedding_forward", "embedding_backward"],
     "linear": ["linear_forward", "linear_backward_input", "linear_backward_weight"],
@@ -52,6 +54,7 @@ OPS = {
     "swiglu": ["swiglu_forward", "swiglu_backward", "tanh_forward", "tanh_backward", "add"],
     "attention": ["attention_forward", "attention_backward"],
     "mma": ["attention_forward", "attention_backward"],
+    "few": ["linear_forward", "adapted_forward", "linear_swiglu_forward"],
     "launch": ["add", "adamw", "sum_squares", "rmsnorm_forward", "linear_forward", "convert"],
 }
 OPS["linear"] += ["merge", "quantize", "convert"]

@@ -3,13 +3,23 @@
 
 GLM_BLOCK_REDUCTION(block_sum, float, warp_sum, 0)
 
-GLM_KERNEL(256)
-k_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int C, float eps)
+/* out = rmsnorm of a row of a + b, which goes to sum; b NULL: of a. A thread reads back what it
+ * wrote. */
+static __device__ __forceinline__ void norm_of(float *out, float *rstd, float *sum, const float *a,
+                                               const float *b, const float *weight, int C,
+                                               float eps)
 {
     const size_t row = (size_t)blockIdx.x * C;
     float squares = 0;
     for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
-        const f4 x = load4(inp + row, c, C);
+        f4 x = load4(a + row, c, C);
+        if (b) {
+            const f4 y = load4(b + row, c, C);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                x.v[j] += y.v[j];
+            store4(sum + row, c, C, x);
+        }
 #pragma unroll
         for (int j = 0; j < 4; j++)
             squares += x.v[j] * x.v[j];
@@ -18,7 +28,7 @@ k_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight
     if (threadIdx.x == 0)
         rstd[blockIdx.x] = r;
     for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
-        f4 x = load4(inp + row, c, C);
+        f4 x = load4((b ? sum : a) + row, c, C);
         const f4 w = load4(weight, c, C);
 #pragma unroll
         for (int j = 0; j < 4; j++)
@@ -27,34 +37,17 @@ k_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight
     }
 }
 
-/* The same of sum = a + b; a thread reads back what it wrote. */
+GLM_KERNEL(256)
+k_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int C, float eps)
+{
+    norm_of(out, rstd, NULL, inp, NULL, weight, C, eps);
+}
+
 GLM_KERNEL(256)
 k_add_rmsnorm_forward(float *out, float *rstd, float *sum, const float *a, const float *b,
                       const float *weight, int C, float eps)
 {
-    const size_t row = (size_t)blockIdx.x * C;
-    float squares = 0;
-    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
-        f4 x = load4(a + row, c, C);
-        const f4 y = load4(b + row, c, C);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            x.v[j] += y.v[j];
-            squares += x.v[j] * x.v[j];
-        }
-        store4(sum + row, c, C, x);
-    }
-    const float r = 1.0f / sqrtf(block_sum(squares) / (float)C + eps);
-    if (threadIdx.x == 0)
-        rstd[blockIdx.x] = r;
-    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
-        f4 x = load4(sum + row, c, C);
-        const f4 w = load4(weight, c, C);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            x.v[j] = x.v[j] * r * w.v[j];
-        store4(out + row, c, C, x);
-    }
+    norm_of(out, rstd, sum, a, b, weight, C, eps);
 }
 
 GLM_KERNEL(256)

@@ -271,9 +271,19 @@ class Model:
         after the last token of each.
         Prefill and decoding are this one call. Non-finite logits: FloatingPointError."""
     def next(
-        self, cache: Cache, rows: Sequence[int], ids: np.ndarray, lengths: np.ndarray
+        self,
+        cache: Cache,
+        rows: Sequence[int],
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        choice: dict[str, Any] = ...,
     ) -> np.ndarray:
-        """As extend, but int32 (len(rows),): the id of the largest logit after each row, chosen on
-        the device."""
+        """As extend, but int32 (len(rows),): the id chosen after each row, on the device. Without
+        `choice` that of the largest logit; else its keys are draws, uint64 (len(rows), 3) of seed,
+        stream and index of each row's random number, and where they differ from these: temperature
+        (0: the largest), top_k (0), top_p (1), and of scores that change: context, int32, the ids
+        before each row's next one, one row after another, context_lengths, repetition_penalty (1),
+        no_repeat_ngram_size (0), suppress (ids), min_length (of context, up to which they are
+        suppressed). ValueError when no token is allowed."""
     def extend_shared(self, cache: Cache, ids: np.ndarray) -> None:
         """Append ids to the prefix common to all rows; only while no row has own tokens."""

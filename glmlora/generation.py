@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,8 +241,31 @@ class Scores:
         g = settings
         self.adjusts = g.repetition_penalty != 1 or g.no_repeat_ngram_size > 0 or g.min_length > 0
         self.active = self.adjusts or bool(self.processors)  # else scores stay as they are
-        # the highest score decides, so the core can choose where the scores are
-        self.greedy = not (g.samples or self.active)
+
+    def choice(
+        self, draws: Sequence[tuple[int, int, int]], contexts: Sequence[Sequence[int]]
+    ) -> dict[str, Any] | None:
+        """What tells the core to choose where the scores are; None: the highest one.
+
+        draws: (seed, stream, index) of each row; contexts: its ids.
+        """
+        g, found = self.settings, {}
+        if g.samples:
+            found = {
+                "temperature": float(g.temperature),
+                "top_k": int(g.top_k),
+                "top_p": float(g.top_p),
+            }
+        if self.adjusts:
+            found |= {
+                "context": np.fromiter(chain.from_iterable(contexts), np.int32),
+                "context_lengths": np.array([len(c) for c in contexts], np.int32),
+                "repetition_penalty": float(g.repetition_penalty),
+                "no_repeat_ngram_size": int(g.no_repeat_ngram_size),
+                "suppress": np.array(self.eos, np.int32),
+                "min_length": int(g.min_length),
+            }
+        return found | {"draws": np.array(draws, np.uint64)} if found else None
 
     def __call__(self, scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
         """scores float32 (V), changed in place; ids: the whole context. Returns float32 (V)."""
@@ -331,20 +354,39 @@ class CachedRow:
         self.ids = [list(self.ids[p]) for p in parents]
         self.held = [self.held[p] for p in parents]
 
-    def extend(self, rows: Sequence[int], choose: bool = False) -> np.ndarray:
+    def extend(
+        self,
+        rows: Sequence[int],
+        choose: Callable[[Sequence[int]], dict[str, Any] | None] | None = None,
+    ) -> np.ndarray:
         """Feed what the cache lacks of each row; scores float32 (len(rows), V) of each row's next
-        token, or, to choose, the id (len(rows),) that has the highest.
+        token, or, to choose, the ids (len(rows),) that the core chose. choose: `choice` of
+        core.next for some of `rows`, by their places.
 
         Cuts fall at multiples of CHUNK of each row, wherever other rows are.
         """
-        core = self.model.core
-        run = core.next if choose else core.extend
+
+        def run(
+            places: Sequence[int],
+            of: Sequence[int] | np.ndarray,
+            ids: np.ndarray,
+            lengths: np.ndarray,
+        ) -> np.ndarray:
+            core = self.model.core
+            if choose is None:
+                return core.extend(self.cache, of, ids, lengths)
+            choice = choose(places)
+            if choice is None:
+                return core.next(self.cache, of, ids, lengths)
+            return core.next(self.cache, of, ids, lengths, choice)
+
         lacks = [len(self.ids[row]) - self.held[row] for row in rows]
         if lacks.count(1) == len(rows) <= CHUNK:  # a step of decoding
             if rows != self._places[0]:
                 self._places = list(rows), np.array(rows, np.int32)
             tokens = np.array([self.ids[row][-1] for row in rows], np.int32)
-            found = run(self.cache, self._places[1], tokens, self._ones[: len(rows)])
+            places, ones = range(len(rows)), self._ones[: len(rows)]
+            found = run(places, self._places[1], tokens, ones)
             for row in rows:
                 self.held[row] += 1
             return found
@@ -353,7 +395,8 @@ class CachedRow:
                 self.held[row] -= 1
                 self.cache.rewind(row, self.held[row])
         vocabulary = self.model.config.padded_vocab_size
-        found = np.empty(len(rows), np.int32) if choose else np.empty((len(rows), vocabulary), "f4")
+        shape = (len(rows),) if choose else (len(rows), vocabulary)
+        found = np.empty(shape, np.int32 if choose else np.float32)
         waiting = list(range(len(rows)))
         while waiting:
             turn, ids, lengths, total = [], [], [], 0
@@ -366,12 +409,8 @@ class CachedRow:
                 ids += piece
                 lengths.append(len(piece))
                 total += len(piece)
-            after = run(
-                self.cache,
-                [rows[i] for i in turn],
-                np.asarray(ids, np.int32),
-                np.asarray(lengths, np.int32),
-            )
+            of = [rows[i] for i in turn]
+            after = run(turn, of, np.asarray(ids, np.int32), np.asarray(lengths, np.int32))
             for i, length, of_row in zip(turn, lengths, after, strict=True):
                 self.held[rows[i]] += length
                 if self.held[rows[i]] == len(self.ids[rows[i]]):
@@ -453,9 +492,16 @@ def _run(
     live = list(range(len(rows.ids)))
     for index in count():
         _grow(rows, live, index, limits)
-        chosen = scores is None and change.greedy
+
+        def choose(
+            places: Sequence[int], live: list[int] = live, index: int = index
+        ) -> dict[str, Any] | None:
+            turn = [live[i] for i in places]
+            return change.choice([(seed, r, index) for r in turn], [rows.ids[r] for r in turn])
+
+        chosen = scores is None and not change.processors
         if scores is None:
-            scores = rows.extend(live, choose=chosen)
+            scores = rows.extend(live, choose if chosen else None)
         tokens = {}
         for row, found in zip(live, scores.tolist() if chosen else scores, strict=True):
             token = found
@@ -505,6 +551,13 @@ def complete(
     running: dict[int, int] = {}  # place: prompt, in the order of places
     new: list[list[int]] = [[] for _ in prompts]
     free, live, left = list(range(places)), [], 0
+
+    def choose(at: Sequence[int]) -> dict[str, Any] | None:
+        turn = [running[live[i]] for i in at]
+        return change.choice(
+            [(*draws[n], len(new[n])) for n in turn], [prompts[n] + new[n] for n in turn]
+        )
+
     while True:
         if free:  # the next prompts take the places
             running.update(zip(free, waiting, strict=False))
@@ -522,12 +575,13 @@ def complete(
                 rows.make_room(min(2 * longest, most))
             left = rows.cache.capacity - longest + 1
         left -= 1
-        found = rows.extend(live, choose=change.greedy)
-        for place, token in zip(live, found.tolist() if change.greedy else found, strict=True):
+        chosen = not change.processors
+        found = rows.extend(live, choose if chosen else None)
+        for place, token in zip(live, found.tolist() if chosen else found, strict=True):
             number = running[place]
             answer = new[number]
-            if not change.greedy:
-                scores = change(token, prompts[number] + answer) if change.active else token
+            if not chosen:
+                scores = change(token, prompts[number] + answer)
                 token = _choose(g, scores, draws[number], len(answer))
             rows.ids[place].append(token)
             answer.append(token)
@@ -622,8 +676,9 @@ def stream_generate(
         rows = CachedRow(model, len(prompts) * n, _first_room([len(p) for p in prompts], limits))
         for row, prompt in enumerate(prompts):
             rows.ids[row] = list(prompt)
-        scores = rows.extend(range(len(prompts)))
+        scores = None
         if n > 1:
+            scores = rows.extend(range(len(prompts)))
             rows.fork([i // n for i in range(len(prompts) * n)])
             scores = np.repeat(scores, n, axis=0)
         out = np.repeat(padded, n, axis=0)

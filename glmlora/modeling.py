@@ -243,6 +243,7 @@ class ChatGLMForConditionalGeneration:
     """
 
     backend = "cpu"
+    products: str | None = None  # what fp16 or bf16 of a training asks of a GPU
 
     def __init__(
         self,
@@ -374,7 +375,8 @@ class ChatGLMForConditionalGeneration:
         kinds = {self.stored_dtype(n) for n, s in self._shapes.items() if len(s) == 2}
         home = "cpu" if self.backend.startswith(("cuda", "emu")) else self.backend
         cpu = backend_of(home, self.asked_compute_dtype, kinds)
-        backend = devices.backend(device, stored_as, cpu, self.asked_compute_dtype)
+        asked = self.asked_compute_dtype or self.products
+        backend = devices.backend(device, stored_as, cpu, asked)
         if _core.backend_name(backend) == first:
             return self
         self._apply_trainable()

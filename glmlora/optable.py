@@ -10,7 +10,18 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_double, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    byref,
+    c_double,
+    c_float,
+    c_int,
+    c_int32,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +40,23 @@ class Segment(ctypes.Structure):
     _fields_ = [
         (name, c_int)
         for name in "begin count shared_begin shared_count past_begin past_count context".split()
+    ]
+
+
+class Choice(ctypes.Structure):
+    """struct glm_choice."""
+
+    _fields_ = [
+        ("top_p", c_double),
+        ("seed", c_uint64),
+        ("stream", c_uint32),
+        ("index", c_uint32),
+        ("temperature", c_float),
+        ("penalty", c_float),
+        ("top_k", c_int32),
+        ("first", c_int32),
+        ("penalised", c_int32),
+        ("banned", c_int32),
     ]
 
 
@@ -153,8 +181,8 @@ def unstored(x: np.ndarray, dtype: int) -> np.ndarray:
 
 
 # One letter per argument: r real array, j int32 array, x array of any dtype, i int, z size_t,
-# d double, W weight, K struct glm_kv (a pair of real arrays), S segments, H heads, D dropout, o int
-# out.
+# d double, W weight, K struct glm_kv (a pair of real arrays), S segments, C choices, H heads,
+# D dropout, o int out.
 SIGNATURES = {
     "embedding_forward": "rWji",
     "embedding_backward": "rrjii",
@@ -164,6 +192,8 @@ SIGNATURES = {
     "linear_forward": "rrWridi",
     "linear_backward_input": "rrWidi",
     "linear_backward_weight": "rrrriiid",
+    "adapted_forward": "rrWrrWid",
+    "linear_swiglu_forward": "rrrWri",
     "rope_forward": "rrjiiiii",
     "rope_backward": "rrjiiiii",
     "attention_forward": "rrrKSiH",
@@ -185,7 +215,7 @@ SIGNATURES = {
     "add": "rrrz",
     "sum_squares": "xrz",
     "first_nonfinite": "orii",
-    "argmax": "jrii",
+    "choose": "jriiCj",
     "adamw": "rrrrzdddddid",
     "merge": "xirriiid",
     "convert": "xixiz",
@@ -198,6 +228,7 @@ _TYPES = {
     "W": POINTER(_Mat),
     "K": _KV,
     "S": POINTER(Segment),
+    "C": POINTER(Choice),
     "H": Heads,
     "D": POINTER(_Dropout),
     "o": POINTER(c_int),
@@ -250,8 +281,13 @@ class Ops:
         if letter == "K":
             k, v = value or (None, None)
             return _KV(self._pointer(k, self.real, what), self._pointer(v, self.real, what))
-        if letter == "S":
-            return self._segments((Segment * max(1, len(value)))(*value))
+        if letter in "SC":
+            kind = Segment if letter == "S" else Choice
+            return (
+                value
+                if value is None
+                else self._structures((kind * max(1, len(value)))(*value), kind)
+            )
         return byref(value) if letter == "o" else value
 
     # Where an argument lies for the op; DeviceOps puts it on the device.
@@ -265,8 +301,8 @@ class Ops:
     def _dropout(self, dropout: Dropout) -> _Dropout:
         return dropout.struct
 
-    def _segments(self, segments: Any) -> Any:
-        return segments
+    def _structures(self, array: Any, kind: Any) -> Any:
+        return array
 
 
 class DeviceOps(Ops):
@@ -343,9 +379,8 @@ class DeviceOps(Ops):
         at = [self._put(a, 0) for a in (dropout.stream, dropout.position)]
         return _Dropout(s.seed, s.step, s.site, s.p, *(ctypes.cast(a, pointer) for a in at))
 
-    def _segments(self, segments: Any) -> Any:
-        array = np.frombuffer(segments, np.uint8)
-        return ctypes.cast(self._put(array, 0), POINTER(Segment))
+    def _structures(self, array: Any, kind: Any) -> Any:
+        return ctypes.cast(self._put(np.frombuffer(array, np.uint8), 0), POINTER(kind))
 
 
 @lru_cache

@@ -26,7 +26,21 @@ from . import _core, modeling, optim, peft
 from . import device as devices
 from . import plan as plans
 from .configuration import ChatGLMConfig
-from .optable import BF16, F16, F32, I4, I8, Dropout, Heads, Mat, Ops, Segment, ops_of, stored
+from .optable import (
+    BF16,
+    F16,
+    F32,
+    I4,
+    I8,
+    Choice,
+    Dropout,
+    Heads,
+    Mat,
+    Ops,
+    Segment,
+    ops_of,
+    stored,
+)
 from .tensor import Tensor
 
 # Largest difference from the reference, over the largest element of it: float32 products, and
@@ -58,9 +72,15 @@ def _linear(N: int, O: int, I: int, dtype: int) -> Case:  # noqa: E741, N803
         y, dx, bias = _normal(o, rng, N, O), _normal(o, rng, N, I), _normal(o, rng, O)
         dW, db = _normal(o, rng, O, I), _normal(o, rng, O)  # noqa: N806
         o.linear_forward(y, x, W, bias, N, 0.5, 1)
+        R = 1 + O % 9  # noqa: N806
+        A, B = _normal(o, rng, N, R), Mat(_normal(o, rng, O, R), F32)  # noqa: N806
+        both, h, act = (_normal(o, rng, N, n) for n in (O, O, O // 2))
+        o.adapted_forward(both, x, W, bias, A, B, N, 0.5)
+        if O % 2 == 0:
+            o.linear_swiglu_forward(act, h, x, W, bias, N)
         o.linear_backward_input(dx, dy, W, N, 2.0, 1)
         o.linear_backward_weight(dW, db, dy, x, N, O, I, 1.0)
-        return [y, dx, dW, db]
+        return [y, dx, dW, db, both, act]
 
     return case
 
@@ -155,10 +175,24 @@ def _loss(M: int, V: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         logits, target = _normal(o, rng, M, V), rng.integers(0, V, M).astype(np.int32)
         loss, lse, ids = np.empty(M, o.real), np.empty(M, o.real), np.zeros(M, np.int32)
-        o.argmax(ids, logits, M, V)
+        o.choose(ids, logits, M, V, None, None)
         o.cross_entropy_forward(loss, lse, logits, target, M, V)
         o.cross_entropy_backward(logits, lse, target, M, V, 0.5)
         return [loss, lse, logits, ids.astype(o.real)]
+
+    return case
+
+
+def _draws(M: int, V: int, top_k: int, top_p: float) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        logits, ids = _normal(o, rng, M, V), np.zeros(M, np.int32)
+        touched = np.concatenate([rng.permutation(V) for _ in range(2)]).astype(np.int32)
+        how = (top_p, 5, 0, 3, 0.8, 1.3, top_k, V // 2, V // 3, V // 4)
+        choices = [Choice(*how) for _ in range(M)]
+        for row, choice in enumerate(choices):
+            choice.stream = row
+        o.choose(ids, logits, M, V, choices, touched)
+        return [ids.astype(o.real)]
 
     return case
 
@@ -225,6 +259,8 @@ def op_cases() -> dict[str, Case]:
     ):
         name = f"attention {len(counts)} of {HD}"
         found[name] = _attention(counts, NH, KVH, HD, shared, past)
+    for V, top_k, top_p in ((7, 0, 1.0), (33, 3, 0.9), (1001, 50, 0.8), (5003, 0, 0.7)):  # noqa: N806
+        found[f"draws of {V}"] = _draws(5, V, top_k, top_p)
     for shape in ((1, 2, 1, 1), (5, 4, 33, 2), (8, 2, 64, 3)):
         found[f"prefix {shape}"] = _prefix(*shape)
     return found
@@ -357,7 +393,8 @@ def check_training(backend: str, stored_as: str, method: str) -> str:
 
 
 def check_answers(backend: str, stored_as: str) -> str:
-    """Greedy answers: the CPU's, with the cache and recordings, with the cache alone, without."""
+    """Greedy answers: the CPU's, with the cache and recordings, with the cache alone, without; and
+    drawn ones."""
     ids, new = np.random.default_rng(6).integers(3, 101, (2, 9)), 10
     model = tiny_model(backend, stored_as)
     answers = [model.generate(ids, max_new_tokens=new, eos_token_id=[]) for _ in range(2)]
@@ -372,6 +409,12 @@ def check_answers(backend: str, stored_as: str) -> str:
     cpu = tiny_model("cpu", stored_as).generate(ids, max_new_tokens=new, eos_token_id=[])
     for name, other in (("again", answers[1]), ("scores", seen), ("no cache", plain), ("cpu", cpu)):
         assert np.array_equal(answers[0], other), f"{name}: {answers[0]} {other}"
+    drawn = dict(do_sample=True, temperature=1.1, top_p=0.9, repetition_penalty=1.2, seed=3)
+    got, want = (
+        tiny_model(b, stored_as).generate(ids, max_new_tokens=new, eos_token_id=[], **drawn)
+        for b in (backend, "cpu")
+    )
+    assert np.array_equal(got, want), f"drawn: {got} {want}"
     graphs = model.core.counts()["graphs"]
     assert graphs > new, f"{graphs} recordings were used"
     return f"{graphs} from recordings"
@@ -458,30 +501,26 @@ def items(device: str, types: list[str]) -> Iterator[tuple[str, Callable[[], Any
         for method in ("lora", "p_tuning", "full"):
             yield f"{type_} {method} 20 steps", lambda of=of, m=method: check_training(*of, m)
         if type_ == "float32":
-            yield f"{type_} greedy answers", lambda of=of: check_answers(*of)
+            yield f"{type_} answers", lambda of=of: check_answers(*of)
         yield f"{type_} twice the same bits", lambda of=of: check_bits(*of)
         yield f"{type_} counts as planned", lambda of=of: check_plan(*of)
 
 
-def deep(device: str) -> str:
-    """The ops under each tool of compute-sanitizer."""
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def deep(device: str, only: str = "float16") -> str:
+    """Items whose names begin so, under each tool of compute-sanitizer."""
     tool = shutil.which("compute-sanitizer")
     if device.startswith("emu") or tool is None:
         return "skipped: compute-sanitizer is not installed, or there is no GPU"
-    for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
+    for check in TOOLS:
         words = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m"]
-        words += [
-            "glmlora.selftest",
-            "--device",
-            device,
-            "--only",
-            "float16",
-            "--output",
-            os.devnull,
-        ]
+        words += ["glmlora.selftest", "--device", device, "--only", only, "--output", os.devnull]
         done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode == 0, f"{check}: {done.stdout[-1500:]}"
-    return "memcheck, racecheck, initcheck, synccheck"
+        told = done.stdout[-1500:] + done.stderr[-500:]
+        assert done.returncode == 0, f"{check}: exit status {done.returncode}: {told}"
+    return ", ".join(TOOLS)
 
 
 def run(device: str, only: str = "", deeply: bool = False, output: str | None = None) -> int:

@@ -415,10 +415,12 @@ def _say_notices(*groups: Any) -> None:
 
 def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments) -> None:
     """On a GPU where there is one and `no_cuda` does not say otherwise. One that is somewhere
-    stays there.
+    stays there. With fp16 or bf16 a GPU's large products are in that type from now on, whatever the
+    weights are stored in, unless `compute_dtype` names one.
     """
-    if base.device == "cpu":
-        base.to(device="cpu" if args.no_cuda else "auto")
+    base.products = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
+    place = "cpu" if args.no_cuda else "auto"
+    base.to(device=place if base.device == "cpu" else base.device)
     _warn_of_precision(args, base.device)
 
 

@@ -212,6 +212,11 @@ STREAMING = [
     *((test_ops.linear_backward_input, 64, 256, 384, kind, 1.0, 1)
       for kind in ("F16", "BF16", "I8", "I4", "I4 by 32")),
     (test_ops.linear_forward, 64, 256, 384, "I8", True, 1.0, 1),
+    *((test_ops.adapted_forward, n, 512, 512, 8, kind, True) for n in (1, 8)
+      for kind in ("F16", "I4 by 32")),
+    *((test_ops.linear_swiglu_forward, n, 256, 512, kind, False) for n in (1, 8)
+      for kind in ("F16", "I4 by 32")),
+    (test_ops.choose, 8, 4096, "plain"), (test_ops.choose_drawn, 4, 4096, 0.8, 50, 0.8, False),
     (test_ops.linear_backward_weight, 64, 288, 384, 1.0, True, True),
 ]  # fmt: skip
 OTHERS = [
@@ -334,6 +339,48 @@ def test_greedy_answers_are_the_same(device, tmp_path, monkeypatch):
         for backend in ("cpu", device)
     ]
     assert np.array_equal(*answers)
+
+
+DRAWN = dict(do_sample=True, temperature=1.2, top_k=0, top_p=0.9, eos_token_id=[5, 6], seed=4)
+
+
+@on_devices
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"top_k": 7, "top_p": 1.0},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_length": 25},
+        {"temperature": 0, "repetition_penalty": 1.4},
+    ],
+)
+def test_drawn_answers_are_the_same(device, more, tmp_path, monkeypatch):
+    """And the device draws them: a token is a wait and 4 bytes back, from the fourth on it is one
+    recorded sequence."""
+    directory = tiny.tiny_model_dir(tmp_path)
+    ids = np.random.default_rng(3).integers(3, 90, (3, 11))
+    models = [load(directory, backend, monkeypatch) for backend in ("cpu", device)]
+    answers = [model.generate(ids, max_new_tokens=30, **DRAWN | more) for model in models]
+    assert np.array_equal(*answers)
+    endless = DRAWN | more | {"eos_token_id": []}
+    tokens = models[1].stream_generate(ids[:1], max_new_tokens=9, **endless)
+    for place in range(9):
+        models[1].core.counts()
+        next(tokens)
+        counts = models[1].core.counts()
+        assert (counts["syncs"], counts["downloaded"]) == (1, 4)
+        assert place < 3 or (counts["graphs"], counts["launches"], counts["products"]) == (1, 0, 0)
+
+
+@on_devices
+def test_what_allows_no_token_is_refused(device, tmp_path, monkeypatch):
+    model = load(tiny.tiny_model_dir(tmp_path), device, monkeypatch)
+    vocabulary = model.config.padded_vocab_size
+    with pytest.raises(ValueError, match="row 0: no token is allowed after 3"):
+        model.generate(
+            [[4, 5, 6]], max_new_tokens=2, min_length=9, eos_token_id=list(range(vocabulary))
+        )
+    assert model.generate([[4, 5, 6]], max_new_tokens=2, eos_token_id=[]).shape == (1, 5)
 
 
 @on_devices

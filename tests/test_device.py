@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 import glmlora
-from glmlora import _core, cli
+from glmlora import _core, cli, trainer
 from glmlora import device as devices
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,6 +165,25 @@ def test_a_model_moves_with_all_that_it_has(emu, directory):
     for _ in range(2):
         other.backward(**batch())
         stay.step()
+
+
+@needs_compiler
+def test_fp16_and_bf16_are_the_type_of_a_gpus_products(emu, tmp_path):
+    """Whatever the weights are stored in; not where compute_dtype names another."""
+    directory = tiny.tiny_model_dir(tmp_path / "model", dtype="F32")
+    model, losses = load(directory, device="emu").requires_grad_(True), {}
+    flags = {"float32": {}, "float16": {"fp16": True}, "bfloat16": {"bf16": True}}
+    for name, given in flags.items():
+        arguments = glmlora.TrainingArguments(output_dir=str(tmp_path / "out"), **given)
+        trainer._place(model, arguments)
+        assert (model.device, model.core.backend) == ("emu:0", f"emu:0/{name}")
+        assert model.stored_dtype("transformer.output_layer.weight") == "F32"
+        losses[name] = model.backward(**batch())
+        named = load(directory, device="emu", compute_dtype="float32")
+        trainer._place(named, arguments)
+        assert named.core.backend == "emu:0/float32"
+    assert len(set(losses.values())) == 3
+    assert max(losses.values()) - min(losses.values()) < 1e-2 * losses["float32"]
 
 
 @needs_compiler

@@ -26,6 +26,7 @@ from ops import (
     I8,
     SIGNATURES,
     STORED,
+    Choice,
     DeviceOps,
     Dropout,
     Heads,
@@ -428,6 +429,28 @@ def linear_forward(
     return {"out": (out, sum_error(I, size))}
 
 
+def adapted_forward(m: Maker, N: int, O: int, I: int, R: int, dtype: str, bias: bool):
+    W, w = m.weight(O, I, dtype)
+    x, b, xa = m.normal(N, I), m.normal(O) if bias else None, m.normal(N, R)
+    B, out = m.normal(O, R), m.out(N, O)
+    size = np.abs(x) @ np.abs(w.T) + (np.abs(b) if bias else 0) + 0.5 * np.abs(xa) @ np.abs(B.T)
+    kind = F64 if B.dtype == np.float64 else F32
+    m.ops.adapted_forward(out, x, W, b, xa, Mat(B, kind), N, 0.5)
+    return {"out": (out, sum_error(I + R, size))}
+
+
+def linear_swiglu_forward(m: Maker, N: int, F: int, I: int, dtype: str, bias: bool):
+    W, w = m.weight(2 * F, I, dtype)
+    x, b = m.normal(N, I, scale=0.3), m.normal(2 * F) if bias else None
+    out, h = m.out(N, F), m.out(N, 2 * F)
+    size = np.abs(x) @ np.abs(w.T) + (np.abs(b) if bias else 0)
+    error = np.broadcast_to(sum_error(I, size), (N, 2 * F))
+    y = np.abs(x @ w.T + (b if bias else 0))  # |silu| is at most |x|, its slope at most 1.1
+    off = 1.1 * y[:, F:] * error[:, :F] + y[:, :F] * error[:, F:] + 8 * EPS * y[:, :F] * y[:, F:]
+    m.ops.linear_swiglu_forward(out, h, x, W, b, N)
+    return {"out": (out, off)}
+
+
 def quantize(m: Maker, rows: int, cols: int, kind: str, inp_dtype: str, size: float):
     """Row-wise: the reference's bits. In groups: as small an error, and integers that fit it."""
     dtype, group = QUANTIZED[kind]
@@ -730,7 +753,7 @@ def first_nonfinite(m: Maker, N: int, C: int, rows: tuple[int, ...], bad: float)
     return {"row": (np.array(row.value), 0), "expected": (np.array(min(rows, default=-1)), 0)}
 
 
-def argmax(m: Maker, M: int, V: int, kind: str):
+def choose(m: Maker, M: int, V: int, kind: str):
     x, ids = m.normal(M, V), np.full(M, -7, np.int32)
     if kind == "ties":
         x[:] = np.round(x)
@@ -739,8 +762,48 @@ def argmax(m: Maker, M: int, V: int, kind: str):
         for row in range(0, M, 2):
             x[row, m.rng.integers(V)] = [np.nan, np.inf, -np.inf][row // 2 % 3]
             want[row] = -1
-    m.ops.argmax(ids, x, M, V)
+    m.ops.choose(ids, x, M, V, None, None)
     return {"id": (ids.astype(float), 0), "expected": (want.astype(float), 0)}
+
+
+def choices_of(
+    rng: np.random.Generator, M: int, V: int, temperature: float, top_k: int, top_p: float
+) -> tuple[list[Choice], np.ndarray]:
+    """How M rows are drawn, every other one with scores that change, and the columns of these."""
+    choices, touched = [], np.empty(0, np.int32)
+    for row in range(M):
+        runs = [rng.permutation(V)[: rng.integers(0, V + 1) // 2] for _ in range(2 * (row % 2))]
+        lengths = [len(run) for run in runs] or [0, 0]
+        draw = (top_p, int(rng.integers(2**63)), row, 5 * row, temperature, 1.7)
+        choices.append(Choice(*draw, top_k, len(touched), *lengths))
+        touched = np.concatenate((touched, *runs)).astype(np.int32)
+    return choices, touched if len(touched) else np.zeros(1, np.int32)
+
+
+def choose_drawn(
+    m: Maker, M: int, V: int, temperature: float, top_k: int, top_p: float, ties: bool | str
+):
+    x, ids = m.normal(M, V, scale=3), np.full(M, -7, np.int32)
+    if ties:
+        x[:] = np.round(x)  # -0, too
+    if ties == "near":  # one that is as little as possible before its equals
+        x[:] = 1
+        x[:, : V // 8] += EPS
+    choices, touched = choices_of(m.rng, M, V, temperature, top_k, top_p)
+    wanted = {}
+    if M > 4:  # a row that is not finite, and one where nothing is allowed
+        x[1, V // 2] = np.nan
+        everything = np.arange(V, dtype=np.int32)
+        choices[2].first, choices[2].penalised, choices[2].banned = len(touched), 0, V
+        touched = np.concatenate((touched, everything))
+        wanted = {1: -1, 2: -2}
+    m.ops.choose(ids, x, M, V, choices, touched)
+    got = {row: float(ids[row]) for row in wanted}
+    return {
+        "id": (ids.astype(float), 0),
+        "refused": (np.array(list(got.values())), 0),
+        "expected": (np.array(list(map(float, wanted.values()))), 0),
+    }
 
 
 def adamw(m: Maker, n: int, t: int, wd: float):
@@ -792,6 +855,12 @@ def linear_cases() -> list[tuple[Any, ...]]:
             cases.append((linear_forward, N, O, I, dtype, at % 3 > 0, scale, accumulate))
             cases.append((linear_backward_input, N, O, I, dtype, scale, accumulate))
         cases.append((linear_backward_weight, N, O, I, 0.5, at % 4 < 3, at % 4 != 2))
+    for N in (0, 1, 2, 3, 4, 7, 8, 9, 33):
+        for step, dtype in enumerate([*DTYPES, *QUANTIZED]):
+            for O, I, R in ((1, 8, 1), (33, 64, 8), (7, 130, 16), (64, 260, 40)):
+                if usable(dtype, I):
+                    cases.append((adapted_forward, N, O, I, R, dtype, step % 2 > 0))
+                    cases.append((linear_swiglu_forward, N, O, I, dtype, step % 2 > 0))
     return cases
 
 
@@ -848,7 +917,16 @@ def small_cases() -> list[tuple[Any, ...]]:
         cases += [(rmsnorm_forward, N, C, scale) for scale in (1.0, 1e-4, 1e17)]
         cases += [(rmsnorm_backward, N, C, weight_too) for weight_too in (True, False)]
         cases += [(add_rmsnorm_forward, N, C, into) for into in ("a", "b", "out")]
-        cases += [(argmax, N, C, kind) for kind in ("plain", "ties", "bad")]
+        cases += [(choose, N, C, kind) for kind in ("plain", "ties", "bad")]
+        cases += [
+            (choose_drawn, N, C, temperature, top_k, top_p, ties)
+            for temperature, top_k, top_p in (
+                *((0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 5, 1.0), (0.95, 0, 0.7), (1.3, 50, 0.8)),
+                *((1.0, 1, 1.0), (2.0, 0, 0.0), (1e-40, 3, 0.9)),
+            )
+            for ties in (False, True)
+            if temperature != 1e-40 or not ties  # in double it does not overflow
+        ]
         cases += [(embedding_forward, N, C, dtype) for dtype in DTYPES]
         cases += [(embedding_backward, N, C), (kv_append, N, 4, 2, C)]
         cases += [(swiglu_forward, N, C, scale) for scale in (1.0, 100.0)]
@@ -890,7 +968,10 @@ LARGE: list[tuple[Any, ...]] = [
     (rmsnorm_forward, 301, 255, 1.0),
     (rmsnorm_backward, 301, 255, True),
     (add_rmsnorm_forward, 301, 255, "a"),
-    (argmax, 33, 3001, "ties"),
+    (choose, 33, 3001, "ties"),
+    (choose_drawn, 40, 64, 1.0, 0, 0.5, "near"),
+    (choose_drawn, 9, 4101, 0.9, 600, 0.9, False),
+    (choose_drawn, 3, 4101, 5.0, 0, 0.99, True),
     (rope_append, 200, 8, 2, 64, 32),
     (embedding_forward, 300, 300, "F16"),
     (embedding_backward, 700, 129),
@@ -1335,6 +1416,55 @@ def test_threads_do_not_change_a_bit(backend: str, case: tuple[Any, ...], thread
     for n, result in zip((2, 3), results[1:], strict=True):
         for name, (value, _) in results[0].items():
             same_bits(result[name][0], value, f"{case[0].__name__}{case[1:]} {name}, {n} threads")
+
+
+# ---- draws ----
+
+
+def drawn(backend: str, x: np.ndarray, touched: Any = (0,), **fields: Any) -> int:
+    """The column that is chosen of one row of scores."""
+    ops, ids = ops_of(backend), np.zeros(1, np.int32)
+    choice = Choice(**{"top_p": 1.0, "temperature": 1.0, "penalty": 1.0, **fields})
+    ops.choose(
+        ids, x.astype(ops.real)[None], 1, len(x), [choice], np.ascontiguousarray(touched, np.int32)
+    )
+    return int(ids[0])
+
+
+@every_backend
+def test_draws_are_those_of_the_host(backend: str, rng: np.random.Generator) -> None:
+    """_core.sample sorts in double and is what runs where a caller's function sees the scores."""
+    settings = [(1.0, 0, 1.0), (0.8, 50, 0.8), (1.5, 7, 1.0), (0.95, 0, 0.7), (3.0, 40, 0.3)]
+    for at in range(200):
+        x = 3 * rng.standard_normal(301).astype(np.float32)
+        x = np.round(x) if at % 3 == 0 else x
+        temperature, top_k, top_p = settings[at % len(settings)]
+        context = rng.integers(0, 301, 40).astype(np.int32)
+        distinct = list(dict.fromkeys(context.tolist()))
+        more = {"penalty": 1.3, "penalised": len(distinct)} if at % 2 else {}
+        got = drawn(backend, x, distinct, temperature=temperature, top_k=top_k, top_p=top_p,
+                    seed=at, stream=3, index=at // 7, **more)  # fmt: skip
+        if more:
+            _core.adjust_logits(x, context, 1.3)
+        assert got == _core.sample(x, temperature, top_k, top_p, at, 3, at // 7), at
+
+
+@every_backend
+def test_a_choice_has_edges(backend: str) -> None:
+    x = np.array([1, 5, -2, 5, 0.5, 5], np.float32)
+    for seed in range(20):
+        # of equals at the edge of top_p the first stay; those at the edge of top_k all do
+        assert drawn(backend, x, top_p=0.0, seed=seed) == 1
+        assert drawn(backend, x, top_p=0.5, seed=seed) in (1, 3)
+        assert drawn(backend, x, top_k=1, seed=seed) in (1, 3, 5)
+    assert {drawn(backend, x, top_p=0.5, seed=seed) for seed in range(20)} == {1, 3}
+    assert {drawn(backend, x, top_k=1, seed=seed) for seed in range(40)} == {1, 3, 5}
+    assert drawn(backend, x, temperature=0.0) == 1
+    assert drawn(backend, x, [3, 1, 5], temperature=0.0, penalty=2.0, penalised=1, banned=1) == 5
+    assert drawn(backend, x, [0, 1, 2, 3, 4, 5], banned=6) == -2
+    if backend != "ref_f64":
+        assert drawn(backend, x, [1], penalty=1e-45, penalised=1) == -2  # infinite
+    assert drawn(backend, np.array([1, np.inf], np.float32)) == -1
 
 
 # ---- elementary functions ----

@@ -69,6 +69,46 @@ def test_an_item_that_fails_is_named(tmp_path, monkeypatch, capsys):
     assert "differs by" in json.loads(out.read_text())["result"]
 
 
+SANITIZER = """#!/bin/sh
+# compute-sanitizer as far as the self-test knows it: --tool NAME --error-exitcode N COMMAND..
+[ "$1 $3 $4" = "--tool --error-exitcode 9" ] || exit 2
+echo "$2" >> "$TOLD"
+[ "$2" != "$FAILING" ] || exit "$4"
+shift 4
+exec "$@"
+"""
+
+
+@needs_compiler
+def test_deep_runs_the_items_under_each_tool(tmp_path, monkeypatch):
+    build = [sys.executable, str(ROOT / "cuda" / "build.py"), "emu"]
+    library = subprocess.run(build, capture_output=True, text=True, check=True).stdout.split()[-1]
+    assert selftest.deep("emu:0").startswith("skipped")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert selftest.deep("cuda:0").startswith("skipped")
+    (tmp_path / "compute-sanitizer").write_text(SANITIZER)
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    told = tmp_path / "told"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.defpath}")
+    for name, value in (
+        ("TOLD", str(told)),
+        ("FAILING", ""),
+        ("GLMLORA_DEVICE", "emu"),  # what "cuda" is in the processes that it starts
+        ("GLMLORA_CUDA_LIBRARY", library),
+    ):
+        monkeypatch.setenv(name, value)
+    only = "float16 linear float16 1x"
+    assert selftest.deep("cuda:0", only) == "memcheck, racecheck, initcheck, synccheck"
+    assert told.read_text().split() == list(selftest.TOOLS)
+    monkeypatch.setenv("FAILING", "racecheck")
+    with pytest.raises(AssertionError, match="racecheck: exit status 9"):
+        selftest.deep("cuda:0", only)
+    monkeypatch.setenv("FAILING", "")
+    monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", str(tmp_path / "none.so"))  # the items fail
+    with pytest.raises(AssertionError, match="(?s)memcheck: exit status 1.*environment"):
+        selftest.deep("cuda:0", only)
+
+
 def test_without_a_device_it_fails_and_says_why(tmp_path):
     library = str(tmp_path / "none.so")
     status, lines, _ = run("--device", "cuda", "--output", os.devnull, GLMLORA_CUDA_LIBRARY=library)

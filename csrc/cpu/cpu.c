@@ -338,6 +338,14 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
     }
 }
 
+static void adapted_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                            const void *bias, const void *xa, const struct glm_mat *B, int N,
+                            double scale)
+{
+    linear_forward(cx, out, inp, weight, bias, N, 1, 0);
+    linear_forward(cx, out, xa, B, NULL, N, scale, 1);
+}
+
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
 {
@@ -503,6 +511,13 @@ static void swiglu_backward(void *cx, void *dinp, const void *dout, const void *
     run_rows(cpu, cpu->k->swiglu_backward, &a, (size_t)2 * F);
 }
 
+static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
+                                  const struct glm_mat *weight, const void *bias, int N)
+{
+    linear_forward(cx, h, inp, weight, bias, N, 1, 0);
+    swiglu_forward(cx, out, h, N, weight->rows / 2);
+}
+
 static void tanh_forward(void *cx, void *out, const void *inp, size_t n)
 {
     struct cpu *cpu = cx;
@@ -586,11 +601,17 @@ static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
         *row = cpu->found[i];
 }
 
-static void argmax(void *cx, int32_t *id, const void *x, int M, int V)
+static void choose(void *cx, int32_t *id, void *x, int M, int V, const struct glm_choice *choices,
+                   const int32_t *touched)
 {
     struct cpu *cpu = cx;
-    struct row_args a = {.out = id, .a = x, .N = M, .C = V};
-    run_rows(cpu, cpu->k->argmax, &a, (size_t)V);
+    if (!choices) {
+        struct row_args a = {.out = id, .a = x, .N = M, .C = V};
+        run_rows(cpu, cpu->k->argmax, &a, (size_t)V);
+        return;
+    }
+    const struct choose_args a = {id, x, V, choices, touched};
+    glm_pool_run(cpu->pool, M, ns_of((size_t)8 * V), glm_choose_task, &a);
 }
 
 static void adamw(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr,

@@ -149,6 +149,16 @@ struct glm_cpu_kernels {
 extern const struct glm_cpu_kernels glm_cpu_kernels_generic, glm_cpu_kernels_avx2,
     glm_cpu_kernels_avx512, glm_cpu_kernels_avx512bf16;
 
+/* choose.c: a row of the op `choose` a task; struct choose_args */
+struct choose_args {
+    int32_t *id;
+    float *x;
+    int V;
+    const struct glm_choice *choices;
+    const int32_t *touched;
+};
+void glm_choose_task(const void *arg, int task, char *scratch);
+
 /* Rows of an attention panel: fewer where heads are wide, so that nine panels fit the scratch. */
 static inline int att_block(int HD)
 {

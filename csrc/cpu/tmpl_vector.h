@@ -6,7 +6,7 @@
 #include "kernels.h"
 
 typedef float vf __attribute__((vector_size(4 * VL), aligned(4)));
-typedef float vb __attribute__((vector_size(4 * VL), aligned(1))); /* as bytes lie in a file */
+typedef float v_any __attribute__((vector_size(4 * VL), aligned(1))); /* as bytes lie in a file */
 typedef int32_t vi __attribute__((vector_size(4 * VL), aligned(4)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL), aligned(4)));
 typedef uint64_t vw __attribute__((vector_size(4 * VL), aligned(4)));
@@ -16,7 +16,7 @@ typedef float v4 __attribute__((vector_size(16), aligned(4)));
 
 INLINE vf load(const float *p) { return *(const vf *)p; }
 INLINE void store(float *p, vf v) { *(vf *)p = v; }
-INLINE vf load_bytes(const char *p) { return *(const vb *)p; }
+INLINE vf load_bytes(const char *p) { return *(const v_any *)p; }
 INLINE vf splat(float x) { return x - (vf){0}; }
 
 /* a * b + c. Whether it is rounded once is the instruction set's, never the compiler's choice,

@@ -57,10 +57,15 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
     glm_linear_forward(m, &layer->linear[GLM_DENSE], a->x1, att, a->xa[GLM_DENSE], NR, rows);
     op->add_rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, a->x1, x,
                             layer->post_attention_layernorm->mat.data, NR, C, m->arch.eps);
-    glm_linear_forward(m, &layer->linear[GLM_H_TO_4H], a->h, s->ln, a->xa[GLM_H_TO_4H], NR, rows);
-    const struct glm_linear *last = &layer->linear[GLM_4H_TO_H];
-    if (x_out || glm_trains(last->B))
-        op->swiglu_forward(cx, s->act, a->h, NR, F);
+    const struct glm_linear *up = &layer->linear[GLM_H_TO_4H], *last = &layer->linear[GLM_4H_TO_H];
+    if (s->ln != s->act && !glm_adapted(m, up)) {
+        op->linear_swiglu_forward(cx, s->act, a->h, s->ln, &up->weight->mat,
+                                  up->bias ? up->bias->mat.data : NULL, NR);
+    } else {
+        glm_linear_forward(m, up, a->h, s->ln, a->xa[GLM_H_TO_4H], NR, rows);
+        if (x_out || glm_trains(last->B))
+            op->swiglu_forward(cx, s->act, a->h, NR, F);
+    }
     if (!x_out) {
         if (glm_trains(last->B))
             glm_adapter_forward(m, last, s->act, a->xa[GLM_4H_TO_H], NR, rows);

@@ -1,6 +1,7 @@
 /* Keys and values of a conversation, or of many: append, rewind, shared prefix.
  * Slots of one layer: the P-Tuning prefix, the prompt prefix shared by all rows, then `capacity`
  * slots for each row. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -218,7 +219,8 @@ static glm_status check_version(struct glm_cache *c, struct glm_error *err)
 
 /* Checks, memory and uploads of a step that continues n rows. */
 static glm_status begin(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
-                        const int32_t *lengths, struct glm_error *err)
+                        const int32_t *lengths, const struct glm_sampling *how,
+                        struct glm_error *err)
 {
     struct glm_model *m = c->model;
     int64_t N = 0;
@@ -232,7 +234,7 @@ static glm_status begin(struct glm_cache *c, const int32_t *rows, int n, const i
     /* the last token of each segment is read: they follow from the lengths, so no array is passed
      * around */
     const struct glm_input in = {.ids = ids, .lengths = lengths, .N = (int)N, .S = n, .M = n};
-    const struct glm_place place = {.cache = c, .rows = rows};
+    const struct glm_place place = {.cache = c, .rows = rows, .how = how};
     return glm_step_begin(m, &in, 0, 1, &place, err);
 }
 
@@ -260,7 +262,7 @@ glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, con
     struct glm_model *m = c->model;
     const size_t V = (size_t)m->arch.vocab;
     GLM_TRY(check_rows(c, rows, n, lengths, err));
-    GLM_TRY(begin(c, rows, n, ids, lengths, err));
+    GLM_TRY(begin(c, rows, n, ids, lengths, NULL, err));
     GLM_TRY(glm_step_forward(m, NULL, err));
     struct glm_step *s = &m->step;
     for (int first = 0; first < n; first += s->logits_rows) {
@@ -288,7 +290,8 @@ static glm_status run_to_ids(struct glm_model *m, int n, struct glm_error *err)
     for (int first = 0; first < n; first += s->logits_rows) {
         const int count = n - first < s->logits_rows ? n - first : s->logits_rows;
         glm_step_logits(m, first, count);
-        m->be->ops->argmax(m->be->cx, s->chosen + first, s->logits, count, m->arch.vocab);
+        m->be->ops->choose(m->be->cx, s->chosen + first, s->logits, count, m->arch.vocab,
+                           s->how ? s->choices + first : NULL, s->touched);
     }
     return GLM_OK;
 }
@@ -301,7 +304,7 @@ static glm_status replay_to_ids(struct glm_model *m, int n, struct glm_error *er
     const struct glm_step *s = &m->step;
     const struct glm_key key = {{(uintptr_t)m, m->version, (uintptr_t)m->arena.base,
                                  (uintptr_t)s->cache->kv, (uint64_t)s->cache->slots, (uint64_t)s->N,
-                                 (uint64_t)n, (uint64_t)s->kept_layers}};
+                                 (uint64_t)n, (uint64_t)s->kept_layers << 1 | (s->how != NULL)}};
     if (!be->replay || s->longest > 1)
         return run_to_ids(m, n, err);
     if (be->replay(be, &key))
@@ -311,19 +314,45 @@ static glm_status replay_to_ids(struct glm_model *m, int n, struct glm_error *er
     return status;
 }
 
+static glm_status check_sampling(const struct glm_sampling *how, struct glm_error *err)
+{
+    const float temperature = (float)how->temperature, penalty = (float)how->repetition_penalty;
+    if (!(temperature >= 0 && isfinite(temperature)))
+        return glm_fail(err, GLM_EVALUE, "temperature: expected 0 (greedy) or more, got %g",
+                        how->temperature);
+    if (how->top_k < 0)
+        return glm_fail(err, GLM_EVALUE, "top_k: expected 0 (off) or a positive number, got %d",
+                        how->top_k);
+    if (!(how->top_p >= 0 && how->top_p <= 1))
+        return glm_fail(err, GLM_EVALUE, "top_p: expected 0 to 1, got %g", how->top_p);
+    if (!(penalty > 0 && isfinite(penalty)))
+        return glm_fail(err, GLM_EVALUE, "repetition_penalty: expected a positive number, got %g",
+                        how->repetition_penalty);
+    return GLM_OK;
+}
+
 glm_status glm_cache_next(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
-                          const int32_t *lengths, int32_t *next, struct glm_error *err)
+                          const int32_t *lengths, const struct glm_sampling *how, int32_t *next,
+                          struct glm_error *err)
 {
     struct glm_model *m = c->model;
+    if (how)
+        GLM_TRY(check_sampling(how, err));
     GLM_TRY(check_rows(c, rows, n, lengths, err));
-    GLM_TRY(begin(c, rows, n, ids, lengths, err));
+    GLM_TRY(begin(c, rows, n, ids, lengths, how, err));
     GLM_TRY(replay_to_ids(m, n, err));
     m->be->download(m->be, next, m->step.chosen, (size_t)n * sizeof *next);
     if (m->be->stopped(m->be))
         return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
     for (int i = 0; i < n; i++)
-        if (next[i] < 0)
+        if (next[i] == -1)
             return glm_step_diagnose(m, err);
+    for (int i = 0; i < n; i++)
+        if (next[i] < 0)
+            return glm_fail(err, GLM_EVALUE,
+                            "row %d: no token is allowed after %d: all are suppressed, or the "
+                            "penalty makes scores infinite",
+                            rows[i], c->lengths[rows[i]] + lengths[i]);
     for (int i = 0; i < n; i++)
         c->lengths[rows[i]] += lengths[i];
     return GLM_OK;
@@ -341,7 +370,7 @@ glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int 
         return glm_fail(err, GLM_EVALUE,
                         "shared prefix: %d more tokens do not fit: it holds %d of %d", n,
                         c->shared_length, c->shared_capacity);
-    GLM_TRY(begin(c, NULL, 1, ids, &lengths, err));
+    GLM_TRY(begin(c, NULL, 1, ids, &lengths, NULL, err));
     GLM_TRY(glm_step_forward(c->model, NULL, err));
     c->shared_length += n;
     return GLM_OK;

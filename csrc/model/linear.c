@@ -6,7 +6,7 @@
  * frozen and 16 bit; xa = x A^T (N, R) is kept, x is the block's own input. */
 #include "model.h"
 
-static int adapted(const struct glm_model *m, const struct glm_linear *lin)
+int glm_adapted(const struct glm_model *m, const struct glm_linear *lin)
 {
     return m->lora_on && lin->A->present;
 }
@@ -30,7 +30,7 @@ void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, cons
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
-    if (!adapted(m, lin))
+    if (!glm_adapted(m, lin))
         return;
     const struct glm_dropout mask = mask_of(m, lin, rows);
     if (mask.p > 0) {
@@ -45,18 +45,20 @@ void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void 
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
-    op->linear_forward(cx, out, inp, &lin->weight->mat, lin->bias ? lin->bias->mat.data : NULL, N,
-                       1.0, 0);
+    const void *bias = lin->bias ? lin->bias->mat.data : NULL;
+    if (!glm_adapted(m, lin)) {
+        op->linear_forward(cx, out, inp, &lin->weight->mat, bias, N, 1.0, 0);
+        return;
+    }
     glm_adapter_forward(m, lin, inp, xa, N, rows);
-    if (adapted(m, lin))
-        op->linear_forward(cx, out, xa, &lin->B->mat, NULL, N, lin->scale, 1);
+    op->adapted_forward(cx, out, inp, &lin->weight->mat, bias, xa, &lin->B->mat, N, lin->scale);
 }
 
 /* Whether backward reads the layer's input: for a frozen weight without a trained adapter it does
  * not. */
 int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin)
 {
-    return glm_trains(lin->weight) || (adapted(m, lin) && glm_trains(lin->A));
+    return glm_trains(lin->weight) || (glm_adapted(m, lin) && glm_trains(lin->A));
 }
 
 /* dinp is overwritten, or NULL where nothing below trains; it may be inp itself, which is read
@@ -68,7 +70,7 @@ void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void
     void *cx = m->be->cx;
     const struct glm_weight *W = lin->weight;
     const int trains = glm_trains(lin->A) || glm_trains(lin->B);
-    const int adapter = adapted(m, lin) && (dinp || trains);
+    const int adapter = glm_adapted(m, lin) && (dinp || trains);
     const struct glm_dropout mask = mask_of(m, lin, rows);
     void *u = m->step.lora_u, *x = m->step.lora_x;
     if (glm_trains(W) || glm_trains(lin->bias))

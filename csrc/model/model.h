@@ -75,6 +75,11 @@ struct glm_step {
     void *logits, *losses, *lse; /* a piece of at most logits_rows rows; all M losses */
     double *squares;             /* behind the losses: of all gradients together */
     int32_t *chosen;             /* (M) ids, generation */
+    /* generation, where the likeliest is not chosen: (M), and the ids whose scores change */
+    const struct glm_sampling *how; /* NULL elsewhere */
+    struct glm_choice *choices;
+    int32_t *touched;
+    size_t touched_room;
     int logits_rows;
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
     /* Inputs of linears, and in their place the gradients on the way up, which are written once the
@@ -109,7 +114,7 @@ struct glm_model {
     int *trainable, n_trainable;
     char *block; /* values, gradients, first and second moments, block_size elements each, and a
                   * double */
-    size_t block_size;
+    size_t block_size, decaying; /* matrices come first: to so many elements weight decay applies */
     struct glm_progress progress;
     double squares; /* sum of squares of all gradients, where it is known */
     int squares_known;
@@ -136,6 +141,7 @@ void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void 
                         const void *inp, void *xa, int N, int rows);
 void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
                          const void *dout, const void *inp, const void *xa, int N, int rows);
+int glm_adapted(const struct glm_model *m, const struct glm_linear *lin);
 int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin);
 
 /* model/block.c. With x_out the layers run in order: each leaves its output's norm to the next one.
@@ -148,6 +154,7 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx);
 struct glm_place {
     struct glm_cache *cache;
     const int32_t *rows; /* NULL: the shared prefix */
+    const struct glm_sampling *how;
 };
 
 /* model/step.c: checks and uploads the batch, takes the memory, runs it. */

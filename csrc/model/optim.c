@@ -58,9 +58,6 @@ glm_status glm_model_grad_norm(struct glm_model *m, double *norm, struct glm_err
                     m->progress.steps + 1);
 }
 
-/* Decay is for matrices: not for biases and norm weights. */
-static int decays(const struct glm_weight *w) { return w->rank == 2; }
-
 glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, double *norm,
                           struct glm_error *err)
 {
@@ -70,18 +67,14 @@ glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, doub
     double gscale = 1.0 / (double)m->progress.tokens;
     if (opt->max_grad_norm > 0 && opt->max_grad_norm / (*norm + 1e-6) < 1)
         gscale *= opt->max_grad_norm / (*norm + 1e-6);
-    for (int i = 0, end; i < m->n_trainable; i = end) { /* neighbours of one kind in one call */
-        const struct glm_weight *w = &m->weights[m->trainable[i]];
-        for (end = i + 1; end < m->n_trainable; end++)
-            if (decays(&m->weights[m->trainable[end]]) != decays(w))
-                break;
-        const size_t stop =
-            end < m->n_trainable ? m->weights[m->trainable[end]].offset : m->block_size;
-        char *at = m->block + w->offset * size;
-        be->ops->adamw(be->cx, at, at + m->block_size * size, at + 2 * m->block_size * size,
-                       at + 3 * m->block_size * size, stop - w->offset, opt->lr, opt->beta1,
-                       opt->beta2, opt->eps, decays(w) ? opt->weight_decay : 0,
-                       m->progress.steps + 1, gscale);
+    const size_t bounds[] = {0, m->decaying, m->block_size};
+    for (int part = 0; part < 2; part++) { /* biases and norm weights do not decay */
+        char *at = m->block + bounds[part] * size;
+        const size_t n = bounds[part + 1] - bounds[part];
+        if (n)
+            be->ops->adamw(be->cx, at, at + m->block_size * size, at + 2 * m->block_size * size,
+                           at + 3 * m->block_size * size, n, opt->lr, opt->beta1, opt->beta2,
+                           opt->eps, part ? 0 : opt->weight_decay, m->progress.steps + 1, gscale);
     }
     m->progress.steps++;
     m->version++;

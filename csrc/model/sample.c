@@ -6,34 +6,46 @@
 
 #include "glm.h"
 
-/* seen: (n) bytes of scratch */
-void glm_adjust_logits(float *logits, int n, const int32_t *context, int n_context,
-                       double repetition_penalty, int no_repeat_ngram, const int32_t *suppress,
-                       int n_suppress, unsigned char *seen)
+void glm_touched_ids(int32_t *ids, int *penalised, int *banned, int n, const int32_t *context,
+                     int n_context, double repetition_penalty, int no_repeat_ngram,
+                     const int32_t *suppress, int n_suppress, unsigned char *seen)
 {
-    if (repetition_penalty != 1.0) { /* Keskar et al. 2019, eq. 2, signed as the field does it */
-        const float p = (float)repetition_penalty;
-        memset(seen, 0, (size_t)n);
-        for (int i = 0; i < n_context; i++) {
-            const int id = context[i];
-            if (id < 0 || id >= n || seen[id])
-                continue;
-            seen[id] = 1;
-            logits[id] = logits[id] < 0 ? logits[id] * p : logits[id] / p;
-        }
+    enum { PENALISED = 1, BANNED = 2 };
+    const int32_t *first = ids;
+    memset(seen, 0, (size_t)n);
+    for (int i = 0; repetition_penalty != 1.0 && i < n_context; i++) {
+        const int id = context[i];
+        if (id < 0 || id >= n || seen[id])
+            continue;
+        seen[id] = PENALISED;
+        *ids++ = id;
     }
-    /* ban every id that would complete an n-gram seen before */
-    const int g = no_repeat_ngram;
-    for (int i = 0; g > 0 && i + g <= n_context; i++) {
-        const int id = context[i + g - 1];
-        if (id >= 0 && id < n &&
-            memcmp(context + i, context + n_context - (g - 1), (size_t)(g - 1) * sizeof *context) ==
-                0)
-            logits[id] = -INFINITY;
+    *penalised = (int)(ids - first);
+    /* every id that would complete an n-gram seen before, then those that are suppressed */
+    const int g = no_repeat_ngram, n_grams = g > 0 && n_context >= g ? n_context - g + 1 : 0;
+    for (int i = 0; i < n_grams + n_suppress; i++) {
+        const int id = i < n_grams ? context[i + g - 1] : suppress[i - n_grams];
+        if (id < 0 || id >= n || seen[id] & BANNED)
+            continue;
+        if (i < n_grams && memcmp(context + i, context + n_context - (g - 1),
+                                  (size_t)(g - 1) * sizeof *context) != 0)
+            continue;
+        seen[id] |= BANNED;
+        *ids++ = id;
     }
-    for (int i = 0; i < n_suppress; i++)
-        if (suppress[i] >= 0 && suppress[i] < n)
-            logits[suppress[i]] = -INFINITY;
+    *banned = (int)(ids - first) - *penalised;
+}
+
+void glm_adjust_logits(float *logits, const int32_t *ids, int penalised, int banned,
+                       double repetition_penalty)
+{
+    const float p = (float)repetition_penalty; /* Keskar et al. 2019, eq. 2, signed as usual */
+    for (int i = 0; i < penalised; i++) {
+        float *x = logits + ids[i];
+        *x = *x < 0 ? *x * p : *x / p;
+    }
+    for (int i = 0; i < banned; i++)
+        logits[ids[penalised + i]] = -INFINITY;
 }
 
 static int by_score(const void *a, const void *b)

@@ -9,6 +9,10 @@
 #define LOGITS_BYTES \
     ((size_t)32 << 20) /* logits are computed in pieces of rows of about this size */
 
+/* Rows of generation up to which a norm is not in the memory of the activation that is made of it,
+ * so that the product between them and the activation are one op. */
+enum { APART = 64 };
+
 int glm_lowest_layer(const struct glm_model *m)
 {
     if (glm_trains(m->word_embeddings))
@@ -117,6 +121,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     const size_t inside = dqkv + (rank[GLM_4H_TO_H] ? 0 : dropped);
     s->act = glm_arena_push(arena, N * F > inside ? N * F : inside, real);
     s->ln = s->dnorm = s->datt = s->dact = s->act;
+    if (s->cache && N <= APART)
+        s->ln = glm_arena_push(arena, ln, real);
     s->dqkv = s->act ? glm_at(m, s->act, ln) : NULL;
     s->lora_x = s->act ? glm_at(m, s->act, dqkv) : NULL;
     if (rank[GLM_4H_TO_H])
@@ -151,6 +157,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
         if (!trains)
             s->dprefix_kv = NULL;
     }
+    s->choices = glm_arena_push(arena, s->how ? M : 0, sizeof *s->choices);
+    s->touched = glm_arena_push(arena, s->touched_room, 4); /* last: what grows moves nothing */
 }
 
 /* Layers to keep: as many of the last ones as the budget allows, so that the fewest are computed
@@ -177,6 +185,8 @@ static void set_sizes(const struct glm_model *m, struct glm_step *s, int N, int 
     s->gathered = gather && M < N;
     s->use_dropout = dropout;
     s->cache = cache;
+    s->how = NULL;
+    s->touched_room = 0;
     s->prefix_copies = training && dropout && m->prefix_dropout > 0 ? S : 1;
 }
 
@@ -184,7 +194,20 @@ static size_t host_bytes(const struct glm_model *m, const struct glm_step *s)
 {
     const size_t prefix = (size_t)s->prefix_copies * m->prefix_length;
     return ((size_t)s->N * 4 + (size_t)s->M * 4 + prefix * 2) * 4 +
-           (size_t)s->S * sizeof *s->segments + (size_t)s->M * 8 + 192;
+           (size_t)s->S * sizeof *s->segments + (size_t)s->M * 8 + 256 +
+           (s->how ? s->M * sizeof *s->choices + s->touched_room * 4 + (size_t)m->arch.vocab : 0);
+}
+
+/* What the choice of the next ids takes; room in steps, so that a recording lasts for many of them.
+ */
+static void set_choices(struct glm_step *s, const struct glm_sampling *how)
+{
+    const size_t unit = 4096;
+    size_t room = 0;
+    s->how = how;
+    for (int i = 0; how && how->context && i < s->M; i++)
+        room += 2 * (size_t)how->context_lengths[i] + (size_t)how->n_suppress;
+    s->touched_room = (room + unit - 1) / unit * unit;
 }
 
 /* Memory for the step that `s` describes; kept where it suffices. */
@@ -366,6 +389,38 @@ static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
     return GLM_OK;
 }
 
+/* `staging` has room for all of it (host_bytes). */
+static void upload_choices(struct glm_model *m, char *staging)
+{
+    struct glm_step *s = &m->step;
+    const struct glm_sampling *how = s->how;
+    const int32_t *context = how->context;
+    struct glm_choice *choices = (struct glm_choice *)staging;
+    int32_t *touched = (int32_t *)(choices + s->M), n = 0;
+    unsigned char *seen = (unsigned char *)(touched + s->touched_room);
+    for (int i = 0; i < s->M; i++) {
+        const uint64_t *draw = how->draws + 3 * (size_t)i;
+        const int length = context ? how->context_lengths[i] : 0;
+        struct glm_choice *c = &choices[i];
+        *c = (struct glm_choice){.top_p = how->top_p,
+                                 .seed = draw[0],
+                                 .stream = (uint32_t)draw[1],
+                                 .index = (uint32_t)draw[2],
+                                 .temperature = (float)how->temperature,
+                                 .penalty = (float)how->repetition_penalty,
+                                 .top_k = how->top_k,
+                                 .first = n};
+        if (context)
+            glm_touched_ids(touched + n, &c->penalised, &c->banned, m->arch.vocab, context, length,
+                            how->repetition_penalty, how->no_repeat_ngram, how->suppress,
+                            length < how->min_length ? how->n_suppress : 0, seen);
+        n += c->penalised + c->banned;
+        context = context ? context + length : NULL;
+    }
+    m->be->upload(m->be, s->choices, choices, (size_t)s->M * sizeof *choices);
+    m->be->upload(m->be, s->touched, touched, (size_t)n * 4);
+}
+
 glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in, int training, int gather,
                           const struct glm_place *place, struct glm_error *err)
 {
@@ -374,8 +429,14 @@ glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in, int t
     struct glm_step *s = &m->step;
     set_sizes(m, s, in->N, in->S, in->rows || place ? in->M : in->N, training, gather,
               training && s->use_dropout, place ? place->cache : NULL);
+    set_choices(s, place ? place->how : NULL);
     GLM_TRY(take_memory(m, s, m->budget, err));
-    return upload_batch(m, in, place, err);
+    GLM_TRY(upload_batch(m, in, place, err));
+    if (s->how) {
+        const size_t at = (uintptr_t)s->host_losses + (size_t)s->M * 8 + 128;
+        upload_choices(m, (char *)((at + 7) / 8 * 8));
+    }
+    return GLM_OK;
 }
 
 struct glm_kv glm_step_kv(const struct glm_model *m, int l)

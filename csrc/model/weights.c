@@ -705,12 +705,18 @@ glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int 
         be->copy(be, w->owned, w->mat.data, glm_count(w) * size);
     }
     size_t offset = 0;
-    for (int i = 0; i < n; i++) {
-        struct glm_weight *w = &m->weights[weights[i]];
-        be->ops->convert(be->cx, block + offset * size, be->real, w->mat.data, w->mat.dtype,
-                         glm_count(w));
-        w->offset = offset;
-        offset += (glm_count(w) + 15) / 16 * 16;
+    for (int rank = 2; rank >= 1; rank--) { /* matrices, which decay, then the others */
+        for (int i = 0; i < n; i++) {
+            struct glm_weight *w = &m->weights[weights[i]];
+            if (w->rank != rank)
+                continue;
+            be->ops->convert(be->cx, block + offset * size, be->real, w->mat.data, w->mat.dtype,
+                             glm_count(w));
+            w->offset = offset;
+            offset += (glm_count(w) + 15) / 16 * 16;
+        }
+        if (rank == 2)
+            m->decaying = offset;
     }
     for (int i = 0; i < m->n_trainable; i++) {
         struct glm_weight *w = &m->weights[m->trainable[i]];

@@ -185,6 +185,22 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
     COUNT(linear_forward, linear_flops(N, weight->rows, weight->cols));
     count_forward(cx, weight, bias != NULL, N);
 }
+static void adapted_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                            const void *bias, const void *xa, const struct glm_mat *B, int N,
+                            double scale)
+{
+    COUNT(adapted_forward, linear_flops(N, weight->rows, weight->cols + B->cols));
+    count_forward(cx, weight, bias != NULL, N);
+    if (N > GLM_FEW)
+        count_forward(cx, B, 0, N);
+}
+static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
+                                  const struct glm_mat *weight, const void *bias, int N)
+{
+    COUNT(linear_swiglu_forward, linear_flops(N, weight->rows, weight->cols));
+    count_forward(cx, weight, bias != NULL, N);
+    launch(cx, N > GLM_FEW, 1);
+}
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
 {
@@ -324,9 +340,10 @@ static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
     }
     *row = -1;
 }
-static void argmax(void *cx, int32_t *id, const void *x, int M, int V)
+static void choose(void *cx, int32_t *id, void *x, int M, int V, const struct glm_choice *choices,
+                   const int32_t *touched)
 {
-    COUNT(argmax, 0);
+    COUNT(choose, 0);
     launch(cx, M, 1);
 }
 static void add_rmsnorm_forward(void *cx, void *out, void *rstd, void *sum, const void *a,

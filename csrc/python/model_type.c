@@ -1041,13 +1041,15 @@ static int own_cache(struct model_object *self, PyObject *object)
     return 0;
 }
 
-/* cache, rows, ids, lengths: what continues rows of a cache; -1 with an exception set */
+/* cache, rows, ids, lengths: what continues rows of a cache; choice: NULL where there is no such
+ * argument, else a dict or left alone. -1 with an exception set */
 static int rows_args(struct model_object *self, struct batch_args *b, PyObject **cache,
-                     PyObject *args, PyObject *kwargs)
+                     PyObject **choice, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"cache", "rows", "ids", "lengths", NULL};
+    char *names[] = {"cache", "rows", "ids", "lengths", choice ? "choice" : NULL, NULL};
     PyObject *rows, *ids, *lengths;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO", names, cache, &rows, &ids, &lengths) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, choice ? "OOOO|O!" : "OOOO", names, cache, &rows,
+                                     &ids, &lengths, &PyDict_Type, choice) ||
         own_cache(self, *cache) < 0 || batch_args(b, ids, lengths, NULL, rows, NULL) < 0)
         return -1;
     int64_t sum = 0;
@@ -1067,7 +1069,7 @@ static PyObject *model_extend(struct model_object *self, PyObject *args, PyObjec
 {
     PyObject *cache, *logits = NULL;
     struct batch_args b;
-    if (rows_args(self, &b, &cache, args, kwargs) < 0)
+    if (rows_args(self, &b, &cache, NULL, args, kwargs) < 0)
         return NULL;
     npy_intp dims[2] = {b.in.S, glm_model_arch(self->m)->vocab};
     logits = PyArray_SimpleNew(2, dims, real_type(self));
@@ -1083,24 +1085,91 @@ static PyObject *model_extend(struct model_object *self, PyObject *args, PyObjec
     return logits;
 }
 
-/* The ids that are likeliest after the rows: what model_extend and argmax would give. */
+/* Arrays of how tokens are chosen; free with drop_sampling. */
+struct sampling_args {
+    PyArrayObject *draws, *context, *context_lengths, *suppress;
+    struct glm_sampling how;
+};
+
+static void drop_sampling(struct sampling_args *s)
+{
+    Py_XDECREF(s->draws);
+    Py_XDECREF(s->context);
+    Py_XDECREF(s->context_lengths);
+    Py_XDECREF(s->suppress);
+}
+
+/* choice: a dict, the keywords of glmlora/_core.pyi; n: rows. -1 with an exception set */
+static int sampling_args(struct sampling_args *s, PyObject *choice, int n)
+{
+    static char *names[] = {"draws",
+                            "temperature",
+                            "top_k",
+                            "top_p",
+                            "context",
+                            "context_lengths",
+                            "repetition_penalty",
+                            "no_repeat_ngram_size",
+                            "suppress",
+                            "min_length",
+                            NULL};
+    PyObject *draws, *context = NULL, *lengths = NULL, *suppress = NULL;
+    int n_context = 0, n_lengths = 0;
+    int64_t sum = 0;
+    struct glm_sampling *how = &s->how;
+    *s = (struct sampling_args){.how = {.top_p = 1, .repetition_penalty = 1}};
+    PyObject *none = PyTuple_New(0);
+    const int parsed =
+        none && PyArg_ParseTupleAndKeywords(none, choice, "O|$didOOdiOi", names, &draws,
+                                            &how->temperature, &how->top_k, &how->top_p, &context,
+                                            &lengths, &how->repetition_penalty,
+                                            &how->no_repeat_ngram, &suppress, &how->min_length);
+    Py_XDECREF(none);
+    if (!parsed)
+        return -1;
+    s->draws = glm_array_arg(draws, "draws", NPY_UINT64, 2);
+    if (!s->draws || index_arg(context, "context", &s->context, &how->context, &n_context) < 0 ||
+        index_arg(lengths, "context_lengths", &s->context_lengths, &how->context_lengths,
+                  &n_lengths) < 0 ||
+        index_arg(suppress, "suppress", &s->suppress, &how->suppress, &how->n_suppress) < 0)
+        return -1;
+    how->draws = PyArray_DATA(s->draws);
+    for (int i = 0; i < n_lengths; i++)
+        sum += how->context_lengths[i] < 0 ? INT_MAX : how->context_lengths[i];
+    if (PyArray_DIM(s->draws, 0) == n && PyArray_DIM(s->draws, 1) == 3 &&
+        (!how->context || (n_lengths == n && sum == n_context)))
+        return 0;
+    PyErr_Format(PyExc_ValueError,
+                 "draws, context_lengths: expected (%d, 3) and %d lengths that add up to the %d "
+                 "ids of context; got (%zd, %zd) and %d, sum %lld",
+                 n, n, n_context, (Py_ssize_t)PyArray_DIM(s->draws, 0),
+                 (Py_ssize_t)PyArray_DIM(s->draws, 1), n_lengths, (long long)sum);
+    return -1;
+}
+
+/* The ids that are chosen after the rows: where `choice` is not given, what model_extend and argmax
+ * would give. */
 static PyObject *model_next(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
-    PyObject *next = NULL;
+    PyObject *next = NULL, *choice = NULL;
     struct batch_args b;
+    struct sampling_args s = {0};
     PyObject *cache;
-    if (rows_args(self, &b, &cache, args, kwargs) < 0)
+    if (rows_args(self, &b, &cache, &choice, args, kwargs) < 0)
         return NULL;
     npy_intp n = b.in.S;
-    next = PyArray_ZEROS(1, &n, NPY_INT32, 0);
+    if (!choice || sampling_args(&s, choice, b.in.S) == 0)
+        next = PyArray_ZEROS(1, &n, NPY_INT32, 0);
     if (next)
         RUN(self,
             glm_cache_next(((struct cache_object *)cache)->c, b.in.rows, b.in.S, b.in.ids,
-                           b.in.lengths, PyArray_DATA((PyArrayObject *)next), &err),
+                           b.in.lengths, choice ? &s.how : NULL,
+                           PyArray_DATA((PyArrayObject *)next), &err),
             {
                 Py_CLEAR(next);
                 break;
             });
+    drop_sampling(&s);
     drop_batch(&b);
     return next;
 }
@@ -1193,7 +1262,7 @@ static PyMethodDef model_methods[] = {
     METHOD(step, KEYWORDS, "Clip, AdamW, zero_grad."),
     METHOD(cache, KEYWORDS, "Keys and values for generation."),
     METHOD(extend, KEYWORDS, "Append tokens to rows of a cache; logits after the last of each."),
-    METHOD(next, KEYWORDS, "Append tokens to rows of a cache; the likeliest id after each."),
+    METHOD(next, KEYWORDS, "Append tokens to rows of a cache; the id chosen after each."),
     METHOD(extend_shared, KEYWORDS, "Append tokens to the prefix common to all rows."),
     {NULL, NULL, 0, NULL},
 };

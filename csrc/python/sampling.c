@@ -33,6 +33,7 @@ PyObject *glm_py_adjust_logits(PyObject *Py_UNUSED(module), PyObject *args, PyOb
     PyArrayObject *logits = scores_arg(logits_object), *suppress = NULL, *context = NULL;
     PyObject *result = NULL;
     unsigned char *seen = NULL;
+    int32_t *ids = NULL;
     if (!logits)
         return NULL;
     if (!PyArray_ISWRITEABLE(logits)) {
@@ -47,18 +48,22 @@ PyObject *glm_py_adjust_logits(PyObject *Py_UNUSED(module), PyObject *args, PyOb
         if (!suppress)
             goto done;
     }
-    seen = malloc((size_t)PyArray_SIZE(logits));
-    if (!seen) {
+    const int n = (int)PyArray_SIZE(logits), n_context = (int)PyArray_SIZE(context);
+    const int n_suppress = suppress ? (int)PyArray_SIZE(suppress) : 0;
+    int penalised, banned;
+    seen = malloc((size_t)n);
+    ids = malloc((2 * (size_t)n_context + (size_t)n_suppress + 1) * sizeof *ids);
+    if (!seen || !ids) {
         PyErr_NoMemory();
         goto done;
     }
-    glm_adjust_logits(PyArray_DATA(logits), (int)PyArray_SIZE(logits), PyArray_DATA(context),
-                      (int)PyArray_SIZE(context), penalty, ngram,
-                      suppress ? PyArray_DATA(suppress) : NULL,
-                      suppress ? (int)PyArray_SIZE(suppress) : 0, seen);
+    glm_touched_ids(ids, &penalised, &banned, n, PyArray_DATA(context), n_context, penalty, ngram,
+                    suppress ? PyArray_DATA(suppress) : NULL, n_suppress, seen);
+    glm_adjust_logits(PyArray_DATA(logits), ids, penalised, banned, penalty);
     result = Py_NewRef(Py_None);
 done:
     free(seen);
+    free(ids);
     Py_XDECREF(logits);
     Py_XDECREF(context);
     Py_XDECREF(suppress);

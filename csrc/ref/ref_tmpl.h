@@ -337,6 +337,14 @@ static void linear_forward(void *cx, void *out_, const void *inp_, const struct 
         }
 }
 
+static void adapted_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                            const void *bias, const void *xa, const struct glm_mat *B, int N,
+                            double scale)
+{
+    linear_forward(cx, out, inp, weight, bias, N, 1, 0);
+    linear_forward(cx, out, xa, B, NULL, N, scale, 1);
+}
+
 static void linear_backward_input(void *cx, void *dinp_, const void *dout_,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
 {
@@ -698,6 +706,13 @@ static void swiglu_forward(void *cx, void *out_, const void *inp_, int N, int F)
         }
 }
 
+static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
+                                  const struct glm_mat *weight, const void *bias, int N)
+{
+    linear_forward(cx, h, inp, weight, bias, N, 1, 0);
+    swiglu_forward(cx, out, h, N, weight->rows / 2);
+}
+
 /* silu(x) = x sigmoid(x), so silu' = sigmoid (1 + x (1 - sigmoid)) */
 static void swiglu_backward(void *cx, void *dinp_, const void *dout_, const void *inp_, int N,
                             int F)
@@ -804,22 +819,91 @@ static void first_nonfinite(void *cx, int *row, const void *x_, int N, int C)
             }
 }
 
-static void argmax(void *cx, int32_t *id, const void *x_, int M, int V)
+static double mass_of(double score, double top) { return floor(ldexp(exp(score - top), 40)); }
+
+/* Scores of columns that do not stay become -infinity: those that have top_k larger ones, then one
+ * after another the last in the order of falling scores and rising columns. */
+static void drop_columns(real *score, int V, const struct glm_choice *c, double top)
 {
-    const real *x = x_;
+    double total = 0, rest;
+    for (int v = 0; c->top_k > 0 && v < V; v++) {
+        int larger = 0;
+        for (int w = 0; w < V; w++)
+            larger += score[w] > score[v];
+        if (larger >= c->top_k)
+            score[v] = -INFINITY;
+    }
+    if (c->top_p >= 1)
+        return;
+    for (int v = 0; v < V; v++)
+        total += mass_of(score[v], top);
+    rest = floor((1 - c->top_p) * total);
+    for (;;) {
+        int last = -1, left = 0;
+        for (int v = 0; v < V; v++)
+            if (score[v] > -INFINITY) {
+                last = last < 0 || score[v] <= score[last] ? v : last;
+                left++;
+            }
+        rest -= mass_of(score[last], top);
+        if (left == 1 || rest < 0)
+            return;
+        score[last] = -INFINITY;
+    }
+}
+
+static int largest(const real *x, int V, int *finite)
+{
+    int best = 0;
+    *finite = 1;
+    for (int v = 0; v < V; v++) {
+        *finite = *finite && isfinite(x[v]);
+        if (x[v] > x[best])
+            best = v;
+    }
+    return best;
+}
+
+static int choose_of(real *x, int V, const struct glm_choice *c, const int32_t *touched)
+{
+    int finite, best = largest(x, V, &finite);
+    if (!finite)
+        return -1;
+    if (!c)
+        return best;
+    touched += c->first;
+    for (int i = 0; i < c->penalised; i++, touched++)
+        x[*touched] = (real)(x[*touched] < 0 ? x[*touched] * c->penalty : x[*touched] / c->penalty);
+    for (int i = 0; i < c->banned; i++, touched++)
+        x[*touched] = -INFINITY;
+    best = largest(x, V, &finite);
+    if (!isfinite(x[best]))
+        return -2;
+    if (c->temperature == 0 || !isfinite((real)(x[best] / c->temperature)))
+        return best;
+    for (int v = 0; v < V; v++)
+        x[v] = (real)(x[v] / c->temperature);
+    const double top = x[best];
+    drop_columns(x, V, c, top);
+    uint32_t r[4] = {c->index, c->stream, 0x73616d70, 0};
+    philox(r, (uint32_t)c->seed, (uint32_t)(c->seed >> 32));
+    double total = 0, sum = 0;
+    for (int v = 0; v < V; v++)
+        total += mass_of(x[v], top);
+    total = floor((r[0] + 0.5) / 4294967296.0 * total);
+    for (int v = 0; v < V; v++)
+        if ((sum += mass_of(x[v], top)) > total)
+            return v;
+    return best;
+}
+
+static void choose(void *cx, int32_t *id, void *x, int M, int V, const struct glm_choice *choices,
+                   const int32_t *touched)
+{
     if (stop(cx))
         return;
-    for (int m = 0; m < M; m++, x += V) {
-        id[m] = 0;
-        for (int v = 0; v < V; v++) {
-            if (!isfinite(x[v])) {
-                id[m] = -1;
-                break;
-            }
-            if (x[v] > x[id[m]])
-                id[m] = v;
-        }
-    }
+    for (int m = 0; m < M; m++)
+        id[m] = choose_of((real *)x + (size_t)m * V, V, choices ? choices + m : NULL, touched);
 }
 
 static void adamw(void *cx, void *p_, const void *grad_, void *m_, void *v_, size_t n, double lr,

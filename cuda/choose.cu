@@ -1,0 +1,237 @@
+/* The next token of a row: the likeliest, or one that is drawn. A block a row.
+ *
+ * A draw is three selections of one kind: the largest key such that the columns from it up weigh at
+ * least so much. By score and count that is top_k, by score and mass top_p, and by column and mass
+ * the draw itself. Each finds two bits of its key in one pass over the row; weights are integers,
+ * so their sum has no order. */
+#include "launch.cuh"
+
+typedef unsigned long long wide;
+
+/* ---- the first largest */
+
+/* The better of two candidates: larger, or as large and before; an index below 0 beats all. */
+static __device__ __forceinline__ void take_better(float *most, int *at, float x, int i)
+{
+    if (i < 0 || (*at >= 0 && (x > *most || (x == *most && i < *at))))
+        *most = x, *at = i;
+}
+
+/* Column of the first largest score, which is left in *most; V where all are -infinity. checked:
+ * -1 where one is not finite. Every thread gets it; a call follows another after a barrier. */
+static __device__ int likeliest(const float *row, int V, bool checked, float *most)
+{
+    __shared__ float mosts[32];
+    __shared__ int places[32];
+    const int lane = threadIdx.x & 31;
+    int at = V;
+    *most = -GLM_INFINITY;
+    for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) {
+        const f4 a = load4(row, v, V);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (v + j < V) {
+                const bool finite = (__float_as_int(a.v[j]) & 0x7f800000) != 0x7f800000;
+                take_better(most, &at, a.v[j], checked && !finite ? -1 : v + j);
+            }
+    }
+#pragma unroll
+    for (int o = 16; o; o >>= 1) {
+        const float x_o = __shfl_xor_sync(0xffffffffu, *most, o);
+        const int at_o = __shfl_xor_sync(0xffffffffu, at, o);
+        take_better(most, &at, x_o, at_o);
+    }
+    if (lane == 0) {
+        mosts[threadIdx.x >> 5] = *most;
+        places[threadIdx.x >> 5] = at;
+    }
+    __syncthreads();
+    *most = mosts[0];
+    at = places[0];
+    for (int w = 1; w < (int)(blockDim.x >> 5); w++)
+        take_better(most, &at, mosts[w], places[w]);
+    return at;
+}
+
+GLM_KERNEL(256) k_likeliest(int *id, const float *x, int V)
+{
+    float most;
+    const int at = likeliest(x + (size_t)blockIdx.x * V, V, true, &most);
+    if (threadIdx.x == 0)
+        id[blockIdx.x] = at;
+}
+
+/* ---- draws */
+
+/* A row whose columns stay while their (score, -column) is at least (least, -last). */
+struct drawn_row {
+    const float *x;
+    int V, last;
+    float temperature, top;
+    unsigned least;
+};
+
+/* Bits that are ordered as the scores are. */
+static __device__ __forceinline__ unsigned ordered(float score)
+{
+    const unsigned bits = (unsigned)__float_as_int(score);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+static __device__ __forceinline__ wide mass_of(const drawn_row &r, float score)
+{
+    return (wide)(expf(score - r.top) * 1099511627776.0f);
+}
+
+enum measure { COUNT, MASS, EQUAL, COLUMN }; /* how a row is weighed */
+
+/* found[i]: what the columns with keys from from + i * step on weigh, i = 0 .. 2. `turn` is another
+ * one in every call: a barrier lies between two calls of the same. */
+template <measure BY>
+static __device__ void weigh(const drawn_row &r, unsigned from, unsigned step, int turn,
+                             wide found[3])
+{
+    __shared__ wide part[2][3][32];
+    wide sum[3] = {0, 0, 0};
+    for (int v = 4 * threadIdx.x; v < r.V; v += 4 * blockDim.x) {
+        const f4 x = load4(r.x, v, r.V);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float score = x.v[j] / r.temperature + 0.0f; /* -0 as 0 */
+            const unsigned place = ordered(score);
+            const int column = v + j;
+            const unsigned key = BY == COLUMN  ? (unsigned)column
+                                 : BY == EQUAL ? (unsigned)(r.V - 1 - column)
+                                               : place;
+            if (column >= r.V || key < from || place < r.least ||
+                (place == r.least && column > r.last) || (BY == EQUAL && place > r.least))
+                continue;
+            const wide weight = BY == COUNT || BY == EQUAL ? 1 : mass_of(r, score);
+            sum[0] += weight;
+            sum[1] += key - from >= step ? weight : 0;
+            sum[2] += key - from >= 2 * step ? weight : 0;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+#pragma unroll
+        for (int o = 16; o; o >>= 1)
+            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], o);
+        if ((threadIdx.x & 31) == 0)
+            part[turn & 1][i][threadIdx.x >> 5] = sum[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        found[i] = 0;
+        for (int w = 0; w < (int)(blockDim.x >> 5); w++)
+            found[i] += part[turn & 1][i][w];
+    }
+}
+
+/* The largest key of `bits` bits, an even number, from which on the columns weigh `need`. */
+template <measure BY>
+static __device__ unsigned descend(const drawn_row &r, int bits, wide need, int *turn)
+{
+    unsigned place = 0;
+#pragma unroll 1
+    for (int shift = bits - 2; shift >= 0; shift -= 2) {
+        wide found[3];
+        weigh<BY>(r, place + (1u << shift), 1u << shift, (*turn)++, found);
+        place += (unsigned)((found[0] >= need) + (found[1] >= need) + (found[2] >= need)) << shift;
+    }
+    return place;
+}
+
+/* Philox4x32-10, as csrc: the first word, of a fixed third counter */
+static __device__ unsigned first_word(wide seed, unsigned index, unsigned stream)
+{
+    unsigned c0 = index, c1 = stream, c2 = 0x73616d70u, c3 = 0;
+    unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+        const wide a = 0xD2511F53ull * c0, b = 0xCD9E8D57ull * c2;
+        c0 = (unsigned)(b >> 32) ^ c1 ^ k0;
+        c1 = (unsigned)b;
+        c2 = (unsigned)(a >> 32) ^ c3 ^ k1;
+        c3 = (unsigned)a;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return c0;
+}
+
+/* column_bits: an even number that holds a column */
+static __device__ int draw(drawn_row &r, const glm_choice &c, int column_bits)
+{
+    int turn = 0;
+    wide found[3];
+    if (c.top_k > 0 && c.top_k < r.V)
+        r.least = descend<COUNT>(r, 32, (wide)c.top_k, &turn);
+    weigh<MASS>(r, 0, 1, turn++, found);
+    wide total = found[0];
+    if (c.top_p < 1) {
+        const wide rest = (wide)((1 - c.top_p) * (double)total);
+        const wide need = rest < total ? total - rest : 1;
+        r.least = descend<MASS>(r, 32, need, &turn);
+        weigh<MASS>(r, r.least, 1, turn++, found);
+        total = found[0];
+        const unsigned bits = r.least >> 31 ? r.least & 0x7fffffffu : ~r.least;
+        const wide each = mass_of(r, __int_as_float((int)bits));
+        const wide equal = (need - found[1] + each - 1) / each; /* columns at the least that stay */
+        if (found[1] + equal * each < total) {
+            r.last = r.V - 1 - (int)descend<EQUAL>(r, column_bits, equal, &turn);
+            total = found[1] + equal * each;
+        }
+    }
+    const double u = (first_word(c.seed, c.index, c.stream) + 0.5) / 4294967296.0;
+    return (int)descend<COLUMN>(r, column_bits, total - (wide)(u * (double)total), &turn);
+}
+
+GLM_KERNEL(1024)
+k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, const int *touched)
+{
+    const glm_choice c = choices[blockIdx.x];
+    float *row = x + (size_t)blockIdx.x * V;
+    float most;
+    int at = likeliest(row, V, true, &most);
+    if (at >= 0 && c.penalised + c.banned) {
+        touched += c.first;
+        for (int i = threadIdx.x; i < c.penalised; i += blockDim.x) {
+            const float score = row[touched[i]];
+            row[touched[i]] = score < 0 ? score * c.penalty : score / c.penalty;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < c.banned; i += blockDim.x)
+            row[touched[c.penalised + i]] = -GLM_INFINITY;
+        __syncthreads();
+        at = likeliest(row, V, false, &most);
+        at = most - most == 0 ? at : -2;
+    }
+    drawn_row r = {row, V, V, c.temperature, most / c.temperature + 0.0f, 0};
+    if (at >= 0 && c.temperature != 0 && r.top - r.top == 0)
+        at = draw(r, c, column_bits);
+    if (threadIdx.x == 0)
+        id[blockIdx.x] = at;
+}
+
+#ifdef GLM_HOST
+extern "C" void glm_cuda_choose(void *cx, int32_t *id, void *x, int M, int V,
+                                const struct glm_choice *choices, const int32_t *touched)
+{
+    struct cuda *cuda = cuda_of(cx);
+    int column_bits = 2;
+    while (column_bits < 32 && (V - 1) >> column_bits)
+        column_bits += 2;
+    if (!glm_cuda_begin(cuda))
+        return;
+    if (choices)
+        GLM_LAUNCH(cuda, "choose", k_choose, M,
+                   V > 4096  ? 1024
+                   : V > 512 ? 256
+                             : 64,
+                   0, id, (float *)x, V, column_bits, choices, touched);
+    else
+        GLM_LAUNCH(cuda, "choose", k_likeliest, M, V > 512 ? 256 : 64, 0, id, (const float *)x, V);
+}
+#endif

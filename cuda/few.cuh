@@ -1,0 +1,204 @@
+/* Products of up to 8 rows: W is read once, 16 bytes at a time, whatever its dtype. few.cu has the
+ * kernels that end in the product, few_gated.cu those that end in swiglu of it. */
+#pragma once
+#include "launch.cuh"
+
+struct stored_matrix {
+    const void *data;
+    const unsigned short *scale;
+    int dtype, rows, cols, group, scale_cols;
+};
+
+static __device__ __forceinline__ float scale_at(const stored_matrix &w, size_t row, int col)
+{
+    return half_value(w.scale[w.group ? row * w.scale_cols + col / w.group : row]);
+}
+
+/* ---- a warp has ROWS rows of W and all NB rows of inp */
+
+struct few_rows {
+    float *out;
+    const float *inp, *bias;
+    stored_matrix w;
+    int N, accumulate;
+    float scale;
+    const float *xa, *B; /* an adapter's (N, R) and (O, R), times added; NULL: none */
+    int R;
+    float added;
+};
+
+/* Rows of W of a warp: neighbours; GATED: as many of the second half as of the first. */
+template <bool GATED, int ROWS>
+static __device__ __forceinline__ int row_at(int first, int r, int O)
+{
+    if (!GATED)
+        return r ? min(first + r, O - 1) : first;
+    const int F = O / 2, half = ROWS / 2;
+    return r < half ? min(first + r, F - 1) : F + min(first + r - half, F - 1);
+}
+
+/* Eight elements of the word group `at` of a 16-byte piece (four of float). */
+template <int DTYPE> static __device__ __forceinline__ void decode(const uint4 q, int at, float *v)
+{
+    const unsigned w[4] = {q.x, q.y, q.z, q.w};
+    if (DTYPE == GLM_F32) {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            v[j] = __int_as_float((int)w[j]);
+    } else if (DTYPE == GLM_F16 || DTYPE == GLM_BF16) {
+        widen8(q, DTYPE, v);
+    } else if (DTYPE == GLM_I8) {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] = (float)((int)(w[2 * at + j / 4] << (24 - 8 * (j % 4))) >> 24);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            v[2 * j] = (float)((int)(w[at] << (24 - 8 * j)) >> 28);
+            v[2 * j + 1] = (float)((int)(w[at] << (28 - 8 * j)) >> 28);
+        }
+    }
+}
+
+/* Of row o of W and row n of inp, from the sums of a warp's lanes; every lane gets it. */
+template <bool GATED>
+static __device__ __forceinline__ float total_of(const few_rows &a, int o, int n, float sum)
+{
+    const float s = a.w.scale && !a.w.group ? a.scale * half_value(a.w.scale[o]) : a.scale;
+    float total = s * warp_sum(sum) + (a.bias ? a.bias[o] : 0.0f);
+    if (!GATED && a.R) {
+        float more = 0;
+        n = min(n, a.N - 1);
+#pragma unroll 1
+        for (int i = threadIdx.x & 31; i < a.R; i += 32)
+            more += a.xa[(size_t)n * a.R + i] * a.B[(size_t)o * a.R + i];
+        total += a.added * warp_sum(more);
+    }
+    return total;
+}
+
+/* out = inp W^T and what is added; GATED: swiglu of it, O / 2 columns */
+template <int DTYPE, int NB, int ROWS, bool GATED>
+static __device__ __forceinline__ void few_body(const few_rows &a)
+{
+    const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
+    const int SUB = PIECE < 8 ? PIECE : 8;
+    const int lane = threadIdx.x & 31, O = a.w.rows, I = a.w.cols;
+    const int own = GATED ? ROWS / 2 : ROWS, outs = GATED ? O / 2 : O;
+    const int first = (int)((blockIdx.x * blockDim.x + threadIdx.x) >> 5) * own;
+    if (first >= outs)
+        return;
+    float sum[ROWS][NB];
+    const char *row[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const size_t o = row_at<GATED, ROWS>(first, r, O);
+        row[r] = static_cast<const char *>(a.w.data) + stored_bytes(DTYPE, o * I);
+#pragma unroll
+        for (int n = 0; n < NB; n++)
+            sum[r][n] = 0;
+    }
+    if (I % PIECE == 0 && ((size_t)a.w.data & 15) == 0) {
+        for (int c = lane * PIECE; c < I; c += 32 * PIECE) {
+            uint4 q[ROWS];
+            float s[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                q[r] = *reinterpret_cast<const uint4 *>(row[r] + stored_bytes(DTYPE, c));
+                s[r] = DTYPE == GLM_I4 && a.w.group
+                           ? scale_at(a.w, row_at<GATED, ROWS>(first, r, O), c)
+                           : 1.0f;
+            }
+#pragma unroll
+            for (int at = 0; at < PIECE / SUB; at++) {
+                float w[ROWS][SUB];
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    decode<DTYPE>(q[r], at, w[r]);
+                    if (DTYPE == GLM_I4)
+#pragma unroll
+                        for (int j = 0; j < SUB; j++)
+                            w[r][j] *= s[r];
+                }
+#pragma unroll
+                for (int n = 0; n < NB; n++) {
+                    const float *x = a.inp + (size_t)min(n, a.N - 1) * I;
+#pragma unroll
+                    for (int k = 0; k < SUB; k += 4) {
+                        const f4 v = load4(x, c + at * SUB + k, I);
+#pragma unroll
+                        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                            for (int j = 0; j < 4; j++)
+                                sum[r][n] += w[r][k + j] * v.v[j];
+                    }
+                }
+            }
+        }
+    } else {
+        for (int c = lane; c < I; c += 32)
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float w = load1(row[r], DTYPE, c);
+                if (DTYPE == GLM_I4 && a.w.group)
+                    w *= scale_at(a.w, row_at<GATED, ROWS>(first, r, O), c);
+#pragma unroll
+                for (int n = 0; n < NB; n++)
+                    sum[r][n] += w * a.inp[(size_t)min(n, a.N - 1) * I + c];
+            }
+    }
+#pragma unroll
+    for (int r = 0; r < own; r++)
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+            float y = total_of<GATED>(a, row_at<GATED, ROWS>(first, r, O), n, sum[r][n]);
+            if (GATED) {
+                const int at = (r + own) % ROWS; /* its value */
+                y *= total_of<GATED>(a, row_at<GATED, ROWS>(first, at, O), n, sum[at][n]) /
+                     (1.0f + expf(-y));
+            }
+            if (lane || first + r >= outs || n >= a.N)
+                continue;
+            float *to = a.out + (size_t)n * outs + first + r;
+            *to = y + (a.accumulate ? *to : 0.0f);
+        }
+}
+
+/* Kernels for a dtype, by the rows of inp they hold. */
+#define FEW_KERNELS(of, name, dtype, gated, one, two, eight)                                       \
+    GLM_TILE_KERNEL(256, 2) k_##of##_##name##_1(few_rows a) { few_body<dtype, 1, one, gated>(a); } \
+    GLM_TILE_KERNEL(256, 2) k_##of##_##name##_2(few_rows a) { few_body<dtype, 2, two, gated>(a); } \
+    GLM_TILE_KERNEL(256, 2) k_##of##_##name##_4(few_rows a) { few_body<dtype, 4, two, gated>(a); } \
+    GLM_TILE_KERNEL(256, 2) k_##of##_##name##_8(few_rows a) { few_body<dtype, 8, eight, gated>(a); }
+
+#ifdef GLM_HOST
+#include "products.h"
+
+typedef void (*few_kernel)(few_rows);
+#define FEW_ROW(of, name) \
+    {k_##of##_##name##_1, k_##of##_##name##_2, k_##of##_##name##_4, k_##of##_##name##_8}
+#define FEW_TABLE(of) \
+    {FEW_ROW(of, f32), FEW_ROW(of, f16), FEW_ROW(of, bf16), FEW_ROW(of, i8), FEW_ROW(of, i4)}
+
+static stored_matrix matrix_of(const struct glm_mat *mat)
+{
+    const stored_matrix w = {mat->data, mat->scale, (int)mat->dtype,    mat->rows,
+                             mat->cols, mat->group, glm_scale_cols(mat)};
+    return w;
+}
+
+static inline int is_few(const struct glm_mat *W, int N)
+{
+    return N <= GLM_FEW && W->dtype != GLM_F64;
+}
+
+/* The kernel for W's dtype and N rows */
+static inline few_kernel few_of(const few_kernel table[5][4], const struct glm_mat *W, int N)
+{
+    const int kind = W->dtype <= GLM_BF16 ? (int)W->dtype : W->dtype == GLM_I8 ? 3 : 4;
+    return table[kind][N == 1 ? 0 : N == 2 ? 1 : N <= 4 ? 2 : 3];
+}
+
+/* few.cu; a.w is filled in */
+void glm_cuda_few(struct cuda *cuda, const char *op, few_rows a, const struct glm_mat *W);
+#endif
