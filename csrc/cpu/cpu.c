@@ -309,32 +309,40 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
     const struct glm_cpu_kernels *k = cpu->k;
     if (!M || !b->rows) /* a sum of nothing; only accumulated products have no terms */
         return;
-    const int K = b->rows, per = glm_per_unit(kind);
-    struct pack_args p = {.x = x,
-                          .K = K,
-                          .R = k->a_rows,
-                          .kind = kind,
-                          .am = am,
-                          .ak = ak,
-                          .factor = b->group ? NULL : b->scale,
-                          .scale = (float)scale};
-    const int rows =
-        packed_rows(&p, cpu, (size_t)ceil_div((size_t)K, (size_t)per) * 4, M, k->a_rows);
+    const int per = glm_per_unit(kind), block = GEMM_UNITS * per;
+    const size_t together = (size_t)(M < GEMM_ROWS ? M : GEMM_ROWS), unit_bytes = 4;
+    const int blocks = (int)(PACKED / (together + (size_t)k->a_rows) / (GEMM_UNITS * unit_bytes));
+    const int terms = (kind == GLM_I8 && blocks > 1 ? blocks - 1 : blocks) * block;
     const int columns = ceil_div((size_t)b->cols, GEMM_COLS);
-    for (int m = 0; m < M; m += rows) {
-        p.N = M - m < rows ? M - m : rows;
-        p.x = x + (size_t)m * am;
-        const struct gemm_args g = {.c = c + (size_t)m * b->cols,
-                                    .a = (const float *)p.to,
-                                    .runs = p.runs,
-                                    .b = b,
-                                    .kind = kind,
-                                    .M = p.N,
-                                    .accumulate = accumulate,
-                                    .rows = tile_rows(cpu, p.N, GEMM_ROWS, columns)};
-        run(cpu, ceil_div((size_t)p.N, (size_t)k->a_rows), (size_t)p.N * K, k->pack_a, &p);
-        glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)g.rows) * columns,
-                     products_ns((size_t)p.N * K * b->cols), k->gemm, &g);
+    for (int k0 = 0; k0 < b->rows; k0 += terms) { /* so many that all rows of A find room */
+        struct glm_mat part = *b;
+        part.rows = b->rows - k0 < terms ? b->rows - k0 : terms;
+        part.data = (const char *)b->data + (size_t)k0 * glm_bytes(b->dtype, (size_t)b->cols);
+        part.scale = b->scale ? b->scale + (size_t)k0 * glm_scale_cols(b) : NULL;
+        struct pack_args p = {.K = part.rows,
+                              .R = k->a_rows,
+                              .kind = kind,
+                              .am = am,
+                              .ak = ak,
+                              .factor = b->group ? NULL : part.scale,
+                              .scale = (float)scale};
+        const int rows = packed_rows(
+            &p, cpu, (size_t)ceil_div((size_t)p.K, (size_t)per) * unit_bytes, M, k->a_rows);
+        for (int m = 0; m < M; m += rows) {
+            p.N = M - m < rows ? M - m : rows;
+            p.x = x + (size_t)m * am + (size_t)k0 * ak;
+            const struct gemm_args g = {.c = c + (size_t)m * b->cols,
+                                        .a = (const float *)p.to,
+                                        .runs = p.runs,
+                                        .b = &part,
+                                        .kind = kind,
+                                        .M = p.N,
+                                        .accumulate = accumulate || k0,
+                                        .rows = tile_rows(cpu, p.N, GEMM_ROWS, columns)};
+            run(cpu, ceil_div((size_t)p.N, (size_t)k->a_rows), (size_t)p.N * p.K, k->pack_a, &p);
+            glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)g.rows) * columns,
+                         products_ns((size_t)p.N * p.K * b->cols), k->gemm, &g);
+        }
     }
 }
 
