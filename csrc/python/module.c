@@ -75,7 +75,10 @@ PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, in
                      Py_TYPE(object)->tp_name);
         return NULL;
     }
-    if (integers) {
+    if (integers && PyArray_Check(object) && PyArray_TYPE((PyArrayObject *)object) == NPY_INT32 &&
+        PyArray_ISCARRAY_RO((PyArrayObject *)object)) { /* as it should be: most of a small step */
+        array = (PyArrayObject *)Py_NewRef(object);
+    } else if (integers) {
         PyArrayObject *any = (PyArrayObject *)PyArray_FROM_O(object);
         if (!any)
             return NULL;
