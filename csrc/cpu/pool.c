@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -25,6 +26,13 @@ enum {
 #define POLL_CLOCK CLOCK_MONOTONIC
 #endif
 
+/* Tasks that a thread begins with; the others take from it when theirs are done. What it computes
+ * for neighbouring rows stays in its own cache from op to op. */
+struct share {
+    _Alignas(64) atomic_int next;
+    int end;
+};
+
 struct glm_pool {
     int threads; /* asked for, the caller's included */
     int workers; /* running */
@@ -37,8 +45,9 @@ struct glm_pool {
     /* Runs so far twice, plus one while a run takes workers in, times INSIDE; plus the workers that
      * it took in. A worker that sleeps through a run is not waited for. */
     atomic_ullong state;
-    atomic_int next, asleep, waiting, stop, busy, quit;
-    int n_tasks, take; /* tasks, and how many a thread takes at a time */
+    atomic_int asleep, waiting, stop, busy, quit;
+    struct share share[MAX_THREADS]; /* the caller's first */
+    int shares, take;                /* take: tasks at a time */
     glm_task fn;
     const void *arg;
     int (*poll)(void *arg);
@@ -60,17 +69,27 @@ static void relax(void)
 #endif
 }
 
-/* The next tasks that nobody has taken; 0: all are, or the run is to stop. */
-static int take_tasks(struct glm_pool *pool, int *begin, int *end)
+/* The next tasks that nobody has taken, of share `home` first; 0: all are, or the run is to stop.
+ */
+static int take_tasks(struct glm_pool *pool, int home, int *begin, int *end)
 {
-    *begin = atomic_fetch_add_explicit(&pool->next, pool->take, memory_order_relaxed);
-    *end = pool->n_tasks - *begin < pool->take ? pool->n_tasks : *begin + pool->take;
-    return *begin < *end && !atomic_load_explicit(&pool->stop, memory_order_relaxed);
+    if (atomic_load_explicit(&pool->stop, memory_order_relaxed))
+        return 0;
+    for (int i = 0; i < pool->shares; i++) {
+        struct share *share = &pool->share[(home + i) % pool->shares];
+        if (atomic_load_explicit(&share->next, memory_order_relaxed) >= share->end)
+            continue;
+        *begin = atomic_fetch_add_explicit(&share->next, pool->take, memory_order_relaxed);
+        *end = share->end - *begin < pool->take ? share->end : *begin + pool->take;
+        if (*begin < *end)
+            return 1;
+    }
+    return 0;
 }
 
-static void work(struct glm_pool *pool, char *scratch)
+static void work(struct glm_pool *pool, int home, char *scratch)
 {
-    for (int task, end; take_tasks(pool, &task, &end);)
+    for (int task, end; take_tasks(pool, home, &task, &end);)
         for (; task < end; task++)
             pool->fn(pool->arg, task, scratch);
 }
@@ -106,7 +125,7 @@ static void *worker_main(void *arg)
             !atomic_compare_exchange_strong(&pool->state, &state, state + 1))
             continue; /* over, or another worker came between: look again */
         seen = state / INSIDE;
-        work(pool, pool->scratch[seat.index]);
+        work(pool, seat.index + 1, pool->scratch[seat.index]);
         atomic_fetch_sub(&pool->state, 1);
         if (atomic_load(&pool->waiting)) {
             pthread_mutex_lock(&pool->mutex);
@@ -148,9 +167,10 @@ void *glm_aligned(size_t bytes)
 
 struct glm_pool *glm_pool_create(void)
 {
-    struct glm_pool *pool = calloc(1, sizeof *pool);
+    struct glm_pool *pool = aligned_alloc(64, sizeof *pool);
     if (!pool)
         return NULL;
+    memset(pool, 0, sizeof *pool);
     pool->caller_scratch = glm_aligned(GLM_SCRATCH);
     if (!pool->caller_scratch) {
         free(pool);
@@ -269,7 +289,7 @@ static void poll_now_and_then(struct glm_pool *pool)
 
 static void work_and_poll(struct glm_pool *pool)
 {
-    for (int task, end; poll_now_and_then(pool), take_tasks(pool, &task, &end);)
+    for (int task, end; poll_now_and_then(pool), take_tasks(pool, 0, &task, &end);)
         for (; task < end; task++)
             pool->fn(pool->arg, task, pool->caller_scratch);
 }
@@ -320,12 +340,16 @@ void glm_pool_run(struct glm_pool *pool, int n_tasks, size_t ns, glm_task fn, co
         n_tasks == 1 || pool->threads == 1 || (ns < WOKEN && atomic_load(&pool->asleep));
     if (!alone)
         start_workers(pool);
-    pool->n_tasks = n_tasks;
     pool->take = taken(pool, n_tasks, ns);
     pool->fn = fn;
     pool->arg = arg;
-    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-    if (alone || pool->workers == 0) {
+    pool->shares = alone ? 1 : pool->workers < n_tasks ? pool->workers + 1 : n_tasks;
+    for (int i = 0; i < pool->shares; i++) {
+        const int begin = (int)((int64_t)n_tasks * i / pool->shares);
+        atomic_store_explicit(&pool->share[i].next, begin, memory_order_relaxed);
+        pool->share[i].end = (int)((int64_t)n_tasks * (i + 1) / pool->shares);
+    }
+    if (pool->shares == 1) {
         work_and_poll(pool);
     } else {
         atomic_fetch_add(&pool->state, INSIDE);
