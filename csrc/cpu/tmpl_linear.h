@@ -485,10 +485,12 @@ static void pack_x_task(const void *arg, int task, char *scratch)
             for (int b = 0; b < n_runs; b++) {
                 const int left = p->K - b * NT_RUN_BYTES, in_run = vectors - b * RUN;
                 int8_t q[NT_RUN_BYTES] __attribute__((aligned(64))) = {0};
+                struct x_run *run = p->runs + ((size_t)task * p->R + r) * n_runs + b;
                 if (r < rows)
-                    quantize_x(q, p->runs + ((size_t)task * p->R + r) * n_runs + b,
-                               x + (size_t)r * p->K + (size_t)b * NT_RUN_BYTES,
+                    quantize_x(q, run, x + (size_t)r * p->K + (size_t)b * NT_RUN_BYTES,
                                left < NT_RUN_BYTES ? left : NT_RUN_BYTES);
+                else /* multiplied with the others, and dropped */
+                    run->sum = 0, run->scale = 0;
                 for (int v = 0; v < (in_run < RUN ? in_run : RUN); v++)
                     store((float *)(to + (((size_t)b * RUN + v) * p->R + r) * VB),
                           load((float *)(q + v * VB)));
