@@ -161,6 +161,8 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
         return glm_cpu_create(out, name, err);
     if (strcmp(name, "plan") == 0)
         return glm_plan_create(out, name, 0, GLM_F32, err);
+    if (strcmp(name, "plan/bfloat16") == 0 || strcmp(name, "plan/int8") == 0)
+        return glm_plan_create(out, name, 0, GLM_BF16, err);
     if (strncmp(name, "plan:", 5) == 0 && parse_device(&device, name + 5))
         return glm_plan_create(out, name, 1, device.compute, err);
     if (strcmp(name, "ref_f32") == 0)
@@ -172,6 +174,7 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
     return glm_fail(
         err, GLM_EVALUE,
         "backend '%s': expected cpu[:generic|:avx2|:avx512|:avx512bf16][/float32|/bfloat16|"
-        "/int8], ref_f32, ref_f64, cuda[:N][/float32|/float16|/bfloat16], plan or plan:cuda..",
+        "/int8], ref_f32, ref_f64, cuda[:N][/float32|/float16|/bfloat16], plan[/bfloat16|/int8] or "
+        "plan:cuda..",
         name);
 }

@@ -270,9 +270,10 @@ struct glm_backend {
     void *cx; /* handed to every op: threads, scratch, poll; owned by the backend */
     size_t real_size;
     enum glm_dtype real; /* GLM_F32 or GLM_F64 */
-    enum glm_dtype
-        kept; /* in which the inputs of layers to be computed twice are kept: a device
-               * that rounds operands to 16 bits keeps no more of them; GLM_F32: as real */
+    /* In which the inputs of layers to be computed twice are kept: a device that rounds operands to
+     * 16 bits keeps no more of them; GLM_F32: as real. kept_h: the same for what dense_h_to_4h
+     * yields, from which backward goes on. */
+    enum glm_dtype kept, kept_h;
     /* Memory of the device, 64-byte aligned; alloc returns NULL when there is none. `allocated`
      * counts calls of alloc. */
     void *(*alloc)(struct glm_backend *be, size_t bytes);

@@ -177,7 +177,10 @@ def plan(
     if bits == 4 and not stored and method == "lora":
         group = GROUP_SIZE
     kind = parse_dtype(dtype or config.get("torch_dtype") or "float16") or "F16"
-    backend = "plan" if device == "cpu" else f"plan:cuda/{_COMPUTE[kind]}"
+    backend = f"plan:cuda/{_COMPUTE[kind]}"
+    if device == "cpu":
+        products = compute_dtype(None, [f"I{bits}" if bits else kind])
+        backend = "plan" if products == "float32" else f"plan/{products}"
 
     def planned(limit: int | None) -> Plan:
         gc.collect()  # a model planned before is gone, and the backend's scratch with it

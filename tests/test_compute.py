@@ -76,3 +76,28 @@ def test_a_row_answers_alike_alone_and_in_a_batch(kind):
     rows = [rng.integers(3, 500, n).tolist() for n in (5, 40, 17, 60, 33)]
     together = model(input_ids=np.array([rows[1], [*rows[1][:39], 7]])).logits[0]
     assert (model(input_ids=np.array([rows[1]])).logits[0] == together).all()
+
+
+@fast
+def test_layers_kept_and_layers_computed_twice_have_the_same_gradients():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 500, (2, 40))
+    flat, rows = ids.astype(np.int32).ravel(), np.arange(30, 79, 4, dtype=np.int32)
+    found, kept = [], []
+    for budget in (1, 1 << 40):
+        model = AutoModel.from_pretrained(tiny_directory(), compute_dtype="bfloat16")
+        config = LoraConfig(r=4, target_modules=["query_key_value", "dense_4h_to_h"])
+        model = get_peft_model(model, config)
+        core, first = model.base_model.core, np.random.default_rng(1)
+        for lora in core.names():
+            if "lora" in lora:
+                core.write(lora, first.normal(0, 0.02, core.shape(lora)).astype(np.float32))
+        core.set_trainable([n for n in core.names() if "lora" in n])
+        core.reserve(80, 2, len(rows), True, budget)
+        kept.append(core.plan(80, 2, len(rows), True, budget)["kept_layers"])
+        core.backward(flat, np.array([40, 40], np.int32), rows, flat[rows + 1])
+        found.append(model.named_gradients())
+    assert kept[0] < kept[1] == model.config.num_layers
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 0
+    for name, gradient in found[0].items():
+        assert gradient.any() and (gradient == found[1][name]).all(), name

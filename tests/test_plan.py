@@ -66,6 +66,10 @@ measured = pytest.mark.skipif(
     not sys.platform.startswith("linux") or "GLMLORA_SANITIZED" in os.environ,
     reason="reads /proc; the sanitizer keeps freed memory",
 )
+fast = pytest.mark.skipif(
+    "avx512bf16" not in _core.cpu_variants().split(","),
+    reason="this processor multiplies float32 only",
+)
 BUILD = """
     import numpy as np
     from glmlora import LoraConfig, get_peft_model
@@ -82,8 +86,11 @@ BUILD = """
 
 
 @measured
-@pytest.mark.parametrize("bits", [0, 4])
-def test_planned_bytes_of_lora_are_those_measured(folder, bits):
+@pytest.mark.parametrize(
+    ("bits", "compute"), [(0, "float32"), (4, "float32"), pytest.param(0, "bfloat16", marks=fast)]
+)
+def test_planned_bytes_of_lora_are_those_measured(folder, bits, compute, monkeypatch):
+    monkeypatch.setenv("GLMLORA_COMPUTE_DTYPE", compute)
     planned = plan(folder, 4, 384, labels=3, quantization_bit=bits or None, lora_rank=8)
     quantize = f"\n    model.quantize({bits}, group_size=32)" if bits else ""
     measured = peak_of(

@@ -823,6 +823,7 @@ glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm
         .cx = cpu,
         .real_size = 4,
         .real = GLM_F32,
+        .kept_h = compute == GLM_F32 ? GLM_F32 : GLM_BF16,
         .alloc = cpu_alloc,
         .free = cpu_free,
         .upload = cpu_copy,

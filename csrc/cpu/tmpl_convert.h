@@ -15,7 +15,18 @@ static void convert_task(const void *arg, int task, char *scratch)
                (end - begin) * size);
         return;
     }
-    for (size_t i = begin; i < end; i++) {
+    if (f->from == GLM_F32 && f->to == GLM_BF16) {
+        const float *from = f->q[0];
+        uint16_t *to = f->p[0];
+        for (size_t i = begin; i < end; i++)
+            to[i] = float_to_bfloat(from[i]);
+        return;
+    }
+    size_t i = begin;
+    if (f->to == GLM_F32 && f->from != GLM_F64)
+        for (; i + VL <= end; i += VL)
+            store((float *)f->p[0] + i, load_as(f->q[0], f->from, i));
+    for (; i < end; i++) {
         if (f->from == GLM_F64 &&
             f->to != GLM_F32) { /* one rounding: to odd float first, then to 16 bits */
             const double d = ((const double *)f->q[0])[i];

@@ -36,6 +36,7 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
     const int QKV = (heads.NH + 2 * heads.KVH) * heads.HD;
     const int rows = gathers(m, l), NR = rows ? s->M : N;
     const void *att = a->att, *x = s->x[l];
+    void *h = s->h ? s->h : a->h;
 
     if (l == 0 || !x_out) /* else the layer before has done it */
         op->rmsnorm_forward(cx, s->ln, a->rstd1, x, layer->input_layernorm->mat.data, N, C,
@@ -59,13 +60,15 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
                             layer->post_attention_layernorm->mat.data, NR, C, m->arch.eps);
     const struct glm_linear *up = &layer->linear[GLM_H_TO_4H], *last = &layer->linear[GLM_4H_TO_H];
     if (s->ln != s->act && !glm_adapted(m, up)) {
-        op->linear_swiglu_forward(cx, s->act, a->h, s->ln, &up->weight->mat,
+        op->linear_swiglu_forward(cx, s->act, h, s->ln, &up->weight->mat,
                                   up->bias ? up->bias->mat.data : NULL, NR);
     } else {
-        glm_linear_forward(m, up, a->h, s->ln, a->xa[GLM_H_TO_4H], NR, rows);
+        glm_linear_forward(m, up, h, s->ln, a->xa[GLM_H_TO_4H], NR, rows);
         if (x_out || glm_trains(last->B))
-            op->swiglu_forward(cx, s->act, a->h, NR, F);
+            op->swiglu_forward(cx, s->act, h, NR, F);
     }
+    if (s->h && a->h)
+        op->convert(cx, a->h, m->be->kept_h, h, m->be->real, (size_t)NR * 2 * F);
     if (!x_out) {
         if (glm_trains(last->B))
             glm_adapter_forward(m, last, s->act, a->xa[GLM_4H_TO_H], NR, rows);
@@ -91,17 +94,23 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     void *dout = rows ? s->dx_rows : s->dx;
     void *datt = rows ? s->datt_rows : s->datt;
     const struct glm_linear *linear = layer->linear;
+    void *h = s->h ? s->h : a->h;
 
+    if (s->h) { /* rounded, whether it was kept or is computed twice: the same gradients */
+        const size_t n = (size_t)NR * 2 * F;
+        if (!a->h)
+            op->convert(cx, s->act, m->be->kept_h, h, m->be->real, n);
+        op->convert(cx, h, m->be->real, a->h ? a->h : s->act, m->be->kept_h, n);
+    }
     if (glm_reads_input(m, &linear[GLM_4H_TO_H]))
-        op->swiglu_forward(cx, s->act, a->h, NR, F);
+        op->swiglu_forward(cx, s->act, h, NR, F);
     glm_linear_backward(m, &linear[GLM_4H_TO_H], s->dact, dout, s->act, a->xa[GLM_4H_TO_H], NR,
                         rows);
-    op->swiglu_backward(cx, a->h, s->dact, a->h, NR, F);
+    op->swiglu_backward(cx, h, s->dact, h, NR, F);
     if (glm_reads_input(m, &linear[GLM_H_TO_4H]))
         op->rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, layer->post_attention_layernorm->mat.data,
                             NR, C, m->arch.eps);
-    glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, a->h, s->ln, a->xa[GLM_H_TO_4H], NR,
-                        rows);
+    glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], NR, rows);
     op->rmsnorm_backward(cx, dout, layer->post_attention_layernorm->grad, s->dnorm, a->x1,
                          layer->post_attention_layernorm->mat.data, a->rstd2, NR, C);
     if (rows && glm_reads_input(m, &linear[GLM_DENSE]))

@@ -47,14 +47,14 @@ struct glm_layer {
     X(lse, N *NH)                             \
     X(x1, NR *C)                              \
     X(rstd2, NR)                              \
-    X(h, NR * 2 * F)                          \
     X(xa[GLM_QKV], N *rank[GLM_QKV])          \
     X(xa[GLM_DENSE], NR *rank[GLM_DENSE])     \
     X(xa[GLM_H_TO_4H], NR *rank[GLM_H_TO_4H]) \
     X(xa[GLM_4H_TO_H], NR *rank[GLM_4H_TO_H])
 
 struct glm_block_acts {
-    void *rstd1, *qkv, *att, *lse, *x1, *rstd2, *h;
+    void *rstd1, *qkv, *att, *lse, *x1, *rstd2;
+    void *h; /* of dense_h_to_4h, (NR, 2 F), as backend.kept_h; NULL: it is in step.h */
     void *xa[GLM_LINEARS]; /* x A^T, kept for dB */
 };
 
@@ -71,7 +71,8 @@ struct glm_step {
     /* (layers), on the host; the last layer and those that are recomputed share one set: in it
      * the last one's are still there when backward begins */
     struct glm_block_acts *acts;
-    void *final, *final_rstd;    /* after the final norm (MR, C) */
+    void *final, *final_rstd; /* after the final norm (MR, C) */
+    void *h; /* (N, 2 F) of the layer at work where the layers keep it rounded, else NULL */
     void *logits, *losses, *lse; /* a piece of at most logits_rows rows; all M losses */
     double *squares;             /* behind the losses: of all gradients together */
     int32_t *chosen;             /* (M) ids, generation */

@@ -36,7 +36,8 @@ int glm_lowest_layer(const struct glm_model *m)
 }
 
 static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
-                        struct glm_block_acts *a, size_t N, size_t NR, const size_t *rank)
+                        struct glm_block_acts *a, size_t N, size_t NR, const size_t *rank,
+                        size_t h_size)
 {
     const struct glm_arch *arch = &m->arch;
     const size_t C = arch->hidden, F = arch->ffn, NH = arch->heads, AO = NH * arch->head_dim;
@@ -44,6 +45,7 @@ static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
 #define PUSH(name, elements) a->name = glm_arena_push(arena, elements, m->be->real_size);
     BLOCK_ACTS(PUSH)
 #undef PUSH
+    a->h = h_size ? glm_arena_push(arena, NR * 2 * F, h_size) : NULL;
 }
 
 /* Largest LoRA rank of each linear (over all layers) and over everything; widest: input of an
@@ -105,12 +107,15 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->final_rstd = glm_arena_push(arena, MR, real);
 
     const size_t NR = s->gathered && first_kept == 0 ? M : N;
-    layout_acts(m, arena, &s->acts[L - 1], N, NR, rank);
+    /* Where h is rounded the last layer and those computed twice have it in the one of its size. */
+    const int rounds = s->training && m->be->kept_h != GLM_F32;
+    s->h = rounds ? glm_arena_push(arena, N * 2 * F, real) : NULL;
+    layout_acts(m, arena, &s->acts[L - 1], N, NR, rank, rounds ? 0 : real);
     for (int l = 0; l < L - 1; l++)
         if (l < first_kept)
             s->acts[l] = s->acts[L - 1];
         else
-            layout_acts(m, arena, &s->acts[l], N, N, rank);
+            layout_acts(m, arena, &s->acts[l], N, N, rank, rounds ? 2 : real);
 
     s->att_rows = glm_arena_push(arena, s->gathered ? M * AO : 0, real);
     s->x_rows = glm_arena_push(arena, s->gathered ? M * C : 0, real);

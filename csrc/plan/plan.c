@@ -508,6 +508,7 @@ glm_status glm_plan_create(struct glm_backend **out, const char *name, int cuda,
         .cx = plan,
         .real_size = 4,
         .real = GLM_F32,
+        .kept_h = cuda ? GLM_F32 : compute, /* as cpu/cpu.c */
         .alloc = plan_alloc,
         .free = plan_free,
         .upload = plan_upload,
