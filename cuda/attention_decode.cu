@@ -96,13 +96,14 @@ template <int CHUNKS> static __device__ __forceinline__ void decode_heads(const 
                 if (totals[w] != 0)
                     sum += totals[w] * (mosts[w] == top ? 1.0f : expf(mosts[w] - top));
             const size_t at = head_row(a, s, g, row);
+            const float share = 1.0f / sum;
             for (int c = threadIdx.x; c < HD; c += blockDim.x) {
                 float x = 0;
 #pragma unroll
                 for (int w = 0; w < WARPS; w++)
                     if (totals[w] != 0)
                         x += mixes[w * LD + c] * (mosts[w] == top ? 1.0f : expf(mosts[w] - top));
-                a.out[at * HD + c] = x / sum;
+                a.out[at * HD + c] = x * share;
             }
             if (threadIdx.x == 0)
                 a.lse[at] = top + logf(sum);

@@ -63,11 +63,11 @@ GLM_KERNEL(256) k_likeliest(int *id, const float *x, int V)
 
 /* ---- draws */
 
-/* A row whose columns stay while their (score, -column) is at least (least, -last). */
+/* A row of scores whose columns stay while their (score, -column) is at least (least, -last). */
 struct drawn_row {
     const float *x;
     int V, last;
-    float temperature, top;
+    float top;
     unsigned least;
 };
 
@@ -97,8 +97,7 @@ static __device__ void weigh(const drawn_row &r, unsigned from, unsigned step, i
         const f4 x = load4(r.x, v, r.V);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const float score = x.v[j] / r.temperature + 0.0f; /* -0 as 0 */
-            const unsigned place = ordered(score);
+            const unsigned place = ordered(x.v[j]);
             const int column = v + j;
             const unsigned key = BY == COLUMN  ? (unsigned)column
                                  : BY == EQUAL ? (unsigned)(r.V - 1 - column)
@@ -106,7 +105,7 @@ static __device__ void weigh(const drawn_row &r, unsigned from, unsigned step, i
             if (column >= r.V || key < from || place < r.least ||
                 (place == r.least && column > r.last) || (BY == EQUAL && place > r.least))
                 continue;
-            const wide weight = BY == COUNT || BY == EQUAL ? 1 : mass_of(r, score);
+            const wide weight = BY == COUNT || BY == EQUAL ? 1 : mass_of(r, x.v[j]);
             sum[0] += weight;
             sum[1] += key - from >= step ? weight : 0;
             sum[2] += key - from >= 2 * step ? weight : 0;
@@ -208,9 +207,18 @@ k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, c
         at = likeliest(row, V, false, &most);
         at = most - most == 0 ? at : -2;
     }
-    drawn_row r = {row, V, V, c.temperature, most / c.temperature + 0.0f, 0};
-    if (at >= 0 && c.temperature != 0 && r.top - r.top == 0)
+    drawn_row r = {row, V, V, most / c.temperature + 0.0f, 0};
+    if (at >= 0 && c.temperature != 0 && r.top - r.top == 0) {
+        for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) {
+            f4 s = load4(row, v, V);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                s.v[j] = s.v[j] / c.temperature + 0.0f; /* -0 as 0 */
+            store4(row, v, V, s);
+        }
+        __syncthreads();
         at = draw(r, c, column_bits);
+    }
     if (threadIdx.x == 0)
         id[blockIdx.x] = at;
 }

@@ -11,7 +11,7 @@ import copy
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,31 +241,35 @@ class Scores:
         g = settings
         self.adjusts = g.repetition_penalty != 1 or g.no_repeat_ngram_size > 0 or g.min_length > 0
         self.active = self.adjusts or bool(self.processors)  # else scores stay as they are
+        self.greedy = not (g.samples or self.active)  # the highest score decides
 
     def choice(
-        self, draws: Sequence[tuple[int, int, int]], contexts: Sequence[Sequence[int]]
+        self, draws: Iterable[tuple[int, int, int]], contexts: Iterable[Sequence[int]]
     ) -> dict[str, Any] | None:
         """What tells the core to choose where the scores are; None: the highest one.
 
         draws: (seed, stream, index) of each row; contexts: its ids.
         """
-        g, found = self.settings, {}
+        if self.greedy:
+            return None
+        g, found = self.settings, {"draws": np.array(list(draws), np.uint64)}
         if g.samples:
-            found = {
+            found |= {
                 "temperature": float(g.temperature),
                 "top_k": int(g.top_k),
                 "top_p": float(g.top_p),
             }
         if self.adjusts:
+            ids = list(contexts)
             found |= {
-                "context": np.fromiter(chain.from_iterable(contexts), np.int32),
-                "context_lengths": np.array([len(c) for c in contexts], np.int32),
+                "context": np.fromiter(chain.from_iterable(ids), np.int32),
+                "context_lengths": np.array([len(c) for c in ids], np.int32),
                 "repetition_penalty": float(g.repetition_penalty),
                 "no_repeat_ngram_size": int(g.no_repeat_ngram_size),
                 "suppress": np.array(self.eos, np.int32),
                 "min_length": int(g.min_length),
             }
-        return found | {"draws": np.array(draws, np.uint64)} if found else None
+        return found
 
     def __call__(self, scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
         """scores float32 (V), changed in place; ids: the whole context. Returns float32 (V)."""
@@ -497,7 +501,7 @@ def _run(
             places: Sequence[int], live: list[int] = live, index: int = index
         ) -> dict[str, Any] | None:
             turn = [live[i] for i in places]
-            return change.choice([(seed, r, index) for r in turn], [rows.ids[r] for r in turn])
+            return change.choice(((seed, r, index) for r in turn), (rows.ids[r] for r in turn))
 
         chosen = scores is None and not change.processors
         if scores is None:
@@ -555,7 +559,7 @@ def complete(
     def choose(at: Sequence[int]) -> dict[str, Any] | None:
         turn = [running[live[i]] for i in at]
         return change.choice(
-            [(*draws[n], len(new[n])) for n in turn], [prompts[n] + new[n] for n in turn]
+            ((*draws[n], len(new[n])) for n in turn), (prompts[n] + new[n] for n in turn)
         )
 
     while True:

@@ -619,7 +619,7 @@ static void choose(void *cx, int32_t *id, void *x, int M, int V, const struct gl
         return;
     }
     const struct choose_args a = {id, x, V, choices, touched};
-    glm_pool_run(cpu->pool, M, ns_of((size_t)8 * V), glm_choose_task, &a);
+    glm_pool_run(cpu->pool, M, ns_of((size_t)8 * M * V), glm_choose_task, &a);
 }
 
 static void adamw(void *cx, void *p, const void *grad, void *m, void *v, size_t n, double lr,
