@@ -209,6 +209,7 @@ k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, c
     }
     drawn_row r = {row, V, V, most / c.temperature + 0.0f, 0};
     if (at >= 0 && c.temperature != 0 && r.top - r.top == 0) {
+        /* a thread weighs the columns that it writes here */
         for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) {
             f4 s = load4(row, v, V);
 #pragma unroll
@@ -216,7 +217,6 @@ k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, c
                 s.v[j] = s.v[j] / c.temperature + 0.0f; /* -0 as 0 */
             store4(row, v, V, s);
         }
-        __syncthreads();
         at = draw(r, c, column_bits);
     }
     if (threadIdx.x == 0)
