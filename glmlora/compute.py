@@ -34,8 +34,8 @@ def compute_dtype(asked: str | None, stored: Iterable[str]) -> str:
         )
     if wanted != "float32" and not fast:
         raise ValueError(
-            f"compute_dtype: this processor does not multiply {wanted} (that takes AVX-512 BF16 "
-            "and VNNI); expected auto or float32"
+            f"compute_dtype: this processor does not multiply {wanted} (that takes AVX-512 BF16, "
+            "VNNI and VBMI); expected auto or float32"
         )
     return wanted
 

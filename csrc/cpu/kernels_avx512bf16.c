@@ -1,4 +1,4 @@
-/* x86-64 with AVX-512 BF16 and VNNI besides: products of bfloat16 pairs and of bytes. */
+/* x86-64 with AVX-512 BF16, VNNI and VBMI besides: products of bfloat16 pairs and of bytes. */
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #include <stdint.h>
