@@ -163,6 +163,13 @@ def checks(op, type_="float32"):
     return found
 
 
+NARROW_OPS = (
+    *test_ops.NARROW_OPS,
+    test_ops.adapted_forward,
+    test_ops.linear_swiglu_forward,
+)
+
+
 def under(seed, found):
     """The checks with other numbers; the largest ones under the first seed only."""
     for check in found:
@@ -181,7 +188,7 @@ def test_op_equals_the_cpu(device, op, order):
 @on_devices
 @pytest.mark.parametrize("order", SEEDS, indirect=True)
 @pytest.mark.parametrize("type_", ["float16", "bfloat16"])
-@pytest.mark.parametrize("op", [op.__name__ for op in test_ops.NARROW_OPS])
+@pytest.mark.parametrize("op", [op.__name__ for op in NARROW_OPS])
 def test_16_bit_op_equals_the_cpu(device, op, type_, order):
     """The cpu gets the same 16-bit numbers; what is left is the rounding of softmax and of its
     gradient, and of weights that are stored in another type. bfloat16 has 2^-9 for each of these,
