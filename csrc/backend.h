@@ -51,9 +51,9 @@ struct glm_dropout {
 /* How a row's next token is chosen of its scores x (V). Of the columns touched[first ..], distinct
  * in each of two runs, the first `penalised` get x < 0 ? x * penalty : x / penalty, the next
  * `banned` ones -infinity. Columns whose scores are all -infinity, or one of which is infinity or
- * NaN, allow no choice. temperature 0, or so small that
- * the largest score overflows: the first largest is chosen. Otherwise, with s = x / temperature and
- * the mass of a column floor(2^40 exp(s - max s)):
+ * NaN, allow no choice. temperature 0, or so small that the largest score overflows: the first
+ * largest is chosen. Otherwise, with s = x / temperature and the mass of a column
+ * floor(2^40 exp(s - max s)):
  * top_k > 0: those below the top_k-th largest s are dropped, those equal to it stay;
  * top_p < 1: in the order of falling s, then rising column, the fewest stay whose mass is all but
  *   at most the fraction 1 - top_p, and at least one;

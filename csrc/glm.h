@@ -186,8 +186,6 @@ struct glm_scored {
 void glm_touched_ids(int32_t *ids, int *penalised, int *banned, int n, const int32_t *context,
                      int n_context, double repetition_penalty, int no_repeat_ngram,
                      const int32_t *suppress, int n_suppress, unsigned char *seen);
-void glm_adjust_logits(float *logits, const int32_t *ids, int penalised, int banned,
-                       double repetition_penalty);
 void glm_warp_logits(float *probs, const float *logits, int n, double temperature, int top_k,
                      double top_p, int min_keep, struct glm_scored *scratch);
 int glm_draw(const float *probs, int n, uint64_t seed, uint32_t stream, uint32_t index);

@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "choice.h"
 #include "kernels.h"
 
 enum { DIGIT = 11 };
@@ -65,19 +66,6 @@ static uint32_t descend(const struct row *r, int masses, uint64_t need, uint64_t
     return place;
 }
 
-/* Philox4x32-10 (Salmon et al. 2011), first word */
-static uint32_t philox(uint64_t seed, uint32_t c0, uint32_t c1)
-{
-    uint32_t x[4] = {c0, c1, 0x73616d70u, 0}, k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-        const uint64_t p0 = (uint64_t)0xD2511F53u * x[0], p1 = (uint64_t)0xCD9E8D57u * x[2];
-        const uint32_t y[4] = {(uint32_t)(p1 >> 32) ^ x[1] ^ k0, (uint32_t)p1,
-                               (uint32_t)(p0 >> 32) ^ x[3] ^ k1, (uint32_t)p0};
-        memcpy(x, y, sizeof x);
-    }
-    return x[0];
-}
-
 /* What the columns that stay weigh up to and including the first where that is more than `over`,
  * which is left in *column. */
 static uint64_t masses_until(const struct row *r, uint64_t over, int *column)
@@ -115,7 +103,7 @@ static int draw(struct row *r, const struct glm_choice *c)
             }
         total = masses_until(r, UINT64_MAX, &column);
     }
-    const double u = (philox(c->seed, c->index, c->stream) + 0.5) / 4294967296.0;
+    const double u = glm_fraction(c->seed, c->stream, c->index);
     masses_until(r, (uint64_t)(u * (double)total), &column);
     return column;
 }
@@ -141,13 +129,7 @@ static int choose_of(float *x, int V, const struct glm_choice *c, const int32_t 
     int finite, best = likeliest(x, V, &finite);
     if (!finite)
         return -1;
-    const int32_t *penalised = touched + c->first, *banned = penalised + c->penalised;
-    for (int i = 0; i < c->penalised; i++) {
-        float *score = x + penalised[i];
-        *score = *score < 0 ? *score * c->penalty : *score / c->penalty;
-    }
-    for (int i = 0; i < c->banned; i++)
-        x[banned[i]] = -INFINITY;
+    glm_adjust_logits(x, touched + c->first, c->penalised, c->banned, c->penalty);
     if (c->penalised + c->banned)
         best = likeliest(x, V, &finite);
     if (!isfinite(x[best]))

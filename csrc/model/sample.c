@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "choice.h"
 #include "glm.h"
 
 void glm_touched_ids(int32_t *ids, int *penalised, int *banned, int n, const int32_t *context,
@@ -34,18 +35,6 @@ void glm_touched_ids(int32_t *ids, int *penalised, int *banned, int n, const int
         *ids++ = id;
     }
     *banned = (int)(ids - first) - *penalised;
-}
-
-void glm_adjust_logits(float *logits, const int32_t *ids, int penalised, int banned,
-                       double repetition_penalty)
-{
-    const float p = (float)repetition_penalty; /* Keskar et al. 2019, eq. 2, signed as usual */
-    for (int i = 0; i < penalised; i++) {
-        float *x = logits + ids[i];
-        *x = *x < 0 ? *x * p : *x / p;
-    }
-    for (int i = 0; i < banned; i++)
-        logits[ids[penalised + i]] = -INFINITY;
 }
 
 static int by_score(const void *a, const void *b)
@@ -122,24 +111,11 @@ void glm_warp_logits(float *probs, const float *logits, int n, double temperatur
         probs[scratch[i].id] = (float)(exp((double)scratch[i].score - scratch[0].score) / sum);
 }
 
-/* Philox4x32-10 (Salmon et al. 2011), first word */
-static uint32_t philox(uint64_t seed, uint32_t c0, uint32_t c1)
-{
-    uint32_t x[4] = {c0, c1, 0x73616d70u, 0}, k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-        const uint64_t p0 = (uint64_t)0xD2511F53u * x[0], p1 = (uint64_t)0xCD9E8D57u * x[2];
-        const uint32_t y[4] = {(uint32_t)(p1 >> 32) ^ x[1] ^ k0, (uint32_t)p1,
-                               (uint32_t)(p0 >> 32) ^ x[3] ^ k1, (uint32_t)p0};
-        memcpy(x, y, sizeof x);
-    }
-    return x[0];
-}
-
 /* The draw of (seed, stream, index): the same for any thread count, and for a row whatever the
  * other rows do. */
 int glm_draw(const float *probs, int n, uint64_t seed, uint32_t stream, uint32_t index)
 {
-    const double u = (philox(seed, index, stream) + 0.5) / 4294967296.0;
+    const double u = glm_fraction(seed, stream, index);
     double sum = 0, total = 0;
     int last = 0;
     for (int i = 0; i < n; i++)

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "choice.h"
 #include "module.h"
 
 static PyArrayObject *scores_arg(PyObject *object)
@@ -59,7 +60,7 @@ PyObject *glm_py_adjust_logits(PyObject *Py_UNUSED(module), PyObject *args, PyOb
     }
     glm_touched_ids(ids, &penalised, &banned, n, PyArray_DATA(context), n_context, penalty, ngram,
                     suppress ? PyArray_DATA(suppress) : NULL, n_suppress, seen);
-    glm_adjust_logits(PyArray_DATA(logits), ids, penalised, banned, penalty);
+    glm_adjust_logits(PyArray_DATA(logits), ids, penalised, banned, (float)penalty);
     result = Py_NewRef(Py_None);
 done:
     free(seen);
