@@ -5,7 +5,7 @@
 ChatGLM2-6B's shapes with random weights, 2 threads. Seconds are those of 28 layers; worker.py and
 the peers tell how they are found from fewer. Sides are run in turn, again and again, at most 5
 times (`x5`), fewer where `--minutes` do not allow; a figure is the median. limits.c is run between
-the runs, and the better of before and after a run counts. Peers (benchmarks/peers) are torch +
+the runs, and the mean of before and after a run counts. Peers (benchmarks/peers) are torch +
 transformers + peft, in bfloat16 where the processor multiplies it, and llama.cpp; rows stand
 without them where they are not installed. A bar is what the row has to reach: a share of the limit,
 or how many times a peer's speed. Rows go to stderr as they come; the table, results.json and
@@ -87,8 +87,17 @@ class Side:
         self.process.wait()
 
 
+def forget(path):
+    """Take a new file out of memory: it is read again as a file of another day is, in large pages;
+    what has just been written lies in small ones."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 class Limits:
-    """What the machine does at most, by limits.c: `now`, and `around` the last run, the better of
+    """What the machine does at most, by limits.c: `now`, and `around` the last run, the mean of
     before and after it, since a shared machine is not the same for long."""
 
     def __init__(self, folder, threads=2):
@@ -105,7 +114,7 @@ class Limits:
             [self.program, self.threads], capture_output=True, text=True, check=True
         )
         before, self.now = self.now, json.loads(out.stdout)
-        self.around = {n: max(v, before.get(n, v)) for n, v in self.now.items()}
+        self.around = {n: (v + before.get(n, v)) / 2 for n, v in self.now.items()}
 
 
 class Bench:
@@ -127,6 +136,7 @@ class Bench:
             if not (folder / name / "model.safetensors").exists():
                 (folder / name).mkdir(parents=True, exist_ok=True)
                 six_b.make(folder / name, **shapes)
+                forget(folder / name / "model.safetensors")
         self.torch = "torch" in peers and interpreter("torch", "transformers", "peft")
         self.llama = "llama" in peers and interpreter("llama_cpp")
         self.product = "bf16_gflop_s" if "bf16_gflop_s" in self.limits.now else "fma_gflop_s"
@@ -154,6 +164,7 @@ class Bench:
             path = self.folder / f"{kind}.gguf"
             if self.llama and not path.exists():
                 make_gguf.make(json.loads((six / "config.json").read_text()), path, kind)
+                forget(path)
             side = self.llama and Side(self.llama, "peers/llama_peer.py", path)
         if side and not side.ready:
             print(f"{name}: left out, {side.last_words()}", file=sys.stderr)
@@ -479,6 +490,7 @@ def cold(b):
     if b.torch:
         if not (b.folder / "saved/model.safetensors").exists():
             b.side("torch").ask(dict(job="save", directory=str(b.folder / "saved")))
+            forget(b.folder / "saved/model.safetensors")
         commands["torch"] = [b.torch, str(HERE / "peers/torch_peer.py"), str(b.folder / "saved")]
     every = {name: [] for name in commands}
     for _ in range(4):

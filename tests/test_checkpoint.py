@@ -1057,3 +1057,19 @@ def test_checksums_and_crc_of_written_zip(tmp_path):
     write_torch(path, {"a": values})
     with zipfile.ZipFile(path) as archive:
         assert archive.getinfo("archive/data/0").CRC == zlib.crc32(values.tobytes())
+
+
+def test_huge_pages_are_asked_for(tmp_path):
+    """A weights file that is read from the disk then comes in pieces of 2 MB."""
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"):
+        pytest.skip("this system has no huge pages")
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"a": np.zeros(1 << 20, np.float32)})
+    tensors = read_safetensors(path)
+    with open("/proc/self/smaps") as file:
+        flags, here = [], False
+        for line in file:
+            here = here or line.rstrip().endswith(str(path))
+            if here and line.startswith("VmFlags"):
+                flags, here = flags + [line.split()], False
+    assert flags and all("hg" in f for f in flags) and len(tensors) == 1

@@ -316,8 +316,9 @@ INLINE void sum_lanes(v4 *s, vf *acc, int n, enum glm_dtype kind)
 }
 
 /* s[r * C + c] = dot product of row r of packed x with row o + c of W where it lies, columns k0 ..
- * k0 + K - 1. Where W ends its last row repeats. The next C rows of W are fetched into the cache,
- * every turns-th of them here. With `keep` the converted run is left in `kept`, (RUN, C). */
+ * k0 + K - 1. Where W ends its last row repeats. The next C rows of W, every turns-th of
+ * them here, and their scales are fetched into the cache. With `keep` the converted run is left in
+ * `kept`, (RUN, C). */
 INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w,
                      enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int k0, int K,
                      int keep, vf *kept, int turns)
@@ -331,8 +332,11 @@ INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w
     for (int c = 0; c < C; c++) {
         const int at = o + c < w->rows ? o + c : w->rows - 1;
         row[c] = (const char *)w->data + (size_t)at * stride + glm_bytes(dtype, (size_t)k0);
-        if (grouped)
+        if (grouped) {
             run_scales(scale[c], w, at, k0, K);
+            __builtin_prefetch(w->scale + (size_t)(at + C) * glm_scale_cols(w) + k0 / w->group, 0,
+                               2);
+        }
     }
 #pragma GCC unroll 24
     for (int i = 0; i < R * C; i++)
