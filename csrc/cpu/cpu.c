@@ -221,7 +221,7 @@ static int tile_rows(const struct cpu *cpu, int N, int most, int columns)
 /* Runs of a row of K columns as bytes. */
 static int runs_of(enum glm_dtype kind, int K)
 {
-    return kind == GLM_I8 ? ceil_div((size_t)K, NT_RUN_BYTES) : 0;
+    return kind == GLM_I8 ? ceil_div((size_t)K, SHORT_RUN_BYTES) : 0;
 }
 
 /* Rows, a multiple of `together`, that are packed at a time when each takes `bytes`: the runs lie

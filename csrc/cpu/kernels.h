@@ -9,18 +9,19 @@
 /* Tiles of the matrix products. Reductions are cut in fixed blocks that do not depend on N, so that
  * an element has the same bits whatever batch it is in. */
 enum {
-    NT_RUN_BYTES = 2048, /* linear_forward sums runs of packed rows of x and W of this size; */
-    NT_COLS = 128,       /* its tasks have this many rows of W .. */
-    NT_ROWS = 1024,      /* .. times at most this many of x, */
-    NT_ROWS_ADDED = 384, /* fewer where the output is added to */
-    GEMM_ROWS = 2048,    /* largest task of the backward products: rows .. */
-    GEMM_COLS = 256,     /* .. times columns; */
-    GEMM_UNITS = 512,    /* a panel of B has so many units; of bytes that is a run of x */
-    ROW_GROUP = 12,      /* rows that are packed together: a multiple of every kernel's */
-    OUTLIERS = 4,        /* of a run of x */
-    ATT_BLOCK = 96,      /* keys of a block, and query rows (lanes) of a panel, at most; */
-    ATT_PANELS = 2,      /* panels of an attention task */
-    PIECE = 4096,        /* elements of a piece of sum_squares */
+    NT_RUN_BYTES = 3072,    /* linear_forward sums runs of packed rows of x and W of this size, */
+    SHORT_RUN_BYTES = 2048, /* of bytes, where each run of x has a scale, and of 4 bits of this; */
+    NT_COLS = 128,          /* its tasks have this many rows of W .. */
+    NT_ROWS = 1024,         /* .. times at most this many of x, */
+    NT_ROWS_ADDED = 384,    /* fewer where the output is added to */
+    GEMM_ROWS = 2048,       /* largest task of the backward products: rows .. */
+    GEMM_COLS = 256,        /* .. times columns; */
+    GEMM_UNITS = 512,       /* a panel of B has so many units; of bytes that is a run of x */
+    ROW_GROUP = 12,         /* rows that are packed together: a multiple of every kernel's */
+    OUTLIERS = 4,           /* of a run of x */
+    ATT_BLOCK = 96,         /* keys of a block, and query rows (lanes) of a panel, at most; */
+    ATT_PANELS = 2,         /* panels of an attention task */
+    PIECE = 4096,           /* elements of a piece of sum_squares */
 };
 
 /* A run of a row of x as bytes: their sum and scale, and what is kept apart. */

@@ -3,16 +3,15 @@
  *
  * The arithmetic of a product is a "kind": GLM_F32, GLM_BF16 (pairs of bfloat16, summed in float)
  * or GLM_I8 (quads of bytes, summed in int). W is converted to it while it is read, x before. An
- * output is a sum over runs of RUN vectors; in a run lane l adds up its products in order, then the
+ * output is a sum over runs of vectors; in a run lane l adds up its products in order, then the
  * lanes are summed: the same for one row of x, which reads W where it lies at the memory's speed,
  * and for many, which pack panels of W. Only W of kind GLM_BF16 with group scales differs: few rows
  * multiply sums of 8 products by the scale, many rows have it rounded into their bfloat16. */
 
 enum {
-    VB = 4 * VL,             /* bytes of a vector */
-    RUN = NT_RUN_BYTES / VB, /* vectors of a run */
-#if VL == 16                 /* rows of x times rows of W whose sums the registers hold: */
-    XR = 6,                  /* packed, times 4 */
+    VB = 4 * VL, /* bytes of a vector */
+#if VL == 16     /* rows of x times rows of W whose sums the registers hold: */
+    XR = 6,      /* packed, times 4 */
     R1 = 1,
     C1 = 8, /* in place */
     R2 = 4,
@@ -26,11 +25,17 @@ enum {
     C2 = 4,
     IN_PLACE_ROWS = 3,
 #endif
-    IN_PLACE_COLS = 96,                    /* rows of W of a task in place: a multiple of each C */
-    RUN_GROUPS = NT_RUN_BYTES / 2 / 32 + 4 /* most groups of 32 columns of a run */
+    IN_PLACE_COLS = 96, /* rows of W of a task in place: a multiple of each C */
+    RUN_GROUPS = SHORT_RUN_BYTES / 2 / 32 + 4 /* most groups of 32 columns of a run */
 };
 
 INLINE int per_vector(enum glm_dtype kind) { return glm_per_unit(kind) * VL; }
+
+/* Vectors of a run. Rows of 4 bits come from memory a tenth slower in pieces of the longer one. */
+INLINE int run_of(enum glm_dtype kind, enum glm_dtype dtype)
+{
+    return (kind == GLM_I8 || dtype == GLM_I4 ? SHORT_RUN_BYTES : NT_RUN_BYTES) / VB;
+}
 
 /* Vectors that are converted together: as many columns of W as make whole vectors. */
 INLINE int chunk_of(enum glm_dtype kind, enum glm_dtype dtype)
@@ -186,12 +191,12 @@ INLINE void pack_x(char *to, int R, const float *x, size_t ldx, int rows, int K,
     }
 }
 
-/* Scales of the groups of 32 columns of a run from column k0 on; a row has at most 32 of them. */
+/* Scales of the groups of 32 columns of a run from column k0 on. */
 INLINE void run_scales(float *scale, const struct glm_mat *w, int row, int k0, int K)
 {
     const uint16_t *from = w->scale + (size_t)row * glm_scale_cols(w);
-    if (w->group == 32 && K == 1024 && VL == 16) /* a whole run of bfloat16 */
-        for (int g = 0; g < 32; g += VL)
+    if (w->group == 32 && K % (32 * VL) == 0)
+        for (int g = 0; g * 32 < K; g += VL)
             store(scale + g, HALF_TO_FLOAT(from + k0 / 32 + g));
     else if (w->group == 32)
         load_row(scale, from + k0 / 32, GLM_F16, (K + 31) / 32);
@@ -318,7 +323,7 @@ INLINE void sum_lanes(v4 *s, vf *acc, int n, enum glm_dtype kind)
 /* s[r * C + c] = dot product of row r of packed x with row o + c of W where it lies, columns k0 ..
  * k0 + K - 1. Where W ends its last row repeats. The next C rows of W, every turns-th of
  * them here, and their scales are fetched into the cache. With `keep` the converted run is left in
- * `kept`, (RUN, C). */
+ * `kept`, (vectors, C). */
 INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w,
                      enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int k0, int K,
                      int keep, vf *kept, int turns)
@@ -415,9 +420,9 @@ INLINE float squares_below(float *largest, const float *x, int n, float bound)
     return lane_sum(square);
 }
 
-/* n <= NT_RUN_BYTES columns at x; columns past the end are 0. Of the OUTLIERS largest those beyond
- * six times the root mean square of the others do not share the scale: their products are made in
- * float. A run that is not finite gets the scale NaN. */
+/* n <= SHORT_RUN_BYTES columns at x; columns past the end are 0. Of the OUTLIERS largest those
+ * beyond six times the root mean square of the others do not share the scale: their products are
+ * made in float. A run that is not finite gets the scale NaN. */
 INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
 {
     typedef int8_t vb __attribute__((vector_size(VL), aligned(1)));
@@ -469,7 +474,7 @@ INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
     }
     for (int i = 0; i < VL; i++)
         run->sum += sum[i];
-    memset(q + k, 0, (size_t)(NT_RUN_BYTES - k));
+    memset(q + k, 0, (size_t)(SHORT_RUN_BYTES - k));
 }
 #endif
 
@@ -484,19 +489,19 @@ static void pack_x_task(const void *arg, int task, char *scratch)
     (void)scratch;
 #ifdef DOT_BF16
     if (p->kind == GLM_I8) {
-        const int n_runs = (vectors + RUN - 1) / RUN;
+        const int in_full = run_of(GLM_I8, GLM_I8), n_runs = (vectors + in_full - 1) / in_full;
         for (int r = 0; r < p->R; r++)
             for (int b = 0; b < n_runs; b++) {
-                const int left = p->K - b * NT_RUN_BYTES, in_run = vectors - b * RUN;
-                int8_t q[NT_RUN_BYTES] __attribute__((aligned(64))) = {0};
+                const int left = p->K - b * SHORT_RUN_BYTES, in_run = vectors - b * in_full;
+                int8_t q[SHORT_RUN_BYTES] __attribute__((aligned(64))) = {0};
                 struct x_run *run = p->runs + ((size_t)task * p->R + r) * n_runs + b;
                 if (r < rows)
-                    quantize_x(q, run, x + (size_t)r * p->K + (size_t)b * NT_RUN_BYTES,
-                               left < NT_RUN_BYTES ? left : NT_RUN_BYTES);
+                    quantize_x(q, run, x + (size_t)r * p->K + (size_t)b * SHORT_RUN_BYTES,
+                               left < SHORT_RUN_BYTES ? left : SHORT_RUN_BYTES);
                 else /* multiplied with the others, and dropped */
                     run->sum = 0, run->scale = 0;
-                for (int v = 0; v < (in_run < RUN ? in_run : RUN); v++)
-                    store((float *)(to + (((size_t)b * RUN + v) * p->R + r) * VB),
+                for (int v = 0; v < (in_run < in_full ? in_run : in_full); v++)
+                    store((float *)(to + (((size_t)b * in_full + v) * p->R + r) * VB),
                           load((float *)(q + v * VB)));
             }
         return;
@@ -532,17 +537,18 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
                           enum glm_dtype dtype, int grouped, int R, int C, int o0, int cols)
 {
     const int I = a->w->cols, vectors = vectors_of(kind, dtype, I), S = (R * C + 3) / 4;
-    const int width = RUN * per_vector(kind), n_runs = (vectors + RUN - 1) / RUN;
+    const int in_full = run_of(kind, dtype), width = in_full * per_vector(kind);
+    const int n_runs = (vectors + in_full - 1) / in_full;
     const int steps = (cols + C - 1) / C, groups = (a->N + R - 1) / R;
     v4 *sums = (v4 *)(tile + IN_PLACE_ROWS * IN_PLACE_COLS);
-    vf kept[RUN * 8];
+    vf kept[NT_RUN_BYTES / VB * 8];
     memset(sums, 0, (size_t)(groups * steps * S) * sizeof *sums);
     for (int step = 0; step < steps; step++)
         for (int b = 0; b < n_runs; b++)
             for (int g = 0; g < groups; g++) {
                 const int K = I - b * width < width ? I - b * width : width, o = o0 + step * C;
                 v4 s[8], *at = sums + (g * steps + step) * S;
-                const char *x = a->x + ((size_t)g * vectors + (size_t)b * RUN) * R * VB;
+                const char *x = a->x + ((size_t)g * vectors + (size_t)b * in_full) * R * VB;
                 if (R == 1 || groups == 1)
                     dot_rows(s, R, C, x, a->w, kind, dtype, grouped, o, b * width, K, 0, kept, 1);
                 else if (g == 0)
@@ -574,9 +580,9 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
 
 /* Columns of a packed panel of W that outliers of x meet, as bytes, taken out once a run. */
 struct panel_columns {
-    int16_t place[NT_RUN_BYTES]; /* -1: not yet */
+    int16_t place[SHORT_RUN_BYTES]; /* -1: not yet */
     int count;
-    int8_t value[NT_RUN_BYTES][NT_COLS];
+    int8_t value[SHORT_RUN_BYTES][NT_COLS];
 };
 
 INLINE void add_outliers(float *out, int cols, const struct x_run *run, const char *wp,
@@ -588,7 +594,7 @@ INLINE void add_outliers(float *out, int cols, const struct x_run *run, const ch
             int8_t *to = columns->value[columns->count];
             const char *from = wp + k / VB * 4 * VB + k % VB;
             for (int o = 0; o < NT_COLS; o++)
-                to[o] = (int8_t)(from[o / 4 * 4 * NT_RUN_BYTES + o % 4 * VB] ^ -128);
+                to[o] = (int8_t)(from[o / 4 * 4 * SHORT_RUN_BYTES + o % 4 * VB] ^ -128);
             columns->place[k] = (int16_t)columns->count++;
         }
         const int8_t *q = columns->value[columns->place[k]];
@@ -634,14 +640,15 @@ INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum g
                         char *wp)
 {
     const int I = a->w->cols, vectors = vectors_of(kind, dtype, I);
-    const int width = RUN * per_vector(kind), n_runs = (vectors + RUN - 1) / RUN;
+    const int in_full = run_of(kind, dtype), width = in_full * per_vector(kind);
+    const int n_runs = (vectors + in_full - 1) / in_full;
     const int tiles = (rows + XR - 1) / XR * ((cols + 3) / 4);
     struct panel_columns *columns = (struct panel_columns *)(wp + NT_COLS * NT_RUN_BYTES);
     for (int b = 0; b < n_runs; b++) {
         const int K = I - b * width < width ? I - b * width : width;
-        const int in_run = vectors - b * RUN < RUN ? vectors - b * RUN : RUN;
+        const int rest = vectors - b * in_full, in_run = rest < in_full ? rest : in_full;
         for (int o = 0; o < cols; o += 4)
-            pack_w(wp + (size_t)o * NT_RUN_BYTES, a->w, kind, dtype, grouped, o0 + o, cols - o,
+            pack_w(wp + (size_t)o * in_full * VB, a->w, kind, dtype, grouped, o0 + o, cols - o,
                    b * width, K);
         if (kind == GLM_I8) {
             memset(columns->place, -1, sizeof columns->place);
@@ -651,7 +658,7 @@ INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum g
         struct ahead ahead = start_ahead(a->w, dtype, o0, cols, (b + 1) * width,
                                          left < width ? left & ~1 : width, tiles);
         for (int n = 0; n < rows; n += XR) {
-            const char *xp = a->x + ((size_t)(n0 + n) * vectors + (size_t)b * RUN * XR) * VB;
+            const char *xp = a->x + ((size_t)(n0 + n) * vectors + (size_t)b * in_full * XR) * VB;
             const struct x_run *run = a->runs + (size_t)(n0 + n) * n_runs + b;
             const int end = rows - n < XR ? rows - n : XR;
             const char *next = n + XR < rows ? xp + (size_t)vectors * XR * VB : xp;
@@ -660,10 +667,10 @@ INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum g
                 float *at = tile + n * ldt + o;
                 for (int r = 0; r < end; r++)
                     __builtin_prefetch(at + r * ldt, 1, 3);
-                for (int i = 0; i * ((cols + 3) / 4) < XR * NT_RUN_BYTES / 64; i++, next += 64)
+                for (int i = 0; i * ((cols + 3) / 4) < XR * in_full * VB / 64; i++, next += 64)
                     __builtin_prefetch(next, 0, 2);
                 fetch_ahead(&ahead);
-                dot_panel(s, xp, wp + (size_t)o * NT_RUN_BYTES, in_run, kind);
+                dot_panel(s, xp, wp + (size_t)o * in_full * VB, in_run, kind);
                 for (int r = 0; r < XR; r++)
                     s[r] = run_value(s[r], kind == GLM_I8 ? run + (size_t)r * n_runs : NULL, kind);
                 if (end == XR && cols - o >= 4) {

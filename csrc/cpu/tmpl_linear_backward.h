@@ -67,17 +67,17 @@ INLINE void load_natural(vf *v, const char *p, enum glm_dtype dtype, int n)
 }
 
 #ifdef DOT_BF16
-/* MR rows of A as bytes, in runs of NT_RUN_BYTES terms with their scales; see quantize_x. */
+/* MR rows of A as bytes, in runs of SHORT_RUN_BYTES terms with their scales; see quantize_x. */
 INLINE void quantize_a(float *to, const struct pack_args *p, const float *from, int task, int rows,
                        int units)
 {
-    const int n_runs = (p->K + NT_RUN_BYTES - 1) / NT_RUN_BYTES;
+    const int n_runs = (p->K + SHORT_RUN_BYTES - 1) / SHORT_RUN_BYTES;
     for (int r = 0; r < MR; r++)
         for (int b = 0; b < n_runs; b++) {
-            const int begin = b * NT_RUN_BYTES, left = p->K - begin;
-            const int n = left < NT_RUN_BYTES ? left : NT_RUN_BYTES;
-            float x[NT_RUN_BYTES] __attribute__((aligned(64)));
-            int8_t q[NT_RUN_BYTES] __attribute__((aligned(64))) = {0};
+            const int begin = b * SHORT_RUN_BYTES, left = p->K - begin;
+            const int n = left < SHORT_RUN_BYTES ? left : SHORT_RUN_BYTES;
+            float x[SHORT_RUN_BYTES] __attribute__((aligned(64)));
+            int8_t q[SHORT_RUN_BYTES] __attribute__((aligned(64))) = {0};
             struct x_run *run = p->runs + ((size_t)task * MR + r) * n_runs + b;
             *run = (struct x_run){0};
             if (r < rows) {
@@ -86,7 +86,7 @@ INLINE void quantize_a(float *to, const struct pack_args *p, const float *from, 
                            half_to_float(p->factor[begin + k]);
                 quantize_x(q, run, x, n);
             }
-            for (int u = 0; u < NT_RUN_BYTES / 4 && begin / 4 + u < units; u++)
+            for (int u = 0; u < SHORT_RUN_BYTES / 4 && begin / 4 + u < units; u++)
                 memcpy(to + ((size_t)begin / 4 + u) * MR + r, q + 4 * u, 4);
         }
 }
@@ -228,7 +228,7 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
                       char *bp, float *edge)
 {
     const int K = g->b->rows, per = glm_per_unit(kind), units = units_of(kind, K);
-    const int n_runs = (K + NT_RUN_BYTES - 1) / NT_RUN_BYTES;
+    const int n_runs = (K + SHORT_RUN_BYTES - 1) / SHORT_RUN_BYTES;
     const int tiles = (rows + MR - 1) / MR * ((cols + NR - 1) / NR);
     for (int u = 0; u < units; u += GEMM_UNITS) {
         const int in_block = units - u < GEMM_UNITS ? units - u : GEMM_UNITS;
@@ -250,6 +250,10 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
                 const char *panel = bp + (size_t)n / NR * GEMM_UNITS * NV * VB;
                 const int width = cols - n < NR ? cols - n : NR;
                 fetch_ahead(&ahead);
+                const float *next = n + NR < cols ? at + NR : c + (m + MR) * ldc;
+                for (int r = 0; r < MR && (n + NR < cols || m + MR < rows); r++)
+                    for (int i = 0; i < NV; i++) /* the tile that is added to next */
+                        __builtin_prefetch(next + r * ldc + i * VL, 1, 3);
                 if (height == MR && width == NR) {
                     unit_tile(at, ldc, ap, panel, in_block, add, kind, run, (size_t)n_runs);
                     continue;
