@@ -5,7 +5,7 @@
 ChatGLM2-6B's shapes with random weights, 2 threads. Seconds are those of 28 layers; worker.py and
 the peers tell how they are found from fewer. Sides are run in turn, again and again, at most 5
 times (`x5`), fewer where `--minutes` do not allow; a figure is the median. limits.c is run between
-the runs, and the mean of before and after a run counts. Peers (benchmarks/peers) are torch +
+the runs, and a limit is the median of those. Peers (benchmarks/peers) are torch +
 transformers + peft, in bfloat16 where the processor multiplies it, and llama.cpp; rows stand
 without them where they are not installed. A bar is what the row has to reach: a share of the limit,
 or how many times a peer's speed. Rows go to stderr as they come; the table, results.json and
@@ -97,8 +97,7 @@ def forget(path):
 
 
 class Limits:
-    """What the machine does at most, by limits.c: `now`, and `around` the last run, the mean of
-    before and after it, since a shared machine is not the same for long."""
+    """What the machine does at most, by limits.c: `now`."""
 
     def __init__(self, folder, threads=2):
         self.threads = str(threads)
@@ -106,15 +105,14 @@ class Limits:
         source = str(HERE / "limits.c")
         flags = ["-O3", "-march=native", "-std=c11"]
         subprocess.run(["gcc", *flags, source, "-o", self.program, "-pthread"], check=True)
-        self.now = self.around = {}
         self.measure()
 
     def measure(self):
         out = subprocess.run(
             [self.program, self.threads], capture_output=True, text=True, check=True
         )
-        before, self.now = self.now, json.loads(out.stdout)
-        self.around = {n: (v + before.get(n, v)) / 2 for n, v in self.now.items()}
+        self.now = json.loads(out.stdout)
+        return self.now
 
 
 class Bench:
@@ -179,20 +177,18 @@ class Bench:
     def run(self, jobs, seconds):
         """jobs: {name: (side's name, job)}. Runs each in turn, again and again, for so many seconds
         of measured time in a bench of 10 minutes, and the limits between. Returns {name: the last
-        answer with the median of its times, `every` time and the `limits` around each} without
+        answer with the median of its times, `every` time and the `limits` between them} without
         those that no side can do."""
         there = {n: (self.side(s), job) for n, (s, job) in jobs.items() if self.side(s)}
-        answers, limits = {name: [] for name in there}, []
+        answers, limits = {name: [] for name in there}, [self.limits.measure()]
         spent = 0.0  # without what the sides prepare for their first run
-        self.limits.measure()
         for run in range(REPS):
             if run and spent * (run + 1) / run > seconds * self.minutes / 10:
                 break
             for name, (side, job) in there.items():
                 answers[name].append(side.ask(dict(job)))
                 spent += answers[name][-1]["measured"]
-            self.limits.measure()
-            limits.append(self.limits.around)
+            limits.append(self.limits.measure())
         medians = {}
         for name, runs in answers.items():
             every = [r["seconds"] for r in runs]
@@ -216,16 +212,15 @@ class Bench:
     ):
         """One row. line: of the acceptance list; answer: of `run`; rate in `unit` at its median,
         and `limit` the name in limits.c's line; peers: {name: answer}; ratios: others, {what:
-        times}; bars: {what: at least} of "limit", peers and ratios. A ratio is the median of those
-        of the runs, each beside its neighbours."""
+        times}; bars: {what: at least} of "limit", peers and ratios. A peer's ratio is the median of
+        those of the runs, each beside its neighbour; a limit is the median of its own."""
         seconds, every = answer["seconds"], answer["every"]
         row = dict(line=line, job=job, seconds=seconds, runs=answer["runs"], every=every)
         row |= dict(rate=rate, unit=unit, note=note, bars=dict(bars), peers={}, ratios={})
         if limit in self.limits.now:
-            at = [around[limit] for around in answer["limits"]]
-            shares = [rate * seconds / s / a for s, a in zip(every, at, strict=True)]
-            row |= dict(limit=dict(name=limit, values=at))
-            row["ratios"]["limit"] = statistics.median(shares)
+            values = [between[limit] for between in answer["limits"]]
+            row |= dict(limit=dict(name=limit, values=values))
+            row["ratios"]["limit"] = rate / statistics.median(values)
         for name, peer in dict(peers).items():
             row["peers"][name] = dict(seconds=peer["seconds"], every=peer["every"])
             pairs = zip(peer["every"], every, strict=True)

@@ -17,7 +17,7 @@
 #include <immintrin.h>
 #endif
 
-enum { RUNS = 7, MAX_THREADS = 256 };
+enum { RUNS = 15, MAX_THREADS = 256 };
 static const size_t READ_BYTES = (size_t)768 << 20; /* a thread */
 
 static double now(void)

@@ -5,7 +5,6 @@ import json
 import re
 import sys
 import threading
-import time
 
 # ChatGLM2-6B's config.json, as far as it gives shapes.
 SIX_B = dict(
@@ -41,26 +40,30 @@ def glm_fields(c):
     )
 
 
-class Peak(threading.Thread):
-    """Largest anonymous memory of this process in bytes since `reset`, sampled every 5 ms."""
+def memory(field="RssAnon"):
+    """Bytes of this process: anonymous, or VmRSS."""
+    with open("/proc/self/status") as f:
+        return 1024 * int(re.search(field + r":\s+(\d+)", f.read()).group(1))
 
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.reset()
-        self.start()
 
-    def reset(self):
-        self.bytes = self.now()
+class Peak:
+    """`with Peak() as peak`: largest anonymous memory of this process in `peak.bytes`. It is looked
+    at every 20 ms, and only in the block: each look costs the timed work on the same cores."""
 
-    @staticmethod
-    def now(field="RssAnon"):
-        with open("/proc/self/status") as f:
-            return 1024 * int(re.search(field + r":\s+(\d+)", f.read()).group(1))
+    def __enter__(self):
+        self.bytes, self.over = memory(), threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+        return self
 
-    def run(self):
-        while True:
-            self.bytes = max(self.bytes, self.now())
-            time.sleep(0.005)
+    def watch(self):
+        while not self.over.wait(0.02):
+            self.bytes = max(self.bytes, memory())
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+        self.bytes = max(self.bytes, memory())
 
 
 class Jobs:

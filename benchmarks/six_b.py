@@ -67,7 +67,6 @@ def make(directory, **changes):
 
 
 def measure(part, directory, tokens):
-    peak = Peak()
     start = time.perf_counter()
     model = glmlora.AutoModel.from_pretrained(directory, trust_remote_code=True)
     opened = time.perf_counter() - start
@@ -77,10 +76,11 @@ def measure(part, directory, tokens):
     if part == "chat":
         stream = model.half().stream_chat(tokenizer, "你好", history=[], seed=1, max_length=64)
         times = []
-        for _ in stream:
-            times.append(time.perf_counter())
-            if len(times) == 6:
-                break
+        with Peak() as peak:
+            for _ in stream:
+                times.append(time.perf_counter())
+                if len(times) == 6:
+                    break
         rate = (len(times) - 1) / (times[-1] - times[0])
         return print(f"chat: {len(times)} streamed, {rate:.2f} tokens/s, {peak.bytes / 1e9:.2f} GB")
     config = glmlora.LoraConfig(
@@ -92,8 +92,9 @@ def measure(part, directory, tokens):
     labels = np.full_like(ids, -100)
     labels[:, -3:] = ids[:, -3:]
     start = time.perf_counter()
-    loss = model.backward(input_ids=ids, attention_mask=np.ones_like(ids), labels=labels)
-    norm = glmlora.AdamW(model, lr=5e-5, max_grad_norm=1.0).step()
+    with Peak() as peak:
+        loss = model.backward(input_ids=ids, attention_mask=np.ones_like(ids), labels=labels)
+        norm = glmlora.AdamW(model, lr=5e-5, max_grad_norm=1.0).step()
     seconds = time.perf_counter() - start
     print(
         f"LoRA step, 4 rows of {tokens // 4} tokens: loss {loss:.3f}, norm {norm:.3f}, "

@@ -34,7 +34,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from sides import Jobs, Peak, serve  # noqa: E402
+from sides import Jobs, Peak, memory, serve  # noqa: E402
 
 import glmlora  # noqa: E402
 from glmlora import _core, generation  # noqa: E402
@@ -67,7 +67,6 @@ class Worker(Jobs):
     """A model, and one method for each job; each returns what is answered."""
 
     def __init__(self, directory, whole, compute, bits, group):
-        self.peak = Peak()
         self.file = glmlora.AutoModel.from_pretrained(directory, compute_dtype=compute)
         self.floats = dict(zip(self.file.base_names(), self.file.stored_tensors(), strict=True))
         if bits:
@@ -76,7 +75,7 @@ class Worker(Jobs):
         self.here = self.file.config.num_layers
         self.whole = whole or self.here
         self.rng = np.random.default_rng(0)
-        self.mats, self.caches, self.models = {}, {}, {}
+        self.mats, self.ops, self.caches, self.models = {}, {}, {}, {}
         self.trainees, self.plans = {}, {}
         self.layer = sum(t.nbytes for n, t in self.bound.items() if ".layers.0." in n)
         self.weights = sum(t.nbytes for t in self.bound.values())
@@ -84,7 +83,7 @@ class Worker(Jobs):
         embedding = next(t.nbytes for n, t in self.bound.items() if "word_embeddings" in n)
         self.read = self.weights - embedding  # by a step of decoding; of the embedding it is a row
         self.file.core.extend(self.file.core.cache(1, 8), [0], self.ids(8), np.array([8], np.int32))
-        self.resident = self.peak.now("VmRSS") + (self.whole - self.here) * self.layer
+        self.resident = memory("VmRSS") + (self.whole - self.here) * self.layer
         self.threads = _core.get_num_threads()
         self.told = {"threads": self.threads, "backend": self.file.core.backend}
         self.told |= {"weights": self.weights, "read": self.read}
@@ -143,7 +142,9 @@ class Worker(Jobs):
         x, y = np.ones((rows, inp), np.float32), np.ones((rows, out), np.float32)
         x += self.rng.random(inp, np.float32)
         y += self.rng.random(out, np.float32)
-        ops = Ops(f"cpu/{compute}")
+        if compute not in self.ops:  # as a model keeps its memory for packing
+            self.ops[compute] = Ops(f"cpu/{compute}")
+        ops = self.ops[compute]
         start = time.perf_counter()
         if what == "dx":
             ops.linear_backward_input(x, y, mat, rows, 1.0, 0)
@@ -217,12 +218,12 @@ class Worker(Jobs):
         def run(layers):
             key = layers, sizes, budget
             if key not in self.trainees:
-                before = self.peak.now()
+                before = memory()
                 model = with_lora(self.model(layers))
                 model.core.reserve(*sizes, True, budget)
-                self.peak.reset()
-                step(model.core, ids, lengths, rows)  # touches its memory
-                self.trainees[key] = model, self.peak.bytes - before
+                with Peak() as peak:
+                    step(model.core, ids, lengths, rows)  # touches its memory
+                self.trainees[key] = model, peak.bytes - before
             start = time.perf_counter()
             for _ in range(steps):
                 step(self.trainees[key][0].core, ids, lengths, rows)
@@ -256,13 +257,13 @@ class Worker(Jobs):
         lse = np.empty((tokens, NH), np.float32)
         segment = [Segment(0, tokens, 0, 0, 0, 0, 0)]
         out[:], lse[:] = 0, 0
-        self.peak.reset()
-        before = self.peak.now()
+        before = memory()
         start = time.perf_counter()
-        ops.attention_forward(out, lse, qkv, None, segment, 1, Heads(NH, KVH, HD))
+        with Peak() as peak:
+            ops.attention_forward(out, lse, qkv, None, segment, 1, Heads(NH, KVH, HD))
         return {
             "seconds": time.perf_counter() - start,
-            "bytes": qkv.nbytes + out.nbytes + lse.nbytes + max(0, self.peak.bytes - before),
+            "bytes": qkv.nbytes + out.nbytes + lse.nbytes + max(0, peak.bytes - before),
         }
 
 

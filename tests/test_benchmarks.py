@@ -128,7 +128,7 @@ def test_gguf_file(tmp_path):
 def test_row_is_judged_run_by_run(capsys):
     some = SimpleNamespace(limits=SimpleNamespace(now={"fma_gflop_s": 1}), rows=[])
     # the machine halves its speed in the last run: the ratios are those of before
-    limits = [{"fma_gflop_s": v} for v in (200.0, 200.0, 100.0)]
+    limits = [{"fma_gflop_s": v} for v in (210.0, 200.0, 200.0, 100.0)]
     mine = dict(seconds=2.0, runs=3, every=[2.0, 2.0, 4.0], limits=limits)
     peer = dict(seconds=3.0, runs=3, every=[3.0, 3.0, 6.0])
     told = dict(rate=170.0, unit="GFLOP/s", limit="fma_gflop_s", peers={"torch": peer})

@@ -26,7 +26,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sides import Jobs, Peak, glm_fields, serve  # noqa: E402
+from sides import Jobs, Peak, glm_fields, memory, serve  # noqa: E402
 
 warnings.filterwarnings("ignore")
 
@@ -97,14 +97,14 @@ class Worker(Jobs):
     """A model, and one method for each job; each returns what is answered."""
 
     def __init__(self, directory, dtype, whole):
-        self.dtype, self.peak = dtype, Peak()
+        self.dtype = dtype
         self.model = build(directory, dtype)
         self.more = max(0, whole - self.model.config.num_hidden_layers)
         self.clock = LayerClock(self.model.model) if self.more else None
         self.vocab = self.model.config.vocab_size
         self.weights = sum(p.nbytes for p in self.model.parameters())
         self.told = {"weights": self.weights}
-        self.base = self.peak.now()
+        self.base = memory()
         self.mats, self.trained = {}, None
 
     def ids(self, *shape):
@@ -217,11 +217,11 @@ class Worker(Jobs):
                 self.optimizer.zero_grad()
 
         gc.collect()
-        self.peak.reset()
-        _, took = self.timed(run)
+        with Peak() as peak:
+            _, took = self.timed(run)
         took = {k: seconds / steps for k, seconds in took.items()}
         model.eval()
-        beyond = self.peak.bytes - self.base
+        beyond = peak.bytes - self.base
         if self.clock:
             beyond += self.more * self.clock.kept // steps
         return took | {"tokens": sum(lengths), "beyond_weights": beyond}
