@@ -186,6 +186,7 @@ class Bench:
             if run and spent * (run + 1) / run > seconds * self.minutes / 10:
                 break
             for name, (side, job) in there.items():
+                time.sleep(0.1)  # the last side's threads wait for more work, for some milliseconds
                 answers[name].append(side.ask(dict(job)))
                 spent += answers[name][-1]["measured"]
             limits.append(self.limits.measure())

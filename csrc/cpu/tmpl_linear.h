@@ -230,16 +230,15 @@ INLINE void pack_w(char *to, const struct glm_mat *w, enum glm_dtype kind, enum 
 {
     const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
-    float scale[RUN_GROUPS];
-    for (int c = 0; c < 4; c++) {
-        const char *row =
-            (const char *)w->data + (size_t)(o + c) * stride + glm_bytes(dtype, (size_t)k0);
-        char *at = to + c * VB;
-        if (grouped && c < rows)
-            run_scales(scale, w, o + c, k0, K);
-        for (int k = 0; k < K; k += width, at += chunk * 4 * VB) {
+    const char *first = (const char *)w->data + (size_t)o * stride + glm_bytes(dtype, (size_t)k0);
+    float scale[4][RUN_GROUPS];
+    for (int c = 0; grouped && c < 4 && c < rows; c++)
+        run_scales(scale[c], w, o + c, k0, K);
+    for (int k = 0; k < K; k += width, to += chunk * 4 * VB) {
+        const char *p = first + glm_bytes(dtype, (size_t)k);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++, p += stride) {
             vf v[4] = {{0}};
-            const char *p = row + glm_bytes(dtype, (size_t)k);
             __builtin_prefetch(p + 4 * stride);
             if (c < rows) {
                 if (__builtin_expect(K - k >= width, 1))
@@ -247,10 +246,10 @@ INLINE void pack_w(char *to, const struct glm_mat *w, enum glm_dtype kind, enum 
                 else
                     load_last(v, p, kind, dtype, K - k);
                 if (grouped)
-                    scale_chunk(v, scale, k / 32, kind);
+                    scale_chunk(v, scale[c], k / 32, kind);
             }
             for (int j = 0; j < chunk; j++)
-                store((float *)(at + j * 4 * VB), v[j]);
+                store((float *)(to + (j * 4 + c) * VB), v[j]);
         }
     }
 }
