@@ -1,6 +1,6 @@
 """Every speed and memory bar of the project, in one table: ours, the machine's limit, the peers.
 
-    make bench          (python benchmarks/bench.py [--minutes 8] [--only decode,prefill])
+    make bench          (python benchmarks/bench.py [--minutes 6] [--only decode,prefill])
 
 ChatGLM2-6B's shapes with random weights, 2 threads. Seconds are those of 28 layers; worker.py and
 the peers tell how they are found from fewer. Sides are run in turn, again and again, at most 5
@@ -569,7 +569,7 @@ PARTS |= {f.__name__: f for f in (lora, uneven, threads, curves, tiny)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8, help="to plan for; 25: 5 runs of all")
+    parser.add_argument("--minutes", type=float, default=6, help="to plan for; 25: 5 runs of all")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--peers", default="torch,llama", help="none: ours alone")
     parser.add_argument("--out", type=Path, default=HERE)
