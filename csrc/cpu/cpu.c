@@ -245,8 +245,7 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
     p->R = k->in_place_rows[N > 1];
     p->N = a->N = N;
     packed_rows(p, cpu, bytes, N, p->R);
-    for (int task = 0; task * p->R < N; task++)
-        k->pack_x(p, task, NULL);
+    run(cpu, ceil_div((size_t)N, (size_t)p->R), (size_t)N * (size_t)p->K, k->pack_x, p);
     a->x = p->to;
     a->runs = p->runs;
     a->R = p->R;
