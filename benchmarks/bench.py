@@ -180,7 +180,7 @@ class Bench:
         answer with the median of its times, `every` time and the `limits` between them} without
         those that no side can do."""
         there = {n: (self.side(s), job) for n, (s, job) in jobs.items() if self.side(s)}
-        answers, limits = {name: [] for name in there}, [self.limits.measure()]
+        answers, limits = {name: [] for name in there}, [self.limits.now]
         spent = 0.0  # without what the sides prepare for their first run
         for run in range(REPS):
             if run and spent * (run + 1) / run > seconds * self.minutes / 10:

@@ -218,17 +218,12 @@ static int tile_rows(const struct cpu *cpu, int N, int most, int columns)
     return tiles ? ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), ROW_GROUP) * ROW_GROUP : 1;
 }
 
-/* Runs of a row of K columns as bytes. */
-static int runs_of(enum glm_dtype kind, int K)
-{
-    return kind == GLM_I8 ? ceil_div((size_t)K, SHORT_RUN_BYTES) : 0;
-}
-
 /* Rows, a multiple of `together`, that are packed at a time when each takes `bytes`: the runs lie
  * behind the vectors. */
 static int packed_rows(struct pack_args *p, struct cpu *cpu, size_t bytes, int N, int together)
 {
-    const size_t each = bytes + (size_t)runs_of(p->kind, p->K) * sizeof(struct x_run);
+    const int runs = p->kind == GLM_I8 ? glm_byte_runs(p->K) : 0;
+    const size_t each = bytes + (size_t)runs * sizeof(struct x_run);
     const size_t most = PACKED / each / (size_t)together * (size_t)together;
     const size_t needed = (size_t)ceil_div((size_t)N, (size_t)together) * (size_t)together;
     const size_t rows = most < needed ? most : needed;

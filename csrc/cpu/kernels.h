@@ -32,6 +32,9 @@ struct x_run {
     float value[OUTLIERS];
 };
 
+/* Runs of a row of K columns as bytes. */
+static inline int glm_byte_runs(int K) { return (K + SHORT_RUN_BYTES - 1) / SHORT_RUN_BYTES; }
+
 /* Terms that a lane multiplies at once in the products of a kind. */
 static inline int glm_per_unit(enum glm_dtype kind)
 {

@@ -488,7 +488,7 @@ static void pack_x_task(const void *arg, int task, char *scratch)
     (void)scratch;
 #ifdef DOT_BF16
     if (p->kind == GLM_I8) {
-        const int in_full = run_of(GLM_I8, GLM_I8), n_runs = (vectors + in_full - 1) / in_full;
+        const int in_full = run_of(GLM_I8, GLM_I8), n_runs = glm_byte_runs(p->K);
         for (int r = 0; r < p->R; r++)
             for (int b = 0; b < n_runs; b++) {
                 const int left = p->K - b * SHORT_RUN_BYTES, in_run = vectors - b * in_full;

@@ -71,7 +71,7 @@ INLINE void load_natural(vf *v, const char *p, enum glm_dtype dtype, int n)
 INLINE void quantize_a(float *to, const struct pack_args *p, const float *from, int task, int rows,
                        int units)
 {
-    const int n_runs = (p->K + SHORT_RUN_BYTES - 1) / SHORT_RUN_BYTES;
+    const int n_runs = glm_byte_runs(p->K);
     for (int r = 0; r < MR; r++)
         for (int b = 0; b < n_runs; b++) {
             const int begin = b * SHORT_RUN_BYTES, left = p->K - begin;
@@ -228,7 +228,7 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
                       char *bp, float *edge)
 {
     const int K = g->b->rows, per = glm_per_unit(kind), units = units_of(kind, K);
-    const int n_runs = (K + SHORT_RUN_BYTES - 1) / SHORT_RUN_BYTES;
+    const int n_runs = glm_byte_runs(K);
     const int tiles = (rows + MR - 1) / MR * ((cols + NR - 1) / NR);
     for (int u = 0; u < units; u += GEMM_UNITS) {
         const int in_block = units - u < GEMM_UNITS ? units - u : GEMM_UNITS;
