@@ -9,10 +9,12 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 # -std=c11 turns contraction off and -O2 leaves loops scalar: kernel files say what they need.
@@ -35,19 +37,68 @@ STRICT = [
 ]
 
 
+def compile_one(source, target, words):
+    """(source, what the compiler said if it failed). The command is kept beside the object."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    ran = subprocess.run(words, stderr=subprocess.PIPE, text=True)
+    if ran.returncode:
+        return source, ran.stderr
+    with open(target + ".command", "w") as f:
+        f.write("\n".join(words))
+    return source, ""
+
+
+def run_jobs(jobs):
+    """Compile on all cores, the longest first, a line a file. CompileError with gcc's words."""
+    jobs.sort(key=lambda job: not job[0].startswith("csrc/cpu/kernels_"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = [pool.submit(compile_one, *job) for job in jobs]
+        for done, ready in enumerate(as_completed(running), 1):
+            source, error = ready.result()
+            print(f"[{done:2}/{len(jobs)}] {source}", flush=True)
+            if error:
+                pool.shutdown(cancel_futures=True)
+                raise CompileError(f"{source}:\n{error}")
+
+
+def up_to_date(target, words):
+    """Whether `words` made `target` of the files as they are now."""
+    try:
+        with open(target + ".command") as f:
+            if f.read() != "\n".join(words):
+                return False
+        with open(target.removesuffix("o") + "d") as f:
+            names = f.read().replace("\\\n", " ").split(":", 1)[1].split()
+        made = os.stat(target).st_mtime
+        return all(os.stat(name).st_mtime <= made for name in names)
+    except OSError:
+        return False
+
+
 class BuildPerFile(build_ext):
-    """build_ext that adds flags by file suffix and skips instruction sets of other machines."""
+    """build_ext that adds flags by file suffix and compiles in parallel what changed: a file is
+    compiled again when it or a header it includes (the compiler lists them beside the object) is
+    newer, or its command is another one."""
 
     def build_extensions(self):
-        compile_one = self.compiler._compile
+        if not sanitize:  # pip would give a folder of its own to every editable build
+            tag = f"{sys.implementation.cache_tag}-{platform.machine()}"
+            self.build_temp = os.path.join("build", "objects", tag)
+        jobs = []
 
-        def _compile(obj, src, ext, cc_args, extra, pp_opts):
-            added = [
-                f for suffix, flags in SUFFIX_FLAGS.items() if src.endswith(suffix) for f in flags
-            ]
-            compile_one(obj, src, ext, cc_args, extra + added + sanitize, pp_opts)
+        def collect(obj, src, ext, cc_args, extra, pp_opts):
+            added = [f for end, flags in SUFFIX_FLAGS.items() if src.endswith(end) for f in flags]
+            words = [*self.compiler.compiler_so, *cc_args, "-MMD", src, "-o", obj]
+            jobs.append((src, obj, [*words, *extra, *added, *sanitize]))
 
-        self.compiler._compile = _compile
+        compile_all = self.compiler.compile
+
+        def compile_changed(*args, **kwargs):
+            objects = compile_all(*args, **kwargs)
+            run_jobs([job for job in jobs if not up_to_date(*job[1:])])
+            return objects
+
+        self.compiler._compile, self.compiler.compile = collect, compile_changed
         super().build_extensions()
         self.add_cuda(os.environ.get("GLMLORA_BUILD_CUDA", ""))
 
