@@ -29,8 +29,8 @@ from sides import SIX_B, glm_fields  # noqa: E402
 
 from glmlora import device as devices  # noqa: E402
 from glmlora import plan, selftest  # noqa: E402
-from glmlora.configuration import ChatGLMConfig  # noqa: E402
-from glmlora.peft import LoraConfig, get_peft_model  # noqa: E402
+from glmlora.model.configuration import ChatGLMConfig  # noqa: E402
+from glmlora.model.peft import LoraConfig, get_peft_model  # noqa: E402
 
 TOY = dict(
     num_layers=2,

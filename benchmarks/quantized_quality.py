@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import glmlora  # noqa: E402
 from glmlora import project  # noqa: E402
-from glmlora.demo import ORDER, TRAINING, _read, paper_text  # noqa: E402
-from glmlora.generation import chat_rows  # noqa: E402
-from glmlora.methods import unwrapped  # noqa: E402
+from glmlora.generation.generate import chat_rows  # noqa: E402
+from glmlora.tools.demo import ORDER, TRAINING, _read, paper_text  # noqa: E402
+from glmlora.training.methods import unwrapped  # noqa: E402
 
 # name: (bits, columns of a group, products); a base of 0 bits is float32, or as stored (float16)
 ROWS = {

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import glmlora
-from glmlora.demo import ORDER, paper_text, predict_labels
-from glmlora.project import tiny_directory
+from glmlora.tools.demo import ORDER, paper_text, predict_labels
+from glmlora.tools.project import tiny_directory
 
 COMMON = dict(
     per_device_train_batch_size=8,

@@ -21,8 +21,8 @@ import numpy as np
 from sides import SIX_B, Peak
 
 import glmlora
-from glmlora.checkpoint import Source, save_sharded
-from glmlora.project import tiny_directory
+from glmlora.files.checkpoint import Source, save_sharded
+from glmlora.tools.project import tiny_directory
 
 
 def make(directory, **changes):

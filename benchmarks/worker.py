@@ -37,7 +37,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from sides import Jobs, Peak, memory, serve  # noqa: E402
 
 import glmlora  # noqa: E402
-from glmlora import _core, generation  # noqa: E402
+from glmlora import _core  # noqa: E402
+from glmlora.generation import generate as generation  # noqa: E402
 
 KEEP_ALL, KEEP_NONE = 1 << 40, 1  # budgets of activations
 

@@ -4,80 +4,71 @@ first used.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._core import get_num_threads as get_num_threads
+    from ._core import set_num_threads as set_num_threads
+    from .files.checkpoint import load_state_dict as load_state_dict
+    from .generation.generate import GenerationConfig as GenerationConfig
+    from .generation.generate import set_seed as set_seed
+    from .model.configuration import AutoConfig as AutoConfig
+    from .model.configuration import ChatGLMConfig as ChatGLMConfig
+    from .model.modeling import AutoModel as AutoModel
+    from .model.modeling import AutoModelForCausalLM as AutoModelForCausalLM
+    from .model.modeling import ChatGLMForConditionalGeneration as ChatGLMForConditionalGeneration
+    from .model.peft import LoraConfig as LoraConfig
+    from .model.peft import PeftModel as PeftModel
+    from .model.peft import PrefixTuningConfig as PrefixTuningConfig
+    from .model.peft import TaskType as TaskType
+    from .model.peft import get_peft_model as get_peft_model
+    from .model.peft import load_prefix as load_prefix
+    from .model.peft import save_prefix as save_prefix
+    from .tokenization import AutoTokenizer as AutoTokenizer
+    from .training.arguments import TrainingArguments as TrainingArguments
+    from .training.optim import AdamW as AdamW
+    from .training.trainer import train as train
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "AutoConfig": "configuration",
-    "ChatGLMConfig": "configuration",
-    "AutoModel": "modeling",
-    "AutoModelForCausalLM": "modeling",
-    "ChatGLMForConditionalGeneration": "modeling",
-    "AutoTokenizer": "tokenization",
-    "GenerationConfig": "generation",
-    "set_seed": "generation",
-    "LoraConfig": "peft",
-    "PeftModel": "peft",
-    "PrefixTuningConfig": "peft",
-    "TaskType": "peft",
-    "get_peft_model": "peft",
-    "load_prefix": "peft",
-    "save_prefix": "peft",
-    "AdamW": "optim",
-    "load_state_dict": "checkpoint",
-    "TrainingArguments": "arguments",
-    "train": "trainer",
-    "get_num_threads": "_core",
-    "set_num_threads": "_core",
+_NAMES = {  # module -> its public names; tests/test_packaging.py holds them against those above
+    "_core": "get_num_threads set_num_threads",
+    "files.checkpoint": "load_state_dict",
+    "generation.generate": "GenerationConfig set_seed",
+    "model.configuration": "AutoConfig ChatGLMConfig",
+    "model.modeling": "AutoModel AutoModelForCausalLM ChatGLMForConditionalGeneration",
+    "model.peft": "LoraConfig PeftModel PrefixTuningConfig TaskType get_peft_model load_prefix "
+    "save_prefix",
+    "tokenization": "AutoTokenizer",
+    "training.arguments": "TrainingArguments",
+    "training.optim": "AdamW",
+    "training.trainer": "train",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+_MOVED = {  # older names of modules that scripts import
+    "arguments": "training.arguments",
+    "checkpoint": "files.checkpoint",
+    "configuration": "model.configuration",
+    "data": "training.records",
+    "device": "model.device",
+    "modeling": "model.modeling",
+    "optable": "tools.optable",
+    "papers": "tools.papers",
+    "peft": "model.peft",
+    "plan": "tools.plan",
+    "project": "tools.project",
+    "quantization": "model.quantization",
+    "safetensors_file": "files.safetensors",
+    "selftest": "tools.selftest",
+    "tensor": "files.tensor",
+    "trainer": "training.trainer",
 }
 
-__all__ = [
-    "__version__",
-    "load_ipython_extension",
-    "AutoConfig",
-    "ChatGLMConfig",
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "ChatGLMForConditionalGeneration",
-    "AutoTokenizer",
-    "GenerationConfig",
-    "set_seed",
-    "LoraConfig",
-    "PeftModel",
-    "PrefixTuningConfig",
-    "TaskType",
-    "get_peft_model",
-    "load_prefix",
-    "save_prefix",
-    "AdamW",
-    "load_state_dict",
-    "TrainingArguments",
-    "train",
-    "get_num_threads",
-    "set_num_threads",
-]
-
-if TYPE_CHECKING:
-    from ._core import get_num_threads, set_num_threads
-    from .arguments import TrainingArguments
-    from .checkpoint import load_state_dict
-    from .configuration import AutoConfig, ChatGLMConfig
-    from .generation import GenerationConfig, set_seed
-    from .modeling import AutoModel, AutoModelForCausalLM, ChatGLMForConditionalGeneration
-    from .optim import AdamW
-    from .peft import (
-        LoraConfig,
-        PeftModel,
-        PrefixTuningConfig,
-        TaskType,
-        get_peft_model,
-        load_prefix,
-        save_prefix,
-    )
-    from .tokenization import AutoTokenizer
-    from .trainer import train
+__all__ = ["__version__", "load_ipython_extension", *_HOME]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
@@ -89,7 +80,29 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted(__all__)
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """`import glmlora.checkpoint` gives the module that is now `glmlora.files.checkpoint`."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == __name__ and name in _MOVED else None
+
+    def _now(self, fullname: str) -> str:
+        return f"{__name__}.{_MOVED[fullname.rpartition('.')[2]]}"
+
+    def exec_module(self, module: Any) -> None:
+        sys.modules[module.__name__] = import_module(self._now(module.__name__))
+
+    def get_code(self, fullname: str) -> Any:
+        """For `python -m`."""
+        code = f"import runpy; runpy.run_module({self._now(fullname)!r}, run_name='__main__')"
+        return compile(code, fullname, "exec")
+
+
+sys.meta_path.append(_MovedModules())
 
 
 def load_ipython_extension(ipython: Any) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .demo import ORDER
+from .tools.demo import ORDER
 
 
 def _load(
@@ -22,7 +22,7 @@ def _load(
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a base directory and an optional adapter or P-Tuning directory."""
     import glmlora
-    from glmlora.peft import load_prefix
+    from glmlora.model.peft import load_prefix
 
     config = None
     is_prefix = adapter and not os.path.exists(os.path.join(adapter, "adapter_config.json"))
@@ -97,10 +97,10 @@ def predict(args: argparse.Namespace) -> int:
 
     from tqdm.auto import tqdm
 
-    from glmlora.data import read_rows
-    from glmlora.files import atomic_file
-    from glmlora.generation import chat_rows
-    from glmlora.methods import unwrapped
+    from glmlora.files.write import atomic_file
+    from glmlora.generation.generate import chat_rows
+    from glmlora.training.methods import unwrapped
+    from glmlora.training.records import read_rows
 
     rows = read_rows(args.input)
     fields = [f for _, f, _, _ in string.Formatter().parse(args.template) if f]
@@ -154,7 +154,7 @@ def predict(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Memory and products of a training step or a chat, before anything is allocated."""
-    from glmlora.plan import plan
+    from glmlora.tools.plan import plan
 
     names = ("lora_rank", "lora_target", "pre_seq_len", "num_layer_trainable")
     finetuning = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
@@ -177,7 +177,7 @@ def plan(args: argparse.Namespace) -> int:
 
 def init(args: argparse.Namespace) -> int:
     """A ready project folder."""
-    from glmlora import project
+    from glmlora.tools import project
 
     project.init(args.directory, model=args.model)
     print(f"{args.directory} is ready. Next:\n  cd {args.directory}\n  glmlora run xfg.ipynb")
@@ -211,7 +211,7 @@ def merge(args: argparse.Namespace) -> int:
 
 def train(argv: Sequence[str]) -> int:
     """All flags of the training script; see `glmlora train --help`."""
-    from glmlora.trainer import run_train
+    from glmlora.training.trainer import run_train
 
     run_train(list(argv))
     return 0
@@ -219,14 +219,14 @@ def train(argv: Sequence[str]) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """What this machine has, and what is missing."""
-    from glmlora.doctor import report
+    from glmlora.tools.doctor import report
 
     return report()
 
 
 def demo(args: argparse.Namespace) -> int:
     """csv -> LoRA -> chat -> predictions -> submit.csv, with pictures."""
-    from glmlora.demo import run_demo
+    from glmlora.tools.demo import run_demo
 
     return run_demo(args.directory)
 

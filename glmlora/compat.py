@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .files import read_json
+from .files.write import read_json
 
 STAND_INS = {
     "transformers": (

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from . import prompt as prompts
-from .configuration import detect_family, model_directory
-from .files import atomic_file, read_json, refuse_lfs_pointer, write_json
+from .families import prompt as prompts
+from .files.write import atomic_file, read_json, refuse_lfs_pointer, write_json
+from .model.configuration import detect_family, model_directory
 
 SPECIAL_TOKENS = {
     "v2": ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),

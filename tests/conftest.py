@@ -10,7 +10,7 @@ import pytest
 from emulator import emulator
 
 from glmlora import _core
-from glmlora.modeling import ChatGLMForConditionalGeneration
+from glmlora.model.modeling import ChatGLMForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

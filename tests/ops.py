@@ -5,8 +5,9 @@ from functools import lru_cache
 
 from emulator import emulator
 
-from glmlora import _core, optable
-from glmlora.optable import *  # noqa: F403
+from glmlora import _core
+from glmlora.tools import optable
+from glmlora.tools.optable import *  # noqa: F403
 
 
 class DeviceOps(optable.DeviceOps):

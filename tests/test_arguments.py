@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from glmlora import arguments
-from glmlora.arguments import (
+from glmlora.training import arguments
+from glmlora.training.arguments import (
     FLAGS,
     DataArguments,
     FinetuningArguments,

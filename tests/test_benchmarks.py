@@ -14,8 +14,8 @@ import pytest
 from sides import SIX_B
 from worker import Worker
 
-from glmlora.plan import plan
-from glmlora.project import tiny_directory
+from glmlora.tools.plan import plan
+from glmlora.tools.project import tiny_directory
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 

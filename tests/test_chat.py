@@ -8,7 +8,8 @@ import pytest
 from tiny import tiny_model_dir, tiny_tokenizer_dir
 
 import glmlora
-from glmlora import generation, prompt
+from glmlora.families import prompt
+from glmlora.generation import generate as generation
 
 VOCABULARY = 640
 SAMPLING = dict(temperature=1.5, top_k=0, top_p=1.0)

@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import pytest
 
-from glmlora.checkpoint import (
+from glmlora.files.checkpoint import (
     Source,
     Tensor,
     atomic_directory,
@@ -971,7 +971,7 @@ def test_failing_sync_leaves_nothing(tmp_path, monkeypatch):
 DISK_FULL = """
 import resource, sys
 import numpy as np
-from glmlora.checkpoint import save_sharded, write_safetensors, write_torch
+from glmlora.files.checkpoint import save_sharded, write_safetensors, write_torch
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 folder, big = sys.argv[1], {"a": np.zeros(1000), "b": np.zeros(1_000_000)}
 for write, path in [

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from glmlora import AutoModel, LoraConfig, _core, get_peft_model
-from glmlora.compute import compute_dtype
-from glmlora.project import tiny_directory
+from glmlora.model.compute import compute_dtype
+from glmlora.tools.project import tiny_directory
 
 FAST = "avx512bf16" in _core.cpu_variants().split(",")
 fast = pytest.mark.skipif(not FAST, reason="this processor multiplies float32 only")

@@ -454,7 +454,8 @@ def test_a_model_larger_than_its_memory_trains_and_answers(tmp_path):
         folder = Path(sys.argv[3])
         make(folder, **sizes)
         import glmlora
-        from glmlora import _core, quantization
+        from glmlora import _core
+        from glmlora.model import quantization
         model = glmlora.AutoModel.from_pretrained(folder)
         mapped = sum(t.nbytes for t in model.stored_tensors())
         config = glmlora.LoraConfig(r=4, target_modules=["query_key_value"])

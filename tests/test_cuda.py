@@ -15,8 +15,9 @@ from emulator import emulator
 from ops import BF16, F16, STORED, Mat, backends, ops_of, stored, unstored
 
 import glmlora
-from glmlora import _core, cli, project
-from glmlora.modeling import ChatGLMForConditionalGeneration as Model
+from glmlora import _core, cli
+from glmlora.model.modeling import ChatGLMForConditionalGeneration as Model
+from glmlora.tools import project
 
 DEVICES = [name for name in backends() if name in ("emu", "cuda")]
 pytestmark = pytest.mark.skipif(not DEVICES, reason="GLMLORA_CUDA_LIBRARY names no CUDA library")

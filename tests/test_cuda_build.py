@@ -127,7 +127,7 @@ def test_a_driver_that_fails_is_told(library, code, version, tmp_path):
     subprocess.run(["gcc", *flags, *out], check=True)
     script = """
         import warnings
-        from glmlora import device
+        from glmlora.model import device
         found = device.info("cuda")
         assert found["count"] == 0
         print(found["why"])
@@ -166,8 +166,8 @@ def test_a_wheel_with_the_library_works_without_cuda(library, tmp_path):
         import warnings
         import numpy as np
         import glmlora
-        from glmlora import device
-        from glmlora.project import tiny_directory
+        from glmlora.model import device
+        from glmlora.tools.project import tiny_directory
         assert glmlora.__file__.startswith(TARGET), glmlora.__file__
         print(device.info("cuda")["why"])
         with warnings.catch_warnings(record=True) as caught:

@@ -14,11 +14,13 @@ import pytest
 import tiny
 from sides import SIX_B
 
-from glmlora import cli, methods, peft
-from glmlora import plan as planning
-from glmlora.arguments import FinetuningArguments
-from glmlora.configuration import ChatGLMConfig
-from glmlora.plan import RESERVE, parse_bytes, plan
+from glmlora import cli
+from glmlora.model import peft
+from glmlora.model.configuration import ChatGLMConfig
+from glmlora.tools import plan as planning
+from glmlora.tools.plan import RESERVE, parse_bytes, plan
+from glmlora.training import methods
+from glmlora.training.arguments import FinetuningArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = dict(device="cuda", budget=1)  # every layer but the last is computed twice
@@ -148,9 +150,11 @@ COUNTED = """
     import numpy as np
     runtime = ctypes.CDLL({runtime!r})
     runtime.emu_mode(1, 0, 0, 0)  # kernels are counted and left out
-    from glmlora import methods, peft, plan
-    from glmlora.arguments import FinetuningArguments
-    from glmlora.configuration import ChatGLMConfig
+    from glmlora.training import methods
+    from glmlora.model import peft
+    from glmlora.tools import plan
+    from glmlora.training.arguments import FinetuningArguments
+    from glmlora.model.configuration import ChatGLMConfig
 
     def counted(backend, method, bits, dtype):
         config = ChatGLMConfig.from_pretrained({directory!r})

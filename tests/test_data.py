@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glmlora.data import (
+from glmlora.training.records import (
     Batch,
     Encoded,
     encode_records,
@@ -423,8 +423,8 @@ def test_pieces_are_laid_out_in_order(monkeypatch):
             calls.append(template)
             return [ord(letter) for letter in response[: limit - 1]] + [2]
 
-    monkeypatch.setitem(sys.modules, "glmlora.prompt", Prompts)
-    monkeypatch.setattr(glmlora, "prompt", Prompts, raising=False)
+    monkeypatch.setitem(sys.modules, "glmlora.families.prompt", Prompts)
+    monkeypatch.setattr(glmlora.families, "prompt", Prompts, raising=False)
     records = [record("ab", "q", "xyz", [["h", "i"]]), record("c", "", "w")]
     data = encode_records(records, "tok", 9, 3, "vendored", "P:", "vendored")
     assert data.ids.tolist() == [97, 98, 120, 121, 2, 99, 119, 2]
@@ -633,7 +633,8 @@ def test_pandas_stays_out(tmp_path):
 
     make_set(tmp_path, {"a.json": ROWS, "b.csv": "prompt,response\na,b\n"})
     code = (
-        "import sys; from glmlora import data, arguments, metrics\n"
+        "import sys\n"
+        "from glmlora.training import arguments, metrics, records as data\n"
         f"data.load_datasets('d', {str(tmp_path)!r})\n"
         f"data.records_from({str(tmp_path / 'b.csv')!r})\n"
         "unwanted = {'pandas', 'torch', 'transformers', 'yaml', 'argparse', 'jieba'}\n"

@@ -14,8 +14,9 @@ import pytest
 import tiny
 
 import glmlora
-from glmlora import _core, cli, trainer
-from glmlora import device as devices
+from glmlora import _core, cli
+from glmlora.model import device as devices
+from glmlora.training import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -255,7 +256,7 @@ def test_memory_that_is_not_there(directory, tmp_path):
     """Said with the GPU's name, the bytes asked and free; the model is where it was."""
     code = """
         import numpy as np, glmlora
-        from glmlora import device
+        from glmlora.model import device
         model = glmlora.AutoModel.from_pretrained({directory!r})
         ids = np.ones((1, 5), np.int64)
         want = model(ids).logits

@@ -13,7 +13,7 @@ from tiny import TINY_CONFIG, tiny_model_dir
 
 import glmlora
 from glmlora import LoraConfig, PeftModel, get_peft_model
-from glmlora.peft import LINEARS
+from glmlora.model.peft import LINEARS
 
 torch = pytest.importorskip("torch", reason="torch is not installed: exchange is not tested")
 V = TINY_CONFIG["padded_vocab_size"]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_checkpoint import entry, safetensors_bytes, state, stream, tensor, torch_zip
 
-from glmlora.checkpoint import (
+from glmlora.files.checkpoint import (
     load_checkpoint,
     read_json,
     read_safetensors,

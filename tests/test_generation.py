@@ -8,7 +8,7 @@ import pytest
 from tiny import TINY_CONFIG, tiny_model_dir
 
 import glmlora
-from glmlora import generation
+from glmlora.generation import generate as generation
 
 V = TINY_CONFIG["padded_vocab_size"]
 

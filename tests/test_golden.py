@@ -9,7 +9,7 @@ from conftest import SHARED
 
 import glmlora
 from glmlora import _core
-from glmlora.configuration import ChatGLMConfig
+from glmlora.model.configuration import ChatGLMConfig
 
 GOLDEN = SHARED / "golden"
 pytestmark = pytest.mark.skipif(
@@ -64,7 +64,7 @@ def load(name, **kwargs):
 
 def adapter_dir(tmp_path, tensors, modules=("query_key_value",)):
     """An adapter directory of golden tensors (r 8, alpha 32)."""
-    from glmlora.checkpoint import write_json, write_safetensors
+    from glmlora.files.checkpoint import write_json, write_safetensors
 
     directory = tmp_path / "adapter"
     directory.mkdir()

@@ -32,8 +32,8 @@ def test_the_bars_hold_on(isa):
 MODEL = """
 import sys
 from glmlora import _core
-from glmlora.configuration import ChatGLMConfig
-from glmlora.project import tiny_directory
+from glmlora.model.configuration import ChatGLMConfig
+from glmlora.tools.project import tiny_directory
 print(_core.Model(ChatGLMConfig.from_pretrained(tiny_directory()).arch(), "cpu").backend)
 """
 

@@ -10,7 +10,7 @@ CHILD = """
 import gc, resource, sys
 import numpy as np
 import glmlora
-from glmlora.project import tiny_directory
+from glmlora.tools.project import tiny_directory
 
 def anonymous():
     gc.collect()

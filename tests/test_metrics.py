@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from glmlora.metrics import _rouge_scorer, bleu4, compute_metrics, exact_match
+from glmlora.training.metrics import _rouge_scorer, bleu4, compute_metrics, exact_match
 
 
 def test_measured_scores(shared):

@@ -14,9 +14,9 @@ from conftest import ROOT
 from tiny import TINY_CONFIG, tiny_model_dir, tiny_weights
 
 import glmlora
-from glmlora import device as devices
-from glmlora.checkpoint import read_json, write_json, write_safetensors, write_torch
-from glmlora.configuration import ChatGLMConfig
+from glmlora.files.checkpoint import read_json, write_json, write_safetensors, write_torch
+from glmlora.model import device as devices
+from glmlora.model.configuration import ChatGLMConfig
 
 V = TINY_CONFIG["padded_vocab_size"]
 QKV = "transformer.encoder.layers.0.self_attention.query_key_value.weight"

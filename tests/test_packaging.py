@@ -33,13 +33,13 @@ def child(code, cwd=None, **env):
         ("import glmlora", FORBIDDEN + LATE),
         ("from glmlora import *", FORBIDDEN + LATE),
         (
-            "import glmlora; from glmlora.project import tiny_directory as d;"
+            "import glmlora; from glmlora.tools.project import tiny_directory as d;"
             "m = glmlora.AutoModel.from_pretrained(d());"
             "t = glmlora.AutoTokenizer.from_pretrained(d()); m.chat(t, 'Hello')",
             FORBIDDEN,
         ),
         (
-            "import glmlora, tempfile; from glmlora.project import tiny_directory as d;"
+            "import glmlora, tempfile; from glmlora.tools.project import tiny_directory as d;"
             "glmlora.train(str(d()), [dict(instruction='a', input='b', output='1')],"
             "output_dir=tempfile.mkdtemp(), plot_loss=False)",
             FORBIDDEN,

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from glmlora.papers import make_papers, write_tables
+from glmlora.tools.papers import make_papers, write_tables
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_tables(tmp_path):
 
 
 def test_same_bytes_in_every_process(tmp_path):
-    code = "import sys; from glmlora.papers import write_tables; write_tables(sys.argv[1])"
+    code = "import sys; from glmlora.tools.papers import write_tables; write_tables(sys.argv[1])"
     sums = set()
     for hash_seed in ("1", "2"):
         place = tmp_path / hash_seed

@@ -8,8 +8,8 @@ from tiny import TINY_CONFIG, tiny_model_dir
 
 import glmlora
 from glmlora import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
-from glmlora.checkpoint import read_json, write_json, write_safetensors, write_torch
-from glmlora.peft import LINEARS, trainable_line
+from glmlora.files.checkpoint import read_json, write_json, write_safetensors, write_torch
+from glmlora.model.peft import LINEARS, trainable_line
 
 V = TINY_CONFIG["padded_vocab_size"]
 LAYER = "transformer.encoder.layers.{}."

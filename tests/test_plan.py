@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from sides import SIX_B
 
-from glmlora import _core, cli, modeling
-from glmlora.configuration import ChatGLMConfig
-from glmlora.plan import plan
-from glmlora.project import tiny_directory
+from glmlora import _core, cli
+from glmlora.model import modeling
+from glmlora.model.configuration import ChatGLMConfig
+from glmlora.tools.plan import plan
+from glmlora.tools.project import tiny_directory
 
 SIZES = dict(
     hidden_size=512,
@@ -41,7 +42,7 @@ def peak_of(script: str) -> int:
     """Bytes by which a fresh process's anonymous memory grows at most while it runs `script`."""
     watch = """
         import re, threading, time
-        import numpy, glmlora, glmlora.modeling, glmlora.peft
+        import numpy, glmlora, glmlora.model.modeling, glmlora.model.peft
         peak = 0
         def sample():
             global peak
@@ -73,9 +74,10 @@ fast = pytest.mark.skipif(
 BUILD = """
     import numpy as np
     from glmlora import LoraConfig, get_peft_model
-    from glmlora.configuration import ChatGLMConfig
-    from glmlora import _core, modeling
-    from glmlora.tensor import Tensor
+    from glmlora.model.configuration import ChatGLMConfig
+    from glmlora import _core
+    from glmlora.model import modeling
+    from glmlora.files.tensor import Tensor
     config = ChatGLMConfig.from_pretrained({folder!r})
     shapes = _core.Model(config.arch(), "cpu").shapes()
     # read-only zero pages, as a file's would be: reading them takes no anonymous memory

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer_dir
 
-from glmlora import prompt
+from glmlora.families import prompt
 from glmlora.tokenization import AutoTokenizer
 
 

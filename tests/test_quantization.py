@@ -9,8 +9,9 @@ from tiny import TINY_CONFIG, tiny_weights
 
 import glmlora
 from glmlora import _core
-from glmlora.checkpoint import load_checkpoint, read_json, write_json, write_safetensors
-from glmlora.quantization import QuantizedTensor
+from glmlora.files.checkpoint import load_checkpoint, read_json, write_json, write_safetensors
+from glmlora.files.tensor import Tensor
+from glmlora.model.quantization import QuantizedTensor, quantize
 
 FORMS = [(8, None), (4, None), (4, 32)]
 QKV = "transformer.encoder.layers.0.self_attention.query_key_value.weight"
@@ -41,13 +42,10 @@ def ids(rows=2, tokens=9):
 
 def dequantized(model):
     """A float model of the same values: float32 holds integer * scale exactly."""
-    tensors = {
-        name: glmlora.checkpoint.Tensor(parameter.numpy())
-        for name, parameter in model.named_parameters()
-    }
+    tensors = {name: Tensor(parameter.numpy()) for name, parameter in model.named_parameters()}
     plain = {"quantization_bit": 0, "quantization_group_size": None}
     config = glmlora.ChatGLMConfig(**{**model.config.to_dict(), **plain})
-    return glmlora.modeling.ChatGLMForConditionalGeneration(config, tensors)
+    return glmlora.model.modeling.ChatGLMForConditionalGeneration(config, tensors)
 
 
 @every_form
@@ -287,7 +285,7 @@ def test_numpy_of_a_quantized_tensor():
     rng = np.random.default_rng(0)
     w = rng.normal(size=(5, 70)).astype(np.float32)
     for bits, group in FORMS:
-        t = glmlora.quantization.quantize("w", glmlora.checkpoint.Tensor(w), bits, group or 0)
+        t = quantize("w", Tensor(w), bits, group or 0)
         assert isinstance(t, QuantizedTensor) and t.shape == (5, 70) and t.nbytes > 0
         error = np.abs(t.numpy() - w).max()
         assert error < np.abs(w).max() * (0.005 if bits == 8 else 0.1)
@@ -317,7 +315,7 @@ def test_golden(bits, tmp_path):
             check(name, parameters[weight].numpy())
         if kind == "integers":
             tensor = model._stored[weight]
-            ones = glmlora.checkpoint.Tensor(np.ones(tensor.shape[0], np.float16))
+            ones = Tensor(np.ones(tensor.shape[0], np.float16))
             check(name, QuantizedTensor(tensor.integers, ones, bits).numpy())
     base = glmlora.AutoModel.from_pretrained(GOLDEN / "chatglm2-tiny-bin").quantize(bits)
     ours, theirs = base.state_dict(), model.state_dict()

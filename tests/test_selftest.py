@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from glmlora import selftest
-from glmlora.optable import SIGNATURES
+from glmlora.tools import selftest
+from glmlora.tools.optable import SIGNATURES
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -20,7 +20,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def run(*words, **env):
-    command = [sys.executable, "-m", "glmlora.selftest", *words]
+    command = [sys.executable, "-m", "glmlora.tools.selftest", *words]
     env = {k: v for k, v in os.environ.items() if k != "GLMLORA_DEVICE"} | env
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stdout.splitlines(), done.stderr

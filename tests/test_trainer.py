@@ -12,10 +12,11 @@ import pytest
 from training import QUIET, adapter, dataset_dir, losses, model_dir, records, run
 
 import glmlora
-from glmlora import _core, loop, methods, plot
-from glmlora.arguments import FinetuningArguments, TrainingArguments
-from glmlora.data import encode_records, records_from
-from glmlora.trainer import run_train
+from glmlora import _core
+from glmlora.training import loop, methods, plot
+from glmlora.training.arguments import FinetuningArguments, TrainingArguments
+from glmlora.training.records import encode_records, records_from
+from glmlora.training.trainer import run_train
 
 LORA_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 ARGUMENT_FILES = {"finetuning_args.json", "training_args.bin"}
@@ -666,7 +667,7 @@ def test_a_value_that_is_not_finite_stops_the_run(tiny_model, tmp_path):
 
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.warns(UserWarning, match="glmlora.plot"):
+    with pytest.warns(UserWarning, match="glmlora.training.plot"):
         assert plot.plot_loss(tmp_path, [{"step": 1, "loss": 2.0}]) == []
 
 

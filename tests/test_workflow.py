@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from glmlora import project
+from glmlora.tools import project
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from glmlora.checkpoint import to_bf16, write_safetensors
+from glmlora.files.checkpoint import to_bf16, write_safetensors
 
 SENTENCES = (
     "Please judge whether it is a medical field paper by its title and abstract",

@@ -9,6 +9,7 @@ from typing import Any
 import tiny
 
 import glmlora
+from glmlora.training.trainer import TrainResult
 
 PROMPT = "Please judge whether it is a medical field paper -->"
 QUIET = {"disable_tqdm": True, "plot_loss": False}
@@ -34,7 +35,7 @@ def records(n: int = 20) -> list[dict[str, str]]:
     ]
 
 
-def run(model: Any, out: Path, data: Any = None, **overrides: Any) -> glmlora.trainer.TrainResult:
+def run(model: Any, out: Path, data: Any = None, **overrides: Any) -> TrainResult:
     """A short LoRA run without bar and plot: 20 records, batch 2 x 2, 2 epochs = 10 updates."""
     settings = {
         "output_dir": str(out),
@@ -51,7 +52,7 @@ def run(model: Any, out: Path, data: Any = None, **overrides: Any) -> glmlora.tr
     return glmlora.train(model, records() if data is None else data, **settings)
 
 
-def losses(result: glmlora.trainer.TrainResult) -> list[tuple[Any, ...]]:
+def losses(result: glmlora.training.trainer.TrainResult) -> list[tuple[Any, ...]]:
     """What is logged about each update: numbers that two equal runs share exactly."""
     keys = ("step", "loss", "grad_norm", "learning_rate", "epoch")
     return [tuple(r[k] for k in keys) for r in result.log_history if "loss" in r]

@@ -21,7 +21,7 @@ import numpy as np
 
 import glmlora
 from glmlora import _core
-from glmlora.checkpoint import Tensor, read_safetensors, write_safetensors
+from glmlora.files.checkpoint import Tensor, read_safetensors, write_safetensors
 
 
 def random_start(directory, config, seed=1):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .files import atomic_file
+from ..files.write import atomic_file
 
 ORDER = (
     "Please judge whether it is a medical field paper according to the given paper title and "

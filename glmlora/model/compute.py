@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-from . import _core
+from .. import _core
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "int8")
 _told: set[str] = set()

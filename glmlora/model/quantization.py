@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from . import _core
-from .tensor import Tensor
+from .. import _core
+from ..files.tensor import Tensor
 
 GROUP_SIZE = 32  # where nobody says: 4.5 bits a weight
 SCALE = "_scale"  # `weight_scale` stands beside `weight`

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .tokenization import ChatGLMTokenizer
+    from ..tokenization import ChatGLMTokenizer
 
 ROLES = ("system", "user", "assistant", "observation")
 TRAINING_TIME = ("[[训练时间]]", "2023年")  # a placeholder in the models' own training data

@@ -32,7 +32,7 @@ def _gib(n: int) -> str:
 
 def gpu_lines() -> list[str]:
     """What there is to compute on beside the CPU: a line for each GPU, or why there is none."""
-    from glmlora import device
+    from glmlora.model import device
 
     first = device.info("cuda")
     if not first["count"]:
@@ -84,7 +84,7 @@ def report() -> int:
             problems.append(f"{name} is missing: {how}")
         note = version or f"absent: {how}"
         print(f"{name:<13} {note}  ({purpose})")
-    from glmlora.project import tiny_directory
+    from glmlora.tools.project import tiny_directory
 
     try:
         print(f"glm-tiny      {tiny_directory()}")

@@ -26,14 +26,20 @@ from typing import Any
 
 import numpy as np
 
-from . import _core
+from .. import _core
+from ..files.checkpoint import (
+    atomic_directory,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
+from ..files.write import write_text
+from ..model.device import memory_available
 from .arguments import TrainingArguments
-from .checkpoint import atomic_directory, read_json, read_safetensors, write_json, write_safetensors
-from .data import Encoded, epoch_order, grouped_epoch_order, micro_batches, updates_per_epoch
-from .device import memory_available
 from .evaluation import evaluate_loss, progress, speed
-from .files import write_text
 from .methods import Trainee
+from .records import Encoded, epoch_order, grouped_epoch_order, micro_batches, updates_per_epoch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end")

@@ -1,4 +1,4 @@
-"""`python -m glmlora.selftest --device cuda`: does this GPU compute what the CPU computes?
+"""`python -m glmlora.tools.selftest --device cuda`: does this GPU compute what the CPU computes?
 
 Every op beside the reference at odd shapes, a tiny model (logits, steps of LoRA, P-Tuning and full
 training, greedy answers with and without cache and recording), the same step twice, and what the
@@ -22,10 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from . import _core, modeling, optim, peft
-from . import device as devices
+from .. import _core
+from ..files.tensor import Tensor
+from ..model import device as devices
+from ..model import modeling, peft
+from ..model.configuration import ChatGLMConfig
+from ..training import optim
 from . import plan as plans
-from .configuration import ChatGLMConfig
 from .optable import (
     BF16,
     F16,
@@ -41,7 +44,6 @@ from .optable import (
     ops_of,
     stored,
 )
-from .tensor import Tensor
 
 # Largest difference from the reference, over the largest element of it: float32 products, and
 # operands rounded to 16 bits.
@@ -516,7 +518,15 @@ def deep(device: str, only: str = "float16") -> str:
         return "skipped: compute-sanitizer is not installed, or there is no GPU"
     for check in TOOLS:
         words = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m"]
-        words += ["glmlora.selftest", "--device", device, "--only", only, "--output", os.devnull]
+        words += [
+            "glmlora.tools.selftest",
+            "--device",
+            device,
+            "--only",
+            only,
+            "--output",
+            os.devnull,
+        ]
         done = subprocess.run(words, capture_output=True, text=True)
         told = done.stdout[-1500:] + done.stderr[-500:]
         assert done.returncode == 0, f"{check}: exit status {done.returncode}: {told}"
@@ -568,7 +578,7 @@ def run(device: str, only: str = "", deeply: bool = False, output: str | None = 
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m glmlora.selftest", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m glmlora.tools.selftest", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or emu")
     parser.add_argument("--only", default="", help="items whose names begin so")
     parser.add_argument("--deep", action="store_true", help="also under compute-sanitizer")

@@ -16,7 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from .files import (
+from .safetensors import read_safetensors, write_safetensors
+from .tensor import Source, Tensor, Tensors, short_repr, sources, to_bf16
+from .torchfile import ZIP_MAGIC, read_torch, write_torch
+from .write import (
     atomic_directory,
     atomic_file,
     map_file,
@@ -24,9 +27,6 @@ from .files import (
     write_json,
     write_text,
 )
-from .safetensors_file import read_safetensors, write_safetensors
-from .tensor import Source, Tensor, Tensors, short_repr, sources, to_bf16
-from .torchfile import ZIP_MAGIC, read_torch, write_torch
 
 __all__ = [
     "Source",

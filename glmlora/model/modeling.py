@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _core, generation
+from .. import _core
+from ..files.checkpoint import load_checkpoint, save_sharded
+from ..files.tensor import Tensor
+from ..generation import generate as generation
+from ..training.records import Batch
 from . import device as devices
-from .checkpoint import load_checkpoint, save_sharded
 from .compute import backend_of
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig, model_directory
-from .data import Batch
 from .device import Device
 from .quantization import GROUP_SIZE, SCALE, QuantizedTensor, check_form, drop_pages, join
 from .quantization import quantize as quantize_tensor
-from .tensor import Tensor
 
 PREFIX = "transformer.prefix_encoder."
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
@@ -911,7 +912,7 @@ class AutoModel:
         `quantize(8)` and `quantize(4, group_size=32)`. device: as `to` takes it, or
         "auto". family, rope_mode: see ChatGLMConfig.
         compute_dtype: of the large products, "float32", "bfloat16" or "int8" (over int8 weights);
-        default "auto", see glmlora/compute.py; `model.compute_dtype` tells.
+        default "auto", see model/compute.py; `model.compute_dtype` tells.
         `trust_remote_code`, `revision`, `cache_dir`, `empty_init` and `low_cpu_mem_usage` are
         accepted and mean nothing: nothing is downloaded and no code of a model directory is
         executed.

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core
-from .files import read_json
+from .. import _core
+from ..files.write import read_json
 
 if TYPE_CHECKING:
-    from .configuration import ChatGLMConfig
-    from .modeling import ChatGLMForConditionalGeneration
+    from ..model.configuration import ChatGLMConfig
+    from ..model.modeling import ChatGLMForConditionalGeneration
 
 CHUNK = 1024  # tokens fed at a time: bounds the memory of a long prompt
 CAPACITY_STEP = 256  # positions by which caches are sized
@@ -621,8 +621,8 @@ def _prompts(
     """(ids as given (B, T) int64, rows without padding). Lists of several lengths are padded on the
     left.
     """
-    from .data import Batch
-    from .modeling import as_rows, check_ids
+    from ..model.modeling import as_rows, check_ids
+    from ..training.records import Batch
 
     if input_ids is None:
         raise ValueError("input_ids: expected an array of ids (rows, tokens), got None")
@@ -979,7 +979,7 @@ def _answer(
     asked: list,
 ) -> tuple[Any, list]:
     """(response, history) of an answer's text; `asked` is a history that ends in the question."""
-    from . import prompt
+    from ..families import prompt
 
     if chat_family(model, tokenizer) == "v2":
         response = prompt.process_response_v2(text)
@@ -1090,7 +1090,7 @@ def _question(
     role: str | None,
 ) -> tuple[list[int], list]:
     """(ids of the whole prompt, a new history that ends in the question)."""
-    from . import prompt
+    from ..families import prompt
 
     history = [] if history is None else list(history)
     if chat_family(model, tokenizer) == "v2":
@@ -1116,8 +1116,8 @@ def stream_chat(
     whole text so far. With return_past_key_values, a third value holds the cache: pass it back with
     the next query to continue without computing the conversation again. Errors as in `chat`.
     """
-    from . import prompt
-    from .tokenization import TextStream
+    from ..families import prompt
+    from ..tokenization import TextStream
 
     _check_query(query)
     fields = _arguments("stream_chat", chat_family(model, tokenizer), _STREAM, args, kwargs)

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import generation
-from .checkpoint import (
+from ..files.checkpoint import (
     load_state_dict,
     read_json,
     read_weights,
@@ -31,6 +30,7 @@ from .checkpoint import (
     write_safetensors,
     write_torch,
 )
+from ..generation import generate as generation
 from .modeling import (
     PEFT_PREFIX,
     PREFIX,

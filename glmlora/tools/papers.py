@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from .files import atomic_file
+from ..files.write import atomic_file
 
 # area -> (things studied, methods, measures)
 MEDICAL = {

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import read_json, refuse_lfs_pointer
+from ..files.write import read_json, refuse_lfs_pointer
 
 #: Label of a position that is not trained.
 IGNORED = -100
@@ -580,7 +580,7 @@ def encode_records(
     At most `max_source_length` ids of prompt and `max_target_length` of answer. Raises ValueError
     for no records.
     """
-    from . import prompt as prompts
+    from ..families import prompt as prompts
 
     if not records:
         raise ValueError("records: expected at least one, got none")

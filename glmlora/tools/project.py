@@ -8,7 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-TEMPLATE = Path(__file__).resolve().parent / "template"
+PACKAGE = Path(__file__).resolve().parent.parent
+TEMPLATE = PACKAGE / "template"
 FILES = {  # file of the template -> its place in the project
     "dataset_info.json": "data/dataset_info.json",
     "train_bash.py": "src/train_bash.py",
@@ -21,7 +22,7 @@ BASE = "chatglm2-6b"
 def tiny_directory() -> Path:
     """The embedded model glm-tiny, in the ChatGLM2 file layout. FileNotFoundError when it is not
     there."""
-    path = Path(__file__).resolve().parent / "tiny"
+    path = PACKAGE / "tiny"
     if not (path / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"{path}: glm-tiny's model.safetensors is missing; reinstall glmlora"

@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from . import _core
+from .. import _core
 
 KINDS = ("cpu", "cuda", "emu")
 _COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import atomic_file
+from ..files.write import atomic_file
 
 SMOOTHING = 0.9
 

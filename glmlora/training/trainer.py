@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from . import _core, methods
+from .. import _core
+from ..files.write import write_text
+from ..generation.generate import set_seed
+from ..model.configuration import ChatGLMConfig
+from ..model.modeling import AutoModel, ChatGLMForConditionalGeneration
+from ..model.peft import PeftModel, trainable_line
+from ..model.quantization import GROUP_SIZE
+from ..tokenization import AutoTokenizer
+from . import methods
 from .arguments import (
     FLAGS,
     DataArguments,
@@ -26,8 +34,16 @@ from .arguments import (
     check_quantization,
     parse_train_arguments,
 )
-from .configuration import ChatGLMConfig
-from .data import (
+from .evaluation import (
+    evaluate_loss,
+    metrics_block,
+    predict,
+    save_metrics,
+    write_predictions,
+)
+from .loop import Loop, TrainState, find_checkpoint
+from .plot import plot_loss
+from .records import (
     IGNORED,
     Encoded,
     encode_records,
@@ -36,21 +52,6 @@ from .data import (
     records_from,
     split_dev,
 )
-from .evaluation import (
-    evaluate_loss,
-    metrics_block,
-    predict,
-    save_metrics,
-    write_predictions,
-)
-from .files import write_text
-from .generation import set_seed
-from .loop import Loop, TrainState, find_checkpoint
-from .modeling import AutoModel, ChatGLMForConditionalGeneration
-from .peft import PeftModel, trainable_line
-from .plot import plot_loss
-from .quantization import GROUP_SIZE
-from .tokenization import AutoTokenizer
 
 __all__ = ["TrainResult", "TrainState", "run_train", "train"]
 

@@ -11,8 +11,8 @@ import json
 import os
 from collections.abc import Mapping
 
-from .files import atomic_file, map_file
 from .tensor import NUMPY_TYPES, Tensor, Tensors, checked_nbytes, short_repr, sources, view
+from .write import atomic_file, map_file
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the format's own library
 METADATA = "__metadata__"

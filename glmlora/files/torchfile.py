@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .files import atomic_file, map_file
 from .tensor import NUMPY_TYPES, Source, Tensors, short_repr, sources
 from .torchpickle import MAX_PICKLE, STORAGES, Unpickler, check_result
+from .write import atomic_file, map_file
 
 ZIP_MAGIC = b"PK\x03\x04"
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C  # first value of a file from before torch 1.6

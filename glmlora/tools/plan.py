@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from . import _core, methods
-from .arguments import FinetuningArguments
-from .compute import compute_dtype
-from .configuration import ChatGLMConfig, model_directory
-from .generation import CHUNK
-from .modeling import ChatGLMForConditionalGeneration, parse_dtype
-from .quantization import GROUP_SIZE, QuantizedTensor, check_form
-from .tensor import Tensor
+from .. import _core
+from ..files.tensor import Tensor
+from ..generation.generate import CHUNK
+from ..model.compute import compute_dtype
+from ..model.configuration import ChatGLMConfig, model_directory
+from ..model.modeling import ChatGLMForConditionalGeneration, parse_dtype
+from ..model.quantization import GROUP_SIZE, QuantizedTensor, check_form
+from ..training import methods
+from ..training.arguments import FinetuningArguments
 
 METHODS = (*methods.METHODS, "chat")
 RESERVE = 3 << 28  # 0.75 GiB of a GPU for its context and for what cuBLAS keeps: an estimate

@@ -706,7 +706,7 @@ def _read_config(path: str) -> dict[str, Any]:
     if not _is_config(path):
         raise ValueError(f"{path}: expected a file ending in .json or .yaml")
     if path.endswith(".json"):
-        from .files import read_json
+        from ..files.write import read_json
 
         return read_json(path, dict)
     try:

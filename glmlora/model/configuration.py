@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .files import read_json, write_json
+from ..files.write import read_json, write_json
 from .quantization import check_form
 
 # What the published ChatGLM2 configuration class assumes for keys that a file leaves out.

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import FinetuningArguments
-from .checkpoint import load_state_dict, write_torch
-from .modeling import PEFT_PREFIX, PREFIX, ChatGLMForConditionalGeneration, is_lora
-from .peft import (
+from ..files.checkpoint import load_state_dict, write_torch
+from ..model.modeling import PEFT_PREFIX, PREFIX, ChatGLMForConditionalGeneration, is_lora
+from ..model.peft import (
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -27,6 +26,7 @@ from .peft import (
     load_prefix,
     save_prefix,
 )
+from .arguments import FinetuningArguments
 
 Model = ChatGLMForConditionalGeneration | PeftModel
 METHODS = ("lora", "p_tuning", "freeze", "full")

@@ -1,0 +1,1 @@
+"""Checkpoints and tables on disk: read and written, nothing executed."""

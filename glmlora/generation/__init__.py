@@ -1,0 +1,1 @@
+"""From ids to ids: settings, the token loop, beams, chat."""

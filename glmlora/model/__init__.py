@@ -1,0 +1,1 @@
+"""A model as users hold it: configuration, weights, adapters, device."""

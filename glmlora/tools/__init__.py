@@ -1,0 +1,1 @@
+"""What stands beside the workflow: plan, doctor, self-test, demo, project."""
