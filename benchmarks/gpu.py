@@ -27,10 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 from sides import SIX_B, glm_fields  # noqa: E402
 
-from glmlora import device as devices  # noqa: E402
-from glmlora import plan, selftest  # noqa: E402
+from glmlora.model import device as devices  # noqa: E402
 from glmlora.model.configuration import ChatGLMConfig  # noqa: E402
 from glmlora.model.peft import LoraConfig, get_peft_model  # noqa: E402
+from glmlora.tools import plan, selftest  # noqa: E402
 
 TOY = dict(
     num_layers=2,

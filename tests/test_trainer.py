@@ -667,7 +667,7 @@ def test_a_value_that_is_not_finite_stops_the_run(tiny_model, tmp_path):
 
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.warns(UserWarning, match="glmlora.training.plot"):
+    with pytest.warns(UserWarning, match=r"glmlora\[plot"):
         assert plot.plot_loss(tmp_path, [{"step": 1, "loss": 2.0}]) == []
 
 
