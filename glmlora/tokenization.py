@@ -1,8 +1,8 @@
-"""ChatGLM2 and ChatGLM3 tokenizers over a SentencePiece `tokenizer.model`; names as transformers'.
+"""Tokenizers over a SentencePiece `tokenizer.model`; names as transformers'.
 
-Both families share the vocabulary file; special ids follow its pieces, five in ChatGLM2 and nine in
-ChatGLM3. Arrays come back as `Array`, NumPy with the few torch methods that callers of these
-tokenizers use. Only this file touches the sentencepiece library, imported when a tokenizer is made.
+Families share the vocabulary file; the special ids of each follow its pieces. Arrays come back as
+`Array`, NumPy with the few torch methods that callers of these tokenizers use. Only this file
+touches the sentencepiece library, imported when a tokenizer is made.
 """
 
 from __future__ import annotations
@@ -16,17 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from . import families
 from .families import prompt as prompts
-from .files.write import atomic_file, read_json, refuse_lfs_pointer, write_json
-from .model.configuration import detect_family, model_directory
+from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
+from .files.write import atomic_file, model_directory, read_json, refuse_lfs_pointer, write_json
 
-SPECIAL_TOKENS = {
-    "v2": ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
-    "v3": (
-        *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
-        *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
-    ),
-}
 ROLE_TOKEN = re.compile(r"<\|(?:system|user|assistant|observation)\|>")
 VOCABULARY = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
@@ -96,11 +90,12 @@ class BatchEncoding(dict):
 
 
 class ChatGLMTokenizer:
-    """Text to ids and back for ChatGLM2 (`family` "v2") and ChatGLM3 ("v3").
+    """Text to ids and back; `family` is the name of one in glmlora/families.
 
     Ids 0 `<unk>` (also padding), 1 `<s>`, 2 `</s>`, then the pieces of the vocabulary, then the
-    family's special tokens. Text never encodes to special ids, except role markers in family v3
-    with `encode_special_tokens=True`. Ids beyond the vocabulary (models are padded) decode to "".
+    family's special tokens. Text never encodes to special ids, except role markers
+    with `encode_special_tokens=True` in a family that has them. Ids beyond the vocabulary (models
+    are padded) decode to "".
     Instances can be pickled and copied; the vocabulary file is not needed after construction.
     """
 
@@ -114,7 +109,7 @@ class ChatGLMTokenizer:
         vocab_file: str | os.PathLike,
         padding_side: str = "left",
         encode_special_tokens: bool = False,
-        family: str = "v2",
+        family: str = families.DEFAULT,
         config: Mapping[str, Any] | None = None,
         tokens_map: Mapping[str, Any] | None = None,
     ):
@@ -125,9 +120,12 @@ class ChatGLMTokenizer:
         is named as one) or an argument that the family does not have, OSError as open() does,
         ImportError without sentencepiece.
         """
-        self.family = _family(family)
-        if encode_special_tokens and self.family != "v3":
-            raise ValueError("encode_special_tokens: only ChatGLM3 has role tokens to recognise")
+        self._family = _family(family)
+        self.family = self._family.name
+        if encode_special_tokens and not self._family.role_tokens:
+            raise ValueError(
+                f"encode_special_tokens: {self._family.title} has no role tokens to recognise"
+            )
         self.encode_special_tokens = bool(encode_special_tokens)
         self.padding_side = padding_side
         self.vocab_file = os.fspath(vocab_file)
@@ -145,11 +143,8 @@ class ChatGLMTokenizer:
                 "the tokenizer needs the sentencepiece package: pip install sentencepiece"
             ) from error
         refuse_lfs_pointer(self.vocab_file, self._model)
-        if _is_tiktoken(self._model):
-            raise ValueError(
-                f"{self.vocab_file}: is a GLM-4 vocabulary (base64 and rank per line); this "
-                "release has the tokenizers of ChatGLM2 and ChatGLM3"
-            )
+        if is_tiktoken(self._model):
+            raise ValueError(f"{self.vocab_file}: {TIKTOKEN}")
         try:
             if not self._model:
                 raise ValueError("file is empty")
@@ -164,12 +159,12 @@ class ChatGLMTokenizer:
         for name in ("unk", "bos", "eos"):
             if not 0 <= getattr(self, f"{name}_token_id") < self._n_pieces:
                 raise ValueError(f"{self.vocab_file}: has no {name} piece")
-        names = SPECIAL_TOKENS[self.family]
+        names = self._family.special_tokens or ()
         self.special_tokens = {name: self._n_pieces + i for i, name in enumerate(names)}
         self._special_names = {i: name for name, i in self.special_tokens.items()}
         self._silent_ids = {self.unk_token_id, self.bos_token_id, self.eos_token_id}
         self._silent = {self.unk_token, self.bos_token, self.eos_token, ""}
-        if self.family == "v2":
+        if not self._family.shows_special_tokens:
             self._silent.update(names)
         dummy = sp.piece_to_id(DUMMY_SPACE)
         self.dummy_space_id = dummy if dummy != self.unk_token_id else None
@@ -180,10 +175,11 @@ class ChatGLMTokenizer:
         return AutoTokenizer.from_pretrained(path, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_sp"}
+        return {n: value for n, value in self.__dict__.items() if n not in ("_sp", "_family")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._family = _family(self.family)
         self._open_model()
 
     def __repr__(self) -> str:
@@ -465,7 +461,7 @@ class ChatGLMTokenizer:
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
         """Text of one row of ids (or one id).
 
-        ChatGLM2 shows no special tokens; ChatGLM3 shows its own by name unless they are skipped.
+        Special tokens are shown by name, unless they are skipped, in families that show them.
         `<unk>`, `<s>`, `</s>` and ids beyond the vocabulary are "". Bytes that are not UTF-8 give
         one U+FFFD each. Raises ValueError for a negative id or what is no id.
         """
@@ -485,7 +481,7 @@ class ChatGLMTokenizer:
     def _shown(self, i: int) -> str:
         """The piece that an id adds to the text."""
         if i >= self._n_pieces:
-            return self._special_names.get(i, "") if self.family == "v3" else ""
+            return self._special_names.get(i, "") if self._family.shows_special_tokens else ""
         return "" if i in self._silent_ids else self._sp.id_to_piece(i)
 
     def _text(self, pieces: list[str]) -> str:
@@ -496,8 +492,8 @@ class ChatGLMTokenizer:
     # Chat
 
     def build_prompt(self, query: str, history: Any = None) -> str:
-        """ChatGLM2's prompt text, see `prompt.build_prompt_v2`."""
-        return prompts.build_prompt_v2(query, history)
+        """Prompt text of the families whose histories are (query, answer) pairs."""
+        return families.default().prompt_text(query, history)
 
     def build_chat_input(
         self, query: str, history: Any = None, role: str = "user"
@@ -520,8 +516,8 @@ class ChatGLMTokenizer:
         `return_tensors`; a `BatchEncoding` with `return_dict`.
         """
         if not tokenize:
-            return prompts.template_text(self, messages, add_generation_prompt)
-        ids = prompts.template_ids(self, messages, add_generation_prompt)
+            return self._family.template_text(messages, add_generation_prompt)
+        ids = self._family.template_ids(self, messages, add_generation_prompt)
         encoding = self._finish([_row(ids)], True, False, None, return_tensors)
         return encoding if return_dict else encoding["input_ids"]
 
@@ -542,12 +538,12 @@ class ChatGLMTokenizer:
             "remove_space": False,
             "tokenizer_class": "ChatGLMTokenizer",
         }
-        if self.family == "v3":
+        if self._family.role_tokens:
             flags = dict.fromkeys(
                 ("lstrip", "normalized", "rstrip", "single_word", "special"), False
             )
             shown = [t for t in self.special_tokens if t not in ("[MASK]", "[sMASK]", "eop")]
-            # The role tokens here are what tells a saved ChatGLM3 tokenizer from a ChatGLM2 one.
+            # The role tokens here are what tells the family of a saved tokenizer.
             defaults["added_tokens_decoder"] = {
                 str(self.special_tokens[token]): {"content": token, **flags} for token in shown
             }
@@ -578,23 +574,21 @@ class AutoTokenizer:
         `trust_remote_code`, `revision`, `use_fast` and `cache_dir` are accepted and mean nothing:
         no code of the directory runs and nothing is downloaded.
 
-        family: "v2" ("chatglm2"), "v3" ("chatglm3"), or None to find out. The vocabulary files are
-        the same, so the rule is, first match: `family` given; role tokens in tokenizer_config.json
-        (added_tokens_decoder, chat_template) -> v3; `name_or_path` there naming chatglm2 or
-        chatglm3; what `configuration.detect_family` says of config.json and the directory
-        (`_name_or_path`, directory name, role tokens in tokenization_chatglm.py); else v2. The
-        config's `seq_length` decides nothing: both families have variants with 32768.
+        family: a name or alias of one in glmlora/families, or None to find out. The vocabulary
+        files are the same, so the rule is, first match: `family` given; role tokens in
+        tokenizer_config.json (added_tokens_decoder, chat_template); `name_or_path` there naming a
+        family; what `families.find` says of config.json and the directory (`_name_or_path`,
+        directory name, role tokens in tokenization_chatglm.py). The config's `seq_length` decides
+        nothing: families have variants with 32768.
 
-        Raises OSError for a missing directory or file, ValueError for a file that is no ChatGLM2 or
-        ChatGLM3 vocabulary (a git-lfs pointer is named as one), ImportError without sentencepiece.
+        Raises OSError for a missing directory or file, ValueError for a file that is no vocabulary
+        of a family (a git-lfs pointer is named as one), ImportError without sentencepiece.
         """
         directory = model_directory(path)
         vocabulary = directory / VOCABULARY
         if not vocabulary.is_file():
-            hint = ""
-            if (directory / "ice_text.model").is_file():
-                hint = "; ice_text.model is the vocabulary of ChatGLM-6B, which is not supported"
-            raise FileNotFoundError(f"{directory}: has no {VOCABULARY}{hint}")
+            hints = [f"; {hint}" for name, hint in OTHERS.items() if (directory / name).is_file()]
+            raise FileNotFoundError(f"{directory}: has no {VOCABULARY}{''.join(hints)}")
         config, tokens_map = (
             read_json(directory / name, dict) if (directory / name).is_file() else {}
             for name in (CONFIG, TOKENS_MAP)
@@ -611,31 +605,32 @@ class AutoTokenizer:
         return tokenizer
 
 
-def _family(name: str) -> str:
-    found = {"v2": "v2", "chatglm2": "v2", "v3": "v3", "chatglm3": "v3"}.get(name)
-    if found is None:
-        raise ValueError(
-            f"family: expected v2 or v3 (chatglm2, chatglm3: what this release has), got {name!r}"
-        )
-    return found
+def _with_tokenizer() -> list[families.Family]:
+    return [f for f in families.all_families().values() if f.special_tokens is not None]
+
+
+def _family(name: str) -> families.Family:
+    known = _with_tokenizer()
+    for family in known:
+        if name in (family.name, family.alias):
+            return family
+    names, aliases = " or ".join(f.name for f in known), ", ".join(f.alias for f in known)
+    raise ValueError(f"family: expected {names} ({aliases}: what this release has), got {name!r}")
 
 
 def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
     """The rule in `AutoTokenizer.from_pretrained`."""
-    with open(directory / VOCABULARY, "rb") as file:
-        if _is_tiktoken(file.read(200)):
-            return "v2"  # refused with its name when it is opened
-    if ROLE_TOKEN.search(repr(tokenizer_config)):
-        return "v3"
-    named = re.search(r"chatglm-?([23])", str(tokenizer_config.get("name_or_path", "")).lower())
-    if named:
-        return f"v{named[1]}"
+    if has_tiktoken(directory):
+        return families.DEFAULT  # refused with its name when it is opened
+    known = _with_tokenizer()
+    for family in known:
+        if family.in_tokenizer(tokenizer_config):
+            return family.name
+    named = families.named_in(str(tokenizer_config.get("name_or_path", "")))
+    if named in known:
+        return named.name
     config = directory / "config.json"
-    return detect_family(read_json(config, dict) if config.is_file() else {}, directory)
-
-
-def _is_tiktoken(data: bytes) -> bool:
-    return re.match(rb"[A-Za-z0-9+/]+=* \d+\n", data) is not None
+    return families.find(read_json(config, dict) if config.is_file() else {}, directory)
 
 
 # Streaming

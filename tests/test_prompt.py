@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer_dir
 
-from glmlora.families import prompt
+from glmlora.families import chatglm2, chatglm3, prompt
 from glmlora.tokenization import AutoTokenizer
 
 
@@ -46,7 +46,7 @@ def load(shared, name):
 def test_chatglm2_prompts(shared, real):
     for case in load(shared, "golden/tokenizer-chatglm2/golden.json")["prompts"]:
         query, history = case["query"], case["history"]
-        assert prompt.build_prompt_v2(query, history) == case["prompt"]
+        assert chatglm2.build_prompt(query, history) == case["prompt"]
         assert real.build_prompt(query, history) == case["prompt"]
         assert prompt.chat_ids(real, query, history) == case["input_ids"]
         inputs = real.build_chat_input(query, [tuple(pair) for pair in history])
@@ -61,7 +61,7 @@ def test_chatglm2_prompts(shared, real):
 def test_vectors(shared, real, real3):
     vectors = load(shared, "spec/vectors.json")
     for case in vectors["build_prompt_v2"]:
-        assert prompt.build_prompt_v2(case["query"], case["history"]) == case["text"]
+        assert chatglm2.build_prompt(case["query"], case["history"]) == case["text"]
         assert prompt.chat_ids(real, case["query"], case["history"]) == case["ids"]
     case = vectors["stream_second_round_v2"]
     assert prompt.stream_ids(real, case["query"], 2) == case["ids"]
@@ -87,10 +87,10 @@ def test_chatglm3_prompts(shared, real3):
 
 def test_responses_as_published(shared):
     for case in load(shared, "golden/tokenizer-chatglm2/golden.json")["process_response"]:
-        assert prompt.process_response_v2(case["in"]) == case["out"]
+        assert chatglm2.process_response(case["in"]) == case["out"]
     for case in load(shared, "golden/tokenizer-chatglm2/golden-chatglm3.json")["process_response"]:
         given_history = json.loads(json.dumps(case["history"]))
-        answer, history = prompt.process_response_v3(case["in"], given_history)
+        answer, history = chatglm3.process_response(case["in"], given_history)
         assert answer == case["content"]
         assert history == case["history"] + case["new_history"]
         assert given_history == case["history"]
@@ -156,7 +156,7 @@ def test_training_rows_as_published(shared, real):
 
 
 def test_histories_are_checked(tiny, tiny3):
-    assert prompt.build_prompt_v2(1, [(2, None)]) == (
+    assert chatglm2.build_prompt(1, [(2, None)]) == (
         "[Round 1]\n\n问：2\n\n答：None\n\n[Round 2]\n\n问：1\n\n答："
     )
     for history in ("ab", 5, [("a",)], ["ab"], [{"role": "user", "content": "a"}]):
@@ -178,7 +178,7 @@ def test_chat_template_of_rounds(tiny):
         {"role": "assistant", "content": "a"},
         {"role": "user", "content": "b"},
     ]
-    text = prompt.build_prompt_v2("b", [("S.q", "a")])
+    text = chatglm2.build_prompt("b", [("S.q", "a")])
     assert tiny.apply_chat_template(messages, True, tokenize=False) == text
     assert tiny.apply_chat_template(messages, add_generation_prompt=True) == tiny.encode(text)
     assert tiny.apply_chat_template(messages, tokenize=False) == text[:-2]
@@ -231,7 +231,7 @@ TOOLS = [{"role": "system", "content": "s", "tools": [{"name": "f"}]}]
 )
 def test_tool_calls_are_read_never_run(code, parameters):
     content = f"```python\n{code}\n```"
-    answer, history = prompt.process_response_v3(f"f\n{content}", TOOLS)
+    answer, history = chatglm3.process_response(f"f\n{content}", TOOLS)
     assert history[-1] == {"role": "assistant", "metadata": "f", "content": content}
     if parameters == "refused":
         assert answer == {"name": "f", "content": content}
@@ -250,8 +250,8 @@ def test_tool_calls_are_read_never_run(code, parameters):
 
 
 def test_response_without_tools():
-    assert prompt.process_response_v3("run\ncode", [])[0] == {"name": "run", "content": "code"}
-    answer, history = prompt.process_response_v3(" \n hi ", [])
+    assert chatglm3.process_response("run\ncode", [])[0] == {"name": "run", "content": "code"}
+    answer, history = chatglm3.process_response(" \n hi ", [])
     assert answer == "hi" and history == [{"role": "assistant", "metadata": "", "content": "hi"}]
 
 
@@ -302,7 +302,7 @@ def test_template_cut_keeps_the_frame(tiny, tiny3, query, history, limit, first)
             text = tokenizer.decode(ids)
             assert tokenizer.encode(text) == ids and text.startswith(first or "")
             assert any(
-                text == (first or "") + prompt.build_prompt_v2(("Judge" + query)[:n], history[k:])
+                text == (first or "") + chatglm2.build_prompt(("Judge" + query)[:n], history[k:])
                 for k in range(len(history) + 1)
                 for n in range(len("Judge" + query) + 1)
             )

@@ -228,3 +228,15 @@ def map_file(path: str | os.PathLike) -> np.ndarray:
     with suppress(AttributeError, OSError):  # not on every system
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapping, dtype=np.uint8)
+
+
+def model_directory(path: str | os.PathLike) -> Path:
+    """`path` as a Path. OSError if there is no such directory: nothing is ever downloaded."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise OSError(
+            f"{os.fspath(path)!r}: looked for a local directory (from {os.getcwd()}) and found "
+            "none; glmlora downloads "
+            "nothing, so give the path of a model that is already on this machine"
+        )
+    return directory

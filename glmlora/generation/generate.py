@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _core
+from .. import _core, families
 from ..files.write import read_json
 
 if TYPE_CHECKING:
@@ -910,7 +910,7 @@ def _arguments(
     """Positional and keyword arguments of a chat method by name, defaults filled in; `role` only
     where there are roles.
     """
-    if family != "v2":
+    if families.of(family).takes_role:
         names = ("role", *names)
     if len(args) > len(names):
         raise TypeError(
@@ -941,16 +941,9 @@ def chat_family(model: ChatGLMForConditionalGeneration, tokenizer: Any) -> str:
 
 
 def end_ids(model: ChatGLMForConditionalGeneration, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's end id and, in family v3, <|user|> and
-    <|observation|>.
-    """
-    family = chat_family(model, tokenizer)
-    if family == "g4":
-        return model.config.eos_token_ids
-    ids = [int(tokenizer.eos_token_id)]
-    if family == "v3":
-        ids += [int(tokenizer.get_command(t)) for t in ("<|user|>", "<|observation|>")]
-    return ids
+    """Ids that end an answer."""
+    family = families.of(chat_family(model, tokenizer))
+    return family.end_ids(tokenizer, model.config.eos_token_ids)
 
 
 def _check_query(query: Any) -> None:
@@ -973,18 +966,10 @@ def _take_row(model: ChatGLMForConditionalGeneration, ids: Sequence[int], needed
 
 
 def _answer(
-    model: ChatGLMForConditionalGeneration,
-    tokenizer: Any,
-    text: str,
-    asked: list,
+    model: ChatGLMForConditionalGeneration, tokenizer: Any, text: str, asked: list
 ) -> tuple[Any, list]:
     """(response, history) of an answer's text; `asked` is a history that ends in the question."""
-    from ..families import prompt
-
-    if chat_family(model, tokenizer) == "v2":
-        response = prompt.process_response_v2(text)
-        return response, [*asked[:-1], (asked[-1], response)]
-    return prompt.process_response_v3(text, asked)
+    return families.of(chat_family(model, tokenizer)).answer(text, asked)
 
 
 def chat(
@@ -1090,13 +1075,9 @@ def _question(
     role: str | None,
 ) -> tuple[list[int], list]:
     """(ids of the whole prompt, a new history that ends in the question)."""
-    from ..families import prompt
-
-    history = [] if history is None else list(history)
-    if chat_family(model, tokenizer) == "v2":
-        return list(prompt.chat_ids(tokenizer, query, history)), [*history, query]
-    asked = [*copy.deepcopy(history), {"role": role, "content": query}]
-    return list(prompt.chat_ids(tokenizer, query, history, role)), asked
+    family = families.of(chat_family(model, tokenizer))
+    asked = family.asked(query, history, role)
+    return family.chat_ids(tokenizer, query, history, role or "user"), asked
 
 
 def stream_chat(

@@ -8,15 +8,14 @@ written back.
 from __future__ import annotations
 
 import os
-import re
-import warnings
 from pathlib import Path
 from typing import Any
 
-from ..files.write import read_json, write_json
+from .. import families
+from ..files.write import model_directory, read_json, write_json
 from .quantization import check_form
 
-# What the published ChatGLM2 configuration class assumes for keys that a file leaves out.
+# What the published configuration class assumes for keys that a file leaves out.
 DEFAULTS: dict[str, Any] = {
     "model_type": "chatglm",
     "num_layers": 28,
@@ -46,7 +45,6 @@ DEFAULTS: dict[str, Any] = {
     "torch_dtype": None,
     "_name_or_path": "",
 }
-FAMILIES = ("v2", "v3", "g4")
 ROPE_MODES = ("base", "interpolate", "half")
 PREFIX_DROPOUT = 0.1  # of prefix keys and values in training, as in the published P-Tuning code
 _SIZES = (
@@ -73,25 +71,13 @@ _ONLY = {
 _OWN = ("family", "rope_mode")  # attributes that no config.json has
 
 
-def model_directory(path: str | os.PathLike) -> Path:
-    """`path` as a Path. OSError if there is no such directory: nothing is ever downloaded."""
-    directory = Path(path)
-    if not directory.is_dir():
-        raise OSError(
-            f"{os.fspath(path)!r}: looked for a local directory (from {os.getcwd()}) and found "
-            "none; glmlora downloads "
-            "nothing, so give the path of a model that is already on this machine"
-        )
-    return directory
-
-
 class ChatGLMConfig:
-    """Configuration of a ChatGLM2, ChatGLM3 or GLM-4-9B (original layout) model.
+    """Configuration of a model in the `chatglm` layout.
 
     Every key of `config.json` is an attribute and may be changed until the model is built
-    (`pre_seq_len`, `prefix_projection`). Beside them: `family`, "v2" "v3" or "g4", and `rope_mode`,
-    what `rope_ratio` means: "base" multiplies the rotary base 10000, "interpolate" divides
-    positions, "half" is ChatGLM2's float16 table.
+    (`pre_seq_len`, `prefix_projection`). Beside them: `family`, the name of one in
+    glmlora/families, and `rope_mode`, what `rope_ratio` means: "base" multiplies the rotary base 10000, "interpolate" divides
+    positions, "half" is a table rounded to float16, as the oldest published code has it.
     """
 
     def __init__(self, family: str | None = None, rope_mode: str | None = None, **fields: Any):
@@ -102,18 +88,16 @@ class ChatGLMConfig:
                 0
             ]  # a stray comma in a published copy made it a tuple
         self.__dict__.update(fields)
-        self.family = family or detect_family(fields)
+        self.family = family or families.find(fields)
         self._rope_mode = rope_mode
         self.check()
 
     @property
     def rope_mode(self) -> str:
-        """How `rope_ratio` is read; where nobody said, ChatGLM2 divides positions and the others
-        scale the base.
-        """
+        """How `rope_ratio` is read; where nobody said, as the family reads it."""
         if self._rope_mode is not None:
             return self._rope_mode
-        return "interpolate" if self.family == "v2" and self.rope_ratio != 1 else "base"
+        return families.of(self.family).rope_mode(self.rope_ratio)
 
     @rope_mode.setter
     def rope_mode(self, mode: str | None) -> None:
@@ -144,14 +128,14 @@ class ChatGLMConfig:
         fields.update(overrides)
         try:
             if family is None:
-                family = detect_family(fields, directory)
+                family = families.find(fields, directory)
             return cls(family=family, rope_mode=rope_mode, **fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
     def check(self) -> None:
         """Raise ValueError naming a field that no supported model can have."""
-        _refuse_other_models(self.__dict__)
+        families.refuse_others(self.__dict__)
         for name in _SIZES:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -183,8 +167,9 @@ class ChatGLMConfig:
             raise ValueError(
                 f"prefix_projection: expected true or false, got {self.prefix_projection!r}"
             )
-        if self.family not in FAMILIES:
-            raise ValueError(f"family: expected one of {' '.join(FAMILIES)}, got {self.family!r}")
+        known = families.all_families()
+        if self.family not in known:
+            raise ValueError(f"family: expected one of {' '.join(known)}, got {self.family!r}")
         if self._rope_mode not in (None, *ROPE_MODES):
             raise ValueError(
                 f"rope_mode: expected one of {' '.join(ROPE_MODES)}, got {self._rope_mode!r}"
@@ -193,7 +178,7 @@ class ChatGLMConfig:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """`eos_token_id` as a list; with the role tokens that end an answer in family v3."""
+        """`eos_token_id` as a list."""
         ids = self.eos_token_id
         ids = [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
         for i in ids:
@@ -214,23 +199,7 @@ class ChatGLMConfig:
     def arch(self) -> dict[str, Any]:
         """What the core must know, under the names of `_core.Model`."""
         self.check()
-        ratio, mode = float(self.rope_ratio), self.rope_mode
-        return {
-            "layers": self.num_layers,
-            "hidden": self.hidden_size,
-            "ffn": self.ffn_hidden_size,
-            "heads": self.num_attention_heads,
-            "kv_heads": self.multi_query_group_num,
-            "head_dim": self.kv_channels,
-            "vocab": self.padded_vocab_size,
-            "max_positions": self.seq_length,
-            "rotary_dim": self.kv_channels // 2,
-            "eps": float(self.layernorm_epsilon),
-            "rope_base": 10000.0 * ratio if mode == "base" else 10000.0,
-            "rope_divisor": 1.0 if mode == "base" else ratio,
-            "qkv_bias": bool(self.add_qkv_bias),
-            "half_rope_table": mode == "half",
-        }
+        return families.of(self.family).arch(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `config.json`: everything read, and defaults that were not."""
@@ -253,69 +222,6 @@ class ChatGLMConfig:
 
     def __repr__(self) -> str:
         return f"ChatGLMConfig(family={self.family!r}, {self.to_dict()})"
-
-
-def _refuse_other_models(fields: dict[str, Any]) -> None:
-    kind = fields.get("model_type")
-    if kind in ("glm", "glm4"):
-        raise ValueError(
-            f"model_type {kind!r} (the transformers layout of GLM-4) is not supported by this "
-            "release; "
-            "ChatGLM2, ChatGLM3 and GLM-4-9B in their original layout are"
-        )
-    if kind != "chatglm":
-        raise ValueError(f"model_type {kind!r} is not supported by this release, only 'chatglm'")
-    if "inner_hidden_size" in fields or "position_encoding_2d" in fields:
-        raise ValueError(
-            "ChatGLM-6B (the first generation) is not supported by this release; ChatGLM2 and 3 are"
-        )
-
-
-def _family_in(name: str) -> str | None:
-    found = re.search(r"chatglm-?([23])|(glm-?4)", name.lower())
-    return (f"v{found[1]}" if found[1] else "g4") if found else None
-
-
-def detect_family(fields: dict[str, Any], directory: Path | None = None) -> str:
-    """ "v2", "v3" or "g4". The configs of v2 and v3 are alike, so the name and the tokenizer decide
-    between them.
-    """
-    _refuse_other_models({"model_type": "chatglm", **fields})
-    named = _family_in(str(fields.get("_name_or_path") or ""))
-    if named:
-        return named
-    if fields.get("padded_vocab_size") == 151552:
-        return "g4"
-    if directory is not None:
-        if _tiktoken_vocabulary(directory / "tokenizer.model"):
-            return "g4"
-        for name in ("tokenizer_config.json", "tokenization_chatglm.py"):
-            file = directory / name
-            if file.is_file() and b"<|assistant|>" in file.read_bytes()[: 1 << 20]:
-                return "v3"
-        named = _family_in(directory.resolve().name)
-        if named:
-            return named
-        if fields.get("rope_ratio", 1) != 1:
-            warnings.warn(
-                f"{directory}: rope_ratio {fields['rope_ratio']} divides positions in ChatGLM2 "
-                "and multiplies the "
-                "rotary base in ChatGLM3 and GLM-4, and nothing here tells which this is: taken "
-                "as ChatGLM2. "
-                'Say family="v3" or rope_mode="base" otherwise',
-                stacklevel=4,
-            )
-    return "v2"
-
-
-def _tiktoken_vocabulary(file: Path) -> bool:
-    """Whether a tokenizer.model has lines of base64 and rank (GLM-4) rather than a SentencePiece
-    model.
-    """
-    if not file.is_file():
-        return False
-    with open(file, "rb") as f:
-        return re.match(rb"[A-Za-z0-9+/]+=* \d+\n", f.read(200)) is not None
 
 
 class AutoConfig:

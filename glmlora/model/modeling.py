@@ -19,11 +19,12 @@ import numpy as np
 from .. import _core
 from ..files.checkpoint import load_checkpoint, save_sharded
 from ..files.tensor import Tensor
+from ..files.write import model_directory
 from ..generation import generate as generation
 from ..training.records import Batch
 from . import device as devices
 from .compute import backend_of
-from .configuration import PREFIX_DROPOUT, ChatGLMConfig, model_directory
+from .configuration import PREFIX_DROPOUT, ChatGLMConfig
 from .device import Device
 from .quantization import GROUP_SIZE, SCALE, QuantizedTensor, check_form, drop_pages, join
 from .quantization import quantize as quantize_tensor

@@ -22,9 +22,10 @@ import numpy as np
 
 from .. import _core
 from ..files.tensor import Tensor
+from ..files.write import model_directory
 from ..generation.generate import CHUNK
 from ..model.compute import compute_dtype
-from ..model.configuration import ChatGLMConfig, model_directory
+from ..model.configuration import ChatGLMConfig
 from ..model.modeling import ChatGLMForConditionalGeneration, parse_dtype
 from ..model.quantization import GROUP_SIZE, QuantizedTensor, check_form
 from ..training import methods

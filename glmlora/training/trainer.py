@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _core
+from .. import _core, families
 from ..files.write import write_text
 from ..generation.generate import set_seed
 from ..model.configuration import ChatGLMConfig
@@ -54,8 +54,6 @@ from .records import (
 )
 
 __all__ = ["TrainResult", "TrainState", "run_train", "train"]
-
-FAMILIES = {"auto": None, "chatglm2": "v2", "chatglm3": "v3"}
 
 
 @dataclass
@@ -440,7 +438,7 @@ def _warn_of_precision(args: TrainingArguments, device: str) -> None:
 
 def _load(model_or_path: Any, tokenizer: Any, args: ModelArguments) -> tuple[Any, Any]:
     """The model (as given, or of the directory) and its tokenizer."""
-    family = FAMILIES[args.family]
+    family = None if args.family == "auto" else families.of(args.family).name
     if isinstance(model_or_path, (ChatGLMForConditionalGeneration, PeftModel)):
         model = model_or_path
         base = methods.unwrapped(model)
@@ -454,7 +452,7 @@ def _load(model_or_path: Any, tokenizer: Any, args: ModelArguments) -> tuple[Any
     elif isinstance(model_or_path, (str, os.PathLike)):
         place = os.fspath(model_or_path)
         config = ChatGLMConfig.from_pretrained(args.config_name or place, family=family)
-        if args.use_v2 and config.family != "v2":
+        if args.use_v2 and config.family != families.DEFAULT:
             warnings.warn(
                 f"use_v2: {place} is of family {config.family}, which is used", stacklevel=3
             )

@@ -1,0 +1,169 @@
+"""What a family is: all that one model family answers otherwise than another.
+
+A family is one file in this folder with a class below `Family` and an instance `FAMILY`; nothing
+else in the package names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """What prompts need of a tokenizer."""
+
+    family: str
+    eos_token_id: int
+    dummy_space_id: int | None
+
+    def get_command(self, token: str) -> int: ...
+    def get_prefix_tokens(self) -> list[int]: ...
+    def text_ids(self, text: str) -> list[int]: ...
+    def text_offsets(self, text: str) -> list[int]: ...
+
+
+class Family:
+    """One family. Methods that differ raise NotImplementedError here; the others are the original
+    `chatglm` layout's.
+    """
+
+    name: str  # `config.family`
+    alias: str  # what flags call it
+    title: str  # what messages call it
+    named: re.Pattern[str]  # finds it in the lower-case name of a model
+    checkpoint: str  # a published model of it
+
+    # Tensors. `layer` has the layer's number in place of {}; linears and norms stand below it,
+    # each with .weight (and .bias where there is one); the core and adapters use these names.
+    tensor_names: Mapping[str, str] = {
+        "word_embeddings": "transformer.embedding.word_embeddings",
+        "final_layernorm": "transformer.encoder.final_layernorm",
+        "output_layer": "transformer.output_layer",
+        "layer": "transformer.encoder.layers.{}",
+        "input_layernorm": "input_layernorm",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "query_key_value": "self_attention.query_key_value",
+        "dense": "self_attention.dense",
+        "dense_h_to_4h": "mlp.dense_h_to_4h",
+        "dense_4h_to_h": "mlp.dense_4h_to_h",
+        "prefix_encoder": "transformer.prefix_encoder",
+    }
+    # Linears that adapters may change; and those they change where nobody says which.
+    linears: tuple[str, ...] = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    targets: tuple[str, ...] = ("query_key_value",)
+
+    # Tokens. special_tokens: the names behind the vocabulary's pieces, in order; None: this release
+    # has no tokenizer of the family.
+    special_tokens: tuple[str, ...] | None = None
+    role_tokens = False  # <|user|> and the like are among them, and texts may be encoded with them
+    shows_special_tokens = False  # decoding writes their names
+    end_tokens: tuple[str, ...] = ()  # end an answer as the end id does
+    takes_role = True  # chat(query, history, role, ..) rather than chat(query, history, ..)
+
+    # Which family it is
+
+    def in_config(self, fields: Mapping[str, Any]) -> bool:
+        """Whether config.json can only be this family's."""
+        return False
+
+    def in_directory(self, directory: Path) -> bool:
+        """Whether files of a model directory can only be this family's."""
+        return False
+
+    def in_tokenizer(self, config: Mapping[str, Any]) -> bool:
+        """Whether a tokenizer_config.json can only be this family's."""
+        return False
+
+    # Architecture
+
+    def rope_mode(self, rope_ratio: float) -> str:
+        """What `rope_ratio` means where nobody says: see `ChatGLMConfig`."""
+        return "base"
+
+    def arch(self, config: Any) -> dict[str, Any]:
+        """What the core must know, under the names of `_core.Model`."""
+        ratio, mode = float(config.rope_ratio), config.rope_mode
+        return {
+            "layers": config.num_layers,
+            "hidden": config.hidden_size,
+            "ffn": config.ffn_hidden_size,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.multi_query_group_num,
+            "head_dim": config.kv_channels,
+            "vocab": config.padded_vocab_size,
+            "max_positions": config.seq_length,
+            "rotary_dim": config.kv_channels // 2,
+            "eps": float(config.layernorm_epsilon),
+            "rope_base": 10000.0 * ratio if mode == "base" else 10000.0,
+            "rope_divisor": 1.0 if mode == "base" else ratio,
+            "qkv_bias": bool(config.add_qkv_bias),
+            "half_rope_table": mode == "half",
+        }
+
+    # A chat
+
+    def chat_ids(self, tokenizer: Tokenizer, query: str, history: Any, role: str) -> list[int]:
+        """Ids of a whole prompt, `[gMASK] sop` in front. The history is not changed. ValueError for
+        a malformed history or a role that there is not.
+        """
+        raise NotImplementedError
+
+    def stream_ids(self, tokenizer: Tokenizer, query: str, number: int, role: str) -> list[int]:
+        """Ids of a later turn alone, for a cache that holds what came before. number: of this
+        round, from 1.
+        """
+        raise NotImplementedError
+
+    def prompt_text(self, query: str, history: Any = None) -> str:
+        """A whole prompt as text, in families that write one."""
+        raise NotImplementedError
+
+    def template_ids(
+        self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
+    ) -> list[int]:
+        """Ids of a list of role messages, `[gMASK] sop` in front."""
+        raise NotImplementedError
+
+    def template_text(self, messages: Any, add_generation_prompt: bool) -> str:
+        """The text of `template_ids`."""
+        raise NotImplementedError
+
+    def end_ids(self, tokenizer: Tokenizer, eos_token_ids: list[int]) -> list[int]:
+        """Ids that end an answer. eos_token_ids: those of the model's config.json."""
+        return [
+            int(tokenizer.eos_token_id),
+            *(int(tokenizer.get_command(t)) for t in self.end_tokens),
+        ]
+
+    def asked(self, query: str, history: Any, role: str | None) -> list[Any]:
+        """A new history that ends in the question."""
+        raise NotImplementedError
+
+    def answer(self, text: str, asked: list[Any]) -> tuple[Any, list[Any]]:
+        """(response, history) of a decoded answer without its end; `asked` ends in the question and
+        is not changed. Nothing that a model wrote is ever executed.
+        """
+        raise NotImplementedError
+
+    # Training
+
+    def source_ids(
+        self,
+        tokenizer: Tokenizer,
+        first: str,
+        query: str,
+        rounds: Sequence[tuple[str, str]],
+        room: int,
+        truncation: str,
+    ) -> tuple[list[int], bool]:
+        """Ids of a record's prompt without the prefix, at most `room`, and whether it was cut:
+        see `prompt.encode_source`. first: stands before everything.
+        """
+        raise NotImplementedError
+
+    def answer_ids(self, tokenizer: Tokenizer, response: str) -> list[int]:
+        """Ids of a record's answer as a chat expects it, without its end."""
+        return tokenizer.text_ids(response)

@@ -1,0 +1,92 @@
+"""What prompts of all families are made of: checked histories, and texts cut to a length.
+
+Rounds are (query, answer) pairs, messages are dicts of role and content. `tokenizer` is a
+`ChatGLMTokenizer` everywhere.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .family import Tokenizer
+
+ROLES = ("system", "user", "assistant", "observation")
+TRAINING_TIME = ("[[训练时间]]", "2023年")  # a placeholder in the models' own training data
+
+
+def check_rounds(history: Any) -> list[tuple[str, str]]:
+    """A history as (query, answer) strings; None is []. ValueError naming a bad item."""
+    if history is None:
+        return []
+    if isinstance(history, str | Mapping) or not isinstance(history, Sequence):
+        kind = type(history).__name__
+        raise ValueError(f"history: expected a list of (query, answer) pairs, got {kind}")
+    rounds = []
+    for i, item in enumerate(history):
+        if isinstance(item, Mapping):
+            raise ValueError(
+                f"history[{i}]: expected a (query, answer) pair, got a message of the ChatGLM3 form"
+            )
+        if not isinstance(item, list | tuple) or len(item) != 2:
+            raise ValueError(f"history[{i}]: expected a (query, answer) pair, got {item!r:.80}")
+        rounds.append((str(item[0]), str(item[1])))
+    return rounds
+
+
+def check_messages(history: Any, name: str = "history") -> list[dict[str, Any]]:
+    """A list of role messages, checked; None is []. ValueError naming a malformed item."""
+    if history is None:
+        return []
+    if isinstance(history, str | Mapping) or not isinstance(history, Sequence):
+        raise ValueError(f"{name}: expected a list of messages, got {type(history).__name__}")
+    for i, item in enumerate(history):
+        if not isinstance(item, Mapping):
+            raise ValueError(
+                f"{name}[{i}]: expected a message {{'role', 'content'}}, got {item!r:.80}"
+            )
+        check_role(item.get("role"), f"{name}[{i}]: role")
+        if item.get("content") is None:
+            raise ValueError(f"{name}[{i}]: content is missing")
+    return list(history)
+
+
+def check_role(role: Any, name: str = "role") -> None:
+    if role not in ROLES:
+        raise ValueError(f"{name}: expected one of {' '.join(ROLES)}, got {role!r}")
+
+
+def rounds_to_drop(length: Any, n_rounds: int, room: int) -> int:
+    """Fewest oldest rounds to leave out so that `length(left out)` ids, without a query, fit."""
+    dropped = bisect_left(range(n_rounds + 1), True, key=lambda n: length(n) <= room)
+    if dropped > n_rounds:
+        raise ValueError(
+            f"max_source_length: leaves {room} ids, but the template without a query takes "
+            f"{length(n_rounds)}"
+        )
+    return dropped
+
+
+def fit(tokenizer: Tokenizer, before: str, query: str, after: str, room: int) -> list[int]:
+    """Ids of before + query + after with as many last pieces of the query left out as needed.
+
+    The caller knows that before + after fit. A shortened text may fall into other pieces than the
+    whole, so the rest is encoded anew, and shortened again in the rare case that it still exceeds.
+    """
+    text = before + query + after
+    ids = tokenizer.text_ids(text)
+    if len(ids) <= room:
+        return ids
+    starts = tokenizer.text_offsets(text)
+    end = bisect_left(starts, len(before) + len(query))  # first piece after the query
+    cut = len(before) + len(query)
+    while len(ids) > room:
+        end -= len(ids) - room
+        cut = min(max(starts[end], len(before)), cut - 1) if end > 0 else len(before)
+        cut = max(cut, len(before))
+        ids = tokenizer.text_ids(text[:cut] + after)
+        if cut == len(before):
+            break
+    return ids
