@@ -10,19 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glmlora.training.records import (
+from glmlora.batch import (
     Batch,
     Encoded,
-    encode_records,
     epoch_order,
     grouped_epoch_order,
-    load_datasets,
     micro_batches,
-    read_rows,
-    records_from,
     split_dev,
     updates_per_epoch,
 )
+from glmlora.training.records import encode_records, load_datasets, read_rows, records_from
 
 ROWS = [
     {"instruction": "Judge -->", "input": "title:A,abstract:B", "output": "1"},

@@ -622,7 +622,7 @@ def _prompts(
     left.
     """
     from ..model.modeling import as_rows, check_ids
-    from ..training.records import Batch
+    from ..batch import Batch
 
     if input_ids is None:
         raise ValueError("input_ids: expected an array of ids (rows, tokens), got None")

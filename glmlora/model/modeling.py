@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _core
+from ..batch import Batch
 from ..files.checkpoint import load_checkpoint, save_sharded
 from ..files.tensor import Tensor
 from ..files.write import model_directory
 from ..generation import generate as generation
-from ..training.records import Batch
 from . import device as devices
 from .compute import backend_of
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig

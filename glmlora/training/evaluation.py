@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..batch import Encoded
 from ..files.checkpoint import read_json, write_json, write_text
 from ..generation.generate import GenerationConfig, end_ids, generate_rows
 from .methods import unwrapped
 from .metrics import compute_metrics
-from .records import Encoded
 
 # How the original decodes while evaluating.
 DECODING = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "top_k": 50}

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
+from ..batch import Encoded, epoch_order, grouped_epoch_order, micro_batches, updates_per_epoch
 from ..files.checkpoint import (
     atomic_directory,
     read_json,
@@ -39,7 +40,6 @@ from ..model.device import memory_available
 from .arguments import TrainingArguments
 from .evaluation import evaluate_loss, progress, speed
 from .methods import Trainee
-from .records import Encoded, epoch_order, grouped_epoch_order, micro_batches, updates_per_epoch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end")

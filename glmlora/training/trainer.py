@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core, families
+from ..batch import IGNORED, Encoded, split_dev
 from ..files.write import write_text
 from ..generation.generate import set_seed
 from ..model.configuration import ChatGLMConfig
@@ -43,15 +44,7 @@ from .evaluation import (
 )
 from .loop import Loop, TrainState, find_checkpoint
 from .plot import plot_loss
-from .records import (
-    IGNORED,
-    Encoded,
-    encode_records,
-    load_datasets,
-    read_rows,
-    records_from,
-    split_dev,
-)
+from .records import encode_records, load_datasets, read_rows, records_from
 
 __all__ = ["TrainResult", "TrainState", "run_train", "train"]
 
