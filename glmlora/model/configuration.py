@@ -76,8 +76,9 @@ class ChatGLMConfig:
 
     Every key of `config.json` is an attribute and may be changed until the model is built
     (`pre_seq_len`, `prefix_projection`). Beside them: `family`, the name of one in
-    glmlora/families, and `rope_mode`, what `rope_ratio` means: "base" multiplies the rotary base 10000, "interpolate" divides
-    positions, "half" is a table rounded to float16, as the oldest published code has it.
+    glmlora/families, and `rope_mode`, what `rope_ratio` means: "base" multiplies the rotary base
+    10000, "interpolate" divides positions, "half" is a table rounded to float16, as the oldest
+    published code has it.
     """
 
     def __init__(self, family: str | None = None, rope_mode: str | None = None, **fields: Any):

@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from .. import families
+
 PACKAGE = Path(__file__).resolve().parent.parent
 TEMPLATE = PACKAGE / "template"
 FILES = {  # file of the template -> its place in the project
@@ -16,12 +18,11 @@ FILES = {  # file of the template -> its place in the project
     "xfg_train.sh": "xfg_train.sh",
     "xfg.ipynb": "xfg.ipynb",
 }
-BASE = "chatglm2-6b"
+BASE = families.default().checkpoint.split("/")[-1]  # the folder that the notebook names
 
 
 def tiny_directory() -> Path:
-    """The embedded model glm-tiny, in the ChatGLM2 file layout. FileNotFoundError when it is not
-    there."""
+    """The embedded model glm-tiny. FileNotFoundError when it is not there."""
     path = PACKAGE / "tiny"
     if not (path / "model.safetensors").is_file():
         raise FileNotFoundError(
@@ -75,7 +76,7 @@ def _place_base(base: Path, model: str | os.PathLike | None) -> None:
 def init(directory: str | os.PathLike, model: str | os.PathLike | None = None) -> Path:
     """Make `directory`: csv_data/ with synthetic papers, data/dataset_info.json, xfg_train.sh,
     src/train_bash.py,
-    xfg.ipynb; and `chatglm2-6b` beside it: a copy of glm-tiny, or a link to the directory `model`.
+    xfg.ipynb; and the base model beside it: a copy of glm-tiny, or a link to the directory `model`.
 
     Nothing of the user's is overwritten (FileExistsError names what is in the way) and nothing
     half-made stays.

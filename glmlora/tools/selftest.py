@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _core
+from .. import _core, families
 from ..files.tensor import Tensor
 from ..model import device as devices
 from ..model import modeling, peft
@@ -295,7 +295,7 @@ def check_op(case: Case, backend: str) -> str:
 
 
 SIZES = dict(
-    _name_or_path="THUDM/chatglm2-6b",
+    _name_or_path=families.default().checkpoint,
     model_type="chatglm",
     multi_query_attention=True,
     add_bias_linear=False,
