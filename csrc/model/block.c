@@ -1,7 +1,7 @@
 /* One layer: h += dense(attention(norm1 h)); h += mlp(norm2 h), and the way back.
  * In the last layer nothing after attention is computed for tokens whose logits no one reads
  * (step.gathered). */
-#include "model.h"
+#include "state.h"
 
 static struct glm_heads heads_of(const struct glm_model *m)
 {

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "model.h"
+#include "state.h"
 
 /* step.prefix_kv from the present weights */
 static glm_status run_prefix(struct glm_model *m, struct glm_error *err)

@@ -4,7 +4,7 @@
  * With u = s * dy B (N, R):   dx = dy W + u A    dA += u^T x    dB += s * dy^T (x A^T)
  * With LoRA dropout the x beside A is the dropped one, and u A passes the same mask. W may be
  * frozen and 16 bit; xa = x A^T (N, R) is kept, x is the block's own input. */
-#include "model.h"
+#include "state.h"
 
 int glm_adapted(const struct glm_model *m, const struct glm_linear *lin)
 {

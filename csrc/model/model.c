@@ -1,8 +1,143 @@
 /* The three ways to run a whole model: logits, losses, and losses with gradients. */
-#include "model.h"
-
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
+
+#include "state.h"
+
+glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
+                            struct glm_backend *be, struct glm_error *err)
+{
+    *out = NULL;
+    GLM_TRY(glm_check_arch(arch, err));
+    struct glm_model *m = calloc(1, sizeof *m);
+    if (!m)
+        return glm_fail(err, GLM_EMEMORY, "model: %zu bytes", sizeof *m);
+    m->arch = *arch;
+    m->be = be;
+    m->lora_on = 1;
+    const size_t slots = 3 + (size_t)arch->layers * (7 + GLM_LORA_PER_LAYER) + GLM_PREFIX_WEIGHTS;
+    m->layers = calloc((size_t)arch->layers, sizeof *m->layers);
+    m->weights = calloc(slots, sizeof *m->weights);
+    m->trainable = calloc(slots, sizeof *m->trainable);
+    m->step.x = calloc((size_t)arch->layers + 1, sizeof *m->step.x);
+    m->step.acts = calloc((size_t)arch->layers, sizeof *m->step.acts);
+    m->step.saved = calloc((size_t)arch->layers, sizeof *m->step.saved);
+    glm_status status = GLM_OK;
+    if (!m->layers || !m->weights || !m->trainable || !m->step.x || !m->step.acts || !m->step.saved)
+        status = glm_fail(err, GLM_EMEMORY, "model: tables of %d layers", arch->layers);
+    if (status == GLM_OK) {
+        glm_add_weights(m);
+        status = glm_make_rope_table(m, err);
+    }
+    if (status != GLM_OK) {
+        glm_model_free(m);
+        return status;
+    }
+    *out = m;
+    return GLM_OK;
+}
+
+void glm_model_free(struct glm_model *m)
+{
+    if (!m)
+        return;
+    for (int i = 0; m->weights && i < m->n_weights; i++)
+        glm_weight_release(m, &m->weights[i]);
+    m->be->free(m->be, m->rope_table);
+    m->be->free(m->be, m->block);
+    glm_arena_free(&m->arena, m->be);
+    free(m->host);
+    free(m->layers);
+    free(m->weights);
+    free(m->trainable);
+    free(m->step.x);
+    free(m->step.acts);
+    free(m->step.saved);
+    free(m);
+}
+
+struct glm_backend *glm_model_backend(struct glm_model *m) { return m->be; }
+const struct glm_arch *glm_model_arch(const struct glm_model *m) { return &m->arch; }
+struct glm_progress *glm_model_progress(struct glm_model *m) { return &m->progress; }
+int glm_model_prefix_length(struct glm_model *m) { return m->prefix_length; }
+
+static glm_status interrupted(struct glm_model *m, struct glm_error *err)
+{
+    if (m->be->stopped(m->be))
+        return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
+    return GLM_OK;
+}
+
+/* names: say where x (rows, C) stops being finite; rows of a gathered layer are translated back to
+ * tokens */
+static glm_status check_finite(struct glm_model *m, const void *x, int rows, int gathered,
+                               const char *where, int l, struct glm_error *err)
+{
+    int row;
+    m->be->ops->first_nonfinite(m->be->cx, &row, x, rows, m->arch.hidden);
+    if (row < 0)
+        return GLM_OK;
+    const struct glm_segment *segments =
+        (const struct glm_segment *)m->host; /* upload_batch put them first */
+    int token = gathered ? ((const int32_t *)(segments + m->step.S))[3 * m->step.N + row] : row,
+        segment = 0;
+    while (segment + 1 < m->step.S && segments[segment + 1].begin <= token)
+        segment++;
+    if (l < 0)
+        return glm_fail(err, GLM_ENUMERIC,
+                        "%s holds NaN or infinity: row %d of the batch, token %d", where, segment,
+                        token - segments[segment].begin);
+    return glm_fail(err, GLM_ENUMERIC,
+                    "%s %d yields NaN or infinity: row %d of the batch, token %d", where, l,
+                    segment, token - segments[segment].begin);
+}
+
+static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, struct glm_error *err)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    struct glm_step *s = &m->step;
+    const int L = m->arch.layers, C = m->arch.hidden, MR = s->gathered ? s->M : s->N;
+    const size_t bytes = (size_t)s->N * C * m->be->real_size;
+    if (m->prefix_length && !s->cache)
+        glm_prefix_forward(m);
+    op->embedding_forward(cx, s->x[0], &m->word_embeddings->mat, s->ids, s->N);
+    for (int l = 0; l < L; l++) {
+        if (hidden)
+            m->be->download(m->be, (char *)hidden + l * bytes, s->x[l], bytes);
+        if (diagnose)
+            GLM_TRY(check_finite(m, s->x[l], s->N, 0, l ? "layer" : "the embedding", l - 1, err));
+        if (s->saved[l])
+            op->convert(cx, s->saved[l], m->be->kept, s->x[l], m->be->real, (size_t)s->N * C);
+        glm_block_forward(m, l, s->x[l + 1]);
+        GLM_TRY(interrupted(m, err));
+    }
+    if (hidden)
+        m->be->download(m->be, (char *)hidden + L * bytes, s->x[L], bytes);
+    if (diagnose)
+        GLM_TRY(check_finite(m, s->x[L], MR, s->gathered, "layer", L - 1, err));
+    return GLM_OK;
+}
+
+glm_status glm_step_forward(struct glm_model *m, void *hidden, struct glm_error *err)
+{
+    return run_layers(m, hidden, 0, err);
+}
+
+glm_status glm_step_diagnose(struct glm_model *m, struct glm_error *err)
+{
+    GLM_TRY(run_layers(m, NULL, 1, err));
+    return glm_fail(err, GLM_ENUMERIC, "the output layer yields NaN or infinity");
+}
+
+void glm_step_logits(struct glm_model *m, int begin, int count)
+{
+    const struct glm_step *s = &m->step;
+    m->be->ops->linear_forward(m->be->cx, s->logits,
+                               glm_at(m, s->final, (size_t)begin * m->arch.hidden),
+                               &m->output_layer->mat, NULL, count, 1.0, 0);
+}
 
 static double host_real(const struct glm_model *m, const void *values, int i)
 {

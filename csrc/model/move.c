@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "model.h"
+#include "state.h"
 
 enum { BOUNCE = 1 << 24 };
 

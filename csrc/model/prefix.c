@@ -1,7 +1,7 @@
 /* P-Tuning v2's prefix encoder (Liu et al. 2021): P learned rows, through a small MLP if there is a
  * projection, become keys and values of every layer. The keys are not rotated and the prefix has no
  * positions. */
-#include "model.h"
+#include "state.h"
 
 static struct glm_dropout prefix_mask(const struct glm_model *m)
 {

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "model.h"
+#include "state.h"
 
 #define LOGITS_BYTES \
     ((size_t)32 << 20) /* logits are computed in pieces of rows of about this size */
@@ -195,14 +195,6 @@ static void set_sizes(const struct glm_model *m, struct glm_step *s, int N, int 
     s->prefix_copies = training && dropout && m->prefix_dropout > 0 ? S : 1;
 }
 
-static size_t host_bytes(const struct glm_model *m, const struct glm_step *s)
-{
-    const size_t prefix = (size_t)s->prefix_copies * m->prefix_length;
-    return ((size_t)s->N * 4 + (size_t)s->M * 4 + prefix * 2) * 4 +
-           (size_t)s->S * sizeof *s->segments + (size_t)s->M * 8 + 256 +
-           (s->how ? s->M * sizeof *s->choices + s->touched_room * 4 + (size_t)m->arch.vocab : 0);
-}
-
 /* What the choice of the next ids takes; room in steps, so that a recording lasts for many of them.
  */
 static void set_choices(struct glm_step *s, const struct glm_sampling *how)
@@ -221,7 +213,7 @@ static glm_status take_memory(struct glm_model *m, struct glm_step *s, size_t bu
 {
     const size_t bytes = plan_activations(m, s, budget);
     GLM_TRY(glm_arena_commit(&m->arena, bytes, m->be, "activations of one step", err));
-    const size_t host = host_bytes(m, s);
+    const size_t host = glm_host_bytes(m, s);
     if (host > m->host_size) {
         free(m->host);
         m->host = calloc(1, host);
@@ -255,7 +247,7 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
     }
     plan->trainable = 4 * m->block_size * m->be->real_size;
     set_sizes(m, &s, N, S, M, training, 1, training, NULL);
-    plan->activations = plan_activations(m, &s, budget) + host_bytes(m, &s);
+    plan->activations = plan_activations(m, &s, budget) + glm_host_bytes(m, &s);
     plan->held = m->arena.capacity;
     plan->kept_layers = s.kept_layers;
     plan->total = plan->weights + plan->owned + plan->trainable + plan->activations;
@@ -278,168 +270,20 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
     return GLM_OK;
 }
 
-static glm_status check_input(const struct glm_model *m, const struct glm_input *in,
-                              struct glm_error *err)
-{
-    const int V = m->arch.vocab;
-    int64_t sum = 0;
-    if (in->N < 1 || in->S < 1)
-        return glm_fail(err, GLM_EVALUE, "ids: the batch is empty (%d tokens, %d segments)", in->N,
-                        in->S);
-    for (int s = 0; s < in->S; s++) {
-        if (in->lengths[s] < 1)
-            return glm_fail(err, GLM_EVALUE, "lengths[%d]: expected at least 1 token, got %d", s,
-                            in->lengths[s]);
-        sum += in->lengths[s];
-    }
-    if (sum != in->N)
-        return glm_fail(err, GLM_EVALUE, "lengths: sum is %lld but there are %d ids",
-                        (long long)sum, in->N);
-    for (int n = 0; n < in->N; n++) {
-        if (in->ids[n] < 0 || in->ids[n] >= V)
-            return glm_fail(err, GLM_EVALUE, "ids[%d]: token id %d is outside the vocabulary of %d",
-                            n, in->ids[n], V);
-        if (in->positions && (in->positions[n] < 0 || in->positions[n] >= m->arch.max_positions))
-            return glm_fail(err, GLM_EVALUE, "positions[%d]: %d is outside 0 .. %d (seq_length)", n,
-                            in->positions[n], m->arch.max_positions - 1);
-    }
-    for (int i = 0; in->rows && i < in->M; i++) {
-        if (in->rows[i] < 0 || in->rows[i] >= in->N || (i && in->rows[i] <= in->rows[i - 1]))
-            return glm_fail(err, GLM_EVALUE,
-                            "rows[%d]: expected ascending indices of the %d tokens, got %d", i,
-                            in->N, in->rows[i]);
-        if (in->targets && (in->targets[i] < 0 || in->targets[i] >= V))
-            return glm_fail(err, GLM_EVALUE,
-                            "targets[%d]: label %d is outside the vocabulary of %d", i,
-                            in->targets[i], V);
-    }
-    return GLM_OK;
-}
-
-/* Host copy of the index arrays, uploaded array by array. rows NULL: all tokens; in generation the
- * last token of each segment. */
-static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
-                               const struct glm_place *place, struct glm_error *err)
-{
-    struct glm_backend *be = m->be;
-    struct glm_step *s = &m->step;
-    struct glm_cache *c = place ? place->cache : NULL;
-    const int P = m->prefix_length, N = s->N, M = s->M, fresh = !c;
-    struct glm_segment *segments = (struct glm_segment *)m->host;
-    int32_t *position = (int32_t *)(segments + s->S), *stream = position + N, *slot = stream + N,
-            *rows = slot + N;
-    int32_t *row_position = rows + M, *row_stream = row_position + M;
-    int32_t *prefix_position = row_stream + M,
-            *prefix_stream = prefix_position + (size_t)s->prefix_copies * P;
-    s->host_losses =
-        (void *)(((uintptr_t)(prefix_stream + (size_t)s->prefix_copies * P) + 7) / 8 * 8);
-    s->longest = 0;
-    int farthest = 0;
-    for (int i = 0, n = 0; i < s->S; i++) {
-        const int count = in->lengths[i], row = place && place->rows ? place->rows[i] : -1;
-        const int past = row >= 0 ? c->lengths[row] : c ? c->shared_length : 0;
-        const int first = row >= 0 ? c->prefix_length + c->shared_capacity + row * c->capacity
-                          : c      ? c->prefix_length
-                                   : 0;
-        int start = past + (row >= 0 ? c->shared_length : 0);
-        s->longest = count > s->longest ? count : s->longest;
-        segments[i] = (struct glm_segment){.begin = n, .count = count};
-        if (fresh && P) {
-            segments[i].shared_begin = s->prefix_copies > 1 ? i * P : 0;
-            segments[i].shared_count = P;
-        } else if (c) {
-            segments[i].shared_count = c->prefix_length + (row >= 0 ? c->shared_length : 0);
-            segments[i].past_begin = first;
-            segments[i].past_count = past;
-        }
-        if (!in->positions && (int64_t)start + count > m->arch.max_positions)
-            return glm_fail(
-                err, GLM_EVALUE,
-                "segment %d: %d tokens from position %d on are longer than the model's %d "
-                "positions (seq_length)",
-                i, count, start, m->arch.max_positions);
-        for (int t = 0; t < count; t++, n++) {
-            position[n] = in->positions ? in->positions[n] : start + t;
-            farthest = position[n] > farthest ? position[n] : farthest;
-            stream[n] = (int32_t)(uint32_t)((m->progress.rows + i) & 0x7fffffff);
-            slot[n] = first + past + t;
-        }
-    }
-    for (int b = 0; b < s->prefix_copies && fresh; b++)
-        for (int p = 0; p < P; p++) {
-            prefix_position[b * P + p] = p;
-            prefix_stream[b * P + p] = (int32_t)(uint32_t)((m->progress.rows + b) & 0x7fffffff);
-        }
-    for (int i = 0; i < M; i++) {
-        rows[i] = in->rows ? in->rows[i] : place ? segments[i].begin + segments[i].count - 1 : i;
-        row_position[i] = position[rows[i]];
-        row_stream[i] = stream[rows[i]];
-    }
-    GLM_TRY(glm_rope_reach(m, (int64_t)farthest + 1, err));
-    be->upload(be, s->segments, segments, (size_t)s->S * sizeof *segments);
-    be->upload(be, s->ids, in->ids, (size_t)N * 4);
-    be->upload(be, s->position, position, (size_t)N * 4);
-    be->upload(be, s->stream, stream, (size_t)N * 4);
-    if (c)
-        be->upload(be, s->slot, slot, (size_t)N * 4);
-    be->upload(be, s->rows, rows, (size_t)M * 4);
-    be->upload(be, s->row_position, row_position, (size_t)M * 4);
-    be->upload(be, s->row_stream, row_stream, (size_t)M * 4);
-    if (in->targets)
-        be->upload(be, s->target, in->targets, (size_t)M * 4);
-    if (fresh && P) {
-        be->upload(be, s->prefix_position, prefix_position, (size_t)s->prefix_copies * P * 4);
-        be->upload(be, s->prefix_stream, prefix_stream, (size_t)s->prefix_copies * P * 4);
-    }
-    return GLM_OK;
-}
-
-/* `staging` has room for all of it (host_bytes). */
-static void upload_choices(struct glm_model *m, char *staging)
-{
-    struct glm_step *s = &m->step;
-    const struct glm_sampling *how = s->how;
-    const int32_t *context = how->context;
-    struct glm_choice *choices = (struct glm_choice *)staging;
-    int32_t *touched = (int32_t *)(choices + s->M), n = 0;
-    unsigned char *seen = (unsigned char *)(touched + s->touched_room);
-    for (int i = 0; i < s->M; i++) {
-        const uint64_t *draw = how->draws + 3 * (size_t)i;
-        const int length = context ? how->context_lengths[i] : 0;
-        struct glm_choice *c = &choices[i];
-        *c = (struct glm_choice){.top_p = how->top_p,
-                                 .seed = draw[0],
-                                 .stream = (uint32_t)draw[1],
-                                 .index = (uint32_t)draw[2],
-                                 .temperature = (float)how->temperature,
-                                 .penalty = (float)how->repetition_penalty,
-                                 .top_k = how->top_k,
-                                 .first = n};
-        if (context)
-            glm_touched_ids(touched + n, &c->penalised, &c->banned, m->arch.vocab, context, length,
-                            how->repetition_penalty, how->no_repeat_ngram, how->suppress,
-                            length < how->min_length ? how->n_suppress : 0, seen);
-        n += c->penalised + c->banned;
-        context = context ? context + length : NULL;
-    }
-    m->be->upload(m->be, s->choices, choices, (size_t)s->M * sizeof *choices);
-    m->be->upload(m->be, s->touched, touched, (size_t)n * 4);
-}
-
 glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in, int training, int gather,
                           const struct glm_place *place, struct glm_error *err)
 {
     GLM_TRY(glm_weights_complete(m, err));
-    GLM_TRY(check_input(m, in, err));
+    GLM_TRY(glm_check_input(m, in, err));
     struct glm_step *s = &m->step;
     set_sizes(m, s, in->N, in->S, in->rows || place ? in->M : in->N, training, gather,
               training && s->use_dropout, place ? place->cache : NULL);
     set_choices(s, place ? place->how : NULL);
     GLM_TRY(take_memory(m, s, m->budget, err));
-    GLM_TRY(upload_batch(m, in, place, err));
+    GLM_TRY(glm_upload_batch(m, in, place, err));
     if (s->how) {
         const size_t at = (uintptr_t)s->host_losses + (size_t)s->M * 8 + 128;
-        upload_choices(m, (char *)((at + 7) / 8 * 8));
+        glm_upload_choices(m, (char *)((at + 7) / 8 * 8));
     }
     return GLM_OK;
 }
@@ -466,81 +310,4 @@ struct glm_kv glm_step_dkv(const struct glm_model *m, int l)
         return (struct glm_kv){NULL, NULL};
     return (struct glm_kv){glm_at(m, s->dprefix_kv, 2 * l * slots * KV),
                            glm_at(m, s->dprefix_kv, (2 * l + 1) * slots * KV)};
-}
-
-static glm_status interrupted(struct glm_model *m, struct glm_error *err)
-{
-    if (m->be->stopped(m->be))
-        return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
-    return GLM_OK;
-}
-
-/* names: say where x (rows, C) stops being finite; rows of a gathered layer are translated back to
- * tokens */
-static glm_status check_finite(struct glm_model *m, const void *x, int rows, int gathered,
-                               const char *where, int l, struct glm_error *err)
-{
-    int row;
-    m->be->ops->first_nonfinite(m->be->cx, &row, x, rows, m->arch.hidden);
-    if (row < 0)
-        return GLM_OK;
-    const struct glm_segment *segments =
-        (const struct glm_segment *)m->host; /* upload_batch put them first */
-    int token = gathered ? ((const int32_t *)(segments + m->step.S))[3 * m->step.N + row] : row,
-        segment = 0;
-    while (segment + 1 < m->step.S && segments[segment + 1].begin <= token)
-        segment++;
-    if (l < 0)
-        return glm_fail(err, GLM_ENUMERIC,
-                        "%s holds NaN or infinity: row %d of the batch, token %d", where, segment,
-                        token - segments[segment].begin);
-    return glm_fail(err, GLM_ENUMERIC,
-                    "%s %d yields NaN or infinity: row %d of the batch, token %d", where, l,
-                    segment, token - segments[segment].begin);
-}
-
-static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, struct glm_error *err)
-{
-    const struct glm_ops *op = m->be->ops;
-    void *cx = m->be->cx;
-    struct glm_step *s = &m->step;
-    const int L = m->arch.layers, C = m->arch.hidden, MR = s->gathered ? s->M : s->N;
-    const size_t bytes = (size_t)s->N * C * m->be->real_size;
-    if (m->prefix_length && !s->cache)
-        glm_prefix_forward(m);
-    op->embedding_forward(cx, s->x[0], &m->word_embeddings->mat, s->ids, s->N);
-    for (int l = 0; l < L; l++) {
-        if (hidden)
-            m->be->download(m->be, (char *)hidden + l * bytes, s->x[l], bytes);
-        if (diagnose)
-            GLM_TRY(check_finite(m, s->x[l], s->N, 0, l ? "layer" : "the embedding", l - 1, err));
-        if (s->saved[l])
-            op->convert(cx, s->saved[l], m->be->kept, s->x[l], m->be->real, (size_t)s->N * C);
-        glm_block_forward(m, l, s->x[l + 1]);
-        GLM_TRY(interrupted(m, err));
-    }
-    if (hidden)
-        m->be->download(m->be, (char *)hidden + L * bytes, s->x[L], bytes);
-    if (diagnose)
-        GLM_TRY(check_finite(m, s->x[L], MR, s->gathered, "layer", L - 1, err));
-    return GLM_OK;
-}
-
-glm_status glm_step_forward(struct glm_model *m, void *hidden, struct glm_error *err)
-{
-    return run_layers(m, hidden, 0, err);
-}
-
-glm_status glm_step_diagnose(struct glm_model *m, struct glm_error *err)
-{
-    GLM_TRY(run_layers(m, NULL, 1, err));
-    return glm_fail(err, GLM_ENUMERIC, "the output layer yields NaN or infinity");
-}
-
-void glm_step_logits(struct glm_model *m, int begin, int count)
-{
-    const struct glm_step *s = &m->step;
-    m->be->ops->linear_forward(m->be->cx, s->logits,
-                               glm_at(m, s->final, (size_t)begin * m->arch.hidden),
-                               &m->output_layer->mat, NULL, count, 1.0, 0);
 }

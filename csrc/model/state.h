@@ -1,7 +1,7 @@
 /* The model as its files see it: weights in slots, layers that point at them, one step's
  * activations. */
-#ifndef GLM_MODEL_H
-#define GLM_MODEL_H
+#ifndef GLM_STATE_H
+#define GLM_STATE_H
 
 #include "arena.h"
 #include "glm.h"
@@ -30,6 +30,7 @@ struct glm_linear {
 };
 
 enum { GLM_QKV, GLM_DENSE, GLM_H_TO_4H, GLM_4H_TO_H, GLM_LINEARS };
+enum { GLM_LORA_PER_LAYER = 2 * GLM_LINEARS, GLM_PREFIX_WEIGHTS = 5 };
 
 struct glm_layer {
     struct glm_weight *input_layernorm, *post_attention_layernorm;
@@ -130,6 +131,10 @@ struct glm_model {
 static inline int glm_present(const struct glm_weight *w) { return w && w->present; }
 static inline int glm_trains(const struct glm_weight *w) { return w && w->grad; }
 static inline size_t glm_count(const struct glm_weight *w) { return (size_t)w->rows * w->cols; }
+static inline struct glm_linear *glm_linear_at(const struct glm_model *m, int i)
+{
+    return &m->layers[i / GLM_LINEARS].linear[i % GLM_LINEARS];
+}
 static inline void *glm_at(const struct glm_model *m, const void *p, size_t element)
 {
     return (char *)p + element * m->be->real_size;
@@ -173,10 +178,33 @@ struct glm_kv glm_step_dkv(const struct glm_model *m, int l);
 /* The lowest layer whose gradients are needed; `layers` when only what follows them trains. */
 int glm_lowest_layer(const struct glm_model *m);
 
+/* model/arch.c */
+glm_status glm_check_arch(const struct glm_arch *a, struct glm_error *err);
+void glm_add_weights(struct glm_model *m);
+
 /* model/weights.c */
 glm_status glm_weights_complete(struct glm_model *m, struct glm_error *err);
+void glm_weight_set(struct glm_weight *w, const void *data, enum glm_dtype dtype);
+void glm_weight_release(struct glm_model *m, struct glm_weight *w);
+/* An owned real copy of n host elements of a dtype. */
+glm_status glm_weight_own(struct glm_model *m, struct glm_weight *w, const void *host,
+                          enum glm_dtype dtype, struct glm_error *err);
+glm_status glm_refuse_trainable(const struct glm_weight *w, struct glm_error *err);
+glm_status glm_refuse_quantized(const struct glm_weight *w, const char *what,
+                                struct glm_error *err);
+
+/* model/rope.c */
+glm_status glm_make_rope_table(struct glm_model *m, struct glm_error *err);
 /* The rotary table has so many positions, or all. */
 glm_status glm_rope_reach(struct glm_model *m, int64_t positions, struct glm_error *err);
+
+/* model/batch.c */
+size_t glm_host_bytes(const struct glm_model *m, const struct glm_step *s);
+glm_status glm_check_input(const struct glm_model *m, const struct glm_input *in,
+                           struct glm_error *err);
+glm_status glm_upload_batch(struct glm_model *m, const struct glm_input *in,
+                            const struct glm_place *place, struct glm_error *err);
+void glm_upload_choices(struct glm_model *m, char *staging);
 
 /* model/prefix.c */
 void glm_prefix_forward(struct glm_model *m);
