@@ -63,6 +63,8 @@ void glm_model_remove_lora(struct glm_model *m);
 void glm_model_enable_lora(struct glm_model *m, int on);
 glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err);
 
+enum { GLM_PREFIX_WEIGHTS = 5 }; /* embedding, weight and bias of trans.0 and of trans.2 */
+
 /* P-Tuning v2, real, copied. w0, b0, w2, b2: NULL without projection. */
 glm_status glm_model_set_prefix(struct glm_model *m, int P, const void *embedding, const void *w0,
                                 const void *b0, const void *w2, const void *b2, double dropout,

@@ -16,7 +16,7 @@ static const char *const PREFIX_NAMES[GLM_PREFIX_WEIGHTS] = {
 
 #define LAYER_NAME "transformer.encoder.layers.%d.%s"
 
-glm_status glm_check_arch(const struct glm_arch *a, struct glm_error *err)
+glm_status glm_arch_check(const struct glm_arch *a, struct glm_error *err)
 {
     const struct {
         const char *name;
@@ -82,7 +82,13 @@ static struct glm_weight *add_linear(struct glm_model *m, int l, int which, int 
     return lin->weight;
 }
 
-void glm_add_weights(struct glm_model *m)
+size_t glm_arch_slots(const struct glm_arch *a)
+{
+    const int base = 2 + GLM_LINEARS + 1; /* of a layer: norms, matrices, a bias */
+    return 3 + (size_t)a->layers * (base + 2 * GLM_LINEARS) + GLM_PREFIX_WEIGHTS;
+}
+
+void glm_arch_add_weights(struct glm_model *m)
 {
     const struct glm_arch *a = &m->arch;
     const int AO = a->heads * a->head_dim, QKV = (a->heads + 2 * a->kv_heads) * a->head_dim;

@@ -122,7 +122,7 @@ glm_status glm_rope_reach(struct glm_model *m, int64_t positions, struct glm_err
     return GLM_OK;
 }
 
-glm_status glm_make_rope_table(struct glm_model *m, struct glm_error *err)
+glm_status glm_rope_create(struct glm_model *m, struct glm_error *err)
 {
     const size_t bytes = (size_t)m->arch.max_positions * m->arch.rotary_dim * m->be->real_size;
     m->rope_table = m->be->alloc(m->be, bytes);

@@ -1,13 +1,10 @@
-/* One call into the model: check the batch, lay out and take the memory, run forward. Nothing is
- * allocated here once a call of at least the same size was made (or reserved). */
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
-
+/* The memory of one call, and its beginning: every buffer is laid out twice, first to count bytes,
+ * then to hand out addresses. Nothing is allocated here once a call of at least the same size was
+ * made (or reserved). */
 #include "state.h"
 
-#define LOGITS_BYTES \
-    ((size_t)32 << 20) /* logits are computed in pieces of rows of about this size */
+/* Logits are computed in pieces of rows of about this size. */
+#define LOGITS_BYTES ((size_t)32 << 20)
 
 /* Rows of generation up to which a norm is not in the memory of the activation that is made of it,
  * so that the product between them and the activation are one op. */
@@ -68,32 +65,19 @@ static size_t lora_ranks(const struct glm_model *m, size_t *rank, size_t *widest
     return largest;
 }
 
-/* Every buffer of a step of s->N, S, M; the same order whether it plans or hands out addresses. */
-static void layout(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s)
+static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
+
+/* The layers' inputs, and what each layer keeps. */
+static void layout_layers(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s,
+                          const size_t *rank)
 {
-    const struct glm_arch *arch = &m->arch;
-    const int L = arch->layers, lowest = s->training ? glm_lowest_layer(m) : L;
-    const size_t real = m->be->real_size, N = s->N, M = s->M, C = arch->hidden, F = arch->ffn;
-    const size_t AO = (size_t)arch->heads * arch->head_dim,
-                 KV = (size_t)arch->kv_heads * arch->head_dim;
-    const size_t QKV = AO + 2 * KV, V = arch->vocab, MR = s->gathered ? M : N;
-    size_t rank[GLM_LINEARS];
-    size_t widest;
-    const size_t R = lora_ranks(m, rank, &widest);
-
-    s->ids = glm_arena_push(arena, N, 4);
-    s->position = glm_arena_push(arena, N, 4);
-    s->stream = glm_arena_push(arena, N, 4);
-    s->slot = glm_arena_push(arena, s->cache ? N : 0, 4);
-    s->rows = glm_arena_push(arena, M, 4);
-    s->target = glm_arena_push(arena, M, 4);
-    s->row_position = glm_arena_push(arena, M, 4);
-    s->row_stream = glm_arena_push(arena, M, 4);
-    s->segments = glm_arena_push(arena, s->S, sizeof *s->segments);
-
+    const int L = m->arch.layers, training = s->call.training, first_kept = L - s->kept_layers;
+    const int lowest = training ? glm_lowest_layer(m) : L;
+    const int narrow = training && m->be->kept != GLM_F32;
+    const size_t real = m->be->real_size, N = s->N, M = s->M, C = m->arch.hidden, F = m->arch.ffn;
+    const size_t MR = s->gathered ? M : N;
     /* The first layer's input is looked up again in backward, so the second's may take its place.
      */
-    const int first_kept = L - s->kept_layers, narrow = s->training && m->be->kept != GLM_F32;
     void *shared_x = glm_arena_push(arena, N * C, real);
     for (int l = 0; l < L; l++) {
         /* the first layer that is kept has its input to itself until the others run again */
@@ -102,13 +86,13 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
         s->saved[l] =
             narrow && l && l >= lowest && l < first_kept ? glm_arena_push(arena, N * C, 2) : NULL;
     }
-    s->x[L] = s->training || s->gathered ? glm_arena_push(arena, MR * C, real) : shared_x;
+    s->x[L] = training || s->gathered ? glm_arena_push(arena, MR * C, real) : shared_x;
     s->final = glm_arena_push(arena, MR * C, real);
     s->final_rstd = glm_arena_push(arena, MR, real);
 
     const size_t NR = s->gathered && first_kept == 0 ? M : N;
-    /* Where h is rounded the last layer and those computed twice have it in the one of its size. */
-    const int rounds = s->training && m->be->kept_h != GLM_F32;
+    /* Where h is rounded the last layer and those recomputed have it in the one of its size. */
+    const int rounds = training && m->be->kept_h != GLM_F32;
     s->h = rounds ? glm_arena_push(arena, N * 2 * F, real) : NULL;
     layout_acts(m, arena, &s->acts[L - 1], N, NR, rank, rounds ? 0 : real);
     for (int l = 0; l < L - 1; l++)
@@ -116,63 +100,110 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
             s->acts[l] = s->acts[L - 1];
         else
             layout_acts(m, arena, &s->acts[l], N, N, rank, rounds ? 2 : real);
+}
 
-    s->att_rows = glm_arena_push(arena, s->gathered ? M * AO : 0, real);
-    s->x_rows = glm_arena_push(arena, s->gathered ? M * C : 0, real);
-    const size_t back = s->training ? 1 : 0, unit = 64 / real;
-    const size_t ln = (N * (AO > C ? AO : C) + unit - 1) / unit * unit;
+/* What the layer at work needs, and the final norm's gradient before the layers. Most of it is in
+ * one buffer, `act`, over time from top to bottom:
+ *
+ *     elements   0 ..      max(C, AO) ..   + QKV ..                   read by
+ *     forward    ln                        [lora_x]                   query_key_value
+ *                ln                        [lora_x]                   dense_h_to_4h
+ *                act, N F elements         [lora_x has its own]       dense_4h_to_h
+ *     backward   dnorm                                                the final norm
+ *                act, then dact            [lora_x has its own]       dense_4h_to_h, swiglu
+ *                ln, then dnorm            [lora_x]                   dense_h_to_4h, norm
+ *                datt                      [lora_x]                   attention
+ *                datt         dqkv                                    rope
+ *                ln, dnorm    dqkv         [lora_x]                   query_key_value, norm
+ *
+ * (dense reads att, not ln; lora_x: where there is LoRA dropout, of which lora_x is the outcome).
+ * An input's gradient is written in its place, once it was read. */
+static void layout_work(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s,
+                        size_t QKV, size_t AO, const size_t *rank, size_t R, size_t widest)
+{
+    const size_t real = m->be->real_size, N = s->N, C = m->arch.hidden, F = m->arch.ffn;
+    const size_t gathered = s->gathered ? s->M : 0, back = s->call.training ? 1 : 0;
+    const size_t unit = 64 / real;
+    const size_t ln = (N * largest(AO, C) + unit - 1) / unit * unit;
     const size_t dqkv = ln + (back * N * QKV + unit - 1) / unit * unit;
-    const size_t dropped = s->use_dropout ? back * N * widest : 0;
-    const size_t inside = dqkv + (rank[GLM_4H_TO_H] ? 0 : dropped);
-    s->act = glm_arena_push(arena, N * F > inside ? N * F : inside, real);
-    s->ln = s->dnorm = s->datt = s->dact = s->act;
-    if (s->cache && N <= APART)
-        s->ln = glm_arena_push(arena, ln, real);
+    const size_t dropped = s->call.dropout ? back * N * widest : 0;
+    const int lora_x_apart = rank[GLM_4H_TO_H] > 0;
+    s->att_rows = s->datt_rows = glm_arena_push(arena, gathered * AO, real);
+    s->x_rows = s->dx_rows = glm_arena_push(arena, gathered * C, real);
+    s->act = glm_arena_push(arena, largest(N * F, dqkv + (lora_x_apart ? 0 : dropped)), real);
+    s->dnorm = s->datt = s->dact = s->act;
+    s->ln = s->fused_swiglu ? glm_arena_push(arena, ln, real) : s->act;
     s->dqkv = s->act ? glm_at(m, s->act, ln) : NULL;
     s->lora_x = s->act ? glm_at(m, s->act, dqkv) : NULL;
-    if (rank[GLM_4H_TO_H])
+    if (lora_x_apart)
         s->lora_x = glm_arena_push(arena, dropped, real);
-    s->datt_rows = s->att_rows;
-    s->dx_rows = s->x_rows;
     s->dx = glm_arena_push(arena, back * N * C, real);
     s->lora_u = glm_arena_push(arena, back * N * R, real);
+}
 
-    const size_t piece = LOGITS_BYTES / (V * real) < 16 ? 16 : LOGITS_BYTES / (V * real);
+/* The prefix encoder's; in generation its output is in the cache. */
+static void layout_prefix(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s,
+                          size_t KV)
+{
+    const size_t real = m->be->real_size, C = m->arch.hidden, J = 2 * (size_t)m->arch.layers;
+    const size_t rows = s->prefix.n, P = rows ? m->prefix_length : 0;
+    const size_t encoded = m->prefix[1].present ? P : 0; /* by a projection */
+    const size_t trains =
+        s->call.training && (glm_trains(&m->prefix[0]) || glm_trains(&m->prefix[1]));
+    glm_rows_layout(arena, &s->prefix, rows);
+    s->prefix_hidden = glm_arena_push(arena, encoded * C, real);
+    s->prefix_rows = glm_arena_push(arena, encoded * J * KV, real);
+    s->prefix_kv = glm_arena_push(arena, rows * J * KV, real);
+    s->dprefix_kv = glm_arena_push(arena, trains * rows * J * KV, real);
+    s->dprefix_rows = glm_arena_push(arena, trains * encoded * J * KV, real);
+    s->dprefix_hidden = glm_arena_push(arena, trains * encoded * C, real);
+    if (!rows)
+        s->prefix_kv = NULL;
+    if (!rows || !trains)
+        s->dprefix_kv = NULL;
+}
+
+/* Every buffer of a step of s->N, S, M; the same order whether it plans or hands out addresses. */
+static void layout(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s)
+{
+    const struct glm_arch *arch = &m->arch;
+    const size_t real = m->be->real_size, N = s->N, M = s->M, V = arch->vocab;
+    const size_t AO = (size_t)arch->heads * arch->head_dim,
+                 KV = (size_t)arch->kv_heads * arch->head_dim;
+    size_t rank[GLM_LINEARS], widest;
+    const size_t R = lora_ranks(m, rank, &widest);
+
+    s->ids = glm_arena_push(arena, N, sizeof *s->ids);
+    glm_rows_layout(arena, &s->all, N);
+    s->slot = glm_arena_push(arena, s->call.cache ? N : 0, sizeof *s->slot);
+    s->gather = glm_arena_push(arena, M, sizeof *s->gather);
+    s->target = glm_arena_push(arena, M, sizeof *s->target);
+    glm_rows_layout(arena, &s->read, M);
+    s->segments = glm_arena_push(arena, s->S, sizeof *s->segments);
+
+    layout_layers(m, arena, s, rank);
+    layout_work(m, arena, s, AO + 2 * KV, AO, rank, R, widest);
+
+    const size_t piece = largest(16, LOGITS_BYTES / (V * real));
     s->logits_rows = (int)(M < piece ? M : piece);
     s->logits = glm_arena_push(arena, s->logits_rows * V, real);
-    s->losses = glm_arena_push(arena, M, real);
+    s->losses = glm_arena_push(arena, M, real); /* neighbours, as in struct glm_staging */
     s->squares = glm_arena_push(arena, 1, sizeof *s->squares);
-    s->chosen = glm_arena_push(arena, s->cache ? M : 0, 4);
+    s->chosen = glm_arena_push(arena, s->call.cache ? M : 0, sizeof *s->chosen);
     s->lse = glm_arena_push(arena, M, real);
 
-    s->prefix_hidden = s->prefix_rows = s->prefix_kv = NULL;
-    if (m->prefix_length && !s->cache) {
-        const size_t P = m->prefix_length, J = 2 * (size_t)L, copies = s->prefix_copies;
-        const int projection = m->prefix[1].present;
-        s->prefix_position = glm_arena_push(arena, copies * P, 4);
-        s->prefix_stream = glm_arena_push(arena, copies * P, 4);
-        s->prefix_hidden = glm_arena_push(arena, projection ? P * C : 0, real);
-        s->prefix_rows = glm_arena_push(arena, projection ? P * J * KV : 0, real);
-        s->prefix_kv = glm_arena_push(arena, copies * P * J * KV, real);
-        const size_t trains =
-            s->training && (glm_trains(&m->prefix[0]) || glm_trains(&m->prefix[1]));
-        s->dprefix_kv = glm_arena_push(arena, trains * copies * P * J * KV, real);
-        s->dprefix_rows = glm_arena_push(arena, projection ? trains * P * J * KV : 0, real);
-        s->dprefix_hidden = glm_arena_push(arena, projection ? trains * P * C : 0, real);
-        if (!trains)
-            s->dprefix_kv = NULL;
-    }
-    s->choices = glm_arena_push(arena, s->how ? M : 0, sizeof *s->choices);
+    layout_prefix(m, arena, s, KV);
+    s->choices = glm_arena_push(arena, s->call.sampling ? M : 0, sizeof *s->choices);
     s->touched = glm_arena_push(arena, s->touched_room, 4); /* last: what grows moves nothing */
 }
 
-/* Layers to keep: as many of the last ones as the budget allows, so that the fewest are computed
- * twice; the last one costs nothing. */
+/* Layers to keep: as many of the last ones as the budget allows, so that the fewest are recomputed;
+ * the last one costs nothing. */
 static size_t plan_activations(const struct glm_model *m, struct glm_step *s, size_t budget)
 {
-    const int L = m->arch.layers, lowest = s->training ? glm_lowest_layer(m) : L;
+    const int L = m->arch.layers, lowest = s->call.training ? glm_lowest_layer(m) : L;
     const int fewest = 1, most = L - lowest > fewest ? L - lowest : fewest;
-    for (s->kept_layers = s->training ? most : fewest;; s->kept_layers--) {
+    for (s->kept_layers = s->call.training ? most : fewest;; s->kept_layers--) {
         struct glm_arena plan = {0};
         layout(m, &plan, s);
         if (plan.peak <= (budget ? budget : GLM_DEFAULT_BUDGET) || s->kept_layers == fewest)
@@ -180,50 +211,46 @@ static size_t plan_activations(const struct glm_model *m, struct glm_step *s, si
     }
 }
 
+static size_t plan_staging(const struct glm_model *m, struct glm_step *s)
+{
+    struct glm_arena plan = {0};
+    glm_staging_layout(m, &plan, s);
+    return plan.peak;
+}
+
+/* Ids whose scores change, at most; in steps, so that a recording lasts for many of them. */
+static size_t touched_room(const struct glm_sampling *how, int M)
+{
+    const size_t unit = 4096;
+    size_t room = 0;
+    for (int i = 0; how && how->context && i < M; i++)
+        room += 2 * (size_t)how->context_lengths[i] + (size_t)how->n_suppress;
+    return (room + unit - 1) / unit * unit;
+}
+
 static void set_sizes(const struct glm_model *m, struct glm_step *s, int N, int S, int M,
-                      int training, int gather, int dropout, struct glm_cache *cache)
+                      const struct glm_call *call)
 {
     s->N = N;
     s->S = S;
     s->M = M;
-    s->training = training;
-    s->gathered = gather && M < N;
-    s->use_dropout = dropout;
-    s->cache = cache;
-    s->how = NULL;
-    s->touched_room = 0;
-    s->prefix_copies = training && dropout && m->prefix_dropout > 0 ? S : 1;
-}
-
-/* What the choice of the next ids takes; room in steps, so that a recording lasts for many of them.
- */
-static void set_choices(struct glm_step *s, const struct glm_sampling *how)
-{
-    const size_t unit = 4096;
-    size_t room = 0;
-    s->how = how;
-    for (int i = 0; how && how->context && i < s->M; i++)
-        room += 2 * (size_t)how->context_lengths[i] + (size_t)how->n_suppress;
-    s->touched_room = (room + unit - 1) / unit * unit;
+    s->call = *call;
+    s->gathered = call->gather && M < N;
+    s->fused_swiglu = call->cache && N <= APART;
+    s->prefix_copies = call->dropout && m->prefix_dropout > 0 ? S : 1;
+    s->prefix.n = call->cache ? 0 : s->prefix_copies * m->prefix_length;
+    s->touched_room = touched_room(call->sampling, M);
 }
 
 /* Memory for the step that `s` describes; kept where it suffices. */
 static glm_status take_memory(struct glm_model *m, struct glm_step *s, size_t budget,
                               struct glm_error *err)
 {
-    const size_t bytes = plan_activations(m, s, budget);
+    const size_t bytes = plan_activations(m, s, budget), staging = plan_staging(m, s);
     GLM_TRY(glm_arena_commit(&m->arena, bytes, m->be, "activations of one step", err));
-    const size_t host = glm_host_bytes(m, s);
-    if (host > m->host_size) {
-        free(m->host);
-        m->host = calloc(1, host);
-        m->host_size = m->host ? host : 0;
-        m->be->allocated++;
-        if (!m->host)
-            return glm_fail(err, GLM_EMEMORY, "batch: %zu bytes could not be taken", host);
-    }
-    m->arena.used = 0;
+    GLM_TRY(glm_arena_commit(&m->host, staging, m->be, "batch", err));
     layout(m, &m->arena, s);
+    glm_staging_layout(m, &m->host, s);
     return GLM_OK;
 }
 
@@ -235,8 +262,9 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
             err, GLM_EVALUE,
             "plan: expected 1 <= n_segments <= n_tokens and n_rows <= n_tokens, got %d, %d, %d", S,
             N, M);
-    struct glm_step s =
-        m->step; /* x and acts are written while planning; the next step lays them out anew */
+    const struct glm_call call = {.training = training, .gather = 1, .dropout = training};
+    /* x and acts are written while planning; the next step lays them out anew */
+    struct glm_step s = m->step;
     *plan = (struct glm_plan){0};
     plan->owned = (size_t)m->arch.max_positions * m->arch.rotary_dim * m->be->real_size;
     for (int i = 0; i < m->n_weights; i++) {
@@ -246,8 +274,8 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
         *(w->owned ? &plan->owned : &plan->weights) += glm_mat_bytes(&w->mat);
     }
     plan->trainable = 4 * m->block_size * m->be->real_size;
-    set_sizes(m, &s, N, S, M, training, 1, training, NULL);
-    plan->activations = plan_activations(m, &s, budget) + glm_host_bytes(m, &s);
+    set_sizes(m, &s, N, S, M, &call);
+    plan->activations = plan_activations(m, &s, budget) + plan_staging(m, &s);
     plan->held = m->arena.capacity;
     plan->kept_layers = s.kept_layers;
     plan->total = plan->weights + plan->owned + plan->trainable + plan->activations;
@@ -258,9 +286,10 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
                              struct glm_error *err)
 {
     struct glm_plan plan;
+    const struct glm_call call = {.training = training, .gather = 1, .dropout = training};
     struct glm_step *s = &m->step;
     GLM_TRY(glm_model_plan(m, N, S, M, training, budget, &plan, err));
-    set_sizes(m, s, N, S, M, training, 1, training, NULL);
+    set_sizes(m, s, N, S, M, &call);
     GLM_TRY(glm_rope_reach(m, N - S + 1, err)); /* no segment is longer */
     GLM_TRY(take_memory(m, s, budget, err));
     if (training) { /* a smaller batch keeps more layers, but not beyond what was taken */
@@ -270,44 +299,12 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
     return GLM_OK;
 }
 
-glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in, int training, int gather,
-                          const struct glm_place *place, struct glm_error *err)
+glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in,
+                          const struct glm_call *call, struct glm_error *err)
 {
     GLM_TRY(glm_weights_complete(m, err));
-    GLM_TRY(glm_check_input(m, in, err));
-    struct glm_step *s = &m->step;
-    set_sizes(m, s, in->N, in->S, in->rows || place ? in->M : in->N, training, gather,
-              training && s->use_dropout, place ? place->cache : NULL);
-    set_choices(s, place ? place->how : NULL);
-    GLM_TRY(take_memory(m, s, m->budget, err));
-    GLM_TRY(glm_upload_batch(m, in, place, err));
-    if (s->how) {
-        const size_t at = (uintptr_t)s->host_losses + (size_t)s->M * 8 + 128;
-        glm_upload_choices(m, (char *)((at + 7) / 8 * 8));
-    }
-    return GLM_OK;
-}
-
-struct glm_kv glm_step_kv(const struct glm_model *m, int l)
-{
-    const struct glm_step *s = &m->step;
-    const size_t KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
-    char *base = s->cache ? s->cache->kv : s->prefix_kv;
-    const size_t slots =
-        s->cache ? (size_t)s->cache->slots : (size_t)s->prefix_copies * m->prefix_length;
-    if (!base)
-        return (struct glm_kv){NULL, NULL};
-    return (struct glm_kv){glm_at(m, base, 2 * l * slots * KV),
-                           glm_at(m, base, (2 * l + 1) * slots * KV)};
-}
-
-struct glm_kv glm_step_dkv(const struct glm_model *m, int l)
-{
-    const struct glm_step *s = &m->step;
-    const size_t KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
-    const size_t slots = (size_t)s->prefix_copies * m->prefix_length;
-    if (!s->dprefix_kv || !m->prefix_length)
-        return (struct glm_kv){NULL, NULL};
-    return (struct glm_kv){glm_at(m, s->dprefix_kv, 2 * l * slots * KV),
-                           glm_at(m, s->dprefix_kv, (2 * l + 1) * slots * KV)};
+    GLM_TRY(glm_batch_check(m, in, err));
+    set_sizes(m, &m->step, in->N, in->S, in->rows || call->cache ? in->M : in->N, call);
+    GLM_TRY(take_memory(m, &m->step, m->budget, err));
+    return glm_batch_upload(m, in, err);
 }
