@@ -38,6 +38,7 @@ from sides import Jobs, Peak, memory, serve  # noqa: E402
 
 import glmlora  # noqa: E402
 from glmlora import _core, generation  # noqa: E402
+from glmlora.families.names import CHATGLM_NAMES  # noqa: E402
 
 KEEP_ALL, KEEP_NONE = 1 << 40, 1  # budgets of activations
 
@@ -98,7 +99,7 @@ class Worker(Jobs):
         config.num_layers = layers
         config.quantization_bit = config.quantization_group_size = None
         of = {}
-        for name in _core.Model(config.arch(), "plan").shapes():
+        for name in _core.Model(config.arch(), "plan", names=CHATGLM_NAMES).shapes():
             of[name] = re.sub(r"layers\.(\d+)", lambda m: f"layers.{int(m[1]) % self.here}", name)
         floats = {name: self.floats[here] for name, here in of.items()}
         model = type(self.file)(config, floats, self.file.compute_dtype)

@@ -23,6 +23,7 @@ from .compute import backend_of
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig, model_directory
 from .data import Batch
 from .device import Device
+from .families.names import CHATGLM_NAMES
 from .quantization import GROUP_SIZE, SCALE, QuantizedTensor, check_form, drop_pages, join
 from .quantization import quantize as quantize_tensor
 from .tensor import Tensor
@@ -261,7 +262,8 @@ class ChatGLMForConditionalGeneration:
         self.name_or_path: str | None = None  # the directory it was loaded from
         self.asked_compute_dtype = compute_dtype
         matrices = {t.dtype for t in tensors.values() if len(t.shape) == 2}
-        self.core = _core.Model(config.arch(), backend_of(self.backend, compute_dtype, matrices))
+        backend = backend_of(self.backend, compute_dtype, matrices)
+        self.core = _core.Model(config.arch(), backend, names=CHATGLM_NAMES)
         self.device = _device_of(self.backend)
         self.training = False
         self.active_adapter_name = "default"

@@ -24,6 +24,7 @@ from . import _core, methods
 from .arguments import FinetuningArguments
 from .compute import compute_dtype
 from .configuration import ChatGLMConfig, model_directory
+from .families.names import CHATGLM_NAMES
 from .generation import CHUNK
 from .modeling import ChatGLMForConditionalGeneration, parse_dtype
 from .quantization import GROUP_SIZE, QuantizedTensor, check_form
@@ -249,7 +250,7 @@ def _build(
     form = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind]
     config = copy.copy(config)
     config.quantization_bit, config.pre_seq_len = 0, None
-    shapes = _core.Model(config.arch(), backend).shapes()
+    shapes = _core.Model(config.arch(), backend, names=CHATGLM_NAMES).shapes()
     on_backend = type("_PlanModel", (_PlanModel,), {"backend": backend})
     model = on_backend(config, {n: Tensor(np.zeros(s, form), kind) for n, s in shapes.items()})
     nbytes = 0

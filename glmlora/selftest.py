@@ -26,6 +26,7 @@ from . import _core, modeling, optim, peft
 from . import device as devices
 from . import plan as plans
 from .configuration import ChatGLMConfig
+from .families.names import CHATGLM_NAMES
 from .optable import (
     BF16,
     F16,
@@ -323,7 +324,8 @@ def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
     rng = np.random.default_rng(3)
     form = {"F32": F32, "F16": F16, "BF16": BF16}[stored_as]
     tensors = {}
-    for name, shape in _core.Model(config.arch(), "plan").shapes().items():
+    counted = _core.Model(config.arch(), "plan", names=CHATGLM_NAMES)
+    for name, shape in counted.shapes().items():
         w = rng.standard_normal(shape).astype(np.float32)
         if len(shape) == 1:
             w = 1 + 0.1 * w

@@ -33,8 +33,10 @@ MODEL = """
 import sys
 from glmlora import _core
 from glmlora.configuration import ChatGLMConfig
+from glmlora.families.names import CHATGLM_NAMES
 from glmlora.project import tiny_directory
-print(_core.Model(ChatGLMConfig.from_pretrained(tiny_directory()).arch(), "cpu").backend)
+arch = ChatGLMConfig.from_pretrained(tiny_directory()).arch()
+print(_core.Model(arch, "cpu", names=CHATGLM_NAMES).backend)
 """
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import glmlora
 from glmlora import _core
 from glmlora.checkpoint import Tensor, read_safetensors, write_safetensors
+from glmlora.families.names import CHATGLM_NAMES
 
 
 def random_start(directory, config, seed=1):
@@ -46,7 +47,7 @@ def random_start(directory, config, seed=1):
     )
     rng = np.random.default_rng(seed)
     weights = {}
-    for name, shape in _core.Model(arch).shapes().items():
+    for name, shape in _core.Model(arch, names=CHATGLM_NAMES).shapes().items():
         if len(shape) == 1:
             value = np.zeros(shape) if name.endswith("bias") else np.ones(shape)
         else:

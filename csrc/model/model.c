@@ -7,10 +7,11 @@
 #include "state.h"
 
 glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
-                            struct glm_backend *be, struct glm_error *err)
+                            const struct glm_names *names, struct glm_backend *be,
+                            struct glm_error *err)
 {
     *out = NULL;
-    GLM_TRY(glm_arch_check(arch, err));
+    GLM_TRY(glm_arch_check(arch, names, err));
     struct glm_model *m = calloc(1, sizeof *m);
     if (!m)
         return glm_fail(err, GLM_EMEMORY, "model: %zu bytes", sizeof *m);
@@ -29,7 +30,7 @@ glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
     if (!m->layers || !m->weights || !m->trainable || !m->step.x || !m->step.acts || !m->step.saved)
         status = glm_fail(err, GLM_EMEMORY, "model: tables of %d layers", arch->layers);
     if (status == GLM_OK) {
-        glm_arch_add_weights(m);
+        glm_arch_add_weights(m, names);
         status = glm_rope_create(m, err);
     }
     if (status != GLM_OK) {
@@ -63,6 +64,7 @@ struct glm_backend *glm_model_backend(struct glm_model *m) { return m->be; }
 const struct glm_arch *glm_model_arch(const struct glm_model *m) { return &m->arch; }
 struct glm_progress *glm_model_progress(struct glm_model *m) { return &m->progress; }
 int glm_model_prefix_length(struct glm_model *m) { return m->prefix_length; }
+const char *glm_model_prefix_name(const struct glm_model *m, int i) { return m->prefix[i].name; }
 
 static glm_status interrupted(struct glm_model *m, struct glm_error *err)
 {

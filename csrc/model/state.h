@@ -214,10 +214,11 @@ glm_status glm_refuse_trainable(const struct glm_weight *w, struct glm_error *er
 glm_status glm_refuse_quantized(const struct glm_weight *w, const char *what,
                                 struct glm_error *err);
 
-/* model/arch.c: checks the numbers; fills the slots of layers and weights */
-glm_status glm_arch_check(const struct glm_arch *a, struct glm_error *err);
+/* model/arch.c: checks numbers and names; how many slots of weights; fills them and the layers */
+glm_status glm_arch_check(const struct glm_arch *a, const struct glm_names *names,
+                          struct glm_error *err);
 size_t glm_arch_slots(const struct glm_arch *a);
-void glm_arch_add_weights(struct glm_model *m);
+void glm_arch_add_weights(struct glm_model *m, const struct glm_names *names);
 
 /* model/batch.c */
 glm_status glm_batch_check(const struct glm_model *m, const struct glm_input *in,

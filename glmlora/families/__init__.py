@@ -1,0 +1,1 @@
+"""What each GLM family is: prompts, answers, ends, names."""
