@@ -172,7 +172,7 @@ glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, con
 /* How the next tokens of n rows are chosen (struct glm_choice in backend.h): the same draw for any
  * thread count, and for a row whatever the other rows do. */
 struct glm_sampling {
-    double temperature, top_p; /* temperature 0: the likeliest */
+    double temperature, top_p; /* temperature 0: argmax */
     int top_k;
     const uint64_t *draws; /* (n, 3): seed, stream and index of each row's random number */
     /* of each row the ids before its next one, one run after another; NULL: scores stay as they are
@@ -184,7 +184,7 @@ struct glm_sampling {
     int n_suppress, min_length;
 };
 /* As extend, and only the ids that are chosen after each of the n rows come back: next (n). how
- * NULL: the likeliest. */
+ * NULL: argmax. */
 glm_status glm_cache_next(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
                           const int32_t *lengths, const struct glm_sampling *how, int32_t *next,
                           struct glm_error *err);

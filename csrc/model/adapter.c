@@ -1,3 +1,4 @@
+/* Adapters come and go: LoRA on linears, merged if asked, and P-Tuning v2's prefix encoder. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,7 +32,7 @@ glm_status glm_model_add_lora(struct glm_model *m, const char *module, const voi
                               double dropout, struct glm_error *err)
 {
     struct glm_linear *lin = NULL;
-    char name[112];
+    char name[GLM_MAX_NAME];
     snprintf(name, sizeof name, "%s.weight", module);
     for (int l = 0; l < m->arch.layers && !lin; l++)
         for (int which = 0; which < GLM_LINEARS; which++)

@@ -1,6 +1,6 @@
-/* Clipping, AdamW and the learning-rate schedules. Gradients are kept as sums over labelled tokens;
- * the division by their number happens here, once, so that 8x1, 4x2 and 1x8 rows give one update.
- */
+/* What trains, in one block, and its updates: clipping, AdamW and the learning-rate schedules.
+ * Gradients are kept as sums over labelled tokens; the division by their number happens here, once,
+ * so that 8x1, 4x2 and 1x8 rows give one update. */
 #include <math.h>
 #include <string.h>
 

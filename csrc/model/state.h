@@ -124,7 +124,7 @@ struct glm_step {
     struct glm_block_acts *acts;
     void *final, *final_rstd; /* after the final norm (MR, C) */
     void *h; /* (N, 2 F) of the layer at work where the layers keep it rounded, else NULL */
-    void *logits, *losses, *lse; /* a piece of at most logits_rows rows; all M losses */
+    void *logits, *losses, *lse; /* a chunk of at most logits_rows rows; all M losses */
     double *squares;             /* behind the losses: of all gradients together */
     int logits_rows;
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
@@ -132,11 +132,10 @@ struct glm_step {
     void *ln, *act, *att_rows, *x_rows; /* (N, C), (N, F), (M, AO), (M, C) */
     int fused_swiglu; /* ln lies apart from act, so dense_h_to_4h and the activation are one op */
 
-    /* backward */
-    void *dnorm, *dact, *datt, *datt_rows, *dx_rows, *dqkv;
-    void *dx;                                         /* of the residual stream */
-    void *dprefix_rows, *dprefix_hidden, *dprefix_kv; /* dprefix_kv NULL: the prefix is frozen */
-    void *lora_u, *lora_x;                            /* (N, max rank), (N, max in) */
+    /* backward; dx: of the residual stream; dprefix_kv NULL: the prefix is frozen */
+    void *dnorm, *dact, *datt, *datt_rows, *dx_rows, *dqkv, *dx;
+    void *dprefix_rows, *dprefix_hidden, *dprefix_kv;
+    void *lora_u, *lora_x; /* (N, max rank), (N, max in) */
 
     /* the choice of tokens: (M) ids, and where it is not argmax (M) choices and the ids whose
      * scores change */

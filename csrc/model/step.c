@@ -3,7 +3,7 @@
  * made (or reserved). */
 #include "state.h"
 
-/* Logits are computed in pieces of rows of about this size. */
+/* Logits are computed in chunks of rows of about this size. */
 #define LOGITS_BYTES ((size_t)32 << 20)
 
 /* Rows of generation up to which a norm is not in the memory of the activation that is made of it,
@@ -184,8 +184,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     layout_layers(m, arena, s, rank);
     layout_work(m, arena, s, AO + 2 * KV, AO, rank, R, widest);
 
-    const size_t piece = largest(16, LOGITS_BYTES / (V * real));
-    s->logits_rows = (int)(M < piece ? M : piece);
+    const size_t chunk = largest(16, LOGITS_BYTES / (V * real));
+    s->logits_rows = (int)(M < chunk ? M : chunk);
     s->logits = glm_arena_push(arena, s->logits_rows * V, real);
     s->losses = glm_arena_push(arena, M, real); /* neighbours, as in struct glm_staging */
     s->squares = glm_arena_push(arena, 1, sizeof *s->squares);

@@ -1,3 +1,4 @@
+/* Weights in slots: listed, found by name, bound to the caller's arrays or owned. */
 #include <string.h>
 
 #include "state.h"
