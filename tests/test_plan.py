@@ -76,6 +76,7 @@ BUILD = """
     from glmlora import LoraConfig, get_peft_model
     from glmlora.configuration import ChatGLMConfig
     from glmlora import _core, modeling
+    from glmlora.families.names import CHATGLM_NAMES
     from glmlora.tensor import Tensor
     config = ChatGLMConfig.from_pretrained({folder!r})
     shapes = _core.Model(config.arch(), "cpu", names=CHATGLM_NAMES).shapes()

@@ -45,27 +45,27 @@ static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
     a->h = h_size ? glm_arena_push(arena, NR * 2 * F, h_size) : NULL;
 }
 
-/* Largest LoRA rank of each linear (over all layers) and over everything; widest: input of an
- * adapted linear. */
-static size_t lora_ranks(const struct glm_model *m, size_t *rank, size_t *widest)
-{
-    size_t largest = 0;
-    *widest = 0;
-    for (int which = 0; which < GLM_LINEARS; which++) {
-        rank[which] = 0;
-        for (int l = 0; l < m->arch.layers; l++) {
-            const struct glm_weight *A = m->layers[l].linear[which].A;
-            if (!A->present)
-                continue;
-            rank[which] = (size_t)A->rows > rank[which] ? (size_t)A->rows : rank[which];
-            *widest = (size_t)A->cols > *widest ? (size_t)A->cols : *widest;
-        }
-        largest = rank[which] > largest ? rank[which] : largest;
-    }
-    return largest;
-}
-
 static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
+
+/* LoRA ranks: the largest of each linear over all layers, and of all; widest: the input of an
+ * adapted linear. */
+struct ranks {
+    size_t of[GLM_LINEARS], most, widest;
+};
+
+static struct ranks lora_ranks(const struct glm_model *m)
+{
+    struct ranks r = {0};
+    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++) {
+        const struct glm_weight *A = glm_linear_at(m, i)->A;
+        if (!A->present)
+            continue;
+        r.of[i % GLM_LINEARS] = largest(r.of[i % GLM_LINEARS], (size_t)A->rows);
+        r.most = largest(r.most, (size_t)A->rows);
+        r.widest = largest(r.widest, (size_t)A->cols);
+    }
+    return r;
+}
 
 /* The layers' inputs, and what each layer keeps. */
 static void layout_layers(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s,
@@ -119,15 +119,17 @@ static void layout_layers(const struct glm_model *m, struct glm_arena *arena, st
  * (dense reads att, not ln; lora_x: where there is LoRA dropout, of which lora_x is the outcome).
  * An input's gradient is written in its place, once it was read. */
 static void layout_work(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s,
-                        size_t QKV, size_t AO, const size_t *rank, size_t R, size_t widest)
+                        const struct ranks *ranks)
 {
     const size_t real = m->be->real_size, N = s->N, C = m->arch.hidden, F = m->arch.ffn;
+    const size_t AO = (size_t)m->arch.heads * m->arch.head_dim;
+    const size_t QKV = AO + (size_t)2 * m->arch.kv_heads * m->arch.head_dim;
     const size_t gathered = s->gathered ? s->M : 0, back = s->call.training ? 1 : 0;
     const size_t unit = 64 / real;
     const size_t ln = (N * largest(AO, C) + unit - 1) / unit * unit;
     const size_t dqkv = ln + (back * N * QKV + unit - 1) / unit * unit;
-    const size_t dropped = s->call.dropout ? back * N * widest : 0;
-    const int lora_x_apart = rank[GLM_4H_TO_H] > 0;
+    const size_t dropped = s->call.dropout ? back * N * ranks->widest : 0;
+    const int lora_x_apart = ranks->of[GLM_4H_TO_H] > 0;
     s->att_rows = s->datt_rows = glm_arena_push(arena, gathered * AO, real);
     s->x_rows = s->dx_rows = glm_arena_push(arena, gathered * C, real);
     s->act = glm_arena_push(arena, largest(N * F, dqkv + (lora_x_apart ? 0 : dropped)), real);
@@ -138,14 +140,14 @@ static void layout_work(const struct glm_model *m, struct glm_arena *arena, stru
     if (lora_x_apart)
         s->lora_x = glm_arena_push(arena, dropped, real);
     s->dx = glm_arena_push(arena, back * N * C, real);
-    s->lora_u = glm_arena_push(arena, back * N * R, real);
+    s->lora_u = glm_arena_push(arena, back * N * ranks->most, real);
 }
 
 /* The prefix encoder's; in generation its output is in the cache. */
-static void layout_prefix(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s,
-                          size_t KV)
+static void layout_prefix(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s)
 {
     const size_t real = m->be->real_size, C = m->arch.hidden, J = 2 * (size_t)m->arch.layers;
+    const size_t KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
     const size_t rows = s->prefix.n, P = rows ? m->prefix_length : 0;
     const size_t encoded = m->prefix[1].present ? P : 0; /* by a projection */
     const size_t trains =
@@ -166,12 +168,8 @@ static void layout_prefix(const struct glm_model *m, struct glm_arena *arena, st
 /* Every buffer of a step of s->N, S, M; the same order whether it plans or hands out addresses. */
 static void layout(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s)
 {
-    const struct glm_arch *arch = &m->arch;
-    const size_t real = m->be->real_size, N = s->N, M = s->M, V = arch->vocab;
-    const size_t AO = (size_t)arch->heads * arch->head_dim,
-                 KV = (size_t)arch->kv_heads * arch->head_dim;
-    size_t rank[GLM_LINEARS], widest;
-    const size_t R = lora_ranks(m, rank, &widest);
+    const size_t real = m->be->real_size, N = s->N, M = s->M, V = m->arch.vocab;
+    const struct ranks ranks = lora_ranks(m);
 
     s->ids = glm_arena_push(arena, N, sizeof *s->ids);
     glm_rows_layout(arena, &s->all, N);
@@ -181,8 +179,8 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     glm_rows_layout(arena, &s->read, M);
     s->segments = glm_arena_push(arena, s->S, sizeof *s->segments);
 
-    layout_layers(m, arena, s, rank);
-    layout_work(m, arena, s, AO + 2 * KV, AO, rank, R, widest);
+    layout_layers(m, arena, s, ranks.of);
+    layout_work(m, arena, s, &ranks);
 
     const size_t chunk = largest(16, LOGITS_BYTES / (V * real));
     s->logits_rows = (int)(M < chunk ? M : chunk);
@@ -192,9 +190,10 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->chosen = glm_arena_push(arena, s->call.cache ? M : 0, sizeof *s->chosen);
     s->lse = glm_arena_push(arena, M, real);
 
-    layout_prefix(m, arena, s, KV);
+    layout_prefix(m, arena, s);
     s->choices = glm_arena_push(arena, s->call.sampling ? M : 0, sizeof *s->choices);
-    s->touched = glm_arena_push(arena, s->touched_room, 4); /* last: what grows moves nothing */
+    s->touched = glm_arena_push(arena, s->touched_room,
+                                sizeof *s->touched); /* last: what grows moves nothing */
 }
 
 /* Layers to keep: as many of the last ones as the budget allows, so that the fewest are recomputed;
