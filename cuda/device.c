@@ -348,9 +348,8 @@ static void backend_destroy(struct glm_backend *be)
 }
 
 static const struct glm_ops cuda_ops = {
-#define ENTRY(op) .op = glm_cuda_##op,
-    GLM_OPS(ENTRY)
-#undef ENTRY
+#define OP(op, extent, ...) .op = glm_cuda_##op,
+#include "ops.h"
 };
 
 int glm_cuda_abi(void) { return GLM_CUDA_ABI; }

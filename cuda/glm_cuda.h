@@ -5,7 +5,7 @@
 #include "backend.h"
 
 /* Changes whenever struct glm_backend, struct glm_ops or a struct that ops take changes. */
-#define GLM_CUDA_ABI 3
+#define GLM_CUDA_ABI 4
 
 #if defined(__GNUC__)
 #define GLM_CUDA_EXPORT __attribute__((visibility("default")))

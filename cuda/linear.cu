@@ -271,7 +271,7 @@ static __device__ __forceinline__ float clamp(float x, float low, float high)
     return fminf(high, fmaxf(low, x));
 }
 
-/* A warp has one row, or one group of a row: see backend.h. */
+/* A warp has one row, or one group of a row: see ops.h. */
 GLM_TILE_KERNEL(256, 2)
 k_quantize(unsigned char *data, unsigned short *scales, int dtype, int group, const void *inp,
            int inp_dtype, int rows, int cols)

@@ -666,9 +666,8 @@ static void rope_append(void *cx, struct glm_kv cache, void *qkv, const void *ta
 }
 
 static const struct glm_ops cpu_ops = {
-#define ENTRY(op) .op = op,
-    GLM_OPS(ENTRY)
-#undef ENTRY
+#define OP(op, extent, ...) .op = op,
+#include "ops.h"
 };
 
 /* ---- memory and life */
