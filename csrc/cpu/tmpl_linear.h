@@ -52,11 +52,6 @@ INLINE int vectors_of(enum glm_dtype kind, enum glm_dtype dtype, int columns)
     return (columns + width - 1) / width * chunk;
 }
 
-static int packed_vectors(enum glm_dtype kind, enum glm_dtype dtype, int columns)
-{
-    return vectors_of(kind, dtype, columns);
-}
-
 INLINE vf multiply_add(enum glm_dtype kind, vf acc, vf x, vf w)
 {
 #ifdef DOT_BF16
@@ -400,8 +395,6 @@ INLINE void dot_kept(v4 *s, int R, int C, const char *x, const struct glm_mat *w
 
 /* ---- kind GLM_I8: a run of a row of x as bytes, its scale, and its outliers kept apart */
 
-INLINE float value_of(float x) { return x < 0 ? -x : x; }
-
 #ifdef DOT_BF16
 /* Square sum of the n values at x whose size is below `bound`, and the largest of those sizes. */
 INLINE float squares_below(float *largest, const float *x, int n, float bound)
@@ -411,7 +404,7 @@ INLINE float squares_below(float *largest, const float *x, int n, float bound)
         const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
         const vf size = (vf)((vi)v & 0x7fffffff), kept = (vf)((vi)size & (size < splat(bound)));
         square = MADD(kept, kept, square);
-        top = choose(kept > top, kept, top);
+        top = select_lanes(kept > top, kept, top);
     }
     *largest = 0;
     for (int i = 0; i < VL; i++)
@@ -437,23 +430,22 @@ INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
     if (rest > 6.0f * mean && lane_sum(bad) == 0) {
         float least = mean;
         for (k = 0; k < n; k++) {
-            if (!(value_of(x[k]) > least))
+            if (!(fabsf(x[k]) > least))
                 continue;
             int at = run->count < OUTLIERS ? run->count++ : OUTLIERS - 1;
-            for (; at > 0 && value_of(run->value[at - 1]) < value_of(x[k]); at--) {
+            for (; at > 0 && fabsf(run->value[at - 1]) < fabsf(x[k]); at--) {
                 run->value[at] = run->value[at - 1];
                 run->column[at] = run->column[at - 1];
             }
             run->value[at] = x[k];
             run->column[at] = k;
             if (run->count == OUTLIERS)
-                least = value_of(run->value[OUTLIERS - 1]);
+                least = fabsf(run->value[OUTLIERS - 1]);
         }
         const float limit =
-            6.0f *
-            sqrtf(squares_below(&rest, x, n, value_of(run->value[run->count - 1])) / (float)n);
-        for (; run->count && value_of(run->value[run->count - 1]) <= limit; run->count--)
-            rest = value_of(run->value[run->count - 1]);
+            6.0f * sqrtf(squares_below(&rest, x, n, fabsf(run->value[run->count - 1])) / (float)n);
+        for (; run->count && fabsf(run->value[run->count - 1]) <= limit; run->count--)
+            rest = fabsf(run->value[run->count - 1]);
     }
     run->scale = lane_sum(bad) == 0 ? rest / 127.0f : NAN;
     const vf inverse = splat(rest > 0 && run->scale > 0 ? 127.0f / rest : 0);
@@ -462,7 +454,7 @@ INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
         const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
         const vf shift = splat(12582912.0f), most = splat(127.0f);
         vf rounded = v * inverse + shift - shift;
-        rounded = choose(rounded > most, most, choose(rounded < -most, -most, rounded));
+        rounded = select_lanes(rounded > most, most, select_lanes(rounded < -most, -most, rounded));
         const vi whole = __builtin_convertvector(rounded, vi);
         *(vb *)(q + k) = __builtin_convertvector(whole, vb);
         sum += whole;

@@ -134,7 +134,7 @@ static void pack_a_task(const void *arg, int task, char *scratch)
                 }
                 x[r] = TO_BF16(v[0] * splat(p->scale), v[1] * splat(p->scale));
             }
-            turn(x);
+            transpose(x);
             for (int i = 0; i < VL && k / 2 + i < units; i++)
                 store_part(to + (size_t)(k / 2 + i) * MR, x[i], MR);
         }
@@ -171,7 +171,7 @@ static void pack_a_task(const void *arg, int task, char *scratch)
             if (p->factor)
                 x[r] *= load(factor);
         }
-        turn(x);
+        transpose(x);
         for (int i = 0; i < n; i++)
             store_part(to + (size_t)(k + i) * MR, x[i], MR);
     }
