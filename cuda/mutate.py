@@ -44,21 +44,21 @@ OPS = {
     "attention_decode": ["attention_forward"],
     "attention_forward": ["attention_forward"],
     "attention_backward": ["attention_backward"],
-    "cache": ["kv_append", "gather", "prefix_forward", "prefix_backward"],
+    "rows": ["kv_append", "gather", "prefix_forward", "prefix_backward"],
     "choose": ["choose", "choose_drawn"],
     "cross_entropy": ["cross_entropy_forward", "cross_entropy_backward"],
     "embedding": ["embedding_forward", "embedding_backward"],
     "linear": ["linear_forward", "linear_backward_input", "linear_backward_weight"],
     "norm": ["rmsnorm_forward", "add_rmsnorm_forward", "rmsnorm_backward"],
     "rope": ["rope", "rope_append"],
-    "swiglu": ["swiglu_forward", "swiglu_backward", "tanh_forward", "tanh_backward", "add"],
+    "elementwise": ["swiglu_forward", "swiglu_backward", "tanh_forward", "tanh_backward", "add"],
     "attention": ["attention_forward", "attention_backward"],
     "mma": ["attention_forward", "attention_backward"],
     "few": ["linear_forward", "adapted_forward", "linear_swiglu_forward"],
     "launch": ["add", "adamw", "sum_squares", "rmsnorm_forward", "linear_forward", "convert"],
 }
 OPS["linear"] += ["merge", "quantize", "convert"]
-OPS["swiglu"] += ["dropout_forward", "dropout_backward"]
+OPS["elementwise"] += ["dropout_forward", "dropout_backward"]
 
 
 @dataclass
