@@ -21,13 +21,13 @@ struct att_args {
     struct glm_heads heads;
 };
 
+/* clang-format off */
 enum {
-    AR = VL == 16  ? 12
-         : VL == 8 ? 6
-                   : 4,      /* rows of a register tile, by 2 vectors, */
-    AREST = VL == 8 ? 2 : 4, /* and of the tiles that end a product */
-    LD = ATT_BLOCK           /* lanes from one key's scores to the next */
+    AR = VL == 16 ? 12 : VL == 8 ? 6 : 4, /* rows of a register tile, by 2 vectors, */
+    AREST = VL == 8 ? 2 : 4,              /* and of the tiles that end a product */
+    LD = ATT_BLOCK                        /* lanes from one key's scores to the next */
 };
+/* clang-format on */
 #define LOG2E 1.44269504088896341f
 #define LN2 0.69314718055994531f
 

@@ -8,30 +8,24 @@
  * and for many, which pack panels of W. Only W of kind GLM_BF16 with group scales differs: few rows
  * multiply sums of 8 products by the scale, many rows have it rounded into their bfloat16. */
 
+/* Rows of x times rows of W whose sums the registers hold: packed XR times 4; in place R1 times C1
+ * of one row of x, R2 times C2 of several. More rows of x than IN_PLACE_ROWS are worth packing W. */
+/* clang-format off */
 enum {
-    VB = 4 * VL, /* bytes of a vector */
-#if VL == 16     /* rows of x times rows of W whose sums the registers hold: */
-    XR = 6,      /* packed, times 4 */
-    R1 = 1,
-    C1 = 8, /* in place */
-    R2 = 4,
-    C2 = 6,
-    IN_PLACE_ROWS = 16, /* more rows of x are worth packing W for */
+#if VL == 16
+    XR = 6, R1 = 1, C1 = 8, R2 = 4, C2 = 6, IN_PLACE_ROWS = 16,
 #else
-    XR = 3,
-    R1 = 1,
-    C1 = 8,
-    R2 = 3,
-    C2 = 4,
-    IN_PLACE_ROWS = 3,
+    XR = 3, R1 = 1, C1 = 8, R2 = 3, C2 = 4, IN_PLACE_ROWS = 3,
 #endif
     IN_PLACE_COLS = 96, /* rows of W of a task in place: a multiple of each C */
-    RUN_GROUPS = SHORT_RUN_BYTES / 2 / 32 + 4 /* most groups of 32 columns of a run */
+    VB = 4 * VL,        /* bytes of a vector */
+    RUN_GROUPS = SHORT_RUN_BYTES / 2 / 32 + 4, /* most groups of 32 columns of a run */
 };
+/* clang-format on */
 
 INLINE int per_vector(enum glm_dtype kind) { return glm_per_unit(kind) * VL; }
 
-/* Vectors of a run. Rows of 4 bits come from memory a tenth slower in pieces of the longer one. */
+/* Vectors of a run. Rows of 4 bits come from memory a tenth slower in runs of the longer one. */
 INLINE int run_of(enum glm_dtype kind, enum glm_dtype dtype)
 {
     return (kind == GLM_I8 || dtype == GLM_I4 ? SHORT_RUN_BYTES : NT_RUN_BYTES) / VB;
@@ -594,7 +588,7 @@ INLINE void add_outliers(float *out, int cols, const struct x_run *run, const ch
     }
 }
 
-/* The panel of W that is packed next, fetched into the cache a piece a tile. */
+/* The panel of W that is packed next, fetched into the cache a part a tile. */
 struct ahead {
     const char *w; /* first row that is not fetched whole */
     size_t stride;

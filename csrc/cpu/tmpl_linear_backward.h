@@ -91,8 +91,7 @@ INLINE void quantize_a(float *to, const struct pack_args *p, const float *from, 
         }
 }
 
-/* NR columns of four rows of bytes as units, 128 added; `used` rows and `width` columns are there.
- */
+/* NR columns of four rows of bytes as units, 128 added; of `used` rows and `width` columns. */
 INLINE void pack_quads(char *to, const char *p, size_t stride, int used, int width)
 {
     char rows[4][NR] __attribute__((aligned(32))) = {{0}};
