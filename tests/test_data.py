@@ -405,7 +405,7 @@ def test_batches_of_records():
 
 
 def test_pieces_are_laid_out_in_order(monkeypatch):
-    import glmlora
+    from glmlora.training import records as module
 
     calls = []
 
@@ -420,8 +420,7 @@ def test_pieces_are_laid_out_in_order(monkeypatch):
             calls.append(template)
             return [ord(letter) for letter in response[: limit - 1]] + [2]
 
-    monkeypatch.setitem(sys.modules, "glmlora.families.prompt", Prompts)
-    monkeypatch.setattr(glmlora.families, "prompt", Prompts, raising=False)
+    monkeypatch.setattr(module, "prompts", Prompts)
     records = [record("ab", "q", "xyz", [["h", "i"]]), record("c", "", "w")]
     data = encode_records(records, "tok", 9, 3, "vendored", "P:", "vendored")
     assert data.ids.tolist() == [97, 98, 120, 121, 2, 99, 119, 2]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..batch import Encoded
+from ..families import prompt as prompts
 from ..files.write import read_json, refuse_lfs_pointer
 
 #: Fields of a record and the column names they are looked for in a user's own table.
@@ -526,8 +527,6 @@ def encode_records(
     At most `max_source_length` ids of prompt and `max_target_length` of answer. Raises ValueError
     for no records.
     """
-    from ..families import prompt as prompts
-
     if not records:
         raise ValueError("records: expected at least one, got none")
     pieces: list[Sequence[int]] = []
