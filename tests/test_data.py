@@ -399,7 +399,8 @@ def test_batches_of_records():
     assert (rows.tolist(), targets.tolist()) == ([0, 1, 4, 5, 6], [21, 2, 12, 0, 2])
     assert rows.dtype == targets.dtype == batch.ids.dtype == batch.lengths.dtype == np.int32
     assert (batch.n_tokens, batch.n_segments, batch.n_targets) == (8, 2, 5)
-    ignoring = data.batch([0], ignored_id=0)
+    data.ignored_id = 0
+    ignoring = data.batch([0])
     assert ignoring.labels.tolist() == [-100, -100, 12, -100, 2]
     assert ignoring.rows_and_targets()[1].tolist() == [12, 2]
 

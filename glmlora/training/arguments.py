@@ -505,6 +505,11 @@ class TrainingArguments(_fields("training")):
         self._settle_intervals()
         self._settle_best_model()
 
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the records."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def _settle_intervals(self) -> None:
         if self.eval_strategy is None:
             self.eval_strategy = self.evaluation_strategy
@@ -570,15 +575,21 @@ _CLASSES = {
     "finetuning": FinetuningArguments,
 }
 
-TrainArguments = tuple[
-    ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, list[str]
-]
+
+class Arguments(NamedTuple):
+    """All arguments of one run; `notices` lists what was accepted without effect."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    finetuning: FinetuningArguments
+    notices: list[str]
 
 
 def parse_train_arguments(
     source: Sequence[str] | Mapping[str, Any] | str | os.PathLike | None = None,
     prog: str = "glmlora train",
-) -> TrainArguments:
+) -> Arguments:
     """Reads all arguments of training.
 
     `source`: a command line (list of words; default `sys.argv[1:]`), which may be one path ending
@@ -586,10 +597,9 @@ def parse_train_arguments(
     `--flag true|false|yes|no|1|0|t|f|y|n` or, where the default is true, `--no_flag`; unambiguous
     beginnings, `--a=b` and dashes are understood.
 
-    Returns (model, data, training, finetuning, notices); `notices` are sentences to print once.
-    Raises ValueError naming field, value and what was expected, or all unknown flags; SystemExit
-    with code 2 and the usage on standard error for a command line with a value of the wrong type or
-    outside its choices.
+    `notices` of the result are sentences to print once. Raises ValueError naming field, value and
+    what was expected, or all unknown flags; SystemExit with code 2 and the usage on standard error
+    for a command line with a value of the wrong type or outside its choices.
     """
     if source is None:
         source = sys.argv[1:]
@@ -615,7 +625,62 @@ def parse_train_arguments(
         groups[g] for g in ("model", "data", "training", "finetuning")
     )
     notices += _check_together(model, data, training, finetuning)
-    return model, data, training, finetuning, notices
+    return Arguments(model, data, training, finetuning, notices)
+
+
+def call_arguments(
+    args: TrainingArguments | Mapping[str, Any] | None, overrides: Mapping[str, Any]
+) -> tuple[Arguments, set[str]]:
+    """Arguments of `train(..., args, **overrides)`, and the names that were given.
+
+    Raises TypeError for a name of no group, ValueError for what cannot be while training.
+    """
+    values: dict[str, Any] = {}
+    if isinstance(args, TrainingArguments):
+        values = args.to_dict()
+        if {"evaluation_strategy", "eval_strategy"} & set(overrides):
+            del values["evaluation_strategy"], values["eval_strategy"]
+        if {"no_cuda", "use_cpu"} & set(overrides):
+            del values["no_cuda"], values["use_cpu"]
+    elif isinstance(args, Mapping):
+        values = dict(args)
+    elif args is not None:
+        raise TypeError(f"args: expected TrainingArguments or a dict, got {type(args).__name__}")
+    given = set(overrides) | (set(args) if isinstance(args, Mapping) else set())
+    values.update(overrides)
+    if values.get("resume_from_checkpoint") is True:
+        values["resume_from_checkpoint"] = "last"
+    elif values.get("resume_from_checkpoint") is False:
+        values["resume_from_checkpoint"] = None
+    flags = _all_flags()
+    unknown = [name for name in values if name not in flags or name == "model_name_or_path"]
+    if unknown:
+        import difflib
+
+        shown = []
+        for name in unknown:
+            near = difflib.get_close_matches(name, flags, n=1)
+            shown.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        raise TypeError(f"train: unknown arguments: {', '.join(shown)}")
+    if "output_dir" not in values:
+        raise TypeError(
+            "train: output_dir is missing: the folder for everything that training writes"
+        )
+    model, data, training, finetuning = (
+        _CLASSES[group](**{f.name: values[f.name] for f in FLAGS[group] if f.name in values})
+        for group in ("model", "data", "training", "finetuning")
+    )
+    if model.quantization_bit is not None:
+        check_quantization(model.quantization_bit, training, finetuning)
+    for name in ("do_predict", "predict_with_generate"):
+        if getattr(training, name):
+            raise ValueError(f"{name}: cannot be used while training; use the model's chat")
+    if finetuning.finetuning_type == "none":
+        raise ValueError(
+            "finetuning_type: expected lora, p_tuning, freeze or full while training, got 'none'"
+        )
+    notices = [n for group in (model, data, training, finetuning) for n in group.notices]
+    return Arguments(model, data, training, finetuning, notices), given
 
 
 def _check_together(

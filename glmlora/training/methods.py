@@ -111,21 +111,21 @@ class Trainee:
 
     def describe(self) -> dict[str, Any]:
         """What of the method decides the result of a run; compared when a run is resumed."""
-        told: dict[str, Any] = {"finetuning_type": self.kind, "model_dtype": self.base.dtype}
+        facts: dict[str, Any] = {"finetuning_type": self.kind, "model_dtype": self.base.dtype}
         core = self.base.core
         if self.kind == "lora":
             config = self.model.peft_config[self.model.active_adapter]
-            told["lora_rank"] = config.r
-            told["lora_alpha"] = float(config.lora_alpha)
-            told["lora_dropout"] = float(config.lora_dropout)
-            told["lora_target"] = sorted({n.rpartition(".lora_")[0] for n in self.names})
+            facts["lora_rank"] = config.r
+            facts["lora_alpha"] = float(config.lora_alpha)
+            facts["lora_dropout"] = float(config.lora_dropout)
+            facts["lora_target"] = sorted({n.rpartition(".lora_")[0] for n in self.names})
         elif self.kind == "p_tuning":
-            told["pre_seq_len"] = self.base.config.pre_seq_len
-            told["prefix_projection"] = bool(self.base.config.prefix_projection)
+            facts["pre_seq_len"] = self.base.config.pre_seq_len
+            facts["prefix_projection"] = bool(self.base.config.prefix_projection)
         if self.kind != "full":
-            told["base_sha256"] = _fingerprint(self.base)
-        told["trained_shapes"] = [[n, list(core.shape(n))] for n in self.names]
-        return told
+            facts["base_sha256"] = _fingerprint(self.base)
+        facts["trained_shapes"] = [[n, list(core.shape(n))] for n in self.names]
+        return facts
 
 
 def unwrapped(model: Model) -> ChatGLMForConditionalGeneration:

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from ..batch import Encoded
+from ..batch import IGNORED, Encoded
 from ..families import prompt as prompts
 from ..files.write import read_json, refuse_lfs_pointer
+from ..model.configuration import ChatGLMConfig
+from .arguments import DataArguments
 
 #: Fields of a record and the column names they are looked for in a user's own table.
 COLUMNS = {
@@ -310,7 +312,7 @@ def records_from(data: Any) -> list[dict[str, Any]]:
 
     Columns: `prompt` or `instruction`, `query` or `input` (optional), `response` or `output`,
     `history` (optional). Numbers become text; rows without prompt or answer are left out; both are
-    told by one counted warning per kind. Raises ValueError naming the missing column and those
+    named by one counted warning per kind. Raises ValueError naming the missing column and those
     there, a bad row, or that no row is left; TypeError for other data.
     """
     if isinstance(data, (str, os.PathLike)):
@@ -551,3 +553,61 @@ def encode_records(
         n_cut += bool(was_cut)
     ids = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
     return Encoded(ids, offsets, source_lengths, n_cut)
+
+
+def encode(
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    args: DataArguments,
+    config: ChatGLMConfig,
+    source: str,
+    verbose: bool = False,
+) -> Encoded:
+    """The ids of the records by the arguments of a run.
+
+    verbose: print the first record as the model gets it.
+    Raises ValueError, naming `source`, for a record that is too long for the model, and for ids
+    that the model does not have.
+    """
+    encoded = encode_records(
+        records,
+        tokenizer,
+        args.max_source_length,
+        args.max_target_length,
+        args.truncation,
+        args.source_prefix,
+        args.template,
+    )
+    if args.ignore_pad_token_for_loss:
+        encoded.ignored_id = tokenizer.pad_token_id
+    if verbose:
+        print(_example(encoded, tokenizer))
+    if encoded.n_cut:
+        print(
+            f"{encoded.n_cut} of {len(encoded)} prompts were longer than max_source_length "
+            f"{args.max_source_length} and were cut"
+        )
+    longest = int(encoded.lengths.argmax())
+    if encoded.lengths[longest] > config.seq_length:
+        raise ValueError(
+            f"{source}: record {longest} has {encoded.lengths[longest]} ids, the model has "
+            f"positions for {config.seq_length} (seq_length): use a smaller max_source_length or "
+            "max_target_length"
+        )
+    if int(encoded.ids.max()) >= config.padded_vocab_size:
+        raise ValueError(
+            f"tokenizer: id {int(encoded.ids.max())} is outside the model's vocabulary of "
+            f"{config.padded_vocab_size} ids: it belongs to another model"
+        )
+    return encoded
+
+
+def _example(encoded: Encoded, tokenizer: Any) -> str:
+    """The first record as the model gets it: ids and text, labels with masked ids as the pad."""
+    batch = encoded.batch(np.arange(1))
+    ids, labels = batch.ids.tolist(), batch.labels.tolist()
+    shown = [tokenizer.pad_token_id if i == IGNORED else i for i in labels]
+    return (
+        f"input_ids:\n{ids}\ninputs:\n{tokenizer.decode(ids, skip_special_tokens=False)}\n"
+        f"label_ids:\n{labels}\nlabels:\n{tokenizer.decode(shown, skip_special_tokens=False)}"
+    )
