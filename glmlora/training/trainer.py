@@ -6,13 +6,14 @@ it is trained (methods.py), ids (records.py), the loop (loop.py), evaluation (ev
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import _core
 from ..batch import split_dev
@@ -24,6 +25,7 @@ from ..model.quantization import GROUP_SIZE
 from ..tokenization import AutoTokenizer
 from . import methods
 from .arguments import (
+    CALL_FLAGS,
     Arguments,
     DataArguments,
     ModelArguments,
@@ -33,10 +35,18 @@ from .arguments import (
 )
 from .checkpoints import find_checkpoint
 from .evaluation import evaluate_answers, evaluate_loss, report_metrics
+from .flags import REQUIRED
 from .loop import Loop
 from .plot import plot_loss
 from .records import encode, load_datasets, read_rows, records_from
 from .state import TrainState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import TrainKeywords
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 __all__ = ["TrainResult", "TrainState", "run_train", "train"]
 
@@ -75,6 +85,24 @@ class TrainResult:
         )
 
 
+def _with_flags(function: Function) -> Function:
+    """Let help() and inspect.signature show every flag in place of `**overrides`."""
+    signature = inspect.signature(function)
+    *own, _ = signature.parameters.values()
+    flags = [
+        inspect.Parameter(
+            flag.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if flag.default is REQUIRED else flag.default,
+            annotation=flag.annotation,
+        )
+        for flag in CALL_FLAGS.values()
+    ]
+    function.__signature__ = signature.replace(parameters=own + flags)  # type: ignore[attr-defined]
+    return function
+
+
+@_with_flags
 def train(
     model_or_path: Any,
     data: Any,
@@ -83,7 +111,7 @@ def train(
     tokenizer: Any = None,
     eval_data: Any = None,
     callbacks: Sequence[Any] = (),
-    **overrides: Any,
+    **overrides: Unpack[TrainKeywords],
 ) -> TrainResult:
     """Fine-tune a model on records; what it learns is written into `output_dir`.
 
@@ -91,7 +119,7 @@ def train(
     further). data, eval_data: a DataFrame, a list of dicts, or a csv, json or jsonl file with the
     columns `instruction` (or `prompt`), `input` (or `query`), `output` (or `response`), `history`.
     args: TrainingArguments or a dict; overrides: any argument of `glmlora train` by name, whatever
-    its group, e.g.
+    its group (`glmlora train --help` says what each does), e.g.
 
         glmlora.train("../chatglm2-6b", df, output_dir="out", lora_rank=8, num_train_epochs=1)
 
