@@ -19,7 +19,8 @@ from glmlora.batch import (
     split_dev,
     updates_per_epoch,
 )
-from glmlora.training.records import encode_records, load_datasets, read_rows, records_from
+from glmlora.files.rows import read_rows
+from glmlora.training.records import encode_records, load_datasets, records_from
 
 ROWS = [
     {"instruction": "Judge -->", "input": "title:A,abstract:B", "output": "1"},

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import _core
 from ..batch import split_dev
+from ..files.rows import read_rows
 from ..generation.generate import set_seed
 from ..model.configuration import ChatGLMConfig
 from ..model.modeling import AutoModel, ChatGLMForConditionalGeneration
@@ -38,7 +39,7 @@ from .evaluation import evaluate_answers, evaluate_loss, report_metrics
 from .flags import REQUIRED
 from .loop import Loop
 from .plot import plot_loss
-from .records import encode, load_datasets, read_rows, records_from
+from .records import encode, load_datasets, records_from
 from .state import TrainState
 
 if TYPE_CHECKING:
@@ -399,7 +400,7 @@ def _quantize(base: ChatGLMForConditionalGeneration, bits: int | None, kind: str
 
 
 def _load_records(args: DataArguments) -> list[dict[str, Any]]:
-    """The data sets of the command line; what is to be said about them goes to standard output."""
+    """The data sets of the command line; notes on them go to standard output."""
     for name in args.dataset_names:
         print(f"Loading dataset {name}...")
     with warnings.catch_warnings(record=True) as caught:
