@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from . import papers
+
 PACKAGE = Path(__file__).resolve().parent.parent
 TEMPLATE = PACKAGE / "template"
 FILES = {  # file of the template -> its place in the project
@@ -31,8 +33,6 @@ def tiny_directory() -> Path:
 
 
 def _fill(project: Path) -> None:
-    from . import papers
-
     for name, place in FILES.items():
         target = project / place
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..files.checkpoint import load_state_dict, write_torch
+from ..files.checkpoint import load_state_dict
+from ..files.torchfile import write_torch
 from ..model.modeling import PEFT_PREFIX, PREFIX, ChatGLMForConditionalGeneration, is_lora
 from ..model.peft import (
     LoraConfig,
