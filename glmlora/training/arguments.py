@@ -373,7 +373,7 @@ class TrainingArguments(Group):
 
 
 #: The groups of arguments, in the order of `--help`, and their flags.
-GROUPS: dict[str, type[Group]] = {
+GROUPS: dict[str, Any] = {
     "model": ModelArguments,
     "data": DataArguments,
     "finetuning": FinetuningArguments,

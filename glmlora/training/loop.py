@@ -65,8 +65,6 @@ class Loop:
         self.checkpoints = Checkpoints(trainee, args, self.schedule, facts, argument_files or {})
         self._warned_masked = False
 
-    # Memory
-
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Record numbers of the micro-batches of an epoch, a function of (seed, epoch, n) only."""
         size = self.args.per_device_train_batch_size
@@ -75,6 +73,8 @@ class Loop:
         else:
             order = epoch_order(len(self.encoded), epoch, self.args.order_seed)
         return micro_batches(order, size, self.args.dataloader_drop_last)
+
+    # Memory
 
     def _largest(self) -> tuple[int, int, int]:
         """Most tokens, rows of the user's batch, and labelled tokens of any micro-batch to come."""

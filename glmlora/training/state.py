@@ -1,4 +1,6 @@
-"""One run: how long it is, where it stands, and what its callbacks see."""
+"""One run: how long it is, where it stands, what its callbacks see; and Shield, which keeps Ctrl-C
+out of the middle of an update.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +40,7 @@ class Schedule:
                 "(per_device_train_batch_size)"
             )
         per_epoch = updates_per_epoch(n, size, accumulation, args.dataloader_drop_last)
+        samples: float
         if args.max_steps > 0:
             updates, samples = args.max_steps, args.max_steps * size * accumulation
         else:

@@ -151,16 +151,8 @@ def train(
     model, tokenizer = _load(model_or_path, tokenizer, model_args)
     _quantize(methods.unwrapped(model), model_args.quantization_bit, finetuning.finetuning_type)
     _place(methods.unwrapped(model), training)
-    brought = methods.unwrapped(model).core.names()
-    trainee = methods.prepare(
-        model,
-        tokenizer,
-        finetuning,
-        kind,
-        model_args.checkpoint_dir or (),
-        model_args.resume_lora_training,
-        seed=training.seed,
-    )
+    names_before = methods.unwrapped(model).core.names()
+    trainee = _trainee(model, tokenizer, arguments, kind)
     print(trainable_line(trainee.base))
     if eval_data is not None:
         held_out = records_from(eval_data)
@@ -171,7 +163,9 @@ def train(
         result = _run(_loop(trainee, records, held_out, arguments, callbacks), resume, plot)
     except BaseException:
         trainee.release()
-        if trainee.base.core.names() != brought:  # the model is the caller's: leave it as it was
+        if (
+            trainee.base.core.names() != names_before
+        ):  # the model is the caller's: leave it as it was
             trainee.detach()
         raise
     result.rows_skipped = n_given - len(records) - (len(held_out) if eval_data is None else 0)
@@ -198,53 +192,52 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     for notice in notices:
         print(f"Notice: {notice}")
     check_output_dir(args.output_dir)
-    output_dir = Path(args.output_dir)
-    resume = find_checkpoint(args.resume_from_checkpoint, output_dir)
+    resume = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
     if model_args.threads:
         _core.set_num_threads(model_args.threads)
     records = _load_records(data_args)
     set_seed(args.seed)
     base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
-    checkpoints = model_args.checkpoint_dir or []
     kind = finetuning.finetuning_type
     _quantize(base, model_args.quantization_bit, kind)
     _place(base, args)
-    result = None
     if args.do_train:
-        trainee = methods.prepare(
-            base,
-            tokenizer,
-            finetuning,
-            kind,
-            checkpoints,
-            model_args.resume_lora_training,
-            seed=args.seed,
-        )
-        model: Any = trainee.model
-    else:
-        if not checkpoints:
-            warnings.warn("no checkpoint_dir is given: the base model is evaluated", stacklevel=2)
-        model = methods.attach(base, kind, checkpoints).eval()
-    print(trainable_line(methods.unwrapped(model)))
-    if args.do_train:
+        trainee = _trainee(base, tokenizer, arguments, kind)
+        print(trainable_line(trainee.base))
         records, held_out = _split(records, data_args.dev_ratio, args)
         loop = _loop(trainee, records, held_out, arguments, verbose=True)
-        result = _run(loop, resume, model_args.plot_loss, verbose=True)
-    elif args.do_eval or args.do_predict:
-        config = methods.unwrapped(model).config
-        encoded = encode(records, tokenizer, data_args, config, "dataset", verbose=True)
+        return _run(loop, resume, model_args.plot_loss, verbose=True)
+    checkpoints = model_args.checkpoint_dir or []
+    if not checkpoints:
+        warnings.warn("no checkpoint_dir is given: the base model is evaluated", stacklevel=2)
+    model = methods.attach(base, kind, checkpoints).eval()
+    print(trainable_line(base))
+    if args.do_eval or args.do_predict:
+        encoded = encode(records, tokenizer, data_args, base.config, "dataset", verbose=True)
         if args.predict_with_generate:
             evaluate_answers(model, tokenizer, encoded, args, data_args)
         else:
-            core = methods.unwrapped(model).core
             metrics = evaluate_loss(
-                core, encoded, args.per_device_eval_batch_size, args.disable_tqdm
+                base.core, encoded, args.per_device_eval_batch_size, args.disable_tqdm
             )
-            report_metrics(output_dir, "eval", metrics)
-    return result
+            report_metrics(Path(args.output_dir), "eval", metrics)
+    return None
 
 
 # Steps of both
+
+
+def _trainee(model: Any, tokenizer: Any, args: Arguments, kind: str | None) -> methods.Trainee:
+    """What of the model is trained: by `kind`, or by what the model brings."""
+    return methods.prepare(
+        model,
+        tokenizer,
+        args.finetuning,
+        kind,
+        args.model.checkpoint_dir or (),
+        args.model.resume_lora_training,
+        seed=args.training.seed,
+    )
 
 
 def _loop(
@@ -321,7 +314,7 @@ def _run(loop: Loop, resume: Path | None, plot: bool | None, verbose: bool = Fal
     )
 
 
-def check_output_dir(output_dir: str) -> None:
+def check_output_dir(output_dir: str | os.PathLike) -> None:
     """Make the folder and try to write into it. OSError naming it: now, not after hours."""
     try:
         os.makedirs(output_dir, exist_ok=True)
