@@ -1,10 +1,10 @@
-"""The type of the large products: chosen, told, overridden; close to float32."""
+"""The type of the large products: chosen, named, overridden; close to float32."""
 
 import numpy as np
 import pytest
 
 from glmlora import AutoModel, LoraConfig, _core, get_peft_model
-from glmlora.model.compute import compute_dtype
+from glmlora.model.device import compute_dtype
 from glmlora.tools.project import tiny_directory
 
 FAST = "avx512bf16" in _core.cpu_variants().split(",")

@@ -23,9 +23,8 @@ from ..files.tensor import Tensor
 from ..files.write import model_directory
 from ..generation import generate as generation
 from . import device as devices
-from .compute import backend_of
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
-from .device import Device
+from .device import Device, backend_of
 from .quantization import GROUP_SIZE, SCALE, QuantizedTensor, check_form, drop_pages, join
 from .quantization import quantize as quantize_tensor
 
@@ -913,7 +912,7 @@ class AutoModel:
         `quantize(8)` and `quantize(4, group_size=32)`. device: as `to` takes it, or
         "auto". family, rope_mode: see ChatGLMConfig.
         compute_dtype: of the large products, "float32", "bfloat16" or "int8" (over int8 weights);
-        default "auto", see model/compute.py; `model.compute_dtype` tells.
+        default "auto", see model/device.py; `model.compute_dtype` is the one in use.
         `trust_remote_code`, `revision`, `cache_dir`, `empty_init` and `low_cpu_mem_usage` are
         accepted and mean nothing: nothing is downloaded and no code of a model directory is
         executed.
