@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .files.checkpoint import load_state_dict as load_state_dict
     from .generation.generate import GenerationConfig as GenerationConfig
     from .generation.generate import set_seed as set_seed
+    from .model.auto import AutoModel as AutoModel
+    from .model.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from .model.configuration import AutoConfig as AutoConfig
     from .model.configuration import ChatGLMConfig as ChatGLMConfig
-    from .model.modeling import AutoModel as AutoModel
-    from .model.modeling import AutoModelForCausalLM as AutoModelForCausalLM
     from .model.modeling import ChatGLMForConditionalGeneration as ChatGLMForConditionalGeneration
     from .model.peft import LoraConfig as LoraConfig
     from .model.peft import PeftModel as PeftModel
@@ -40,7 +40,8 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     "files.checkpoint": "load_state_dict",
     "generation.generate": "GenerationConfig set_seed",
     "model.configuration": "AutoConfig ChatGLMConfig",
-    "model.modeling": "AutoModel AutoModelForCausalLM ChatGLMForConditionalGeneration",
+    "model.auto": "AutoModel AutoModelForCausalLM",
+    "model.modeling": "ChatGLMForConditionalGeneration",
     "model.peft": "LoraConfig PeftModel PrefixTuningConfig TaskType get_peft_model load_prefix "
     "save_prefix",
     "tokenization": "AutoTokenizer",
@@ -55,7 +56,7 @@ _MOVED = {  # older names of modules that scripts import
     "configuration": "model.configuration",
     "data": "training.records",
     "device": "model.device",
-    "modeling": "model.modeling",
+    "modeling": "model.auto",
     "optable": "tools.optable",
     "papers": "tools.papers",
     "peft": "model.peft",

@@ -31,10 +31,10 @@ from ..files.checkpoint import (
     write_torch,
 )
 from ..generation import generate as generation
-from .modeling import (
+from .modeling import ChatGLMForConditionalGeneration
+from .parameters import (
     PEFT_PREFIX,
     PREFIX,
-    ChatGLMForConditionalGeneration,
     Parameter,
     fresh_prefix,
     is_lora,

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..files.checkpoint import load_state_dict, write_torch
-from ..model.modeling import PEFT_PREFIX, PREFIX, ChatGLMForConditionalGeneration, is_lora
+from ..model.modeling import ChatGLMForConditionalGeneration
+from ..model.parameters import PEFT_PREFIX, PREFIX, is_lora
 from ..model.peft import (
     LoraConfig,
     PeftModel,
