@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from .files.checkpoint import load_state_dict as load_state_dict
     from .generation.generate import GenerationConfig as GenerationConfig
     from .generation.generate import set_seed as set_seed
+    from .model.adapter import LoraConfig as LoraConfig
+    from .model.adapter import PrefixTuningConfig as PrefixTuningConfig
+    from .model.adapter import TaskType as TaskType
     from .model.auto import AutoModel as AutoModel
     from .model.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from .model.configuration import AutoConfig as AutoConfig
     from .model.configuration import ChatGLMConfig as ChatGLMConfig
     from .model.modeling import ChatGLMForConditionalGeneration as ChatGLMForConditionalGeneration
-    from .model.peft import LoraConfig as LoraConfig
     from .model.peft import PeftModel as PeftModel
-    from .model.peft import PrefixTuningConfig as PrefixTuningConfig
-    from .model.peft import TaskType as TaskType
     from .model.peft import get_peft_model as get_peft_model
     from .model.peft import load_prefix as load_prefix
     from .model.peft import save_prefix as save_prefix
@@ -39,11 +39,11 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     "_core": "get_num_threads set_num_threads",
     "files.checkpoint": "load_state_dict",
     "generation.generate": "GenerationConfig set_seed",
-    "model.configuration": "AutoConfig ChatGLMConfig",
+    "model.adapter": "LoraConfig PrefixTuningConfig TaskType",
     "model.auto": "AutoModel AutoModelForCausalLM",
+    "model.configuration": "AutoConfig ChatGLMConfig",
     "model.modeling": "ChatGLMForConditionalGeneration",
-    "model.peft": "LoraConfig PeftModel PrefixTuningConfig TaskType get_peft_model load_prefix "
-    "save_prefix",
+    "model.peft": "PeftModel get_peft_model load_prefix save_prefix",
     "tokenization": "AutoTokenizer",
     "training.arguments": "TrainingArguments",
     "training.optim": "AdamW",
