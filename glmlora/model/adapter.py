@@ -180,7 +180,7 @@ class LoraConfig:
                 raise ValueError(f"{name} {value!r} is not supported by this release")
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> LoraConfig:
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> LoraConfig:
         """Read `path/adapter_config.json`. ValueError naming a field that is not supported."""
         file = Path(path) / CONFIG
         if not file.is_file():
@@ -208,7 +208,7 @@ class LoraConfig:
                 fields[name] = getattr(self, name)
         return fields
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `directory/adapter_config.json`."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         write_json(Path(directory) / CONFIG, self.to_dict())

@@ -22,7 +22,7 @@ class AutoModel:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         config: ChatGLMConfig | None = None,
         trust_remote_code: bool = False,
         torch_dtype: Any = None,

@@ -77,7 +77,28 @@ class CausalLMOutput:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
 
-class ChatGLMForConditionalGeneration:
+class _Casts:
+    """Casts by name; apart from the model, in whose body the method `float` would hide the type."""
+
+    def _cast(self, dtype: str) -> ChatGLMForConditionalGeneration:
+        raise NotImplementedError
+
+    def half(self) -> ChatGLMForConditionalGeneration:
+        """Store the base weights in float16. Adapters, prefix and trained weights stay float32.
+        Returns the model.
+        """
+        return self._cast("F16")
+
+    def bfloat16(self) -> ChatGLMForConditionalGeneration:
+        """Store the base weights in bfloat16; otherwise as `half`."""
+        return self._cast("BF16")
+
+    def float(self) -> ChatGLMForConditionalGeneration:
+        """Store the base weights in float32."""
+        return self._cast("F32")
+
+
+class ChatGLMForConditionalGeneration(_Casts):
     """A model of one of the families on the C core.
 
     Made by `AutoModel.from_pretrained`. `core` is the `_core.Model`; `training` says whether
@@ -185,20 +206,6 @@ class ChatGLMForConditionalGeneration:
 
     # Casts and places
 
-    def half(self) -> ChatGLMForConditionalGeneration:
-        """Store the base weights in float16. Adapters, prefix and trained weights stay float32.
-        Returns the model.
-        """
-        return self._cast("F16")
-
-    def bfloat16(self) -> ChatGLMForConditionalGeneration:
-        """Store the base weights in bfloat16; otherwise as `half`."""
-        return self._cast("BF16")
-
-    def float(self) -> ChatGLMForConditionalGeneration:
-        """Store the base weights in float32."""
-        return self._cast("F32")
-
     def _cast(self, dtype: str) -> ChatGLMForConditionalGeneration:
         self._apply_trainable()
         trained = set(self.core.trainable())
@@ -251,12 +258,12 @@ class ChatGLMForConditionalGeneration:
         return self.to(device="cpu")
 
     def to(
-        self, *args: Any, device: Any = None, dtype: Any = None
+        self, *device_or_dtype: Any, device: Any = None, dtype: Any = None
     ) -> ChatGLMForConditionalGeneration:
         """Move ("cpu", "cuda", "cuda:1", 1) or cast ("float16", numpy.float32, torch.bfloat16);
         returns the model.
         """
-        for arg in args:
+        for arg in device_or_dtype:
             if is_dtype(arg):
                 dtype = arg
             elif device is None and (isinstance(arg, str | int) or hasattr(arg, "type")):
@@ -278,7 +285,12 @@ class ChatGLMForConditionalGeneration:
         return self
 
     def quantize(
-        self, bits: int, *args: Any, group_size: int | None = None, **kwargs: Any
+        self,
+        bits: int,
+        empty_init: bool = False,
+        device: Any = None,
+        *,
+        group_size: int | None = None,
     ) -> ChatGLMForConditionalGeneration:
         """Store the linear layers as integers of 8 or 4 bits; 0, and a model that is quantized
         already, stay as they are. Returns the model.
@@ -286,9 +298,9 @@ class ChatGLMForConditionalGeneration:
         Row-wise as THUDM's published models; `group_size` (a multiple of 32, 4 bits only) gives
         each run of so many columns a scale of its own, which is nearer to the float weights.
         Embeddings, output layer, norms and biases keep their type; adapters and a prefix train over
-        it. Needs memory for the result, beside what is mapped. Raises ValueError for other bits and
-        for a weight that is not finite, RuntimeError while the linear layers are trained; the model
-        is unchanged then.
+        it. Needs memory for the result, beside what is mapped. `empty_init` and `device` are
+        accepted and mean nothing. Raises ValueError for other bits and for a weight that is not
+        finite, RuntimeError while the linear layers are trained; the model is unchanged then.
         """
         bits, group = check_form(bits, group_size)
         if not bits or self.config.quantization_bit:
@@ -453,7 +465,7 @@ class ChatGLMForConditionalGeneration:
 
     def save_pretrained(
         self,
-        directory: str | os.PathLike,
+        directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         max_shard_size: int | str = "10GB",
     ) -> None:
@@ -526,9 +538,12 @@ class ChatGLMForConditionalGeneration:
             )
         self._apply_trainable()
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Activations beyond 1 GiB are computed again on the way back rather than kept. Otherwise
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Activations beyond 1 GiB are recomputed in the backward pass rather than kept. Otherwise
         that starts where the free memory ends. The result is the same, bit for bit.
+        `gradient_checkpointing_kwargs` is accepted and means nothing.
         """
         self.gradient_checkpointing, self._reserved = True, (0, 0, 0)
 
@@ -537,8 +552,8 @@ class ChatGLMForConditionalGeneration:
         self.gradient_checkpointing, self._reserved = False, (0, 0, 0)
 
     def activation_budget(self, checkpointing: bool, held: int = 0) -> int:
-        """Bytes of activations that a training step may keep before layers are computed twice, 0
-        for the core's default: with `checkpointing`, or where less is free.
+        """Bytes of activations that a training step may keep before layers are recomputed, 0 for
+        the core's default: with `checkpointing`, or where less is free.
 
         Free is what the system or the control group leaves, without the mapped weights, which
         training reads again and again; held: bytes of activations that this model has already.
@@ -622,7 +637,7 @@ class ChatGLMForConditionalGeneration:
             if rows.size:
                 loss = _mean_loss(flat, rows, targets)
             else:
-                warnings.warn("labels: all are masked (-100), so there is no loss", stacklevel=3)
+                warnings.warn("labels: all are masked (-100), so there is no loss", stacklevel=2)
         states = None
         if hidden is not None:
             states = tuple(padded(layer, row, column, shape) for layer in hidden)

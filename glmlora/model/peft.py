@@ -8,14 +8,17 @@ of the prefix encoder.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import numpy as np
 
+from .. import _core
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
+from ..generation.generate import GenerationConfig
 from .adapter import (
     Adapter,
     LoraConfig,
@@ -25,15 +28,21 @@ from .adapter import (
     read_adapter,
     write_adapter,
 )
+from .configuration import ChatGLMConfig
+from .device import Device
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
     PEFT_PREFIX,
     PREFIX,
     Parameter,
+    Transformer,
     fresh_prefix,
     is_lora,
     prefix_shapes,
 )
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class _Tuner:
@@ -42,14 +51,62 @@ class _Tuner:
     def __init__(self, model: ChatGLMForConditionalGeneration):
         self.model = model
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.model, name)
+
+
+class _FromBase(Generic[P, T]):
+    """A method of the base as one of the wrapper: `peft_model.chat` is the base's bound `chat`."""
+
+    def __init__(self, method: Callable[Concatenate[ChatGLMForConditionalGeneration, P], T]):
+        self._method = method
+        self.__doc__ = method.__doc__
+
+    @overload
+    def __get__(
+        self, instance: None, owner: type[PeftModel]
+    ) -> Callable[Concatenate[ChatGLMForConditionalGeneration, P], T]: ...
+    @overload
+    def __get__(self, instance: PeftModel, owner: type[PeftModel]) -> Callable[P, T]: ...
+    def __get__(self, instance: PeftModel | None, owner: type[PeftModel]) -> Any:
+        if instance is None:
+            return self._method
+        return getattr(instance.get_base_model(), self._method.__name__)
+
+
+def _chained(
+    method: Callable[
+        Concatenate[ChatGLMForConditionalGeneration, P], ChatGLMForConditionalGeneration
+    ],
+) -> Callable[Concatenate[PeftModel, P], PeftModel]:
+    """A method of the base that returns the model, as one that returns the wrapper."""
+
+    @wraps(method)
+    def call(self: PeftModel, /, *args: P.args, **kwargs: P.kwargs) -> PeftModel:
+        getattr(self.get_base_model(), method.__name__)(*args, **kwargs)
+        return self
+
+    return call
 
 
 class PeftModel:
     """A model with adapters. Wrapping changes the given base in place; what is not here falls
     through to the base.
     """
+
+    # attributes of the base
+    config: ChatGLMConfig
+    core: _core.Model
+    device: Device
+    dtype: str
+    compute_dtype: str
+    training: bool
+    generation_config: GenerationConfig
+    transformer: Transformer
+    trainable_names: list[str]
+    name_or_path: str | None
 
     def __init__(
         self,
@@ -71,13 +128,15 @@ class PeftModel:
         """The base that was wrapped, the adapter still in it."""
         return self._base
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_base":
-            raise AttributeError(name)
-        return getattr(self._base, name)
+    if not TYPE_CHECKING:  # checkers know what is declared here, and refuse the rest
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._base(*args, **kwargs)
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__") or name == "_base":
+                raise AttributeError(name)
+            return getattr(self._base, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._base)})
 
     # Reading and making adapters
 
@@ -85,7 +144,7 @@ class PeftModel:
     def from_pretrained(
         cls,
         model: ChatGLMForConditionalGeneration,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: LoraConfig | None = None,
@@ -109,7 +168,7 @@ class PeftModel:
         return wrapper
 
     def load_adapter(
-        self, path: str | os.PathLike, adapter_name: str, is_trainable: bool = False
+        self, path: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False
     ) -> None:
         """Read another adapter under a new name; `set_adapter` makes it the active one. Errors as
         above.
@@ -195,52 +254,45 @@ class PeftModel:
         self._base.core.remove_lora()
         return self._base
 
-    # Methods that return the wrapper where the base's would return the base
+    # The base's methods, with its signatures
 
-    def half(self) -> PeftModel:
-        """The base's weights in float16; the adapter stays float32 and is computed in float32."""
-        self._base.half()
-        return self
+    forward = _FromBase(ChatGLMForConditionalGeneration.forward)
+    backward = _FromBase(ChatGLMForConditionalGeneration.backward)
+    named_gradients = _FromBase(ChatGLMForConditionalGeneration.named_gradients)
+    zero_grad = _FromBase(ChatGLMForConditionalGeneration.zero_grad)
+    generate = _FromBase(ChatGLMForConditionalGeneration.generate)
+    stream_generate = _FromBase(ChatGLMForConditionalGeneration.stream_generate)
+    chat = _FromBase(ChatGLMForConditionalGeneration.chat)
+    batch_chat = _FromBase(ChatGLMForConditionalGeneration.batch_chat)
+    stream_chat = _FromBase(ChatGLMForConditionalGeneration.stream_chat)
+    parameters = _FromBase(ChatGLMForConditionalGeneration.parameters)
+    num_parameters = _FromBase(ChatGLMForConditionalGeneration.num_parameters)
+    load_state_dict = _FromBase(ChatGLMForConditionalGeneration.load_state_dict)
+    get_memory_footprint = _FromBase(ChatGLMForConditionalGeneration.get_memory_footprint)
+    get_input_embeddings = _FromBase(ChatGLMForConditionalGeneration.get_input_embeddings)
+    get_output_embeddings = _FromBase(ChatGLMForConditionalGeneration.get_output_embeddings)
+    set_trainable = _FromBase(ChatGLMForConditionalGeneration.set_trainable)
+    quantize = _FromBase(ChatGLMForConditionalGeneration.quantize)
+    gradient_checkpointing_enable = _FromBase(
+        ChatGLMForConditionalGeneration.gradient_checkpointing_enable
+    )
+    gradient_checkpointing_disable = _FromBase(
+        ChatGLMForConditionalGeneration.gradient_checkpointing_disable
+    )
+    enable_input_require_grads = _FromBase(
+        ChatGLMForConditionalGeneration.enable_input_require_grads
+    )
+    __call__ = forward
 
-    def bfloat16(self) -> PeftModel:
-        """The base's weights in bfloat16."""
-        self._base.bfloat16()
-        return self
-
-    def float(self) -> PeftModel:
-        """The base's weights in float32."""
-        self._base.float()
-        return self
-
-    def cuda(self, device: Any = None) -> PeftModel:
-        """As the base's."""
-        self._base.cuda(device)
-        return self
-
-    def cpu(self) -> PeftModel:
-        """As the base's."""
-        self._base.cpu()
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> PeftModel:
-        """As the base's."""
-        self._base.to(*args, **kwargs)
-        return self
-
-    def eval(self) -> PeftModel:
-        """Dropout off."""
-        self._base.eval()
-        return self
-
-    def train(self, mode: bool = True) -> PeftModel:
-        """Dropout on (or off) in `backward`."""
-        self._base.train(mode)
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> PeftModel:
-        """As the base's: True trains everything."""
-        self._base.requires_grad_(requires_grad)
-        return self
+    half = _chained(ChatGLMForConditionalGeneration.half)
+    bfloat16 = _chained(ChatGLMForConditionalGeneration.bfloat16)
+    float = _chained(ChatGLMForConditionalGeneration.float)
+    cuda = _chained(ChatGLMForConditionalGeneration.cuda)
+    cpu = _chained(ChatGLMForConditionalGeneration.cpu)
+    to = _chained(ChatGLMForConditionalGeneration.to)
+    eval = _chained(ChatGLMForConditionalGeneration.eval)
+    train = _chained(ChatGLMForConditionalGeneration.train)
+    requires_grad_ = _chained(ChatGLMForConditionalGeneration.requires_grad_)
 
     # What there is
 
@@ -265,7 +317,7 @@ class PeftModel:
         return {PEFT_PREFIX + n: read(n) for n in self._adapters[self.active_adapter].names()}
 
     def save_pretrained(
-        self, directory: str | os.PathLike, safe_serialization: bool = True
+        self, directory: str | os.PathLike[str], safe_serialization: bool = True
     ) -> None:
         """Write the active adapter (others: in folders of their names) or the prefix, atomically.
 
@@ -342,7 +394,7 @@ def get_peft_model(
 
 
 def save_prefix(
-    model: ChatGLMForConditionalGeneration | PeftModel, directory: str | os.PathLike
+    model: ChatGLMForConditionalGeneration | PeftModel, directory: str | os.PathLike[str]
 ) -> None:
     """Write a P-Tuning prefix as THUDM's scripts do: `pytorch_model.bin` (float32) and
     `config.json`.
@@ -360,7 +412,7 @@ def save_prefix(
 
 
 def load_prefix(
-    model: ChatGLMForConditionalGeneration | PeftModel, directory: str | os.PathLike
+    model: ChatGLMForConditionalGeneration | PeftModel, directory: str | os.PathLike[str]
 ) -> ChatGLMForConditionalGeneration | PeftModel:
     """Attach the P-Tuning prefix in `directory`; returns the model.
 
