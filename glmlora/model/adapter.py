@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from typing import NoReturn as Never  # typing.Never came with Python 3.11
 
 import numpy as np
 
@@ -109,7 +110,7 @@ class LoraConfig:
         base_model_name_or_path: str | None = None,
         revision: str | None = None,
         auto_mapping: Any = None,
-        **later: Any,
+        **later: Never,  # of later PEFT versions: refused, unless they say "not used"
     ):
         self.task_type = task_type.value if isinstance(task_type, TaskType) else task_type
         self.inference_mode = bool(inference_mode)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -88,6 +89,7 @@ def _chained(
         getattr(self.get_base_model(), method.__name__)(*args, **kwargs)
         return self
 
+    call.__signature__ = signature(method).replace(return_annotation="PeftModel")
     return call
 
 
