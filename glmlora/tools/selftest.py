@@ -325,7 +325,8 @@ def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
     rng = np.random.default_rng(3)
     form = {"F32": F32, "F16": F16, "BF16": BF16}[stored_as]
     tensors = {}
-    for name, shape in _core.Model(config.arch(), "plan").shapes().items():
+    counted = _core.Model(config.arch(), "plan", names=config.tensor_names)
+    for name, shape in counted.shapes().items():
         w = rng.standard_normal(shape).astype(np.float32)
         if len(shape) == 1:
             w = 1 + 0.1 * w
