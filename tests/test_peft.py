@@ -1,6 +1,8 @@
 """LoRA and P-Tuning: configs, files, the wrapper, merging, several adapters, refusals."""
 
+import inspect
 import json
+import pydoc
 
 import numpy as np
 import pytest
@@ -436,6 +438,14 @@ def test_attributes_fall_through_to_the_base(directory):
     assert callable(model.chat) and callable(model.generate) and callable(model.stream_chat)
     with pytest.raises(AttributeError, match="ChatGLMForConditionalGeneration.*nonsense"):
         model.nonsense  # noqa: B018
+    assert {"chat", "batch_chat", "generate", "stream_chat", "config"} < set(dir(model))
+    page = pydoc.plain(pydoc.render_doc(model))
+    for name in ("chat", "batch_chat", "generate", "stream_chat"):
+        assert inspect.signature(getattr(PeftModel, name)) == inspect.signature(
+            getattr(type(base), name)
+        )
+        assert f" {name}(self, " in page
+    assert inspect.signature(PeftModel.half).return_annotation == "PeftModel"
     with pytest.raises(TypeError, match="PeftModel"):
         get_peft_model(model, LoraConfig())
     with pytest.raises(ValueError, match="already"):

@@ -29,7 +29,7 @@ from ..files.checkpoint import (
 )
 from ..generation import generate as generation
 from .modeling import ChatGLMForConditionalGeneration
-from .parameters import PEFT_PREFIX
+from .parameters import PEFT_PREFIX, layers_of
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -223,8 +223,8 @@ class LoraConfig:
         family = families.of(model.config.family)
         wanted = self.target_modules or list(family.targets)
         weights = [n.removesuffix(".weight") for n in model.base_names() if n.endswith(".weight")]
-        layers = family.tensor_names["layer"].removesuffix("{}")
-        linear = {n for n in weights if n.startswith(layers) and _leaf(n) in family.linears}
+        start = layers_of(model.config)
+        linear = {n for n in weights if n.startswith(start) and _leaf(n) in family.linears}
         if wanted == ALL_LINEAR:
             matched = [n for n in weights if n in linear]
         elif isinstance(wanted, str):
@@ -242,7 +242,7 @@ class LoraConfig:
         if self.layers_to_transform is not None:
             wanted_layers = self.layers_to_transform
             numbers = {wanted_layers} if isinstance(wanted_layers, int) else set(wanted_layers)
-            matched = [n for n in matched if _layer(n) in numbers]
+            matched = [n for n in matched if _layer(n, start) in numbers]
         if not matched:
             layers_too = (
                 "" if self.layers_to_transform is None else f" in layers {self.layers_to_transform}"
@@ -331,8 +331,8 @@ def _leaf(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _layer(module: str) -> int | None:
-    found = re.search(r"\.layers\.(\d+)\.", module)
+def _layer(module: str, start: str) -> int | None:
+    found = re.match(re.escape(start) + r"(\d+)\.", module)
     return int(found[1]) if found else None
 
 

@@ -26,23 +26,24 @@ from .configuration import PREFIX_DROPOUT, ChatGLMConfig
 from .device import Device, backend_of
 from .parameters import (
     DTYPE_NAMES,
-    EMBEDDING,
-    OUTPUT_LAYER,
     PEFT_PREFIX,
-    PREFIX,
     IncompatibleKeys,
     Parameter,
     Transformer,
     Weight,
     check_prefix,
     check_shapes,
+    embedding_of,
     float_array,
     fresh_prefix,
     ignorable,
     incompatible,
     is_dtype,
     is_lora,
+    layers_of,
+    output_layer_of,
     parse_dtype,
+    prefix_of,
     prefix_shapes,
     sort_tensors,
 )
@@ -144,7 +145,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         bits, group = check_form(config.quantization_bit, config.quantization_group_size)
         if bits:
             tensors = join(tensors, self._linear_shapes(), bits, group)
-        base, prefix = sort_tensors(tensors, self._shapes)
+        base, prefix = sort_tensors(tensors, self._shapes, prefix_of(config))
         for name in self._shapes:
             tensor = base[name]
             self._bind(name, _converted(tensor, "F32") if tensor.dtype == "F64" else tensor)
@@ -177,15 +178,16 @@ class ChatGLMForConditionalGeneration(_Casts):
 
     def _linear_shapes(self) -> dict[str, tuple[int, ...]]:
         """The matrices of the layers: what is quantized."""
-        return {n: s for n, s in self._shapes.items() if ".layers." in n and len(s) == 2}
+        start = layers_of(self.config)
+        return {n: s for n, s in self._shapes.items() if n.startswith(start) and len(s) == 2}
 
     def _build_prefix(self, tensors: Mapping[str, Tensor]) -> None:
         """A fresh prefix encoder, or the one that a complete checkpoint brought; only the prefix is
         trainable.
         """
-        shapes = prefix_shapes(self.config)
+        shapes, start = prefix_shapes(self.config), prefix_of(self.config)
         if tensors:
-            arrays = {k.removeprefix(PREFIX): t.numpy() for k, t in tensors.items()}
+            arrays = {k.removeprefix(start): t.numpy() for k, t in tensors.items()}
             check_prefix(arrays, shapes)
             incompatible(shapes, arrays, True, "prefix encoder")
         else:
@@ -199,7 +201,8 @@ class ChatGLMForConditionalGeneration(_Casts):
         `prefix_shapes`.
         """
         dropout = float(self.config.get("prefix_dropout", PREFIX_DROPOUT))
-        given = {PREFIX + n: np.ascontiguousarray(a, np.float32) for n, a in arrays.items()}
+        start = prefix_of(self.config)
+        given = {start + n: np.ascontiguousarray(a, np.float32) for n, a in arrays.items()}
         self.core.set_prefix(given, dropout)
         self.has_prefix, self.prefix_is_fresh = True, fresh
         self.cached_row = None  # has no room for the prefix
@@ -221,7 +224,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         it is where it was.
         """
         first = self.core.backend
-        stored_as = self.stored_dtype(EMBEDDING)
+        stored_as = self.stored_dtype(embedding_of(self.config))
         kinds = {self.stored_dtype(n) for n, s in self._shapes.items() if len(s) == 2}
         home = "cpu" if self.backend.startswith(("cuda", "emu")) else self.backend
         cpu = backend_of(home, self.asked_compute_dtype, kinds)
@@ -331,7 +334,7 @@ class ChatGLMForConditionalGeneration(_Casts):
     @property
     def dtype(self) -> str:
         """What the base weights are stored in: "float32", "float16" or "bfloat16"."""
-        return DTYPE_NAMES[self.stored_dtype(EMBEDDING)]
+        return DTYPE_NAMES[self.stored_dtype(embedding_of(self.config))]
 
     def stored_dtype(self, name: str) -> str:
         """File type name ("F16") of a weight as it is held."""
@@ -396,11 +399,11 @@ class ChatGLMForConditionalGeneration(_Casts):
 
     def get_input_embeddings(self) -> Weight:
         """`transformer.embedding.word_embeddings`."""
-        return Weight(self, EMBEDDING)
+        return Weight(self, embedding_of(self.config))
 
     def get_output_embeddings(self) -> Weight:
         """`transformer.output_layer`."""
-        return Weight(self, OUTPUT_LAYER)
+        return Weight(self, output_layer_of(self.config))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every weight: base ones as they are held (bfloat16 widened to float32), LoRA and prefix
@@ -444,7 +447,7 @@ class ChatGLMForConditionalGeneration(_Casts):
             else:
                 dtype = self.stored_dtype(name)
                 self._bind(name, Tensor(_core.convert(given[name], "F32", dtype), dtype))
-        if any(n.startswith(PREFIX) for n in given):
+        if any(n.startswith(prefix_of(self.config)) for n in given):
             self.prefix_is_fresh = False
         return keys
 
@@ -486,7 +489,7 @@ class ChatGLMForConditionalGeneration(_Casts):
                 continue
             listed.append((name, self.stored_dtype(name), shape, lambda n=name, get=get: get(n)))
         for name in self.core.names():
-            if name.startswith(PREFIX):
+            if name.startswith(prefix_of(self.config)):
                 shape, read = self.core.shape(name), self.core.read
                 listed.append((name, "F32", shape, lambda n=name, read=read: read(n)))
         self.config.torch_dtype = self.dtype

@@ -10,16 +10,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .. import _core
-from ..families import Family
 from ..files.tensor import Tensor
 from ..generation import generate as generation
 from .configuration import ChatGLMConfig
 from .device import Device
 from .quantization import QuantizedTensor
 
-PREFIX = Family.tensor_names["prefix_encoder"] + "."
-EMBEDDING = Family.tensor_names["word_embeddings"] + ".weight"
-OUTPUT_LAYER = Family.tensor_names["output_layer"] + ".weight"
 PEFT_PREFIX = "base_model.model."  # of LoRA tensors in PEFT's files
 _DTYPES = {
     "float32": "F32",
@@ -148,8 +144,9 @@ class PrefixEncoder:
     def state_dict(self) -> dict[str, np.ndarray]:
         """Its weights, float32, under THUDM's names without `transformer.prefix_encoder.`."""
         core = self._model.core
-        names = [n for n in core.names() if n.startswith(PREFIX)]
-        return {n[len(PREFIX) :]: core.read(n) for n in names}
+        start = prefix_of(self._model.config)
+        names = [n for n in core.names() if n.startswith(start)]
+        return {n.removeprefix(start): core.read(n) for n in names}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True
@@ -158,14 +155,15 @@ class PrefixEncoder:
 
         Raises ValueError naming a weight that is missing, surplus or misshaped, with both lengths.
         """
-        given = {k.removeprefix(PREFIX): float_array(k, v) for k, v in state_dict.items()}
+        start = prefix_of(self._model.config)
+        given = {k.removeprefix(start): float_array(k, v) for k, v in state_dict.items()}
         core = self._model.core
-        names = [n[len(PREFIX) :] for n in core.names() if n.startswith(PREFIX)]
-        check_prefix(given, {n: core.shape(PREFIX + n) for n in names})
+        names = [n.removeprefix(start) for n in core.names() if n.startswith(start)]
+        check_prefix(given, {n: core.shape(start + n) for n in names})
         keys = incompatible(names, given, strict, "prefix encoder")
         for name in names:
             if name in given:
-                core.write(PREFIX + name, given[name])
+                core.write(start + name, given[name])
         self._model.prefix_is_fresh = False
         return keys
 
@@ -180,7 +178,7 @@ class Embedding:
     """`transformer.embedding`: holds `word_embeddings`."""
 
     def __init__(self, model: HasWeights):
-        self.word_embeddings = Weight(model, EMBEDDING)
+        self.word_embeddings = Weight(model, embedding_of(model.config))
 
 
 class Transformer:
@@ -207,7 +205,7 @@ class Transformer:
     @property
     def output_layer(self) -> Weight:
         """The output layer, `.weight` (V, H)."""
-        return Weight(self._model, OUTPUT_LAYER)
+        return Weight(self._model, output_layer_of(self._model.config))
 
     @property
     def embedding(self) -> Embedding:
@@ -216,6 +214,26 @@ class Transformer:
 
 
 # Names, and checks of what is loaded
+
+
+def embedding_of(config: ChatGLMConfig) -> str:
+    """Name of the word embeddings' weight."""
+    return config.tensor_names["word_embeddings"] + ".weight"
+
+
+def output_layer_of(config: ChatGLMConfig) -> str:
+    """Name of the output layer's weight."""
+    return config.tensor_names["output_layer"] + ".weight"
+
+
+def prefix_of(config: ChatGLMConfig) -> str:
+    """What the names of the prefix encoder's weights begin with."""
+    return config.tensor_names["prefix_encoder"] + "."
+
+
+def layers_of(config: ChatGLMConfig) -> str:
+    """What the names of the layers' weights begin with."""
+    return config.tensor_names["layer"].partition("{}")[0]
 
 
 def is_lora(name: str) -> bool:
@@ -228,12 +246,12 @@ def ignorable(name: str) -> bool:
 
 
 def sort_tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], prefix_start: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(base weights, prefix weights). ValueError naming all that are missing, surplus, misshaped or
-    not floats.
+    """(base weights, prefix weights, whose names begin with `prefix_start`). ValueError naming all
+    that are missing, surplus, misshaped or not floats.
     """
-    prefix = {n: t for n, t in tensors.items() if n.startswith(PREFIX)}
+    prefix = {n: t for n, t in tensors.items() if n.startswith(prefix_start)}
     base = {n: t for n, t in tensors.items() if n not in prefix and not ignorable(n)}
     missing = [n for n in shapes if n not in base]
     surplus = [n for n in base if n not in shapes]

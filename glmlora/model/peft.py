@@ -34,11 +34,11 @@ from .device import Device
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
     PEFT_PREFIX,
-    PREFIX,
     Parameter,
     Transformer,
     fresh_prefix,
     is_lora,
+    prefix_of,
     prefix_shapes,
 )
 
@@ -315,7 +315,8 @@ class PeftModel:
         """The active adapter's tensors, float32, under the names that its file has."""
         read = self._base.core.read
         if not self._adapters:
-            return {n: read(n) for n in self._base.core.names() if n.startswith(PREFIX)}
+            start = prefix_of(self._base.config)
+            return {n: read(n) for n in self._base.core.names() if n.startswith(start)}
         return {PEFT_PREFIX + n: read(n) for n in self._adapters[self.active_adapter].names()}
 
     def save_pretrained(
@@ -407,7 +408,7 @@ def save_prefix(
     if not model.has_prefix:
         raise ValueError("save_prefix: this model has no P-Tuning prefix")
     read = model.core.read
-    names = [n for n in model.core.names() if n.startswith(PREFIX)]
+    names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
     Path(directory).mkdir(parents=True, exist_ok=True)
     save_sharded(directory, {n: read(n) for n in names}, safetensors=False)
     model.config.save_pretrained(directory)
@@ -422,16 +423,17 @@ def load_prefix(
     built with others, or tensors of other sizes, raise ValueError with both numbers.
     """
     base, directory = _unwrapped(model), Path(directory)
+    start = prefix_of(base.config)
     file = directory / "config.json"
     fields = read_json(file, dict) if file.is_file() else {}
     arrays = {
-        n.removeprefix(PREFIX): np.ascontiguousarray(a, np.float32)
+        n.removeprefix(start): np.ascontiguousarray(a, np.float32)
         for n, a in load_state_dict(directory).items()
-        if n.startswith(PREFIX)
+        if n.startswith(start)
     }
     if "embedding.weight" not in arrays:
         raise ValueError(
-            f"{directory}: holds no {PREFIX}embedding.weight: not a P-Tuning checkpoint"
+            f"{directory}: holds no {start}embedding.weight: not a P-Tuning checkpoint"
         )
     length = fields.get("pre_seq_len") or arrays["embedding.weight"].shape[0]
     projection = fields.get("prefix_projection", "trans.0.weight" in arrays)
