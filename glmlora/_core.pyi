@@ -27,6 +27,9 @@ def cpu_variants() -> str:
 def op_table(backend: str) -> dict[str, int]:
     """For tests: addresses of the ops and of their context ("cx"), and "real_size"."""
 
+def op_signatures() -> dict[str, str]:
+    """For tests: the parameters of every op, as csrc/ops.h has them."""
+
 def backend_name(name: str) -> str:
     """The whole name of a backend: "cuda" is "cuda:0/float32"."""
 

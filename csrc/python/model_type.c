@@ -196,9 +196,8 @@ static PyObject *model_plan(struct model_object *self, PyObject *args, PyObject 
 static PyObject *model_counts(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     static const char *const names[] = {
-#define NAME(op) #op,
-        GLM_OPS(NAME)
-#undef NAME
+#define OP(op, extent, ...) #op,
+#include "ops.h"
     };
     struct glm_counts c;
     struct glm_backend *be = glm_model_backend(self->m);

@@ -47,10 +47,9 @@ static PyObject *op_table(PyObject *module, PyObject *arg)
         const char *name;
         size_t address;
     } entries[] = {
-#define ENTRY(op) {#op, (size_t)(void *)be->ops->op},
-        GLM_OPS(ENTRY)
-#undef ENTRY
-            {"cx", (size_t)be->cx},
+#define OP(op, extent, ...) {#op, (size_t)(void *)be->ops->op},
+#include "ops.h"
+        {"cx", (size_t)be->cx},
         {"real_size", be->real_size},
         {"be", (size_t)be},
         {"device_memory", (size_t)be->device_memory},
@@ -70,6 +69,18 @@ static PyObject *op_table(PyObject *module, PyObject *arg)
         Py_DECREF(value);
     }
     return table;
+}
+
+/* Every op's parameters as ops.h has them. */
+static PyObject *op_signatures(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return Py_BuildValue("{"
+#define OP(op, extent, ...) "ss"
+#include "ops.h"
+                         "}"
+#define OP(op, extent, ...) , #op, #__VA_ARGS__
+#include "ops.h"
+    );
 }
 
 static PyObject *backend_name(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -217,6 +228,7 @@ static PyMethodDef functions[] = {
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "Instruction sets this processor runs, best first."},
     {"op_table", op_table, METH_O, "Addresses of a backend's functions, for tests."},
+    {"op_signatures", op_signatures, METH_NOARGS, "Parameters of every op, for tests."},
     {NULL, NULL, 0, NULL},
 };
 
