@@ -79,7 +79,7 @@ def test_a_row_answers_alike_alone_and_in_a_batch(kind):
 
 
 @fast
-def test_layers_kept_and_layers_computed_twice_have_the_same_gradients():
+def test_layers_kept_and_layers_recomputed_have_the_same_gradients():
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 500, (2, 40))
     flat, rows = ids.astype(np.int32).ravel(), np.arange(30, 79, 4, dtype=np.int32)

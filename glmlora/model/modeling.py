@@ -53,7 +53,7 @@ from .quantization import quantize as quantize_tensor
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
 # out of which the weights are read again and again, need some.
 _FREE_FOR_ACTIVATIONS = 0.7
-_LEAST_BUDGET = 1 << 30  # GLM_DEFAULT_BUDGET in csrc/model/model.h
+_LEAST_BUDGET = 1 << 30  # GLM_DEFAULT_BUDGET in csrc/model/state.h
 _LOSS_ROWS = 64  # rows of logits that are widened at a time for the loss of forward
 
 
@@ -703,7 +703,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         """Forget the accumulated gradients."""
         self.core.zero_grad()
 
-    # Generation: see generation.py
+    # Generation: see glmlora/generation
 
     def generate(self, input_ids: Any = None, **kwargs: Any) -> np.ndarray:
         """Prompts (B, T) -> int64 (B, T + new): see `generation.generate`."""
@@ -759,6 +759,9 @@ def _converted(tensor: Tensor, dtype: str) -> Tensor:
 
 
 def _mean_loss(logits: np.ndarray, rows: np.ndarray, targets: np.ndarray) -> float:
+    """Mean of lse(logits[row]) - logits[row, target] in double. Here, as the caller has the logits
+    already: the core's `loss` would run the model a second time for it.
+    """
     total = 0.0
     for start in range(0, rows.size, _LOSS_ROWS):
         part = slice(start, start + _LOSS_ROWS)

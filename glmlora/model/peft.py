@@ -42,6 +42,7 @@ from .parameters import (
     prefix_shapes,
 )
 
+Base = ChatGLMForConditionalGeneration
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -61,14 +62,14 @@ class _Tuner:
 class _FromBase(Generic[P, T]):
     """A method of the base as one of the wrapper: `peft_model.chat` is the base's bound `chat`."""
 
-    def __init__(self, method: Callable[Concatenate[ChatGLMForConditionalGeneration, P], T]):
+    def __init__(self, method: Callable[Concatenate[Base, P], T]):
         self._method = method
         self.__doc__ = method.__doc__
 
     @overload
     def __get__(
         self, instance: None, owner: type[PeftModel]
-    ) -> Callable[Concatenate[ChatGLMForConditionalGeneration, P], T]: ...
+    ) -> Callable[Concatenate[Base, P], T]: ...
     @overload
     def __get__(self, instance: PeftModel, owner: type[PeftModel]) -> Callable[P, T]: ...
     def __get__(self, instance: PeftModel | None, owner: type[PeftModel]) -> Any:
@@ -78,9 +79,7 @@ class _FromBase(Generic[P, T]):
 
 
 def _chained(
-    method: Callable[
-        Concatenate[ChatGLMForConditionalGeneration, P], ChatGLMForConditionalGeneration
-    ],
+    method: Callable[Concatenate[Base, P], Base],
 ) -> Callable[Concatenate[PeftModel, P], PeftModel]:
     """A method of the base that returns the model, as one that returns the wrapper."""
 
@@ -258,43 +257,37 @@ class PeftModel:
 
     # The base's methods, with its signatures
 
-    forward = _FromBase(ChatGLMForConditionalGeneration.forward)
-    backward = _FromBase(ChatGLMForConditionalGeneration.backward)
-    named_gradients = _FromBase(ChatGLMForConditionalGeneration.named_gradients)
-    zero_grad = _FromBase(ChatGLMForConditionalGeneration.zero_grad)
-    generate = _FromBase(ChatGLMForConditionalGeneration.generate)
-    stream_generate = _FromBase(ChatGLMForConditionalGeneration.stream_generate)
-    chat = _FromBase(ChatGLMForConditionalGeneration.chat)
-    batch_chat = _FromBase(ChatGLMForConditionalGeneration.batch_chat)
-    stream_chat = _FromBase(ChatGLMForConditionalGeneration.stream_chat)
-    parameters = _FromBase(ChatGLMForConditionalGeneration.parameters)
-    num_parameters = _FromBase(ChatGLMForConditionalGeneration.num_parameters)
-    load_state_dict = _FromBase(ChatGLMForConditionalGeneration.load_state_dict)
-    get_memory_footprint = _FromBase(ChatGLMForConditionalGeneration.get_memory_footprint)
-    get_input_embeddings = _FromBase(ChatGLMForConditionalGeneration.get_input_embeddings)
-    get_output_embeddings = _FromBase(ChatGLMForConditionalGeneration.get_output_embeddings)
-    set_trainable = _FromBase(ChatGLMForConditionalGeneration.set_trainable)
-    quantize = _FromBase(ChatGLMForConditionalGeneration.quantize)
-    gradient_checkpointing_enable = _FromBase(
-        ChatGLMForConditionalGeneration.gradient_checkpointing_enable
-    )
-    gradient_checkpointing_disable = _FromBase(
-        ChatGLMForConditionalGeneration.gradient_checkpointing_disable
-    )
-    enable_input_require_grads = _FromBase(
-        ChatGLMForConditionalGeneration.enable_input_require_grads
-    )
+    forward = _FromBase(Base.forward)
+    backward = _FromBase(Base.backward)
+    named_gradients = _FromBase(Base.named_gradients)
+    zero_grad = _FromBase(Base.zero_grad)
+    generate = _FromBase(Base.generate)
+    stream_generate = _FromBase(Base.stream_generate)
+    chat = _FromBase(Base.chat)
+    batch_chat = _FromBase(Base.batch_chat)
+    stream_chat = _FromBase(Base.stream_chat)
+    parameters = _FromBase(Base.parameters)
+    num_parameters = _FromBase(Base.num_parameters)
+    load_state_dict = _FromBase(Base.load_state_dict)
+    get_memory_footprint = _FromBase(Base.get_memory_footprint)
+    get_input_embeddings = _FromBase(Base.get_input_embeddings)
+    get_output_embeddings = _FromBase(Base.get_output_embeddings)
+    set_trainable = _FromBase(Base.set_trainable)
+    quantize = _FromBase(Base.quantize)
+    gradient_checkpointing_enable = _FromBase(Base.gradient_checkpointing_enable)
+    gradient_checkpointing_disable = _FromBase(Base.gradient_checkpointing_disable)
+    enable_input_require_grads = _FromBase(Base.enable_input_require_grads)
     __call__ = forward
 
-    half = _chained(ChatGLMForConditionalGeneration.half)
-    bfloat16 = _chained(ChatGLMForConditionalGeneration.bfloat16)
-    float = _chained(ChatGLMForConditionalGeneration.float)
-    cuda = _chained(ChatGLMForConditionalGeneration.cuda)
-    cpu = _chained(ChatGLMForConditionalGeneration.cpu)
-    to = _chained(ChatGLMForConditionalGeneration.to)
-    eval = _chained(ChatGLMForConditionalGeneration.eval)
-    train = _chained(ChatGLMForConditionalGeneration.train)
-    requires_grad_ = _chained(ChatGLMForConditionalGeneration.requires_grad_)
+    half = _chained(Base.half)
+    bfloat16 = _chained(Base.bfloat16)
+    float = _chained(Base.float)
+    cuda = _chained(Base.cuda)
+    cpu = _chained(Base.cpu)
+    to = _chained(Base.to)
+    eval = _chained(Base.eval)
+    train = _chained(Base.train)
+    requires_grad_ = _chained(Base.requires_grad_)
 
     # What there is
 
