@@ -122,7 +122,7 @@ class Model:
     backend: str
     allocations: int  # calls of the backend's allocator so far
 
-    # base weights; names as in the checkpoint, e.g. of ChatGLM2
+    # base weights; names as in the checkpoint
     # ("transformer.encoder.layers.0.mlp.dense_4h_to_h.weight")
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every base weight that must be bound, with its shape."""

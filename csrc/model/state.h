@@ -54,17 +54,19 @@ struct glm_rows {
  * attention is computed for the M rows that someone reads. Inputs of linears are not here: the
  * norms and the activation yield them again from x, x1 and h, bit for bit and at the memory's
  * speed. The list makes the struct and the memory plan. */
-#define BLOCK_ACTS(X) /* name, elements */    \
-    X(rstd1, N)                               \
-    X(qkv, N *QKV)                            \
-    X(att, N *AO)                             \
-    X(lse, N *NH)                             \
-    X(x1, NR *C)                              \
-    X(rstd2, NR)                              \
-    X(xa[GLM_QKV], N *rank[GLM_QKV])          \
-    X(xa[GLM_DENSE], NR *rank[GLM_DENSE])     \
-    X(xa[GLM_H_TO_4H], NR *rank[GLM_H_TO_4H]) \
-    X(xa[GLM_4H_TO_H], NR *rank[GLM_4H_TO_H])
+/* clang-format off */
+#define BLOCK_ACTS(X) /* name, elements */     \
+    X(rstd1, N)                                \
+    X(qkv, N * QKV)                            \
+    X(att, N * AO)                             \
+    X(lse, N * NH)                             \
+    X(x1, NR * C)                              \
+    X(rstd2, NR)                               \
+    X(xa[GLM_QKV], N * rank[GLM_QKV])          \
+    X(xa[GLM_DENSE], NR * rank[GLM_DENSE])     \
+    X(xa[GLM_H_TO_4H], NR * rank[GLM_H_TO_4H]) \
+    X(xa[GLM_4H_TO_H], NR * rank[GLM_4H_TO_H])
+/* clang-format on */
 
 struct glm_block_acts {
     void *rstd1, *qkv, *att, *lse, *x1, *rstd2;
