@@ -444,7 +444,7 @@ def test_attributes_fall_through_to_the_base(directory):
         assert inspect.signature(getattr(PeftModel, name)) == inspect.signature(
             getattr(type(base), name)
         )
-        assert f" {name}(self, " in page
+        assert f" {name}(" in page
     assert inspect.signature(PeftModel.half).return_annotation == "PeftModel"
     with pytest.raises(TypeError, match="PeftModel"):
         get_peft_model(model, LoraConfig())
