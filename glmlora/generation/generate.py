@@ -621,7 +621,8 @@ def _prompts(
     """(ids as given (B, T) int64, rows without padding). Lists of several lengths are padded on the
     left.
     """
-    from ..batch import Batch, as_rows, check_ids
+    from ..batch import Batch
+    from ..model.modeling import as_rows, check_ids
 
     if input_ids is None:
         raise ValueError("input_ids: expected an array of ids (rows, tokens), got None")
