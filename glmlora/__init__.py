@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from .files.checkpoint import load_state_dict as load_state_dict
     from .generation.generate import GenerationConfig as GenerationConfig
     from .generation.generate import set_seed as set_seed
+    from .model.adapter import LoraConfig as LoraConfig
+    from .model.adapter import PrefixTuningConfig as PrefixTuningConfig
+    from .model.adapter import TaskType as TaskType
+    from .model.auto import AutoModel as AutoModel
+    from .model.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from .model.configuration import AutoConfig as AutoConfig
     from .model.configuration import ChatGLMConfig as ChatGLMConfig
-    from .model.modeling import AutoModel as AutoModel
-    from .model.modeling import AutoModelForCausalLM as AutoModelForCausalLM
     from .model.modeling import ChatGLMForConditionalGeneration as ChatGLMForConditionalGeneration
-    from .model.peft import LoraConfig as LoraConfig
     from .model.peft import PeftModel as PeftModel
-    from .model.peft import PrefixTuningConfig as PrefixTuningConfig
-    from .model.peft import TaskType as TaskType
     from .model.peft import get_peft_model as get_peft_model
     from .model.peft import load_prefix as load_prefix
     from .model.peft import save_prefix as save_prefix
@@ -39,10 +39,11 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     "_core": "get_num_threads set_num_threads",
     "files.checkpoint": "load_state_dict",
     "generation.generate": "GenerationConfig set_seed",
+    "model.adapter": "LoraConfig PrefixTuningConfig TaskType",
+    "model.auto": "AutoModel AutoModelForCausalLM",
     "model.configuration": "AutoConfig ChatGLMConfig",
-    "model.modeling": "AutoModel AutoModelForCausalLM ChatGLMForConditionalGeneration",
-    "model.peft": "LoraConfig PeftModel PrefixTuningConfig TaskType get_peft_model load_prefix "
-    "save_prefix",
+    "model.modeling": "ChatGLMForConditionalGeneration",
+    "model.peft": "PeftModel get_peft_model load_prefix save_prefix",
     "tokenization": "AutoTokenizer",
     "training.arguments": "TrainingArguments",
     "training.optim": "AdamW",
@@ -55,7 +56,7 @@ _MOVED = {  # older names of modules that scripts import
     "configuration": "model.configuration",
     "data": "training.records",
     "device": "model.device",
-    "modeling": "model.modeling",
+    "modeling": "model.auto",
     "optable": "tools.optable",
     "papers": "tools.papers",
     "peft": "model.peft",
@@ -71,12 +72,14 @@ _MOVED = {  # older names of modules that scripts import
 __all__ = ["__version__", "load_ipython_extension", *_HOME]  # noqa: PLE0604
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # checkers know the names above, and refuse others
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

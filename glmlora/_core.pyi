@@ -52,8 +52,8 @@ def convert(array: np.ndarray, from_dtype: str, to_dtype: str) -> np.ndarray:
 def quantize(
     array: np.ndarray, dtype: str, bits: int, group: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Integers int8 and scales float16 of a matrix (see glmlora/quantization.py). A row or group
-    that cannot be quantized has a scale that is not finite."""
+    """Integers int8 and scales float16 of a matrix (see glmlora/model/quantization.py). A row or
+    group that cannot be quantized has a scale that is not finite."""
 
 def adjust_logits(
     logits: np.ndarray,

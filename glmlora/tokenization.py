@@ -106,7 +106,7 @@ class ChatGLMTokenizer:
 
     def __init__(
         self,
-        vocab_file: str | os.PathLike,
+        vocab_file: str | os.PathLike[str],
         padding_side: str = "left",
         encode_special_tokens: bool = False,
         family: str = families.DEFAULT,
@@ -170,7 +170,7 @@ class ChatGLMTokenizer:
         self.dummy_space_id = dummy if dummy != self.unk_token_id else None
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> ChatGLMTokenizer:
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> ChatGLMTokenizer:
         """See `AutoTokenizer.from_pretrained`."""
         return AutoTokenizer.from_pretrained(path, **options)
 
@@ -523,7 +523,7 @@ class ChatGLMTokenizer:
 
     # Files
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> tuple[str, ...]:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
         """Write the vocabulary file unchanged, tokenizer_config.json and special_tokens_map.json.
 
         Each file is replaced as a whole. Returns their paths. OSError as open() does.
@@ -559,12 +559,12 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         *,
         trust_remote_code: bool = False,
         revision: str | None = None,
         use_fast: bool = True,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         padding_side: str = "left",
         encode_special_tokens: bool = False,
         family: str | None = None,

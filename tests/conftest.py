@@ -2,7 +2,9 @@
 part of the project."""
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,3 +52,20 @@ def shared() -> Path:
             "../shared (golden fixtures, real papers) is absent: it is not part of the project"
         )
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel of the working tree, built with the network off from the objects that are there."""
+    if os.environ.get("GLMLORA_SANITIZED"):
+        pytest.skip("a plain build is tested")
+    place = tmp_path_factory.mktemp("wheel")
+    ignore = shutil.ignore_patterns(".*", "build", "*.so", "__pycache__", "*.egg-info", "demo")
+    shutil.copytree(ROOT, place / "source", ignore=ignore, symlinks=True)
+    if (ROOT / "build/objects").is_dir():
+        shutil.copytree(ROOT / "build/objects", place / "source/build/objects")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    words = ["wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", place, "."]
+    subprocess.run([*pip, *words], cwd=place / "source", check=True)
+    [found] = place.glob("*.whl")
+    return found

@@ -1,10 +1,10 @@
-"""The type of the large products: chosen, told, overridden; close to float32."""
+"""The type of the large products: chosen, named, overridden; close to float32."""
 
 import numpy as np
 import pytest
 
 from glmlora import AutoModel, LoraConfig, _core, get_peft_model
-from glmlora.model.compute import compute_dtype
+from glmlora.model.device import compute_dtype
 from glmlora.tools.project import tiny_directory
 
 FAST = "avx512bf16" in _core.cpu_variants().split(",")
@@ -79,7 +79,7 @@ def test_a_row_answers_alike_alone_and_in_a_batch(kind):
 
 
 @fast
-def test_layers_kept_and_layers_computed_twice_have_the_same_gradients():
+def test_layers_kept_and_layers_recomputed_have_the_same_gradients():
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 500, (2, 40))
     flat, rows = ids.astype(np.int32).ravel(), np.arange(30, 79, 4, dtype=np.int32)

@@ -273,9 +273,9 @@ def test_memory_that_is_not_there(directory, tmp_path):
         env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    told = done.stdout
+    out = done.stdout
     for part in ("cudaMalloc of ", "bytes on emu:0/float32 (emulator)", "bytes are free"):
-        assert part in told, told
+        assert part in out, out
 
 
 SCENARIO = """
@@ -303,13 +303,13 @@ SCENARIO = """
         if not child:
             try:
                 faults.faults_set(name_of(name), at, code)
-                told = {{"result": scenario()}}
+                answer = {{"result": scenario()}}
             except (RuntimeError, MemoryError, ValueError) as error:
-                told = {{"error": str(error), "type": type(error).__name__}}
+                answer = {{"error": str(error), "type": type(error).__name__}}
             except BaseException as error:
-                told = {{"wrong": repr(error)}}
-            told["seen"] = faults.faults_seen(name_of(name))
-            os.write(writer, json.dumps(told).encode())
+                answer = {{"wrong": repr(error)}}
+            answer["seen"] = faults.faults_seen(name_of(name))
+            os.write(writer, json.dumps(answer).encode())
             os._exit(0)
         os.close(writer)
         text = b""
@@ -334,13 +334,13 @@ SCENARIO = """
             if "error" in got:
                 assert "emu" in got["error"] or "cu" in got["error"], (name, at, got)
                 continue
-            # not told: then it must not have mattered
+            # no error: then it must not have mattered
             assert got.get("result") == want["result"], (name, at, got)
-            assert name in {harmless}, (name, at, "was not told")
+            assert name in {harmless}, (name, at, "raised no error")
     print(cases)
 """
 HARMLESS = ["cudaSetDevice", "cudaGetLastError", "cudaMemGetInfo"]
-HARMLESS += ["cudaFree", "cudaGraphDestroy", "cudaGraphExecDestroy"]  # told by the call after it
+HARMLESS += ["cudaFree", "cudaGraphDestroy", "cudaGraphExecDestroy"]  # the call after it fails
 FAULTY = """cudaMalloc cudaMemcpyAsync cudaMemsetAsync cudaStreamCreateWithFlags
     cudaStreamSynchronize cudaStreamBeginCapture cudaStreamEndCapture cudaGraphInstantiate
     cudaGraphLaunch cudaGraphDestroy cudaGraphExecDestroy cudaGetLastError cudaGetDeviceCount

@@ -13,7 +13,7 @@ from tiny import TINY_CONFIG, tiny_model_dir
 
 import glmlora
 from glmlora import LoraConfig, PeftModel, get_peft_model
-from glmlora.model.peft import LINEARS
+from glmlora.families import Family
 
 torch = pytest.importorskip("torch", reason="torch is not installed: exchange is not tested")
 V = TINY_CONFIG["padded_vocab_size"]
@@ -137,7 +137,7 @@ def test_the_reference_computes_the_same(reference, directory):
 
 SETTINGS = [
     {"r": 8, "lora_alpha": 32.0, "lora_dropout": 0.1},
-    {"r": 4, "lora_alpha": 8, "target_modules": list(LINEARS), "use_rslora": True},
+    {"r": 4, "lora_alpha": 8, "target_modules": list(Family.linears), "use_rslora": True},
     {"r": 4, "target_modules": ["dense"], "rank_pattern": {"layers.1.self_attention.dense": 2}},
 ]
 
@@ -210,7 +210,7 @@ def glm_names(state, config):
 
 def test_a_merged_directory_loads_in_transformers(directory, tmp_path):
     transformers = pytest.importorskip("transformers")
-    adapter = LoraConfig(r=4, lora_alpha=16, target_modules=list(LINEARS))
+    adapter = LoraConfig(r=4, lora_alpha=16, target_modules=list(Family.linears))
     merged = trained(get_peft_model(load(directory), adapter, seed=1)).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged", safe_serialization=False)
     stored = torch.load(tmp_path / "merged" / "pytorch_model.bin", weights_only=True)

@@ -1,6 +1,8 @@
 """LoRA and P-Tuning: configs, files, the wrapper, merging, several adapters, refusals."""
 
+import inspect
 import json
+import pydoc
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ from tiny import TINY_CONFIG, tiny_model_dir
 
 import glmlora
 from glmlora import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from glmlora.families import Family
 from glmlora.files.checkpoint import read_json, write_json, write_safetensors, write_torch
-from glmlora.model.peft import LINEARS, trainable_line
+from glmlora.model.peft import trainable_line
 
 V = TINY_CONFIG["padded_vocab_size"]
 LAYER = "transformer.encoder.layers.{}."
@@ -66,7 +69,7 @@ def test_a_fresh_adapter_changes_nothing(directory):
         r=8,
         lora_alpha=32,
         lora_dropout=0.1,
-        target_modules=list(LINEARS),
+        target_modules=list(Family.linears),
     )
     model = get_peft_model(base, config, seed=0)
     assert np.array_equal(logits(model), want)
@@ -237,7 +240,7 @@ def test_rslora_and_patterns_are_written_when_set(directory, tmp_path):
     model.save_pretrained(tmp_path / "a")
     stored = read_json(tmp_path / "a" / "adapter_config.json")
     assert stored["use_rslora"] is True and stored["rank_pattern"] == {"dense": 2}
-    assert stored["target_modules"] == sorted(LINEARS)
+    assert stored["target_modules"] == sorted(Family.linears)
     again = PeftModel.from_pretrained(load(directory), tmp_path / "a")
     assert np.array_equal(logits(again), logits(model))
 
@@ -369,7 +372,7 @@ def test_a_failed_save_leaves_the_old_adapter(directory, tmp_path, monkeypatch):
 def test_merged_equals_unmerged(directory, tmp_path):
     for dtype, atol in (("float32", 1e-4), ("bfloat16", 0.3)):
         base = load(directory).to(dtype)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=list(LINEARS))
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=list(Family.linears))
         model = trained(get_peft_model(base, config, seed=1))
         want, before = logits(model), base.state_dict()
         merged = model.merge_and_unload()
@@ -381,7 +384,7 @@ def test_merged_equals_unmerged(directory, tmp_path):
         assert changed == {
             n
             for n in after
-            if n.rpartition(".")[0].rpartition(".")[2] in LINEARS and n.endswith("weight")
+            if n.rpartition(".")[0].rpartition(".")[2] in Family.linears and n.endswith("weight")
         }
         base.save_pretrained(tmp_path / dtype)
         assert np.array_equal(logits(load(tmp_path / dtype)), logits(base))
@@ -435,6 +438,14 @@ def test_attributes_fall_through_to_the_base(directory):
     assert callable(model.chat) and callable(model.generate) and callable(model.stream_chat)
     with pytest.raises(AttributeError, match="ChatGLMForConditionalGeneration.*nonsense"):
         model.nonsense  # noqa: B018
+    assert {"chat", "batch_chat", "generate", "stream_chat", "config"} < set(dir(model))
+    page = pydoc.plain(pydoc.render_doc(model))
+    for name in ("chat", "batch_chat", "generate", "stream_chat"):
+        assert inspect.signature(getattr(PeftModel, name)) == inspect.signature(
+            getattr(type(base), name)
+        )
+        assert f" {name}(" in page
+    assert inspect.signature(PeftModel.half).return_annotation == "PeftModel"
     with pytest.raises(TypeError, match="PeftModel"):
         get_peft_model(model, LoraConfig())
     with pytest.raises(ValueError, match="already"):

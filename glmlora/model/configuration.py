@@ -82,6 +82,34 @@ class ChatGLMConfig:
     published code has it.
     """
 
+    family: str
+    model_type: str
+    num_layers: int
+    padded_vocab_size: int
+    hidden_size: int
+    ffn_hidden_size: int
+    kv_channels: int
+    num_attention_heads: int
+    seq_length: int
+    layernorm_epsilon: float
+    rmsnorm: bool
+    apply_residual_connection_post_layernorm: bool
+    post_layer_norm: bool
+    add_bias_linear: bool
+    add_qkv_bias: bool
+    multi_query_attention: bool
+    multi_query_group_num: int
+    original_rope: bool
+    rope_ratio: float
+    quantization_bit: int
+    quantization_group_size: int | None
+    pre_seq_len: int | None
+    prefix_projection: bool
+    tie_word_embeddings: bool
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+    torch_dtype: str | None
+
     def __init__(self, family: str | None = None, rope_mode: str | None = None, **fields: Any):
         fields = {**DEFAULTS, **fields}
         projection = fields["prefix_projection"]
@@ -108,7 +136,7 @@ class ChatGLMConfig:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         trust_remote_code: bool = False,
         revision: str | None = None,
         cache_dir: str | None = None,
@@ -212,7 +240,7 @@ class ChatGLMConfig:
         """The keys of `config.json`: everything read, and defaults that were not."""
         return {k: v for k, v in self.__dict__.items() if k not in ("family", "_rope_mode")}
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `directory/config.json`, atomically; the directory is made if it is absent."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         fields = self.to_dict()

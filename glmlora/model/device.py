@@ -1,4 +1,4 @@
-"""Which device a model computes on: names, what there is, and what to say where there is none.
+"""Which device a model computes on, and the number type of its large products there.
 
     "cpu"; "cuda", "cuda:1", 1: a GPU; "emu": the CUDA library on the emulator, for tests;
     "auto": a GPU where there is one, else the CPU
@@ -7,13 +7,20 @@ The environment: CUDA_VISIBLE_DEVICES as everywhere; GLMLORA_DEVICE, the device 
 none is named and the meaning of "cuda" (GLMLORA_DEVICE=emu runs an unchanged notebook there);
 GLMLORA_STRICT_DEVICE=1 makes a GPU that is not there an error; GLMLORA_CUDA_LIBRARY names the
 library in place of the one beside this package.
+
+Products on the CPU are in what the processor multiplies fast: bfloat16 rounds both operands to 8
+significant bits and sums in float32; int8 does so to 8-bit integers with a scale for each 2,048
+columns of a row, outliers kept apart, over int8 weights (bfloat16 over others). Adapters, norms,
+attention's softmax and the optimiser stay in float32.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +28,10 @@ from .. import _core
 
 KINDS = ("cpu", "cuda", "emu")
 _COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+COMPUTE_DTYPES = ("float32", "bfloat16", "int8")
 
 _warned: set[str] = set()
+_announced: set[str] = set()
 
 
 class Device(str):
@@ -142,7 +151,6 @@ def preload_cublas() -> Path | None:
     own search (in the process, beside this package, by the system's loader). Returns its file.
     """
     import ctypes
-    import sys
 
     for major, folder in ((13, "cu13"), (12, "cublas")):
         try:
@@ -166,3 +174,39 @@ def _runtime_major() -> int:
 def memory_available(device: Device) -> int:
     """Free bytes of the device, or what this process could still get."""
     return _core.memory_available() if device == "cpu" else _present(device)["free"]
+
+
+def compute_dtype(asked: str | None, stored: Iterable[str]) -> str:
+    """The type for a model whose matrices are stored as `stored` ("F32", "F16", "I8", ..): the one
+    asked for, else the environment variable GLMLORA_COMPUTE_DTYPE's, else ("auto") bfloat16 where
+    the processor has such products and the weights are of 16 bits or less, float32 elsewhere.
+
+    Raises ValueError for a type that is unknown or that this processor does not multiply.
+    """
+    wanted = asked or os.environ.get("GLMLORA_COMPUTE_DTYPE") or "auto"
+    fast = "avx512bf16" in (os.environ.get("GLMLORA_ISA") or _core.cpu_variants()).split(",")
+    if wanted == "auto":
+        return "bfloat16" if fast and any(s not in ("F32", "F64") for s in stored) else "float32"
+    if wanted not in COMPUTE_DTYPES:
+        raise ValueError(
+            f"compute_dtype: expected auto, {', '.join(COMPUTE_DTYPES)}, got {wanted!r}"
+        )
+    if wanted != "float32" and not fast:
+        raise ValueError(
+            f"compute_dtype: this processor does not multiply {wanted} (that takes AVX-512 BF16, "
+            "VNNI and VBMI); expected auto or float32"
+        )
+    return wanted
+
+
+def backend_of(backend: str, asked: str | None, stored: Iterable[str]) -> str:
+    """The name of the core's backend for a model: `backend`, on the CPU with its type of products,
+    which is named once on stderr where it is not float32.
+    """
+    if backend != "cpu":
+        return backend
+    kind = compute_dtype(asked, stored)
+    if kind != "float32" and kind not in _announced:
+        _announced.add(kind)
+        print(f'products in {kind} (compute_dtype="float32" for exact ones)', file=sys.stderr)
+    return backend if kind == "float32" else f"{backend}/{kind}"

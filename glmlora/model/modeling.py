@@ -1,4 +1,4 @@
-"""Models: `AutoModel.from_pretrained(directory)` and the object it returns.
+"""The model that `AutoModel.from_pretrained(directory)` returns.
 
 A model maps its checkpoint, binds the arrays to the core in place, and turns what users pass
 (padded arrays, lists) into the ragged batches that the core computes on. Arithmetic happens in the
@@ -12,43 +12,48 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .. import _core
-from ..batch import Batch
-from ..files.checkpoint import load_checkpoint, save_sharded
+from ..batch import Batch, as_rows, check_ids, padded
+from ..files.checkpoint import save_sharded
 from ..files.tensor import Tensor
-from ..files.write import model_directory
 from ..generation import generate as generation
 from . import device as devices
-from .compute import backend_of
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
-from .device import Device
-from .quantization import GROUP_SIZE, SCALE, QuantizedTensor, check_form, drop_pages, join
+from .device import Device, backend_of
+from .parameters import (
+    DTYPE_NAMES,
+    PEFT_PREFIX,
+    IncompatibleKeys,
+    Parameter,
+    Transformer,
+    Weight,
+    check_prefix,
+    check_shapes,
+    embedding_of,
+    float_array,
+    fresh_prefix,
+    ignorable,
+    incompatible,
+    is_dtype,
+    is_lora,
+    layers_of,
+    output_layer_of,
+    parse_dtype,
+    prefix_of,
+    prefix_shapes,
+    sort_tensors,
+)
+from .quantization import SCALE, QuantizedTensor, check_form, drop_pages, join
 from .quantization import quantize as quantize_tensor
 
-PREFIX = "transformer.prefix_encoder."
-EMBEDDING = "transformer.embedding.word_embeddings.weight"
-OUTPUT_LAYER = "transformer.output_layer.weight"
-PEFT_PREFIX = "base_model.model."  # of LoRA tensors in PEFT's files
-_DTYPES = {
-    "float32": "F32",
-    "float": "F32",
-    "fp32": "F32",
-    "float16": "F16",
-    "half": "F16",
-    "fp16": "F16",
-    "bfloat16": "BF16",
-    "bf16": "BF16",
-}
-_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-_DTYPE_NAMES |= {"I8": "int8", "I4": "int4"}  # of quantized linears
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
 # out of which the weights are read again and again, need some.
 _FREE_FOR_ACTIVATIONS = 0.7
-_LEAST_BUDGET = 1 << 30  # GLM_DEFAULT_BUDGET in csrc/model/model.h
+_LEAST_BUDGET = 1 << 30  # GLM_DEFAULT_BUDGET in csrc/model/state.h
 _LOSS_ROWS = 64  # rows of logits that are widened at a time for the loss of forward
 
 
@@ -73,172 +78,29 @@ class CausalLMOutput:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
 
-class IncompatibleKeys(NamedTuple):
-    """What `load_state_dict(strict=False)` did not use or find."""
+class _Casts:
+    """Casts by name; apart from the model, in whose body the method `float` would hide the type."""
 
-    missing_keys: list[str]
-    unexpected_keys: list[str]
+    def _cast(self, dtype: str) -> ChatGLMForConditionalGeneration:
+        raise NotImplementedError
 
-
-class Parameter:
-    """One weight of a model. Reading it copies it out of the core.
-
-    name     as in `named_parameters`; core_name as the core and, but for LoRA, the checkpoint have
-    it
-    """
-
-    def __init__(self, model: ChatGLMForConditionalGeneration, name: str, core_name: str):
-        self._model = model
-        self.name = name
-        self.core_name = core_name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the dimensions."""
-        return self._model.core.shape(self.core_name)
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions, 1 or 2."""
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> str:
-        """ "float32", "float16", "bfloat16", or "int8" and "int4" of a quantized linear."""
-        return _DTYPE_NAMES[self._model.stored_dtype(self.core_name)]
-
-    @property
-    def device(self) -> Device:
-        """The model's device."""
-        return self._model.device
-
-    def numel(self) -> int:
-        """How many numbers the weight has."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def requires_grad(self) -> bool:
-        """Whether it is trained; may be set. A change takes effect at the next backward, with fresh
-        moments.
+    def half(self) -> ChatGLMForConditionalGeneration:
+        """Store the base weights in float16. Adapters, prefix and trained weights stay float32.
+        Returns the model.
         """
-        return self.core_name in self._model.trainable_names
+        return self._cast("F16")
 
-    @requires_grad.setter
-    def requires_grad(self, on: bool) -> None:
-        names = [n for n in self._model.trainable_names if n != self.core_name]
-        self._model.set_trainable([*names, self.core_name] if on else names)
+    def bfloat16(self) -> ChatGLMForConditionalGeneration:
+        """Store the base weights in bfloat16; otherwise as `half`."""
+        return self._cast("BF16")
 
-    def requires_grad_(self, on: bool = True) -> Parameter:
-        """Set `requires_grad`; returns the parameter."""
-        self.requires_grad = on
-        return self
-
-    def numpy(self) -> np.ndarray:
-        """A copy, float32; of a quantized weight integer * scale."""
-        return self._model.read_weight(self.core_name)
-
-    @property
-    def data(self) -> np.ndarray:
-        """A copy, float32; changing it does not change the model."""
-        return self.numpy()
-
-    @property
-    def grad(self) -> np.ndarray | None:
-        """The accumulated gradient (token mean), a copy; None where nothing is accumulated."""
-        core = self._model.core
-        if not core.accumulated_tokens or self.core_name not in core.trainable():
-            return None
-        return core.read(self.core_name, "grad")
-
-    def __repr__(self) -> str:
-        return f"Parameter({self.name}, {self.dtype}, {self.shape})"
+    def float(self) -> ChatGLMForConditionalGeneration:
+        """Store the base weights in float32."""
+        return self._cast("F32")
 
 
-class Weight:
-    """A module that is one weight: `.weight` and its shape (embedding, output layer)."""
-
-    def __init__(self, model: ChatGLMForConditionalGeneration, name: str):
-        self.weight = Parameter(model, name, name)
-
-
-class PrefixEncoder:
-    """The P-Tuning v2 prefix of a model that was built with `pre_seq_len`."""
-
-    def __init__(self, model: ChatGLMForConditionalGeneration):
-        self._model = model
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Its weights, float32, under THUDM's names without `transformer.prefix_encoder.`."""
-        core = self._model.core
-        names = [n for n in core.names() if n.startswith(PREFIX)]
-        return {n[len(PREFIX) :]: core.read(n) for n in names}
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True
-    ) -> IncompatibleKeys:
-        """Set its weights. Keys with or without `transformer.prefix_encoder.`.
-
-        Raises ValueError naming a weight that is missing, surplus or misshaped, with both lengths.
-        """
-        given = {k.removeprefix(PREFIX): _float_array(k, v) for k, v in state_dict.items()}
-        core = self._model.core
-        names = [n[len(PREFIX) :] for n in core.names() if n.startswith(PREFIX)]
-        _check_prefix(given, {n: core.shape(PREFIX + n) for n in names})
-        keys = _incompatible(names, given, strict, "prefix encoder")
-        for name in names:
-            if name in given:
-                core.write(PREFIX + name, given[name])
-        self._model.prefix_is_fresh = False
-        return keys
-
-    def float(self) -> PrefixEncoder:
-        """Nothing: it is float32 always."""
-        return self
-
-    half = bfloat16 = float  # THUDM's scripts call them; the encoder stays float32 as in training
-
-
-class Embedding:
-    """`transformer.embedding`: holds `word_embeddings`."""
-
-    def __init__(self, model: ChatGLMForConditionalGeneration):
-        self.word_embeddings = Weight(model, EMBEDDING)
-
-
-class Transformer:
-    """The parts that documented scripts reach for: prefix encoder, output layer, embedding."""
-
-    def __init__(self, model: ChatGLMForConditionalGeneration):
-        self._model = model
-
-    @property
-    def pre_seq_len(self) -> int | None:
-        """Length of the P-Tuning prefix, None without one."""
-        return self._model.config.pre_seq_len if self._model.has_prefix else None
-
-    @property
-    def prefix_encoder(self) -> PrefixEncoder:
-        """The P-Tuning prefix. AttributeError for a model built without `pre_seq_len`."""
-        if not self._model.has_prefix:
-            raise AttributeError(
-                "this model has no prefix_encoder: load it with a config whose pre_seq_len is set "
-                "(AutoConfig.from_pretrained(path, pre_seq_len=128))"
-            )
-        return PrefixEncoder(self._model)
-
-    @property
-    def output_layer(self) -> Weight:
-        """The output layer, `.weight` (V, H)."""
-        return Weight(self._model, OUTPUT_LAYER)
-
-    @property
-    def embedding(self) -> Embedding:
-        """`.word_embeddings.weight` (V, H)."""
-        return Embedding(self._model)
-
-
-class ChatGLMForConditionalGeneration:
-    """A ChatGLM2, ChatGLM3 or GLM-4-9B model on the C core.
+class ChatGLMForConditionalGeneration(_Casts):
+    """A model of one of the families on the C core.
 
     Made by `AutoModel.from_pretrained`. `core` is the `_core.Model`; `training` says whether
     `backward` applies dropout. One thread at a time may use it: a second gets RuntimeError.
@@ -283,7 +145,7 @@ class ChatGLMForConditionalGeneration:
         bits, group = check_form(config.quantization_bit, config.quantization_group_size)
         if bits:
             tensors = join(tensors, self._linear_shapes(), bits, group)
-        base, prefix = _sort_tensors(tensors, self._shapes)
+        base, prefix = sort_tensors(tensors, self._shapes, prefix_of(config))
         for name in self._shapes:
             tensor = base[name]
             self._bind(name, _converted(tensor, "F32") if tensor.dtype == "F64" else tensor)
@@ -316,17 +178,18 @@ class ChatGLMForConditionalGeneration:
 
     def _linear_shapes(self) -> dict[str, tuple[int, ...]]:
         """The matrices of the layers: what is quantized."""
-        return {n: s for n, s in self._shapes.items() if ".layers." in n and len(s) == 2}
+        start = layers_of(self.config)
+        return {n: s for n, s in self._shapes.items() if n.startswith(start) and len(s) == 2}
 
     def _build_prefix(self, tensors: Mapping[str, Tensor]) -> None:
         """A fresh prefix encoder, or the one that a complete checkpoint brought; only the prefix is
         trainable.
         """
-        shapes = prefix_shapes(self.config)
+        shapes, start = prefix_shapes(self.config), prefix_of(self.config)
         if tensors:
-            arrays = {k.removeprefix(PREFIX): t.numpy() for k, t in tensors.items()}
-            _check_prefix(arrays, shapes)
-            _incompatible(shapes, arrays, True, "prefix encoder")
+            arrays = {k.removeprefix(start): t.numpy() for k, t in tensors.items()}
+            check_prefix(arrays, shapes)
+            incompatible(shapes, arrays, True, "prefix encoder")
         else:
             arrays = fresh_prefix(shapes)
         self.set_prefix(arrays, fresh=not tensors)
@@ -338,27 +201,14 @@ class ChatGLMForConditionalGeneration:
         `prefix_shapes`.
         """
         dropout = float(self.config.get("prefix_dropout", PREFIX_DROPOUT))
-        given = {PREFIX + n: np.ascontiguousarray(a, np.float32) for n, a in arrays.items()}
+        start = prefix_of(self.config)
+        given = {start + n: np.ascontiguousarray(a, np.float32) for n, a in arrays.items()}
         self.core.set_prefix(given, dropout)
         self.has_prefix, self.prefix_is_fresh = True, fresh
         self.cached_row = None  # has no room for the prefix
         self.set_trainable(given)
 
     # Casts and places
-
-    def half(self) -> ChatGLMForConditionalGeneration:
-        """Store the base weights in float16. Adapters, prefix and trained weights stay float32.
-        Returns the model.
-        """
-        return self._cast("F16")
-
-    def bfloat16(self) -> ChatGLMForConditionalGeneration:
-        """Store the base weights in bfloat16; otherwise as `half`."""
-        return self._cast("BF16")
-
-    def float(self) -> ChatGLMForConditionalGeneration:
-        """Store the base weights in float32."""
-        return self._cast("F32")
 
     def _cast(self, dtype: str) -> ChatGLMForConditionalGeneration:
         self._apply_trainable()
@@ -374,7 +224,7 @@ class ChatGLMForConditionalGeneration:
         it is where it was.
         """
         first = self.core.backend
-        stored_as = self.stored_dtype(EMBEDDING)
+        stored_as = self.stored_dtype(embedding_of(self.config))
         kinds = {self.stored_dtype(n) for n, s in self._shapes.items() if len(s) == 2}
         home = "cpu" if self.backend.startswith(("cuda", "emu")) else self.backend
         cpu = backend_of(home, self.asked_compute_dtype, kinds)
@@ -412,13 +262,13 @@ class ChatGLMForConditionalGeneration:
         return self.to(device="cpu")
 
     def to(
-        self, *args: Any, device: Any = None, dtype: Any = None
+        self, *device_or_dtype: Any, device: Any = None, dtype: Any = None
     ) -> ChatGLMForConditionalGeneration:
         """Move ("cpu", "cuda", "cuda:1", 1) or cast ("float16", numpy.float32, torch.bfloat16);
         returns the model.
         """
-        for arg in args:
-            if _is_dtype(arg):
+        for arg in device_or_dtype:
+            if is_dtype(arg):
                 dtype = arg
             elif device is None and (isinstance(arg, str | int) or hasattr(arg, "type")):
                 device = arg
@@ -439,7 +289,12 @@ class ChatGLMForConditionalGeneration:
         return self
 
     def quantize(
-        self, bits: int, *args: Any, group_size: int | None = None, **kwargs: Any
+        self,
+        bits: int,
+        empty_init: bool = False,
+        device: Any = None,
+        *,
+        group_size: int | None = None,
     ) -> ChatGLMForConditionalGeneration:
         """Store the linear layers as integers of 8 or 4 bits; 0, and a model that is quantized
         already, stay as they are. Returns the model.
@@ -447,9 +302,9 @@ class ChatGLMForConditionalGeneration:
         Row-wise as THUDM's published models; `group_size` (a multiple of 32, 4 bits only) gives
         each run of so many columns a scale of its own, which is nearer to the float weights.
         Embeddings, output layer, norms and biases keep their type; adapters and a prefix train over
-        it. Needs memory for the result, beside what is mapped. Raises ValueError for other bits and
-        for a weight that is not finite, RuntimeError while the linear layers are trained; the model
-        is unchanged then.
+        it. Needs memory for the result, beside what is mapped. `empty_init` and `device` are
+        accepted and mean nothing. Raises ValueError for other bits and for a weight that is not
+        finite, RuntimeError while the linear layers are trained; the model is unchanged then.
         """
         bits, group = check_form(bits, group_size)
         if not bits or self.config.quantization_bit:
@@ -479,7 +334,7 @@ class ChatGLMForConditionalGeneration:
     @property
     def dtype(self) -> str:
         """What the base weights are stored in: "float32", "float16" or "bfloat16"."""
-        return _DTYPE_NAMES[self.stored_dtype(EMBEDDING)]
+        return DTYPE_NAMES[self.stored_dtype(embedding_of(self.config))]
 
     def stored_dtype(self, name: str) -> str:
         """File type name ("F16") of a weight as it is held."""
@@ -544,11 +399,11 @@ class ChatGLMForConditionalGeneration:
 
     def get_input_embeddings(self) -> Weight:
         """`transformer.embedding.word_embeddings`."""
-        return Weight(self, EMBEDDING)
+        return Weight(self, embedding_of(self.config))
 
     def get_output_embeddings(self) -> Weight:
         """`transformer.output_layer`."""
-        return Weight(self, OUTPUT_LAYER)
+        return Weight(self, output_layer_of(self.config))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every weight: base ones as they are held (bfloat16 widened to float32), LoRA and prefix
@@ -576,11 +431,11 @@ class ChatGLMForConditionalGeneration:
         and, if `strict`, every missing and unexpected one; nothing is changed then.
         """
         integers, floats = self._split_quantized(state_dict)
-        given = {k: _float_array(k, v) for k, v in floats.items() if not _ignorable(k)}
+        given = {k: float_array(k, v) for k, v in floats.items() if not ignorable(k)}
         names = [n for n in self.core.names() if n not in integers]
         shapes = {n: self.core.shape(n) for n in names}
-        keys = _incompatible(names, given, strict, "model")
-        _check_shapes({n: (shapes[n], given[n].shape) for n in names if n in given})
+        keys = incompatible(names, given, strict, "model")
+        check_shapes({n: (shapes[n], given[n].shape) for n in names if n in given})
         trained = set(self.core.trainable())
         for name, tensor in integers.items():
             self._bind(name, tensor)
@@ -592,7 +447,7 @@ class ChatGLMForConditionalGeneration:
             else:
                 dtype = self.stored_dtype(name)
                 self._bind(name, Tensor(_core.convert(given[name], "F32", dtype), dtype))
-        if any(n.startswith(PREFIX) for n in given):
+        if any(n.startswith(prefix_of(self.config)) for n in given):
             self.prefix_is_fresh = False
         return keys
 
@@ -614,7 +469,7 @@ class ChatGLMForConditionalGeneration:
 
     def save_pretrained(
         self,
-        directory: str | os.PathLike,
+        directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         max_shard_size: int | str = "10GB",
     ) -> None:
@@ -634,7 +489,7 @@ class ChatGLMForConditionalGeneration:
                 continue
             listed.append((name, self.stored_dtype(name), shape, lambda n=name, get=get: get(n)))
         for name in self.core.names():
-            if name.startswith(PREFIX):
+            if name.startswith(prefix_of(self.config)):
                 shape, read = self.core.shape(name), self.core.read
                 listed.append((name, "F32", shape, lambda n=name, read=read: read(n)))
         self.config.torch_dtype = self.dtype
@@ -687,9 +542,12 @@ class ChatGLMForConditionalGeneration:
             )
         self._apply_trainable()
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Activations beyond 1 GiB are computed again on the way back rather than kept. Otherwise
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Activations beyond 1 GiB are recomputed in the backward pass rather than kept. Otherwise
         that starts where the free memory ends. The result is the same, bit for bit.
+        `gradient_checkpointing_kwargs` is accepted and means nothing.
         """
         self.gradient_checkpointing, self._reserved = True, (0, 0, 0)
 
@@ -698,8 +556,8 @@ class ChatGLMForConditionalGeneration:
         self.gradient_checkpointing, self._reserved = False, (0, 0, 0)
 
     def activation_budget(self, checkpointing: bool, held: int = 0) -> int:
-        """Bytes of activations that a training step may keep before layers are computed twice, 0
-        for the core's default: with `checkpointing`, or where less is free.
+        """Bytes of activations that a training step may keep before layers are recomputed, 0 for
+        the core's default: with `checkpointing`, or where less is free.
 
         Free is what the system or the control group leaves, without the mapped weights, which
         training reads again and again; held: bytes of activations that this model has already.
@@ -783,11 +641,11 @@ class ChatGLMForConditionalGeneration:
             if rows.size:
                 loss = _mean_loss(flat, rows, targets)
             else:
-                warnings.warn("labels: all are masked (-100), so there is no loss", stacklevel=3)
+                warnings.warn("labels: all are masked (-100), so there is no loss", stacklevel=2)
         states = None
         if hidden is not None:
-            states = tuple(_padded(layer, row, column, shape) for layer in hidden)
-        out = CausalLMOutput(_padded(flat, row, column, shape), loss, states)
+            states = tuple(padded(layer, row, column, shape) for layer in hidden)
+        out = CausalLMOutput(padded(flat, row, column, shape), loss, states)
         return out if return_dict else out.to_tuple()
 
     __call__ = forward
@@ -845,7 +703,7 @@ class ChatGLMForConditionalGeneration:
         """Forget the accumulated gradients."""
         self.core.zero_grad()
 
-    # Generation: see generation.py
+    # Generation: see glmlora/generation
 
     def generate(self, input_ids: Any = None, **kwargs: Any) -> np.ndarray:
         """Prompts (B, T) -> int64 (B, T + new): see `generation.generate`."""
@@ -883,90 +741,6 @@ class ChatGLMForConditionalGeneration:
         )
 
 
-class AutoModel:
-    """`AutoModel.from_pretrained(directory)` -> ChatGLMForConditionalGeneration."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike,
-        config: ChatGLMConfig | None = None,
-        trust_remote_code: bool = False,
-        torch_dtype: Any = None,
-        dtype: Any = None,
-        device: Any = None,
-        device_map: Any = None,
-        revision: str | None = None,
-        cache_dir: str | None = None,
-        load_in_8bit: bool = False,
-        load_in_4bit: bool = False,
-        empty_init: bool = True,
-        low_cpu_mem_usage: bool = True,
-        family: str | None = None,
-        rope_mode: str | None = None,
-        compute_dtype: str | None = None,
-    ) -> ChatGLMForConditionalGeneration:
-        """Map the checkpoint in the local directory `path` and bind it in place, in the type it is
-        stored in.
-
-        config: in place of `path/config.json`, e.g. one with `pre_seq_len` set. torch_dtype or
-        dtype: cast to it ("float16", "bfloat16", "float32"). load_in_8bit, load_in_4bit: as
-        `quantize(8)` and `quantize(4, group_size=32)`. device: as `to` takes it, or
-        "auto". family, rope_mode: see ChatGLMConfig.
-        compute_dtype: of the large products, "float32", "bfloat16" or "int8" (over int8 weights);
-        default "auto", see model/compute.py; `model.compute_dtype` tells.
-        `trust_remote_code`, `revision`, `cache_dir`, `empty_init` and `low_cpu_mem_usage` are
-        accepted and mean nothing: nothing is downloaded and no code of a model directory is
-        executed.
-
-        Raises OSError for a directory that is not there, ValueError naming file, tensor or field
-        for anything wrong in it, TypeError for an unknown keyword.
-        """
-        if load_in_8bit and load_in_4bit:
-            raise ValueError("load_in_8bit, load_in_4bit: expected one of them")
-        if device_map is not None and device is None:
-            device = (
-                next(iter(device_map.values()), None)
-                if isinstance(device_map, dict)
-                else device_map
-            )
-        directory = model_directory(path)
-        kind = parse_dtype(torch_dtype if dtype is None else dtype)
-        if config is None:
-            config = ChatGLMConfig.from_pretrained(directory)
-        elif not isinstance(config, ChatGLMConfig):
-            raise TypeError(f"config: expected a ChatGLMConfig, got {type(config).__name__}")
-        if family is not None:
-            config.family = family
-        if rope_mode is not None:
-            config.rope_mode = rope_mode
-        tensors = load_checkpoint(directory, wrap=_progress)
-        try:
-            model = ChatGLMForConditionalGeneration(config, tensors, compute_dtype)
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from None
-        model.name_or_path = os.fspath(path)
-        file = directory / "generation_config.json"
-        if file.is_file():
-            model.generation_config = generation.GenerationConfig.from_pretrained(directory, config)
-        if load_in_8bit or load_in_4bit:
-            model.quantize(8 if load_in_8bit else 4, group_size=GROUP_SIZE if load_in_4bit else 0)
-        if kind is not None:
-            model._cast(kind)
-        place = devices.find(device, model.device)
-        return model if place == model.device else model._move(place)
-
-
-class AutoModelForCausalLM(AutoModel):
-    """The same as AutoModel."""
-
-
-def _progress(names: list[str]) -> Iterable[str]:
-    from tqdm import tqdm
-
-    return tqdm(names, desc="Loading checkpoint shards")
-
-
 def _uploading(names: list[str], device: Device, tensors: Iterable[Any]) -> Iterable[str]:
     from tqdm import tqdm
 
@@ -980,186 +754,14 @@ def _quantizing(names: list[str], nbytes: int) -> Iterable[str]:
     return tqdm(names, desc="Quantizing", disable=nbytes < 1 << 28)
 
 
-# Checks
-
-
-def is_lora(name: str) -> bool:
-    """Whether a core name is that of a LoRA tensor."""
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
-
-
-def _ignorable(name: str) -> bool:
-    return name.endswith("rotary_pos_emb.inv_freq")  # recomputed; published files have it or not
-
-
-def _sort_tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(base weights, prefix weights). ValueError naming all that are missing, surplus, misshaped or
-    not floats.
-    """
-    prefix = {n: t for n, t in tensors.items() if n.startswith(PREFIX)}
-    base = {n: t for n, t in tensors.items() if n not in prefix and not _ignorable(n)}
-    missing = [n for n in shapes if n not in base]
-    surplus = [n for n in base if n not in shapes]
-    for name, tensor in (base | prefix).items():
-        quantized = isinstance(tensor, QuantizedTensor)
-        if not quantized and tensor.dtype not in ("F32", "F16", "BF16", "F64"):
-            raise ValueError(
-                f"tensor {name}: type {tensor.dtype}, expected float32, float16 or bfloat16; "
-                "config.json of a quantized model says quantization_bit 4 or 8"
-            )
-    _check_shapes({n: (shapes[n], base[n].shape) for n in shapes if n in base})
-    if missing and not surplus and len(missing) > len(base):
-        what = "the prefix encoder of P-Tuning" if not base else "some of its weights"
-        how = (
-            "AutoConfig.from_pretrained(base, pre_seq_len=..), AutoModel.from_pretrained(base, "
-            "config=config), "
-            "then glmlora.load_prefix(model, directory)"
-            if not base
-            else "AutoModel.from_pretrained(base), then "
-            "model.load_state_dict(glmlora.load_state_dict(directory), strict=False)"
-        )
-        raise ValueError(
-            f"holds {what} only ({len(base) + len(prefix)} tensors, {len(missing)} of the model's "
-            "are missing): "
-            f"it must be loaded over the base model it was trained from: {how}"
-        )
-    faults = []
-    if missing:
-        faults.append(f"{len(missing)} tensors are missing: {', '.join(missing)}")
-    if surplus:
-        faults.append(f"{len(surplus)} tensors are not of this model: {', '.join(surplus)}")
-    if faults:
-        raise ValueError("; ".join(faults))
-    return base, prefix
-
-
-def _check_shapes(pairs: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-    wrong = [f"{n}: expected {a}, got {b}" for n, (a, b) in pairs.items() if tuple(a) != tuple(b)]
-    if wrong:
-        raise ValueError("wrong shape: " + "; ".join(wrong))
-
-
-def _incompatible(
-    names: Iterable[str], given: Mapping[str, Any], strict: bool, what: str
-) -> IncompatibleKeys:
-    names = list(names)
-    missing = [n for n in names if n not in given]
-    surplus = [n for n in given if n not in set(names)]
-    if strict and (missing or surplus):
-        raise ValueError(
-            f"load_state_dict of the {what}: missing {', '.join(missing) or 'none'}; "
-            f"unexpected {', '.join(surplus) or 'none'}"
-        )
-    return IncompatibleKeys(missing, surplus)
-
-
-def prefix_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
-    """Weights of the prefix encoder that a config asks for, with their shapes (without
-    `transformer.prefix_encoder.`).
-    """
-    width, hidden = config.prefix_width, config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.pre_seq_len, width)}
-    if config.prefix_projection:
-        shapes["trans.0.weight"], shapes["trans.0.bias"] = (hidden, width), (hidden,)
-        shapes["trans.2.weight"], shapes["trans.2.bias"] = (width, hidden), (width,)
-    return shapes
-
-
-def fresh_prefix(
-    shapes: Mapping[str, tuple[int, ...]], seed: int | None = None, std: float = 1.0
-) -> dict[str, np.ndarray]:
-    """Initial prefix weights, float32: normal(0, std), linears uniform within 1/sqrt(in)."""
-    rng = generation.generator(seed)
-    arrays = {}
-    for name, shape in shapes.items():
-        if name == "embedding.weight":
-            arrays[name] = rng.standard_normal(shape, np.float32) * np.float32(std)
-        else:
-            fan_in = shapes[name.replace("bias", "weight")][1]
-            bound = fan_in**-0.5
-            arrays[name] = rng.uniform(-bound, bound, shape).astype(np.float32)
-    return arrays
-
-
-def _check_prefix(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError, with both numbers, for prefix weights of another length or kind than the config
-    says.
-    """
-    found, expected = arrays.get("embedding.weight"), shapes["embedding.weight"]
-    if found is not None and found.ndim == 2 and found.shape[0] != expected[0]:
-        raise ValueError(
-            f"prefix encoder: pre_seq_len is {expected[0]}, but embedding.weight has "
-            f"{found.shape[0]} rows"
-        )
-    projected, wanted = "trans.0.weight" in arrays, "trans.0.weight" in shapes
-    if projected != wanted and found is not None:
-        raise ValueError(
-            f"prefix encoder: prefix_projection is {str(wanted).lower()}, but the weights are "
-            f"{'with' if projected else 'without'} projection (trans.0, trans.2)"
-        )
-    _check_shapes({n: (shapes[n], arrays[n].shape) for n in shapes if n in arrays})
-
-
-def as_rows(name: str, value: Any) -> np.ndarray:
-    """`value` as an integer array (rows, tokens); one row may come without its outer brackets."""
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise ValueError(
-            f"{name}: expected rows of one length, got ragged ones; pad them first"
-        ) from None
-    if array.ndim == 1 and array.dtype != object:
-        array = array[None]
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{name}: expected shape (rows, tokens), got {array.shape}")
-    if array.dtype.kind not in "iub":
-        raise ValueError(f"{name}: expected integers, got {array.dtype}")
-    return array
-
-
-def check_ids(name: str, ids: np.ndarray, vocabulary: int, ignored: int | None = None) -> None:
-    """ValueError with id, row and column of the first one that the vocabulary does not have."""
-    if ids.min() >= 0 and ids.max() < vocabulary:
-        return
-    wrong = (ids < 0) | (ids >= vocabulary)
-    if ignored is not None:
-        wrong &= ids != ignored
-    if wrong.any():
-        row, column = (int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"{name}: id {ids[row, column]} at row {row}, column {column} is outside the "
-            "vocabulary of "
-            f"{vocabulary} ids (0 to {vocabulary - 1})"
-        )
-
-
-def _float_array(name: str, value: Any) -> np.ndarray:
-    if isinstance(value, Tensor):
-        value = value.numpy()
-    array = np.asarray(value)
-    if array.dtype.kind != "f":
-        raise ValueError(f"{name}: expected floating point numbers, got {array.dtype}")
-    return np.ascontiguousarray(array, np.float32)
-
-
 def _converted(tensor: Tensor, dtype: str) -> Tensor:
     return Tensor(_core.convert(tensor.data, tensor.dtype, dtype), dtype)
 
 
-def _padded(
-    values: np.ndarray, row: np.ndarray, column: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
-    """Values (N, C) of the ragged tokens at their places in (B, T, C), 0 elsewhere."""
-    if values.shape[0] == shape[0] * shape[1]:
-        return values.reshape(*shape, -1)
-    out = np.zeros((*shape, values.shape[1]), values.dtype)
-    out[row, column] = values
-    return out
-
-
 def _mean_loss(logits: np.ndarray, rows: np.ndarray, targets: np.ndarray) -> float:
+    """Mean of lse(logits[row]) - logits[row, target] in double. Here, as the caller has the logits
+    already: the core's `loss` would run the model a second time for it.
+    """
     total = 0.0
     for start in range(0, rows.size, _LOSS_ROWS):
         part = slice(start, start + _LOSS_ROWS)
@@ -1168,32 +770,6 @@ def _mean_loss(logits: np.ndarray, rows: np.ndarray, targets: np.ndarray) -> flo
         lse = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
         total += float((lse - scores[np.arange(len(scores)), targets[part]]).sum())
     return total / rows.size
-
-
-# Types and devices
-
-
-def _is_dtype(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.removeprefix("torch.") in _DTYPES
-    if isinstance(value, type) and issubclass(value, np.generic):
-        return True
-    return isinstance(value, np.dtype) or str(value).startswith("torch.")
-
-
-def parse_dtype(value: Any) -> str | None:
-    """ "F32", "F16" or "BF16" of a dtype given as name, NumPy or torch object; None for None and
-    "auto".
-    """
-    if value is None or value == "auto":
-        return None
-    name = value if isinstance(value, str) else str(value)
-    if isinstance(value, type) and issubclass(value, np.generic):
-        name = np.dtype(value).name
-    kind = _DTYPES.get(name.removeprefix("torch."))
-    if kind is None:
-        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {value!r}")
-    return kind
 
 
 def _device_of(backend: str) -> Device:

@@ -1,391 +1,50 @@
-"""Adapters as PEFT has them: LoRA configs, files and the wrapper `PeftModel`; P-Tuning v2 prefixes
-as THUDM saves them.
+"""A model with adapters, as PEFT has it: the wrapper `PeftModel`; P-Tuning v2 prefixes as THUDM
+saves them.
 
-An adapter directory holds `adapter_config.json` and `adapter_model.safetensors` (or `.bin`). A
-prefix directory holds `config.json` with `pre_seq_len` and `pytorch_model.bin` with the tensors of
-the prefix encoder.
+A prefix directory holds `config.json` with `pre_seq_len` and `pytorch_model.bin` with the tensors
+of the prefix encoder.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
 import os
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import numpy as np
 
-from ..files.checkpoint import (
-    load_state_dict,
-    read_json,
-    read_weights,
-    save_sharded,
-    write_json,
-    write_safetensors,
-    write_torch,
+from .. import _core
+from ..files.checkpoint import load_state_dict, read_json, save_sharded
+from ..generation.generate import GenerationConfig
+from .adapter import (
+    Adapter,
+    LoraConfig,
+    PrefixTuningConfig,
+    TaskType,  # noqa: F401  scripts look for it beside LoraConfig
+    fresh_adapter,
+    read_adapter,
+    write_adapter,
 )
-from ..generation import generate as generation
-from .modeling import (
+from .configuration import ChatGLMConfig
+from .device import Device
+from .modeling import ChatGLMForConditionalGeneration
+from .parameters import (
     PEFT_PREFIX,
-    PREFIX,
-    ChatGLMForConditionalGeneration,
     Parameter,
+    Transformer,
     fresh_prefix,
     is_lora,
+    prefix_of,
     prefix_shapes,
 )
 
-CONFIG = "adapter_config.json"
-SAFETENSORS = "adapter_model.safetensors"
-TORCH = "adapter_model.bin"
-LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-ALL_LINEAR = "all-linear"
-
-
-class TaskType(str, Enum):
-    """What a model is for. Only CAUSAL_LM is of use here; the others are refused where they are
-    given.
-    """
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-
-
-# Fields of adapter_config.json that PEFT 0.4 knows: a config that holds more cannot be read by it.
-_WRITTEN = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "revision",
-    "target_modules",
-    "task_type",
-)
-# Written when they are not default; any PEFT that can use them knows them.
-_WRITTEN_IF_SET = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-# Values of fields of later versions that mean "not used", beside null, false and empty ones.
-_UNUSED = {"megatron_core": "megatron.core", "qalora_group_size": 16, "lora_bias": False}
-_IGNORED = ("peft_version", "auto_mapping", "revision", "base_model_name_or_path", "task_type")
-
-
-class LoraConfig:
-    """Settings of a LoRA adapter: y = W x + b + scale * B A x.
-
-    r: rank; lora_alpha: scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora;
-    lora_dropout on the input of A in training; target_modules: list of module names or endings
-    ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), a regular expression over the
-    whole dotted name, or "all-linear"; default query_key_value. rank_pattern, alpha_pattern:
-    overrides by module name or ending; layers_to_transform: only these layers. init_lora_weights:
-    True (A uniform, B zero), "gaussian" (A normal, B zero) or False (both random).
-
-    Raises ValueError naming a field that is out of range, or of an adapter kind that is not
-    supported.
-    """
-
-    peft_type = "LORA"
-
-    def __init__(
-        self,
-        task_type: str | TaskType | None = None,
-        inference_mode: bool = False,
-        r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        target_modules: Sequence[str] | str | None = None,
-        bias: str = "none",
-        fan_in_fan_out: bool = False,
-        modules_to_save: Sequence[str] | None = None,
-        init_lora_weights: bool | str = True,
-        layers_to_transform: int | Sequence[int] | None = None,
-        layers_pattern: str | Sequence[str] | None = None,
-        use_rslora: bool = False,
-        rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
-        base_model_name_or_path: str | None = None,
-        revision: str | None = None,
-        auto_mapping: Any = None,
-        **later: Any,
-    ):
-        self.task_type = task_type.value if isinstance(task_type, TaskType) else task_type
-        self.inference_mode = bool(inference_mode)
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout = lora_dropout
-        if isinstance(target_modules, str | None):
-            self.target_modules = target_modules
-        else:
-            self.target_modules = sorted(target_modules)
-        self.bias = bias
-        self.fan_in_fan_out = fan_in_fan_out
-        self.modules_to_save = modules_to_save
-        self.init_lora_weights = init_lora_weights
-        self.layers_to_transform = layers_to_transform
-        self.layers_pattern = layers_pattern
-        self.use_rslora = bool(use_rslora)
-        self.rank_pattern = dict(rank_pattern or {})
-        self.alpha_pattern = dict(alpha_pattern or {})
-        self.base_model_name_or_path = base_model_name_or_path
-        self.revision = revision
-        self.auto_mapping = auto_mapping
-        self._check(later)
-
-    def _check(self, later: Mapping[str, Any]) -> None:
-        if later.pop("peft_type", "LORA") != "LORA":
-            raise ValueError("peft_type: a LoraConfig is LORA")
-        _check_task(self.task_type)
-        _check_rank("r", self.r)
-        for name, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{name!r}]", rank)
-        _check_alpha("lora_alpha", self.lora_alpha)
-        for name, alpha in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern[{name!r}]", alpha)
-        p = self.lora_dropout
-        if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
-            raise ValueError(f"lora_dropout: expected from 0 to below 1, got {p!r}")
-        targets = self.target_modules
-        if isinstance(targets, list) and not (targets and all(isinstance(t, str) for t in targets)):
-            raise ValueError(f"target_modules: expected names, got {targets!r}")
-        if isinstance(targets, str):
-            if self.layers_to_transform is not None and targets != ALL_LINEAR:
-                raise ValueError("layers_to_transform: needs target_modules to be a list of names")
-            _compiled("target_modules", targets)
-        if self.bias != "none":
-            raise ValueError(f"bias {self.bias!r} is not supported by this release, only 'none'")
-        if self.fan_in_fan_out:
-            raise ValueError(
-                "fan_in_fan_out true is not supported: these models store no transposed weights"
-            )
-        if self.modules_to_save:
-            raise ValueError(
-                f"modules_to_save {self.modules_to_save!r} is not supported by this release"
-            )
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(
-                f"init_lora_weights {self.init_lora_weights!r} is not supported by this release, "
-                "only true, false and 'gaussian'"
-            )
-        layers = self.layers_to_transform
-        for layer in [layers] if isinstance(layers, int) else layers or []:
-            if type(layer) is not int or layer < 0:
-                raise ValueError(f"layers_to_transform: expected layer numbers, got {layers!r}")
-        if later.pop("use_dora", False):
-            raise ValueError("use_dora true (DoRA) is not supported by this release")
-        for name, value in later.items():
-            if name not in _IGNORED and value and value != _UNUSED.get(name):
-                raise ValueError(f"{name} {value!r} is not supported by this release")
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> LoraConfig:
-        """Read `path/adapter_config.json`. ValueError naming a field that is not supported."""
-        file = Path(path) / CONFIG
-        if not file.is_file():
-            raise ValueError(
-                f"Can't find {CONFIG!r} at {os.fspath(path)!r}: {_what_is_there(Path(path))}"
-            )
-        fields = read_json(file, dict)
-        kind = fields.pop("peft_type", None)
-        if kind != "LORA":
-            raise ValueError(
-                f"{file}: peft_type {kind!r} is not supported by this release, only 'LORA'"
-            )
-        known = set(inspect.signature(cls.__init__).parameters)
-        try:
-            # A key with null means the default, as for PEFT's optional fields.
-            return cls(**{k: v for k, v in fields.items() if v is not None or k not in known})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that are written: those of PEFT 0.4, and newer ones that are not default."""
-        fields = {name: getattr(self, name) for name in _WRITTEN}
-        for name, default in _WRITTEN_IF_SET.items():
-            if getattr(self, name) != default:
-                fields[name] = getattr(self, name)
-        return fields
-
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write `directory/adapter_config.json`."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        write_json(Path(directory) / CONFIG, self.to_dict())
-
-    def targets(self, model: ChatGLMForConditionalGeneration) -> dict[str, tuple[int, float]]:
-        """{module: (rank, scale)} of the linears of a model that this adapter changes.
-
-        Raises ValueError naming targets that match nothing, or modules other than the four linears
-        of a layer.
-        """
-        wanted = self.target_modules or ["query_key_value"]
-        weights = [n.removesuffix(".weight") for n in model.base_names() if n.endswith(".weight")]
-        linear = {
-            n
-            for n in weights
-            if n.startswith("transformer.encoder.layers.") and _leaf(n) in LINEARS
-        }
-        if wanted == ALL_LINEAR:
-            matched = [n for n in weights if n in linear]
-        elif isinstance(wanted, str):
-            pattern = _compiled("target_modules", wanted)
-            matched = [n for n in weights if pattern.fullmatch(n)]
-        else:
-            ends = {t: [n for n in weights if n == t or n.endswith("." + t)] for t in wanted}
-            unmatched = [t for t, found in ends.items() if not found]
-            if unmatched and len(unmatched) < len(ends):
-                warnings.warn(
-                    f"target_modules: no module of this model is named {unmatched}", stacklevel=4
-                )
-            found = {n for names in ends.values() for n in names}
-            matched = [n for n in weights if n in found]
-        if self.layers_to_transform is not None:
-            layers = self.layers_to_transform
-            layers = {layers} if isinstance(layers, int) else set(layers)
-            matched = [n for n in matched if _layer(n) in layers]
-        if not matched:
-            layers_too = (
-                "" if self.layers_to_transform is None else f" in layers {self.layers_to_transform}"
-            )
-            raise ValueError(
-                f"target_modules {wanted!r}: no module of this model matches{layers_too}; "
-                f"expected some of {', '.join(LINEARS)}"
-            )
-        other = [n for n in matched if n not in linear]
-        if other:
-            raise ValueError(
-                f"target_modules: {', '.join(other)}: adapters on this module are not supported "
-                "by this release, "
-                f"only on {', '.join(LINEARS)}"
-            )
-        found = {}
-        for name in matched:
-            rank = _pattern(self.rank_pattern, name, self.r)
-            alpha = _pattern(self.alpha_pattern, name, self.lora_alpha)
-            found[name] = (rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
-        return found
-
-    def __repr__(self) -> str:
-        fields = {k: v for k, v in self.to_dict().items() if v is not None}
-        return f"LoraConfig({', '.join(f'{k}={v!r}' for k, v in fields.items())})"
-
-
-class PrefixTuningConfig:
-    """Settings of a P-Tuning v2 prefix.
-
-    num_virtual_tokens: its length P; prefix_projection: with the two-layer encoder; init_std: of
-    the fresh embedding.
-    """
-
-    peft_type = "PREFIX_TUNING"
-
-    def __init__(
-        self,
-        task_type: str | TaskType | None = None,
-        num_virtual_tokens: int | None = None,
-        prefix_projection: bool = False,
-        inference_mode: bool = False,
-        init_std: float = 1.0,
-    ):
-        self.task_type = task_type.value if isinstance(task_type, TaskType) else task_type
-        _check_task(self.task_type)
-        _check_rank("num_virtual_tokens", num_virtual_tokens)
-        if not isinstance(init_std, int | float) or not 0 <= init_std < math.inf:
-            raise ValueError(f"init_std: expected a number from 0, got {init_std!r}")
-        self.num_virtual_tokens = num_virtual_tokens
-        self.prefix_projection = bool(prefix_projection)
-        self.inference_mode = bool(inference_mode)
-        self.init_std = init_std
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields."""
-        return {"peft_type": self.peft_type, **self.__dict__}
-
-    def __repr__(self) -> str:
-        return f"PrefixTuningConfig({', '.join(f'{k}={v!r}' for k, v in self.__dict__.items())})"
-
-
-def _check_task(task: Any) -> None:
-    if task not in (None, "CAUSAL_LM"):
-        raise ValueError(f"task_type {task!r} is not supported by this release, only 'CAUSAL_LM'")
-
-
-def _check_rank(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
-
-
-def _check_alpha(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a number, got {value!r}")
-
-
-def _compiled(name: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
-
-
-def _leaf(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
-def _layer(module: str) -> int | None:
-    found = re.search(r"\.layers\.(\d+)\.", module)
-    return int(found[1]) if found else None
-
-
-def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key that is the module's name, its ending, or a regular expression for
-    one of these.
-    """
-    for key, value in patterns.items():
-        if _compiled("rank_pattern", rf"(.*\.)?({key})").fullmatch(module):
-            return value
-    return default
-
-
-def _what_is_there(path: Path) -> str:
-    if not path.is_dir():
-        return "there is no such directory"
-    if (path / "config.json").is_file() and (path / "pytorch_model.bin").is_file():
-        return "it is a model or a P-Tuning directory (glmlora.load_prefix), not an adapter's"
-    return "it is not an adapter directory"
-
-
-class _Adapter:
-    """One LoRA adapter: its config and, while it is not the active one, its tensors.
-
-    tensors  {module: (A (r, in), B (out, r))} float32
-    """
-
-    def __init__(
-        self,
-        config: LoraConfig,
-        targets: dict[str, tuple[int, float]],
-        tensors: dict[str, tuple[np.ndarray, np.ndarray]],
-    ):
-        self.config = config
-        self.targets = targets
-        self.tensors = tensors
-
-    def names(self) -> list[str]:
-        """The core's names of its tensors, A before B, in the order of the modules."""
-        return [f"{m}.lora_{part}.weight" for m in self.targets for part in "AB"]
+Base = ChatGLMForConditionalGeneration
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class _Tuner:
@@ -394,14 +53,61 @@ class _Tuner:
     def __init__(self, model: ChatGLMForConditionalGeneration):
         self.model = model
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.model, name)
+
+
+class _FromBase(Generic[P, T]):
+    """A method of the base as one of the wrapper: `peft_model.chat` is the base's bound `chat`."""
+
+    def __init__(self, method: Callable[Concatenate[Base, P], T]):
+        self._method = method
+        self.__doc__ = method.__doc__
+
+    @overload
+    def __get__(
+        self, instance: None, owner: type[PeftModel]
+    ) -> Callable[Concatenate[Base, P], T]: ...
+    @overload
+    def __get__(self, instance: PeftModel, owner: type[PeftModel]) -> Callable[P, T]: ...
+    def __get__(self, instance: PeftModel | None, owner: type[PeftModel]) -> Any:
+        if instance is None:
+            return self._method
+        return getattr(instance.get_base_model(), self._method.__name__)
+
+
+def _chained(
+    method: Callable[Concatenate[Base, P], Base],
+) -> Callable[Concatenate[PeftModel, P], PeftModel]:
+    """A method of the base that returns the model, as one that returns the wrapper."""
+
+    @wraps(method)
+    def call(self: PeftModel, /, *args: P.args, **kwargs: P.kwargs) -> PeftModel:
+        getattr(self.get_base_model(), method.__name__)(*args, **kwargs)
+        return self
+
+    call.__signature__ = signature(method).replace(return_annotation="PeftModel")
+    return call
 
 
 class PeftModel:
     """A model with adapters. Wrapping changes the given base in place; what is not here falls
     through to the base.
     """
+
+    # attributes of the base
+    config: ChatGLMConfig
+    core: _core.Model
+    device: Device
+    dtype: str
+    compute_dtype: str
+    training: bool
+    generation_config: GenerationConfig
+    transformer: Transformer
+    trainable_names: list[str]
+    name_or_path: str | None
 
     def __init__(
         self,
@@ -410,7 +116,7 @@ class PeftModel:
         adapter_name: str = "default",
     ):
         self._base = model
-        self._adapters: dict[str, _Adapter] = {}
+        self._adapters: dict[str, Adapter] = {}
         self.peft_config: dict[str, LoraConfig | PrefixTuningConfig] = {adapter_name: config}
         self.active_adapter = adapter_name
 
@@ -423,13 +129,15 @@ class PeftModel:
         """The base that was wrapped, the adapter still in it."""
         return self._base
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_base":
-            raise AttributeError(name)
-        return getattr(self._base, name)
+    if not TYPE_CHECKING:  # checkers know what is declared here, and refuse the rest
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._base(*args, **kwargs)
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__") or name == "_base":
+                raise AttributeError(name)
+            return getattr(self._base, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._base)})
 
     # Reading and making adapters
 
@@ -437,7 +145,7 @@ class PeftModel:
     def from_pretrained(
         cls,
         model: ChatGLMForConditionalGeneration,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: LoraConfig | None = None,
@@ -453,7 +161,7 @@ class PeftModel:
             model.set_adapter(adapter_name)
             return model
         config = LoraConfig.from_pretrained(path) if config is None else config
-        adapter = _read_adapter(model, Path(path), config)
+        adapter = read_adapter(model, Path(path), config)
         config.inference_mode = not is_trainable
         wrapper = cls(model, config, adapter_name)
         wrapper._adapters[adapter_name] = adapter
@@ -461,7 +169,7 @@ class PeftModel:
         return wrapper
 
     def load_adapter(
-        self, path: str | os.PathLike, adapter_name: str, is_trainable: bool = False
+        self, path: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False
     ) -> None:
         """Read another adapter under a new name; `set_adapter` makes it the active one. Errors as
         above.
@@ -469,7 +177,7 @@ class PeftModel:
         if adapter_name in self._adapters:
             raise ValueError(f"adapter_name: {adapter_name!r} is there already")
         config = LoraConfig.from_pretrained(path)
-        adapter = _read_adapter(self._base, Path(path), config)
+        adapter = read_adapter(self._base, Path(path), config)
         config.inference_mode = not is_trainable
         self._adapters[adapter_name], self.peft_config[adapter_name] = adapter, config
 
@@ -477,7 +185,7 @@ class PeftModel:
         """A fresh adapter under a new name; `set_adapter` makes it the active one."""
         if adapter_name in self._adapters:
             raise ValueError(f"adapter_name: {adapter_name!r} is there already")
-        self._adapters[adapter_name] = _fresh_adapter(self._base, config, seed)
+        self._adapters[adapter_name] = fresh_adapter(self._base, config, seed)
         self.peft_config[adapter_name] = config
 
     def _fetch(self) -> None:
@@ -547,52 +255,39 @@ class PeftModel:
         self._base.core.remove_lora()
         return self._base
 
-    # Methods that return the wrapper where the base's would return the base
+    # The base's methods, with its signatures
 
-    def half(self) -> PeftModel:
-        """The base's weights in float16; the adapter stays float32 and is computed in float32."""
-        self._base.half()
-        return self
+    forward = _FromBase(Base.forward)
+    backward = _FromBase(Base.backward)
+    named_gradients = _FromBase(Base.named_gradients)
+    zero_grad = _FromBase(Base.zero_grad)
+    generate = _FromBase(Base.generate)
+    stream_generate = _FromBase(Base.stream_generate)
+    chat = _FromBase(Base.chat)
+    batch_chat = _FromBase(Base.batch_chat)
+    stream_chat = _FromBase(Base.stream_chat)
+    parameters = _FromBase(Base.parameters)
+    num_parameters = _FromBase(Base.num_parameters)
+    load_state_dict = _FromBase(Base.load_state_dict)
+    get_memory_footprint = _FromBase(Base.get_memory_footprint)
+    get_input_embeddings = _FromBase(Base.get_input_embeddings)
+    get_output_embeddings = _FromBase(Base.get_output_embeddings)
+    set_trainable = _FromBase(Base.set_trainable)
+    quantize = _FromBase(Base.quantize)
+    gradient_checkpointing_enable = _FromBase(Base.gradient_checkpointing_enable)
+    gradient_checkpointing_disable = _FromBase(Base.gradient_checkpointing_disable)
+    enable_input_require_grads = _FromBase(Base.enable_input_require_grads)
+    __call__ = forward
 
-    def bfloat16(self) -> PeftModel:
-        """The base's weights in bfloat16."""
-        self._base.bfloat16()
-        return self
-
-    def float(self) -> PeftModel:
-        """The base's weights in float32."""
-        self._base.float()
-        return self
-
-    def cuda(self, device: Any = None) -> PeftModel:
-        """As the base's."""
-        self._base.cuda(device)
-        return self
-
-    def cpu(self) -> PeftModel:
-        """As the base's."""
-        self._base.cpu()
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> PeftModel:
-        """As the base's."""
-        self._base.to(*args, **kwargs)
-        return self
-
-    def eval(self) -> PeftModel:
-        """Dropout off."""
-        self._base.eval()
-        return self
-
-    def train(self, mode: bool = True) -> PeftModel:
-        """Dropout on (or off) in `backward`."""
-        self._base.train(mode)
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> PeftModel:
-        """As the base's: True trains everything."""
-        self._base.requires_grad_(requires_grad)
-        return self
+    half = _chained(Base.half)
+    bfloat16 = _chained(Base.bfloat16)
+    float = _chained(Base.float)
+    cuda = _chained(Base.cuda)
+    cpu = _chained(Base.cpu)
+    to = _chained(Base.to)
+    eval = _chained(Base.eval)
+    train = _chained(Base.train)
+    requires_grad_ = _chained(Base.requires_grad_)
 
     # What there is
 
@@ -613,11 +308,12 @@ class PeftModel:
         """The active adapter's tensors, float32, under the names that its file has."""
         read = self._base.core.read
         if not self._adapters:
-            return {n: read(n) for n in self._base.core.names() if n.startswith(PREFIX)}
+            start = prefix_of(self._base.config)
+            return {n: read(n) for n in self._base.core.names() if n.startswith(start)}
         return {PEFT_PREFIX + n: read(n) for n in self._adapters[self.active_adapter].names()}
 
     def save_pretrained(
-        self, directory: str | os.PathLike, safe_serialization: bool = True
+        self, directory: str | os.PathLike[str], safe_serialization: bool = True
     ) -> None:
         """Write the active adapter (others: in folders of their names) or the prefix, atomically.
 
@@ -632,7 +328,7 @@ class PeftModel:
             raise NotADirectoryError(f"{directory}: is a file, expected a directory")
         self._fetch()
         for name, adapter in self._adapters.items():
-            _write_adapter(
+            write_adapter(
                 directory if name == self.active_adapter else directory / name,
                 adapter,
                 safe_serialization,
@@ -685,111 +381,16 @@ def get_peft_model(
     if peft_config.base_model_name_or_path is None:
         peft_config.base_model_name_or_path = model.config.get("_name_or_path") or None
     wrapper = PeftModel(model, peft_config, adapter_name)
-    wrapper._adapters[adapter_name] = _fresh_adapter(model, peft_config, seed)
+    wrapper._adapters[adapter_name] = fresh_adapter(model, peft_config, seed)
     wrapper._attach(adapter_name)
     return wrapper
-
-
-def _fresh_adapter(
-    model: ChatGLMForConditionalGeneration, config: LoraConfig, seed: int | None
-) -> _Adapter:
-    targets = config.targets(model)
-    rng = generation.generator(seed)
-    tensors = {}
-    for module, (rank, _) in targets.items():
-        out, width = model.core.shape(module + ".weight")
-        if config.init_lora_weights == "gaussian":
-            A = rng.standard_normal((rank, width)) / rank
-        else:
-            A = rng.uniform(-(width**-0.5), width**-0.5, (rank, width))
-        B = np.zeros((out, rank))
-        if config.init_lora_weights is False:
-            B = rng.uniform(-(rank**-0.5), rank**-0.5, (out, rank))
-        tensors[module] = (A.astype(np.float32), B.astype(np.float32))
-    return _Adapter(config, targets, tensors)
-
-
-# Adapter files
-
-
-def _read_adapter(
-    model: ChatGLMForConditionalGeneration, directory: Path, config: LoraConfig
-) -> _Adapter:
-    files = [directory / name for name in (SAFETENSORS, TORCH) if (directory / name).is_file()]
-    if not files:
-        raise ValueError(f"{directory}: found neither {SAFETENSORS} nor {TORCH}")
-    try:
-        targets = config.targets(model)
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG}: {error}") from None
-    adapter = _Adapter(config, targets, {})
-    stored = read_weights(files[0])
-    expected = {}
-    for module, (rank, _) in targets.items():
-        out, width = model.core.shape(module + ".weight")
-        expected[f"{PEFT_PREFIX}{module}.lora_A.weight"] = (rank, width)
-        expected[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (out, rank)
-    missing = [n for n in expected if n not in stored]
-    surplus = [n for n in stored if n not in expected]
-    wrong = [
-        f"{n}: the model and {CONFIG} need {shape}, the file has {stored[n].shape}"
-        for n, shape in expected.items()
-        if n in stored and stored[n].shape != shape
-    ]
-    if missing or surplus or wrong:
-        faults = [f"missing {', '.join(missing)}"] * bool(missing)
-        faults += [f"not expected {', '.join(surplus)}"] * bool(surplus)
-        raise ValueError(f"{files[0]}: does not fit this model: {'; '.join(faults + wrong)}")
-    arrays = {}
-    for name in expected:
-        array = stored[name].numpy()
-        if array.dtype.kind != "f":
-            raise ValueError(
-                f"{files[0]}: {name}: expected floating point numbers, got {array.dtype}"
-            )
-        if not np.isfinite(array).all():
-            raise ValueError(f"{files[0]}: {name}: holds values that are not finite")
-        arrays[name] = np.ascontiguousarray(array, np.float32)
-    zero = [n for n in arrays if n.endswith(".lora_B.weight") and not arrays[n].any()]
-    if zero:
-        warnings.warn(
-            f"{files[0]}: B is all zero in {len(zero)} of {len(targets)} modules (the first is "
-            f"{zero[0]}): "
-            "there the adapter changes nothing, as before its first training step",
-            stacklevel=4,
-        )
-    for module in targets:
-        name = f"{PEFT_PREFIX}{module}.lora_"
-        adapter.tensors[module] = (arrays[name + "A.weight"], arrays[name + "B.weight"])
-    return adapter
-
-
-def _write_adapter(directory: Path, adapter: _Adapter, safe_serialization: bool) -> None:
-    """The two files of an adapter. The tensors come first: a config without its tensors is never
-    left by a failure.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for module, (A, B) in adapter.tensors.items():
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = A
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = B
-    fields = {**adapter.config.to_dict(), "inference_mode": True}
-    if fields["target_modules"] is None:
-        fields["target_modules"] = ["query_key_value"]
-    elif fields["target_modules"] == ALL_LINEAR:
-        fields["target_modules"] = sorted(LINEARS)  # older PEFT does not know the word
-    write = write_safetensors if safe_serialization else write_torch
-    file, other = (SAFETENSORS, TORCH) if safe_serialization else (TORCH, SAFETENSORS)
-    write(directory / file, tensors)
-    write_json(directory / CONFIG, fields)
-    (directory / other).unlink(missing_ok=True)  # readers would find an older one first
 
 
 # P-Tuning directories
 
 
 def save_prefix(
-    model: ChatGLMForConditionalGeneration | PeftModel, directory: str | os.PathLike
+    model: ChatGLMForConditionalGeneration | PeftModel, directory: str | os.PathLike[str]
 ) -> None:
     """Write a P-Tuning prefix as THUDM's scripts do: `pytorch_model.bin` (float32) and
     `config.json`.
@@ -800,14 +401,14 @@ def save_prefix(
     if not model.has_prefix:
         raise ValueError("save_prefix: this model has no P-Tuning prefix")
     read = model.core.read
-    names = [n for n in model.core.names() if n.startswith(PREFIX)]
+    names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
     Path(directory).mkdir(parents=True, exist_ok=True)
     save_sharded(directory, {n: read(n) for n in names}, safetensors=False)
     model.config.save_pretrained(directory)
 
 
 def load_prefix(
-    model: ChatGLMForConditionalGeneration | PeftModel, directory: str | os.PathLike
+    model: ChatGLMForConditionalGeneration | PeftModel, directory: str | os.PathLike[str]
 ) -> ChatGLMForConditionalGeneration | PeftModel:
     """Attach the P-Tuning prefix in `directory`; returns the model.
 
@@ -815,16 +416,17 @@ def load_prefix(
     built with others, or tensors of other sizes, raise ValueError with both numbers.
     """
     base, directory = _unwrapped(model), Path(directory)
+    start = prefix_of(base.config)
     file = directory / "config.json"
     fields = read_json(file, dict) if file.is_file() else {}
     arrays = {
-        n.removeprefix(PREFIX): np.ascontiguousarray(a, np.float32)
+        n.removeprefix(start): np.ascontiguousarray(a, np.float32)
         for n, a in load_state_dict(directory).items()
-        if n.startswith(PREFIX)
+        if n.startswith(start)
     }
     if "embedding.weight" not in arrays:
         raise ValueError(
-            f"{directory}: holds no {PREFIX}embedding.weight: not a P-Tuning checkpoint"
+            f"{directory}: holds no {start}embedding.weight: not a P-Tuning checkpoint"
         )
     length = fields.get("pre_seq_len") or arrays["embedding.weight"].shape[0]
     projection = fields.get("prefix_projection", "trans.0.weight" in arrays)
@@ -866,16 +468,3 @@ def _unwrapped(
     model: ChatGLMForConditionalGeneration | PeftModel,
 ) -> ChatGLMForConditionalGeneration:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-__all__ = [
-    "LoraConfig",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PrefixTuningConfig",
-    "TaskType",
-    "get_peft_model",
-    "load_prefix",
-    "save_prefix",
-    "trainable_line",
-]

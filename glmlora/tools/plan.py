@@ -24,9 +24,10 @@ from .. import _core
 from ..files.tensor import Tensor
 from ..files.write import model_directory
 from ..generation.generate import CHUNK
-from ..model.compute import compute_dtype
 from ..model.configuration import ChatGLMConfig
-from ..model.modeling import ChatGLMForConditionalGeneration, parse_dtype
+from ..model.device import compute_dtype
+from ..model.modeling import ChatGLMForConditionalGeneration
+from ..model.parameters import parse_dtype
 from ..model.quantization import GROUP_SIZE, QuantizedTensor, check_form
 from ..training import methods
 from ..training.arguments import FinetuningArguments

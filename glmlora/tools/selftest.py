@@ -25,7 +25,7 @@ import numpy as np
 from .. import _core, families
 from ..files.tensor import Tensor
 from ..model import device as devices
-from ..model import modeling, peft
+from ..model import modeling, parameters, peft
 from ..model.configuration import ChatGLMConfig
 from ..training import optim
 from . import plan as plans
@@ -356,8 +356,8 @@ def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
     on_backend = type("Model", (kind,), {"backend": backend})
     model = on_backend(config, tensors)
     if prefix:
-        shapes = modeling.prefix_shapes(config)
-        model.set_prefix(modeling.fresh_prefix(shapes, seed=4, std=0.3))
+        shapes = parameters.prefix_shapes(config)
+        model.set_prefix(parameters.fresh_prefix(shapes, seed=4, std=0.3))
     return model
 
 

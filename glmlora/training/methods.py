@@ -18,7 +18,8 @@ import numpy as np
 
 from ..files.checkpoint import load_state_dict
 from ..files.torchfile import write_torch
-from ..model.modeling import PEFT_PREFIX, PREFIX, ChatGLMForConditionalGeneration, is_lora
+from ..model.modeling import ChatGLMForConditionalGeneration
+from ..model.parameters import PEFT_PREFIX, is_lora, prefix_of
 from ..model.peft import (
     LoraConfig,
     PeftModel,
@@ -219,7 +220,8 @@ def prepare(
         elif checkpoints:
             load_prefix(base, checkpoints[0])
         base.prefix_is_fresh = False
-        return Trainee(kind, model, tokenizer, [n for n in base.core.names() if PREFIX in n])
+        names = [n for n in base.core.names() if n.startswith(prefix_of(base.config))]
+        return Trainee(kind, model, tokenizer, names)
     if checkpoints:
         load_base_weights(base, checkpoints[0], whole=kind == "full")
     if kind == "full":
