@@ -1,5 +1,5 @@
-"""Ragged batches: flat runs of tokens cut into segments, never padded. Records as ids, and the
-order in which they are trained.
+"""Ragged batches: flat runs of tokens cut into segments, never padded. Records as ids, the order
+in which they are trained, and what users pass as ids.
 """
 
 from __future__ import annotations
@@ -281,3 +281,47 @@ def updates_per_epoch(n: int, batch_size: int, accumulation: int, drop_last: boo
     """ceil(micro-batches / accumulation): the short tail of an epoch is an update of its own."""
     n_micro = n // batch_size if drop_last else -(-n // batch_size)
     return -(-n_micro // accumulation)
+
+
+def as_rows(name: str, value: Any) -> np.ndarray:
+    """`value` as an integer array (rows, tokens); one row may come without its outer brackets."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(
+            f"{name}: expected rows of one length, got ragged ones; pad them first"
+        ) from None
+    if array.ndim == 1 and array.dtype != object:
+        array = array[None]
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{name}: expected shape (rows, tokens), got {array.shape}")
+    if array.dtype.kind not in "iub":
+        raise ValueError(f"{name}: expected integers, got {array.dtype}")
+    return array
+
+
+def check_ids(name: str, ids: np.ndarray, vocabulary: int, ignored: int | None = None) -> None:
+    """ValueError with id, row and column of the first one that the vocabulary does not have."""
+    if ids.min() >= 0 and ids.max() < vocabulary:
+        return
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"{name}: id {ids[row, column]} at row {row}, column {column} is outside the "
+            "vocabulary of "
+            f"{vocabulary} ids (0 to {vocabulary - 1})"
+        )
+
+
+def padded(
+    values: np.ndarray, row: np.ndarray, column: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """Values (N, C) of the ragged tokens at their places in (B, T, C), 0 elsewhere."""
+    if values.shape[0] == shape[0] * shape[1]:
+        return values.reshape(*shape, -1)
+    out = np.zeros((*shape, values.shape[1]), values.dtype)
+    out[row, column] = values
+    return out

@@ -98,7 +98,7 @@ def predict(args: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from glmlora.files.write import atomic_file
-    from glmlora.generation.generate import chat_rows
+    from glmlora.generation.chat import chat_rows
     from glmlora.training.methods import unwrapped
     from glmlora.training.records import read_rows
 

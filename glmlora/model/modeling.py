@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _core
-from ..batch import Batch
+from .. import _core, seeds
+from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import load_checkpoint, save_sharded
 from ..files.tensor import Tensor
 from ..files.write import model_directory
-from ..generation import generate as generation
+from ..generation import chat as _chat
+from ..generation import generate as _generate
+from ..generation.cache import CachedRow
+from ..generation.config import GenerationConfig
 from . import device as devices
 from .compute import backend_of
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
@@ -267,12 +270,12 @@ class ChatGLMForConditionalGeneration:
         self.device = _device_of(self.backend)
         self.training = False
         self.active_adapter_name = "default"
-        self._dropout_key = generation.next_key()
-        self.generation_config = generation.GenerationConfig.from_model_config(config)
+        self._dropout_key = seeds.next_key()
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.transformer = Transformer(self)
         self.has_prefix = False
         self.prefix_is_fresh = False
-        self.cached_row: generation.CachedRow | None = None  # kept between chats
+        self.cached_row: CachedRow | None = None  # kept between chats
         self.gradient_checkpointing = False
         self._reserved = (0, 0, 0)  # sizes of the largest training step so far
         self._trainable: list[str] = []
@@ -292,7 +295,7 @@ class ChatGLMForConditionalGeneration:
     @cached_property
     def dropout_seed(self) -> int:
         """Of its dropout masks."""
-        return generation.seed_of(self._dropout_key)
+        return seeds.seed_of(self._dropout_key)
 
     @property
     def compute_dtype(self) -> str:
@@ -785,8 +788,8 @@ class ChatGLMForConditionalGeneration:
                 warnings.warn("labels: all are masked (-100), so there is no loss", stacklevel=3)
         states = None
         if hidden is not None:
-            states = tuple(_padded(layer, row, column, shape) for layer in hidden)
-        out = CausalLMOutput(_padded(flat, row, column, shape), loss, states)
+            states = tuple(padded(layer, row, column, shape) for layer in hidden)
+        out = CausalLMOutput(padded(flat, row, column, shape), loss, states)
         return out if return_dict else out.to_tuple()
 
     __call__ = forward
@@ -844,35 +847,13 @@ class ChatGLMForConditionalGeneration:
         """Forget the accumulated gradients."""
         self.core.zero_grad()
 
-    # Generation: see generation.py
+    # Functions of glmlora/generation, whose first argument is the model
 
-    def generate(self, input_ids: Any = None, **kwargs: Any) -> np.ndarray:
-        """Prompts (B, T) -> int64 (B, T + new): see `generation.generate`."""
-        return generation.generate(self, input_ids, **kwargs)
-
-    def stream_generate(self, input_ids: Any = None, **kwargs: Any) -> Iterator[np.ndarray]:
-        """As `generate`, yielding the ids so far after every token: see
-        `generation.stream_generate`.
-        """
-        return generation.stream_generate(self, input_ids, **kwargs)
-
-    def chat(
-        self, tokenizer: Any, query: str, history: Any = None, *args: Any, **kwargs: Any
-    ) -> tuple[Any, list]:
-        """One turn of conversation -> (response, history): see `generation.chat`."""
-        return generation.chat(self, tokenizer, query, history, *args, **kwargs)
-
-    def batch_chat(self, tokenizer: Any, queries: Any, **kwargs: Any) -> list[Any]:
-        """Responses to many queries, each as `chat` with an empty history gives it: see
-        `generation.batch_chat`.
-        """
-        return generation.batch_chat(self, tokenizer, queries, **kwargs)
-
-    def stream_chat(
-        self, tokenizer: Any, query: str, history: Any = None, *args: Any, **kwargs: Any
-    ) -> Iterator[tuple]:
-        """One turn that yields (the text so far, history): see `generation.stream_chat`."""
-        return generation.stream_chat(self, tokenizer, query, history, *args, **kwargs)
+    generate = _generate.generate
+    stream_generate = _generate.stream_generate
+    chat = _chat.chat
+    batch_chat = _chat.batch_chat
+    stream_chat = _chat.stream_chat
 
     def __repr__(self) -> str:
         c = self.config
@@ -947,7 +928,7 @@ class AutoModel:
         model.name_or_path = os.fspath(path)
         file = directory / "generation_config.json"
         if file.is_file():
-            model.generation_config = generation.GenerationConfig.from_pretrained(directory, config)
+            model.generation_config = GenerationConfig.from_pretrained(directory, config)
         if load_in_8bit or load_in_4bit:
             model.quantize(8 if load_in_8bit else 4, group_size=GROUP_SIZE if load_in_4bit else 0)
         if kind is not None:
@@ -1070,7 +1051,7 @@ def fresh_prefix(
     shapes: Mapping[str, tuple[int, ...]], seed: int | None = None, std: float = 1.0
 ) -> dict[str, np.ndarray]:
     """Initial prefix weights, float32: normal(0, std), linears uniform within 1/sqrt(in)."""
-    rng = generation.generator(seed)
+    rng = seeds.generator(seed)
     arrays = {}
     for name, shape in shapes.items():
         if name == "embedding.weight":
@@ -1101,39 +1082,6 @@ def _check_prefix(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[i
     _check_shapes({n: (shapes[n], arrays[n].shape) for n in shapes if n in arrays})
 
 
-def as_rows(name: str, value: Any) -> np.ndarray:
-    """`value` as an integer array (rows, tokens); one row may come without its outer brackets."""
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise ValueError(
-            f"{name}: expected rows of one length, got ragged ones; pad them first"
-        ) from None
-    if array.ndim == 1 and array.dtype != object:
-        array = array[None]
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{name}: expected shape (rows, tokens), got {array.shape}")
-    if array.dtype.kind not in "iub":
-        raise ValueError(f"{name}: expected integers, got {array.dtype}")
-    return array
-
-
-def check_ids(name: str, ids: np.ndarray, vocabulary: int, ignored: int | None = None) -> None:
-    """ValueError with id, row and column of the first one that the vocabulary does not have."""
-    if ids.min() >= 0 and ids.max() < vocabulary:
-        return
-    wrong = (ids < 0) | (ids >= vocabulary)
-    if ignored is not None:
-        wrong &= ids != ignored
-    if wrong.any():
-        row, column = (int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"{name}: id {ids[row, column]} at row {row}, column {column} is outside the "
-            "vocabulary of "
-            f"{vocabulary} ids (0 to {vocabulary - 1})"
-        )
-
-
 def _float_array(name: str, value: Any) -> np.ndarray:
     if isinstance(value, Tensor):
         value = value.numpy()
@@ -1145,17 +1093,6 @@ def _float_array(name: str, value: Any) -> np.ndarray:
 
 def _converted(tensor: Tensor, dtype: str) -> Tensor:
     return Tensor(_core.convert(tensor.data, tensor.dtype, dtype), dtype)
-
-
-def _padded(
-    values: np.ndarray, row: np.ndarray, column: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
-    """Values (N, C) of the ragged tokens at their places in (B, T, C), 0 elsewhere."""
-    if values.shape[0] == shape[0] * shape[1]:
-        return values.reshape(*shape, -1)
-    out = np.zeros((*shape, values.shape[1]), values.dtype)
-    out[row, column] = values
-    return out
 
 
 def _mean_loss(logits: np.ndarray, rows: np.ndarray, targets: np.ndarray) -> float:

@@ -30,7 +30,7 @@ from ..files.checkpoint import (
     write_safetensors,
     write_torch,
 )
-from ..generation import generate as generation
+from ..seeds import generator
 from .modeling import (
     PEFT_PREFIX,
     PREFIX,
@@ -694,7 +694,7 @@ def _fresh_adapter(
     model: ChatGLMForConditionalGeneration, config: LoraConfig, seed: int | None
 ) -> _Adapter:
     targets = config.targets(model)
-    rng = generation.generator(seed)
+    rng = generator(seed)
     tensors = {}
     for module, (rank, _) in targets.items():
         out, width = model.core.shape(module + ".weight")

@@ -13,7 +13,9 @@ import numpy as np
 
 from ..batch import Encoded
 from ..files.checkpoint import read_json, write_json, write_text
-from ..generation.generate import GenerationConfig, end_ids, generate_rows
+from ..generation.chat import end_ids
+from ..generation.config import GenerationConfig
+from ..generation.generate import generate_rows
 from .methods import unwrapped
 from .metrics import compute_metrics
 

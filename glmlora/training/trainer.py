@@ -19,11 +19,11 @@ import numpy as np
 from .. import _core, families
 from ..batch import IGNORED, Encoded, split_dev
 from ..files.write import write_text
-from ..generation.generate import set_seed
 from ..model.configuration import ChatGLMConfig
 from ..model.modeling import AutoModel, ChatGLMForConditionalGeneration
 from ..model.peft import PeftModel, trainable_line
 from ..model.quantization import GROUP_SIZE
+from ..seeds import set_seed
 from ..tokenization import AutoTokenizer
 from . import methods
 from .arguments import (
