@@ -443,9 +443,17 @@ def test_a_fresh_prefix_is_noticed_once(tmp_path):
     tokenizer = glmlora.AutoTokenizer.from_pretrained(tiny_tokenizer_dir(directory))
     config = glmlora.AutoConfig.from_pretrained(directory, pre_seq_len=4)
     model = glmlora.AutoModel.from_pretrained(directory, config=config)
-    with pytest.warns(UserWarning, match="prefix"):
-        model.chat(tokenizer, "x", max_new_tokens=1)
-    model.chat(tokenizer, "x", max_new_tokens=1)
+    for ask in (
+        lambda: model.chat(tokenizer, "x", max_new_tokens=1),
+        lambda: list(model.stream_chat(tokenizer, "x", max_new_tokens=1)),
+        lambda: model.generate([[5]], max_new_tokens=1),
+        lambda: list(model.stream_generate([[5]], max_new_tokens=1)),
+    ):
+        model.prefix_is_fresh = True
+        with pytest.warns(UserWarning, match="prefix") as found:
+            ask()
+        assert [w.filename for w in found] == [__file__]
+        ask()
 
 
 def test_batch_chat_gives_what_chat_gives(v2, v3):
@@ -491,3 +499,26 @@ def test_what_the_last_chat_began_with_is_not_computed_again(v2, monkeypatch):
     model.chat(tokenizer, opening + "B", **settings)
     assert fed[2] == fed[0]
     model.cached_row = None
+
+
+def test_signatures_name_every_argument(v2):
+    model, _ = v2
+    fields = set(glmlora.GenerationConfig().to_dict())
+    for method, own in (
+        (model.chat, "tokenizer query history positional role logits_processor"),
+        (model.batch_chat, "tokenizer queries at_once role logits_processor"),
+        (
+            model.stream_chat,
+            "tokenizer query history positional role logits_processor past_key_values "
+            "return_past_key_values",
+        ),
+        (
+            model.generate,
+            "input_ids attention_mask position_ids generation_config logits_processor",
+        ),
+    ):
+        shown = inspect.signature(method).parameters
+        assert set(shown) == fields | set(own.split()), method
+    defaults = {n: p.default for n, p in inspect.signature(model.chat).parameters.items()}
+    assert defaults["max_length"] == 8192 and defaults["top_p"] == 0.8 and defaults["top_k"] == 50
+    assert model.chat.__name__ == "chat" and "One turn" in model.chat.__doc__

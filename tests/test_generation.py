@@ -11,7 +11,7 @@ import glmlora
 from glmlora import seeds
 from glmlora.generation import cache, generate, scheduler
 from glmlora.generation.cache import CachedRow
-from glmlora.generation.config import GenerationConfig
+from glmlora.generation.config import GenerationConfig, Settings
 from glmlora.generation.scheduler import Scheduler, Scores, limits_of
 
 V = TINY_CONFIG["padded_vocab_size"]
@@ -385,8 +385,13 @@ def test_generation_config(model, tmp_path):
     assert model.generate(prompt(4), generation_config=config).shape == (1, 7)
     assert model.generate(prompt(4), generation_config=config, max_new_tokens=2).shape == (1, 6)
     assert config.max_new_tokens == 3
-    with pytest.raises(TypeError, match="tempreature"):
+    with pytest.raises(TypeError, match="unknown generation argument 'tempreature'; known: max"):
         glmlora.GenerationConfig(tempreature=1)
+    with pytest.raises(TypeError, match="tempreature"):
+        config.update(tempreature=1)
+    assert repr(config) == "GenerationConfig(max_new_tokens=3, eos_token_id=[])"
+    known = {k: str(v) for k, v in glmlora.GenerationConfig.__annotations__.items()}
+    assert known == {k: v.__forward_arg__ for k, v in Settings.__annotations__.items()}
     directory = tiny_model_dir(tmp_path)
     (directory / "generation_config.json").write_text(
         '{"max_new_tokens": 2, "eos_token_id": [], "transformers_version": "4.40", "top_p": null}'

@@ -68,7 +68,7 @@ def best_answers(
             break
         chosen += [(-np.inf, *chosen[0][1:])] * (n - len(chosen))
         scheduler.fork([beam for _, beam, _ in chosen])
-        scheduler.take(token for _, _, token in chosen)
+        scheduler.take([token for _, _, token in chosen])
         sums = np.array([total for total, _, _ in chosen])
         scores = scheduler.scores()
     finished += finished[-1:] * (g.num_return_sequences - len(finished))

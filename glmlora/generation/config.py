@@ -67,7 +67,7 @@ class GenerationConfig:
 
     @classmethod
     def _check_known(cls, name: str) -> None:
-        known = [f.name for f in fields(cls)]
+        known = cls.__dataclass_fields__
         if name not in known:
             raise TypeError(f"unknown generation argument {name!r}; known: {', '.join(known)}")
 

@@ -31,7 +31,7 @@ class Request:
     def __init__(self, prompt: Sequence[int], limit: int, draw: tuple[int, int]):
         self.ids = prompt if isinstance(prompt, list) else list(prompt)
         self.start = len(self.ids)
-        self.limit = limit  # new ids allowed
+        self.end = self.start + limit  # how many ids there may be
         self.draw = draw  # (seed, stream) of its random numbers
         self.row = -1  # of the cache; from then on `ids` is that row's list
 
@@ -151,7 +151,7 @@ def by_counts(rows: CachedRow, running: Sequence[Request]) -> int:
     """Rows that begin together: room for as many new tokens as the next count of ROOM says."""
     index = running[0].index
     count = next((r for r in ROOM if r > index), 1 << 62)
-    rows.make_room(max(r.start + min(r.limit, count) for r in running) - rows.opening)
+    rows.make_room(max(min(r.end, r.start + count) for r in running) - rows.opening)
     return count - index
 
 
@@ -159,7 +159,7 @@ def by_doubling(rows: CachedRow, running: Sequence[Request]) -> int:
     """Rows that are filled again and again: twice the longest, once it does not fit."""
     longest = max(len(r.ids) for r in running) - rows.opening
     if longest > rows.cache.capacity:
-        most = max(r.start + r.limit for r in running) - rows.opening
+        most = max(r.end for r in running) - rows.opening
         rows.make_room(min(2 * longest, most))
     return rows.cache.capacity - longest + 1
 
@@ -177,6 +177,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self._taken: list[int] = []  # rows of those that run
         self._free = list(range(len(rows.ids)))
+        self._ends = frozenset(change.eos)
         self._grow = grow
         self._left = 0  # steps for which the cache has room
 
@@ -201,7 +202,7 @@ class Scheduler:
             return self.take(self._feed(self._choice).tolist())
         if scores is None:
             scores = self._feed()
-        return self.take(map(self.change.pick, scores, self.running))
+        return self.take([*map(self.change.pick, scores, self.running)])
 
     def run(self) -> Iterator[Event]:
         """Every step's events, until all requests have ended."""
@@ -214,13 +215,15 @@ class Scheduler:
             self._fill()
         return self._feed()
 
-    def take(self, tokens: Iterable[int]) -> list[Event]:
+    def take(self, tokens: Sequence[int]) -> list[Event]:
         """Give every running request its next token."""
-        ends, events, ended = self.change.eos, [], False
-        for request, token in zip(self.running, list(tokens), strict=True):
-            request.ids.append(token)
-            finished = token in ends or request.index == request.limit
-            ended = ended or finished
+        ends, events, ended = self._ends, [], False
+        for request, token in zip(self.running, tokens, strict=True):
+            ids = request.ids
+            ids.append(token)
+            finished = token in ends or len(ids) == request.end
+            if finished:
+                ended = True
             events.append(Event(request, token, finished))
         if ended:
             self._free += [e.request.row for e in events if e.finished]
@@ -228,15 +231,16 @@ class Scheduler:
         return events
 
     def fork(self, parents: Sequence[int]) -> None:
-        """Row i goes on from a copy of what row parents[i] was, with random numbers of stream i."""
+        """Row i goes on from a copy of what row parents[i] was, with random numbers of stream i.
+        The running requests have the first rows.
+        """
         self.rows.fork(parents)
-        was = {r.row: r for r in self.running}
         forks = []
-        for row, parent in enumerate(parents):
-            old = was[parent]
-            request = Request(self.rows.ids[row], old.limit, (old.draw[0], row))
-            request.start, request.row = old.start, row
-            forks.append(request)
+        for row, (parent, ids) in enumerate(zip(parents, self.rows.ids, strict=True)):
+            old = self.running[parent]
+            fork = Request(ids, 0, (old.draw[0], row))
+            fork.start, fork.end, fork.row = old.start, old.end, row
+            forks.append(fork)
         self._free = []
         self._run(forks)
 
