@@ -13,9 +13,9 @@ all: .venv/ready
 test: all
 	$(BIN)/python -m pytest
 
-# the kernels on the emulator at length: every seed in the checked build, every mutant
+# the kernels on the emulator at length (every seed in the checked build, every mutant); an op added to a copy
 test-deep: all
-	GLMLORA_DEEP=1 $(BIN)/python -m pytest tests/test_emu.py
+	GLMLORA_DEEP=1 $(BIN)/python -m pytest tests/test_emu.py tests/test_toy_op.py
 
 demo: all
 	$(BIN)/glmlora demo demo

@@ -100,7 +100,7 @@ class Worker(Jobs):
         config.num_layers = layers
         config.quantization_bit = config.quantization_group_size = None
         of = {}
-        for name in _core.Model(config.arch(), "plan").shapes():
+        for name in _core.Model(config.arch(), "plan", names=config.tensor_names).shapes():
             of[name] = re.sub(r"layers\.(\d+)", lambda m: f"layers.{int(m[1]) % self.here}", name)
         floats = {name: self.floats[here] for name, here in of.items()}
         model = type(self.file)(config, floats, self.file.compute_dtype)

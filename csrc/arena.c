@@ -1,6 +1,7 @@
 #include "arena.h"
 
 #include <stdint.h>
+#include <stdlib.h>
 
 void *glm_arena_push(struct glm_arena *arena, size_t count, size_t size)
 {
@@ -24,7 +25,8 @@ glm_status glm_arena_commit(struct glm_arena *arena, size_t bytes, struct glm_ba
     if (bytes <= arena->capacity)
         return GLM_OK;
     glm_arena_free(arena, be);
-    arena->base = be->alloc(be, bytes);
+    arena->base = arena->on_host ? calloc(1, bytes) : be->alloc(be, bytes);
+    be->allocated += arena->on_host; /* alloc counts itself */
     if (!arena->base)
         return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes (%.1f MiB) could not be taken", what,
                         bytes, (double)bytes / (1 << 20));
@@ -34,7 +36,9 @@ glm_status glm_arena_commit(struct glm_arena *arena, size_t bytes, struct glm_ba
 
 void glm_arena_free(struct glm_arena *arena, struct glm_backend *be)
 {
-    if (arena->base)
+    if (arena->on_host)
+        free(arena->base);
+    else if (arena->base)
         be->free(be, arena->base);
-    *arena = (struct glm_arena){0};
+    *arena = (struct glm_arena){.on_host = arena->on_host};
 }

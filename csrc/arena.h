@@ -9,10 +9,11 @@ struct glm_arena {
     char *base;      /* NULL while planning */
     size_t capacity; /* bytes of the block */
     size_t used, peak;
+    int on_host; /* the block is memory of the host, and none of the backend's */
 };
 
-/* Bytes for count elements of size each, 64-byte aligned.
- * Planning returns NULL; overflow saturates `peak` at SIZE_MAX, which no commit can satisfy. */
+/* Bytes for count elements of size each, at a multiple of 64 in the block.
+ * Planning returns NULL; overflow saturates `peak` at SIZE_MAX / 2, which no commit can satisfy. */
 void *glm_arena_push(struct glm_arena *arena, size_t count, size_t size);
 
 /* Makes the block hold at least `bytes`; a block that is big enough stays. What it held is lost. */

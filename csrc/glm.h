@@ -19,11 +19,24 @@ struct glm_arch {
     int half_rope_table; /* cos and sin as ChatGLM2's float16 code gets them */
 };
 
+/* What a family's checkpoints call its modules; the names of tensors are made of them, as those of
+ * PyTorch are: ".weight", ".bias", ".lora_A.weight" and ".lora_B.weight" follow. */
+struct glm_names {
+    const char *word_embeddings, *final_layernorm, *output_layer;
+    const char *layer; /* with one "{}" where a layer's number stands */
+    /* below the layer */
+    const char *input_layernorm, *post_attention_layernorm;
+    const char *query_key_value, *dense, *dense_h_to_4h, *dense_4h_to_h;
+    const char *prefix_encoder;
+};
+
 struct glm_model;
 struct glm_cache;
 
+/* names are copied. */
 glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
-                            struct glm_backend *be, struct glm_error *err);
+                            const struct glm_names *names, struct glm_backend *be,
+                            struct glm_error *err);
 void glm_model_free(struct glm_model *m);
 struct glm_backend *glm_model_backend(struct glm_model *m);
 /* The model to another backend that computes in the same type. The n_left weights `left` are
@@ -63,11 +76,15 @@ void glm_model_remove_lora(struct glm_model *m);
 void glm_model_enable_lora(struct glm_model *m, int on);
 glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err);
 
+enum { GLM_PREFIX_WEIGHTS = 5 }; /* embedding, weight and bias of trans.0 and of trans.2 */
+
 /* P-Tuning v2, real, copied. w0, b0, w2, b2: NULL without projection. */
 glm_status glm_model_set_prefix(struct glm_model *m, int P, const void *embedding, const void *w0,
                                 const void *b0, const void *w2, const void *b2, double dropout,
                                 struct glm_error *err);
 void glm_model_remove_prefix(struct glm_model *m);
+/* The name of weight i of GLM_PREFIX_WEIGHTS, whether it is there or not. */
+const char *glm_model_prefix_name(const struct glm_model *m, int i);
 int glm_model_prefix_length(struct glm_model *m);
 /* out (2 * layers, P, kv_heads * head_dim) real */
 glm_status glm_model_prefix_kv(struct glm_model *m, void *out, struct glm_error *err);
@@ -155,7 +172,7 @@ glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, con
 /* How the next tokens of n rows are chosen (struct glm_choice in backend.h): the same draw for any
  * thread count, and for a row whatever the other rows do. */
 struct glm_sampling {
-    double temperature, top_p; /* temperature 0: the likeliest */
+    double temperature, top_p; /* temperature 0: argmax */
     int top_k;
     const uint64_t *draws; /* (n, 3): seed, stream and index of each row's random number */
     /* of each row the ids before its next one, one run after another; NULL: scores stay as they are
@@ -167,7 +184,7 @@ struct glm_sampling {
     int n_suppress, min_length;
 };
 /* As extend, and only the ids that are chosen after each of the n rows come back: next (n). how
- * NULL: the likeliest. */
+ * NULL: argmax. */
 glm_status glm_cache_next(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
                           const int32_t *lengths, const struct glm_sampling *how, int32_t *next,
                           struct glm_error *err);

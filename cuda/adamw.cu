@@ -28,7 +28,7 @@ GLM_KERNEL(256) k_adamw(float *p, const float *grad, float *m, float *v, size_t 
     store4(v, i, n, v1);
 }
 
-/* A block sums a piece of fixed size after another: the order depends on n alone. */
+/* Blocks take runs of fixed size in turn: the order of the sum depends on n alone. */
 GLM_KERNEL(256) k_sum_squares(double *partial, const float *x, size_t n)
 {
     double sum = 0;
@@ -97,7 +97,7 @@ extern "C" void glm_cuda_adamw(void *cx, void *p, const void *grad, void *m, voi
 extern "C" void glm_cuda_sum_squares(void *cx, double *out, const void *x, size_t n)
 {
     struct cuda *cuda = cuda_of(cx);
-    const size_t pieces = ceil_div(n, 4096), blocks = pieces < PARTIALS ? pieces : PARTIALS;
+    const size_t runs = ceil_div(n, 4096), blocks = runs < PARTIALS ? runs : PARTIALS;
     if (!glm_cuda_begin(cuda))
         return;
     GLM_LAUNCH(cuda, "sum_squares", k_sum_squares, blocks, 256, 0, cuda->small->partial,

@@ -3,9 +3,10 @@
  * The rows of a segment under one key head are its tokens times the query heads that read it, token
  * by token: so a tile of keys serves every head of its group, and one token fills a tile as well.
  * The host does not know how long segments are (they lie on the device): a fixed grid of blocks
- * strides over the work, each block finding its pieces in the list of segments. */
+ * strides over the work, each block finding its own in the list of segments. */
 #pragma once
 #include "launch.cuh"
+#include "mma.cuh"
 
 struct attention {
     const float *qkv, *cache_k, *cache_v;
@@ -43,7 +44,7 @@ static __device__ __forceinline__ pair_of key_of(const attention &a, const glm_s
                                                  int j)
 {
     pair_of p;
-    GL_EXPECT(0 <= j && j < before(s) + s.count);
+    GLM_EXPECT(0 <= j && j < before(s) + s.count);
     const int own = j - before(s);
     if (own >= 0) {
         p.k = a.qkv + ((size_t)(s.begin + own) * (a.NH + 2 * a.KVH) + a.NH + g) * a.HD;
@@ -57,8 +58,16 @@ static __device__ __forceinline__ pair_of key_of(const attention &a, const glm_s
     return p;
 }
 
-/* Token and head of row `row` of a segment under key head g: index (token, head) into out and lse
- */
+/* The same below `end`, else NULL: zeros, where it goes into a tile. */
+static __device__ __forceinline__ pair_of key_before(const attention &a, const glm_segment &s,
+                                                     int g, int j, int end)
+{
+    pair_of none;
+    none.k = none.v = NULL;
+    return j < end ? key_of(a, s, g, j) : none;
+}
+
+/* Token and head of a row of a segment under key head g: index (token, head) into out and lse. */
 static __device__ __forceinline__ size_t head_row(const attention &a, const glm_segment &s, int g,
                                                   int row)
 {
@@ -75,8 +84,7 @@ static __device__ __forceinline__ const float *query_of(const attention &a, cons
 /* Floats of a row of a float tile: 16-byte rows, four banks apart. */
 static __host__ __device__ __forceinline__ int tile_stride(int HD) { return (HD + 3) / 4 * 4 + 4; }
 
-/* A row of HD floats, or of zeros, into a tile; `lanes` threads share the row, this one is `lane`.
- */
+/* A row of HD floats, or of zeros, into a tile; `lanes` threads share the row, this is `lane`. */
 static __device__ __forceinline__ void fill_row(float *to, const float *from, int HD, int lane,
                                                 int lanes)
 {
@@ -92,6 +100,13 @@ static __device__ __forceinline__ void fill_row(float *to, const float *from, in
     }
 }
 
+static __device__ __forceinline__ void fill_rows(float *k, float *v, pair_of kv, int HD, int lane,
+                                                 int lanes)
+{
+    fill_row(k, kv.k, HD, lane, lanes);
+    fill_row(v, kv.v, HD, lane, lanes);
+}
+
 static __device__ __forceinline__ float dot4(const float4 a, const float4 b, float sum)
 {
     return a.w * b.w + (a.z * b.z + (a.y * b.y + (a.x * b.x + sum)));
@@ -105,6 +120,26 @@ static __device__ __forceinline__ float4 at4(const float *p)
 static __device__ __forceinline__ void add4(float4 &sum, float p, const float4 x)
 {
     sum.x += p * x.x, sum.y += p * x.y, sum.z += p * x.z, sum.w += p * x.w;
+}
+
+/* This thread's columns of a sum (HD) += p times those of a tile's row, which LANES share. */
+template <int LANES>
+static __device__ __forceinline__ void add_row(float4 *sum, float p, const float *row, int HD,
+                                               int lane)
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int c = 4 * (lane + j * LANES);
+        if (c < HD)
+            add4(sum[j], p, at4(row + c));
+    }
+}
+
+static __device__ __forceinline__ void clear(float4 (&sum)[4])
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        sum[j].x = sum[j].y = sum[j].z = sum[j].w = 0;
 }
 
 static __device__ __forceinline__ void put4(float *row, int c, int HD, const float4 x, float factor)
@@ -131,6 +166,36 @@ template <int LANES> static __device__ __forceinline__ float lanes_max(float v)
     return v;
 }
 
+/* ---- tiles of 16-bit rows of D elements, by all 128 threads; what is past the end is 0 */
+
+/* Keys j .. j + KEYS - 1 of a segment and their values. */
+template <int D, int KEYS, bool BF16>
+static __device__ __forceinline__ void load_keys(unsigned short *ks, unsigned short *vs,
+                                                 const attention &a, const glm_segment &s, int g,
+                                                 int j, int end)
+{
+    const int LD = D + 8, STEPS = D / 8;
+    for (int e = threadIdx.x; e < KEYS * STEPS; e += 128) {
+        const int r = e / STEPS, c = 8 * (e % STEPS);
+        const pair_of kv = key_before(a, s, g, j + r, end);
+        narrow8_row<BF16>(ks + r * LD, kv.k, a.HD, c, 1);
+        narrow8_row<BF16>(vs + r * LD, kv.v, a.HD, c, 1);
+    }
+}
+
+/* Queries of rows row0 .. row0 + ROWS - 1 of a segment, of `rows`. */
+template <int D, int ROWS, bool BF16>
+static __device__ __forceinline__ void load_queries(unsigned short *to, const attention &a,
+                                                    const glm_segment &s, int g, int row0, int rows)
+{
+    const int LD = D + 8, STEPS = D / 8;
+    for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
+        const int r = e / STEPS, row = row0 + r;
+        narrow8_row<BF16>(to + r * LD, row < rows ? query_of(a, s, g, row) : NULL, a.HD,
+                          8 * (e % STEPS), 1);
+    }
+}
+
 #ifdef GLM_HOST
 #include <math.h>
 #include <stdio.h>
@@ -153,7 +218,7 @@ static inline attention attention_of(const void *qkv, struct glm_kv cache,
     return a;
 }
 
-/* Enough blocks for an even share of uneven pieces. */
+/* Enough blocks for an even share of uneven tiles. */
 static inline int attention_blocks(const struct cuda *cuda)
 {
     const int blocks = 8 * cuda->multiprocessors;

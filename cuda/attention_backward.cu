@@ -1,14 +1,14 @@
-/* Attention backward: p is computed again from the scores and lse, and with
- *   delta = dout . out    ds = p * (dout . v - delta)
- * dq = scale * sum over keys of ds k, dk = scale * sum over rows of ds q, dv = sum over rows of p
- * dout.
+/* Attention backward: p is recomputed from the scores and lse, and with
+ *   delta = dout . out
+ *   ds = p * (dout . v - delta)
+ *   dq = scale * sum over keys of ds k
+ *   dk = scale * sum over rows of ds q
+ *   dv = sum over rows of p dout
  *
  * Three launches, none of which writes what another block writes: delta, left in the first element
  * of each head of dqkv, which the last launch overwrites; keys and values; queries. A cache row
- * that several segments share is the first one's: its block adds up all segments in order. Tiles as
- * in forward: T rows that a block owns, T / 2 of those it runs over. */
+ * that several segments share is the first one's: its block adds up all segments in order. */
 #include "attention.cuh"
-#include "mma.cuh"
 
 GLM_BLOCK_REDUCTION(block_max, float, warp_max, 0)
 
@@ -49,21 +49,43 @@ static __device__ __forceinline__ const float *delta_of(const attention &a, cons
     return a.dqkv + (query_of(a, s, g, row) - a.qkv);
 }
 
-/* ---- queries: as forward, with T / 2 keys a tile */
+/* ---- float: tiles as in forward, but T rows that a block owns and T / 2 that it runs over */
+
+/* Of a row of two tiles with rows lane, lane + LANES .. of two others, of COUNT: x . xs, y . ys */
+template <int LANES, int COUNT, int N>
+static __device__ __forceinline__ void two_scores(float (&score)[N], float (&through)[N],
+                                                  const float *x, const float *y, const float *xs,
+                                                  const float *ys, int HD, int LD, int lane)
+{
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        score[n] = through[n] = 0;
+    for (int c = 0; c < HD; c += 4) {
+        const float4 x4 = at4(x + c), y4 = at4(y + c);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const int at = min(lane + n * LANES, COUNT - 1) * LD + c;
+            score[n] = dot4(x4, at4(xs + at), score[n]);
+            through[n] = dot4(y4, at4(ys + at), through[n]);
+        }
+    }
+}
+
+/* ---- queries */
 
 template <int T> static __device__ __forceinline__ void query_tiles(const attention &a)
 {
     const int LANES = 128 / T, K = T / 2, KEYS = K > LANES ? K / LANES : 1;
-    GL_DYN_SHARED(float, shared);
+    GLM_DYN_SHARED(float, shared);
     const int HD = a.HD, LD = tile_stride(HD);
     float *qs = shared, *ds = qs + T * LD, *ks = ds + T * LD, *vs = ks + K * LD, *gs = vs + K * LD;
     const int r = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    int piece = blockIdx.x, first = 0;
+    int item = blockIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
-        const int rows = s.count * a.G, tiles = (rows + T - 1) / T, pieces = tiles * a.KVH;
-        for (; piece < first + pieces; piece += gridDim.x) {
-            const int g = (piece - first) % a.KVH, row0 = (tiles - 1 - (piece - first) / a.KVH) * T;
+        const int rows = s.count * a.G, tiles = (rows + T - 1) / T, items = tiles * a.KVH;
+        for (; item < first + items; item += gridDim.x) {
+            const int g = (item - first) % a.KVH, row0 = (tiles - 1 - (item - first) / a.KVH) * T;
             const int row = row0 + r;
             const bool real = row < rows;
             const int seen = real ? seen_by(s, row / a.G) : 0;
@@ -75,34 +97,16 @@ template <int T> static __device__ __forceinline__ void query_tiles(const attent
             const float lse = real ? a.lse[at] : 0.0f;
             const float delta = real ? *delta_of(a, s, g, row) : 0.0f;
             float4 dq[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                dq[j].x = dq[j].y = dq[j].z = dq[j].w = 0;
+            clear(dq);
             for (int k0 = 0; k0 < last; k0 += K) {
-                const int key = k0 + r;
-                pair_of kv;
-                kv.k = kv.v = NULL;
-                if (key < last)
-                    kv = key_of(a, s, g, key);
-                __syncthreads();
-                if (r < K) {
-                    fill_row(ks + r * LD, kv.k, HD, lane, LANES);
-                    fill_row(vs + r * LD, kv.v, HD, lane, LANES);
-                }
+                const pair_of kv = key_before(a, s, g, k0 + r, last);
+                __syncthreads(); /* readers of the tile before */
+                if (r < K)
+                    fill_rows(ks + r * LD, vs + r * LD, kv, HD, lane, LANES);
                 __syncthreads();
                 float score[KEYS], through[KEYS];
-#pragma unroll
-                for (int n = 0; n < KEYS; n++)
-                    score[n] = through[n] = 0;
-                for (int c = 0; c < HD; c += 4) {
-                    const float4 q = at4(qs + r * LD + c), d = at4(ds + r * LD + c);
-#pragma unroll
-                    for (int n = 0; n < KEYS; n++) {
-                        const int at_key = min(lane + n * LANES, K - 1) * LD + c;
-                        score[n] = dot4(q, at4(ks + at_key), score[n]);
-                        through[n] = dot4(d, at4(vs + at_key), through[n]);
-                    }
-                }
+                two_scores<LANES, K>(score, through, qs + r * LD, ds + r * LD, ks, vs, HD, LD,
+                                     lane);
 #pragma unroll
                 for (int n = 0; n < KEYS; n++) {
                     const int k = lane + n * LANES;
@@ -111,15 +115,8 @@ template <int T> static __device__ __forceinline__ void query_tiles(const attent
                 }
                 __syncwarp();
                 const int visible = min(seen - k0, K); /* others are not read */
-                for (int k = 0; k < visible; k++) {
-                    const float w = gs[r * K + k];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const int c = 4 * (lane + j * LANES);
-                        if (c < HD)
-                            add4(dq[j], w, at4(ks + k * LD + c));
-                    }
-                }
+                for (int k = 0; k < visible; k++)
+                    add_row<LANES>(dq, gs[r * K + k], ks + k * LD, HD, lane);
             }
             if (!real)
                 continue;
@@ -129,7 +126,7 @@ template <int T> static __device__ __forceinline__ void query_tiles(const attent
                     put4(a.dqkv + (query_of(a, s, g, row) - a.qkv), 4 * (lane + j * LANES), HD,
                          dq[j], a.scale);
         }
-        first += pieces;
+        first += items;
     }
 }
 
@@ -153,36 +150,31 @@ static __device__ __forceinline__ int owns_row(const attention &a, int i, int ro
 template <int T> static __device__ __forceinline__ void key_tiles(const attention &a)
 {
     const int LANES = 128 / T, R = T / 2, ROWS = R > LANES ? R / LANES : 1;
-    GL_DYN_SHARED(float, shared);
+    GLM_DYN_SHARED(float, shared);
     const int HD = a.HD, LD = tile_stride(HD);
     float *ks = shared, *vs = ks + T * LD, *qs = vs + T * LD, *ds = qs + R * LD, *ps = ds + R * LD,
           *gs = ps + T * R, *lses = gs + T * R, *deltas = lses + R;
     const int r = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    int piece = blockIdx.x, first = 0;
+    int item = blockIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int own_tiles = (s.count + T - 1) / T;
         const int tiles = own_tiles + (a.dcache_k ? (s.shared_count + T - 1) / T : 0);
-        for (; piece < first + tiles * a.KVH; piece += gridDim.x) {
-            const int g = (piece - first) % a.KVH, tile = (piece - first) / a.KVH;
+        for (; item < first + tiles * a.KVH; item += gridDim.x) {
+            const int g = (item - first) % a.KVH, tile = (item - first) / a.KVH;
             const bool own = tile < own_tiles;
             /* the first key of the tile: of the own ones, or a cache row */
             const int key0 = own ? tile * T : s.shared_begin + (tile - own_tiles) * T;
             const int keys = own ? s.count : s.shared_begin + s.shared_count, key = key0 + r;
             const bool real = key < keys;
-            pair_of kv;
-            kv.k = kv.v = NULL;
-            if (real)
-                kv = key_of(a, s, g, own ? before(s) + key : key - s.shared_begin);
+            /* from those to places in what the segment sees */
+            const int shift = own ? before(s) : -s.shared_begin;
+            const pair_of kv = key_before(a, s, g, key + shift, keys + shift);
             /* their readers are this key's threads, and past the __syncwarp below */
-            fill_row(ks + r * LD, kv.k, HD, lane, LANES);
-            fill_row(vs + r * LD, kv.v, HD, lane, LANES);
+            fill_rows(ks + r * LD, vs + r * LD, kv, HD, lane, LANES);
             float4 dk[4], dv[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                dk[j].x = dk[j].y = dk[j].z = dk[j].w = 0;
-                dv[j].x = dv[j].y = dv[j].z = dv[j].w = 0;
-            }
+            clear(dk);
+            clear(dv);
             for (int o = i; o < (own ? i + 1 : a.n_segments); o++) {
                 const glm_segment q = a.segments[o];
                 const int begin = q.shared_begin, end = begin + q.shared_count;
@@ -210,18 +202,8 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
                     }
                     __syncthreads();
                     float score[ROWS], through[ROWS];
-#pragma unroll
-                    for (int n = 0; n < ROWS; n++)
-                        score[n] = through[n] = 0;
-                    for (int c = 0; c < HD; c += 4) {
-                        const float4 k = at4(ks + r * LD + c), v = at4(vs + r * LD + c);
-#pragma unroll
-                        for (int n = 0; n < ROWS; n++) {
-                            const int at_row = min(lane + n * LANES, R - 1) * LD + c;
-                            score[n] = dot4(k, at4(qs + at_row), score[n]);
-                            through[n] = dot4(v, at4(ds + at_row), through[n]);
-                        }
-                    }
+                    two_scores<LANES, R>(score, through, ks + r * LD, vs + r * LD, qs, ds, HD, LD,
+                                         lane);
 #pragma unroll
                     for (int n = 0; n < ROWS; n++) {
                         const int at_row = lane + n * LANES;
@@ -234,15 +216,8 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
                     __syncwarp();
                     const int top = min(rows - row0, R); /* those before `from` are not read */
                     for (int n = max(from - row0, 0); n < top; n++) {
-                        const float p = ps[r * R + n], w = gs[r * R + n];
-#pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            const int c = 4 * (lane + j * LANES);
-                            if (c < HD) {
-                                add4(dv[j], p, at4(ds + n * LD + c));
-                                add4(dk[j], w, at4(qs + n * LD + c));
-                            }
-                        }
+                        add_row<LANES>(dv, ps[r * R + n], ds + n * LD, HD, lane);
+                        add_row<LANES>(dk, gs[r * R + n], qs + n * LD, HD, lane);
                     }
                 }
             }
@@ -283,22 +258,37 @@ GLM_TILE_KERNEL(128, 2) k_attention_dkv_8(attention a) { key_tiles<8>(a); }
 /* ---- 16 bits: operands of the products are rounded, dout and ds after they were multiplied by
  * *factor; heads up to 128 */
 
+/* As load_queries the gradients of the output, times factor. */
+template <int D, int ROWS, bool BF16>
+static __device__ __forceinline__ void load_gradients(unsigned short *to, const attention &a,
+                                                      const glm_segment &s, int g, int row0,
+                                                      int rows, float factor)
+{
+    const int LD = D + 8, STEPS = D / 8;
+    for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
+        const int r = e / STEPS, row = row0 + r;
+        narrow8_row<BF16>(to + r * LD, row < rows ? a.dout + head_row(a, s, g, row) * a.HD : NULL,
+                          a.HD, 8 * (e % STEPS), factor);
+    }
+}
+
 /* As forward: a warp has 16 rows, a tile 32 keys. */
-template <int D, bool BRAIN> static __device__ __forceinline__ void query_pieces(const attention &a)
+template <int D, bool BF16>
+static __device__ __forceinline__ void query_fragments(const attention &a)
 {
     const int ROWS = 64, KEYS = 32, LD = D + 8, STEPS = D / 8;
-    GL_DYN_SHARED(unsigned short, shared);
+    GLM_DYN_SHARED(unsigned short, shared);
     unsigned short *ks = shared, *vs = shared + KEYS * LD;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, HD = a.HD;
     const float factor = a.factor ? *a.factor : 1.0f;
     const float undo = a.scale * (a.factor ? *a.alpha : 1.0f);
-    int piece = blockIdx.x, first = 0;
+    int item = blockIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
-        const int rows = s.count * a.G, tiles = (rows + ROWS - 1) / ROWS, pieces = tiles * a.KVH;
-        for (; piece < first + pieces; piece += gridDim.x) {
-            const int g = (piece - first) % a.KVH,
-                      row0 = (tiles - 1 - (piece - first) / a.KVH) * ROWS;
+        const int rows = s.count * a.G, tiles = (rows + ROWS - 1) / ROWS, items = tiles * a.KVH;
+        for (; item < first + items; item += gridDim.x) {
+            const int g = (item - first) % a.KVH,
+                      row0 = (tiles - 1 - (item - first) / a.KVH) * ROWS;
             const int last = seen_by(s, (min(row0 + ROWS, rows) - 1) / a.G);
             const int row = row0 + 16 * warp + lane / 4; /* and row + 8 */
             const bool real[2] = {row < rows, row + 8 < rows};
@@ -312,57 +302,35 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void query_pieces
                 lse[h] = a.lse[head_row(a, s, g, at)];
                 delta[h] = factor * *delta_of(a, s, g, at);
             }
+            __syncthreads(); /* readers of the item before */
+            load_queries<D, ROWS, BF16>(shared, a, s, g, row0, rows);
+            __syncthreads();
 #pragma unroll
-            for (int pass = 0; pass < 2; pass++) {
-                __syncthreads(); /* readers of the piece before, or of the queries */
-                for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
-                    const int r = e / STEPS;
-                    const float *from = NULL;
-                    if (row0 + r < rows)
-                        from = pass ? a.dout + head_row(a, s, g, row0 + r) * HD
-                                    : query_of(a, s, g, row0 + r);
-                    narrow_piece<BRAIN>(shared + r * LD, from, HD, 8 * (e % STEPS),
-                                        pass ? factor : 1.0f);
-                }
-                __syncthreads();
+            for (int d = 0; d < D / 16; d++)
+                load_a<LD>(query[d], shared + 16 * warp * LD + 16 * d);
+            __syncthreads();
+            load_gradients<D, ROWS, BF16>(shared, a, s, g, row0, rows, factor);
+            __syncthreads();
 #pragma unroll
-                for (int d = 0; d < D / 16; d++)
-                    load_pieces<false>(pass ? dout[d] : query[d], shared +
-                                                                      (16 * warp + lane % 16) * LD +
-                                                                      16 * d + 8 * (lane / 16));
-            }
-#pragma unroll
-            for (int n = 0; n < STEPS; n++)
-                dq[n][0] = dq[n][1] = dq[n][2] = dq[n][3] = 0;
+            for (int d = 0; d < D / 16; d++)
+                load_a<LD>(dout[d], shared + 16 * warp * LD + 16 * d);
+            clear<STEPS>(dq);
             for (int k0 = 0; k0 < last; k0 += KEYS) {
                 __syncthreads(); /* readers of the tile before */
-                for (int e = threadIdx.x; e < KEYS * STEPS; e += 128) {
-                    const int r = e / STEPS, c = 8 * (e % STEPS);
-                    pair_of kv;
-                    kv.k = kv.v = NULL;
-                    if (k0 + r < last)
-                        kv = key_of(a, s, g, k0 + r);
-                    narrow_piece<BRAIN>(ks + r * LD, kv.k, HD, c, 1);
-                    narrow_piece<BRAIN>(vs + r * LD, kv.v, HD, c, 1);
-                }
+                load_keys<D, KEYS, BF16>(ks, vs, a, s, g, k0, last);
                 __syncthreads();
 #pragma unroll
                 for (int k = 0; k < KEYS / 16; k++) { /* 16 keys at a time */
                     float score[2][4], through[2][4];
-#pragma unroll
-                    for (int j = 0; j < 4; j++)
-                        score[0][j] = score[1][j] = through[0][j] = through[1][j] = 0;
+                    unsigned ds[4], b[4];
+                    clear<2>(score);
+                    clear<2>(through);
 #pragma unroll
                     for (int d = 0; d < D / 16; d++) {
-                        const int at = (16 * k + 8 * (lane / 16) + lane % 8) * LD + 16 * d +
-                                       8 * (lane / 8 % 2);
-                        unsigned b[4];
-                        load_pieces<false>(b, ks + at);
-                        mma<BRAIN>(score[0], query[d], b[0], b[1]);
-                        mma<BRAIN>(score[1], query[d], b[2], b[3]);
-                        load_pieces<false>(b, vs + at);
-                        mma<BRAIN>(through[0], dout[d], b[0], b[1]);
-                        mma<BRAIN>(through[1], dout[d], b[2], b[3]);
+                        load_b<LD>(b, ks + 16 * k * LD + 16 * d);
+                        mma_pair<BF16>(score, query[d], b);
+                        load_b<LD>(b, vs + 16 * k * LD + 16 * d);
+                        mma_pair<BF16>(through, dout[d], b);
                     }
 #pragma unroll
                     for (int n = 0; n < 2; n++)
@@ -373,17 +341,11 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void query_pieces
                                                               (through[n][j] - delta[h])
                                                         : 0.0f;
                         }
-                    const unsigned ds[4] = {pack2<BRAIN>(score[0][0], score[0][1]),
-                                            pack2<BRAIN>(score[0][2], score[0][3]),
-                                            pack2<BRAIN>(score[1][0], score[1][1]),
-                                            pack2<BRAIN>(score[1][2], score[1][3])};
+                    pack_a<BF16>(ds, score);
 #pragma unroll
                     for (int n = 0; n < STEPS; n += 2) {
-                        unsigned b[4];
-                        load_pieces<true>(b,
-                                          ks + (16 * k + lane % 16) * LD + 8 * n + 8 * (lane / 16));
-                        mma<BRAIN>(dq[n], ds, b[0], b[1]);
-                        mma<BRAIN>(dq[n + 1], ds, b[2], b[3]);
+                        load_b_columns<LD>(b, ks + 16 * k * LD + 8 * n);
+                        mma_pair<BF16>(dq + n, ds, b);
                     }
                 }
             }
@@ -397,48 +359,38 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void query_pieces
                              dq[n][2 * h + 1] * undo);
                 }
         }
-        first += pieces;
+        first += items;
     }
 }
 
 /* A block has 32 keys and runs over 16 rows at a time; a warp has 16 of the keys and half of the
  * columns of dk and dv, and computes the scores for both halves. */
-template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(const attention &a)
+template <int D, bool BF16> static __device__ __forceinline__ void key_fragments(const attention &a)
 {
-    const int KEYS = 32, ROWS = 16, LD = D + 8, STEPS = D / 8, OWN = D / 16;
-    GL_DYN_SHARED(unsigned short, shared);
+    const int KEYS = 32, ROWS = 16, LD = D + 8, OWN = D / 16;
+    GLM_DYN_SHARED(unsigned short, shared);
     unsigned short *ks = shared, *vs = ks + KEYS * LD, *qs = vs + KEYS * LD, *os = qs + ROWS * LD;
     const int lane = threadIdx.x & 31, HD = a.HD, half = 16 * (int)(threadIdx.x >> 6),
               column = (int)(threadIdx.x >> 5 & 1) * (D / 2);
     const float factor = a.factor ? *a.factor : 1.0f, undo = a.factor ? *a.alpha : 1.0f;
-    int piece = blockIdx.x, first = 0;
+    int item = blockIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int own_tiles = (s.count + KEYS - 1) / KEYS;
         const int tiles = own_tiles + (a.dcache_k ? (s.shared_count + KEYS - 1) / KEYS : 0);
-        for (; piece < first + tiles * a.KVH; piece += gridDim.x) {
-            const int g = (piece - first) % a.KVH, tile = (piece - first) / a.KVH;
+        for (; item < first + tiles * a.KVH; item += gridDim.x) {
+            const int g = (item - first) % a.KVH, tile = (item - first) / a.KVH;
             const bool own = tile < own_tiles;
             const int key0 = own ? tile * KEYS : s.shared_begin + (tile - own_tiles) * KEYS;
             const int keys = own ? s.count : s.shared_begin + s.shared_count;
             const int key = key0 + half + lane / 4; /* and key + 8 */
             const bool real[2] = {key < keys, key + 8 < keys};
-            __syncthreads(); /* readers of the piece before */
-            for (int e = threadIdx.x; e < KEYS * STEPS; e += 128) {
-                const int r = e / STEPS, c = 8 * (e % STEPS), k = key0 + r;
-                pair_of kv;
-                kv.k = kv.v = NULL;
-                if (k < keys)
-                    kv = key_of(a, s, g, own ? before(s) + k : k - s.shared_begin);
-                narrow_piece<BRAIN>(ks + r * LD, kv.k, HD, c, 1);
-                narrow_piece<BRAIN>(vs + r * LD, kv.v, HD, c, 1);
-            }
+            __syncthreads(); /* readers of the item before */
+            const int shift = own ? before(s) : -s.shared_begin;
+            load_keys<D, KEYS, BF16>(ks, vs, a, s, g, key0 + shift, keys + shift);
             float dk[OWN][4], dv[OWN][4];
-#pragma unroll
-            for (int n = 0; n < OWN; n++)
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    dk[n][j] = dv[n][j] = 0;
+            clear<OWN>(dk);
+            clear<OWN>(dv);
             for (int o = i; o < (own ? i + 1 : a.n_segments); o++) {
                 const glm_segment q = a.segments[o];
                 const int begin = q.shared_begin, end = begin + q.shared_count;
@@ -456,33 +408,21 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
                 for (int row0 = own && key0 >= context ? key0 * a.G : 0; row0 < rows;
                      row0 += ROWS) {
                     __syncthreads(); /* readers of the tile before */
-                    for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
-                        const int r = e / STEPS, c = 8 * (e % STEPS), row = row0 + r;
-                        narrow_piece<BRAIN>(qs + r * LD, row < rows ? query_of(a, q, g, row) : NULL,
-                                            HD, c, 1);
-                        narrow_piece<BRAIN>(
-                            os + r * LD, row < rows ? a.dout + head_row(a, q, g, row) * HD : NULL,
-                            HD, c, factor);
-                    }
+                    load_queries<D, ROWS, BF16>(qs, a, q, g, row0, rows);
+                    load_gradients<D, ROWS, BF16>(os, a, q, g, row0, rows, factor);
                     __syncthreads();
                     float score[2][4], through[2][4];
-#pragma unroll
-                    for (int j = 0; j < 4; j++)
-                        score[0][j] = score[1][j] = through[0][j] = through[1][j] = 0;
+                    unsigned x[4], b[4], p[4], w[4];
+                    clear<2>(score);
+                    clear<2>(through);
 #pragma unroll
                     for (int d = 0; d < D / 16; d++) {
-                        const int at_key = (half + lane % 16) * LD + 16 * d + 8 * (lane / 16);
-                        const int at_row =
-                            (8 * (lane / 16) + lane % 8) * LD + 16 * d + 8 * (lane / 8 % 2);
-                        unsigned x[4], b[4];
-                        load_pieces<false>(x, ks + at_key);
-                        load_pieces<false>(b, qs + at_row);
-                        mma<BRAIN>(score[0], x, b[0], b[1]);
-                        mma<BRAIN>(score[1], x, b[2], b[3]);
-                        load_pieces<false>(x, vs + at_key);
-                        load_pieces<false>(b, os + at_row);
-                        mma<BRAIN>(through[0], x, b[0], b[1]);
-                        mma<BRAIN>(through[1], x, b[2], b[3]);
+                        load_a<LD>(x, ks + half * LD + 16 * d);
+                        load_b<LD>(b, qs + 16 * d);
+                        mma_pair<BF16>(score, x, b);
+                        load_a<LD>(x, vs + half * LD + 16 * d);
+                        load_b<LD>(b, os + 16 * d);
+                        mma_pair<BF16>(through, x, b);
                     }
 #pragma unroll
                     for (int n = 0; n < 2; n++)
@@ -500,24 +440,14 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
                                 *y = sees ? *x * (*y - delta) : 0.0f;
                             }
                         }
-                    const unsigned p[4] = {pack2<BRAIN>(score[0][0], score[0][1]),
-                                           pack2<BRAIN>(score[0][2], score[0][3]),
-                                           pack2<BRAIN>(score[1][0], score[1][1]),
-                                           pack2<BRAIN>(score[1][2], score[1][3])};
-                    const unsigned w[4] = {pack2<BRAIN>(through[0][0], through[0][1]),
-                                           pack2<BRAIN>(through[0][2], through[0][3]),
-                                           pack2<BRAIN>(through[1][0], through[1][1]),
-                                           pack2<BRAIN>(through[1][2], through[1][3])};
+                    pack_a<BF16>(p, score);
+                    pack_a<BF16>(w, through);
 #pragma unroll
                     for (int n = 0; n < OWN; n += 2) {
-                        const int at = (lane % 16) * LD + column + 8 * n + 8 * (lane / 16);
-                        unsigned b[4];
-                        load_pieces<true>(b, os + at);
-                        mma<BRAIN>(dv[n], p, b[0], b[1]);
-                        mma<BRAIN>(dv[n + 1], p, b[2], b[3]);
-                        load_pieces<true>(b, qs + at);
-                        mma<BRAIN>(dk[n], w, b[0], b[1]);
-                        mma<BRAIN>(dk[n + 1], w, b[2], b[3]);
+                        load_b_columns<LD>(b, os + column + 8 * n);
+                        mma_pair<BF16>(dv + n, p, b);
+                        load_b_columns<LD>(b, qs + column + 8 * n);
+                        mma_pair<BF16>(dk + n, w, b);
                     }
                 }
             }
@@ -526,7 +456,7 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
                 const int k = key + 8 * h;
                 if (!real[h] || (!own && !owns_row(a, i, k)))
                     continue;
-                const pair_of kv = key_of(a, s, g, own ? before(s) + k : k - s.shared_begin);
+                const pair_of kv = key_of(a, s, g, k + shift);
                 float *to_k = own ? a.dqkv + (kv.k - a.qkv) : a.dcache_k + (kv.k - a.cache_k);
                 float *to_v = own ? a.dqkv + (kv.v - a.qkv) : a.dcache_v + (kv.v - a.cache_v);
 #pragma unroll
@@ -548,28 +478,28 @@ template <int D, bool BRAIN> static __device__ __forceinline__ void key_pieces(c
     }
 }
 
-#define PIECE_KERNELS(name, D, BRAIN)                                                         \
-    GLM_TILE_KERNEL(128, 2) k_attention_dq_##name(attention a) { query_pieces<D, BRAIN>(a); } \
-    GLM_TILE_KERNEL(128, 2) k_attention_dkv_##name(attention a) { key_pieces<D, BRAIN>(a); }
-PIECE_KERNELS(f16_64, 64, false)
-PIECE_KERNELS(f16_128, 128, false)
-PIECE_KERNELS(bf16_64, 64, true)
-PIECE_KERNELS(bf16_128, 128, true)
+#define FRAGMENT_KERNELS(name, D, BF16)                                                         \
+    GLM_TILE_KERNEL(128, 2) k_attention_dq_##name(attention a) { query_fragments<D, BF16>(a); } \
+    GLM_TILE_KERNEL(128, 2) k_attention_dkv_##name(attention a) { key_fragments<D, BF16>(a); }
+FRAGMENT_KERNELS(f16_64, 64, false)
+FRAGMENT_KERNELS(f16_128, 128, false)
+FRAGMENT_KERNELS(bf16_64, 64, true)
+FRAGMENT_KERNELS(bf16_128, 128, true)
 
 #ifdef GLM_HOST
 typedef void (*attention_kernel)(attention);
 
-static void backward_pieces(struct cuda *cuda, attention a, int blocks)
+static void backward_fragments(struct cuda *cuda, attention a, int blocks)
 {
     static const attention_kernel dq[2][2] = {{k_attention_dq_f16_64, k_attention_dq_f16_128},
                                               {k_attention_dq_bf16_64, k_attention_dq_bf16_128}};
     static const attention_kernel dkv[2][2] = {{k_attention_dkv_f16_64, k_attention_dkv_f16_128},
                                                {k_attention_dkv_bf16_64, k_attention_dkv_bf16_128}};
-    const int brain = cuda->compute == GLM_BF16, wide = a.HD > 64;
-    const attention_kernel k_dq = dq[brain][wide], k_dkv = dkv[brain][wide];
+    const int bf16 = cuda->compute == GLM_BF16, wide = a.HD > 64;
+    const attention_kernel k_dq = dq[bf16][wide], k_dkv = dkv[bf16][wide];
     const size_t row = (size_t)((wide ? 128 : 64) + 8) * 2;
     const char *op = "attention_backward";
-    if (!brain) { /* a score's gradient is a sum over a head: room for it above 2^5 */
+    if (!bf16) { /* a score's gradient is a sum over a head: room for it above 2^5 */
         glm_cuda_factor(cuda, blocks, 5, 1);
         a.factor = &cuda->small->factor;
         a.alpha = &cuda->small->alpha;
@@ -603,7 +533,7 @@ extern "C" void glm_cuda_attention_backward(void *cx, void *dqkv, struct glm_kv 
     a.largest = narrow ? cuda->small->largest : NULL;
     GLM_LAUNCH(cuda, op, k_attention_delta, blocks, 256, 0, a);
     if (narrow) {
-        backward_pieces(cuda, a, blocks);
+        backward_fragments(cuda, a, blocks);
     } else if (T == 32) {
         GLM_LAUNCH(cuda, op, k_attention_dkv_32, blocks, 128, dkv_bytes, a);
         GLM_LAUNCH(cuda, op, k_attention_dq_32, blocks, 128, dq_bytes, a);

@@ -9,15 +9,15 @@ static __host__ __device__ __forceinline__ int mix_stride(int HD) { return (HD +
 /* CHUNKS float4 of a head for each lane */
 template <int CHUNKS> static __device__ __forceinline__ void decode_heads(const attention &a)
 {
-    GL_DYN_SHARED(float, shared); /* (WARPS, HD padded), then maxima and sums of the warps */
+    GLM_DYN_SHARED(float, shared); /* (WARPS, HD padded), then maxima and sums of the warps */
     const int HD = a.HD, LD = mix_stride(HD), lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     float *mixes = shared, *mosts = shared + WARPS * LD, *totals = mosts + WARPS;
-    int piece = blockIdx.x, first = 0;
+    int item = blockIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
-        const int pieces = s.count <= DECODE_TOKENS ? s.count * a.NH : 0;
-        for (; piece < first + pieces; piece += gridDim.x) {
-            const int t = (piece - first) / a.NH, h = (piece - first) % a.NH, g = h / a.G;
+        const int items = s.count <= DECODE_TOKENS ? s.count * a.NH : 0;
+        for (; item < first + items; item += gridDim.x) {
+            const int t = (item - first) / a.NH, h = (item - first) % a.NH, g = h / a.G;
             const int row = t * a.G + h % a.G, seen = seen_by(s, t);
             const float *q = query_of(a, s, g, row);
             f4 query[CHUNKS], mix[CHUNKS];
@@ -72,7 +72,7 @@ template <int CHUNKS> static __device__ __forceinline__ void decode_heads(const 
                         }
                     }
             }
-            __syncthreads(); /* readers of the piece before */
+            __syncthreads(); /* readers of the item before */
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++) {
                 const int at = 4 * (lane + 32 * c);
@@ -108,7 +108,7 @@ template <int CHUNKS> static __device__ __forceinline__ void decode_heads(const 
             if (threadIdx.x == 0)
                 a.lse[at] = top + logf(sum);
         }
-        first += pieces;
+        first += items;
     }
 }
 

@@ -9,23 +9,22 @@
  * registers; only the operands of the two products are rounded. A key hidden from a row is a zero
  * times its value: if that value is NaN, rows of the same tile before it are NaN too. */
 #include "attention.cuh"
-#include "mma.cuh"
 
 template <int T> static __device__ __forceinline__ void forward_tiles(const attention &a)
 {
     const int LANES = 128 / T, KEYS = T > LANES ? T / LANES : 1;
-    GL_DYN_SHARED(float, shared);
+    GLM_DYN_SHARED(float, shared);
     const int HD = a.HD, LD = tile_stride(HD);
     float *qs = shared, *ks = qs + T * LD, *vs = ks + T * LD, *ps = vs + T * LD;
     const int r = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    int piece = blockIdx.x, first = 0;
+    int item = blockIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int rows = s.count * a.G, tiles = (rows + T - 1) / T;
-        const int pieces = s.count > DECODE_TOKENS ? tiles * a.KVH : 0;
-        for (; piece < first + pieces; piece += gridDim.x) {
+        const int items = s.count > DECODE_TOKENS ? tiles * a.KVH : 0;
+        for (; item < first + items; item += gridDim.x) {
             /* the longest rows first */
-            const int g = (piece - first) % a.KVH, row0 = (tiles - 1 - (piece - first) / a.KVH) * T;
+            const int g = (item - first) % a.KVH, row0 = (tiles - 1 - (item - first) / a.KVH) * T;
             const int row = row0 + r;
             const bool real = row < rows;
             const int seen = real ? seen_by(s, row / a.G) : 0;
@@ -34,18 +33,11 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
             fill_row(qs + r * LD, real ? query_of(a, s, g, row) : NULL, HD, lane, LANES);
             float most = -GLM_INFINITY, total = 0;
             float4 mix[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                mix[j].x = mix[j].y = mix[j].z = mix[j].w = 0;
+            clear(mix);
             for (int k0 = 0; k0 < last; k0 += T) {
-                const int key = k0 + r;
-                pair_of kv;
-                kv.k = kv.v = NULL;
-                if (key < last)
-                    kv = key_of(a, s, g, key);
+                const pair_of kv = key_before(a, s, g, k0 + r, last);
                 __syncthreads(); /* readers of the tile before */
-                fill_row(ks + r * LD, kv.k, HD, lane, LANES);
-                fill_row(vs + r * LD, kv.v, HD, lane, LANES);
+                fill_rows(ks + r * LD, vs + r * LD, kv, HD, lane, LANES);
                 __syncthreads();
                 float score[KEYS], top = -GLM_INFINITY, sum = 0;
 #pragma unroll
@@ -81,15 +73,8 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
                 for (int j = 0; j < 4; j++)
                     mix[j].x *= shrink, mix[j].y *= shrink, mix[j].z *= shrink, mix[j].w *= shrink;
                 const int visible = min(seen - k0, T);
-                for (int k = 0; k < visible; k++) { /* hidden keys may hold NaN */
-                    const float p = ps[r * T + k];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const int c = 4 * (lane + j * LANES);
-                        if (c < HD)
-                            add4(mix[j], p, at4(vs + k * LD + c));
-                    }
-                }
+                for (int k = 0; k < visible; k++) /* hidden keys may hold NaN */
+                    add_row<LANES>(mix, ps[r * T + k], vs + k * LD, HD, lane);
             }
             if (real) {
                 const size_t at = head_row(a, s, g, row);
@@ -101,7 +86,7 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
                     a.lse[at] = most + logf(total);
             }
         }
-        first += pieces;
+        first += items;
     }
 }
 
@@ -111,21 +96,21 @@ GLM_TILE_KERNEL(128, 3) k_attention_forward_8(attention a) { forward_tiles<8>(a)
 
 /* ---- 16 bits */
 
-template <int D, bool BRAIN>
-static __device__ __forceinline__ void forward_pieces(const attention &a)
+template <int D, bool BF16>
+static __device__ __forceinline__ void forward_fragments(const attention &a)
 {
     const int ROWS = 64, KEYS = 32, LD = D + 8, STEPS = D / 8;
-    GL_DYN_SHARED(unsigned short, shared); /* queries, then keys and values: both 64 rows */
+    GLM_DYN_SHARED(unsigned short, shared); /* queries, then keys and values: both 64 rows */
     unsigned short *ks = shared, *vs = shared + KEYS * LD;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, HD = a.HD;
-    int piece = blockIdx.x, first = 0;
+    int item = blockIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int rows = s.count * a.G, tiles = (rows + ROWS - 1) / ROWS;
-        const int pieces = s.count > DECODE_TOKENS ? tiles * a.KVH : 0;
-        for (; piece < first + pieces; piece += gridDim.x) {
-            const int g = (piece - first) % a.KVH,
-                      row0 = (tiles - 1 - (piece - first) / a.KVH) * ROWS;
+        const int items = s.count > DECODE_TOKENS ? tiles * a.KVH : 0;
+        for (; item < first + items; item += gridDim.x) {
+            const int g = (item - first) % a.KVH,
+                      row0 = (tiles - 1 - (item - first) / a.KVH) * ROWS;
             const int last = seen_by(s, (min(row0 + ROWS, rows) - 1) / a.G);
             const int row = row0 + 16 * warp + lane / 4; /* and row + 8 */
             const bool real[2] = {row < rows, row + 8 < rows};
@@ -133,46 +118,26 @@ static __device__ __forceinline__ void forward_pieces(const attention &a)
                                  real[1] ? seen_by(s, (row + 8) / a.G) : 0};
             unsigned query[D / 16][4];
             float mix[STEPS][4], most[2] = {-GLM_INFINITY, -GLM_INFINITY}, total[2] = {0, 0};
-            __syncthreads(); /* readers of the piece before */
-            for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
-                const int r = e / STEPS;
-                narrow_piece<BRAIN>(shared + r * LD,
-                                    row0 + r < rows ? query_of(a, s, g, row0 + r) : NULL, HD,
-                                    8 * (e % STEPS), 1);
-            }
+            __syncthreads(); /* readers of the item before */
+            load_queries<D, ROWS, BF16>(shared, a, s, g, row0, rows);
             __syncthreads();
 #pragma unroll
             for (int d = 0; d < D / 16; d++)
-                load_pieces<false>(query[d], shared + (16 * warp + lane % 16) * LD + 16 * d +
-                                                 8 * (lane / 16));
-#pragma unroll
-            for (int n = 0; n < STEPS; n++)
-                mix[n][0] = mix[n][1] = mix[n][2] = mix[n][3] = 0;
+                load_a<LD>(query[d], shared + 16 * warp * LD + 16 * d);
+            clear<STEPS>(mix);
             for (int k0 = 0; k0 < last; k0 += KEYS) {
                 __syncthreads(); /* readers of the tile before */
-                for (int e = threadIdx.x; e < KEYS * STEPS; e += 128) {
-                    const int r = e / STEPS, c = 8 * (e % STEPS);
-                    pair_of kv;
-                    kv.k = kv.v = NULL;
-                    if (k0 + r < last)
-                        kv = key_of(a, s, g, k0 + r);
-                    narrow_piece<BRAIN>(ks + r * LD, kv.k, HD, c, 1);
-                    narrow_piece<BRAIN>(vs + r * LD, kv.v, HD, c, 1);
-                }
+                load_keys<D, KEYS, BF16>(ks, vs, a, s, g, k0, last);
                 __syncthreads();
                 float score[KEYS / 8][4];
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-                    score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0;
+                clear<KEYS / 8>(score);
 #pragma unroll
                 for (int d = 0; d < D / 16; d++)
 #pragma unroll
                     for (int n = 0; n < KEYS / 8; n += 2) {
                         unsigned b[4];
-                        load_pieces<false>(b, ks + (8 * n + 8 * (lane / 16) + lane % 8) * LD +
-                                                  16 * d + 8 * (lane / 8 % 2));
-                        mma<BRAIN>(score[n], query[d], b[0], b[1]);
-                        mma<BRAIN>(score[n + 1], query[d], b[2], b[3]);
+                        load_b<LD>(b, ks + 8 * n * LD + 16 * d);
+                        mma_pair<BF16>(score + n, query[d], b);
                     }
                 float shrink[2];
 #pragma unroll
@@ -206,17 +171,13 @@ static __device__ __forceinline__ void forward_pieces(const attention &a)
                     mix[n][2] *= shrink[1], mix[n][3] *= shrink[1];
                 }
 #pragma unroll
-                for (int k = 0; k < KEYS / 16; k++) { /* two pieces of scores are one operand */
-                    const float *x = score[2 * k], *y = score[2 * k + 1];
-                    const unsigned p[4] = {pack2<BRAIN>(x[0], x[1]), pack2<BRAIN>(x[2], x[3]),
-                                           pack2<BRAIN>(y[0], y[1]), pack2<BRAIN>(y[2], y[3])};
+                for (int k = 0; k < KEYS / 16; k++) {
+                    unsigned p[4], b[4];
+                    pack_a<BF16>(p, score + 2 * k);
 #pragma unroll
                     for (int n = 0; n < STEPS; n += 2) {
-                        unsigned b[4];
-                        load_pieces<true>(b,
-                                          vs + (16 * k + lane % 16) * LD + 8 * n + 8 * (lane / 16));
-                        mma<BRAIN>(mix[n], p, b[0], b[1]);
-                        mma<BRAIN>(mix[n + 1], p, b[2], b[3]);
+                        load_b_columns<LD>(b, vs + 16 * k * LD + 8 * n);
+                        mma_pair<BF16>(mix + n, p, b);
                     }
                 }
             }
@@ -235,14 +196,20 @@ static __device__ __forceinline__ void forward_pieces(const attention &a)
                     a.lse[at] = most[h] + logf(total[h]);
             }
         }
-        first += pieces;
+        first += items;
     }
 }
 
-GLM_TILE_KERNEL(128, 2) k_attention_forward_f16_64(attention a) { forward_pieces<64, false>(a); }
-GLM_TILE_KERNEL(128, 2) k_attention_forward_f16_128(attention a) { forward_pieces<128, false>(a); }
-GLM_TILE_KERNEL(128, 2) k_attention_forward_bf16_64(attention a) { forward_pieces<64, true>(a); }
-GLM_TILE_KERNEL(128, 2) k_attention_forward_bf16_128(attention a) { forward_pieces<128, true>(a); }
+GLM_TILE_KERNEL(128, 2) k_attention_forward_f16_64(attention a) { forward_fragments<64, false>(a); }
+GLM_TILE_KERNEL(128, 2) k_attention_forward_f16_128(attention a)
+{
+    forward_fragments<128, false>(a);
+}
+GLM_TILE_KERNEL(128, 2) k_attention_forward_bf16_64(attention a) { forward_fragments<64, true>(a); }
+GLM_TILE_KERNEL(128, 2) k_attention_forward_bf16_128(attention a)
+{
+    forward_fragments<128, true>(a);
+}
 
 #ifdef GLM_HOST
 extern "C" void glm_cuda_attention_forward(void *cx, void *out, void *lse, const void *qkv,
@@ -264,9 +231,9 @@ extern "C" void glm_cuda_attention_forward(void *cx, void *out, void *lse, const
         void (*const kernels[2][2])(attention) = {
             {k_attention_forward_f16_64, k_attention_forward_f16_128},
             {k_attention_forward_bf16_64, k_attention_forward_bf16_128}};
-        void (*const k_pieces)(attention) = kernels[cuda->compute == GLM_BF16][a.HD > 64];
+        void (*const kernel)(attention) = kernels[cuda->compute == GLM_BF16][a.HD > 64];
         const size_t narrow = (size_t)64 * ((a.HD > 64 ? 128 : 64) + 8) * 2;
-        GLM_LAUNCH(cuda, "attention_forward", k_pieces, blocks, 128, narrow, a);
+        GLM_LAUNCH(cuda, "attention_forward", kernel, blocks, 128, narrow, a);
     } else if (T == 32)
         GLM_LAUNCH(cuda, "attention_forward", k_attention_forward_32, blocks, 128, bytes, a);
     else if (T == 16)

@@ -24,42 +24,19 @@ import json
 import os
 import re
 import resource
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-CUDA = ROOT / "cuda"
-OUT = Path(os.environ.get("OUT", ROOT / "build/cuda"))
-EMU = Path(os.environ.get("EMU_DIR", CUDA / "emu")).resolve()
+from common import CUDA, EMU, HEADERS, HOST, INCLUDE, KERNELS, OUT, ROOT, SECONDS, run, stale
+
 ARCHS = os.environ.get("ARCHS", "75 80 86 89 90").split()
-KERNELS = sorted(CUDA.glob("*.cu"))
-HOST = [CUDA / "device.c", CUDA / "blas.c", ROOT / "csrc/status.c"]
-HEADERS = [*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
-INCLUDE = [f"-I{CUDA}", f"-I{ROOT / 'csrc'}"]
-SECONDS = 10  # of processor time, for one file and one architecture
 SIMD = ["-mf16c", "-mavx2", "-mfma"]
 CHECKED = ["-O1", "-fsanitize=thread", "-fsanitize=alignment"]
 CHECKED += ["-fno-tree-sra"]  # a vector is one access
 CHECKED += ["--param=tsan-instrument-func-entry-exit=0"]
-
-
-def run(*command: object, quiet: bool = False) -> str:
-    words = [str(c) for c in command]
-    print(shlex.join(words) if not quiet else f"{words[0]} {words[-3]}", flush=True)
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        kept = [line for line in done.stdout.splitlines() if "ptxas info" not in line]
-        print("\n".join(line for line in kept if " 0 bytes spill loads" not in line))
-        raise SystemExit(f"failed: {shlex.join(words)}")
-    return done.stdout
-
-
-def stale(target: Path, sources: list[Path]) -> bool:
-    return not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in sources)
 
 
 def emu(checked: bool, cuda: Path = CUDA, name: str = "") -> Path:
@@ -127,17 +104,17 @@ def nvcc_gate(only: list[str]) -> dict[str, dict]:
     for source in [k for k in KERNELS if k.stem in only or not only]:
         for arch in ["host", *ARCHS]:
             target = OUT / "nvcc" / f"{source.stem}.{arch}"
-            told = target.with_suffix(f".{arch}.json")
+            record = target.with_suffix(f".{arch}.json")
             target.parent.mkdir(parents=True, exist_ok=True)
-            if stale(told, [source, *HEADERS]):
+            if stale(record, [source, *HEADERS]):
                 how = ["-cubin", f"-arch=sm_{arch}"]
                 if arch == "host":
                     how = ["-c", f"-arch=sm_{ARCHS[0]}", "-Xcompiler", "-Wall,-Wno-unused-function"]
                 words = ["nvcc", *nvcc_flags(), *gate, *how, source, "-o", target]
                 text, seconds = cpu_seconds(lambda words=words: run(*words, quiet=True))
                 made = {"seconds": round(seconds, 2), "kernels": kernels_of(text)}
-                told.write_text(json.dumps(made))
-            table.setdefault(source.stem, {})[arch] = json.loads(told.read_text())
+                record.write_text(json.dumps(made))
+            table.setdefault(source.stem, {})[arch] = json.loads(record.read_text())
     slow = {f"{f} {a}: {d['seconds']} s" for f, by in table.items() for a, d in by.items()
             if d["seconds"] > SECONDS}  # fmt: skip
     if slow:

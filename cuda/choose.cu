@@ -1,4 +1,4 @@
-/* The next token of a row: the likeliest, or one that is drawn. A block a row.
+/* The next token of a row: its argmax, or one that is drawn. A block a row.
  *
  * A draw is three selections of one kind: the largest key such that the columns from it up weigh at
  * least so much. By score and count that is top_k, by score and mass top_p, and by column and mass
@@ -19,7 +19,7 @@ static __device__ __forceinline__ void take_better(float *most, int *at, float x
 
 /* Column of the first largest score, which is left in *most; V where all are -infinity. checked:
  * -1 where one is not finite. Every thread gets it; a call follows another after a barrier. */
-static __device__ int likeliest(const float *row, int V, bool checked, float *most)
+static __device__ int argmax(const float *row, int V, bool checked, float *most)
 {
     __shared__ float mosts[32];
     __shared__ int places[32];
@@ -53,10 +53,10 @@ static __device__ int likeliest(const float *row, int V, bool checked, float *mo
     return at;
 }
 
-GLM_KERNEL(256) k_likeliest(int *id, const float *x, int V)
+GLM_KERNEL(256) k_argmax(int *id, const float *x, int V)
 {
     float most;
-    const int at = likeliest(x + (size_t)blockIdx.x * V, V, true, &most);
+    const int at = argmax(x + (size_t)blockIdx.x * V, V, true, &most);
     if (threadIdx.x == 0)
         id[blockIdx.x] = at;
 }
@@ -142,24 +142,6 @@ static __device__ unsigned descend(const drawn_row &r, int bits, wide need, int 
     return place;
 }
 
-/* Philox4x32-10, as csrc: the first word, of a fixed third counter */
-static __device__ unsigned first_word(wide seed, unsigned index, unsigned stream)
-{
-    unsigned c0 = index, c1 = stream, c2 = 0x73616d70u, c3 = 0;
-    unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; round++) {
-        const wide a = 0xD2511F53ull * c0, b = 0xCD9E8D57ull * c2;
-        c0 = (unsigned)(b >> 32) ^ c1 ^ k0;
-        c1 = (unsigned)b;
-        c2 = (unsigned)(a >> 32) ^ c3 ^ k1;
-        c3 = (unsigned)a;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    return c0;
-}
-
 /* column_bits: an even number that holds a column */
 static __device__ int draw(drawn_row &r, const glm_choice &c, int column_bits)
 {
@@ -183,7 +165,9 @@ static __device__ int draw(drawn_row &r, const glm_choice &c, int column_bits)
             total = found[1] + equal * each;
         }
     }
-    const double u = (first_word(c.seed, c.index, c.stream) + 0.5) / 4294967296.0;
+    const words random =
+        philox(c.index, c.stream, 0x73616d70u, 0, (unsigned)c.seed, (unsigned)(c.seed >> 32));
+    const double u = (random.w[0] + 0.5) / 4294967296.0;
     return (int)descend<COLUMN>(r, column_bits, total - (wide)(u * (double)total), &turn);
 }
 
@@ -193,7 +177,7 @@ k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, c
     const glm_choice c = choices[blockIdx.x];
     float *row = x + (size_t)blockIdx.x * V;
     float most;
-    int at = likeliest(row, V, true, &most);
+    int at = argmax(row, V, true, &most);
     if (at >= 0 && c.penalised + c.banned) {
         touched += c.first;
         for (int i = threadIdx.x; i < c.penalised; i += blockDim.x) {
@@ -204,7 +188,7 @@ k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, c
         for (int i = threadIdx.x; i < c.banned; i += blockDim.x)
             row[touched[c.penalised + i]] = -GLM_INFINITY;
         __syncthreads();
-        at = likeliest(row, V, false, &most);
+        at = argmax(row, V, false, &most);
         at = most - most == 0 ? at : -2;
     }
     drawn_row r = {row, V, V, most / c.temperature + 0.0f, 0};
@@ -240,6 +224,6 @@ extern "C" void glm_cuda_choose(void *cx, int32_t *id, void *x, int M, int V,
                              : 64,
                    0, id, (float *)x, V, column_bits, choices, touched);
     else
-        GLM_LAUNCH(cuda, "choose", k_likeliest, M, V > 512 ? 256 : 64, 0, id, (const float *)x, V);
+        GLM_LAUNCH(cuda, "choose", k_argmax, M, V > 512 ? 256 : 64, 0, id, (const float *)x, V);
 }
 #endif

@@ -75,7 +75,7 @@ void glm_cuda_blas_failed(struct cuda *cx, int status, int m, int n, int k)
                  cx->name, cx->device_name, m, n, k, status);
 }
 
-/* ---- memory. What is live is kept in a list, so that its bytes can be told. */
+/* ---- memory. What is live is kept in a list, so that its bytes can be counted. */
 
 /* NULL with cx->refusal set */
 static void *take(struct cuda *cx, size_t bytes)
@@ -98,7 +98,7 @@ static void *take(struct cuda *cx, size_t bytes)
     }
     size_t free_bytes = 0, total = 0;
     free(block);
-    cudaGetLastError(); /* it is told here, not by the next launch */
+    cudaGetLastError(); /* it is reported here, not by the next launch */
     cudaMemGetInfo(&free_bytes, &total);
     cudaGetLastError();
     snprintf(cx->refusal, sizeof cx->refusal,
@@ -328,7 +328,7 @@ static void backend_destroy(struct glm_backend *be)
     if (!cx)
         return;
     if (cudaSetDevice(cx->device) != cudaSuccess)
-        cudaGetLastError(); /* nothing was opened; the next launch must not be told */
+        cudaGetLastError(); /* nothing was opened; it is not the next launch that failed */
     glm_blas_close(&cx->blas);
     for (int i = 0; i < SCRATCHES; i++)
         give(cx, cx->scratch[i]);
@@ -348,9 +348,8 @@ static void backend_destroy(struct glm_backend *be)
 }
 
 static const struct glm_ops cuda_ops = {
-#define ENTRY(op) .op = glm_cuda_##op,
-    GLM_OPS(ENTRY)
-#undef ENTRY
+#define OP(op, extent, ...) .op = glm_cuda_##op,
+#include "ops.h"
 };
 
 int glm_cuda_abi(void) { return GLM_CUDA_ABI; }

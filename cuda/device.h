@@ -97,9 +97,8 @@ void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
 /* Device to host, after everything queued; 0 on an error. */
 int glm_cuda_fetch(struct cuda *cx, void *host, const void *device, size_t bytes, const char *op);
 
-#define DECLARE(op) extern __typeof__(*((const struct glm_ops *)0)->op) glm_cuda_##op;
-GLM_OPS(DECLARE)
-#undef DECLARE
+#define OP(op, extent, ...) void glm_cuda_##op(void *cx, __VA_ARGS__);
+#include "ops.h"
 
 #ifdef __cplusplus
 }

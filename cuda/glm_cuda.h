@@ -4,8 +4,9 @@
 
 #include "backend.h"
 
-/* Changes whenever struct glm_backend, struct glm_ops or a struct that ops take changes. */
-#define GLM_CUDA_ABI 3
+/* Changes with the number of ops; the first number is to change with struct glm_backend, an op's
+ * parameters or a struct that ops take. */
+#define GLM_CUDA_ABI (4 * 1000 + GLM_N_OPS)
 
 #if defined(__GNUC__)
 #define GLM_CUDA_EXPORT __attribute__((visibility("default")))

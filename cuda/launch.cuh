@@ -1,9 +1,9 @@
 /* What every kernel file starts from: the launch macro, 16-byte moves, reductions, stored dtypes.
  *
  * One source for three compilers: nvcc, NVRTC (which sees only what is outside GLM_HOST) and, by
- * the emulator's headers, the host's C++ compiler, for which GL_LAUNCH, GL_DYN_SHARED and every
- * wrapper of inline PTX have a second body. Kernels are extern "C", so that a loader finds them by
- * name. */
+ * the emulator's headers, the host's C++ compiler, for which GLM_KERNEL_CALL, GLM_DYN_SHARED and
+ * every wrapper of inline PTX have a second body. Kernels are extern "C", so that a loader finds
+ * them by name. */
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -21,12 +21,12 @@
 #endif
 
 #ifndef __CUDA_EMU__
-#define GL_DYN_SHARED(T, name)                                  \
-    extern __shared__ __align__(16) unsigned char gl_dyn_raw[]; \
-    T *name = reinterpret_cast<T *>(gl_dyn_raw)
-#define GL_LAUNCH(k, grid, block, smem, stream, ...) \
+#define GLM_DYN_SHARED(T, name)                                  \
+    extern __shared__ __align__(16) unsigned char glm_dyn_raw[]; \
+    T *name = reinterpret_cast<T *>(glm_dyn_raw)
+#define GLM_KERNEL_CALL(k, grid, block, smem, stream, ...) \
     k<<<(grid), (block), (smem), (stream)>>>(__VA_ARGS__)
-#define GL_EXPECT(condition) ((void)0) /* what callers owe; the emulator looks */
+#define GLM_EXPECT(condition) ((void)0) /* what callers owe; the emulator looks */
 #endif
 
 #define GLM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
@@ -45,7 +45,7 @@ struct f4 {
 static __device__ __forceinline__ f4 load4(const float *p, size_t i, size_t n)
 {
     f4 r;
-    GL_EXPECT(i < n);
+    GLM_EXPECT(i < n);
     if (i + 4 <= n && ((size_t)(p + i) & 15) == 0) {
         const float4 q = *reinterpret_cast<const float4 *>(p + i);
         r.v[0] = q.x, r.v[1] = q.y, r.v[2] = q.z, r.v[3] = q.w;
@@ -69,7 +69,7 @@ static __device__ __forceinline__ f4 load4_or_zero(const float *p, size_t i, siz
 
 static __device__ __forceinline__ void store4(float *p, size_t i, size_t n, f4 x)
 {
-    GL_EXPECT(i < n);
+    GLM_EXPECT(i < n);
     if (i + 4 <= n && ((size_t)(p + i) & 15) == 0) {
         float4 q;
         q.x = x.v[0], q.y = x.v[1], q.z = x.v[2], q.w = x.v[3];
@@ -154,12 +154,12 @@ static __device__ __forceinline__ unsigned half_bits(float x)
     return s;
 }
 
-static __device__ __forceinline__ float brain_value(unsigned bits)
+static __device__ __forceinline__ float bf16_value(unsigned bits)
 {
     return __int_as_float((int)(bits << 16));
 }
 
-static __device__ __forceinline__ unsigned brain_bits(float x)
+static __device__ __forceinline__ unsigned bf16_bits(float x)
 {
     const __nv_bfloat16 h = __float2bfloat16(x);
     unsigned short s;
@@ -187,7 +187,7 @@ static __device__ __forceinline__ float load1(const void *p, int dtype, size_t i
     case GLM_F16:
         return half_value(static_cast<const unsigned short *>(p)[i]);
     case GLM_BF16:
-        return brain_value(static_cast<const unsigned short *>(p)[i]);
+        return bf16_value(static_cast<const unsigned short *>(p)[i]);
     case GLM_F64:
         return (float)static_cast<const double *>(p)[i];
     case GLM_I8:
@@ -207,7 +207,7 @@ static __device__ __forceinline__ void store1(void *p, int dtype, size_t i, floa
     if (dtype == GLM_F16)
         static_cast<unsigned short *>(p)[i] = (unsigned short)half_bits(x);
     else if (dtype == GLM_BF16)
-        static_cast<unsigned short *>(p)[i] = (unsigned short)brain_bits(x);
+        static_cast<unsigned short *>(p)[i] = (unsigned short)bf16_bits(x);
     else if (dtype == GLM_F64)
         static_cast<double *>(p)[i] = x;
     else
@@ -230,8 +230,8 @@ static __device__ __forceinline__ void widen8(const uint4 q, int dtype, float *v
     const unsigned w[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        v[2 * j] = dtype == GLM_F16 ? half_value(w[j] & 0xffff) : brain_value(w[j] & 0xffff);
-        v[2 * j + 1] = dtype == GLM_F16 ? half_value(w[j] >> 16) : brain_value(w[j] >> 16);
+        v[2 * j] = dtype == GLM_F16 ? half_value(w[j] & 0xffff) : bf16_value(w[j] & 0xffff);
+        v[2 * j + 1] = dtype == GLM_F16 ? half_value(w[j] >> 16) : bf16_value(w[j] >> 16);
     }
 }
 
@@ -240,7 +240,7 @@ static __device__ __forceinline__ void widen8(const uint4 q, int dtype, float *v
 static __device__ __forceinline__ f4 load4_stored(const void *p, int dtype, size_t i, size_t n)
 {
     f4 r;
-    GL_EXPECT(i < n);
+    GLM_EXPECT(i < n);
     if (dtype == GLM_F32)
         return load4(static_cast<const float *>(p), i, n);
     const char *at = static_cast<const char *>(p) + stored_bytes(dtype, i);
@@ -249,7 +249,7 @@ static __device__ __forceinline__ f4 load4_stored(const void *p, int dtype, size
         const unsigned w[4] = {q.x & 0xffff, q.x >> 16, q.y & 0xffff, q.y >> 16};
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            r.v[j] = dtype == GLM_F16 ? half_value(w[j]) : brain_value(w[j]);
+            r.v[j] = dtype == GLM_F16 ? half_value(w[j]) : bf16_value(w[j]);
     } else if (i + 4 <= n && dtype == GLM_I8 && ((size_t)at & 3) == 0) {
         const unsigned q = *reinterpret_cast<const unsigned *>(at);
 #pragma unroll
@@ -269,13 +269,13 @@ static __device__ __forceinline__ uint4 narrow8(const float *v, int dtype)
 #pragma unroll
     for (int j = 0; j < 4; j++)
         w[j] = dtype == GLM_F16 ? half_bits(v[2 * j]) | half_bits(v[2 * j + 1]) << 16
-                                : brain_bits(v[2 * j]) | brain_bits(v[2 * j + 1]) << 16;
+                                : bf16_bits(v[2 * j]) | bf16_bits(v[2 * j + 1]) << 16;
     uint4 q;
     q.x = w[0], q.y = w[1], q.z = w[2], q.w = w[3];
     return q;
 }
 
-/* ---- Philox4x32-10, as csrc: Salmon et al. 2011 */
+/* ---- Philox4x32-10: Salmon et al. 2011 */
 
 struct mask_of {
     unsigned key0, key1, site;
@@ -288,10 +288,9 @@ struct words {
     unsigned w[4];
 };
 
-static __device__ __forceinline__ words philox(const mask_of &m, int n, unsigned quad)
+static __device__ __forceinline__ words philox(unsigned c0, unsigned c1, unsigned c2, unsigned c3,
+                                               unsigned k0, unsigned k1)
 {
-    unsigned c0 = quad, c1 = (unsigned)m.position[n], c2 = (unsigned)m.stream[n], c3 = m.site;
-    unsigned k0 = m.key0, k1 = m.key1;
 #pragma unroll
     for (int round = 0; round < 10; round++) {
         const unsigned long long a = 0xD2511F53ull * c0, b = 0xCD9E8D57ull * c2;
@@ -307,7 +306,13 @@ static __device__ __forceinline__ words philox(const mask_of &m, int n, unsigned
     return r;
 }
 
-/* The factor of element 4 * quad + j: 0 or 1 / (1 - p). */
+/* The words of elements 4 * quad .. 4 * quad + 3 of row n. */
+static __device__ __forceinline__ words mask_words(const mask_of &m, int n, unsigned quad)
+{
+    return philox(quad, (unsigned)m.position[n], (unsigned)m.stream[n], m.site, m.key0, m.key1);
+}
+
+/* The factor of an element whose word this is: 0 or 1 / (1 - p). */
 static __device__ __forceinline__ float keep(const mask_of &m, unsigned word)
 {
     return word < m.threshold ? 0.0f : m.kept;
@@ -338,13 +343,13 @@ static inline size_t ceil_div(size_t n, size_t by) { return (n + by - 1) / by; }
                        (shared), __VA_ARGS__);                                                \
     } while (0)
 #else
-#define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                           \
-    do {                                                                                     \
-        if ((blocks) > 0) {                                                                  \
-            GL_LAUNCH(kernel, dim3((unsigned)(blocks)), dim3((unsigned)(threads)), (shared), \
-                      (cuda)->stream, __VA_ARGS__);                                          \
-            glm_cuda_launched(cuda, op);                                                     \
-        }                                                                                    \
+#define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                                 \
+    do {                                                                                           \
+        if ((blocks) > 0) {                                                                        \
+            GLM_KERNEL_CALL(kernel, dim3((unsigned)(blocks)), dim3((unsigned)(threads)), (shared), \
+                            (cuda)->stream, __VA_ARGS__);                                          \
+            glm_cuda_launched(cuda, op);                                                           \
+        }                                                                                          \
     } while (0)
 #endif
 #endif

@@ -14,7 +14,7 @@ static __device__ __forceinline__ void load8(const void *p, int dtype, size_t i,
 {
     const char *at = static_cast<const char *>(p) + stored_bytes(dtype, i);
     const bool whole = i + 8 <= n;
-    GL_EXPECT(i < n);
+    GLM_EXPECT(i < n);
     if (dtype == GLM_F32) {
         const f4 a = load4(static_cast<const float *>(p), i, n),
                  b = load4_or_zero(static_cast<const float *>(p), i + 4, n);
@@ -56,7 +56,7 @@ static __device__ __forceinline__ void store8(void *p, int dtype, size_t i, size
 #pragma unroll
     for (int j = 0; j < 8; j++)
         if (i + j < n)
-            to[j] = (unsigned short)(dtype == GLM_F16 ? half_bits(v[j]) : brain_bits(v[j]));
+            to[j] = (unsigned short)(dtype == GLM_F16 ? half_bits(v[j]) : bf16_bits(v[j]));
 }
 
 /* out = inp * *factor in another dtype; factor NULL: 1, and so where that dtype is float */
@@ -271,7 +271,7 @@ static __device__ __forceinline__ float clamp(float x, float low, float high)
     return fminf(high, fmaxf(low, x));
 }
 
-/* A warp has one row, or one group of a row: see backend.h. */
+/* A warp has one row, or one group of a row: see ops.h. */
 GLM_TILE_KERNEL(256, 2)
 k_quantize(unsigned char *data, unsigned short *scales, int dtype, int group, const void *inp,
            int inp_dtype, int rows, int cols)
@@ -375,7 +375,7 @@ void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale)
 static const float *gradient_factor(struct cuda *cuda, const void *x, size_t n, enum glm_dtype type,
                                     double scale)
 {
-    const size_t pieces = ceil_div(n, 8192), blocks = pieces < 512 ? pieces : 512;
+    const size_t runs = ceil_div(n, 8192), blocks = runs < 512 ? runs : 512;
     if (type != GLM_F16)
         return NULL;
     GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, cuda->small->largest, (const float *)x,

@@ -1,24 +1,24 @@
 /* Tensor cores: the three instructions of mma.sync that attention needs, each with a body for the
  * emulator that has the lane layout of the PTX manual (section "Matrix multiply-accumulate"). Lane
- * l is in row group l / 4 and has columns 2 (l % 4) and 2 (l % 4) + 1 of an 8-wide piece.
+ * l is in row group l / 4 and has columns 2 (l % 4) and 2 (l % 4) + 1 of an 8-wide fragment.
  *
- * BRAIN: bfloat16 (capability 8.0 and up), else float16 (7.5 and up). Below that the bodies are
+ * BF16: bfloat16 (capability 8.0 and up), else float16 (7.5 and up). Below that the bodies are
  * empty and the host never launches their kernels. */
 #pragma once
 #include "launch.cuh"
 
 /* d (16, 8) += a (16, 16) b (16, 8) */
-template <bool BRAIN>
+template <bool BF16>
 static __device__ __forceinline__ void mma(float *d, const unsigned *a, unsigned b0, unsigned b1)
 {
 #if defined(__CUDA_EMU__)
     const unsigned b[2] = {b0, b1};
-    if (BRAIN)
+    if (BF16)
         emu_mma16816_bf16(d, a, b, d);
     else
         emu_mma16816(d, a, b, d);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    if (BRAIN)
+    if (BF16)
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
                      "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -29,7 +29,7 @@ static __device__ __forceinline__ void mma(float *d, const unsigned *a, unsigned
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
-    if (!BRAIN) {
+    if (!BF16) {
         asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, "
                      "{%6}, {%0,%1,%2,%3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -42,10 +42,10 @@ static __device__ __forceinline__ void mma(float *d, const unsigned *a, unsigned
 #endif
 }
 
-/* Four 8 x 8 pieces of 16-bit elements: lane l gives the address of row l % 8 of piece l / 8 and
- * gets in r[i] its two elements of row l / 4 of piece i; transposed: of column l / 4. */
+/* Four 8 x 8 fragments of 16-bit elements: lane l gives the address of row l % 8 of fragment l / 8
+ * and gets in r[i] its two elements of row l / 4 of fragment i; transposed: of column l / 4. */
 template <bool TRANSPOSED>
-static __device__ __forceinline__ void load_pieces(unsigned *r, const unsigned short *row)
+static __device__ __forceinline__ void load_fragments(unsigned *r, const unsigned short *row)
 {
 #if defined(__CUDA_EMU__)
     const int lane = threadIdx.x & 31;
@@ -76,16 +76,15 @@ static __device__ __forceinline__ void load_pieces(unsigned *r, const unsigned s
 #endif
 }
 
-template <bool BRAIN> static __device__ __forceinline__ unsigned pack2(float low, float high)
+template <bool BF16> static __device__ __forceinline__ unsigned pack2(float low, float high)
 {
-    return BRAIN ? brain_bits(low) | brain_bits(high) << 16
-                 : half_bits(low) | half_bits(high) << 16;
+    return BF16 ? bf16_bits(low) | bf16_bits(high) << 16 : half_bits(low) | half_bits(high) << 16;
 }
 
 /* Eight columns from c on of a 16-bit tile's row, times factor, from HD floats or of zeros */
-template <bool BRAIN>
-static __device__ __forceinline__ void narrow_piece(unsigned short *to, const float *from, int HD,
-                                                    int c, float factor)
+template <bool BF16>
+static __device__ __forceinline__ void narrow8_row(unsigned short *to, const float *from, int HD,
+                                                   int c, float factor)
 {
     float v[8];
     f4 a, b;
@@ -98,7 +97,54 @@ static __device__ __forceinline__ void narrow_piece(unsigned short *to, const fl
 #pragma unroll
     for (int j = 0; j < 4; j++)
         v[j] = a.v[j] * factor, v[4 + j] = b.v[j] * factor;
-    *reinterpret_cast<uint4 *>(to + c) = narrow8(v, BRAIN ? GLM_BF16 : GLM_F16);
+    *reinterpret_cast<uint4 *>(to + c) = narrow8(v, BF16 ? GLM_BF16 : GLM_F16);
+}
+
+/* Operands of a product from a tile of 16-bit rows, LD apart, at its element `tile`: a (16, 16), or
+ * two b (16, 8) side by side, whose columns are the tile's rows, or the tile's columns. */
+template <int LD>
+static __device__ __forceinline__ void load_a(unsigned *a, const unsigned short *tile)
+{
+    const int lane = threadIdx.x & 31;
+    load_fragments<false>(a, tile + lane % 16 * LD + 8 * (lane / 16));
+}
+
+template <int LD>
+static __device__ __forceinline__ void load_b(unsigned *b, const unsigned short *tile)
+{
+    const int lane = threadIdx.x & 31;
+    load_fragments<false>(b, tile + (8 * (lane / 16) + lane % 8) * LD + 8 * (lane / 8 % 2));
+}
+
+template <int LD>
+static __device__ __forceinline__ void load_b_columns(unsigned *b, const unsigned short *tile)
+{
+    const int lane = threadIdx.x & 31;
+    load_fragments<true>(b, tile + lane % 16 * LD + 8 * (lane / 16));
+}
+
+/* d[0], d[1] (16, 8) += a times two b */
+template <bool BF16>
+static __device__ __forceinline__ void mma_pair(float (*d)[4], const unsigned *a, const unsigned *b)
+{
+    mma<BF16>(d[0], a, b[0], b[1]);
+    mma<BF16>(d[1], a, b[2], b[3]);
+}
+
+/* Two results (16, 8) side by side, as an operand a */
+template <bool BF16> static __device__ __forceinline__ void pack_a(unsigned *a, const float (*d)[4])
+{
+    a[0] = pack2<BF16>(d[0][0], d[0][1]);
+    a[1] = pack2<BF16>(d[0][2], d[0][3]);
+    a[2] = pack2<BF16>(d[1][0], d[1][1]);
+    a[3] = pack2<BF16>(d[1][2], d[1][3]);
+}
+
+template <int N> static __device__ __forceinline__ void clear(float (*d)[4])
+{
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0;
 }
 
 /* Columns c and c + 1, c even, of a row of HD floats */

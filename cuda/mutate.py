@@ -23,6 +23,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import CUDA, OUT, ROOT
+
 import build
 
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
@@ -30,7 +32,7 @@ COMPARISON = re.compile(r"(?<= )(<|<=|>|>=) (?=[-\w(*])")
 
 # Comparisons of values and choices that change no result, not bounds: what is on the line.
 VALUES = re.compile(
-    r"top > most|most > 0|> fabs\(|word < m\.threshold|wq / qq > most|DECODE_TOKENS|GL_EXPECT"
+    r"top > most|most > 0|> fabs\(|word < m\.threshold|wq / qq > most|DECODE_TOKENS|GLM_EXPECT"
     r"|i < \*at|h < NH && i >= rotary_dim"  # the first of equals; what stays as it is
     r"|top_k < r\.V|equal \* each < total"  # that cut nothing off when they are equal
 )
@@ -38,27 +40,21 @@ CONSTANT = re.compile(r"^[\s(]*[A-Z0-9]+(\s*[-+*/]\s*[A-Z0-9]+)*\b")
 # Lower bounds, and upper bounds that reject: wider is one less.
 LOWER = re.compile(r"(>= (begin|from|0\b)|<= begin|< begin)")
 
-# Ops that reach the kernels of a file.
-OPS = {
-    "adamw": ["adamw", "sum_squares", "first_nonfinite"],
-    "attention_decode": ["attention_forward"],
-    "attention_forward": ["attention_forward"],
-    "attention_backward": ["attention_backward"],
-    "cache": ["kv_append", "gather", "prefix_forward", "prefix_backward"],
-    "choose": ["choose", "choose_drawn"],
-    "cross_entropy": ["cross_entropy_forward", "cross_entropy_backward"],
-    "embedding": ["embedding_forward", "embedding_backward"],
-    "linear": ["linear_forward", "linear_backward_input", "linear_backward_weight"],
-    "norm": ["rmsnorm_forward", "add_rmsnorm_forward", "rmsnorm_backward"],
-    "rope": ["rope", "rope_append"],
-    "swiglu": ["swiglu_forward", "swiglu_backward", "tanh_forward", "tanh_backward", "add"],
-    "attention": ["attention_forward", "attention_backward"],
-    "mma": ["attention_forward", "attention_backward"],
-    "few": ["linear_forward", "adapted_forward", "linear_swiglu_forward"],
-    "launch": ["add", "adamw", "sum_squares", "rmsnorm_forward", "linear_forward", "convert"],
-}
-OPS["linear"] += ["merge", "quantize", "convert"]
-OPS["swiglu"] += ["dropout_forward", "dropout_backward"]
+# What every file includes is tested by the ops of these.
+LAUNCH = ("adamw", "elementwise", "norm", "linear")
+
+
+def ops_of(file: Path) -> set[str]:
+    """Ops that reach the kernels of a file: those that it defines or launches kernels for; of a
+    header those of the files that include it."""
+    if file.stem == "launch":
+        return set().union(*(ops_of(CUDA / f"{name}.cu") for name in LAUNCH))
+    named = r'(?:GLM_LAUNCH\(\w+, "|extern "C" void glm_cuda_)(\w+)'
+    found = set(re.findall(named, file.read_text()))
+    for user in CUDA.glob("*.cu*"):
+        if f'#include "{file.name}"' in user.read_text():
+            found |= ops_of(user)
+    return found
 
 
 @dataclass
@@ -131,9 +127,9 @@ def mutated(file: Path, mutants: list[Mutant]) -> str:
 def prepare() -> tuple[list[Mutant], Path]:
     """The mutants and the library that holds them."""
     mutants: list[Mutant] = []
-    folder = build.OUT / "mutants" / "cuda"
+    folder = OUT / "mutants" / "cuda"
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(p for p in build.CUDA.iterdir() if p.suffix in (".cu", ".cuh", ".c", ".h")):
+    for file in sorted(p for p in CUDA.iterdir() if p.suffix in (".cu", ".cuh", ".c", ".h")):
         device = file.suffix in (".cu", ".cuh")
         text = mutated(file, mutants) if device else file.read_text()
         to = folder / file.name
@@ -145,9 +141,12 @@ def prepare() -> tuple[list[Mutant], Path]:
 def cases(file: Path) -> list[tuple]:
     """Checks of tests/test_cuda.py for the ops of a file, small ones first."""
     import test_cuda
+    import test_ops
 
-    found = []
-    for op in OPS[file.stem]:
+    found, ops = [], ops_of(file)
+    for op, called in test_ops.ops_by_case().items():
+        if not called & ops:
+            continue
         found += test_cuda.checks(op)
         if op.startswith(("attention", "linear")):  # bfloat16 has the same source
             found += test_cuda.checks(op, "float16")
@@ -236,7 +235,7 @@ def main(words: list[str]) -> int:
         numbers = [n for n in numbers if any(w in f"{n} {mutants[n]}" for w in words)]
     library = build.emu(True, folder, "mutants")
     os.environ["GLMLORA_CUDA_LIBRARY"] = str(library)
-    sys.path.insert(0, str(build.ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests"))
     survivors = run(numbers, mutants)
     for n in survivors:
         print(f"survived: {n} {mutants[n]}")

@@ -11,6 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import common
+from common import CUDA, HOST, INCLUDE, KERNELS, ROOT, SECONDS, run, stale
+
 ARCHS = "70 75 80 86 89 90 100 120".split()
 PTX = "70"  # of which a driver makes code for a GPU that none of ARCHS is for
 
@@ -91,15 +94,13 @@ def faults_of(log: str) -> list[str]:
 
 def gate(out: Path) -> dict[str, dict[str, float]]:
     """Compiles what changed into out/nvrtc; {file: {architecture: seconds}}."""
-    from build import CUDA, HEADERS as FILES, KERNELS, ROOT, SECONDS, stale  # noqa: N814, I001
-
     compiler, faults, table = None, [], {}
     for source in KERNELS:
         for arch in targets():
             target = out / "nvrtc" / f"{source.stem}.{arch}"
             target.parent.mkdir(parents=True, exist_ok=True)
-            told = target.with_name(target.name + ".json")
-            if stale(told, [source, *FILES]):
+            record = target.with_name(target.name + ".json")
+            if stale(record, [source, *common.HEADERS]):
                 compiler = compiler or Compiler()
                 begin = time.process_time()
                 code, log = compiler.compile(source, arch, [CUDA, ROOT / "csrc"])
@@ -111,10 +112,10 @@ def gate(out: Path) -> dict[str, dict[str, float]]:
                 target.write_bytes(code)
                 if not bad:
                     kernels = len(re.findall("Compiling entry function", log))
-                    told.write_text(json.dumps({"seconds": seconds, "kernels": kernels}))
+                    record.write_text(json.dumps({"seconds": seconds, "kernels": kernels}))
                 table.setdefault(source.stem, {})[arch] = seconds
             else:
-                table.setdefault(source.stem, {})[arch] = json.loads(told.read_text())["seconds"]
+                table.setdefault(source.stem, {})[arch] = json.loads(record.read_text())["seconds"]
     if faults:
         raise SystemExit("\n".join(faults))
     return table
@@ -189,8 +190,6 @@ def host_part(text: str) -> str:
 def linked(out: Path) -> Path:
     """libglm_cuda12.so: host parts by the C++ compiler, code of all targets inside, cudart 12.9
     linked in. Opens on machines without CUDA."""
-    from build import CUDA, HOST, INCLUDE, KERNELS, run  # noqa: I001
-
     runtime, folder = wheels() / "cuda_runtime", out / "nvrtc"
     (folder / "include").mkdir(parents=True, exist_ok=True)
     (folder / "include" / "cuda_runtime.h").write_text(MARKS)

@@ -27,6 +27,9 @@ def cpu_variants() -> str:
 def op_table(backend: str) -> dict[str, int]:
     """For tests: addresses of the ops and of their context ("cx"), and "real_size"."""
 
+def op_signatures() -> dict[str, str]:
+    """For tests: the parameters of every op, as csrc/ops.h has them."""
+
 def backend_name(name: str) -> str:
     """The whole name of a backend: "cuda" is "cuda:0/float32"."""
 
@@ -107,13 +110,19 @@ class Model:
     arch keys: layers, hidden, ffn, heads, kv_heads, head_dim, vocab, max_positions, rotary_dim
     (ints), eps, rope_base,
     rope_divisor (floats), qkv_bias (bool), half_rope_table (bool, decision 13).
+    names: what the checkpoint calls its modules (glmlora/families), to which ".weight", ".bias",
+    ".lora_A.weight" and ".lora_B.weight" are added. Keys: word_embeddings, final_layernorm,
+    output_layer; layer, with one "{}" for its number; input_layernorm, post_attention_layernorm,
+    query_key_value, dense, dense_h_to_4h, dense_4h_to_h, below the layer; prefix_encoder.
     """
 
-    def __init__(self, arch: dict[str, Any], backend: str = "cpu") -> None: ...
+    def __init__(
+        self, arch: dict[str, Any], backend: str = "cpu", *, names: dict[str, str]
+    ) -> None: ...
     backend: str
     allocations: int  # calls of the backend's allocator so far
 
-    # base weights; names as in the checkpoint
+    # base weights; names as in the checkpoint, e.g. of ChatGLM2
     # ("transformer.encoder.layers.0.mlp.dense_4h_to_h.weight")
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every base weight that must be bound, with its shape."""

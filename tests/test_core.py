@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from glmlora import _core
+from glmlora import _core, families
 
 ARCH = dict(
     layers=3,
@@ -32,7 +32,7 @@ ARCH = dict(
 
 def make_model(backend="cpu", **changes):
     rng = np.random.default_rng(1)
-    model = _core.Model(ARCH | changes, backend)
+    model = _core.Model(ARCH | changes, backend, names=families.default().tensor_names)
     for name, shape in model.shapes().items():
         value = rng.normal(0.0, 0.3, shape) + (len(shape) == 1)
         model.bind(name, value.astype(np.float32), "F32")
@@ -91,6 +91,14 @@ def test_no_allocation_in_training_steps_and_decode_steps():
     before = model.allocations
     for i in range(20):
         model.extend(cache, [0, 1], [i, i + 1], [1, 1])
+    assert model.allocations == before
+    choice = {"temperature": 0.8, "top_k": 9, "repetition_penalty": 1.2, "suppress": [2]}
+    for i in range(20):
+        draws = np.full((2, 3), i, np.uint64)
+        context = np.arange(2 * (i + 1), dtype=np.int32)
+        choice |= {"draws": draws, "context": context, "context_lengths": [i + 1, i + 1]}
+        model.next(cache, [0, 1], [i, i + 1], [1, 1], choice=choice)
+        before = before if i else model.allocations
     assert model.allocations == before
 
 
@@ -360,7 +368,11 @@ def test_threads_follow_omp_num_threads():
         (lambda m: m.extend(m.cache(1, 4), [0], [1] * 5, [5]), ValueError, "do not fit"),
         (lambda m: m.extend(m.cache(2, 4), [0, 0], [1, 2], [1, 1]), ValueError, "named twice"),
         (lambda m: m.plan(0, 1, 1, True), ValueError, "plan"),
-        (lambda m: _core.Model({}), ValueError, "'layers' is missing"),
+        (
+            lambda m: _core.Model({}, names=families.default().tensor_names),
+            ValueError,
+            "'layers' is missing",
+        ),
         (lambda m: make_model(kv_heads=3), ValueError, "not a multiple"),
         (lambda m: make_model(backend="cuda:99"), ValueError, "backend 'cuda:99/float32': "),
         (lambda m: _core.lr_factor("zigzag", 0, 0, 1), ValueError, "zigzag"),
@@ -373,8 +385,62 @@ def test_wrong_arguments(call, error, words):
         call(make_model())
 
 
+OWN_NAMES = {
+    "word_embeddings": "wte",
+    "final_layernorm": "norm",
+    "output_layer": "head",
+    "layer": "h.{}%s%n",
+    "input_layernorm": "norm1",
+    "post_attention_layernorm": "norm2",
+    "query_key_value": "qkv",
+    "dense": "out",
+    "dense_h_to_4h": "up",
+    "dense_4h_to_h": "down",
+    "prefix_encoder": "prefix",
+}
+
+
+def test_a_model_has_the_names_it_was_given():
+    model = _core.Model(ARCH | {"layers": 1}, "cpu", names=OWN_NAMES)
+    layer = "h.0%s%n."
+    of_layer = "norm1.weight qkv.weight qkv.bias out.weight norm2.weight up.weight down.weight"
+    inside = [layer + name for name in of_layer.split()]
+    assert list(model.shapes()) == ["wte.weight", *inside, "norm.weight", "head.weight"]
+    A, B = np.zeros((2, 64), np.float32), np.zeros((128, 2), np.float32)
+    model.add_lora(layer + "qkv", A, B, 1.0, 0.0)
+    assert model.names()[-2:] == [layer + "qkv.lora_A.weight", layer + "qkv.lora_B.weight"]
+    prefix = np.zeros((3, 2 * 32), np.float32)
+    model.set_prefix({"prefix.embedding.weight": prefix}, 0.0)
+    assert model.names()[-1] == "prefix.embedding.weight"
+    with pytest.raises(ValueError, match=r"expected prefix\.embedding\.weight and"):
+        model.set_prefix({"embedding.weight": prefix}, 0.0)
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"dense": None}, TypeError, "names: dense: expected a str, got NoneType"),
+        ({"dense": "a\0b"}, ValueError, "names: dense: has a null character"),
+        ({"dense": ""}, ValueError, "names dense: is empty"),
+        ({"dense": "a" * 90}, ValueError, "names dense: with layer it is longer than 92 bytes"),
+        ({"dense": "up"}, ValueError, "names dense and dense_h_to_4h: both are 'up'"),
+        ({"layer": "h.0"}, ValueError, "names layer: expected one {} for the layer's number"),
+        ({"layer": "{}.{}"}, ValueError, "names layer: expected one {} for the layer's number"),
+        ({"experts": "e"}, ValueError, "names: expected 11 keys, got 12"),
+    ],
+)
+def test_wrong_names(changes, error, words):
+    with pytest.raises(error, match=words):
+        _core.Model(ARCH, "cpu", names=OWN_NAMES | changes)
+    few = {key: name for key, name in OWN_NAMES.items() if key != "layer"}
+    with pytest.raises(ValueError, match="names: key 'layer' is missing"):
+        _core.Model(ARCH, "cpu", names=few)
+    with pytest.raises(TypeError, match="needs the keyword argument names"):
+        _core.Model(ARCH, "cpu")
+
+
 def test_wrong_weights():
-    model = _core.Model(ARCH)
+    model = _core.Model(ARCH, names=families.default().tensor_names)
     name = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
     with pytest.raises(ValueError, match=r"expected shape \(64, 96\)"):
         model.bind(name, np.zeros((96, 64), np.float32), "F32")

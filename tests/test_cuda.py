@@ -60,11 +60,11 @@ class Narrow(test_ops.Maker):
         return Mat(values, kind), values.astype(np.float64)
 
 
-class Brain(Narrow):
+class NarrowBF16(Narrow):
     dtype = BF16
 
 
-MAKERS = {"float32": test_ops.Maker, "float16": Narrow, "bfloat16": Brain}
+MAKERS = {"float32": test_ops.Maker, "float16": Narrow, "bfloat16": NarrowBF16}
 
 
 def barriers(op, kind, counts, shape, type_):

@@ -34,7 +34,8 @@ import sys
 from glmlora import _core
 from glmlora.model.configuration import ChatGLMConfig
 from glmlora.tools.project import tiny_directory
-print(_core.Model(ChatGLMConfig.from_pretrained(tiny_directory()).arch(), "cpu").backend)
+config = ChatGLMConfig.from_pretrained(tiny_directory())
+print(_core.Model(config.arch(), "cpu", names=config.tensor_names).backend)
 """
 
 

@@ -4,7 +4,7 @@ and recomputed layers."""
 import numpy as np
 import pytest
 
-from glmlora import _core
+from glmlora import _core, families
 
 ARCH = dict(
     layers=2,
@@ -37,7 +37,7 @@ LINEARS = [
 def make_model(backend="ref_f64"):
     """A model with random weights of a size that lets every gradient be seen."""
     rng = np.random.default_rng(5)
-    model = _core.Model(ARCH, backend)
+    model = _core.Model(ARCH, backend, names=families.default().tensor_names)
     for name, shape in model.shapes().items():
         scale = 1.0 if len(shape) == 1 else 1.5 / np.sqrt(shape[1])
         model.bind(name, rng.normal(0.3 * (len(shape) == 1), scale, shape), "F64")

@@ -1,5 +1,5 @@
-# ruff: noqa: E741 - N, O, I are the sizes of backend.h
-"""Every op of csrc/backend.h: gradients, and every backend against the reference.
+# ruff: noqa: E741 - N, O, I are the sizes of ops.h
+"""Every op of csrc/ops.h: gradients, and every backend against the reference.
 
 A case is a function of a Maker, which makes the same numbers for every backend: float32 values, so
 that the reference in double gets exactly the inputs that a float backend gets. It returns {output:
@@ -11,6 +11,7 @@ How poll stops an op is tested through the model: the table of ops does not show
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from ctypes import c_int
 from functools import cache, lru_cache
 from typing import Any
@@ -68,8 +69,26 @@ def usable(kind: str, cols: int) -> bool:
 every_backend = pytest.mark.parametrize("backend", TESTED)
 
 
-def test_the_harness_knows_every_op() -> None:
-    assert sorted(REF.names) == sorted(SIGNATURES)
+def ops_by_case() -> dict[str, set[str]]:
+    """Of every function of cases the ops that it calls."""
+
+    class Recording(Ops):
+        called: set[str] = set()
+
+        def _call(self, op: str, args: tuple[Any, ...]) -> None:
+            self.called.add(op)
+            super()._call(op, args)
+
+    found = {}
+    for name, cases in cases_by_op().items():
+        found[name] = Recording.called = set()
+        for seed, case in cases[:9]:
+            case[0](Maker(Recording("cpu"), seed), *case[1:])
+    return found
+
+
+def test_every_op_has_cases() -> None:
+    assert set().union(*ops_by_case().values()) == set(SIGNATURES)
 
 
 # ---- gradients of the reference ----
@@ -413,6 +432,24 @@ def expected_of(case: Any, seed: int, args: tuple[Any, ...]) -> dict[str, Any]:
     return run(case, "ref_f64", seed, args)
 
 
+SIZES = (1, 2, 3, 7, 8, 9, 15, 17, 31, 33, 64, 100, 255)
+ROWS = [(1, 1), (1, 7), (3, 8), (2, 31), (17, 33), (1, 64), (5, 255), (100, 100), (3, 1025), (0, 9)]
+LENGTHS = (0, *SIZES, 1025, 5000)
+ROTARY = [(3, 2, 8, 4), (1, 1, 2, 2), (17, 3, 64, 64), (5, 2, 33, 10), (0, 2, 8, 8)]
+PREFIXES = [(1, 2, 1, 1), (3, 4, 5, 2), (8, 6, 64, 3), (5, 2, 255, 1), (7, 4, 33, 9)]
+CASES: list[tuple[Any, ...]] = []  # (function, its arguments ..)
+
+
+def over(arguments: Iterable[tuple[Any, ...]]) -> Callable[[Any], Any]:
+    """Cases of the function: these arguments."""
+
+    def register(case: Any) -> Any:
+        CASES.extend((case, *each) for each in arguments)
+        return case
+
+    return register
+
+
 def sum_error(terms: int, magnitude: Any) -> Any:
     """See the head of this file."""
     return (np.sqrt(terms) + 8) * EPS * magnitude
@@ -487,12 +524,14 @@ def linear_backward_weight(
     return {"dweight": (dw, tol_w), "dbias": (db, tol_b)}
 
 
+@over((N, C, scale) for N, C in ROWS for scale in (1.0, 1e-4, 1e17))
 def rmsnorm_forward(m: Maker, N: int, C: int, scale: float):
     inp, weight, out, rstd = m.normal(N, C, scale=scale), m.normal(C), m.out(N, C), m.out(N)
     m.ops.rmsnorm_forward(out, rstd, inp, weight, N, C, 1e-5)
     return {"out": (out, sum_error(C, np.abs(out))), "rstd": (rstd, sum_error(C, np.abs(rstd)))}
 
 
+@over((N, C, into) for N, C in ROWS for into in ("a", "b", "out"))
 def add_rmsnorm_forward(m: Maker, N: int, C: int, into: str):
     a, b, weight, out, rstd = m.normal(N, C), m.normal(N, C), m.normal(C), m.out(N, C), m.out(N)
     total = {"a": a, "b": b, "out": m.out(N, C)}[into]
@@ -504,6 +543,7 @@ def add_rmsnorm_forward(m: Maker, N: int, C: int, into: str):
     }
 
 
+@over((N, C, weight_too) for N, C in ROWS for weight_too in (True, False))
 def rmsnorm_backward(m: Maker, N: int, C: int, weight_too: bool):
     inp, weight, dout = m.normal(N, C), m.normal(C), m.normal(N, C)
     rstd = m.put(1 / np.sqrt((inp.astype(float) ** 2).mean(1) + 1e-5))
@@ -516,6 +556,7 @@ def rmsnorm_backward(m: Maker, N: int, C: int, weight_too: bool):
     return {"dinp": (dinp, sum_error(C, size)), "dweight": (dweight, sum_error(N, size_w))}
 
 
+@over((N, C, dtype) for N, C in ROWS for dtype in DTYPES)
 def embedding_forward(m: Maker, N: int, C: int, dtype: str):
     W, _ = m.weight(11, C, dtype)
     out = m.out(N, C)
@@ -523,6 +564,7 @@ def embedding_forward(m: Maker, N: int, C: int, dtype: str):
     return {"out": (out, EPS * np.abs(out) if dtype == "F64" else 0)}
 
 
+@over(ROWS)
 def embedding_backward(m: Maker, N: int, C: int):
     ids, dout, dweight = m.ints(5, N), m.normal(N, C), m.normal(6, C)
     size = np.abs(dweight)
@@ -531,6 +573,11 @@ def embedding_backward(m: Maker, N: int, C: int):
     return {"dweight": (dweight, sum_error(N, size))}
 
 
+@over(
+    (N, heads, HD, extra, rotary_dim, forward)
+    for N, heads, HD, rotary_dim in ROTARY
+    for extra, forward in ((0, False), (11, True), (3, False))
+)
 def rope(m: Maker, N: int, heads: int, HD: int, extra: int, rotary_dim: int, forward: bool):
     stride = heads * HD + extra
     x, table = m.normal(N, stride), m.put(rope_table(300, rotary_dim))
@@ -618,6 +665,7 @@ def attention_backward(m: Maker, kind: str, counts: tuple[int, ...], shape: tupl
     return {name: (array, tolerance) for name, array in outputs.items()}
 
 
+@over((N, 4, 2, C) for N, C in ROWS)
 def kv_append(m: Maker, N: int, NH: int, KVH: int, HD: int):
     qkv, k, v = (
         m.normal(N, (NH + 2 * KVH) * HD),
@@ -629,6 +677,7 @@ def kv_append(m: Maker, N: int, NH: int, KVH: int, HD: int):
     return {"k": (k, 0), "v": (v, 0)}
 
 
+@over((N, 2 * heads, heads, HD, rotary_dim) for N, heads, HD, rotary_dim in ROTARY)
 def rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int):
     qkv = m.normal(N, (NH + 2 * KVH) * HD)
     k, v, table = m.normal(N + 5, KVH * HD), m.normal(N + 5, KVH * HD), m.normal(7, rotary_dim)
@@ -640,6 +689,7 @@ def rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int):
     return {"qkv": (qkv, most), "k": (k, most), "v": (v, 0)}
 
 
+@over((*shape, p) for shape in PREFIXES for p in (None, 0.1))
 def prefix_forward(m: Maker, P: int, J: int, KV: int, copies: int, p: float | None):
     inp, out = m.normal(P, J, KV), m.out(J, copies * P, KV)
     dropout = None if p is None else m.dropout(copies * P, p)
@@ -647,6 +697,7 @@ def prefix_forward(m: Maker, P: int, J: int, KV: int, copies: int, p: float | No
     return {"out": (out, 0 if p is None else 2 * EPS * np.abs(out))}
 
 
+@over((*shape, p) for shape in PREFIXES for p in (None, 0.1))
 def prefix_backward(m: Maker, P: int, J: int, KV: int, copies: int, p: float | None):
     dinp, dout = m.normal(P, J, KV), m.normal(J, copies * P, KV)
     size = np.abs(dinp) + np.abs(dout).reshape(J, copies, P, KV).sum(1).transpose(1, 0, 2) * 2
@@ -655,12 +706,14 @@ def prefix_backward(m: Maker, P: int, J: int, KV: int, copies: int, p: float | N
     return {"dinp": (dinp, sum_error(copies, size))}
 
 
+@over((N, C, scale) for N, C in ROWS for scale in (1.0, 100.0))
 def swiglu_forward(m: Maker, N: int, F: int, scale: float):
     inp, out = m.normal(N, 2 * F, scale=scale), m.out(N, F)
     m.ops.swiglu_forward(out, inp, N, F)
     return {"out": (out, 16 * EPS * np.abs(out) + 1e-33)}  # 1e-33: exp(100) may overflow to silu 0
 
 
+@over((N, C, *how) for N, C in ROWS for how in ((1.0, False), (100.0, True)))
 def swiglu_backward(m: Maker, N: int, F: int, scale: float, in_place: bool):
     inp, dout = m.normal(N, 2 * F, scale=scale), m.normal(N, F)
     gate, up = np.split(inp.astype(np.float64), 2, axis=1)
@@ -672,6 +725,7 @@ def swiglu_backward(m: Maker, N: int, F: int, scale: float, in_place: bool):
     return {"dinp": (dinp, 16 * EPS * size + 1e-33)}
 
 
+@over((n, *how) for n in LENGTHS for how in ((1.0, False), (50.0, True)))
 def tanh_forward(m: Maker, n: int, scale: float, in_place: bool):
     inp = m.normal(n, scale=scale)
     out = inp if in_place else m.out(n)
@@ -679,6 +733,7 @@ def tanh_forward(m: Maker, n: int, scale: float, in_place: bool):
     return {"out": (out, 8 * EPS)}  # absolute: tanh by way of exp cancels near 0
 
 
+@over((n, in_place) for n in LENGTHS for in_place in (False, True))
 def tanh_backward(m: Maker, n: int, in_place: bool):
     dout, out = m.normal(n), m.put(np.tanh(m.rng.normal(size=n)))
     tolerance = 4 * EPS * np.abs(dout)
@@ -687,6 +742,7 @@ def tanh_backward(m: Maker, n: int, in_place: bool):
     return {"dinp": (dinp, tolerance)}
 
 
+@over((N, C, p, p < 0.3) for N, C in ROWS for p in (0.0, 0.1, 0.5))
 def dropout_forward(m: Maker, N: int, C: int, p: float, in_place: bool):
     inp = m.normal(N, C)
     out = inp if in_place else m.out(N, C)
@@ -694,6 +750,7 @@ def dropout_forward(m: Maker, N: int, C: int, p: float, in_place: bool):
     return {"out": (out, 2 * EPS * np.abs(out))}
 
 
+@over((N, C, 0.1) for N, C in ROWS)
 def dropout_backward(m: Maker, N: int, C: int, p: float):
     dinp, dout = m.normal(N, C), m.normal(N, C)
     tolerance = 4 * EPS * (np.abs(dinp) + np.abs(dout) / (1 - p))
@@ -701,6 +758,7 @@ def dropout_backward(m: Maker, N: int, C: int, p: float):
     return {"dinp": (dinp, tolerance)}
 
 
+@over((more + N, N, C) for N, C in ROWS for more in (4, 0))
 def gather(m: Maker, N: int, M: int, C: int):
     rows = np.sort(m.rng.permutation(N)[:M]).astype(np.int32)
     inp, out, dinp, dout = m.normal(N, C), m.out(M, C), m.normal(N, C), m.normal(M, C)
@@ -709,6 +767,7 @@ def gather(m: Maker, N: int, M: int, C: int):
     return {"out": (out, 0), "dinp": (dinp, EPS * np.abs(dinp))}
 
 
+@over((N, C, scale) for N, C in ROWS for scale in (1.0, 30.0, 1e4))
 def cross_entropy_forward(m: Maker, M: int, V: int, scale: float):
     logits, target = m.normal(M, V, scale=scale), m.ints(V, M)
     loss, lse = m.out(M), m.out(M)
@@ -717,12 +776,12 @@ def cross_entropy_forward(m: Maker, M: int, V: int, scale: float):
     return {"loss": (loss, tolerance), "lse": (lse, tolerance)}
 
 
+@over((N, C, scale) for N, C in ROWS for scale in (1.0, 30.0, 1e4))
 def cross_entropy_backward(m: Maker, M: int, V: int, scale: float):
     logits, target = m.normal(M, V, scale=scale), m.ints(V, M)
     exact = logits.astype(np.float64)
-    lse = m.put(
-        np.log(np.exp(exact - exact.max(1, initial=0)[:, None]).sum(1)) + exact.max(1, initial=0)
-    )
+    most = exact.max(1)
+    lse = m.put(np.log(np.exp(exact - most[:, None]).sum(1)) + most)
     p = np.exp(exact - lse[:, None])
     p[np.arange(M), target] += 1
     tolerance = (
@@ -732,6 +791,7 @@ def cross_entropy_backward(m: Maker, M: int, V: int, scale: float):
     return {"logits": (logits, tolerance + 1e-37)}
 
 
+@over((n, into) for n in LENGTHS for into in ("a", "b", "out"))
 def add(m: Maker, n: int, into: str):
     a, b = m.normal(n), m.normal(n)
     out = {"a": a, "b": b, "out": m.out(n)}[into]
@@ -739,12 +799,22 @@ def add(m: Maker, n: int, into: str):
     return {"out": (out, EPS * np.abs(out))}
 
 
+@over((n,) for n in LENGTHS)
 def sum_squares(m: Maker, n: int):
     value = np.full(1, np.nan)  # in double whatever the backend: n roundings of 2^-53 at most
     m.ops.sum_squares(value, m.normal(n), n)
     return {"out": (value, n * 2.0**-52 * value)}
 
 
+@over(
+    (N, C, rows, bad)
+    for N, C in ROWS
+    for rows, bad in (
+        ((), 0.0),
+        *(((0,), np.nan), ((N - 1,), np.inf), ((1, N - 1), -np.inf), ((2, 1), np.nan)),
+    )
+    if N > 2 or not rows
+)
 def first_nonfinite(m: Maker, N: int, C: int, rows: tuple[int, ...], bad: float):
     x, row = m.normal(N, C), c_int(-7)
     for at in rows:
@@ -753,6 +823,7 @@ def first_nonfinite(m: Maker, N: int, C: int, rows: tuple[int, ...], bad: float)
     return {"row": (np.array(row.value), 0), "expected": (np.array(min(rows, default=-1)), 0)}
 
 
+@over((N, C, kind) for N, C in ROWS for kind in ("plain", "ties", "bad"))
 def choose(m: Maker, M: int, V: int, kind: str):
     x, ids = m.normal(M, V), np.full(M, -7, np.int32)
     if kind == "ties":
@@ -780,6 +851,16 @@ def choices_of(
     return choices, touched if len(touched) else np.zeros(1, np.int32)
 
 
+@over(
+    (N, C, temperature, top_k, top_p, ties)
+    for N, C in ROWS
+    for temperature, top_k, top_p in (
+        *((0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 5, 1.0), (0.95, 0, 0.7), (1.3, 50, 0.8)),
+        *((1.0, 1, 1.0), (2.0, 0, 0.0), (1e-40, 3, 0.9)),
+    )
+    for ties in (False, True)
+    if temperature != 1e-40 or not ties  # in double it does not overflow
+)
 def choose_drawn(
     m: Maker, M: int, V: int, temperature: float, top_k: int, top_p: float, ties: bool | str
 ):
@@ -806,6 +887,7 @@ def choose_drawn(
     }
 
 
+@over((n, *how) for n in LENGTHS for how in ((1, 0.0), (1000, 0.1)))
 def adamw(m: Maker, n: int, t: int, wd: float):
     p, g, mom, v = m.normal(n), m.normal(n), m.normal(n, scale=0.1), m.put(m.normal(n) ** 2)
     lr, b1, b2, eps, gscale = 1e-3, 0.9, 0.999, 1e-8, 0.125
@@ -817,6 +899,11 @@ def adamw(m: Maker, n: int, t: int, wd: float):
     return {"p": (p, tolerance), "m": (mom, 4 * EPS * m1), "v": (v, 4 * EPS * v1)}
 
 
+@over(
+    (*shape, dtype)
+    for shape in ((1, 1, 1), (3, 17, 8), (33, 100, 4), (64, 255, 16), (2, 1025, 64))
+    for dtype in DTYPES
+)
 def merge(m: Maker, O: int, I: int, R: int, dtype: str):
     W, w = m.weight(O, I, dtype)
     B, A = m.normal(O, R), m.normal(R, I)
@@ -829,14 +916,12 @@ def merge(m: Maker, O: int, I: int, R: int, dtype: str):
     return {"data": (value, unit * np.abs(value) + sum_error(R, size) + least)}
 
 
+@over((n, a, b) for n in LENGTHS for a in DTYPES for b in DTYPES)
 def convert(m: Maker, n: int, out_dtype: str, inp_dtype: str):
     inp = stored(m.rng.normal(size=n).astype(np.float32), DTYPES[inp_dtype])
     out = stored(np.full(n, 3.0, np.float32), DTYPES[out_dtype])
     m.ops.convert(out, DTYPES[out_dtype], inp, DTYPES[inp_dtype], n)
     return {"out": (unstored(out, DTYPES[out_dtype]), 0)}
-
-
-SIZES = (1, 2, 3, 7, 8, 9, 15, 17, 31, 33, 64, 100, 255)
 
 
 def linear_cases() -> list[tuple[Any, ...]]:
@@ -876,7 +961,6 @@ def quantize_cases() -> list[tuple[Any, ...]]:
     ]
 
 
-ROWS = [(1, 1), (1, 7), (3, 8), (2, 31), (17, 33), (1, 64), (5, 255), (100, 100), (3, 1025), (0, 9)]
 HEADS = [(1, 1, 1), (2, 1, 8), (4, 2, 16), (3, 3, 5), (8, 2, 64), (6, 2, 33), (2, 2, 128)]
 HEADS += [(3, 1, 136)]
 KINDS = ["plain", "context", "shared", "past", "shared past", "shared past context", "long"]
@@ -908,53 +992,6 @@ def attention_cases() -> list[tuple[Any, ...]]:
         ("shared apart", (33, 5, 70, 9), (2, 1, 136)),
     ):
         cases += [(attention_forward, *args), (attention_backward, *args)]
-    return cases
-
-
-def small_cases() -> list[tuple[Any, ...]]:
-    cases: list[tuple[Any, ...]] = []
-    for N, C in ROWS:
-        cases += [(rmsnorm_forward, N, C, scale) for scale in (1.0, 1e-4, 1e17)]
-        cases += [(rmsnorm_backward, N, C, weight_too) for weight_too in (True, False)]
-        cases += [(add_rmsnorm_forward, N, C, into) for into in ("a", "b", "out")]
-        cases += [(choose, N, C, kind) for kind in ("plain", "ties", "bad")]
-        cases += [
-            (choose_drawn, N, C, temperature, top_k, top_p, ties)
-            for temperature, top_k, top_p in (
-                *((0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 5, 1.0), (0.95, 0, 0.7), (1.3, 50, 0.8)),
-                *((1.0, 1, 1.0), (2.0, 0, 0.0), (1e-40, 3, 0.9)),
-            )
-            for ties in (False, True)
-            if temperature != 1e-40 or not ties  # in double it does not overflow
-        ]
-        cases += [(embedding_forward, N, C, dtype) for dtype in DTYPES]
-        cases += [(embedding_backward, N, C), (kv_append, N, 4, 2, C)]
-        cases += [(swiglu_forward, N, C, scale) for scale in (1.0, 100.0)]
-        cases += [(swiglu_backward, N, C, 1.0, False), (swiglu_backward, N, C, 100.0, True)]
-        cases += [(dropout_forward, N, C, p, p < 0.3) for p in (0.0, 0.1, 0.5)]
-        cases += [(dropout_backward, N, C, 0.1), (gather, N + 4, N, C), (gather, N, N, C)]
-        cases += [(cross_entropy_forward, N, C, scale) for scale in (1.0, 30.0, 1e4)]
-        cases += [(cross_entropy_backward, N, C, scale) for scale in (1.0, 30.0, 1e4)]
-        cases += [(first_nonfinite, N, C, (), 0.0)]
-        if N > 2:
-            bad = [((0,), np.nan), ((N - 1,), np.inf), ((1, N - 1), -np.inf), ((2, 1), np.nan)]
-            cases += [(first_nonfinite, N, C, *each) for each in bad]
-    for n in (0, *SIZES, 1025, 5000):
-        cases += [(tanh_forward, n, 1.0, False), (tanh_forward, n, 50.0, True)]
-        cases += [(tanh_backward, n, False), (tanh_backward, n, True), (sum_squares, n)]
-        cases += [(add, n, into) for into in ("a", "b", "out")]
-        cases += [(adamw, n, 1, 0.0), (adamw, n, 1000, 0.1)]
-        cases += [(convert, n, a, b) for a in DTYPES for b in DTYPES]
-    for shape in ((3, 2, 8, 4), (1, 1, 2, 2), (17, 3, 64, 64), (5, 2, 33, 10), (0, 2, 8, 8)):
-        N, heads, HD, rotary_dim = shape
-        cases += [(rope, N, heads, HD, extra, rotary_dim, extra > 0) for extra in (0, 11)]
-        cases += [(rope, N, heads, HD, 3, rotary_dim, False)]
-        cases += [(rope_append, N, 2 * heads, heads, HD, rotary_dim)]
-    for shape in ((1, 2, 1, 1), (3, 4, 5, 2), (8, 6, 64, 3), (5, 2, 255, 1), (7, 4, 33, 9)):
-        cases += [(prefix_forward, *shape, p) for p in (None, 0.1)]
-        cases += [(prefix_backward, *shape, p) for p in (None, 0.1)]
-    for O, I, R in ((1, 1, 1), (3, 17, 8), (33, 100, 4), (64, 255, 16), (2, 1025, 64)):
-        cases += [(merge, O, I, R, dtype) for dtype in DTYPES]
     return cases
 
 
@@ -1003,7 +1040,7 @@ LARGE: list[tuple[Any, ...]] = [
 def cases_by_op() -> dict[str, list[tuple[int, tuple[Any, ...]]]]:
     grouped: dict[str, list[tuple[int, tuple[Any, ...]]]] = {}
     for seed, case in enumerate(
-        linear_cases() + attention_cases() + small_cases() + quantize_cases() + LARGE
+        linear_cases() + attention_cases() + quantize_cases() + LARGE + CASES
     ):
         grouped.setdefault(case[0].__name__, []).append((seed, case))
     return grouped
@@ -1611,15 +1648,15 @@ def test_convert_rounds_to_nearest_even(backend: str) -> None:
     with np.errstate(invalid="ignore"):
         doubles = x.astype(np.float64)
     for source, given in ((F32, x), (F64, doubles)):
-        half, brain = np.empty(len(x), np.float16), np.empty(len(x), np.uint16)
+        half, bf16 = np.empty(len(x), np.float16), np.empty(len(x), np.uint16)
         ops.convert(half, F16, given, source, len(x))
-        ops.convert(brain, BF16, given, source, len(x))
+        ops.convert(bf16, BF16, given, source, len(x))
         with np.errstate(over="ignore", invalid="ignore"):
-            want_half, want_brain = given.astype(np.float16), float_to_bf16(x)
+            want_half, want_bf16 = given.astype(np.float16), float_to_bf16(x)
         number = ~np.isnan(x)
         same_bits(half[number], want_half[number], "half")
-        same_bits(brain[number], want_brain[number], "bfloat16")
-        assert np.isnan(half[~number]).all() and np.isnan(bf16_to_float(brain[~number])).all()
+        same_bits(bf16[number], want_bf16[number], "bfloat16")
+        assert np.isnan(half[~number]).all() and np.isnan(bf16_to_float(bf16[~number])).all()
     # the other pairs, and lengths around a vector
     wide = rng.normal(size=40)
     for n in (0, 1, 7, 8, 9, 15, 17, 33):

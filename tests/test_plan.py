@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sides import SIX_B
 
-from glmlora import _core, cli
+from glmlora import _core, cli, families
 from glmlora.model import modeling
 from glmlora.model.configuration import ChatGLMConfig
 from glmlora.tools.plan import plan
@@ -79,7 +79,7 @@ BUILD = """
     from glmlora.model import modeling
     from glmlora.files.tensor import Tensor
     config = ChatGLMConfig.from_pretrained({folder!r})
-    shapes = _core.Model(config.arch(), "cpu").shapes()
+    shapes = _core.Model(config.arch(), "cpu", names=config.tensor_names).shapes()
     # read-only zero pages, as a file's would be: reading them takes no anonymous memory
     model = modeling.ChatGLMForConditionalGeneration(
         config, {{n: Tensor(np.zeros(s, np.float16)) for n, s in shapes.items()}}
@@ -202,11 +202,11 @@ def test_the_command_prints_a_plan_without_weights(folder, capsys):
 
 def test_counts_are_of_the_plan_backend_only(folder):
     arch = ChatGLMConfig.from_pretrained(folder).arch()
-    counted = _core.Model(arch, "plan")
+    counted = _core.Model(arch, "plan", names=families.default().tensor_names)
     counted.counts()
     assert counted.counts()["calls"] == {}  # what was told is not told again
     with pytest.raises(ValueError, match="or on a device, got 'cpu"):
-        _core.Model(arch, "cpu").counts()
+        _core.Model(arch, "cpu", names=families.default().tensor_names).counts()
 
 
 def test_every_op_can_be_counted():

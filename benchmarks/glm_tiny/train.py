@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import glmlora
-from glmlora import _core
+from glmlora import _core, families
 from glmlora.files.checkpoint import Tensor, read_safetensors, write_safetensors
 
 
@@ -46,7 +46,7 @@ def random_start(directory, config, seed=1):
     )
     rng = np.random.default_rng(seed)
     weights = {}
-    for name, shape in _core.Model(arch).shapes().items():
+    for name, shape in _core.Model(arch, names=families.default().tensor_names).shapes().items():
         if len(shape) == 1:
             value = np.zeros(shape) if name.endswith("bias") else np.ones(shape)
         else:

@@ -109,7 +109,7 @@ static int draw(struct row *r, const struct glm_choice *c)
 }
 
 /* The first largest of a row, and whether all are finite */
-static int likeliest(const float *x, int V, int *finite)
+static int argmax(const float *x, int V, int *finite)
 {
     int best = 0, other = 0;
     float most = x[0];
@@ -126,12 +126,12 @@ static int likeliest(const float *x, int V, int *finite)
 
 static int choose_of(float *x, int V, const struct glm_choice *c, const int32_t *touched)
 {
-    int finite, best = likeliest(x, V, &finite);
+    int finite, best = argmax(x, V, &finite);
     if (!finite)
         return -1;
     glm_adjust_logits(x, touched + c->first, c->penalised, c->banned, c->penalty);
     if (c->penalised + c->banned)
-        best = likeliest(x, V, &finite);
+        best = argmax(x, V, &finite);
     if (!isfinite(x[best]))
         return -2;
     struct row r = {.x = x, .V = V, .last = V, .top = x[best] / c->temperature + 0.0f};

@@ -1,5 +1,6 @@
-/* What differs by instruction set: for each op a task over a piece of its output. kernels_tmpl.h is
- * compiled once per set; the table of the best one is picked when the backend is created. */
+/* What the op tables of the instruction sets share. kernels_tmpl.h is compiled once per set; the
+ * table of the best one is picked when the backend is created. An op cuts its work into tasks that
+ * the pool runs: a task makes a part of the output that no other task writes. */
 #ifndef GLM_CPU_KERNELS_H
 #define GLM_CPU_KERNELS_H
 
@@ -21,8 +22,12 @@ enum {
     OUTLIERS = 4,           /* of a run of x */
     ATT_BLOCK = 96,         /* keys of a block, and query rows (lanes) of a panel, at most; */
     ATT_PANELS = 2,         /* panels of an attention task */
-    PIECE = 4096,           /* elements of a piece of sum_squares */
+    BLOCK = 4096,           /* columns, or elements of a sum, that are taken together */
+    ELEMENTS = 1 << 12,     /* elements of a task, at least */
+    PARTIALS = 1024,        /* sums of runs that sum_squares adds up at a time */
+    FINDERS = 64,           /* tasks of first_nonfinite, at most */
 };
+#define PACKED ((size_t)32 << 20) /* bytes of an operand that are packed at a time */
 
 /* A run of a row of x as bytes: their sum and scale, and what is kept apart. */
 struct x_run {
@@ -73,85 +78,77 @@ struct gemm_args { /* C (M, N) = A B (+ C) */
     int M, accumulate, rows; /* rows of a task */
 };
 
-struct quantize_args {
-    uint8_t *data;
-    uint16_t *scale;
-    const void *inp;
-    enum glm_dtype dtype, inp_dtype;
-    int group, rows, cols, rows_a_task;
+extern const struct glm_ops glm_cpu_ops_generic, glm_cpu_ops_avx2, glm_cpu_ops_avx512,
+    glm_cpu_ops_avx512bf16;
+
+struct cpu {
+    struct glm_backend be;
+    struct glm_pool *pool;
+    enum glm_dtype compute; /* of the large products */
+    char *packed;           /* (PACKED), touched where it is used */
+    char name[64];
+    double partial[PARTIALS];
+    int found[FINDERS];
 };
 
-struct row_args { /* whatever goes row by row */
-    void *out, *extra;
-    const void *a, *b, *c, *d;
-    const int32_t *index;
-    const struct glm_dropout *dropout;
-    int N, C, rows; /* rows of a task */
-    double eps;
+static inline int ceil_div(size_t n, size_t by) { return (int)((n + by - 1) / by); }
+
+/* About how long one thread takes, in ns: for so many elements, each as much work as an addition;
+ * for so many multiplications. */
+static inline size_t ns_of(size_t elements) { return elements / 4; }
+static inline size_t products_ns(size_t n) { return n / 32; }
+
+/* Runs fn over `tasks` parts of so many elements. */
+static inline void run(struct cpu *cpu, int tasks, size_t elements, glm_task fn, const void *args)
+{
+    glm_pool_run(cpu->pool, tasks, ns_of(elements), fn, args);
+}
+
+/* Rows for one task, so that a task has some work to do. */
+static inline int rows_for(size_t width)
+{
+    return width >= ELEMENTS ? 1 : (int)(ELEMENTS / (width ? width : 1));
+}
+
+/* N rows, `each` of them a task; width: elements of a row, or additions that cost as much. */
+struct rows {
+    int N, each;
+    size_t width;
 };
 
-struct prefix_args {
-    float *to;
-    const float *from;
-    int P, J, KV, copies, rows; /* rows of a task */
-    const struct glm_dropout *dropout;
+static inline struct rows rows_of(int N, size_t width)
+{
+    return (struct rows){N, rows_for(width), width};
+}
+static inline int first_row(struct rows rows, int task) { return task * rows.each; }
+static inline int end_row(struct rows rows, int task)
+{
+    return rows.N < (task + 1) * rows.each ? rows.N : (task + 1) * rows.each;
+}
+static inline void run_rows(struct cpu *cpu, glm_task fn, const void *args, struct rows rows)
+{
+    run(cpu, ceil_div((size_t)rows.N, (size_t)rows.each), rows.N * rows.width, fn, args);
+}
+
+/* n elements, `each` of them a task. */
+struct elements {
+    size_t n, each;
 };
 
-struct flat_args { /* whatever goes element by element */
-    void *p[4];
-    const void *q[2];
-    size_t n, piece;
-    double k[8];
-    enum glm_dtype from, to;
-};
-
-struct rope_args {
-    float *x;
-    const float *table;
-    const int32_t *position;
-    int N, heads, HD, stride, rotary_dim, rows;
-    float sign;
-};
-
-struct att_args {
-    float *out, *lse, *dqkv;
-    const float *dout, *qkv;
-    struct glm_kv cache, dcache;
-    const struct glm_segment *segments;
-    int n_segments;
-    struct glm_heads heads;
-};
-
-struct merge_args {
-    void *data;
-    enum glm_dtype dtype;
-    const float *B, *A;
-    int O, I, R, rows;
-    float scale;
-};
-
-struct glm_cpu_kernels {
-    const char *name;
-    glm_task pack_x, nt, nt_in_place, pack_a, gemm;
-    int x_rows, in_place_rows[2], a_rows; /* packed together; in place: R1 or R2 */
-    int most_in_place, in_place_cols, vector_bytes;
-    int (*packed_vectors)(enum glm_dtype kind, enum glm_dtype dtype, int columns);
-    int fast; /* has the kinds GLM_BF16 and GLM_I8 */
-    glm_task rmsnorm_forward, rmsnorm_backward, rmsnorm_dweight;
-    glm_task rope, attention_forward, attention_backward;
-    glm_task attention_forward_bf16, attention_backward_bf16; /* NULL without such instructions */
-    glm_task swiglu_forward, swiglu_backward, dropout_forward, dropout_backward;
-    glm_task prefix_forward, prefix_backward;
-    glm_task cross_entropy_forward, cross_entropy_backward;
-    glm_task add, sum_squares, adamw, tanh_forward, tanh_backward, convert, merge, nonfinite,
-        argmax, quantize;
-    void (*load_row)(float *out, const void *row, enum glm_dtype dtype,
-                     int n); /* n elements as float */
-    void (*add_row)(float *to, const float *from, int n);
-};
-
-extern const struct glm_cpu_kernels glm_cpu_kernels_generic, glm_cpu_kernels_avx2,
-    glm_cpu_kernels_avx512, glm_cpu_kernels_avx512bf16;
+static inline struct elements elements_of(size_t n)
+{
+    return (struct elements){n, n / ELEMENTS > 1 << 20 ? n >> 20 : ELEMENTS};
+}
+static inline size_t first_element(struct elements e, int task) { return (size_t)task * e.each; }
+static inline size_t end_element(struct elements e, int task)
+{
+    const size_t end = ((size_t)task + 1) * e.each;
+    return e.n < end ? e.n : end;
+}
+static inline void run_elements(struct cpu *cpu, glm_task fn, const void *args, struct elements e)
+{
+    run(cpu, ceil_div(e.n, e.each), e.n, fn, args);
+}
 
 /* choose.c: a row of the op `choose` a task; struct choose_args */
 struct choose_args {
@@ -162,20 +159,5 @@ struct choose_args {
     const int32_t *touched;
 };
 void glm_choose_task(const void *arg, int task, char *scratch);
-
-/* Rows of an attention panel: fewer where heads are wide, so that nine panels fit the scratch. */
-static inline int att_block(int HD)
-{
-    return HD <= 256 ? ATT_BLOCK : ATT_BLOCK * 256 / ((HD + 15) / 16 * 16) / 16 * 16;
-}
-
-/* Parts that the query rows of a key head of a segment are cut into; attention_forward has a task
- * for each of them and each key head. */
-static inline int att_parts(const struct glm_segment *s, struct glm_heads heads)
-{
-    const int64_t rows = (int64_t)s->count * (heads.NH / heads.KVH),
-                  most = (int64_t)ATT_PANELS * att_block(heads.HD);
-    return (int)((rows + most - 1) / most);
-}
 
 #endif

@@ -69,8 +69,7 @@ static void relax(void)
 #endif
 }
 
-/* The next tasks that nobody has taken, of share `home` first; 0: all are, or the run is to stop.
- */
+/* The next tasks that nobody has taken, of share `home` first; 0: there is none, or it is to stop. */
 static int take_tasks(struct glm_pool *pool, int home, int *begin, int *end)
 {
     if (atomic_load_explicit(&pool->stop, memory_order_relaxed))

@@ -7,20 +7,44 @@
  * visible one. Every sum of a row runs over its keys (or features) in order, whatever lane it lies
  * in: its bits depend on nothing else.
  *
- * Panels: "packed" rows lie as (feature / VL, row, VL), "turned" rows as (row / VL, feature, VL),
- * both with features padded by zeros to vectors. Where the large products are in bfloat16 (bf16,
- * a constant of each function) the same tiles multiply pairs of neighbours along the sum, two to a
- * float's place: features in scores, keys or lanes in what is added up. */
+ * Panels: "packed" rows lie as (feature / VL, row, VL), "transposed" rows as (row / VL, feature,
+ * VL), both with features padded by zeros to vectors. Where the large products are in bfloat16
+ * (bf16, a constant of each function) the same tiles multiply pairs of neighbours along the sum,
+ * two to a float's place: features in scores, keys or lanes in what is added up. */
 
-enum {
-    AR = VL == 16  ? 12
-         : VL == 8 ? 6
-                   : 4,      /* rows of a register tile, by 2 vectors, */
-    AREST = VL == 8 ? 2 : 4, /* and of the tiles that end a product */
-    LD = ATT_BLOCK           /* lanes from one key's scores to the next */
+struct att_args {
+    float *out, *lse, *dqkv;
+    const float *dout, *qkv;
+    struct glm_kv cache, dcache;
+    const struct glm_segment *segments;
+    int n_segments;
+    struct glm_heads heads;
 };
+
+/* clang-format off */
+enum {
+    AR = VL == 16 ? 12 : VL == 8 ? 6 : 4, /* rows of a register tile, by 2 vectors, */
+    AREST = VL == 8 ? 2 : 4,              /* and of the tiles that end a product */
+    LD = ATT_BLOCK                        /* lanes from one key's scores to the next */
+};
+/* clang-format on */
 #define LOG2E 1.44269504088896341f
 #define LN2 0.69314718055994531f
+
+/* Rows of an attention panel: fewer where heads are wide, so that nine panels fit the scratch. */
+INLINE int att_block(int HD)
+{
+    return HD <= 256 ? ATT_BLOCK : ATT_BLOCK * 256 / ((HD + 15) / 16 * 16) / 16 * 16;
+}
+
+/* Parts that the query rows of a key head of a segment are cut into; attention_forward has a task
+ * for each of them and each key head. */
+INLINE int att_parts(const struct glm_segment *s, struct glm_heads heads)
+{
+    const int64_t rows = (int64_t)s->count * (heads.NH / heads.KVH),
+                  most = (int64_t)ATT_PANELS * att_block(heads.HD);
+    return (int)((rows + most - 1) / most);
+}
 
 /* Row j of what a segment sees: shared, past, then own tokens; its keys or values of head g. */
 INLINE const float *visible(const struct att_args *a, const struct glm_segment *s, int j, int g,
@@ -177,27 +201,27 @@ INLINE void att_pack_sum(int bf16, float *to, const struct att_sizes *z, const f
         }
 }
 
-/* rows, turned; up to a whole vector of rows zeros follow */
-INLINE void att_turn(int bf16, float *to, const struct att_sizes *z, const float *const *rows,
-                     int n)
+/* rows, transposed; up to a whole vector of rows zeros follow */
+INLINE void att_transpose(int bf16, float *to, const struct att_sizes *z, const float *const *rows,
+                          int n)
 {
     for (int r = 0; r < n; r += VL)
         for (int u = 0; u < z->units; u += VL) {
             vf x[VL];
             for (int i = 0; i < VL; i++)
                 x[i] = r + i < n ? load_units(bf16, rows[r + i], u, z->HD, 1.0f) : (vf){0};
-            turn(x);
+            transpose(x);
             for (int i = 0; i < VL; i++)
                 store(to + (size_t)r * z->units + (size_t)(u + i) * VL, x[i]);
         }
 }
 
-/* s[key][lane] of `keys` packed keys and the turned lanes */
+/* s[key][lane] of `keys` packed keys and the transposed lanes */
 INLINE void att_scores(int bf16, float *s, const struct att_sizes *z, const float *packed, int keys,
-                       const float *turned, int lanes)
+                       const float *transposed, int lanes)
 {
     const int used = bf16 ? (z->HD + 1) / 2 : z->HD; /* units that are not all padding */
-    att_product(bf16, 0, s, LD, keys, packed, VL, 1, z->step, turned, (size_t)z->units * VL,
+    att_product(bf16, 0, s, LD, keys, packed, VL, 1, z->step, transposed, (size_t)z->units * VL,
                 (lanes + VL - 1) / VL, used < VL ? 1 : z->units / VL, used < VL ? used : VL);
 }
 
@@ -278,15 +302,16 @@ INLINE void att_softmax(float *s, int keys, int all, int j0, const struct att_la
         for (; j < all; j++)
             most = VMAX(load(s + j * LD + i), most);
         for (; j < keys; j++)
-            most = VMAX(choose(lanes_see(l->seen + i, j0 + j), load(s + j * LD + i), hidden), most);
+            most = VMAX(select_lanes(lanes_see(l->seen + i, j0 + j), load(s + j * LD + i), hidden),
+                        most);
         for (j = 0; j < all; j++) {
             const vf e = exp2_vector(load(s + j * LD + i) - most);
             store(s + j * LD + i, e);
             total += e;
         }
         for (; j < keys; j++) {
-            const vf e = choose(lanes_see(l->seen + i, j0 + j),
-                                exp2_vector(load(s + j * LD + i) - most), (vf){0});
+            const vf e = select_lanes(lanes_see(l->seen + i, j0 + j),
+                                      exp2_vector(load(s + j * LD + i) - most), (vf){0});
             store(s + j * LD + i, e);
             total += e;
         }
@@ -323,7 +348,7 @@ INLINE void attention_forward_part(int bf16, const struct att_args *a, int task,
     float top[ATT_PANELS][ATT_BLOCK], sum[ATT_PANELS][ATT_BLOCK], keep[ATT_BLOCK];
     const size_t panel = (size_t)z.block * z.features;
     float *kb = (float *)scratch, *vb = kb + panel, *score = vb + panel;
-    float *turned = score + 2 * LD * ATT_BLOCK, *out = turned + ATT_PANELS * panel;
+    float *transposed = score + 2 * LD * ATT_BLOCK, *out = transposed + ATT_PANELS * panel;
     static const float zeros[1024];
     int panels = 0, seen = 0;
     for (; panels < ATT_PANELS; panels++) {
@@ -334,7 +359,7 @@ INLINE void attention_forward_part(int bf16, const struct att_args *a, int task,
         att_set_lanes(l, s, group, first, z.block);
         for (int i = 0; i < l->count; i++)
             l->rows[i] = lane_row(a->qkv, width, s, a->heads, g, first + i);
-        att_turn(bf16, turned + panels * panel, &z, l->rows, l->count);
+        att_transpose(bf16, transposed + panels * panel, &z, l->rows, l->count);
         for (int i = 0; i < whole_lanes(l->count); i++) {
             top[panels][i] = -INFINITY;
             sum[panels][i] = 0;
@@ -368,7 +393,7 @@ INLINE void attention_forward_part(int bf16, const struct att_args *a, int task,
             all = all < 0 ? 0 : all < n ? all : n;
             if (n <= 0)
                 continue;
-            att_scores(bf16, score, &z, kb, n, turned + p * panel, l->count);
+            att_scores(bf16, score, &z, kb, n, transposed + p * panel, l->count);
             att_softmax(score, n, all, j0, l, top[p], sum[p], keep);
             for (int i = 0; j0 && i < l->count; i++)
                 for (int d = 0; keep[i] != 1.0f && d < HD; d += VL)
@@ -408,8 +433,8 @@ INLINE void att_score_gradient(float *s, float *ds, int keys, int all, int j0,
             vf d = e * (load(ds + j * LD + i) - load(D + i)) * splat(LN2);
             if (j >= all) {
                 const vi see = lanes_see(l->seen + i, j0 + j);
-                e = choose(see, e, (vf){0});
-                d = choose(see, d, (vf){0});
+                e = select_lanes(see, e, (vf){0});
+                d = select_lanes(see, d, (vf){0});
             }
             store(s + j * LD + i, e);
             store(ds + j * LD + i, d);
@@ -430,7 +455,7 @@ INLINE void attention_backward_segment(int bf16, const struct att_args *a,
     const float scale = LOG2E / sqrtf((float)HD);
     const size_t panel = (size_t)z.block * z.features;
     float *kb = (float *)scratch, *vb = kb + panel, *dk = vb + panel, *dv = dk + panel;
-    float *q = dv + panel, *dout = q + panel, *turned = dout + panel, *dq = turned + panel;
+    float *q = dv + panel, *dout = q + panel, *transposed = dout + panel, *dq = transposed + panel;
     float *p = dq + panel, *ds = p + 2 * LD * ATT_BLOCK;
     float *ks = bf16 ? kb + panel / 2 : kb; /* keys, packed for sums over them */
     struct att_lanes l;
@@ -465,10 +490,10 @@ INLINE void attention_backward_segment(int bf16, const struct att_args *a,
             int n = l.seen[l.count - 1] - j0, all = l.seen[0] - j0;
             n = n < block ? n : block;
             all = all < 0 ? 0 : all < n ? all : n;
-            att_turn(bf16, turned, &z, l.rows, l.count);
-            att_scores(bf16, p, &z, kb, n, turned, l.count);
-            att_turn(bf16, turned, &z, douts, l.count);
-            att_scores(bf16, ds, &z, vb, n, turned, l.count);
+            att_transpose(bf16, transposed, &z, l.rows, l.count);
+            att_scores(bf16, p, &z, kb, n, transposed, l.count);
+            att_transpose(bf16, transposed, &z, douts, l.count);
+            att_scores(bf16, ds, &z, vb, n, transposed, l.count);
             att_score_gradient(p, ds, n, all, j0, &l, lse, D);
 
             for (int i = 0; j0 && i < l.count; i++)
@@ -534,4 +559,59 @@ static void attention_backward_bf16_task(const void *arg, int task, char *scratc
 {
     attention_backward_part(1, arg, task, scratch);
 }
+#define TASK_OF(cpu, op) ((cpu)->compute == GLM_F32 ? op##_task : op##_bf16_task)
+#else
+#define TASK_OF(cpu, op) op##_task
 #endif
+
+/* Of the queries of all segments with all keys that they may see, about. */
+static size_t attention_ns(const struct glm_segment *segments, int n, struct glm_heads heads)
+{
+    size_t pairs = 0;
+    for (int i = 0; i < n; i++) {
+        const struct glm_segment *s = &segments[i];
+        pairs += (size_t)s->count * heads.NH *
+                 ((size_t)s->shared_count + s->past_count + s->count / 2 + 1);
+    }
+    return pairs + products_ns(pairs * 2 * heads.HD);
+}
+
+static void attention_forward(void *cx, void *out, void *lse, const void *qkv, struct glm_kv cache,
+                              const struct glm_segment *segments, int n_segments,
+                              struct glm_heads heads)
+{
+    struct cpu *cpu = cx;
+    const struct att_args a = {.out = out,
+                               .lse = lse,
+                               .qkv = qkv,
+                               .cache = cache,
+                               .segments = segments,
+                               .n_segments = n_segments,
+                               .heads = heads};
+    int tasks = 0;
+    for (int i = 0; i < n_segments; i++)
+        tasks += att_parts(&segments[i], heads) * heads.KVH;
+    glm_pool_run(cpu->pool, tasks, attention_ns(segments, n_segments, heads),
+                 TASK_OF(cpu, attention_forward), &a);
+}
+
+static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
+                               const void *out, const void *lse, const void *qkv,
+                               struct glm_kv cache, const struct glm_segment *segments,
+                               int n_segments, struct glm_heads heads)
+{
+    struct cpu *cpu = cx;
+    const struct att_args a = {.out = (float *)out,
+                               .lse = (float *)lse,
+                               .dqkv = dqkv,
+                               .dout = dout,
+                               .qkv = qkv,
+                               .cache = cache,
+                               .dcache = dcache,
+                               .segments = segments,
+                               .n_segments = n_segments,
+                               .heads = heads};
+    glm_pool_run(cpu->pool, dcache.k ? heads.KVH : n_segments * heads.KVH,
+                 3 * attention_ns(segments, n_segments, heads), TASK_OF(cpu, attention_backward),
+                 &a);
+}

@@ -1,35 +1,42 @@
 /* Stored number types into one another: conversion, merging an adapter, quantisation. */
 
+struct convert_args {
+    struct elements elements;
+    void *out;
+    const void *inp;
+    enum glm_dtype to, from;
+};
+
 static void convert_task(const void *arg, int task, char *scratch)
 {
-    const struct flat_args *f = arg;
-    const size_t begin = task * f->piece, end = begin + f->piece < f->n ? begin + f->piece : f->n;
+    const struct convert_args *a = arg;
+    const size_t begin = first_element(a->elements, task), end = end_element(a->elements, task);
     (void)scratch;
-    if (f->from == GLM_F64 && f->to == GLM_F64) {
-        memcpy((double *)f->p[0] + begin, (const double *)f->q[0] + begin, (end - begin) * 8);
+    if (a->from == GLM_F64 && a->to == GLM_F64) {
+        memcpy((double *)a->out + begin, (const double *)a->inp + begin, (end - begin) * 8);
         return;
     }
-    if (f->from == f->to) { /* bits stay, NaN payloads included */
-        const size_t size = glm_bytes(f->from, 1);
-        memcpy((char *)f->p[0] + begin * size, (const char *)f->q[0] + begin * size,
+    if (a->from == a->to) { /* bits stay, NaN payloads included */
+        const size_t size = glm_bytes(a->from, 1);
+        memcpy((char *)a->out + begin * size, (const char *)a->inp + begin * size,
                (end - begin) * size);
         return;
     }
-    if (f->from == GLM_F32 && f->to == GLM_BF16) {
-        const float *from = f->q[0];
-        uint16_t *to = f->p[0];
+    if (a->from == GLM_F32 && a->to == GLM_BF16) {
+        const float *from = a->inp;
+        uint16_t *to = a->out;
         for (size_t i = begin; i < end; i++)
             to[i] = float_to_bfloat(from[i]);
         return;
     }
     size_t i = begin;
-    if (f->to == GLM_F32 && f->from != GLM_F64)
+    if (a->to == GLM_F32 && a->from != GLM_F64)
         for (; i + VL <= end; i += VL)
-            store((float *)f->p[0] + i, load_as(f->q[0], f->from, i));
+            store((float *)a->out + i, load_as(a->inp, a->from, i));
     for (; i < end; i++) {
-        if (f->from == GLM_F64 &&
-            f->to != GLM_F32) { /* one rounding: to odd float first, then to 16 bits */
-            const double d = ((const double *)f->q[0])[i];
+        if (a->from == GLM_F64 && a->to != GLM_F32) {
+            /* one rounding: to odd float first, then to 16 bits */
+            const double d = ((const double *)a->inp)[i];
             float x = (float)d;
             uint32_t bits;
             if (x == x && (double)x != d && isfinite(x)) {
@@ -39,20 +46,36 @@ static void convert_task(const void *arg, int task, char *scratch)
                 bits |= 1;
                 memcpy(&x, &bits, 4);
             }
-            ((uint16_t *)f->p[0])[i] = f->to == GLM_F16 ? float_to_half(x) : float_to_bfloat(x);
+            ((uint16_t *)a->out)[i] = a->to == GLM_F16 ? float_to_half(x) : float_to_bfloat(x);
             continue;
         }
-        const float x = load_one(f->q[0], f->from, i);
-        if (f->to == GLM_F32)
-            ((float *)f->p[0])[i] = x;
-        else if (f->to == GLM_F16)
-            ((uint16_t *)f->p[0])[i] = float_to_half(x);
-        else if (f->to == GLM_BF16)
-            ((uint16_t *)f->p[0])[i] = float_to_bfloat(x);
+        const float x = load_one(a->inp, a->from, i);
+        if (a->to == GLM_F32)
+            ((float *)a->out)[i] = x;
+        else if (a->to == GLM_F16)
+            ((uint16_t *)a->out)[i] = float_to_half(x);
+        else if (a->to == GLM_BF16)
+            ((uint16_t *)a->out)[i] = float_to_bfloat(x);
         else
-            ((double *)f->p[0])[i] = x;
+            ((double *)a->out)[i] = x;
     }
 }
+
+static void convert(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,
+                    enum glm_dtype inp_dtype, size_t n)
+{
+    const struct convert_args a = {elements_of(n), out, inp, out_dtype, inp_dtype};
+    run_elements(cx, convert_task, &a, a.elements);
+}
+
+struct merge_args {
+    struct rows rows;
+    void *data;
+    enum glm_dtype dtype;
+    const float *B, *A;
+    int I, R;
+    float scale;
+};
 
 static void merge_task(const void *arg, int task, char *scratch)
 {
@@ -60,7 +83,7 @@ static void merge_task(const void *arg, int task, char *scratch)
     float *row = (float *)scratch;
     enum { WIDTH = 4096 };
     const size_t size = glm_bytes(m->dtype, 1);
-    for (int o = task * m->rows; o < m->O && o < (task + 1) * m->rows; o++)
+    for (int o = first_row(m->rows, task); o < end_row(m->rows, task); o++)
         for (int begin = 0; begin < m->I; begin += WIDTH) {
             const int n = m->I - begin < WIDTH ? m->I - begin : WIDTH;
             char *at = (char *)m->data + ((size_t)o * m->I + begin) * size;
@@ -83,6 +106,15 @@ static void merge_task(const void *arg, int task, char *scratch)
                         m->dtype == GLM_F16 ? float_to_half(x) : float_to_bfloat(x);
             }
         }
+}
+
+static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A, int O,
+                  int I, int R, double scale)
+{
+    struct cpu *cpu = cx;
+    const struct merge_args a = {rows_of(O, (size_t)I * R), data, dtype, B, A, I, R, (float)scale};
+    glm_pool_run(cpu->pool, ceil_div((size_t)O, (size_t)a.rows.each),
+                 products_ns((size_t)O * I * R), merge_task, &a);
 }
 
 /* ---- quantisation: what the integers and scales mean stands in tensor.h */
@@ -128,6 +160,15 @@ INLINE int load_weights(float *w, const char *from, enum glm_dtype dtype, int n,
     return !bad;
 }
 
+struct quantize_args {
+    struct rows rows;
+    uint8_t *data;
+    uint16_t *scale;
+    const void *inp;
+    enum glm_dtype dtype, inp_dtype;
+    int group, cols;
+};
+
 static uint16_t quantize_row(const struct quantize_args *a, uint8_t *to, const char *from, float *w)
 {
     const float levels = a->dtype == GLM_I8 ? 127.0f : 7.0f;
@@ -159,7 +200,7 @@ INLINE vf divide(vf w, float inverse)
 {
     const vf shift = splat(12582912.0f), low = splat(-8.0f), high = splat(7.0f);
     const vf q = w * splat(inverse) + shift - shift;
-    return choose(q < low, low, choose(q > high, high, q));
+    return select_lanes(q < low, low, select_lanes(q > high, high, q));
 }
 
 /* w: n finite values, zeros up to a whole vector; q: their integers. Returns the scale's bits. With
@@ -198,7 +239,7 @@ static void quantize_task(const void *arg, int task, char *scratch)
     const struct quantize_args *a = arg;
     const int per_row = a->group ? (a->cols + a->group - 1) / a->group : 1;
     float *w = (float *)scratch, *q = w + QUANTIZE_WIDTH + VL;
-    for (int r = task * a->rows_a_task; r < a->rows && r < (task + 1) * a->rows_a_task; r++)
+    for (int r = first_row(a->rows, task); r < end_row(a->rows, task); r++)
         for (int g = 0; g < per_row; g++) {
             const size_t begin = (size_t)r * a->cols + (size_t)g * a->group;
             const char *from = (const char *)a->inp + glm_bytes(a->inp_dtype, begin);
@@ -218,4 +259,18 @@ static void quantize_task(const void *arg, int task, char *scratch)
             }
             store_integers(to, q, n, a->dtype);
         }
+}
+
+static void quantize(void *cx, void *data, uint16_t *scale, enum glm_dtype dtype, int group,
+                     const void *inp, enum glm_dtype inp_dtype, int rows, int cols)
+{
+    const struct quantize_args a = {.rows = rows_of(rows, (size_t)cols * 8),
+                                    .data = data,
+                                    .scale = scale,
+                                    .inp = inp,
+                                    .dtype = dtype,
+                                    .inp_dtype = inp_dtype,
+                                    .group = group,
+                                    .cols = cols};
+    run_rows(cx, quantize_task, &a, a.rows);
 }

@@ -8,30 +8,24 @@
  * and for many, which pack panels of W. Only W of kind GLM_BF16 with group scales differs: few rows
  * multiply sums of 8 products by the scale, many rows have it rounded into their bfloat16. */
 
+/* Rows of x times rows of W whose sums the registers hold: packed XR times 4; in place R1 times C1
+ * of one row of x, R2 times C2 of several. More rows of x than IN_PLACE_ROWS are worth packing W. */
+/* clang-format off */
 enum {
-    VB = 4 * VL, /* bytes of a vector */
-#if VL == 16     /* rows of x times rows of W whose sums the registers hold: */
-    XR = 6,      /* packed, times 4 */
-    R1 = 1,
-    C1 = 8, /* in place */
-    R2 = 4,
-    C2 = 6,
-    IN_PLACE_ROWS = 16, /* more rows of x are worth packing W for */
+#if VL == 16
+    XR = 6, R1 = 1, C1 = 8, R2 = 4, C2 = 6, IN_PLACE_ROWS = 16,
 #else
-    XR = 3,
-    R1 = 1,
-    C1 = 8,
-    R2 = 3,
-    C2 = 4,
-    IN_PLACE_ROWS = 3,
+    XR = 3, R1 = 1, C1 = 8, R2 = 3, C2 = 4, IN_PLACE_ROWS = 3,
 #endif
     IN_PLACE_COLS = 96, /* rows of W of a task in place: a multiple of each C */
-    RUN_GROUPS = SHORT_RUN_BYTES / 2 / 32 + 4 /* most groups of 32 columns of a run */
+    VB = 4 * VL,        /* bytes of a vector */
+    RUN_GROUPS = SHORT_RUN_BYTES / 2 / 32 + 4, /* most groups of 32 columns of a run */
 };
+/* clang-format on */
 
 INLINE int per_vector(enum glm_dtype kind) { return glm_per_unit(kind) * VL; }
 
-/* Vectors of a run. Rows of 4 bits come from memory a tenth slower in pieces of the longer one. */
+/* Vectors of a run. Rows of 4 bits come from memory a tenth slower in runs of the longer one. */
 INLINE int run_of(enum glm_dtype kind, enum glm_dtype dtype)
 {
     return (kind == GLM_I8 || dtype == GLM_I4 ? SHORT_RUN_BYTES : NT_RUN_BYTES) / VB;
@@ -50,11 +44,6 @@ INLINE int vectors_of(enum glm_dtype kind, enum glm_dtype dtype, int columns)
 {
     const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
     return (columns + width - 1) / width * chunk;
-}
-
-static int packed_vectors(enum glm_dtype kind, enum glm_dtype dtype, int columns)
-{
-    return vectors_of(kind, dtype, columns);
 }
 
 INLINE vf multiply_add(enum glm_dtype kind, vf acc, vf x, vf w)
@@ -400,8 +389,6 @@ INLINE void dot_kept(v4 *s, int R, int C, const char *x, const struct glm_mat *w
 
 /* ---- kind GLM_I8: a run of a row of x as bytes, its scale, and its outliers kept apart */
 
-INLINE float value_of(float x) { return x < 0 ? -x : x; }
-
 #ifdef DOT_BF16
 /* Square sum of the n values at x whose size is below `bound`, and the largest of those sizes. */
 INLINE float squares_below(float *largest, const float *x, int n, float bound)
@@ -411,7 +398,7 @@ INLINE float squares_below(float *largest, const float *x, int n, float bound)
         const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
         const vf size = (vf)((vi)v & 0x7fffffff), kept = (vf)((vi)size & (size < splat(bound)));
         square = MADD(kept, kept, square);
-        top = choose(kept > top, kept, top);
+        top = select_lanes(kept > top, kept, top);
     }
     *largest = 0;
     for (int i = 0; i < VL; i++)
@@ -437,23 +424,22 @@ INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
     if (rest > 6.0f * mean && lane_sum(bad) == 0) {
         float least = mean;
         for (k = 0; k < n; k++) {
-            if (!(value_of(x[k]) > least))
+            if (!(fabsf(x[k]) > least))
                 continue;
             int at = run->count < OUTLIERS ? run->count++ : OUTLIERS - 1;
-            for (; at > 0 && value_of(run->value[at - 1]) < value_of(x[k]); at--) {
+            for (; at > 0 && fabsf(run->value[at - 1]) < fabsf(x[k]); at--) {
                 run->value[at] = run->value[at - 1];
                 run->column[at] = run->column[at - 1];
             }
             run->value[at] = x[k];
             run->column[at] = k;
             if (run->count == OUTLIERS)
-                least = value_of(run->value[OUTLIERS - 1]);
+                least = fabsf(run->value[OUTLIERS - 1]);
         }
         const float limit =
-            6.0f *
-            sqrtf(squares_below(&rest, x, n, value_of(run->value[run->count - 1])) / (float)n);
-        for (; run->count && value_of(run->value[run->count - 1]) <= limit; run->count--)
-            rest = value_of(run->value[run->count - 1]);
+            6.0f * sqrtf(squares_below(&rest, x, n, fabsf(run->value[run->count - 1])) / (float)n);
+        for (; run->count && fabsf(run->value[run->count - 1]) <= limit; run->count--)
+            rest = fabsf(run->value[run->count - 1]);
     }
     run->scale = lane_sum(bad) == 0 ? rest / 127.0f : NAN;
     const vf inverse = splat(rest > 0 && run->scale > 0 ? 127.0f / rest : 0);
@@ -462,7 +448,7 @@ INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
         const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
         const vf shift = splat(12582912.0f), most = splat(127.0f);
         vf rounded = v * inverse + shift - shift;
-        rounded = choose(rounded > most, most, choose(rounded < -most, -most, rounded));
+        rounded = select_lanes(rounded > most, most, select_lanes(rounded < -most, -most, rounded));
         const vi whole = __builtin_convertvector(rounded, vi);
         *(vb *)(q + k) = __builtin_convertvector(whole, vb);
         sum += whole;
@@ -602,7 +588,7 @@ INLINE void add_outliers(float *out, int cols, const struct x_run *run, const ch
     }
 }
 
-/* The panel of W that is packed next, fetched into the cache a piece a tile. */
+/* The panel of W that is packed next, fetched into the cache a part a tile. */
 struct ahead {
     const char *w; /* first row that is not fetched whole */
     size_t stride;

@@ -91,8 +91,7 @@ INLINE void quantize_a(float *to, const struct pack_args *p, const float *from, 
         }
 }
 
-/* NR columns of four rows of bytes as units, 128 added; `used` rows and `width` columns are there.
- */
+/* NR columns of four rows of bytes as units, 128 added; of `used` rows and `width` columns. */
 INLINE void pack_quads(char *to, const char *p, size_t stride, int used, int width)
 {
     char rows[4][NR] __attribute__((aligned(32))) = {{0}};
@@ -134,7 +133,7 @@ static void pack_a_task(const void *arg, int task, char *scratch)
                 }
                 x[r] = TO_BF16(v[0] * splat(p->scale), v[1] * splat(p->scale));
             }
-            turn(x);
+            transpose(x);
             for (int i = 0; i < VL && k / 2 + i < units; i++)
                 store_part(to + (size_t)(k / 2 + i) * MR, x[i], MR);
         }
@@ -171,7 +170,7 @@ static void pack_a_task(const void *arg, int task, char *scratch)
             if (p->factor)
                 x[r] *= load(factor);
         }
-        turn(x);
+        transpose(x);
         for (int i = 0; i < n; i++)
             store_part(to + (size_t)(k + i) * MR, x[i], MR);
     }

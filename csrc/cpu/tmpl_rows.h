@@ -1,36 +1,61 @@
-/* Whatever goes row by row or element by element: norms, rotary, activations, dropout, loss,
- * optimiser. */
+/* Whatever goes row by row: norms, rotary, SwiGLU, the loss, searches. */
 
 /* ---- norms */
 
+struct rmsnorm_args {
+    struct rows rows;
+    const float *inp, *weight, *dout;
+    float *out, *rstd, *dinp, *dweight;
+    int C;
+    float eps;
+};
+
 static void rmsnorm_forward_task(const void *arg, int task, char *scratch)
 {
-    const struct row_args *a = arg;
+    const struct rmsnorm_args *a = arg;
     const int C = a->C;
-    const float *weight = a->b;
+    const float *weight = a->weight;
     (void)scratch;
-    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
-        const float *x = (const float *)a->a + (size_t)n * C;
-        float *out = (float *)a->out + (size_t)n * C;
-        const float rstd = 1.0f / sqrtf(dot_row(x, x, C) / (float)C + (float)a->eps);
-        ((float *)a->extra)[n] = rstd;
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        const float *x = a->inp + (size_t)n * C;
+        float *out = a->out + (size_t)n * C;
+        const float rstd = 1.0f / sqrtf(dot_row(x, x, C) / (float)C + a->eps);
+        a->rstd[n] = rstd;
         for (int i = 0; i < C; i++)
             out[i] = x[i] * rstd * weight[i];
     }
 }
 
-/* out = dinp, a = dout, b = inp, c = weight, d = rstd */
+static void rmsnorm_forward(void *cx, void *out, void *rstd, const void *inp, const void *weight,
+                            int N, int C, double eps)
+{
+    const struct rmsnorm_args a = {.rows = rows_of(N, (size_t)C),
+                                   .inp = inp,
+                                   .weight = weight,
+                                   .out = out,
+                                   .rstd = rstd,
+                                   .C = C,
+                                   .eps = (float)eps};
+    run_rows(cx, rmsnorm_forward_task, &a, a.rows);
+}
+
+static void add_rmsnorm_forward(void *cx, void *out, void *rstd, void *sum, const void *a,
+                                const void *b, const void *weight, int N, int C, double eps)
+{
+    add(cx, sum, a, b, (size_t)N * C);
+    rmsnorm_forward(cx, out, rstd, sum, weight, N, C, eps);
+}
+
 static void rmsnorm_backward_task(const void *arg, int task, char *scratch)
 {
-    const struct row_args *a = arg;
+    const struct rmsnorm_args *a = arg;
     const int C = a->C;
-    const float *weight = a->c;
+    const float *weight = a->weight;
     (void)scratch;
-    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
-        const float *dout = (const float *)a->a + (size_t)n * C,
-                    *x = (const float *)a->b + (size_t)n * C;
-        float *dinp = (float *)a->out + (size_t)n * C;
-        const float rstd = ((const float *)a->d)[n];
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        const float *dout = a->dout + (size_t)n * C, *x = a->inp + (size_t)n * C;
+        float *dinp = a->dinp + (size_t)n * C;
+        const float rstd = a->rstd[n];
         vf s = {0};
         int i = 0;
         for (; i + VL <= C; i += VL)
@@ -47,15 +72,14 @@ static void rmsnorm_backward_task(const void *arg, int task, char *scratch)
 /* a task is a run of columns: the sum over rows is never split */
 static void rmsnorm_dweight_task(const void *arg, int task, char *scratch)
 {
-    const struct row_args *a = arg;
+    const struct rmsnorm_args *a = arg;
     const int C = a->C, begin = task * 64, end = begin + 64 < C ? begin + 64 : C;
-    float *sum = (float *)scratch, *dweight = a->out;
+    float *sum = (float *)scratch, *dweight = a->dweight;
     for (int i = begin; i < end; i++)
         sum[i - begin] = 0;
-    for (int n = 0; n < a->N; n++) {
-        const float *dout = (const float *)a->a + (size_t)n * C,
-                    *x = (const float *)a->b + (size_t)n * C;
-        const float rstd = ((const float *)a->d)[n];
+    for (int n = 0; n < a->rows.N; n++) {
+        const float *dout = a->dout + (size_t)n * C, *x = a->inp + (size_t)n * C;
+        const float rstd = a->rstd[n];
         for (int i = begin; i < end; i++)
             sum[i - begin] += dout[i] * x[i] * rstd;
     }
@@ -63,12 +87,39 @@ static void rmsnorm_dweight_task(const void *arg, int task, char *scratch)
         dweight[i] += sum[i - begin];
 }
 
+static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout, const void *inp,
+                             const void *weight, const void *rstd, int N, int C)
+{
+    const struct rmsnorm_args a = {.rows = rows_of(N, (size_t)C),
+                                   .inp = inp,
+                                   .weight = weight,
+                                   .dout = dout,
+                                   .rstd = (float *)rstd,
+                                   .dinp = dinp,
+                                   .dweight = dweight,
+                                   .C = C};
+    run_rows(cx, rmsnorm_backward_task, &a, a.rows);
+    if (dweight)
+        run(cx, ceil_div((size_t)C, 64), (size_t)N * C, rmsnorm_dweight_task, &a);
+}
+
+/* ---- rotary embedding */
+
+struct rope_args {
+    struct rows rows;
+    float *x;
+    const float *table;
+    const int32_t *position;
+    int heads, HD, stride, rotary_dim;
+    float sign;
+};
+
 static void rope_task(const void *arg, int task, char *scratch)
 {
     const struct rope_args *r = arg;
     const int pairs = r->rotary_dim / 2;
     (void)scratch;
-    for (int n = task * r->rows; n < r->N && n < (task + 1) * r->rows; n++) {
+    for (int n = first_row(r->rows, task); n < end_row(r->rows, task); n++) {
         const float *angle = r->table + (size_t)r->position[n] * r->rotary_dim;
         for (int h = 0; h < r->heads; h++) {
             float *x = r->x + (size_t)n * r->stride + (size_t)h * r->HD;
@@ -82,16 +133,50 @@ static void rope_task(const void *arg, int task, char *scratch)
     }
 }
 
-/* ---- activations, dropout */
+static void rope(void *cx, void *x, const void *table, const int32_t *position, int N, int heads,
+                 int HD, int stride, int rotary_dim, float sign)
+{
+    const struct rope_args r = {.rows = rows_of(N, (size_t)heads * rotary_dim * 2),
+                                .x = x,
+                                .table = table,
+                                .position = position,
+                                .heads = heads,
+                                .HD = HD,
+                                .stride = stride,
+                                .rotary_dim = rotary_dim,
+                                .sign = sign};
+    run_rows(cx, rope_task, &r, r.rows);
+}
+
+static void rope_forward(void *cx, void *x, const void *table, const int32_t *position, int N,
+                         int heads, int HD, int stride, int rotary_dim)
+{
+    rope(cx, x, table, position, N, heads, HD, stride, rotary_dim, 1);
+}
+
+static void rope_backward(void *cx, void *dx, const void *table, const int32_t *position, int N,
+                          int heads, int HD, int stride, int rotary_dim)
+{
+    rope(cx, dx, table, position, N, heads, HD, stride, rotary_dim, -1);
+}
+
+/* ---- SwiGLU */
+
+struct swiglu_args {
+    struct rows rows;
+    const float *inp, *dout;
+    float *out, *dinp;
+    int F;
+};
 
 static void swiglu_forward_task(const void *arg, int task, char *scratch)
 {
-    const struct row_args *a = arg;
-    const int F = a->C;
+    const struct swiglu_args *a = arg;
+    const int F = a->F;
     (void)scratch;
-    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
-        const float *gate = (const float *)a->a + (size_t)n * 2 * F, *up = gate + F;
-        float *out = (float *)a->out + (size_t)n * F;
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        const float *gate = a->inp + (size_t)n * 2 * F, *up = gate + F;
+        float *out = a->out + (size_t)n * F;
         for (int i = 0; i < F; i += VL) {
             const int part = F - i < VL ? F - i : VL;
             const vf g = part == VL ? load(gate + i) : load_part(gate + i, part);
@@ -105,6 +190,12 @@ static void swiglu_forward_task(const void *arg, int task, char *scratch)
     }
 }
 
+static void swiglu_forward(void *cx, void *out, const void *inp, int N, int F)
+{
+    const struct swiglu_args a = {rows_of(N, (size_t)2 * F), .inp = inp, .out = out, .F = F};
+    run_rows(cx, swiglu_forward_task, &a, a.rows);
+}
+
 INLINE void swiglu_gradient(vf *dgate, vf *dup, vf d, vf gate, vf up)
 {
     const vf y = sigmoid(gate), silu = gate * y;
@@ -112,16 +203,15 @@ INLINE void swiglu_gradient(vf *dgate, vf *dup, vf d, vf gate, vf up)
     *dup = d * silu;
 }
 
-/* out = dinp (may be the input), a = dout, b = inp */
+/* dinp may be inp */
 static void swiglu_backward_task(const void *arg, int task, char *scratch)
 {
-    const struct row_args *a = arg;
-    const int F = a->C;
+    const struct swiglu_args *a = arg;
+    const int F = a->F;
     (void)scratch;
-    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
-        const float *dout = (const float *)a->a + (size_t)n * F,
-                    *gate = (const float *)a->b + (size_t)n * 2 * F;
-        float *dgate = (float *)a->out + (size_t)n * 2 * F;
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        const float *dout = a->dout + (size_t)n * F, *gate = a->inp + (size_t)n * 2 * F;
+        float *dgate = a->dinp + (size_t)n * 2 * F;
         int i = 0;
         vf dg, du;
         for (; i + VL <= F; i += VL) {
@@ -139,173 +229,30 @@ static void swiglu_backward_task(const void *arg, int task, char *scratch)
     }
 }
 
-/* High and low halves of the products of 32-bit lanes with m. */
-INLINE void multiply_wide(vu *high, vu *low, vu x, uint32_t m)
+static void swiglu_backward(void *cx, void *dinp, const void *dout, const void *inp, int N, int F)
 {
-    const vw even = MULTIPLY_EVEN((vw)x, m), odd = MULTIPLY_EVEN((vw)x >> 32, m);
-    const vw lower = (vw){0} + 0xffffffffu;
-    *high = (vu)(even >> 32 | (odd & ~lower));
-    *low = (vu)((even & lower) | odd << 32);
+    const struct swiglu_args a = {rows_of(N, (size_t)2 * F), .inp = inp, .dout = dout, .dinp = dinp,
+                                  .F = F};
+    run_rows(cx, swiglu_backward_task, &a, a.rows);
 }
 
-/* Which of the 4 * VL elements from `first` (a multiple of 4) on the mask of row n drops: -1 or 0.
- * Philox4x32-10 (Salmon et al. 2011) on VL counters at once. */
-INLINE void dropped(vi *drop, const struct glm_dropout *d, int n, uint32_t first)
-{
-    const uint64_t threshold = (uint64_t)(d->p * 4294967296.0);
-    const uint32_t high_bit = 0x80000000u; /* compared as signed numbers */
-    uint32_t k0 = (uint32_t)d->seed, k1 = (uint32_t)(d->seed >> 32) ^ d->step;
-    uint32_t counter[VL];
-    vu x[4];
-    for (int i = 0; i < VL; i++)
-        counter[i] = first / 4 + (uint32_t)i;
-    memcpy(&x[0], counter, sizeof counter);
-    x[1] = (vu){0} + (uint32_t)d->position[n];
-    x[2] = (vu){0} + (uint32_t)d->stream[n];
-    x[3] = (vu){0} + d->site;
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-        vu high0, low0, high1, low1;
-        multiply_wide(&high0, &low0, x[0], 0xD2511F53u);
-        multiply_wide(&high1, &low1, x[2], 0xCD9E8D57u);
-        x[0] = high1 ^ x[1] ^ k0;
-        x[2] = high0 ^ x[3] ^ k1;
-        x[1] = low1;
-        x[3] = low0;
-    }
-    for (int w = 0; w < 4; w++)
-        x[w] = (vu)((vi)(x[w] ^ high_bit) < (vi)((vu){0} + ((uint32_t)threshold ^ high_bit)));
-    const vf a = LOW((vf)x[0], (vf)x[2]), b = LOW((vf)x[1], (vf)x[3]);
-    const vf c = HIGH((vf)x[0], (vf)x[2]), e = HIGH((vf)x[1], (vf)x[3]);
-    drop[0] = (vi)LOW(a, b);
-    drop[1] = (vi)HIGH(a, b);
-    drop[2] = (vi)LOW(c, e);
-    drop[3] = (vi)HIGH(c, e);
-    if (threshold >> 32)
-        for (int w = 0; w < 4; w++)
-            drop[w] = ~(vi){0};
-}
+/* ---- the loss */
 
-INLINE void dropout_rows(const struct row_args *a, int task, int backward)
-{
-    const vf keep = splat((float)(1.0 / (1.0 - a->dropout->p)));
-    const int C = a->C;
-    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
-        const float *inp = (const float *)a->a + (size_t)n * C;
-        float *out = (float *)a->out + (size_t)n * C;
-        for (int i = 0; i < C; i += 4 * VL) {
-            vi drop[4];
-            dropped(drop, a->dropout, n, (uint32_t)i);
-            for (int w = 0, at = i; w < 4 && at < C; w++, at += VL) {
-                const int part = C - at;
-                if (part >= VL) {
-                    const vf y = choose(drop[w], (vf){0}, load(inp + at) * keep);
-                    store(out + at, backward ? load(out + at) + y : y);
-                } else {
-                    const vf y = choose(drop[w], (vf){0}, load_part(inp + at, part) * keep);
-                    store_part(out + at, backward ? load_part(out + at, part) + y : y, part);
-                }
-            }
-        }
-    }
-}
+struct cross_entropy_args {
+    struct rows rows;
+    float *logits, *loss, *lse;
+    const int32_t *target;
+    int V;
+    float scale;
+};
 
-/* x[i] = x[i] * mask of element `first` + i of row n, in place */
-static void drop_part(float *x, const struct glm_dropout *d, int n, int first, int count)
-{
-    const float keep = (float)(1.0 / (1.0 - d->p));
-    int32_t drop[4 * VL];
-    for (int i = -(first % 4); i < count; i += 4 * VL) {
-        vi v[4];
-        dropped(v, d, n, (uint32_t)(first + i));
-        memcpy(drop, v, sizeof drop);
-        for (int at = i < 0 ? 0 : i; at < count && at < i + 4 * VL; at++)
-            x[at] = drop[at - i] ? 0 : x[at] * keep;
-    }
-}
-
-static void add_row(float *to, const float *from, int n)
-{
-    for (int i = 0; i < n; i++)
-        to[i] += from[i];
-}
-
-static void dropout_forward_task(const void *arg, int task, char *scratch)
-{
-    (void)scratch;
-    dropout_rows(arg, task, 0);
-}
-
-static void dropout_backward_task(const void *arg, int task, char *scratch)
-{
-    (void)scratch;
-    dropout_rows(arg, task, 1);
-}
-
-/* out (J, copies * P, KV) and inp (P, J, KV), or dinp and dout; a task is `rows` rows of out
- * forward, of dinp backward. */
-static void prefix_forward_task(const void *arg, int task, char *scratch)
-{
-    const struct prefix_args *a = arg;
-    const int rows = a->copies * a->P;
-    (void)scratch;
-    for (int at = task * a->rows; at < a->J * rows && at < (task + 1) * a->rows; at++) {
-        const int j = at / rows, n = at % rows;
-        float *to = a->to + (size_t)at * a->KV;
-        memcpy(to, a->from + ((size_t)(n % a->P) * a->J + j) * a->KV, (size_t)a->KV * 4);
-        if (a->dropout)
-            drop_part(to, a->dropout, n, j * a->KV, a->KV);
-    }
-}
-
-static void prefix_backward_task(const void *arg, int task, char *scratch)
-{
-    const struct prefix_args *a = arg;
-    const int KV = a->KV;
-    float *part = (float *)scratch;
-    for (int at = task * a->rows; at < a->P * a->J && at < (task + 1) * a->rows; at++) {
-        const int p = at / a->J, j = at % a->J;
-        float *to = a->to + (size_t)at * KV;
-        for (int b = 0; b < a->copies; b++) {
-            const int n = b * a->P + p;
-            const float *from = a->from + ((size_t)j * a->copies * a->P + n) * KV;
-            for (int begin = 0; begin < KV; begin += PIECE) {
-                const int count = KV - begin < PIECE ? KV - begin : PIECE;
-                memcpy(part, from + begin, (size_t)count * 4);
-                if (a->dropout)
-                    drop_part(part, a->dropout, n, j * KV + begin, count);
-                add_row(to + begin, part, count);
-            }
-        }
-    }
-}
-
-static void tanh_forward_task(const void *arg, int task, char *scratch)
-{
-    const struct flat_args *f = arg;
-    (void)scratch;
-    for (size_t i = task * f->piece; i < f->n && i < (task + 1) * f->piece; i++)
-        ((float *)f->p[0])[i] = tanhf(((const float *)f->q[0])[i]);
-}
-
-static void tanh_backward_task(const void *arg, int task, char *scratch)
-{
-    const struct flat_args *f = arg;
-    const float *dout = f->q[0], *out = f->q[1];
-    (void)scratch;
-    for (size_t i = task * f->piece; i < f->n && i < (task + 1) * f->piece; i++)
-        ((float *)f->p[0])[i] = dout[i] * (1.0f - out[i] * out[i]);
-}
-
-/* ---- loss, optimiser, sums */
-
-/* out = loss, extra = lse, a = logits, index = target; a task is `rows` rows */
 static void cross_entropy_forward_task(const void *arg, int task, char *scratch)
 {
-    const struct row_args *a = arg;
-    const int V = a->C;
+    const struct cross_entropy_args *a = arg;
+    const int V = a->V;
     (void)scratch;
-    for (int m = task * a->rows; m < a->N && m < (task + 1) * a->rows; m++) {
-        const float *x = (const float *)a->a + (size_t)m * V;
+    for (int m = first_row(a->rows, task); m < end_row(a->rows, task); m++) {
+        const float *x = a->logits + (size_t)m * V;
         vf most[4] = {splat(x[0]), splat(x[0]), splat(x[0]), splat(x[0])};
         int first = 0;
         for (; first + 4 * VL <= V; first += 4 * VL) /* a NaN is passed over; the sum shows it */
@@ -329,21 +276,32 @@ static void cross_entropy_forward_task(const void *arg, int task, char *scratch)
                 sum += expf(x[i] - top);
         }
         const float lse = (float)((double)top + log(sum));
-        ((float *)a->extra)[m] = lse;
-        ((float *)a->out)[m] = (float)((double)top + log(sum) - x[a->index[m]]);
+        a->lse[m] = lse;
+        a->loss[m] = (float)((double)top + log(sum) - x[a->target[m]]);
     }
 }
 
-/* out = logits, a = lse, index = target, eps = scale */
+static void cross_entropy_forward(void *cx, void *loss, void *lse, const void *logits,
+                                  const int32_t *target, int M, int V)
+{
+    const struct cross_entropy_args a = {.rows = rows_of(M, (size_t)4 * V),
+                                         .logits = (float *)logits,
+                                         .loss = loss,
+                                         .lse = lse,
+                                         .target = target,
+                                         .V = V};
+    run_rows(cx, cross_entropy_forward_task, &a, a.rows);
+}
+
 static void cross_entropy_backward_task(const void *arg, int task, char *scratch)
 {
-    const struct row_args *a = arg;
-    const int V = a->C;
-    const float scale = (float)a->eps;
+    const struct cross_entropy_args *a = arg;
+    const int V = a->V;
+    const float scale = a->scale;
     (void)scratch;
-    for (int m = task * a->rows; m < a->N && m < (task + 1) * a->rows; m++) {
-        float *x = (float *)a->out + (size_t)m * V;
-        const float lse = ((const float *)a->a)[m];
+    for (int m = first_row(a->rows, task); m < end_row(a->rows, task); m++) {
+        float *x = a->logits + (size_t)m * V;
+        const float lse = a->lse[m];
         for (int i = 0; i < V; i += VL) {
             const int part = V - i < VL ? V - i : VL;
             const vf p =
@@ -354,90 +312,79 @@ static void cross_entropy_backward_task(const void *arg, int task, char *scratch
             else
                 store_part(x + i, p, part);
         }
-        x[a->index[m]] -= scale;
+        x[a->target[m]] -= scale;
     }
 }
 
-static void add_task(const void *arg, int task, char *scratch)
+static void cross_entropy_backward(void *cx, void *logits, const void *lse, const int32_t *target,
+                                   int M, int V, double scale)
 {
-    const struct flat_args *f = arg;
-    const float *x = f->q[0], *y = f->q[1];
-    float *out = f->p[0];
-    (void)scratch;
-    for (size_t i = task * f->piece; i < f->n && i < (task + 1) * f->piece; i++)
-        out[i] = x[i] + y[i];
+    const struct cross_entropy_args a = {.rows = rows_of(M, (size_t)4 * V),
+                                         .logits = logits,
+                                         .lse = (float *)lse,
+                                         .target = target,
+                                         .V = V,
+                                         .scale = (float)scale};
+    run_rows(cx, cross_entropy_backward_task, &a, a.rows);
 }
 
-/* p[0][task] = sum of squares of piece `task` */
-static void sum_squares_task(const void *arg, int task, char *scratch)
-{
-    const struct flat_args *f = arg;
-    const float *x = f->q[0];
-    const size_t begin = (size_t)task * PIECE, end = begin + PIECE < f->n ? begin + PIECE : f->n;
-    double s[8] = {0};
-    (void)scratch;
-    for (size_t i = begin; i < end; i++)
-        s[(i - begin) % 8] += (double)x[i] * x[i];
-    ((double *)f->p[0])[task] = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
-}
+/* ---- searches */
 
-/* p: value, m, v; q[0]: gradient; k: lr, b1, b2, eps, lr * wd, 1 / (1 - b1^t), 1 / (1 - b2^t),
- * gscale */
-static void adamw_task(const void *arg, int task, char *scratch)
-{
-    const struct flat_args *f = arg;
-    float *p = f->p[0], *m = f->p[1], *v = f->p[2];
-    const float *grad = f->q[0];
-    const float lr = (float)f->k[0], b1 = (float)f->k[1], b2 = (float)f->k[2], eps = (float)f->k[3];
-    const float decay = (float)f->k[4], c1 = (float)f->k[5], c2 = (float)f->k[6],
-                gscale = (float)f->k[7];
-    const float a1 = (float)(1 - f->k[1]), a2 = (float)(1 - f->k[2]);
-    (void)scratch;
-    for (size_t i = task * f->piece; i < f->n && i < (task + 1) * f->piece; i++) {
-        const float g = grad[i] * gscale;
-        m[i] = b1 * m[i] + a1 * g;
-        v[i] = b2 * v[i] + a2 * g * g;
-        const float x = p[i] - decay * p[i];
-        p[i] = x - lr * (m[i] * c1) / (sqrtf(v[i] * c2) + eps);
-    }
-}
+struct search_args {
+    struct rows rows;
+    const float *x;
+    int width;
+    int *found; /* a row of a task, or a column of a row */
+};
 
-/* out[task] = first non-finite row of its run of rows, or -1 */
+/* found[task] = first non-finite row of its run of rows, or -1 */
 static void nonfinite_task(const void *arg, int task, char *scratch)
 {
-    const struct row_args *a = arg;
+    const struct search_args *a = arg;
     (void)scratch;
-    ((int *)a->out)[task] = -1;
-    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
-        const uint32_t *x = (const uint32_t *)a->a + (size_t)n * a->C;
+    a->found[task] = -1;
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        const uint32_t *x = (const uint32_t *)a->x + (size_t)n * a->width;
         uint32_t bad = 0;
-        for (int i = 0; i < a->C; i++)
+        for (int i = 0; i < a->width; i++)
             bad |= (x[i] & 0x7f800000u) == 0x7f800000u;
         if (bad) {
-            ((int *)a->out)[task] = n;
+            a->found[task] = n;
             return;
         }
     }
 }
 
-/* out[n] = the first of the largest elements of row n, or -1 where one is not finite */
+static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
+{
+    struct cpu *cpu = cx;
+    const struct rows rows = {N, ceil_div((size_t)N, FINDERS), (size_t)C};
+    const struct search_args a = {rows, x, C, cpu->found};
+    const int tasks = N ? ceil_div((size_t)N, (size_t)rows.each) : 0;
+    run(cpu, tasks, (size_t)N * C, nonfinite_task, &a);
+    *row = -1;
+    for (int i = 0; i < tasks && *row < 0; i++)
+        *row = cpu->found[i];
+}
+
+/* found[n] = the first of the largest elements of row n, or -1 where one is not finite */
 static void argmax_task(const void *arg, int task, char *scratch)
 {
-    const struct row_args *a = arg;
-    const int V = a->C;
+    const struct search_args *a = arg;
+    const int V = a->width;
     (void)scratch;
-    for (int n = task * a->rows; n < a->N && n < (task + 1) * a->rows; n++) {
-        const float *x = (const float *)a->a + (size_t)n * V;
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        const float *x = a->x + (size_t)n * V;
         int best = 0, v = 0, finite = 1;
-        if (V >=
-            VL) { /* lane by lane: the first of its largest, and 0 * x, which is NaN at times */
+        if (V >= VL) {
+            /* lane by lane: the first of its largest, and 0 * x, which is NaN at times */
             vf most = load(x), bad = most * splat(0.0f);
             vi at = {0}, from = {0};
             for (v = VL; v + VL <= V; v += VL) {
                 const vf y = load(x + v);
                 const vi more = y > most;
                 from += VL;
-                most = choose(more, y, most);
+                most = select_lanes(more, y, most);
                 at = (more & from) | (~more & at);
                 bad += y * splat(0.0f);
             }
@@ -453,6 +400,19 @@ static void argmax_task(const void *arg, int task, char *scratch)
             finite &= x[v] * 0.0f == 0;
             best = x[v] > x[best] ? v : best;
         }
-        ((int32_t *)a->out)[n] = finite ? best : -1;
+        a->found[n] = finite ? best : -1;
     }
+}
+
+static void choose(void *cx, int32_t *id, void *x, int M, int V, const struct glm_choice *choices,
+                   const int32_t *touched)
+{
+    struct cpu *cpu = cx;
+    if (choices) {
+        const struct choose_args a = {id, x, V, choices, touched};
+        glm_pool_run(cpu->pool, M, ns_of((size_t)8 * M * V), glm_choose_task, &a);
+        return;
+    }
+    const struct search_args a = {rows_of(M, (size_t)V), x, V, id};
+    run_rows(cpu, argmax_task, &a, a.rows);
 }

@@ -26,12 +26,12 @@ INLINE vf splat(float x) { return x - (vf){0}; }
 #endif
 
 /* Lane by lane: a where mask is set, else b. */
-INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf select_lanes(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 
 /* The larger and the smaller; b where either is NaN. */
 #ifndef VMAX
-#define VMAX(a, b) choose((a) > (b), a, b)
-#define VMIN(a, b) choose((a) < (b), a, b)
+#define VMAX(a, b) select_lanes((a) > (b), a, b)
+#define VMIN(a, b) select_lanes((a) < (b), a, b)
 #endif
 
 /* The lower halves of 64-bit lanes times m. */
@@ -108,8 +108,8 @@ INLINE v4 sum4(vf a, vf b, vf c, vf d)
     __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #endif
 
-/* Lane j of vector i becomes lane i of vector j: each stage shuffles the vectors like cards. */
-INLINE void turn(vf *x)
+/* Transposes VL vectors of VL lanes: each stage shuffles the vectors like cards. */
+INLINE void transpose(vf *x)
 {
     vf y[VL];
     for (int half = VL / 2; half; half /= 2) {
@@ -254,6 +254,12 @@ static void load_row(float *out, const void *row, enum glm_dtype dtype, int n)
         store(out + i, load_as(row, dtype, i));
     for (; i < n; i++)
         out[i] = load_one(row, dtype, i);
+}
+
+static void add_row(float *to, const float *from, int n)
+{
+    for (int i = 0; i < n; i++)
+        to[i] += from[i];
 }
 
 /* ---- elementary functions */

@@ -1,7 +1,28 @@
 /* One layer: h += dense(attention(norm1 h)); h += mlp(norm2 h), and the way back.
  * In the last layer nothing after attention is computed for tokens whose logits no one reads
  * (step.gathered). */
-#include "model.h"
+#include "state.h"
+
+/* Layer l of kv (2 * layers, slots, KV); NULL where there is none */
+static struct glm_kv layer_of(const struct glm_model *m, const void *kv, int slots, int l)
+{
+    const size_t size = (size_t)slots * m->arch.kv_heads * m->arch.head_dim;
+    if (!kv)
+        return (struct glm_kv){NULL, NULL};
+    return (struct glm_kv){glm_at(m, kv, 2 * l * size), glm_at(m, kv, (2 * l + 1) * size)};
+}
+
+/* Keys and values that layer l reads besides its own tokens', and in training their gradients. */
+static struct glm_kv kv_of(const struct glm_model *m, int l)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_cache *c = s->call.cache;
+    return c ? layer_of(m, c->kv, c->slots, l) : layer_of(m, s->prefix_kv, s->prefix.n, l);
+}
+static struct glm_kv dkv_of(const struct glm_model *m, int l)
+{
+    return layer_of(m, m->step.dprefix_kv, m->step.prefix.n, l);
+}
 
 static struct glm_heads heads_of(const struct glm_model *m)
 {
@@ -13,18 +34,27 @@ static int gathers(const struct glm_model *m, int l)
     return m->step.gathered && l == m->arch.layers - 1;
 }
 
-/* x_out = x_out + x1, and its norm where the next layer, or the output layer, looks for it */
-static void finish(struct glm_model *m, int l, void *x_out, const void *x1, int N)
+/* After attention */
+static const struct glm_rows *rows_of(const struct glm_model *m, int l)
+{
+    return gathers(m, l) ? &m->step.read : &m->step.all;
+}
+
+/* x[l + 1] += x1, and its norm where the next layer, or the output layer, looks for it */
+static void finish(struct glm_model *m, int l, int N)
 {
     const struct glm_step *s = &m->step;
+    void *x_out = s->x[l + 1];
     const int last = l == m->arch.layers - 1;
     const struct glm_weight *norm = last ? m->final_layernorm : m->layers[l + 1].input_layernorm;
     m->be->ops->add_rmsnorm_forward(m->be->cx, last ? s->final : s->ln,
-                                    last ? s->final_rstd : s->acts[l + 1].rstd1, x_out, x_out, x1,
-                                    norm->mat.data, N, m->arch.hidden, m->arch.eps);
+                                    last ? s->final_rstd : s->acts[l + 1].rstd1, x_out, x_out,
+                                    s->acts[l].x1, norm->mat.data, N, m->arch.hidden, m->arch.eps);
 }
 
-void glm_block_forward(struct glm_model *m, int l, void *x_out)
+/* The layer up to the input of its last linear, as both passes need it. norm1: its input's norm is
+ * not in ln yet; act: swiglu(h) is wanted. */
+static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
@@ -34,48 +64,64 @@ void glm_block_forward(struct glm_model *m, int l, void *x_out)
     const struct glm_heads heads = heads_of(m);
     const int N = s->N, C = m->arch.hidden, F = m->arch.ffn, AO = heads.NH * heads.HD;
     const int QKV = (heads.NH + 2 * heads.KVH) * heads.HD;
-    const int rows = gathers(m, l), NR = rows ? s->M : N;
+    const struct glm_rows *all = &s->all, *rows = rows_of(m, l);
+    const int gathered = gathers(m, l), NR = rows->n;
     const void *att = a->att, *x = s->x[l];
     void *h = s->h ? s->h : a->h;
 
-    if (l == 0 || !x_out) /* else the layer before has done it */
+    if (norm1)
         op->rmsnorm_forward(cx, s->ln, a->rstd1, x, layer->input_layernorm->mat.data, N, C,
                             m->arch.eps);
-    glm_linear_forward(m, &layer->linear[GLM_QKV], a->qkv, s->ln, a->xa[GLM_QKV], N, 0);
-    if (s->cache) /* rows of the cache that no segment of this call reads */
-        op->rope_append(cx, glm_step_kv(m, l), a->qkv, m->rope_table, s->position, s->slot, N,
-                        heads, m->arch.rotary_dim);
+    glm_linear_forward(m, &layer->linear[GLM_QKV], a->qkv, s->ln, a->xa[GLM_QKV], all);
+    if (s->call.cache) /* rows of the cache that no segment of this call reads */
+        op->rope_append(cx, kv_of(m, l), a->qkv, m->rope_table, all->position, s->slot, N, heads,
+                        m->arch.rotary_dim);
     else
-        op->rope_forward(cx, a->qkv, m->rope_table, s->position, N, heads.NH + heads.KVH, heads.HD,
-                         QKV, m->arch.rotary_dim);
-    op->attention_forward(cx, a->att, a->lse, a->qkv, glm_step_kv(m, l), s->segments, s->S, heads);
-    if (rows) {
-        op->gather_forward(cx, s->att_rows, a->att, s->rows, NR, AO);
-        op->gather_forward(cx, s->x_rows, x, s->rows, NR, C);
+        op->rope_forward(cx, a->qkv, m->rope_table, all->position, N, heads.NH + heads.KVH,
+                         heads.HD, QKV, m->arch.rotary_dim);
+    op->attention_forward(cx, a->att, a->lse, a->qkv, kv_of(m, l), s->segments, s->S, heads);
+    if (gathered) {
+        op->gather_forward(cx, s->att_rows, a->att, s->gather, NR, AO);
+        op->gather_forward(cx, s->x_rows, x, s->gather, NR, C);
         att = s->att_rows;
         x = s->x_rows;
     }
-    glm_linear_forward(m, &layer->linear[GLM_DENSE], a->x1, att, a->xa[GLM_DENSE], NR, rows);
+    glm_linear_forward(m, &layer->linear[GLM_DENSE], a->x1, att, a->xa[GLM_DENSE], rows);
     op->add_rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, a->x1, x,
                             layer->post_attention_layernorm->mat.data, NR, C, m->arch.eps);
-    const struct glm_linear *up = &layer->linear[GLM_H_TO_4H], *last = &layer->linear[GLM_4H_TO_H];
-    if (s->ln != s->act && !glm_adapted(m, up)) {
+    const struct glm_linear *up = &layer->linear[GLM_H_TO_4H];
+    if (s->fused_swiglu && !glm_adapted(m, up)) {
         op->linear_swiglu_forward(cx, s->act, h, s->ln, &up->weight->mat,
                                   up->bias ? up->bias->mat.data : NULL, NR);
     } else {
-        glm_linear_forward(m, up, h, s->ln, a->xa[GLM_H_TO_4H], NR, rows);
-        if (x_out || glm_trains(last->B))
+        glm_linear_forward(m, up, h, s->ln, a->xa[GLM_H_TO_4H], rows);
+        if (act)
             op->swiglu_forward(cx, s->act, h, NR, F);
     }
     if (s->h && a->h)
         op->convert(cx, a->h, m->be->kept_h, h, m->be->real, (size_t)NR * 2 * F);
-    if (!x_out) {
-        if (glm_trains(last->B))
-            glm_adapter_forward(m, last, s->act, a->xa[GLM_4H_TO_H], NR, rows);
-        return;
-    }
-    glm_linear_forward(m, last, x_out, s->act, a->xa[GLM_4H_TO_H], NR, rows);
-    finish(m, l, x_out, a->x1, NR);
+}
+
+void glm_block_forward(struct glm_model *m, int l)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_rows *rows = rows_of(m, l);
+    to_last_linear(m, l, l == 0, 1); /* the other norms come with the layer before */
+    glm_linear_forward(m, &m->layers[l].linear[GLM_4H_TO_H], s->x[l + 1], s->act,
+                       s->acts[l].xa[GLM_4H_TO_H], rows);
+    finish(m, l, rows->n);
+}
+
+/* Backward reads neither the last product nor, unless an adapter trains, its input. */
+void glm_block_recompute(struct glm_model *m, int l)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_rows *rows = rows_of(m, l);
+    const struct glm_linear *last = &m->layers[l].linear[GLM_4H_TO_H];
+    const int adapter = glm_trains(last->B);
+    to_last_linear(m, l, 1, adapter);
+    if (adapter)
+        glm_adapter_forward(m, last, s->act, s->acts[l].xa[GLM_4H_TO_H], rows);
 }
 
 /* step.dx holds the gradient of the layer's output (dx_rows in a gathering layer) and receives that
@@ -90,13 +136,14 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     const struct glm_heads heads = heads_of(m);
     const int N = s->N, C = m->arch.hidden, F = m->arch.ffn, AO = heads.NH * heads.HD;
     const int QKV = (heads.NH + 2 * heads.KVH) * heads.HD;
-    const int rows = gathers(m, l), NR = rows ? s->M : N;
-    void *dout = rows ? s->dx_rows : s->dx;
-    void *datt = rows ? s->datt_rows : s->datt;
+    const struct glm_rows *all = &s->all, *rows = rows_of(m, l);
+    const int gathered = gathers(m, l), NR = rows->n;
+    void *dout = gathered ? s->dx_rows : s->dx;
+    void *datt = gathered ? s->datt_rows : s->datt;
     const struct glm_linear *linear = layer->linear;
     void *h = s->h ? s->h : a->h;
 
-    if (s->h) { /* rounded, whether it was kept or is computed twice: the same gradients */
+    if (s->h) { /* rounded, whether it was kept or recomputed: the same gradients */
         const size_t n = (size_t)NR * 2 * F;
         if (!a->h)
             op->convert(cx, s->act, m->be->kept_h, h, m->be->real, n);
@@ -104,35 +151,34 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     }
     if (glm_reads_input(m, &linear[GLM_4H_TO_H]))
         op->swiglu_forward(cx, s->act, h, NR, F);
-    glm_linear_backward(m, &linear[GLM_4H_TO_H], s->dact, dout, s->act, a->xa[GLM_4H_TO_H], NR,
-                        rows);
+    glm_linear_backward(m, &linear[GLM_4H_TO_H], s->dact, dout, s->act, a->xa[GLM_4H_TO_H], rows);
     op->swiglu_backward(cx, h, s->dact, h, NR, F);
     if (glm_reads_input(m, &linear[GLM_H_TO_4H]))
         op->rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, layer->post_attention_layernorm->mat.data,
                             NR, C, m->arch.eps);
-    glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], NR, rows);
+    glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], rows);
     op->rmsnorm_backward(cx, dout, layer->post_attention_layernorm->grad, s->dnorm, a->x1,
                          layer->post_attention_layernorm->mat.data, a->rstd2, NR, C);
-    if (rows && glm_reads_input(m, &linear[GLM_DENSE]))
-        op->gather_forward(cx, s->att_rows, a->att, s->rows, NR, AO);
-    glm_linear_backward(m, &linear[GLM_DENSE], datt, dout, rows ? s->att_rows : a->att,
-                        a->xa[GLM_DENSE], NR, rows);
-    if (rows) {
+    if (gathered && glm_reads_input(m, &linear[GLM_DENSE]))
+        op->gather_forward(cx, s->att_rows, a->att, s->gather, NR, AO);
+    glm_linear_backward(m, &linear[GLM_DENSE], datt, dout, gathered ? s->att_rows : a->att,
+                        a->xa[GLM_DENSE], rows);
+    if (gathered) {
         m->be->zero(m->be, s->datt, (size_t)N * AO * m->be->real_size);
-        op->gather_backward(cx, s->datt, datt, s->rows, NR, AO);
+        op->gather_backward(cx, s->datt, datt, s->gather, NR, AO);
         m->be->zero(m->be, s->dx, (size_t)N * C * m->be->real_size);
-        op->gather_backward(cx, s->dx, dout, s->rows, NR, C);
+        op->gather_backward(cx, s->dx, dout, s->gather, NR, C);
     }
-    op->attention_backward(cx, s->dqkv, glm_step_dkv(m, l), s->datt, a->att, a->lse, a->qkv,
-                           glm_step_kv(m, l), s->segments, s->S, heads);
-    op->rope_backward(cx, s->dqkv, m->rope_table, s->position, N, heads.NH + heads.KVH, heads.HD,
+    op->attention_backward(cx, s->dqkv, dkv_of(m, l), s->datt, a->att, a->lse, a->qkv, kv_of(m, l),
+                           s->segments, s->S, heads);
+    op->rope_backward(cx, s->dqkv, m->rope_table, all->position, N, heads.NH + heads.KVH, heads.HD,
                       QKV, m->arch.rotary_dim);
     const int through_norm = need_dx || glm_trains(layer->input_layernorm);
     if (glm_reads_input(m, &linear[GLM_QKV]))
         op->rmsnorm_forward(cx, s->ln, a->rstd1, s->x[l], layer->input_layernorm->mat.data, N, C,
                             m->arch.eps);
     glm_linear_backward(m, &linear[GLM_QKV], through_norm ? s->dnorm : NULL, s->dqkv, s->ln,
-                        a->xa[GLM_QKV], N, 0);
+                        a->xa[GLM_QKV], all);
     if (through_norm)
         op->rmsnorm_backward(cx, s->dx, layer->input_layernorm->grad, s->dnorm, s->x[l],
                              layer->input_layernorm->mat.data, a->rstd1, N, C);

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "model.h"
+#include "state.h"
 
 /* step.prefix_kv from the present weights */
 static glm_status run_prefix(struct glm_model *m, struct glm_error *err)
@@ -231,11 +231,9 @@ static glm_status begin(struct glm_cache *c, const int32_t *rows, int n, const i
                         "ids: expected at least one token, got %d segments of %lld tokens", n,
                         (long long)N);
     GLM_TRY(check_version(c, err));
-    /* the last token of each segment is read: they follow from the lengths, so no array is passed
-     * around */
     const struct glm_input in = {.ids = ids, .lengths = lengths, .N = (int)N, .S = n, .M = n};
-    const struct glm_place place = {.cache = c, .rows = rows, .how = how};
-    return glm_step_begin(m, &in, 0, 1, &place, err);
+    const struct glm_call call = {.gather = 1, .cache = c, .cache_rows = rows, .sampling = how};
+    return glm_step_begin(m, &in, &call, err);
 }
 
 /* Each of the n rows, distinct, has room for its tokens. */
@@ -263,17 +261,17 @@ glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, con
     const size_t V = (size_t)m->arch.vocab;
     GLM_TRY(check_rows(c, rows, n, lengths, err));
     GLM_TRY(begin(c, rows, n, ids, lengths, NULL, err));
-    GLM_TRY(glm_step_forward(m, NULL, err));
+    GLM_TRY(glm_layers_forward(m, NULL, err));
     struct glm_step *s = &m->step;
     for (int first = 0; first < n; first += s->logits_rows) {
         const int count = n - first < s->logits_rows ? n - first : s->logits_rows;
         int bad;
-        glm_step_logits(m, first, count);
+        glm_logits_forward(m, first, count);
         m->be->ops->first_nonfinite(m->be->cx, &bad, s->logits, count, m->arch.vocab);
         if (m->be->stopped(m->be))
             return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
         if (bad >= 0)
-            return glm_step_diagnose(m, err);
+            return glm_layers_diagnose(m, err);
         m->be->download(m->be, glm_at(m, logits, first * V), s->logits,
                         count * V * m->be->real_size);
     }
@@ -286,12 +284,12 @@ glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, con
 static glm_status run_to_ids(struct glm_model *m, int n, struct glm_error *err)
 {
     const struct glm_step *s = &m->step;
-    GLM_TRY(glm_step_forward(m, NULL, err));
+    GLM_TRY(glm_layers_forward(m, NULL, err));
     for (int first = 0; first < n; first += s->logits_rows) {
         const int count = n - first < s->logits_rows ? n - first : s->logits_rows;
-        glm_step_logits(m, first, count);
+        glm_logits_forward(m, first, count);
         m->be->ops->choose(m->be->cx, s->chosen + first, s->logits, count, m->arch.vocab,
-                           s->how ? s->choices + first : NULL, s->touched);
+                           s->call.sampling ? s->choices + first : NULL, s->touched);
     }
     return GLM_OK;
 }
@@ -303,8 +301,9 @@ static glm_status replay_to_ids(struct glm_model *m, int n, struct glm_error *er
     struct glm_backend *be = m->be;
     const struct glm_step *s = &m->step;
     const struct glm_key key = {{(uintptr_t)m, m->version, (uintptr_t)m->arena.base,
-                                 (uintptr_t)s->cache->kv, (uint64_t)s->cache->slots, (uint64_t)s->N,
-                                 (uint64_t)n, (uint64_t)s->kept_layers << 1 | (s->how != NULL)}};
+                                 (uintptr_t)s->call.cache->kv, (uint64_t)s->call.cache->slots,
+                                 (uint64_t)s->N, (uint64_t)n,
+                                 (uint64_t)s->kept_layers << 1 | (s->call.sampling != NULL)}};
     if (!be->replay || s->longest > 1)
         return run_to_ids(m, n, err);
     if (be->replay(be, &key))
@@ -346,7 +345,7 @@ glm_status glm_cache_next(struct glm_cache *c, const int32_t *rows, int n, const
         return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
     for (int i = 0; i < n; i++)
         if (next[i] == -1)
-            return glm_step_diagnose(m, err);
+            return glm_layers_diagnose(m, err);
     for (int i = 0; i < n; i++)
         if (next[i] < 0)
             return glm_fail(err, GLM_EVALUE,
@@ -371,7 +370,7 @@ glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int 
                         "shared prefix: %d more tokens do not fit: it holds %d of %d", n,
                         c->shared_length, c->shared_capacity);
     GLM_TRY(begin(c, NULL, 1, ids, &lengths, NULL, err));
-    GLM_TRY(glm_step_forward(c->model, NULL, err));
+    GLM_TRY(glm_layers_forward(c->model, NULL, err));
     c->shared_length += n;
     return GLM_OK;
 }

@@ -4,29 +4,29 @@
  * With u = s * dy B (N, R):   dx = dy W + u A    dA += u^T x    dB += s * dy^T (x A^T)
  * With LoRA dropout the x beside A is the dropped one, and u A passes the same mask. W may be
  * frozen and 16 bit; xa = x A^T (N, R) is kept, x is the block's own input. */
-#include "model.h"
+#include "state.h"
 
 int glm_adapted(const struct glm_model *m, const struct glm_linear *lin)
 {
     return m->lora_on && lin->A->present;
 }
 
-/* rows: the N inputs are the step's gathered rows, not all its tokens */
-static struct glm_dropout mask_of(const struct glm_model *m, const struct glm_linear *lin, int rows)
+static struct glm_dropout mask_of(const struct glm_model *m, const struct glm_linear *lin,
+                                  const struct glm_rows *rows)
 {
-    const struct glm_step *s = &m->step;
+    const struct glm_call *call = &m->step.call;
     return (struct glm_dropout){
-        .seed = s->dropout_seed,
+        .seed = call->dropout_seed,
         .step = (uint32_t)m->progress.steps,
         .site = lin->site,
-        .p = s->use_dropout ? lin->dropout : 0,
-        .stream = rows ? s->row_stream : s->stream,
-        .position = rows ? s->row_position : s->position,
+        .p = call->dropout ? lin->dropout : 0,
+        .stream = rows->sequence,
+        .position = rows->position,
     };
 }
 
 void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, const void *inp,
-                         void *xa, int N, int rows)
+                         void *xa, const struct glm_rows *rows)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
@@ -34,24 +34,25 @@ void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, cons
         return;
     const struct glm_dropout mask = mask_of(m, lin, rows);
     if (mask.p > 0) {
-        op->dropout_forward(cx, m->step.lora_x, inp, N, lin->weight->cols, &mask);
+        op->dropout_forward(cx, m->step.lora_x, inp, rows->n, lin->weight->cols, &mask);
         inp = m->step.lora_x;
     }
-    op->linear_forward(cx, xa, inp, &lin->A->mat, NULL, N, 1.0, 0);
+    op->linear_forward(cx, xa, inp, &lin->A->mat, NULL, rows->n, 1.0, 0);
 }
 
 void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
-                        const void *inp, void *xa, int N, int rows)
+                        const void *inp, void *xa, const struct glm_rows *rows)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
     const void *bias = lin->bias ? lin->bias->mat.data : NULL;
     if (!glm_adapted(m, lin)) {
-        op->linear_forward(cx, out, inp, &lin->weight->mat, bias, N, 1.0, 0);
+        op->linear_forward(cx, out, inp, &lin->weight->mat, bias, rows->n, 1.0, 0);
         return;
     }
-    glm_adapter_forward(m, lin, inp, xa, N, rows);
-    op->adapted_forward(cx, out, inp, &lin->weight->mat, bias, xa, &lin->B->mat, N, lin->scale);
+    glm_adapter_forward(m, lin, inp, xa, rows);
+    op->adapted_forward(cx, out, inp, &lin->weight->mat, bias, xa, &lin->B->mat, rows->n,
+                        lin->scale);
 }
 
 /* Whether backward reads the layer's input: for a frozen weight without a trained adapter it does
@@ -64,12 +65,13 @@ int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin)
 /* dinp is overwritten, or NULL where nothing below trains; it may be inp itself, which is read
  * before. */
 void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
-                         const void *dout, const void *inp, const void *xa, int N, int rows)
+                         const void *dout, const void *inp, const void *xa,
+                         const struct glm_rows *rows)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
     const struct glm_weight *W = lin->weight;
-    const int trains = glm_trains(lin->A) || glm_trains(lin->B);
+    const int N = rows->n, trains = glm_trains(lin->A) || glm_trains(lin->B);
     const int adapter = glm_adapted(m, lin) && (dinp || trains);
     const struct glm_dropout mask = mask_of(m, lin, rows);
     void *u = m->step.lora_u, *x = m->step.lora_x;

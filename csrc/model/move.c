@@ -1,9 +1,9 @@
-/* A model to another backend: every weight that the core owns goes by way of the host, in pieces.
+/* A model to another backend: every weight that the core owns goes by way of the host, in chunks.
  * Weights that the caller names are left unbound there, since it has them. */
 #include <stdlib.h>
 #include <string.h>
 
-#include "model.h"
+#include "state.h"
 
 enum { BOUNCE = 1 << 24 };
 

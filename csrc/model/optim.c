@@ -1,10 +1,174 @@
-/* Clipping, AdamW and the learning-rate schedules. Gradients are kept as sums over labelled tokens;
- * the division by their number happens here, once, so that 8x1, 4x2 and 1x8 rows give one update.
- */
+/* What trains, in one block, and its updates: clipping, AdamW and the learning-rate schedules.
+ * Gradients are kept as sums over labelled tokens; the division by their number happens here, once,
+ * so that 8x1, 4x2 and 1x8 rows give one update. */
 #include <math.h>
 #include <string.h>
 
-#include "model.h"
+#include "state.h"
+
+/* ---- the trainable block: values, gradients, first and second moments, one after the other */
+
+glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int n,
+                                   struct glm_error *err)
+{
+    struct glm_backend *be = m->be;
+    const size_t size = be->real_size;
+    size_t total = 0;
+    for (int i = 0; i < n; i++) {
+        if (weights[i] < 0 || weights[i] >= m->n_weights || !m->weights[weights[i]].present ||
+            !m->weights[weights[i]].mat.data)
+            return glm_fail(err, GLM_EVALUE, "names: weight %d is not there or not bound",
+                            weights[i]);
+        for (int j = 0; j < i; j++)
+            if (weights[j] == weights[i])
+                return glm_fail(err, GLM_EVALUE, "names: %s is named twice",
+                                m->weights[weights[i]].name);
+        GLM_TRY(
+            glm_refuse_quantized(&m->weights[weights[i]], "trained: use lora or p_tuning", err));
+        total +=
+            (glm_count(&m->weights[weights[i]]) + 15) / 16 * 16; /* aligned; the gaps stay zero */
+    }
+    char *block = NULL;
+    if (n) {
+        if (total > SIZE_MAX / 4 / size - 1 ||
+            !(block = be->alloc(be, 4 * total * size + sizeof(double))))
+            return glm_fail(
+                err, GLM_EMEMORY,
+                "training needs %zu bytes for parameters, gradients and two moments (16 bytes for "
+                "each of "
+                "%zu parameters): train fewer weights (lora) or use a machine with more memory",
+                4 * total * size, total);
+        be->zero(be, block, 4 * total * size);
+    }
+    /* weights that stop being trained keep their values in memory of their own */
+    for (int i = 0; i < m->n_trainable; i++) {
+        struct glm_weight *w = &m->weights[m->trainable[i]];
+        int stays = 0;
+        for (int j = 0; j < n; j++)
+            stays |= weights[j] == m->trainable[i];
+        if (stays)
+            continue;
+        w->owned = be->alloc(be, glm_count(w) * size);
+        if (!w->owned) {
+            be->free(be, block);
+            return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken", w->name,
+                            glm_count(w) * size);
+        }
+        be->copy(be, w->owned, w->mat.data, glm_count(w) * size);
+    }
+    size_t offset = 0;
+    for (int rank = 2; rank >= 1; rank--) { /* matrices, which decay, then the others */
+        for (int i = 0; i < n; i++) {
+            struct glm_weight *w = &m->weights[weights[i]];
+            if (w->rank != rank)
+                continue;
+            be->ops->convert(be->cx, block + offset * size, be->real, w->mat.data, w->mat.dtype,
+                             glm_count(w));
+            w->offset = offset;
+            offset += (glm_count(w) + 15) / 16 * 16;
+        }
+        if (rank == 2)
+            m->decaying = offset;
+    }
+    for (int i = 0; i < m->n_trainable; i++) {
+        struct glm_weight *w = &m->weights[m->trainable[i]];
+        w->mat.data = w->owned;
+        w->grad = NULL;
+    }
+    for (int i = 0; i < n; i++) {
+        struct glm_weight *w = &m->weights[weights[i]];
+        be->free(be, w->owned);
+        w->owned = NULL;
+        glm_weight_set(w, block + w->offset * size, be->real);
+        w->grad = block + (total + w->offset) * size;
+    }
+    be->free(be, m->block);
+    m->block = block;
+    m->block_size = total;
+    m->n_trainable = n;
+    for (int i = 0; i < n; i++)
+        m->trainable[i] = weights[i];
+    m->progress = (struct glm_progress){0};
+    m->squares_known = 0;
+    m->version++;
+    return GLM_OK;
+}
+
+int glm_model_trainable(struct glm_model *m, const int **weights)
+{
+    *weights = m->trainable;
+    return m->n_trainable;
+}
+
+static glm_status part_of(struct glm_model *m, int weight, enum glm_part part,
+                          struct glm_weight **out, void **data, struct glm_error *err)
+{
+    if (weight < 0 || weight >= m->n_weights || !m->weights[weight].present ||
+        !m->weights[weight].mat.data)
+        return glm_fail(err, GLM_EVALUE, "weight %d is not there or not bound", weight);
+    struct glm_weight *w = *out = &m->weights[weight];
+    *data = (void *)w->mat.data;
+    if (part == GLM_VALUE)
+        return GLM_OK;
+    if (!w->grad)
+        return glm_fail(err, GLM_ESTATE,
+                        "%s is not being trained: it has no gradient and no moments", w->name);
+    *data = m->block + ((size_t)part * m->block_size + w->offset) * m->be->real_size;
+    return GLM_OK;
+}
+
+glm_status glm_model_read(struct glm_model *m, int weight, enum glm_part part, void *out,
+                          struct glm_error *err)
+{
+    struct glm_backend *be = m->be;
+    struct glm_weight *w;
+    void *data;
+    GLM_TRY(part_of(m, weight, part, &w, &data, err));
+    GLM_TRY(glm_refuse_quantized(w, "read as numbers", err));
+    const size_t n = glm_count(w);
+    if (part == GLM_VALUE && w->mat.dtype != be->real) {
+        void *wide = be->device_memory ? be->alloc(be, n * be->real_size) : out;
+        if (!wide)
+            return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken", w->name,
+                            n * be->real_size);
+        be->ops->convert(be->cx, wide, be->real, data, w->mat.dtype, n);
+        if (be->device_memory) {
+            be->download(be, out, wide, n * be->real_size);
+            be->free(be, wide);
+        }
+        return GLM_OK;
+    }
+    be->download(be, out, data, n * be->real_size);
+    if (part == GLM_GRAD &&
+        m->progress.tokens > 0) { /* sums are kept; the token mean is what callers see */
+        const double tokens = (double)m->progress.tokens;
+        for (size_t i = 0; i < n; i++)
+            if (be->real == GLM_F64)
+                ((double *)out)[i] /= tokens;
+            else
+                ((float *)out)[i] = (float)(((float *)out)[i] / tokens);
+    }
+    return GLM_OK;
+}
+
+glm_status glm_model_write(struct glm_model *m, int weight, enum glm_part part, const void *values,
+                           struct glm_error *err)
+{
+    struct glm_weight *w;
+    void *data;
+    if (part == GLM_GRAD)
+        return glm_fail(err, GLM_EVALUE, "what: gradients cannot be written");
+    GLM_TRY(part_of(m, weight, part, &w, &data, err));
+    if (part == GLM_VALUE && !w->grad && !w->owned)
+        return glm_fail(err, GLM_ESTATE, "%s is mapped and read-only: bind an array instead",
+                        w->name);
+    if (part == GLM_VALUE && w->mat.dtype != m->be->real)
+        return glm_fail(err, GLM_ESTATE, "%s was merged in its stored dtype: bind an array instead",
+                        w->name);
+    m->be->upload(m->be, data, values, glm_count(w) * m->be->real_size);
+    m->version++;
+    return GLM_OK;
+}
 
 void glm_model_zero_grad(struct glm_model *m)
 {

@@ -1,18 +1,18 @@
 /* P-Tuning v2's prefix encoder (Liu et al. 2021): P learned rows, through a small MLP if there is a
  * projection, become keys and values of every layer. The keys are not rotated and the prefix has no
  * positions. */
-#include "model.h"
+#include "state.h"
 
 static struct glm_dropout prefix_mask(const struct glm_model *m)
 {
     const struct glm_step *s = &m->step;
     return (struct glm_dropout){
-        .seed = s->dropout_seed,
+        .seed = s->call.dropout_seed,
         .step = (uint32_t)m->progress.steps,
         .site = (uint32_t)(GLM_LINEARS * m->arch.layers),
-        .p = s->use_dropout ? m->prefix_dropout : 0,
-        .stream = s->prefix_stream,
-        .position = s->prefix_position,
+        .p = s->call.dropout ? m->prefix_dropout : 0,
+        .stream = s->prefix.sequence,
+        .position = s->prefix.position,
     };
 }
 

@@ -1,13 +1,10 @@
-/* One call into the model: check the batch, lay out and take the memory, run forward. Nothing is
- * allocated here once a call of at least the same size was made (or reserved). */
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
+/* The memory of one call, and its beginning: every buffer is laid out twice, first to count bytes,
+ * then to hand out addresses. Nothing is allocated here once a call of at least the same size was
+ * made (or reserved). */
+#include "state.h"
 
-#include "model.h"
-
-#define LOGITS_BYTES \
-    ((size_t)32 << 20) /* logits are computed in pieces of rows of about this size */
+/* Logits are computed in chunks of rows of about this size. */
+#define LOGITS_BYTES ((size_t)32 << 20)
 
 /* Rows of generation up to which a norm is not in the memory of the activation that is made of it,
  * so that the product between them and the activation are one op. */
@@ -48,52 +45,39 @@ static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
     a->h = h_size ? glm_arena_push(arena, NR * 2 * F, h_size) : NULL;
 }
 
-/* Largest LoRA rank of each linear (over all layers) and over everything; widest: input of an
+static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
+
+/* LoRA ranks: the largest of each linear over all layers, and of all; widest: the input of an
  * adapted linear. */
-static size_t lora_ranks(const struct glm_model *m, size_t *rank, size_t *widest)
+struct ranks {
+    size_t of[GLM_LINEARS], most, widest;
+};
+
+static struct ranks lora_ranks(const struct glm_model *m)
 {
-    size_t largest = 0;
-    *widest = 0;
-    for (int which = 0; which < GLM_LINEARS; which++) {
-        rank[which] = 0;
-        for (int l = 0; l < m->arch.layers; l++) {
-            const struct glm_weight *A = m->layers[l].linear[which].A;
-            if (!A->present)
-                continue;
-            rank[which] = (size_t)A->rows > rank[which] ? (size_t)A->rows : rank[which];
-            *widest = (size_t)A->cols > *widest ? (size_t)A->cols : *widest;
-        }
-        largest = rank[which] > largest ? rank[which] : largest;
+    struct ranks r = {0};
+    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++) {
+        const struct glm_weight *A = glm_linear_at(m, i)->A;
+        if (!A->present)
+            continue;
+        r.of[i % GLM_LINEARS] = largest(r.of[i % GLM_LINEARS], (size_t)A->rows);
+        r.most = largest(r.most, (size_t)A->rows);
+        r.widest = largest(r.widest, (size_t)A->cols);
     }
-    return largest;
+    return r;
 }
 
-/* Every buffer of a step of s->N, S, M; the same order whether it plans or hands out addresses. */
-static void layout(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s)
+/* The layers' inputs, and what each layer keeps. */
+static void layout_layers(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s,
+                          const size_t *rank)
 {
-    const struct glm_arch *arch = &m->arch;
-    const int L = arch->layers, lowest = s->training ? glm_lowest_layer(m) : L;
-    const size_t real = m->be->real_size, N = s->N, M = s->M, C = arch->hidden, F = arch->ffn;
-    const size_t AO = (size_t)arch->heads * arch->head_dim,
-                 KV = (size_t)arch->kv_heads * arch->head_dim;
-    const size_t QKV = AO + 2 * KV, V = arch->vocab, MR = s->gathered ? M : N;
-    size_t rank[GLM_LINEARS];
-    size_t widest;
-    const size_t R = lora_ranks(m, rank, &widest);
-
-    s->ids = glm_arena_push(arena, N, 4);
-    s->position = glm_arena_push(arena, N, 4);
-    s->stream = glm_arena_push(arena, N, 4);
-    s->slot = glm_arena_push(arena, s->cache ? N : 0, 4);
-    s->rows = glm_arena_push(arena, M, 4);
-    s->target = glm_arena_push(arena, M, 4);
-    s->row_position = glm_arena_push(arena, M, 4);
-    s->row_stream = glm_arena_push(arena, M, 4);
-    s->segments = glm_arena_push(arena, s->S, sizeof *s->segments);
-
+    const int L = m->arch.layers, training = s->call.training, first_kept = L - s->kept_layers;
+    const int lowest = training ? glm_lowest_layer(m) : L;
+    const int narrow = training && m->be->kept != GLM_F32;
+    const size_t real = m->be->real_size, N = s->N, M = s->M, C = m->arch.hidden, F = m->arch.ffn;
+    const size_t MR = s->gathered ? M : N;
     /* The first layer's input is looked up again in backward, so the second's may take its place.
      */
-    const int first_kept = L - s->kept_layers, narrow = s->training && m->be->kept != GLM_F32;
     void *shared_x = glm_arena_push(arena, N * C, real);
     for (int l = 0; l < L; l++) {
         /* the first layer that is kept has its input to itself until the others run again */
@@ -102,13 +86,13 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
         s->saved[l] =
             narrow && l && l >= lowest && l < first_kept ? glm_arena_push(arena, N * C, 2) : NULL;
     }
-    s->x[L] = s->training || s->gathered ? glm_arena_push(arena, MR * C, real) : shared_x;
+    s->x[L] = training || s->gathered ? glm_arena_push(arena, MR * C, real) : shared_x;
     s->final = glm_arena_push(arena, MR * C, real);
     s->final_rstd = glm_arena_push(arena, MR, real);
 
     const size_t NR = s->gathered && first_kept == 0 ? M : N;
-    /* Where h is rounded the last layer and those computed twice have it in the one of its size. */
-    const int rounds = s->training && m->be->kept_h != GLM_F32;
+    /* Where h is rounded the last layer and those recomputed have it in the one of its size. */
+    const int rounds = training && m->be->kept_h != GLM_F32;
     s->h = rounds ? glm_arena_push(arena, N * 2 * F, real) : NULL;
     layout_acts(m, arena, &s->acts[L - 1], N, NR, rank, rounds ? 0 : real);
     for (int l = 0; l < L - 1; l++)
@@ -116,63 +100,109 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
             s->acts[l] = s->acts[L - 1];
         else
             layout_acts(m, arena, &s->acts[l], N, N, rank, rounds ? 2 : real);
-
-    s->att_rows = glm_arena_push(arena, s->gathered ? M * AO : 0, real);
-    s->x_rows = glm_arena_push(arena, s->gathered ? M * C : 0, real);
-    const size_t back = s->training ? 1 : 0, unit = 64 / real;
-    const size_t ln = (N * (AO > C ? AO : C) + unit - 1) / unit * unit;
-    const size_t dqkv = ln + (back * N * QKV + unit - 1) / unit * unit;
-    const size_t dropped = s->use_dropout ? back * N * widest : 0;
-    const size_t inside = dqkv + (rank[GLM_4H_TO_H] ? 0 : dropped);
-    s->act = glm_arena_push(arena, N * F > inside ? N * F : inside, real);
-    s->ln = s->dnorm = s->datt = s->dact = s->act;
-    if (s->cache && N <= APART)
-        s->ln = glm_arena_push(arena, ln, real);
-    s->dqkv = s->act ? glm_at(m, s->act, ln) : NULL;
-    s->lora_x = s->act ? glm_at(m, s->act, dqkv) : NULL;
-    if (rank[GLM_4H_TO_H])
-        s->lora_x = glm_arena_push(arena, dropped, real);
-    s->datt_rows = s->att_rows;
-    s->dx_rows = s->x_rows;
-    s->dx = glm_arena_push(arena, back * N * C, real);
-    s->lora_u = glm_arena_push(arena, back * N * R, real);
-
-    const size_t piece = LOGITS_BYTES / (V * real) < 16 ? 16 : LOGITS_BYTES / (V * real);
-    s->logits_rows = (int)(M < piece ? M : piece);
-    s->logits = glm_arena_push(arena, s->logits_rows * V, real);
-    s->losses = glm_arena_push(arena, M, real);
-    s->squares = glm_arena_push(arena, 1, sizeof *s->squares);
-    s->chosen = glm_arena_push(arena, s->cache ? M : 0, 4);
-    s->lse = glm_arena_push(arena, M, real);
-
-    s->prefix_hidden = s->prefix_rows = s->prefix_kv = NULL;
-    if (m->prefix_length && !s->cache) {
-        const size_t P = m->prefix_length, J = 2 * (size_t)L, copies = s->prefix_copies;
-        const int projection = m->prefix[1].present;
-        s->prefix_position = glm_arena_push(arena, copies * P, 4);
-        s->prefix_stream = glm_arena_push(arena, copies * P, 4);
-        s->prefix_hidden = glm_arena_push(arena, projection ? P * C : 0, real);
-        s->prefix_rows = glm_arena_push(arena, projection ? P * J * KV : 0, real);
-        s->prefix_kv = glm_arena_push(arena, copies * P * J * KV, real);
-        const size_t trains =
-            s->training && (glm_trains(&m->prefix[0]) || glm_trains(&m->prefix[1]));
-        s->dprefix_kv = glm_arena_push(arena, trains * copies * P * J * KV, real);
-        s->dprefix_rows = glm_arena_push(arena, projection ? trains * P * J * KV : 0, real);
-        s->dprefix_hidden = glm_arena_push(arena, projection ? trains * P * C : 0, real);
-        if (!trains)
-            s->dprefix_kv = NULL;
-    }
-    s->choices = glm_arena_push(arena, s->how ? M : 0, sizeof *s->choices);
-    s->touched = glm_arena_push(arena, s->touched_room, 4); /* last: what grows moves nothing */
 }
 
-/* Layers to keep: as many of the last ones as the budget allows, so that the fewest are computed
- * twice; the last one costs nothing. */
+/* What the layer at work needs, and the final norm's gradient before the layers. Most of it is in
+ * one buffer, `act`, over time from top to bottom:
+ *
+ *     elements   0 ..      max(C, AO) ..   + QKV ..                   read by
+ *     forward    ln                        [lora_x]                   query_key_value
+ *                ln                        [lora_x]                   dense_h_to_4h
+ *                act, N F elements         [lora_x has its own]       dense_4h_to_h
+ *     backward   dnorm                                                the final norm
+ *                act, then dact            [lora_x has its own]       dense_4h_to_h, swiglu
+ *                ln, then dnorm            [lora_x]                   dense_h_to_4h, norm
+ *                datt                      [lora_x]                   attention
+ *                datt         dqkv                                    rope
+ *                ln, dnorm    dqkv         [lora_x]                   query_key_value, norm
+ *
+ * (dense reads att, not ln; lora_x: where there is LoRA dropout, of which lora_x is the outcome).
+ * An input's gradient is written in its place, once it was read. */
+static void layout_work(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s,
+                        const struct ranks *ranks)
+{
+    const size_t real = m->be->real_size, N = s->N, C = m->arch.hidden, F = m->arch.ffn;
+    const size_t AO = (size_t)m->arch.heads * m->arch.head_dim;
+    const size_t QKV = AO + (size_t)2 * m->arch.kv_heads * m->arch.head_dim;
+    const size_t gathered = s->gathered ? s->M : 0, back = s->call.training ? 1 : 0;
+    const size_t unit = 64 / real;
+    const size_t ln = (N * largest(AO, C) + unit - 1) / unit * unit;
+    const size_t dqkv = ln + (back * N * QKV + unit - 1) / unit * unit;
+    const size_t dropped = s->call.dropout ? back * N * ranks->widest : 0;
+    const int lora_x_apart = ranks->of[GLM_4H_TO_H] > 0;
+    s->att_rows = s->datt_rows = glm_arena_push(arena, gathered * AO, real);
+    s->x_rows = s->dx_rows = glm_arena_push(arena, gathered * C, real);
+    s->act = glm_arena_push(arena, largest(N * F, dqkv + (lora_x_apart ? 0 : dropped)), real);
+    s->dnorm = s->datt = s->dact = s->act;
+    s->ln = s->fused_swiglu ? glm_arena_push(arena, ln, real) : s->act;
+    s->dqkv = s->act ? glm_at(m, s->act, ln) : NULL;
+    s->lora_x = s->act ? glm_at(m, s->act, dqkv) : NULL;
+    if (lora_x_apart)
+        s->lora_x = glm_arena_push(arena, dropped, real);
+    s->dx = glm_arena_push(arena, back * N * C, real);
+    s->lora_u = glm_arena_push(arena, back * N * ranks->most, real);
+}
+
+/* The prefix encoder's; in generation its output is in the cache. */
+static void layout_prefix(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s)
+{
+    const size_t real = m->be->real_size, C = m->arch.hidden, J = 2 * (size_t)m->arch.layers;
+    const size_t KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
+    const size_t rows = s->prefix.n, P = rows ? m->prefix_length : 0;
+    const size_t encoded = m->prefix[1].present ? P : 0; /* by a projection */
+    const size_t trains =
+        s->call.training && (glm_trains(&m->prefix[0]) || glm_trains(&m->prefix[1]));
+    glm_rows_layout(arena, &s->prefix, rows);
+    s->prefix_hidden = glm_arena_push(arena, encoded * C, real);
+    s->prefix_rows = glm_arena_push(arena, encoded * J * KV, real);
+    s->prefix_kv = glm_arena_push(arena, rows * J * KV, real);
+    s->dprefix_kv = glm_arena_push(arena, trains * rows * J * KV, real);
+    s->dprefix_rows = glm_arena_push(arena, trains * encoded * J * KV, real);
+    s->dprefix_hidden = glm_arena_push(arena, trains * encoded * C, real);
+    if (!rows)
+        s->prefix_kv = NULL;
+    if (!rows || !trains)
+        s->dprefix_kv = NULL;
+}
+
+/* Every buffer of a step of s->N, S, M; the same order whether it plans or hands out addresses. */
+static void layout(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s)
+{
+    const size_t real = m->be->real_size, N = s->N, M = s->M, V = m->arch.vocab;
+    const struct ranks ranks = lora_ranks(m);
+
+    s->ids = glm_arena_push(arena, N, sizeof *s->ids);
+    glm_rows_layout(arena, &s->all, N);
+    s->slot = glm_arena_push(arena, s->call.cache ? N : 0, sizeof *s->slot);
+    s->gather = glm_arena_push(arena, M, sizeof *s->gather);
+    s->target = glm_arena_push(arena, M, sizeof *s->target);
+    glm_rows_layout(arena, &s->read, M);
+    s->segments = glm_arena_push(arena, s->S, sizeof *s->segments);
+
+    layout_layers(m, arena, s, ranks.of);
+    layout_work(m, arena, s, &ranks);
+
+    const size_t chunk = largest(16, LOGITS_BYTES / (V * real));
+    s->logits_rows = (int)(M < chunk ? M : chunk);
+    s->logits = glm_arena_push(arena, s->logits_rows * V, real);
+    s->losses = glm_arena_push(arena, M, real); /* neighbours, as in struct glm_staging */
+    s->squares = glm_arena_push(arena, 1, sizeof *s->squares);
+    s->chosen = glm_arena_push(arena, s->call.cache ? M : 0, sizeof *s->chosen);
+    s->lse = glm_arena_push(arena, M, real);
+
+    layout_prefix(m, arena, s);
+    s->choices = glm_arena_push(arena, s->call.sampling ? M : 0, sizeof *s->choices);
+    s->touched = glm_arena_push(arena, s->touched_room,
+                                sizeof *s->touched); /* last: what grows moves nothing */
+}
+
+/* Layers to keep: as many of the last ones as the budget allows, so that the fewest are recomputed;
+ * the last one costs nothing. */
 static size_t plan_activations(const struct glm_model *m, struct glm_step *s, size_t budget)
 {
-    const int L = m->arch.layers, lowest = s->training ? glm_lowest_layer(m) : L;
+    const int L = m->arch.layers, lowest = s->call.training ? glm_lowest_layer(m) : L;
     const int fewest = 1, most = L - lowest > fewest ? L - lowest : fewest;
-    for (s->kept_layers = s->training ? most : fewest;; s->kept_layers--) {
+    for (s->kept_layers = s->call.training ? most : fewest;; s->kept_layers--) {
         struct glm_arena plan = {0};
         layout(m, &plan, s);
         if (plan.peak <= (budget ? budget : GLM_DEFAULT_BUDGET) || s->kept_layers == fewest)
@@ -180,58 +210,46 @@ static size_t plan_activations(const struct glm_model *m, struct glm_step *s, si
     }
 }
 
+static size_t plan_staging(const struct glm_model *m, struct glm_step *s)
+{
+    struct glm_arena plan = {0};
+    glm_staging_layout(m, &plan, s);
+    return plan.peak;
+}
+
+/* Ids whose scores change, at most; in steps, so that a recording lasts for many of them. */
+static size_t touched_room(const struct glm_sampling *how, int M)
+{
+    const size_t unit = 4096;
+    size_t room = 0;
+    for (int i = 0; how && how->context && i < M; i++)
+        room += 2 * (size_t)how->context_lengths[i] + (size_t)how->n_suppress;
+    return (room + unit - 1) / unit * unit;
+}
+
 static void set_sizes(const struct glm_model *m, struct glm_step *s, int N, int S, int M,
-                      int training, int gather, int dropout, struct glm_cache *cache)
+                      const struct glm_call *call)
 {
     s->N = N;
     s->S = S;
     s->M = M;
-    s->training = training;
-    s->gathered = gather && M < N;
-    s->use_dropout = dropout;
-    s->cache = cache;
-    s->how = NULL;
-    s->touched_room = 0;
-    s->prefix_copies = training && dropout && m->prefix_dropout > 0 ? S : 1;
-}
-
-static size_t host_bytes(const struct glm_model *m, const struct glm_step *s)
-{
-    const size_t prefix = (size_t)s->prefix_copies * m->prefix_length;
-    return ((size_t)s->N * 4 + (size_t)s->M * 4 + prefix * 2) * 4 +
-           (size_t)s->S * sizeof *s->segments + (size_t)s->M * 8 + 256 +
-           (s->how ? s->M * sizeof *s->choices + s->touched_room * 4 + (size_t)m->arch.vocab : 0);
-}
-
-/* What the choice of the next ids takes; room in steps, so that a recording lasts for many of them.
- */
-static void set_choices(struct glm_step *s, const struct glm_sampling *how)
-{
-    const size_t unit = 4096;
-    size_t room = 0;
-    s->how = how;
-    for (int i = 0; how && how->context && i < s->M; i++)
-        room += 2 * (size_t)how->context_lengths[i] + (size_t)how->n_suppress;
-    s->touched_room = (room + unit - 1) / unit * unit;
+    s->call = *call;
+    s->gathered = call->gather && M < N;
+    s->fused_swiglu = call->cache && N <= APART;
+    s->prefix_copies = call->dropout && m->prefix_dropout > 0 ? S : 1;
+    s->prefix.n = call->cache ? 0 : s->prefix_copies * m->prefix_length;
+    s->touched_room = touched_room(call->sampling, M);
 }
 
 /* Memory for the step that `s` describes; kept where it suffices. */
 static glm_status take_memory(struct glm_model *m, struct glm_step *s, size_t budget,
                               struct glm_error *err)
 {
-    const size_t bytes = plan_activations(m, s, budget);
+    const size_t bytes = plan_activations(m, s, budget), staging = plan_staging(m, s);
     GLM_TRY(glm_arena_commit(&m->arena, bytes, m->be, "activations of one step", err));
-    const size_t host = host_bytes(m, s);
-    if (host > m->host_size) {
-        free(m->host);
-        m->host = calloc(1, host);
-        m->host_size = m->host ? host : 0;
-        m->be->allocated++;
-        if (!m->host)
-            return glm_fail(err, GLM_EMEMORY, "batch: %zu bytes could not be taken", host);
-    }
-    m->arena.used = 0;
+    GLM_TRY(glm_arena_commit(&m->host, staging, m->be, "batch", err));
     layout(m, &m->arena, s);
+    glm_staging_layout(m, &m->host, s);
     return GLM_OK;
 }
 
@@ -243,8 +261,9 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
             err, GLM_EVALUE,
             "plan: expected 1 <= n_segments <= n_tokens and n_rows <= n_tokens, got %d, %d, %d", S,
             N, M);
-    struct glm_step s =
-        m->step; /* x and acts are written while planning; the next step lays them out anew */
+    const struct glm_call call = {.training = training, .gather = 1, .dropout = training};
+    /* x and acts are written while planning; the next step lays them out anew */
+    struct glm_step s = m->step;
     *plan = (struct glm_plan){0};
     plan->owned = (size_t)m->arch.max_positions * m->arch.rotary_dim * m->be->real_size;
     for (int i = 0; i < m->n_weights; i++) {
@@ -254,8 +273,8 @@ glm_status glm_model_plan(struct glm_model *m, int N, int S, int M, int training
         *(w->owned ? &plan->owned : &plan->weights) += glm_mat_bytes(&w->mat);
     }
     plan->trainable = 4 * m->block_size * m->be->real_size;
-    set_sizes(m, &s, N, S, M, training, 1, training, NULL);
-    plan->activations = plan_activations(m, &s, budget) + host_bytes(m, &s);
+    set_sizes(m, &s, N, S, M, &call);
+    plan->activations = plan_activations(m, &s, budget) + plan_staging(m, &s);
     plan->held = m->arena.capacity;
     plan->kept_layers = s.kept_layers;
     plan->total = plan->weights + plan->owned + plan->trainable + plan->activations;
@@ -266,9 +285,10 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
                              struct glm_error *err)
 {
     struct glm_plan plan;
+    const struct glm_call call = {.training = training, .gather = 1, .dropout = training};
     struct glm_step *s = &m->step;
     GLM_TRY(glm_model_plan(m, N, S, M, training, budget, &plan, err));
-    set_sizes(m, s, N, S, M, training, 1, training, NULL);
+    set_sizes(m, s, N, S, M, &call);
     GLM_TRY(glm_rope_reach(m, N - S + 1, err)); /* no segment is longer */
     GLM_TRY(take_memory(m, s, budget, err));
     if (training) { /* a smaller batch keeps more layers, but not beyond what was taken */
@@ -278,269 +298,12 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
     return GLM_OK;
 }
 
-static glm_status check_input(const struct glm_model *m, const struct glm_input *in,
-                              struct glm_error *err)
-{
-    const int V = m->arch.vocab;
-    int64_t sum = 0;
-    if (in->N < 1 || in->S < 1)
-        return glm_fail(err, GLM_EVALUE, "ids: the batch is empty (%d tokens, %d segments)", in->N,
-                        in->S);
-    for (int s = 0; s < in->S; s++) {
-        if (in->lengths[s] < 1)
-            return glm_fail(err, GLM_EVALUE, "lengths[%d]: expected at least 1 token, got %d", s,
-                            in->lengths[s]);
-        sum += in->lengths[s];
-    }
-    if (sum != in->N)
-        return glm_fail(err, GLM_EVALUE, "lengths: sum is %lld but there are %d ids",
-                        (long long)sum, in->N);
-    for (int n = 0; n < in->N; n++) {
-        if (in->ids[n] < 0 || in->ids[n] >= V)
-            return glm_fail(err, GLM_EVALUE, "ids[%d]: token id %d is outside the vocabulary of %d",
-                            n, in->ids[n], V);
-        if (in->positions && (in->positions[n] < 0 || in->positions[n] >= m->arch.max_positions))
-            return glm_fail(err, GLM_EVALUE, "positions[%d]: %d is outside 0 .. %d (seq_length)", n,
-                            in->positions[n], m->arch.max_positions - 1);
-    }
-    for (int i = 0; in->rows && i < in->M; i++) {
-        if (in->rows[i] < 0 || in->rows[i] >= in->N || (i && in->rows[i] <= in->rows[i - 1]))
-            return glm_fail(err, GLM_EVALUE,
-                            "rows[%d]: expected ascending indices of the %d tokens, got %d", i,
-                            in->N, in->rows[i]);
-        if (in->targets && (in->targets[i] < 0 || in->targets[i] >= V))
-            return glm_fail(err, GLM_EVALUE,
-                            "targets[%d]: label %d is outside the vocabulary of %d", i,
-                            in->targets[i], V);
-    }
-    return GLM_OK;
-}
-
-/* Host copy of the index arrays, uploaded array by array. rows NULL: all tokens; in generation the
- * last token of each segment. */
-static glm_status upload_batch(struct glm_model *m, const struct glm_input *in,
-                               const struct glm_place *place, struct glm_error *err)
-{
-    struct glm_backend *be = m->be;
-    struct glm_step *s = &m->step;
-    struct glm_cache *c = place ? place->cache : NULL;
-    const int P = m->prefix_length, N = s->N, M = s->M, fresh = !c;
-    struct glm_segment *segments = (struct glm_segment *)m->host;
-    int32_t *position = (int32_t *)(segments + s->S), *stream = position + N, *slot = stream + N,
-            *rows = slot + N;
-    int32_t *row_position = rows + M, *row_stream = row_position + M;
-    int32_t *prefix_position = row_stream + M,
-            *prefix_stream = prefix_position + (size_t)s->prefix_copies * P;
-    s->host_losses =
-        (void *)(((uintptr_t)(prefix_stream + (size_t)s->prefix_copies * P) + 7) / 8 * 8);
-    s->longest = 0;
-    int farthest = 0;
-    for (int i = 0, n = 0; i < s->S; i++) {
-        const int count = in->lengths[i], row = place && place->rows ? place->rows[i] : -1;
-        const int past = row >= 0 ? c->lengths[row] : c ? c->shared_length : 0;
-        const int first = row >= 0 ? c->prefix_length + c->shared_capacity + row * c->capacity
-                          : c      ? c->prefix_length
-                                   : 0;
-        int start = past + (row >= 0 ? c->shared_length : 0);
-        s->longest = count > s->longest ? count : s->longest;
-        segments[i] = (struct glm_segment){.begin = n, .count = count};
-        if (fresh && P) {
-            segments[i].shared_begin = s->prefix_copies > 1 ? i * P : 0;
-            segments[i].shared_count = P;
-        } else if (c) {
-            segments[i].shared_count = c->prefix_length + (row >= 0 ? c->shared_length : 0);
-            segments[i].past_begin = first;
-            segments[i].past_count = past;
-        }
-        if (!in->positions && (int64_t)start + count > m->arch.max_positions)
-            return glm_fail(
-                err, GLM_EVALUE,
-                "segment %d: %d tokens from position %d on are longer than the model's %d "
-                "positions (seq_length)",
-                i, count, start, m->arch.max_positions);
-        for (int t = 0; t < count; t++, n++) {
-            position[n] = in->positions ? in->positions[n] : start + t;
-            farthest = position[n] > farthest ? position[n] : farthest;
-            stream[n] = (int32_t)(uint32_t)((m->progress.rows + i) & 0x7fffffff);
-            slot[n] = first + past + t;
-        }
-    }
-    for (int b = 0; b < s->prefix_copies && fresh; b++)
-        for (int p = 0; p < P; p++) {
-            prefix_position[b * P + p] = p;
-            prefix_stream[b * P + p] = (int32_t)(uint32_t)((m->progress.rows + b) & 0x7fffffff);
-        }
-    for (int i = 0; i < M; i++) {
-        rows[i] = in->rows ? in->rows[i] : place ? segments[i].begin + segments[i].count - 1 : i;
-        row_position[i] = position[rows[i]];
-        row_stream[i] = stream[rows[i]];
-    }
-    GLM_TRY(glm_rope_reach(m, (int64_t)farthest + 1, err));
-    be->upload(be, s->segments, segments, (size_t)s->S * sizeof *segments);
-    be->upload(be, s->ids, in->ids, (size_t)N * 4);
-    be->upload(be, s->position, position, (size_t)N * 4);
-    be->upload(be, s->stream, stream, (size_t)N * 4);
-    if (c)
-        be->upload(be, s->slot, slot, (size_t)N * 4);
-    be->upload(be, s->rows, rows, (size_t)M * 4);
-    be->upload(be, s->row_position, row_position, (size_t)M * 4);
-    be->upload(be, s->row_stream, row_stream, (size_t)M * 4);
-    if (in->targets)
-        be->upload(be, s->target, in->targets, (size_t)M * 4);
-    if (fresh && P) {
-        be->upload(be, s->prefix_position, prefix_position, (size_t)s->prefix_copies * P * 4);
-        be->upload(be, s->prefix_stream, prefix_stream, (size_t)s->prefix_copies * P * 4);
-    }
-    return GLM_OK;
-}
-
-/* `staging` has room for all of it (host_bytes). */
-static void upload_choices(struct glm_model *m, char *staging)
-{
-    struct glm_step *s = &m->step;
-    const struct glm_sampling *how = s->how;
-    const int32_t *context = how->context;
-    struct glm_choice *choices = (struct glm_choice *)staging;
-    int32_t *touched = (int32_t *)(choices + s->M), n = 0;
-    unsigned char *seen = (unsigned char *)(touched + s->touched_room);
-    for (int i = 0; i < s->M; i++) {
-        const uint64_t *draw = how->draws + 3 * (size_t)i;
-        const int length = context ? how->context_lengths[i] : 0;
-        struct glm_choice *c = &choices[i];
-        *c = (struct glm_choice){.top_p = how->top_p,
-                                 .seed = draw[0],
-                                 .stream = (uint32_t)draw[1],
-                                 .index = (uint32_t)draw[2],
-                                 .temperature = (float)how->temperature,
-                                 .penalty = (float)how->repetition_penalty,
-                                 .top_k = how->top_k,
-                                 .first = n};
-        if (context)
-            glm_touched_ids(touched + n, &c->penalised, &c->banned, m->arch.vocab, context, length,
-                            how->repetition_penalty, how->no_repeat_ngram, how->suppress,
-                            length < how->min_length ? how->n_suppress : 0, seen);
-        n += c->penalised + c->banned;
-        context = context ? context + length : NULL;
-    }
-    m->be->upload(m->be, s->choices, choices, (size_t)s->M * sizeof *choices);
-    m->be->upload(m->be, s->touched, touched, (size_t)n * 4);
-}
-
-glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in, int training, int gather,
-                          const struct glm_place *place, struct glm_error *err)
+glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in,
+                          const struct glm_call *call, struct glm_error *err)
 {
     GLM_TRY(glm_weights_complete(m, err));
-    GLM_TRY(check_input(m, in, err));
-    struct glm_step *s = &m->step;
-    set_sizes(m, s, in->N, in->S, in->rows || place ? in->M : in->N, training, gather,
-              training && s->use_dropout, place ? place->cache : NULL);
-    set_choices(s, place ? place->how : NULL);
-    GLM_TRY(take_memory(m, s, m->budget, err));
-    GLM_TRY(upload_batch(m, in, place, err));
-    if (s->how) {
-        const size_t at = (uintptr_t)s->host_losses + (size_t)s->M * 8 + 128;
-        upload_choices(m, (char *)((at + 7) / 8 * 8));
-    }
-    return GLM_OK;
-}
-
-struct glm_kv glm_step_kv(const struct glm_model *m, int l)
-{
-    const struct glm_step *s = &m->step;
-    const size_t KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
-    char *base = s->cache ? s->cache->kv : s->prefix_kv;
-    const size_t slots =
-        s->cache ? (size_t)s->cache->slots : (size_t)s->prefix_copies * m->prefix_length;
-    if (!base)
-        return (struct glm_kv){NULL, NULL};
-    return (struct glm_kv){glm_at(m, base, 2 * l * slots * KV),
-                           glm_at(m, base, (2 * l + 1) * slots * KV)};
-}
-
-struct glm_kv glm_step_dkv(const struct glm_model *m, int l)
-{
-    const struct glm_step *s = &m->step;
-    const size_t KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
-    const size_t slots = (size_t)s->prefix_copies * m->prefix_length;
-    if (!s->dprefix_kv || !m->prefix_length)
-        return (struct glm_kv){NULL, NULL};
-    return (struct glm_kv){glm_at(m, s->dprefix_kv, 2 * l * slots * KV),
-                           glm_at(m, s->dprefix_kv, (2 * l + 1) * slots * KV)};
-}
-
-static glm_status interrupted(struct glm_model *m, struct glm_error *err)
-{
-    if (m->be->stopped(m->be))
-        return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
-    return GLM_OK;
-}
-
-/* names: say where x (rows, C) stops being finite; rows of a gathered layer are translated back to
- * tokens */
-static glm_status check_finite(struct glm_model *m, const void *x, int rows, int gathered,
-                               const char *where, int l, struct glm_error *err)
-{
-    int row;
-    m->be->ops->first_nonfinite(m->be->cx, &row, x, rows, m->arch.hidden);
-    if (row < 0)
-        return GLM_OK;
-    const struct glm_segment *segments =
-        (const struct glm_segment *)m->host; /* upload_batch put them first */
-    int token = gathered ? ((const int32_t *)(segments + m->step.S))[3 * m->step.N + row] : row,
-        segment = 0;
-    while (segment + 1 < m->step.S && segments[segment + 1].begin <= token)
-        segment++;
-    if (l < 0)
-        return glm_fail(err, GLM_ENUMERIC,
-                        "%s holds NaN or infinity: row %d of the batch, token %d", where, segment,
-                        token - segments[segment].begin);
-    return glm_fail(err, GLM_ENUMERIC,
-                    "%s %d yields NaN or infinity: row %d of the batch, token %d", where, l,
-                    segment, token - segments[segment].begin);
-}
-
-static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, struct glm_error *err)
-{
-    const struct glm_ops *op = m->be->ops;
-    void *cx = m->be->cx;
-    struct glm_step *s = &m->step;
-    const int L = m->arch.layers, C = m->arch.hidden, MR = s->gathered ? s->M : s->N;
-    const size_t bytes = (size_t)s->N * C * m->be->real_size;
-    if (m->prefix_length && !s->cache)
-        glm_prefix_forward(m);
-    op->embedding_forward(cx, s->x[0], &m->word_embeddings->mat, s->ids, s->N);
-    for (int l = 0; l < L; l++) {
-        if (hidden)
-            m->be->download(m->be, (char *)hidden + l * bytes, s->x[l], bytes);
-        if (diagnose)
-            GLM_TRY(check_finite(m, s->x[l], s->N, 0, l ? "layer" : "the embedding", l - 1, err));
-        if (s->saved[l])
-            op->convert(cx, s->saved[l], m->be->kept, s->x[l], m->be->real, (size_t)s->N * C);
-        glm_block_forward(m, l, s->x[l + 1]);
-        GLM_TRY(interrupted(m, err));
-    }
-    if (hidden)
-        m->be->download(m->be, (char *)hidden + L * bytes, s->x[L], bytes);
-    if (diagnose)
-        GLM_TRY(check_finite(m, s->x[L], MR, s->gathered, "layer", L - 1, err));
-    return GLM_OK;
-}
-
-glm_status glm_step_forward(struct glm_model *m, void *hidden, struct glm_error *err)
-{
-    return run_layers(m, hidden, 0, err);
-}
-
-glm_status glm_step_diagnose(struct glm_model *m, struct glm_error *err)
-{
-    GLM_TRY(run_layers(m, NULL, 1, err));
-    return glm_fail(err, GLM_ENUMERIC, "the output layer yields NaN or infinity");
-}
-
-void glm_step_logits(struct glm_model *m, int begin, int count)
-{
-    const struct glm_step *s = &m->step;
-    m->be->ops->linear_forward(m->be->cx, s->logits,
-                               glm_at(m, s->final, (size_t)begin * m->arch.hidden),
-                               &m->output_layer->mat, NULL, count, 1.0, 0);
+    GLM_TRY(glm_batch_check(m, in, err));
+    set_sizes(m, &m->step, in->N, in->S, in->rows || call->cache ? in->M : in->N, call);
+    GLM_TRY(take_memory(m, &m->step, m->budget, err));
+    return glm_batch_upload(m, in, err);
 }

@@ -1,137 +1,8 @@
 /* Module definition, state, and the functions that need no model. */
 #define GLM_IMPORTS_NUMPY
-#include "module.h"
+#include "convert.h"
 
 #include <stddef.h>
-
-struct glm_backend *glm_module_backend(struct module_state *state, const char *name)
-{
-    struct glm_error err;
-    struct glm_backend *be;
-    char full[64];
-    glm_backend_name(full, name);
-    for (int i = 0; i < state->n_backends; i++)
-        if (strcmp(state->backends[i]->name, full) == 0)
-            return state->backends[i];
-    if (state->n_backends == GLM_MAX_BACKENDS) {
-        PyErr_SetString(PyExc_RuntimeError, "too many backends");
-        return NULL;
-    }
-    glm_status status = glm_backend_create(&be, full, &err);
-    if (status != GLM_OK) {
-        glm_raise(status, &err);
-        return NULL;
-    }
-    if (state->threads)
-        be->set_threads(be, state->threads);
-    return state->backends[state->n_backends++] = be;
-}
-
-PyObject *glm_raise(glm_status status, const struct glm_error *err)
-{
-    if (status == GLM_EINTERRUPTED) {
-        if (!PyErr_Occurred())
-            PyErr_SetNone(PyExc_KeyboardInterrupt);
-        return NULL;
-    }
-    PyObject *type = status == GLM_EVALUE     ? PyExc_ValueError
-                     : status == GLM_EMEMORY  ? PyExc_MemoryError
-                     : status == GLM_ENUMERIC ? PyExc_FloatingPointError
-                                              : PyExc_RuntimeError;
-    PyErr_SetString(type, err->text);
-    return NULL;
-}
-
-int glm_dtype_from_name(const char *name, enum glm_dtype *out)
-{
-    for (int i = GLM_F32; i <= GLM_I4; i++)
-        if (strcmp(name, glm_dtype_name((enum glm_dtype)i)) == 0) {
-            *out = (enum glm_dtype)i;
-            return 0;
-        }
-    PyErr_Format(PyExc_ValueError, "dtype: expected F32, F16, BF16, F64, I8 or I4, got '%s'", name);
-    return -1;
-}
-
-const char *glm_dtype_name(enum glm_dtype dtype)
-{
-    static const char *const names[] = {"F32", "F16", "BF16", "F64", "I8", "I4"};
-    return names[dtype];
-}
-
-int glm_dtype_numpy(enum glm_dtype dtype)
-{
-    static const int types[] = {NPY_FLOAT32, NPY_FLOAT16, NPY_UINT16,
-                                NPY_FLOAT64, NPY_INT8,    NPY_INT8};
-    return types[dtype];
-}
-
-PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, int rank)
-{
-    int integers = typenum == NPY_INT32;
-    PyArrayObject *array;
-    if (!PyArray_Check(object) && !integers) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a NumPy array, got %s", name,
-                     Py_TYPE(object)->tp_name);
-        return NULL;
-    }
-    if (integers && PyArray_Check(object) && PyArray_TYPE((PyArrayObject *)object) == NPY_INT32 &&
-        PyArray_ISCARRAY_RO((PyArrayObject *)object)) { /* as it should be: most of a small step */
-        array = (PyArrayObject *)Py_NewRef(object);
-    } else if (integers) {
-        PyArrayObject *any = (PyArrayObject *)PyArray_FROM_O(object);
-        if (!any)
-            return NULL;
-        if (PyArray_SIZE(any) > 0 && !PyTypeNum_ISINTEGER(PyArray_TYPE(any))) {
-            PyErr_Format(PyExc_TypeError, "%s: expected integers (int32), got dtype %S", name,
-                         PyArray_DESCR(any));
-            Py_DECREF(any);
-            return NULL;
-        }
-        if (PyArray_TYPE(any) != NPY_INT32 &&
-            PyArray_SIZE(any) > 0) { /* refuse values that would wrap */
-            PyArrayObject *wide = (PyArrayObject *)PyArray_FROMANY(
-                (PyObject *)any, NPY_INT64, 0, 0, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
-            if (!wide) {
-                Py_DECREF(any);
-                return NULL;
-            }
-            const npy_int64 *values = PyArray_DATA(wide);
-            for (npy_intp i = 0, n = PyArray_SIZE(wide); i < n; i++)
-                if (values[i] < INT32_MIN || values[i] > INT32_MAX) {
-                    PyErr_Format(PyExc_ValueError, "%s: %lld at flat index %zd does not fit int32",
-                                 name, (long long)values[i], (Py_ssize_t)i);
-                    Py_DECREF(wide);
-                    Py_DECREF(any);
-                    return NULL;
-                }
-            Py_DECREF(wide);
-        }
-        array = (PyArrayObject *)PyArray_FROMANY((PyObject *)any, NPY_INT32, 0, 0,
-                                                 NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
-        Py_DECREF(any);
-        if (!array)
-            return NULL;
-    } else {
-        array = (PyArrayObject *)object;
-        if (PyArray_TYPE(array) != typenum || !PyArray_ISCARRAY_RO(array)) {
-            PyArray_Descr *want = PyArray_DescrFromType(typenum);
-            PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous array of %S, got %S%s",
-                         name, want, PyArray_DESCR(array),
-                         PyArray_ISCARRAY_RO(array) ? "" : " not contiguous or not aligned");
-            Py_XDECREF(want);
-            return NULL;
-        }
-        Py_INCREF(array);
-    }
-    if (rank >= 0 && PyArray_NDIM(array) != rank) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %d dimension(s), got %d", name, rank,
-                     PyArray_NDIM(array));
-        Py_DECREF(array);
-        return NULL;
-    }
-    return array;
-}
 
 static PyObject *set_num_threads(PyObject *module, PyObject *arg)
 {
@@ -176,10 +47,9 @@ static PyObject *op_table(PyObject *module, PyObject *arg)
         const char *name;
         size_t address;
     } entries[] = {
-#define ENTRY(op) {#op, (size_t)(void *)be->ops->op},
-        GLM_OPS(ENTRY)
-#undef ENTRY
-            {"cx", (size_t)be->cx},
+#define OP(op, extent, ...) {#op, (size_t)(void *)be->ops->op},
+#include "ops.h"
+        {"cx", (size_t)be->cx},
         {"real_size", be->real_size},
         {"be", (size_t)be},
         {"device_memory", (size_t)be->device_memory},
@@ -199,6 +69,18 @@ static PyObject *op_table(PyObject *module, PyObject *arg)
         Py_DECREF(value);
     }
     return table;
+}
+
+/* Every op's parameters as ops.h has them. */
+static PyObject *op_signatures(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return Py_BuildValue("{"
+#define OP(op, extent, ...) "ss"
+#include "ops.h"
+                         "}"
+#define OP(op, extent, ...) , #op, #__VA_ARGS__
+#include "ops.h"
+    );
 }
 
 static PyObject *backend_name(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -346,6 +228,7 @@ static PyMethodDef functions[] = {
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "Instruction sets this processor runs, best first."},
     {"op_table", op_table, METH_O, "Addresses of a backend's functions, for tests."},
+    {"op_signatures", op_signatures, METH_NOARGS, "Parameters of every op, for tests."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -353,7 +236,12 @@ static int module_exec(PyObject *module)
 {
     if (PyArray_ImportNumPyAPI() < 0)
         return -1;
-    return glm_add_model_types(module, PyModule_GetState(module));
+    struct module_state *state = PyModule_GetState(module);
+    state->model_type = glm_model_type(module);
+    state->cache_type = glm_cache_type(module);
+    if (!state->model_type || !state->cache_type || PyModule_AddType(module, state->model_type) < 0)
+        return -1;
+    return PyModule_AddType(module, state->cache_type);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
@@ -389,7 +277,7 @@ static PyModuleDef_Slot slots[] = {
     {0, NULL},
 };
 
-struct PyModuleDef glm_module_def = {
+static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT,
     .m_name = "glmlora._core",
     .m_doc = "The C core of glmlora.",
@@ -402,4 +290,4 @@ struct PyModuleDef glm_module_def = {
 };
 
 PyMODINIT_FUNC PyInit__core(void);
-PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&glm_module_def); }
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&module_def); }

@@ -1,5 +1,4 @@
-/* What the files of csrc/python share: module state, conversions between NumPy and the core, status
- * to exception. */
+/* The module: its state, and Python's and NumPy's headers as every file here includes them. */
 #ifndef GLM_MODULE_H
 #define GLM_MODULE_H
 
@@ -25,37 +24,20 @@ struct module_state {
     int n_backends;
     int threads; /* 0 until set_num_threads */
     PyTypeObject *model_type, *cache_type;
-    pthread_mutex_t
-        computing; /* one computation at a time: models share the pool, and each has its own poll */
+    /* one computation at a time: models share the pool, and each has its own poll */
+    pthread_mutex_t computing;
     long computing_pid; /* a forked child makes the lock anew: its holder does not exist there */
 };
 
-extern struct PyModuleDef glm_module_def;
-
-/* The module's backend of this name, made on first use; NULL with an exception set. */
-struct glm_backend *glm_module_backend(struct module_state *state, const char *name);
-
-/* Sets the Python exception of a failed status; always returns NULL. */
-PyObject *glm_raise(glm_status status, const struct glm_error *err);
-
-/* dtype by safetensors name; -1 with ValueError set. */
-int glm_dtype_from_name(const char *name, enum glm_dtype *out);
-const char *glm_dtype_name(enum glm_dtype dtype);
-/* NumPy type number that holds the dtype (uint16 for BF16). */
-int glm_dtype_numpy(enum glm_dtype dtype);
-
-/* A C-contiguous aligned array of the type number and rank (rank -1: any), or NULL with a
- * TypeError/ValueError that names the argument and says what came. A new reference. Integers are
- * converted when it is safe; others are not. */
-PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, int rank);
-
-/* Bytes the process could still get: MemAvailable, and what the control group's limit leaves. */
-unsigned long long glm_memory_available(void);
-
+/* sampling.c */
 PyObject *glm_py_adjust_logits(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *glm_py_warp_logits(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *glm_py_sample(PyObject *module, PyObject *args, PyObject *kwargs);
+/* Bytes the process could still get: MemAvailable, and what the control group's limit leaves. */
+unsigned long long glm_memory_available(void);
 
-int glm_add_model_types(PyObject *module, struct module_state *state);
+/* model_type.c, cache_type.c: a new reference, or NULL */
+PyTypeObject *glm_model_type(PyObject *module);
+PyTypeObject *glm_cache_type(PyObject *module);
 
 #endif

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "choice.h"
-#include "module.h"
+#include "convert.h"
 
 static PyArrayObject *scores_arg(PyObject *object)
 {

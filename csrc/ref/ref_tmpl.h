@@ -1,7 +1,7 @@
 /* The definition of every op of struct glm_ops in plain loops: documentation, and the oracle of the
  * tests. ref_f32.c and ref_f64.c include it with REAL = float and double. All arithmetic is in
  * double, only what is stored is REAL: the float reference is right to one rounding. Shapes and
- * formulas stand in backend.h. */
+ * formulas stand in ops.h. */
 #include "backend.h"
 
 #include <math.h>
@@ -927,9 +927,8 @@ static void adamw(void *cx, void *p_, const void *grad_, void *m_, void *v_, siz
 /* ---- the backend ---- */
 
 static const struct glm_ops ops = {
-#define ENTRY(name) .name = name,
-    GLM_OPS(ENTRY)
-#undef ENTRY
+#define OP(op, extent, ...) .op = op,
+#include "ops.h"
 };
 
 /* A multiple of 64 bytes, as aligned_alloc asks, and never nothing. */

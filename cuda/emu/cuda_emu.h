@@ -20,8 +20,8 @@
 // One module's TLS block holds exactly its static shared variables; the runtime finds it by PT_TLS.
 #define __shared__ static __thread
 // The two spellings a source must use instead of raw CUDA syntax (nvcc side in launch.cuh):
-#define GL_DYN_SHARED(T, name) T *name = (T *)emu_dyn_shared()
-#define GL_LAUNCH(k, grid, block, smem, stream, ...) \
+#define GLM_DYN_SHARED(T, name) T *name = (T *)emu_dyn_shared()
+#define GLM_KERNEL_CALL(k, grid, block, smem, stream, ...) \
     emu_launch_t(#k, k, (const void *)k, dim3(grid), dim3(block), (smem), (stream), __VA_ARGS__)
 
 // ---------------------------------------------------------------- vector types
@@ -408,7 +408,7 @@ template <class F> static inline cudaError_t cudaFuncSetAttribute(F *f, cudaFunc
     return emu_func_attr((const void *)f, a, v);
 }
 void emu_expect_failed(const char *what, const char *file, int line);
-#define GL_EXPECT(condition) \
+#define GLM_EXPECT(condition) \
     ((condition) ? (void)0 : emu_expect_failed(#condition, __FILE__, __LINE__))
 void emu_launch(const char *, const void *, dim3, dim3, size_t, cudaStream_t, size_t argbytes,
                 std::function<void()>);

@@ -8,6 +8,7 @@ written back.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,11 @@ class ChatGLMConfig:
         """What the core must know, under the names of `_core.Model`."""
         self.check()
         return families.of(self.family).arch(self)
+
+    @property
+    def tensor_names(self) -> Mapping[str, str]:
+        """The checkpoint's names of the modules, see `Family.tensor_names`."""
+        return families.of(self.family).tensor_names
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `config.json`: everything read, and defaults that were not."""

@@ -266,7 +266,8 @@ class ChatGLMForConditionalGeneration:
         self.name_or_path: str | None = None  # the directory it was loaded from
         self.asked_compute_dtype = compute_dtype
         matrices = {t.dtype for t in tensors.values() if len(t.shape) == 2}
-        self.core = _core.Model(config.arch(), backend_of(self.backend, compute_dtype, matrices))
+        backend = backend_of(self.backend, compute_dtype, matrices)
+        self.core = _core.Model(config.arch(), backend, names=config.tensor_names)
         self.device = _device_of(self.backend)
         self.training = False
         self.active_adapter_name = "default"

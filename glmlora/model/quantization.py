@@ -4,7 +4,7 @@ A matrix (out, in) becomes an int8 `weight`, (out, in) for 8 bits and (out, in /
 columns a byte, the even one in the high nibble, two's complement), and a float16 `weight_scale`:
 (out,), or in groups (out, ceil(in / group size)), which is this package's own form, named by
 `quantization_group_size` in config.json. value = integer * scale. Scales and integers are computed
-by the core (`quantize` in csrc/backend.h).
+by the core (`quantize` in csrc/ops.h).
 """
 
 from __future__ import annotations

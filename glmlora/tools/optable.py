@@ -1,8 +1,8 @@
-"""The op table of csrc/backend.h from Python: every op as a function of NumPy arrays.
+"""The op table of csrc/ops.h from Python: every op as a function of NumPy arrays.
 
-`Ops("ref_f64").rmsnorm_forward(out, rstd, inp, weight, N, C, eps)` takes the arguments of backend.h
-in its order, less `cx`; arrays stand for pointers, None for NULL. Nothing is copied or allocated: a
-wrong dtype or a strided array is a TypeError here, since in C it would be a crash.
+`Ops("ref_f64").rmsnorm_forward(out, rstd, inp, weight, N, C, eps)` takes the parameters of ops.h in
+its order; arrays stand for pointers, None for NULL. Nothing is copied or allocated: a wrong dtype
+or a strided array is a TypeError here, since in C it would be a crash.
 """
 
 from __future__ import annotations
@@ -180,62 +180,31 @@ def unstored(x: np.ndarray, dtype: int) -> np.ndarray:
     return (bf16_to_float(x) if dtype == BF16 else x).astype(np.float64)
 
 
-# One letter per argument: r real array, j int32 array, x array of any dtype, i int, z size_t,
-# d double, W weight, K struct glm_kv (a pair of real arrays), S segments, C choices, H heads,
-# D dropout, o int out.
-SIGNATURES = {
-    "embedding_forward": "rWji",
-    "embedding_backward": "rrjii",
-    "rmsnorm_forward": "rrrriid",
-    "add_rmsnorm_forward": "rrrrrriid",
-    "rmsnorm_backward": "rrrrrrii",
-    "linear_forward": "rrWridi",
-    "linear_backward_input": "rrWidi",
-    "linear_backward_weight": "rrrriiid",
-    "adapted_forward": "rrWrrWid",
-    "linear_swiglu_forward": "rrrWri",
-    "rope_forward": "rrjiiiii",
-    "rope_backward": "rrjiiiii",
-    "attention_forward": "rrrKSiH",
-    "attention_backward": "rKrrrrKSiH",
-    "kv_append": "KrjiH",
-    "rope_append": "KrrjjiHi",
-    "prefix_forward": "rriiiiD",
-    "prefix_backward": "rriiiiD",
-    "swiglu_forward": "rrii",
-    "swiglu_backward": "rrrii",
-    "tanh_forward": "rrz",
-    "tanh_backward": "rrrz",
-    "dropout_forward": "rriiD",
-    "dropout_backward": "rriiD",
-    "gather_forward": "rrjii",
-    "gather_backward": "rrjii",
-    "cross_entropy_forward": "rrrjii",
-    "cross_entropy_backward": "rrjiid",
-    "add": "rrrz",
-    "sum_squares": "xrz",
-    "first_nonfinite": "orii",
-    "choose": "jriiCj",
-    "adamw": "rrrrzdddddid",
-    "merge": "xirriiid",
-    "convert": "xixiz",
-    "quantize": "xxiixiii",
-}
+def _types_of(parameters: str) -> tuple[str, ...]:
+    """("void *", "int") of "void *out, int N"; whether it is const makes no difference here."""
+    words = [p.replace("const ", "").replace("*", "* ").split() for p in parameters.split(",")]
+    return tuple(" ".join(each[:-1]) for each in words)
+
+
+# {op: the types of its parameters}
+SIGNATURES = {op: _types_of(text) for op, text in _core.op_signatures().items()}
+# What stands for a pointer: an array of this dtype (None: of any), of the backend's own for void *.
+_ARRAYS = {"void *": None, "glm_stored *": None, "int32_t *": np.int32}
+_ARRAYS |= {"uint16_t *": np.float16, "double *": np.float64}
 _TYPES = {
-    "i": c_int,
-    "z": c_size_t,
-    "d": c_double,
-    "W": POINTER(_Mat),
-    "K": _KV,
-    "S": POINTER(Segment),
-    "C": POINTER(Choice),
-    "H": Heads,
-    "D": POINTER(_Dropout),
-    "o": POINTER(c_int),
+    **dict.fromkeys(_ARRAYS, c_void_p),
+    "int": c_int,
+    "size_t": c_size_t,
+    "double": c_double,
+    "enum glm_dtype": c_int,
+    "int *": POINTER(c_int),
+    "struct glm_mat *": POINTER(_Mat),
+    "struct glm_kv": _KV,
+    "struct glm_segment *": POINTER(Segment),
+    "struct glm_choice *": POINTER(Choice),
+    "struct glm_heads": Heads,
+    "struct glm_dropout *": POINTER(_Dropout),
 }
-
-
-_NOT_OPS = "cx real_size be device_memory alloc free upload download error".split()
 
 
 class Ops:
@@ -245,11 +214,10 @@ class Ops:
         table = _core.op_table(name)
         self.name = name
         self.real = np.float32 if table["real_size"] == 4 else np.float64
-        self.names = [key for key in table if key in SIGNATURES or key not in _NOT_OPS]
         self._cx = table["cx"]
         self._functions = {}
         for op, signature in SIGNATURES.items():
-            types = [_TYPES.get(letter, c_void_p) for letter in signature]
+            types = [_TYPES[type_] for type_ in signature]
             self._functions[op] = ctypes.CFUNCTYPE(None, c_void_p, *types)(table[op])
 
     def __repr__(self) -> str:
@@ -265,30 +233,28 @@ class Ops:
         if len(args) != len(signature):
             raise TypeError(f"{op}: expected {len(signature)} arguments, got {len(args)}")
         passed = []
-        for at, (letter, value) in enumerate(zip(signature, args, strict=True)):
-            passed.append(self._pass(letter, value, f"{op}, argument {at}"))
+        for at, (type_, value) in enumerate(zip(signature, args, strict=True)):
+            passed.append(self._pass(type_, value, f"{op}, argument {at}"))
         self._functions[op](self._cx, *passed)
 
-    def _pass(self, letter: str, value: Any, what: str) -> Any:
+    def _pass(self, type_: str, value: Any, what: str) -> Any:
         """The C value of an argument."""
-        if letter in "rjx":
-            dtype = {"r": self.real, "j": np.int32, "x": None}[letter]
+        if type_ in _ARRAYS:
+            dtype = self.real if type_ == "void *" else _ARRAYS[type_]
             return self._pointer(value, dtype, what)
-        if letter == "W":
-            return byref(self._mat(value))
-        if letter == "D":
-            return None if value is None else byref(self._dropout(value))
-        if letter == "K":
+        if type_ == "struct glm_kv":
             k, v = value or (None, None)
             return _KV(self._pointer(k, self.real, what), self._pointer(v, self.real, what))
-        if letter in "SC":
-            kind = Segment if letter == "S" else Choice
-            return (
-                value
-                if value is None
-                else self._structures((kind * max(1, len(value)))(*value), kind)
-            )
-        return byref(value) if letter == "o" else value
+        if type_ == "struct glm_mat *":
+            return byref(self._mat(value))
+        if type_ == "int *":
+            return byref(value)
+        if value is None or "*" not in type_:
+            return value
+        if type_ == "struct glm_dropout *":
+            return byref(self._dropout(value))
+        kind = Segment if type_ == "struct glm_segment *" else Choice
+        return self._structures((kind * max(1, len(value)))(*value), kind)
 
     # Where an argument lies for the op; DeviceOps puts it on the device.
 

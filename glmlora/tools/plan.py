@@ -251,7 +251,7 @@ def _build(
     form = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind]
     config = copy.copy(config)
     config.quantization_bit, config.pre_seq_len = 0, None
-    shapes = _core.Model(config.arch(), backend).shapes()
+    shapes = _core.Model(config.arch(), backend, names=config.tensor_names).shapes()
     on_backend = type("_PlanModel", (_PlanModel,), {"backend": backend})
     model = on_backend(config, {n: Tensor(np.zeros(s, form), kind) for n, s in shapes.items()})
     nbytes = 0

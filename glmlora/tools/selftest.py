@@ -53,7 +53,22 @@ LOSS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}  # relative, in 20 s
 Case = Callable[[Ops, np.random.Generator], list[np.ndarray]]
 
 
-# Ops. A case makes its arguments from the generator, in the backend's type, and returns outputs.
+# Ops. A case makes its arguments from the generator, in the backend's type, and returns outputs;
+# each group has three shapes or more, of odd sizes.
+
+OP_CASES: dict[str, Case] = {}
+TYPES = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8, "int4": I4}
+SHAPES = ((1, 1), (3, 33), (17, 260))
+
+
+def _over(arguments: dict[str, tuple[Any, ...]]) -> Callable[[Callable[..., Case]], Any]:
+    """Cases by name, of what the function makes of these arguments."""
+
+    def register(make: Callable[..., Case]) -> Callable[..., Case]:
+        OP_CASES.update((name, make(*each)) for name, each in arguments.items())
+        return make
+
+    return register
 
 
 def _normal(o: Ops, rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -68,6 +83,13 @@ def _matrix(rng: np.random.Generator, O: int, I: int, dtype: int) -> Mat:  # noq
     return Mat(stored(rng.standard_normal((O, I)).astype(np.float32), dtype), dtype)
 
 
+@_over(
+    {
+        f"linear {name} {N}x{O}x{I}": (N, O, I, dtype)
+        for name, dtype in TYPES.items()
+        for N, O, I in ((1, 33, 70), (5, 64, 96), (37, 129, 66), (20, 300, 260))  # noqa: E741
+    }
+)
 def _linear(N: int, O: int, I: int, dtype: int) -> Case:  # noqa: E741, N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         W, x, dy = _matrix(rng, O, I, dtype), _normal(o, rng, N, I), _normal(o, rng, N, O)  # noqa: N806
@@ -87,6 +109,7 @@ def _linear(N: int, O: int, I: int, dtype: int) -> Case:  # noqa: E741, N803
     return case
 
 
+@_over({f"norm {N}x{C}": (N, C) for N, C in SHAPES})
 def _norm(N: int, C: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         x, b, w, dy = (_normal(o, rng, *s) for s in ((N, C), (N, C), (C,), (N, C)))
@@ -100,6 +123,10 @@ def _norm(N: int, C: int) -> Case:  # noqa: N803
     return case
 
 
+@_over(
+    {f"embedding {N}x{C}": (N, C, F32) for N, C in SHAPES}
+    | {"embedding float16 9x64": (9, 64, F16)}
+)
 def _embedding(N: int, C: int, dtype: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         W, ids = _matrix(rng, 11, C, dtype), rng.integers(0, 11, N).astype(np.int32)  # noqa: N806
@@ -111,6 +138,9 @@ def _embedding(N: int, C: int, dtype: int) -> Case:  # noqa: N803
     return case
 
 
+@_over(
+    {f"rotary {N}x{HD}": (N, HD, rotary) for N, HD, rotary in ((1, 8, 4), (7, 64, 32), (5, 33, 10))}
+)
 def _rotary(N: int, HD: int, rotary: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         angle = rng.random((9, rotary // 2))
@@ -129,6 +159,14 @@ def _rotary(N: int, HD: int, rotary: int) -> Case:  # noqa: N803
     return case
 
 
+@_over(
+    {
+        "attention 3 of 64": ((1, 1, 1), 4, 2, 64, 3, 9),
+        "attention 3 of 32": ((13, 1, 40), 4, 2, 32, 0, 0),
+        "attention 2 of 128": ((65, 9), 2, 1, 128, 5, 7),
+        "attention 0 of 16": ((), 2, 2, 16, 0, 0),
+    }
+)
 def _attention(counts: tuple[int, ...], NH: int, KVH: int, HD: int, shared: int, past: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         segments, begin, row = [], 0, shared
@@ -151,6 +189,7 @@ def _attention(counts: tuple[int, ...], NH: int, KVH: int, HD: int, shared: int,
     return case
 
 
+@_over({f"elements {N}x{C}": (N, C) for N, C in SHAPES})
 def _elements(N: int, C: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         x, a, b, dy = (_normal(o, rng, N, n) for n in (2 * C, C, C, C))
@@ -173,6 +212,7 @@ def _elements(N: int, C: int) -> Case:  # noqa: N803
     return case
 
 
+@_over({f"loss {N}x{C + 1}": (N, C + 1) for N, C in SHAPES})
 def _loss(M: int, V: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         logits, target = _normal(o, rng, M, V), rng.integers(0, V, M).astype(np.int32)
@@ -185,6 +225,12 @@ def _loss(M: int, V: int) -> Case:  # noqa: N803
     return case
 
 
+@_over(
+    {
+        f"draws of {V}": (5, V, top_k, top_p)
+        for V, top_k, top_p in ((7, 0, 1.0), (33, 3, 0.9), (1001, 50, 0.8), (5003, 0, 0.7))
+    }
+)
 def _draws(M: int, V: int, top_k: int, top_p: float) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         logits, ids = _normal(o, rng, M, V), np.zeros(M, np.int32)
@@ -199,6 +245,7 @@ def _draws(M: int, V: int, top_k: int, top_p: float) -> Case:  # noqa: N803
     return case
 
 
+@_over({f"flat {N * C}": (N * C,) for N, C in SHAPES})
 def _flat(n: int) -> Case:
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         p, g, m = (_normal(o, rng, n) for _ in range(3))
@@ -210,6 +257,7 @@ def _flat(n: int) -> Case:
     return case
 
 
+@_over({f"prefix {shape}": shape for shape in ((1, 2, 1, 1), (5, 4, 33, 2), (8, 2, 64, 3))})
 def _prefix(P: int, J: int, KV: int, copies: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         rows = np.arange(copies * P)
@@ -223,6 +271,7 @@ def _prefix(P: int, J: int, KV: int, copies: int) -> Case:  # noqa: N803
     return case
 
 
+@_over({f"stored {N}x{2 * C}": (N, 2 * C) for N, C in SHAPES})
 def _stored(O: int, I: int) -> Case:  # noqa: E741, N803
     """Conversions, merging and quantization: what comes back is compared as it is."""
 
@@ -236,36 +285,6 @@ def _stored(O: int, I: int) -> Case:  # noqa: E741, N803
         return [half.astype(o.real), q.astype(o.real), s.astype(o.real)]
 
     return case
-
-
-def op_cases() -> dict[str, Case]:
-    """By name; three shapes or more of each group, sizes odd."""
-    found: dict[str, Case] = {}
-    types = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8, "int4": I4}
-    for name, dtype in types.items():
-        for N, O, I in ((1, 33, 70), (5, 64, 96), (37, 129, 66), (20, 300, 260)):  # noqa: E741, N806
-            found[f"linear {name} {N}x{O}x{I}"] = _linear(N, O, I, dtype)
-    for N, C in ((1, 1), (3, 33), (17, 260)):  # noqa: N806
-        found |= {f"norm {N}x{C}": _norm(N, C), f"elements {N}x{C}": _elements(N, C)}
-        found |= {f"loss {N}x{C + 1}": _loss(N, C + 1), f"flat {N * C}": _flat(N * C)}
-        found |= {f"embedding {N}x{C}": _embedding(N, C, F32)}
-        found |= {f"stored {N}x{2 * C}": _stored(N, 2 * C)}
-    found |= {"embedding float16 9x64": _embedding(9, 64, F16)}
-    for N, HD, rotary in ((1, 8, 4), (7, 64, 32), (5, 33, 10)):  # noqa: N806
-        found[f"rotary {N}x{HD}"] = _rotary(N, HD, rotary)
-    for counts, NH, KVH, HD, shared, past in (  # noqa: N806
-        ((1, 1, 1), 4, 2, 64, 3, 9),
-        ((13, 1, 40), 4, 2, 32, 0, 0),
-        ((65, 9), 2, 1, 128, 5, 7),
-        ((), 2, 2, 16, 0, 0),
-    ):
-        name = f"attention {len(counts)} of {HD}"
-        found[name] = _attention(counts, NH, KVH, HD, shared, past)
-    for V, top_k, top_p in ((7, 0, 1.0), (33, 3, 0.9), (1001, 50, 0.8), (5003, 0, 0.7)):  # noqa: N806
-        found[f"draws of {V}"] = _draws(5, V, top_k, top_p)
-    for shape in ((1, 2, 1, 1), (5, 4, 33, 2), (8, 2, 64, 3)):
-        found[f"prefix {shape}"] = _prefix(*shape)
-    return found
 
 
 def _same(got: list[np.ndarray], want: list[np.ndarray], tolerance: float) -> float:
@@ -325,7 +344,8 @@ def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
     rng = np.random.default_rng(3)
     form = {"F32": F32, "F16": F16, "BF16": BF16}[stored_as]
     tensors = {}
-    for name, shape in _core.Model(config.arch(), "plan").shapes().items():
+    counted = _core.Model(config.arch(), "plan", names=config.tensor_names)
+    for name, shape in counted.shapes().items():
         w = rng.standard_normal(shape).astype(np.float32)
         if len(shape) == 1:
             w = 1 + 0.1 * w
@@ -490,9 +510,8 @@ def readings(backend: str) -> dict[str, Any]:
 def items(device: str, types: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, what to run) in order; an item fails by raising."""
     stored_as = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    cases = op_cases()
     for type_ in types:
-        for name, case in cases.items():
+        for name, case in OP_CASES.items():
             # what does not multiply does not depend on the type
             if type_ == "float32" or name.startswith(("linear", "attention")):
                 backend = f"{device}/{type_}"

@@ -1,4 +1,4 @@
-/* Rows to and from the cache, rows that are read, the P-Tuning prefix. */
+/* Rows that are copied: to and from the cache, those that someone reads, the P-Tuning prefix. */
 #include "launch.cuh"
 
 /* keys and values of row n of qkv: one run of 2 * KV floats */
@@ -36,7 +36,7 @@ GLM_KERNEL(128) k_gather_backward(float *dinp, const float *dout, const int *row
 /* An element e of row n is word e % 4 of counter e / 4. */
 static __device__ __forceinline__ float kept_at(const mask_of &mask, int n, unsigned e)
 {
-    const words w = philox(mask, n, e / 4);
+    const words w = mask_words(mask, n, e / 4);
     const unsigned j = e % 4;
     return keep(mask, j == 0 ? w.w[0] : j == 1 ? w.w[1] : j == 2 ? w.w[2] : w.w[3]);
 }

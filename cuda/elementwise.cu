@@ -75,7 +75,7 @@ GLM_KERNEL(256) k_dropout(float *out, const float *inp, int C, int blocks, int a
     const int c = column4(blocks);
     if (c >= C)
         return;
-    const words w = philox(mask, (int)n, (unsigned)c / 4);
+    const words w = mask_words(mask, (int)n, (unsigned)c / 4);
     f4 x = load4(inp + n * C, c, C), y;
 #pragma unroll
     for (int j = 0; j < 4; j++)

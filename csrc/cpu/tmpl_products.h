@@ -1,0 +1,206 @@
+/* The ops over products: the arithmetic is chosen, one operand packed, then tasks make tiles of the
+ * output. */
+
+/* Matrices that are thinner than this in float32 are adapters: their products stay in float. */
+enum { THIN = 256 };
+
+static enum glm_dtype kind_of(const struct cpu *cpu, enum glm_dtype dtype, int group, int rows,
+                              int cols)
+{
+    const int thin = rows < cols ? rows : cols;
+    if (cpu->compute == GLM_F32 || dtype == GLM_F64 || (dtype == GLM_F32 && thin <= THIN))
+        return GLM_F32;
+    return cpu->compute == GLM_I8 && dtype == GLM_I8 && !group ? GLM_I8 : GLM_BF16;
+}
+
+/* Rows of a tile, at most `most`: the other operand is packed once for each, so many; but tasks
+ * enough for all threads to end together. What is computed does not depend on it. */
+static int tile_rows(const struct cpu *cpu, int N, int most, int columns)
+{
+    const int threads = glm_pool_threads(cpu->pool);
+    int tiles = ceil_div((size_t)N, (size_t)most);
+    while (tiles * columns < 6 * threads && N > 8 * ROW_GROUP * tiles)
+        tiles++;
+    if (tiles * columns < 6 * threads) /* a few of equal size: as many for each thread */
+        while (tiles * columns % threads && N > 4 * ROW_GROUP * tiles)
+            tiles++;
+    return tiles ? ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), ROW_GROUP) * ROW_GROUP : 1;
+}
+
+/* Rows, a multiple of `together`, that are packed at a time when each takes `bytes`: the runs lie
+ * behind the vectors. */
+static int packed_rows(struct pack_args *p, struct cpu *cpu, size_t bytes, int N, int together)
+{
+    const int runs = p->kind == GLM_I8 ? glm_byte_runs(p->K) : 0;
+    const size_t each = bytes + (size_t)runs * sizeof(struct x_run);
+    const size_t most = PACKED / each / (size_t)together * (size_t)together;
+    const size_t needed = (size_t)ceil_div((size_t)N, (size_t)together) * (size_t)together;
+    const size_t rows = most < needed ? most : needed;
+    p->to = cpu->packed;
+    p->runs = (struct x_run *)(cpu->packed + rows * bytes);
+    return (int)rows;
+}
+
+static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
+{
+    const size_t bytes = (size_t)vectors_of(p->kind, p->dtype, p->K) * VB;
+    p->R = N > 1 ? R2 : R1;
+    p->N = a->N = N;
+    packed_rows(p, cpu, bytes, N, p->R);
+    run(cpu, ceil_div((size_t)N, (size_t)p->R), (size_t)N * (size_t)p->K, pack_x_task, p);
+    a->x = p->to;
+    a->runs = p->runs;
+    a->R = p->R;
+    glm_pool_run(cpu->pool, ceil_div((size_t)a->w->rows, (size_t)IN_PLACE_COLS),
+                 products_ns((size_t)a->w->rows * a->w->cols * (N + 1)), nt_in_place_task, a);
+}
+
+static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                           const void *bias, int N, double scale, int accumulate)
+{
+    struct cpu *cpu = cx;
+    const int O = weight->rows, I = weight->cols;
+    const enum glm_dtype kind = kind_of(cpu, weight->dtype, weight->group, O, I);
+    struct pack_args p = {.x = inp, .K = I, .kind = kind, .dtype = weight->dtype};
+    struct nt_args a = {.out = out,
+                        .ldo = (size_t)O,
+                        .ldc = 1,
+                        .bias = bias,
+                        .w = weight,
+                        .kind = kind,
+                        .accumulate = accumulate,
+                        .scale = (float)scale};
+    if (N <= IN_PLACE_ROWS) {
+        if (N)
+            in_place(cpu, &a, &p, N);
+        return;
+    }
+    if (O <= IN_PLACE_ROWS && weight->dtype == GLM_F32 && !bias) { /* x is the large one */
+        const struct glm_mat x = {.data = inp, .dtype = GLM_F32, .rows = N, .cols = I};
+        a.w = &x;
+        a.ldo = 1;
+        a.ldc = (size_t)O;
+        p.x = weight->data;
+        in_place(cpu, &a, &p, O);
+        return;
+    }
+    const size_t bytes = (size_t)vectors_of(kind, p.dtype, I) * VB;
+    const int rows = packed_rows(&p, cpu, bytes, N, XR);
+    const int columns = ceil_div((size_t)O, NT_COLS);
+    p.R = XR;
+    a.x = p.to;
+    a.runs = p.runs;
+    for (int n = 0; n < N; n += rows) {
+        p.N = a.N = N - n < rows ? N - n : rows;
+        p.x = (const float *)inp + (size_t)n * I;
+        a.out = (float *)out + (size_t)n * O;
+        a.rows = tile_rows(cpu, a.N, accumulate ? NT_ROWS_ADDED : NT_ROWS, columns);
+        run(cpu, ceil_div((size_t)a.N, (size_t)p.R), (size_t)a.N * I, pack_x_task, &p);
+        glm_pool_run(cpu->pool, ceil_div((size_t)a.N, (size_t)a.rows) * columns,
+                     products_ns((size_t)a.N * O * I), nt_task, &a);
+    }
+}
+
+/* c (M, b's columns) = scale * A B (+ c),  a(m, k) = x[m * am + k * ak] */
+static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_t ak,
+                     const struct glm_mat *b, enum glm_dtype kind, int M, double scale,
+                     int accumulate)
+{
+    if (!M || !b->rows) /* a sum of nothing; only accumulated products have no terms */
+        return;
+    const int per = glm_per_unit(kind), block = GEMM_UNITS * per;
+    const size_t together = (size_t)(M < GEMM_ROWS ? M : GEMM_ROWS), unit_bytes = 4;
+    const int blocks = (int)(PACKED / (together + MR) / (GEMM_UNITS * unit_bytes));
+    const int terms = (kind == GLM_I8 && blocks > 1 ? blocks - 1 : blocks) * block;
+    const int columns = ceil_div((size_t)b->cols, GEMM_COLS);
+    for (int k0 = 0; k0 < b->rows; k0 += terms) { /* so many that all rows of A find room */
+        struct glm_mat part = *b;
+        part.rows = b->rows - k0 < terms ? b->rows - k0 : terms;
+        part.data = (const char *)b->data + (size_t)k0 * glm_bytes(b->dtype, (size_t)b->cols);
+        part.scale = b->scale ? b->scale + (size_t)k0 * glm_scale_cols(b) : NULL;
+        struct pack_args p = {.K = part.rows,
+                              .R = MR,
+                              .kind = kind,
+                              .am = am,
+                              .ak = ak,
+                              .factor = b->group ? NULL : part.scale,
+                              .scale = (float)scale};
+        const int rows =
+            packed_rows(&p, cpu, (size_t)ceil_div((size_t)p.K, (size_t)per) * unit_bytes, M, MR);
+        for (int m = 0; m < M; m += rows) {
+            p.N = M - m < rows ? M - m : rows;
+            p.x = x + (size_t)m * am + (size_t)k0 * ak;
+            const struct gemm_args g = {.c = c + (size_t)m * b->cols,
+                                        .a = (const float *)p.to,
+                                        .runs = p.runs,
+                                        .b = &part,
+                                        .kind = kind,
+                                        .M = p.N,
+                                        .accumulate = accumulate || k0,
+                                        .rows = tile_rows(cpu, p.N, GEMM_ROWS, columns)};
+            run(cpu, ceil_div((size_t)p.N, MR), (size_t)p.N * p.K, pack_a_task, &p);
+            glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)g.rows) * columns,
+                         products_ns((size_t)p.N * p.K * b->cols), gemm_task, &g);
+        }
+    }
+}
+
+static void adapted_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
+                            const void *bias, const void *xa, const struct glm_mat *B, int N,
+                            double scale)
+{
+    linear_forward(cx, out, inp, weight, bias, N, 1, 0);
+    linear_forward(cx, out, xa, B, NULL, N, scale, 1);
+}
+
+static void linear_backward_input(void *cx, void *dinp, const void *dout,
+                                  const struct glm_mat *weight, int N, double scale, int accumulate)
+{
+    const enum glm_dtype kind =
+        kind_of(cx, weight->dtype, weight->group, weight->rows, weight->cols);
+    run_gemm(cx, dinp, dout, (size_t)weight->rows, 1, weight, kind, N, scale, accumulate);
+}
+
+struct column_sum_args {
+    float *out; /* (C) += sum over rows of x (N, C) */
+    const float *x;
+    int N, C;
+};
+
+/* a task is a run of columns */
+static void column_sum_task(const void *arg, int task, char *scratch)
+{
+    const struct column_sum_args *a = arg;
+    const int begin = task * 64, end = begin + 64 < a->C ? begin + 64 : a->C;
+    float *sum = (float *)scratch;
+    for (int i = begin; i < end; i++)
+        sum[i - begin] = 0;
+    for (int n = 0; n < a->N; n++)
+        for (int i = begin; i < end; i++)
+            sum[i - begin] += a->x[(size_t)n * a->C + i];
+    for (int i = begin; i < end; i++)
+        a->out[i] += sum[i - begin];
+}
+
+static void linear_backward_weight(void *cx, void *dweight, void *dbias, const void *dout,
+                                   const void *inp, int N, int O, int I, double scale)
+{
+    struct cpu *cpu = cx;
+    if (dweight) {
+        const struct glm_mat b = {.data = inp, .dtype = GLM_F32, .rows = N, .cols = I};
+        const enum glm_dtype kind = kind_of(cpu, GLM_F32, 0, O, I);
+        run_gemm(cpu, dweight, dout, 1, (size_t)O, &b, kind == GLM_I8 ? GLM_BF16 : kind, O, scale,
+                 1);
+    }
+    if (dbias) {
+        const struct column_sum_args a = {dbias, dout, N, O};
+        run(cpu, ceil_div((size_t)O, 64), (size_t)N * O, column_sum_task, &a);
+    }
+}
+
+static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
+                                  const struct glm_mat *weight, const void *bias, int N)
+{
+    linear_forward(cx, h, inp, weight, bias, N, 1, 0);
+    swiglu_forward(cx, out, h, N, weight->rows / 2);
+}

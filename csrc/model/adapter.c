@@ -1,0 +1,181 @@
+/* Adapters come and go: LoRA on linears, merged if asked, and P-Tuning v2's prefix encoder. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "state.h"
+
+/* ---- LoRA */
+
+static void empty(struct glm_model *m, struct glm_weight *w)
+{
+    glm_weight_release(m, w);
+    w->present = 0;
+    w->rows = w->cols = 0;
+    m->version++;
+}
+
+/* Takes the trainables of a kind out of the trainable set before their weights go. */
+static void forget_trainables(struct glm_model *m, enum glm_weight_kind kind)
+{
+    for (int i = 0; i < m->n_trainable; i++)
+        if (m->weights[m->trainable[i]].kind == kind) {
+            struct glm_error ignored; /* [] allocates only for weights that stay */
+            glm_model_set_trainable(m, NULL, 0, &ignored);
+            return;
+        }
+}
+
+glm_status glm_model_add_lora(struct glm_model *m, const char *module, const void *A, int A_rows,
+                              int A_cols, const void *B, int B_rows, int B_cols, double scale,
+                              double dropout, struct glm_error *err)
+{
+    struct glm_linear *lin = NULL;
+    char name[GLM_MAX_NAME];
+    snprintf(name, sizeof name, "%s.weight", module);
+    for (int l = 0; l < m->arch.layers && !lin; l++)
+        for (int which = 0; which < GLM_LINEARS; which++)
+            if (strcmp(m->layers[l].linear[which].weight->name, name) == 0)
+                lin = &m->layers[l].linear[which];
+    if (!lin)
+        return glm_fail(err, GLM_EVALUE, "module: %s is no linear layer of this model", module);
+    if (A_rows < 1 || A_cols != lin->weight->cols || B_rows != lin->weight->rows ||
+        B_cols != A_rows)
+        return glm_fail(err, GLM_EVALUE,
+                        "%s: expected lora_A (r, %d) and lora_B (%d, r), got (%d, %d) and (%d, %d)",
+                        module, lin->weight->cols, lin->weight->rows, A_rows, A_cols, B_rows,
+                        B_cols);
+    if (!isfinite(scale) || !(dropout >= 0 && dropout < 1))
+        return glm_fail(err, GLM_EVALUE, "%s: scale %g must be finite and dropout %g in [0, 1)",
+                        module, scale, dropout);
+    GLM_TRY(glm_refuse_trainable(lin->A, err));
+    GLM_TRY(glm_refuse_trainable(lin->B, err));
+    lin->A->rows = lin->B->cols = A_rows;
+    lin->A->cols = A_cols;
+    lin->B->rows = B_rows;
+    glm_status status = glm_weight_own(m, lin->A, A, m->be->real, err);
+    if (status == GLM_OK)
+        status = glm_weight_own(m, lin->B, B, m->be->real, err);
+    if (status != GLM_OK) {
+        empty(m, lin->A);
+        empty(m, lin->B);
+        return status;
+    }
+    lin->A->present = lin->B->present = 1;
+    lin->scale = scale;
+    lin->dropout = dropout;
+    return GLM_OK;
+}
+
+void glm_model_remove_lora(struct glm_model *m)
+{
+    forget_trainables(m, GLM_LORA);
+    for (int i = m->n_base; i < m->n_weights; i++)
+        if (m->weights[i].kind == GLM_LORA && m->weights[i].present)
+            empty(m, &m->weights[i]);
+}
+
+void glm_model_enable_lora(struct glm_model *m, int on)
+{
+    m->lora_on = on;
+    m->version++;
+}
+
+static glm_status refuse_merge(struct glm_model *m, struct glm_error *err)
+{
+    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++) {
+        const struct glm_linear *lin = glm_linear_at(m, i);
+        if (lin->A->present)
+            GLM_TRY(glm_refuse_quantized(
+                lin->weight,
+                "merged into: keep the adapter beside it, or merge it into the "
+                "float weights",
+                err));
+    }
+    return GLM_OK;
+}
+
+glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
+{
+    struct glm_backend *be = m->be;
+    GLM_TRY(glm_weights_complete(m, err));
+    GLM_TRY(refuse_merge(m, err));
+    /* every copy first: a merge that runs out of memory leaves the model as it was */
+    const size_t n = (size_t)m->arch.layers * GLM_LINEARS;
+    void **copies = calloc(n, sizeof *copies);
+    glm_status status = copies ? GLM_OK : glm_fail(err, GLM_EMEMORY, "merge_lora: %zu pointers", n);
+    for (int i = 0; status == GLM_OK && i < (int)n; i++) {
+        struct glm_linear *lin = glm_linear_at(m, i);
+        struct glm_weight *w = lin->weight;
+        if (!lin->A->present || w->owned || w->grad)
+            continue;
+        const size_t bytes = glm_bytes(w->mat.dtype, glm_count(w));
+        copies[i] = be->alloc(be, bytes);
+        if (!copies[i])
+            status = glm_fail(err, GLM_EMEMORY, "merge_lora: %s: %zu bytes could not be taken",
+                              w->name, bytes);
+        else
+            be->upload(be, copies[i], w->mat.data, bytes);
+    }
+    for (int i = 0; copies && i < (int)n; i++) {
+        struct glm_linear *lin = glm_linear_at(m, i);
+        struct glm_weight *w = lin->weight;
+        if (status != GLM_OK) {
+            be->free(be, copies[i]);
+            continue;
+        }
+        if (!lin->A->present)
+            continue;
+        if (copies[i])
+            w->mat.data = w->owned = copies[i];
+        be->ops->merge(be->cx, (void *)w->mat.data, w->mat.dtype, lin->B->mat.data,
+                       lin->A->mat.data, w->rows, w->cols, lin->A->rows, lin->scale);
+    }
+    free(copies);
+    if (status == GLM_OK)
+        glm_model_remove_lora(m);
+    return status;
+}
+
+/* ---- P-Tuning v2 */
+
+glm_status glm_model_set_prefix(struct glm_model *m, int P, const void *embedding, const void *w0,
+                                const void *b0, const void *w2, const void *b2, double dropout,
+                                struct glm_error *err)
+{
+    const int width = 2 * m->arch.layers * m->arch.kv_heads * m->arch.head_dim;
+    const int H = m->arch.hidden, projection = w0 != NULL;
+    const void *values[GLM_PREFIX_WEIGHTS] = {embedding, w0, b0, w2, b2};
+    const int rows[GLM_PREFIX_WEIGHTS] = {P, H, H, width, width},
+              cols[GLM_PREFIX_WEIGHTS] = {width, width, 1, H, 1};
+    if (P < 1 || P > 1 << 16)
+        return glm_fail(err, GLM_EVALUE, "pre_seq_len: expected 1 to 65536, got %d", P);
+    if (projection != (b0 != NULL) || projection != (w2 != NULL) || projection != (b2 != NULL))
+        return glm_fail(err, GLM_EVALUE,
+                        "prefix: with projection all of trans.0 and trans.2 are needed");
+    if (!(dropout >= 0 && dropout < 1))
+        return glm_fail(err, GLM_EVALUE, "prefix dropout: expected 0 <= p < 1, got %g", dropout);
+    glm_model_remove_prefix(m);
+    for (int i = 0; i < (projection ? GLM_PREFIX_WEIGHTS : 1); i++) {
+        m->prefix[i].rows = rows[i];
+        m->prefix[i].cols = cols[i];
+        glm_status status = glm_weight_own(m, &m->prefix[i], values[i], m->be->real, err);
+        if (status != GLM_OK) {
+            glm_model_remove_prefix(m);
+            return status;
+        }
+        m->prefix[i].present = 1;
+    }
+    m->prefix_length = P;
+    m->prefix_dropout = dropout;
+    return GLM_OK;
+}
+
+void glm_model_remove_prefix(struct glm_model *m)
+{
+    forget_trainables(m, GLM_PREFIX);
+    for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++)
+        empty(m, &m->prefix[i]);
+    m->prefix_length = 0;
+}

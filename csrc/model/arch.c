@@ -1,0 +1,194 @@
+/* A family as numbers and names: what they must be, and the weights that follow from them. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "state.h"
+
+/* What stands for a layer's number in names.layer. A name is a text to be cut there, never a
+ * format. */
+#define NUMBER "{}"
+
+static glm_status check_numbers(const struct glm_arch *a, struct glm_error *err)
+{
+    const struct {
+        const char *name;
+        int value, low, high;
+    } ranges[] = {
+        {"layers", a->layers, 1, 1000},
+        {"hidden", a->hidden, 1, 1 << 20},
+        {"ffn", a->ffn, 1, 1 << 22},
+        {"heads", a->heads, 1, 1 << 12},
+        {"kv_heads", a->kv_heads, 1, a->heads},
+        {"head_dim", a->head_dim, 2, 1 << 10},
+        {"vocab", a->vocab, 2, 1 << 24},
+        {"max_positions", a->max_positions, 1, 1 << 24},
+        {"rotary_dim", a->rotary_dim, 2, a->head_dim},
+    };
+    for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++)
+        if (ranges[i].value < ranges[i].low || ranges[i].value > ranges[i].high)
+            return glm_fail(err, GLM_EVALUE, "arch %s: expected %d to %d, got %d", ranges[i].name,
+                            ranges[i].low, ranges[i].high, ranges[i].value);
+    if (a->heads % a->kv_heads)
+        return glm_fail(err, GLM_EVALUE, "arch heads: %d is not a multiple of kv_heads %d",
+                        a->heads, a->kv_heads);
+    if (a->rotary_dim % 2)
+        return glm_fail(err, GLM_EVALUE, "arch rotary_dim: expected an even number, got %d",
+                        a->rotary_dim);
+    if (!(a->eps > 0) || !(a->rope_base > 0) || !(a->rope_divisor > 0) || !isfinite(a->rope_base) ||
+        !isfinite(a->rope_divisor) || !isfinite(a->eps))
+        return glm_fail(
+            err, GLM_EVALUE,
+            "arch: eps %g, rope_base %g and rope_divisor %g must be positive and finite", a->eps,
+            a->rope_base, a->rope_divisor);
+    return GLM_OK;
+}
+
+/* Each name is there, short enough for what is made of it, and no other's. */
+static glm_status check_names(const struct glm_names *names, struct glm_error *err)
+{
+    const struct {
+        const char *key, *name;
+    } all[] = {
+        {"layer", names->layer}, /* first, as it stands before others */
+        {"word_embeddings", names->word_embeddings},
+        {"final_layernorm", names->final_layernorm},
+        {"output_layer", names->output_layer},
+        {"input_layernorm", names->input_layernorm},
+        {"post_attention_layernorm", names->post_attention_layernorm},
+        {"query_key_value", names->query_key_value},
+        {"dense", names->dense},
+        {"dense_h_to_4h", names->dense_h_to_4h},
+        {"dense_4h_to_h", names->dense_4h_to_h},
+        {"prefix_encoder", names->prefix_encoder},
+    };
+    const size_t n = sizeof all / sizeof all[0];
+    const size_t room = GLM_MAX_NAME - 1 - strlen("1000..lora_A.weight");
+    const char *number = strstr(names->layer, NUMBER);
+    if (!number || strstr(number + strlen(NUMBER), NUMBER))
+        return glm_fail(err, GLM_EVALUE,
+                        "names layer: expected one " NUMBER " for the layer's number, got '%.200s'",
+                        names->layer);
+    for (size_t i = 0; i < n; i++) {
+        if (!*all[i].name)
+            return glm_fail(err, GLM_EVALUE, "names %s: is empty", all[i].key);
+        if (strlen(all[i].name) + (i ? strlen(names->layer) : 0) > room)
+            return glm_fail(err, GLM_EVALUE,
+                            "names %s: with layer it is longer than %zu bytes: '%.200s'",
+                            all[i].key, room, all[i].name);
+        for (size_t k = 0; k < i; k++)
+            if (strcmp(all[i].name, all[k].name) == 0)
+                return glm_fail(err, GLM_EVALUE, "names %s and %s: both are '%.200s'", all[k].key,
+                                all[i].key, all[i].name);
+    }
+    return GLM_OK;
+}
+
+glm_status glm_arch_check(const struct glm_arch *a, const struct glm_names *names,
+                          struct glm_error *err)
+{
+    GLM_TRY(check_numbers(a, err));
+    return check_names(names, err);
+}
+
+/* "module.tail", of layer l below names.layer where l >= 0 */
+static void set_name(struct glm_weight *w, const struct glm_names *names, int l, const char *module,
+                     const char *tail)
+{
+    const char *number = strstr(names->layer, NUMBER);
+    if (l < 0)
+        snprintf(w->name, sizeof w->name, "%s.%s", module, tail);
+    else
+        snprintf(w->name, sizeof w->name, "%.*s%d%s.%s.%s", (int)(number - names->layer),
+                 names->layer, l, number + strlen(NUMBER), module, tail);
+}
+
+static struct glm_weight *add_base(struct glm_model *m, const struct glm_names *names, int l,
+                                   const char *module, const char *tail, int rank, int rows,
+                                   int cols)
+{
+    struct glm_weight *w = &m->weights[m->n_base++];
+    set_name(w, names, l, module, tail);
+    w->kind = GLM_BASE;
+    w->rank = rank;
+    w->rows = rows;
+    w->cols = cols;
+    w->present = 1;
+    return w;
+}
+
+static struct glm_weight *add_vector(struct glm_model *m, const struct glm_names *names, int l,
+                                     const char *module, const char *tail, int rows)
+{
+    return add_base(m, names, l, module, tail, 1, rows, 1);
+}
+
+static struct glm_weight *add_matrix(struct glm_model *m, const struct glm_names *names, int l,
+                                     const char *module, int rows, int cols)
+{
+    return add_base(m, names, l, module, "weight", 2, rows, cols);
+}
+
+size_t glm_arch_slots(const struct glm_arch *a)
+{
+    const int base = 2 + GLM_LINEARS + 1; /* of a layer: norms, matrices, a bias */
+    return 3 + (size_t)a->layers * (base + 2 * GLM_LINEARS) + GLM_PREFIX_WEIGHTS;
+}
+
+static void add_layer(struct glm_model *m, const struct glm_names *names, int l)
+{
+    const struct glm_arch *a = &m->arch;
+    const int C = a->hidden, AO = a->heads * a->head_dim;
+    const int QKV = AO + 2 * a->kv_heads * a->head_dim;
+    struct glm_layer *layer = &m->layers[l];
+    struct glm_linear *linear = layer->linear;
+    layer->input_layernorm = add_vector(m, names, l, names->input_layernorm, "weight", C);
+    linear[GLM_QKV].weight = add_matrix(m, names, l, names->query_key_value, QKV, C);
+    if (a->qkv_bias)
+        linear[GLM_QKV].bias = add_vector(m, names, l, names->query_key_value, "bias", QKV);
+    linear[GLM_DENSE].weight = add_matrix(m, names, l, names->dense, C, AO);
+    layer->post_attention_layernorm =
+        add_vector(m, names, l, names->post_attention_layernorm, "weight", C);
+    linear[GLM_H_TO_4H].weight = add_matrix(m, names, l, names->dense_h_to_4h, 2 * a->ffn, C);
+    linear[GLM_4H_TO_H].weight = add_matrix(m, names, l, names->dense_4h_to_h, C, a->ffn);
+    for (int which = 0; which < GLM_LINEARS; which++)
+        linear[which].site = (uint32_t)(l * GLM_LINEARS + which);
+}
+
+/* The empty slots of adapters, and of the prefix encoder. */
+static void add_slots(struct glm_model *m, const struct glm_names *names)
+{
+    static const char *const prefix[GLM_PREFIX_WEIGHTS] = {
+        "embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias",
+    };
+    const char *const linears[GLM_LINEARS] = {names->query_key_value, names->dense,
+                                              names->dense_h_to_4h, names->dense_4h_to_h};
+    struct glm_weight *w = m->weights + m->n_base;
+    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++) {
+        struct glm_linear *lin = glm_linear_at(m, i);
+        lin->A = w++;
+        lin->B = w++;
+        lin->A->kind = lin->B->kind = GLM_LORA;
+        lin->A->rank = lin->B->rank = 2;
+        set_name(lin->A, names, i / GLM_LINEARS, linears[i % GLM_LINEARS], "lora_A.weight");
+        set_name(lin->B, names, i / GLM_LINEARS, linears[i % GLM_LINEARS], "lora_B.weight");
+    }
+    m->prefix = w;
+    for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++, w++) {
+        set_name(w, names, -1, names->prefix_encoder, prefix[i]);
+        w->kind = GLM_PREFIX;
+        w->rank = i == 2 || i == 4 ? 1 : 2;
+    }
+    m->n_weights = (int)(w - m->weights);
+}
+
+void glm_arch_add_weights(struct glm_model *m, const struct glm_names *names)
+{
+    const int V = m->arch.vocab, C = m->arch.hidden;
+    m->word_embeddings = add_matrix(m, names, -1, names->word_embeddings, V, C);
+    for (int l = 0; l < m->arch.layers; l++)
+        add_layer(m, names, l);
+    m->final_layernorm = add_vector(m, names, -1, names->final_layernorm, "weight", C);
+    m->output_layer = add_matrix(m, names, -1, names->output_layer, V, C);
+    add_slots(m, names);
+}

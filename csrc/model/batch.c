@@ -1,0 +1,218 @@
+/* The ragged batch of a step: checked, laid out on the host, filled in and uploaded. Nothing here
+ * knows what a layer is. */
+#include "state.h"
+
+glm_status glm_batch_check(const struct glm_model *m, const struct glm_input *in,
+                           struct glm_error *err)
+{
+    const int V = m->arch.vocab;
+    int64_t sum = 0;
+    if (in->N < 1 || in->S < 1)
+        return glm_fail(err, GLM_EVALUE, "ids: the batch is empty (%d tokens, %d segments)", in->N,
+                        in->S);
+    for (int s = 0; s < in->S; s++) {
+        if (in->lengths[s] < 1)
+            return glm_fail(err, GLM_EVALUE, "lengths[%d]: expected at least 1 token, got %d", s,
+                            in->lengths[s]);
+        sum += in->lengths[s];
+    }
+    if (sum != in->N)
+        return glm_fail(err, GLM_EVALUE, "lengths: sum is %lld but there are %d ids",
+                        (long long)sum, in->N);
+    for (int n = 0; n < in->N; n++) {
+        if (in->ids[n] < 0 || in->ids[n] >= V)
+            return glm_fail(err, GLM_EVALUE, "ids[%d]: token id %d is outside the vocabulary of %d",
+                            n, in->ids[n], V);
+        if (in->positions && (in->positions[n] < 0 || in->positions[n] >= m->arch.max_positions))
+            return glm_fail(err, GLM_EVALUE, "positions[%d]: %d is outside 0 .. %d (seq_length)", n,
+                            in->positions[n], m->arch.max_positions - 1);
+    }
+    for (int i = 0; in->rows && i < in->M; i++) {
+        if (in->rows[i] < 0 || in->rows[i] >= in->N || (i && in->rows[i] <= in->rows[i - 1]))
+            return glm_fail(err, GLM_EVALUE,
+                            "rows[%d]: expected ascending indices of the %d tokens, got %d", i,
+                            in->N, in->rows[i]);
+        if (in->targets && (in->targets[i] < 0 || in->targets[i] >= V))
+            return glm_fail(err, GLM_EVALUE,
+                            "targets[%d]: label %d is outside the vocabulary of %d", i,
+                            in->targets[i], V);
+    }
+    return GLM_OK;
+}
+
+void glm_rows_layout(struct glm_arena *arena, struct glm_rows *rows, size_t n)
+{
+    rows->n = (int)n;
+    rows->position = glm_arena_push(arena, n, sizeof *rows->position);
+    rows->sequence = glm_arena_push(arena, n, sizeof *rows->sequence);
+}
+
+void glm_staging_layout(const struct glm_model *m, struct glm_arena *host, struct glm_step *s)
+{
+    struct glm_staging *h = &s->host;
+    const size_t N = s->N, M = s->M, V = m->arch.vocab, draws = s->call.sampling != NULL;
+    h->segments = glm_arena_push(host, s->S, sizeof *h->segments);
+    glm_rows_layout(host, &h->all, N);
+    glm_rows_layout(host, &h->read, M);
+    glm_rows_layout(host, &h->prefix, s->prefix.n);
+    h->slot = glm_arena_push(host, s->call.cache ? N : 0, sizeof *h->slot);
+    h->gather = glm_arena_push(host, M, sizeof *h->gather);
+    h->losses = glm_arena_push(host, M, m->be->real_size); /* neighbours, as on the device */
+    h->squares = glm_arena_push(host, 1, sizeof *h->squares);
+    h->choices = glm_arena_push(host, draws * M, sizeof *h->choices);
+    h->touched = glm_arena_push(host, s->touched_room, sizeof *h->touched);
+    h->seen = glm_arena_push(host, draws * V, sizeof *h->seen);
+}
+
+/* Of sequence i of this call: its number in the update. */
+static int32_t sequence_number(const struct glm_model *m, int i)
+{
+    return (int32_t)((uint64_t)(m->progress.rows + i) & 0x7fffffff);
+}
+
+/* Segment i, whose `count` tokens begin at flat index `begin`. What it continues is its past: its
+ * row of the cache, or the prefix that all rows share. */
+static struct glm_segment segment_of(const struct glm_model *m, int i, int begin, int count)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_cache *c = s->call.cache;
+    struct glm_segment segment = {.begin = begin, .count = count};
+    if (c && s->call.cache_rows) {
+        const int row = s->call.cache_rows[i];
+        segment.shared_count = c->prefix_length + c->shared_length;
+        segment.past_begin = c->prefix_length + c->shared_capacity + row * c->capacity;
+        segment.past_count = c->lengths[row];
+    } else if (c) {
+        segment.shared_count = c->prefix_length;
+        segment.past_begin = c->prefix_length;
+        segment.past_count = c->shared_length;
+    } else {
+        segment.shared_begin = s->prefix_copies > 1 ? i * m->prefix_length : 0;
+        segment.shared_count = m->prefix_length;
+    }
+    return segment;
+}
+
+/* Segments, positions, sequences and cache slots of all tokens; *end: one more than the largest
+ * position. */
+static glm_status stage_tokens(struct glm_model *m, const struct glm_input *in, int64_t *end,
+                               struct glm_error *err)
+{
+    struct glm_step *s = &m->step;
+    const struct glm_staging *h = &s->host;
+    const struct glm_cache *c = s->call.cache;
+    s->longest = 0;
+    *end = 0;
+    for (int i = 0, n = 0; i < s->S; i++) {
+        const int count = in->lengths[i];
+        const struct glm_segment segment = h->segments[i] = segment_of(m, i, n, count);
+        const int start = segment.past_count + (s->call.cache_rows ? c->shared_length : 0);
+        if (!in->positions && (int64_t)start + count > m->arch.max_positions)
+            return glm_fail(
+                err, GLM_EVALUE,
+                "segment %d: %d tokens from position %d on are longer than the model's %d "
+                "positions (seq_length)",
+                i, count, start, m->arch.max_positions);
+        s->longest = count > s->longest ? count : s->longest;
+        for (int t = 0; t < count; t++, n++) {
+            h->all.position[n] = in->positions ? in->positions[n] : start + t;
+            h->all.sequence[n] = sequence_number(m, i);
+            if (c)
+                h->slot[n] = segment.past_begin + segment.past_count + t;
+            *end = h->all.position[n] >= *end ? (int64_t)h->all.position[n] + 1 : *end;
+        }
+    }
+    return GLM_OK;
+}
+
+/* The rows that are read: those asked for, else all; in generation the last of each segment,
+ * which follows from the lengths, so no array is passed around. */
+static void stage_read(struct glm_model *m, const struct glm_input *in)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_staging *h = &s->host;
+    for (int i = 0; i < s->M; i++) {
+        int n = in->rows ? in->rows[i] : i;
+        if (s->call.cache)
+            n = h->segments[i].begin + h->segments[i].count - 1;
+        h->gather[i] = n;
+        h->read.position[i] = h->all.position[n];
+        h->read.sequence[i] = h->all.sequence[n];
+    }
+}
+
+static void stage_prefix(struct glm_model *m)
+{
+    const struct glm_rows *rows = &m->step.host.prefix;
+    for (int i = 0; i < rows->n; i++) {
+        rows->position[i] = i % m->prefix_length;
+        rows->sequence[i] = sequence_number(m, i / m->prefix_length);
+    }
+}
+
+/* How each row's next token is chosen, and the ids whose scores change; returns how many. */
+static size_t stage_choices(struct glm_model *m)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_staging *h = &s->host;
+    const struct glm_sampling *how = s->call.sampling;
+    const int32_t *context = how->context;
+    int32_t n = 0;
+    for (int i = 0; i < s->M; i++) {
+        const uint64_t *draw = how->draws + 3 * (size_t)i;
+        const int length = context ? how->context_lengths[i] : 0;
+        struct glm_choice *c = &h->choices[i];
+        *c = (struct glm_choice){.top_p = how->top_p,
+                                 .seed = draw[0],
+                                 .stream = (uint32_t)draw[1],
+                                 .index = (uint32_t)draw[2],
+                                 .temperature = (float)how->temperature,
+                                 .penalty = (float)how->repetition_penalty,
+                                 .top_k = how->top_k,
+                                 .first = n};
+        if (context)
+            glm_touched_ids(h->touched + n, &c->penalised, &c->banned, m->arch.vocab, context,
+                            length, how->repetition_penalty, how->no_repeat_ngram, how->suppress,
+                            length < how->min_length ? how->n_suppress : 0, h->seen);
+        n += c->penalised + c->banned;
+        context = context ? context + length : NULL;
+    }
+    return (size_t)n;
+}
+
+static void upload_rows(struct glm_backend *be, const struct glm_rows *to,
+                        const struct glm_rows *from)
+{
+    be->upload(be, to->position, from->position, (size_t)from->n * sizeof *from->position);
+    be->upload(be, to->sequence, from->sequence, (size_t)from->n * sizeof *from->sequence);
+}
+
+glm_status glm_batch_upload(struct glm_model *m, const struct glm_input *in, struct glm_error *err)
+{
+    struct glm_backend *be = m->be;
+    const struct glm_step *s = &m->step;
+    const struct glm_staging *h = &s->host;
+    const size_t N = s->N, M = s->M;
+    int64_t end;
+    GLM_TRY(stage_tokens(m, in, &end, err));
+    stage_read(m, in);
+    stage_prefix(m);
+    GLM_TRY(glm_rope_reach(m, end, err));
+    be->upload(be, s->segments, h->segments, (size_t)s->S * sizeof *h->segments);
+    be->upload(be, s->ids, in->ids, N * sizeof *s->ids);
+    upload_rows(be, &s->all, &h->all);
+    if (s->call.cache)
+        be->upload(be, s->slot, h->slot, N * sizeof *s->slot);
+    be->upload(be, s->gather, h->gather, M * sizeof *s->gather);
+    upload_rows(be, &s->read, &h->read);
+    if (in->targets)
+        be->upload(be, s->target, in->targets, M * sizeof *s->target);
+    if (s->prefix.n)
+        upload_rows(be, &s->prefix, &h->prefix);
+    if (s->call.sampling) {
+        const size_t touched = stage_choices(m);
+        be->upload(be, s->choices, h->choices, M * sizeof *s->choices);
+        be->upload(be, s->touched, h->touched, touched * sizeof *s->touched);
+    }
+    return GLM_OK;
+}

@@ -1,0 +1,264 @@
+/* The state of a model as the files of model/ see it: weights in slots, layers that point at them,
+ * and one step's batch and activations. Functions follow at the end, file by file, in the order in
+ * which a step uses them; a file calls only those above it. */
+#ifndef GLM_STATE_H
+#define GLM_STATE_H
+
+#include "arena.h"
+#include "glm.h"
+
+/* Activations are kept up to so many bytes; beyond them layers are recomputed. */
+#define GLM_DEFAULT_BUDGET ((size_t)1 << 30)
+
+/* ---- weights */
+
+enum { GLM_MAX_NAME = 112 }; /* bytes of a weight's name and its end */
+
+/* One named weight. Vectors (rank 1) are always real and owned; matrices lie where they were mapped
+ * until an adapter, a merge or training gives them memory of their own. */
+struct glm_weight {
+    char name[GLM_MAX_NAME];
+    enum glm_weight_kind kind;
+    int rows, cols, rank;
+    int present;        /* LoRA and prefix slots are empty until asked for */
+    struct glm_mat mat; /* mat.data NULL: not bound */
+    void *owned;        /* freed with the weight; mat.data or NULL */
+    void *grad;         /* in the trainable block; NULL: frozen */
+    size_t offset;      /* in the trainable block, elements */
+};
+
+/* y = x W^T + b + scale (x A^T) B^T; A, B not present: no adapter */
+struct glm_linear {
+    struct glm_weight *weight, *bias, *A, *B;
+    double scale, dropout;
+    uint32_t site; /* names the dropout mask */
+};
+
+enum { GLM_QKV, GLM_DENSE, GLM_H_TO_4H, GLM_4H_TO_H, GLM_LINEARS };
+
+struct glm_layer {
+    struct glm_weight *input_layernorm, *post_attention_layernorm;
+    struct glm_linear linear[GLM_LINEARS];
+};
+
+/* ---- one step */
+
+/* Rows of an activation, and what the dropout masks of each are functions of: the position of its
+ * token, and the number of its sequence in the update. */
+struct glm_rows {
+    int n;
+    int32_t *position, *sequence; /* (n) each */
+};
+
+/* What backward needs of one layer. NR = N rows, except in the last layer, where what follows
+ * attention is computed for the M rows that someone reads. Inputs of linears are not here: the
+ * norms and the activation yield them again from x, x1 and h, bit for bit and at the memory's
+ * speed. The list makes the struct and the memory plan. */
+#define BLOCK_ACTS(X) /* name, elements */    \
+    X(rstd1, N)                               \
+    X(qkv, N *QKV)                            \
+    X(att, N *AO)                             \
+    X(lse, N *NH)                             \
+    X(x1, NR *C)                              \
+    X(rstd2, NR)                              \
+    X(xa[GLM_QKV], N *rank[GLM_QKV])          \
+    X(xa[GLM_DENSE], NR *rank[GLM_DENSE])     \
+    X(xa[GLM_H_TO_4H], NR *rank[GLM_H_TO_4H]) \
+    X(xa[GLM_4H_TO_H], NR *rank[GLM_4H_TO_H])
+
+struct glm_block_acts {
+    void *rstd1, *qkv, *att, *lse, *x1, *rstd2;
+    void *h; /* of dense_h_to_4h, (NR, 2 F), as backend.kept_h; NULL: it is in step.h */
+    void *xa[GLM_LINEARS]; /* x A^T, kept for dB */
+};
+
+/* What the host prepares for a step, and what it reads back: the host's half of struct glm_step,
+ * under the same names, in one block that batch.c lays out as step.c does the device's. */
+struct glm_staging {
+    struct glm_segment *segments; /* (S) */
+    struct glm_rows all, read, prefix;
+    int32_t *slot, *gather;
+    void *losses;    /* (M) real and, at the distance they have on the device, */
+    double *squares; /* so that one download brings both */
+    struct glm_choice *choices;
+    int32_t *touched;
+    unsigned char *seen; /* (V) scratch of glm_touched_ids */
+};
+
+/* What a step is for. */
+struct glm_call {
+    int training; /* backward follows */
+    int gather;   /* only rows that someone reads go through the end of the last layer */
+    int dropout;  /* training only */
+    uint64_t dropout_seed;
+    /* Generation, else NULL: segment i continues row cache_rows[i] of the cache, or, where that is
+     * NULL, its shared prefix. */
+    struct glm_cache *cache;
+    const int32_t *cache_rows;
+    const struct glm_sampling *sampling; /* NULL: argmax, or logits are wanted */
+};
+
+/* One call's work: the batch on the device and every buffer, laid out by step.c. */
+struct glm_step {
+    int N, S, M;
+    struct glm_call call;
+    int gathered; /* M < N rows go through the end of the last layer */
+    int kept_layers;
+    int longest; /* tokens of the longest segment */
+    int prefix_copies;
+
+    /* the batch */
+    int32_t *ids, *slot;      /* (N); slot: cache row of each token's key and value */
+    struct glm_rows all;      /* the N tokens */
+    struct glm_rows read;     /* the M rows whose logits someone reads */
+    int32_t *gather, *target; /* (M) their places in the batch, and labels */
+    struct glm_rows prefix;   /* of the prefix encoder, copies * P */
+    struct glm_segment *segments;
+
+    /* forward */
+    void **x; /* (layers + 1) inputs of the layers, the last their output; on the host */
+    /* (layers) inputs of layers to be recomputed in 16 bits, or NULL; on the host */
+    void **saved;
+    /* (layers), on the host; the last layer and those that are recomputed share one set: in it
+     * the last one's are still there when backward begins */
+    struct glm_block_acts *acts;
+    void *final, *final_rstd; /* after the final norm (MR, C) */
+    void *h; /* (N, 2 F) of the layer at work where the layers keep it rounded, else NULL */
+    void *logits, *losses, *lse; /* a chunk of at most logits_rows rows; all M losses */
+    double *squares;             /* behind the losses: of all gradients together */
+    int logits_rows;
+    void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
+    /* Inputs of linears, and in their place the gradients on the way up: step.c draws when. */
+    void *ln, *act, *att_rows, *x_rows; /* (N, C), (N, F), (M, AO), (M, C) */
+    int fused_swiglu; /* ln lies apart from act, so dense_h_to_4h and the activation are one op */
+
+    /* backward; dx: of the residual stream; dprefix_kv NULL: the prefix is frozen */
+    void *dnorm, *dact, *datt, *datt_rows, *dx_rows, *dqkv, *dx;
+    void *dprefix_rows, *dprefix_hidden, *dprefix_kv;
+    void *lora_u, *lora_x; /* (N, max rank), (N, max in) */
+
+    /* the choice of tokens: (M) ids, and where it is not argmax (M) choices and the ids whose
+     * scores change */
+    int32_t *chosen;
+    struct glm_choice *choices;
+    int32_t *touched;
+    size_t touched_room;
+
+    struct glm_staging host;
+};
+
+/* ---- the model */
+
+struct glm_model {
+    struct glm_arch arch;
+    struct glm_backend *be;
+    struct glm_weight *weights; /* base, then 8 LoRA slots a layer, then 5 prefix slots */
+    int n_base, n_weights;
+    struct glm_layer *layers;
+    struct glm_weight *word_embeddings, *final_layernorm, *output_layer;
+    struct glm_weight *prefix; /* GLM_PREFIX_WEIGHTS */
+    int prefix_length;
+    double prefix_dropout;
+    int lora_on;
+    void *rope_table; /* (max_positions, rotary_dim / 2, 2) real; rope_rows of them are there */
+    int rope_rows;
+    int *trainable, n_trainable;
+    /* values, gradients, first and second moments, block_size elements each, and a double */
+    char *block;
+    size_t block_size, decaying; /* matrices come first: to so many elements weight decay applies */
+    struct glm_progress progress;
+    double squares; /* sum of squares of all gradients, where it is known */
+    int squares_known;
+    uint64_t version; /* grows when weights change, so a cache knows it is stale */
+    size_t budget; /* bytes of activations to keep rather than recompute; 0: GLM_DEFAULT_BUDGET */
+    struct glm_arena arena, host; /* of the step: activations on the device, staging on the host */
+    struct glm_step step;
+};
+
+struct glm_cache {
+    struct glm_model *model;
+    struct glm_backend *be; /* outlives the model, so a cache can always be freed */
+    int rows, capacity, shared_capacity, shared_length, prefix_length;
+    int32_t *lengths; /* (rows) own tokens */
+    int slots;        /* prefix, shared prefix, then capacity per row */
+    char *kv;         /* (2 * layers, slots, KV) real */
+    size_t bytes;
+    uint64_t version; /* of the model's weights when it was last empty */
+};
+
+static inline int glm_present(const struct glm_weight *w) { return w && w->present; }
+static inline int glm_trains(const struct glm_weight *w) { return w && w->grad; }
+static inline size_t glm_count(const struct glm_weight *w) { return (size_t)w->rows * w->cols; }
+static inline struct glm_linear *glm_linear_at(const struct glm_model *m, int i)
+{
+    return &m->layers[i / GLM_LINEARS].linear[i % GLM_LINEARS];
+}
+static inline void *glm_at(const struct glm_model *m, const void *p, size_t element)
+{
+    return (char *)p + element * m->be->real_size;
+}
+
+/* model/rope.c: the rotary table. It has so many positions, or all, afterwards. */
+glm_status glm_rope_create(struct glm_model *m, struct glm_error *err);
+glm_status glm_rope_reach(struct glm_model *m, int64_t positions, struct glm_error *err);
+
+/* model/weights.c */
+glm_status glm_weights_complete(struct glm_model *m, struct glm_error *err);
+/* An owned real copy of n host elements of a dtype. */
+glm_status glm_weight_own(struct glm_model *m, struct glm_weight *w, const void *host,
+                          enum glm_dtype dtype, struct glm_error *err);
+void glm_weight_set(struct glm_weight *w, const void *data, enum glm_dtype dtype);
+void glm_weight_release(struct glm_model *m, struct glm_weight *w);
+glm_status glm_refuse_trainable(const struct glm_weight *w, struct glm_error *err);
+glm_status glm_refuse_quantized(const struct glm_weight *w, const char *what,
+                                struct glm_error *err);
+
+/* model/arch.c: checks numbers and names; how many slots of weights; fills them and the layers */
+glm_status glm_arch_check(const struct glm_arch *a, const struct glm_names *names,
+                          struct glm_error *err);
+size_t glm_arch_slots(const struct glm_arch *a);
+void glm_arch_add_weights(struct glm_model *m, const struct glm_names *names);
+
+/* model/batch.c */
+glm_status glm_batch_check(const struct glm_model *m, const struct glm_input *in,
+                           struct glm_error *err);
+void glm_rows_layout(struct glm_arena *arena, struct glm_rows *rows, size_t n);
+void glm_staging_layout(const struct glm_model *m, struct glm_arena *host, struct glm_step *s);
+/* Fills the host's arrays for the step's call and uploads them. */
+glm_status glm_batch_upload(struct glm_model *m, const struct glm_input *in, struct glm_error *err);
+
+/* model/step.c: checks and uploads the batch, takes the memory. */
+glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in,
+                          const struct glm_call *call, struct glm_error *err);
+/* The lowest layer whose gradients are needed; `layers` when only what follows them trains. */
+int glm_lowest_layer(const struct glm_model *m);
+
+/* model/prefix.c */
+void glm_prefix_forward(struct glm_model *m);
+void glm_prefix_backward(struct glm_model *m);
+
+/* model/linear.c; xa = x A^T, of the dropped x where there is dropout */
+void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, const void *inp,
+                         void *xa, const struct glm_rows *rows);
+void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
+                        const void *inp, void *xa, const struct glm_rows *rows);
+void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
+                         const void *dout, const void *inp, const void *xa,
+                         const struct glm_rows *rows);
+int glm_adapted(const struct glm_model *m, const struct glm_linear *lin);
+int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin);
+
+/* model/block.c. Forward runs the layers in order: each leaves its output in x[l + 1], and that
+ * one's norm to the next. Recompute runs one alone, only what backward reads. */
+void glm_block_forward(struct glm_model *m, int l);
+void glm_block_recompute(struct glm_model *m, int l);
+void glm_block_backward(struct glm_model *m, int l, int need_dx);
+
+/* model/model.c. Embedding, layers, final norm. hidden: host (layers + 1, N, C) or NULL. */
+glm_status glm_layers_forward(struct glm_model *m, void *hidden, struct glm_error *err);
+/* Runs them again and says after which numbers stop being finite. */
+glm_status glm_layers_diagnose(struct glm_model *m, struct glm_error *err);
+/* Logits of `count` rows from `begin` into step.logits. */
+void glm_logits_forward(struct glm_model *m, int begin, int count);
+
+#endif

@@ -1,0 +1,415 @@
+/* Methods of Model on its weights: base ones, adapters, and what trains. */
+#include "run.h"
+
+static int find_weight(struct model_object *self, PyObject *name_object)
+{
+    const char *name = PyUnicode_AsUTF8(name_object);
+    if (!name)
+        return -1;
+    const int i = glm_model_find(self->m, name);
+    if (i < 0)
+        PyErr_Format(PyExc_ValueError, "name: this model has no weight '%s'", name);
+    return i;
+}
+
+static PyObject *shape_tuple(const struct glm_weight_info *info)
+{
+    return info->rank == 1 ? Py_BuildValue("(i)", info->rows)
+                           : Py_BuildValue("(ii)", info->rows, info->cols);
+}
+
+PyObject *glm_py_shapes(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    PyObject *dict = PyDict_New();
+    struct glm_weight_info info;
+    for (int i = 0, more; dict && (more = glm_model_weight(self->m, i, &info)) != 0; i++) {
+        if (more < 0 || info.kind != GLM_BASE)
+            continue;
+        PyObject *shape = shape_tuple(&info);
+        if (!shape || PyDict_SetItemString(dict, info.name, shape) < 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(shape);
+    }
+    return dict;
+}
+
+/* Names of the weights that are there, or of those among them that are not bound yet. */
+static PyObject *names_of(struct model_object *self, int only_missing)
+{
+    PyObject *list = PyList_New(0);
+    struct glm_weight_info info;
+    for (int i = 0, more; list && (more = glm_model_weight(self->m, i, &info)) != 0; i++) {
+        if (more < 0 || (only_missing && info.bound))
+            continue;
+        PyObject *name = PyUnicode_FromString(info.name);
+        if (!name || PyList_Append(list, name) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+PyObject *glm_py_missing(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    return names_of(self, 1);
+}
+
+PyObject *glm_py_names(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    return names_of(self, 0);
+}
+
+PyObject *glm_py_shape(struct model_object *self, PyObject *name)
+{
+    struct glm_weight_info info;
+    const int i = find_weight(self, name);
+    if (i < 0)
+        return NULL;
+    glm_model_weight(self->m, i, &info);
+    return shape_tuple(&info);
+}
+
+PyObject *glm_py_dtype(struct model_object *self, PyObject *name)
+{
+    struct glm_weight_info info;
+    const int i = find_weight(self, name);
+    if (i < 0)
+        return NULL;
+    glm_model_weight(self->m, i, &info);
+    return PyUnicode_FromString(glm_dtype_name(info.dtype));
+}
+
+PyObject *glm_py_bind(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"name", "array", "dtype", "scale", "group", NULL};
+    PyObject *name_object, *object, *scale_object = Py_None, *pair;
+    const char *dtype_name;
+    struct glm_mat mat = {0};
+    struct glm_error err;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOs|Oi", names, &name_object, &object,
+                                     &dtype_name, &scale_object, &mat.group) ||
+        glm_idle(self) < 0 || glm_dtype_from_name(dtype_name, &mat.dtype) < 0)
+        return NULL;
+    const char *name = PyUnicode_AsUTF8(name_object);
+    PyArrayObject *a = glm_array_arg(object, name, glm_dtype_numpy(mat.dtype), -1), *scale = NULL;
+    if (!a || glm_dims_of(a, name, &mat.rows, &mat.cols) < 0)
+        goto failed;
+    mat.data = PyArray_DATA(a);
+    if (mat.dtype == GLM_I4 && mat.cols > INT_MAX / 2) {
+        PyErr_Format(PyExc_ValueError, "%s: %d bytes a row", name, mat.cols);
+        goto failed;
+    }
+    if (mat.dtype == GLM_I4)
+        mat.cols *= 2;
+    if (scale_object != Py_None) {
+        scale = glm_array_arg(scale_object, name, NPY_FLOAT16, mat.group > 0 ? 2 : 1);
+        if (!scale)
+            goto failed;
+        if (PyArray_DIM(scale, 0) != mat.rows ||
+            (mat.group > 0 && PyArray_DIM(scale, 1) != glm_scale_cols(&mat))) {
+            PyErr_Format(PyExc_ValueError, "%s: scale: expected %d rows of %d, got %zd elements",
+                         name, mat.rows, mat.group > 0 ? glm_scale_cols(&mat) : 1,
+                         (Py_ssize_t)PyArray_SIZE(scale));
+            goto failed;
+        }
+        mat.scale = PyArray_DATA(scale);
+    }
+    glm_status status = glm_model_bind(self->m, name, &mat, PyArray_NDIM(a), &err);
+    if (glm_check(glm_model_backend(self->m), status, &err) < 0)
+        goto failed;
+    pair = PyTuple_Pack(2, (PyObject *)a, scale ? (PyObject *)scale : Py_None);
+    const int kept = pair ? PyDict_SetItem(self->arrays, name_object, pair) : -1;
+    Py_XDECREF(pair);
+    Py_DECREF(a);
+    Py_XDECREF(scale);
+    if (kept < 0)
+        return NULL;
+    Py_RETURN_NONE;
+failed:
+    Py_XDECREF(a);
+    Py_XDECREF(scale);
+    return NULL;
+}
+
+/* move(backend, left): left, names of weights that the caller binds anew */
+PyObject *glm_py_move(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"backend", "left", NULL};
+    struct run run;
+    const char *backend;
+    PyObject *left, *result = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO", names, &backend, &left) ||
+        glm_idle(self) < 0)
+        return NULL;
+    struct glm_backend *to = glm_module_backend(self->state, backend);
+    PyObject *list = to ? PySequence_Fast(left, "left: expected names of weights") : NULL;
+    if (!list)
+        return NULL;
+    const Py_ssize_t n = PySequence_Fast_GET_SIZE(list);
+    int *weights = PyMem_New(int, n ? n : 1);
+    for (Py_ssize_t i = 0; weights && i < n; i++)
+        if ((weights[i] = find_weight(self, PySequence_Fast_GET_ITEM(list, i))) < 0)
+            goto done;
+    if (!weights) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    if (glm_run_begin(&run, self) < 0)
+        goto done;
+    run.blame = to;
+    if (glm_run_end(&run, glm_model_move(self->m, to, weights, (int)n, &run.err)) < 0)
+        goto done;
+    PyDict_Clear(self->arrays);
+    result = Py_NewRef(Py_None);
+done:
+    PyMem_Free(weights);
+    Py_DECREF(list);
+    return result;
+}
+
+PyObject *glm_py_add_lora(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"module", "A", "B", "scale", "dropout", NULL};
+    const char *module;
+    PyObject *A_object, *B_object;
+    double scale, dropout;
+    struct glm_error err;
+    int A_rows, A_cols, B_rows, B_cols;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sOOdd", names, &module, &A_object, &B_object,
+                                     &scale, &dropout) ||
+        glm_idle(self) < 0)
+        return NULL;
+    PyArrayObject *A = glm_real_arg(A_object, "A", glm_real_type(self), 2);
+    PyArrayObject *B = A ? glm_real_arg(B_object, "B", glm_real_type(self), 2) : NULL;
+    const int done =
+        B && glm_dims_of(A, "A", &A_rows, &A_cols) == 0 &&
+        glm_dims_of(B, "B", &B_rows, &B_cols) == 0 &&
+        glm_check(glm_model_backend(self->m),
+                  glm_model_add_lora(self->m, module, PyArray_DATA(A), A_rows, A_cols,
+                                     PyArray_DATA(B), B_rows, B_cols, scale, dropout, &err),
+                  &err) == 0;
+    Py_XDECREF(A);
+    Py_XDECREF(B);
+    if (!done)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+PyObject *glm_py_remove_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    if (glm_idle(self) < 0)
+        return NULL;
+    glm_model_remove_lora(self->m);
+    Py_RETURN_NONE;
+}
+
+PyObject *glm_py_enable_lora(struct model_object *self, PyObject *arg)
+{
+    const int on = PyObject_IsTrue(arg);
+    if (on < 0 || glm_idle(self) < 0)
+        return NULL;
+    glm_model_enable_lora(self->m, on);
+    Py_RETURN_NONE;
+}
+
+PyObject *glm_py_merge_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    struct run run;
+    if (glm_run_begin(&run, self) < 0 ||
+        glm_run_end(&run, glm_model_merge_lora(self->m, &run.err)) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"arrays", "dropout", NULL};
+    PyObject *dict;
+    double dropout;
+    struct glm_error err;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!d", names, &PyDict_Type, &dict, &dropout) ||
+        glm_idle(self) < 0)
+        return NULL;
+    const struct glm_arch *arch = glm_model_arch(self->m);
+    const int H = arch->hidden, width = 2 * arch->layers * arch->kv_heads * arch->head_dim;
+    const npy_intp shapes[GLM_PREFIX_WEIGHTS][2] = {
+        {-1, width}, {H, width}, {H, 0}, {width, H}, {width, 0}};
+    PyArrayObject *a[GLM_PREFIX_WEIGHTS] = {NULL};
+    const void *data[GLM_PREFIX_WEIGHTS] = {NULL};
+    PyObject *result = NULL;
+    Py_ssize_t used = 0;
+    for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++) {
+        const char *key = glm_model_prefix_name(self->m, i);
+        PyObject *value = PyDict_GetItemString(dict, key);
+        if (!value)
+            continue;
+        used++;
+        const int rank = shapes[i][1] ? 2 : 1;
+        if (!(a[i] = glm_real_arg(value, key, glm_real_type(self), rank)))
+            goto done;
+        if ((shapes[i][0] >= 0 && PyArray_DIM(a[i], 0) != shapes[i][0]) ||
+            (rank == 2 && PyArray_DIM(a[i], 1) != shapes[i][1])) {
+            PyErr_Format(PyExc_ValueError, "%s: expected shape (%s%zd%s%zd), got (%zd, %zd)", key,
+                         shapes[i][0] < 0 ? "pre_seq_len " : "", (Py_ssize_t)shapes[i][0],
+                         rank == 2 ? ", " : "; vector ", (Py_ssize_t)shapes[i][1],
+                         (Py_ssize_t)PyArray_DIM(a[i], 0),
+                         rank == 2 ? (Py_ssize_t)PyArray_DIM(a[i], 1) : (Py_ssize_t)0);
+            goto done;
+        }
+        data[i] = PyArray_DATA(a[i]);
+    }
+    if (!a[0] || used != PyDict_GET_SIZE(dict)) {
+        PyErr_Format(PyExc_ValueError,
+                     "prefix: expected %s and, with projection, .trans.0.weight, .trans.0.bias, "
+                     ".trans.2.weight, .trans.2.bias",
+                     glm_model_prefix_name(self->m, 0));
+        goto done;
+    }
+    glm_status status = glm_model_set_prefix(self->m, (int)PyArray_DIM(a[0], 0), data[0], data[1],
+                                             data[2], data[3], data[4], dropout, &err);
+    if (glm_check(glm_model_backend(self->m), status, &err) == 0)
+        result = Py_NewRef(Py_None);
+done:
+    for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++)
+        Py_XDECREF(a[i]);
+    return result;
+}
+
+PyObject *glm_py_remove_prefix(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    if (glm_idle(self) < 0)
+        return NULL;
+    glm_model_remove_prefix(self->m);
+    Py_RETURN_NONE;
+}
+
+PyObject *glm_py_prefix_kv(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    struct run run;
+    const struct glm_arch *arch = glm_model_arch(self->m);
+    npy_intp dims[3] = {2 * arch->layers, glm_model_prefix_length(self->m),
+                        arch->kv_heads * arch->head_dim};
+    PyObject *out = PyArray_SimpleNew(3, dims, glm_real_type(self));
+    if (!out)
+        return NULL;
+    if (glm_run_begin(&run, self) < 0 ||
+        glm_run_end(&run,
+                    glm_model_prefix_kv(self->m, PyArray_DATA((PyArrayObject *)out), &run.err)) < 0)
+        Py_CLEAR(out);
+    return out;
+}
+
+PyObject *glm_py_set_trainable(struct model_object *self, PyObject *arg)
+{
+    struct run run;
+    PyObject *list = PySequence_Fast(arg, "names: expected a sequence of weight names");
+    if (!list)
+        return NULL;
+    const Py_ssize_t n = PySequence_Fast_GET_SIZE(list);
+    int *weights = PyMem_Calloc((size_t)n + 1, sizeof *weights);
+    PyObject *result = NULL;
+    if (!weights) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < n; i++)
+        if ((weights[i] = find_weight(self, PySequence_Fast_GET_ITEM(list, i))) < 0)
+            goto done;
+    if (glm_run_begin(&run, self) < 0 ||
+        glm_run_end(&run, glm_model_set_trainable(self->m, weights, (int)n, &run.err)) < 0)
+        goto done;
+    result = Py_NewRef(Py_None);
+done:
+    PyMem_Free(weights);
+    Py_DECREF(list);
+    return result;
+}
+
+PyObject *glm_py_trainable(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    const int *weights;
+    const int n = glm_model_trainable(self->m, &weights);
+    PyObject *list = PyList_New(n);
+    for (int i = 0; list && i < n; i++) {
+        struct glm_weight_info info;
+        glm_model_weight(self->m, weights[i], &info);
+        PyObject *name = PyUnicode_FromString(info.name);
+        if (!name) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, i, name);
+    }
+    return list;
+}
+
+static int part_from_name(const char *what, enum glm_part *part)
+{
+    static const char *const names[] = {"value", "grad", "exp_avg", "exp_avg_sq"};
+    for (int i = 0; i < 4; i++)
+        if (strcmp(what, names[i]) == 0) {
+            *part = (enum glm_part)i;
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError, "what: expected value, grad, exp_avg or exp_avg_sq, got '%s'",
+                 what);
+    return -1;
+}
+
+PyObject *glm_py_read(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"name", "what", NULL};
+    struct run run;
+    PyObject *name;
+    const char *what = "value";
+    enum glm_part part;
+    struct glm_weight_info info;
+    int i;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U|s", names, &name, &what) ||
+        part_from_name(what, &part) < 0 || (i = find_weight(self, name)) < 0)
+        return NULL;
+    glm_model_weight(self->m, i, &info);
+    npy_intp dims[2] = {info.rows, info.cols};
+    PyObject *out = PyArray_SimpleNew(info.rank, dims, glm_real_type(self));
+    if (!out)
+        return NULL;
+    if (glm_run_begin(&run, self) < 0 ||
+        glm_run_end(&run, glm_model_read(self->m, i, part, PyArray_DATA((PyArrayObject *)out),
+                                         &run.err)) < 0)
+        Py_CLEAR(out);
+    return out;
+}
+
+PyObject *glm_py_write(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"name", "array", "what", NULL};
+    struct run run;
+    PyObject *name, *object;
+    const char *what = "value";
+    enum glm_part part;
+    struct glm_weight_info info;
+    int i;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UO|s", names, &name, &object, &what) ||
+        part_from_name(what, &part) < 0 || (i = find_weight(self, name)) < 0)
+        return NULL;
+    glm_model_weight(self->m, i, &info);
+    PyArrayObject *a = glm_real_arg(object, PyUnicode_AsUTF8(name), glm_real_type(self), info.rank);
+    if (!a)
+        return NULL;
+    int rows, cols;
+    if (glm_dims_of(a, PyUnicode_AsUTF8(name), &rows, &cols) < 0 || rows != info.rows ||
+        cols != info.cols) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "%U: expected shape (%d, %d), got (%d, %d)", name,
+                         info.rows, info.cols, rows, cols);
+        Py_DECREF(a);
+        return NULL;
+    }
+    const int done =
+        glm_run_begin(&run, self) == 0 &&
+        glm_run_end(&run, glm_model_write(self->m, i, part, PyArray_DATA(a), &run.err)) == 0;
+    Py_DECREF(a);
+    if (!done)
+        return NULL;
+    Py_RETURN_NONE;
+}

@@ -1,0 +1,65 @@
+/* Computing on a model without the GIL, one computation at a time, and a batch's arguments: what
+ * the methods of Model and Cache share. */
+#ifndef GLM_RUN_H
+#define GLM_RUN_H
+
+#include "convert.h"
+
+struct model_object {
+    PyObject ob_base; /* PyObject_HEAD */
+    struct glm_model *m;
+    struct module_state *state;
+    PyObject *module; /* keeps state alive */
+    PyObject *arrays; /* dict: weight name -> array in use by the core */
+    int busy;
+};
+
+/* One computation. Between begin and end there is no GIL, so only the core may be called:
+ *
+ *     if (glm_run_begin(&run, self) < 0 || glm_run_end(&run, glm_model_..(.., &run.err)) < 0)
+ *         return NULL;
+ */
+struct run {
+    struct model_object *self;
+    PyThreadState *thread;
+    struct glm_backend *be;    /* that polls for signals */
+    struct glm_backend *blame; /* whose device's error a failure is; begin sets it to be */
+    struct glm_error err;
+};
+
+/* -1 with an exception set, and then nothing is to be ended. */
+int glm_run_begin(struct run *run, struct model_object *self);
+/* 0, or -1 with the exception of the status set. */
+int glm_run_end(struct run *run, glm_status status);
+
+/* 0, or -1 with RuntimeError set while another thread computes on the model. */
+int glm_idle(const struct model_object *self);
+
+/* NumPy type number of what the model computes in */
+int glm_real_type(const struct model_object *self);
+
+/* The index arrays of a batch, converted and counted; free with glm_drop_batch. */
+struct batch_args {
+    PyArrayObject *ids, *lengths, *positions, *rows, *targets;
+    struct glm_input in;
+};
+
+int glm_batch_args(struct batch_args *b, PyObject *ids, PyObject *lengths, PyObject *positions,
+                   PyObject *rows, PyObject *targets);
+void glm_drop_batch(struct batch_args *b);
+
+/* Methods of Model that are not in model_type.c, which has the table. */
+typedef PyObject *glm_method(struct model_object *self, PyObject *arg);
+typedef PyObject *glm_keywords_method(struct model_object *self, PyObject *args, PyObject *kwargs);
+
+/* model_weights.c */
+glm_method glm_py_shapes, glm_py_missing, glm_py_names, glm_py_shape, glm_py_dtype;
+glm_method glm_py_remove_lora, glm_py_enable_lora, glm_py_merge_lora;
+glm_method glm_py_remove_prefix, glm_py_prefix_kv, glm_py_set_trainable, glm_py_trainable;
+glm_keywords_method glm_py_bind, glm_py_move, glm_py_add_lora, glm_py_set_prefix;
+glm_keywords_method glm_py_read, glm_py_write;
+
+/* cache_type.c */
+glm_keywords_method glm_py_cache, glm_py_extend, glm_py_next, glm_py_extend_shared;
+
+#endif
