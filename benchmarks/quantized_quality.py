@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import glmlora  # noqa: E402
-from glmlora.generation.generate import chat_rows  # noqa: E402
+from glmlora.generation.chat import chat_rows  # noqa: E402
 from glmlora.tools import project  # noqa: E402
 from glmlora.tools.demo import ORDER, TRAINING, _read, paper_text  # noqa: E402
 from glmlora.training.methods import unwrapped  # noqa: E402

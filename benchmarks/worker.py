@@ -38,7 +38,8 @@ from sides import Jobs, Peak, memory, serve  # noqa: E402
 
 import glmlora  # noqa: E402
 from glmlora import _core  # noqa: E402
-from glmlora.generation import generate as generation  # noqa: E402
+from glmlora.generation.config import GenerationConfig  # noqa: E402
+from glmlora.generation.generate import generate_rows  # noqa: E402
 
 KEEP_ALL, KEEP_NONE = 1 << 40, 1  # budgets of activations
 
@@ -195,12 +196,12 @@ class Worker(Jobs):
     def predict(self, lengths, new, opening=0):
         first = self.ids(opening).tolist()
         prompts = [first + self.ids(n - opening).tolist() for n in lengths]
-        g = generation.GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=[])
+        g = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=[])
 
         def run(layers):
             model = self.kept_model(layers)
             start = time.perf_counter()
-            answers = dict(generation.generate_rows(model, prompts, g))
+            answers = dict(generate_rows(model, prompts, g))
             seconds = time.perf_counter() - start
             assert sum(map(len, answers.values())) == new * len(lengths)
             return seconds

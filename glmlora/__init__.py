@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from ._core import get_num_threads as get_num_threads
     from ._core import set_num_threads as set_num_threads
     from .files.checkpoint import load_state_dict as load_state_dict
-    from .generation.generate import GenerationConfig as GenerationConfig
-    from .generation.generate import set_seed as set_seed
+    from .generation.config import GenerationConfig as GenerationConfig
     from .model.adapter import LoraConfig as LoraConfig
     from .model.adapter import PrefixTuningConfig as PrefixTuningConfig
     from .model.adapter import TaskType as TaskType
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from .model.peft import get_peft_model as get_peft_model
     from .model.peft import load_prefix as load_prefix
     from .model.peft import save_prefix as save_prefix
+    from .seeds import set_seed as set_seed
     from .tokenization import AutoTokenizer as AutoTokenizer
     from .training.arguments import TrainingArguments as TrainingArguments
     from .training.optim import AdamW as AdamW
@@ -38,12 +38,13 @@ __version__ = "0.1.0"
 _NAMES = {  # module -> its public names; tests/test_packaging.py holds them against those above
     "_core": "get_num_threads set_num_threads",
     "files.checkpoint": "load_state_dict",
-    "generation.generate": "GenerationConfig set_seed",
+    "generation.config": "GenerationConfig",
     "model.adapter": "LoraConfig PrefixTuningConfig TaskType",
     "model.auto": "AutoModel AutoModelForCausalLM",
     "model.configuration": "AutoConfig ChatGLMConfig",
     "model.modeling": "ChatGLMForConditionalGeneration",
     "model.peft": "PeftModel get_peft_model load_prefix save_prefix",
+    "seeds": "set_seed",
     "tokenization": "AutoTokenizer",
     "training.arguments": "TrainingArguments",
     "training.optim": "AdamW",

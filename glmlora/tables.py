@@ -11,7 +11,7 @@ from typing import Any
 
 from .files.rows import read_rows
 from .files.write import atomic_file
-from .generation.generate import chat_rows
+from .generation.chat import chat_rows
 
 
 def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:

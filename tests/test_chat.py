@@ -9,7 +9,9 @@ from tiny import tiny_model_dir, tiny_tokenizer_dir
 
 import glmlora
 from glmlora.families import chatglm2, prompt
-from glmlora.generation import generate as generation
+from glmlora.generation import cache, scheduler
+from glmlora.generation import chat as chats
+from glmlora.generation.cache import CachedRow
 
 VOCABULARY = 640
 SAMPLING = dict(temperature=1.5, top_k=0, top_p=1.0)
@@ -85,13 +87,13 @@ def test_chat_asks_with_the_families_prompt(v2, v3):
 
 def test_positional_arguments_and_defaults(v2, v3, monkeypatch):
     found = []
-    real = generation._chat_settings
+    real = chats._settings
 
     def spy(model, tokenizer, fields):
         found.append(dict(fields))
         return real(model, tokenizer, {**fields, "max_new_tokens": 1})
 
-    monkeypatch.setattr(generation, "_chat_settings", spy)
+    monkeypatch.setattr(chats, "_settings", spy)
     for (model, tokenizer), role in ((v2, ()), (v3, ("user",))):
         model.chat(tokenizer, "a")
         assert {k: found[-1][k] for k in ("max_length", "num_beams", "do_sample")} == {
@@ -227,11 +229,9 @@ def test_past_key_values(family, request):
         tokenizer, "y", history, past_key_values=past, logits_processor=[look], **settings
     )
     assert seen[0] == want
-    alone = model.generate(
-        [want], max_new_tokens=8, eos_token_id=generation.end_ids(model, tokenizer)
-    )
+    alone = model.generate([want], max_new_tokens=8, eos_token_id=chats.end_ids(model, tokenizer))
     assert later.ids[len(want) :] == [
-        i for i in alone[0, len(want) :] if i not in generation.end_ids(model, tokenizer)
+        i for i in alone[0, len(want) :] if i not in chats.end_ids(model, tokenizer)
     ]
     # The first past is still good, although the cache went on meanwhile.
     *_, (again, _, _) = model.stream_chat(tokenizer, "y", history, past_key_values=past, **settings)
@@ -352,15 +352,15 @@ def test_an_opening_is_computed_once(v2, monkeypatch):
     """A second turn, and a fresh question that begins alike, feed only what is new, also where the
     cache must grow; after the weights changed everything is fed again."""
     model, tokenizer = v2
-    monkeypatch.setattr(generation, "CAPACITY_STEP", 1)
-    monkeypatch.setattr(generation, "ROOM", (4, 1 << 20))
+    monkeypatch.setattr(cache, "CAPACITY_STEP", 1)
+    monkeypatch.setattr(scheduler, "ROOM", (4, 1 << 20))
     fed = []
 
-    def count(rows, which, choose=False, extend=generation.CachedRow.extend):
+    def count(rows, which, choose=False, extend=CachedRow.extend):
         fed.append(sum(len(rows.ids[r]) - rows.held[r] for r in which))
         return extend(rows, which, choose)
 
-    monkeypatch.setattr(generation.CachedRow, "extend", count)
+    monkeypatch.setattr(CachedRow, "extend", count)
     settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": []}
     opening = "a long opening that is the same in every question, word by word: "
 
@@ -443,9 +443,17 @@ def test_a_fresh_prefix_is_noticed_once(tmp_path):
     tokenizer = glmlora.AutoTokenizer.from_pretrained(tiny_tokenizer_dir(directory))
     config = glmlora.AutoConfig.from_pretrained(directory, pre_seq_len=4)
     model = glmlora.AutoModel.from_pretrained(directory, config=config)
-    with pytest.warns(UserWarning, match="prefix"):
-        model.chat(tokenizer, "x", max_new_tokens=1)
-    model.chat(tokenizer, "x", max_new_tokens=1)
+    for ask in (
+        lambda: model.chat(tokenizer, "x", max_new_tokens=1),
+        lambda: list(model.stream_chat(tokenizer, "x", max_new_tokens=1)),
+        lambda: model.generate([[5]], max_new_tokens=1),
+        lambda: list(model.stream_generate([[5]], max_new_tokens=1)),
+    ):
+        model.prefix_is_fresh = True
+        with pytest.warns(UserWarning, match="prefix") as found:
+            ask()
+        assert [w.filename for w in found] == [__file__]
+        ask()
 
 
 def test_batch_chat_gives_what_chat_gives(v2, v3):
@@ -471,7 +479,7 @@ def test_what_the_last_chat_began_with_is_not_computed_again(v2, monkeypatch):
     model, tokenizer = v2
     opening = "Order. " * 30
     fed = []
-    original = generation.CachedRow.extend
+    original = CachedRow.extend
 
     def count(self, rows, choose=False):
         fed.append(sum(len(self.ids[r]) - self.held[r] for r in rows))
@@ -481,7 +489,7 @@ def test_what_the_last_chat_began_with_is_not_computed_again(v2, monkeypatch):
     model.cached_row = None
     want = model.chat(tokenizer, opening + "B", **settings)[0]
     model.cached_row = None
-    monkeypatch.setattr(generation.CachedRow, "extend", count)
+    monkeypatch.setattr(CachedRow, "extend", count)
     model.chat(tokenizer, opening + "A", **settings)
     assert model.chat(tokenizer, opening + "B", **settings)[0] == want
     assert fed[0] > 50 and fed[1] < 20
@@ -491,3 +499,26 @@ def test_what_the_last_chat_began_with_is_not_computed_again(v2, monkeypatch):
     model.chat(tokenizer, opening + "B", **settings)
     assert fed[2] == fed[0]
     model.cached_row = None
+
+
+def test_signatures_name_every_argument(v2):
+    model, _ = v2
+    fields = set(glmlora.GenerationConfig().to_dict())
+    for method, own in (
+        (model.chat, "tokenizer query history positional role logits_processor"),
+        (model.batch_chat, "tokenizer queries at_once role logits_processor"),
+        (
+            model.stream_chat,
+            "tokenizer query history positional role logits_processor past_key_values "
+            "return_past_key_values",
+        ),
+        (
+            model.generate,
+            "input_ids attention_mask position_ids generation_config logits_processor",
+        ),
+    ):
+        shown = inspect.signature(method).parameters
+        assert set(shown) == fields | set(own.split()), method
+    defaults = {n: p.default for n, p in inspect.signature(model.chat).parameters.items()}
+    assert defaults["max_length"] == 8192 and defaults["top_p"] == 0.8 and defaults["top_k"] == 50
+    assert model.chat.__name__ == "chat" and "One turn" in model.chat.__doc__

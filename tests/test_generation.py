@@ -8,7 +8,11 @@ import pytest
 from tiny import TINY_CONFIG, tiny_model_dir
 
 import glmlora
-from glmlora.generation import generate as generation
+from glmlora import seeds
+from glmlora.generation import cache, generate, scheduler
+from glmlora.generation.cache import CachedRow
+from glmlora.generation.config import GenerationConfig, Settings
+from glmlora.generation.scheduler import Scheduler, Scores, limits_of
 
 V = TINY_CONFIG["padded_vocab_size"]
 
@@ -52,9 +56,9 @@ def test_greedy_equals_repeated_forward(model):
 
 def test_prefill_equals_decoding_one_by_one(model):
     ids = prompt(20)[0].tolist()
-    at_once = generation.CachedRow(model, 1, 40)
+    at_once = CachedRow(model, 1, 40)
     at_once.ids[0] = ids
-    one_by_one = generation.CachedRow(model, 1, 40)
+    one_by_one = CachedRow(model, 1, 40)
     logits = model([ids]).logits[0]
     for n in range(1, len(ids) + 1):
         one_by_one.ids[0] = ids[:n]
@@ -65,12 +69,12 @@ def test_prefill_equals_decoding_one_by_one(model):
 
 
 def test_become_keeps_what_is_shared(model):
-    row = generation.CachedRow(model, 1, 40)
+    row = CachedRow(model, 1, 40)
     row.ids[0] = [5, 6, 7, 8]
     row.extend([0])
     row.become(0, [5, 6, 9])
     assert row.held == [2] and row.cache.lengths[0] == 2
-    fresh = generation.CachedRow(model, 1, 40)
+    fresh = CachedRow(model, 1, 40)
     fresh.ids[0] = [5, 6, 9]
     assert np.abs(row.extend([0]) - fresh.extend([0])).max() < 1e-5
 
@@ -78,9 +82,9 @@ def test_become_keeps_what_is_shared(model):
 def test_chunks_and_grown_caches_do_not_show(model, monkeypatch):
     ids, steps = prompt(30), 40
     want = model.generate(ids, max_new_tokens=steps, eos_token_id=[])
-    monkeypatch.setattr(generation, "CHUNK", 7)
-    monkeypatch.setattr(generation, "ROOM", (3, 10, 20))
-    monkeypatch.setattr(generation, "CAPACITY_STEP", 4)
+    monkeypatch.setattr(cache, "CHUNK", 7)
+    monkeypatch.setattr(scheduler, "ROOM", (3, 10, 20))
+    monkeypatch.setattr(cache, "CAPACITY_STEP", 4)
     assert np.array_equal(model.generate(ids, max_new_tokens=steps, eos_token_id=[]), want)
 
 
@@ -89,24 +93,26 @@ def fed(monkeypatch):
     """Tokens fed to the core by each call of CachedRow.extend."""
     counts = []
 
-    def count(rows, which, choose=False, extend=generation.CachedRow.extend):
+    def count(rows, which, choose=False, extend=CachedRow.extend):
         counts.append(sum(len(rows.ids[r]) - rows.held[r] for r in which))
         return extend(rows, which, choose)
 
-    monkeypatch.setattr(generation.CachedRow, "extend", count)
+    monkeypatch.setattr(CachedRow, "extend", count)
     return counts
 
 
 def test_a_cache_that_grows_keeps_what_it_holds(model, monkeypatch, fed):
-    monkeypatch.setattr(generation, "ROOM", (3, 10, 20))
-    monkeypatch.setattr(generation, "CAPACITY_STEP", 4)
-    g = generation.GenerationConfig(eos_token_id=[])
+    monkeypatch.setattr(scheduler, "ROOM", (3, 10, 20))
+    monkeypatch.setattr(cache, "CAPACITY_STEP", 4)
+    g = GenerationConfig(eos_token_id=[])
     ends = []
     for capacity in (8, 128):
-        rows = generation.CachedRow(model, 2, capacity, [7, 8, 9])
-        rows.ids = [prompt(5)[0].tolist(), prompt(3, seed=2)[0].tolist()]
+        rows = CachedRow(model, 2, capacity, [7, 8, 9])
+        requests = Scheduler(rows, Scores(g, None))
+        for row in (prompt(5), prompt(3, seed=2)):
+            requests.submit([7, 8, 9, *row[0].tolist()], 14)
         fed.clear()
-        for _ in generation._run(model, rows, [14, 14], g, generation.Scores(g, None)):
+        for _ in requests.run():
             pass
         assert fed == [8] + [2] * 13
         assert rows.cache.capacity >= 18
@@ -379,8 +385,13 @@ def test_generation_config(model, tmp_path):
     assert model.generate(prompt(4), generation_config=config).shape == (1, 7)
     assert model.generate(prompt(4), generation_config=config, max_new_tokens=2).shape == (1, 6)
     assert config.max_new_tokens == 3
-    with pytest.raises(TypeError, match="tempreature"):
+    with pytest.raises(TypeError, match="unknown generation argument 'tempreature'; known: max"):
         glmlora.GenerationConfig(tempreature=1)
+    with pytest.raises(TypeError, match="tempreature"):
+        config.update(tempreature=1)
+    assert repr(config) == "GenerationConfig(max_new_tokens=3, eos_token_id=[])"
+    known = {k: str(v) for k, v in glmlora.GenerationConfig.__annotations__.items()}
+    assert known == {k: v.__forward_arg__ for k, v in Settings.__annotations__.items()}
     directory = tiny_model_dir(tmp_path)
     (directory / "generation_config.json").write_text(
         '{"max_new_tokens": 2, "eos_token_id": [], "transformers_version": "4.40", "top_p": null}'
@@ -402,7 +413,7 @@ def test_the_global_generator_is_safe_to_share():
 
     def take():
         for _ in range(50):
-            seed = generation.next_seed()
+            seed = seeds.next_seed()
             with lock:
                 taken.append(seed)
 
@@ -420,16 +431,16 @@ def test_the_global_generator_is_safe_to_share():
 
 
 def settings(**fields):
-    found = generation.GenerationConfig(pad_token_id=0, **fields)
+    found = GenerationConfig(pad_token_id=0, **fields)
     found.check(V)
     return found
 
 
 def completed(model, prompts, g, **kwargs):
-    limits = generation._limits(model, [len(p) for p in prompts], g)
+    limits = limits_of(model, [len(p) for p in prompts], g)
     draws = [(7, row) for row in range(len(prompts))]
-    change = generation.Scores(g, None)
-    found = dict(generation.complete(model, prompts, limits, g, change, draws, **kwargs))
+    change = Scores(g, None)
+    found = dict(generate.complete(model, prompts, limits, change, draws, **kwargs))
     assert sorted(found) == list(range(len(prompts)))
     return [found[i] for i in range(len(prompts))]
 
@@ -445,9 +456,9 @@ def test_places_are_filled_again_and_answers_are_those_of_rows_alone(model, open
     g = settings(max_new_tokens=12, eos_token_id=ends, do_sample=sample)
     alone = []
     for row, p in enumerate(prompts):
-        limits = generation._limits(model, [len(p)], g)
-        change = generation.Scores(g, None)
-        alone.append(next(generation.complete(model, [p], limits, g, change, [(7, row)]))[1])
+        limits = limits_of(model, [len(p)], g)
+        change = Scores(g, None)
+        alone.append(next(generate.complete(model, [p], limits, change, [(7, row)]))[1])
     assert len({len(a) for a in alone}) > 2
     for at_once in (1, 2, 4, 16):
         assert completed(model, prompts, g, at_once=at_once) == alone
@@ -463,12 +474,12 @@ def test_scores_in_a_batch_have_the_bits_of_a_row_alone(model):
     rng = np.random.default_rng(5)
     start = rng.integers(3, V, 19).tolist()
     tails = [rng.integers(3, V, n).tolist() for n in (1, 50, 7)]
-    together = generation.CachedRow(model, 3, 64, start)
+    together = CachedRow(model, 3, 64, start)
     for row, tail in enumerate(tails):
-        together.become(row, tail)
+        together.become(row, start + tail)
     scores = together.extend(range(3))
     for row, tail in enumerate(tails):
-        single = generation.CachedRow(model, 1, 80)
+        single = CachedRow(model, 1, 80)
         single.become(0, start + tail)
         assert np.array_equal(single.extend([0])[0], scores[row])
 
@@ -477,8 +488,8 @@ def test_a_batch_outgrows_its_cache(model, monkeypatch):
     prompts = [prompt(n, seed=n)[0].tolist() for n in (3, 9, 20)]
     g = settings(max_new_tokens=40, eos_token_id=[])
     want = completed(model, prompts, g)
-    monkeypatch.setattr(generation, "ROOM", (2, 1 << 20))
-    monkeypatch.setattr(generation, "CAPACITY_STEP", 1)
+    monkeypatch.setattr(scheduler, "ROOM", (2, 1 << 20))
+    monkeypatch.setattr(cache, "CAPACITY_STEP", 1)
     assert completed(model, prompts, g) == want
     assert completed(model, prompts, g, at_once=2) == want
 
@@ -487,13 +498,12 @@ def test_few_rows_at_once_where_memory_is_short(model, monkeypatch):
     prompts = [prompt(5, seed=n)[0].tolist() for n in range(6)]
     g = settings(max_new_tokens=4, eos_token_id=[])
     want = completed(model, prompts, g)
-    monkeypatch.setattr(generation, "CACHE_BYTES", 1)
+    monkeypatch.setattr(generate, "CACHE_BYTES", 1)
     made = []
-    original = generation.CachedRow
 
     def seen(model, rows, *args):
         made.append(rows)
-        return original(model, rows, *args)
+        return CachedRow(model, rows, *args)
 
-    monkeypatch.setattr(generation, "CachedRow", seen)
+    monkeypatch.setattr(generate, "CachedRow", seen)
     assert completed(model, prompts, g) == want and made == [1]

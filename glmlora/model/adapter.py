@@ -27,7 +27,7 @@ from ..files.checkpoint import (
     write_safetensors,
     write_torch,
 )
-from ..generation import generate as generation
+from ..seeds import generator
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import PEFT_PREFIX, layers_of
 
@@ -379,7 +379,7 @@ def fresh_adapter(
     model: ChatGLMForConditionalGeneration, config: LoraConfig, seed: int | None
 ) -> Adapter:
     targets = config.targets(model)
-    rng = generation.generator(seed)
+    rng = generator(seed)
     tensors = {}
     for module, (rank, _) in targets.items():
         out, width = model.core.shape(module + ".weight")

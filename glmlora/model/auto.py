@@ -8,7 +8,7 @@ from typing import Any
 
 from ..files.checkpoint import load_checkpoint
 from ..files.write import model_directory
-from ..generation import generate as generation
+from ..generation.config import GenerationConfig
 from . import device as devices
 from .configuration import ChatGLMConfig
 from .modeling import ChatGLMForConditionalGeneration
@@ -81,7 +81,7 @@ class AutoModel:
         model.name_or_path = os.fspath(path)
         file = directory / "generation_config.json"
         if file.is_file():
-            model.generation_config = generation.GenerationConfig.from_pretrained(directory, config)
+            model.generation_config = GenerationConfig.from_pretrained(directory, config)
         if load_in_8bit or load_in_4bit:
             model.quantize(8 if load_in_8bit else 4, group_size=GROUP_SIZE if load_in_4bit else 0)
         if kind is not None:

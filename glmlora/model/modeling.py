@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from .. import _core
+from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
 from ..files.tensor import Tensor
-from ..generation import generate as generation
+from ..generation import chat as _chat
+from ..generation import generate as _generate
+from ..generation.cache import CachedRow
+from ..generation.config import GenerationConfig
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
 from .device import Device, backend_of
@@ -130,12 +133,12 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.device = _device_of(self.backend)
         self.training = False
         self.active_adapter_name = "default"
-        self._dropout_key = generation.next_key()
-        self.generation_config = generation.GenerationConfig.from_model_config(config)
+        self._dropout_key = seeds.next_key()
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.transformer = Transformer(self)
         self.has_prefix = False
         self.prefix_is_fresh = False
-        self.cached_row: generation.CachedRow | None = None  # kept between chats
+        self.cached_row: CachedRow | None = None  # kept between chats
         self.gradient_checkpointing = False
         self._reserved = (0, 0, 0)  # sizes of the largest training step so far
         self._trainable: list[str] = []
@@ -155,7 +158,7 @@ class ChatGLMForConditionalGeneration(_Casts):
     @cached_property
     def dropout_seed(self) -> int:
         """Of its dropout masks."""
-        return generation.seed_of(self._dropout_key)
+        return seeds.seed_of(self._dropout_key)
 
     @property
     def compute_dtype(self) -> str:
@@ -703,35 +706,13 @@ class ChatGLMForConditionalGeneration(_Casts):
         """Forget the accumulated gradients."""
         self.core.zero_grad()
 
-    # Generation: see glmlora/generation
+    # Functions of glmlora/generation, whose first argument is the model
 
-    def generate(self, input_ids: Any = None, **kwargs: Any) -> np.ndarray:
-        """Prompts (B, T) -> int64 (B, T + new): see `generation.generate`."""
-        return generation.generate(self, input_ids, **kwargs)
-
-    def stream_generate(self, input_ids: Any = None, **kwargs: Any) -> Iterator[np.ndarray]:
-        """As `generate`, yielding the ids so far after every token: see
-        `generation.stream_generate`.
-        """
-        return generation.stream_generate(self, input_ids, **kwargs)
-
-    def chat(
-        self, tokenizer: Any, query: str, history: Any = None, *args: Any, **kwargs: Any
-    ) -> tuple[Any, list]:
-        """One turn of conversation -> (response, history): see `generation.chat`."""
-        return generation.chat(self, tokenizer, query, history, *args, **kwargs)
-
-    def batch_chat(self, tokenizer: Any, queries: Any, **kwargs: Any) -> list[Any]:
-        """Responses to many queries, each as `chat` with an empty history gives it: see
-        `generation.batch_chat`.
-        """
-        return generation.batch_chat(self, tokenizer, queries, **kwargs)
-
-    def stream_chat(
-        self, tokenizer: Any, query: str, history: Any = None, *args: Any, **kwargs: Any
-    ) -> Iterator[tuple]:
-        """One turn that yields (the text so far, history): see `generation.stream_chat`."""
-        return generation.stream_chat(self, tokenizer, query, history, *args, **kwargs)
+    generate = _generate.generate
+    stream_generate = _generate.stream_generate
+    chat = _chat.chat
+    batch_chat = _chat.batch_chat
+    stream_chat = _chat.stream_chat
 
     def __repr__(self) -> str:
         c = self.config

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import _core
 from ..files.tensor import Tensor
-from ..generation import generate as generation
+from ..seeds import generator
 from .configuration import ChatGLMConfig
 from .device import Device
 from .quantization import QuantizedTensor
@@ -324,7 +324,7 @@ def fresh_prefix(
     shapes: Mapping[str, tuple[int, ...]], seed: int | None = None, std: float = 1.0
 ) -> dict[str, np.ndarray]:
     """Initial prefix weights, float32: normal(0, std), linears uniform within 1/sqrt(in)."""
-    rng = generation.generator(seed)
+    rng = generator(seed)
     arrays = {}
     for name, shape in shapes.items():
         if name == "embedding.weight":

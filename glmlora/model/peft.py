@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import _core
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
-from ..generation.generate import GenerationConfig
+from ..generation.config import GenerationConfig
 from .adapter import (
     Adapter,
     LoraConfig,

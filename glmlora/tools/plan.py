@@ -23,7 +23,7 @@ import numpy as np
 from .. import _core
 from ..files.tensor import Tensor
 from ..files.write import model_directory
-from ..generation.generate import CHUNK
+from ..generation.cache import CHUNK
 from ..model.configuration import ChatGLMConfig
 from ..model.device import compute_dtype
 from ..model.modeling import ChatGLMForConditionalGeneration

@@ -13,7 +13,10 @@ import numpy as np
 
 from ..batch import Encoded
 from ..files.write import read_json, write_json, write_text
-from ..generation.generate import GenerationConfig, end_ids, generate_rows, set_seed
+from ..generation.chat import end_ids
+from ..generation.config import GenerationConfig
+from ..generation.generate import generate_rows
+from ..seeds import set_seed
 from .arguments import DataArguments, TrainingArguments
 from .methods import unwrapped
 from .metrics import compute_metrics

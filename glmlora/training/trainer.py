@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .. import _core, families
 from ..batch import split_dev
 from ..files.rows import read_rows
-from ..generation.generate import set_seed
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.peft import PeftModel, trainable_line
 from ..model.quantization import GROUP_SIZE
+from ..seeds import set_seed
 from ..tokenization import AutoTokenizer
 from . import methods
 from .arguments import (

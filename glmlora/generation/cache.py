@@ -1,0 +1,168 @@
+"""Rows of ids and the cache of their keys and values, and what generation needs of a model.
+
+A row is a list of ids; the core's cache holds a leading part of it, and every step feeds what it
+lacks. So a prompt, one more token and a new round of a conversation are the same call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from .. import _core
+from .config import GenerationConfig
+
+CHUNK = 1024  # tokens fed at a time: bounds the memory of a long prompt
+CAPACITY_STEP = 256  # positions by which caches are sized
+
+
+class ModelConfig(Protocol):
+    """What generation reads of a model's config."""
+
+    family: str
+    seq_length: int
+    num_layers: int
+    multi_query_group_num: int
+    kv_channels: int
+    padded_vocab_size: int
+
+    @property
+    def eos_token_ids(self) -> list[int]: ...
+
+
+class Model(Protocol):
+    """What generation needs of a model."""
+
+    core: _core.Model
+    generation_config: GenerationConfig
+    cached_row: CachedRow | None  # kept between chats
+    prefix_is_fresh: bool
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+
+# (places among the rows that are fed) -> `choice` of core.next for them
+Choose = Callable[[Sequence[int]], "dict[str, Any] | None"]
+
+
+class CachedRow:
+    """Rows of ids, and the core's cache of a leading part of each. One row in chat, many in
+    generate. All rows begin with the ids of `opening`, which are computed once.
+    """
+
+    def __init__(self, model: Model, rows: int, capacity: int, opening: Sequence[int] = ()):
+        self.model = model
+        self.opening = len(opening)
+        self.ids: list[list[int]] = [list(opening) for _ in range(rows)]
+        self.held = [self.opening] * rows  # ids of each row that the cache holds
+        self._ones = np.ones(rows, np.int32)
+        self._places = [0], np.zeros(1, np.int32)  # the rows of the last step, for the core
+        shared = np.asarray(opening, np.int32)
+        self.cache = model.core.cache(rows, self._capacity(capacity), shared.size)
+        for start in range(0, shared.size, CHUNK):
+            model.core.extend_shared(self.cache, shared[start : start + CHUNK])
+
+    def _capacity(self, needed: int) -> int:
+        rounded = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
+        return min(rounded, self.model.config.seq_length)
+
+    def _hold(self, row: int, length: int) -> None:
+        """Forget what the cache holds of a row after its first `length` ids."""
+        self.cache.rewind(row, length - self.opening)
+        self.held[row] = length
+
+    def forget(self) -> None:
+        """Empty the cache; the ids stay, and are fed again when they are needed."""
+        for row in range(len(self.held)):
+            self._hold(row, self.opening)
+
+    def make_room(self, needed: int) -> None:
+        """At least `needed` positions for each row after the opening; what the cache holds
+        stays.
+        """
+        if self.cache.capacity < needed:
+            self.cache.grow(self._capacity(needed))
+
+    def become(self, row: int, ids: Sequence[int]) -> None:
+        """Make `ids` the row's, keeping what the cache holds of the beginning they share."""
+        old, held = self.ids[row], self.held[row]
+        shared, most = self.opening, min(held, len(ids))
+        while shared < most and old[shared] == ids[shared]:
+            shared += 1
+        if shared < held:
+            self._hold(row, shared)
+        self.ids[row] = list(ids)
+
+    def fork(self, parents: Sequence[int]) -> None:
+        """Row i becomes a copy of what row parents[i] was."""
+        self.cache.reorder(list(parents))
+        self.ids = [list(self.ids[p]) for p in parents]
+        self.held = [self.held[p] for p in parents]
+
+    def extend(self, rows: Sequence[int], choose: Choose | None = None) -> np.ndarray:
+        """Feed what the cache lacks of each row; scores float32 (len(rows), V) of each row's next
+        token, or, with `choose`, the ids (len(rows),) that the core chose.
+
+        Cuts fall at multiples of CHUNK of each row, wherever other rows are.
+        """
+        lacks = [len(self.ids[row]) - self.held[row] for row in rows]
+        if lacks.count(1) == len(rows) <= CHUNK:  # a step of decoding
+            if rows != self._places[0]:
+                self._places = list(rows), np.array(rows, np.int32)
+            tokens = np.array([self.ids[row][-1] for row in rows], np.int32)
+            ones = self._ones[: len(rows)]
+            found = self._feed(range(len(rows)), self._places[1], tokens, ones, choose)
+            for row in rows:
+                self.held[row] += 1
+            return found
+        for row, lack in zip(rows, lacks, strict=True):
+            if lack == 0:  # nothing new: its last token once more
+                self._hold(row, self.held[row] - 1)
+        vocabulary = self.model.config.padded_vocab_size
+        shape = (len(rows),) if choose else (len(rows), vocabulary)
+        found = np.empty(shape, np.int32 if choose else np.float32)
+        waiting = list(range(len(rows)))
+        while waiting:
+            turn, ids, lengths = [], [], []
+            for i in waiting:
+                piece = self._piece(rows[i])
+                if turn and len(ids) + len(piece) > CHUNK:
+                    break
+                turn.append(i)
+                ids += piece
+                lengths.append(len(piece))
+            of = [rows[i] for i in turn]
+            after = self._feed(
+                turn, of, np.array(ids, np.int32), np.array(lengths, np.int32), choose
+            )
+            for i, length, of_row in zip(turn, lengths, after, strict=True):
+                self.held[rows[i]] += length
+                if self.held[rows[i]] == len(self.ids[rows[i]]):
+                    found[i] = of_row
+                    waiting.remove(i)
+        return found
+
+    def _piece(self, row: int) -> list[int]:
+        """The next ids of a row that the cache lacks, up to the next multiple of CHUNK."""
+        held = self.held[row]
+        cut = self.opening + ((held - self.opening) // CHUNK + 1) * CHUNK
+        return self.ids[row][held:cut]
+
+    def _feed(
+        self,
+        places: Sequence[int],
+        rows: Sequence[int] | np.ndarray,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        choose: Choose | None,
+    ) -> np.ndarray:
+        core = self.model.core
+        if choose is None:
+            return core.extend(self.cache, rows, ids, lengths)
+        choice = choose(places)
+        if choice is None:
+            return core.next(self.cache, rows, ids, lengths)
+        return core.next(self.cache, rows, ids, lengths, choice)

@@ -1,0 +1,352 @@
+"""From a question to an answer: chat, stream_chat, and many questions at once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from .. import families
+from ..tokenization import TextStream
+from .beams import best_answers
+from .cache import CachedRow, Model
+from .config import ChatSettings, GenerationConfig, StreamSettings, spelled_out
+from .generate import ROWS, complete, warn_of_prefix
+from .scheduler import Processor, Scheduler, Scores, call_seed, first_room, limits_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+class PastKeyValues:
+    """What a conversation has in its cache: opaque, to be passed back to `stream_chat` for the next
+    round.
+
+    It stays valid when the loop was left early and when another round went another way meanwhile:
+    the ids say what was shown, and whatever the cache lacks of them is fed again.
+    """
+
+    def __init__(self, rows: CachedRow, ids: list[int]):
+        self.rows = rows
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def chat_family(model: Model, tokenizer: Any) -> families.Family:
+    """The family whose prompts and histories a chat has: the tokenizer's, which writes them."""
+    return families.of(getattr(tokenizer, "family", model.config.family))
+
+
+def end_ids(model: Model, tokenizer: Any) -> list[int]:
+    """Ids that end an answer."""
+    return chat_family(model, tokenizer).end_ids(tokenizer, model.config.eos_token_ids)
+
+
+def by_position(function: Function) -> Function:
+    """Let the keywords of a chat function be given by position too, after the history, as in the
+    published models: in the order of its signature, without `role` in families that have none.
+    """
+    keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is KEYWORD]
+    names = [p.name for p in keywords]
+
+    @wraps(function)
+    def call(
+        model: Model, tokenizer: Any, query: str, history: Any = None, *args: Any, **given: Any
+    ) -> Any:
+        if args:
+            order = names if chat_family(model, tokenizer).takes_role else names[1:]
+            if len(args) > len(order):
+                raise TypeError(
+                    f"{function.__name__}: at most {len(order) + 3} positional arguments, got "
+                    f"{len(args) + 3}"
+                )
+            for name, value in zip(order, args, strict=False):
+                if name in given:
+                    raise TypeError(f"{function.__name__}: got {name!r} twice")
+                given[name] = value
+        return function(model, tokenizer, query, history, **given)
+
+    return cast(Function, call)
+
+
+class _Turns:
+    """What the questions of a call have in common: the family, the settings, the end ids."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any,
+        *,
+        max_length: int | None = 8192,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.8,
+        temperature: float = 0.8,
+        logits_processor: Any = None,
+        **settings: Any,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.family = chat_family(model, tokenizer)
+        settings |= {"max_length": max_length, "num_beams": num_beams, "do_sample": do_sample}
+        settings |= {"top_p": top_p, "temperature": temperature}
+        self.settings = _settings(model, tokenizer, settings)
+        self.change = Scores(self.settings, logits_processor)
+
+    def ask(self, query: str, history: Any, role: str) -> tuple[list[int], list[Any]]:
+        """(ids of the whole prompt, a new history that ends in the question)."""
+        asked = self.family.asked(query, history, role)
+        role = role if self.family.takes_role else "user"
+        return list(self.family.chat_ids(self.tokenizer, query, history, role)), asked
+
+    def limits(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """New ids allowed after each prompt."""
+        return limits_of(self.model, [len(p) for p in prompts], self.settings)
+
+    def answer(self, new: list[int], asked: list[Any]) -> tuple[Any, list[Any]]:
+        """(response, history) of new ids; only a real end id is cut, not the last token of a full
+        answer.
+        """
+        ids = new[:-1] if new[-1] in self.change.eos else new
+        return self.family.answer(self.tokenizer.decode(ids), asked)
+
+
+def _settings(model: Model, tokenizer: Any, fields: dict[str, Any]) -> GenerationConfig:
+    """Settings of a chat call: neutral but for `fields`, ending where the family's answers end."""
+    if fields.get("eos_token_id") is None:
+        fields["eos_token_id"] = end_ids(model, tokenizer)
+    g = GenerationConfig(pad_token_id=model.generation_config.pad_token_id)
+    g.update(**fields)
+    g.check(model.config.padded_vocab_size)
+    return g
+
+
+def _check_query(query: Any) -> None:
+    if not isinstance(query, str):
+        raise TypeError(f"query: expected text, got {type(query).__name__}")
+
+
+def _take_row(model: Model, needed: int) -> CachedRow:
+    """The row that chats leave behind, or a new one: what the last chat began with too is not
+    computed again. The taker owns it until it gives it back.
+    """
+    row, model.cached_row = model.cached_row, None
+    if row is None:
+        return CachedRow(model, 1, needed)
+    if not row.cache.current:
+        row.forget()
+    return row
+
+
+@spelled_out
+@by_position
+def chat(
+    model: Model,
+    tokenizer: Any,
+    query: str,
+    history: Any = None,
+    *positional: Any,
+    role: str = "user",
+    max_length: int | None = 8192,
+    num_beams: int = 1,
+    do_sample: bool = True,
+    top_p: float = 0.8,
+    temperature: float = 0.8,
+    logits_processor: Processor | Sequence[Processor] | None = None,
+    **settings: Unpack[ChatSettings],
+) -> tuple[str, list[Any]]:
+    """One turn of conversation.
+
+    max_length: prompt included. Sampling keeps the 50 best tokens unless `top_k` says otherwise (0:
+    all); temperature 0 is greedy; further settings: see GenerationConfig. From role on, or from
+    max_length on in a family without roles, arguments may be given by position too.
+
+    Returns (response, history): the answer's text, and a new list with this turn at its end:
+    (query, response) tuples, or dicts of role and content in a family with roles. A tool that such
+    a model calls is a dict in place of the text: {"name", "parameters"}, or "content" where they
+    cannot be read. The caller's list is not changed and nothing is printed. Raises ValueError
+    naming the argument, TypeError for one that is not known.
+    """
+    _check_query(query)
+    turns = _Turns(
+        model,
+        tokenizer,
+        max_length=max_length,
+        num_beams=num_beams,
+        do_sample=do_sample,
+        top_p=top_p,
+        temperature=temperature,
+        logits_processor=logits_processor,
+        **settings,
+    )
+    ids, asked = turns.ask(query, history, role)
+    [limit] = turns.limits([ids])
+    warn_of_prefix(model)
+    if num_beams > 1:
+        draw = call_seed(turns.settings), 0
+        new = best_answers(model, ids, limit, turns.change, draw)[0]
+    else:
+        row = _take_row(model, first_room([len(ids)], [limit]))
+        scheduler = Scheduler(row, turns.change)
+        request = scheduler.submit(ids, limit, (call_seed(turns.settings), 0))
+        for _ in scheduler.run():
+            pass
+        new = request.new
+        model.cached_row = row
+    return turns.answer(new, asked)
+
+
+def chat_rows(
+    model: Model,
+    tokenizer: Any,
+    queries: Sequence[str],
+    at_once: int = ROWS,
+    *,
+    role: str = "user",
+    **settings: Any,
+) -> Iterator[tuple[int, Any]]:
+    """(number of a query, response) in the order in which they are ready: what `chat` gives to each
+    query, in this order, with an empty history. Arguments by name as in `chat`.
+    """
+    for query in queries:
+        _check_query(query)
+    turns = _Turns(model, tokenizer, **settings)
+    if turns.settings.num_beams > 1:
+        for number, query in enumerate(queries):
+            yield number, chat(model, tokenizer, query, [], role=role, **settings)[0]
+        return
+    asked = [turns.ask(query, [], role) for query in queries]
+    prompts = [ids for ids, _ in asked]
+    limits = turns.limits(prompts)
+    warn_of_prefix(model)
+    draws = [(call_seed(turns.settings), 0) for _ in prompts]
+    if not prompts:
+        return
+    for number, new in complete(model, prompts, limits, turns.change, draws, at_once):
+        yield number, turns.answer(new, asked[number][1])[0]
+
+
+@spelled_out
+def batch_chat(
+    model: Model,
+    tokenizer: Any,
+    queries: Sequence[str],
+    at_once: int = ROWS,
+    *,
+    role: str = "user",
+    max_length: int | None = 8192,
+    num_beams: int = 1,
+    do_sample: bool = True,
+    top_p: float = 0.8,
+    temperature: float = 0.8,
+    logits_processor: Processor | Sequence[Processor] | None = None,
+    **settings: Unpack[ChatSettings],
+) -> list[str]:
+    """Responses to many queries, each what `model.chat(tokenizer, query, history=[], ..)` would
+    give, several times faster: rows run together, `at_once` of them, and the opening that all
+    prompts share is computed once. Arguments as in `chat`. Shows a progress bar on a terminal.
+    """
+    from tqdm.auto import tqdm
+
+    queries = list(queries)
+    answers: list[Any] = [None] * len(queries)
+    ready = chat_rows(
+        model,
+        tokenizer,
+        queries,
+        at_once,
+        role=role,
+        max_length=max_length,
+        num_beams=num_beams,
+        do_sample=do_sample,
+        top_p=top_p,
+        temperature=temperature,
+        logits_processor=logits_processor,
+        **settings,
+    )
+    for number, answer in tqdm(ready, desc="chat", unit="row", total=len(queries), disable=None):
+        answers[number] = answer
+    return answers
+
+
+@spelled_out
+@by_position
+def stream_chat(
+    model: Model,
+    tokenizer: Any,
+    query: str,
+    history: Any = None,
+    *positional: Any,
+    role: str = "user",
+    past_key_values: PastKeyValues | None = None,
+    max_length: int | None = 8192,
+    do_sample: bool = True,
+    top_p: float = 0.8,
+    temperature: float = 0.8,
+    logits_processor: Processor | Sequence[Processor] | None = None,
+    return_past_key_values: bool = False,
+    **settings: Unpack[StreamSettings],
+) -> Iterator[tuple[Any, ...]]:
+    """One turn that yields (response, history) after each token that completes text; nothing runs
+    before the first.
+
+    Arguments, also by position, as in `chat`, but num_beams is ignored. `response` is the whole
+    text so far. With return_past_key_values, a third value holds the cache: pass it back with the
+    next query to continue without computing the conversation again. Errors as in `chat`.
+    """
+    _check_query(query)
+    past = past_key_values
+    if past is not None and not isinstance(past, PastKeyValues):
+        raise TypeError(
+            f"past_key_values: expected what stream_chat returned, got {type(past).__name__}"
+        )
+    if past is not None and past.rows.model is not model:
+        raise ValueError("past_key_values: made by another model")
+    turns = _Turns(
+        model,
+        tokenizer,
+        max_length=max_length,
+        do_sample=do_sample,
+        top_p=top_p,
+        temperature=temperature,
+        logits_processor=logits_processor,
+        **{**settings, "num_beams": 1},
+    )
+    ids, asked = turns.ask(query, history, role)
+    if past is not None:
+        number = len(history or []) + 1
+        later = turns.family.stream_ids(tokenizer, query, number, role or "user")
+        ids = past.ids + list(later)
+    [limit] = turns.limits([ids])
+    warn_of_prefix(model, stacklevel=3)
+    needed = first_room([len(ids)], [limit])
+    kept = past is None and not return_past_key_values
+    if past is not None:
+        row = past.rows
+    elif return_past_key_values:
+        row = CachedRow(model, 1, needed)
+    else:
+        row = _take_row(model, needed)
+    scheduler = Scheduler(row, turns.change)
+    decoded = TextStream(tokenizer)
+    try:
+        request = scheduler.submit(ids, limit, (call_seed(turns.settings), 0))
+        for _, token, _ in scheduler.run():
+            ended = token in turns.change.eos
+            text = decoded.feed(*([] if ended else [token]))
+            if text is None:
+                continue
+            response, told = turns.family.answer(text, asked)
+            if return_past_key_values:
+                shown = PastKeyValues(row, request.ids[: len(request.ids) - ended])
+                yield response, told, shown
+            else:
+                yield response, told
+    finally:
+        if kept:
+            model.cached_row = row
