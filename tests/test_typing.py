@@ -90,7 +90,7 @@ WRONG = (
     "peft_model.backward(inptu_ids=[[1]])",
     "peft_model.chat(tokenizer, 2)",
     'glmlora.train("model", "data.csv", lora_rnk=8)',
-    'glmlora.TrainingArguments(learning_rate="x")',
+    'glmlora.TrainingArguments(output_dir="out", learning_rate="x")',
 )
 # TODO(training): goes when train and TrainingArguments have typed keywords
 WAITS_FOR_TRAINING = ("lora_rnk", "learning_rate")
