@@ -174,13 +174,15 @@ class Encoded:
 
     ids (N) int32; offsets (n+1) int64: record i is ids[offsets[i]:offsets[i+1]]; source_lengths (n)
     int32: its leading ids that are not trained (prompt with special ids); n_cut: records whose
-    prompt was cut.
+    prompt was cut; ignored_id: the pad id where labels equal to it are left out of the loss
+    (`ignore_pad_token_for_loss`).
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     source_lengths: np.ndarray
     n_cut: int
+    ignored_id: int | None = None
 
     def __len__(self) -> int:
         return len(self.source_lengths)
@@ -198,12 +200,8 @@ class Encoded:
         """Ids of the answer with its end id."""
         return self.ids[self.offsets[row] + self.source_lengths[row] : self.offsets[row + 1]]
 
-    def batch(self, rows: Sequence[int] | np.ndarray, ignored_id: int | None = None) -> Batch:
-        """The given records as one batch, labels over the answers only.
-
-        ignored_id: the pad id where labels equal to it are left out of the loss
-        (`ignore_pad_token_for_loss`).
-        """
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """The given records as one batch, labels over the answers only."""
         spans = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
         lengths = self.lengths[rows].astype(np.int32)
         ids = np.concatenate([self.ids[span] for span in spans])
@@ -213,8 +211,8 @@ class Encoded:
         labels = np.where(
             within < np.repeat(self.source_lengths[rows], lengths), IGNORED, ids
         ).astype(np.int32)
-        if ignored_id is not None:
-            labels[labels == ignored_id] = IGNORED
+        if self.ignored_id is not None:
+            labels[labels == self.ignored_id] = IGNORED
         return Batch(ids, lengths, labels)
 
 

@@ -24,11 +24,8 @@ def _load(
     import glmlora
     from glmlora.model.peft import load_prefix
 
-    config = None
     is_prefix = adapter and not os.path.exists(os.path.join(adapter, "adapter_config.json"))
-    model = glmlora.AutoModel.from_pretrained(
-        model_path, config=config, compute_dtype=compute_dtype
-    )
+    model = glmlora.AutoModel.from_pretrained(model_path, compute_dtype=compute_dtype)
     if dtype:
         model = getattr(
             model, {"float16": "half", "bfloat16": "bfloat16", "float32": "float"}[dtype]
@@ -81,73 +78,22 @@ def chat(args: argparse.Namespace) -> int:
         print()
 
 
-def _column(row: dict[str, Any], name: str, number: int) -> str:
-    value = row.get(name)
-    if value is None:
-        raise ValueError(
-            f"template: row {number} has no value in column '{name}'; columns are {sorted(row)}"
-        )
-    return str(value)
-
-
 def predict(args: argparse.Namespace) -> int:
     """A table in, a table out: one answer for each row."""
-    import csv
-    import string
-
-    from tqdm.auto import tqdm
-
-    from glmlora.files.write import atomic_file
-    from glmlora.generation.generate import chat_rows
+    from glmlora import tables
     from glmlora.training.methods import unwrapped
-    from glmlora.training.records import read_rows
 
-    rows = read_rows(args.input)
-    fields = [f for _, f, _, _ in string.Formatter().parse(args.template) if f]
-    if not rows:
-        raise ValueError(f"{args.input}: the table has no rows")
-    missing = [f for f in fields if f not in rows[0]]
-    if missing:
-        raise ValueError(
-            f"--template names {missing}, but {args.input} has the columns {list(rows[0])}"
-        )
+    rows = tables.read_table(args.input, args.template)
     if os.path.exists(args.output) and not args.overwrite:
         raise FileExistsError(f"{args.output} exists: pass --overwrite to replace it")
-    prompts = [
-        args.template.format(**{f: _column(row, f, i) for f in fields})
-        for i, row in enumerate(rows)
-    ]
+    prompts = tables.fill_template(args.template, rows)
     model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype, args.device)
-    kwargs = {"temperature": 0.01, **_generation(args)}
-    odd: list[str] = []
-    answers: list[str] = [""] * len(rows)
-    ready = chat_rows(unwrapped(model), tokenizer, prompts, **kwargs)
-    for i, answer in tqdm(ready, "predict", len(rows), unit="row", file=sys.stderr):
-        answers[i] = answer
-    for i, answer in enumerate(answers):
-        if args.choices and answer.strip() not in args.choices:
-            odd.append(f"row {i}: {answer!r}")
-            answer = args.fallback if args.fallback is not None else answer
-        answers[i] = answer.strip()
-    if odd and args.fallback is None:
-        shown = "; ".join(odd[:5])
-        raise ValueError(
-            f"{len(odd)} of {len(rows)} answers are none of {args.choices}: {shown}. "
-            "Nothing was written; --fallback ANSWER takes that answer for such rows"
-        )
-    if odd:
-        print(
-            f"{len(odd)} answers were none of {args.choices}, {args.fallback!r} stands for them",
-            file=sys.stderr,
-        )
-    keep = args.columns.split(",") if args.columns else list(rows[0])
+    sampling = {"temperature": 0.01, **_generation(args)}
+    answers = tables.answer_all(unwrapped(model), tokenizer, prompts, **sampling)
+    answers = tables.check_choices(answers, args.choices, args.fallback)
+    columns = args.columns.split(",") if args.columns else list(rows[0])
     constants = dict(pair.split("=", 1) for pair in args.add or [])
-    keep = [c for c in keep if c != args.answer_column]
-    with atomic_file(args.output, "w") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow([*keep, args.answer_column])
-        for row, answer in zip(rows, answers, strict=True):
-            writer.writerow([*(constants.get(c, row.get(c, "")) for c in keep), answer])
+    tables.write_table(args.output, rows, columns, constants, args.answer_column, answers)
     print(f"{args.output}: {len(rows)} rows")
     return 0
 
@@ -305,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         help="keep 1 GiB of activations at most; without it, what fits into the free memory",
     )
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    p.add_argument("--memory", help="of the GPU, e.g. 16GB: decides what is computed twice")
+    p.add_argument("--memory", help="of the GPU, e.g. 16GB: decides what is recomputed")
     p.add_argument("--lora_rank", type=int)
     p.add_argument("--lora_target")
     p.add_argument("--pre_seq_len", type=int)

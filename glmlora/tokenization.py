@@ -605,12 +605,8 @@ class AutoTokenizer:
         return tokenizer
 
 
-def _with_tokenizer() -> list[families.Family]:
-    return [f for f in families.all_families().values() if f.special_tokens is not None]
-
-
 def _family(name: str) -> families.Family:
-    known = _with_tokenizer()
+    known = families.with_tokenizer()
     for family in known:
         if name in (family.name, family.alias):
             return family
@@ -622,7 +618,7 @@ def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
     """The rule in `AutoTokenizer.from_pretrained`."""
     if has_tiktoken(directory):
         return families.DEFAULT  # refused with its name when it is opened
-    known = _with_tokenizer()
+    known = families.with_tokenizer()
     for family in known:
         if family.in_tokenizer(tokenizer_config):
             return family.name

@@ -1,9 +1,11 @@
 """The flags of training: every row of the table, the command line's forms, each refusal."""
 
+import inspect
 import json
 
 import pytest
 
+import glmlora
 from glmlora.training import arguments
 from glmlora.training.arguments import (
     FLAGS,
@@ -13,6 +15,7 @@ from glmlora.training.arguments import (
     TrainingArguments,
     parse_train_arguments,
 )
+from glmlora.training.keywords import TrainKeywords
 
 SCRIPT = (
     "--model_name_or_path ../chatglm2-6b --stage sft --use_v2 --do_train --dataset paper_label "
@@ -107,6 +110,22 @@ def test_every_flag_refuses_another_type(group, flag):
     if flag.default is not None:
         with pytest.raises(ValueError, match=f"^{flag.name}: "):
             CLASSES[group](**{flag.name: None})
+
+
+def test_keywords_for_type_checkers_are_the_fields():
+    """One list is read by programs, the other by type checkers: names, order and types agree."""
+    fields = {name: flag.annotation for name, flag in arguments.CALL_FLAGS.items()}
+    fields["resume_from_checkpoint"] = "StrPath | bool | None"  # True: the last one
+    stated = {n: t.__forward_arg__ for n, t in TrainKeywords.__annotations__.items()}
+    assert list(stated.items()) == list(fields.items())
+
+
+def test_every_flag_shows_in_the_signature_of_train():
+    shown = inspect.signature(glmlora.train).parameters
+    assert set(arguments.CALL_FLAGS) < set(shown) and "model_name_or_path" not in shown
+    assert str(shown["lora_rank"]) == "lora_rank: 'int' = 8"
+    assert shown["output_dir"].default is inspect.Parameter.empty
+    assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in shown.values())
 
 
 def test_unknown_keyword_is_named():

@@ -23,7 +23,7 @@ from glmlora.training import methods
 from glmlora.training.arguments import FinetuningArguments
 
 ROOT = Path(__file__).resolve().parent.parent
-LEAST = dict(device="cuda", budget=1)  # every layer but the last is computed twice
+LEAST = dict(device="cuda", budget=1)  # every layer but the last is recomputed
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_memory_grows_linearly_with_the_length(six_b):
     assert at[1] < 2.02 * at[0] and at[2] < 2.02 * at[1]
 
 
-def test_the_memory_decides_how_many_layers_are_computed_twice(six_b):
+def test_the_memory_decides_how_many_layers_are_recomputed(six_b):
     at = [plan(six_b, 4, 600, device="cuda", memory=m) for m in ("16GB", "24GB", "80GB")]
     kept = [planned.kept_layers for planned in at]
     assert kept[0] < kept[1] < kept[2] == 28
@@ -139,8 +139,8 @@ def test_memory_is_said_in_bytes(six_b, capsys):
             parse_bytes(wrong)
     words = ["plan", "--model", str(six_b), "--batch", "4", "--seq", "600"]
     assert cli.main([*words, "--device", "cuda", "--memory", "16GB"]) == 0
-    told = capsys.readouterr().out
-    assert "on the GPU at once" in told and "an estimate" in told and "1 waits" in told
+    shown = capsys.readouterr().out
+    assert "on the GPU at once" in shown and "an estimate" in shown and "1 waits" in shown
     assert cli.main([*words, "--memory", "16GB"]) == 1
     assert "say device cuda" in capsys.readouterr().err
 

@@ -19,7 +19,8 @@ from glmlora.batch import (
     split_dev,
     updates_per_epoch,
 )
-from glmlora.training.records import encode_records, load_datasets, read_rows, records_from
+from glmlora.files.rows import read_rows
+from glmlora.training.records import encode_records, load_datasets, records_from
 
 ROWS = [
     {"instruction": "Judge -->", "input": "title:A,abstract:B", "output": "1"},
@@ -399,13 +400,14 @@ def test_batches_of_records():
     assert (rows.tolist(), targets.tolist()) == ([0, 1, 4, 5, 6], [21, 2, 12, 0, 2])
     assert rows.dtype == targets.dtype == batch.ids.dtype == batch.lengths.dtype == np.int32
     assert (batch.n_tokens, batch.n_segments, batch.n_targets) == (8, 2, 5)
-    ignoring = data.batch([0], ignored_id=0)
+    data.ignored_id = 0
+    ignoring = data.batch([0])
     assert ignoring.labels.tolist() == [-100, -100, 12, -100, 2]
     assert ignoring.rows_and_targets()[1].tolist() == [12, 2]
 
 
 def test_pieces_are_laid_out_in_order(monkeypatch):
-    import glmlora
+    from glmlora.training import records as module
 
     calls = []
 
@@ -420,8 +422,7 @@ def test_pieces_are_laid_out_in_order(monkeypatch):
             calls.append(template)
             return [ord(letter) for letter in response[: limit - 1]] + [2]
 
-    monkeypatch.setitem(sys.modules, "glmlora.families.prompt", Prompts)
-    monkeypatch.setattr(glmlora.families, "prompt", Prompts, raising=False)
+    monkeypatch.setattr(module, "prompts", Prompts)
     records = [record("ab", "q", "xyz", [["h", "i"]]), record("c", "", "w")]
     data = encode_records(records, "tok", 9, 3, "vendored", "P:", "vendored")
     assert data.ids.tolist() == [97, 98, 120, 121, 2, 99, 119, 2]

@@ -144,12 +144,12 @@ def test_flops_are_those_of_the_formula(folder):
     assert planned.flops == pytest.approx(forward + backward + scores + lora, rel=2e-3)
 
 
-def test_a_small_budget_computes_layers_twice(folder):
+def test_a_small_budget_recomputes_layers(folder):
     whole, small = plan(folder, 4, 512), plan(folder, 4, 512, budget=1)
     assert (whole.kept_layers, small.kept_layers) == (6, 1)
     assert small.activations < 0.5 * whole.activations
     assert small.flops > 1.3 * whole.flops
-    assert "5 of 6 layers computed twice" in str(small)
+    assert "5 of 6 layers recomputed" in str(small)
 
 
 def test_layers_are_kept_as_training_would_keep_them(folder, monkeypatch):
@@ -190,9 +190,9 @@ def test_activations_grow_linearly_with_the_length(folder):
 def test_the_command_prints_a_plan_without_weights(folder, capsys):
     words = ["plan", "--model", str(folder), "--batch", "4", "--seq", "512"]
     assert cli.main([*words, "--method", "full"]) == 0
-    told = capsys.readouterr().out
-    assert "trained parameters, gradients, two moments" in told
-    assert "in memory at once" in told
+    shown = capsys.readouterr().out
+    assert "trained parameters, gradients, two moments" in shown
+    assert "in memory at once" in shown
     assert cli.main([*words, "--gradient_checkpointing"]) == 0
     assert cli.main([*words, "--method", "everything"]) == 1
     assert "method: expected one of lora, p_tuning, freeze, full, chat" in capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_counts_are_of_the_plan_backend_only(folder):
     arch = ChatGLMConfig.from_pretrained(folder).arch()
     counted = _core.Model(arch, "plan", names=families.default().tensor_names)
     counted.counts()
-    assert counted.counts()["calls"] == {}  # what was told is not told again
+    assert counted.counts()["calls"] == {}  # what was reported is not reported again
     with pytest.raises(ValueError, match="or on a device, got 'cpu"):
         _core.Model(arch, "cpu", names=families.default().tensor_names).counts()
 

@@ -13,9 +13,10 @@ from training import QUIET, adapter, dataset_dir, losses, model_dir, records, ru
 
 import glmlora
 from glmlora import _core
-from glmlora.training import loop, methods, plot
+from glmlora.training import checkpoints, loop, methods, plot
 from glmlora.training.arguments import FinetuningArguments, TrainingArguments
 from glmlora.training.records import encode_records, records_from
+from glmlora.training.state import Shield
 from glmlora.training.trainer import run_train
 
 LORA_FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -59,7 +60,8 @@ def test_one_update_is_the_mean_over_its_tokens(tiny_model, tmp_path):
         seed=42,
     )
     encoded = encode_records(records_from(records(4)), result.tokenizer)
-    batch = encoded.batch(np.arange(4), 0)
+    encoded.ignored_id = 0
+    batch = encoded.batch(np.arange(4))
     model.prepare_training()
     rows, targets = batch.rows_and_targets()
     loss = model.core.backward(batch.ids, batch.lengths, rows, targets, dropout=False)
@@ -384,9 +386,10 @@ def test_evaluation_while_training(tiny_model, tmp_path):
     everything = json.loads((tmp_path / "all_results.json").read_text())
     assert {"eval_loss", "train_loss"} < set(everything)
     encoded = encode_records(records_from(records(6)), result.tokenizer)
+    encoded.ignored_id = 0
     total = count = 0
     for i in range(6):
-        batch = encoded.batch([i], 0)
+        batch = encoded.batch([i])
         n = batch.n_targets
         total += result.model([batch.ids], labels=[batch.labels]).loss * n
         count += n
@@ -638,14 +641,14 @@ def test_output_dir_that_cannot_be_written(tiny_model, tmp_path):
 
 
 def test_disk_full_while_saving_leaves_the_last_checkpoint(tiny_model, tmp_path, monkeypatch):
-    write = loop.write_safetensors
+    write = checkpoints.write_safetensors
 
     def full(path, tensors):
         if "checkpoint-8" in str(path):
             raise OSError(28, "No space left on device", str(path))
         write(path, tensors)
 
-    monkeypatch.setattr(loop, "write_safetensors", full)
+    monkeypatch.setattr(checkpoints, "write_safetensors", full)
     with pytest.raises(OSError, match="No space left"):
         run(tiny_model, tmp_path)
     assert files(tmp_path) == {"checkpoint-4", "trainer_log.jsonl"}
@@ -686,7 +689,7 @@ def test_the_bar_is_on_standard_error(tiny_model, tmp_path, capsys):
 
 def test_ctrl_c_waits_for_the_end_of_a_shield():
     done = []
-    with pytest.raises(KeyboardInterrupt), loop.Shield():
+    with pytest.raises(KeyboardInterrupt), Shield():
         os.kill(os.getpid(), signal.SIGINT)
         done.append(True)
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler

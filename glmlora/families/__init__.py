@@ -15,6 +15,7 @@ from typing import Any
 
 from .family import Family as Family
 
+UNNAMED = "THUDM/chatglm-6b"  # the base of the original training script where none is named
 DEFAULT = "v2"  # where nothing tells; its text is also what the original training code writes
 
 
@@ -32,6 +33,16 @@ def of(name: str) -> Family:
             return family
     known = " ".join(all_families())
     raise ValueError(f"family: expected one of {known}, got {name!r}")
+
+
+def with_tokenizer() -> list[Family]:
+    """The families whose texts this release can read."""
+    return [f for f in all_families().values() if f.special_tokens is not None]
+
+
+def choices() -> tuple[str, ...]:
+    """Values of flags that name a family."""
+    return ("auto", *(family.alias for family in with_tokenizer()))
 
 
 def default() -> Family:

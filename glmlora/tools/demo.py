@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import glmlora
+
 from ..files.write import atomic_file
+from . import project
 
 ORDER = (
     "Please judge whether it is a medical field paper according to the given paper title and "
@@ -83,10 +86,6 @@ def predict_labels(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tu
 def run_demo(directory: str | os.PathLike = "demo") -> int:
     """Make the project folder `directory`/xfg (a new one), train, chat, predict 2,000 papers; 0
     when all went well."""
-    import glmlora
-
-    from . import project
-
     start = time.perf_counter()
     home = Path(directory) / "xfg"
     if home.exists():

@@ -6,7 +6,7 @@ counts what is asked of it; weights are zeros that are never touched, so a 6B mo
 second.
 
 For a GPU the backend "plan:cuda.." counts as the CUDA library does: launches, products, waits and
-transfers beside the bytes. All of them are counts; how long they take is not told.
+transfers beside the bytes. All of them are counts; how long they take is not among them.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Plan:
     mapped: weights read from their files, whose pages the system may drop; process: the interpreter
     and its libraries; weights: in memory (quantized ones, norms and biases); trained: parameters,
     gradients and two moments; activations: of the largest step, `kept_layers` of `layers` kept and
-    the others computed twice; cache: keys and values of a chat; scratch: of the threads, or of a
+    the others recomputed; cache: keys and values of a chat; scratch: of the threads, or of a
     GPU's products; library: what a GPU needs for any model. flops: of the products and the
     attention of one step (of what a chat feeds at a time). work: what a GPU does in a step, or for
     a token.
@@ -132,7 +132,7 @@ class Plan:
         if self.method == "chat":
             return f"activations of {self.tokens:,} tokens at once"
         twice = self.layers - self.kept_layers
-        recomputed = f", {twice} of {self.layers} layers computed twice" if twice else ""
+        recomputed = f", {twice} of {self.layers} layers recomputed" if twice else ""
         return f"activations of {self.tokens:,} tokens{recomputed}"
 
 
@@ -155,7 +155,7 @@ def plan(
 
     model: a directory with config.json; no weights are read. labels: labelled tokens of a row.
     quantization_bit: 4 or 8, as in training. dtype: the float weights are stored in, default
-    config.json's torch_dtype. budget: bytes of activations beyond which layers are computed twice;
+    config.json's torch_dtype. budget: bytes of activations beyond which layers are recomputed;
     None: what training would take of the memory that is free now, or 1 GiB with
     `gradient_checkpointing` and for a GPU. device: "cpu" or "cuda", whose products are in `dtype`.
     memory: what the GPU has, bytes or "16GB"; RESERVE of it is left alone, what is not needed

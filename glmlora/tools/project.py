@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from .. import families
+from . import papers
 
 PACKAGE = Path(__file__).resolve().parent.parent
 TEMPLATE = PACKAGE / "template"
@@ -32,8 +33,6 @@ def tiny_directory() -> Path:
 
 
 def _fill(project: Path) -> None:
-    from . import papers
-
     for name, place in FILES.items():
         target = project / place
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -453,28 +453,28 @@ def check_plan(backend: str, stored_as: str) -> str:
     """Launches, products, waits, transfers and bytes of a step and of tokens, as planned."""
 
     def counted(name: str) -> list[dict[str, int]]:
-        model, told = tiny_model(name, stored_as), []
+        model, counts = tiny_model(name, stored_as), []
         core, one = model.core, np.ones(1, np.int32)
 
-        def tell() -> None:
+        def count() -> None:
             kept = {k: v for k, v in core.counts().items() if k not in ("calls", "flops", "peak")}
-            told.append(kept)
+            counts.append(kept)
 
         core.counts()
         model.requires_grad_(True)
         for _ in range(2):
             model.backward(**_batch(1))
             core.step(1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
-            tell()
+            count()
         cache = core.cache(1, 40, 0)
         core.extend(cache, [0], np.ones(20, np.int32), 20 * one)
-        tell()
+        count()
         for _ in range(4):
             core.next(cache, [0], one, one)
-            tell()
-        for earlier in told:  # other models may share the device
-            earlier["live"] -= told[0]["live"]
-        return told
+            count()
+        for earlier in counts:  # other models may share the device
+            earlier["live"] -= counts[0]["live"]
+        return counts
 
     planned, done = counted(f"plan:{backend}"), counted(backend)
     for place, (a, b) in enumerate(zip(planned, done, strict=True)):
@@ -487,7 +487,7 @@ def readings(backend: str) -> dict[str, Any]:
     """Of a GPU only, for whoever reads the JSON file: bytes that the context takes beside what is
     counted, seconds and bytes a second of an op that only moves memory."""
     found = devices.info(backend.partition("/")[0])
-    told: dict[str, Any] = {"total_bytes": found["total"], "free_bytes": found["free"]}
+    measured: dict[str, Any] = {"total_bytes": found["total"], "free_bytes": found["free"]}
     o, n = ops_of(backend), 1 << 24
     x, y = np.ones(n, np.float32), np.ones(n, np.float32)
     out = np.empty_like(x)
@@ -503,8 +503,8 @@ def readings(backend: str) -> dict[str, Any]:
     for address in at:
         o._free(o._be, address - o.GUARD)
     o._held = {}
-    told["add"] = {"bytes": 12 * n, "seconds": seconds, "bytes_per_second": 12 * n / seconds}
-    return told
+    measured["add"] = {"bytes": 12 * n, "seconds": seconds, "bytes_per_second": 12 * n / seconds}
+    return measured
 
 
 def items(device: str, types: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -547,8 +547,8 @@ def deep(device: str, only: str = "float16") -> str:
             os.devnull,
         ]
         done = subprocess.run(words, capture_output=True, text=True)
-        told = done.stdout[-1500:] + done.stderr[-500:]
-        assert done.returncode == 0, f"{check}: exit status {done.returncode}: {told}"
+        printed = done.stdout[-1500:] + done.stderr[-500:]
+        assert done.returncode == 0, f"{check}: exit status {done.returncode}: {printed}"
     return ", ".join(TOOLS)
 
 
@@ -558,16 +558,16 @@ def run(device: str, only: str = "", deeply: bool = False, output: str | None = 
     kind = device.partition(":")[0]
     if kind == "emu":
         os.environ.setdefault("EMU_PIECE", str(1 << 24))  # as on a GPU; read when it is opened
-    told: dict[str, Any] = {"device": devices.info(device), "items": [], "python": sys.version}
-    told["core"] = os.path.basename(_core.__file__)
+    report: dict[str, Any] = {"device": devices.info(device), "items": [], "python": sys.version}
+    report["core"] = os.path.basename(_core.__file__)
     failed = None
-    if not told["device"]["count"]:
-        failed = f"environment: {told['device']['why']}"
+    if not report["device"]["count"]:
+        failed = f"environment: {report['device']['why']}"
     else:
         if kind == "cuda":
-            told["cublas"] = str(devices.preload_cublas() or "found by the process or the system")
+            report["cublas"] = str(devices.preload_cublas() or "found by the process or the system")
         types = ["float32", "float16", "bfloat16"]
-        if told["device"]["capability"] < (8, 0):
+        if report["device"]["capability"] < (8, 0):
             types.remove("bfloat16")
         listed = [(n, f) for n, f in items(device, types) if n.startswith(only)]
         if deeply:
@@ -582,16 +582,20 @@ def run(device: str, only: str = "", deeply: bool = False, output: str | None = 
                 note, passed = f"{type(error).__name__}: {error}", False
                 failed = failed or f"{name}: {note}"
             seconds = round(time.perf_counter() - begin, 3)
-            told["items"].append({"name": name, "passed": passed, "note": note, "seconds": seconds})
+            report["items"].append(
+                {"name": name, "passed": passed, "note": note, "seconds": seconds}
+            )
             print(f"{'ok  ' if passed else 'FAIL'}  {name}: {note}", flush=True)
-    told["result"] = failed or "PASS"
-    told["seconds"] = round(time.perf_counter() - started, 1)
+    report["result"] = failed or "PASS"
+    report["seconds"] = round(time.perf_counter() - started, 1)
     output = output or f"selftest-{kind}.json"
     if output != os.devnull:
         with open(output, "w") as file:
-            json.dump(told, file, indent=1, default=str)
-        print(f"{len(told['items'])} items in {told['seconds']} s; {output} is what to send back")
-    print(f"selftest {kind}: {told['result']}")
+            json.dump(report, file, indent=1, default=str)
+        print(
+            f"{len(report['items'])} items in {report['seconds']} s; {output} is what to send back"
+        )
+    print(f"selftest {kind}: {report['result']}")
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Arguments of training: one table of flags; the dataclasses and the parser are made from it.
+"""Arguments of training: four dataclasses, whose fields are the flags of the command line.
 
 Names and defaults follow transformers 4.30.2 and the original train_bash.py, except that
 `save_safetensors` is true.
@@ -7,44 +7,14 @@ Names and defaults follow transformers 4.30.2 and the original train_bash.py, ex
 from __future__ import annotations
 
 import dataclasses
-import enum
-import math
-import operator
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-
-class Flag(NamedTuple):
-    """One flag. Marks: W in the workflow's script, D its default matters there, S supported, A
-    accepted without effect (noticed once), R refused unless it has its default (`help` then says
-    what to do instead).
-    """
-
-    name: str
-    kind: str  # str, int, float, bool; list: split on commas; words: one or more words
-    default: Any  # None: optional; REQUIRED: must be given
-    mark: str
-    help: str
-    choices: tuple[str, ...] = ()
-    bound: str = ""  # a key of BOUNDS
-
-
-REQUIRED = dataclasses.MISSING
-
-BOUNDS = {
-    ">=1": (lambda v: v >= 1, "at least 1"),
-    ">=2": (lambda v: v >= 2, "at least 2"),
-    ">=3": (lambda v: v >= 3, "at least 3"),
-    ">=0": (lambda v: v >= 0, "0 or more"),
-    ">0": (lambda v: v > 0, "more than 0"),
-    "!=0": (lambda v: v != 0, "other than 0"),
-    "[0,1]": (lambda v: 0 <= v <= 1, "from 0 to 1"),
-    "[0,1)": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-    "seed": (lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1"),
-    "4,8": (lambda v: v in (4, 8), "4 or 8"),
-}
+from .. import families
+from ..files.write import read_json
+from .flags import REQUIRED, Flag, Group, StrPath, about, convert, flags_of, option
 
 SCHEDULERS = (
     "linear",
@@ -65,209 +35,6 @@ _ONE_DEVICE = (
 )
 _HUB = "nothing is uploaded; copy output_dir to the hub with its own tools"
 
-# fmt: off
-_MODEL = (
-    Flag("model_name_or_path", "str", "THUDM/chatglm-6b", "W", "directory of the base model"),
-    Flag("use_v2", "bool", False, "W",
-         "the base is ChatGLM2; the family is detected, a contradiction warns"),
-    Flag("config_name", "str", None, "S", "another directory for config.json"),
-    Flag("tokenizer_name", "str", None, "S", "another directory for the tokenizer"),
-    Flag("cache_dir", "str", None, "A", "nothing is downloaded"),
-    Flag("use_fast_tokenizer", "bool", True, "A", "there is one tokenizer"),
-    Flag("model_revision", "str", "main", "A", "nothing is downloaded"),
-    Flag("use_auth_token", "bool", False, "A", "nothing is downloaded"),
-    Flag("quantization_bit", "int", None, "S", "quantize the frozen base", bound="4,8"),
-    Flag("quantization_type", "str", "nf4", "A", "4 bits are integers in groups of 32",
-         ("fp4", "nf4")),
-    Flag("double_quantization", "bool", True, "A", "the scales of a 4-bit base are float16"),
-    Flag("compute_dtype", "str", None, "S", "type of the large products; int8: over an int8 base",
-         ("auto", "float32", "bfloat16", "int8")),
-    Flag("checkpoint_dir", "list", None, "S", "trained checkpoints, separated by commas"),
-    Flag("reward_model", "str", None, "R", "belongs to the ppo stage; use --stage sft without it"),
-    Flag("resume_lora_training", "bool", True, "S",
-         "train the last adapter on; otherwise merge all, add a new one"),
-    Flag("plot_loss", "bool", False, "S", "draw the loss curves into output_dir"),
-    Flag("family", "str", "auto", "S",
-         "model family of the base", ("auto", "chatglm2", "chatglm3")),
-    Flag("threads", "int", None, "S",
-         "processor threads (default: OMP_NUM_THREADS, else all cores)", bound=">=1"),
-)
-
-_DATA = (
-    Flag("dataset", "str", "alpaca_zh", "W", "names in dataset_info.json, separated by commas"),
-    Flag("dataset_dir", "str", "data", "D", "folder with dataset_info.json"),
-    Flag("split", "str", "train", "A", "only hub data sets have splits"),
-    Flag("overwrite_cache", "bool", False, "A", "nothing is cached"),
-    Flag("preprocessing_num_workers", "int", None, "A", "encoding runs in one process"),
-    Flag("max_source_length", "int", 512, "D",
-         "ids of the prompt with its 2 special ids", bound=">=3"),
-    Flag("max_target_length", "int", 512, "D", "ids of the answer with its end id", bound=">=2"),
-    Flag("max_samples", "int", None, "S", "first rows taken from each data set", bound=">=1"),
-    Flag("eval_num_beams", "int", None, "S", "beams while predicting", bound=">=1"),
-    Flag("ignore_pad_token_for_loss", "bool", True, "D",
-         "leave labels equal to the pad id out of the loss"),
-    Flag("source_prefix", "str", None, "S", "text put before every prompt"),
-    Flag("dev_ratio", "float", 0.0, "S", "part of the data held out for evaluation", bound="[0,1)"),
-    Flag("truncation", "str", "template", "S",
-         "long prompts: cut the query inside the template, or the end of all as the original",
-         ("template", "vendored")),
-    Flag("template", "str", "auto", "S",
-         "prompt: the family's own, or the original's", ("auto", "vendored")),
-)
-
-_FINETUNING = (
-    Flag("stage", "str", "sft", "W", "only sft is supported", ("sft", "rm", "ppo")),
-    Flag("finetuning_type", "str", "lora", "W",
-         "what is trained", ("none", "freeze", "p_tuning", "lora", "full")),
-    Flag("num_layer_trainable", "int", 3, "S",
-         "freeze: last n blocks, or first n if negative", bound="!=0"),
-    Flag("name_module_trainable", "str", "mlp", "S", "freeze: part of the blocks", ("mlp", "qkv")),
-    Flag("pre_seq_len", "int", 64, "S", "p_tuning: prefix length", bound=">=1"),
-    Flag("prefix_projection", "bool", False, "S", "p_tuning: two linear layers over the prefix"),
-    Flag("lora_rank", "int", 8, "W", "rank of the adapter", bound=">=1"),
-    Flag("lora_alpha", "float", 32.0, "D", "scale of the adapter, divided by its rank", bound=">0"),
-    Flag("lora_dropout", "float", 0.1, "D", "dropout on the adapter's input", bound="[0,1)"),
-    Flag("lora_target", "list", "query_key_value", "D",
-         "ends of module names, separated by commas"),
-)
-
-_TRAINING = (
-    Flag("output_dir", "str", REQUIRED, "W", "folder for everything that training writes"),
-    Flag("overwrite_output_dir", "bool", False, "A", "an existing output_dir is always reused"),
-    Flag("do_train", "bool", False, "W", "train"),
-    Flag("do_eval", "bool", False, "S", "evaluate"),
-    Flag("do_predict", "bool", False, "S", "write predictions"),
-    Flag("evaluation_strategy", "str", "no", "S", "when to evaluate while training", STRATEGIES),
-    Flag("eval_strategy", "str", None, "S", "later name of evaluation_strategy", STRATEGIES),
-    Flag("eval_steps", "float", None, "S",
-         "updates between evaluations; below 1: part of all", bound=">0"),
-    Flag("eval_delay", "float", 0.0, "S",
-         "epochs or steps before the first evaluation", bound=">=0"),
-    Flag("prediction_loss_only", "bool", False, "S", "evaluate the loss alone"),
-    Flag("per_device_train_batch_size", "int", 8, "W", "rows per micro-batch", bound=">=1"),
-    Flag("per_device_eval_batch_size", "int", 8, "S", "rows per batch of evaluation", bound=">=1"),
-    Flag("per_gpu_train_batch_size", "int", None, "A", "use per_device_train_batch_size"),
-    Flag("per_gpu_eval_batch_size", "int", None, "A", "use per_device_eval_batch_size"),
-    Flag("gradient_accumulation_steps", "int", 1, "W", "micro-batches per update", bound=">=1"),
-    Flag("eval_accumulation_steps", "int", None, "A", "nothing is accumulated on a device"),
-    Flag("learning_rate", "float", 5e-5, "W", "peak rate of AdamW", bound=">=0"),
-    Flag("weight_decay", "float", 0.0, "D",
-         "decoupled decay, not on biases and norms", bound=">=0"),
-    Flag("adam_beta1", "float", 0.9, "D", "decay of the first moment", bound="[0,1)"),
-    Flag("adam_beta2", "float", 0.999, "D", "decay of the second moment", bound="[0,1)"),
-    Flag("adam_epsilon", "float", 1e-8, "D", "added to the root of the second moment", bound=">0"),
-    Flag("max_grad_norm", "float", 1.0, "D",
-         "clip the global gradient norm; 0: no clipping", bound=">=0"),
-    Flag("num_train_epochs", "float", 3.0, "W", "passes over the data", bound=">0"),
-    Flag("max_steps", "int", -1, "S", "updates in all if above 0, in place of the epochs"),
-    Flag("lr_scheduler_type", "str", "linear", "W", "course of the learning rate", SCHEDULERS),
-    Flag("warmup_ratio", "float", 0.0, "S", "part of all updates that warms up", bound="[0,1]"),
-    Flag("warmup_steps", "int", 0, "S",
-         "updates that warm up; wins over warmup_ratio", bound=">=0"),
-    Flag("log_level", "str", "passive", "A", "there is no logger to set", LOG_LEVELS),
-    Flag("log_level_replica", "str", "warning", "A", "there are no replicas", LOG_LEVELS),
-    Flag("log_on_each_node", "bool", True, "A", "there is one node"),
-    Flag("logging_dir", "str", None, "A", "logs stand in output_dir"),
-    Flag("logging_strategy", "str", "steps", "S", "when to log", STRATEGIES),
-    Flag("logging_first_step", "bool", False, "S", "log the first update too"),
-    Flag("logging_steps", "float", 500, "W", "updates between logs; below 1: part of all"),
-    Flag("logging_nan_inf_filter", "bool", True, "D",
-         "keep NaN and infinite losses out of the log"),
-    Flag("save_strategy", "str", "steps", "S", "when to save checkpoints", STRATEGIES),
-    Flag("save_steps", "float", 500, "W", "updates between checkpoints; below 1: part of all"),
-    Flag("save_total_limit", "int", None, "S", "keep the newest n checkpoints", bound=">=1"),
-    Flag("save_safetensors", "bool", True, "S", "write .safetensors; otherwise .bin"),
-    Flag("save_on_each_node", "bool", False, "A", "there is one node"),
-    Flag("no_cuda", "bool", False, "S", "stay on the CPU"),
-    Flag("use_cpu", "bool", False, "S", "later name of no_cuda"),
-    Flag("use_mps_device", "bool", False, "R", _OTHER_HARDWARE),
-    Flag("use_ipex", "bool", False, "R", _OTHER_HARDWARE),
-    Flag("jit_mode_eval", "bool", False, "R", _OTHER_HARDWARE),
-    Flag("xpu_backend", "str", None, "R", _OTHER_HARDWARE),
-    Flag("tpu_num_cores", "int", None, "R", _OTHER_HARDWARE),
-    Flag("tpu_metrics_debug", "bool", False, "R", _OTHER_HARDWARE),
-    Flag("seed", "int", 42, "D", "parameters, dropout and order", bound="seed"),
-    Flag("data_seed", "int", None, "S", "order only", bound="seed"),
-    Flag("fp16", "bool", False, "W", "mixed precision with float16"),
-    Flag("bf16", "bool", False, "S", "mixed precision with bfloat16"),
-    Flag("fp16_opt_level", "str", "O1", "A", "mixed precision has one form"),
-    Flag("half_precision_backend", "str", "auto", "A", "mixed precision has one form"),
-    Flag("fp16_backend", "str", "auto", "A", "mixed precision has one form"),
-    Flag("fp16_full_eval", "bool", False, "S", "evaluate in float16"),
-    Flag("bf16_full_eval", "bool", False, "S", "evaluate in bfloat16"),
-    Flag("tf32", "bool", None, "S", "allow TF32 products on a CUDA device"),
-    Flag("local_rank", "int", -1, "R", _ONE_DEVICE),
-    Flag("ddp_backend", "str", None, "R", _ONE_DEVICE),
-    Flag("ddp_find_unused_parameters", "bool", None, "R", _ONE_DEVICE),
-    Flag("ddp_bucket_cap_mb", "int", None, "R", _ONE_DEVICE),
-    Flag("ddp_timeout", "int", 1800, "R", _ONE_DEVICE),
-    Flag("sharded_ddp", "str", "", "R", _ONE_DEVICE),
-    Flag("fsdp", "str", "", "R", _ONE_DEVICE),
-    Flag("fsdp_min_num_params", "int", 0, "R", _ONE_DEVICE),
-    Flag("fsdp_config", "str", None, "R", _ONE_DEVICE),
-    Flag("fsdp_transformer_layer_cls_to_wrap", "str", None, "R", _ONE_DEVICE),
-    Flag("deepspeed", "str", None, "R", _ONE_DEVICE),
-    Flag("mp_parameters", "str", "", "R", _ONE_DEVICE),
-    Flag("debug", "str", "", "A", "there are no debug modes"),
-    Flag("past_index", "int", -1, "A", "the models here keep no such state"),
-    Flag("skip_memory_metrics", "bool", True, "A", "memory is told before the first step"),
-    Flag("use_legacy_prediction_loop", "bool", False, "A", "there is one loop"),
-    Flag("include_inputs_for_metrics", "bool", False, "A", "the metrics are fixed"),
-    Flag("ray_scope", "str", "last", "A", "there is no parameter search"),
-    Flag("label_names", "words", None, "A", "the labels are the answers"),
-    Flag("remove_unused_columns", "bool", True, "A",
-         "only the columns of the data set's entry are read"),
-    Flag("dataloader_drop_last", "bool", False, "S", "leave out the last short micro-batch"),
-    Flag("dataloader_num_workers", "int", 0, "A", "batches are made in the training process"),
-    Flag("dataloader_pin_memory", "bool", True, "A", "batches are made in the training process"),
-    Flag("disable_tqdm", "bool", None, "S", "no progress bar"),
-    Flag("load_best_model_at_end", "bool", False, "S", "end with the best checkpoint's weights"),
-    Flag("metric_for_best_model", "str", None, "S", "what is best (default: loss)"),
-    Flag("greater_is_better", "bool", None, "S", "direction of that (default: by its name)"),
-    Flag("ignore_data_skip", "bool", False, "S", "resume at the start of the epoch's data"),
-    Flag("label_smoothing_factor", "float", 0.0, "R",
-         "the loss is plain cross-entropy; leave it at 0"),
-    Flag("optim", "str", "adamw_torch", "D",
-         "the optimizer is AdamW: adamw_torch, or its old name adamw_hf"),
-    Flag("optim_args", "str", None, "R",
-         "set adam_beta1, adam_beta2, adam_epsilon and weight_decay instead"),
-    Flag("adafactor", "bool", False, "R", "the optimizer is AdamW; leave it out"),
-    Flag("group_by_length", "bool", False, "S", "put rows of like length into one batch"),
-    Flag("length_column_name", "str", "length", "S", "unused: lengths are counted in ids"),
-    Flag("report_to", "words", None, "A", "logs go to trainer_log.jsonl and trainer_state.json"),
-    Flag("run_name", "str", None, "A", "there are no external loggers"),
-    Flag("push_to_hub", "bool", False, "R", _HUB),
-    Flag("hub_model_id", "str", None, "R", _HUB),
-    Flag("hub_strategy", "str", "every_save", "R", _HUB),
-    Flag("hub_token", "str", None, "R", _HUB),
-    Flag("hub_private_repo", "bool", False, "R", _HUB),
-    Flag("push_to_hub_model_id", "str", None, "R", _HUB),
-    Flag("push_to_hub_organization", "str", None, "R", _HUB),
-    Flag("push_to_hub_token", "str", None, "R", _HUB),
-    Flag("resume_from_checkpoint", "str", None, "S",
-         "a checkpoint-N folder to go on from, exactly"),
-    Flag("gradient_checkpointing", "bool", False, "S",
-         "keep 1 GiB of activations at most; without it, what fits into memory"),
-    Flag("auto_find_batch_size", "bool", False, "R",
-         "memory is told before the first step; set the batch size"),
-    Flag("full_determinism", "bool", False, "S", "runs are bit-equal on the CPU anyway"),
-    Flag("torchdynamo", "str", None, "A", "there is nothing to compile"),
-    Flag("torch_compile", "bool", False, "A", "there is nothing to compile"),
-    Flag("torch_compile_backend", "str", None, "A", "there is nothing to compile"),
-    Flag("torch_compile_mode", "str", None, "A", "there is nothing to compile"),
-    Flag("sortish_sampler", "bool", False, "A", "use group_by_length"),
-    Flag("predict_with_generate", "bool", False, "S", "evaluate by generated answers"),
-    Flag("generation_max_length", "int", None, "A", "max_target_length decides"),
-    Flag("generation_num_beams", "int", None, "S",
-         "beams while predicting, if eval_num_beams is not set", bound=">=1"),
-    Flag("generation_config", "str", None, "A", "evaluation uses the original's settings"),
-)
-
-# fmt: on
-
-#: All flags of training by group.
-FLAGS = {"model": _MODEL, "data": _DATA, "finetuning": _FINETUNING, "training": _TRAINING}
-
 #: Flags of `chat` and `predict`, named in the error when training is given one.
 GENERATING = (
     "do_sample",
@@ -280,185 +47,75 @@ GENERATING = (
     "repetition_penalty",
 )
 
-_TRUE = ("true", "yes", "t", "y", "1")
-_FALSE = ("false", "no", "f", "n", "0")
-_TYPES = {
-    "str": "str",
-    "int": "int",
-    "float": "float",
-    "bool": "bool",
-    "list": "list[str]",
-    "words": "list[str]",
-}
 
-
-def _convert(flag: Flag, value: Any) -> Any:
-    """The value in the flag's type; text is read as on the command line. Raises ValueError."""
-    if isinstance(value, enum.Enum):
-        value = value.value
-    if value is None:
-        if flag.default is None:
-            return None
-        raise ValueError(f"{flag.name}: expected {_expected(flag)}, got None")
-    try:
-        result = _CONVERTERS[flag.kind](value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{flag.name}: expected {_expected(flag)}, got {value!r}") from None
-    if flag.choices and result not in flag.choices:
-        raise ValueError(f"{flag.name}: expected one of {', '.join(flag.choices)}, got {value!r}")
-    return result
-
-
-def _refuse_unless_default(flag: Flag, value: Any) -> None:
-    try:
-        is_default = _convert(flag, value) == flag.default
-    except ValueError:  # of another type, such as a DeepSpeed configuration given as a dict
-        is_default = False
-    if not is_default:
-        shown = "a token" if "token" in flag.name else repr(value)
-        raise ValueError(f"{flag.name}: not supported, got {shown}: {flag.help}")
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if text in _TRUE or text in _FALSE:
-            return text in _TRUE
-    elif type(value).__name__ in ("bool", "bool_") or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    raise ValueError
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError
-    if isinstance(value, str):
-        return int(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return operator.index(value)
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise TypeError
-    result = float(value)
-    if not math.isfinite(result):
-        raise ValueError
-    return result
-
-
-def _to_str(value: Any) -> str:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _to_list(value: Any) -> list[str]:
-    if isinstance(value, (str, os.PathLike)):
-        value = _to_str(value).split(",")
-    items = [_to_str(item).strip() for item in value]
-    if not items or "" in items:
-        raise ValueError
-    return items
-
-
-def _to_words(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [_to_str(item) for item in value]
-
-
-_CONVERTERS = {
-    "str": _to_str,
-    "int": _to_int,
-    "float": _to_float,
-    "bool": _to_bool,
-    "list": _to_list,
-    "words": _to_words,
-}
-
-
-def _expected(flag: Flag) -> str:
-    kind = {
-        "str": "text",
-        "int": "an integer",
-        "float": "a finite number",
-        "bool": "true or false",
-        "list": "one or more names separated by commas",
-        "words": "a list of names",
-    }[flag.kind]
-    return f"{kind} {BOUNDS[flag.bound][1]}" if flag.bound else kind
-
-
-class _Group:
-    """What the argument groups share: types and bounds by the table, refusals, notices and the JSON
-    form.
-    """
-
-    _group: str
-    _hidden: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.notices: list[str] = []
-        for flag in FLAGS[self._group]:
-            value = getattr(self, flag.name)
-            if flag.mark == "R":
-                _refuse_unless_default(flag, value)
-                continue
-            value = _convert(flag, value)
-            setattr(self, flag.name, value)
-            if flag.mark == "A" and value != flag.default and value not in (["none"], "none"):
-                self.notices.append(f"{flag.name} has no effect: {flag.help}")
-            if flag.bound and value is not None and not BOUNDS[flag.bound][0](value):
-                raise ValueError(f"{flag.name}: expected {_expected(flag)}, got {value!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values; `Class(**d)` makes an equal object."""
-        return {
-            flag.name: getattr(self, flag.name)
-            for flag in FLAGS[self._group]
-            if flag.name not in self._hidden
-        }
-
-    def to_json_string(self) -> str:
-        """The text of `finetuning_args.json` and `training_args.bin`: indent 2, sorted keys, final
-        newline.
-        """
-        import json
-
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-
-def _fields(group: str) -> type:
-    """A dataclass with the fields of one group of the table."""
-    fields: list[tuple[str, str] | tuple[str, str, Any]] = []
-    for flag in FLAGS[group]:
-        hint = _TYPES[flag.kind] + (" | None" if flag.default is None else "")
-        if flag.default is REQUIRED:
-            fields.append((flag.name, hint))
-        else:
-            fields.append((flag.name, hint, dataclasses.field(default=flag.default)))
-    return dataclasses.make_dataclass(
-        f"{group.capitalize()}Arguments", fields, bases=(_Group,), namespace={"_group": group}
-    )
-
-
-class ModelArguments(_fields("model")):
+@dataclasses.dataclass
+class ModelArguments(Group):
     """Which base model, in which form, with which checkpoints. `checkpoint_dir` becomes a list.
 
     `notices` lists what was accepted without effect. Raises ValueError naming the field, its value
     and what was expected; TypeError for an unknown keyword.
     """
 
+    # fmt: off
+    model_name_or_path: StrPath = option(families.UNNAMED, "W", "directory of the base model")
+    use_v2: bool = option(False, "W",
+        f"the base is {families.default().title}; the family is detected, a contradiction warns")
+    config_name: StrPath | None = option(None, "S", "another directory for config.json")
+    tokenizer_name: StrPath | None = option(None, "S", "another directory for the tokenizer")
+    cache_dir: StrPath | None = option(None, "A", "nothing is downloaded")
+    use_fast_tokenizer: bool = option(True, "A", "there is one tokenizer")
+    model_revision: str = option("main", "A", "nothing is downloaded")
+    use_auth_token: bool = option(False, "A", "nothing is downloaded")
+    quantization_bit: int | None = option(None, "S", "quantize the frozen base", bound="4,8")
+    quantization_type: str = option("nf4", "A",
+        "4 bits are integers in groups of 32", ("fp4", "nf4"))
+    double_quantization: bool = option(True, "A", "the scales of a 4-bit base are float16")
+    compute_dtype: str | None = option(None, "S",
+        "type of the large products; int8: over an int8 base",
+        ("auto", "float32", "bfloat16", "int8"))
+    checkpoint_dir: str | list[str] | None = option(None, "S",
+        "trained checkpoints, separated by commas")
+    reward_model: str | None = option(None, "R",
+        "belongs to the ppo stage; use --stage sft without it")
+    resume_lora_training: bool = option(True, "S",
+        "train the last adapter on; otherwise merge all, add a new one")
+    plot_loss: bool = option(False, "S", "draw the loss curves into output_dir")
+    family: str = option("auto", "S", "model family of the base", families.choices())
+    threads: int | None = option(None, "S",
+        "processor threads (default: OMP_NUM_THREADS, else all cores)", bound=">=1")
+    # fmt: on
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.use_v2 and self.model_name_or_path == "THUDM/chatglm-6b":
-            self.model_name_or_path = "THUDM/chatglm2-6b"
+        if self.use_v2 and self.model_name_or_path == families.UNNAMED:
+            self.model_name_or_path = families.default().checkpoint
 
 
-class DataArguments(_fields("data")):
+@dataclasses.dataclass
+class DataArguments(Group):
     """Which data sets, and how records become ids. Errors and `notices` as in ModelArguments."""
+
+    # fmt: off
+    dataset: str = option("alpaca_zh", "W", "names in dataset_info.json, separated by commas")
+    dataset_dir: StrPath = option("data", "D", "folder with dataset_info.json")
+    split: str = option("train", "A", "only hub data sets have splits")
+    overwrite_cache: bool = option(False, "A", "nothing is cached")
+    preprocessing_num_workers: int | None = option(None, "A", "encoding runs in one process")
+    max_source_length: int = option(512, "D",
+        "ids of the prompt with its 2 special ids", bound=">=3")
+    max_target_length: int = option(512, "D", "ids of the answer with its end id", bound=">=2")
+    max_samples: int | None = option(None, "S", "first rows taken from each data set", bound=">=1")
+    eval_num_beams: int | None = option(None, "S", "beams while predicting", bound=">=1")
+    ignore_pad_token_for_loss: bool = option(True, "D",
+        "leave labels equal to the pad id out of the loss")
+    source_prefix: str | None = option(None, "S", "text put before every prompt")
+    dev_ratio: float = option(0.0, "S", "part of the data held out for evaluation", bound="[0,1)")
+    truncation: str = option("template", "S",
+        "long prompts: cut the query inside the template, or the end of all as the original",
+        ("template", "vendored"))
+    template: str = option("auto", "S",
+        "prompt: the family's own, or the original's", ("auto", "vendored"))
+    # fmt: on
 
     @property
     def dataset_names(self) -> list[str]:
@@ -466,12 +123,28 @@ class DataArguments(_fields("data")):
         return [name.strip() for name in self.dataset.split(",") if name.strip()]
 
 
-class FinetuningArguments(_fields("finetuning")):
+@dataclasses.dataclass
+class FinetuningArguments(Group):
     """What is trained. `lora_target` becomes a list. Errors and `notices` as in ModelArguments."""
 
     # The original keeps the stage outside this group: its loader would not know the key.
-    _hidden = ("stage",)
+    _hidden: ClassVar[tuple[str, ...]] = ("stage",)
 
+    # fmt: off
+    stage: str = option("sft", "W", "only sft is supported", ("sft", "rm", "ppo"))
+    finetuning_type: str = option("lora", "W",
+        "what is trained", ("none", "freeze", "p_tuning", "lora", "full"))
+    num_layer_trainable: int = option(3, "S",
+        "freeze: last n blocks, or first n if negative", bound="!=0")
+    name_module_trainable: str = option("mlp", "S", "freeze: part of the blocks", ("mlp", "qkv"))
+    pre_seq_len: int = option(64, "S", "p_tuning: prefix length", bound=">=1")
+    prefix_projection: bool = option(False, "S", "p_tuning: two linear layers over the prefix")
+    lora_rank: int = option(8, "W", "rank of the adapter", bound=">=1")
+    lora_alpha: float = option(32.0, "D", "scale of the adapter, divided by its rank", bound=">0")
+    lora_dropout: float = option(0.1, "D", "dropout on the adapter's input", bound="[0,1)")
+    lora_target: str | list[str] = option("query_key_value", "D",
+        "ends of module names, separated by commas")
+    # fmt: on
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stage != "sft":
@@ -481,13 +154,145 @@ class FinetuningArguments(_fields("finetuning")):
             )
 
 
-class TrainingArguments(_fields("training")):
+@dataclasses.dataclass
+class TrainingArguments(Group):
     """How to train: the arguments of transformers 4.30.2 by keyword, `output_dir` first.
 
     Later names (`eval_strategy`, `use_cpu`) are kept equal to the old ones. Where
     `load_best_model_at_end` is set, `metric_for_best_model` and `greater_is_better` are filled in.
     Errors and `notices` as in ModelArguments.
     """
+
+    # fmt: off
+    output_dir: StrPath = dataclasses.field(
+        metadata=about("W", "folder for everything that training writes"))
+    overwrite_output_dir: bool = option(False, "A", "an existing output_dir is always reused")
+    do_train: bool = option(False, "W", "train")
+    do_eval: bool = option(False, "S", "evaluate")
+    do_predict: bool = option(False, "S", "write predictions")
+    evaluation_strategy: str = option("no", "S", "when to evaluate while training", STRATEGIES)
+    eval_strategy: str | None = option(None, "S", "later name of evaluation_strategy", STRATEGIES)
+    eval_steps: float | None = option(None, "S",
+        "updates between evaluations; below 1: part of all", bound=">0")
+    eval_delay: float = option(0.0, "S", "epochs or steps before the first evaluation", bound=">=0")
+    prediction_loss_only: bool = option(False, "S", "evaluate the loss alone")
+    per_device_train_batch_size: int = option(8, "W", "rows per micro-batch", bound=">=1")
+    per_device_eval_batch_size: int = option(8, "S", "rows per batch of evaluation", bound=">=1")
+    per_gpu_train_batch_size: int | None = option(None, "A", "use per_device_train_batch_size")
+    per_gpu_eval_batch_size: int | None = option(None, "A", "use per_device_eval_batch_size")
+    gradient_accumulation_steps: int = option(1, "W", "micro-batches per update", bound=">=1")
+    eval_accumulation_steps: int | None = option(None, "A", "nothing is accumulated on a device")
+    learning_rate: float = option(5e-5, "W", "peak rate of AdamW", bound=">=0")
+    weight_decay: float = option(0.0, "D", "decoupled decay, not on biases and norms", bound=">=0")
+    adam_beta1: float = option(0.9, "D", "decay of the first moment", bound="[0,1)")
+    adam_beta2: float = option(0.999, "D", "decay of the second moment", bound="[0,1)")
+    adam_epsilon: float = option(1e-8, "D", "added to the root of the second moment", bound=">0")
+    max_grad_norm: float = option(1.0, "D",
+        "clip the global gradient norm; 0: no clipping", bound=">=0")
+    num_train_epochs: float = option(3.0, "W", "passes over the data", bound=">0")
+    max_steps: int = option(-1, "S", "updates in all if above 0, in place of the epochs")
+    lr_scheduler_type: str = option("linear", "W", "course of the learning rate", SCHEDULERS)
+    warmup_ratio: float = option(0.0, "S", "part of all updates that warms up", bound="[0,1]")
+    warmup_steps: int = option(0, "S", "updates that warm up; wins over warmup_ratio", bound=">=0")
+    log_level: str = option("passive", "A", "there is no logger to set", LOG_LEVELS)
+    log_level_replica: str = option("warning", "A", "there are no replicas", LOG_LEVELS)
+    log_on_each_node: bool = option(True, "A", "there is one node")
+    logging_dir: StrPath | None = option(None, "A", "logs stand in output_dir")
+    logging_strategy: str = option("steps", "S", "when to log", STRATEGIES)
+    logging_first_step: bool = option(False, "S", "log the first update too")
+    logging_steps: float = option(500, "W", "updates between logs; below 1: part of all")
+    logging_nan_inf_filter: bool = option(True, "D", "keep NaN and infinite losses out of the log")
+    save_strategy: str = option("steps", "S", "when to save checkpoints", STRATEGIES)
+    save_steps: float = option(500, "W", "updates between checkpoints; below 1: part of all")
+    save_total_limit: int | None = option(None, "S", "keep the newest n checkpoints", bound=">=1")
+    save_safetensors: bool = option(True, "S", "write .safetensors; otherwise .bin")
+    save_on_each_node: bool = option(False, "A", "there is one node")
+    no_cuda: bool = option(False, "S", "stay on the CPU")
+    use_cpu: bool = option(False, "S", "later name of no_cuda")
+    use_mps_device: bool = option(False, "R", _OTHER_HARDWARE)
+    use_ipex: bool = option(False, "R", _OTHER_HARDWARE)
+    jit_mode_eval: bool = option(False, "R", _OTHER_HARDWARE)
+    xpu_backend: str | None = option(None, "R", _OTHER_HARDWARE)
+    tpu_num_cores: int | None = option(None, "R", _OTHER_HARDWARE)
+    tpu_metrics_debug: bool = option(False, "R", _OTHER_HARDWARE)
+    seed: int = option(42, "D", "parameters, dropout and order", bound="seed")
+    data_seed: int | None = option(None, "S", "order only", bound="seed")
+    fp16: bool = option(False, "W", "mixed precision with float16")
+    bf16: bool = option(False, "S", "mixed precision with bfloat16")
+    fp16_opt_level: str = option("O1", "A", "mixed precision has one form")
+    half_precision_backend: str = option("auto", "A", "mixed precision has one form")
+    fp16_backend: str = option("auto", "A", "mixed precision has one form")
+    fp16_full_eval: bool = option(False, "S", "evaluate in float16")
+    bf16_full_eval: bool = option(False, "S", "evaluate in bfloat16")
+    tf32: bool | None = option(None, "S", "allow TF32 products on a CUDA device")
+    local_rank: int = option(-1, "R", _ONE_DEVICE)
+    ddp_backend: str | None = option(None, "R", _ONE_DEVICE)
+    ddp_find_unused_parameters: bool | None = option(None, "R", _ONE_DEVICE)
+    ddp_bucket_cap_mb: int | None = option(None, "R", _ONE_DEVICE)
+    ddp_timeout: int = option(1800, "R", _ONE_DEVICE)
+    sharded_ddp: str = option("", "R", _ONE_DEVICE)
+    fsdp: str = option("", "R", _ONE_DEVICE)
+    fsdp_min_num_params: int = option(0, "R", _ONE_DEVICE)
+    fsdp_config: str | None = option(None, "R", _ONE_DEVICE)
+    fsdp_transformer_layer_cls_to_wrap: str | None = option(None, "R", _ONE_DEVICE)
+    deepspeed: str | None = option(None, "R", _ONE_DEVICE)
+    mp_parameters: str = option("", "R", _ONE_DEVICE)
+    debug: str = option("", "A", "there are no debug modes")
+    past_index: int = option(-1, "A", "the models here keep no such state")
+    skip_memory_metrics: bool = option(True, "A", "memory is checked before the first step")
+    use_legacy_prediction_loop: bool = option(False, "A", "there is one loop")
+    include_inputs_for_metrics: bool = option(False, "A", "the metrics are fixed")
+    ray_scope: str = option("last", "A", "there is no parameter search")
+    label_names: str | list[str] | None = option(None, "A",
+        "the labels are the answers", kind="words")
+    remove_unused_columns: bool = option(True, "A",
+        "only the columns of the data set's entry are read")
+    dataloader_drop_last: bool = option(False, "S", "leave out the last short micro-batch")
+    dataloader_num_workers: int = option(0, "A", "batches are made in the training process")
+    dataloader_pin_memory: bool = option(True, "A", "batches are made in the training process")
+    disable_tqdm: bool | None = option(None, "S", "no progress bar")
+    load_best_model_at_end: bool = option(False, "S", "end with the best checkpoint's weights")
+    metric_for_best_model: str | None = option(None, "S", "what is best (default: loss)")
+    greater_is_better: bool | None = option(None, "S", "direction of that (default: by its name)")
+    ignore_data_skip: bool = option(False, "S", "resume at the start of the epoch's data")
+    label_smoothing_factor: float = option(0.0, "R",
+        "the loss is plain cross-entropy; leave it at 0")
+    optim: str = option("adamw_torch", "D",
+        "the optimizer is AdamW: adamw_torch, or its old name adamw_hf")
+    optim_args: str | None = option(None, "R",
+        "set adam_beta1, adam_beta2, adam_epsilon and weight_decay instead")
+    adafactor: bool = option(False, "R", "the optimizer is AdamW; leave it out")
+    group_by_length: bool = option(False, "S", "put rows of like length into one batch")
+    length_column_name: str = option("length", "S", "unused: lengths are counted in ids")
+    report_to: str | list[str] | None = option(None, "A",
+        "logs go to trainer_log.jsonl and trainer_state.json", kind="words")
+    run_name: str | None = option(None, "A", "there are no external loggers")
+    push_to_hub: bool = option(False, "R", _HUB)
+    hub_model_id: str | None = option(None, "R", _HUB)
+    hub_strategy: str = option("every_save", "R", _HUB)
+    hub_token: str | None = option(None, "R", _HUB)
+    hub_private_repo: bool = option(False, "R", _HUB)
+    push_to_hub_model_id: str | None = option(None, "R", _HUB)
+    push_to_hub_organization: str | None = option(None, "R", _HUB)
+    push_to_hub_token: str | None = option(None, "R", _HUB)
+    resume_from_checkpoint: StrPath | None = option(None, "S",
+        "a checkpoint-N folder to go on from, exactly")
+    gradient_checkpointing: bool = option(False, "S",
+        "keep 1 GiB of activations at most; without it, what fits into memory")
+    auto_find_batch_size: bool = option(False, "R",
+        "memory is checked before the first step; set the batch size")
+    full_determinism: bool = option(False, "S", "runs are bit-equal on the CPU anyway")
+    torchdynamo: str | None = option(None, "A", "there is nothing to compile")
+    torch_compile: bool = option(False, "A", "there is nothing to compile")
+    torch_compile_backend: str | None = option(None, "A", "there is nothing to compile")
+    torch_compile_mode: str | None = option(None, "A", "there is nothing to compile")
+    sortish_sampler: bool = option(False, "A", "use group_by_length")
+    predict_with_generate: bool = option(False, "S", "evaluate by generated answers")
+    generation_max_length: int | None = option(None, "A", "max_target_length decides")
+    generation_num_beams: int | None = option(None, "S",
+        "beams while predicting, if eval_num_beams is not set", bound=">=1")
+    generation_config: str | None = option(None, "A", "evaluation uses the original's settings")
+    # fmt: on
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -504,6 +309,11 @@ class TrainingArguments(_fields("training")):
         self.no_cuda = self.use_cpu = self.no_cuda or self.use_cpu
         self._settle_intervals()
         self._settle_best_model()
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the records."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def _settle_intervals(self) -> None:
         if self.eval_strategy is None:
@@ -563,22 +373,33 @@ class TrainingArguments(_fields("training")):
             self.greater_is_better = self.metric_for_best_model not in ("loss", "eval_loss")
 
 
-_CLASSES = {
+#: The groups of arguments, in the order of `--help`, and their flags.
+GROUPS: dict[str, Any] = {
     "model": ModelArguments,
     "data": DataArguments,
-    "training": TrainingArguments,
     "finetuning": FinetuningArguments,
+    "training": TrainingArguments,
 }
+FLAGS = {name: flags_of(group) for name, group in GROUPS.items()}
+_ALL = {flag.name: flag for flags in FLAGS.values() for flag in flags}
+#: What `glmlora.train` takes by keyword: all but the directory of the model, by name.
+CALL_FLAGS = {name: flag for name, flag in _ALL.items() if name != "model_name_or_path"}
 
-TrainArguments = tuple[
-    ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, list[str]
-]
+
+class Arguments(NamedTuple):
+    """All arguments of one run; `notices` lists what was accepted without effect."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    finetuning: FinetuningArguments
+    notices: list[str]
 
 
 def parse_train_arguments(
     source: Sequence[str] | Mapping[str, Any] | str | os.PathLike | None = None,
     prog: str = "glmlora train",
-) -> TrainArguments:
+) -> Arguments:
     """Reads all arguments of training.
 
     `source`: a command line (list of words; default `sys.argv[1:]`), which may be one path ending
@@ -586,10 +407,9 @@ def parse_train_arguments(
     `--flag true|false|yes|no|1|0|t|f|y|n` or, where the default is true, `--no_flag`; unambiguous
     beginnings, `--a=b` and dashes are understood.
 
-    Returns (model, data, training, finetuning, notices); `notices` are sentences to print once.
-    Raises ValueError naming field, value and what was expected, or all unknown flags; SystemExit
-    with code 2 and the usage on standard error for a command line with a value of the wrong type or
-    outside its choices.
+    `notices` of the result are sentences to print once. Raises ValueError naming field, value and
+    what was expected, or all unknown flags; SystemExit with code 2 and the usage on standard error
+    for a command line with a value of the wrong type or outside its choices.
     """
     if source is None:
         source = sys.argv[1:]
@@ -601,7 +421,7 @@ def parse_train_arguments(
         values = _read_config(source[0])
     else:
         values = _parse_words(list(source), prog)
-    _refuse_unknown([name for name in values if name not in _all_flags()])
+    _refuse_unknown([name for name in values if name not in _ALL])
     if "output_dir" not in values:
         raise ValueError(
             "output_dir: expected the folder for everything that training writes, got nothing"
@@ -609,13 +429,67 @@ def parse_train_arguments(
     groups = {}
     for name, flags in FLAGS.items():
         given = {flag.name: values[flag.name] for flag in flags if flag.name in values}
-        groups[name] = _CLASSES[name](**given)
+        groups[name] = GROUPS[name](**given)
     notices = [notice for group in groups.values() for notice in group.notices]
     model, data, training, finetuning = (
         groups[g] for g in ("model", "data", "training", "finetuning")
     )
     notices += _check_together(model, data, training, finetuning)
-    return model, data, training, finetuning, notices
+    return Arguments(model, data, training, finetuning, notices)
+
+
+def call_arguments(
+    args: TrainingArguments | Mapping[str, Any] | None, overrides: Mapping[str, Any]
+) -> tuple[Arguments, set[str]]:
+    """Arguments of `train(..., args, **overrides)`, and the names that were given.
+
+    Raises TypeError for a name of no group, ValueError for what cannot be while training.
+    """
+    values: dict[str, Any] = {}
+    if isinstance(args, TrainingArguments):
+        values = args.to_dict()
+        if {"evaluation_strategy", "eval_strategy"} & set(overrides):
+            del values["evaluation_strategy"], values["eval_strategy"]
+        if {"no_cuda", "use_cpu"} & set(overrides):
+            del values["no_cuda"], values["use_cpu"]
+    elif isinstance(args, Mapping):
+        values = dict(args)
+    elif args is not None:
+        raise TypeError(f"args: expected TrainingArguments or a dict, got {type(args).__name__}")
+    given = set(overrides) | (set(args) if isinstance(args, Mapping) else set())
+    values.update(overrides)
+    if values.get("resume_from_checkpoint") is True:
+        values["resume_from_checkpoint"] = "last"
+    elif values.get("resume_from_checkpoint") is False:
+        values["resume_from_checkpoint"] = None
+    unknown = [name for name in values if name not in CALL_FLAGS]
+    if unknown:
+        import difflib
+
+        shown = []
+        for name in unknown:
+            near = difflib.get_close_matches(name, _ALL, n=1)
+            shown.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        raise TypeError(f"train: unknown arguments: {', '.join(shown)}")
+    if "output_dir" not in values:
+        raise TypeError(
+            "train: output_dir is missing: the folder for everything that training writes"
+        )
+    model, data, training, finetuning = (
+        GROUPS[group](**{f.name: values[f.name] for f in FLAGS[group] if f.name in values})
+        for group in ("model", "data", "training", "finetuning")
+    )
+    if model.quantization_bit is not None:
+        check_quantization(model.quantization_bit, training, finetuning)
+    for name in ("do_predict", "predict_with_generate"):
+        if getattr(training, name):
+            raise ValueError(f"{name}: cannot be used while training; use the model's chat")
+    if finetuning.finetuning_type == "none":
+        raise ValueError(
+            "finetuning_type: expected lora, p_tuning, freeze or full while training, got 'none'"
+        )
+    notices = [n for group in (model, data, training, finetuning) for n in group.notices]
+    return Arguments(model, data, training, finetuning, notices), given
 
 
 def _check_together(
@@ -675,17 +549,13 @@ def check_quantization(
         )
 
 
-def _all_flags() -> dict[str, Flag]:
-    return {flag.name: flag for flags in FLAGS.values() for flag in flags}
-
-
 def _refuse_unknown(unknown: Sequence[Any]) -> None:
     """Raises ValueError that lists all unknown names, each with the nearest known one."""
     if not unknown:
         return
     import difflib
 
-    known = list(_all_flags())
+    known = list(_ALL)
     parts = []
     for name in unknown:
         plain = str(name).lstrip("-").split("=")[0]
@@ -706,8 +576,6 @@ def _read_config(path: str) -> dict[str, Any]:
     if not _is_config(path):
         raise ValueError(f"{path}: expected a file ending in .json or .yaml")
     if path.endswith(".json"):
-        from ..files.write import read_json
-
         return read_json(path, dict)
     try:
         import yaml
@@ -734,7 +602,7 @@ def _parse_words(words: list[str], prog: str) -> dict[str, Any]:
     def reader(flag: Flag):
         def read(text: str) -> Any:
             try:
-                return _convert(
+                return convert(
                     flag._replace(kind="str") if flag.kind in ("list", "words") else flag, text
                 )
             except ValueError as error:

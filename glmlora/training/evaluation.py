@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..batch import Encoded
-from ..files.checkpoint import read_json, write_json, write_text
-from ..generation.generate import GenerationConfig, end_ids, generate_rows
+from ..files.write import read_json, write_json, write_text
+from ..generation.generate import GenerationConfig, end_ids, generate_rows, set_seed
+from .arguments import DataArguments, TrainingArguments
 from .methods import unwrapped
 from .metrics import compute_metrics
 
@@ -56,7 +57,6 @@ def evaluate_loss(
     core: Any,
     encoded: Encoded,
     batch_size: int,
-    ignored_id: int | None = None,
     disable_tqdm: bool | None = None,
 ) -> dict[str, float]:
     """`eval_loss`, the mean over all labelled tokens (nats, dropout off), and the speed.
@@ -70,7 +70,7 @@ def evaluate_loss(
     with bar:
         for first in range(0, len(encoded), batch_size):
             rows = np.arange(first, min(first + batch_size, len(encoded)))
-            batch = encoded.batch(rows, ignored_id)
+            batch = encoded.batch(rows)
             at, targets = batch.rows_and_targets()
             if at.size:
                 losses = core.loss(batch.ids, batch.lengths, at, targets)
@@ -164,3 +164,37 @@ def save_metrics(output_dir: Path, split: str, metrics: Mapping[str, Any]) -> No
         except ValueError:  # somebody else's, or damaged: these results replace it
             known = {}
     write_json(everything, {**known, **metrics}, indent=4)
+
+
+def report_metrics(
+    output_dir: Path, split: str, metrics: Mapping[str, Any], verbose: bool = True
+) -> None:
+    """Save the metrics; verbose: print them too."""
+    if verbose:
+        print(metrics_block(split, metrics))
+    save_metrics(output_dir, split, metrics)
+
+
+def evaluate_answers(
+    model: Any, tokenizer: Any, encoded: Encoded, args: TrainingArguments, data_args: DataArguments
+) -> None:
+    """Scores of generated answers for do_eval; the answers too for do_predict."""
+    beams = data_args.eval_num_beams or args.generation_num_beams or 1
+    for prefix, wanted in (("eval", args.do_eval), ("predict", args.do_predict)):
+        if not wanted:
+            continue
+        set_seed(args.seed)
+        metrics, answers, references = predict(
+            model,
+            tokenizer,
+            encoded,
+            prefix,
+            args.per_device_eval_batch_size,
+            data_args.max_target_length + 1,
+            beams,
+            args.disable_tqdm,
+        )
+        report_metrics(Path(args.output_dir), prefix, metrics)
+        if prefix == "predict":
+            path = Path(args.output_dir) / "generated_predictions.jsonl"
+            write_predictions(path, answers, references)

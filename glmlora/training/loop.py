@@ -1,133 +1,41 @@
-"""The training loop: updates, logs, checkpoints and exact resume.
+"""The training loop: updates, logs, evaluations.
 
 An update is `gradient_accumulation_steps` micro-batches: the core adds up gradients of summed
 losses (`backward`) and divides by the labelled tokens once (`step`), so that 8x1, 4x2 and 1x8 rows
-give one result. Everything a later update depends on is in `Progress` and in the core (trained
-weights, moments, number of steps); a checkpoint holds both, so a resumed run equals an
-uninterrupted one bit for bit.
+give one result.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import re
-import shutil
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import _core
-from ..batch import Encoded, epoch_order, grouped_epoch_order, micro_batches, updates_per_epoch
-from ..files.checkpoint import (
-    atomic_directory,
-    read_json,
-    read_safetensors,
-    write_json,
-    write_safetensors,
-)
+from ..batch import Encoded, epoch_order, grouped_epoch_order, micro_batches
 from ..files.write import write_text
 from ..model.device import memory_available
 from .arguments import TrainingArguments
+from .checkpoints import Checkpoints, decisive_facts
 from .evaluation import evaluate_loss, progress, speed
 from .methods import Trainee
+from .state import Progress, Schedule, Shield, TrainState
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end")
-#: Training arguments that change the numbers of a run: a resumed run must have the same ones.
-DECISIVE = (
-    "seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "dataloader_drop_last",
-    "group_by_length",
-)
-
-
-@dataclass
-class TrainState:
-    """What callbacks see, and what trainer_state.json tells. They may set `should_stop`.
-
-    epoch: epochs done, with a fraction; log_history: the records so far, the last one the newest.
-    """
-
-    output_dir: str
-    model: Any = None
-    tokenizer: Any = None
-    max_steps: int = 0
-    num_train_epochs: int = 0
-    global_step: int = 0
-    epoch: float = 0.0
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-    best_metric: float | None = None
-    best_model_checkpoint: str | None = None
-    total_flos: float = 0.0
-    num_input_tokens_seen: int = 0
-    should_stop: bool = False
-
-
-@dataclass
-class Progress:
-    """Where a run stands at the end of an update, beside what the core holds.
-
-    epoch, micro_batches: index of the epoch and micro-batches done in it; losses are sums of update
-    losses (token means) since the last log and in all; elapsed: seconds of the run so far.
-    """
-
-    epoch: int = 0
-    micro_batches: int = 0
-    updates: int = 0
-    adam_steps: int = 0
-    loss_since_log: float = 0.0
-    updates_since_log: int = 0
-    loss_total: float = 0.0
-    grad_norm: float = 0.0
-    learning_rate: float = 0.0
-    elapsed: float = 0.0
-
-
-class Shield:
-    """Ctrl-C waits until the block ends, so that the state is never between two updates."""
-
-    def __enter__(self) -> Shield:
-        self._pending, self._old = False, None
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._old = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self._pending = True
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGINT, self._old)
-        if self._pending and kind is None:
-            raise KeyboardInterrupt
 
 
 class Loop:
     """One run over `encoded` with the arguments `args`.
 
-    ignored_id: label id left out of the loss, or None. eval_encoded: what evaluation_strategy
-    evaluates. facts: further things that decide the result (data lengths, base), compared on
-    resume. write_arguments(directory): writes the argument files that go with each save.
+    eval_encoded: what evaluation_strategy evaluates. argument_files: name -> text of the files that
+    go with each save.
     """
 
     def __init__(
@@ -135,85 +43,38 @@ class Loop:
         trainee: Trainee,
         encoded: Encoded,
         args: TrainingArguments,
-        ignored_id: int | None = None,
         eval_encoded: Encoded | None = None,
         callbacks: Sequence[Any] = (),
-        facts: Mapping[str, Any] | None = None,
-        write_arguments: Callable[[Path], None] = lambda directory: None,
+        argument_files: Mapping[str, str] | None = None,
     ):
         self.trainee, self.core = trainee, trainee.base.core
         self.encoded, self.eval_encoded = encoded, eval_encoded
-        self.args, self.ignored_id = args, ignored_id
+        self.args = args
         self.callbacks = [_checked(callback) for callback in callbacks]
-        self.write_arguments = write_arguments
         self.output_dir = Path(args.output_dir)
-        self.order_seed = args.seed if args.data_seed is None else args.data_seed
-        self.at = Progress()
-        self._set_lengths()
-        self.facts = {**self._own_facts(), **(facts or {})}
-        self.saved: list[Path] = []  # checkpoints of this run, oldest first
-        self._warned_masked = False
-
-    def _set_lengths(self) -> None:
-        """Numbers of micro-batches, updates, epochs and warm-up updates; when to log and save."""
-        a, n = self.args, len(self.encoded)
-        size = a.per_device_train_batch_size
-        self.n_micro = n // size if a.dataloader_drop_last else -(-n // size)
-        if self.n_micro == 0:
-            raise ValueError(
-                f"dataloader_drop_last: {n} records fill no micro-batch of {size} rows "
-                "(per_device_train_batch_size)"
-            )
-        per_epoch = updates_per_epoch(
-            n, size, a.gradient_accumulation_steps, a.dataloader_drop_last
-        )
-        total = a.max_steps if a.max_steps > 0 else math.ceil(a.num_train_epochs * per_epoch)
+        self.schedule = Schedule.of(args, len(encoded))
         self.state = TrainState(
             output_dir=str(self.output_dir),
-            model=self.trainee.model,
-            tokenizer=self.trainee.tokenizer,
-            max_steps=total,
-            num_train_epochs=-(-total // per_epoch),
+            model=trainee.model,
+            tokenizer=trainee.tokenizer,
+            max_steps=self.schedule.updates,
+            num_train_epochs=self.schedule.epochs,
         )
-        self.warmup = a.warmup_steps or math.ceil(total * a.warmup_ratio)
-        self.samples = (
-            total * size * a.gradient_accumulation_steps
-            if a.max_steps > 0
-            else n * a.num_train_epochs
-        )
-        self.every = {}
-        for what in ("logging", "save", "eval"):
-            steps = getattr(a, f"{what}_steps")
-            if steps is not None and steps < 1:
-                steps = math.ceil(total * steps)
-            self.every[what] = steps
-
-    def _own_facts(self) -> dict[str, Any]:
-        """All that decides the result, by the name of the field that says it."""
-        import hashlib
-
-        digest = hashlib.sha256()
-        for array in (self.encoded.ids, self.encoded.offsets, self.encoded.source_lengths):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        told = {name: getattr(self.args, name) for name in DECISIVE}
-        told["data_seed"] = self.order_seed
-        told["warmup_steps"] = self.warmup
-        told["max_steps"] = self.state.max_steps
-        told["data_rows"] = len(self.encoded)
-        told["data_sha256"] = digest.hexdigest()
-        told["ignored_id"] = self.ignored_id
-        return {**self.trainee.describe(), **told}
-
-    # Memory
+        self.at = Progress()
+        facts = decisive_facts(trainee, encoded, args, self.schedule)
+        self.checkpoints = Checkpoints(trainee, args, self.schedule, facts, argument_files or {})
+        self._warned_masked = False
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Record numbers of the micro-batches of an epoch, a function of (seed, epoch, n) only."""
         size = self.args.per_device_train_batch_size
         if self.args.group_by_length:
-            order = grouped_epoch_order(self.encoded.lengths, epoch, self.order_seed, size)
+            order = grouped_epoch_order(self.encoded.lengths, epoch, self.args.order_seed, size)
         else:
-            order = epoch_order(len(self.encoded), epoch, self.order_seed)
+            order = epoch_order(len(self.encoded), epoch, self.args.order_seed)
         return micro_batches(order, size, self.args.dataloader_drop_last)
+
+    # Memory
 
     def _largest(self) -> tuple[int, int, int]:
         """Most tokens, rows of the user's batch, and labelled tokens of any micro-batch to come."""
@@ -297,7 +158,9 @@ class Loop:
             raise ValueError("data: no label is left to train on: all are masked")
         self.take_memory()
         if resume is not None:
-            self.resume(resume)
+            self.at = self.checkpoints.restore(resume, self.state)
+            if self.args.ignore_data_skip:
+                self.at.micro_batches = 0
         self._begin_log_file(resume)
         started = time.perf_counter()
         self.started = started - self.at.elapsed
@@ -305,7 +168,7 @@ class Loop:
         self.bar = progress(s.max_steps, self.args.disable_tqdm, s.global_step)
         try:
             self.trainee.model.train()
-            self._tell("on_train_begin")
+            self._call("on_train_begin")
             self._epochs()
             if self.args.load_best_model_at_end and s.best_model_checkpoint:
                 with Shield():
@@ -317,7 +180,9 @@ class Loop:
         finally:
             self.bar.close()
             self.core.zero_grad()
-        samples = self.samples * s.global_step / s.max_steps  # fewer where a callback stopped it
+        samples = (
+            self.schedule.samples * s.global_step / s.max_steps
+        )  # fewer where a callback stopped it
         summary = speed("train", self.started, samples, s.global_step)
         summary["total_flos"] = s.total_flos
         summary["train_loss"] = self.at.loss_total / max(1, s.global_step)
@@ -328,15 +193,13 @@ class Loop:
     def finish(self) -> None:
         """Write the end state into the root of output_dir."""
         with Shield():
-            self.trainee.save(self.output_dir, self.args.save_safetensors)
-            self.write_arguments(self.output_dir)
-            write_json(self.output_dir / "trainer_state.json", self.state_dict())
-        self._tell("on_train_end")
+            self.checkpoints.save_end(self.state)
+        self._call("on_train_end")
 
     def _any_label(self) -> bool:
         for start in range(0, len(self.encoded), 256):
             rows = np.arange(start, min(start + 256, len(self.encoded)))
-            if self.encoded.batch(rows, self.ignored_id).n_targets:
+            if self.encoded.batch(rows).n_targets:
                 return True
         return False
 
@@ -344,11 +207,11 @@ class Loop:
         s, accumulation = self.state, self.args.gradient_accumulation_steps
         while s.global_step < s.max_steps and not s.should_stop:
             batches = self.batches(self.at.epoch)
-            for first in range(self.at.micro_batches, self.n_micro, accumulation):
+            for first in range(self.at.micro_batches, self.schedule.n_micro, accumulation):
                 group = batches[first : first + accumulation]
                 self._update(group)
                 # The end of the run counts as the end of its last epoch.
-                ended = first + len(group) >= self.n_micro or s.global_step >= s.max_steps
+                ended = first + len(group) >= self.schedule.n_micro or s.global_step >= s.max_steps
                 self._after_update(ended)
                 if s.global_step >= s.max_steps or s.should_stop:
                     return
@@ -357,14 +220,14 @@ class Loop:
         """One optimiser step on the micro-batches; counts it in one piece with the step."""
         a, s, at, core = self.args, self.state, self.at, self.core
         factor = _core.lr_factor(
-            a.lr_scheduler_type, s.global_step, self.warmup, s.max_steps, a.learning_rate
+            a.lr_scheduler_type, s.global_step, self.schedule.warmup, s.max_steps, a.learning_rate
         )
         lr = a.learning_rate * factor
         loss, labelled, tokens = 0.0, 0, 0
         rows = group[0]
         try:
             for rows in group:
-                batch = self.encoded.batch(rows, self.ignored_id)
+                batch = self.encoded.batch(rows)
                 positions, targets = batch.rows_and_targets()
                 tokens += batch.n_tokens
                 if not positions.size:
@@ -400,10 +263,10 @@ class Loop:
                 at.micro_batches += len(group)
                 at.updates += 1
                 s.global_step = at.updates
-                s.epoch = at.epoch + at.micro_batches / self.n_micro
+                s.epoch = at.epoch + at.micro_batches / self.schedule.n_micro
                 s.num_input_tokens_seen += tokens
                 s.total_flos += 6.0 * tokens * self._flop_weights
-                if at.micro_batches >= self.n_micro:
+                if at.micro_batches >= self.schedule.n_micro:
                     at.epoch, at.micro_batches = at.epoch + 1, 0
         except FloatingPointError as error:
             seen = np.concatenate([g for g in group]).tolist()
@@ -434,13 +297,13 @@ class Loop:
             self._warned_masked = True
             warnings.warn(
                 f"a micro-batch adds nothing: all labels of its records {rows.tolist()} are masked "
-                "(told once)",
+                "(warned once)",
                 stacklevel=5,
             )
 
     def _after_update(self, epoch_ended: bool) -> None:
         """Log, evaluate and save where it is due; callbacks."""
-        self._tell("on_step_end")
+        self._call("on_step_end")
         due = {what: self._due(what, epoch_ended) for what in ("logging", "save", "eval")}
         if due["logging"] or (self.args.logging_first_step and self.state.global_step == 1):
             self._log_loss()
@@ -454,7 +317,7 @@ class Loop:
         if strategy == "epoch":
             due = epoch_ended
         else:
-            due = strategy == "steps" and self.state.global_step % self.every[what] == 0
+            due = strategy == "steps" and self.state.global_step % self.schedule.every[what] == 0
         if what == "eval" and due:
             reached = self.state.epoch if strategy == "epoch" else self.state.global_step
             due = reached >= self.args.eval_delay
@@ -473,7 +336,7 @@ class Loop:
             at.loss_since_log, at.updates_since_log = 0.0, 0
             self._record(record)
             self._append_log_line()
-        self._tell("on_log")
+        self._call("on_log")
 
     def _record(self, record: dict[str, Any]) -> None:
         """Into log_history, and as one dict on standard output."""
@@ -522,7 +385,6 @@ class Loop:
             self.core,
             self.eval_encoded,
             a.per_device_eval_batch_size,
-            self.ignored_id,
             disable_tqdm=True,
         )
         with Shield():
@@ -532,11 +394,11 @@ class Loop:
                 best = s.best_metric
                 if best is None or (value > best if a.greater_is_better else value < best):
                     s.best_metric = value
-                    s.best_model_checkpoint = str(self.checkpoint_path())
-        self._tell("on_log")
+                    s.best_model_checkpoint = str(self.checkpoints.path(self.state))
+        self._call("on_log")
         return metrics
 
-    def _tell(self, event: str) -> None:
+    def _call(self, event: str) -> None:
         for callback in self.callbacks:
             handler = getattr(callback, event, None)
             if handler is not None:
@@ -544,82 +406,11 @@ class Loop:
             elif event == "on_log" and not _is_observer(callback):
                 callback(dict(self.state.log_history[-1]))
 
-    # Checkpoints
-
-    def checkpoint_path(self) -> Path:
-        """Where a checkpoint of the last finished update goes."""
-        return self.output_dir / f"checkpoint-{self.state.global_step}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """The content of trainer_state.json."""
-        s, a = self.state, self.args
-        return {
-            "best_global_step": _step_of(s.best_model_checkpoint),
-            "best_metric": s.best_metric,
-            "best_model_checkpoint": s.best_model_checkpoint,
-            "epoch": s.epoch,
-            "eval_steps": self.every["eval"],
-            "global_step": s.global_step,
-            "is_hyper_param_search": False,
-            "is_local_process_zero": True,
-            "is_world_process_zero": True,
-            "log_history": s.log_history,
-            "logging_steps": self.every["logging"],
-            "max_steps": s.max_steps,
-            "num_input_tokens_seen": s.num_input_tokens_seen,
-            "num_train_epochs": s.num_train_epochs,
-            "save_steps": self.every["save"],
-            "stateful_callbacks": {},
-            "total_flos": s.total_flos,
-            "train_batch_size": a.per_device_train_batch_size,
-            "trial_name": None,
-            "trial_params": None,
-        }
-
-    def save_checkpoint(self) -> Path:
-        """Write checkpoint-N as a whole or not at all; then drop those beyond save_total_limit."""
-        path, core = self.checkpoint_path(), self.core
+    def save_checkpoint(self) -> None:
         with Shield():
-            at = {**asdict(self.at), "elapsed": time.perf_counter() - self.started}
-            moments = [
-                (f"{n}.{what}", "F32", core.shape(n), lambda n=n, what=what: core.read(n, what))
-                for n in self.trainee.names
-                for what in MOMENTS
-            ]
-            scheduler = {
-                "lr_scheduler_type": self.args.lr_scheduler_type,
-                "last_step": self.state.global_step,
-                "warmup_steps": self.warmup,
-                "total_steps": self.state.max_steps,
-                "learning_rate": self.args.learning_rate,
-            }
-            with atomic_directory(path) as folder:
-                self.trainee.save(folder, self.args.save_safetensors)
-                self.write_arguments(folder)
-                write_safetensors(folder / "optimizer.safetensors", moments)
-                write_json(folder / "scheduler.json", scheduler)
-                write_json(folder / "rng_state.json", {"progress": at, "run": self.facts})
-                write_json(folder / "trainer_state.json", self.state_dict())
-            if path in self.saved:
-                self.saved.remove(path)
-            self.saved.append(path)
-            self._drop_old()
-        self._tell("on_save")
-        return path
-
-    def _drop_old(self) -> None:
-        limit = self.args.save_total_limit
-        if limit is None:
-            return
-        keep = set(self.saved[-limit:])
-        if self.state.best_model_checkpoint:
-            best = Path(self.state.best_model_checkpoint)
-            # The best one takes the place of the oldest kept, but never of the newest.
-            if best in self.saved and best not in keep:
-                keep = {best, *(self.saved[-limit + 1 :] if limit > 1 else self.saved[-1:])}
-        for path in [p for p in self.saved if p not in keep]:
-            shutil.rmtree(path, ignore_errors=True)
-            self.saved.remove(path)
+            elapsed = time.perf_counter() - self.started
+            self.checkpoints.save(self.state, replace(self.at, elapsed=elapsed))
+        self._call("on_save")
 
     def _keep_interrupted(self) -> None:
         """After Ctrl-C: save what was done so far, and say how to go on."""
@@ -629,8 +420,8 @@ class Loop:
         if s.global_step == 0:
             print(f"{where}: nothing to save", file=sys.stderr)
             return
-        path = self.checkpoint_path()
-        if not self.saved or self.saved[-1] != path:
+        path = self.checkpoints.path(self.state)
+        if self.checkpoints.saved[-1:] != [path]:
             print(f"{where}: saving {path}", file=sys.stderr)
             try:
                 self.save_checkpoint()
@@ -643,123 +434,13 @@ class Loop:
             file=sys.stderr,
         )
 
-    def resume(self, path: Path) -> None:
-        """Become the run that wrote `path`, at that point.
-
-        Raises ValueError naming the first difference between the two runs with both values, or a
-        file that is damaged or missing; OSError for one that cannot be read.
-        """
-        stored = read_json(path / "rng_state.json", dict)
-        told, state = stored.get("run"), read_json(path / "trainer_state.json", dict)
-        if not isinstance(told, dict) or not isinstance(stored.get("progress"), dict):
-            raise ValueError(f"{path / 'rng_state.json'}: expected the keys 'progress' and 'run'")
-        ours = json.loads(json.dumps(self.facts))
-        for name in sorted({*told, *ours} - {"trained_shapes", "data_sha256", "base_sha256"}):
-            if told.get(name) != ours.get(name):
-                raise ValueError(
-                    f"resume_from_checkpoint: {path} was trained with {name} {told.get(name)!r}, "
-                    f"this run has {ours.get(name)!r}; give the same, or start anew from its "
-                    "weights with checkpoint_dir"
-                )
-        for name, what in (
-            ("data_sha256", "data"),
-            ("base_sha256", "base weights"),
-            ("trained_shapes", "trained weights"),
-        ):
-            if told.get(name) != ours.get(name):
-                raise ValueError(
-                    f"resume_from_checkpoint: {path} was trained with other {what}: {name} is "
-                    f"{_short(told.get(name))} there and {_short(ours.get(name))} here"
-                )
-        try:
-            at = Progress(**stored["progress"])
-        except TypeError as error:
-            raise ValueError(f"{path / 'rng_state.json'}: progress: {error}") from None
-        moments = read_safetensors(path / "optimizer.safetensors")
-        self.trainee.load(path)
-        for name in self.trainee.names:
-            for what in MOMENTS:
-                tensor = moments.get(f"{name}.{what}")
-                if tensor is None or tensor.shape != self.core.shape(name):
-                    raise ValueError(
-                        f"{path / 'optimizer.safetensors'}: {name}.{what}: expected shape "
-                        f"{self.core.shape(name)}, got {getattr(tensor, 'shape', 'nothing')}"
-                    )
-                self.core.write(name, np.ascontiguousarray(tensor.numpy()), what)
-        self.core.steps = at.adam_steps
-        s = self.state
-        try:
-            for name in ("global_step", "epoch", "log_history", "total_flos"):
-                setattr(s, name, state[name])
-            s.num_input_tokens_seen = state["num_input_tokens_seen"]
-            s.best_metric = state["best_metric"]
-            s.best_model_checkpoint = state["best_model_checkpoint"]
-        except KeyError as error:
-            raise ValueError(f"{path / 'trainer_state.json'}: has no {error}") from None
-        if s.global_step != at.updates:
-            raise ValueError(
-                f"{path}: trainer_state.json is at step {s.global_step}, rng_state.json at "
-                f"{at.updates}"
-            )
-        self.at = at
-        if self.args.ignore_data_skip:
-            at.micro_batches = 0
-        # What lies beyond belongs to a run that ended later: it will be written anew.
-        self.saved = [p for p in checkpoints_in(self.output_dir) if _step_of(p) <= s.global_step]
-
 
 # Small things
-
-
-def checkpoints_in(directory: Path) -> Iterator[Path]:
-    """Whole checkpoint-N folders, by N."""
-    found = []
-    if directory.is_dir():
-        for path in directory.iterdir():
-            complete = path.is_dir() and (path / "trainer_state.json").is_file()
-            if _step_of(path) is not None and complete:
-                found.append(path)
-    return iter(sorted(found, key=lambda p: _step_of(p) or 0))
-
-
-def find_checkpoint(wanted: Any, output_dir: Path) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` names: a folder, or "last" (True) for the newest
-    of output_dir. ValueError where there is none.
-    """
-    if wanted is None or wanted is False or str(wanted).lower() == "false":
-        return None
-    if wanted is True or str(wanted).lower() in ("last", "true"):
-        # By time first: an older run of more steps may have used the same folder.
-        found = sorted(
-            checkpoints_in(output_dir),
-            key=lambda p: ((p / "trainer_state.json").stat().st_mtime, _step_of(p)),
-        )
-        if not found:
-            raise ValueError(f"resume_from_checkpoint: {output_dir} holds no checkpoint-N folder")
-        return found[-1]
-    path = Path(wanted)
-    for name in ("rng_state.json", "optimizer.safetensors", "trainer_state.json"):
-        if not (path / name).is_file():
-            raise ValueError(
-                f"resume_from_checkpoint: {os.fspath(path)!r} is no checkpoint of this program: it "
-                f"has no {name}; expected a checkpoint-N folder, or 'last'"
-            )
-    return path
-
-
-def _step_of(path: str | os.PathLike | None) -> int | None:
-    found = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.fspath(path or "")))
-    return int(found[1]) if found else None
 
 
 def _clock(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 70 else text[:67] + "..."
 
 
 def _is_observer(callback: Any) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..files.checkpoint import load_state_dict, write_torch
+from ..files.checkpoint import load_state_dict
+from ..files.torchfile import write_torch
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.parameters import PEFT_PREFIX, is_lora, prefix_of
 from ..model.peft import (
@@ -112,21 +113,21 @@ class Trainee:
 
     def describe(self) -> dict[str, Any]:
         """What of the method decides the result of a run; compared when a run is resumed."""
-        told: dict[str, Any] = {"finetuning_type": self.kind, "model_dtype": self.base.dtype}
+        facts: dict[str, Any] = {"finetuning_type": self.kind, "model_dtype": self.base.dtype}
         core = self.base.core
         if self.kind == "lora":
             config = self.model.peft_config[self.model.active_adapter]
-            told["lora_rank"] = config.r
-            told["lora_alpha"] = float(config.lora_alpha)
-            told["lora_dropout"] = float(config.lora_dropout)
-            told["lora_target"] = sorted({n.rpartition(".lora_")[0] for n in self.names})
+            facts["lora_rank"] = config.r
+            facts["lora_alpha"] = float(config.lora_alpha)
+            facts["lora_dropout"] = float(config.lora_dropout)
+            facts["lora_target"] = sorted({n.rpartition(".lora_")[0] for n in self.names})
         elif self.kind == "p_tuning":
-            told["pre_seq_len"] = self.base.config.pre_seq_len
-            told["prefix_projection"] = bool(self.base.config.prefix_projection)
+            facts["pre_seq_len"] = self.base.config.pre_seq_len
+            facts["prefix_projection"] = bool(self.base.config.prefix_projection)
         if self.kind != "full":
-            told["base_sha256"] = _fingerprint(self.base)
-        told["trained_shapes"] = [[n, list(core.shape(n))] for n in self.names]
-        return told
+            facts["base_sha256"] = _fingerprint(self.base)
+        facts["trained_shapes"] = [[n, list(core.shape(n))] for n in self.names]
+        return facts
 
 
 def unwrapped(model: Model) -> ChatGLMForConditionalGeneration:
@@ -183,12 +184,12 @@ def prepare(
     base = unwrapped(model)
     chosen = base.trainable_names if kind is None else []
     if kind is None:
-        kind = _brought(model) or finetuning.finetuning_type
+        kind = _prepared_for(model) or finetuning.finetuning_type
     if kind not in METHODS:
         raise ValueError(f"finetuning_type: expected one of {', '.join(METHODS)}, got {kind!r}")
-    if isinstance(model, PeftModel) and kind != _brought(model):
+    if isinstance(model, PeftModel) and kind != _prepared_for(model):
         raise ValueError(
-            f"finetuning_type: the model has {_brought(model)!r} in it, got {kind!r}; "
+            f"finetuning_type: the model has {_prepared_for(model)!r} in it, got {kind!r}; "
             "merge_and_unload() or unload() it first"
         )
     if kind != "p_tuning" and base.has_prefix:
@@ -231,7 +232,7 @@ def prepare(
     return Trainee(kind, base, tokenizer, names)
 
 
-def _brought(model: Model) -> str | None:
+def _prepared_for(model: Model) -> str | None:
     """The method that a model was made ready for by its user, None for a plain base."""
     base = unwrapped(model)
     if base.has_prefix:

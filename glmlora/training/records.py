@@ -7,8 +7,6 @@ DataFrame is known by its methods.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import re
@@ -18,8 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ..batch import Encoded
-from ..files.write import read_json, refuse_lfs_pointer
+from ..batch import IGNORED, Encoded
+from ..families import prompt as prompts
+from ..files.rows import EXTENSIONS, read_rows
+from ..files.write import read_json
+from ..model.configuration import ChatGLMConfig
+from .arguments import DataArguments
 
 #: Fields of a record and the column names they are looked for in a user's own table.
 COLUMNS = {
@@ -30,7 +32,6 @@ COLUMNS = {
 }
 #: Columns of a data set whose entry has no `columns`.
 DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
-EXTENSIONS = (".csv", ".json", ".jsonl")
 
 # Keys of dataset_info.json that are refused, with what to do instead.
 _REFUSED_KEYS = {
@@ -48,103 +49,6 @@ _REFUSED_KEYS = {
     "folder": "only hub data sets have folders",
 }
 _KNOWN_KEYS = ("file_name", "file_sha1", "columns", "formatting", "ranking", "split")
-
-
-# Reading
-
-
-def _read_text(path: str) -> str:
-    with open(path, "rb") as file:
-        data = file.read()
-    refuse_lfs_pointer(path, data)
-    mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    try:
-        return data[mark:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = mark + error.start
-        raise ValueError(
-            f"{path}: not UTF-8: byte 0x{data[offset]:02x} at offset {offset}"
-        ) from None
-
-
-def _read_csv(path: str) -> list[dict[str, Any]]:
-    """Rows of a comma-separated file (RFC 4180) with a header; every cell is text."""
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    rows: list[dict[str, Any]] = []
-    header: list[str] | None = None
-    try:
-        for cells in reader:
-            if not cells:  # an empty line
-                continue
-            if header is None:
-                header = cells
-                twice = sorted({name for name in header if header.count(name) > 1})
-                if twice:
-                    raise ValueError(f"{path}: column {twice[0]!r} stands twice in the header")
-                continue
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{path}: line {reader.line_num}: expected {len(header)} cells as in the "
-                    f"header, got {len(cells)}"
-                )
-            rows.append(dict(zip(header, cells, strict=True)))
-    except csv.Error as error:
-        raise ValueError(f"{path}: line {reader.line_num}: not csv: {error}") from None
-    if header is None:
-        raise ValueError(f"{path}: expected a header line, the file is empty")
-    return rows
-
-
-def _read_json_lines(path: str, text: str) -> list[Any]:
-    import json
-
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}: line {number} column {error.colno}: not JSON: {error.msg}"
-            ) from None
-        except (RecursionError, ValueError) as error:
-            raise ValueError(f"{path}: line {number}: not JSON: {error}") from None
-    return rows
-
-
-def _has_json_lines(text: str) -> bool:
-    """Whether a .json file holds one object per line: its first line is a whole object, and others
-    follow.
-    """
-    import json
-
-    first, _, rest = text.strip().partition("\n")
-    if not first.startswith("{") or not rest.strip():
-        return False
-    try:
-        json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def read_rows(path: str | os.PathLike) -> list[Any]:
-    """Rows of a .csv, .json (an array, or one object per line) or .jsonl file, as they stand there.
-
-    Raises ValueError naming the file and the line, the offset of a byte that is not UTF-8, or the
-    kind of value found.
-    """
-    path = os.fspath(path)
-    extension = os.path.splitext(path)[1].lower()
-    if extension == ".csv":
-        return _read_csv(path)
-    if extension not in EXTENSIONS:
-        raise ValueError(f"{path}: expected a file ending in .csv, .json or .jsonl")
-    text = _read_text(path)
-    if extension == ".jsonl" or _has_json_lines(text):
-        return _read_json_lines(path, text)
-    return read_json(path, list)
 
 
 # Records
@@ -309,7 +213,7 @@ def records_from(data: Any) -> list[dict[str, Any]]:
 
     Columns: `prompt` or `instruction`, `query` or `input` (optional), `response` or `output`,
     `history` (optional). Numbers become text; rows without prompt or answer are left out; both are
-    told by one counted warning per kind. Raises ValueError naming the missing column and those
+    named by one counted warning per kind. Raises ValueError naming the missing column and those
     there, a bad row, or that no row is left; TypeError for other data.
     """
     if isinstance(data, (str, os.PathLike)):
@@ -526,8 +430,6 @@ def encode_records(
     At most `max_source_length` ids of prompt and `max_target_length` of answer. Raises ValueError
     for no records.
     """
-    from ..families import prompt as prompts
-
     if not records:
         raise ValueError("records: expected at least one, got none")
     pieces: list[Sequence[int]] = []
@@ -552,3 +454,61 @@ def encode_records(
         n_cut += bool(was_cut)
     ids = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
     return Encoded(ids, offsets, source_lengths, n_cut)
+
+
+def encode(
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    args: DataArguments,
+    config: ChatGLMConfig,
+    source: str,
+    verbose: bool = False,
+) -> Encoded:
+    """The ids of the records by the arguments of a run.
+
+    verbose: print the first record as the model gets it.
+    Raises ValueError, naming `source`, for a record that is too long for the model, and for ids
+    that the model does not have.
+    """
+    encoded = encode_records(
+        records,
+        tokenizer,
+        args.max_source_length,
+        args.max_target_length,
+        args.truncation,
+        args.source_prefix,
+        args.template,
+    )
+    if args.ignore_pad_token_for_loss:
+        encoded.ignored_id = tokenizer.pad_token_id
+    if verbose:
+        print(_example(encoded, tokenizer))
+    if encoded.n_cut:
+        print(
+            f"{encoded.n_cut} of {len(encoded)} prompts were longer than max_source_length "
+            f"{args.max_source_length} and were cut"
+        )
+    longest = int(encoded.lengths.argmax())
+    if encoded.lengths[longest] > config.seq_length:
+        raise ValueError(
+            f"{source}: record {longest} has {encoded.lengths[longest]} ids, the model has "
+            f"positions for {config.seq_length} (seq_length): use a smaller max_source_length or "
+            "max_target_length"
+        )
+    if int(encoded.ids.max()) >= config.padded_vocab_size:
+        raise ValueError(
+            f"tokenizer: id {int(encoded.ids.max())} is outside the model's vocabulary of "
+            f"{config.padded_vocab_size} ids: it belongs to another model"
+        )
+    return encoded
+
+
+def _example(encoded: Encoded, tokenizer: Any) -> str:
+    """The first record as the model gets it: ids and text, labels with masked ids as the pad."""
+    batch = encoded.batch(np.arange(1))
+    ids, labels = batch.ids.tolist(), batch.labels.tolist()
+    shown = [tokenizer.pad_token_id if i == IGNORED else i for i in labels]
+    return (
+        f"input_ids:\n{ids}\ninputs:\n{tokenizer.decode(ids, skip_special_tokens=False)}\n"
+        f"label_ids:\n{labels}\nlabels:\n{tokenizer.decode(shown, skip_special_tokens=False)}"
+    )

@@ -1,0 +1,124 @@
+"""One run: how long it is, where it stands, what its callbacks see; and Shield, which keeps Ctrl-C
+out of the middle of an update.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..batch import updates_per_epoch
+from .arguments import TrainingArguments
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run over n records is, and when it logs, saves and evaluates.
+
+    n_micro: micro-batches of an epoch; updates, epochs, warmup (in updates), samples: of the whole
+    run; every: "logging", "save", "eval" -> updates in between, or None.
+    """
+
+    n_micro: int
+    updates: int
+    epochs: int
+    warmup: int
+    samples: float
+    every: dict[str, float | None]
+
+    @classmethod
+    def of(cls, args: TrainingArguments, n: int) -> Schedule:
+        """Raises ValueError where n records fill no micro-batch."""
+        size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        n_micro = n // size if args.dataloader_drop_last else -(-n // size)
+        if n_micro == 0:
+            raise ValueError(
+                f"dataloader_drop_last: {n} records fill no micro-batch of {size} rows "
+                "(per_device_train_batch_size)"
+            )
+        per_epoch = updates_per_epoch(n, size, accumulation, args.dataloader_drop_last)
+        samples: float
+        if args.max_steps > 0:
+            updates, samples = args.max_steps, args.max_steps * size * accumulation
+        else:
+            updates = math.ceil(args.num_train_epochs * per_epoch)
+            samples = n * args.num_train_epochs
+        every = {}
+        for what in ("logging", "save", "eval"):
+            steps = getattr(args, f"{what}_steps")
+            if steps is not None and steps < 1:
+                steps = math.ceil(updates * steps)
+            every[what] = steps
+        return cls(
+            n_micro=n_micro,
+            updates=updates,
+            epochs=-(-updates // per_epoch),
+            warmup=args.warmup_steps or math.ceil(updates * args.warmup_ratio),
+            samples=samples,
+            every=every,
+        )
+
+
+@dataclass
+class TrainState:
+    """What callbacks see, and the content of trainer_state.json. They may set `should_stop`.
+
+    epoch: epochs done, with a fraction; log_history: the records so far, the last one the newest.
+    """
+
+    output_dir: str
+    model: Any = None
+    tokenizer: Any = None
+    max_steps: int = 0
+    num_train_epochs: int = 0
+    global_step: int = 0
+    epoch: float = 0.0
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    best_metric: float | None = None
+    best_model_checkpoint: str | None = None
+    total_flos: float = 0.0
+    num_input_tokens_seen: int = 0
+    should_stop: bool = False
+
+
+@dataclass
+class Progress:
+    """Where a run stands at the end of an update, beside what the core holds.
+
+    epoch, micro_batches: index of the epoch and micro-batches done in it; losses are sums of update
+    losses (token means) since the last log and in all; elapsed: seconds of the run so far.
+    """
+
+    epoch: int = 0
+    micro_batches: int = 0
+    updates: int = 0
+    adam_steps: int = 0
+    loss_since_log: float = 0.0
+    updates_since_log: int = 0
+    loss_total: float = 0.0
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    elapsed: float = 0.0
+
+
+class Shield:
+    """Ctrl-C waits until the block ends, so that the state is never between two updates."""
+
+    def __enter__(self) -> Shield:
+        self._pending, self._old = False, None
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._old = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self._pending = True
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGINT, self._old)
+        if self._pending and kind is None:
+            raise KeyboardInterrupt
