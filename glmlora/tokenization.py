@@ -619,9 +619,8 @@ def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
     if has_tiktoken(directory):
         return families.DEFAULT  # refused with its name when it is opened
     known = families.with_tokenizer()
-    for family in known:
-        if family.in_tokenizer(tokenizer_config):
-            return family.name
+    if family := families.first(lambda f: f in known and f.in_tokenizer(tokenizer_config)):
+        return family.name
     named = families.named_in(str(tokenizer_config.get("name_or_path", "")))
     if named in known:
         return named.name

@@ -6,7 +6,7 @@ A module of this folder that has a `FAMILY` is one; nothing else lists them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -56,6 +56,12 @@ def named_in(name: str) -> Family | None:
     return min(found, key=lambda at: at[0])[1] if found else None
 
 
+def first(says_yes: Callable[[Family], bool]) -> Family | None:
+    """The family that evidence speaks for; one that builds on another is asked before it."""
+    asked = sorted(all_families().values(), key=lambda family: -len(type(family).__mro__))
+    return next((family for family in asked if says_yes(family)), None)
+
+
 def refuse_others(fields: Mapping[str, Any]) -> None:
     """ValueError for a config.json of a model that is of none of the families."""
     kind = fields.get("model_type")
@@ -80,16 +86,13 @@ def find(fields: Mapping[str, Any], directory: Path | None = None) -> str:
     config means different things in different families.
     """
     refuse_others({"model_type": "chatglm", **fields})
-    families = all_families().values()
     if named := named_in(str(fields.get("_name_or_path") or "")):
         return named.name
-    for family in families:
-        if family.in_config(fields):
-            return family.name
+    if family := first(lambda family: family.in_config(fields)):
+        return family.name
     if directory is not None:
-        for family in families:
-            if family.in_directory(directory):
-                return family.name
+        if family := first(lambda family: family.in_directory(directory)):
+            return family.name
         if named := named_in(directory.resolve().name):
             return named.name
         if fields.get("rope_ratio", 1) != 1:

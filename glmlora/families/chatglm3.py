@@ -13,7 +13,6 @@ from typing import Any
 
 from .family import Family, Tokenizer
 from .messages import TRAINING_TIME, check_messages, check_role, fit, rounds_to_drop
-from .vocabulary import has_tiktoken
 
 ROLE_TOKEN = re.compile(r"<\|(?:system|user|assistant|observation)\|>")
 TOOL_CALL_MAX = 1 << 16  # characters of a tool call that are parsed
@@ -108,8 +107,6 @@ class ChatGLM3(Family):
     end_tokens = ("<|user|>", "<|observation|>")
 
     def in_directory(self, directory: Path) -> bool:
-        if has_tiktoken(directory):  # a later family, whose configuration has the roles, too
-            return False
         for name in ("tokenizer_config.json", "tokenization_chatglm.py"):
             file = directory / name
             if file.is_file() and b"<|assistant|>" in file.read_bytes()[: 1 << 20]:
