@@ -92,8 +92,6 @@ WRONG = (
     'glmlora.train("model", "data.csv", lora_rnk=8)',
     'glmlora.TrainingArguments(output_dir="out", learning_rate="x")',
 )
-# TODO(generation): goes when chat has typed keywords and results
-WAITS_FOR_CHAT = pytest.mark.xfail(strict=True, reason="chat returns a bare list yet")
 
 
 @pytest.fixture(scope="module", params=["editable", "wheel"])
@@ -170,13 +168,12 @@ def test_a_script_is_fine(findings, checker):
     assert not errors(findings[checker], "good.py")
 
 
-@pytest.mark.parametrize("checker", ["mypy", pytest.param("pyright", marks=WAITS_FOR_CHAT)])
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_chatting_is_fine(findings, checker):
     assert not errors(findings[checker], "talk.py")
 
 
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-@WAITS_FOR_CHAT
 def test_an_answer_is_text_and_a_history(findings, checker):
     [text] = [t for file, _, _, t in findings[checker] if file == "talk.py" and "tuple[" in t]
     assert "tuple[str, list[Any]]" in text
