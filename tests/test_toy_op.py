@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # what is made of ops.h, and what takes its names from the launches
 LISTS = ("csrc/backend.h", "csrc/cpu/cpu.c", "csrc/cpu/kernels.h", "csrc/cpu/kernels_tmpl.h")
 LISTS += ("csrc/plan/plan.c", "csrc/python/module.c", "cuda/device.h", "cuda/device.c")
-LISTS += ("cuda/mutate.py", "cuda/budget.py", "glmlora/optable.py")
+LISTS += ("cuda/mutate.py", "cuda/budget.py", "glmlora/tools/optable.py")
 
 
 def insert(root, places):
@@ -62,7 +62,7 @@ def test_such_an_op_works(tmp_path):
     assert " passed" in run(*scale, "tests/test_selftest.py", GLMLORA_CUDA_LIBRARY="")
     planned = """
         import numpy as np
-        from glmlora import optable
+        from glmlora.tools import optable
         op, x = optable.Ops("plan:cuda").scale_forward, np.zeros(5, np.float32)
         op(x, x, 5, 0.3)
     """

@@ -132,7 +132,7 @@ extern "C" void glm_cuda_scale_backward(void *cx, void *dinp, const void *dout, 
 """,
         ),
     ],
-    "glmlora/selftest.py": [
+    "glmlora/tools/selftest.py": [
         (
             '@_over({f"stored ',
             """\
