@@ -63,16 +63,16 @@ class Side:
 
     def __init__(self, python, script, path, *options):
         command = [python, str(HERE / script), str(path), *map(str, options)]
-        self.told = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.told, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
         self.ready = json.loads(self.process.stdout.readline() or "{}")
 
     def last_words(self):
         """The last line of its stderr."""
-        self.told.seek(0)
-        return self.told.read().strip().rpartition("\n")[2]
+        self.errors.seek(0)
+        return self.errors.read().strip().rpartition("\n")[2]
 
     def ask(self, job):
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -246,7 +246,7 @@ def times(answer, factor):
 
 def table_line(row):
     """A row of the table as text."""
-    told = f"{row['rate']:9.2f} {row['unit']:8}" if row["rate"] else " " * 18
+    facts = f"{row['rate']:9.2f} {row['unit']:8}" if row["rate"] else " " * 18
     beside = []
     for what, ratio in row["ratios"].items():
         bar = row["bars"].get(what)
@@ -262,7 +262,7 @@ def table_line(row):
     met = {True: "met", False: "NOT MET", None: ""}[row["met"]]
     note = f"  [{row['note']}]" if row["note"] else ""
     return (
-        f"{row['line']:>3} {row['job']:44} {row['seconds']:10.4g} s x{row['runs']} {told} "
+        f"{row['line']:>3} {row['job']:44} {row['seconds']:10.4g} s x{row['runs']} {facts} "
         f"{met:8}{'; '.join(beside)}{note}"
     )
 
@@ -330,16 +330,16 @@ def decode(b):
         kind = LLAMA[name]
         peers = those(m, {"torch": "torch", kind: kind})
         bars = {"limit": 0.9, "torch": 2.5, kind: 1.0 if kind == "F16" else 1.1}
-        told = dict(rate=rate, unit="GB/s", limit="read_gb_s", peers=peers, bars=bars)
-        b.row(2, f"decode, 1 row, context 128, {name}", m[name], **told)
+        facts = dict(rate=rate, unit="GB/s", limit="read_gb_s", peers=peers, bars=bars)
+        b.row(2, f"decode, 1 row, context 128, {name}", m[name], **facts)
     job = dict(job="decode", rows=16, context=64, steps=6)
     jobs = {n: (n, job | dict(layers=[1, 3])) for n in ("float16", "int8", "int4 groups")}
     jobs |= {"torch": ("torch", job), "F16": ("llama.cpp F16", job)}
     m = b.run(jobs, 15)
     for name in ("float16", "int8", "int4 groups"):
         peers = those(m, {"torch": "torch", "F16": "F16"} if name == "float16" else {})
-        told = dict(rate=16 / m[name]["seconds"], unit="tokens/s", peers=peers)
-        b.row(8, f"decode, 16 rows, context 64, {name}", m[name], **told, bars={"torch": 2.0})
+        facts = dict(rate=16 / m[name]["seconds"], unit="tokens/s", peers=peers)
+        b.row(8, f"decode, 16 rows, context 64, {name}", m[name], **facts, bars={"torch": 2.0})
 
 
 def prefill(b):
@@ -359,8 +359,10 @@ def prefill(b):
         limit = "int8_gop_s" if "arithmetic" in name else b.product
         peers = those(m, {"torch": "torch", LLAMA[name]: LLAMA[name]})
         note = f"{512 / seconds:.1f} tokens/s"
-        told = dict(rate=prefill_flops(512) / seconds / 1e9, unit="GFLOP/s", limit=limit, note=note)
-        b.row(3, f"prefill of 512 tokens, {name}", m[name], **told, peers=peers, bars=bars)
+        facts = dict(
+            rate=prefill_flops(512) / seconds / 1e9, unit="GFLOP/s", limit=limit, note=note
+        )
+        b.row(3, f"prefill of 512 tokens, {name}", m[name], **facts, peers=peers, bars=bars)
 
 
 def predict(b):
@@ -373,8 +375,8 @@ def predict(b):
     scale = FORECAST_ROWS / len(PROMPTS) * sum(PROMPTS) / sum(SHORTER)
     for name in bars:
         if name in m:
-            told = dict(rate=16 / m[name]["seconds"], unit="rows/s", peers=peers, bars=bars[name])
-            b.row(8, f"16 prompts of 440, 3 new tokens, {name}", m[name], **told)
+            facts = dict(rate=16 / m[name]["seconds"], unit="rows/s", peers=peers, bars=bars[name])
+            b.row(8, f"16 prompts of 440, 3 new tokens, {name}", m[name], **facts)
             mine, later = times(m[name], scale), {n: times(a, scale) for n, a in peers.items()}
             hours = {"hours:": mine} | later
             note = ", ".join(f"{n} {a['seconds'] / 3600:.1f}" for n, a in hours.items())
@@ -406,18 +408,18 @@ def lora(b):
         none, every = m[name, False][what], m[name, True][what]
         return max(0, min(WHOLE, int((most - none) / (every - none) * WHOLE)))
 
-    def row(line, name, layers, **told):
+    def row(line, name, layers, **facts):
         mine = kept(name, layers)
         rate, beyond = mine["tokens"] / mine["seconds"], mine["beyond_weights"]
         memory = [f"{n} {v / 1e9:.1f}" for n, v in {"": beyond, **theirs}.items()]
         note = f"{rate:.1f} tokens/s, GB beyond the weights:{', '.join(memory)}"
         if line == 7:
             note += f"; {mine['resident'] / 1e9:.1f} GB resident"
-        told = dict(peers=peers, ratios={}) | told
-        told["ratios"] |= {f"memory of {n}": v / beyond for n, v in theirs.items()}
-        told |= dict(rate=step_flops([512] * 4, 3) / mine["seconds"] / 1e9, unit="GFLOP/s")
-        told |= dict(limit="int8_gop_s" if "arithmetic" in name else b.product, note=note)
-        b.row(line, f"LoRA step, 4 x 512, {name}, {layers} kept", mine, **told)
+        facts = dict(peers=peers, ratios={}) | facts
+        facts["ratios"] |= {f"memory of {n}": v / beyond for n, v in theirs.items()}
+        facts |= dict(rate=step_flops([512] * 4, 3) / mine["seconds"] / 1e9, unit="GFLOP/s")
+        facts |= dict(limit="int8_gop_s" if "arithmetic" in name else b.product, note=note)
+        b.row(line, f"LoRA step, 4 x 512, {name}, {layers} kept", mine, **facts)
 
     half = theirs.get("peft", 16e9) / 2
     for line, name, bars in (
@@ -443,11 +445,13 @@ def uneven(b):
     jobs |= {"ckpt": ("peft", job | dict(checkpointing=True))}
     m = b.run(jobs, 40)
     mine = m["float16"]
-    told = dict(rate=step_flops(UNEVEN, 3) / mine["seconds"] / 1e9, unit="GFLOP/s", limit=b.product)
-    told |= dict(peers=those(m, {"peft checkpointing": "ckpt"}))
+    facts = dict(
+        rate=step_flops(UNEVEN, 3) / mine["seconds"] / 1e9, unit="GFLOP/s", limit=b.product
+    )
+    facts |= dict(peers=those(m, {"peft checkpointing": "ckpt"}))
     note = f"{mine['tokens'] / mine['seconds']:.1f} real tokens/s"
     b.row(
-        6, "LoRA step, 4 uneven papers", mine, **told, bars={"peft checkpointing": 2.5}, note=note
+        6, "LoRA step, 4 uneven papers", mine, **facts, bars={"peft checkpointing": 2.5}, note=note
     )
 
 
@@ -469,13 +473,13 @@ def threads(b):
 def tiny(b):
     # many steps on end: one of 2 ms alone would measure how the caches were left by the others
     step = dict(job="lora", lengths=[64] * 4, labelled=3, checkpointing=False, steps=20)
-    for job, told, each, bar in (
+    for job, facts, each, bar in (
         (dict(job="generate", tokens=64), "tiny model: a token of generate", 64, 50),
         (step, "tiny model: LoRA step, 4 x 64", 1, 20),
     ):
         m = b.run({"ours": ("tiny", job), "torch": ("tiny torch", job)}, 8)
         peers = {n: times(a, 1 / each) for n, a in those(m, {"torch": "torch"}).items()}
-        b.row(10, told, times(m["ours"], 1 / each), peers=peers, bars={"torch": bar})
+        b.row(10, facts, times(m["ours"], 1 / each), peers=peers, bars={"torch": bar})
 
 
 def cold(b):
@@ -498,8 +502,8 @@ def cold(b):
     answers = {  # the first run reads the files
         n: dict(seconds=statistics.median(t[1:]), runs=3, every=t[1:]) for n, t in every.items()
     }
-    told = dict(peers=those(answers, {"torch": "torch"}), bars={"torch": 10})
-    b.row(10, "start, import, open, feed 8", answers["ours"], **told, note=f"{LAYERS} layers")
+    facts = dict(peers=those(answers, {"torch": "torch"}), bars={"torch": 10})
+    b.row(10, "start, import, open, feed 8", answers["ours"], **facts, note=f"{LAYERS} layers")
 
 
 def curves(b):
@@ -594,8 +598,8 @@ def main():
         for row in bench.rows:
             print(table_line(row))
         spent = round(time.perf_counter() - begun)
-        told = dict(machine=processor(), seconds=spent, rows=bench.rows)
-        (args.out / "results.json").write_text(json.dumps(told, indent=1) + "\n")
+        facts = dict(machine=processor(), seconds=spent, rows=bench.rows)
+        (args.out / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
         asked = [row["met"] for row in bench.rows if row["met"] is not None]
         print(f"{sum(asked)} of {len(asked)} rows meet their bars; {spent} s in all")
     finally:

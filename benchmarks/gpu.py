@@ -95,14 +95,14 @@ def ours(sizes, backend, stored, toy, clock):
     model = model_of(sizes, backend, stored)
     core, one, V = model.core, np.ones(1, np.int32), sizes["padded_vocab_size"]  # noqa: N806
     prompt, rows = (24, 2) if toy else (1024, 16)
-    told = {}
+    facts = {}
     cache = core.cache(rows, 2 * prompt, 0)
 
     def prefill():
         cache.rewind(0, 0)
         core.extend(cache, [0], np.full(prompt, 3, np.int32), one * prompt)
 
-    told["prefill"] = clock.best(prefill), prompt
+    facts["prefill"] = clock.best(prefill), prompt
     for n in (1, rows):
         for row in range(n):
             if cache.lengths[row]:
@@ -117,7 +117,7 @@ def ours(sizes, backend, stored, toy, clock):
                 core.next(cache, list(range(n)), np.full(n, 3, np.int32), np.ones(n, np.int32))
 
         seconds = clock.best(decode)
-        told[f"decode, {n} rows"] = seconds and seconds / tokens, n
+        facts[f"decode, {n} rows"] = seconds and seconds / tokens, n
     cache = None  # its memory is for the steps
     targets = ["query_key_value"]
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets))
@@ -133,8 +133,8 @@ def ours(sizes, backend, stored, toy, clock):
             core.backward(np.full(N, 3, np.int32), lengths, last, np.full(len(last), 5 % V))
             core.step(1e-4, 0.9, 0.999, 1e-8, 0.0, 1.0)
 
-        told[f"LoRA step, {name} rows"] = clock.best(step), N
-    return told, core.counts()["peak"]
+        facts[f"LoRA step, {name} rows"] = clock.best(step), N
+    return facts, core.counts()["peak"]
 
 
 def theirs(sizes, toy, clock):
@@ -149,7 +149,7 @@ def theirs(sizes, toy, clock):
     config = transformers.GlmConfig(**glm_fields(sizes))
     where = "cpu" if toy else "cuda"
     model = transformers.GlmForCausalLM(config).to(where, dtype).eval()
-    prompt, rows, told = (24, 2, {}) if toy else (1024, 16, {})
+    prompt, rows, facts = (24, 2, {}) if toy else (1024, 16, {})
 
     def wait():
         if where == "cuda":
@@ -164,7 +164,7 @@ def theirs(sizes, toy, clock):
             model(tokens(1, prompt), use_cache=True, logits_to_keep=1)
             wait()
 
-        told["prefill"] = clock.best(prefill), prompt
+        facts["prefill"] = clock.best(prefill), prompt
         for n in (1, rows):
             new = 8 if toy else 64
 
@@ -174,8 +174,11 @@ def theirs(sizes, toy, clock):
                 )
                 wait()
 
-            seconds, before = clock.best(decode), told["prefill"][0]
-            told[f"decode, {n} rows"] = seconds and before and max(0, seconds - n * before) / new, n
+            seconds, before = clock.best(decode), facts["prefill"][0]
+            facts[f"decode, {n} rows"] = (
+                seconds and before and max(0, seconds - n * before) / new,
+                n,
+            )
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["qkv_proj", "q_proj"])
     trained = peft.get_peft_model(model, settings).train()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
@@ -193,14 +196,14 @@ def theirs(sizes, toy, clock):
             optimizer.zero_grad()
             wait()
 
-        told[f"LoRA step, {name} rows"] = clock.best(step), int(lengths.sum())
+        facts[f"LoRA step, {name} rows"] = clock.best(step), int(lengths.sum())
     peak = torch.cuda.max_memory_allocated() if where == "cuda" else 0
     packages = (torch, transformers, peft)
     versions = ", ".join(f"{p.__name__} {p.__version__}" for p in packages)
-    return told, versions, peak
+    return facts, versions, peak
 
 
-def shares(told, sizes, stored, name):
+def shares(facts, sizes, stored, name):
     """Of the nominal peak: bandwidth while decoding, FLOP/s elsewhere; {} where it is unknown."""
     peak = next((p for n, p in PEAKS.items() if n in name), None)
     if peak is None:
@@ -210,7 +213,7 @@ def shares(told, sizes, stored, name):
     QKV = heads * sizes["kv_channels"]  # noqa: N806
     weights = L * (QKV * C + C * C + 3 * C * F) + sizes["padded_vocab_size"] * C
     found = {}
-    for part, (seconds, n) in told.items():
+    for part, (seconds, n) in facts.items():
         if seconds is None:
             continue
         if part == "decode, 1 rows":
@@ -236,7 +239,7 @@ def main():
         found = devices.info(args.device)
     if not found["count"]:
         raise SystemExit(f"{args.device}: {found['why']}")
-    told = {"device": found, "toy": toy, "weights": "zeros"}
+    facts = {"device": found, "toy": toy, "weights": "zeros"}
     if not args.no_selftest:
         only = "float32 norm" if toy else ""
         if selftest.run(
@@ -254,8 +257,8 @@ def main():
         peer = other[part][0] if other and part in other else None
         rows.append({"part": part, "tokens": n, "seconds": seconds, "peer_seconds": peer,
                      "share_of_nominal_peak": share.get(part)})  # fmt: skip
-    told |= {"rows": rows, "peak_bytes": peak, "peer": what, "peer_peak_bytes": other_peak}
-    Path(args.json).write_text(json.dumps(told, indent=1, default=str))
+    facts |= {"rows": rows, "peak_bytes": peak, "peer": what, "peer_peak_bytes": other_peak}
+    Path(args.json).write_text(json.dumps(facts, indent=1, default=str))
     print(f"\n{found['name']}, {backend}; peer: {what}")
     print("| part | tokens | ours | peer | peer / ours | share of nominal peak |")
     print("| --- | --- | --- | --- | --- | --- |")

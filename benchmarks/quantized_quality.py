@@ -73,7 +73,7 @@ class Papers:
         return sum(map(str.__eq__, answers, self.truth)) / len(self.truth)
 
 
-def told(papers, answers, first):
+def facts(papers, answers, first):
     """Accuracy, odd answers and points beside `first` (an accuracy, or None)."""
     accuracy = papers.accuracy(answers)
     odd = sum(a not in ("0", "1") for a in answers)
@@ -102,10 +102,10 @@ def measure(papers, names, folder, seed):
         first = None
         if name != "float32" and (kept / "answers.json").exists():
             first = papers.accuracy(json.loads((kept / "answers.json").read_text()))
-        line = told(papers, trained, first)
+        line = facts(papers, trained, first)
         if first is not None:
             model = glmlora.PeftModel.from_pretrained(papers.model(*ROWS[name]), str(kept))
-            line += "; float32's adapter: " + told(papers, papers.answers(model), first)
+            line += "; float32's adapter: " + facts(papers, papers.answers(model), first)
         minutes = (time.perf_counter() - begun) / 60
         print(f"{name:20} {line}; {minutes:.1f} min", flush=True)
 

@@ -69,7 +69,7 @@ class Peak:
 class Jobs:
     """A side: one method for each job, which returns what is answered."""
 
-    told = {}  # beside "ready"
+    facts = {}  # beside "ready"
 
     def do(self, job, **fields):
         return getattr(self, job)(**fields)
@@ -80,7 +80,7 @@ def serve(make, *args):
     printed meanwhile goes to stderr."""
     real, sys.stdout = sys.stdout, sys.stderr
     jobs = make(*args)
-    print(json.dumps({"ready": True} | jobs.told), file=real, flush=True)
+    print(json.dumps({"ready": True} | jobs.facts), file=real, flush=True)
     for line in sys.stdin:
         try:
             answer = jobs.do(**json.loads(line))

@@ -87,8 +87,8 @@ class Worker(Jobs):
         self.file.core.extend(self.file.core.cache(1, 8), [0], self.ids(8), np.array([8], np.int32))
         self.resident = memory("VmRSS") + (self.whole - self.here) * self.layer
         self.threads = _core.get_num_threads()
-        self.told = {"threads": self.threads, "backend": self.file.core.backend}
-        self.told |= {"weights": self.weights, "read": self.read}
+        self.facts = {"threads": self.threads, "backend": self.file.core.backend}
+        self.facts |= {"weights": self.weights, "read": self.read}
 
     def do(self, job, threads=None, **fields):
         _core.set_num_threads(threads or self.threads)

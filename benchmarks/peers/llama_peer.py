@@ -114,7 +114,7 @@ class Worker(Jobs):
         self.layers = llama.llama_model_n_layer(self.model)
         self.more = max(0, whole - self.layers)
         self.weights = llama.llama_model_size(self.model)
-        self.told = {"weights": self.weights}
+        self.facts = {"weights": self.weights}
         self.threads, self.clock, self.contexts = threads, LayerClock(), {}
         self.rng = np.random.default_rng(0)
         self.prefill(32)

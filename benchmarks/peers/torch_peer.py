@@ -103,7 +103,7 @@ class Worker(Jobs):
         self.clock = LayerClock(self.model.model) if self.more else None
         self.vocab = self.model.config.vocab_size
         self.weights = sum(p.nbytes for p in self.model.parameters())
-        self.told = {"weights": self.weights}
+        self.facts = {"weights": self.weights}
         self.base = memory()
         self.mats, self.trained = {}, None
 

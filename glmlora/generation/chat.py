@@ -133,7 +133,7 @@ def _check_query(query: Any) -> None:
 
 def _take_row(model: Model, needed: int) -> CachedRow:
     """The row that chats leave behind, or a new one: what the last chat began with too is not
-    computed again. The taker owns it until it gives it back.
+    recomputed. The taker owns it until it gives it back.
     """
     row, model.cached_row = model.cached_row, None
     if row is None:
@@ -341,12 +341,12 @@ def stream_chat(
             text = decoded.feed(*([] if ended else [token]))
             if text is None:
                 continue
-            response, told = turns.family.answer(text, asked)
+            response, so_far = turns.family.answer(text, asked)
             if return_past_key_values:
                 shown = PastKeyValues(row, request.ids[: len(request.ids) - ended])
-                yield response, told, shown
+                yield response, so_far, shown
             else:
-                yield response, told
+                yield response, so_far
     finally:
         if kept:
             model.cached_row = row

@@ -124,7 +124,7 @@ class ChatGLMConfig:
 
     @property
     def rope_mode(self) -> str:
-        """How `rope_ratio` is read; where nobody said, as the family reads it."""
+        """How `rope_ratio` is read; where nobody says, as the family reads it."""
         if self._rope_mode is not None:
             return self._rope_mode
         return families.of(self.family).rope_mode(self.rope_ratio)

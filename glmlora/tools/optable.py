@@ -103,7 +103,7 @@ def _address(array: np.ndarray | None, dtype: Any, what: str) -> int | None:
 
 
 class Mat:
-    """struct glm_mat over a 2-d array; bfloat16 is uint16, which is why the dtype is said."""
+    """struct glm_mat over a 2-d array; bfloat16 is uint16, which is why the dtype is given."""
 
     def __init__(
         self, array: np.ndarray, dtype: int, scale: np.ndarray | None = None, group: int = 0
