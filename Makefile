@@ -43,11 +43,12 @@ build/ready: .venv/ready setup.py $(wildcard csrc/*.[ch] csrc/*/*.[ch] cuda/*.h)
 	touch $@
 
 test: all
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# the kernels on the emulator at length: every seed in the checked build, every mutant
+# what is marked `deep`: the kernels by nvcc where it is installed, and on the emulator at length (every seed in the checked
+# build, every mutant)
 test-deep: all
-	GLMLORA_DEEP=1 $(BIN)/python -m pytest tests/test_emu.py
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m deep
 
 demo: all
 	$(BIN)/glmlora demo demo

@@ -4,7 +4,7 @@
                                           emulator
     python cuda/build.py emu-checked      the same with every memory access checked
     python cuda/build.py nvcc [FILE..]    the gate: each file for each architecture; warnings,
-                                          spills, local memory and more than 10 s are errors
+                                          spills and local memory are errors
     python cuda/build.py budget           shared memory, occupancy, tensor cores and 128-bit moves
                                           of what the gate compiled
     python cuda/build.py lib              libglm_cuda.so by nvcc, for all architectures
@@ -40,7 +40,6 @@ KERNELS = sorted(CUDA.glob("*.cu"))
 HOST = [CUDA / "device.c", CUDA / "blas.c", ROOT / "csrc/status.c"]
 HEADERS = [*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
 INCLUDE = [f"-I{CUDA}", f"-I{ROOT / 'csrc'}"]
-SECONDS = 10  # of processor time, for one file and one architecture
 SIMD = ["-mf16c", "-mavx2", "-mfma"]
 CHECKED = ["-O1", "-fsanitize=thread", "-fsanitize=alignment"]
 CHECKED += ["-fno-tree-sra"]  # a vector is one access
@@ -138,10 +137,6 @@ def nvcc_gate(only: list[str]) -> dict[str, dict]:
                 made = {"seconds": round(seconds, 2), "kernels": kernels_of(text)}
                 told.write_text(json.dumps(made))
             table.setdefault(source.stem, {})[arch] = json.loads(told.read_text())
-    slow = {f"{f} {a}: {d['seconds']} s" for f, by in table.items() for a, d in by.items()
-            if d["seconds"] > SECONDS}  # fmt: skip
-    if slow:
-        raise SystemExit(f"more than {SECONDS} s: {', '.join(sorted(slow))}")
     return table
 
 

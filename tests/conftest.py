@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from emulator import emulator
+from progress import Progress
 
 from glmlora import _core
 from glmlora.modeling import ChatGLMForConditionalGeneration
@@ -29,6 +30,16 @@ os.environ.setdefault("GLMLORA_COMPUTE_DTYPE", "float32")
 
 # A job started in the background ignores Ctrl-C, and so would the tests of it and their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to who started it
+        config.pluginmanager.register(Progress(config))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no worker ends with it alone."""
+    items.sort(key=lambda item: item.path.name != "test_emu.py")
 
 
 @pytest.fixture(autouse=True)
