@@ -178,6 +178,7 @@ def under(seed, found):
 
 
 @on_devices
+@pytest.mark.deep  # test_ops.py has these ops against the reference
 @pytest.mark.parametrize("order", SEEDS, indirect=True)
 @pytest.mark.parametrize("op", test_ops.cases_by_op())
 def test_op_equals_the_cpu(device, op, order):
@@ -187,7 +188,7 @@ def test_op_equals_the_cpu(device, op, order):
 
 @on_devices
 @pytest.mark.parametrize("order", SEEDS, indirect=True)
-@pytest.mark.parametrize("type_", ["float16", "bfloat16"])
+@pytest.mark.parametrize("type_", ["float16", pytest.param("bfloat16", marks=pytest.mark.deep)])
 @pytest.mark.parametrize("op", [op.__name__ for op in NARROW_OPS])
 def test_16_bit_op_equals_the_cpu(device, op, type_, order):
     """The cpu gets the same 16-bit numbers; what is left is the rounding of softmax and of its
