@@ -43,6 +43,11 @@ for path in $(python3 -m pip config list 2>/dev/null | grep -o "/[^ ']*" | sed '
     fi
 done
 settings=$(env | grep '^PIP_' | tr '\n' ' ')
+cert=$(python3 -m pip config list | sed -n "s/.*\.cert='\(.*\)'/\1/p" | head -1)
+if [ -f "$cert" ]; then # at a place that Debian's own certificates leave alone
+    cp "$cert" "$root/root/certificates"
+    settings="$settings PIP_CERT=/root/certificates"
+fi
 
 git clone -q "$here" "$root/root/glmlora"
 inside() { # a command in the clone, as root, in an environment that is not this machine's
