@@ -1,21 +1,54 @@
-# Every verb works on a fresh clone: the environment and the build come first by themselves.
+# Every verb works on a fresh clone: environment and build come first, by themselves.
 PYTHON ?= python3
 BIN = .venv/bin
+PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install -q
+BUILD = $(BIN)/python setup.py -q build_ext --inplace
 
-all: .venv/ready
+# What is missing, in Debian's words, all of it at once.
+define NEEDS
+@missing=; \
+command -v $(PYTHON) >/dev/null || missing=" python3"; \
+$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+|| missing="$$missing python3-dev"; \
+command -v $${CC:-gcc} >/dev/null || missing="$$missing gcc"; \
+echo '#include <stdio.h>' | $${CC:-gcc} -E - >/dev/null 2>&1 || missing="$$missing libc6-dev"; \
+test -z "$$missing" || { echo "make needs more than is here: apt-get install$$missing"; exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer: make PYTHON=..")'
+endef
 
-.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.[ch] csrc/*/*.[ch] cuda/*.h)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -U pip setuptools wheel "numpy>=2.0"
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+# A complete environment says in .venv/ready what it is. One that says nothing there, or is something else by now (moved,
+# another Python, without pip), is made anew. One make at a time.
+IDENTITY = $(BIN)/python -c "import pip, sys; print(sys.prefix, *sys.version_info[:2])"
+all:
+	@test -n "$(wildcard glmlora/_core.*.so)" || rm -f build/ready
+	@flock Makefile sh -c '[ "$$($(IDENTITY))" = "$$(cat .venv/ready)" ] || rm -f .venv/ready' 2>/dev/null
+	@flock Makefile $(MAKE) -s --no-print-directory build/ready
+
+.venv/ready: pyproject.toml
+	test -f $@ || rm -rf .venv
+	$(NEEDS)
+	echo "environment: .venv"
+	test -d .venv || $(PYTHON) -m venv .venv
+	rm -f $@
+	$(PIP) "setuptools>=77" wheel "numpy>=2.0"
+	$(BUILD)
+	echo "environment: what pyproject.toml names"
+	$(PIP) --no-build-isolation -e ".[test]"
+	$(IDENTITY) >$@
+
+build/ready: .venv/ready setup.py $(wildcard csrc/*.[ch] csrc/*/*.[ch] cuda/*.h)
+	$(NEEDS)
+	$(BUILD)
 	touch $@
 
 test: all
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# the kernels on the emulator at length (every seed in the checked build, every mutant); an op added to a copy
+# what is marked `deep`: the kernels by nvcc where it is installed, and on the emulator at length (every seed in the checked
+# build, every mutant); an op added to a copy
 test-deep: all
-	GLMLORA_DEEP=1 $(BIN)/python -m pytest tests/test_emu.py tests/test_toy_op.py
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m deep
 
 demo: all
 	$(BIN)/glmlora demo demo
@@ -56,6 +89,7 @@ wheel: all
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
 clean:
-	rm -rf build dist .venv demo glmlora/*.so *.egg-info
+	rm -rf build dist .venv demo glmlora/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: all test test-deep demo lint fmt bench peers sanitize portable wheel clean

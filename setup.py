@@ -4,6 +4,7 @@ newer ones run faster.
 GLMLORA_BUILD_CUDA=lib (by nvcc) or lib12 (by NVRTC 12.9) also builds the CUDA library and puts it
 into the wheel; GLMLORA_BUILD_CUDA=FILE.so takes one that is there. Nothing else needs either."""
 
+import contextlib
 import glob
 import os
 import platform
@@ -38,8 +39,11 @@ STRICT = [
 
 
 def compile_one(source, target, words):
-    """(source, what the compiler said if it failed). The command is kept beside the object."""
+    """(source, what the compiler said if it failed). The command is kept beside an object that is
+    complete, and only there."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(target + ".command")
     ran = subprocess.run(words, stderr=subprocess.PIPE, text=True)
     if ran.returncode:
         return source, ran.stderr
@@ -81,6 +85,7 @@ class BuildPerFile(build_ext):
     newer, or its command is another one."""
 
     def build_extensions(self):
+        self.force = True  # the link is short, and one that was interrupted looks done
         if not sanitize:  # pip would give a folder of its own to every editable build
             tag = f"{sys.implementation.cache_tag}-{platform.machine()}"
             self.build_temp = os.path.join("build", "objects", tag)

@@ -15,7 +15,6 @@ KERNELS = sorted(CUDA.glob("*.cu"))
 HOST = [CUDA / "device.c", CUDA / "blas.c", ROOT / "csrc/status.c"]
 HEADERS = [*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
 INCLUDE = [f"-I{CUDA}", f"-I{ROOT / 'csrc'}"]
-SECONDS = 10  # of processor time, for one file and one architecture
 
 
 def run(*command: object, quiet: bool = False) -> str:

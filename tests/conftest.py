@@ -2,14 +2,14 @@
 part of the project."""
 
 import os
-import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from emulator import emulator
+from progress import Progress
+from wheels import make_wheel
 
 from glmlora import _core
 from glmlora.model.modeling import ChatGLMForConditionalGeneration
@@ -31,6 +31,16 @@ os.environ.setdefault("GLMLORA_COMPUTE_DTYPE", "float32")
 
 # A job started in the background ignores Ctrl-C, and so would the tests of it and their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to who started it
+        config.pluginmanager.register(Progress(config))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no worker ends with it alone."""
+    items.sort(key=lambda item: item.path.name != "test_emu.py")
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +69,4 @@ def wheel(tmp_path_factory) -> Path:
     """A wheel of the working tree, built with the network off from the objects that are there."""
     if os.environ.get("GLMLORA_SANITIZED"):
         pytest.skip("a plain build is tested")
-    place = tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns(".*", "build", "*.so", "__pycache__", "*.egg-info", "demo")
-    shutil.copytree(ROOT, place / "source", ignore=ignore, symlinks=True)
-    if (ROOT / "build/objects").is_dir():
-        shutil.copytree(ROOT / "build/objects", place / "source/build/objects")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    words = ["wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", place, "."]
-    subprocess.run([*pip, *words], cwd=place / "source", check=True)
-    [found] = place.glob("*.whl")
-    return found
+    return make_wheel(tmp_path_factory.mktemp("wheel"))

@@ -1,13 +1,38 @@
-"""The emulator of cuda/emu from Python, where GLMLORA_CUDA_LIBRARY names a library on it."""
+"""The emulator of cuda/emu from Python: the library on it, built once, and its controls where
+GLMLORA_CUDA_LIBRARY names such a library."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import shutil
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") or "GLMLORA_SANITIZED" in os.environ,
+    reason="the emulator needs g++ and a plain build: no device is tested",
+)
+
+
+def built(goal: str = "emu", **env: str) -> Path:
+    """The library that cuda/build.py makes; one process at a time builds, the others find it."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / "cuda.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "cuda" / "build.py"), goal],
+            env=os.environ | env, capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    return Path(done.stdout.split()[-1])
 
 
 class Emulator:

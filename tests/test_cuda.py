@@ -29,7 +29,7 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 # Where a result is a difference of numbers nearly equal, or was rounded to 16 bits or to integers,
 # the error is what test_ops.py derives for it, not 1e-5 of the result.
 BY_CASE = ("cross_entropy_backward", "merge", "quantize")
-SEEDS = (0, 1, 2)
+SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.deep) for seed in (1, 2)))
 
 
 @pytest.fixture
@@ -179,6 +179,7 @@ def under(seed, found):
 
 
 @on_devices
+@pytest.mark.deep  # test_ops.py has these ops against the reference
 @pytest.mark.parametrize("order", SEEDS, indirect=True)
 @pytest.mark.parametrize("op", test_ops.cases_by_op())
 def test_op_equals_the_cpu(device, op, order):
@@ -188,7 +189,7 @@ def test_op_equals_the_cpu(device, op, order):
 
 @on_devices
 @pytest.mark.parametrize("order", SEEDS, indirect=True)
-@pytest.mark.parametrize("type_", ["float16", "bfloat16"])
+@pytest.mark.parametrize("type_", ["float16", pytest.param("bfloat16", marks=pytest.mark.deep)])
 @pytest.mark.parametrize("op", [op.__name__ for op in NARROW_OPS])
 def test_16_bit_op_equals_the_cpu(device, op, type_, order):
     """The cpu gets the same 16-bit numbers; what is left is the rounding of softmax and of its

@@ -1,5 +1,6 @@
 """What compilers say of the kernels, where they are installed: no warning, spill or local memory,
-at most 10 s a file and architecture, and the static budget. No GPU is needed."""
+and the static budget. No GPU is needed. `make test-deep` runs it, in one process of pytest-xdist,
+since all of it compiles into build/cuda."""
 
 import os
 import re
@@ -11,7 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from emulator import built
+from wheels import install, make_wheel
 
+pytestmark = pytest.mark.xdist_group("nvcc")
 ROOT = Path(__file__).resolve().parent.parent
 SPILLING = """
 #include "launch.cuh"
@@ -69,6 +73,7 @@ def test_occupancy_is_that_of_the_formula(monkeypatch):
     assert budget.blocks_at_once("80", 32, 16, 0) == 32  # blocks
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="NO nvcc: THE KERNELS ARE NOT COMPILED HERE")
 def test_nvcc_gate_and_budget(tmp_path):
     status, told = build("budget")
@@ -100,6 +105,7 @@ def nvrtc_wheels():
         sys.path.remove(str(ROOT / "cuda"))
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(nvrtc_wheels() is None, reason="NO NVRTC 12.9: ITS CUBINS ARE NOT MADE HERE")
 def test_nvrtc_gate():
     status, told = build("nvrtc")
@@ -112,11 +118,10 @@ def library():
     """The CUDA library by nvcc, for one architecture."""
     if not shutil.which("nvcc"):
         pytest.skip("NO nvcc: THE CUDA LIBRARY IS NOT BUILT HERE")
-    status, told = build("lib", ARCHS="80", OUT=str(ROOT / "build" / "cuda" / "sm_80"))
-    assert status == 0, told[-3000:]
-    return told.split()[-1]
+    return str(built("lib", ARCHS="80", OUT=str(ROOT / "build" / "cuda" / "sm_80")))
 
 
+@pytest.mark.deep
 @pytest.mark.skipif("GLMLORA_SANITIZED" in os.environ, reason="a plain build is tested")
 @pytest.mark.parametrize("code, version", [(100, 13000), (999, 13000), (803, 13000), (0, 11000)])
 def test_a_driver_that_fails_is_told(library, code, version, tmp_path):
@@ -145,23 +150,15 @@ def test_a_driver_that_fails_is_told(library, code, version, tmp_path):
     assert "no GPU can be used: " in done.stdout and "(error " in done.stdout
 
 
+@pytest.mark.deep
 @pytest.mark.skipif("GLMLORA_SANITIZED" in os.environ, reason="a plain build is tested")
 def test_a_wheel_with_the_library_works_without_cuda(library, tmp_path):
     """It installs, computes on the CPU, and says why there is no GPU."""
     needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True).stdout
     assert not re.search(r"NEEDED.*(cublas|libcuda|cudart)", needed)
-    source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".*", "build", "*.so", "__pycache__", "*.egg-info", "demo")
-    shutil.copytree(ROOT, source, ignore=ignore, symlinks=True)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    words = ["wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", tmp_path, "."]
-    env = os.environ | {"GLMLORA_BUILD_CUDA": library}
-    subprocess.run([*pip, *words], cwd=source, check=True, env=env)
-    [wheel] = tmp_path.glob("*.whl")
+    wheel = make_wheel(tmp_path, GLMLORA_BUILD_CUDA=library)
+    target = install(wheel, tmp_path / "site")
     assert "glmlora/libglm_cuda.so" in zipfile.ZipFile(wheel).namelist()
-    target = tmp_path / "site"
-    words = ["install", "-q", "--no-index", "--no-deps", "--target", target, wheel]
-    subprocess.run([*pip, *words], check=True)
     code = """
         import warnings
         import numpy as np

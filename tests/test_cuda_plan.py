@@ -3,7 +3,6 @@ library does just that: its host code run at the same shapes on the emulator, ke
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from emulator import built, needs_compiler
 from sides import SIX_B
 
 from glmlora import cli
@@ -218,16 +218,7 @@ COUNTED = """
 """
 
 
-@pytest.fixture(scope="module")
-def library():
-    words = [sys.executable, str(ROOT / "cuda" / "build.py"), "emu"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    return Path(done.stdout.split()[-1])
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed: nothing is emulated")
-@pytest.mark.skipif("GLMLORA_SANITIZED" in os.environ, reason="a plain build is tested")
+@needs_compiler
 @pytest.mark.parametrize(
     "method, bits, dtype",
     [
@@ -243,7 +234,8 @@ def library():
         ("adapter", 4, "F16"),
     ],
 )
-def test_the_library_does_what_the_plan_counts(library, method, bits, dtype, tmp_path):
+def test_the_library_does_what_the_plan_counts(method, bits, dtype, tmp_path):
+    library = built()
     config = tiny.TINY_CONFIG | SIX_B | {"num_layers": 3, "seq_length": 2048}
     (tmp_path / "config.json").write_text(json.dumps(config))
     code = COUNTED.format(runtime=str(library.parent / "libcuda_emu.so"), directory=str(tmp_path))

@@ -3,7 +3,6 @@ is the emulator; none of it needs a GPU."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from emulator import built, needs_compiler
 
 import glmlora
 from glmlora import _core, cli
@@ -19,23 +19,12 @@ from glmlora.model import device as devices
 from glmlora.training import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++") or "GLMLORA_SANITIZED" in os.environ,
-    reason="the emulator needs g++ and a plain build: no device is tested",
-)
-
-
-def emulator() -> Path:
-    words = [sys.executable, str(ROOT / "cuda" / "build.py"), "emu"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    return Path(done.stdout.split()[-1])
 
 
 @pytest.fixture
 def emu(monkeypatch):
     """The emulator is the CUDA library."""
-    library = emulator()
+    library = built()
     monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", str(library))
     return library
 
@@ -267,7 +256,7 @@ def test_memory_that_is_not_there(directory, tmp_path):
         assert model.device == "cpu" and np.array_equal(model(ids).logits, want)
     """
     big = tiny.tiny_model_dir(tmp_path, hidden_size=512, ffn_hidden_size=4096, num_layers=4)
-    env = dict(os.environ, GLMLORA_CUDA_LIBRARY=str(emulator()), EMU_VRAM_MB="40")
+    env = dict(os.environ, GLMLORA_CUDA_LIBRARY=str(built()), EMU_VRAM_MB="40")
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code.format(directory=str(big)))],
         env=env, capture_output=True, text=True, timeout=300,
@@ -350,7 +339,7 @@ FAULTY = """cudaMalloc cudaMemcpyAsync cudaMemsetAsync cudaStreamCreateWithFlags
 
 @needs_compiler
 def test_a_device_that_fails_at_any_call_is_an_exception(directory, tmp_path):
-    library = emulator()
+    library = built()
     faults = tmp_path / "faults.so"
     flags = ["-O1", "-w", "-shared", "-fPIC", "-o", faults, ROOT / "tests" / "faults.c", "-ldl"]
     subprocess.run(["gcc", *map(str, flags)], check=True)

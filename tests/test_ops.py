@@ -1112,7 +1112,10 @@ FAST = FAST if "avx512bf16" in _core.cpu_variants().split(",") else []
 
 
 @pytest.mark.parametrize("type_", NARROW)
-@pytest.mark.parametrize("device", [*DEVICES, "cpu"])
+@pytest.mark.parametrize(
+    "device",
+    [*(pytest.param(d, marks=[pytest.mark.deep] * (d == "emu")) for d in DEVICES), "cpu"],
+)
 def test_products_in_narrow_types(device: str, type_: str) -> None:
     name = f"{device}/{type_}"
     try:

@@ -2,21 +2,17 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from emulator import built, needs_compiler
 
 from glmlora.tools import selftest
 from glmlora.tools.optable import SIGNATURES
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++") or "GLMLORA_SANITIZED" in os.environ,
-    reason="the emulator needs g++ and a plain build: no device is tested",
-)
 
 
 def run(*words, **env):
@@ -43,8 +39,7 @@ def test_every_op_is_in_the_list():
 
 @needs_compiler
 def test_it_passes_on_the_emulator(tmp_path):
-    build = [sys.executable, str(ROOT / "cuda" / "build.py"), "emu"]
-    library = subprocess.run(build, capture_output=True, text=True, check=True).stdout.split()[-1]
+    library = str(built())
     out = tmp_path / "told.json"
     status, lines, errors = run(
         "--device", "emu", "--output", str(out), GLMLORA_CUDA_LIBRARY=library
@@ -58,8 +53,7 @@ def test_it_passes_on_the_emulator(tmp_path):
 
 @needs_compiler
 def test_an_item_that_fails_is_named(tmp_path, monkeypatch, capsys):
-    build = [sys.executable, str(ROOT / "cuda" / "build.py"), "emu"]
-    library = subprocess.run(build, capture_output=True, text=True, check=True).stdout.split()[-1]
+    library = str(built())
     monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", library)
     monkeypatch.setitem(selftest.TOLERANCE, "float16", 1e-7)  # no rounding is that small
     out = tmp_path / "told.json"
@@ -81,8 +75,7 @@ exec "$@"
 
 @needs_compiler
 def test_deep_runs_the_items_under_each_tool(tmp_path, monkeypatch):
-    build = [sys.executable, str(ROOT / "cuda" / "build.py"), "emu"]
-    library = subprocess.run(build, capture_output=True, text=True, check=True).stdout.split()[-1]
+    library = str(built())
     assert selftest.deep("emu:0").startswith("skipped")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert selftest.deep("cuda:0").startswith("skipped")

@@ -1,7 +1,7 @@
 """An op with its gradient is written in seven places: one is added to a copy of the project, and
 what tests every op tests it there, on the cpu, in the plan and on the emulator.
 
-GLMLORA_DEEP=1 (make test-deep) builds the copy; otherwise the places are only counted."""
+`make test-deep` builds the copy; `make test` only counts the places."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def test_an_op_is_written_in_seven_places(tmp_path):
         assert "tanh_forward" not in (ROOT / name).read_text(), name
 
 
-@pytest.mark.skipif("GLMLORA_DEEP" not in os.environ, reason="deep: every kernel is compiled")
+@pytest.mark.deep
 @pytest.mark.skipif("GLMLORA_SANITIZED" in os.environ, reason="a plain build is tested")
 def test_such_an_op_works(tmp_path):
     ignore = shutil.ignore_patterns("*.so", "__pycache__")

@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from wheels import install
 
 pytest.importorskip("mypy", reason="mypy is not installed")
 pytest.importorskip("pyright", reason="pyright is not installed")
@@ -116,8 +117,7 @@ def installed(wheel, venv):
     """A new environment's interpreter, with the wheel installed and this one's packages behind."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     [site] = venv.glob("lib/python*/site-packages")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    subprocess.run([*pip, "--no-index", "--no-deps", "--target", site, wheel], check=True)
+    install(wheel, site)
     (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")  # NumPy's
     python = venv / "bin/python"
     where = subprocess.run(
