@@ -60,3 +60,4 @@ class Progress:
         reporter = self.config.pluginmanager.getplugin("terminalreporter")
         reporter.ensure_newline()
         reporter.write_line(line)
+        reporter.flush()
