@@ -1,8 +1,8 @@
 """Model directories: weights in one file or in shards with an index, in safetensors or torch's
 form.
 
-Formats stand in safetensors_file.py and torchfile.py, writing rules in files.py; their public
-names are here too.
+Formats stand in safetensors.py and torchfile.py, writing rules in write.py; their public names are
+here too.
 """
 
 from __future__ import annotations

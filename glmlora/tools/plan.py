@@ -35,7 +35,7 @@ from ..training.arguments import FinetuningArguments
 METHODS = (*methods.METHODS, "chat")
 RESERVE = 3 << 28  # 0.75 GiB of a GPU for its context and for what cuBLAS keeps: an estimate
 _THREAD_SCRATCH = 2 << 20  # GLM_SCRATCH in csrc/cpu/pool.h, on a huge page
-_PACKED = 32 << 20  # PACKED in csrc/cpu/cpu.c: operands of products, touched where it is used
+_PACKED = 32 << 20  # PACKED in csrc/cpu/kernels.h: operands of products, touched where it is used
 
 
 class _PlanModel(ChatGLMForConditionalGeneration):
