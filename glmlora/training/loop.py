@@ -22,6 +22,7 @@ from .. import _core
 from ..batch import Encoded, epoch_order, grouped_epoch_order, micro_batches
 from ..files.write import write_text
 from ..model.device import memory_available
+from ..model.parameters import embedding_of
 from .arguments import TrainingArguments
 from .checkpoints import Checkpoints, decisive_facts
 from .evaluation import evaluate_loss, progress, speed
@@ -287,9 +288,9 @@ class Loop:
     @property
     def _flop_weights(self) -> int:
         if not hasattr(self, "_n_weights"):
-            base, embedding = self.trainee.base, "transformer.embedding.word_embeddings.weight"
-            whole = base.num_parameters()
-            self._n_weights = whole - int(np.prod(self.core.shape(embedding), dtype=np.int64))
+            base = self.trainee.base
+            embedding = self.core.shape(embedding_of(base.config))
+            self._n_weights = base.num_parameters() - int(np.prod(embedding, dtype=np.int64))
         return self._n_weights
 
     def _warn_masked(self, rows: np.ndarray) -> None:

@@ -158,8 +158,9 @@ def frozen_but(model: ChatGLMForConditionalGeneration, n_layers: int, part: str)
             f"got {n_layers}"
         )
     blocks = range(total - n_layers, total) if n_layers > 0 else range(-n_layers)
-    inside = {"mlp": "mlp.", "qkv": "self_attention.query_key_value."}[part]
-    starts = tuple(f"transformer.encoder.layers.{i}.{inside}" for i in blocks)
+    names = model.config.tensor_names
+    inside = names["query_key_value"] if part == "qkv" else names["dense_h_to_4h"].split(".")[0]
+    starts = tuple(f"{names['layer'].format(i)}.{inside}." for i in blocks)
     return [n for n in model.base_names() if n.startswith(starts)]
 
 
