@@ -37,10 +37,13 @@ all:
 	$(PIP) --no-build-isolation -e ".[test]"
 	$(IDENTITY) >$@
 
+# as old as the beginning: what is edited while it builds is built by the next one
 build/ready: .venv/ready setup.py $(wildcard csrc/*.[ch] csrc/*/*.[ch] cuda/*.h)
 	$(NEEDS)
+	mkdir -p build
+	touch $@.begun
 	$(BUILD)
-	touch $@
+	mv $@.begun $@
 
 test: all
 	$(BIN)/python -m pytest -n 2 --dist worksteal

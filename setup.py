@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy
@@ -40,13 +41,16 @@ STRICT = [
 
 def compile_one(source, target, words):
     """(source, what the compiler said if it failed). The command is kept beside an object that is
-    complete, and only there."""
+    complete, and only there. The object is as old as the beginning: the next build sees what is
+    edited meanwhile."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         os.remove(target + ".command")
+    begun = time.time()
     ran = subprocess.run(words, stderr=subprocess.PIPE, text=True)
     if ran.returncode:
         return source, ran.stderr
+    os.utime(target, (begun, begun))
     with open(target + ".command", "w") as f:
         f.write("\n".join(words))
     return source, ""
