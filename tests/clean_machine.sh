@@ -80,7 +80,7 @@ $(commands Install)
 $(commands "Try it")
 cat >ten.py <<'TEN'
 $ten
-assert response == "1", response
+assert response == '1', response
 TEN
 python ten.py"
 [ -s "$root/root/glmlora/demo/xfg/confusion.png" ] && [ -s "$root/root/glmlora/paper/submit.csv" ]
