@@ -47,6 +47,14 @@ void glm_rows_layout(struct glm_arena *arena, struct glm_rows *rows, size_t n)
     rows->sequence = glm_arena_push(arena, n, sizeof *rows->sequence);
 }
 
+void glm_results_layout(struct glm_arena *arena, double **squares, void **losses, size_t M,
+                        size_t real_size)
+{
+    char *both = glm_arena_push(arena, sizeof **squares + M * real_size, 1);
+    *squares = (double *)(void *)both;
+    *losses = both ? both + sizeof **squares : NULL;
+}
+
 void glm_staging_layout(const struct glm_model *m, struct glm_arena *host, struct glm_step *s)
 {
     struct glm_staging *h = &s->host;
@@ -57,8 +65,7 @@ void glm_staging_layout(const struct glm_model *m, struct glm_arena *host, struc
     glm_rows_layout(host, &h->prefix, s->prefix.n);
     h->slot = glm_arena_push(host, s->call.cache ? N : 0, sizeof *h->slot);
     h->gather = glm_arena_push(host, M, sizeof *h->gather);
-    h->losses = glm_arena_push(host, M, m->be->real_size); /* neighbours, as on the device */
-    h->squares = glm_arena_push(host, 1, sizeof *h->squares);
+    glm_results_layout(host, &h->squares, &h->losses, M, m->be->real_size);
     h->choices = glm_arena_push(host, draws * M, sizeof *h->choices);
     h->touched = glm_arena_push(host, s->touched_room, sizeof *h->touched);
     h->seen = glm_arena_push(host, draws * V, sizeof *h->seen);

@@ -194,11 +194,15 @@ static double host_loss(const struct glm_model *m, int i)
     return m->be->real == GLM_F64 ? ((const double *)losses)[i] : ((const float *)losses)[i];
 }
 
-/* `bytes` from the losses on, to the host in one download */
-static glm_status fetch_losses(struct glm_model *m, size_t bytes, struct glm_error *err)
+/* Losses, and the sum of squares where it was made, to the host in one download. */
+static glm_status fetch_results(struct glm_model *m, int squares, struct glm_error *err)
 {
     const struct glm_step *s = &m->step;
-    m->be->download(m->be, s->host.losses, s->losses, bytes);
+    const size_t bytes = (size_t)s->M * m->be->real_size;
+    if (squares)
+        m->be->download(m->be, s->host.squares, s->squares, sizeof *s->squares + bytes);
+    else
+        m->be->download(m->be, s->host.losses, s->losses, bytes);
     GLM_TRY(interrupted(m, err));
     for (int i = 0; i < s->M; i++)
         if (!isfinite(host_loss(m, i)))
@@ -223,9 +227,8 @@ glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void 
 {
     GLM_TRY(begin_losses(m, in, &(struct glm_call){.gather = 1}, err));
     GLM_TRY(losses_of(m, 0, err));
-    const size_t bytes = (size_t)m->step.M * m->be->real_size;
-    GLM_TRY(fetch_losses(m, bytes, err));
-    memcpy(losses, m->step.host.losses, bytes);
+    GLM_TRY(fetch_results(m, 0, err));
+    memcpy(losses, m->step.host.losses, (size_t)m->step.M * m->be->real_size);
     return GLM_OK;
 }
 
@@ -278,13 +281,12 @@ glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
     GLM_TRY(begin_losses(m, in, &call, err));
     GLM_TRY(losses_of(m, 1, err));
     if (!be->device_memory) /* it costs nothing to look now */
-        GLM_TRY(fetch_losses(m, (size_t)s->M * be->real_size, err));
+        GLM_TRY(fetch_results(m, 0, err));
     GLM_TRY(layers_backward(m, err));
     if (be->device_memory) { /* the host waits once, and step() needs not wait again */
-        const char *end = (const char *)(s->squares + 1);
         be->ops->sum_squares(be->cx, s->squares, m->block + m->block_size * be->real_size,
                              m->block_size);
-        GLM_TRY(fetch_losses(m, (size_t)(end - (const char *)s->losses), err));
+        GLM_TRY(fetch_results(m, 1, err));
         m->squares = *s->host.squares;
         m->squares_known = 1;
     }

@@ -80,8 +80,8 @@ struct glm_staging {
     struct glm_segment *segments; /* (S) */
     struct glm_rows all, read, prefix;
     int32_t *slot, *gather;
-    void *losses;    /* (M) real and, at the distance they have on the device, */
-    double *squares; /* so that one download brings both */
+    double *squares; /* results, see glm_results_layout */
+    void *losses;
     struct glm_choice *choices;
     int32_t *touched;
     unsigned char *seen; /* (V) scratch of glm_touched_ids */
@@ -126,8 +126,9 @@ struct glm_step {
     struct glm_block_acts *acts;
     void *final, *final_rstd; /* after the final norm (MR, C) */
     void *h; /* (N, 2 F) of the layer at work where the layers keep it rounded, else NULL */
-    void *logits, *losses, *lse; /* a chunk of at most logits_rows rows; all M losses */
-    double *squares;             /* behind the losses: of all gradients together */
+    void *logits, *lse; /* a chunk of at most logits_rows rows; (M) */
+    double *squares;    /* results: of all gradients together .. */
+    void *losses;       /* .. and (M), see glm_results_layout */
     int logits_rows;
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
     /* Inputs of linears, and in their place the gradients on the way up: step.c draws when. */
@@ -225,6 +226,9 @@ void glm_arch_add_weights(struct glm_model *m, const struct glm_names *names);
 glm_status glm_batch_check(const struct glm_model *m, const struct glm_input *in,
                            struct glm_error *err);
 void glm_rows_layout(struct glm_arena *arena, struct glm_rows *rows, size_t n);
+/* The sum of squares and, right behind it, M losses: one download brings both. */
+void glm_results_layout(struct glm_arena *arena, double **squares, void **losses, size_t M,
+                        size_t real_size);
 void glm_staging_layout(const struct glm_model *m, struct glm_arena *host, struct glm_step *s);
 /* Fills the host's arrays for the step's call and uploads them. */
 glm_status glm_batch_upload(struct glm_model *m, const struct glm_input *in, struct glm_error *err);

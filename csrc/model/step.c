@@ -185,8 +185,7 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     const size_t chunk = largest(16, LOGITS_BYTES / (V * real));
     s->logits_rows = (int)(M < chunk ? M : chunk);
     s->logits = glm_arena_push(arena, s->logits_rows * V, real);
-    s->losses = glm_arena_push(arena, M, real); /* neighbours, as in struct glm_staging */
-    s->squares = glm_arena_push(arena, 1, sizeof *s->squares);
+    glm_results_layout(arena, &s->squares, &s->losses, M, real);
     s->chosen = glm_arena_push(arena, s->call.cache ? M : 0, sizeof *s->chosen);
     s->lse = glm_arena_push(arena, M, real);
 
