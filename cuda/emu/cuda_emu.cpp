@@ -92,6 +92,14 @@ static void shadow(Region &r, size_t n)
     r.r1 = (u64 *)vmap(n * 8);
     r.r2 = (u64 *)vmap(n * 8);
 }
+// Who touched what last is told by launch numbers of 14 bits: when they begin again, what earlier
+// launches left would look like the present ones'.
+static void forget_accesses(const Region &r)
+{
+    for (u64 *stamps : {r.w, r.r1, r.r2})
+        if (stamps)
+            madvise(stamps, r.size * 8, MADV_DONTNEED);
+}
 static void clear_shadow(Region &r, size_t n)
 {
     if (!r.size || !n || !g_checked)
@@ -901,7 +909,9 @@ void __attribute__((noinline)) emu_launch(const char *name, const void *id, dim3
         in_kernel = true;
         g_kname = name;
         g_kfun = id;
-        g_launch++;
+        if (!(++g_launch & 0x3fff))
+            for (const Region *r : {&dev, &dyn, &sta})
+                forget_accesses(*r);
         nthr = (int)n;
         emu_bdim = b;
         emu_gdim = g;
