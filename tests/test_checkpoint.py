@@ -6,6 +6,7 @@ Bad files are made by hand here, byte by byte, so that no writer's checks stand 
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -698,6 +699,19 @@ def test_zip64(tmp_path):
         ):
             with archive.open(zipfile.ZipInfo(f"a/{name}"), "w", force_zip64=True) as out:
                 out.write(data)
+    assert read_torch(path)["w"].data[1, 2] == 5
+
+
+def test_zip_without_checksums(tmp_path):
+    """As torch writes it with `torch.utils.serialization.config.save.compute_crc32 = False`."""
+    path = tmp_path / "m.bin"
+    torch_zip(path, state(tensor()))
+    data = bytearray(path.read_bytes())
+    for magic, at in (b"PK\x03\x04", 14), (b"PK\x01\x02", 16):
+        for header in re.finditer(re.escape(magic), bytes(data)):
+            data[header.start() + at : header.start() + at + 4] = bytes(4)
+    path.write_bytes(data)
+    assert all(info.CRC == 0 for info in zipfile.ZipFile(path).infolist())
     assert read_torch(path)["w"].data[1, 2] == 5
 
 
