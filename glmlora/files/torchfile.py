@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .foreign import not_weights
 from .regular import regular
 from .tensor import NUMPY_TYPES, Source, Tensors, short_repr, sources
 from .torchpickle import MAX_PICKLE, STORAGES, Unpickler, check_result
@@ -43,8 +44,9 @@ def read_torch(path: str | os.PathLike) -> Any:
     elif head.lstrip().startswith((b"{", b"[")):
         raise ValueError(f"{path}: is JSON text, not a file of torch.save")
     else:
+        other = not_weights(head)
         raise ValueError(
-            f"{path}: not a file of torch.save (neither a zip nor its older form), or damaged"
+            f"{path}: {other or 'not a file of torch.save (a zip, or its older form), or damaged'}"
         )
     check_result(path, value)
     return value
