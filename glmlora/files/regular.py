@@ -32,7 +32,9 @@ def regular(path: str, flags: int) -> int:
 
     Raises IsADirectoryError, ValueError as `check_regular`, OSError as os.open() does.
     """
-    check_regular(path, os.stat(path).st_mode)  # before it is opened: opening a device may act on it
+    check_regular(
+        path, os.stat(path).st_mode
+    )  # before it is opened: opening a device may act on it
     # It may be another file by now. Without O_NONBLOCK, opening a FIFO waits for a writer.
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
     try:

@@ -13,7 +13,7 @@ from . import device as devices
 from .configuration import ChatGLMConfig
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import parse_dtype
-from .quantization import GROUP_SIZE
+from .quantization import GROUP_SIZE, is_quantized
 
 
 class AutoModel:
@@ -82,8 +82,9 @@ class AutoModel:
         file = directory / "generation_config.json"
         if file.exists():
             model.generation_config = GenerationConfig.from_pretrained(directory, config)
-        if load_in_8bit or load_in_4bit:
-            model.quantize(8 if load_in_8bit else 4, group_size=GROUP_SIZE if load_in_4bit else 0)
+        bits = 8 if load_in_8bit else 4 if load_in_4bit else 0
+        if bits and not is_quantized(config, bits):
+            model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)
         if kind is not None:
             model._cast(kind)
         place = devices.find(device, model.device)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import families
+from ..files.foreign import refuse_quantization
 from ..files.write import model_directory, read_json, write_json
 from .quantization import check_form
 
@@ -67,9 +68,14 @@ _ONLY = {
     "add_bias_linear": False,
     "multi_query_attention": True,
     "original_rope": True,
-    "tie_word_embeddings": False,
 }
-_OWN = ("family", "rope_mode")  # attributes that no config.json has
+_FLAGS = (*_ONLY, "add_qkv_bias", "tie_word_embeddings")
+_OTHER_NAMES = {  # what newer programs call a key
+    "dtype": "torch_dtype",
+    "num_hidden_layers": "num_layers",
+    "vocab_size": "padded_vocab_size",
+}
+_MAY_BE_NULL = ("eos_token_id", "pad_token_id")
 
 
 class ChatGLMConfig:
@@ -111,14 +117,8 @@ class ChatGLMConfig:
     torch_dtype: str | None
 
     def __init__(self, family: str | None = None, rope_mode: str | None = None, **fields: Any):
-        fields = {**DEFAULTS, **fields}
-        projection = fields["prefix_projection"]
-        if isinstance(projection, list | tuple) and len(projection) == 1:
-            fields["prefix_projection"] = projection[
-                0
-            ]  # a stray comma in a published copy made it a tuple
-        self.__dict__.update(fields)
-        self.family = family or families.find(fields)
+        self.__dict__.update(completed(fields))
+        self.family = family or families.find(self.__dict__)
         self._rope_mode = rope_mode
         self.check()
 
@@ -170,12 +170,17 @@ class ChatGLMConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+        for name in _FLAGS:
+            value = getattr(self, name)
+            if value not in (True, False):
+                raise ValueError(f"{name}: expected true or false, got {value!r}")
         for name, only in _ONLY.items():
             value = getattr(self, name)
             if bool(value) != only:
                 raise ValueError(
                     f"{name} {value!r} is not supported by this release, only {only!r}"
                 )
+        refuse_quantization(self.__dict__)
         check_form(self.quantization_bit, self.quantization_group_size)
         if self.get("quantization_embeddings"):
             raise ValueError("quantization_embeddings: only linear layers may be quantized")
@@ -257,6 +262,29 @@ class ChatGLMConfig:
 
     def __repr__(self) -> str:
         return f"ChatGLMConfig(family={self.family!r}, {self.to_dict()})"
+
+
+def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config.json in the form that this package reads, with defaults of the others.
+
+    Other programs write some of them otherwise: null for the default, 28.0 for 28, another name, a
+    list around a value (a stray comma in a published copy made it a tuple, and each save adds one).
+    """
+    found = {
+        k: v
+        for k, v in fields.items()
+        if v is not None or DEFAULTS.get(k) is None or k in _MAY_BE_NULL
+    }
+    for other, name in _OTHER_NAMES.items():
+        if found.get(name) is None and found.get(other) is not None:
+            found[name] = found[other]
+    for name in _SIZES:
+        if isinstance(found.get(name), float) and found[name].is_integer():
+            found[name] = int(found[name])
+    projection = found.get("prefix_projection")
+    while isinstance(projection, list | tuple) and len(projection) == 1:
+        found["prefix_projection"] = projection = projection[0]
+    return {**DEFAULTS, **found}
 
 
 class AutoConfig:

@@ -22,7 +22,7 @@ from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.peft import PeftModel, trainable_line
-from ..model.quantization import GROUP_SIZE
+from ..model.quantization import GROUP_SIZE, is_quantized
 from ..seeds import set_seed
 from ..tokenization import AutoTokenizer
 from . import methods
@@ -387,7 +387,7 @@ def _quantize(base: ChatGLMForConditionalGeneration, bits: int | None, kind: str
     """The base of p_tuning gets THUDM's row-wise form; 4 bits under LoRA the more exact one in
     groups.
     """
-    if bits:
+    if bits and not is_quantized(base.config, bits):
         base.quantize(bits, group_size=GROUP_SIZE if bits == 4 and kind == "lora" else None)
 
 
