@@ -2,8 +2,13 @@
 they are.
 """
 
+import re
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
+import training
 from tiny import TINY_CONFIG, tiny_model_dir, tiny_weights
 
 import glmlora
@@ -27,6 +32,12 @@ IDS = np.arange(3, 15)[None]
 @pytest.fixture
 def directory(tmp_path):
     return tiny_model_dir(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One with a tokenizer."""
+    return Path(training.model_dir(tmp_path, _name_or_path="THUDM/chatglm2-6b"))
 
 
 def load(directory, **options):
@@ -184,6 +195,109 @@ def test_config_values_that_mean_nothing_are_named(directory, fields):
     edit(directory, **fields)
     with pytest.raises(ValueError, match=f"config.json: {next(iter(fields))}: expected"):
         load(directory)
+
+
+# Which family it is
+
+
+def family_of(directory, **options):
+    """(family, the warnings' texts) of a model and, which must agree, of its tokenizer."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = glmlora.AutoConfig.from_pretrained(directory, **options)
+        told = [str(w.message) for w in caught if "family" in str(w.message)]
+        tokenizer = glmlora.AutoTokenizer.from_pretrained(directory, **options)
+    assert tokenizer.family == config.family
+    assert len({w.filename for w in caught} - {__file__}) == 0  # at the user's line
+    return config.family, told
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("THUDM/chatglm2-6b", "v2"),
+        ("/mnt/chatglm3_finetune/chatglm2-6b", "v2"),
+        ("/root/ChatGLM2-6B/THUDM/chatglm3-6b/", "v3"),
+        ("/root/glm4-work/chatglm3-6b", "v3"),
+        ("F:\\ChatGLM2\\chatglm3-6b-32k", "v3"),
+        ("/cache/models--THUDM--chatglm3-6b/snapshots/0f1e2d", "v3"),
+        ("THUDM/codegeex2-6b", "v2"),
+        ("me/chatglm3-6b-4bit", "v3"),
+    ],
+)
+def test_the_last_part_of_the_name_decides(folder, name, family):
+    edit(folder, _name_or_path=name)
+    assert family_of(folder) == (family, [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "file", "text", "family"),
+    [
+        ({}, "tokenizer_config.json", '{"chat_template": "<|assistant|>"}', "v3"),
+        ({}, "tokenizer_config.json", '{"name_or_path": "/x/chatglm3-6b"}', "v3"),
+        ({}, "tokenization_chatglm.py", 'special = ["<|user|>", "<|assistant|>"]', "v3"),
+        ({}, "tokenization_chatglm.py", 'prompt += "[Round {}]"', "v2"),
+        ({}, "chat_template.jinja", "{{ '<|assistant|>' }}", "v3"),
+        ({"glmlora_family": "v3"}, "config2.json", "", "v3"),
+        ({"_name_or_path": "glmlora/glm-tiny"}, "config2.json", "", "v2"),
+    ],
+)
+def test_other_evidence_of_the_family(folder, fields, file, text, family):
+    edit(folder, **{"_name_or_path": "/data/chatglm3/my-model", **fields})
+    (folder / file).write_text(text)
+    assert family_of(folder) == (family, [])
+
+
+def test_the_directory_names_the_family(folder):
+    edit(folder, _name_or_path="")
+    assert family_of(folder.rename(folder.parent / "chatglm3-6b")) == ("v3", [])
+
+
+def test_a_guess_is_told(folder):
+    edit(folder, _name_or_path="/data/chatglm2-to-chatglm3/merged")
+    family, told = family_of(folder)
+    assert family == "v2" and len(told) == 1
+    assert re.search('a guess: .*ChatGLM3.* Say family="v2" or family="v3"', told[0])
+    assert family_of(folder, family="v3") == ("v3", [])
+    # what was said is kept
+    glmlora.AutoConfig.from_pretrained(folder, family="chatglm3").save_pretrained(folder)
+    assert family_of(folder) == ("v3", [])
+    config = glmlora.AutoConfig.from_pretrained(folder, family="v2", rope_ratio=2, rope_mode="base")
+    config.save_pretrained(folder)
+    assert glmlora.AutoConfig.from_pretrained(folder).rope_mode == "base"
+    (folder / "config.json").rename(folder / "else.json")
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(folder, family="v2")
+    tokenizer.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert glmlora.AutoTokenizer.from_pretrained(folder).family == "v2"
+
+
+def test_evidence_that_disagrees_is_told(folder):
+    edit(folder, _name_or_path="THUDM/chatglm2-6b")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "<|assistant|>"}')
+    family, told = family_of(folder)
+    assert family == "v2" and len(told) == 1
+    assert "'THUDM/chatglm2-6b' in config.json says ChatGLM2" in told[0]
+    assert "tokenizer_config.json says ChatGLM3: taken as ChatGLM2" in told[0]
+    with pytest.raises(ValueError, match=r"one of v2 v3 g4.*did you mean 'chatglm3'"):
+        glmlora.AutoConfig.from_pretrained(folder, family="chatgml3")
+    with pytest.raises(ValueError, match="one of v2 v3 g4, got 'v9'"):
+        load(folder, family="v9")
+
+
+def test_a_tokenizer_of_another_model(folder, tmp_path):
+    model = load(folder)
+    settings = {"history": [], "max_length": 60, "do_sample": False}
+    other = glmlora.AutoTokenizer.from_pretrained(folder, family="v3")
+    with pytest.warns(UserWarning, match="tokenizer is of family ChatGLM3, the model of ChatGLM2"):
+        model.chat(other, "hello", **settings)
+    small = load(tiny_model_dir(tmp_path / "small"))
+    match = f"tokenizer: has {len(other)} ids, the model's vocabulary has 96"
+    with pytest.raises(ValueError, match=match):
+        small.chat(other, "hello", **settings)
+    with pytest.raises(ValueError, match=match):
+        training.run(small, tmp_path / "out", tokenizer=other)
 
 
 # What is not read

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from .. import families
 from ..files.checkpoint import load_checkpoint
 from ..files.write import model_directory
 from ..generation.config import GenerationConfig
@@ -66,11 +67,11 @@ class AutoModel:
         directory = model_directory(path)
         kind = parse_dtype(torch_dtype if dtype is None else dtype)
         if config is None:
-            config = ChatGLMConfig.from_pretrained(directory)
+            config = ChatGLMConfig.from_pretrained(directory, family=family)
         elif not isinstance(config, ChatGLMConfig):
             raise TypeError(f"config: expected a ChatGLMConfig, got {type(config).__name__}")
         if family is not None:
-            config.family = family
+            config.family = families.of(family).name
         if rope_mode is not None:
             config.rope_mode = rope_mode
         tensors = load_checkpoint(directory, wrap=_progress)

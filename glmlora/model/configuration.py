@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import families
+from ..families import recognition
 from ..files.foreign import refuse_quantization
 from ..files.write import model_directory, read_json, write_json
 from .quantization import check_form
@@ -75,6 +76,9 @@ _OTHER_NAMES = {  # what newer programs call a key
     "num_hidden_layers": "num_layers",
     "vocab_size": "padded_vocab_size",
 }
+# What only this package writes: what users said when they opened the model, and config.json lacks.
+OWN_ROPE_MODE = "glmlora_rope_mode"
+OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
 _MAY_BE_NULL = ("eos_token_id", "pad_token_id")
 
 
@@ -117,8 +121,11 @@ class ChatGLMConfig:
     torch_dtype: str | None
 
     def __init__(self, family: str | None = None, rope_mode: str | None = None, **fields: Any):
-        self.__dict__.update(completed(fields))
-        self.family = family or families.find(self.__dict__)
+        fields = completed(fields)
+        rope_mode = fields.pop(OWN_ROPE_MODE, None) if rope_mode is None else rope_mode
+        own = family or recognition.find(fields)
+        self.__dict__.update({k: v for k, v in fields.items() if k not in OWN_KEYS})
+        self.family = own
         self._rope_mode = rope_mode
         self.check()
 
@@ -158,7 +165,9 @@ class ChatGLMConfig:
         fields.update(overrides)
         try:
             if family is None:
-                family = families.find(fields, directory)
+                family = recognition.find(fields, directory, tokenizer_fields(directory))
+            else:
+                family = families.of(family).name
             return cls(family=family, rope_mode=rope_mode, **fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
@@ -254,6 +263,10 @@ class ChatGLMConfig:
         for name in ("rope_ratio", "quantization_bit", "torch_dtype"):
             if fields[name] == DEFAULTS[name]:
                 del fields[name]
+        if not recognition.tells(fields, self.family):
+            fields[recognition.OWN_KEY] = self.family
+        if self._rope_mode is not None:
+            fields[OWN_ROPE_MODE] = self._rope_mode
         write_json(Path(directory) / "config.json", fields)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -262,6 +275,16 @@ class ChatGLMConfig:
 
     def __repr__(self) -> str:
         return f"ChatGLMConfig(family={self.family!r}, {self.to_dict()})"
+
+
+def tokenizer_fields(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a directory, {} where there is none that can be read: a model opens
+    without, and who opens the tokenizer is told.
+    """
+    try:
+        return read_json(directory / "tokenizer_config.json", dict)
+    except (OSError, ValueError):
+        return {}
 
 
 def completed(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import _core, families
 from ..batch import split_dev
+from ..families import recognition
 from ..files.rows import read_rows
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
@@ -380,6 +381,8 @@ def _load(model_or_path: Any, tokenizer: Any, args: ModelArguments) -> tuple[Any
         )
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or place, family=family)
+    config = methods.unwrapped(model).config
+    recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
     return model, tokenizer
 
 
