@@ -19,6 +19,7 @@ import numpy as np
 from . import families
 from .families import prompt as prompts
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
+from .files.regular import read_bytes
 from .files.write import atomic_file, model_directory, read_json, refuse_lfs_pointer, write_json
 
 ROLE_TOKEN = re.compile(r"<\|(?:system|user|assistant|observation)\|>")
@@ -132,7 +133,7 @@ class ChatGLMTokenizer:
         self.name_or_path = os.path.dirname(self.vocab_file)
         self._config = dict(config or {})
         self._tokens_map = dict(tokens_map or {})
-        self._model = Path(vocab_file).read_bytes()
+        self._model = read_bytes(vocab_file)
         self._open_model()
 
     def _open_model(self) -> None:
@@ -586,11 +587,11 @@ class AutoTokenizer:
         """
         directory = model_directory(path)
         vocabulary = directory / VOCABULARY
-        if not vocabulary.is_file():
+        if not vocabulary.exists():
             hints = [f"; {hint}" for name, hint in OTHERS.items() if (directory / name).is_file()]
             raise FileNotFoundError(f"{directory}: has no {VOCABULARY}{''.join(hints)}")
         config, tokens_map = (
-            read_json(directory / name, dict) if (directory / name).is_file() else {}
+            read_json(directory / name, dict) if (directory / name).exists() else {}
             for name in (CONFIG, TOKENS_MAP)
         )
         tokenizer = ChatGLMTokenizer(
@@ -625,7 +626,7 @@ def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
     if named in known:
         return named.name
     config = directory / "config.json"
-    return families.find(read_json(config, dict) if config.is_file() else {}, directory)
+    return families.find(read_json(config, dict) if config.exists() else {}, directory)
 
 
 # Streaming

@@ -130,7 +130,7 @@ def _load_shards(directory: Path, index_name: str, wrap) -> dict[str, Tensor]:
             )
         wanted.setdefault(file, []).append(name)
     for file in wanted:
-        if not (directory / file).is_file():
+        if not (directory / file).exists():
             raise FileNotFoundError(
                 f"{directory / file}: missing; {index_name} names it for {len(wanted[file])} "
                 "tensors"

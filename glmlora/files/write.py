@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+from .regular import read_bytes, regular
 
 LFS_POINTER = b"version https://git-lfs"
 LFS_POINTER_MAX = 1024  # bytes; pointers have about 130
@@ -163,7 +164,7 @@ def read_json(path: str | os.PathLike, expect: type | None = None) -> Any:
     and the byte of text that is not UTF-8, the line and column of text that is not JSON, or the
     kind of value found.
     """
-    data = Path(path).read_bytes()
+    data = read_bytes(path)
     refuse_lfs_pointer(path, data)
     mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     try:
@@ -214,11 +215,7 @@ def map_file(path: str | os.PathLike) -> np.ndarray:
     """
     import mmap
 
-    if stat.S_ISDIR(os.stat(path).st_mode):
-        raise IsADirectoryError(f"{path}: is a directory, expected a file")
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{path}: is not a regular file")
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise ValueError(f"{path}: file is empty")

@@ -184,7 +184,7 @@ class LoraConfig:
     def from_pretrained(cls, path: str | os.PathLike[str]) -> LoraConfig:
         """Read `path/adapter_config.json`. ValueError naming a field that is not supported."""
         file = Path(path) / CONFIG
-        if not file.is_file():
+        if not file.exists():
             raise ValueError(
                 f"Can't find {CONFIG!r} at {os.fspath(path)!r}: {_what_is_there(Path(path))}"
             )
@@ -400,7 +400,7 @@ def fresh_adapter(
 def read_adapter(
     model: ChatGLMForConditionalGeneration, directory: Path, config: LoraConfig
 ) -> Adapter:
-    files = [directory / name for name in (SAFETENSORS, TORCH) if (directory / name).is_file()]
+    files = [directory / name for name in (SAFETENSORS, TORCH) if (directory / name).exists()]
     if not files:
         raise ValueError(f"{directory}: found neither {SAFETENSORS} nor {TORCH}")
     try:

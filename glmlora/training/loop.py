@@ -20,6 +20,7 @@ import numpy as np
 
 from .. import _core
 from ..batch import Encoded, epoch_order, grouped_epoch_order, micro_batches
+from ..files.regular import read_text
 from ..files.write import write_text
 from ..model.device import memory_available
 from ..model.parameters import embedding_of
@@ -353,7 +354,7 @@ class Loop:
             path.unlink(missing_ok=True)
         elif path.is_file():
             last, kept = self.state.global_step, []
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in read_text(path, errors="replace").splitlines():
                 try:
                     if json.loads(line)["current_steps"] <= last:
                         kept.append(line + "\n")
