@@ -22,12 +22,14 @@ from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
 from .files.regular import read_bytes
 from .files.write import atomic_file, model_directory, read_json, refuse_lfs_pointer, write_json
+from .interrupts import interruptible
 
 ROLE_TOKEN = re.compile(r"<\|(?:system|user|assistant|observation)\|>")
 VOCABULARY = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 DUMMY_SPACE = "\u2581"
+LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
 GUARD = "\x00"  # stands for earlier text when a later part is decoded alone; no piece is called so
 
 
@@ -268,7 +270,9 @@ class ChatGLMTokenizer:
             ) from None
         except AttributeError:
             raise TypeError(f"text: expected str, got {type(text).__name__}") from None
-        return self._sp.encode_as_ids(text)
+        if len(text) < LONG_TEXT:
+            return self._sp.encode_as_ids(text)
+        return interruptible(self._sp.encode_as_ids, text)
 
     def text_offsets(self, text: str) -> list[int]:
         """For every id of `text_ids(text)` the index of the character where it begins."""

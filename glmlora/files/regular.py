@@ -1,4 +1,4 @@
-"""Only regular files are read: a FIFO, a terminal or a device would be waited for, without an end."""
+"""Only regular files are read: one would wait for a FIFO, a terminal or a device for ever."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ def regular(path: str, flags: int) -> int:
 
     Raises IsADirectoryError, ValueError as `check_regular`, OSError as os.open() does.
     """
-    check_regular(
-        path, os.stat(path).st_mode
-    )  # before it is opened: opening a device may act on it
+    # Before it is opened: opening a device may already act on it.
+    check_regular(path, os.stat(path).st_mode)
     # It may be another file by now. Without O_NONBLOCK, opening a FIFO waits for a writer.
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
     try:

@@ -27,6 +27,7 @@ from ..files.checkpoint import (
     write_safetensors,
     write_torch,
 )
+from ..files.staging import staged
 from ..seeds import generator
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import PEFT_PREFIX, layers_of
@@ -450,9 +451,7 @@ def read_adapter(
 
 
 def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -> None:
-    """The two files of an adapter. The tensors come first: a config without its tensors is never
-    left by a failure.
-    """
+    """The two files of an adapter."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, (A, B) in adapter.tensors.items():
@@ -463,6 +462,7 @@ def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -
         fields["target_modules"] = sorted({_leaf(m) for m in adapter.targets})
     write = write_safetensors if safe_serialization else write_torch
     file, other = (SAFETENSORS, TORCH) if safe_serialization else (TORCH, SAFETENSORS)
-    write(directory / file, tensors)
-    write_json(directory / CONFIG, fields)
-    (directory / other).unlink(missing_ok=True)  # readers would find an older one first
+    # Together or not at all; readers would find an older one of the other form first.
+    with staged(directory, stale=re.compile(re.escape(other))) as new:
+        write(new / file, tensors)
+        write_json(new / CONFIG, fields)

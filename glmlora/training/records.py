@@ -18,6 +18,7 @@ import numpy as np
 
 from ..batch import IGNORED, Encoded
 from ..families import prompt as prompts
+from ..files.regular import read_bytes
 from ..files.rows import EXTENSIONS, read_rows
 from ..files.regular import read_bytes
 from ..files.write import read_json
