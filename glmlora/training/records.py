@@ -20,7 +20,6 @@ from ..batch import IGNORED, Encoded
 from ..families import prompt as prompts
 from ..files.regular import read_bytes
 from ..files.rows import EXTENSIONS, read_rows
-from ..files.regular import read_bytes
 from ..files.write import read_json
 from ..model.configuration import ChatGLMConfig
 from .arguments import DataArguments
