@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ from .parameters import (
 )
 from .quantization import SCALE, QuantizedTensor, check_form, drop_pages, is_quantized, join
 from .quantization import quantize as quantize_tensor
+from .saving import Opened, write_beside
 
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
 # out of which the weights are read again and again, need some.
@@ -137,6 +139,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.active_adapter_name = "default"
         self._dropout_key = seeds.next_key()
         self.generation_config = GenerationConfig.from_model_config(config)
+        self.opened = Opened(None, {}, self.generation_config)
         self.transformer = Transformer(self)
         self.has_prefix = False
         self.prefix_is_fresh = False
@@ -481,8 +484,10 @@ class ChatGLMForConditionalGeneration(_Casts):
         safe_serialization: bool = True,
         max_shard_size: int | str = "10GB",
     ) -> None:
-        """Write config.json and the base weights (and a prefix, if there is one) as a model
-        directory, atomically.
+        """Write the base weights (and a prefix, if there is one) as a whole model directory,
+        atomically: with config.json, generation_config.json, and the small files of the directory
+        that was opened (tokenizer, template, licence, code that `auto_map` names) that are not
+        there yet.
 
         LoRA tensors are not among them: PeftModel.save_pretrained writes those, merge_and_unload()
         folds them in. Raises OSError naming the file.
@@ -503,8 +508,13 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.config.torch_dtype = self.dtype
         if self.config.get("dtype") is not None:  # the key's newer name
             self.config.dtype = self.dtype
-        self.config.save_pretrained(directory)
-        save_sharded(directory, listed, max_shard_size, safetensors=safe_serialization)
+        save_sharded(
+            directory,
+            listed,
+            max_shard_size,
+            safetensors=safe_serialization,
+            beside=lambda new: write_beside(self, new, Path(directory)),
+        )
 
     # What is trained
 

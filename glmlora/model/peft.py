@@ -29,7 +29,7 @@ from .adapter import (
     read_adapter,
     write_adapter,
 )
-from .configuration import ChatGLMConfig
+from .configuration import ChatGLMConfig, innermost
 from .device import Device
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
@@ -40,7 +40,9 @@ from .parameters import (
     is_lora,
     prefix_of,
     prefix_shapes,
+    without_wrappers,
 )
+from .saving import write_beside
 
 Base = ChatGLMForConditionalGeneration
 P = ParamSpec("P")
@@ -403,8 +405,12 @@ def save_prefix(
     read = model.core.read
     names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
     Path(directory).mkdir(parents=True, exist_ok=True)
-    save_sharded(directory, {n: read(n) for n in names}, safetensors=False)
-    model.config.save_pretrained(directory)
+    save_sharded(
+        directory,
+        {n: read(n) for n in names},
+        safetensors=False,
+        beside=lambda new: write_beside(model, new, Path(directory)),
+    )
 
 
 def load_prefix(
@@ -420,9 +426,9 @@ def load_prefix(
     file = directory / "config.json"
     fields = read_json(file, dict) if file.exists() else {}
     arrays = {
-        n.removeprefix(start): np.ascontiguousarray(a, np.float32)
+        plain.removeprefix(start): np.ascontiguousarray(a, np.float32)
         for n, a in load_state_dict(directory).items()
-        if n.startswith(start)
+        if (plain := without_wrappers(n)).startswith(start)
     }
     if "embedding.weight" not in arrays:
         raise ValueError(
@@ -430,8 +436,7 @@ def load_prefix(
         )
     length = fields.get("pre_seq_len") or arrays["embedding.weight"].shape[0]
     projection = fields.get("prefix_projection", "trans.0.weight" in arrays)
-    if isinstance(projection, list) and len(projection) == 1:
-        projection = projection[0]
+    projection = innermost(projection)
     config = base.config
     if base.has_prefix and config.pre_seq_len != length:
         raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..files.checkpoint import load_state_dict
+from ..files.staging import staged
 from ..files.torchfile import write_torch
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.parameters import PEFT_PREFIX, is_lora, prefix_of
@@ -28,6 +29,7 @@ from ..model.peft import (
     load_prefix,
     save_prefix,
 )
+from ..model.saving import write_beside
 from .arguments import FinetuningArguments
 
 Model = ChatGLMForConditionalGeneration | PeftModel
@@ -69,8 +71,9 @@ class Trainee:
         else:
             core = self.base.core
             listed = [(n, "F32", core.shape(n), lambda n=n: core.read(n)) for n in self.names]
-            write_torch(directory / "pytorch_model.bin", listed)
-            self.base.config.save_pretrained(directory)
+            with staged(directory) as new:
+                write_torch(new / "pytorch_model.bin", listed)
+                write_beside(self.base, new, directory)
         self.tokenizer.save_pretrained(directory)
 
     def load(self, directory: str | os.PathLike) -> None:
