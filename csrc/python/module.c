@@ -34,7 +34,7 @@ static PyObject *cpu_variants(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(i
 
 static PyObject *op_table(PyObject *module, PyObject *arg)
 {
-    const char *name = PyUnicode_AsUTF8(arg);
+    const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
     if (!name)
         return NULL;
     struct glm_backend *be = glm_module_backend(PyModule_GetState(module), name);
@@ -85,7 +85,7 @@ static PyObject *op_signatures(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(
 
 static PyObject *backend_name(PyObject *Py_UNUSED(module), PyObject *arg)
 {
-    const char *name = PyUnicode_AsUTF8(arg);
+    const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
     char full[64];
     if (!name)
         return NULL;
@@ -96,7 +96,7 @@ static PyObject *backend_name(PyObject *Py_UNUSED(module), PyObject *arg)
 /* {"count": 0, "why": ..} or what struct glm_device holds */
 static PyObject *device_info(PyObject *Py_UNUSED(module), PyObject *arg)
 {
-    const char *name = PyUnicode_AsUTF8(arg);
+    const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
     struct glm_device d;
     struct glm_error err;
     if (!name)
