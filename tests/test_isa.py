@@ -29,6 +29,24 @@ def test_the_bars_hold_on(isa):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
+FLAGS = {  # as Linux names them
+    "avx512bf16": "avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni avx512vbmi".split(),
+    "avx512": "avx512f avx512bw avx512vl avx512dq".split(),
+    "avx2": "avx2 fma f16c".split(),
+    "generic": [],
+}
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo")
+def test_the_sets_are_those_that_the_system_names():
+    """Whatever compiler built the core: what it finds itself is what the kernel lists, which leaves
+    out sets whose registers it does not save."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    sets = [name for name, needed in FLAGS.items() if set(needed) <= set(flags)]
+    assert _core.cpu_variants().split(",") == sets
+
+
 MODEL = """
 import sys
 from glmlora import _core

@@ -56,36 +56,50 @@ static void cpu_destroy(struct glm_backend *be)
     free(cpu);
 }
 
+/* Which kernels this processor runs and the system keeps the registers of, asked of both directly:
+ * __builtin_cpu_supports asks the compiler's runtime library, which says "none" where zig links. */
+#if defined(__x86_64__)
+enum register_file { YMM = 0x06, ZMM = 0xe6 }; /* bits of XCR0 */
+
+static int saved(enum register_file registers)
+{
+    unsigned a, b, c, d, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
+        return 0;
+    __asm__("xgetbv" : "=a"(a), "=d"(high) : "c"(0));
+    return (a & registers) == registers;
+}
+
+enum answer { EAX, EBX, ECX };
+
+static int has(unsigned leaf, unsigned subleaf, enum answer which, unsigned bits)
+{
+    unsigned r[4];
+    return __get_cpuid_count(leaf, subleaf, &r[0], &r[1], &r[2], &r[3]) &&
+           (r[which] & bits) == bits;
+}
+
 static int runs_avx2(void)
 {
-#if defined(__x86_64__)
-    unsigned a, b, c, d;
-    const int f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C; /* clang's builtin lacks it */
-    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return 0;
-#endif
+    return saved(YMM) && has(1, 0, ECX, bit_FMA | bit_F16C) && has(7, 0, EBX, bit_AVX2);
 }
 
 static int runs_avx512(void)
 {
-#if defined(__x86_64__)
-    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-    return 0;
-#endif
+    return runs_avx2() && saved(ZMM) &&
+           has(7, 0, EBX, bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ);
 }
 
 static int runs_avx512bf16(void)
 {
-#if defined(__x86_64__)
-    return runs_avx512() && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-#else
-    return 0;
-#endif
+    return runs_avx512() && has(7, 0, ECX, bit_AVX512VNNI | bit_AVX512VBMI) &&
+           has(7, 1, EAX, bit_AVX512BF16);
 }
+#else
+static int runs_avx2(void) { return 0; }
+static int runs_avx512(void) { return 0; }
+static int runs_avx512bf16(void) { return 0; }
+#endif
 
 static int runs_generic(void) { return 1; }
 
