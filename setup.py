@@ -87,6 +87,24 @@ def up_to_date(target, words):
         return False
 
 
+def without_what_the_compiler_lacks(sources, compiler):
+    """The sources less the kernels of instruction sets that the compiler does not know, which is
+    told; the module tells it too (`glmlora doctor`, and when a model is loaded)."""
+    kept = list(sources)
+    for suffix, flags in SUFFIX_FLAGS.items():
+        words = [*compiler, *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
+        left = [source for source in sources if source.endswith(suffix)]
+        if suffix == "_generic.c" or not left or not subprocess.run(words).returncode:
+            continue
+        kept = [source for source in kept if source not in left]
+        print(
+            f"WARNING: {compiler[0]} does not take {' '.join(flags)}: built without {left[0]}; "
+            "processors that have this set compute slower. A newer gcc or clang has it (CC=..)",
+            file=sys.stderr,
+        )
+    return kept
+
+
 class BuildPerFile(build_ext):
     """build_ext that adds flags by file suffix and compiles in parallel what changed: a file is
     compiled again when it or a header it includes (the compiler lists them beside the object) is
@@ -97,6 +115,8 @@ class BuildPerFile(build_ext):
         if not sanitize:  # pip would give a folder of its own to every editable build
             tag = f"{sys.implementation.cache_tag}{sys.abiflags}-{PLATFORM}"
             self.build_temp = os.path.join("build", "objects", tag)
+        [ext] = self.extensions
+        ext.sources = without_what_the_compiler_lacks(ext.sources, self.compiler.compiler_so)
         jobs = []
 
         def collect(obj, src, ext, cc_args, extra, pp_opts):

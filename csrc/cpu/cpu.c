@@ -95,21 +95,9 @@ static int runs_avx512bf16(void)
     return runs_avx512() && has(7, 0, ECX, bit_AVX512VNNI | bit_AVX512VBMI) &&
            has(7, 1, EAX, bit_AVX512BF16);
 }
-#else
-static int runs_avx2(void) { return 0; }
-static int runs_avx512(void) { return 0; }
-static int runs_avx512bf16(void) { return 0; }
 #endif
 
 static int runs_generic(void) { return 1; }
-
-const char *glm_cpu_variants(void)
-{
-    return runs_avx512bf16() ? "avx512bf16,avx512,avx2,generic"
-           : runs_avx512()   ? "avx512,avx2,generic"
-           : runs_avx2()     ? "avx2,generic"
-                             : "generic";
-}
 
 static const struct isa {
     const char *name;
@@ -125,22 +113,44 @@ static const struct isa {
     {"generic", &glm_cpu_ops_generic, runs_generic, 0},
 };
 
-/* NULL: there is none of that name, or this processor does not run it. */
+enum { N_ISAS = sizeof isas / sizeof isas[0] };
+
+int glm_cpu_variant(int i, struct glm_cpu_variant *out)
+{
+    if (i < 0 || i >= N_ISAS)
+        return 0;
+    *out = (struct glm_cpu_variant){isas[i].name, isas[i].ops != NULL, isas[i].runs()};
+    return 1;
+}
+
+const char *glm_cpu_variants(char out[64])
+{
+    struct glm_cpu_variant set;
+    *out = 0;
+    for (int i = 0; glm_cpu_variant(i, &set); i++)
+        if (set.compiled && set.runs)
+            snprintf(out + strlen(out), 64 - strlen(out), "%s%s", *out ? "," : "", set.name);
+    return out;
+}
+
+/* NULL: there is none of that name in this build, or this processor does not run it. */
 static const struct isa *isa_of(const char *name, size_t length)
 {
-    for (size_t i = 0; i < sizeof isas / sizeof isas[0]; i++)
+    for (int i = 0; i < N_ISAS; i++)
         if (strlen(isas[i].name) == length && strncmp(isas[i].name, name, length) == 0)
-            return isas[i].runs() ? &isas[i] : NULL;
+            return isas[i].ops && isas[i].runs() ? &isas[i] : NULL;
     return NULL;
 }
 
 glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm_error *err)
 {
+    char sets[64];
     const char *from = name[3] == ':' ? name + 4 : "", *type = strchr(name, '/');
     const struct isa *isa = isa_of(from, type ? (size_t)(type - from) : strlen(from));
     if (!isa)
-        return glm_fail(err, GLM_EVALUE, "backend '%s': this processor runs %s", name,
-                        glm_cpu_variants());
+        return glm_fail(err, GLM_EVALUE,
+                        "backend '%s': this processor runs %s of what this build has", name,
+                        glm_cpu_variants(sets));
     const enum glm_dtype compute = !type || strcmp(type, "/float32") == 0 ? GLM_F32
                                    : strcmp(type, "/bfloat16") == 0       ? GLM_BF16
                                    : strcmp(type, "/int8") == 0           ? GLM_I8
@@ -152,7 +162,7 @@ glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm
         return glm_fail(err, GLM_EVALUE,
                         "backend '%s': these kernels multiply in float32; bfloat16 and int8 need "
                         "avx512bf16, this processor runs %s",
-                        name, glm_cpu_variants());
+                        name, glm_cpu_variants(sets));
     struct cpu *cpu = calloc(1, sizeof *cpu);
     if (cpu) {
         cpu->pool = glm_pool_create();

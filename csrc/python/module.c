@@ -29,7 +29,22 @@ static PyObject *get_num_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
 
 static PyObject *cpu_variants(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
-    return PyUnicode_FromString(glm_cpu_variants());
+    char sets[64];
+    return PyUnicode_FromString(glm_cpu_variants(sets));
+}
+
+static PyObject *cpu_kernels(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    PyObject *dict = PyDict_New();
+    struct glm_cpu_variant set;
+    for (int i = 0; dict && glm_cpu_variant(i, &set); i++) {
+        PyObject *pair =
+            PyTuple_Pack(2, set.compiled ? Py_True : Py_False, set.runs ? Py_True : Py_False);
+        if (!pair || PyDict_SetItemString(dict, set.name, pair) < 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(pair);
+    }
+    return dict;
 }
 
 static PyObject *op_table(PyObject *module, PyObject *arg)
@@ -227,6 +242,8 @@ static PyMethodDef functions[] = {
     {"get_num_threads", get_num_threads, METH_NOARGS, "Threads that ops use."},
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "Instruction sets this processor runs, best first."},
+    {"cpu_kernels", cpu_kernels, METH_NOARGS,
+     "Every instruction set: whether it is compiled, whether this processor runs it."},
     {"op_table", op_table, METH_O, "Addresses of a backend's functions, for tests."},
     {"op_signatures", op_signatures, METH_NOARGS, "Parameters of every op, for tests."},
     {NULL, NULL, 0, NULL},
