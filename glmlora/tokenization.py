@@ -19,13 +19,16 @@ import numpy as np
 from . import families
 from .families import prompt as prompts
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
+from .files.regular import read_bytes
 from .files.write import atomic_file, model_directory, read_json, refuse_lfs_pointer, write_json
+from .interrupts import interruptible
 
 ROLE_TOKEN = re.compile(r"<\|(?:system|user|assistant|observation)\|>")
 VOCABULARY = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 DUMMY_SPACE = "\u2581"
+LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
 GUARD = "\x00"  # stands for earlier text when a later part is decoded alone; no piece is called so
 
 
@@ -132,7 +135,7 @@ class ChatGLMTokenizer:
         self.name_or_path = os.path.dirname(self.vocab_file)
         self._config = dict(config or {})
         self._tokens_map = dict(tokens_map or {})
-        self._model = Path(vocab_file).read_bytes()
+        self._model = read_bytes(vocab_file)
         self._open_model()
 
     def _open_model(self) -> None:
@@ -266,7 +269,9 @@ class ChatGLMTokenizer:
             ) from None
         except AttributeError:
             raise TypeError(f"text: expected str, got {type(text).__name__}") from None
-        return self._sp.encode_as_ids(text)
+        if len(text) < LONG_TEXT:
+            return self._sp.encode_as_ids(text)
+        return interruptible(self._sp.encode_as_ids, text)
 
     def text_offsets(self, text: str) -> list[int]:
         """For every id of `text_ids(text)` the index of the character where it begins."""
@@ -586,11 +591,11 @@ class AutoTokenizer:
         """
         directory = model_directory(path)
         vocabulary = directory / VOCABULARY
-        if not vocabulary.is_file():
+        if not vocabulary.exists():
             hints = [f"; {hint}" for name, hint in OTHERS.items() if (directory / name).is_file()]
             raise FileNotFoundError(f"{directory}: has no {VOCABULARY}{''.join(hints)}")
         config, tokens_map = (
-            read_json(directory / name, dict) if (directory / name).is_file() else {}
+            read_json(directory / name, dict) if (directory / name).exists() else {}
             for name in (CONFIG, TOKENS_MAP)
         )
         tokenizer = ChatGLMTokenizer(
@@ -625,7 +630,7 @@ def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
     if named in known:
         return named.name
     config = directory / "config.json"
-    return families.find(read_json(config, dict) if config.is_file() else {}, directory)
+    return families.find(read_json(config, dict) if config.exists() else {}, directory)
 
 
 # Streaming

@@ -424,7 +424,7 @@ def test_not_a_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_torch(tmp_path / "none")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="not a regular file"):
+    with pytest.raises(ValueError, match="a regular file"):
         read_safetensors(tmp_path / "pipe")
 
 
@@ -1021,19 +1021,6 @@ def test_atomic_directory(tmp_path):
     write_text(tmp_path / "file", "")
     with pytest.raises(NotADirectoryError, match="is a file"), atomic_directory(tmp_path / "file"):
         pass
-
-
-def test_atomic_directory_after_a_kill(tmp_path):
-    """Left by a killed process: a half-filled new folder, or the old one moved aside."""
-    path = tmp_path / "best"
-    for left in ".best.tmp", ".best.old.tmp":
-        (tmp_path / left).mkdir()
-    (tmp_path / ".best.old.tmp" / "old").write_text("kept")
-    (tmp_path / ".best.tmp" / "half").write_text("")
-    with pytest.raises(RuntimeError), atomic_directory(path) as folder:
-        assert os.listdir(folder) == []
-        raise RuntimeError
-    assert os.listdir(path) == ["old"] and os.listdir(tmp_path) == ["best"]
 
 
 def test_a_large_file_opens_without_being_read(tmp_path):

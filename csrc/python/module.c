@@ -134,9 +134,9 @@ static PyObject *lr_factor(PyObject *Py_UNUSED(module), PyObject *args, PyObject
 {
     static char *names[] = {"kind", "step", "warmup_steps", "total_steps", "learning_rate", NULL};
     const char *kind;
-    int step, warmup, total;
+    long long step, warmup, total;
     double lr = 5e-5;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "siii|d", names, &kind, &step, &warmup, &total,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sLLL|d", names, &kind, &step, &warmup, &total,
                                      &lr))
         return NULL;
     const double factor = glm_lr_factor(kind, step, warmup, total, lr);

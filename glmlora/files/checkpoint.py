@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .safetensors import read_safetensors, write_safetensors
+from .staging import staged
 from .tensor import Source, Tensor, Tensors, short_repr, sources, to_bf16
 from .torchfile import ZIP_MAGIC, read_torch, write_torch
 from .write import (
@@ -51,7 +51,6 @@ SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-STAGING = ".weights.tmp"
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -130,7 +129,7 @@ def _load_shards(directory: Path, index_name: str, wrap) -> dict[str, Tensor]:
             )
         wanted.setdefault(file, []).append(name)
     for file in wanted:
-        if not (directory / file).is_file():
+        if not (directory / file).exists():
             raise FileNotFoundError(
                 f"{directory / file}: missing; {index_name} names it for {len(wanted[file])} "
                 "tensors"
@@ -190,9 +189,9 @@ def save_sharded(
     bytes and an index.
 
     `tensors` as for write_safetensors; shards are filled in the order given, and a tensor larger
-    than the limit has one to itself. Everything is written beside the old files first and renamed
-    at the end; weight files of an earlier save in the same form are removed after that. An
-    interrupted save leaves the old weights, or none that load. Returns the names written. Raises
+    than the limit has one to itself. Everything is written beside the old files first and takes
+    their place at the end, when weight files of an earlier save in the same form are removed; an
+    interrupted save leaves the old weights (`staging.staged`). Returns the names written. Raises
     OSError naming the file; FileExistsError when a .bin would stand beside safetensors weights,
     which readers prefer.
     """
@@ -211,27 +210,17 @@ def save_sharded(
     if len(shards) == 1:
         files = [name]
     write = write_safetensors if safetensors else write_torch
-    staging = directory / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
+    with staged(directory, stale=_weight_files(name)) as new:
         for file, shard in zip(files, shards, strict=True):
-            write(staging / file, shard)
+            write(new / file, shard)
         if len(files) > 1:
             weight_map = {
                 s.name: file for file, shard in zip(files, shards, strict=True) for s in shard
             }
             total = sum(s.nbytes for shard in shards for s in shard)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(staging / (name + INDEX), index)
-            # Without its index, a mixture of old and new shards cannot be taken for a model.
-            (directory / (name + INDEX)).unlink(missing_ok=True)
+            write_json(new / (name + INDEX), index)
             files.append(name + INDEX)
-        for file in files:
-            os.replace(staging / file, directory / file)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    _remove_stale(directory, name, keep=set(files))
     return files
 
 
@@ -256,10 +245,7 @@ def _parse_size(size: int | str) -> int:
     return int(match[1]) * units[match[2]]
 
 
-def _remove_stale(directory: Path, name: str, keep: set[str]) -> None:
-    """Remove weight files of the same form that are not of this save."""
+def _weight_files(name: str) -> re.Pattern[str]:
+    """Names of all weight files in the form of `name`, whatever the number of shards."""
     stem, suffix = map(re.escape, os.path.splitext(name))
-    pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?{suffix}({re.escape(INDEX)})?")
-    for path in directory.iterdir():
-        if pattern.fullmatch(path.name) and path.name not in keep:
-            path.unlink()
+    return re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?{suffix}({re.escape(INDEX)})?")

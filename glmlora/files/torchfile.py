@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .regular import regular
 from .tensor import NUMPY_TYPES, Source, Tensors, short_repr, sources
 from .torchpickle import MAX_PICKLE, STORAGES, Unpickler, check_result
 from .write import atomic_file, map_file
@@ -98,7 +99,7 @@ def _zip_entries(path: str | os.PathLike, raw: np.ndarray) -> dict[str, Any]:
     import zipfile
 
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb", opener=regular) as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, ValueError, RuntimeError, OverflowError, EOFError) as error:
         raise _bad_zip(path, raw, error) from None

@@ -80,7 +80,7 @@ class AutoModel:
             raise ValueError(f"{directory}: {error}") from None
         model.name_or_path = os.fspath(path)
         file = directory / "generation_config.json"
-        if file.is_file():
+        if file.exists():
             model.generation_config = GenerationConfig.from_pretrained(directory, config)
         if load_in_8bit or load_in_4bit:
             model.quantize(8 if load_in_8bit else 4, group_size=GROUP_SIZE if load_in_4bit else 0)

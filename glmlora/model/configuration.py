@@ -152,7 +152,7 @@ class ChatGLMConfig:
         """
         directory = model_directory(path)
         file = directory / "config.json"
-        if not file.is_file():
+        if not file.exists():
             raise OSError(f"{file}: not found; a model directory holds config.json and the weights")
         fields = read_json(file, dict)
         fields.update(overrides)
