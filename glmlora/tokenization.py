@@ -18,6 +18,7 @@ import numpy as np
 
 from . import families
 from .families import prompt as prompts
+from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
 from .files.regular import read_bytes
 from .files.write import atomic_file, model_directory, read_json, refuse_lfs_pointer, write_json
@@ -554,7 +555,11 @@ class ChatGLMTokenizer:
             }
         with atomic_file(directory / VOCABULARY) as file:
             file.write(self._model)
-        write_json(directory / CONFIG, {**defaults, **self._config})
+        fields = {**defaults, **self._config}
+        fields.pop(recognition.OWN_KEY, None)
+        if not recognition.tells(fields, self.family):
+            fields[recognition.OWN_KEY] = self.family
+        write_json(directory / CONFIG, fields)
         write_json(directory / TOKENS_MAP, self._tokens_map)
         return tuple(str(directory / name) for name in (CONFIG, TOKENS_MAP, VOCABULARY))
 
@@ -580,11 +585,10 @@ class AutoTokenizer:
         no code of the directory runs and nothing is downloaded.
 
         family: a name or alias of one in glmlora/families, or None to find out. The vocabulary
-        files are the same, so the rule is, first match: `family` given; role tokens in
-        tokenizer_config.json (added_tokens_decoder, chat_template); `name_or_path` there naming a
-        family; what `families.find` says of config.json and the directory (`_name_or_path`,
-        directory name, role tokens in tokenization_chatglm.py). The config's `seq_length` decides
-        nothing: families have variants with 32768.
+        files are the same, so names and small files have to tell: the last part of `_name_or_path`
+        in config.json; role tokens in the tokenizer's files; the last part of `name_or_path` in
+        tokenizer_config.json and of the directory. A guess, and evidence that disagrees, is told by
+        a warning. The config's `seq_length` decides nothing: families have variants with 32768.
 
         Raises OSError for a missing directory or file, ValueError for a file that is no vocabulary
         of a family (a git-lfs pointer is named as one), ImportError without sentencepiece.
@@ -620,17 +624,12 @@ def _family(name: str) -> families.Family:
 
 
 def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
-    """The rule in `AutoTokenizer.from_pretrained`."""
+    """The family that the directory of a tokenizer says."""
     if has_tiktoken(directory):
         return families.DEFAULT  # refused with its name when it is opened
-    known = families.with_tokenizer()
-    if family := families.first(lambda f: f in known and f.in_tokenizer(tokenizer_config)):
-        return family.name
-    named = families.named_in(str(tokenizer_config.get("name_or_path", "")))
-    if named in known:
-        return named.name
     config = directory / "config.json"
-    return families.find(read_json(config, dict) if config.exists() else {}, directory)
+    fields = read_json(config, dict) if config.exists() else {}
+    return recognition.find(fields, directory, tokenizer_config)
 
 
 # Streaming

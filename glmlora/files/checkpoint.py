@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from .foreign import folder_kind
 from .safetensors import read_safetensors, write_safetensors
 from .staging import staged
-from .tensor import Source, Tensor, Tensors, short_repr, sources, to_bf16
+from .tensor import Source, Tensor, Tensors, same, short_repr, sources, to_bf16
 from .torchfile import ZIP_MAGIC, read_torch, write_torch
 from .write import (
     atomic_directory,
@@ -50,7 +51,9 @@ __all__ = [
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
+SUFFIXES = (".safetensors", ".bin")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+RECOMPUTED = "inv_freq"  # rotary frequencies: files have them or not, and nobody reads them
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -105,7 +108,9 @@ def load_checkpoint(
         if (directory / (name + INDEX)).exists():
             return _load_shards(directory, name + INDEX, wrap)
     tried = ", ".join(file for name in order for file in (name, name + INDEX))
-    raise FileNotFoundError(f"{directory}: no weights: found none of {tried}")
+    raise FileNotFoundError(
+        f"{directory}: no weights: found none of {tried}{folder_kind(directory)}"
+    )
 
 
 def _read_kind(path: Path) -> dict[str, Tensor]:
@@ -114,18 +119,23 @@ def _read_kind(path: Path) -> dict[str, Tensor]:
     return _flat(path, read_torch(path))
 
 
+def recomputed(name: str) -> bool:
+    """Whether a tensor is one that models compute anew: in a file or not, it changes nothing."""
+    return name.rpartition(".")[2] == RECOMPUTED
+
+
 def _load_shards(directory: Path, index_name: str, wrap) -> dict[str, Tensor]:
     index = directory / index_name
     weight_map = read_json(index, expect=dict).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: weight_map: expected an object of tensor and file names")
-    suffix = ".safetensors" if index_name.startswith(SAFETENSORS) else ".bin"
     wanted: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_plain(file) or not file.endswith(suffix):
+        if not isinstance(file, str) or not _is_plain(file) or not file.endswith(SUFFIXES):
             what = f"{short_repr(file)} as the file of {short_repr(name)}"
             raise ValueError(
-                f"{index}: {what}: expected the plain name of a {suffix} file in the same folder"
+                f"{index}: {what}: expected the plain name of a {' or '.join(SUFFIXES)} file in "
+                "the same folder"
             )
         wanted.setdefault(file, []).append(name)
     for file in wanted:
@@ -137,19 +147,21 @@ def _load_shards(directory: Path, index_name: str, wrap) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in wrap(sorted(wanted)):
         shard = _read_kind(directory / file)
-        missing = [name for name in wanted[file] if name not in shard]
+        missing = [name for name in wanted[file] if name not in shard and not recomputed(name)]
         if missing:
             raise ValueError(
                 f"{directory / file}: tensor {_first(missing)} missing, which {index_name} "
                 "places here"
             )
-        surplus = [name for name in shard if weight_map.get(name) != file]
-        if surplus:
-            raise ValueError(
-                f"{directory / file}: tensor {_first(surplus)} is here, but not so in {index_name}"
-            )
-        tensors.update(shard)
-    return {name: tensors[name] for name in weight_map}
+        for name, tensor in shard.items():
+            if name in tensors and not recomputed(name) and not same(tensors[name], tensor):
+                raise ValueError(
+                    f"{directory / file}: tensor {short_repr(name)} is in another shard too, with "
+                    "other values"
+                )
+            tensors.setdefault(name, tensor)
+    listed = [name for name in weight_map if name in tensors]
+    return {name: tensors[name] for name in dict.fromkeys([*listed, *tensors])}
 
 
 def _is_plain(name: str) -> bool:

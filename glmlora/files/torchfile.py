@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .foreign import not_weights
 from .regular import regular
 from .tensor import NUMPY_TYPES, Source, Tensors, short_repr, sources
 from .torchpickle import MAX_PICKLE, STORAGES, Unpickler, check_result
@@ -43,8 +44,9 @@ def read_torch(path: str | os.PathLike) -> Any:
     elif head.lstrip().startswith((b"{", b"[")):
         raise ValueError(f"{path}: is JSON text, not a file of torch.save")
     else:
+        other = not_weights(head)
         raise ValueError(
-            f"{path}: not a file of torch.save (neither a zip nor its older form), or damaged"
+            f"{path}: {other or 'not a file of torch.save (a zip, or its older form), or damaged'}"
         )
     check_result(path, value)
     return value
@@ -70,7 +72,8 @@ def _read_zip(path: str | os.PathLike, raw: np.ndarray) -> Any:
     if text.size > MAX_PICKLE:
         raise ValueError(f"{path}: data.pkl has {text.size} bytes, expected at most {MAX_PICKLE}")
     text = text.tobytes()
-    if zlib.crc32(text) != entries[top + "data.pkl"].CRC:
+    # torch can be told not to compute checksums; it writes 0 then.
+    if entries[top + "data.pkl"].CRC not in (0, zlib.crc32(text)):
         raise ValueError(f"{path}: data.pkl does not match its checksum: the file is damaged")
 
     def find(key: str, dtype: str, count: int) -> np.ndarray:
