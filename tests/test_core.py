@@ -279,15 +279,14 @@ def test_two_models_in_two_threads():
     assert np.array_equal(got[0], want) and np.array_equal(got[1], want)
 
 
-def run_child(code, **kwargs):
+def run_child(code, **environment):
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=os.path.dirname(__file__),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        **kwargs,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
     )
 
 

@@ -110,26 +110,10 @@ static int read_names(PyObject *dict, struct glm_names *n)
     return -1;
 }
 
-static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+static PyObject *model_of(PyTypeObject *type, PyObject *module, const struct glm_arch *arch,
+                          const struct glm_names *names, const char *backend)
 {
-    static char *keywords[] = {"arch", "backend", "names", NULL};
-    PyObject *arch_dict, *names_dict = NULL;
-    const char *backend = "cpu";
-    struct glm_arch arch = {0};
-    struct glm_names names;
     struct glm_error err;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|s$O!", keywords, &PyDict_Type, &arch_dict,
-                                     &backend, &PyDict_Type, &names_dict))
-        return NULL;
-    if (!names_dict) {
-        PyErr_SetString(PyExc_TypeError, "Model() needs the keyword argument names");
-        return NULL;
-    }
-    if (read_arch(arch_dict, &arch) < 0 || read_names(names_dict, &names) < 0)
-        return NULL;
-    PyObject *module = PyType_GetModule(type);
-    if (!module)
-        return NULL;
     struct module_state *state = PyModule_GetState(module);
     struct glm_backend *be = glm_module_backend(state, backend);
     if (!be)
@@ -140,10 +124,35 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->state = state;
     self->module = Py_NewRef(module);
     self->arrays = PyDict_New();
-    if (!self->arrays ||
-        glm_check(be, glm_model_create(&self->m, &arch, &names, be, &err), &err) < 0)
+    if (!self->arrays || glm_check(be, glm_model_create(&self->m, arch, names, be, &err), &err) < 0)
         Py_CLEAR(self);
     return (PyObject *)self;
+}
+
+static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *keywords[] = {"arch", "backend", "names", NULL};
+    PyObject *arch_dict, *names_dict = NULL;
+    const char *backend = "cpu";
+    struct glm_arch arch = {0};
+    struct glm_names names;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|s$O!", keywords, &PyDict_Type, &arch_dict,
+                                     &backend, &PyDict_Type, &names_dict))
+        return NULL;
+    if (!names_dict) {
+        PyErr_SetString(PyExc_TypeError, "Model() needs the keyword argument names");
+        return NULL;
+    }
+    PyObject *module = PyType_GetModule(type);
+    /* converting one value may run code that changes the caller's dicts */
+    arch_dict = module ? PyDict_Copy(arch_dict) : NULL;
+    names_dict = arch_dict ? PyDict_Copy(names_dict) : NULL;
+    PyObject *self = NULL;
+    if (names_dict && read_arch(arch_dict, &arch) == 0 && read_names(names_dict, &names) == 0)
+        self = model_of(type, module, &arch, &names, backend);
+    Py_XDECREF(arch_dict);
+    Py_XDECREF(names_dict);
+    return self;
 }
 
 static int model_traverse(PyObject *object, visitproc visit, void *arg)
@@ -360,12 +369,15 @@ static PyObject *model_step(struct model_object *self, PyObject *args, PyObject 
 static PyObject *model_get(PyObject *object, void *which)
 {
     struct model_object *self = (struct model_object *)object;
+    if (!glm_there(self))
+        return NULL;
     const struct glm_progress *p = glm_model_progress(self->m);
     switch ((intptr_t)which) {
     case 0:
         return PyUnicode_FromString(glm_model_backend(self->m)->name);
     case 1:
-        return PyLong_FromUnsignedLongLong(glm_model_backend(self->m)->allocated);
+        return PyLong_FromUnsignedLongLong(
+            __atomic_load_n(&glm_model_backend(self->m)->allocated, __ATOMIC_RELAXED));
     case 2:
         return PyLong_FromLongLong(p->tokens);
     case 3:
@@ -385,6 +397,8 @@ static int model_set_steps(PyObject *object, PyObject *value, void *Py_UNUSED(cl
                      steps);
         return -1;
     }
+    if (glm_idle((struct model_object *)object) < 0)
+        return -1;
     glm_model_progress(((struct model_object *)object)->m)->steps = (int)steps;
     return 0;
 }

@@ -79,18 +79,50 @@ PyObject *glm_py_dtype(struct model_object *self, PyObject *name)
     return PyUnicode_FromString(glm_dtype_name(info.dtype));
 }
 
+/* The core uses the arrays in place, so what holds them comes first: no failure leaves it without.
+ * Those used before go last, since that may run code of the caller. */
+static int bind_and_keep(struct model_object *self, const char *name, const struct glm_mat *mat,
+                         int rank, PyObject *array, PyObject *scale)
+{
+    struct glm_error err;
+    int done = -1;
+    PyObject *key = PyUnicode_FromString(name); /* of a subclass might compare as it likes */
+    PyObject *pair = key ? PyTuple_Pack(2, array, scale ? scale : Py_None) : NULL;
+    PyObject *before = pair ? PyDict_GetItemWithError(self->arrays, key) : NULL;
+    Py_XINCREF(before);
+    if (pair && !PyErr_Occurred() && glm_idle(self) == 0 &&
+        PyDict_SetItem(self->arrays, key, pair) == 0) {
+        const glm_status status = glm_model_bind(self->m, name, mat, rank, &err);
+        done = glm_check(glm_model_backend(self->m), status, &err);
+        if (done < 0) { /* in a place that is there: nothing is allocated */
+            PyObject *type, *value, *trace;
+            PyErr_Fetch(&type, &value, &trace);
+            if (before)
+                PyDict_SetItem(self->arrays, key, before);
+            else
+                PyDict_DelItem(self->arrays, key);
+            PyErr_Restore(type, value, trace);
+        }
+    }
+    Py_XDECREF(before);
+    Py_XDECREF(pair);
+    Py_XDECREF(key);
+    return done;
+}
+
 PyObject *glm_py_bind(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"name", "array", "dtype", "scale", "group", NULL};
-    PyObject *name_object, *object, *scale_object = Py_None, *pair;
+    PyObject *name_object, *object, *scale_object = Py_None;
     const char *dtype_name;
     struct glm_mat mat = {0};
-    struct glm_error err;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOs|Oi", names, &name_object, &object,
                                      &dtype_name, &scale_object, &mat.group) ||
         glm_idle(self) < 0 || glm_dtype_from_name(dtype_name, &mat.dtype) < 0)
         return NULL;
     const char *name = PyUnicode_AsUTF8(name_object);
+    if (!name)
+        return NULL;
     PyArrayObject *a = glm_array_arg(object, name, glm_dtype_numpy(mat.dtype), -1), *scale = NULL;
     if (!a || glm_dims_of(a, name, &mat.rows, &mat.cols) < 0)
         goto failed;
@@ -114,16 +146,10 @@ PyObject *glm_py_bind(struct model_object *self, PyObject *args, PyObject *kwarg
         }
         mat.scale = PyArray_DATA(scale);
     }
-    glm_status status = glm_model_bind(self->m, name, &mat, PyArray_NDIM(a), &err);
-    if (glm_check(glm_model_backend(self->m), status, &err) < 0)
+    if (bind_and_keep(self, name, &mat, PyArray_NDIM(a), (PyObject *)a, (PyObject *)scale) < 0)
         goto failed;
-    pair = PyTuple_Pack(2, (PyObject *)a, scale ? (PyObject *)scale : Py_None);
-    const int kept = pair ? PyDict_SetItem(self->arrays, name_object, pair) : -1;
-    Py_XDECREF(pair);
     Py_DECREF(a);
     Py_XDECREF(scale);
-    if (kept < 0)
-        return NULL;
     Py_RETURN_NONE;
 failed:
     Py_XDECREF(a);
@@ -141,7 +167,8 @@ PyObject *glm_py_move(struct model_object *self, PyObject *args, PyObject *kwarg
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO", names, &backend, &left) ||
         glm_idle(self) < 0)
         return NULL;
-    struct glm_backend *to = glm_module_backend(self->state, backend);
+    struct glm_backend *to = glm_module_backend(self->state, backend),
+                       *from = glm_model_backend(self->m);
     PyObject *list = to ? PySequence_Fast(left, "left: expected names of weights") : NULL;
     if (!list)
         return NULL;
@@ -159,7 +186,8 @@ PyObject *glm_py_move(struct model_object *self, PyObject *args, PyObject *kwarg
     run.blame = to;
     if (glm_run_end(&run, glm_model_move(self->m, to, weights, (int)n, &run.err)) < 0)
         goto done;
-    PyDict_Clear(self->arrays);
+    if (to != from) /* what was not left lies there now, in memory of the core */
+        PyDict_Clear(self->arrays);
     result = Py_NewRef(Py_None);
 done:
     PyMem_Free(weights);
@@ -182,8 +210,8 @@ PyObject *glm_py_add_lora(struct model_object *self, PyObject *args, PyObject *k
     PyArrayObject *A = glm_real_arg(A_object, "A", glm_real_type(self), 2);
     PyArrayObject *B = A ? glm_real_arg(B_object, "B", glm_real_type(self), 2) : NULL;
     const int done =
-        B && glm_dims_of(A, "A", &A_rows, &A_cols) == 0 &&
-        glm_dims_of(B, "B", &B_rows, &B_cols) == 0 &&
+        B && glm_idle(self) == 0 && /* again: a conversion may run code of the caller */
+        glm_dims_of(A, "A", &A_rows, &A_cols) == 0 && glm_dims_of(B, "B", &B_rows, &B_cols) == 0 &&
         glm_check(glm_model_backend(self->m),
                   glm_model_add_lora(self->m, module, PyArray_DATA(A), A_rows, A_cols,
                                      PyArray_DATA(B), B_rows, B_cols, scale, dropout, &err),
@@ -238,6 +266,9 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
     const void *data[GLM_PREFIX_WEIGHTS] = {NULL};
     PyObject *result = NULL;
     Py_ssize_t used = 0;
+    dict = PyDict_Copy(dict); /* a conversion may run code that changes the caller's */
+    if (!dict)
+        return NULL;
     for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++) {
         const char *key = glm_model_prefix_name(self->m, i);
         PyObject *value = PyDict_GetItemString(dict, key);
@@ -265,6 +296,8 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
                      glm_model_prefix_name(self->m, 0));
         goto done;
     }
+    if (glm_idle(self) < 0)
+        goto done;
     glm_status status = glm_model_set_prefix(self->m, (int)PyArray_DIM(a[0], 0), data[0], data[1],
                                              data[2], data[3], data[4], dropout, &err);
     if (glm_check(glm_model_backend(self->m), status, &err) == 0)
@@ -272,6 +305,7 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
 done:
     for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++)
         Py_XDECREF(a[i]);
+    Py_DECREF(dict);
     return result;
 }
 
@@ -328,6 +362,8 @@ done:
 PyObject *glm_py_trainable(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     const int *weights;
+    if (glm_idle(self) < 0) /* they may be changing */
+        return NULL;
     const int n = glm_model_trainable(self->m, &weights);
     PyObject *list = PyList_New(n);
     for (int i = 0; list && i < n; i++) {

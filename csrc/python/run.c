@@ -8,8 +8,21 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Code that Python runs from within a poll would wait for the lock that its own thread has. */
+static _Thread_local int computing_here;
+
+int glm_there(const struct model_object *self)
+{
+    if (self->m)
+        return 1;
+    PyErr_SetString(PyExc_RuntimeError, "this model is gone");
+    return 0;
+}
+
 int glm_idle(const struct model_object *self)
 {
+    if (!glm_there(self))
+        return -1;
     if (!self->busy)
         return 0;
     PyErr_SetString(
@@ -41,6 +54,12 @@ int glm_run_begin(struct run *run, struct model_object *self)
         pthread_mutex_init(&state->computing, NULL);
         state->computing_pid = (long)getpid();
     }
+    if (computing_here) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "a model computes in this thread: a signal handler or a destructor that "
+                        "runs meanwhile cannot use a model");
+        return -1;
+    }
     self->busy = 1;
     Py_INCREF(self);
     run->self = self;
@@ -62,6 +81,7 @@ int glm_run_begin(struct run *run, struct model_object *self)
             return -1;
         }
     }
+    computing_here = 1;
     run->be->set_poll(run->be, poll, run);
     return 0;
 }
@@ -70,6 +90,7 @@ int glm_run_end(struct run *run, glm_status status)
 {
     status = glm_device_status(run->blame, status, &run->err);
     run->be->set_poll(run->be, NULL, NULL);
+    computing_here = 0;
     pthread_mutex_unlock(&run->self->state->computing);
     PyEval_RestoreThread(run->thread);
     run->self->busy = 0;

@@ -32,7 +32,9 @@ int glm_run_begin(struct run *run, struct model_object *self);
 /* 0, or -1 with the exception of the status set. */
 int glm_run_end(struct run *run, glm_status status);
 
-/* 0, or -1 with RuntimeError set while another thread computes on the model. */
+/* 0, with RuntimeError set, where the garbage collector has taken the model apart already. */
+int glm_there(const struct model_object *self);
+/* 0, or -1 with RuntimeError set where it is not there or while another thread computes on the model. */
 int glm_idle(const struct model_object *self);
 
 /* NumPy type number of what the model computes in */
