@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include "mapped.h"
+
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -107,6 +109,7 @@ static void *worker_main(void *arg)
     struct glm_pool *pool = seat.pool;
     unsigned long long seen = 0;
     free(arg);
+    glm_guard_always();
     for (;;) {
         for (int spin = 0; spin < SPINS && !called(pool, seen); spin++)
             relax();

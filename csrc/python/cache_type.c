@@ -190,7 +190,7 @@ PyObject *glm_py_extend(struct model_object *self, PyObject *args, PyObject *kwa
     npy_intp dims[2] = {b.in.S, glm_model_arch(self->m)->vocab};
     logits = PyArray_SimpleNew(2, dims, glm_real_type(self));
     if (logits &&
-        (glm_run_begin(&run, self) < 0 ||
+        (glm_run_begin_reading(&run, self) < 0 ||
          glm_run_end(&run, glm_cache_extend(((struct cache_object *)cache)->c, b.in.rows, b.in.S,
                                             b.in.ids, b.in.lengths,
                                             PyArray_DATA((PyArrayObject *)logits), &run.err)) < 0))
@@ -281,7 +281,7 @@ PyObject *glm_py_next(struct model_object *self, PyObject *args, PyObject *kwarg
     if (!choice || sampling_args(&s, choice, b.in.S) == 0)
         next = PyArray_ZEROS(1, &n, NPY_INT32, 0);
     if (next &&
-        (glm_run_begin(&run, self) < 0 ||
+        (glm_run_begin_reading(&run, self) < 0 ||
          glm_run_end(&run, glm_cache_next(((struct cache_object *)cache)->c, b.in.rows, b.in.S,
                                           b.in.ids, b.in.lengths, choice ? &s.how : NULL,
                                           PyArray_DATA((PyArrayObject *)next), &run.err)) < 0))
@@ -303,7 +303,7 @@ PyObject *glm_py_extend_shared(struct model_object *self, PyObject *args, PyObje
     const int32_t *values = NULL;
     int n = 0;
     const int done = glm_index_arg(ids_object, "ids", &ids, &values, &n) == 0 &&
-                     glm_run_begin(&run, self) == 0 &&
+                     glm_run_begin_reading(&run, self) == 0 &&
                      glm_run_end(&run, glm_cache_extend_shared(((struct cache_object *)cache)->c,
                                                                values, n, &run.err)) == 0;
     Py_XDECREF(ids);

@@ -13,7 +13,12 @@ PyObject *glm_raise(glm_status status, const struct glm_error *err)
                      : status == GLM_ENUMERIC ? PyExc_FloatingPointError
                      : status == GLM_EFILE    ? PyExc_OSError
                                               : PyExc_RuntimeError;
-    PyErr_SetString(type, err->text);
+    /* names of files may be any bytes, and a text that was too long ends anywhere */
+    PyObject *text =
+        PyUnicode_DecodeUTF8(err->text, (Py_ssize_t)strlen(err->text), "surrogateescape");
+    if (text)
+        PyErr_SetObject(type, text);
+    Py_XDECREF(text);
     return NULL;
 }
 

@@ -1,6 +1,7 @@
 /* Type Model: made from numbers and names, run, and its table of methods; no arithmetic. */
 #include "run.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 static int arch_int(PyObject *arch, const char *key, int *out)
@@ -124,6 +125,7 @@ static PyObject *model_of(PyTypeObject *type, PyObject *module, const struct glm
     self->state = state;
     self->module = Py_NewRef(module);
     self->arrays = PyDict_New();
+    self->n_files = -1;
     if (!self->arrays || glm_check(be, glm_model_create(&self->m, arch, names, be, &err), &err) < 0)
         Py_CLEAR(self);
     return (PyObject *)self;
@@ -169,6 +171,9 @@ static int model_clear(PyObject *object)
     struct model_object *self = (struct model_object *)object;
     glm_model_free(self->m);
     self->m = NULL;
+    glm_forget_files(self);
+    free(self->lost);
+    self->lost = NULL;
     Py_CLEAR(self->arrays);
     Py_CLEAR(self->module);
     return 0;
@@ -275,7 +280,7 @@ static PyObject *model_forward(struct model_object *self, PyObject *args, PyObje
         want_hidden ? PyArray_SimpleNew(3, hidden_dims, glm_real_type(self)) : Py_NewRef(Py_None);
     if (!logits || !hidden)
         goto done;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin_reading(&run, self) < 0 ||
         glm_run_end(&run,
                     glm_model_forward(self->m, &b.in, PyArray_DATA((PyArrayObject *)logits),
                                       want_hidden ? PyArray_DATA((PyArrayObject *)hidden) : NULL,
@@ -302,7 +307,7 @@ static PyObject *model_loss(struct model_object *self, PyObject *args, PyObject 
     npy_intp dims[1] = {b.in.M};
     PyObject *losses = PyArray_SimpleNew(1, dims, glm_real_type(self));
     if (losses &&
-        (glm_run_begin(&run, self) < 0 ||
+        (glm_run_begin_reading(&run, self) < 0 ||
          glm_run_end(&run, glm_model_loss(self->m, &b.in, PyArray_DATA((PyArrayObject *)losses),
                                           &run.err)) < 0))
         Py_CLEAR(losses);
@@ -324,7 +329,7 @@ static PyObject *model_backward(struct model_object *self, PyObject *args, PyObj
                                      &targets, &positions, &seed, &dropout) ||
         glm_batch_args(&b, ids, lengths, positions, rows, targets) < 0)
         return NULL;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin_reading(&run, self) < 0 ||
         glm_run_end(&run, glm_model_backward(self->m, &b.in, seed, dropout, &loss, &run.err)) < 0)
         goto done;
     result = PyFloat_FromDouble(loss);

@@ -79,6 +79,12 @@ PyObject *glm_py_dtype(struct model_object *self, PyObject *name)
     return PyUnicode_FromString(glm_dtype_name(info.dtype));
 }
 
+static glm_status check_array(PyObject *array, struct glm_error *err)
+{
+    struct glm_mapped *file = array ? glm_mapped_find(PyArray_DATA((PyArrayObject *)array)) : NULL;
+    return file ? glm_mapped_check(file, err) : GLM_OK;
+}
+
 /* The core uses the arrays in place, so what holds them comes first: no failure leaves it without.
  * Those used before go last, since that may run code of the caller. */
 static int bind_and_keep(struct model_object *self, const char *name, const struct glm_mat *mat,
@@ -92,9 +98,17 @@ static int bind_and_keep(struct model_object *self, const char *name, const stru
     Py_XINCREF(before);
     if (pair && !PyErr_Occurred() && glm_idle(self) == 0 &&
         PyDict_SetItem(self->arrays, key, pair) == 0) {
+        glm_guard_begin(); /* vectors are copied, and all that a device gets */
         const glm_status status = glm_model_bind(self->m, name, mat, rank, &err);
+        glm_guard_end();
+        glm_forget_files(self);
         done = glm_check(glm_model_backend(self->m), status, &err);
-        if (done < 0) { /* in a place that is there: nothing is allocated */
+        if (done == 0 &&
+            (check_array(array, &err) != GLM_OK || check_array(scale, &err) != GLM_OK)) {
+            glm_lose(self, &err); /* what was copied may be zeros */
+            glm_raise(GLM_EFILE, &err);
+            done = -1;
+        } else if (done < 0) { /* in a place that is there: nothing is allocated */
             PyObject *type, *value, *trace;
             PyErr_Fetch(&type, &value, &trace);
             if (before)
@@ -125,6 +139,8 @@ PyObject *glm_py_bind(struct model_object *self, PyObject *args, PyObject *kwarg
         return NULL;
     PyArrayObject *a = glm_array_arg(object, name, glm_dtype_numpy(mat.dtype), -1), *scale = NULL;
     if (!a || glm_dims_of(a, name, &mat.rows, &mat.cols) < 0)
+        goto failed;
+    if (glm_check_array(a) < 0)
         goto failed;
     mat.data = PyArray_DATA(a);
     if (mat.dtype == GLM_I4 && mat.cols > INT_MAX / 2) {
@@ -188,6 +204,7 @@ PyObject *glm_py_move(struct model_object *self, PyObject *args, PyObject *kwarg
         goto done;
     if (to != from) /* what was not left lies there now, in memory of the core */
         PyDict_Clear(self->arrays);
+    glm_forget_files(self);
     result = Py_NewRef(Py_None);
 done:
     PyMem_Free(weights);
@@ -243,9 +260,10 @@ PyObject *glm_py_enable_lora(struct model_object *self, PyObject *arg)
 PyObject *glm_py_merge_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     struct run run;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin_reading(&run, self) < 0 ||
         glm_run_end(&run, glm_model_merge_lora(self->m, &run.err)) < 0)
         return NULL;
+    glm_forget_files(self);
     Py_RETURN_NONE;
 }
 
@@ -349,9 +367,10 @@ PyObject *glm_py_set_trainable(struct model_object *self, PyObject *arg)
     for (Py_ssize_t i = 0; i < n; i++)
         if ((weights[i] = find_weight(self, PySequence_Fast_GET_ITEM(list, i))) < 0)
             goto done;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin_reading(&run, self) < 0 ||
         glm_run_end(&run, glm_model_set_trainable(self->m, weights, (int)n, &run.err)) < 0)
         goto done;
+    glm_forget_files(self);
     result = Py_NewRef(Py_None);
 done:
     PyMem_Free(weights);
@@ -409,7 +428,8 @@ PyObject *glm_py_read(struct model_object *self, PyObject *args, PyObject *kwarg
     PyObject *out = PyArray_SimpleNew(info.rank, dims, glm_real_type(self));
     if (!out)
         return NULL;
-    if (glm_run_begin(&run, self) < 0 ||
+    const int lies_there = info.kind == GLM_BASE && (self->lost || glm_mapped_find(info.data));
+    if ((lies_there ? glm_run_begin_reading : glm_run_begin)(&run, self) < 0 ||
         glm_run_end(&run, glm_model_read(self->m, i, part, PyArray_DATA((PyArrayObject *)out),
                                          &run.err)) < 0)
         Py_CLEAR(out);
