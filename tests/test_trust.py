@@ -7,14 +7,15 @@ import threading
 
 import numpy as np
 import pytest
+import training
 from test_core import ARCH, add_lora, make_model, run_child
 
 OUTPUT = "transformer.output_layer.weight"
 
 
-def finish(code, timeout=60, **environment):
+def finish(code, timeout=60, arguments=(), **environment):
     """What a child prints that runs the code; it must end by itself."""
-    child = run_child(code, **environment)
+    child = run_child(code, *arguments, **environment)
     out, err = child.communicate(timeout=timeout)
     assert child.returncode == 0, (child.returncode, out, err[-2000:])
     return out
@@ -246,3 +247,141 @@ def test_threads_that_share_a_model_and_the_pool():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# Files
+
+FILES = """
+    import os, sys
+    import numpy as np
+    import glmlora
+    from training import model_dir
+    from pathlib import Path
+
+    def uses():
+        for name, call in dict(
+            forward=lambda: model(input_ids=ids),
+            generate=lambda: model.generate(ids, max_new_tokens=3),
+            backward=lambda: adapted.backward(input_ids=ids, labels=ids),
+            merge=lambda: adapted.merge_and_unload(),
+            state_dict=lambda: [v.sum() for v in model.state_dict().values()],
+            read=lambda: [p.numpy() for _, p in model.named_parameters()],
+            half=lambda: model.half(),
+            quantize=lambda: model.quantize(8),
+            save=lambda: model.save_pretrained(folder + "/saved"),
+            save_bin=lambda: model.save_pretrained(folder + "/saved", safe_serialization=False),
+            train_all=lambda: model.requires_grad_(True).backward(input_ids=ids, labels=ids),
+        ).items():
+            yield name, call
+
+    folder = model_dir(Path(sys.argv[1]))
+    file = folder + "/model.safetensors"
+    ids = np.arange(3, 23).reshape(2, 10)
+    for number, (name, _) in enumerate(list(uses())):
+        if not (child := os.fork()):
+            held = glmlora.load_state_dict(file)
+            model = glmlora.AutoModel.from_pretrained(folder)
+            config = glmlora.LoraConfig(r=2, target_modules=["query_key_value"])
+            adapted = glmlora.get_peft_model(model, config)
+            if sys.argv[2] == "shorter":
+                os.truncate(file, 5000)
+            else:
+                size, old = os.path.getsize(file), os.stat(file)
+                with open(file, "r+b") as f:
+                    f.seek(size // 2)
+                    f.write(bytes(1000))
+                os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+            try:
+                list(uses())[number][1]()
+                print(name, "answered")
+            except OSError as error:
+                print(name, "refused", file in str(error))
+            except BaseException as error:
+                print(name, repr(error))
+            for value in held.values():
+                assert value.size == 0 or np.isfinite(value).all()
+            adapted.save_pretrained(folder + "/adapter")  # what was trained is not lost
+            sys.stdout.flush()
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if status:
+            print(name, "died", status)
+        model_dir(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("change", ["shorter", "other bytes"])
+def test_a_weights_file_that_changes_is_an_error_that_names_it(tmp_path, change):
+    said = finish(FILES, arguments=[str(tmp_path), change]).split("\n")[:-1]
+    assert len(said) == 11
+    assert {line.partition(" ")[2] for line in said} == {"refused True"}, said
+
+
+def test_a_file_that_shrinks_in_the_middle_of_a_call(tmp_path):
+    """And while it is parsed; faults elsewhere end the process as before."""
+    out = finish(
+        """
+        import os, sys, threading, time
+        import numpy as np
+        from glmlora import _core
+        from test_core import make_model
+        path = sys.argv[1]
+        values = np.random.default_rng(0).normal(size=(8000, 256)).astype("f4")
+        name = "transformer.output_layer.weight"
+        for delay in (0.001, 0.01, 0.03):
+            values.tofile(path)
+            with open(path, "rb") as f:
+                mapped = _core.map_file(f.fileno(), path)
+            model = make_model(vocab=8000, hidden=256, head_dim=64, layers=1)
+            model.bind(name, mapped.view("f4").reshape(values.shape), "F32")
+            model.forward([1], [1])
+            threading.Timer(delay, os.truncate, (path, 4096)).start()
+            try:
+                while True:
+                    model.forward(np.ones(60, np.int32), [60])
+            except OSError as error:
+                print(path in str(error), flush=True)
+            del mapped
+        import signal
+        seen = []
+        signal.signal(signal.SIGBUS, lambda *_: seen.append(1))
+        model = make_model()
+        os.kill(os.getpid(), signal.SIGBUS)
+        print(seen)
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
+        if not os.fork():
+            values.tofile(path)
+            foreign = np.memmap(path, "f4", "r")
+            os.truncate(path, 4096)
+            _core.convert(foreign, "F32", "F16")
+            os._exit(0)
+        print(os.wait()[1] & 127 == signal.SIGBUS)
+        """,
+        arguments=[str(tmp_path / "weights")],
+    )
+    assert out.split() == ["True"] * 3 + ["[1]", "True"]
+
+
+def test_a_file_that_is_replaced_stays_in_use(tmp_path):
+    """Saving over the folder that a model came from renames new files to the old names."""
+    import glmlora
+
+    folder = training.model_dir(tmp_path)
+    model = glmlora.AutoModel.from_pretrained(folder)
+    want = model(input_ids=[[5, 6, 7]]).logits
+    model.save_pretrained(folder)
+    assert np.array_equal(model(input_ids=[[5, 6, 7]]).logits, want)
+
+
+def test_copies_that_would_not_fit_stay_views_with_a_warning(tmp_path, monkeypatch):
+    import glmlora
+    from glmlora import _core
+
+    folder = training.model_dir(tmp_path)
+    want = glmlora.load_state_dict(folder)
+    assert not any(_core.check_mapped(a) for a in want.values())
+    monkeypatch.setattr(_core, "memory_available", lambda: 1000)
+    with pytest.warns(UserWarning, match="load_state_dict: a copy takes .* must not change"):
+        views = glmlora.load_state_dict(folder)
+    assert all(_core.check_mapped(a) for a in views.values())
+    assert all(np.array_equal(views[name], want[name]) for name in want)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .mapped import guarded
 from .tensor import NUMPY_TYPES, Source, Tensors, short_repr, sources
 from .torchpickle import MAX_PICKLE, STORAGES, Unpickler, check_result
 from .write import atomic_file, map_file
@@ -34,6 +35,11 @@ def read_torch(path: str | os.PathLike) -> Any:
     cannot be opened.
     """
     raw = map_file(path)
+    with guarded(raw):
+        return _read(path, raw)
+
+
+def _read(path: str | os.PathLike, raw: np.ndarray) -> Any:
     head = raw[:16].tobytes()
     if head.startswith(ZIP_MAGIC):
         value = _read_zip(path, raw)
