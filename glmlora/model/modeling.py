@@ -19,7 +19,7 @@ import numpy as np
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
-from ..files.tensor import Tensor
+from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import generate as _generate
 from ..generation.cache import CachedRow
@@ -52,7 +52,7 @@ from .parameters import (
     sort_tensors,
     tie,
 )
-from .quantization import SCALE, QuantizedTensor, check_form, drop_pages, is_quantized, join
+from .quantization import SCALE, QuantizedTensor, check_form, is_quantized, join
 from .quantization import quantize as quantize_tensor
 
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
@@ -247,7 +247,7 @@ class ChatGLMForConditionalGeneration(_Casts):
             for name in _uploading(list(stored), device, stored.values()):
                 self._bind(name, stored[name])
                 if device != "cpu" and isinstance(stored[name], Tensor):
-                    drop_pages(stored[name].data)
+                    _core.drop_pages(stored[name].data)
         except BaseException:
             self.core.move(first, [n for n in stored if n not in self.core.missing()])
             for name, tensor in stored.items():
@@ -328,7 +328,7 @@ class ChatGLMForConditionalGeneration(_Casts):
                 result = quantize_tensor(name, tensor, bits, group)
                 before[name] = tensor
                 self._bind(name, result)
-                drop_pages(tensor.data)
+                _core.drop_pages(tensor.data)
         except BaseException:
             for name, tensor in before.items():
                 self._bind(name, tensor)
@@ -415,15 +415,17 @@ class ChatGLMForConditionalGeneration(_Casts):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every weight: base ones as they are held (bfloat16 widened to float32), LoRA and prefix
-        float32. A quantized linear is its int8 `weight` and a float16 `weight_scale`.
+        float32; copies, unless the memory does not suffice (a warning says so). A quantized linear
+        is its int8 `weight` and a float16 `weight_scale`.
         """
-        state = {}
+        tensors = {}
         for name in self._shapes:
             tensor = self._tensor(name)
             if isinstance(tensor, QuantizedTensor):
-                state[name], state[name + SCALE] = tensor.integers.data, tensor.scale.data
+                tensors[name], tensors[name + SCALE] = tensor.integers, tensor.scale
             else:
-                state[name] = tensor.numpy()
+                tensors[name] = tensor
+        state = to_arrays(tensors, "state_dict")
         for name in self.core.names():
             if name not in state:
                 state[name] = self.core.read(name)
