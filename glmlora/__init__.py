@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ._core import set_num_threads as set_num_threads
     from .files.checkpoint import load_state_dict as load_state_dict
     from .generation.config import GenerationConfig as GenerationConfig
-    from .model.adapter import LoraConfig as LoraConfig
-    from .model.adapter import PrefixTuningConfig as PrefixTuningConfig
-    from .model.adapter import TaskType as TaskType
+    from .model.adapter_config import LoraConfig as LoraConfig
+    from .model.adapter_config import PrefixTuningConfig as PrefixTuningConfig
+    from .model.adapter_config import TaskType as TaskType
     from .model.auto import AutoModel as AutoModel
     from .model.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from .model.configuration import AutoConfig as AutoConfig
@@ -39,7 +39,7 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     "_core": "get_num_threads set_num_threads",
     "files.checkpoint": "load_state_dict",
     "generation.config": "GenerationConfig",
-    "model.adapter": "LoraConfig PrefixTuningConfig TaskType",
+    "model.adapter_config": "LoraConfig PrefixTuningConfig TaskType",
     "model.auto": "AutoModel AutoModelForCausalLM",
     "model.configuration": "AutoConfig ChatGLMConfig",
     "model.modeling": "ChatGLMForConditionalGeneration",

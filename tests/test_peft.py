@@ -3,6 +3,8 @@
 import inspect
 import json
 import pydoc
+import random
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import glmlora
 from glmlora import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from glmlora.families import Family
 from glmlora.files.checkpoint import read_json, write_json, write_safetensors, write_torch
+from glmlora.model.patterns import Pattern
 from glmlora.model.peft import trainable_line
 
 V = TINY_CONFIG["padded_vocab_size"]
@@ -176,7 +179,6 @@ def test_targets(directory):
         ({"target_modules": "("}, "target_modules.*regular expression"),
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"bias": "lora_only"}, "bias"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"modules_to_save": ["output_layer"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "loftq"}, "loftq"),
@@ -196,7 +198,143 @@ def test_what_a_config_refuses(settings, message):
         LoraConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("word", "right"),
+    [
+        ("rank", "r"),
+        ("lora_r", "r"),
+        ("alpha", "lora_alpha"),
+        ("dropout", "lora_dropout"),
+        ("target_module", "target_modules"),
+        ("targets", "target_modules"),
+        ("rslora", "use_rslora"),
+        ("layer_to_transform", "layers_to_transform"),
+    ],
+)
+@pytest.mark.parametrize("value", [8, None])
+def test_a_misspelt_setting_is_told_the_right_word(word, right, value):
+    with pytest.raises(TypeError, match=f"LoraConfig: unknown argument '{word}'.*mean '{right}'"):
+        LoraConfig(**{word: value})
+
+
+def test_settings_of_other_versions():
+    """Those that do not change the numbers are taken, whatever they say."""
+    config = LoraConfig(
+        peft_type="LORA",
+        megatron_config={"a": 1},
+        megatron_core="other",
+        runtime_config={"ephemeral_gpu_offload": True},
+        qalora_group_size=32,
+        loftq_config={"loftq_bits": 4},
+        use_dora=False,
+        peft_version="0.99",
+    )
+    assert config.to_dict() == LoraConfig().to_dict()
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        assert LoraConfig(fan_in_fan_out=True).fan_in_fan_out is False
+    with pytest.raises(TypeError, match="PrefixTuningConfig.*mean 'num_virtual_tokens'"):
+        PrefixTuningConfig(pre_seq_len=3)
+    with pytest.raises(ValueError, match="encoder_hidden_size 9"):
+        PrefixTuningConfig(num_virtual_tokens=3, encoder_hidden_size=9)
+    assert PrefixTuningConfig(num_virtual_tokens=3, num_layers=2, token_dim=32).init_std == 1.0
+
+
+ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"target_modules": "All-Linear"}, ALL),
+        ({"target_modules": ["all-linear"]}, ALL),
+        ({"target_modules": ["all"]}, ALL),
+        ({"target_modules": ALL, "exclude_modules": ["dense"]}, [ALL[0], *ALL[2:]]),
+        ({"target_modules": "all-linear", "exclude_modules": r".*mlp.*"}, ALL[:2]),
+        ({"target_modules": r"(?!.*mlp).*\.(dense|query_.*)"}, ALL[:2]),
+    ],
+)
+def test_which_modules_are_meant(directory, tmp_path, settings, expected):
+    model = load(directory)
+    found = LoraConfig(**settings).targets(model)
+    assert [n.rpartition(".")[2] for n in found] == 2 * expected
+    get_peft_model(model, LoraConfig(init_lora_weights=False, **settings)).save_pretrained(tmp_path)
+    again = LoraConfig.from_pretrained(tmp_path)
+    assert again.targets(model) == found
+
+
+def test_a_target_that_is_not_there_is_told_the_nearest(directory):
+    model = load(directory)
+    with pytest.raises(ValueError, match="did you mean 'query_key_value'"):
+        LoraConfig(target_modules=["query_key_valu"]).targets(model)
+    with pytest.warns(UserWarning, match="did you mean 'dense_h_to_4h'"):
+        LoraConfig(target_modules=["dense", "dense_h_to_h4"]).targets(model)
+    with pytest.raises(ValueError, match="layers_pattern"):
+        LoraConfig(layers_pattern="layers")
+    found = LoraConfig(layers_to_transform=[0, 1], layers_pattern=["h", "layers"]).targets(model)
+    assert len(found) == 2
+    with pytest.raises(ValueError, match="no module of this model matches in layers"):
+        LoraConfig(layers_to_transform=0, layers_pattern="h").targets(model)
+
+
+@pytest.mark.parametrize("pattern", ["(.+)+x", "(a|a|.)*(.|..)*y", "((.{1,99}){1,99}){1,99999}z"])
+def test_regular_expressions_end_in_time(directory, pattern):
+    """With Python's own matcher each of these would run for ages."""
+    model = load(directory)
+    with pytest.raises(ValueError, match="no module of this model matches"):
+        LoraConfig(target_modules=pattern).targets(model)
+    config = LoraConfig(target_modules=["dense"], rank_pattern={pattern: 2})
+    assert {rank for rank, _ in config.targets(model).values()} == {8}
+
+
+def test_regular_expressions_mean_what_they_mean_in_python():
+    rng = random.Random(0)
+    atoms = "a b . [ab] [^a-c] \\w (a|b) (ab)* a* a+? b{1,2} (a?b){0,3} (?=a) (?!b) ^ $ \\b (a|)* "
+    atoms += "(?:b|ab) (a*)* (b?){2,5} \\d \\. \\B \\A \\Z \\S"
+    for _ in range(3000):
+        pattern = "".join(rng.choice(atoms.split()) for _ in range(rng.randint(1, 5)))
+        if rng.random() < 0.3:
+            pattern = f"({pattern})" + rng.choice(["*", "+", "?", "{2}", "{1,3}", "{2,}"])
+        text = "".join(rng.choice("ab.1\n") for _ in range(rng.randint(1, 7)))
+        try:
+            expected = re.fullmatch(pattern, text) is not None
+        except re.error:
+            continue
+        assert Pattern(pattern).fullmatch(text) == expected, (pattern, text)
+    for pattern in (r"(a)\1", "(?i)a", "(?<=a)b", "(", "a" * 5000, "(" * 3000):
+        with pytest.raises(ValueError, match="regular expression"):
+            Pattern(pattern)
+
+
 # Files
+
+
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        lambda n: n.replace(".weight", ".default.weight"),
+        lambda n: n.replace(".weight", ".my-own_1.weight"),
+        lambda n: "_orig_mod." + n,
+        lambda n: "module." + n,
+        lambda n: "module._orig_mod." + n.replace(".weight", ".default.weight"),
+        lambda n: n.replace(".model.", ".model._orig_mod.module."),
+        lambda n: "_fsdp_wrapped_module." + n.replace("layers.0.", "layers.0._orig_mod."),
+    ],
+)
+def test_names_that_wrappers_give(directory, tmp_path, renamed):
+    path, want = adapter_files(tmp_path, directory)
+    arrays = {n: np.array(a) for n, a in glmlora.load_state_dict(path).items()}
+    (path / "adapter_model.safetensors").unlink()
+    write_torch(path / "adapter_model.bin", {renamed(n): a for n, a in arrays.items()})
+    assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+    # a second name of the same tensor is none too many, of another it is
+    write_safetensors(
+        path / "adapter_model.safetensors", {**arrays, **{renamed(n): a for n, a in arrays.items()}}
+    )
+    assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+    other = {renamed(n): a + 1 for n, a in arrays.items()}
+    write_safetensors(path / "adapter_model.safetensors", {**arrays, **other})
+    with pytest.raises(ValueError, match="are the same tensor of two adapters"):
+        PeftModel.from_pretrained(load(directory), path)
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -270,6 +408,12 @@ def test_old_and_new_configs_are_read(directory, tmp_path):
         "use_dora": False,
         "exclude_modules": None,
         "never_heard_of": "",
+        "megatron_config": {"num_layers": 2},
+        "runtime_config": {"ephemeral_gpu_offload": False},
+        "init_lora_weights": "eva",
+        "eva_config": {"rho": 2.0},
+        "layer_replication": None,
+        "use_qalora": False,
     }
     write_json(path / "adapter_config.json", {**config, **new})
     assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
