@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .files.checkpoint import load_state_dict as load_state_dict
     from .generation.config import GenerationConfig as GenerationConfig
     from .model.adapter_config import LoraConfig as LoraConfig
+    from .model.adapter_config import PeftConfig as PeftConfig
+    from .model.adapter_config import PeftType as PeftType
     from .model.adapter_config import PrefixTuningConfig as PrefixTuningConfig
     from .model.adapter_config import TaskType as TaskType
     from .model.auto import AutoModel as AutoModel
@@ -27,6 +29,12 @@ if TYPE_CHECKING:
     from .model.peft import get_peft_model as get_peft_model
     from .model.peft import load_prefix as load_prefix
     from .model.peft import save_prefix as save_prefix
+    from .model.peft_functions import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from .model.peft_functions import get_peft_model_state_dict as get_peft_model_state_dict
+    from .model.peft_functions import (
+        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+    )
+    from .model.peft_functions import set_peft_model_state_dict as set_peft_model_state_dict
     from .seeds import set_seed as set_seed
     from .tokenization import AutoTokenizer as AutoTokenizer
     from .training.arguments import TrainingArguments as TrainingArguments
@@ -39,11 +47,15 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     "_core": "get_num_threads set_num_threads",
     "files.checkpoint": "load_state_dict",
     "generation.config": "GenerationConfig",
-    "model.adapter_config": "LoraConfig PrefixTuningConfig TaskType",
+    "model.adapter_config": "LoraConfig PeftConfig PeftType PrefixTuningConfig TaskType",
     "model.auto": "AutoModel AutoModelForCausalLM",
     "model.configuration": "AutoConfig ChatGLMConfig",
     "model.modeling": "ChatGLMForConditionalGeneration",
     "model.peft": "PeftModel get_peft_model load_prefix save_prefix",
+    "model.peft_functions": (
+        "AutoPeftModelForCausalLM get_peft_model_state_dict prepare_model_for_kbit_training "
+        "set_peft_model_state_dict"
+    ),
     "seeds": "set_seed",
     "tokenization": "AutoTokenizer",
     "training.arguments": "TrainingArguments",

@@ -11,7 +11,7 @@ import pytest
 from tiny import TINY_CONFIG, tiny_model_dir
 
 import glmlora
-from glmlora import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from glmlora import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from glmlora.families import Family
 from glmlora.files.checkpoint import read_json, write_json, write_safetensors, write_torch
 from glmlora.model.patterns import Pattern
@@ -508,6 +508,158 @@ def test_a_failed_save_leaves_the_old_adapter(directory, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not [p for p in path.iterdir() if p.name.endswith(".tmp")]
     assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+
+
+# PEFT's parameters and functions
+
+
+def test_peft_loads_by_its_own_names(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    meaningless = dict(
+        autocast_adapter_dtype=False,
+        ephemeral_gpu_offload=True,
+        low_cpu_mem_usage=True,
+        torch_device="cpu",
+        device_map="auto",
+        torch_dtype="float16",
+        local_files_only=True,
+        token=None,
+    )
+    model = PeftModel.from_pretrained(
+        model=load(directory), model_id=tmp_path, subfolder="adapter", **meaningless
+    )
+    assert np.array_equal(logits(model), want) and model.dtype == "float32"
+    model.load_adapter(model_id=path, adapter_name="b", is_trainable=True, **meaningless)
+    assert model.active_adapters == ["default"]
+    config = PeftConfig.from_pretrained(tmp_path, subfolder="adapter", revision="main")
+    assert type(config) is LoraConfig and isinstance(config, PeftConfig) and config.r == 4
+    again = PeftModel.from_pretrained(load(directory), path, config=config)
+    assert again.active_peft_config is config
+    for keywords, error in (
+        ({"key_mapping": {"a": "b"}}, "key_mapping"),
+        ({"adaptor_name": "x"}, "did you mean 'adapter_name'"),
+        ({"adapter_name": "a.b"}, "adapter_name: expected a word"),
+        ({"config": 3}, "config: expected a LoraConfig"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            PeftModel.from_pretrained(load(directory), path, **keywords)
+    with pytest.raises(TypeError, match="model: expected a model of glmlora"):
+        PeftModel.from_pretrained(str(directory), path)
+
+
+def test_a_model_from_the_adapters_directory_alone(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory, base_model_name_or_path=str(directory))
+    model = glmlora.AutoPeftModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    assert np.array_equal(logits(model), want)
+    half = glmlora.AutoPeftModelForCausalLM.from_pretrained(path, torch_dtype="float16")
+    assert half.dtype == "float16"
+    config = read_json(path / "adapter_config.json")
+    for base, error in (("THUDM/nowhere", "'THUDM/nowhere': there is no such"), (None, "None")):
+        config["base_model_name_or_path"] = base
+        write_json(path / "adapter_config.json", config)
+        with pytest.raises((OSError, ValueError), match=f"adapter_config.json: base.*{error}"):
+            glmlora.AutoPeftModelForCausalLM.from_pretrained(path)
+
+
+def test_tensors_in_and_out(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    source = PeftModel.from_pretrained(load(directory), path)
+    state = glmlora.get_peft_model_state_dict(source)
+    assert set(state) == set(glmlora.load_state_dict(path))
+    model = get_peft_model(load(directory), LoraConfig(r=4))
+    named = {"module." + n.replace(".weight", ".default.weight"): a for n, a in state.items()}
+    other = {n.replace(".default.", ".b."): a + 1 for n, a in named.items()}
+    glmlora.set_peft_model_state_dict(model, {**named, **other})
+    assert np.array_equal(logits(model), want)
+    model.add_adapter("b", LoraConfig(r=4))
+    glmlora.set_peft_model_state_dict(model, other, adapter_name="b")
+    found = glmlora.get_peft_model_state_dict(model, adapter_name="b")
+    assert all(np.array_equal(found[n], a + 1) for n, a in state.items())
+    found = glmlora.get_peft_model_state_dict(model, {**named, **other}, adapter_name="default")
+    assert all(np.array_equal(found[n], a) for n, a in state.items())
+    for change, error in (
+        (lambda s: s.popitem(), "missing .*lora_B"),
+        (lambda s: s.update(x=np.ones(1)), "not expected base_model.model.x"),
+        (lambda s: s.update({QKV.format(0, "A"): np.ones((3, 3))}), r".*lora_A.*\(3, 3\)"),
+    ):
+        wrong = dict(state)
+        change(wrong)
+        with pytest.raises(ValueError, match=f"state_dict: does not fit this model: {error}"):
+            glmlora.set_peft_model_state_dict(model, wrong)
+    assert np.array_equal(logits(model), want)
+
+
+def test_a_base_is_prepared_for_training(directory):
+    base = load(directory).requires_grad_(True)
+    assert glmlora.prepare_model_for_kbit_training(base) is base
+    assert not base.trainable_names and base.gradient_checkpointing
+    assert get_peft_model(base, LoraConfig()).trainable_names
+
+
+def test_adapters_come_and_go(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    model = PeftModel.from_pretrained(load(directory), path)
+    plain = logits(load(directory))
+    with pytest.raises(ValueError, match="is the only adapter"):
+        model.delete_adapter("default")
+    model.load_adapter(path, "b")
+    with pytest.raises(ValueError, match="did you mean 'default'"):
+        model.set_adapter("defalt")
+    with pytest.raises(ValueError, match="one adapter is active"):
+        model.set_adapter(["b", "default"])
+    with pytest.warns(UserWarning, match="'default' was active, 'b' is now"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["b"] and np.array_equal(logits(model), want)
+    model.disable_adapter_layers()
+    assert np.array_equal(logits(model), plain)
+    model.enable_adapter_layers()
+    assert np.array_equal(logits(model), want)
+    for name in ("add_weighted_adapter", "merge_adapter", "push_to_hub"):
+        with pytest.raises(AttributeError, match=f"PeftModel.{name} is not supported"):
+            getattr(model, name)
+    with pytest.raises(ValueError, match="mixed"):
+        get_peft_model(load(directory), LoraConfig(), mixed=True)
+    assert PeftModel(load(directory), LoraConfig(r=2)).trainable_names
+
+
+def test_several_adapters_are_merged(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    model = PeftModel.from_pretrained(load(directory), path)
+    model.load_adapter(path, "b")
+    once = PeftModel.from_pretrained(load(directory), path).merge_and_unload(True, safe_merge=True)
+    twice = PeftModel.from_pretrained(once, path).merge_and_unload()
+    both = model.merge_and_unload(adapter_names=["b", "default"])
+    assert np.array_equal(logits(both), logits(twice))
+    with pytest.raises(ValueError, match="was merged or unloaded"):
+        model.save_pretrained(tmp_path / "merged")
+    model = PeftModel.from_pretrained(load(directory).half(), path)
+    before = logits(model)
+    state = model.state_dict()
+    large = {n: np.full_like(a, 300) for n, a in state.items()}
+    glmlora.set_peft_model_state_dict(model, large)
+    with pytest.raises(ValueError, match="safe_merge: .*query_key_value.weight"):
+        model.merge_and_unload(safe_merge=True)
+    glmlora.set_peft_model_state_dict(model, state)
+    assert np.array_equal(logits(model), before)
+
+
+def test_what_is_saved_can_be_chosen(directory, tmp_path):
+    path, _ = adapter_files(tmp_path, directory)
+    model = PeftModel.from_pretrained(load(directory), path)
+    model.load_adapter(path, "b")
+    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    assert not (tmp_path / "x").exists()
+    model.save_pretrained(save_directory=tmp_path / "x", selected_adapters=["b"], token=None)
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["b"]
+    for keywords, error in (
+        ({"selected_adapters": ["c"]}, "'c' is not one of"),
+        ({"push_to_hub": True}, "push_to_hub"),
+        ({"save_embedding_layers": True}, "save_embedding_layers"),
+        ({"safe_serialisation": False}, "did you mean 'safe_serialization'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            model.save_pretrained(tmp_path / "y", **keywords)
+    assert not (tmp_path / "y").exists()
 
 
 # The wrapper

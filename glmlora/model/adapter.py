@@ -9,18 +9,19 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..files.checkpoint import read_weights, write_json, write_safetensors, write_torch
-from ..files.tensor import Tensor
 from ..seeds import generator
 from .adapter_config import ALL_LINEAR, CONFIG, INITIALISATIONS, LoraConfig
 from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
 from .modeling import ChatGLMForConditionalGeneration
-from .parameters import PEFT_PREFIX
+from .parameters import PEFT_PREFIX, float_array
 
+T = TypeVar("T")
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
 # Parts of names that torch.compile, DataParallel, FSDP and activation checkpointing put in.
@@ -49,6 +50,21 @@ class Adapter:
         """The core's names of its tensors, A before B, in the order of the modules."""
         return [f"{m}.lora_{part}.weight" for m in self.targets for part in "AB"]
 
+    def state(self) -> dict[str, np.ndarray]:
+        """The tensors by the names of a file."""
+        parts = {m: dict(zip("AB", pair, strict=True)) for m, pair in self.tensors.items()}
+        return {
+            f"{PEFT_PREFIX}{m}.lora_{part}.weight": array
+            for m, pair in parts.items()
+            for part, array in pair.items()
+        }
+
+    def take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set the tensors to those of `state`."""
+        for module in self.targets:
+            name = f"{PEFT_PREFIX}{module}.lora_"
+            self.tensors[module] = (arrays[name + "A.weight"], arrays[name + "B.weight"])
+
 
 def fresh_adapter(
     model: ChatGLMForConditionalGeneration, config: LoraConfig, seed: int | None
@@ -74,6 +90,24 @@ def fresh_adapter(
     return Adapter(config, targets, tensors)
 
 
+def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Adapter]) -> None:
+    """ValueError naming a module whose weight would not be finite with these adapters merged."""
+    for module in sorted({m for adapter in adapters for m in adapter.targets}):
+        name = module + ".weight"
+        weight = model.read_weight(name)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for adapter in adapters:
+                if module in adapter.targets:
+                    A, B = adapter.tensors[module]
+                    weight = weight + np.float32(adapter.targets[module][1]) * (B @ A)
+            if model.stored_dtype(name) == "F16":
+                weight = weight.astype(np.float16)
+        if not np.isfinite(weight).all():
+            raise ValueError(
+                f"safe_merge: {name} would hold values that are not finite; nothing is merged"
+            )
+
+
 # Adapter files
 
 
@@ -88,34 +122,7 @@ def read_adapter(
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from None
     adapter = Adapter(config, targets, {})
-    stored = _by_plain_names(files[0], read_weights(files[0]))
-    expected = {}
-    for module, (rank, _) in targets.items():
-        out, width = model.core.shape(module + ".weight")
-        expected[f"{PEFT_PREFIX}{module}.lora_A.weight"] = (rank, width)
-        expected[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (out, rank)
-    missing = [n for n in expected if n not in stored]
-    surplus = [n for n in stored if n not in expected]
-    wrong = [
-        f"{n}: the model and {CONFIG} need {shape}, the file has {stored[n].shape}"
-        for n, shape in expected.items()
-        if n in stored and stored[n].shape != shape
-    ]
-    if missing or surplus or wrong:
-        faults = [f"missing {_listed(missing)}"] * bool(missing)
-        faults += [f"not expected {_listed(surplus)}"] * bool(surplus)
-        faults += [_listed(wrong, "; ")] * bool(wrong)
-        raise ValueError(f"{files[0]}: does not fit this model: {'; '.join(faults)}")
-    arrays = {}
-    for name in expected:
-        array = stored[name].numpy()
-        if array.dtype.kind != "f":
-            raise ValueError(
-                f"{files[0]}: {name}: expected floating point numbers, got {array.dtype}"
-            )
-        if not np.isfinite(array).all():
-            raise ValueError(f"{files[0]}: {name}: holds values that are not finite")
-        arrays[name] = np.ascontiguousarray(array, np.float32)
+    arrays = fitting(files[0], model, targets, plain_names(files[0], read_weights(files[0])))
     zero = [n for n in arrays if n.endswith(".lora_B.weight") and not arrays[n].any()]
     if zero:
         warnings.warn(
@@ -124,32 +131,29 @@ def read_adapter(
             "there the adapter changes nothing, as before its first training step",
             stacklevel=4,
         )
-    for module in targets:
-        name = f"{PEFT_PREFIX}{module}.lora_"
-        adapter.tensors[module] = (arrays[name + "A.weight"], arrays[name + "B.weight"])
+    adapter.take(arrays)
     return adapter
 
 
-def _by_plain_names(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def plain_names(source: Any, stored: Mapping[str, T]) -> dict[str, T]:
     """Tensors under the names that PEFT writes: without the parts that wrappers put into them, and
-    without the adapter's name. ValueError where two that differ get one name.
+    without the adapter's name. ValueError, that begins with `source`, where two that differ get one
+    name.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, T] = {}
     given: dict[str, str] = {}
     for name, tensor in stored.items():
         plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         plain = _ADAPTER_NAME.sub(r"\1.weight", plain)
-        if plain in found and not _equal(found[plain], tensor):
+        if plain in found and not np.array_equal(
+            float_array(name, found[plain]), float_array(name, tensor)
+        ):
             raise ValueError(
-                f"{file}: {given[plain]} and {name} are the same tensor of two adapters; expected "
-                "one adapter in a file"
+                f"{source}: {given[plain]} and {name} are the same tensor of two adapters; "
+                "expected one adapter"
             )
         found[plain], given[plain] = tensor, name
     return found
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and np.array_equal(one.numpy(), other.numpy())
 
 
 def _listed(names: Sequence[str], between: str = ", ") -> str:
@@ -158,20 +162,53 @@ def _listed(names: Sequence[str], between: str = ", ") -> str:
     return between.join(names[:_SHOWN]) + more
 
 
+def fitting(
+    source: Any,
+    model: ChatGLMForConditionalGeneration,
+    targets: Mapping[str, tuple[int, float]],
+    stored: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+    """Tensors, float32, that are all of an adapter's. ValueError, that begins with `source`, naming
+    those that are missing, surplus, misshaped or not finite.
+    """
+    expected = {}
+    for module, (rank, _) in targets.items():
+        out, width = model.core.shape(module + ".weight")
+        expected[f"{PEFT_PREFIX}{module}.lora_A.weight"] = (rank, width)
+        expected[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (out, rank)
+    missing = [n for n in expected if n not in stored]
+    surplus = [n for n in stored if n not in expected]
+    wrong = [
+        f"{n}: the model and {CONFIG} need {shape}, here it is {tuple(stored[n].shape)}"
+        for n, shape in expected.items()
+        if n in stored and tuple(stored[n].shape) != shape
+    ]
+    if missing or surplus or wrong:
+        faults = [f"missing {_listed(missing)}"] * bool(missing)
+        faults += [f"not expected {_listed(surplus)}"] * bool(surplus)
+        faults += [_listed(wrong, "; ")] * bool(wrong)
+        raise ValueError(f"{source}: does not fit this model: {'; '.join(faults)}")
+    arrays = {}
+    for name in expected:
+        try:
+            arrays[name] = float_array(name, stored[name])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{source}: {name}: holds values that are not finite")
+    return arrays
+
+
 def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -> None:
     """The two files of an adapter. The tensors come first: a config without its tensors is never
     left by a failure.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for module, (A, B) in adapter.tensors.items():
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = A
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = B
     fields = {**adapter.config.to_dict(), "inference_mode": True}
     if fields["target_modules"] in (None, ALL_LINEAR):  # older PEFT does not know the word
         fields["target_modules"] = sorted({m.rpartition(".")[2] for m in adapter.targets})
     write = write_safetensors if safe_serialization else write_torch
     file, other = (SAFETENSORS, TORCH) if safe_serialization else (TORCH, SAFETENSORS)
-    write(directory / file, tensors)
+    write(directory / file, adapter.state())
     write_json(directory / CONFIG, fields)
     (directory / other).unlink(missing_ok=True)  # readers would find an older one first
