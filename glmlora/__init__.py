@@ -89,10 +89,16 @@ if not TYPE_CHECKING:  # checkers know the names above, and refuse others
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            raise AttributeError(_missing("attribute", name))
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
+
+
+def _missing(what: str, name: str) -> str:
+    from .names import did_you_mean
+
+    return f"module {__name__!r} has no {what} {name!r}{did_you_mean(name, _HOME)}"
 
 
 def __dir__() -> list[str]:
@@ -100,10 +106,16 @@ def __dir__() -> list[str]:
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """`import glmlora.checkpoint` gives the module that is now `glmlora.files.checkpoint`."""
+    """`import glmlora.checkpoint` gives the module that is now `glmlora.files.checkpoint`. Asked
+    last, so a misspelt name of `from glmlora import ..` ends here, and is told the nearest one.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        from .names import is_only_looked_for
+
         package, _, name = fullname.rpartition(".")
+        if package == __name__ and name not in _MOVED and not is_only_looked_for():
+            raise ModuleNotFoundError(_missing("name or module", name), name=__name__)
         return ModuleSpec(fullname, self) if package == __name__ and name in _MOVED else None
 
     def _now(self, fullname: str) -> str:

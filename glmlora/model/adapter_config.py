@@ -161,11 +161,12 @@ class PeftConfig:
         if found is None or not issubclass(found, cls):
             only = f"only {cls.peft_type!r}" if hasattr(cls, "peft_type") else "only 'LORA'"
             raise ValueError(f"{file}: peft_type {kind!r} is not supported by this release, {only}")
-        known = set(inspect.signature(found.__init__).parameters)
         # A key with null means the default, as for PEFT's optional fields.
-        given = {k: v for k, v in fields.items() if v is not None or k not in known}
+        given = {k: v for k, v in fields.items() if v is not None}
+        own = set(inspect.signature(found).parameters)
         try:
-            return found(**{k: v for k, v in given.items() if k in known}, **_fitting(found, given))
+            later = _fitting(found, {k: v for k, v in given.items() if k not in own})
+            return found(**{k: v for k, v in given.items() if k in own}, **later)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: {error}") from None
 
@@ -187,16 +188,14 @@ class PeftConfig:
 
 
 def _fitting(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a file that `kind` does not spell out: those that it knows, and unknown ones of
-    later versions where they say "not used". ValueError naming one that says something.
+    """Fields of a file that `kind` does not spell out: those that it knows of, without unknown ones
+    of later versions that say "not used". ValueError naming one that says something.
     """
-    own = set(inspect.signature(kind.__init__).parameters)
-    others = {k: v for k, v in fields.items() if k not in own}
     known = _MEANINGLESS | _CHANGING if kind is LoraConfig else _PREFIX_MEANINGLESS
-    for name, value in others.items():
+    for name, value in fields.items():
         if name not in known and value:
             raise ValueError(f"{name} {value!r} is not supported by this release")
-    return {k: v for k, v in others.items() if k in known}
+    return {k: v for k, v in fields.items() if k in known}
 
 
 class LoraConfig(PeftConfig):
