@@ -24,6 +24,7 @@ FLOORS = (
     ("model",),
     ("training",),
     ("tables", "tools"),
+    ("standins",),
     ("compat",),
     ("cli",),
     ("__main__",),
