@@ -1,7 +1,9 @@
 """Data sets to records, records to ids, ids to ragged batches, and the order of training."""
 
+import csv
 import hashlib
 import json
+import re
 import sys
 import warnings
 
@@ -646,3 +648,90 @@ def test_rows_stand_as_they_are(tmp_path):
     assert read_rows(tmp_path / "a.csv") == [{"a": "0", "b": "1.0"}]
     with pytest.raises(ValueError, match="ending in .csv, .json or .jsonl"):
         read_rows("a.xlsx")
+
+
+def _rows(tmp_path, name, data):
+    """(rows, texts of the warnings) of a file."""
+    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        rows = read_rows(tmp_path / name)
+    return rows, " | ".join(str(w.message) for w in told)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("a,b\n1," + "x" * 140_000 + "\n", ""),
+        ('a,b\nThe "best" one,"2""3"\n', ""),
+        ('a,b\n"He said "no" twice",2\n', "line 2: .* read as pandas does|pandas"),
+        ("a,b\r1,2\r3,4", ""),
+        ('a,b\r\n1,"2\r\n3"\r\n\r\n', ""),
+        ("a,b,,\n1,2,,\n3,4,,\n", ""),
+        ("a,b,Unnamed: 2\n1,2,\n", ""),
+        (",a,b\n0,1,2\n", ""),
+        ("\ufeffa,b\n1,2\n", ""),
+        ("标题,b\n摘要,2\n".encode("gb18030"), "read as GB18030"),
+        ("标题,b\n摘要,2\n".encode("utf-16"), "UTF-16"),
+        ("a\tb\n1\t2,3\n", "separated by tabs"),
+        ("a;b\n1;2,5\n", "separated by semicolons"),
+    ],
+)
+def test_csv_as_pandas_reads_it(tmp_path, data, told):
+    pandas = pytest.importorskip("pandas")
+    rows, said = _rows(tmp_path, "a.csv", data)
+    assert bool(said) == bool(told) and (not told or re.search(told, said)), said
+    encoding = {"read as GB18030": "gb18030", "UTF-16": "utf-16"}.get(told, "utf-8-sig")
+    delimiter = {"separated by tabs": "\t", "separated by semicolons": ";"}.get(told, ",")
+    frame = pandas.read_csv(
+        tmp_path / "a.csv", dtype=str, encoding=encoding, sep=delimiter, keep_default_na=False
+    )
+    blank = [n for n in frame.columns if n.startswith("Unnamed") and not frame[n].any()]
+    assert rows == frame.drop(columns=blank).to_dict("records")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected", "told"),
+    [
+        ("a.csv", "a,b\n1,2,,\n", [{"a": "1", "b": "2"}], ""),
+        ("a.csv", '[{"a": 1}]', [{"a": 1}], "holds JSON"),
+        ("a.jsonl", '[{"a": 1},\n{"a": 2}]', [{"a": 1}, {"a": 2}], ""),
+        ("a.json", '{"a": 1}\n', [{"a": 1}], ""),
+        ("a.json", '{"a": "好"}\n'.encode("gbk"), [{"a": "好"}], "GB18030"),
+        ("a.json", '{"v": 1, "data": [{"a": 1}]}', [{"a": 1}], "list 'data' is read; not used: v"),
+        (
+            "a.json",
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            [{"messages": [{"role": "user", "content": "x"}]}],
+            "",
+        ),
+    ],
+)
+def test_rows_are_read_where_it_is_certain(tmp_path, name, data, expected, told):
+    rows, said = _rows(tmp_path, name, data)
+    assert rows == expected and bool(said) == bool(told) and told in said
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.csv", "a,b\ncafé,é\n".encode("cp1252"), "not UTF-8: byte 0xe9 at offset 7; save"),
+        ("a.csv", "a,b\n1,2,3\n", "line 2: expected 2 cells as in the header, got 3"),
+        ("a.csv", 'a,b\n1,2\n"x,1\ny,2\n', "line 3: a quote is opened and never closed"),
+        ("a.csv", "a,b\n1,\0\n", "line 2: not text: has a NUL"),
+        ("a.csv", b"PK\x03\x04\0", "an Excel workbook; save it as CSV"),
+        ("a.json", '{"a": ["x"], "b": ["y"]}', "an object of columns; .*orient='records'"),
+        ("a.json", '{"a": {"0": "x"}}', "an object of columns"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', "line 2: .*key 'a' stands twice"),
+        ("a.json", " ", "the file is empty"),
+    ],
+)
+def test_rows_that_are_refused(tmp_path, name, data, message):
+    with pytest.raises(ValueError, match=message):
+        _rows(tmp_path, name, data)
+
+
+def test_the_limit_of_cells_is_left_as_it_was(tmp_path):
+    before = csv.field_size_limit()
+    _rows(tmp_path, "a.csv", "a\n" + "x" * (before + 1))
+    assert csv.field_size_limit() == before
