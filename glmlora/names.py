@@ -12,3 +12,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Names for a message: the first ones, and how many there are where that is not all."""
+    there = [str(name) for name in names]
+    more = f", ... ({len(there)} in all)" if len(there) > most else ""
+    return (", ".join(there[:most]) or "none") + more

@@ -10,6 +10,7 @@ import enum
 import math
 import operator
 import os
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -192,6 +193,26 @@ def _expected(flag: Flag) -> str:
         "words": "a list of names",
     }[flag.kind]
     return f"{kind} {BOUNDS[flag.bound][1]}" if flag.bound else kind
+
+
+def given_twice(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """Sentences about flags of a command line that stand there twice with different values.
+
+    names: of the flags that take one value, each with what it sets; the last value is used.
+    """
+    values: dict[str, str] = {}
+    told: dict[str, str] = {}
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name not in names:
+            continue
+        if not equals:
+            value = words[i + 1] if i + 1 < len(words) else ""
+        sets = names[name]
+        if values.setdefault(sets, value) != value:
+            told[sets] = f"{name} is given twice: {value} is used, not {values[sets]}"
+            values[sets] = value
+    return list(told.values())
 
 
 class Group:
