@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import _core, families
 from ..batch import split_dev
-from ..files.rows import read_rows
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
 from ..model.modeling import ChatGLMForConditionalGeneration
@@ -40,7 +39,7 @@ from .evaluation import evaluate_answers, evaluate_loss, report_metrics
 from .flags import REQUIRED
 from .loop import Loop
 from .plot import plot_loss
-from .records import encode, load_datasets, records_from
+from .records import encode, load_datasets, read_records, records_from
 from .state import TrainState
 
 if TYPE_CHECKING:
@@ -140,10 +139,7 @@ def train(
     kind = finetuning.finetuning_type if "finetuning_type" in given else None
     check_output_dir(training.output_dir)
     resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-    if not isinstance(data, (str, os.PathLike)) and not hasattr(data, "columns"):
-        data = list(data)
-    records = records_from(data)
-    n_given = len(read_rows(data)) if isinstance(data, (str, os.PathLike)) else len(data)
+    records, n_given = read_records(data)
     if model_args.threads:
         _core.set_num_threads(model_args.threads)
     set_seed(training.seed)
