@@ -19,7 +19,7 @@ from .files.write import model_directory
 from .generation.config import GenerationConfig
 from .names import did_you_mean
 from .tools.demo import ORDER
-from .training.flags import given_twice
+from .training.flags import check_directory, given_twice
 
 #: What a user can put right; everything else is a fault of this program and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ArithmeticError)
@@ -55,14 +55,8 @@ def _load(
 def _check_folders(args: argparse.Namespace) -> None:
     """OSError for a model or adapter that is not there: before anything is read or loaded."""
     model_directory(args.model)
-    if args.adapter and not os.path.isdir(args.adapter):
-        folder = os.path.dirname(os.path.abspath(args.adapter))
-        near = os.listdir(folder) if os.path.isdir(folder) else []
-        name = os.path.basename(os.path.normpath(args.adapter))
-        raise FileNotFoundError(
-            f"--adapter: {args.adapter!r}: looked for a directory (from {os.getcwd()}) and found "
-            f"none{did_you_mean(name, near)}"
-        )
+    if args.adapter:
+        check_directory("--adapter", args.adapter)
 
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:

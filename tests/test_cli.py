@@ -107,6 +107,19 @@ def test_wrong_words_are_named(words, status, text, capsys, tmp_path, monkeypatc
     assert found == status and text in error and "Traceback" not in error
 
 
+def test_the_model_is_checked_before_the_data(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["--output_dir", "o", "--do_train", "--dataset", "none", "--dataset_dir", "none"]
+    for model, more, message in (
+        ("nowhere", [], "nowhere"),
+        (TINY, ["--checkpoint_dir", "a"], "checkpoint_dir: 'a': looked for a directory"),
+        (TINY, ["--tokenizer_name", "t"], "'t'"),
+        (TINY, [], "dataset_dir: none/dataset_info.json: looked for"),
+    ):
+        status, error = run(capsys, "train", "--model_name_or_path", model, *given, *more)
+        assert status == 1 and message in error
+
+
 def test_a_near_adapter_is_named(capsys, tmp_path):
     (tmp_path / "output").mkdir()
     _, error = run(capsys, "chat", "--model", TINY, "--adapter", tmp_path / "ouptut")

@@ -920,3 +920,33 @@ def test_a_system_message_is_in_the_prompt(shared, history):
         row["prompt"] *= 100
         cut = tokenizer.decode(encode_records([row], tokenizer, 60).source(0).tolist())
         assert "be kind" in cut and cut.count("who?") > 5
+
+
+def test_missing_files_are_named_with_the_nearest(tmp_path):
+    make_set(tmp_path / "data", {"rows.json": ROWS})
+    for directory, name, message in (
+        ("dat", "d", "dataset_dir: .*dat/dataset_info.json: .*did you mean 'data'"),
+        ("data/x/y", "d", "there is no .*data/x"),
+        ("data", "rows.json", "not in .*; for that file, add an entry with file_name 'rows.json'"),
+        ("data", "dd", "not in .*did you mean 'd'"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_datasets(name, tmp_path / directory)
+    make_set(tmp_path / "data", {}, file_name="row.json")
+    with pytest.raises(FileNotFoundError, match="row.json does not exist .did you mean 'rows.json"):
+        load_datasets("d", tmp_path / "data")
+
+
+def test_cut_answers_are_told(tokenizer, capsys):
+    from types import SimpleNamespace
+
+    from glmlora.training.arguments import DataArguments
+    from glmlora.training.records import encode
+
+    fits, longer = record(response="1 2 3"), record(response="1 2 3 4")
+    length = len(encode_records([fits], tokenizer).target(0))
+    data = encode_records([fits, longer], tokenizer, max_target_length=length)
+    assert data.n_answers_cut == 1 and len(data.target(1)) == length
+    config = SimpleNamespace(seq_length=2048, padded_vocab_size=65024)
+    encode([fits, longer], tokenizer, DataArguments(max_target_length=length), config, "data")
+    assert "1 of 2 answers were longer than max_target_length" in capsys.readouterr().out

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
+from ..names import did_you_mean
+
 StrPath = str | os.PathLike[str]
 REQUIRED = dataclasses.MISSING
 
@@ -193,6 +195,27 @@ def _expected(flag: Flag) -> str:
         "words": "a list of names",
     }[flag.kind]
     return f"{kind} {BOUNDS[flag.bound][1]}" if flag.bound else kind
+
+
+def check_directory(name: str, path: str | os.PathLike[str]) -> None:
+    """FileNotFoundError for a directory that is not there: the flag, where it was looked for, and
+    the nearest name there.
+    """
+    if os.path.isdir(path):
+        return
+    near = near_path(path)
+    raise FileNotFoundError(
+        f"{name}: {os.fspath(path)!r}: looked for a directory (from {os.getcwd()}) and found none"
+        f"{near}"
+    )
+
+
+def near_path(path: str | os.PathLike[str]) -> str:
+    """`did_you_mean` of what stands in the same folder; where there is none, of the folder."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if os.path.isdir(folder):
+        return did_you_mean(name, os.listdir(folder))
+    return f": there is no {folder}{near_path(folder)}"
 
 
 def given_twice(words: Sequence[str], names: Mapping[str, str]) -> list[str]:

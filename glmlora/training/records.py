@@ -26,6 +26,7 @@ from ..model.configuration import ChatGLMConfig
 from ..names import did_you_mean, listed
 from .arguments import DataArguments
 from .conversations import MESSAGES, Tags, Unusable, read_conversation, read_tags
+from .flags import near_path
 
 #: Fields of a record and the column names they are looked for where nobody names the columns.
 COLUMNS = {
@@ -100,8 +101,6 @@ def _is_missing(value: Any) -> bool:
 
 def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
     """A cell as text; "" for a missing one."""
-    if _is_missing(value):
-        return ""
     if isinstance(value, str):
         if not value.isascii():
             try:
@@ -111,6 +110,8 @@ def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
                     f"{row}: {column}: not valid text: lone surrogate at {error.start}"
                 ) from None
         return value
+    if _is_missing(value):
+        return ""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, (bool, int, float)):
@@ -124,6 +125,8 @@ def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
 
 
 def _history(value: Any, row: str, counts: _Counts) -> list[list[str]]:
+    if value is None:
+        return []
     if isinstance(value, str) and value.strip():  # a csv cell
         import json
 
@@ -413,14 +416,22 @@ def load_datasets(
         raise ValueError(f"max_samples: expected at least 1, got {max_samples}")
     directory = os.fspath(dataset_dir)
     info_path = os.path.join(directory, "dataset_info.json")
+    if not os.path.exists(info_path):
+        near = near_path(info_path if os.path.isdir(directory) else directory)
+        raise FileNotFoundError(
+            f"dataset_dir: {info_path}: looked for the list of data sets (from {os.getcwd()}) and "
+            f"found none{near}"
+        )
     info = read_json(info_path, dict)
     records: list[dict[str, Any]] = []
     unchecked: list[str] = []
     for name in names:
         if name not in info:
+            more = did_you_mean(name, info)
+            if os.path.exists(os.path.join(directory, name)):
+                more = f"; for that file, add an entry with file_name {name!r}"
             raise ValueError(
-                f"dataset: {name!r} is not in {info_path}, which has: {listed(sorted(info))}"
-                f"{did_you_mean(name, info)}"
+                f"dataset: {name!r} is not in {info_path}, which has: {listed(sorted(info))}{more}"
             )
         records += _load_dataset(name, info[name], info_path, directory, max_samples, unchecked)
     if unchecked:
@@ -551,7 +562,7 @@ def _data_files(path: str, where: str) -> list[str]:
     elif os.path.exists(path):
         files = [path]
     else:
-        raise FileNotFoundError(f"{where}: file_name: {path} does not exist")
+        raise FileNotFoundError(f"{where}: file_name: {path} does not exist{near_path(path)}")
     kinds = sorted({os.path.splitext(file)[1].lower() for file in files})
     if len(kinds) != 1 or kinds[0] not in EXTENSIONS:
         raise ValueError(
@@ -604,7 +615,7 @@ def encode_records(
     pieces: list[Sequence[int]] = []
     offsets = np.zeros(len(records) + 1, np.int64)
     source_lengths = np.zeros(len(records), np.int32)
-    n_cut = 0
+    n_cut = n_answers_cut = 0
     for index, record in enumerate(records):
         source, was_cut = prompts.encode_source(
             tokenizer,
@@ -619,11 +630,16 @@ def encode_records(
         )
         target = prompts.encode_target(tokenizer, record["response"], max_target_length, template)
         pieces += (source, target)
+        if len(target) == max_target_length:
+            longer = prompts.encode_target(
+                tokenizer, record["response"], max_target_length + 1, template
+            )
+            n_answers_cut += len(longer) > len(target)
         source_lengths[index] = len(source)
         offsets[index + 1] = offsets[index] + len(source) + len(target)
         n_cut += bool(was_cut)
     ids = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
-    return Encoded(ids, offsets, source_lengths, n_cut)
+    return Encoded(ids, offsets, source_lengths, n_cut, n_answers_cut=n_answers_cut)
 
 
 def encode(
@@ -657,6 +673,11 @@ def encode(
         print(
             f"{encoded.n_cut} of {len(encoded)} prompts were longer than max_source_length "
             f"{args.max_source_length} and were cut"
+        )
+    if encoded.n_answers_cut:
+        print(
+            f"{encoded.n_answers_cut} of {len(encoded)} answers were longer than max_target_length "
+            f"{args.max_target_length} and were cut"
         )
     longest = int(encoded.lengths.argmax())
     if encoded.lengths[longest] > config.seq_length:
