@@ -151,10 +151,11 @@ class ChatGLM3(Family):
         rounds: Sequence[tuple[str, str]],
         room: int,
         truncation: str,
+        system: str = "",
     ) -> tuple[list[int], bool]:
         def frame(dropped: int) -> list[int]:
             """Everything but the query's own text, up to where that text goes."""
-            ids: list[int] = []
+            ids = message_ids(tokenizer, "system", "", system) if system else []
             for i, (q, a) in enumerate(rounds[dropped:]):
                 ids += message_ids(tokenizer, "user", "", first + q if i == 0 else q)
                 ids += message_ids(tokenizer, "assistant", "", a)

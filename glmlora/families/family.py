@@ -162,9 +162,10 @@ class Family:
         rounds: Sequence[tuple[str, str]],
         room: int,
         truncation: str,
+        system: str = "",
     ) -> tuple[list[int], bool]:
         """Ids of a record's prompt without the prefix, at most `room`, and whether it was cut:
-        see `prompt.encode_source`. first: stands before everything.
+        see `prompt.encode_source`. first: stands before everything; system: a system message.
         """
         raise NotImplementedError
 
