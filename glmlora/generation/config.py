@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -14,6 +13,7 @@ from typing import Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
+from .. import tell
 from ..files.write import read_json, write_json
 from ..names import did_you_mean
 from .unsupported import NOTHING, REFUSED, changes_nothing
@@ -135,7 +135,7 @@ class GenerationConfig:
                 if value is not None and name in cls.__dataclass_fields__:
                     setattr(found, name, value)
         if unused:
-            warnings.warn(f"{file}: is not used: {'; '.join(unused)}", stacklevel=3)
+            tell.warn(f"{file}: is not used: {'; '.join(unused)}")
         return found
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -271,16 +271,6 @@ def as_list(ids: int | Sequence[int] | None) -> list[int]:
     if ids is None:
         return []
     return [int(i) for i in ids] if isinstance(ids, Sequence | np.ndarray) else [int(ids)]
-
-
-_told: set[str] = set()
-
-
-def tell_once(text: str, stacklevel: int) -> None:
-    """A warning that a process gives once. stacklevel: as for `warnings.warn`, from the caller."""
-    if text not in _told:
-        _told.add(text)
-        warnings.warn(text, stacklevel=stacklevel + 1)
 
 
 # The same fields for type checkers, as in `**settings: Unpack[Settings]`.

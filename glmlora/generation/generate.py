@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import tell
 from ..batch import Batch, as_rows, check_ids
 from .beams import best_answers
 from .cache import CachedRow, Model, PastKeyValues, check_past
-from .config import GenerationConfig, Settings, check_names, spelled_out, tell_once
+from .config import GenerationConfig, Settings, check_names, spelled_out
 from .processors import Processor
 from .scheduler import Request, Scheduler, Scores, by_doubling, call_seed, first_room, limits_of
 from .stopping import Criterion
@@ -284,10 +285,9 @@ def _settings(
             setattr(g, name, getattr(own, name))
     g.check(model.config.padded_vocab_size)
     if g.max_new_tokens is None and g.max_length is None:
-        tell_once(
+        tell.once(
             f"{function.__name__}: neither max_new_tokens nor max_length is given: it goes on to "
             f"an end id or the model's {model.config.seq_length} positions (transformers: 20 ids)",
-            stacklevel=3,
         )
     useless = [n for n in _SAMPLING if n in named and not g.do_sample and _differs(g, n)]
     why = "have no effect without do_sample=True"
@@ -304,7 +304,7 @@ def _settings(
     if {"max_length", "max_new_tokens"} <= {n for n in named if named[n] is not None}:
         useless, why = ["max_length"], "has no effect beside max_new_tokens"
     if useless:
-        tell_once(f"{function.__name__}: {', '.join(useless)}: {why}", stacklevel=3)
+        tell.once(f"{function.__name__}: {', '.join(useless)}: {why}")
     return g
 
 
@@ -367,10 +367,9 @@ def _inferred_mask(ids: np.ndarray, g: GenerationConfig) -> np.ndarray | None:
     text = ids != pad
     mask = np.logical_or.accumulate(text, axis=1)
     mask &= np.logical_or.accumulate(text[:, ::-1], axis=1)[:, ::-1]
-    tell_once(
+    tell.once(
         f"input_ids: rows begin or end with the pad id {pad} and no attention_mask is given: these "
-        "ids are taken for padding; pass attention_mask, the tokenizer gives one",
-        stacklevel=4,
+        "ids are taken for padding; pass attention_mask, the tokenizer gives one"
     )
     return mask.astype(np.int64)
 
@@ -391,10 +390,9 @@ def warn_of_padding(ids: np.ndarray, pad: int | None) -> None:
     transformers.
     """
     if pad is not None and (ids[:, [0, -1]] == pad).any():
-        tell_once(
+        tell.once(
             f"input_ids: rows begin or end with the pad id {pad} and no attention_mask is given: "
-            "the model reads these ids as text; pass attention_mask, the tokenizer gives one",
-            stacklevel=3,
+            "the model reads these ids as text; pass attention_mask, the tokenizer gives one"
         )
 
 
