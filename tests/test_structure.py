@@ -19,7 +19,8 @@ ROOT = PACKAGE.parent
 FLOORS = (
     ("_core", "interrupts", "names", "tell"),
     ("families", "files"),
-    ("batch", "seeds", "tokenization"),
+    ("batch", "encoding", "seeds"),
+    ("tokenization",),
     ("generation",),
     ("model",),
     ("training",),

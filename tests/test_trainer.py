@@ -603,7 +603,9 @@ def test_arguments(tiny_model, tmp_path, kwargs, error, text):
         glmlora.train(tiny_model, records(3), **settings)
 
 
-@pytest.mark.parametrize("target", ["all-linear", "all", ["all-linear"], r".*layers\.\d+\..*dense.*"])
+@pytest.mark.parametrize(
+    "target", ["all-linear", "all", ["all-linear"], r".*layers\.\d+\..*dense.*"]
+)
 def test_targets_of_an_adapter(tiny_model, tmp_path, target):
     glmlora.train(
         tiny_model, records(3), output_dir=str(tmp_path), max_steps=1, lora_target=target, **QUIET

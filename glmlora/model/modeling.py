@@ -22,7 +22,7 @@ from ..files.checkpoint import save_sharded
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import generate as _generate
-from ..generation.cache import CachedRow
+from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
@@ -67,17 +67,20 @@ class CausalLMOutput:
     """What `model(...)` returns. B rows, T tokens, V vocabulary, H hidden size, L layers.
 
     logits float32 (B, T, V), 0 over padding; loss float (mean over the labelled tokens of the
-    batch, nats) or None; hidden_states: None or L + 1 float32 (B, T, H), before the final norm, 0
+    batch, nats) or None; past_key_values: what to pass back with the tokens that follow, or None
+    where the cache is off; hidden_states: None or L + 1 float32 (B, T, H), before the final norm, 0
     over padding.
     """
 
     logits: np.ndarray
     loss: float | None = None
+    past_key_values: PastKeyValues | None = None
     hidden_states: tuple[np.ndarray, ...] | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """(loss, logits, hidden_states) without those that are None."""
-        return tuple(v for v in (self.loss, self.logits, self.hidden_states) if v is not None)
+        """(loss, logits, past_key_values, hidden_states) without those that are None."""
+        found = (self.loss, self.logits, self.past_key_values, self.hidden_states)
+        return tuple(v for v in found if v is not None)
 
     def __getitem__(self, key: int | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
@@ -635,15 +638,29 @@ class ChatGLMForConditionalGeneration(_Casts):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         use_cache: bool | None = None,
+        past_key_values: PastKeyValues | None = None,
     ) -> Any:
         """Logits of every token, without dropout or gradients.
 
         input_ids (B, T) integers, arrays or lists; attention_mask (B, T), 0 over padding at either
         end; labels (B, T), not shifted, -100 where not scored (`loss` is their mean; all masked: a
-        warning, and None). Returns a CausalLMOutput, or its tuple with `return_dict=False`. Raises
-        ValueError naming argument, row and value.
+        warning, and None). past_key_values: what an earlier call returned; input_ids are those
+        that follow, attention_mask covers all. A call without labels returns it unless `use_cache`
+        is False. Returns a CausalLMOutput, or its tuple with `return_dict=False`. Raises ValueError
+        naming argument, row and value.
         """
+        if past_key_values is not None:
+            if labels is not None or output_hidden_states:
+                raise ValueError("past_key_values: cannot be given with labels or hidden states")
+            logits, past = scores_after(
+                self, past_key_values, input_ids, attention_mask, position_ids
+            )
+            out = CausalLMOutput(logits, past_key_values=past)
+            return out if return_dict else out.to_tuple()
         batch, row, column, shape = self._batch(input_ids, attention_mask, position_ids, labels)
+        if attention_mask is None:
+            pad = self.generation_config.pad_token_id
+            _generate.warn_of_padding(as_rows("input_ids", input_ids), pad)
         flat, hidden = self.core.forward(
             batch.ids, batch.lengths, batch.positions, hidden_states=bool(output_hidden_states)
         )
@@ -657,7 +674,15 @@ class ChatGLMForConditionalGeneration(_Casts):
         states = None
         if hidden is not None:
             states = tuple(padded(layer, row, column, shape) for layer in hidden)
-        out = CausalLMOutput(padded(flat, row, column, shape), loss, states)
+        past = None
+        if use_cache or use_cache is None and labels is None and batch.positions is None:
+            if batch.positions is not None:
+                raise ValueError(
+                    "position_ids: with use_cache each row counts from its first token"
+                )
+            ids = np.split(batch.ids, np.cumsum(batch.lengths)[:-1])
+            past = PastKeyValues(self, [part.tolist() for part in ids], width=shape[1])
+        out = CausalLMOutput(padded(flat, row, column, shape), loss, past, states)
         return out if return_dict else out.to_tuple()
 
     __call__ = forward
