@@ -8,6 +8,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .. import families
+from ..families.vendored import in_template
 from ..tokenization import TextStream
 from .beams import best_answers
 from .cache import CachedRow, Model
@@ -39,8 +40,11 @@ class PastKeyValues:
 
 
 def chat_family(model: Model, tokenizer: Any) -> families.Family:
-    """The family whose prompts and histories a chat has: the tokenizer's, which writes them."""
-    return families.of(getattr(tokenizer, "family", model.config.family))
+    """The family whose prompts and histories a chat has: the tokenizer's, which writes them, in the
+    template that the model was trained with.
+    """
+    family = families.of(getattr(tokenizer, "family", model.config.family))
+    return in_template(family, model.prompt_template)
 
 
 def end_ids(model: Model, tokenizer: Any) -> list[int]:

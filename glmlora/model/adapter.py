@@ -20,6 +20,7 @@ from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import PEFT_PREFIX, float_array
+from .template import read_template, write_template
 
 T = TypeVar("T")
 SAFETENSORS = "adapter_model.safetensors"
@@ -34,6 +35,7 @@ class Adapter:
     """One LoRA adapter: its config and, while it is not the active one, its tensors.
 
     tensors  {module: (A (r, in), B (out, r))} float32
+    template  what it was trained with, None: not known, so the base's
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Adapter:
         self.config = config
         self.targets = targets
         self.tensors = tensors
+        self.template: str | None = None
 
     def names(self) -> list[str]:
         """The core's names of its tensors, A before B, in the order of the modules."""
@@ -132,6 +135,7 @@ def read_adapter(
             stacklevel=4,
         )
     adapter.take(arrays)
+    adapter.template = read_template(directory)
     return adapter
 
 
@@ -211,4 +215,5 @@ def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -
     file, other = (SAFETENSORS, TORCH) if safe_serialization else (TORCH, SAFETENSORS)
     write(directory / file, adapter.state())
     write_json(directory / CONFIG, fields)
+    write_template(directory, adapter.template)
     (directory / other).unlink(missing_ok=True)  # readers would find an older one first

@@ -14,6 +14,7 @@ from .configuration import ChatGLMConfig
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import parse_dtype
 from .quantization import GROUP_SIZE
+from .template import read_template
 
 
 class AutoModel:
@@ -79,6 +80,7 @@ class AutoModel:
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
         model.name_or_path = os.fspath(path)
+        model.prompt_template = read_template(directory) or "auto"
         file = directory / "generation_config.json"
         if file.is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory, config)

@@ -52,6 +52,7 @@ from .parameters import (
 )
 from .quantization import SCALE, QuantizedTensor, check_form, drop_pages, join
 from .quantization import quantize as quantize_tensor
+from .template import write_template
 
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
 # out of which the weights are read again and again, need some.
@@ -138,6 +139,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.transformer = Transformer(self)
         self.has_prefix = False
         self.prefix_is_fresh = False
+        self.prompt_template = "auto"  # or what it was trained with: of its chats
         self.cached_row: CachedRow | None = None  # kept between chats
         self.gradient_checkpointing = False
         self._reserved = (0, 0, 0)  # sizes of the largest training step so far
@@ -497,6 +499,7 @@ class ChatGLMForConditionalGeneration(_Casts):
                 listed.append((name, "F32", shape, lambda n=name, read=read: read(n)))
         self.config.torch_dtype = self.dtype
         self.config.save_pretrained(directory)
+        write_template(directory, self.prompt_template, usual="auto")
         save_sharded(directory, listed, max_shard_size, safetensors=safe_serialization)
 
     # What is trained
