@@ -25,3 +25,10 @@ def is_only_looked_for() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Names for a message: the first ones, and how many there are where that is not all."""
+    there = [str(name) for name in names]
+    more = f", ... ({len(there)} in all)" if len(there) > most else ""
+    return (", ".join(there[:most]) or "none") + more

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..files.checkpoint import read_weights, write_json, write_safetensors, write_torch
+from ..files.staging import staged
 from ..seeds import generator
 from .adapter_config import ALL_LINEAR, CONFIG, INITIALISATIONS, LoraConfig
 from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
@@ -117,7 +118,7 @@ def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Ada
 def read_adapter(
     model: ChatGLMForConditionalGeneration, directory: Path, config: LoraConfig
 ) -> Adapter:
-    files = [directory / name for name in (SAFETENSORS, TORCH) if (directory / name).is_file()]
+    files = [directory / name for name in (SAFETENSORS, TORCH) if (directory / name).exists()]
     if not files:
         raise ValueError(f"{directory}: found neither {SAFETENSORS} nor {TORCH}")
     try:
@@ -204,16 +205,21 @@ def fitting(
 
 
 def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -> None:
-    """The two files of an adapter. The tensors come first: a config without its tensors is never
-    left by a failure.
-    """
+    """The two files of an adapter."""
     directory.mkdir(parents=True, exist_ok=True)
     fields = {**adapter.config.to_dict(), "inference_mode": True}
     if fields["target_modules"] in (None, ALL_LINEAR):  # older PEFT does not know the word
         fields["target_modules"] = sorted({m.rpartition(".")[2] for m in adapter.targets})
     write = write_safetensors if safe_serialization else write_torch
     file, other = (SAFETENSORS, TORCH) if safe_serialization else (TORCH, SAFETENSORS)
+<<<<<<< HEAD
     write(directory / file, adapter.state())
     write_json(directory / CONFIG, fields)
     write_template(directory, adapter.template)
     (directory / other).unlink(missing_ok=True)  # readers would find an older one first
+=======
+    # Together or not at all; readers would find an older one of the other form first.
+    with staged(directory, stale=re.compile(re.escape(other))) as new:
+        write(new / file, adapter.state())
+        write_json(new / CONFIG, fields)
+>>>>>>> main

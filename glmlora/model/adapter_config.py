@@ -151,7 +151,7 @@ class PeftConfig:
             raise unknown_argument(f"{cls.__name__}.from_pretrained", name, known)
         path = Path(pretrained_model_name_or_path, subfolder or "")
         file = path / CONFIG
-        if not file.is_file():
+        if not file.exists():
             raise ValueError(
                 f"Can't find {CONFIG!r} at {os.fspath(path)!r}: {_what_is_there(path)}"
             )
