@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from .. import families
-<<<<<<< HEAD
-from ..families.vendored import in_template
-=======
 from ..families import recognition
->>>>>>> main
+from ..families.vendored import in_template
 from ..tokenization import TextStream
 from .beams import best_answers
 from .cache import CachedRow, Model, PastKeyValues, check_past

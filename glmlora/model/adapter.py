@@ -21,6 +21,7 @@ from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import PEFT_PREFIX, float_array
+from .template import FILE as TEMPLATE
 from .template import read_template, write_template
 
 T = TypeVar("T")
@@ -212,14 +213,8 @@ def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -
         fields["target_modules"] = sorted({m.rpartition(".")[2] for m in adapter.targets})
     write = write_safetensors if safe_serialization else write_torch
     file, other = (SAFETENSORS, TORCH) if safe_serialization else (TORCH, SAFETENSORS)
-<<<<<<< HEAD
-    write(directory / file, adapter.state())
-    write_json(directory / CONFIG, fields)
-    write_template(directory, adapter.template)
-    (directory / other).unlink(missing_ok=True)  # readers would find an older one first
-=======
     # Together or not at all; readers would find an older one of the other form first.
-    with staged(directory, stale=re.compile(re.escape(other))) as new:
+    with staged(directory, stale=re.compile(f"{re.escape(other)}|{re.escape(TEMPLATE)}")) as new:
         write(new / file, adapter.state())
         write_json(new / CONFIG, fields)
->>>>>>> main
+        write_template(new, adapter.template)

@@ -14,12 +14,8 @@ from . import device as devices
 from .configuration import ChatGLMConfig
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import parse_dtype
-<<<<<<< HEAD
-from .quantization import GROUP_SIZE
-from .template import read_template
-=======
 from .quantization import GROUP_SIZE, is_quantized
->>>>>>> main
+from .template import read_template
 
 
 class AutoModel:
