@@ -18,7 +18,7 @@ import numpy as np
 from .foreign import folder_kind
 from .mapped import owned
 from .safetensors import read_safetensors, write_safetensors
-from .small import GENERATION
+from .small import REPLACED
 from .staging import staged
 from .tensor import Source, Tensor, Tensors, same, short_repr, sources, to_arrays, to_bf16
 from .torchfile import ZIP_MAGIC, read_torch, write_torch
@@ -266,8 +266,8 @@ def _parse_size(size: int | str) -> int:
 
 def _weight_files(name: str, whole: bool) -> re.Pattern[str]:
     """Names of all weight files in the form of `name`, whatever the number of shards; of a `whole`
-    directory also of what says how another model generates.
+    directory also of what another model's save may have left.
     """
     stem, suffix = map(re.escape, os.path.splitext(name))
     weights = rf"{stem}(-\d{{5}}-of-\d{{5}})?{suffix}({re.escape(INDEX)})?"
-    return re.compile(f"{weights}|{re.escape(GENERATION)}" if whole else weights)
+    return re.compile(f"{weights}|{REPLACED.pattern}" if whole else weights)

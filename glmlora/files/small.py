@@ -17,6 +17,8 @@ from .regular import read_bytes
 from .write import read_json
 
 GENERATION = "generation_config.json"
+#: Files that would speak of another model where a save does not write them.
+REPLACED = re.compile(r"generation_config\.json|prompt_template\.json")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "added_tokens.json")
 TOKENIZER = (

@@ -17,6 +17,7 @@ from .modeling import ChatGLMForConditionalGeneration
 from .parameters import parse_dtype
 from .quantization import GROUP_SIZE, is_quantized
 from .saving import Opened
+from .template import read_template
 
 
 class AutoModel:
@@ -82,6 +83,7 @@ class AutoModel:
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
         model.name_or_path = os.fspath(path)
+        model.prompt_template = read_template(directory) or "auto"
         file, stored = directory / GENERATION, {}
         if file.exists():
             model.generation_config = GenerationConfig.from_pretrained(directory, config)

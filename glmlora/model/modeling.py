@@ -146,6 +146,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.transformer = Transformer(self)
         self.has_prefix = False
         self.prefix_is_fresh = False
+        self.prompt_template = "auto"  # or what it was trained with: of its chats
         self.cached_row: CachedRow | None = None  # kept between chats
         self.gradient_checkpointing = False
         self._reserved = (0, 0, 0)  # sizes of the largest training step so far

@@ -52,6 +52,7 @@ from .parameters import (
     without_wrappers,
 )
 from .saving import write_beside
+from .template import read_template
 
 # Keywords with which adapters are loaded elsewhere, and what this release lacks of PEFT's wrapper.
 _LOADING = frozenset(
@@ -172,6 +173,7 @@ class PeftModel:
     ) -> None:
         _check_adapter_name(adapter_name)
         self._base = model
+        self._base_template = model.prompt_template
         self._adapters: dict[str, Adapter] = {}
         self.peft_config: dict[str, LoraConfig | PrefixTuningConfig] = {adapter_name: config}
         self.active_adapter = adapter_name
@@ -354,6 +356,7 @@ class PeftModel:
             base.core.add_lora(module, A, B, scale, float(adapter.config.lora_dropout))
         base.core.enable_lora(True)
         base.active_adapter_name = self.active_adapter = name
+        base.prompt_template = adapter.template or self._base_template
         if not adapter.config.inference_mode:
             base.set_trainable(adapter.names())
 
@@ -389,11 +392,14 @@ class PeftModel:
         """Compute as the base alone until `enable_adapter_layers`."""
         self._need_lora("disable_adapter")
         self._base.core.enable_lora(False)
+        self._base.prompt_template = self._base_template
 
     def enable_adapter_layers(self) -> None:
         """Compute with the active adapter again."""
         self._need_lora("enable_adapter_layers")
         self._base.core.enable_lora(True)
+        adapter = self._adapters[self.active_adapter]
+        self._base.prompt_template = adapter.template or self._base_template
 
     def _need_lora(self, what: str) -> None:
         if not self._adapters:
@@ -436,6 +442,7 @@ class PeftModel:
         self._fetch()
         self._base.set_trainable([])
         self._base.core.remove_lora()
+        self._base.prompt_template = self._base_template
         return self._base
 
     # The base's methods, with its signatures
@@ -486,6 +493,14 @@ class PeftModel:
     def print_trainable_parameters(self) -> None:
         """Print one line: trainable and all parameters, and their ratio in percent."""
         print(trainable_line(self._base))
+
+    def set_prompt_template(self, template: str) -> None:
+        """Say what the active adapter (or the prefix) is trained with, "auto" or "vendored": chats
+        take it, and it is saved.
+        """
+        self._base.prompt_template = template
+        if self._adapters:
+            self._adapters[self.active_adapter].template = template
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The active adapter's tensors, float32, under the names that its file has."""
@@ -731,6 +746,7 @@ def load_prefix(
     except ValueError as error:
         config.pre_seq_len, config.prefix_projection = before
         raise ValueError(f"{directory}: {error}") from None
+    base.prompt_template = read_template(directory) or base.prompt_template
     return model
 
 

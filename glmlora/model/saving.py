@@ -13,6 +13,7 @@ from ..files.write import write_json
 from ..generation.config import GenerationConfig
 from ..tell import warn
 from .configuration import ChatGLMConfig
+from .template import write_template
 
 
 class Opened:
@@ -37,11 +38,12 @@ class _Model(Protocol):
     config: ChatGLMConfig
     generation_config: GenerationConfig
     opened: Opened
+    prompt_template: str
 
 
 def write_beside(model: _Model, new: Path, target: Path) -> None:
     """Write into `new`, whose files will be put into `target`: config.json, generation_config.json
-    with what was changed in memory, and the base's small files (see files/small.py).
+    with what was changed in memory, the prompt template, and the base's small files (see files/small.py).
     """
     source = model.opened.directory
     if source is not None and not source.is_dir():
@@ -52,6 +54,7 @@ def write_beside(model: _Model, new: Path, target: Path) -> None:
     fields = generation_fields(model)
     if fields:
         write_json(new / GENERATION, fields)
+    write_template(new, model.prompt_template, usual="auto")
 
 
 def generation_fields(model: _Model) -> dict[str, Any]:

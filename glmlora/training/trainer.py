@@ -210,6 +210,12 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     if not checkpoints:
         warnings.warn("no checkpoint_dir is given: the base model is evaluated", stacklevel=2)
     model = methods.attach(base, kind, checkpoints).eval()
+    if base.prompt_template not in ("auto", data_args.template):
+        warnings.warn(
+            f"template: {checkpoints[-1]} was trained with {base.prompt_template!r}, this run has "
+            f"{data_args.template!r}",
+            stacklevel=2,
+        )
     print(trainable_line(base))
     if args.do_eval or args.do_predict:
         encoded = encode(records, tokenizer, data_args, base.config, "dataset", verbose=True)
@@ -249,6 +255,7 @@ def _loop(
 ) -> Loop:
     """Encode the records, and those held out where they are evaluated; the loop over them."""
     training, config = args.training, trainee.base.config
+    trainee.set_template(args.data.template)
     encoded = encode(records, trainee.tokenizer, args.data, config, "data", verbose)
     eval_encoded = None
     if held_out and (training.do_eval or training.eval_strategy != "no"):
