@@ -26,7 +26,8 @@ from .files.write import read_json
 STAND_INS = {
     "transformers": (
         "AutoConfig AutoModel AutoModelForCausalLM AutoTokenizer GenerationConfig "
-        "TrainingArguments set_seed"
+        "LogitsProcessor LogitsProcessorList StoppingCriteria StoppingCriteriaList "
+        "TextIteratorStreamer TextStreamer TrainingArguments set_seed"
     ).split(),
     "peft": "LoraConfig PeftModel PrefixTuningConfig TaskType get_peft_model".split(),
 }
