@@ -585,6 +585,10 @@ def test_criteria_and_stop_strings_end_an_answer(v2):
         list(model.stream_chat(tokenizer, "x", logits_processor=[Scripted(ids)], **settings))[-1],
     ):
         assert answer[0] == "one two three"
+    ends = glmlora.StopStringCriteria(tokenizer, "o three")
+    for text, ended in (("one two three", True), ("one two three four", False), ("three", False)):
+        row = np.array([[*tokenizer.text_ids(text)]])
+        assert ends(row, None).tolist() == [ended], text
     first = len(prompt.chat_ids(tokenizer, "x")) + 2
     answer, _ = model.chat(
         tokenizer,

@@ -567,6 +567,8 @@ def test_tokens_that_are_suppressed_or_forced(model):
     for least in ({"min_new_tokens": 4}, {"min_length": 9}, {"min_length": 3, "min_new_tokens": 4}):
         found = new_ids(model, **ends, **least)
         assert len(found) >= 4 and plain[0] not in found[:4]
+    both = new_ids(model, **ends, min_length=11, min_new_tokens=1)
+    assert both == new_ids(model, **ends, min_new_tokens=1) != new_ids(model, **ends, min_length=11)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -675,7 +677,7 @@ def test_beams_that_never_stop_early(model):
             ).sequences_scores[0]
             for seed in range(12)
         ]
-    assert scores["never"] >= scores[False] and np.sum(scores["never"]) > np.sum(scores[True])
+    assert np.sum(scores["never"]) > np.sum(scores[False]) > np.sum(scores[True])
 
 
 # Padding, limits, and settings without effect

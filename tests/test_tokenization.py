@@ -266,11 +266,11 @@ def test_ids_tokens_and_pairs_are_texts(tiny, tiny3):
 
 
 def test_settings_of_truncation_and_padding(tiny_dir):
-    tiny = AutoTokenizer.from_pretrained(tiny_dir, truncation_side="left", model_max_length=6)
+    tiny = AutoTokenizer.from_pretrained(tiny_dir, truncation_side="left", model_max_length=5)
     a, b = tiny.text_ids("title of a paper"), tiny.text_ids("paper")
     prefix = tiny.get_prefix_tokens()
-    assert tiny("title of a paper", truncation=True).input_ids == [*prefix, *a[-4:]]
-    assert tiny("a", padding="max_length").input_ids == [0] * 3 + tiny.encode("a")
+    assert tiny("title of a paper", truncation=True).input_ids == [*prefix, *a[-3:]]
+    assert tiny("a", padding="max_length").input_ids == [0] * 2 + tiny.encode("a")
     pair = tiny("title of a paper", "paper", truncation="only_first", max_length=4 + len(b))
     assert pair.input_ids == [*prefix, a[-1], *b, 2]
     tiny.truncation_side, tiny.model_max_length = "right", None
