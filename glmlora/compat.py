@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .files.regular import read_text
 from .files.write import read_json
 
 STAND_INS = {
@@ -92,7 +93,7 @@ def run(path: str | os.PathLike, argv: Sequence[str] = ()) -> int:
     ValueError for a file that is no notebook.
     """
     place = Path(path)
-    if not place.is_file():
+    if not place.exists():
         raise FileNotFoundError(f"{place}: no such notebook or script")
     main = ModuleType("__main__")
     main.__file__ = str(place)
@@ -103,7 +104,7 @@ def run(path: str | os.PathLike, argv: Sequence[str] = ()) -> int:
     try:
         if place.suffix == ".ipynb":
             return _Notebook(place, main).run()
-        exec(compile(place.read_text(encoding="utf-8"), str(place), "exec"), main.__dict__)
+        exec(compile(read_text(place), str(place), "exec"), main.__dict__)
         return 0
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):

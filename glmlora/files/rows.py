@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from .regular import read_bytes
 from .write import refuse_lfs_pointer
 
 EXTENSIONS = (".csv", ".json", ".jsonl")
@@ -39,8 +40,7 @@ def _notice(path: str, text: str) -> None:
 
 def _read_text(path: str) -> str:
     """The text of a file in UTF-8; UTF-16 and GB18030, which spreadsheets write, with a notice."""
-    with open(path, "rb") as file:
-        data = file.read()
+    data = read_bytes(path)
     refuse_lfs_pointer(path, data)
     for start, what in _OTHER_FORMATS:
         if data.startswith(start):
