@@ -121,6 +121,11 @@ class ChatGLM3(Family):
         ids = message_ids(tokenizer, role, "", str(query))
         return [*ids, tokenizer.get_command("<|assistant|>")]
 
+    def message_ids(
+        self, tokenizer: Tokenizer, role: str, metadata: str, content: str
+    ) -> list[int]:
+        return message_ids(tokenizer, role, metadata, content)
+
     def template_ids(
         self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
     ) -> list[int]:

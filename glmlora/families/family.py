@@ -121,6 +121,12 @@ class Family:
         """
         raise NotImplementedError
 
+    def message_ids(
+        self, tokenizer: Tokenizer, role: str, metadata: str, content: str
+    ) -> list[int]:
+        """Ids of one message, in families that have messages; else ValueError."""
+        raise ValueError(f"{self.title} has rounds of questions and answers, no messages")
+
     def prompt_text(self, query: str, history: Any = None) -> str:
         """A whole prompt as text, in families that write one."""
         raise NotImplementedError
