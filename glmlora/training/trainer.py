@@ -142,7 +142,8 @@ def train(
     check_output_dir(training.output_dir)
     resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
     _check_places(model_or_path, model_args)
-    records, n_given = read_records(data)
+    _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
+    records, n_given = read_records(data, data_args.max_samples)
     if model_args.threads:
         _core.set_num_threads(model_args.threads)
     set_seed(training.seed)
@@ -219,7 +220,7 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     print(trainable_line(base))
     if args.do_eval or args.do_predict:
         encoded = encode(records, tokenizer, data_args, base.config, "dataset", verbose=True)
-        if args.predict_with_generate:
+        if args.predict_with_generate and not args.prediction_loss_only:
             evaluate_answers(model, tokenizer, encoded, args, data_args)
         else:
             metrics = evaluate_loss(
@@ -227,6 +228,33 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
             )
             report_metrics(Path(args.output_dir), "eval", metrics)
     return None
+
+
+def _warn_of_unused(
+    model_or_path: Any, tokenizer: Any, eval_data: Any, arguments: Arguments, given: set[str]
+) -> None:
+    """Warn of flags that mean nothing beside what else `train` was given."""
+    rules: list[tuple[str, bool, str]] = []
+    if isinstance(model_or_path, (ChatGLMForConditionalGeneration, PeftModel)):
+        rules.append(("config_name compute_dtype use_v2", True, "the model is given, not its path"))
+        prepared = methods.prepared_for(model_or_path) if "finetuning_type" not in given else None
+        names = "lora_rank lora_alpha lora_dropout lora_target pre_seq_len prefix_projection "
+        names += "num_layer_trainable name_module_trainable resume_lora_training"
+        rules.append((names, prepared is not None, f"the model was made ready for {prepared}"))
+        is_adapter = isinstance(model_or_path, PeftModel)
+        rules.append((names, is_adapter, "the model's adapter has its own"))
+    rules.append(("tokenizer_name", tokenizer is not None, "a tokenizer is given"))
+    rules.append(("dev_ratio", eval_data is not None, "eval_data are given"))
+    nothing = eval_data is None and not arguments.data.dev_ratio
+    rules.append(("do_eval", nothing, "there are no eval_data, and dev_ratio is 0"))
+    rules.append(("do_train", not arguments.training.do_train, "train() trains"))
+    told: dict[str, str] = {}
+    for names, applies, why in rules:
+        for name in names.split() if applies else ():
+            if name in given:
+                told.setdefault(name, f"{name} has no effect: {why}")
+    for text in told.values():
+        warnings.warn(text, stacklevel=3)
 
 
 # Steps of both
