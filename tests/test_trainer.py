@@ -13,10 +13,10 @@ from training import QUIET, adapter, dataset_dir, losses, model_dir, records, ru
 
 import glmlora
 from glmlora import _core
+from glmlora.interrupts import Shield
 from glmlora.training import checkpoints, loop, methods, plot
 from glmlora.training.arguments import FinetuningArguments, TrainingArguments
 from glmlora.training.records import encode_records, records_from
-from glmlora.training.state import Shield
 from glmlora.training.trainer import run_train
 
 LORA_FILES = {"adapter_config.json", "adapter_model.safetensors"}

@@ -8,6 +8,7 @@ give one result.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 import warnings
@@ -22,13 +23,14 @@ from .. import _core
 from ..batch import Encoded, epoch_order, grouped_epoch_order
 from ..files.regular import read_text
 from ..files.write import write_text
+from ..interrupts import Shield, Terminated, signals_arrived
 from ..model.device import memory_available
 from ..model.parameters import embedding_of
 from .arguments import TrainingArguments
 from .checkpoints import Checkpoints, decisive_facts
 from .evaluation import evaluate_loss, progress, speed
 from .methods import Trainee
-from .state import Progress, Schedule, Shield, TrainState
+from .state import Progress, Schedule, TrainState
 
 #: Records whose micro-batches are looked at before the first update, for the memory of the largest.
 LOOK_AHEAD = 1 << 22
@@ -162,8 +164,9 @@ class Loop:
         """Train; returns the summary record without `step`.
 
         resume: a checkpoint-N directory to go on from. Raises ValueError for one of another run,
-        MemoryError before the first step, FloatingPointError naming step and records; Ctrl-C saves
-        a checkpoint at the last finished update and is raised again.
+        MemoryError before the first step, FloatingPointError naming step and records; Ctrl-C,
+        SIGTERM, SIGHUP and memory that ends save a checkpoint at the last finished update, and are
+        raised again.
         """
         if not self._any_label():
             raise ValueError("data: no label is left to train on: all are masked")
@@ -182,11 +185,10 @@ class Loop:
             self._call("on_train_begin")
             self._epochs()
             if self.args.load_best_model_at_end and s.best_model_checkpoint:
-                with Shield():
-                    self.trainee.load(s.best_model_checkpoint)
-        except KeyboardInterrupt:
+                self._load_best(s.best_model_checkpoint)
+        except (KeyboardInterrupt, Terminated, MemoryError) as error:
             self.bar.close()
-            self._keep_interrupted()
+            self._keep_interrupted(error)
             raise
         finally:
             self.bar.close()
@@ -424,22 +426,41 @@ class Loop:
             self.checkpoints.save(self.state, replace(self.at, elapsed=elapsed))
         self._call("on_save")
 
-    def _keep_interrupted(self) -> None:
-        """After Ctrl-C: save what was done so far, and say how to go on."""
+    def _load_best(self, best: str) -> None:
+        try:
+            with Shield():
+                self.trainee.load(best)
+        except (OSError, ValueError) as error:  # what was trained is worth more than no result
+            warnings.warn(
+                f"load_best_model_at_end: {error}; the weights of the last update are kept",
+                stacklevel=4,
+            )
+
+    def _keep_interrupted(self, error: BaseException) -> None:
+        """Save what was done so far, and say how to go on."""
         s = self.state
         self.core.zero_grad()
         where = f"interrupted after update {s.global_step} of {s.max_steps}"
+        if isinstance(error, Terminated):
+            where += f" by {signal.Signals(int(str(error)) - 128).name}"
+        if signals_arrived() > 1:  # perhaps in the middle of an update
+            print(f"{where}, twice: nothing more is saved", file=sys.stderr)
+            return
         if s.global_step == 0:
             print(f"{where}: nothing to save", file=sys.stderr)
             return
         path = self.checkpoints.path(self.state)
         if self.checkpoints.saved[-1:] != [path]:
-            print(f"{where}: saving {path}", file=sys.stderr)
+            print(f"{where}: saving {path}; once more ends at once", file=sys.stderr)
             try:
                 self.save_checkpoint()
-            except OSError as error:  # what was asked for is the end, not this save
-                print(f"{where}: {path} could not be written: {error}", file=sys.stderr)
+            except OSError as failure:  # what was asked for is the end, not this save
+                print(f"{where}: {path} could not be written: {failure}", file=sys.stderr)
                 return
+            except (KeyboardInterrupt, Terminated):
+                if not path.exists():
+                    print(f"{where}, twice: {path} is not saved", file=sys.stderr)
+                raise
         print(
             f"{where}: everything up to here is in {path}; go on with "
             f"resume_from_checkpoint={str(path)!r} (--resume_from_checkpoint {path})",
