@@ -54,12 +54,13 @@ def temporary(folder: Path, directory: bool = False) -> tuple[Path, int]:
             with suppress(OSError):
                 path.rmdir()
             raise
-        if lock(descriptor) and _is(path, descriptor):
+        if lock(descriptor) and same_file(path, descriptor):
             return path, descriptor
         os.close(descriptor)
 
 
-def _is(path: Path, descriptor: int) -> bool:
+def same_file(path: Path, descriptor: int) -> bool:
+    """Whether an open file is what stands under `path` (still, or by now)."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -82,7 +83,7 @@ def remove_litter(folder: str | os.PathLike) -> None:
             try:
                 # Refused where it is held. Where there are no locks nobody knows whose it is.
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not _is(path, descriptor):
+                if not same_file(path, descriptor):
                     continue
                 if path.is_dir():
                     _put_back(path)

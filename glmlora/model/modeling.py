@@ -19,6 +19,7 @@ import numpy as np
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
+from ..files.owner import owned
 from ..files.tensor import Tensor
 from ..generation import chat as _chat
 from ..generation import generate as _generate
@@ -496,8 +497,10 @@ class ChatGLMForConditionalGeneration(_Casts):
                 shape, read = self.core.shape(name), self.core.read
                 listed.append((name, "F32", shape, lambda n=name, read=read: read(n)))
         self.config.torch_dtype = self.dtype
-        self.config.save_pretrained(directory)
-        save_sharded(directory, listed, max_shard_size, safetensors=safe_serialization)
+        os.makedirs(directory, exist_ok=True)
+        with owned(directory, shared=True):
+            self.config.save_pretrained(directory)
+            save_sharded(directory, listed, max_shard_size, safetensors=safe_serialization)
 
     # What is trained
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import _core
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
+from ..files.owner import owned
 from ..generation.config import GenerationConfig
 from .adapter import (
     Adapter,
@@ -327,12 +328,14 @@ class PeftModel:
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"{directory}: is a file, expected a directory")
         self._fetch()
-        for name, adapter in self._adapters.items():
-            write_adapter(
-                directory if name == self.active_adapter else directory / name,
-                adapter,
-                safe_serialization,
-            )
+        directory.mkdir(parents=True, exist_ok=True)
+        with owned(directory, shared=True):
+            for name, adapter in self._adapters.items():
+                write_adapter(
+                    directory if name == self.active_adapter else directory / name,
+                    adapter,
+                    safe_serialization,
+                )
 
     def __repr__(self) -> str:
         return f"PeftModel({self._base!r}, adapter={self.active_adapter!r})"
@@ -403,8 +406,9 @@ def save_prefix(
     read = model.core.read
     names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
     Path(directory).mkdir(parents=True, exist_ok=True)
-    save_sharded(directory, {n: read(n) for n in names}, safetensors=False)
-    model.config.save_pretrained(directory)
+    with owned(directory, shared=True):
+        save_sharded(directory, {n: read(n) for n in names}, safetensors=False)
+        model.config.save_pretrained(directory)
 
 
 def load_prefix(
