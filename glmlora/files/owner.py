@@ -68,6 +68,11 @@ def _take(file: Path, folder: str | os.PathLike) -> int:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
                 return descriptor
+        except OSError as error:
+            os.close(descriptor)
+            if error.filename is None and error.errno is not None:
+                raise OSError(error.errno, error.strerror, str(file)) from error
+            raise
         except BaseException:
             os.close(descriptor)
             raise

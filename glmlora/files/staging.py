@@ -123,11 +123,13 @@ def staged(folder: Path, stale: re.Pattern[str] | None = None) -> Iterator[Path]
             raise
         sync_directory(folder)
     except OSError as error:
-        if not str(error.filename).startswith(str(place)):
+        if error.errno is None:
             raise
-        # Its place, not the one it was written in.
-        parts = Path(error.filename).relative_to(place).parts[1:]
-        raise OSError(error.errno, error.strerror, str(folder.joinpath(*parts))) from error
+        # Named by its place, not by the one it is written in; a failed write has no name at all.
+        named = Path(folder if error.filename is None else error.filename)
+        if place in named.parents:
+            named = folder.joinpath(*named.relative_to(place).parts[1:])
+        raise OSError(error.errno, error.strerror, str(named)) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
         os.close(descriptor)

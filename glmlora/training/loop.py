@@ -12,7 +12,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Loop:
         self.at = Progress()
         facts = decisive_facts(trainee, encoded, args, self.schedule)
         self.checkpoints = Checkpoints(trainee, args, self.schedule, facts, argument_files or {})
-        self._warned_masked = False
+        self._warned_masked = self._warned_log = False
 
     def order(self, epoch: int) -> np.ndarray:
         """Record numbers of an epoch, micro-batch after micro-batch: a function of (seed, epoch, n)
@@ -205,7 +206,7 @@ class Loop:
 
     def finish(self) -> None:
         """Write the end state into the root of output_dir."""
-        with Shield():
+        with Shield(), self._told_what_is_kept():
             self.checkpoints.save_end(self.state)
         self._call("on_train_end")
 
@@ -388,8 +389,15 @@ class Loop:
             "elapsed_time": _clock(elapsed),
             "remaining_time": _clock(elapsed / s.global_step * (s.max_steps - s.global_step)),
         }
-        with open(self.output_dir / "trainer_log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.output_dir / "trainer_log.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # the same is in trainer_state.json, and worth less than the run
+            if not self._warned_log:
+                self._warned_log = True
+                text = f"{path}: a line could not be written: {error.strerror} (warned once)"
+                warnings.warn(text, stacklevel=6)
 
     def evaluate(self) -> dict[str, float]:
         """Loss of the evaluation data, logged; keeps track of the best."""
@@ -421,10 +429,25 @@ class Loop:
                 callback(dict(self.state.log_history[-1]))
 
     def save_checkpoint(self) -> None:
-        with Shield():
+        """Raises OSError naming the file, and the checkpoint to go on from."""
+        with Shield(), self._told_what_is_kept():
             elapsed = time.perf_counter() - self.started
             self.checkpoints.save(self.state, replace(self.at, elapsed=elapsed))
         self._call("on_save")
+
+    @contextmanager
+    def _told_what_is_kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            saved, s = self.checkpoints.saved, self.state
+            kept = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
+            raise OSError(
+                error.errno,
+                f"{error.strerror or error} (update {s.global_step} of {s.max_steps} is not saved; "
+                f"{kept})",
+                error.filename,
+            ) from error
 
     def _load_best(self, best: str) -> None:
         try:
