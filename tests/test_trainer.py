@@ -15,10 +15,10 @@ import glmlora
 from glmlora import _core
 from glmlora.families.prompt import encode_source
 from glmlora.generation.chat import chat_family
+from glmlora.interrupts import Shield
 from glmlora.training import checkpoints, loop, methods, plot
 from glmlora.training.arguments import FinetuningArguments, TrainingArguments
 from glmlora.training.records import encode_records, records_from
-from glmlora.training.state import Shield
 from glmlora.training.trainer import run_train
 
 LORA_FILES = {"adapter_config.json", "adapter_model.safetensors"}

@@ -20,6 +20,7 @@ import numpy as np
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
+from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import generate as _generate
@@ -514,13 +515,15 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.config.torch_dtype = self.dtype
         if self.config.get("dtype") is not None:  # the key's newer name
             self.config.dtype = self.dtype
-        save_sharded(
-            directory,
-            listed,
-            max_shard_size,
-            safetensors=safe_serialization,
-            beside=lambda new: write_beside(self, new, Path(directory)),
-        )
+        os.makedirs(directory, exist_ok=True)
+        with owned(directory, shared=True):
+            save_sharded(
+                directory,
+                listed,
+                max_shard_size,
+                safetensors=safe_serialization,
+                beside=lambda new: write_beside(self, new, Path(directory)),
+            )
 
     # What is trained
 

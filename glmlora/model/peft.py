@@ -20,6 +20,7 @@ import numpy as np
 
 from .. import _core
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
+from ..files.owner import owned
 from ..generation.config import GenerationConfig
 from ..names import did_you_mean
 from .adapter import (
@@ -580,12 +581,14 @@ class PeftModel:
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"{directory}: is a file, expected a directory")
         self._fetch()
-        for name in names:
-            write_adapter(
-                directory if name == self.active_adapter else directory / name,
-                self._adapters[name],
-                safe_serialization,
-            )
+        directory.mkdir(parents=True, exist_ok=True)
+        with owned(directory, shared=True):
+            for name in names:
+                write_adapter(
+                    directory if name == self.active_adapter else directory / name,
+                    self._adapters[name],
+                    safe_serialization,
+                )
 
     def __repr__(self) -> str:
         return f"PeftModel({self._base!r}, adapter={self.active_adapter!r})"
@@ -697,12 +700,13 @@ def save_prefix(
     read = model.core.read
     names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
     Path(directory).mkdir(parents=True, exist_ok=True)
-    save_sharded(
-        directory,
-        {n: read(n) for n in names},
-        safetensors=False,
-        beside=lambda new: write_beside(model, new, Path(directory)),
-    )
+    with owned(directory, shared=True):
+        save_sharded(
+            directory,
+            {n: read(n) for n in names},
+            safetensors=False,
+            beside=lambda new: write_beside(model, new, Path(directory)),
+        )
 
 
 def load_prefix(

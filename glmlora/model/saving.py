@@ -43,7 +43,8 @@ class _Model(Protocol):
 
 def write_beside(model: _Model, new: Path, target: Path) -> None:
     """Write into `new`, whose files will be put into `target`: config.json, generation_config.json
-    with what was changed in memory, the prompt template, and the base's small files (see files/small.py).
+    with what was changed in memory, the prompt template, and the base's small files (see
+    files/small.py).
     """
     source = model.opened.directory
     if source is not None and not source.is_dir():
