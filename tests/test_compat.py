@@ -77,7 +77,11 @@ def test_an_error_names_cell_and_line(tmp_path, capfd):
     assert compat.run(path) == 1
     err = capfd.readouterr().err
     assert 'File "b.ipynb[cell 2]", line 2' in err and "wrong paper" in err
-    assert "raise ValueError('wrong paper')" in err and "compat.py" not in err
+    assert (
+        "raise ValueError('wrong paper')" in err
+        and "notebook.py" not in err
+        and "compat.py" not in err
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ FLOORS = (
     ("model",),
     ("training",),
     ("tables", "tools"),
+    ("notebook",),
     ("compat",),
     ("cli",),
     ("__main__",),
