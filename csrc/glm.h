@@ -148,7 +148,8 @@ glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, doub
                           struct glm_error *err);
 
 /* Factor on the learning rate after k finished updates; negative for an unknown kind. */
-double glm_lr_factor(const char *kind, int k, int warmup, int total, double learning_rate);
+double glm_lr_factor(const char *kind, int64_t k, int64_t warmup, int64_t total,
+                     double learning_rate);
 
 /* ---- generation */
 

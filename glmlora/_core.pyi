@@ -24,6 +24,10 @@ def get_num_threads() -> int: ...
 def cpu_variants() -> str:
     """Instruction sets of the core this processor runs, best first, e.g. "avx2,generic"."""
 
+def cpu_kernels() -> dict[str, tuple[bool, bool]]:
+    """Every instruction set that the core has kernels for, best first: whether this build has
+    them (its compiler may have lacked the set), whether this processor runs them."""
+
 def op_table(backend: str) -> dict[str, int]:
     """For tests: addresses of the ops and of their context ("cx"), and "real_size"."""
 

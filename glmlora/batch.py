@@ -203,7 +203,8 @@ class Encoded:
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """The given records as one batch, labels over the answers only."""
         spans = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
-        lengths = self.lengths[rows].astype(np.int32)
+        rows = np.asarray(rows)
+        lengths = (self.offsets[rows + 1] - self.offsets[rows]).astype(np.int32)
         ids = np.concatenate([self.ids[span] for span in spans])
         # Distance of every token from the start of its segment, against the length of its source.
         starts = np.cumsum(lengths) - lengths

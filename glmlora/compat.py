@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .files.regular import read_text
 from .notebook import Notebook
 
 STAND_INS = {
@@ -85,7 +86,7 @@ def run(path: str | os.PathLike, argv: Sequence[str] = ()) -> int:
     ValueError for a file that is no notebook.
     """
     place = Path(path)
-    if not place.is_file():
+    if not place.exists():
         raise FileNotFoundError(f"{place}: no such notebook or script")
     main = ModuleType("__main__")
     main.__file__ = str(place)
@@ -96,7 +97,7 @@ def run(path: str | os.PathLike, argv: Sequence[str] = ()) -> int:
     try:
         if place.suffix == ".ipynb":
             return Notebook(place, main).run()
-        exec(compile(place.read_text(encoding="utf-8"), str(place), "exec"), main.__dict__)
+        exec(compile(read_text(place), str(place), "exec"), main.__dict__)
         return 0
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):

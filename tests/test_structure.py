@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 
 # Folders and top-level modules from the ground up; those on one floor do not import each other.
 FLOORS = (
-    ("_core",),
+    ("_core", "interrupts", "names", "tell"),
     ("families", "files"),
     ("batch", "seeds", "tokenization"),
     ("generation",),

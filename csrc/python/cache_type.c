@@ -11,7 +11,7 @@ static PyObject *cache_new(struct model_object *model, int rows, int capacity, i
 {
     struct run run;
     PyTypeObject *type = model->state->cache_type;
-    struct cache_object *self = (struct cache_object *)type->tp_alloc(type, 0);
+    struct cache_object *self = (struct cache_object *)PyType_GenericAlloc(type, 0);
     if (!self)
         return NULL;
     self->model = (struct model_object *)Py_NewRef((PyObject *)model);
@@ -44,7 +44,7 @@ static void cache_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
     cache_clear(object);
-    type->tp_free(object);
+    PyObject_GC_Del(object);
     Py_DECREF(type);
 }
 
@@ -67,7 +67,7 @@ static PyObject *cache_get(PyObject *object, void *which)
     }
     PyObject *list = PyList_New(info.rows);
     for (int i = 0; list && i < info.rows; i++)
-        PyList_SET_ITEM(list, i, PyLong_FromLong(info.lengths[i]));
+        PyList_SetItem(list, i, PyLong_FromLong(info.lengths[i]));
     return list;
 }
 

@@ -83,6 +83,21 @@ int glm_dtype_numpy(enum glm_dtype dtype)
     return types[dtype];
 }
 
+PyObject *glm_type_name(PyObject *object)
+{
+    return PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__name__");
+}
+
+PyObject *glm_tuple_arg(PyObject *object, const char *expected)
+{
+    PyObject *items = PyObject_GetIter(object);
+    if (!items && PyErr_ExceptionMatches(PyExc_TypeError))
+        PyErr_SetString(PyExc_TypeError, expected);
+    PyObject *tuple = items ? PySequence_Tuple(items) : NULL;
+    Py_XDECREF(items);
+    return tuple;
+}
+
 /* Whether all integers of an array fit int32; a value that would wrap is refused. */
 static int fits_int32(PyArrayObject *any, const char *name)
 {
@@ -125,8 +140,10 @@ static PyArrayObject *int32_array(PyObject *object, const char *name)
 static PyArrayObject *array_as_is(PyObject *object, const char *name, int typenum)
 {
     if (!PyArray_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a NumPy array, got %s", name,
-                     Py_TYPE(object)->tp_name);
+        PyObject *type = glm_type_name(object);
+        if (type)
+            PyErr_Format(PyExc_TypeError, "%s: expected a NumPy array, got %U", name, type);
+        Py_XDECREF(type);
         return NULL;
     }
     PyArrayObject *array = (PyArrayObject *)object;

@@ -22,6 +22,11 @@ const char *glm_dtype_name(enum glm_dtype dtype);
 /* NumPy type number that holds the dtype (uint16 for BF16). */
 int glm_dtype_numpy(enum glm_dtype dtype);
 
+/* The name of an object's type, a new reference, for an error; NULL with an exception set. */
+PyObject *glm_type_name(PyObject *object);
+/* A tuple of the items of an iterable; of anything else NULL with TypeError(expected) set. */
+PyObject *glm_tuple_arg(PyObject *object, const char *expected);
+
 /* A C-contiguous aligned array of the type number and rank (rank -1: any), or NULL with a
  * TypeError/ValueError that names the argument and says what came. A new reference. Integers are
  * converted when it is safe; others are not. */

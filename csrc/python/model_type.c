@@ -70,8 +70,10 @@ static int name_text(PyObject *names, const char *key, const char **out)
         return -1;
     }
     if (!PyUnicode_Check(value)) {
-        PyErr_Format(PyExc_TypeError, "names: %s: expected a str, got %s", key,
-                     Py_TYPE(value)->tp_name);
+        PyObject *type = glm_type_name(value);
+        if (type)
+            PyErr_Format(PyExc_TypeError, "names: %s: expected a str, got %U", key, type);
+        Py_XDECREF(type);
         return -1;
     }
     *out = PyUnicode_AsUTF8AndSize(value, &length);
@@ -103,10 +105,10 @@ static int read_names(PyObject *dict, struct glm_names *n)
     for (Py_ssize_t i = 0; i < count; i++)
         if (name_text(dict, texts[i].key, texts[i].out) < 0)
             return -1;
-    if (PyDict_GET_SIZE(dict) == count)
+    if (PyDict_Size(dict) == count)
         return 0;
     PyErr_Format(PyExc_ValueError, "names: expected %zd keys, got %zd: %R", count,
-                 PyDict_GET_SIZE(dict), dict);
+                 PyDict_Size(dict), dict);
     return -1;
 }
 
@@ -134,7 +136,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     struct glm_backend *be = glm_module_backend(state, backend);
     if (!be)
         return NULL;
-    struct model_object *self = (struct model_object *)type->tp_alloc(type, 0);
+    struct model_object *self = (struct model_object *)PyType_GenericAlloc(type, 0);
     if (!self)
         return NULL;
     self->state = state;
@@ -170,7 +172,7 @@ static void model_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
     model_clear(object);
-    type->tp_free(object);
+    PyObject_GC_Del(object);
     Py_DECREF(type);
 }
 

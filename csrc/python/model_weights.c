@@ -3,7 +3,7 @@
 
 static int find_weight(struct model_object *self, PyObject *name_object)
 {
-    const char *name = PyUnicode_AsUTF8(name_object);
+    const char *name = PyUnicode_AsUTF8AndSize(name_object, NULL);
     if (!name)
         return -1;
     const int i = glm_model_find(self->m, name);
@@ -90,7 +90,7 @@ PyObject *glm_py_bind(struct model_object *self, PyObject *args, PyObject *kwarg
                                      &dtype_name, &scale_object, &mat.group) ||
         glm_idle(self) < 0 || glm_dtype_from_name(dtype_name, &mat.dtype) < 0)
         return NULL;
-    const char *name = PyUnicode_AsUTF8(name_object);
+    const char *name = PyUnicode_AsUTF8AndSize(name_object, NULL);
     PyArrayObject *a = glm_array_arg(object, name, glm_dtype_numpy(mat.dtype), -1), *scale = NULL;
     if (!a || glm_dims_of(a, name, &mat.rows, &mat.cols) < 0)
         goto failed;
@@ -142,13 +142,13 @@ PyObject *glm_py_move(struct model_object *self, PyObject *args, PyObject *kwarg
         glm_idle(self) < 0)
         return NULL;
     struct glm_backend *to = glm_module_backend(self->state, backend);
-    PyObject *list = to ? PySequence_Fast(left, "left: expected names of weights") : NULL;
+    PyObject *list = to ? glm_tuple_arg(left, "left: expected names of weights") : NULL;
     if (!list)
         return NULL;
-    const Py_ssize_t n = PySequence_Fast_GET_SIZE(list);
+    const Py_ssize_t n = PyTuple_Size(list);
     int *weights = PyMem_New(int, n ? n : 1);
     for (Py_ssize_t i = 0; weights && i < n; i++)
-        if ((weights[i] = find_weight(self, PySequence_Fast_GET_ITEM(list, i))) < 0)
+        if ((weights[i] = find_weight(self, PyTuple_GetItem(list, i))) < 0)
             goto done;
     if (!weights) {
         PyErr_NoMemory();
@@ -258,7 +258,7 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
         }
         data[i] = PyArray_DATA(a[i]);
     }
-    if (!a[0] || used != PyDict_GET_SIZE(dict)) {
+    if (!a[0] || used != PyDict_Size(dict)) {
         PyErr_Format(PyExc_ValueError,
                      "prefix: expected %s and, with projection, .trans.0.weight, .trans.0.bias, "
                      ".trans.2.weight, .trans.2.bias",
@@ -302,10 +302,10 @@ PyObject *glm_py_prefix_kv(struct model_object *self, PyObject *Py_UNUSED(ignore
 PyObject *glm_py_set_trainable(struct model_object *self, PyObject *arg)
 {
     struct run run;
-    PyObject *list = PySequence_Fast(arg, "names: expected a sequence of weight names");
+    PyObject *list = glm_tuple_arg(arg, "names: expected a sequence of weight names");
     if (!list)
         return NULL;
-    const Py_ssize_t n = PySequence_Fast_GET_SIZE(list);
+    const Py_ssize_t n = PyTuple_Size(list);
     int *weights = PyMem_Calloc((size_t)n + 1, sizeof *weights);
     PyObject *result = NULL;
     if (!weights) {
@@ -313,7 +313,7 @@ PyObject *glm_py_set_trainable(struct model_object *self, PyObject *arg)
         goto done;
     }
     for (Py_ssize_t i = 0; i < n; i++)
-        if ((weights[i] = find_weight(self, PySequence_Fast_GET_ITEM(list, i))) < 0)
+        if ((weights[i] = find_weight(self, PyTuple_GetItem(list, i))) < 0)
             goto done;
     if (glm_run_begin(&run, self) < 0 ||
         glm_run_end(&run, glm_model_set_trainable(self->m, weights, (int)n, &run.err)) < 0)
@@ -338,7 +338,7 @@ PyObject *glm_py_trainable(struct model_object *self, PyObject *Py_UNUSED(ignore
             Py_CLEAR(list);
             break;
         }
-        PyList_SET_ITEM(list, i, name);
+        PyList_SetItem(list, i, name);
     }
     return list;
 }
@@ -393,12 +393,13 @@ PyObject *glm_py_write(struct model_object *self, PyObject *args, PyObject *kwar
         part_from_name(what, &part) < 0 || (i = find_weight(self, name)) < 0)
         return NULL;
     glm_model_weight(self->m, i, &info);
-    PyArrayObject *a = glm_real_arg(object, PyUnicode_AsUTF8(name), glm_real_type(self), info.rank);
+    PyArrayObject *a =
+        glm_real_arg(object, PyUnicode_AsUTF8AndSize(name, NULL), glm_real_type(self), info.rank);
     if (!a)
         return NULL;
     int rows, cols;
-    if (glm_dims_of(a, PyUnicode_AsUTF8(name), &rows, &cols) < 0 || rows != info.rows ||
-        cols != info.cols) {
+    if (glm_dims_of(a, PyUnicode_AsUTF8AndSize(name, NULL), &rows, &cols) < 0 ||
+        rows != info.rows || cols != info.cols) {
         if (!PyErr_Occurred())
             PyErr_Format(PyExc_ValueError, "%U: expected shape (%d, %d), got (%d, %d)", name,
                          info.rows, info.cols, rows, cols);

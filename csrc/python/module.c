@@ -29,12 +29,27 @@ static PyObject *get_num_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
 
 static PyObject *cpu_variants(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
-    return PyUnicode_FromString(glm_cpu_variants());
+    char sets[64];
+    return PyUnicode_FromString(glm_cpu_variants(sets));
+}
+
+static PyObject *cpu_kernels(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    PyObject *dict = PyDict_New();
+    struct glm_cpu_variant set;
+    for (int i = 0; dict && glm_cpu_variant(i, &set); i++) {
+        PyObject *pair =
+            PyTuple_Pack(2, set.compiled ? Py_True : Py_False, set.runs ? Py_True : Py_False);
+        if (!pair || PyDict_SetItemString(dict, set.name, pair) < 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(pair);
+    }
+    return dict;
 }
 
 static PyObject *op_table(PyObject *module, PyObject *arg)
 {
-    const char *name = PyUnicode_AsUTF8(arg);
+    const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
     if (!name)
         return NULL;
     struct glm_backend *be = glm_module_backend(PyModule_GetState(module), name);
@@ -85,7 +100,7 @@ static PyObject *op_signatures(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(
 
 static PyObject *backend_name(PyObject *Py_UNUSED(module), PyObject *arg)
 {
-    const char *name = PyUnicode_AsUTF8(arg);
+    const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
     char full[64];
     if (!name)
         return NULL;
@@ -96,7 +111,7 @@ static PyObject *backend_name(PyObject *Py_UNUSED(module), PyObject *arg)
 /* {"count": 0, "why": ..} or what struct glm_device holds */
 static PyObject *device_info(PyObject *Py_UNUSED(module), PyObject *arg)
 {
-    const char *name = PyUnicode_AsUTF8(arg);
+    const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
     struct glm_device d;
     struct glm_error err;
     if (!name)
@@ -119,9 +134,9 @@ static PyObject *lr_factor(PyObject *Py_UNUSED(module), PyObject *args, PyObject
 {
     static char *names[] = {"kind", "step", "warmup_steps", "total_steps", "learning_rate", NULL};
     const char *kind;
-    int step, warmup, total;
+    long long step, warmup, total;
     double lr = 5e-5;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "siii|d", names, &kind, &step, &warmup, &total,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sLLL|d", names, &kind, &step, &warmup, &total,
                                      &lr))
         return NULL;
     const double factor = glm_lr_factor(kind, step, warmup, total, lr);
@@ -227,6 +242,8 @@ static PyMethodDef functions[] = {
     {"get_num_threads", get_num_threads, METH_NOARGS, "Threads that ops use."},
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "Instruction sets this processor runs, best first."},
+    {"cpu_kernels", cpu_kernels, METH_NOARGS,
+     "Every instruction set: whether it is compiled, whether this processor runs it."},
     {"op_table", op_table, METH_O, "Addresses of a backend's functions, for tests."},
     {"op_signatures", op_signatures, METH_NOARGS, "Parameters of every op, for tests."},
     {NULL, NULL, 0, NULL},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .family import Family, Tokenizer
 from .messages import TRAINING_TIME, check_messages, check_rounds, fit, rounds_to_drop
+from .vocabulary import TOKENIZER_FILES, has_text
 
 ANSWER = "\n\n答："
 
@@ -65,10 +67,13 @@ def _only_user(role: str) -> None:
 
 class ChatGLM2(Family):
     name, alias, title = "v2", "chatglm2", "ChatGLM2"
-    named = re.compile(r"chatglm-?2")
+    named = re.compile(r"chatglm[-_ ]?2(?!\d)|codegeex[-_ ]?2(?!\d)")
     checkpoint = "THUDM/chatglm2-6b"
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
     takes_role = False
+
+    def in_directory(self, directory: Path) -> bool:
+        return has_text(directory, TOKENIZER_FILES, b"[Round {}]")
 
     def rope_mode(self, rope_ratio: float) -> str:
         return "interpolate" if rope_ratio != 1 else "base"

@@ -69,12 +69,16 @@ class Family:
         """Whether config.json can only be this family's."""
         return False
 
+    def in_vocabulary(self, directory: Path) -> bool:
+        """Whether the vocabulary of a model directory can only be this family's."""
+        return False
+
     def in_directory(self, directory: Path) -> bool:
-        """Whether files of a model directory can only be this family's."""
+        """Whether the small files of a model directory speak for this family."""
         return False
 
     def in_tokenizer(self, config: Mapping[str, Any]) -> bool:
-        """Whether a tokenizer_config.json can only be this family's."""
+        """Whether a tokenizer_config.json speaks for this family."""
         return False
 
     # Architecture

@@ -8,14 +8,14 @@ import json
 import os
 from typing import Any
 
+from .regular import read_bytes
 from .write import read_json, refuse_lfs_pointer
 
 EXTENSIONS = (".csv", ".json", ".jsonl")
 
 
 def _read_text(path: str) -> str:
-    with open(path, "rb") as file:
-        data = file.read()
+    data = read_bytes(path)
     refuse_lfs_pointer(path, data)
     mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     try:

@@ -129,6 +129,19 @@ def checked_nbytes(where: str, dtype: str, shape: Iterable[int]) -> int:
     return size
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bytes; the first difference ends the
+    comparison.
+    """
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    x, y = (t.data.reshape(-1).view(np.uint8) for t in (a, b))
+    if x.ctypes.data == y.ctypes.data:
+        return True
+    parts = (slice(start, start + CHUNK) for start in range(0, x.size, CHUNK))
+    return all(np.array_equal(x[part], y[part]) for part in parts)
+
+
 def short_repr(value: object, limit: int = 80) -> str:
     """repr for an error message: lists and strings of a hostile file are not printed whole."""
     if isinstance(value, str):

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .. import families
+from ..families import recognition
 from ..tokenization import TextStream
 from .beams import best_answers
 from .cache import CachedRow, Model
@@ -93,6 +94,8 @@ class _Turns:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.family = chat_family(model, tokenizer)
+        config = model.config
+        recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
         settings |= {"max_length": max_length, "num_beams": num_beams, "do_sample": do_sample}
         settings |= {"top_p": top_p, "temperature": temperature}
         self.settings = _settings(model, tokenizer, settings)

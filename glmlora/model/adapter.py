@@ -27,6 +27,7 @@ from ..files.checkpoint import (
     write_safetensors,
     write_torch,
 )
+from ..files.staging import staged
 from ..seeds import generator
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import PEFT_PREFIX, layers_of
@@ -184,7 +185,7 @@ class LoraConfig:
     def from_pretrained(cls, path: str | os.PathLike[str]) -> LoraConfig:
         """Read `path/adapter_config.json`. ValueError naming a field that is not supported."""
         file = Path(path) / CONFIG
-        if not file.is_file():
+        if not file.exists():
             raise ValueError(
                 f"Can't find {CONFIG!r} at {os.fspath(path)!r}: {_what_is_there(Path(path))}"
             )
@@ -400,7 +401,7 @@ def fresh_adapter(
 def read_adapter(
     model: ChatGLMForConditionalGeneration, directory: Path, config: LoraConfig
 ) -> Adapter:
-    files = [directory / name for name in (SAFETENSORS, TORCH) if (directory / name).is_file()]
+    files = [directory / name for name in (SAFETENSORS, TORCH) if (directory / name).exists()]
     if not files:
         raise ValueError(f"{directory}: found neither {SAFETENSORS} nor {TORCH}")
     try:
@@ -450,9 +451,7 @@ def read_adapter(
 
 
 def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -> None:
-    """The two files of an adapter. The tensors come first: a config without its tensors is never
-    left by a failure.
-    """
+    """The two files of an adapter."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, (A, B) in adapter.tensors.items():
@@ -463,6 +462,7 @@ def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -
         fields["target_modules"] = sorted({_leaf(m) for m in adapter.targets})
     write = write_safetensors if safe_serialization else write_torch
     file, other = (SAFETENSORS, TORCH) if safe_serialization else (TORCH, SAFETENSORS)
-    write(directory / file, tensors)
-    write_json(directory / CONFIG, fields)
-    (directory / other).unlink(missing_ok=True)  # readers would find an older one first
+    # Together or not at all; readers would find an older one of the other form first.
+    with staged(directory, stale=re.compile(re.escape(other))) as new:
+        write(new / file, tensors)
+        write_json(new / CONFIG, fields)

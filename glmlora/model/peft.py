@@ -418,7 +418,7 @@ def load_prefix(
     base, directory = _unwrapped(model), Path(directory)
     start = prefix_of(base.config)
     file = directory / "config.json"
-    fields = read_json(file, dict) if file.is_file() else {}
+    fields = read_json(file, dict) if file.exists() else {}
     arrays = {
         n.removeprefix(start): np.ascontiguousarray(a, np.float32)
         for n, a in load_state_dict(directory).items()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,24 @@ def check_form(bits: object, group: object) -> tuple[int, int]:
             f"{bits!r}"
         )
     return 4, group
+
+
+def is_quantized(config: Any, bits: int, group: int | None = None) -> bool:
+    """Whether a model of this config is quantized to `bits` bits already, and, unless `group` is
+    None, in groups of that size. ValueError where it is quantized otherwise: its integers cannot
+    become others.
+    """
+    stored, size = check_form(config.quantization_bit, config.quantization_group_size)
+    if not stored:
+        return False
+    form = f"in groups of {size} columns" if size else "row-wise"
+    if stored != bits or (group is not None and group != size):
+        asked = f"{bits} bits" + (f" in groups of {group} columns" if group else "")
+        raise ValueError(
+            f"quantize: the model is stored in {stored} bits ({form}) already, {asked} were asked "
+            "for: open the float model to quantize it otherwise"
+        )
+    return True
 
 
 def join(

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..batch import IGNORED, Encoded
 from ..families import prompt as prompts
+from ..files.regular import read_bytes
 from ..files.rows import EXTENSIONS, read_rows
 from ..files.write import read_json
 from ..model.configuration import ChatGLMConfig
@@ -405,8 +406,7 @@ def _check_sha1(
         return
     import hashlib
 
-    with open(files[0], "rb") as file:
-        found = hashlib.sha1(file.read(), usedforsecurity=False).hexdigest()
+    found = hashlib.sha1(read_bytes(files[0]), usedforsecurity=False).hexdigest()
     if found != expected.lower():
         warnings.warn(
             f"{where}: file_sha1: expected {expected}, {files[0]} has {found}", stacklevel=4

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import _core, families
 from ..batch import split_dev
+from ..families import recognition
 from ..files.rows import read_rows
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.peft import PeftModel, trainable_line
-from ..model.quantization import GROUP_SIZE
+from ..model.quantization import GROUP_SIZE, is_quantized
 from ..seeds import set_seed
 from ..tokenization import AutoTokenizer
 from . import methods
@@ -380,6 +381,8 @@ def _load(model_or_path: Any, tokenizer: Any, args: ModelArguments) -> tuple[Any
         )
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or place, family=family)
+    config = methods.unwrapped(model).config
+    recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
     return model, tokenizer
 
 
@@ -387,7 +390,7 @@ def _quantize(base: ChatGLMForConditionalGeneration, bits: int | None, kind: str
     """The base of p_tuning gets THUDM's row-wise form; 4 bits under LoRA the more exact one in
     groups.
     """
-    if bits:
+    if bits and not is_quantized(base.config, bits):
         base.quantize(bits, group_size=GROUP_SIZE if bits == 4 and kind == "lora" else None)
 
 
