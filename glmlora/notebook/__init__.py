@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from .files.write import read_json
+from ..files.write import read_json
 
 
 class CellError(Exception):
