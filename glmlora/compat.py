@@ -14,8 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .files.regular import read_text
-from .notebook import Notebook
+from .notebook import children, run_notebook, run_script
 
 STAND_INS = {
     "transformers": (
@@ -79,26 +78,25 @@ def unload_ipython_extension(ipython: Any) -> None:
 def run(path: str | os.PathLike, argv: Sequence[str] = ()) -> int:
     """Run a .py script or an .ipynb notebook untouched, in the current directory.
 
-    A notebook's cells run one after another in one namespace; lines `!command`, `%cd DIR` and cells
-    `%%time`, `%%bash`, `%%sh` work, other magics are refused by name. After the cell that writes a
-    data file named in data/dataset_info.json, `sh xfg_train.sh` is run once if it is there and no
-    cell runs it. Returns 0, or the exit status of what failed (130 after Ctrl-C). Raises OSError or
-    ValueError for a file that is no notebook.
+    A notebook's cells run one after another in one namespace and are read as IPython reads them:
+    `!command`, `x = !command`, the usual magics, top-level await. Python programs that it starts
+    find the stand-ins, too. After the cell that writes a data file named in data/dataset_info.json,
+    `sh xfg_train.sh` is run once if it is there and no cell runs it. An exception is shown as
+    Python shows it. Returns 0, or the exit status of what failed (130 after Ctrl-C). Raises OSError
+    or ValueError for a file that is no notebook.
     """
     place = Path(path)
     if not place.exists():
         raise FileNotFoundError(f"{place}: no such notebook or script")
     main = ModuleType("__main__")
-    main.__file__ = str(place)
     saved = sys.modules["__main__"], sys.argv, list(sys.path)
     install()
     sys.modules["__main__"], sys.argv = main, [str(place), *argv]
     sys.path.insert(0, "" if place.suffix == ".ipynb" else str(place.resolve().parent))
     try:
-        if place.suffix == ".ipynb":
-            return Notebook(place, main).run()
-        exec(compile(read_text(place), str(place), "exec"), main.__dict__)
-        return 0
+        with children.environment(STAND_INS):
+            start = run_notebook if place.suffix == ".ipynb" else run_script
+            return start(place, main)
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0

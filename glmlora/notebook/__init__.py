@@ -1,118 +1,160 @@
-"""The cells of a notebook, run one after another without Jupyter; `compat.run` starts it."""
+"""Notebooks run cell by cell without Jupyter, as IPython would read them; `compat.run` starts it.
+
+cells.py reads the file, source.py makes Python of a cell, shell.py runs it and is what
+`get_ipython()` gives, magics.py has the magics, children.py the programs that cells start.
+"""
 
 from __future__ import annotations
 
-import ast
+import builtins
 import contextlib
-import linecache
 import os
-import subprocess
 import sys
-import tempfile
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
+from typing import Any
 
+from ..files.regular import read_bytes
 from ..files.write import read_json
+from . import children, magics
+from .cells import read_cells
+from .shell import Shell, UsageError
+
+OWN = str(Path(__file__).parent)
+HINTS = {  # by what stands in the traceback of a module that is not there
+    "google.colab": "google.colab exists on Colab only: use this machine's files instead",
+    "kaggle_secrets": "kaggle_secrets exists on Kaggle only: use an environment variable instead",
+    "IPython": "the notebook asks for IPython: pip install ipython",
+}
 
 
-class CellError(Exception):
-    """A cell that cannot be run; the message names cell and line."""
-
-
-class Notebook:
-    def __init__(self, path: Path, main: ModuleType):
-        content = read_json(path, expect=dict)
-        if content.get("nbformat", 0) < 4 or not isinstance(content.get("cells"), list):
-            raise ValueError(f"{path}: expected a notebook of nbformat 4, got other JSON")
-        self.name = path.name
-        self.scope = main.__dict__
-        self.cells = [
-            "".join(c["source"]) if isinstance(c["source"], list) else c["source"]
-            for c in content["cells"]
-            if c.get("cell_type") == "code"
-        ]
-        self.starts_training = any("xfg_train.sh" in c for c in self.cells)
-
-    def run(self) -> int:
-        trained = self.starts_training or not os.path.exists("xfg_train.sh")
-        for number, source in enumerate(self.cells, 1):
-            print(f"[{self.name}] cell {number} of {len(self.cells)}", file=sys.stderr)
+def run_notebook(path: Path, main: ModuleType) -> int:
+    """Run the code cells one after another in the namespace of `main`. Returns 0, or the exit
+    status of what failed.
+    """
+    cells = read_cells(path)
+    shell = Shell(path.name, main.__dict__, magics.LINE, magics.CELL)
+    main.__dict__.update(In=[""], Out={}, _="", __="", ___="", _dh=[os.getcwd()])
+    trained = not os.path.exists("xfg_train.sh") or any("xfg_train.sh" in c.source for c in cells)
+    with _names_in_place(shell, any("IPython" in c.source for c in cells)):
+        for number, cell in enumerate(cells, 1):
+            if "skip-execution" in cell.tags:
+                print(f"[{path.name}] cell {number} is tagged skip-execution", file=sys.stderr)
+                continue
+            print(f"[{path.name}] cell {number} of {len(cells)}", file=sys.stderr)
             before = _data_files()
             try:
-                self.cell(number, source)
-            except CellError as error:
-                print(f"{self.name}: {error}", file=sys.stderr)
-                return 1
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as error:
-                self.show(error)
-                return 1
+                shell.run_notebook_cell(number, cell.source)
+            except Exception as error:
+                show(error, shell)
+                if "raises-exception" not in cell.tags:
+                    return 1
             written = [name for name, state in _data_files().items() if before.get(name) != state]
             if written and not trained:
                 trained = True
-                print(f"[{self.name}] {written[0]} is written: sh xfg_train.sh", file=sys.stderr)
-                status = _shell("sh xfg_train.sh")
+                print(f"[{path.name}] {written[0]} is written: sh xfg_train.sh", file=sys.stderr)
+                status = children.run(["sh", "xfg_train.sh"]).status
                 if status:
-                    print(f"{self.name}: xfg_train.sh ended with {status}", file=sys.stderr)
-                    return status
-        return 0
+                    print(f"{path.name}: xfg_train.sh ended with {status}", file=sys.stderr)
+                    return status if status > 0 else 128 - status
+        if shell.failed:
+            print(
+                f"[{path.name}] commands that failed:", *shell.failed, sep="\n  ", file=sys.stderr
+            )
+    return 0
 
-    def show(self, error: BaseException) -> None:
-        """The traceback from the cell on, without this module's frames."""
-        tb = error.__traceback__
-        while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
-            tb = tb.tb_next
-        traceback.print_exception(type(error), error, tb)
 
-    def cell(self, number: int, source: str) -> None:
-        lines = source.split("\n")
-        timed = False
-        if lines[0].startswith("%%"):
-            magic, rest = lines[0].split()[0], "\n".join(lines[1:])
-            if magic in ("%%bash", "%%sh"):
-                return _checked_shell(rest, f"cell {number}")
-            if magic != "%%time":
-                raise CellError(f"cell {number}, line 1: the magic {magic} is not supported")
-            timed, lines = True, ["", *lines[1:]]
-        where = f"{self.name}[cell {number}]"
-        code = "\n".join(self.plain(number, i, line) for i, line in enumerate(lines, 1))
-        linecache.cache[where] = (len(code), None, code.splitlines(keepends=True), where)
-        tree = ast.parse(code, where)
-        last = tree.body[-1] if tree.body else None
-        self.scope["_glmlora_shell"] = _checked_shell
-        start = time.perf_counter()
-        if isinstance(last, ast.Expr):
-            body = ast.Module(tree.body[:-1], [])
-            exec(compile(body, where, "exec"), self.scope)
-            value = eval(compile(ast.Expression(last.value), where, "eval"), self.scope)
-            if value is not None and not source.rstrip().endswith(";"):
-                print(repr(value))
-        else:
-            exec(compile(tree, where, "exec"), self.scope)
-        if timed:
-            print(f"Wall time: {time.perf_counter() - start:.1f} s")
+def run_script(path: Path, main: ModuleType) -> int:
+    """Run a Python file in the namespace of `main`. Returns 0, or 1 after an exception, which is
+    shown."""
+    main.__file__ = str(path)
+    shell = Shell(path.name, main.__dict__, magics.LINE, magics.CELL)
+    with _names_in_place(shell, ipython=False):
+        try:
+            code = compile(read_bytes(path), str(path), "exec", dont_inherit=True)
+            exec(code, main.__dict__)
+        except Exception as error:
+            show(error, shell)
+            return 1
+    return 0
 
-    def plain(self, number: int, line_number: int, line: str) -> str:
-        """The line as Python: `!command` and the line magics that are known."""
-        text = line.lstrip()
-        indent = line[: len(line) - len(text)]
-        where = f"cell {number}, line {line_number}"
-        if text.startswith("!"):
-            return f"{indent}_glmlora_shell({text[1:]!r}, {where!r})"
-        words = text.split()
-        if not text.startswith("%") or len(words[0]) < 2 or not words[0][1].isalpha():
-            return line
-        if words[0] in ("%load_ext", "%matplotlib", "%config"):
-            return f"{indent}pass"
-        if words[0] == "%cd" and len(words) == 2:
-            return f"{indent}__import__('os').chdir({words[1]!r})"
-        if words[0] == "%pip":
-            return f"{indent}_glmlora_shell({'python -m ' + text[1:]!r}, {where!r})"
-        raise CellError(f"{where}: the magic {words[0]} is not supported")
+
+@contextlib.contextmanager
+def _names_in_place(shell: Shell, ipython: bool) -> Iterator[None]:
+    """For the time of a run: `get_ipython` and `display` are there, IPython's get_ipython is ours
+    where it is asked for, and tqdm's bars for Jupyter are those for a terminal.
+    """
+    import tqdm.std
+
+    bars = ModuleType("tqdm.notebook", "Bars of the terminal.")
+    for name in ("tqdm", "tqdm_notebook"):
+        setattr(bars, name, tqdm.std.tqdm)
+    for name in ("trange", "tnrange"):
+        setattr(bars, name, tqdm.std.trange)
+    places: list[tuple[Any, str, Any]] = [
+        (builtins, "get_ipython", lambda: shell),
+        (builtins, "display", shell.display),
+        (tqdm, "notebook", bars),
+    ]
+    if ipython:
+        with contextlib.suppress(ImportError):
+            import IPython
+            from IPython.core import getipython
+
+            places += [(m, "get_ipython", lambda: shell) for m in (IPython, getipython)]
+    absent = object()
+    saved = [(place, name, getattr(place, name, absent)) for place, name, _ in places]
+    saved_bars = sys.modules.get("tqdm.notebook")
+    sys.modules["tqdm.notebook"] = bars
+    for place, name, value in places:
+        setattr(place, name, value)
+    try:
+        yield
+    finally:
+        shell.close()
+        for place, name, value in saved:
+            if value is absent:
+                delattr(place, name)
+            else:
+                setattr(place, name, value)
+        del sys.modules["tqdm.notebook"]
+        if saved_bars is not None:
+            sys.modules["tqdm.notebook"] = saved_bars
+
+
+def show(error: BaseException, shell: Shell) -> None:
+    """An exception as Python shows it, from the cell on; of a command, a line with its place."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if isinstance(error, UsageError):
+        where = shell.name
+        for frame, line in frames:
+            if place := shell.place_of(frame.f_code.co_filename):
+                where = f"{shell.name}: {place}, line {line}"
+        print(f"{where}: {error}", file=sys.stderr)
+        return
+    start: TracebackType | None = error.__traceback__
+    while start is not None and not _is_users(start.tb_frame.f_code.co_filename, shell):
+        start = start.tb_next
+    text = traceback.TracebackException(type(error), error, start, compact=True)
+    shown: traceback.TracebackException | None = text
+    while shown is not None:
+        users = [f for f in shown.stack if not f.filename.startswith(OWN)]
+        shown.stack = traceback.StackSummary.from_list(users)
+        shown = shown.__cause__ or shown.__context__
+    lines = "".join(text.format())
+    print(lines, end="", file=sys.stderr)
+    if isinstance(error, ModuleNotFoundError):
+        for word, hint in HINTS.items():
+            if word in lines:
+                print(f"{shell.name}: {hint}", file=sys.stderr)
+
+
+def _is_users(filename: str, shell: Shell) -> bool:
+    """Whether a frame is of a cell or of a script, not of what runs them."""
+    own = filename.startswith(OWN) or "asyncio" in Path(filename).parts
+    return shell.place_of(filename) is not None or not own and not shell.execution_count
 
 
 def _data_files() -> dict[str, tuple[int, int]]:
@@ -125,39 +167,3 @@ def _data_files() -> dict[str, tuple[int, int]]:
                 state = os.stat(name)
                 found[name] = (state.st_mtime_ns, state.st_size)
     return found
-
-
-@contextlib.contextmanager
-def _python_on_path() -> Iterator[dict[str, str]]:
-    """An environment in which `python` is the interpreter that runs now."""
-    with tempfile.TemporaryDirectory(prefix="glmlora-") as place:
-        for name in ("python", "python3"):
-            wrapper = Path(place) / name
-            wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-            wrapper.chmod(0o755)
-        package = str(Path(__file__).resolve().parent.parent)
-        paths = [package, os.environ.get("PYTHONPATH")]
-        yield os.environ | {
-            "PATH": place + os.pathsep + os.environ.get("PATH", ""),
-            "PYTHONPATH": os.pathsep.join(p for p in paths if p),
-        }
-
-
-def _shell(command: str) -> int:
-    """Exit status of a shell command, whose output goes where ours goes; Ctrl-C ends it too."""
-    sys.stdout.flush()
-    with _python_on_path() as environment:
-        child = subprocess.Popen(["sh", "-c", command], env=environment)
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(10)  # it got the Ctrl-C as well, and saves what it has
-            child.kill()
-            raise
-
-
-def _checked_shell(command: str, where: str) -> None:
-    status = _shell(command)
-    if status:
-        raise CellError(f"{where}: `{command.strip()}` ended with {status}")

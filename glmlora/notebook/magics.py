@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from ..files.regular import read_bytes
 from . import children
 from .cells import read_cells
 from .shell import CellMagic, LineMagic, Shell, UsageError
@@ -403,7 +404,7 @@ def _run(shell: Shell, line: str) -> None:
     module = ModuleType("__main__" if not given.n else path.stem)
     names = shell.user_ns if given.i else module.__dict__
     module.__file__ = str(path)
-    code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+    code = compile(read_bytes(path), str(path), "exec", dont_inherit=True)
     with _timed() if given.t else contextlib.nullcontext():
         _run_apart([str(path), *arguments], lambda: exec(code, names), None if given.i else module)
     if not given.i:
