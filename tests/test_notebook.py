@@ -261,6 +261,7 @@ def test_a_traceback_has_the_cells_lines(run, reader, texts, lines):
 def test_a_cell_that_ends_the_run(run, cell, status, words):
     found, out, err = run(cell, "print('never')")
     assert found == status and err.endswith(words) and not out
+    assert ("cell 1 ends the run" in err) == (status != 130)
 
 
 def test_a_script_keeps_its_traceback(tmp_path):
@@ -306,6 +307,47 @@ def test_a_signal_ends_the_run_and_its_programs(tmp_path, child, number, status)
     assert (run.returncode, out) == (status, "")
     assert "Traceback" not in err or child.startswith("python")
     assert not os.path.exists(f"/proc/{pid.read_text().strip()}")
+
+
+def test_magics_that_are_not_known_are_told_first(run):
+    status, out, err = run("print(1)", "if False:\n    %tmeit 1", "%%capture\n%nosuch")
+    assert status == 1 and out == "1\n"
+    first = "[n.ipynb] the run may end in cell 2, line 2: the magic %tmeit is not supported (did"
+    assert err.startswith(first)
+    assert "cell 3, line 2: the magic %nosuch is not supported" in err
+
+
+def test_magics_of_the_notebook_itself(run):
+    pytest.importorskip("IPython")
+    cell = "from IPython.core.magic import register_line_magic\n@register_line_magic\n"
+    status, out, err = run(cell + "def twice(line):\n    return line * 2", "%twice a")
+    assert (status, out) == (0, "'aa'\n"), err
+
+
+def test_each_cell_begins_without_a_figure(run, tmp_path, monkeypatch):
+    """As inline figures in Jupyter: the second picture has no line of the first."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    status, out, err = run(
+        "import matplotlib.pyplot as plt\nplt.plot([1]);",
+        "plt.plot([2]); print(len(plt.gca().lines))\nplt.show()\nplt.plot([3])\n"
+        "print(len(plt.gca().lines))\nplt.show()",
+        "plt.get_fignums()",
+    )
+    assert (status, out) == (0, "1\n1\n[]\n"), err
+    assert err.count("n.ipynb: cell 2, line 2: figures are not shown here") == 1
+    import matplotlib.pyplot
+
+    assert matplotlib.pyplot.show.__module__ == "matplotlib.pyplot"
+    assert "MPLBACKEND" not in os.environ
+
+
+def test_a_notebook_that_runs_another(run, tmp_path):
+    text = json.dumps({"nbformat": 4, "cells": [code("a = 1\na"), code("!true\n1 / 0")]})
+    (tmp_path / "other.ipynb").write_text(text)
+    status, out, err = run("b = 1\n%run other.ipynb")
+    assert (status, out) == (1, "1\n")
+    assert 'File "other.ipynb[cell 2]", line 2' in err and "\n    1 / 0\n" in err
 
 
 def test_ipythons_own_names(run):

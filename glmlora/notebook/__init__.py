@@ -1,7 +1,8 @@
 """Notebooks run cell by cell without Jupyter, as IPython would read them; `compat.run` starts it.
 
 cells.py reads the file, source.py makes Python of a cell, shell.py runs it and is what
-`get_ipython()` gives, magics.py has the magics, children.py the programs that cells start.
+`get_ipython()` gives, magics.py has the magics, children.py the programs that cells start,
+figures.py what matplotlib draws.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..files.regular import read_bytes
 from ..files.write import read_json
 from . import children, magics
 from .cells import read_cells
+from .figures import figures
 from .shell import Shell, UsageError
 
 OWN = str(Path(__file__).parent)
@@ -37,32 +39,44 @@ def run_notebook(path: Path, main: ModuleType) -> int:
     cells = read_cells(path)
     shell = Shell(path.name, main.__dict__, magics.LINE, magics.CELL)
     main.__dict__.update(In=[""], Out={}, _="", __="", ___="", _dh=[os.getcwd()])
-    trained = not os.path.exists("xfg_train.sh") or any("xfg_train.sh" in c.source for c in cells)
-    with _names_in_place(shell, any("IPython" in c.source for c in cells)):
+
+    def tell(text: str) -> None:
+        print(f"[{path.name}] {text}", file=sys.stderr)
+
+    for number, cell in enumerate(cells, 1):
+        for line, text in shell.unknown_magics(cell.source):
+            tell(f"the run may end in cell {number}, line {line}: {text.partition(';')[0]}")
+    trained = any("xfg_train.sh" in cell.source for cell in cells)
+    ipython = any("IPython" in cell.source for cell in cells)
+    with _names_in_place(shell, ipython), figures(shell.tell) as begin_cell:
         for number, cell in enumerate(cells, 1):
             if "skip-execution" in cell.tags:
-                print(f"[{path.name}] cell {number} is tagged skip-execution", file=sys.stderr)
+                tell(f"cell {number} is tagged skip-execution")
                 continue
-            print(f"[{path.name}] cell {number} of {len(cells)}", file=sys.stderr)
+            tell(f"cell {number} of {len(cells)}")
             before = _data_files()
             try:
+                begin_cell(cell.source)
                 shell.run_notebook_cell(number, cell.source)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except SystemExit as stop:
+                tell(f"cell {number} ends the run: SystemExit({stop.code!r})")
+                raise
+            except BaseException as error:
                 show(error, shell)
                 if "raises-exception" not in cell.tags:
                     return 1
             written = [name for name, state in _data_files().items() if before.get(name) != state]
-            if written and not trained:
+            if written and not trained and os.path.exists("xfg_train.sh"):
                 trained = True
-                print(f"[{path.name}] {written[0]} is written: sh xfg_train.sh", file=sys.stderr)
+                tell(f"{written[0]} is written: sh xfg_train.sh")
                 status = children.run(["sh", "xfg_train.sh"]).status
                 if status:
                     print(f"{path.name}: xfg_train.sh ended with {status}", file=sys.stderr)
                     return status if status > 0 else 128 - status
         if shell.failed:
-            print(
-                f"[{path.name}] commands that failed:", *shell.failed, sep="\n  ", file=sys.stderr
-            )
+            tell("\n  ".join(["commands that failed:", *shell.failed]))
     return 0
 
 
@@ -75,7 +89,9 @@ def run_script(path: Path, main: ModuleType) -> int:
         try:
             code = compile(read_bytes(path), str(path), "exec", dont_inherit=True)
             exec(code, main.__dict__)
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             show(error, shell)
             return 1
     return 0

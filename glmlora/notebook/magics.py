@@ -342,7 +342,8 @@ def _capture(shell: Shell, line: str, cell: str) -> None:
     for stream in ("stdout", "stderr", "display"):
         options.add_argument(f"--no-{stream}", action="store_true")
     given = options.read(_without_comment(line))
-    out, err, values = io.StringIO(), io.StringIO(), []
+    out, err = io.StringIO(), io.StringIO()
+    values: list[Any] = []
     before = shell.captured
     try:
         with contextlib.ExitStack() as stack:
@@ -398,8 +399,8 @@ def _run(shell: Shell, line: str) -> None:
         raise UsageError(f"%run {path}: no such file (in {os.getcwd()})")
     arguments = [f for a in given.arguments for f in (sorted(glob.glob(a)) or [a])]
     if path.suffix == ".ipynb":
-        for cell in read_cells(path):
-            shell.execute(cell.source)
+        for number, cell in enumerate(read_cells(path), 1):
+            shell.execute(cell.source, where=f"{path.name}[cell {number}]")
         return
     module = ModuleType("__main__" if not given.n else path.stem)
     names = shell.user_ns if given.i else module.__dict__

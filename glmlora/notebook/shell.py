@@ -154,9 +154,11 @@ class Shell:
         for event in ("post_execute", "post_run_cell"):
             self.events.trigger(event)
 
-    def execute(self, source: str, show: bool = True) -> Any:
-        """Run source; show values as a cell does, or return the last expression's."""
-        where, offset = self._place(source)
+    def execute(self, source: str, show: bool = True, where: str | None = None) -> Any:
+        """Run source; show values as a cell does, or return the last expression's. `where` names
+        source that is no part of the cell that runs.
+        """
+        where, offset = self._place(source, where)
         if "asyncio" in source:
             self.loop  # noqa: B018  (cells expect that there is one)
         text = "\n" * offset + self.python(source)
@@ -233,17 +235,18 @@ class Shell:
         known = name in self.user_ns or hasattr(builtins, name) or keyword.iskeyword(name)
         return "%" + source.strip() if name in self.line_magics and not known else source
 
-    def _place(self, source: str) -> tuple[str, int]:
+    def _place(self, source: str, where: str | None) -> tuple[str, int]:
         """The name of the code's file, where tracebacks find its lines, and the lines above it."""
         cell = f"{self.name}[cell {self.execution_count}]"
         body = source.strip("\n")
-        at = self.source.rfind(body)
+        at = -1 if where else self.source.rfind(body)
+        whole, offset = source, 0
         if at >= 0:
             where, whole = cell, self.source
             offset = whole[:at].count("\n") - (len(source) - len(source.lstrip("\n")))
-        else:
-            where, whole, offset = f"{cell}, text {len(self._places)}", source, 0
-        self._places[where] = f"cell {self.execution_count}"
+        elif where is None:
+            where = f"{cell}, text {len(self._places)}"
+        self._places[where] = where if at < 0 else f"cell {self.execution_count}"
         lines = [line + "\n" for line in whole.split("\n")]
         linecache.cache[where] = (len(whole), None, lines, where)
         return where, max(offset, 0)
@@ -345,6 +348,13 @@ class Shell:
         words = [f"%{n}" for n in known]
         meant = did_you_mean(f"%{name}", words)
         return f"the magic %{name} is not supported{meant}; these are: {' '.join(words)}"
+
+    def unknown_magics(self, source: str) -> Iterator[tuple[int, str]]:
+        """Line and message of the magics of a cell that are not known, or not yet."""
+        for number, line in enumerate(to_python(source).split("\n"), 1):
+            for kind, name in re.findall(r"get_ipython\(\)\.run_(line|cell)_magic\('(.+?)'", line):
+                if name not in (self.line_magics if kind == "line" else self.cell_magics):
+                    yield number, self._unknown(name if kind == "line" else "%" + name)
 
     def magic(self, text: str) -> Any:
         """`%name line` as one text."""
