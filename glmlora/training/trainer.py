@@ -219,8 +219,8 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
         model = methods.attach(base, kind, checkpoints).eval()
         if base.prompt_template not in ("auto", data_args.template):
             warnings.warn(
-                f"template: {checkpoints[-1]} was trained with {base.prompt_template!r}, this run has "
-                f"{data_args.template!r}",
+                f"template: {checkpoints[-1]} was trained with {base.prompt_template!r}, this run "
+                f"has {data_args.template!r}",
                 stacklevel=2,
             )
         print(trainable_line(base))
