@@ -57,11 +57,11 @@ demo: all
 	$(BIN)/glmlora demo demo
 
 lint: all
-	$(BIN)/ruff check . && $(BIN)/ruff format --check glmlora tests benchmarks setup.py
+	$(BIN)/ruff check . && $(BIN)/ruff format --check glmlora tests benchmarks wheels setup.py
 	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] csrc/*/*.[ch] cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh
 
 fmt: all
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format glmlora tests benchmarks setup.py
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format glmlora tests benchmarks wheels setup.py
 	$(BIN)/clang-format -i csrc/*.[ch] csrc/*/*.[ch] cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh
 
 bench: all
@@ -91,8 +91,19 @@ portable:
 wheel: all
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
+# What others install: manylinux2014 for x86-64 and aarch64, one wheel each for every CPython from 3.10 on, in dist/
+WHEELS = build/wheels-env/bin/python
+wheels:
+	test -x $(WHEELS) || $(PYTHON) -m venv build/wheels-env
+	$(WHEELS) -m pip --disable-pip-version-check install -q -r wheels/requirements.txt
+	$(WHEELS) wheels/build.py
+
+# equal bytes again, the ABI, every Python of this machine, aarch64 under qemu, a clean Debian: what each needs, it says
+wheels-check: wheels
+	$(WHEELS) wheels/check.py
+
 clean:
 	rm -rf build dist .venv demo glmlora/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: all test test-deep demo lint fmt bench peers sanitize portable wheel clean
+.PHONY: all test test-deep demo lint fmt bench peers sanitize portable wheel wheels wheels-check clean

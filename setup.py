@@ -7,9 +7,9 @@ into the wheel; GLMLORA_BUILD_CUDA=FILE.so takes one that is there. Nothing else
 import contextlib
 import glob
 import os
-import platform
 import subprocess
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -18,7 +18,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-X86 = platform.machine() in ("x86_64", "AMD64")
+# what is built for, which _PYTHON_HOST_PLATFORM names where another machine builds
+PLATFORM = sysconfig.get_platform()
+X86 = PLATFORM.endswith(("x86_64", "amd64"))
+# One module for every CPython from 3.10 on; the free-threaded ones have no stable ABI yet.
+STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # -std=c11 turns contraction off and -O2 leaves loops scalar: kernel files say what they need.
 KERNEL = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
@@ -83,6 +87,24 @@ def up_to_date(target, words):
         return False
 
 
+def without_what_the_compiler_lacks(sources, compiler):
+    """The sources less the kernels of instruction sets that the compiler does not know, which is
+    told; the module tells it too (`glmlora doctor`, and when a model is loaded)."""
+    kept = list(sources)
+    for suffix, flags in SUFFIX_FLAGS.items():
+        words = [*compiler, *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
+        left = [source for source in sources if source.endswith(suffix)]
+        if suffix == "_generic.c" or not left or not subprocess.run(words).returncode:
+            continue
+        kept = [source for source in kept if source not in left]
+        print(
+            f"WARNING: {compiler[0]} does not take {' '.join(flags)}: built without {left[0]}; "
+            "processors that have this set compute slower. A newer gcc or clang has it (CC=..)",
+            file=sys.stderr,
+        )
+    return kept
+
+
 class BuildPerFile(build_ext):
     """build_ext that adds flags by file suffix and compiles in parallel what changed: a file is
     compiled again when it or a header it includes (the compiler lists them beside the object) is
@@ -91,8 +113,10 @@ class BuildPerFile(build_ext):
     def build_extensions(self):
         self.force = True  # the link is short, and one that was interrupted looks done
         if not sanitize:  # pip would give a folder of its own to every editable build
-            tag = f"{sys.implementation.cache_tag}-{platform.machine()}"
+            tag = f"{sys.implementation.cache_tag}{sys.abiflags}-{PLATFORM}"
             self.build_temp = os.path.join("build", "objects", tag)
+        [ext] = self.extensions
+        ext.sources = without_what_the_compiler_lacks(ext.sources, self.compiler.compiler_so)
         jobs = []
 
         def collect(obj, src, ext, cc_args, extra, pp_opts):
@@ -109,7 +133,19 @@ class BuildPerFile(build_ext):
 
         self.compiler._compile, self.compiler.compile = collect, compile_changed
         super().build_extensions()
+        self.keep_only(self.get_ext_fullpath("glmlora._core"))
         self.add_cuda(os.environ.get("GLMLORA_BUILD_CUDA", ""))
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        self.keep_only(self.get_ext_fullpath("glmlora._core"))
+
+    @staticmethod
+    def keep_only(module):
+        """Remove what earlier builds called otherwise: Python might import it before this one."""
+        for other in glob.glob(os.path.join(os.path.dirname(module), "_core.*.so")):
+            if os.path.basename(other) != os.path.basename(module):
+                os.remove(other)
 
     def add_cuda(self, how):
         """The CUDA library beside the module, where it is asked for."""
@@ -139,6 +175,12 @@ core = Extension(
     extra_link_args=(sanitize[:1] if sanitize else [])
     + (["-pthread"] if sys.platform != "darwin" else []),
     libraries=["m"],
+    py_limited_api=STABLE_ABI,
+    define_macros=[("Py_LIMITED_API", "0x030A0000")] if STABLE_ABI else [],
 )
 
-setup(ext_modules=[core], cmdclass={"build_ext": BuildPerFile})
+setup(
+    ext_modules=[core],
+    cmdclass={"build_ext": BuildPerFile},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
+)

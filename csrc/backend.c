@@ -138,7 +138,8 @@ void glm_backend_name(char full[64], const char *name)
 {
     static const char *const types[] = {"float32", "float16", "bfloat16"};
     const char *forced = getenv("GLMLORA_ISA");
-    const char *variants = forced && *forced ? forced : glm_cpu_variants();
+    char sets[64];
+    const char *variants = forced && *forced ? forced : glm_cpu_variants(sets);
     struct device_name device;
     if (strncmp(name, "cpu", 3) == 0 && (!name[3] || name[3] == ':' || name[3] == '/')) {
         const char *isa = name[3] == ':' ? name + 4 : variants, *type = strchr(name, '/');

@@ -188,7 +188,14 @@ glm_status glm_plan_create(struct glm_backend **out, const char *name, int cuda,
 glm_status glm_ref_f32_create(struct glm_backend **out, struct glm_error *err);
 glm_status glm_ref_f64_create(struct glm_backend **out, struct glm_error *err);
 
-/* Names of the cpu variants this processor runs, best first: "avx2,generic". Static storage. */
-const char *glm_cpu_variants(void);
+/* Names of the cpu variants that are compiled and this processor runs, best first, into `out`, which
+ * is returned: "avx2,generic". */
+const char *glm_cpu_variants(char out[64]);
+/* The i-th variant of all there are, best first; 0 past the last. */
+struct glm_cpu_variant {
+    const char *name;
+    int compiled, runs; /* in this build; on this processor */
+};
+int glm_cpu_variant(int i, struct glm_cpu_variant *out);
 
 #endif

@@ -21,56 +21,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .files.regular import read_text
 from .files.write import read_json
-
-STAND_INS = {
-    "transformers": (
-        "AutoConfig AutoModel AutoModelForCausalLM AutoTokenizer GenerationConfig "
-        "LogitsProcessor LogitsProcessorList StoppingCriteria StoppingCriteriaList "
-        "TextIteratorStreamer TextStreamer TrainingArguments set_seed"
-    ).split(),
-    "peft": "LoraConfig PeftModel PrefixTuningConfig TaskType get_peft_model".split(),
-}
-
-
-class _StandIn(ModuleType):
-    """A module whose names are glmlora's, looked up when they are used."""
-
-    def __init__(self, name: str):
-        super().__init__(name, f"glmlora's stand-in for {name}: {', '.join(STAND_INS[name])}.")
-        self.__all__ = STAND_INS[name]
-        self.__version__ = "0.0.0+glmlora"
-
-    def __getattr__(self, name: str) -> Any:
-        import glmlora
-
-        if name in STAND_INS[self.__name__]:
-            return getattr(glmlora, name)
-        raise AttributeError(
-            f"glmlora's stand-in for {self.__name__} has no {name!r}; it offers "
-            f"{', '.join(STAND_INS[self.__name__])}"
-        )
-
-
-def install() -> None:
-    """Make `from transformers import ...` and `from peft import ...` give glmlora's names.
-
-    Raises RuntimeError when the real package has been imported already.
-    """
-    for name in STAND_INS:
-        if name in sys.modules and not isinstance(sys.modules[name], _StandIn):
-            raise RuntimeError(
-                f"{name} is imported already: restart Python (the kernel) and load glmlora first"
-            )
-    for name in STAND_INS:
-        sys.modules.setdefault(name, _StandIn(name))
-
-
-def uninstall() -> None:
-    """Take the stand-ins away; what was imported from them stays usable."""
-    for name in STAND_INS:
-        if isinstance(sys.modules.get(name), _StandIn):
-            del sys.modules[name]
+from .standins import STAND_INS as STAND_INS
+from .standins import install, uninstall
 
 
 def load_ipython_extension(ipython: Any) -> None:
@@ -93,7 +47,7 @@ def run(path: str | os.PathLike, argv: Sequence[str] = ()) -> int:
     ValueError for a file that is no notebook.
     """
     place = Path(path)
-    if not place.is_file():
+    if not place.exists():
         raise FileNotFoundError(f"{place}: no such notebook or script")
     main = ModuleType("__main__")
     main.__file__ = str(place)
@@ -104,7 +58,7 @@ def run(path: str | os.PathLike, argv: Sequence[str] = ()) -> int:
     try:
         if place.suffix == ".ipynb":
             return _Notebook(place, main).run()
-        exec(compile(place.read_text(encoding="utf-8"), str(place), "exec"), main.__dict__)
+        exec(compile(read_text(place), str(place), "exec"), main.__dict__)
         return 0
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):

@@ -29,8 +29,11 @@ from .encoding import (
 )
 from .encoding import Array as Array
 from .families import prompt as prompts
+from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
+from .files.regular import read_bytes
 from .files.write import atomic_file, model_directory, read_json, refuse_lfs_pointer, write_json
+from .interrupts import interruptible
 from .names import did_you_mean
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ VOCABULARY = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 DUMMY_SPACE = "\u2581"
+LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
 # Settings of transformers' tokenizers that there are not here, and the values that change nothing.
 _NOT_HERE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space"), (None, False)),
@@ -108,7 +112,7 @@ class ChatGLMTokenizer(Encoder):
         self.name_or_path = os.path.dirname(self.vocab_file)
         self._config = dict(config or {})
         self._tokens_map = dict(tokens_map or {})
-        self._model = Path(vocab_file).read_bytes()
+        self._model = read_bytes(vocab_file)
         self._open_model()
         self._take_config(encode_special_tokens is None)
         self._ready = True
@@ -390,7 +394,9 @@ class ChatGLMTokenizer(Encoder):
             ) from None
         except AttributeError:
             raise TypeError(f"text: expected str, got {type(text).__name__}") from None
-        return self._sp.encode_as_ids(text)
+        if len(text) < LONG_TEXT:
+            return self._sp.encode_as_ids(text)
+        return interruptible(self._sp.encode_as_ids, text)
 
     def text_offsets(self, text: str) -> list[int]:
         """For every id of `text_ids(text)` the index of the character where it begins."""
@@ -588,7 +594,11 @@ class ChatGLMTokenizer(Encoder):
             }
         with atomic_file(directory / VOCABULARY) as file:
             file.write(self._model)
-        write_json(directory / CONFIG, {**defaults, **self._config, **self._changed()})
+        fields = {**defaults, **self._config, **self._changed()}
+        fields.pop(recognition.OWN_KEY, None)
+        if not recognition.tells(fields, self.family):
+            fields[recognition.OWN_KEY] = self.family
+        write_json(directory / CONFIG, fields)
         write_json(directory / TOKENS_MAP, self._tokens_map)
         return tuple(str(directory / name) for name in (CONFIG, TOKENS_MAP, VOCABULARY))
 
@@ -622,22 +632,21 @@ class AutoTokenizer:
         no code of the directory runs and nothing is downloaded.
 
         family: a name or alias of one in glmlora/families, or None to find out. The vocabulary
-        files are the same, so the rule is, first match: `family` given; role tokens in
-        tokenizer_config.json (added_tokens_decoder, chat_template); `name_or_path` there naming a
-        family; what `families.find` says of config.json and the directory (`_name_or_path`,
-        directory name, role tokens in tokenization_chatglm.py). The config's `seq_length` decides
-        nothing: families have variants with 32768.
+        files are the same, so names and small files have to tell: the last part of `_name_or_path`
+        in config.json; role tokens in the tokenizer's files; the last part of `name_or_path` in
+        tokenizer_config.json and of the directory. A guess, and evidence that disagrees, is told by
+        a warning. The config's `seq_length` decides nothing: families have variants with 32768.
 
         Raises OSError for a missing directory or file, ValueError for a file that is no vocabulary
         of a family (a git-lfs pointer is named as one), ImportError without sentencepiece.
         """
         directory = model_directory(path)
         vocabulary = directory / VOCABULARY
-        if not vocabulary.is_file():
+        if not vocabulary.exists():
             hints = [f"; {hint}" for name, hint in OTHERS.items() if (directory / name).is_file()]
             raise FileNotFoundError(f"{directory}: has no {VOCABULARY}{''.join(hints)}")
         config, tokens_map = (
-            read_json(directory / name, dict) if (directory / name).is_file() else {}
+            read_json(directory / name, dict) if (directory / name).exists() else {}
             for name in (CONFIG, TOKENS_MAP)
         )
         tokenizer = ChatGLMTokenizer(
@@ -670,17 +679,12 @@ def _family(name: str) -> families.Family:
 
 
 def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
-    """The rule in `AutoTokenizer.from_pretrained`."""
+    """The family that the directory of a tokenizer says."""
     if has_tiktoken(directory):
         return families.DEFAULT  # refused with its name when it is opened
-    known = families.with_tokenizer()
-    if family := families.first(lambda f: f in known and f.in_tokenizer(tokenizer_config)):
-        return family.name
-    named = families.named_in(str(tokenizer_config.get("name_or_path", "")))
-    if named in known:
-        return named.name
     config = directory / "config.json"
-    return families.find(read_json(config, dict) if config.is_file() else {}, directory)
+    fields = read_json(config, dict) if config.exists() else {}
+    return recognition.find(fields, directory, tokenizer_config)
 
 
 # Streaming

@@ -1,13 +1,15 @@
 """Every instruction set that this processor runs, forced by GLMLORA_ISA: the same bars hold."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from glmlora import _core
+from glmlora import _core, cli
+from glmlora.model import device
 
 BARS = ("test_golden.py", "test_model_gradient.py", "test_generation.py", "test_quantization.py")
 OTHERS = _core.cpu_variants().split(",")[1:]
@@ -29,6 +31,24 @@ def test_the_bars_hold_on(isa):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
+FLAGS = {  # as Linux names them
+    "avx512bf16": "avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni avx512vbmi".split(),
+    "avx512": "avx512f avx512bw avx512vl avx512dq".split(),
+    "avx2": "avx2 fma f16c".split(),
+    "generic": [],
+}
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo")
+def test_the_sets_are_those_that_the_system_names():
+    """Whatever compiler built the core: what it finds itself is what the kernel lists, which leaves
+    out sets whose registers it does not save."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    sets = [name for name, needed in FLAGS.items() if set(needed) <= set(flags)]
+    assert _core.cpu_variants().split(",") == sets
+
+
 MODEL = """
 import sys
 from glmlora import _core
@@ -48,3 +68,58 @@ def test_the_variable_chooses_the_kernels():
 def test_a_set_that_the_processor_lacks_is_named():
     done = run(["-c", MODEL], "sse9")
     assert "backend 'cpu:sse9': this processor runs" in done.stderr
+    done = run(["-m", "glmlora.cli", "doctor"], "sse9")
+    assert done.returncode == 1 and "PROBLEM       backend 'cpu:sse9'" in done.stdout, done.stderr
+
+
+def test_doctor_says_what_is_compiled_and_picked():
+    sets = _core.cpu_variants().split(",")
+    done = run(["-m", "glmlora.cli", "doctor"], "generic")
+    assert "instructions  generic in use (GLMLORA_ISA); this processor runs" in done.stdout
+    assert "NOT compiled" not in done.stdout  # as this machine's compiler has them all
+    assert [name for name, pair in _core.cpu_kernels().items() if all(pair)] == sets
+
+
+def test_a_build_that_lacks_a_set_tells_so(monkeypatch, capsys):
+    kernels = {"avx512": (False, True), "avx2": (False, False), "generic": (True, True)}
+    monkeypatch.setattr(_core, "cpu_kernels", lambda: kernels)
+    monkeypatch.setattr(device, "_announced", {"bfloat16", "int8"})
+    assert cli.main(["doctor"]) == 0
+    assert "NOT compiled: avx512, which" in capsys.readouterr().out
+    for _ in range(2):
+        device.backend_of("cpu", "float32", ["F32"])
+    told = capsys.readouterr().err
+    assert told.count("built without the kernels for avx512, which this processor has") == 1
+
+
+OLD_COMPILER = """#!/bin/sh
+# takes all but AVX-512, and makes empty files
+case " $* " in *" -mavx512f "*) echo "unrecognized option -mavx512f" >&2; exit 1 ;; esac
+while [ $# -gt 1 ]; do [ "$1" = -o ] && [ "$2" != /dev/null ] && : >"$2"; shift; done
+exit 0
+"""
+
+
+@pytest.mark.skipif("avx2" not in _core.cpu_kernels(), reason="x86-64 has the sets")
+def test_a_compiler_that_lacks_a_set_builds_the_others(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(root / name, tmp_path)
+    shutil.copytree(root / "csrc", tmp_path / "csrc")
+    (tmp_path / "glmlora").mkdir()
+    (tmp_path / "cc").write_text(OLD_COMPILER)
+    (tmp_path / "cc").chmod(0o755)
+    cc = str(tmp_path / "cc")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-v", "build_ext", "--inplace"],
+        env=os.environ | {"CC": cc, "LDSHARED": cc},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("WARNING: ") == 2 and "built without csrc/cpu/kernels_avx512.c" in (
+        done.stderr
+    )
+    objects = {path.name for path in tmp_path.rglob("kernels_*.o")}
+    assert objects == {"kernels_generic.o", "kernels_avx2.o"}

@@ -4,14 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
-from wheels import install
 
 import glmlora
 from glmlora import _core
+from wheels import install
 
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = ["torch", "transformers", "peft", "pandas", "datasets", "safetensors"]
@@ -53,14 +54,34 @@ def test_imports_none_of_the_heavy_packages(code, names):
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-def test_only_the_module_is_exported():
+def module_symbols(which):
     if shutil.which("nm") is None or os.environ.get("GLMLORA_SANITIZED"):
         pytest.skip("needs nm and a plain build")
-    table = subprocess.run(
-        ["nm", "-D", "--defined-only", _core.__file__], capture_output=True, text=True
-    ).stdout
-    names = {line.split()[-1] for line in table.splitlines()} - {"_init", "_fini"}
-    assert names == {"PyInit__core"}
+    words = ["nm", "-D", which, _core.__file__]
+    table = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1].split("@")[0] for line in table.splitlines()}
+
+
+def test_only_the_module_is_exported():
+    assert module_symbols("--defined-only") - {"_init", "_fini"} == {"PyInit__core"}
+
+
+# Of CPython's names with an underscore, those of the stable ABI of 3.10 (Misc/stable_abi.toml).
+STABLE_PRIVATE = {
+    *("_PyArg_ParseTupleAndKeywords_SizeT", "_PyArg_ParseTuple_SizeT", "_Py_BuildValue_SizeT"),
+    *("_Py_Dealloc", "_Py_NoneStruct", "_Py_TrueStruct", "_Py_FalseStruct"),
+}
+
+
+@pytest.mark.skipif(bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="no stable ABI here")
+def test_one_module_serves_every_python():
+    """Only the stable ABI of 3.10. Public names outside it do not compile: Py_LIMITED_API hides
+    them; a header's macro may still call a private one."""
+    assert Path(_core.__file__).name == "_core.abi3.so"
+    private = {name for name in module_symbols("--undefined-only") if name.startswith("_Py")}
+    assert private <= STABLE_PRIVATE
+    folder = Path(_core.__file__).parent
+    assert [path.name for path in folder.glob("_core*.so")] == ["_core.abi3.so"]
 
 
 def test_typed_and_versioned():

@@ -14,6 +14,7 @@ from training import adapter, losses, model_dir, records, run
 
 import glmlora
 from glmlora import _core
+from glmlora.training.checkpoints import find_checkpoint
 
 TESTS = Path(__file__).resolve().parent
 # Kills itself with the signal at the step; which micro-batch is running does not matter to -9.
@@ -214,14 +215,93 @@ def test_nothing_to_resume(tiny_model, tmp_path):
         run(tiny_model, tmp_path / "b", resume_from_checkpoint=tmp_path / "a")
 
 
-@pytest.mark.parametrize("name", ["rng_state.json", "optimizer.safetensors", "trainer_state.json"])
-def test_a_damaged_checkpoint_is_named(tiny_model, tmp_path, name):
-    run(tiny_model, tmp_path / "a", max_steps=4)
-    file = tmp_path / "a" / "checkpoint-4" / name
+PARTS = ["adapter_model.safetensors", "optimizer.safetensors", "rng_state.json", "scheduler.json",
+         "trainer_state.json"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def three(tiny_model, tmp_path_factory):
+    """A run with checkpoint-2, -4 and -6."""
+    out = tmp_path_factory.mktemp("three")
+    run(tiny_model, out, max_steps=6, save_steps=2)
+    return out
+
+
+def cut(file):
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=name):
-        run(tiny_model, tmp_path / "b", max_steps=4,
-            resume_from_checkpoint=tmp_path / "a" / "checkpoint-4")  # fmt: skip
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def take_from_2(file):
+    shutil.copy(file.parent.parent / "checkpoint-2" / file.name, file)
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("spoil", [cut, flip, take_from_2, Path.unlink])
+def test_a_checkpoint_of_other_parts_is_refused(tiny_model, tmp_path, three, name, spoil):
+    """The file is named, and the checkpoint before it."""
+    out = tmp_path / "out"
+    shutil.copytree(three, out)
+    spoil(out / "checkpoint-6" / name)
+    with pytest.raises(ValueError, match="the checkpoint before it is whole") as caught:
+        run(tiny_model, out, max_steps=6, save_steps=2, resume_from_checkpoint="last")
+    text = str(caught.value)
+    assert str(out / "checkpoint-4") in text.partition("whole")[2]
+    # Of a state from another step every part is another one.
+    assert name in text or (name == "rng_state.json" and spoil in (take_from_2, flip))
+
+
+def test_only_a_whole_checkpoint_before_is_offered(tiny_model, tmp_path, three):
+    out = tmp_path / "out"
+    shutil.copytree(three, out)
+    flip(out / "checkpoint-6" / "optimizer.safetensors")
+    flip(out / "checkpoint-4" / "trainer_state.json")
+    with pytest.raises(ValueError, match="checkpoint-2'$"):
+        run(tiny_model, out, max_steps=6, save_steps=2, resume_from_checkpoint="last")
+    with pytest.raises(ValueError, match="lora_rank") as caught:  # no other run's is offered
+        run(tiny_model, out, max_steps=6, lora_rank=4, resume_from_checkpoint="last")
+    assert "is whole" not in str(caught.value)
+    flip(out / "checkpoint-2" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="optimizer.safetensors: is not what was saved") as caught:
+        run(tiny_model, out, max_steps=6, save_steps=2, resume_from_checkpoint="last")
+    assert "is whole" not in str(caught.value)
+
+
+def test_a_digit_that_changed_in_the_state_is_seen(tiny_model, tmp_path, three):
+    out = tmp_path / "out"
+    shutil.copytree(three, out)
+    file = out / "checkpoint-6" / "rng_state.json"
+    stored = json.loads(file.read_text())
+    stored["progress"]["loss_total"] += 1
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="rng_state.json: is not what was saved"):
+        run(tiny_model, out, max_steps=6, save_steps=2, resume_from_checkpoint="last")
+
+
+def test_weights_beside_those_of_the_checkpoint_are_refused(tiny_model, tmp_path, three):
+    out = tmp_path / "out"
+    shutil.copytree(three, out)
+    shutil.copy(
+        out / "checkpoint-2/adapter_model.safetensors", out / "checkpoint-6/model.safetensors"
+    )
+    with pytest.raises(ValueError, match="checkpoint-6/model.safetensors: was not saved with"):
+        run(tiny_model, out, max_steps=6, save_steps=2, resume_from_checkpoint="last")
+
+
+def test_the_last_checkpoint_is_the_last_by_its_state(tiny_model, tmp_path, three):
+    """Not by the times of its files, which a copy changes, nor by its name alone."""
+    out = tmp_path / "out"
+    shutil.copytree(three, out)
+    for file in (out / "checkpoint-2").iterdir():
+        os.utime(file, (2e9, 2e9))
+    assert find_checkpoint("last", out) == out / "checkpoint-6"
+    run(tiny_model, out, max_steps=3, save_steps=3)  # a newer run of fewer steps
+    assert find_checkpoint("last", out) == out / "checkpoint-3"
 
 
 def test_half_written_checkpoints_are_not_seen(tiny_model, tmp_path):

@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 
 # Folders and top-level modules from the ground up; those on one floor do not import each other.
 FLOORS = (
-    ("_core", "names", "tell"),
+    ("_core", "interrupts", "names", "tell"),
     ("families", "files"),
     ("batch", "encoding", "seeds"),
     ("tokenization",),
@@ -25,6 +25,7 @@ FLOORS = (
     ("model",),
     ("training",),
     ("tables", "tools"),
+    ("standins",),
     ("compat",),
     ("cli",),
     ("__main__",),

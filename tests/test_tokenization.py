@@ -2,9 +2,12 @@
 
 import copy
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer_dir
 
 from glmlora import tell
+from glmlora.interrupts import interruptible
 from glmlora.tokenization import Array, AutoTokenizer, BatchEncoding, ChatGLMTokenizer, TextStream
 
 
@@ -560,3 +564,32 @@ def test_from_pretrained_errors(tiny_dir, tmp_path, monkeypatch):
 def test_import_is_light():
     code = "import sys, glmlora.tokenization; assert 'sentencepiece' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ctrl_c_ends_the_encoding_of_a_long_text(tiny, monkeypatch):
+    """The text is encoded beside the main thread, which hears of Ctrl-C meanwhile."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def encode_as_ids(self, text):
+            begun.set()
+            assert goes_on.wait(60)
+
+    def interrupt():
+        assert begun.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(tiny, "_sp", Slow())
+    threading.Thread(target=interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tiny.text_ids("a" * 1_000_000)
+    finally:
+        goes_on.set()
+
+
+def test_a_long_text_has_the_ids_of_its_library(tiny):
+    text = "We measure cells. " * 10_000
+    assert tiny.text_ids(text) == tiny._sp.encode_as_ids(text)
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 / 0)

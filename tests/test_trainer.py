@@ -603,6 +603,19 @@ def test_arguments(tiny_model, tmp_path, kwargs, error, text):
         glmlora.train(tiny_model, records(3), **settings)
 
 
+@pytest.mark.parametrize(
+    "target", ["all-linear", "all", ["all-linear"], r".*layers\.\d+\..*dense.*"]
+)
+def test_targets_of_an_adapter(tiny_model, tmp_path, target):
+    glmlora.train(
+        tiny_model, records(3), output_dir=str(tmp_path), max_steps=1, lora_target=target, **QUIET
+    )
+    config = glmlora.LoraConfig.from_pretrained(tmp_path)
+    model = glmlora.AutoModel.from_pretrained(tiny_model)
+    kinds = {n.rpartition(".")[2] for n in config.targets(model)}
+    assert len(kinds) == (4 if "all" in str(target) else 3)
+
+
 def test_arguments_object_and_overrides(tiny_model, tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=3, disable_tqdm=True)
     result = glmlora.train(tiny_model, records(3), args, max_steps=2, plot_loss=False)
@@ -760,3 +773,45 @@ def test_backward_takes_its_memory_when_batches_grow(tiny_model, monkeypatch):
     base.gradient_checkpointing_enable()
     step(4)
     assert asked[2][0] is True
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"max_steps": 10**12, "save_steps": 10**12, "warmup_steps": 10**11},
+        {"num_train_epochs": 1e9, "group_by_length": True},
+        {"num_train_epochs": 1e9, "dataloader_drop_last": True, "lr_scheduler_type": "cosine"},
+    ],
+    ids=["steps", "grouped", "dropped"],
+)
+def test_an_endless_run_starts_at_once(tiny_model, tmp_path, length):
+    """Counted, not timed: of a run of billions of epochs few orders are made before it starts."""
+    made = []
+
+    class Stop:
+        def on_step_end(self, state):
+            state.should_stop = True
+
+    def order(*args):
+        made.append(args)
+        assert len(made) <= 2000
+        return np.arange(20)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("glmlora.training.loop.epoch_order", order)
+        patched.setattr("glmlora.training.loop.grouped_epoch_order", order)
+        result = run(tiny_model, tmp_path, callbacks=[Stop()], **length)
+    assert result.global_step == 1 and made
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 10**20}, {"num_train_epochs": 1e300}])
+def test_a_run_that_cannot_be_counted_is_refused(tiny_model, tmp_path, length):
+    with pytest.raises(ValueError, match=r"max_steps, num_train_epochs.* got \d"):
+        run(tiny_model, tmp_path, **length)
+
+
+def test_a_larger_batch_than_looked_for_takes_its_memory(tiny_model, tmp_path, monkeypatch):
+    whole = run(tiny_model, tmp_path / "a", num_train_epochs=4)
+    monkeypatch.setattr("glmlora.training.loop.LOOK_AHEAD", 1)
+    again = run(tiny_model, tmp_path / "b", num_train_epochs=4)
+    assert losses(again) == losses(whole)

@@ -18,6 +18,8 @@ QUIET = {"disable_tqdm": True, "plot_loss": False}
 def model_dir(parent: Path, **overrides: Any) -> str:
     """A tiny ChatGLM2 directory with a tokenizer that fits it."""
     sizes = {"padded_vocab_size": 560, "seq_length": 256, "_name_or_path": "", **overrides}
+    if not sizes["_name_or_path"]:
+        sizes["glmlora_family"] = "v2"  # else it would be guessed, with a warning
     directory = tiny.tiny_model_dir(parent, **sizes)
     tiny.tiny_tokenizer_dir(directory)
     return str(directory)

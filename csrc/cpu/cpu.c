@@ -14,7 +14,7 @@
 static void *cpu_alloc(struct glm_backend *be, size_t bytes)
 {
     const size_t slack = 64, large = (size_t)8 << 20;
-    be->allocated++;
+    __atomic_fetch_add(&be->allocated, 1, __ATOMIC_RELAXED); /* callers of several threads */
     if (bytes > SIZE_MAX / 2)
         return NULL;
     return bytes < large ? aligned_alloc(64, (bytes + 63) / 64 * 64 + slack)
@@ -56,46 +56,48 @@ static void cpu_destroy(struct glm_backend *be)
     free(cpu);
 }
 
+/* Which kernels this processor runs and the system keeps the registers of, asked of both directly:
+ * __builtin_cpu_supports asks the compiler's runtime library, which says "none" where zig links. */
+#if defined(__x86_64__)
+enum register_file { YMM = 0x06, ZMM = 0xe6 }; /* bits of XCR0 */
+
+static int saved(enum register_file registers)
+{
+    unsigned a, b, c, d, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
+        return 0;
+    __asm__("xgetbv" : "=a"(a), "=d"(high) : "c"(0));
+    return (a & registers) == registers;
+}
+
+enum answer { EAX, EBX, ECX };
+
+static int has(unsigned leaf, unsigned subleaf, enum answer which, unsigned bits)
+{
+    unsigned r[4];
+    return __get_cpuid_count(leaf, subleaf, &r[0], &r[1], &r[2], &r[3]) &&
+           (r[which] & bits) == bits;
+}
+
 static int runs_avx2(void)
 {
-#if defined(__x86_64__)
-    unsigned a, b, c, d;
-    const int f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C; /* clang's builtin lacks it */
-    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return 0;
-#endif
+    return saved(YMM) && has(1, 0, ECX, bit_FMA | bit_F16C) && has(7, 0, EBX, bit_AVX2);
 }
 
 static int runs_avx512(void)
 {
-#if defined(__x86_64__)
-    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-    return 0;
-#endif
+    return runs_avx2() && saved(ZMM) &&
+           has(7, 0, EBX, bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ);
 }
 
 static int runs_avx512bf16(void)
 {
-#if defined(__x86_64__)
-    return runs_avx512() && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-#else
-    return 0;
-#endif
+    return runs_avx512() && has(7, 0, ECX, bit_AVX512VNNI | bit_AVX512VBMI) &&
+           has(7, 1, EAX, bit_AVX512BF16);
 }
+#endif
 
 static int runs_generic(void) { return 1; }
-
-const char *glm_cpu_variants(void)
-{
-    return runs_avx512bf16() ? "avx512bf16,avx512,avx2,generic"
-           : runs_avx512()   ? "avx512,avx2,generic"
-           : runs_avx2()     ? "avx2,generic"
-                             : "generic";
-}
 
 static const struct isa {
     const char *name;
@@ -111,22 +113,44 @@ static const struct isa {
     {"generic", &glm_cpu_ops_generic, runs_generic, 0},
 };
 
-/* NULL: there is none of that name, or this processor does not run it. */
+enum { N_ISAS = sizeof isas / sizeof isas[0] };
+
+int glm_cpu_variant(int i, struct glm_cpu_variant *out)
+{
+    if (i < 0 || i >= N_ISAS)
+        return 0;
+    *out = (struct glm_cpu_variant){isas[i].name, isas[i].ops != NULL, isas[i].runs()};
+    return 1;
+}
+
+const char *glm_cpu_variants(char out[64])
+{
+    struct glm_cpu_variant set;
+    *out = 0;
+    for (int i = 0; glm_cpu_variant(i, &set); i++)
+        if (set.compiled && set.runs)
+            snprintf(out + strlen(out), 64 - strlen(out), "%s%s", *out ? "," : "", set.name);
+    return out;
+}
+
+/* NULL: there is none of that name in this build, or this processor does not run it. */
 static const struct isa *isa_of(const char *name, size_t length)
 {
-    for (size_t i = 0; i < sizeof isas / sizeof isas[0]; i++)
+    for (int i = 0; i < N_ISAS; i++)
         if (strlen(isas[i].name) == length && strncmp(isas[i].name, name, length) == 0)
-            return isas[i].runs() ? &isas[i] : NULL;
+            return isas[i].ops && isas[i].runs() ? &isas[i] : NULL;
     return NULL;
 }
 
 glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm_error *err)
 {
+    char sets[64];
     const char *from = name[3] == ':' ? name + 4 : "", *type = strchr(name, '/');
     const struct isa *isa = isa_of(from, type ? (size_t)(type - from) : strlen(from));
     if (!isa)
-        return glm_fail(err, GLM_EVALUE, "backend '%s': this processor runs %s", name,
-                        glm_cpu_variants());
+        return glm_fail(err, GLM_EVALUE,
+                        "backend '%s': this processor runs %s of what this build has", name,
+                        glm_cpu_variants(sets));
     const enum glm_dtype compute = !type || strcmp(type, "/float32") == 0 ? GLM_F32
                                    : strcmp(type, "/bfloat16") == 0       ? GLM_BF16
                                    : strcmp(type, "/int8") == 0           ? GLM_I8
@@ -138,7 +162,7 @@ glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm
         return glm_fail(err, GLM_EVALUE,
                         "backend '%s': these kernels multiply in float32; bfloat16 and int8 need "
                         "avx512bf16, this processor runs %s",
-                        name, glm_cpu_variants());
+                        name, glm_cpu_variants(sets));
     struct cpu *cpu = calloc(1, sizeof *cpu);
     if (cpu) {
         cpu->pool = glm_pool_create();

@@ -78,8 +78,11 @@ struct gemm_args { /* C (M, N) = A B (+ C) */
     int M, accumulate, rows; /* rows of a task */
 };
 
-extern const struct glm_ops glm_cpu_ops_generic, glm_cpu_ops_avx2, glm_cpu_ops_avx512,
-    glm_cpu_ops_avx512bf16;
+/* Weak: the address is NULL where the compiler lacked the set and setup.py left its file out. */
+extern const struct glm_ops glm_cpu_ops_generic;
+extern const struct glm_ops glm_cpu_ops_avx2 __attribute__((weak));
+extern const struct glm_ops glm_cpu_ops_avx512 __attribute__((weak));
+extern const struct glm_ops glm_cpu_ops_avx512bf16 __attribute__((weak));
 
 struct cpu {
     struct glm_backend be;

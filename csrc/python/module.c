@@ -1,6 +1,7 @@
 /* Module definition, state, and the functions that need no model. */
 #define GLM_IMPORTS_NUMPY
 #include "convert.h"
+#include "mapped.h"
 
 #include <stddef.h>
 
@@ -29,12 +30,27 @@ static PyObject *get_num_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
 
 static PyObject *cpu_variants(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
-    return PyUnicode_FromString(glm_cpu_variants());
+    char sets[64];
+    return PyUnicode_FromString(glm_cpu_variants(sets));
+}
+
+static PyObject *cpu_kernels(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    PyObject *dict = PyDict_New();
+    struct glm_cpu_variant set;
+    for (int i = 0; dict && glm_cpu_variant(i, &set); i++) {
+        PyObject *pair =
+            PyTuple_Pack(2, set.compiled ? Py_True : Py_False, set.runs ? Py_True : Py_False);
+        if (!pair || PyDict_SetItemString(dict, set.name, pair) < 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(pair);
+    }
+    return dict;
 }
 
 static PyObject *op_table(PyObject *module, PyObject *arg)
 {
-    const char *name = PyUnicode_AsUTF8(arg);
+    const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
     if (!name)
         return NULL;
     struct glm_backend *be = glm_module_backend(PyModule_GetState(module), name);
@@ -85,7 +101,7 @@ static PyObject *op_signatures(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(
 
 static PyObject *backend_name(PyObject *Py_UNUSED(module), PyObject *arg)
 {
-    const char *name = PyUnicode_AsUTF8(arg);
+    const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
     char full[64];
     if (!name)
         return NULL;
@@ -96,7 +112,7 @@ static PyObject *backend_name(PyObject *Py_UNUSED(module), PyObject *arg)
 /* {"count": 0, "why": ..} or what struct glm_device holds */
 static PyObject *device_info(PyObject *Py_UNUSED(module), PyObject *arg)
 {
-    const char *name = PyUnicode_AsUTF8(arg);
+    const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
     struct glm_device d;
     struct glm_error err;
     if (!name)
@@ -119,9 +135,9 @@ static PyObject *lr_factor(PyObject *Py_UNUSED(module), PyObject *args, PyObject
 {
     static char *names[] = {"kind", "step", "warmup_steps", "total_steps", "learning_rate", NULL};
     const char *kind;
-    int step, warmup, total;
+    long long step, warmup, total;
     double lr = 5e-5;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "siii|d", names, &kind, &step, &warmup, &total,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sLLL|d", names, &kind, &step, &warmup, &total,
                                      &lr))
         return NULL;
     const double factor = glm_lr_factor(kind, step, warmup, total, lr);
@@ -150,9 +166,14 @@ static PyObject *convert(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *in = be ? glm_array_arg(object, "array", glm_dtype_numpy(from), -1) : NULL;
     PyObject *out =
         in ? PyArray_SimpleNew(PyArray_NDIM(in), PyArray_DIMS(in), glm_dtype_numpy(to)) : NULL;
-    if (out)
+    if (out) {
+        glm_guard_begin();
         be->ops->convert(be->cx, PyArray_DATA((PyArrayObject *)out), to, PyArray_DATA(in), from,
                          (size_t)PyArray_SIZE(in));
+        glm_guard_end();
+        if (glm_check_array(in) < 0)
+            Py_CLEAR(out);
+    }
     Py_XDECREF(in);
     return out;
 }
@@ -196,10 +217,15 @@ static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
     npy_intp scale_shape[2] = {mat.rows, glm_scale_cols(&mat)};
     PyObject *data = PyArray_SimpleNew(2, shape, NPY_INT8),
              *scale = PyArray_SimpleNew(group ? 2 : 1, scale_shape, NPY_FLOAT16);
-    if (data && scale)
+    if (data && scale) {
+        glm_guard_begin();
         be->ops->quantize(be->cx, PyArray_DATA((PyArrayObject *)data),
                           PyArray_DATA((PyArrayObject *)scale), mat.dtype, group, PyArray_DATA(in),
                           dtype, mat.rows, mat.cols);
+        glm_guard_end();
+        if (glm_check_array(in) < 0)
+            Py_CLEAR(data);
+    }
     Py_DECREF(in);
     if (data && scale)
         return Py_BuildValue("NN", data, scale);
@@ -223,10 +249,17 @@ static PyMethodDef functions[] = {
     {"warp_logits", (PyCFunction)(void *)glm_py_warp_logits, METH_VARARGS | METH_KEYWORDS,
      "Probabilities after temperature, top-k, top-p and softmax."},
     {"sample", (PyCFunction)(void *)glm_py_sample, METH_VARARGS | METH_KEYWORDS, "One token id."},
+    {"map_file", glm_py_map_file, METH_VARARGS, "All of an open file as a read-only array."},
+    {"guard", glm_py_guard, METH_O, "Begin or end reads of mapped files in this thread."},
+    {"check_mapped", glm_py_check_mapped, METH_O,
+     "Whether an array lies in a mapped file; OSError where that changed."},
+    {"drop_pages", glm_py_drop_pages, METH_O, "Give back the memory of an array in a mapped file."},
     {"set_num_threads", set_num_threads, METH_O, "Threads of every model; n >= 1."},
     {"get_num_threads", get_num_threads, METH_NOARGS, "Threads that ops use."},
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "Instruction sets this processor runs, best first."},
+    {"cpu_kernels", cpu_kernels, METH_NOARGS,
+     "Every instruction set: whether it is compiled, whether this processor runs it."},
     {"op_table", op_table, METH_O, "Addresses of a backend's functions, for tests."},
     {"op_signatures", op_signatures, METH_NOARGS, "Parameters of every op, for tests."},
     {NULL, NULL, 0, NULL},

@@ -1,11 +1,12 @@
 /* Scores to tokens, on NumPy arrays, and how much memory there is. */
+#include "convert.h" /* Python.h before any header of the system */
+
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "choice.h"
-#include "convert.h"
 
 static PyArrayObject *scores_arg(PyObject *object)
 {
@@ -30,7 +31,7 @@ PyObject *glm_py_adjust_logits(PyObject *Py_UNUSED(module), PyObject *args, PyOb
     if (!(penalty > 0))
         return PyErr_Format(PyExc_ValueError,
                             "repetition_penalty: expected a positive number, got %S",
-                            PyTuple_GET_SIZE(args) > 2 ? PyTuple_GET_ITEM(args, 2) : Py_None);
+                            PyTuple_Size(args) > 2 ? PyTuple_GetItem(args, 2) : Py_None);
     PyArrayObject *logits = scores_arg(logits_object), *suppress = NULL, *context = NULL;
     PyObject *result = NULL;
     unsigned char *seen = NULL;

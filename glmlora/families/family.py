@@ -69,12 +69,16 @@ class Family:
         """Whether config.json can only be this family's."""
         return False
 
+    def in_vocabulary(self, directory: Path) -> bool:
+        """Whether the vocabulary of a model directory can only be this family's."""
+        return False
+
     def in_directory(self, directory: Path) -> bool:
-        """Whether files of a model directory can only be this family's."""
+        """Whether the small files of a model directory speak for this family."""
         return False
 
     def in_tokenizer(self, config: Mapping[str, Any]) -> bool:
-        """Whether a tokenizer_config.json can only be this family's."""
+        """Whether a tokenizer_config.json speaks for this family."""
         return False
 
     # Architecture
@@ -164,9 +168,10 @@ class Family:
         rounds: Sequence[tuple[str, str]],
         room: int,
         truncation: str,
+        system: str = "",
     ) -> tuple[list[int], bool]:
         """Ids of a record's prompt without the prefix, at most `room`, and whether it was cut:
-        see `prompt.encode_source`. first: stands before everything.
+        see `prompt.encode_source`. first: stands before everything; system: a system message.
         """
         raise NotImplementedError
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from .. import families
+from ..families import recognition
 from ..tokenization import TextStream
 from .beams import best_answers
 from .cache import CachedRow, Model, PastKeyValues, check_past
@@ -96,6 +97,8 @@ class _Turns:
         check_names(function, settings)
         self.model, self.tokenizer = model, tokenizer
         self.family = chat_family(model, tokenizer)
+        config = model.config
+        recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
         settings |= {"max_length": max_length, "num_beams": num_beams, "do_sample": do_sample}
         settings |= {"top_p": top_p, "temperature": temperature}
         self.settings = _settings(model, tokenizer, settings, generation_config)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from .. import families
 from ..files.checkpoint import load_checkpoint
 from ..files.write import model_directory
 from ..generation.config import GenerationConfig
@@ -13,7 +14,7 @@ from . import device as devices
 from .configuration import ChatGLMConfig
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import parse_dtype
-from .quantization import GROUP_SIZE
+from .quantization import GROUP_SIZE, is_quantized
 
 
 class AutoModel:
@@ -66,11 +67,11 @@ class AutoModel:
         directory = model_directory(path)
         kind = parse_dtype(torch_dtype if dtype is None else dtype)
         if config is None:
-            config = ChatGLMConfig.from_pretrained(directory)
+            config = ChatGLMConfig.from_pretrained(directory, family=family)
         elif not isinstance(config, ChatGLMConfig):
             raise TypeError(f"config: expected a ChatGLMConfig, got {type(config).__name__}")
         if family is not None:
-            config.family = family
+            config.family = families.of(family).name
         if rope_mode is not None:
             config.rope_mode = rope_mode
         tensors = load_checkpoint(directory, wrap=_progress)
@@ -80,10 +81,11 @@ class AutoModel:
             raise ValueError(f"{directory}: {error}") from None
         model.name_or_path = os.fspath(path)
         file = directory / "generation_config.json"
-        if file.is_file():
+        if file.exists():
             model.generation_config = GenerationConfig.from_pretrained(directory, config)
-        if load_in_8bit or load_in_4bit:
-            model.quantize(8 if load_in_8bit else 4, group_size=GROUP_SIZE if load_in_4bit else 0)
+        bits = 8 if load_in_8bit else 4 if load_in_4bit else 0
+        if bits and not is_quantized(config, bits):
+            model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)
         if kind is not None:
             model._cast(kind)
         place = devices.find(device, model.device)

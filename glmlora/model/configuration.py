@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import families
+from ..families import recognition
+from ..files.foreign import refuse_quantization
 from ..files.write import model_directory, read_json, write_json
 from .quantization import check_form
 
@@ -67,9 +69,17 @@ _ONLY = {
     "add_bias_linear": False,
     "multi_query_attention": True,
     "original_rope": True,
-    "tie_word_embeddings": False,
 }
-_OWN = ("family", "rope_mode")  # attributes that no config.json has
+_FLAGS = (*_ONLY, "add_qkv_bias", "tie_word_embeddings")
+_OTHER_NAMES = {  # what newer programs call a key
+    "dtype": "torch_dtype",
+    "num_hidden_layers": "num_layers",
+    "vocab_size": "padded_vocab_size",
+}
+# What only this package writes: what users said when they opened the model, and config.json lacks.
+OWN_ROPE_MODE = "glmlora_rope_mode"
+OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
+_MAY_BE_NULL = ("eos_token_id", "pad_token_id")
 
 
 class ChatGLMConfig:
@@ -111,14 +121,11 @@ class ChatGLMConfig:
     torch_dtype: str | None
 
     def __init__(self, family: str | None = None, rope_mode: str | None = None, **fields: Any):
-        fields = {**DEFAULTS, **fields}
-        projection = fields["prefix_projection"]
-        if isinstance(projection, list | tuple) and len(projection) == 1:
-            fields["prefix_projection"] = projection[
-                0
-            ]  # a stray comma in a published copy made it a tuple
-        self.__dict__.update(fields)
-        self.family = family or families.find(fields)
+        fields = completed(fields)
+        rope_mode = fields.pop(OWN_ROPE_MODE, None) if rope_mode is None else rope_mode
+        own = family or recognition.find(fields)
+        self.__dict__.update({k: v for k, v in fields.items() if k not in OWN_KEYS})
+        self.family = own
         self._rope_mode = rope_mode
         self.check()
 
@@ -152,13 +159,15 @@ class ChatGLMConfig:
         """
         directory = model_directory(path)
         file = directory / "config.json"
-        if not file.is_file():
+        if not file.exists():
             raise OSError(f"{file}: not found; a model directory holds config.json and the weights")
         fields = read_json(file, dict)
         fields.update(overrides)
         try:
             if family is None:
-                family = families.find(fields, directory)
+                family = recognition.find(fields, directory, tokenizer_fields(directory))
+            else:
+                family = families.of(family).name
             return cls(family=family, rope_mode=rope_mode, **fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
@@ -170,12 +179,17 @@ class ChatGLMConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+        for name in _FLAGS:
+            value = getattr(self, name)
+            if value not in (True, False):
+                raise ValueError(f"{name}: expected true or false, got {value!r}")
         for name, only in _ONLY.items():
             value = getattr(self, name)
             if bool(value) != only:
                 raise ValueError(
                     f"{name} {value!r} is not supported by this release, only {only!r}"
                 )
+        refuse_quantization(self.__dict__)
         check_form(self.quantization_bit, self.quantization_group_size)
         if self.get("quantization_embeddings"):
             raise ValueError("quantization_embeddings: only linear layers may be quantized")
@@ -249,6 +263,10 @@ class ChatGLMConfig:
         for name in ("rope_ratio", "quantization_bit", "torch_dtype"):
             if fields[name] == DEFAULTS[name]:
                 del fields[name]
+        if not recognition.tells(fields, self.family):
+            fields[recognition.OWN_KEY] = self.family
+        if self._rope_mode is not None:
+            fields[OWN_ROPE_MODE] = self._rope_mode
         write_json(Path(directory) / "config.json", fields)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -257,6 +275,39 @@ class ChatGLMConfig:
 
     def __repr__(self) -> str:
         return f"ChatGLMConfig(family={self.family!r}, {self.to_dict()})"
+
+
+def tokenizer_fields(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a directory, {} where there is none that can be read: a model opens
+    without, and who opens the tokenizer is told.
+    """
+    try:
+        return read_json(directory / "tokenizer_config.json", dict)
+    except (OSError, ValueError):
+        return {}
+
+
+def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config.json in the form that this package reads, with defaults of the others.
+
+    Other programs write some of them otherwise: null for the default, 28.0 for 28, another name, a
+    list around a value (a stray comma in a published copy made it a tuple, and each save adds one).
+    """
+    found = {
+        k: v
+        for k, v in fields.items()
+        if v is not None or DEFAULTS.get(k) is None or k in _MAY_BE_NULL
+    }
+    for other, name in _OTHER_NAMES.items():
+        if found.get(name) is None and found.get(other) is not None:
+            found[name] = found[other]
+    for name in _SIZES:
+        if isinstance(found.get(name), float) and found[name].is_integer():
+            found[name] = int(found[name])
+    projection = found.get("prefix_projection")
+    while isinstance(projection, list | tuple) and len(projection) == 1:
+        found["prefix_projection"] = projection = projection[0]
+    return {**DEFAULTS, **found}
 
 
 class AutoConfig:

@@ -199,12 +199,31 @@ def compute_dtype(asked: str | None, stored: Iterable[str]) -> str:
     return wanted
 
 
+def missing_kernels() -> list[str]:
+    """Instruction sets that this processor runs and the core was built without, best first."""
+    sets = _core.cpu_kernels().items()
+    return [name for name, (compiled, runs) in sets if runs and not compiled]
+
+
+def tell_missing_kernels() -> None:
+    """Name on stderr, once, the kernels that would be faster and were not compiled."""
+    missing = ", ".join(missing_kernels())
+    if missing and missing not in _announced:
+        _announced.add(missing)
+        print(
+            f"glmlora was built without the kernels for {missing}, which this processor has: it "
+            "computes slower. Install a wheel, or build it with a newer gcc or clang",
+            file=sys.stderr,
+        )
+
+
 def backend_of(backend: str, asked: str | None, stored: Iterable[str]) -> str:
     """The name of the core's backend for a model: `backend`, on the CPU with its type of products,
     which is named once on stderr where it is not float32.
     """
     if backend != "cpu":
         return backend
+    tell_missing_kernels()
     kind = compute_dtype(asked, stored)
     if kind != "float32" and kind not in _announced:
         _announced.add(kind)

@@ -19,7 +19,7 @@ import numpy as np
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
-from ..files.tensor import Tensor
+from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import generate as _generate
 from ..generation.cache import CachedRow, PastKeyValues, scores_after
@@ -39,18 +39,20 @@ from .parameters import (
     embedding_of,
     float_array,
     fresh_prefix,
-    ignorable,
     incompatible,
     is_dtype,
     is_lora,
     layers_of,
     output_layer_of,
+    own_keys,
+    own_names,
     parse_dtype,
     prefix_of,
     prefix_shapes,
     sort_tensors,
+    tie,
 )
-from .quantization import SCALE, QuantizedTensor, check_form, drop_pages, join
+from .quantization import SCALE, QuantizedTensor, check_form, is_quantized, join
 from .quantization import quantize as quantize_tensor
 
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
@@ -148,10 +150,12 @@ class ChatGLMForConditionalGeneration(_Casts):
         # base weights that lie where they were bound
         self._stored: dict[str, Tensor | QuantizedTensor] = {}
         self._shapes = self.core.shapes()
+        named = own_names(tensors, self._shapes, prefix_of(config))
+        tie(named, config)
         bits, group = check_form(config.quantization_bit, config.quantization_group_size)
         if bits:
-            tensors = join(tensors, self._linear_shapes(), bits, group)
-        base, prefix = sort_tensors(tensors, self._shapes, prefix_of(config))
+            named = join(named, self._linear_shapes(), bits, group)
+        base, prefix = sort_tensors(named, self._shapes, prefix_of(config))
         for name in self._shapes:
             tensor = base[name]
             self._bind(name, _converted(tensor, "F32") if tensor.dtype == "F64" else tensor)
@@ -246,7 +250,7 @@ class ChatGLMForConditionalGeneration(_Casts):
             for name in _uploading(list(stored), device, stored.values()):
                 self._bind(name, stored[name])
                 if device != "cpu" and isinstance(stored[name], Tensor):
-                    drop_pages(stored[name].data)
+                    _core.drop_pages(stored[name].data)
         except BaseException:
             self.core.move(first, [n for n in stored if n not in self.core.missing()])
             for name, tensor in stored.items():
@@ -302,18 +306,19 @@ class ChatGLMForConditionalGeneration(_Casts):
         *,
         group_size: int | None = None,
     ) -> ChatGLMForConditionalGeneration:
-        """Store the linear layers as integers of 8 or 4 bits; 0, and a model that is quantized
-        already, stay as they are. Returns the model.
+        """Store the linear layers as integers of 8 or 4 bits; 0 bits, and a model that is quantized
+        so already, leave it as it is. Returns the model.
 
         Row-wise as THUDM's published models; `group_size` (a multiple of 32, 4 bits only) gives
         each run of so many columns a scale of its own, which is nearer to the float weights.
         Embeddings, output layer, norms and biases keep their type; adapters and a prefix train over
         it. Needs memory for the result, beside what is mapped. `empty_init` and `device` are
-        accepted and mean nothing. Raises ValueError for other bits and for a weight that is not
-        finite, RuntimeError while the linear layers are trained; the model is unchanged then.
+        accepted and mean nothing. Raises ValueError for other bits (also where the model is
+        quantized to others already) and for a weight that is not finite, RuntimeError while the
+        linear layers are trained; the model is unchanged then.
         """
         bits, group = check_form(bits, group_size)
-        if not bits or self.config.quantization_bit:
+        if not bits or is_quantized(self.config, bits, group_size):
             return self
         self._apply_trainable()
         names = list(self._linear_shapes())
@@ -326,7 +331,7 @@ class ChatGLMForConditionalGeneration(_Casts):
                 result = quantize_tensor(name, tensor, bits, group)
                 before[name] = tensor
                 self._bind(name, result)
-                drop_pages(tensor.data)
+                _core.drop_pages(tensor.data)
         except BaseException:
             for name, tensor in before.items():
                 self._bind(name, tensor)
@@ -413,15 +418,17 @@ class ChatGLMForConditionalGeneration(_Casts):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every weight: base ones as they are held (bfloat16 widened to float32), LoRA and prefix
-        float32. A quantized linear is its int8 `weight` and a float16 `weight_scale`.
+        float32; copies, unless the memory does not suffice (a warning says so). A quantized linear
+        is its int8 `weight` and a float16 `weight_scale`.
         """
-        state = {}
+        tensors = {}
         for name in self._shapes:
             tensor = self._tensor(name)
             if isinstance(tensor, QuantizedTensor):
-                state[name], state[name + SCALE] = tensor.integers.data, tensor.scale.data
+                tensors[name], tensors[name + SCALE] = tensor.integers, tensor.scale
             else:
-                state[name] = tensor.numpy()
+                tensors[name] = tensor
+        state = to_arrays(tensors, "state_dict")
         for name in self.core.names():
             if name not in state:
                 state[name] = self.core.read(name)
@@ -431,13 +438,13 @@ class ChatGLMForConditionalGeneration(_Casts):
         self, state_dict: Mapping[str, Any], strict: bool = True
     ) -> IncompatibleKeys:
         """Copy weights in by name, cast to the type each is held in. `rotary_pos_emb.inv_freq` is
-        ignored.
+        ignored, and so is what torch.compile, DataParallel or PEFT put in front of a name.
 
         state_dict: arrays, or what NumPy can read. Raises ValueError naming every misshaped weight
         and, if `strict`, every missing and unexpected one; nothing is changed then.
         """
-        integers, floats = self._split_quantized(state_dict)
-        given = {k: float_array(k, v) for k, v in floats.items() if not ignorable(k)}
+        integers, floats = self._split_quantized(own_keys(state_dict, self.core.names()))
+        given = {k: float_array(k, v) for k, v in floats.items()}
         names = [n for n in self.core.names() if n not in integers]
         shapes = {n: self.core.shape(n) for n in names}
         keys = incompatible(names, given, strict, "model")
@@ -499,6 +506,8 @@ class ChatGLMForConditionalGeneration(_Casts):
                 shape, read = self.core.shape(name), self.core.read
                 listed.append((name, "F32", shape, lambda n=name, read=read: read(n)))
         self.config.torch_dtype = self.dtype
+        if self.config.get("dtype") is not None:  # the key's newer name
+            self.config.dtype = self.dtype
         self.config.save_pretrained(directory)
         save_sharded(directory, listed, max_shard_size, safetensors=safe_serialization)
 

@@ -57,6 +57,33 @@ def gpu_lines() -> list[str]:
     return lines
 
 
+def cpu_lines() -> list[str]:
+    """The instruction sets in use, of the processor and of the build, what the build lacks, and
+    the threads. Raises ValueError where GLMLORA_ISA forces what cannot be used."""
+    from glmlora import _core
+    from glmlora.model import device
+
+    threads = _core.get_num_threads()
+    kernels = _core.cpu_kernels().items()
+    used = _core.backend_name("cpu").removeprefix("cpu:")
+    forced = " (GLMLORA_ISA)" if os.environ.get("GLMLORA_ISA") else ""
+    lines = [
+        f"instructions  {used} in use{forced}; "
+        f"this processor runs {', '.join(name for name, (_, runs) in kernels if runs)}",
+        f"              compiled are {', '.join(name for name, (there, _) in kernels if there)}",
+    ]
+    missing = device.missing_kernels()
+    if missing:
+        lines.append(
+            f"              NOT compiled: {', '.join(missing)}, which this processor runs faster; "
+            "install a wheel, or build with a newer gcc or clang"
+        )
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    source = f"OMP_NUM_THREADS={chosen}" if chosen else "the cores this process may use"
+    lines.append(f"threads       {threads} ({source}; glmlora.set_num_threads changes it)")
+    return lines
+
+
 def report() -> int:
     """Print the report; 0 when glmlora can work here, 1 when something needed is missing."""
     problems: list[str] = []
@@ -69,11 +96,13 @@ def report() -> int:
         print("              build it: pip install . (needs a C compiler, gcc or clang)")
         return 1
     print(f"glmlora       {__version__}")
-    sets = _core.cpu_variants().split(",")
-    print(f"instructions  {sets[0]} in use; this processor runs {', '.join(sets)}")
-    chosen = os.environ.get("OMP_NUM_THREADS")
-    source = f"OMP_NUM_THREADS={chosen}" if chosen else "the cores this process may use"
-    print(f"threads       {_core.get_num_threads()} ({source}; glmlora.set_num_threads changes it)")
+    try:
+        lines = cpu_lines()
+    except ValueError as error:
+        lines = []
+        problems.append(str(error))
+    for line in lines:
+        print(line)
     print(f"memory        {_gib(_core.memory_available())} available")
     print(f"disk here     {_gib(shutil.disk_usage('.').free)} free")
     for line in gpu_lines():

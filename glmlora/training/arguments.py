@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from .. import families
+from ..files.regular import regular
 from ..files.write import read_json
 from .flags import REQUIRED, Flag, Group, StrPath, about, convert, flags_of, option
 
@@ -143,7 +144,7 @@ class FinetuningArguments(Group):
     lora_alpha: float = option(32.0, "D", "scale of the adapter, divided by its rank", bound=">0")
     lora_dropout: float = option(0.1, "D", "dropout on the adapter's input", bound="[0,1)")
     lora_target: str | list[str] = option("query_key_value", "D",
-        "ends of module names, separated by commas")
+        "ends of module names, separated by commas; all-linear; or a regular expression")
     # fmt: on
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -584,7 +585,7 @@ def _read_config(path: str) -> dict[str, Any]:
             f"{path}: reading YAML needs PyYAML (pip install pyyaml); or use a .json file"
         ) from None
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", opener=regular) as file:
             values = yaml.safe_load(file)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from ..batch import Encoded, epoch_order, grouped_epoch_order, micro_batches
+from ..batch import Encoded, epoch_order, grouped_epoch_order
+from ..files.regular import read_text
 from ..files.write import write_text
 from ..model.device import memory_available
 from ..model.parameters import embedding_of
@@ -29,6 +30,8 @@ from .evaluation import evaluate_loss, progress, speed
 from .methods import Trainee
 from .state import Progress, Schedule, Shield, TrainState
 
+#: Records whose micro-batches are looked at before the first update, for the memory of the largest.
+LOOK_AHEAD = 1 << 22
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end")
 
 
@@ -66,28 +69,35 @@ class Loop:
         self.checkpoints = Checkpoints(trainee, args, self.schedule, facts, argument_files or {})
         self._warned_masked = False
 
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """Record numbers of the micro-batches of an epoch, a function of (seed, epoch, n) only."""
-        size = self.args.per_device_train_batch_size
+    def order(self, epoch: int) -> np.ndarray:
+        """Record numbers of an epoch, micro-batch after micro-batch: a function of (seed, epoch, n)
+        only.
+        """
+        size, n = self.args.per_device_train_batch_size, len(self.encoded)
         if self.args.group_by_length:
             order = grouped_epoch_order(self.encoded.lengths, epoch, self.args.order_seed, size)
         else:
-            order = epoch_order(len(self.encoded), epoch, self.args.order_seed)
-        return micro_batches(order, size, self.args.dataloader_drop_last)
+            order = epoch_order(n, epoch, self.args.order_seed)
+        return order[: n // size * size] if self.args.dataloader_drop_last else order
 
     # Memory
 
     def _largest(self) -> tuple[int, int, int]:
-        """Most tokens, rows of the user's batch, and labelled tokens of any micro-batch to come."""
+        """Most tokens, rows of the user's batch, and labelled tokens of any micro-batch to come.
+
+        Of the first LOOK_AHEAD records: a larger one that comes later takes its memory then.
+        """
         lengths = self.encoded.lengths
         targets = lengths - self.encoded.source_lengths
+        size = self.args.per_device_train_batch_size
         tokens = labelled = 0
-        for epoch in range(self.at.epoch, self.state.num_train_epochs):
-            for rows in self.batches(epoch):
-                tokens = max(tokens, int(lengths[rows].sum()))
-                labelled = max(labelled, int(targets[rows].sum()))
-        size = min(self.args.per_device_train_batch_size, len(lengths))
-        return tokens, size, min(labelled, tokens)
+        epochs = max(1, min(1000, LOOK_AHEAD // len(lengths)))
+        for epoch in range(min(self.state.num_train_epochs, epochs)):
+            order = self.order(epoch)
+            starts = np.arange(0, len(order), size)
+            tokens = max(tokens, int(np.add.reduceat(lengths[order], starts).max()))
+            labelled = max(labelled, int(np.add.reduceat(targets[order], starts).max()))
+        return tokens, min(size, len(lengths)), min(labelled, tokens)
 
     def _largest_eval(self) -> tuple[int, int, int] | None:
         if self.eval_encoded is None:
@@ -207,9 +217,10 @@ class Loop:
     def _epochs(self) -> None:
         s, accumulation = self.state, self.args.gradient_accumulation_steps
         while s.global_step < s.max_steps and not s.should_stop:
-            batches = self.batches(self.at.epoch)
+            order, size = self.order(self.at.epoch), self.args.per_device_train_batch_size
             for first in range(self.at.micro_batches, self.schedule.n_micro, accumulation):
-                group = batches[first : first + accumulation]
+                last = min(first + accumulation, self.schedule.n_micro)
+                group = [order[i * size : (i + 1) * size] for i in range(first, last)]
                 self._update(group)
                 # The end of the run counts as the end of its last epoch.
                 ended = first + len(group) >= self.schedule.n_micro or s.global_step >= s.max_steps
@@ -353,7 +364,7 @@ class Loop:
             path.unlink(missing_ok=True)
         elif path.is_file():
             last, kept = self.state.global_step, []
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in read_text(path, errors="replace").splitlines():
                 try:
                     if json.loads(line)["current_steps"] <= last:
                         kept.append(line + "\n")

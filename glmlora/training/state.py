@@ -13,6 +13,9 @@ from typing import Any
 from ..batch import updates_per_epoch
 from .arguments import TrainingArguments
 
+#: Beyond these, a step more is no other number in a schedule.
+MOST_UPDATES = 1 << 53
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -46,6 +49,11 @@ class Schedule:
         else:
             updates = math.ceil(args.num_train_epochs * per_epoch)
             samples = n * args.num_train_epochs
+        if max(updates, args.warmup_steps) > MOST_UPDATES:
+            raise ValueError(
+                f"max_steps, num_train_epochs, warmup_steps: expected a run of at most "
+                f"{MOST_UPDATES} updates, got {max(updates, args.warmup_steps):.3g}"
+            )
         every = {}
         for what in ("logging", "save", "eval"):
             steps = getattr(args, f"{what}_steps")

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import _core, families
 from ..batch import split_dev
-from ..files.rows import read_rows
+from ..families import recognition
+from ..files.write import model_directory
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.peft import PeftModel, trainable_line
-from ..model.quantization import GROUP_SIZE
+from ..model.quantization import GROUP_SIZE, is_quantized
 from ..seeds import set_seed
 from ..tokenization import AutoTokenizer
 from . import methods
@@ -37,10 +38,10 @@ from .arguments import (
 )
 from .checkpoints import find_checkpoint
 from .evaluation import evaluate_answers, evaluate_loss, report_metrics
-from .flags import REQUIRED
+from .flags import REQUIRED, check_directory
 from .loop import Loop
 from .plot import plot_loss
-from .records import encode, load_datasets, records_from
+from .records import encode, load_datasets, read_records, records_from
 from .state import TrainState
 
 if TYPE_CHECKING:
@@ -140,10 +141,8 @@ def train(
     kind = finetuning.finetuning_type if "finetuning_type" in given else None
     check_output_dir(training.output_dir)
     resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-    if not isinstance(data, (str, os.PathLike)) and not hasattr(data, "columns"):
-        data = list(data)
-    records = records_from(data)
-    n_given = len(read_rows(data)) if isinstance(data, (str, os.PathLike)) else len(data)
+    _check_places(model_or_path, model_args)
+    records, n_given = read_records(data)
     if model_args.threads:
         _core.set_num_threads(model_args.threads)
     set_seed(training.seed)
@@ -194,6 +193,7 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     resume = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
     if model_args.threads:
         _core.set_num_threads(model_args.threads)
+    _check_places(model_args.model_name_or_path, model_args)
     records = _load_records(data_args)
     set_seed(args.seed)
     base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
@@ -327,6 +327,19 @@ def check_output_dir(output_dir: str | os.PathLike) -> None:
         ) from None
 
 
+def _check_places(model_or_path: Any, args: ModelArguments) -> None:
+    """OSError naming a directory of the model or of a checkpoint that is not there: before the data
+    are read.
+    """
+    if isinstance(model_or_path, (str, os.PathLike)):
+        model_directory(model_or_path)
+    for name in ("config_name", "tokenizer_name"):
+        if getattr(args, name) is not None:
+            model_directory(getattr(args, name))
+    for path in args.checkpoint_dir or ():
+        check_directory("checkpoint_dir", path)
+
+
 def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments) -> None:
     """On a GPU where there is one and `no_cuda` does not say otherwise. One that is somewhere
     stays there. With fp16 or bf16 a GPU's large products are in that type from now on, whatever the
@@ -380,6 +393,8 @@ def _load(model_or_path: Any, tokenizer: Any, args: ModelArguments) -> tuple[Any
         )
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or place, family=family)
+    config = methods.unwrapped(model).config
+    recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
     return model, tokenizer
 
 
@@ -387,7 +402,7 @@ def _quantize(base: ChatGLMForConditionalGeneration, bits: int | None, kind: str
     """The base of p_tuning gets THUDM's row-wise form; 4 bits under LoRA the more exact one in
     groups.
     """
-    if bits:
+    if bits and not is_quantized(base.config, bits):
         base.quantize(bits, group_size=GROUP_SIZE if bits == 4 and kind == "lora" else None)
 
 
