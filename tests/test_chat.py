@@ -425,6 +425,10 @@ def test_chat_through_peft(v2):
         assert (
             list(peft.stream_chat(tokenizer, "x", max_new_tokens=6, do_sample=False))[-1] == before
         )
+        own = model.generation_config
+        peft.generation_config = glmlora.GenerationConfig(max_new_tokens=2, eos_token_id=[])
+        assert peft.generate([[5, 6]]).shape == (1, 4)
+        peft.generation_config = own
     finally:
         peft.unload()
 
