@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from .files.write import model_directory
+from .files.hub import model_directory
 from .generation.config import GenerationConfig
 from .names import did_you_mean
 from .tools.demo import ORDER

@@ -161,7 +161,8 @@ class PeftModel:
                 "model: has a LoRA adapter already; unload() or merge_and_unload() it first"
             )
         if peft_config.base_model_name_or_path is None:
-            peft_config.base_model_name_or_path = model.config.get("_name_or_path") or None
+            named = model.name_or_path or model.config.get("_name_or_path")
+            peft_config.base_model_name_or_path = named or None
         self._adapters[adapter_name] = fresh_adapter(model, peft_config, seed)
         self._attach(adapter_name)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .. import _core, families
 from ..batch import split_dev
 from ..families import recognition
-from ..files.write import model_directory
+from ..files.hub import model_directory
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
 from ..model.modeling import ChatGLMForConditionalGeneration
