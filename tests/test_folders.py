@@ -2,8 +2,10 @@
 they are.
 """
 
+import io
 import json
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -301,6 +303,29 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
         small.chat(other, "hello", **settings)
     with pytest.raises(ValueError, match=match):
         training.run(small, tmp_path / "out", tokenizer=other)
+
+
+def test_an_adapter_of_another_family_is_told(folder, tmp_path):
+    config = glmlora.LoraConfig(r=2, base_model_name_or_path="THUDM/chatglm3-6b")
+    glmlora.get_peft_model(load(folder), config, seed=0).save_pretrained(tmp_path / "lora")
+    prefixed = load(folder, pre_seq_len=2, family="v3")
+    glmlora.save_prefix(prefixed, tmp_path / "prefix")
+    for family in ("v2", "v3"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            glmlora.PeftModel.from_pretrained(load(folder, family=family), tmp_path / "lora")
+            glmlora.load_prefix(load(folder, family=family), tmp_path / "prefix")
+        told = [str(w.message) for w in caught if "was trained on a ChatGLM3 model" in str(w)]
+        assert len(told) == (2 if family == "v2" else 0)
+
+
+def test_the_family_can_be_said_to_the_command(folder, tmp_path, monkeypatch, capsys):
+    edit(folder, _name_or_path="")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    words = ["--model", str(folder), "--family", "chatglm3", "--max-length", "20"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main(["chat", *words]) == 0
 
 
 # What is not read

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 import numpy as np
 
 from .. import _core
+from ..families.recognition import OWN_KEY, check_adapter
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
 from ..generation.config import GenerationConfig
 from ..names import did_you_mean
@@ -719,6 +720,7 @@ def load_prefix(
     projection = fields.get("prefix_projection", "trans.0.weight" in arrays)
     projection = innermost(projection)
     config = base.config
+    check_adapter(directory, fields.get("_name_or_path"), config.family, fields.get(OWN_KEY))
     if base.has_prefix and config.pre_seq_len != length:
         raise ValueError(
             f"{file}: pre_seq_len is {length}, the model was built with {config.pre_seq_len}"
