@@ -209,9 +209,10 @@ class LoraConfig(PeftConfig):
     overrides by module name or ending; layers_to_transform: only these layers. init_lora_weights:
     True (A uniform, B zero), "gaussian" (A normal, B zero) or False (both random).
     base_model_name_or_path, revision and auto_mapping are kept and written, no more; fan_in_fan_out
-    is false with a warning, as no weight of these models is transposed. Of PEFT's other fields
-    those that say how an adapter was made or run (megatron_*, runtime_config, *_config of
-    initialisations, ..) mean nothing here.
+    is false with a warning, as no weight of these models is transposed. PEFT's fields that say how
+    an adapter was made or run mean nothing here: peft_version, runtime_config, megatron_config,
+    megatron_core, eva_config, corda_config, lora_ga_config, loftq_config, qalora_group_size,
+    ensure_weight_tying. Its other fields are refused.
 
     Raises ValueError naming a field that is out of range, or of an adapter kind that is not
     supported; TypeError naming an unknown argument and the nearest one.
@@ -404,8 +405,9 @@ class PrefixTuningConfig(PeftConfig):
     """Settings of a P-Tuning v2 prefix.
 
     num_virtual_tokens: its length P; prefix_projection: with the two-layer encoder; init_std: of
-    the fresh embedding. token_dim, num_layers, num_attention_heads and the like are the model's,
-    and mean nothing here. Raises as LoraConfig does.
+    the fresh embedding. token_dim, num_layers, num_attention_heads and num_transformer_submodules
+    are the model's, and mean nothing here; nor do auto_mapping, peft_version, revision and
+    base_model_name_or_path. Raises as LoraConfig does.
     """
 
     peft_type = "PREFIX_TUNING"

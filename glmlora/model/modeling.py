@@ -19,6 +19,7 @@ import numpy as np
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
+from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import generate as _generate
@@ -479,7 +480,10 @@ class ChatGLMForConditionalGeneration(_Casts):
         OSError naming the file.
         """
         check_saving("save_pretrained", others)
-        if is_main_process:
+        if not is_main_process:
+            return
+        os.makedirs(save_directory, exist_ok=True)
+        with owned(save_directory, shared=True):
             save_sharded(
                 save_directory,
                 weight_sources(self),

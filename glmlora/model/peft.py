@@ -21,6 +21,7 @@ import numpy as np
 from .. import _core
 from ..families.recognition import OWN_KEY, check_adapter
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
+from ..files.owner import owned
 from ..generation.config import GenerationConfig
 from ..names import did_you_mean
 from .adapter import (
@@ -64,13 +65,25 @@ _NOT_HERE = {
     "add_weighted_adapter": "; merge_and_unload(adapter_names=[..]) adds several",
     "merge_adapter": "; merge_and_unload() merges, on a copy where the base is needed again",
     "unmerge_adapter": "; load the base again",
+    "base_model_torch_dtype": "; see dtype",
     "create_or_update_model_card": "",
     "get_layer_status": "; see active_adapter and trainable_names",
     "get_model_status": "; see active_adapter and trainable_names",
     "get_prompt": "",
+    "get_model_config": "; see config",
+    "get_prompt_embedding_to_save": "; see glmlora.save_prefix",
+    "has_active_enabled_adapter": "; see active_adapter",
     "inject_adapter": "; get_peft_model attaches",
+    "modules_to_save": "",
+    "prefix": "",
+    "prepare_model_for_gradient_checkpointing": "; see gradient_checkpointing_enable",
     "push_to_hub": "; save_pretrained writes a folder",
     "set_requires_grad": "; see set_adapter and set_trainable",
+    "subtract_mutated_init": "",
+    "supports_lora_conversion": "",
+    "target_module_mapping": "",
+    "tuner_layer_cls": "",
+    "uses_shared_state": "",
 }
 
 Base = ChatGLMForConditionalGeneration
@@ -570,12 +583,14 @@ class PeftModel:
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"{directory}: is a file, expected a directory")
         self._fetch()
-        for name in names:
-            write_adapter(
-                directory if name == self.active_adapter else directory / name,
-                self._adapters[name],
-                safe_serialization,
-            )
+        directory.mkdir(parents=True, exist_ok=True)
+        with owned(directory, shared=True):
+            for name in names:
+                write_adapter(
+                    directory if name == self.active_adapter else directory / name,
+                    self._adapters[name],
+                    safe_serialization,
+                )
 
     def __repr__(self) -> str:
         return f"PeftModel({self._base!r}, adapter={self.active_adapter!r})"
@@ -687,12 +702,13 @@ def save_prefix(
     read = model.core.read
     names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
     Path(directory).mkdir(parents=True, exist_ok=True)
-    save_sharded(
-        directory,
-        {n: read(n) for n in names},
-        safetensors=False,
-        beside=lambda new: write_beside(model, new, Path(directory)),
-    )
+    with owned(directory, shared=True):
+        save_sharded(
+            directory,
+            {n: read(n) for n in names},
+            safetensors=False,
+            beside=lambda new: write_beside(model, new, Path(directory)),
+        )
 
 
 def load_prefix(

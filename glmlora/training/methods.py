@@ -205,12 +205,12 @@ def prepare(
     base = unwrapped(model)
     chosen = base.trainable_names if kind is None else []
     if kind is None:
-        kind = _prepared_for(model) or finetuning.finetuning_type
+        kind = prepared_for(model) or finetuning.finetuning_type
     if kind not in METHODS:
         raise ValueError(f"finetuning_type: expected one of {', '.join(METHODS)}, got {kind!r}")
-    if isinstance(model, PeftModel) and kind != _prepared_for(model):
+    if isinstance(model, PeftModel) and kind != prepared_for(model):
         raise ValueError(
-            f"finetuning_type: the model has {_prepared_for(model)!r} in it, got {kind!r}; "
+            f"finetuning_type: the model has {prepared_for(model)!r} in it, got {kind!r}; "
             "merge_and_unload() or unload() it first"
         )
     if kind != "p_tuning" and base.has_prefix:
@@ -253,7 +253,7 @@ def prepare(
     return Trainee(kind, base, tokenizer, names)
 
 
-def _prepared_for(model: Model) -> str | None:
+def prepared_for(model: Model) -> str | None:
     """The method that a model was made ready for by its user, None for a plain base."""
     base = unwrapped(model)
     if base.has_prefix:
