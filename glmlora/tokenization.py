@@ -32,7 +32,9 @@ from .families import prompt as prompts
 from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
 from .files.regular import read_bytes
-from .files.write import atomic_file, model_directory, read_json, refuse_lfs_pointer, write_json
+from .files.small import TEMPLATES, copy, copy_code, whole_references
+from .files.staging import staged
+from .files.write import model_directory, read_json, refuse_lfs_pointer, write_json
 from .interrupts import interruptible
 from .names import did_you_mean
 
@@ -110,6 +112,7 @@ class ChatGLMTokenizer(Encoder):
         self.clean_up_tokenization_spaces = False
         self.vocab_file = os.fspath(vocab_file)
         self.name_or_path = os.path.dirname(self.vocab_file)
+        self._directory = Path(os.path.abspath(self.vocab_file)).parent
         self._config = dict(config or {})
         self._tokens_map = dict(tokens_map or {})
         self._model = read_bytes(vocab_file)
@@ -569,9 +572,11 @@ class ChatGLMTokenizer(Encoder):
         }
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Write the vocabulary file unchanged, tokenizer_config.json and special_tokens_map.json.
+        """Write the vocabulary file unchanged, tokenizer_config.json and special_tokens_map.json,
+        with copies of the templates and code of the directory it was read from. Code that is not
+        there is not named in `auto_map`.
 
-        Each file is replaced as a whole. Returns their paths. OSError as open() does.
+        All take their place together. Returns their paths. OSError naming the file.
         """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -592,15 +597,26 @@ class ChatGLMTokenizer(Encoder):
             defaults["added_tokens_decoder"] = {
                 str(self.special_tokens[token]): {"content": token, **flags} for token in shown
             }
-        with atomic_file(directory / VOCABULARY) as file:
-            file.write(self._model)
         fields = {**defaults, **self._config, **self._changed()}
         fields.pop(recognition.OWN_KEY, None)
         if not recognition.tells(fields, self.family):
             fields[recognition.OWN_KEY] = self.family
-        write_json(directory / CONFIG, fields)
-        write_json(directory / TOKENS_MAP, self._tokens_map)
-        return tuple(str(directory / name) for name in (CONFIG, TOKENS_MAP, VOCABULARY))
+        with staged(directory) as new:
+            if self._directory.is_dir() and not os.path.samefile(self._directory, directory):
+                copy_code(self._directory, new, fields["auto_map"])
+                for name in TEMPLATES:
+                    copy(self._directory / name, new / name)
+            kept = whole_references(fields["auto_map"], (new, directory))
+            fields = {**fields, "auto_map": kept} if kept else _without(fields, "auto_map")
+            (new / VOCABULARY).write_bytes(self._model)
+            write_json(new / CONFIG, fields)
+            write_json(new / TOKENS_MAP, self._tokens_map)
+            names = sorted(os.listdir(new))
+        return tuple(str(directory / name) for name in names)
+
+
+def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in fields.items() if k != name}
 
 
 def _is_rows(value: Any) -> bool:

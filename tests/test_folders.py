@@ -2,6 +2,7 @@
 they are.
 """
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ import training
 from tiny import TINY_CONFIG, tiny_model_dir, tiny_weights
 
 import glmlora
+from glmlora import cli
 from glmlora.files.checkpoint import (
     load_checkpoint,
     read_json,
@@ -20,6 +22,7 @@ from glmlora.files.checkpoint import (
     write_safetensors,
     write_torch,
 )
+from glmlora.model import saving
 
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 OUTPUT = "transformer.output_layer.weight"
@@ -389,3 +392,120 @@ def test_quantizing_what_is_quantized(directory):
     with pytest.raises(ValueError, match="stored in 4 bits"):
         load(directory.parent / "four", load_in_8bit=True)
     assert not load(directory.parent / "four", load_in_4bit=True).config.quantization_group_size
+
+
+# What is saved
+
+SMALL = {
+    "generation_config.json": '{"do_sample": true, "top_p": 0.3, "eos_token_id": [2, 5], "x": 1}',
+    "chat_template.jinja": "{{ messages }}",
+    "MODEL_LICENSE": "terms",
+    "configuration_chatglm.py": "raise SystemExit\n",
+    "modeling_chatglm.py": "from .configuration_chatglm import A\nfrom .quantization import B\n",
+    "quantization.py": "import os\n",
+    "tokenization_chatglm.py": 'prompt = "[Round {}]"\n',
+    "README.md": "not copied",
+    "web_demo.py": "not copied",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+    "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForSequenceClassification": "gone.Classifier",
+}
+COPIED = {n: t for n, t in SMALL.items() if t != "not copied"}
+
+
+@pytest.fixture
+def base(folder):
+    """A model directory with everything a published one has."""
+    for name, text in SMALL.items():
+        (folder / name).write_text(text)
+    edit(folder, auto_map=AUTO_MAP, pad_token_id=0)
+    auto_map = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+    write_json(folder / "tokenizer_config.json", {"auto_map": auto_map, "remove_space": False})
+    return folder
+
+
+def check_whole(saved, names=COPIED):
+    for name in names:
+        text = (saved / name).read_text()
+        assert text == SMALL[name] or json.loads(text) == json.loads(SMALL[name]), name
+    assert not {"README.md", "web_demo.py"} & {p.name for p in saved.iterdir()}
+    config = read_json(saved / "config.json")
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"}
+    assert read_json(saved / "tokenizer_config.json")["auto_map"]["AutoTokenizer"]
+    glmlora.AutoTokenizer.from_pretrained(saved)
+
+
+def test_a_saved_model_is_whole(base, tmp_path):
+    model = load(base)
+    model.save_pretrained(tmp_path / "saved")
+    check_whole(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()
+    again.generation_config.top_p = 0.5
+    again.generation_config.eos_token_id = np.array([7])
+    again.save_pretrained(tmp_path / "edited")
+    want = {"do_sample": True, "top_p": 0.5, "eos_token_id": [7], "x": 1}
+    assert read_json(tmp_path / "edited/generation_config.json") == want
+    # over another model: its own generation goes, what a user has put there stays
+    (tmp_path / "edited/special_tokens_map.json").write_text('{"mine": 1}')
+    (base / "generation_config.json").unlink()
+    load(base).save_pretrained(tmp_path / "edited")
+    assert not (tmp_path / "edited/generation_config.json").exists()
+    assert read_json(tmp_path / "edited/special_tokens_map.json") == {"mine": 1}
+    model.save_pretrained(base)  # over itself
+    assert set(read_json(base / "config.json")["auto_map"]) == {"AutoConfig", "AutoModel"}
+
+
+@pytest.mark.parametrize("kind", ["merge", "lora", "p_tuning", "freeze", "full"])
+def test_what_training_leaves_is_whole(base, tmp_path, kind):
+    out = tmp_path / "out"
+    training.run(str(base), out, finetuning_type="lora" if kind == "merge" else kind, max_steps=1,
+                 save_steps=100, num_layer_trainable=1, pre_seq_len=2)  # fmt: skip
+    if kind in ("merge", "lora"):
+        named = read_json(out / "adapter_config.json")["base_model_name_or_path"]
+        assert named == str(base)
+    if kind == "merge":
+        words = ["--model", str(base), "--adapter", str(out), "--output", str(tmp_path / "merged")]
+        assert cli.main(["merge", *words]) == 0
+        out = tmp_path / "merged"
+    if kind != "lora":
+        check_whole(out)
+        assert list(out.glob(".*")) == []
+
+
+def test_references_to_absent_code_are_dropped(base, tmp_path):
+    (base / "tokenization_chatglm.py").unlink()
+    (base / "modeling_chatglm.py").unlink()
+    hub = {"AutoModelForCausalLM": "someone/model--modeling.Model"}
+    edit(base, auto_map={**AUTO_MAP, **hub})
+    load(base).save_pretrained(tmp_path / "saved")
+    glmlora.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "saved")
+    kept = read_json(tmp_path / "saved/config.json")["auto_map"]
+    assert kept == {"AutoConfig": AUTO_MAP["AutoConfig"], **hub}
+    assert "auto_map" not in read_json(tmp_path / "saved/tokenizer_config.json")
+    glmlora.AutoConfig.from_pretrained(base).save_pretrained(tmp_path / "alone")
+    assert read_json(tmp_path / "alone/config.json")["auto_map"] == hub
+
+
+def test_a_failing_save_leaves_the_old_directory(base, tmp_path, monkeypatch):
+    model = load(base)
+    model.save_pretrained(tmp_path / "saved")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()}
+    model.load_state_dict({n: a * 2 for n, a in model.state_dict().items()})
+    model.config.seq_length = 64
+    model.generation_config.top_p = 0.9
+    monkeypatch.setattr(saving, "generation_fields", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save_pretrained(tmp_path / "saved")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == before
+
+
+def test_saving_without_the_directory_that_was_opened_is_told(base, tmp_path):
+    model = load(base)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="saved without the tokenizer's files"):
+        model.save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in read_json(tmp_path / "saved/config.json")
+    assert load(tmp_path / "saved").generation_config.top_p == 0.3

@@ -15,10 +15,10 @@ import glmlora
 from glmlora import _core
 from glmlora.families.prompt import encode_source
 from glmlora.generation.chat import chat_family
+from glmlora.interrupts import Shield
 from glmlora.training import checkpoints, loop, methods, plot
 from glmlora.training.arguments import FinetuningArguments, TrainingArguments
 from glmlora.training.records import encode_records, records_from
-from glmlora.training.state import Shield
 from glmlora.training.trainer import run_train
 
 LORA_FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -855,3 +855,33 @@ def test_a_larger_batch_than_looked_for_takes_its_memory(tiny_model, tmp_path, m
     monkeypatch.setattr("glmlora.training.loop.LOOK_AHEAD", 1)
     again = run(tiny_model, tmp_path / "b", num_train_epochs=4)
     assert losses(again) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"dataset": "d"}, "dataset has no effect: the data are those that are given"),
+        ({"config_name": "c"}, "config_name has no effect: the model is given"),
+        ({"lora_rank": 4}, "lora_rank has no effect: the model was made ready for lora"),
+        ({"tokenizer_name": "t"}, "tokenizer_name has no effect: a tokenizer is given"),
+        ({"do_eval": True}, "do_eval has no effect: there are no eval_data"),
+        ({"do_train": False}, "do_train has no effect: train.. trains"),
+        ({"dev_ratio": 0.2, "eval_data": records(2)}, "dev_ratio has no effect"),
+    ],
+)
+def test_flags_that_mean_nothing_in_a_call_are_told(tmp_path, overrides, told):
+    directory = model_dir(tmp_path)
+    model = glmlora.AutoModel.from_pretrained(directory)
+    if "lora_rank" in overrides:
+        model = glmlora.get_peft_model(model, glmlora.LoraConfig(r=2))
+    for name in ("config_name", "tokenizer_name"):
+        if name in overrides:
+            overrides = {name: directory}
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(directory)
+    with pytest.warns(UserWarning, match=told):
+        run(model, tmp_path / "o", max_steps=1, tokenizer=tokenizer, **overrides)
+
+
+def test_max_samples_in_a_call(tmp_path):
+    result = run(model_dir(tmp_path), tmp_path / "o", max_samples=3, max_steps=1)
+    assert (result.rows, result.rows_skipped) == (3, 0)

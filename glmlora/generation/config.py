@@ -140,13 +140,16 @@ class GenerationConfig:
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `directory/generation_config.json`: the fields that are not at their defaults."""
-        changed = {
-            f.name: v.tolist() if isinstance(v, np.ndarray | np.generic) else v
-            for f in fields(self)
-            if (v := getattr(self, f.name)) is not None and v is not f.default and v != f.default
-        }
         Path(directory).mkdir(parents=True, exist_ok=True)
-        write_json(Path(directory) / "generation_config.json", changed)
+        write_json(Path(directory) / "generation_config.json", self._changed())
+
+    def _changed(self) -> dict[str, Any]:
+        """Fields that are not at their defaults; arrays as lists."""
+        plain = {
+            n: v.tolist() if isinstance(v, np.ndarray | np.generic) else v
+            for n, v in self.to_dict().items()
+        }
+        return {f.name: plain[f.name] for f in fields(self) if plain[f.name] != f.default}
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
@@ -239,9 +242,7 @@ class GenerationConfig:
         return bool(self.do_sample) and self.temperature > 0
 
     def __repr__(self) -> str:
-        values = ((f, getattr(self, f.name)) for f in fields(self))
-        changed = (f"{f.name}={value!r}" for f, value in values if value != f.default)
-        return f"GenerationConfig({', '.join(changed)})"
+        return f"GenerationConfig({', '.join(f'{n}={v!r}' for n, v in self._changed().items())})"
 
 
 # Whole numbers and their least values; numbers; switches; ids, or lists of them.

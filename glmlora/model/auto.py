@@ -8,13 +8,15 @@ from typing import Any
 
 from .. import families
 from ..files.checkpoint import load_checkpoint
-from ..files.write import model_directory
+from ..files.small import GENERATION
+from ..files.write import model_directory, read_json
 from ..generation.config import GenerationConfig
 from . import device as devices
 from .configuration import ChatGLMConfig
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import parse_dtype
 from .quantization import GROUP_SIZE, is_quantized
+from .saving import Opened
 from .template import read_template
 
 
@@ -82,9 +84,11 @@ class AutoModel:
             raise ValueError(f"{directory}: {error}") from None
         model.name_or_path = os.fspath(path)
         model.prompt_template = read_template(directory) or "auto"
-        file = directory / "generation_config.json"
+        file, stored = directory / GENERATION, {}
         if file.exists():
             model.generation_config = GenerationConfig.from_pretrained(directory, config)
+            stored = read_json(file, dict)
+        model.opened = Opened(directory, stored, model.generation_config)
         bits = 8 if load_in_8bit else 4 if load_in_4bit else 0
         if bits and not is_quantized(config, bits):
             model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)

@@ -15,6 +15,7 @@ from typing import Any
 from .. import families
 from ..families import recognition
 from ..files.foreign import refuse_quantization
+from ..files.small import whole_references
 from ..files.write import model_directory, read_json, write_json
 from .quantization import check_form
 
@@ -254,20 +255,33 @@ class ChatGLMConfig:
         """The keys of `config.json`: everything read, and defaults that were not."""
         return {k: v for k, v in self.__dict__.items() if k not in ("family", "_rope_mode")}
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `directory/config.json`, atomically; the directory is made if it is absent."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
+    def file_fields(self, *folders: Path) -> dict[str, Any]:
+        """What `config.json` in a directory says. folders: where its files are, or are going to be:
+        `auto_map` names no code that is in none of them.
+        """
         fields = self.to_dict()
         if fields["pre_seq_len"] is None:
             del fields["pre_seq_len"], fields["prefix_projection"]
         for name in ("rope_ratio", "quantization_bit", "torch_dtype"):
             if fields[name] == DEFAULTS[name]:
                 del fields[name]
+        if "auto_map" in fields:
+            fields["auto_map"] = whole_references(fields["auto_map"], folders)
+            if fields["auto_map"] is None:
+                del fields["auto_map"]
         if not recognition.tells(fields, self.family):
             fields[recognition.OWN_KEY] = self.family
         if self._rope_mode is not None:
             fields[OWN_ROPE_MODE] = self._rope_mode
-        write_json(Path(directory) / "config.json", fields)
+        return fields
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `directory/config.json`, atomically; the directory is made if it is absent. Its
+        `auto_map` keeps the entries whose files are there.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "config.json", self.file_fields(directory))
 
     def get(self, name: str, default: Any = None) -> Any:
         """Value of a key, or `default`."""
@@ -291,7 +305,7 @@ def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a config.json in the form that this package reads, with defaults of the others.
 
     Other programs write some of them otherwise: null for the default, 28.0 for 28, another name, a
-    list around a value (a stray comma in a published copy made it a tuple, and each save adds one).
+    list around a value.
     """
     found = {
         k: v
@@ -304,10 +318,16 @@ def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in _SIZES:
         if isinstance(found.get(name), float) and found[name].is_integer():
             found[name] = int(found[name])
-    projection = found.get("prefix_projection")
-    while isinstance(projection, list | tuple) and len(projection) == 1:
-        found["prefix_projection"] = projection = projection[0]
+    if "prefix_projection" in found:
+        found["prefix_projection"] = innermost(found["prefix_projection"])
     return {**DEFAULTS, **found}
+
+
+def innermost(value: Any) -> Any:
+    """The value in lists of one item, as a stray comma in a published config makes them."""
+    while isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    return value
 
 
 class AutoConfig:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
+from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import generate as _generate
@@ -54,7 +56,7 @@ from .parameters import (
 )
 from .quantization import SCALE, QuantizedTensor, check_form, is_quantized, join
 from .quantization import quantize as quantize_tensor
-from .template import write_template
+from .saving import Opened, write_beside
 
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
 # out of which the weights are read again and again, need some.
@@ -141,6 +143,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.active_adapter_name = "default"
         self._dropout_key = seeds.next_key()
         self.generation_config = GenerationConfig.from_model_config(config)
+        self.opened = Opened(None, {}, self.generation_config)
         self.transformer = Transformer(self)
         self.has_prefix = False
         self.prefix_is_fresh = False
@@ -488,8 +491,10 @@ class ChatGLMForConditionalGeneration(_Casts):
         safe_serialization: bool = True,
         max_shard_size: int | str = "10GB",
     ) -> None:
-        """Write config.json and the base weights (and a prefix, if there is one) as a model
-        directory, atomically.
+        """Write the base weights (and a prefix, if there is one) as a whole model directory,
+        atomically: with config.json, generation_config.json, and the small files of the directory
+        that was opened (tokenizer, template, licence, code that `auto_map` names) that are not
+        there yet.
 
         LoRA tensors are not among them: PeftModel.save_pretrained writes those, merge_and_unload()
         folds them in. Raises OSError naming the file.
@@ -510,9 +515,15 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.config.torch_dtype = self.dtype
         if self.config.get("dtype") is not None:  # the key's newer name
             self.config.dtype = self.dtype
-        self.config.save_pretrained(directory)
-        write_template(directory, self.prompt_template, usual="auto")
-        save_sharded(directory, listed, max_shard_size, safetensors=safe_serialization)
+        os.makedirs(directory, exist_ok=True)
+        with owned(directory, shared=True):
+            save_sharded(
+                directory,
+                listed,
+                max_shard_size,
+                safetensors=safe_serialization,
+                beside=lambda new: write_beside(self, new, Path(directory)),
+            )
 
     # What is trained
 

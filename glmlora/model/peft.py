@@ -20,6 +20,7 @@ import numpy as np
 
 from .. import _core
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
+from ..files.owner import owned
 from ..generation.config import GenerationConfig
 from ..names import did_you_mean
 from .adapter import (
@@ -38,7 +39,7 @@ from .adapter_config import (
     TaskType,  # noqa: F401  scripts look for it beside LoraConfig
     unknown_argument,
 )
-from .configuration import ChatGLMConfig
+from .configuration import ChatGLMConfig, innermost
 from .device import Device
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
@@ -49,8 +50,10 @@ from .parameters import (
     is_lora,
     prefix_of,
     prefix_shapes,
+    without_wrappers,
 )
-from .template import read_template, write_template
+from .saving import write_beside
+from .template import read_template
 
 # Keywords with which adapters are loaded elsewhere, and what this release lacks of PEFT's wrapper.
 _LOADING = frozenset(
@@ -578,12 +581,14 @@ class PeftModel:
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"{directory}: is a file, expected a directory")
         self._fetch()
-        for name in names:
-            write_adapter(
-                directory if name == self.active_adapter else directory / name,
-                self._adapters[name],
-                safe_serialization,
-            )
+        directory.mkdir(parents=True, exist_ok=True)
+        with owned(directory, shared=True):
+            for name in names:
+                write_adapter(
+                    directory if name == self.active_adapter else directory / name,
+                    self._adapters[name],
+                    safe_serialization,
+                )
 
     def __repr__(self) -> str:
         return f"PeftModel({self._base!r}, adapter={self.active_adapter!r})"
@@ -695,9 +700,13 @@ def save_prefix(
     read = model.core.read
     names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
     Path(directory).mkdir(parents=True, exist_ok=True)
-    save_sharded(directory, {n: read(n) for n in names}, safetensors=False)
-    model.config.save_pretrained(directory)
-    write_template(directory, model.prompt_template, usual="auto")
+    with owned(directory, shared=True):
+        save_sharded(
+            directory,
+            {n: read(n) for n in names},
+            safetensors=False,
+            beside=lambda new: write_beside(model, new, Path(directory)),
+        )
 
 
 def load_prefix(
@@ -713,9 +722,9 @@ def load_prefix(
     file = directory / "config.json"
     fields = read_json(file, dict) if file.exists() else {}
     arrays = {
-        n.removeprefix(start): np.ascontiguousarray(a, np.float32)
+        plain.removeprefix(start): np.ascontiguousarray(a, np.float32)
         for n, a in load_state_dict(directory).items()
-        if n.startswith(start)
+        if (plain := without_wrappers(n)).startswith(start)
     }
     if "embedding.weight" not in arrays:
         raise ValueError(
@@ -723,8 +732,7 @@ def load_prefix(
         )
     length = fields.get("pre_seq_len") or arrays["embedding.weight"].shape[0]
     projection = fields.get("prefix_projection", "trans.0.weight" in arrays)
-    if isinstance(projection, list) and len(projection) == 1:
-        projection = projection[0]
+    projection = innermost(projection)
     config = base.config
     if base.has_prefix and config.pre_seq_len != length:
         raise ValueError(

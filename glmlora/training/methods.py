@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from ..files.checkpoint import load_state_dict
+from ..files.small import REPLACED
+from ..files.staging import staged
 from ..files.torchfile import write_torch
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.parameters import PEFT_PREFIX, is_lora, prefix_of
@@ -30,7 +32,8 @@ from ..model.peft import (
     load_prefix,
     save_prefix,
 )
-from ..model.template import read_template, write_template
+from ..model.saving import write_beside
+from ..model.template import read_template
 from .arguments import FinetuningArguments
 
 Model = ChatGLMForConditionalGeneration | PeftModel
@@ -72,9 +75,9 @@ class Trainee:
         else:
             core = self.base.core
             listed = [(n, "F32", core.shape(n), lambda n=n: core.read(n)) for n in self.names]
-            write_torch(directory / "pytorch_model.bin", listed)
-            self.base.config.save_pretrained(directory)
-            write_template(directory, self.base.prompt_template, usual="auto")
+            with staged(directory, stale=REPLACED) as new:
+                write_torch(new / "pytorch_model.bin", listed)
+                write_beside(self.base, new, directory)
         self.tokenizer.save_pretrained(directory)
 
     def set_template(self, template: str) -> None:
@@ -202,12 +205,12 @@ def prepare(
     base = unwrapped(model)
     chosen = base.trainable_names if kind is None else []
     if kind is None:
-        kind = _prepared_for(model) or finetuning.finetuning_type
+        kind = prepared_for(model) or finetuning.finetuning_type
     if kind not in METHODS:
         raise ValueError(f"finetuning_type: expected one of {', '.join(METHODS)}, got {kind!r}")
-    if isinstance(model, PeftModel) and kind != _prepared_for(model):
+    if isinstance(model, PeftModel) and kind != prepared_for(model):
         raise ValueError(
-            f"finetuning_type: the model has {_prepared_for(model)!r} in it, got {kind!r}; "
+            f"finetuning_type: the model has {prepared_for(model)!r} in it, got {kind!r}; "
             "merge_and_unload() or unload() it first"
         )
     if kind != "p_tuning" and base.has_prefix:
@@ -250,7 +253,7 @@ def prepare(
     return Trainee(kind, base, tokenizer, names)
 
 
-def _prepared_for(model: Model) -> str | None:
+def prepared_for(model: Model) -> str | None:
     """The method that a model was made ready for by its user, None for a plain base."""
     base = unwrapped(model)
     if base.has_prefix:
