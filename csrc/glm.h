@@ -56,6 +56,7 @@ struct glm_weight_info {
     int rows, cols, rank; /* rank 1: (rows) */
     enum glm_dtype dtype;
     int bound;
+    const void *data, *scale; /* where they lie, of memory that may be the caller's */
 };
 
 /* i counts all slots; returns 0 past the end, -1 for a slot that is empty now, 1 with info filled.

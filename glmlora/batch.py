@@ -175,7 +175,7 @@ class Encoded:
     ids (N) int32; offsets (n+1) int64: record i is ids[offsets[i]:offsets[i+1]]; source_lengths (n)
     int32: its leading ids that are not trained (prompt with special ids); n_cut: records whose
     prompt was cut; ignored_id: the pad id where labels equal to it are left out of the loss
-    (`ignore_pad_token_for_loss`).
+    (`ignore_pad_token_for_loss`); n_answers_cut: records whose answer was cut.
     """
 
     ids: np.ndarray
@@ -183,6 +183,7 @@ class Encoded:
     source_lengths: np.ndarray
     n_cut: int
     ignored_id: int | None = None
+    n_answers_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.source_lengths)

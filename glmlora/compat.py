@@ -15,54 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from .notebook import children, run_notebook, run_script
-
-STAND_INS = {
-    "transformers": (
-        "AutoConfig AutoModel AutoModelForCausalLM AutoTokenizer GenerationConfig "
-        "TrainingArguments set_seed"
-    ).split(),
-    "peft": "LoraConfig PeftModel PrefixTuningConfig TaskType get_peft_model".split(),
-}
-
-
-class _StandIn(ModuleType):
-    """A module whose names are glmlora's, looked up when they are used."""
-
-    def __init__(self, name: str):
-        super().__init__(name, f"glmlora's stand-in for {name}: {', '.join(STAND_INS[name])}.")
-        self.__all__ = STAND_INS[name]
-        self.__version__ = "0.0.0+glmlora"
-
-    def __getattr__(self, name: str) -> Any:
-        import glmlora
-
-        if name in STAND_INS[self.__name__]:
-            return getattr(glmlora, name)
-        raise AttributeError(
-            f"glmlora's stand-in for {self.__name__} has no {name!r}; it offers "
-            f"{', '.join(STAND_INS[self.__name__])}"
-        )
-
-
-def install() -> None:
-    """Make `from transformers import ...` and `from peft import ...` give glmlora's names.
-
-    Raises RuntimeError when the real package has been imported already.
-    """
-    for name in STAND_INS:
-        if name in sys.modules and not isinstance(sys.modules[name], _StandIn):
-            raise RuntimeError(
-                f"{name} is imported already: restart Python (the kernel) and load glmlora first"
-            )
-    for name in STAND_INS:
-        sys.modules.setdefault(name, _StandIn(name))
-
-
-def uninstall() -> None:
-    """Take the stand-ins away; what was imported from them stays usable."""
-    for name in STAND_INS:
-        if isinstance(sys.modules.get(name), _StandIn):
-            del sys.modules[name]
+from .standins import STAND_INS as STAND_INS
+from .standins import install, uninstall
 
 
 def load_ipython_extension(ipython: Any) -> None:

@@ -15,3 +15,13 @@ def warn(text: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+_told: set[str] = set()
+
+
+def once(text: str) -> None:
+    """The same, once in a process."""
+    if text not in _told:
+        _told.add(text)
+        warn(text)

@@ -89,9 +89,9 @@ def test_positional_arguments_and_defaults(v2, v3, monkeypatch):
     found = []
     real = chats._settings
 
-    def spy(model, tokenizer, fields):
+    def spy(model, tokenizer, fields, config=None):
         found.append(dict(fields))
-        return real(model, tokenizer, {**fields, "max_new_tokens": 1})
+        return real(model, tokenizer, {**fields, "max_new_tokens": 1}, config)
 
     monkeypatch.setattr(chats, "_settings", spy)
     for (model, tokenizer), role in ((v2, ()), (v3, ("user",))):
@@ -504,17 +504,19 @@ def test_what_the_last_chat_began_with_is_not_computed_again(v2, monkeypatch):
 def test_signatures_name_every_argument(v2):
     model, _ = v2
     fields = set(glmlora.GenerationConfig().to_dict())
+    fields |= set(
+        "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn".split()
+    )
     for method, own in (
-        (model.chat, "tokenizer query history positional role logits_processor"),
-        (model.batch_chat, "tokenizer queries at_once role logits_processor"),
+        (model.chat, "tokenizer query history positional role streamer"),
+        (model.batch_chat, "tokenizer queries at_once role"),
         (
             model.stream_chat,
-            "tokenizer query history positional role logits_processor past_key_values "
-            "return_past_key_values",
+            "tokenizer query history positional role past_key_values return_past_key_values",
         ),
         (
             model.generate,
-            "input_ids attention_mask position_ids generation_config logits_processor",
+            "input_ids attention_mask position_ids streamer tokenizer inputs past_key_values",
         ),
     ):
         shown = inspect.signature(method).parameters

@@ -603,6 +603,19 @@ def test_arguments(tiny_model, tmp_path, kwargs, error, text):
         glmlora.train(tiny_model, records(3), **settings)
 
 
+@pytest.mark.parametrize(
+    "target", ["all-linear", "all", ["all-linear"], r".*layers\.\d+\..*dense.*"]
+)
+def test_targets_of_an_adapter(tiny_model, tmp_path, target):
+    glmlora.train(
+        tiny_model, records(3), output_dir=str(tmp_path), max_steps=1, lora_target=target, **QUIET
+    )
+    config = glmlora.LoraConfig.from_pretrained(tmp_path)
+    model = glmlora.AutoModel.from_pretrained(tiny_model)
+    kinds = {n.rpartition(".")[2] for n in config.targets(model)}
+    assert len(kinds) == (4 if "all" in str(target) else 3)
+
+
 def test_arguments_object_and_overrides(tiny_model, tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=3, disable_tqdm=True)
     result = glmlora.train(tiny_model, records(3), args, max_steps=2, plot_loss=False)

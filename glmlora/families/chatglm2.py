@@ -116,18 +116,23 @@ class ChatGLM2(Family):
         rounds: Sequence[tuple[str, str]],
         room: int,
         truncation: str,
+        system: str = "",
     ) -> tuple[list[int], bool]:
-        ids = tokenizer.text_ids(first + build_prompt(query, rounds))
+        def text(query: str, dropped: int = 0) -> str:
+            """The whole prompt; a system message stands in front of the first query."""
+            kept = list(rounds[dropped:])
+            if kept:
+                kept[0] = (system + kept[0][0], kept[0][1])
+            return first + build_prompt(query if kept else system + query, kept)
+
+        ids = tokenizer.text_ids(text(query))
         if len(ids) <= room:
             return ids, False
         if truncation == "vendored":
             return ids[:room], True
 
-        def frame(dropped: int) -> str:
-            return first + build_prompt("", rounds[dropped:])
-
-        dropped = rounds_to_drop(lambda n: len(tokenizer.text_ids(frame(n))), len(rounds), room)
-        before = frame(dropped).removesuffix(ANSWER)
+        dropped = rounds_to_drop(lambda n: len(tokenizer.text_ids(text("", n))), len(rounds), room)
+        before = text("", dropped).removesuffix(ANSWER)
         return fit(tokenizer, before, query, ANSWER, room), True
 
 

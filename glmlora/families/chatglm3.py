@@ -121,6 +121,11 @@ class ChatGLM3(Family):
         ids = message_ids(tokenizer, role, "", str(query))
         return [*ids, tokenizer.get_command("<|assistant|>")]
 
+    def message_ids(
+        self, tokenizer: Tokenizer, role: str, metadata: str, content: str
+    ) -> list[int]:
+        return message_ids(tokenizer, role, metadata, content)
+
     def template_ids(
         self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
     ) -> list[int]:
@@ -151,10 +156,11 @@ class ChatGLM3(Family):
         rounds: Sequence[tuple[str, str]],
         room: int,
         truncation: str,
+        system: str = "",
     ) -> tuple[list[int], bool]:
         def frame(dropped: int) -> list[int]:
             """Everything but the query's own text, up to where that text goes."""
-            ids: list[int] = []
+            ids = message_ids(tokenizer, "system", "", system) if system else []
             for i, (q, a) in enumerate(rounds[dropped:]):
                 ids += message_ids(tokenizer, "user", "", first + q if i == 0 else q)
                 ids += message_ids(tokenizer, "assistant", "", a)

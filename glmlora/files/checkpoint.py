@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from .foreign import folder_kind
+from .mapped import owned
 from .safetensors import read_safetensors, write_safetensors
 from .staging import staged
-from .tensor import Source, Tensor, Tensors, same, short_repr, sources, to_bf16
+from .tensor import Source, Tensor, Tensors, same, short_repr, sources, to_arrays, to_bf16
 from .torchfile import ZIP_MAGIC, read_torch, write_torch
 from .write import (
     atomic_directory,
@@ -62,7 +63,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises ValueError if it is neither, damaged, or holds other things than named tensors; OSError
     if unreadable.
     """
-    head = map_file(path)[:32].tobytes()
+    head = owned(map_file(path)[:32]).tobytes()
     if head[8:9] == b"{" and not head.startswith((ZIP_MAGIC, b"{")):
         return read_safetensors(path)
     if os.fspath(path).endswith(".safetensors"):
@@ -177,8 +178,8 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     without torch.
 
     `path` is a .bin, .pt or .safetensors file, a model directory or an adapter directory. Returns
-    name -> array; bfloat16 is widened to float32, other types stay, mapped read-only. Errors as in
-    load_checkpoint.
+    name -> array; bfloat16 is widened to float32, other types stay, read-only; copies, unless
+    the memory does not suffice (a warning says so). Errors as in load_checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
@@ -188,7 +189,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
         models = (SAFETENSORS, TORCH, SAFETENSORS + INDEX, TORCH + INDEX)
         whole = any((path / name).exists() for name in models)
         tensors = _read_kind(adapters[0]) if adapters and not whole else load_checkpoint(path)
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+    return to_arrays(tensors, "load_state_dict")
 
 
 def save_sharded(

@@ -11,7 +11,10 @@ import json
 import os
 from collections.abc import Mapping
 
+import numpy as np
+
 from .foreign import not_weights
+from .mapped import guarded
 from .tensor import NUMPY_TYPES, Tensor, Tensors, checked_nbytes, short_repr, sources, view
 from .write import atomic_file, map_file
 
@@ -26,6 +29,11 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
     consistent file; OSError when it cannot be opened.
     """
     raw = map_file(path)
+    with guarded(raw):
+        return _read(path, raw)
+
+
+def _read(path: str | os.PathLike, raw: np.ndarray) -> dict[str, Tensor]:
     if raw.size < 8:
         raise ValueError(f"{path}: truncated: {raw.size} bytes, a safetensors file has at least 8")
     head = raw[:16].tobytes()

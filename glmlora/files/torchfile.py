@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .foreign import not_weights
+from .mapped import guarded
 from .regular import regular
 from .tensor import NUMPY_TYPES, Source, Tensors, short_repr, sources
 from .torchpickle import MAX_PICKLE, STORAGES, Unpickler, check_result
@@ -36,6 +37,11 @@ def read_torch(path: str | os.PathLike) -> Any:
     cannot be opened.
     """
     raw = map_file(path)
+    with guarded(raw):
+        return _read(path, raw)
+
+
+def _read(path: str | os.PathLike, raw: np.ndarray) -> Any:
     head = raw[:16].tobytes()
     if head.startswith(ZIP_MAGIC):
         value = _read_zip(path, raw)

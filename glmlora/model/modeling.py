@@ -19,10 +19,10 @@ import numpy as np
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
-from ..files.tensor import Tensor
+from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import generate as _generate
-from ..generation.cache import CachedRow
+from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
@@ -52,7 +52,7 @@ from .parameters import (
     sort_tensors,
     tie,
 )
-from .quantization import SCALE, QuantizedTensor, check_form, drop_pages, is_quantized, join
+from .quantization import SCALE, QuantizedTensor, check_form, is_quantized, join
 from .quantization import quantize as quantize_tensor
 
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
@@ -67,17 +67,20 @@ class CausalLMOutput:
     """What `model(...)` returns. B rows, T tokens, V vocabulary, H hidden size, L layers.
 
     logits float32 (B, T, V), 0 over padding; loss float (mean over the labelled tokens of the
-    batch, nats) or None; hidden_states: None or L + 1 float32 (B, T, H), before the final norm, 0
+    batch, nats) or None; past_key_values: what to pass back with the tokens that follow, or None
+    where the cache is off; hidden_states: None or L + 1 float32 (B, T, H), before the final norm, 0
     over padding.
     """
 
     logits: np.ndarray
     loss: float | None = None
+    past_key_values: PastKeyValues | None = None
     hidden_states: tuple[np.ndarray, ...] | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """(loss, logits, hidden_states) without those that are None."""
-        return tuple(v for v in (self.loss, self.logits, self.hidden_states) if v is not None)
+        """(loss, logits, past_key_values, hidden_states) without those that are None."""
+        found = (self.loss, self.logits, self.past_key_values, self.hidden_states)
+        return tuple(v for v in found if v is not None)
 
     def __getitem__(self, key: int | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
@@ -247,7 +250,7 @@ class ChatGLMForConditionalGeneration(_Casts):
             for name in _uploading(list(stored), device, stored.values()):
                 self._bind(name, stored[name])
                 if device != "cpu" and isinstance(stored[name], Tensor):
-                    drop_pages(stored[name].data)
+                    _core.drop_pages(stored[name].data)
         except BaseException:
             self.core.move(first, [n for n in stored if n not in self.core.missing()])
             for name, tensor in stored.items():
@@ -328,7 +331,7 @@ class ChatGLMForConditionalGeneration(_Casts):
                 result = quantize_tensor(name, tensor, bits, group)
                 before[name] = tensor
                 self._bind(name, result)
-                drop_pages(tensor.data)
+                _core.drop_pages(tensor.data)
         except BaseException:
             for name, tensor in before.items():
                 self._bind(name, tensor)
@@ -415,15 +418,17 @@ class ChatGLMForConditionalGeneration(_Casts):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every weight: base ones as they are held (bfloat16 widened to float32), LoRA and prefix
-        float32. A quantized linear is its int8 `weight` and a float16 `weight_scale`.
+        float32; copies, unless the memory does not suffice (a warning says so). A quantized linear
+        is its int8 `weight` and a float16 `weight_scale`.
         """
-        state = {}
+        tensors = {}
         for name in self._shapes:
             tensor = self._tensor(name)
             if isinstance(tensor, QuantizedTensor):
-                state[name], state[name + SCALE] = tensor.integers.data, tensor.scale.data
+                tensors[name], tensors[name + SCALE] = tensor.integers, tensor.scale
             else:
-                state[name] = tensor.numpy()
+                tensors[name] = tensor
+        state = to_arrays(tensors, "state_dict")
         for name in self.core.names():
             if name not in state:
                 state[name] = self.core.read(name)
@@ -633,15 +638,29 @@ class ChatGLMForConditionalGeneration(_Casts):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         use_cache: bool | None = None,
+        past_key_values: PastKeyValues | None = None,
     ) -> Any:
         """Logits of every token, without dropout or gradients.
 
         input_ids (B, T) integers, arrays or lists; attention_mask (B, T), 0 over padding at either
         end; labels (B, T), not shifted, -100 where not scored (`loss` is their mean; all masked: a
-        warning, and None). Returns a CausalLMOutput, or its tuple with `return_dict=False`. Raises
-        ValueError naming argument, row and value.
+        warning, and None). past_key_values: what an earlier call returned; input_ids are those
+        that follow, attention_mask covers all. A call without labels returns it unless `use_cache`
+        is False. Returns a CausalLMOutput, or its tuple with `return_dict=False`. Raises ValueError
+        naming argument, row and value.
         """
+        if past_key_values is not None:
+            if labels is not None or output_hidden_states:
+                raise ValueError("past_key_values: cannot be given with labels or hidden states")
+            logits, past = scores_after(
+                self, past_key_values, input_ids, attention_mask, position_ids
+            )
+            out = CausalLMOutput(logits, past_key_values=past)
+            return out if return_dict else out.to_tuple()
         batch, row, column, shape = self._batch(input_ids, attention_mask, position_ids, labels)
+        if attention_mask is None:
+            pad = self.generation_config.pad_token_id
+            _generate.warn_of_padding(as_rows("input_ids", input_ids), pad)
         flat, hidden = self.core.forward(
             batch.ids, batch.lengths, batch.positions, hidden_states=bool(output_hidden_states)
         )
@@ -655,7 +674,15 @@ class ChatGLMForConditionalGeneration(_Casts):
         states = None
         if hidden is not None:
             states = tuple(padded(layer, row, column, shape) for layer in hidden)
-        out = CausalLMOutput(padded(flat, row, column, shape), loss, states)
+        past = None
+        if use_cache or use_cache is None and labels is None and batch.positions is None:
+            if batch.positions is not None:
+                raise ValueError(
+                    "position_ids: with use_cache each row counts from its first token"
+                )
+            ids = np.split(batch.ids, np.cumsum(batch.lengths)[:-1])
+            past = PastKeyValues(self, [part.tolist() for part in ids], width=shape[1])
+        out = CausalLMOutput(padded(flat, row, column, shape), loss, past, states)
         return out if return_dict else out.to_tuple()
 
     __call__ = forward

@@ -144,7 +144,7 @@ class FinetuningArguments(Group):
     lora_alpha: float = option(32.0, "D", "scale of the adapter, divided by its rank", bound=">0")
     lora_dropout: float = option(0.1, "D", "dropout on the adapter's input", bound="[0,1)")
     lora_target: str | list[str] = option("query_key_value", "D",
-        "ends of module names, separated by commas")
+        "ends of module names, separated by commas; all-linear; or a regular expression")
     # fmt: on
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,7 @@ full       every base weight             a complete model directory
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -262,10 +263,16 @@ def _with_lora(
         r=finetuning.lora_rank,
         lora_alpha=finetuning.lora_alpha,
         lora_dropout=finetuning.lora_dropout,
-        target_modules=finetuning.lora_target,
+        target_modules=_targets(finetuning.lora_target),
         base_model_name_or_path=getattr(base, "name_or_path", None),
     )
     return get_peft_model(base, config, seed=seed)
+
+
+def _targets(words: str | list[str]) -> str | list[str]:
+    """Names; or one word that is none, which is a regular expression as PEFT has it."""
+    one = words[0] if isinstance(words, list) and len(words) == 1 else words
+    return one if isinstance(one, str) and not re.fullmatch(r"[\w.]+", one) else words
 
 
 def merge_adapters(base: ChatGLMForConditionalGeneration, directories: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .. import _core, families
 from ..batch import split_dev
 from ..families import recognition
-from ..files.rows import read_rows
+from ..files.write import model_directory
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
 from ..model.modeling import ChatGLMForConditionalGeneration
@@ -38,10 +38,10 @@ from .arguments import (
 )
 from .checkpoints import find_checkpoint
 from .evaluation import evaluate_answers, evaluate_loss, report_metrics
-from .flags import REQUIRED
+from .flags import REQUIRED, check_directory
 from .loop import Loop
 from .plot import plot_loss
-from .records import encode, load_datasets, records_from
+from .records import encode, load_datasets, read_records, records_from
 from .state import TrainState
 
 if TYPE_CHECKING:
@@ -141,10 +141,8 @@ def train(
     kind = finetuning.finetuning_type if "finetuning_type" in given else None
     check_output_dir(training.output_dir)
     resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-    if not isinstance(data, (str, os.PathLike)) and not hasattr(data, "columns"):
-        data = list(data)
-    records = records_from(data)
-    n_given = len(read_rows(data)) if isinstance(data, (str, os.PathLike)) else len(data)
+    _check_places(model_or_path, model_args)
+    records, n_given = read_records(data)
     if model_args.threads:
         _core.set_num_threads(model_args.threads)
     set_seed(training.seed)
@@ -195,6 +193,7 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     resume = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
     if model_args.threads:
         _core.set_num_threads(model_args.threads)
+    _check_places(model_args.model_name_or_path, model_args)
     records = _load_records(data_args)
     set_seed(args.seed)
     base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
@@ -326,6 +325,19 @@ def check_output_dir(output_dir: str | os.PathLike) -> None:
         raise OSError(
             error.errno, f"output_dir: cannot be written: {error.strerror}", output_dir
         ) from None
+
+
+def _check_places(model_or_path: Any, args: ModelArguments) -> None:
+    """OSError naming a directory of the model or of a checkpoint that is not there: before the data
+    are read.
+    """
+    if isinstance(model_or_path, (str, os.PathLike)):
+        model_directory(model_or_path)
+    for name in ("config_name", "tokenizer_name"):
+        if getattr(args, name) is not None:
+            model_directory(getattr(args, name))
+    for path in args.checkpoint_dir or ():
+        check_directory("checkpoint_dir", path)
 
 
 def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments) -> None:
