@@ -38,7 +38,7 @@ def run_notebook(path: Path, main: ModuleType) -> int:
     """
     cells = read_cells(path)
     shell = Shell(path.name, main.__dict__, magics.LINE, magics.CELL)
-    main.__dict__.update(In=[""], Out={}, _="", __="", ___="", _dh=[os.getcwd()])
+    main.__dict__.update(In=[""], Out={}, _="", __="", _dh=[os.getcwd()], get_ipython=lambda: shell)
 
     def tell(text: str) -> None:
         print(f"[{path.name}] {text}", file=sys.stderr)
