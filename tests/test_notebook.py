@@ -361,12 +361,13 @@ def test_magics_of_the_notebook_itself(run, tmp_path):
         "%thrice a",
         "%load_ext own_magics",
         "%twice a",
-        "%%among cell\nb",
+        "%%among In\nb",
         OWN_MAGICS + "get_ipython().register_magics(Own)",
         "%load_ext no_such_extension",
     )
     assert (status, out) == (0, "'aaa'\n'aa'\n['b\\n', True]\n"), err
     assert "the extension no_such_extension is not loaded (No module named" in err
+    assert "may end" not in err
 
 
 def test_each_cell_begins_without_a_figure(run, tmp_path, monkeypatch):
