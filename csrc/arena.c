@@ -26,7 +26,8 @@ glm_status glm_arena_commit(struct glm_arena *arena, size_t bytes, struct glm_ba
         return GLM_OK;
     glm_arena_free(arena, be);
     arena->base = arena->on_host ? calloc(1, bytes) : be->alloc(be, bytes);
-    be->allocated += arena->on_host; /* alloc counts itself */
+    if (arena->on_host) /* alloc counts itself */
+        __atomic_fetch_add(&be->allocated, 1, __ATOMIC_RELAXED);
     if (!arena->base)
         return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes (%.1f MiB) could not be taken", what,
                         bytes, (double)bytes / (1 << 20));

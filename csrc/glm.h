@@ -56,6 +56,7 @@ struct glm_weight_info {
     int rows, cols, rank; /* rank 1: (rows) */
     enum glm_dtype dtype;
     int bound;
+    const void *data, *scale; /* where they lie, of memory that may be the caller's */
 };
 
 /* i counts all slots; returns 0 past the end, -1 for a slot that is empty now, 1 with info filled.
@@ -148,7 +149,8 @@ glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, doub
                           struct glm_error *err);
 
 /* Factor on the learning rate after k finished updates; negative for an unknown kind. */
-double glm_lr_factor(const char *kind, int k, int warmup, int total, double learning_rate);
+double glm_lr_factor(const char *kind, int64_t k, int64_t warmup, int64_t total,
+                     double learning_rate);
 
 /* ---- generation */
 

@@ -9,6 +9,7 @@ enum glm_code {
     GLM_ENUMERIC,     /* NaN or infinity where a number is due: FloatingPointError */
     GLM_ESTATE,       /* called at the wrong time: RuntimeError */
     GLM_EINTERRUPTED, /* the caller's poll asked to stop: the pending Python exception */
+    GLM_EFILE,        /* a file is not what it was when it was opened: OSError */
 };
 typedef enum glm_code glm_status;
 

@@ -15,9 +15,22 @@ if TYPE_CHECKING:
     from ._core import set_num_threads as set_num_threads
     from .files.checkpoint import load_state_dict as load_state_dict
     from .generation.config import GenerationConfig as GenerationConfig
-    from .model.adapter import LoraConfig as LoraConfig
-    from .model.adapter import PrefixTuningConfig as PrefixTuningConfig
-    from .model.adapter import TaskType as TaskType
+    from .generation.processors import LogitsProcessor as LogitsProcessor
+    from .generation.processors import LogitsProcessorList as LogitsProcessorList
+    from .generation.stopping import EosTokenCriteria as EosTokenCriteria
+    from .generation.stopping import MaxLengthCriteria as MaxLengthCriteria
+    from .generation.stopping import MaxTimeCriteria as MaxTimeCriteria
+    from .generation.stopping import StoppingCriteria as StoppingCriteria
+    from .generation.stopping import StoppingCriteriaList as StoppingCriteriaList
+    from .generation.stopping import StopStringCriteria as StopStringCriteria
+    from .generation.streamers import BaseStreamer as BaseStreamer
+    from .generation.streamers import TextIteratorStreamer as TextIteratorStreamer
+    from .generation.streamers import TextStreamer as TextStreamer
+    from .model.adapter_config import LoraConfig as LoraConfig
+    from .model.adapter_config import PeftConfig as PeftConfig
+    from .model.adapter_config import PeftType as PeftType
+    from .model.adapter_config import PrefixTuningConfig as PrefixTuningConfig
+    from .model.adapter_config import TaskType as TaskType
     from .model.auto import AutoModel as AutoModel
     from .model.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from .model.configuration import AutoConfig as AutoConfig
@@ -27,6 +40,12 @@ if TYPE_CHECKING:
     from .model.peft import get_peft_model as get_peft_model
     from .model.peft import load_prefix as load_prefix
     from .model.peft import save_prefix as save_prefix
+    from .model.peft_functions import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from .model.peft_functions import get_peft_model_state_dict as get_peft_model_state_dict
+    from .model.peft_functions import (
+        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+    )
+    from .model.peft_functions import set_peft_model_state_dict as set_peft_model_state_dict
     from .seeds import set_seed as set_seed
     from .tokenization import AutoTokenizer as AutoTokenizer
     from .training.arguments import TrainingArguments as TrainingArguments
@@ -39,11 +58,21 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     "_core": "get_num_threads set_num_threads",
     "files.checkpoint": "load_state_dict",
     "generation.config": "GenerationConfig",
-    "model.adapter": "LoraConfig PrefixTuningConfig TaskType",
+    "generation.processors": "LogitsProcessor LogitsProcessorList",
+    "generation.stopping": (
+        "EosTokenCriteria MaxLengthCriteria MaxTimeCriteria StopStringCriteria StoppingCriteria "
+        "StoppingCriteriaList"
+    ),
+    "generation.streamers": "BaseStreamer TextIteratorStreamer TextStreamer",
+    "model.adapter_config": "LoraConfig PeftConfig PeftType PrefixTuningConfig TaskType",
     "model.auto": "AutoModel AutoModelForCausalLM",
     "model.configuration": "AutoConfig ChatGLMConfig",
     "model.modeling": "ChatGLMForConditionalGeneration",
     "model.peft": "PeftModel get_peft_model load_prefix save_prefix",
+    "model.peft_functions": (
+        "AutoPeftModelForCausalLM get_peft_model_state_dict prepare_model_for_kbit_training "
+        "set_peft_model_state_dict"
+    ),
     "seeds": "set_seed",
     "tokenization": "AutoTokenizer",
     "training.arguments": "TrainingArguments",
@@ -77,10 +106,16 @@ if not TYPE_CHECKING:  # checkers know the names above, and refuse others
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            raise AttributeError(_missing("attribute", name))
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
+
+
+def _missing(what: str, name: str) -> str:
+    from .names import did_you_mean
+
+    return f"module {__name__!r} has no {what} {name!r}{did_you_mean(name, _HOME)}"
 
 
 def __dir__() -> list[str]:
@@ -88,10 +123,16 @@ def __dir__() -> list[str]:
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """`import glmlora.checkpoint` gives the module that is now `glmlora.files.checkpoint`."""
+    """`import glmlora.checkpoint` gives the module that is now `glmlora.files.checkpoint`. Asked
+    last, so a misspelt name of `from glmlora import ..` ends here, and is told the nearest one.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        from .names import is_only_looked_for
+
         package, _, name = fullname.rpartition(".")
+        if package == __name__ and name not in _MOVED and not is_only_looked_for():
+            raise ModuleNotFoundError(_missing("name or module", name), name=__name__)
         return ModuleSpec(fullname, self) if package == __name__ and name in _MOVED else None
 
     def _now(self, fullname: str) -> str:

@@ -5,16 +5,34 @@ within a second; a model that is
 busy in one thread raises RuntimeError in another. Errors: ValueError (argument, with its name),
 MemoryError (bytes
 asked), FloatingPointError (non-finite value, with layer and row), RuntimeError (called at the
-wrong time).
+wrong time), OSError (a mapped file that weights lie in changed).
 N = tokens of a ragged batch, S = segments (rows of the user's batch), M = rows of logits asked
 for, L = layers,
 H = hidden size, V = vocabulary.
 """
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
+
+def map_file(fd: int, path: str | bytes | PathLike[str]) -> np.ndarray:
+    """All of an open file as a read-only uint8 array, mapped: nothing is read yet, and `fd` may be
+    closed. OSError as the system refuses it, MemoryError."""
+
+def guard(on: bool) -> None:
+    """Begin (True) or end reads of mapped files in this thread; calls nest. In between, a page that
+    its file no longer has reads as zeros, which `check_mapped` tells afterwards, in place of a
+    signal that ends the process."""
+
+def check_mapped(array: np.ndarray) -> bool:
+    """Whether an array lies in a file mapped by map_file. OSError naming the file where that was
+    written to or became shorter since."""
+
+def drop_pages(array: np.ndarray) -> None:
+    """Give back the memory of a mapped file's pages below a contiguous array; reading them again
+    reads the file. Other arrays stay."""
 
 def set_num_threads(n: int) -> None:
     """Threads of every model; n >= 1. The default follows OMP_NUM_THREADS, then the cores the

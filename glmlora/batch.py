@@ -175,7 +175,7 @@ class Encoded:
     ids (N) int32; offsets (n+1) int64: record i is ids[offsets[i]:offsets[i+1]]; source_lengths (n)
     int32: its leading ids that are not trained (prompt with special ids); n_cut: records whose
     prompt was cut; ignored_id: the pad id where labels equal to it are left out of the loss
-    (`ignore_pad_token_for_loss`).
+    (`ignore_pad_token_for_loss`); n_answers_cut: records whose answer was cut.
     """
 
     ids: np.ndarray
@@ -183,6 +183,7 @@ class Encoded:
     source_lengths: np.ndarray
     n_cut: int
     ignored_id: int | None = None
+    n_answers_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.source_lengths)
@@ -203,7 +204,8 @@ class Encoded:
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """The given records as one batch, labels over the answers only."""
         spans = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
-        lengths = self.lengths[rows].astype(np.int32)
+        rows = np.asarray(rows)
+        lengths = (self.offsets[rows + 1] - self.offsets[rows]).astype(np.int32)
         ids = np.concatenate([self.ids[span] for span in spans])
         # Distance of every token from the start of its segment, against the length of its source.
         starts = np.cumsum(lengths) - lengths

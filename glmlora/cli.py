@@ -5,12 +5,24 @@ Each verb is one function below."""
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from .files.write import model_directory
+from .generation.config import GenerationConfig
+from .names import did_you_mean
 from .tools.demo import ORDER
+from .training.flags import check_directory, given_twice
+
+#: What a user can put right; everything else is a fault of this program and keeps its traceback.
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ArithmeticError)
 
 
 def _load(
@@ -40,42 +52,85 @@ def _load(
     return model.eval(), glmlora.AutoTokenizer.from_pretrained(model_path)
 
 
+def _check_folders(args: argparse.Namespace) -> None:
+    """OSError for a model or adapter that is not there: before anything is read or loaded."""
+    model_directory(args.model)
+    if args.adapter:
+        check_directory("--adapter", args.adapter)
+
+
 def _generation(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling flags that were given. ValueError naming one that is out of range."""
     names = ("temperature", "top_p", "top_k", "max_length", "repetition_penalty", "seed")
-    return {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+    given = {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+    settings = GenerationConfig()
+    settings.update(**given)
+    settings.check(sys.maxsize)
+    return given
+
+
+def _stream(model: Any, tokenizer: Any, query: str, history: list[Any], **kwargs: Any) -> list[Any]:
+    """Print the answer while it comes; the history with it. A call of a tool is shown as JSON."""
+    printed = text = ""
+    for response, turn in model.stream_chat(tokenizer, query, history=history, **kwargs):
+        is_text = isinstance(response, str)
+        text = response if is_text else json.dumps(response, ensure_ascii=False)
+        if is_text and text.startswith(printed):
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+        history = turn
+    if text != printed:  # the end made something else of what was shown
+        print(f"\n{text}" if printed else text, end="", flush=True)
+    return history
 
 
 def chat(args: argparse.Namespace) -> int:
     """Talk to a model in the terminal; the answer streams."""
-    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype, args.device)
-    history: list[Any] = []
     kwargs = _generation(args)
+    _check_folders(args)
+    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype, args.device)
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text spoil one question only
+        sys.stdin.reconfigure(errors="surrogateescape")
     if interactive:
+        with suppress(ImportError):  # not on Windows: input() then has the console's own editing
+            import readline  # noqa: F401  (arrow keys, earlier questions, whole characters)
         print("Type a question; `clear` forgets the conversation, `stop` (or Ctrl-D) ends.")
+    history: list[Any] = []
+    failed = False
     while True:
         try:
             query = input("> " if interactive else "").strip()
         except EOFError:
-            return 0
+            return int(failed and not interactive)
+        except KeyboardInterrupt:  # clears the line, as Python's own prompt
+            if not interactive:
+                raise
+            print()
+            continue
         if not query:
             continue
         if query == "stop":
-            return 0
+            return int(failed and not interactive)
         if query == "clear":
             history = []
             continue
-        shown = 0
-        before = history
         try:
-            for response, turn in model.stream_chat(tokenizer, query, history=before, **kwargs):
-                text = response if isinstance(response, str) else str(response)
-                print(text[shown:], end="", flush=True)
-                shown, history = len(text), turn
+            query.encode("utf-8")
+            history = _stream(model, tokenizer, query, history, **kwargs)
         except KeyboardInterrupt:  # ends this answer, not the conversation
-            history = before
             print(" [interrupted]", end="")
-        print()
+        except UnicodeEncodeError:
+            failed = True
+            _report(ValueError(f"the question is not {sys.stdin.encoding} text, ask it again"))
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
+        except Exception as error:
+            failed = True
+            _report(error)
+            if history:
+                print("(the conversation goes on; `clear` begins a new one)", file=sys.stderr)
+        print(flush=True)
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -83,19 +138,44 @@ def predict(args: argparse.Namespace) -> int:
     from glmlora import tables
     from glmlora.training.methods import unwrapped
 
+    sampling = {"temperature": 0.01, **_generation(args)}
+    choices = tables.read_choices(args.choices, args.fallback)
+    _check_folders(args)
+    tables.check_place(args.output, args.overwrite, args.input)
     rows = tables.read_table(args.input, args.template)
-    if os.path.exists(args.output) and not args.overwrite:
-        raise FileExistsError(f"{args.output} exists: pass --overwrite to replace it")
+    there = tables.columns_of(rows)
+    output = tables.plan_output(
+        args.output, there, args.columns, args.add or [], args.answer_column
+    )
     prompts = tables.fill_template(args.template, rows)
     model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype, args.device)
-    sampling = {"temperature": 0.01, **_generation(args)}
-    answers = tables.answer_all(unwrapped(model), tokenizer, prompts, **sampling)
-    answers = tables.check_choices(answers, args.choices, args.fallback)
-    columns = args.columns.split(",") if args.columns else list(rows[0])
-    constants = dict(pair.split("=", 1) for pair in args.add or [])
-    tables.write_table(args.output, rows, columns, constants, args.answer_column, answers)
+    with _terminated_as_interrupted():
+        answers = tables.answer_all(unwrapped(model), tokenizer, rows, prompts, output, **sampling)
+    kept = tables.partial_path(args.output)
+    tables.write_table(output, rows, tables.check_choices(answers, choices, args.fallback, kept))
+    tables.discard_partial(args.output)
     print(f"{args.output}: {len(rows)} rows")
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, where what is done is kept as on Ctrl-C."""
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -144,11 +224,17 @@ def run(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """Base + adapter -> one model directory."""
+    _check_folders(args)
+    if os.path.exists(args.output) and not os.path.isdir(args.output):
+        raise FileExistsError(f"--output: {args.output} is a file, expected a new directory")
     if os.path.exists(args.output) and os.listdir(args.output):
-        raise FileExistsError(f"{args.output} exists and is not empty")
+        raise FileExistsError(f"--output: {args.output} exists and is not empty")
+    if not os.path.exists(os.path.join(args.adapter, "adapter_config.json")):
+        raise ValueError(
+            f"--adapter: {args.adapter} has no adapter_config.json: a P-Tuning prefix cannot be "
+            "merged into the weights"
+        )
     model, tokenizer = _load(args.model, args.adapter, args.dtype, "float32")
-    if not hasattr(model, "merge_and_unload"):
-        raise ValueError(f"{args.adapter}: a P-Tuning prefix cannot be merged into the weights")
     model.merge_and_unload().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"{args.output}: merged model and tokenizer")
@@ -177,115 +263,192 @@ def demo(args: argparse.Namespace) -> int:
     return run_demo(args.directory)
 
 
+def _flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
+    """A flag, with dashes and with underscores."""
+    parser.add_argument(*dict.fromkeys((name, "--" + name[2:].replace("-", "_"))), **options)
+
+
+DTYPES = ["float16", "bfloat16", "float32"]
+
+
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="base model directory")
-    parser.add_argument("--adapter", help="LoRA or P-Tuning directory")
-    parser.add_argument(
-        "--dtype", choices=["float16", "bfloat16", "float32"], help="default: as stored"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto: a GPU where there is one; cpu, cuda, cuda:1"
-    )
-    parser.add_argument(
-        "--compute_dtype",
+    _flag(parser, "--model", required=True, help="base model directory")
+    _flag(parser, "--adapter", help="LoRA or P-Tuning directory")
+    _flag(parser, "--dtype", choices=DTYPES, help="default: as stored")
+    _flag(parser, "--device", default="auto", help="auto: a GPU, if any; cpu, cuda, cuda:1")
+    _flag(
+        parser,
         "--compute-dtype",
         choices=["auto", "float32", "bfloat16", "int8"],
         help="type of the large products; default: what the processor multiplies fast",
     )
-    parser.add_argument("--temperature", type=float, help="0 is greedy")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--max-length", type=int, help="prompt and answer together, tokens")
-    parser.add_argument("--repetition-penalty", type=float)
-    parser.add_argument("--seed", type=int)
+    _flag(parser, "--temperature", type=float, help="0 is greedy")
+    _flag(parser, "--top-p", type=float)
+    _flag(parser, "--top-k", type=int)
+    _flag(parser, "--max-length", type=int, help="prompt and answer together, tokens")
+    _flag(parser, "--repetition-penalty", type=float)
+    _flag(parser, "--seed", type=int)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="glmlora",
-        description="Fine-tune GLM models and chat with them, from one small package.",
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and end")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-
-    def verb(name: str, function) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
-        sub.set_defaults(function=function)
-        return sub
-
-    verbs.add_parser("train", help=train.__doc__, add_help=False)
-
-    p = verb("chat", chat)
-    _sampling_flags(p)
-
-    p = verb("predict", predict)
-    _sampling_flags(p)
-    p.add_argument("--input", required=True, help="csv, json or jsonl table")
-    p.add_argument("--output", required=True, help="csv to write")
-    p.add_argument(
+def _predict_flags(parser: argparse.ArgumentParser) -> None:
+    _flag(parser, "--input", required=True, help="csv, json or jsonl table")
+    _flag(parser, "--output", required=True, help="csv to write")
+    _flag(
+        parser,
         "--template",
         default=ORDER + "title:{title},abstract:{abstract}",
         help="prompt with {column} places; default: the paper workflow's",
     )
-    p.add_argument("--columns", help="columns to keep, comma separated; default: all")
-    p.add_argument("--add", action="append", metavar="COLUMN=TEXT", help="a constant column")
-    p.add_argument("--answer-column", default="label")
-    p.add_argument(
-        "--choices", type=lambda s: s.split(","), help="the only answers allowed, e.g. 0,1"
+    _flag(parser, "--columns", help="columns to keep, comma separated; default: all")
+    _flag(
+        parser,
+        "--add",
+        action="append",
+        metavar="COLUMN=TEXT",
+        help="a constant column, in its place in --columns or behind them",
     )
-    p.add_argument("--fallback", help="the answer for rows whose answer is none of --choices")
-    p.add_argument("--overwrite", action="store_true")
+    _flag(parser, "--answer-column", default="label", help="name of the answers' column")
+    _flag(parser, "--choices", help="the only answers allowed, e.g. 0,1")
+    _flag(parser, "--fallback", help="the answer for rows whose answer is none of --choices")
+    _flag(parser, "--overwrite", action="store_true", help="replace an output that is there")
 
-    p = verb("plan", plan)
-    p.add_argument("--model", required=True, help="a directory with config.json")
-    p.add_argument("--batch", type=int, default=1, help="rows of a micro-batch, or of a chat")
-    p.add_argument("--seq", type=int, default=512, help="tokens of a row")
-    p.add_argument("--method", default="lora", help="lora, p_tuning, freeze, full or chat")
-    p.add_argument("--labels", type=int, default=3, help="labelled tokens of a row")
-    p.add_argument("--quantization_bit", "--quantization-bit", type=int, choices=[4, 8])
-    p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
-    p.add_argument(
-        "--gradient_checkpointing",
+
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    _flag(parser, "--model", required=True, help="a directory with config.json")
+    _flag(parser, "--batch", type=int, default=1, help="rows of a micro-batch, or of a chat")
+    _flag(parser, "--seq", type=int, default=512, help="tokens of a row")
+    _flag(parser, "--method", default="lora", help="lora, p_tuning, freeze, full or chat")
+    _flag(parser, "--labels", type=int, default=3, help="labelled tokens of a row")
+    _flag(parser, "--quantization-bit", type=int, choices=[4, 8])
+    _flag(parser, "--dtype", choices=DTYPES)
+    _flag(
+        parser,
         "--gradient-checkpointing",
         action="store_true",
         help="keep 1 GiB of activations at most; without it, what fits into the free memory",
     )
-    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    p.add_argument("--memory", help="of the GPU, e.g. 16GB: decides what is recomputed")
-    p.add_argument("--lora_rank", type=int)
-    p.add_argument("--lora_target")
-    p.add_argument("--pre_seq_len", type=int)
-    p.add_argument("--num_layer_trainable", type=int)
+    _flag(parser, "--device", default="cpu", choices=["cpu", "cuda"])
+    _flag(parser, "--memory", help="of the GPU, e.g. 16GB: decides what is recomputed")
+    _flag(parser, "--lora-rank", type=int)
+    _flag(parser, "--lora-target")
+    _flag(parser, "--pre-seq-len", type=int)
+    _flag(parser, "--num-layer-trainable", type=int)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of all verbs, and the one of each. A flag's beginning does not stand for it: what
+    is a prefix today may be ambiguous, or another flag, tomorrow.
+    """
+    parser = argparse.ArgumentParser(
+        prog="glmlora",
+        description="Fine-tune GLM models and chat with them, from one small package.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and end")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    parsers: dict[str, argparse.ArgumentParser] = {}
+
+    def verb(name: str, function: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        p = verbs.add_parser(
+            name, help=function.__doc__, description=function.__doc__, allow_abbrev=False
+        )
+        p.set_defaults(function=function)
+        parsers[name] = p
+        return p
+
+    verbs.add_parser("train", help=train.__doc__, add_help=False)
+
+    _sampling_flags(verb("chat", chat))
+    _sampling_flags(p := verb("predict", predict))
+    _predict_flags(p)
+    _plan_flags(verb("plan", plan))
 
     p = verb("init", init)
     p.add_argument("directory")
-    p.add_argument("--model", help="your own base model directory; default: the small one inside")
+    _flag(p, "--model", help="your own base model directory; default: the small one inside")
 
     p = verb("run", run)
     p.add_argument("path", metavar="NOTEBOOK_OR_SCRIPT")
     p.add_argument("arguments", nargs=argparse.REMAINDER)
-    p.add_argument("--cwd", help="directory to run in; default: the current one")
+    _flag(p, "--cwd", help="directory to run in; default: the current one")
 
     p = verb("merge", merge)
-    p.add_argument("--model", required=True)
-    p.add_argument("--adapter", required=True)
-    p.add_argument("--output", required=True)
-    p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+    _flag(p, "--model", required=True)
+    _flag(p, "--adapter", required=True)
+    _flag(p, "--output", required=True)
+    _flag(p, "--dtype", choices=DTYPES)
 
     verb("doctor", doctor)
     p = verb("demo", demo)
     p.add_argument("directory", nargs="?", default="demo")
-    return parser
+    return parser, parsers
+
+
+def _check_words(
+    words: Sequence[str], parser: argparse.ArgumentParser, verbs: Mapping[str, Any]
+) -> None:
+    """Exit with status 2 for a verb or flag that there is not, naming the nearest; tell flags that
+    are given twice with different values.
+    """
+    if not words or words[0].startswith("-"):
+        return
+    if words[0] not in verbs:
+        near = did_you_mean(words[0], [*verbs, "train"])
+        parser.error(f"argument VERB: invalid choice: {words[0]!r}{near}")
+    verb = verbs[words[0]]
+    known = verb._option_string_actions
+    mine = words[1:]
+    if words[0] == "run":  # what follows the path is the script's own
+        at = 2 * (mine[:1] == ["--cwd"])
+        mine = [word for word in mine[: at + 1] if word.startswith("-")]
+    for word in mine:
+        name = word.partition("=")[0]
+        if word == "--":
+            break
+        if name.startswith("--") and name not in known:
+            verb.error(f"unknown flag {name}{did_you_mean(name, known)}")
+    single = {name: a.dest for name, a in known.items() if a.nargs is None and a.const is None}
+    appended = {a.dest for a in known.values() if isinstance(a, argparse._AppendAction)}
+    for text in given_twice(mine, {n: d for n, d in single.items() if d not in appended}):
+        print(f"glmlora: {text}", file=sys.stderr)
+
+
+def _report(error: Exception) -> None:
+    """One line on standard error; the traceback too where it is not the user's to put right."""
+    if not isinstance(error, USER_ERRORS):
+        traceback.print_exception(error)
+    print(f"glmlora: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _show_all_characters() -> None:
+    """Characters that the terminal's encoding lacks are shown by their numbers: an answer in
+    Chinese must not end a program that runs under LANG=C.
+    """
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper) or out.errors != "strict":
+        return
+    try:
+        "答".encode(out.encoding)
+    except UnicodeEncodeError:
+        out.reconfigure(errors="backslashreplace")
+        print(
+            f"glmlora: output is in {out.encoding}: characters that it lacks are shown as "
+            "\\uXXXX (PYTHONIOENCODING=utf-8 changes that)",
+            file=sys.stderr,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; user errors are one line on stderr and exit status 1 (GLMLORA_TRACEBACK=1
     shows where)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser, verbs = _parser()
     try:
+        if words[:1] != ["run"]:
+            _show_all_characters()
         if words[:1] == ["train"]:
             return train(words[1:])
+        _check_words(words, parser, verbs)
         args = parser.parse_args(words)
         if args.version:
             import glmlora
@@ -295,14 +458,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.verb:
             parser.print_help()
             return 2
-        return args.function(args)
-    except KeyboardInterrupt:
+        return int(args.function(args))
+    except KeyboardInterrupt as stopped:
         print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ArithmeticError) as error:
+        return 128 + (signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT)
+    except USER_ERRORS as error:
         if os.environ.get("GLMLORA_TRACEBACK"):
             raise
-        print(f"glmlora: {type(error).__name__}: {error}", file=sys.stderr)
+        _report(error)
         return 1
 
 

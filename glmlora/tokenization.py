@@ -7,133 +7,140 @@ touches the sentencepiece library, imported when a tokenizer is made.
 
 from __future__ import annotations
 
-import operator
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import families
+from . import families, tell
+from .encoding import (
+    NO_LIMIT,
+    BatchEncoding,
+    DecodeOptions,
+    Encoder,
+    TemplateOptions,
+    checked_ids,
+    cleaned,
+    refuse_options,
+    row_of,
+)
+from .encoding import Array as Array
 from .families import prompt as prompts
+from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
-from .files.write import atomic_file, model_directory, read_json, refuse_lfs_pointer, write_json
+from .files.regular import read_bytes
+from .files.small import TEMPLATES, copy, copy_code, whole_references
+from .files.staging import staged
+from .files.write import model_directory, read_json, refuse_lfs_pointer, write_json
+from .interrupts import interruptible
+from .names import did_you_mean
 
-ROLE_TOKEN = re.compile(r"<\|(?:system|user|assistant|observation)\|>")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# Special tokens in texts, where `encode_special_tokens` is on. A lone "sop" may be part of a word.
+SPECIAL_TEXT = re.compile(r"\[gMASK\](?:sop)?|<\|(?:system|user|assistant|observation)\|>")
 VOCABULARY = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 DUMMY_SPACE = "\u2581"
+LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
+# Settings of transformers' tokenizers that there are not here, and the values that change nothing.
+_NOT_HERE: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space"), (None, False)),
+    **dict.fromkeys(("do_lower_case", "remove_space", "keep_accents"), (None, False)),
+    **dict.fromkeys(("split_special_tokens", "is_fast"), (None, False)),
+    **dict.fromkeys(("cls_token", "sep_token", "mask_token", "sp_model_kwargs"), (None, {})),
+    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), (None, [], {})),
+    "padding_side": (None, "left"),
+}
+_FIXED = {
+    **dict.fromkeys(("eos_token", "eos_token_id"), "generate(eos_token_id=..) ends with other ids"),
+    **dict.fromkeys(("bos_token", "bos_token_id"), "prompts begin with get_prefix_tokens()"),
+    **dict.fromkeys(("unk_token", "unk_token_id", "special_tokens"), "the vocabulary has it"),
+    "family": "AutoTokenizer.from_pretrained(.., family=..) chooses it",
+}
 GUARD = "\x00"  # stands for earlier text when a later part is decoded alone; no piece is called so
-
-
-# What calls return
-
-
-class _Size(int):
-    """Number of elements that can be called for the shape, as torch has it."""
-
-    shape: tuple[int, ...]
-
-    def __call__(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-
-class Array(np.ndarray):
-    """A NumPy array with `.to()`, `.cuda()`, `.cpu()`, `.numpy()` and `.size()`, so that code
-    written for torch tensors runs. Nothing moves: the arrays stay in main memory.
-    """
-
-    def to(self, *device: Any, **options: Any) -> Array:
-        """The array itself, whatever the device."""
-        return self
-
-    def cuda(self, device: Any = None) -> Array:
-        """The array itself."""
-        return self
-
-    def cpu(self) -> Array:
-        """The array itself."""
-        return self
-
-    def numpy(self) -> np.ndarray:
-        """The same data as a plain ndarray."""
-        return self.view(np.ndarray)
-
-    @property
-    def size(self) -> _Size:
-        """`a.size` is the number of elements, `a.size()` the shape, `a.size(i)` one dimension."""
-        size = _Size(np.ndarray.size.__get__(self))
-        size.shape = self.shape
-        return size
-
-
-class BatchEncoding(dict):
-    """`input_ids`, `attention_mask`, `position_ids` of a call, as items and as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(
-                f"BatchEncoding has no {name!r}, only {', '.join(self) or 'nothing'}"
-            ) from None
-
-    def to(self, *device: Any, **options: Any) -> BatchEncoding:
-        """The encoding itself: arrays stay in main memory."""
-        return self
 
 
 # The tokenizer
 
 
-class ChatGLMTokenizer:
+class ChatGLMTokenizer(Encoder):
     """Text to ids and back; `family` is the name of one in glmlora/families.
 
     Ids 0 `<unk>` (also padding), 1 `<s>`, 2 `</s>`, then the pieces of the vocabulary, then the
-    family's special tokens. Text never encodes to special ids, except role markers
-    with `encode_special_tokens=True` in a family that has them. Ids beyond the vocabulary (models
-    are padded) decode to "".
+    family's special tokens. Text never encodes to special ids, except role markers and
+    `[gMASK]sop` with `encode_special_tokens=True` in a family that has them. Ids beyond the
+    vocabulary (models are padded) decode to "".
     Instances can be pickled and copied; the vocabulary file is not needed after construction.
     """
 
-    unk_token = pad_token = "<unk>"
+    unk_token = "<unk>"
     bos_token = "<s>"
     eos_token = "</s>"
-    model_input_names = ("input_ids", "attention_mask", "position_ids")
 
     def __init__(
         self,
         vocab_file: str | os.PathLike[str],
         padding_side: str = "left",
-        encode_special_tokens: bool = False,
+        encode_special_tokens: bool | None = None,
         family: str = families.DEFAULT,
         config: Mapping[str, Any] | None = None,
         tokens_map: Mapping[str, Any] | None = None,
     ):
         """Read a SentencePiece vocabulary.
 
-        config, tokens_map: contents of tokenizer_config.json and special_tokens_map.json to keep
-        when saving. Raises ValueError for a file that is no SentencePiece model (a git-lfs pointer
-        is named as one) or an argument that the family does not have, OSError as open() does,
-        ImportError without sentencepiece.
+        config, tokens_map: contents of tokenizer_config.json and special_tokens_map.json, which are
+        kept when saving; model_max_length, truncation_side, pad_token, encode_special_tokens and
+        clean_up_tokenization_spaces hold, other settings are named by one warning. Raises
+        ValueError for a file that is no SentencePiece model (a git-lfs pointer is named as one) or
+        an argument that the family does not have, OSError as open() does, ImportError without
+        sentencepiece.
         """
         self._family = _family(family)
         self.family = self._family.name
-        if encode_special_tokens and not self._family.role_tokens:
-            raise ValueError(
-                f"encode_special_tokens: {self._family.title} has no role tokens to recognise"
-            )
-        self.encode_special_tokens = bool(encode_special_tokens)
+        self._encodes_special = False
+        if encode_special_tokens:
+            self.encode_special_tokens = True
         self.padding_side = padding_side
+        self._truncation_side = "right"
+        self._model_max_length = NO_LIMIT
+        self.clean_up_tokenization_spaces = False
         self.vocab_file = os.fspath(vocab_file)
         self.name_or_path = os.path.dirname(self.vocab_file)
+        self._directory = Path(os.path.abspath(self.vocab_file)).parent
         self._config = dict(config or {})
         self._tokens_map = dict(tokens_map or {})
-        self._model = Path(vocab_file).read_bytes()
+        self._model = read_bytes(vocab_file)
         self._open_model()
+        self._take_config(encode_special_tokens is None)
+        self._ready = True
+
+    def _take_config(self, encode_special_tokens: bool) -> None:
+        """Settings in tokenizer_config.json, and a warning that names those that do not hold."""
+        unused = []
+        settings = ["model_max_length", "truncation_side", "pad_token"]
+        settings += ["clean_up_tokenization_spaces"]
+        settings += ["encode_special_tokens"] if encode_special_tokens else []
+        for name, value in self._config.items():
+            if isinstance(value, dict) and "content" in value:
+                value = value["content"]
+            if name in settings and value is not None:
+                try:
+                    setattr(self, name, value)
+                except (ValueError, TypeError) as error:
+                    unused.append(str(error))
+            elif name in ("unk_token", "bos_token", "eos_token"):
+                if value not in (None, getattr(self, name)):
+                    unused.append(f"{name} {value!r}, it is {getattr(self, name)!r}")
+            elif value not in _NOT_HERE.get(name, (value,)):
+                unused.append(f"{name} {value!r:.80}")
+        if unused:
+            tell.warn(f"{self.name_or_path}: {CONFIG}: is not used: {'; '.join(unused)}")
 
     def _open_model(self) -> None:
         try:
@@ -153,7 +160,8 @@ class ChatGLMTokenizer:
             raise ValueError(f"{self.vocab_file}: is not a SentencePiece model: {error}") from error
         sp = self._sp
         self._n_pieces = sp.get_piece_size()
-        self.unk_token_id = self.pad_token_id = sp.unk_id()
+        self.unk_token_id = sp.unk_id()
+        self.__dict__.setdefault("pad_token_id", self.unk_token_id)
         self.bos_token_id = sp.bos_id()
         self.eos_token_id = sp.eos_id()
         for name in ("unk", "bos", "eos"):
@@ -195,7 +203,130 @@ class ChatGLMTokenizer:
         if side != "left":
             raise ValueError(f"padding_side: expected 'left', got {side!r}")
 
+    @property
+    def truncation_side(self) -> str:
+        """ "right" or "left": where ids are cut away."""
+        return self._truncation_side
+
+    @truncation_side.setter
+    def truncation_side(self, side: str) -> None:
+        if side not in ("right", "left"):
+            raise ValueError(f"truncation_side: expected 'right' or 'left', got {side!r}")
+        self._truncation_side = side
+
+    @property
+    def model_max_length(self) -> int:
+        """Ids to which `truncation=True` cuts where no max_length is given."""
+        return self._model_max_length
+
+    @model_max_length.setter
+    def model_max_length(self, length: float | None) -> None:
+        if length is None:
+            length = NO_LIMIT
+        if isinstance(length, bool) or not isinstance(length, int | float | np.integer):
+            raise ValueError(f"model_max_length: expected a whole number, got {length!r}")
+        if not length >= 1:
+            raise ValueError(f"model_max_length: expected at least 1, got {length!r}")
+        self._model_max_length = int(min(length, NO_LIMIT))
+
+    @property
+    def encode_special_tokens(self) -> bool:
+        """Whether texts may name special tokens."""
+        return self._encodes_special
+
+    @encode_special_tokens.setter
+    def encode_special_tokens(self, on: bool) -> None:
+        if on and not self._family.role_tokens:
+            raise ValueError(
+                f"encode_special_tokens: {self._family.title} has no role tokens to recognise"
+            )
+        self._encodes_special = bool(on)
+
+    @property
+    def pad_token(self) -> str:
+        """The token of `pad_token_id`: `<unk>` unless it is set to another of the vocabulary."""
+        return self._token(self.pad_token_id)
+
+    @pad_token.setter
+    def pad_token(self, token: str) -> None:
+        if token != self.unk_token and self._unknown(token):
+            raise ValueError(f"pad_token: {token!r} is not in the vocabulary")
+        self.pad_token_id = self.convert_tokens_to_ids(token)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_ready" in self.__dict__ and not name.startswith("_"):
+            if name in _FIXED and value != getattr(self, name):
+                raise AttributeError(f"{name}: is {getattr(self, name)!r:.80}; {_FIXED[name]}")
+            if name != "padding_side" and value not in _NOT_HERE.get(name, (value,)):
+                raise AttributeError(f"{name}: has no effect on this tokenizer, got {value!r:.80}")
+            near = "" if hasattr(self, name) else did_you_mean(name, dir(self))
+            if near and name not in _NOT_HERE:
+                raise AttributeError(f"the tokenizer has no {name!r}{near}")
+        super().__setattr__(name, value)
+
     # Vocabulary
+
+    is_fast = False
+    cls_token = sep_token = mask_token = None
+    cls_token_id = sep_token_id = mask_token_id = None
+
+    @property
+    def additional_special_tokens(self) -> list[str]:
+        """Names of the special tokens behind the vocabulary's pieces."""
+        return list(self.special_tokens)
+
+    @property
+    def additional_special_tokens_ids(self) -> list[int]:
+        """Their ids."""
+        return list(self.special_tokens.values())
+
+    @property
+    def special_tokens_map(self) -> dict[str, Any]:
+        """Special tokens by what they are for."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        found: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return {**found, "additional_special_tokens": self.additional_special_tokens}
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """Every special token, once."""
+        names = (self.bos_token, self.eos_token, self.unk_token, self.pad_token)
+        return list(dict.fromkeys([*names, *self.special_tokens]))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Their ids."""
+        return list(self.convert_tokens_to_ids(self.all_special_tokens))
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """The special tokens and their ids."""
+        return dict(self.special_tokens)
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """0 for tokens that are there; ValueError for others: the vocabulary is fixed."""
+        tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
+        new = [t for t in map(str, tokens) if t not in self._silent and self._unknown(t)]
+        if new:
+            raise ValueError(
+                f"add_tokens: the vocabulary is fixed, it has no {', '.join(map(repr, new[:5]))}"
+            )
+        return 0
+
+    def add_special_tokens(self, special_tokens_dict: Mapping[str, Any], **options: Any) -> int:
+        """Set pad_token to a token that is there; 0. ValueError for tokens that are not, and for
+        other names than those they have.
+        """
+        for name, value in special_tokens_dict.items():
+            self.add_tokens(value)
+            if name == "pad_token":
+                self.pad_token = str(value)
+            elif name not in ("additional_special_tokens", "extra_special_tokens"):
+                if str(value) != getattr(self, name, None):
+                    raise ValueError(f"{name}: cannot be set, got {str(value)!r}")
+        return 0
+
+    def _unknown(self, token: str) -> bool:
+        return token not in self.special_tokens and self._sp.piece_to_id(token) == self.unk_token_id
 
     @property
     def vocab_size(self) -> int:
@@ -237,8 +368,8 @@ class ChatGLMTokenizer:
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """Token of an id, or list of tokens; special ids by name, ids beyond the vocabulary ""."""
         if isinstance(ids, int | np.integer):
-            return self._token(_checked_ids([ids])[0])
-        ids = _checked_ids(ids)
+            return self._token(checked_ids([ids])[0])
+        ids = checked_ids(ids)
         return [self._token(i) for i in ids if not (skip_special_tokens and self._is_special(i))]
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
@@ -266,7 +397,9 @@ class ChatGLMTokenizer:
             ) from None
         except AttributeError:
             raise TypeError(f"text: expected str, got {type(text).__name__}") from None
-        return self._sp.encode_as_ids(text)
+        if len(text) < LONG_TEXT:
+            return self._sp.encode_as_ids(text)
+        return interruptible(self._sp.encode_as_ids, text)
 
     def text_offsets(self, text: str) -> list[int]:
         """For every id of `text_ids(text)` the index of the character where it begins."""
@@ -283,183 +416,39 @@ class ChatGLMTokenizer:
         return offsets
 
     def _ids(self, text: str) -> list[int]:
-        """As `text_ids`, with role markers recognised if the tokenizer was made so."""
+        """As `text_ids`, with special tokens recognised if the tokenizer was made so."""
         if not self.encode_special_tokens:
             return self.text_ids(text)
         ids, last = [], 0
-        for match in ROLE_TOKEN.finditer(text):
+        for match in SPECIAL_TEXT.finditer(text):
             ids += self.text_ids(text[last : match.start()])
-            ids.append(self.special_tokens[match.group()])
+            found = match.group()
+            names = ["[gMASK]", "sop"] if found == "[gMASK]sop" else [found]
+            ids += [self.special_tokens[name] for name in names]
             last = match.end()
         return ids + self.text_ids(text[last:])
 
-    def tokenize(self, text: str) -> list[str]:
-        """Pieces of text, without special tokens around them."""
-        return [self._token(i) for i in self._ids(text)]
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
-    ) -> list[int]:
-        """`[gMASK] sop` a, or `[gMASK] sop` a b `</s>`."""
-        ids = self.get_prefix_tokens() + list(token_ids_0)
-        return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
-
-    def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """Special ids put around a text, or a pair of texts."""
-        return len(self.build_inputs_with_special_tokens([], [] if pair else None))
-
-    def encode(
-        self,
-        text: str,
-        text_pair: str | None = None,
-        add_special_tokens: bool = True,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-    ) -> Any:
-        """`input_ids` of `__call__` for one text: a list of ids, or an `Array` (1, T)."""
-        if not isinstance(text, str):
-            raise TypeError(f"text: expected str, got {type(text).__name__}")
-        encoding = self(
-            text, text_pair, add_special_tokens, padding, truncation, max_length, return_tensors
-        )
-        return encoding["input_ids"]
-
-    def __call__(
-        self,
-        text: str | Sequence[str],
-        text_pair: str | Sequence[str] | None = None,
-        add_special_tokens: bool = True,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_attention_mask: bool = True,
-    ) -> BatchEncoding:
-        """Encode a text, or a list of texts.
-
-        padding: True or "longest", "max_length", False; on the left, mask and positions 0 there.
-        truncation: True cuts the right end to `max_length` ids, special ids included; of a pair the
-        longer text loses ids first; None cuts where `max_length` is given and padding is not.
-        return_tensors: None for lists, "np" or "pt" for `Array` (B, T) int64; a single text gives
-        lists without the batch dimension, or arrays with B = 1.
-        Raises ValueError naming the argument, TypeError for what is no text.
-        """
-        truncate = truncation or (truncation is None and max_length is not None and not padding)
-        _one_of("truncation", truncation, (None, True, False, "longest_first", "do_not_truncate"))
-        limit = max_length if truncate and truncation != "do_not_truncate" else None
-        single = isinstance(text, str)
-        texts = [text] if single else _texts("text", text)
-        pairs: Sequence[str | None] = [None] * len(texts)
-        if text_pair is not None:
-            pairs = [text_pair] if isinstance(text_pair, str) else _texts("text_pair", text_pair)
-            if len(pairs) != len(texts) or single != isinstance(text_pair, str):
-                raise ValueError(f"text_pair: expected as many as text, {len(texts)}")
-        rows = [
-            self._encode_row(a, b, add_special_tokens, limit)
-            for a, b in zip(texts, pairs, strict=True)
-        ]
-        return self._finish(
-            rows, single, padding, max_length, return_tensors, return_attention_mask
-        )
-
-    def _encode_row(
-        self, text: str, pair: str | None, add_special_tokens: bool, limit: int | None
-    ) -> dict[str, list[int]]:
-        a = self._ids(text)
-        b = None if pair is None else self._ids(pair)
-        if limit is not None:
-            specials = self.num_special_tokens_to_add(b is not None) if add_special_tokens else 0
-            if limit < specials:
-                raise ValueError(
-                    f"max_length: expected at least the {specials} special ids, got {limit}"
-                )
-            a, b = _truncate_pair(a, b, limit - specials)
-        if add_special_tokens:
-            return _row(self.build_inputs_with_special_tokens(a, b))
-        return _row(a + (b or []))
-
-    def _finish(
-        self,
-        rows: list[dict[str, list[int]]],
-        single: bool,
-        padding: bool | str,
-        max_length: int | None,
-        return_tensors: str | None,
-        return_attention_mask: bool = True,
-    ) -> BatchEncoding:
-        """Pad the rows, drop the mask if unwanted, and bring them into the form asked for."""
-        _one_of("return_tensors", return_tensors, (None, "np", "pt"))
-        _one_of("padding", padding, (True, False, "longest", "max_length", "do_not_pad"))
-        if padding and padding != "do_not_pad":
-            self._pad_rows(rows, max_length if padding == "max_length" else None, padding)
-        names = rows[0] if rows else self.model_input_names
-        encoding = BatchEncoding({name: [row[name] for row in rows] for name in names})
-        if not return_attention_mask:
-            del encoding["attention_mask"]
-        if return_tensors is not None:
-            if len({len(row["input_ids"]) for row in rows}) > 1:
-                raise ValueError("return_tensors: rows have different lengths; pass padding=True")
-            for name, values in encoding.items():
-                encoding[name] = _array(values)
-        elif single:
-            for name, values in encoding.items():
-                encoding[name] = values[0]
-        return encoding
-
-    def _pad_rows(
-        self, rows: list[dict[str, list[int]]], length: int | None, padding: bool | str
-    ) -> None:
-        if padding == "max_length" and length is None:
-            raise ValueError("max_length: padding='max_length' needs it")
-        if length is None:
-            length = max((len(row["input_ids"]) for row in rows), default=0)
-        for row in rows:
-            n = max(length - len(row["input_ids"]), 0)
-            row["input_ids"] = [self.pad_token_id] * n + row["input_ids"]
-            row["attention_mask"] = [0] * n + row["attention_mask"]
-            row["position_ids"] = [0] * n + row["position_ids"]
-
-    def pad(
-        self,
-        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-        padding: bool | str = True,
-        max_length: int | None = None,
-        return_attention_mask: bool = True,
-        return_tensors: str | None = None,
-    ) -> BatchEncoding:
-        """Pad encodings on the left: a list of them, or one with a list of rows (or one row).
-
-        Each has `input_ids`, and may have `attention_mask` and `position_ids`. Raises ValueError
-        for other fields or lengths that differ.
-        """
-        single = False
-        if isinstance(encoded_inputs, Mapping):
-            ids = encoded_inputs.get("input_ids", [])
-            single = len(ids) > 0 and np.ndim(ids[0]) == 0
-            rows = [dict(encoded_inputs)] if single else _unzip(encoded_inputs)
-        else:
-            rows = [dict(row) for row in encoded_inputs]
-        for i, row in enumerate(rows):
-            unknown = set(row) - set(self.model_input_names)
-            if unknown or "input_ids" not in row:
-                raise ValueError(
-                    f"encoded_inputs[{i}]: expected input_ids, attention_mask, position_ids, "
-                    f"got {', '.join(row) or 'nothing'}"
-                )
-            given = {name: _checked_ids(values) for name, values in row.items()}
-            rows[i] = {**_row(given["input_ids"]), **given}
-            if len({len(values) for values in rows[i].values()}) > 1:
-                raise ValueError(f"encoded_inputs[{i}]: fields have different lengths")
-        return self._finish(
-            rows, single, padding, max_length, return_tensors, return_attention_mask
-        )
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False
+    ) -> list[str]:
+        """Pieces of text (and of its pair), without special tokens around them unless asked for."""
+        a, b = self._ids(text), None if pair is None else self._ids(pair)
+        whole = self.build_inputs_with_special_tokens(a, b) if add_special_tokens else a + (b or [])
+        return [self._token(i) for i in whole]
 
     # Decoding
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **others: Unpack[DecodeOptions],
+    ) -> str:
         """Text of one row of ids (or one id).
+
+        clean_up_tokenization_spaces: take spaces before English punctuation away, as transformers
+        does; None is the tokenizer's own setting.
 
         Special tokens are shown by name, unless they are skipped, in families that show them.
         `<unk>`, `<s>`, `</s>` and ids beyond the vocabulary are "". Bytes that are not UTF-8 give
@@ -467,16 +456,25 @@ class ChatGLMTokenizer:
         """
         if isinstance(token_ids, int | np.integer):
             token_ids = [token_ids]
-        ids = _checked_ids(token_ids)
+        ids = checked_ids(token_ids)
         if skip_special_tokens:
             ids = [i for i in ids if not self._is_special(i)]
-        return self._text([self._shown(i) for i in ids])
+        refuse_options(others, DecodeOptions, self.decode)
+        text = self._text([self._shown(i) for i in ids])
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return cleaned(text) if clean_up_tokenization_spaces else text
 
     def batch_decode(
-        self, sequences: Iterable[Any], skip_special_tokens: bool = False
+        self,
+        sequences: Iterable[Any],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **others: Unpack[DecodeOptions],
     ) -> list[str]:
         """`decode` of every row."""
-        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+        clean = clean_up_tokenization_spaces
+        return [self.decode(ids, skip_special_tokens, clean, **others) for ids in sequences]
 
     def _shown(self, i: int) -> str:
         """The piece that an id adds to the text."""
@@ -500,33 +498,85 @@ class ChatGLMTokenizer:
     ) -> BatchEncoding:
         """Arrays (1, T) of a chat prompt, see `prompt.chat_ids`."""
         ids = prompts.chat_ids(self, query, history, role)
-        return self._finish([_row(ids)], True, False, None, "np")
+        return self._finish([row_of(ids)], True, False, None, "np")
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """Ids of one message: role, metadata and its newline, text. ValueError in families that
+        have rounds of questions and answers.
+        """
+        return self._family.message_ids(self, role, metadata, message)
 
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Any = None,
         add_generation_prompt: bool = False,
         tokenize: bool = True,
         return_tensors: str | None = None,
         return_dict: bool = False,
+        *,
+        conversation: Any = None,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        **others: Unpack[TemplateOptions],
     ) -> Any:
-        """A list of messages {"role", "content"} in the family's chat template.
+        """A list of messages {"role", "content"} in the family's chat template, or a list of such
+        lists. `conversation` is another name of messages.
 
         Returns a list of ids; the text with `tokenize=False`; an `Array` (1, T) with
-        `return_tensors`; a `BatchEncoding` with `return_dict`.
+        `return_tensors`; a `BatchEncoding` with `return_dict`; lists of them for several. Padding
+        and truncation as in `__call__`. Other options of transformers are refused by name.
         """
+        refuse_options(others, TemplateOptions, self.apply_chat_template)
+        if self._config.get("chat_template"):
+            tell.once(
+                f"{self.name_or_path}: {CONFIG}: its chat_template is not run: "
+                f"apply_chat_template writes {self._family.title}'s own"
+            )
+        messages = conversation if messages is None else messages
+        several = isinstance(messages, list | tuple) and messages and _is_rows(messages[0])
+        rows = messages if several else [messages]
+        family, prompt = self._family, add_generation_prompt
         if not tokenize:
-            return self._family.template_text(messages, add_generation_prompt)
-        ids = self._family.template_ids(self, messages, add_generation_prompt)
-        encoding = self._finish([_row(ids)], True, False, None, return_tensors)
+            texts = [family.template_text(row, prompt) for row in rows]
+            return texts if several else texts[0]
+        encoding = self._encoded(
+            [(list(family.template_ids(self, row, prompt)), None) for row in rows],
+            not several,
+            {
+                "add_special_tokens": False,
+                "padding": padding,
+                "truncation": truncation,
+                "max_length": max_length,
+                "return_tensors": return_tensors,
+            },
+            self.apply_chat_template,
+        )
         return encoding if return_dict else encoding["input_ids"]
 
     # Files
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Write the vocabulary file unchanged, tokenizer_config.json and special_tokens_map.json.
+    def _changed(self) -> dict[str, Any]:
+        """Settings that are others than tokenizer_config.json says, or than the default."""
+        values = {
+            "model_max_length": (self.model_max_length, NO_LIMIT),
+            "truncation_side": (self.truncation_side, "right"),
+            "pad_token": (self.pad_token, self.unk_token),
+            "encode_special_tokens": (self.encode_special_tokens, False),
+            "clean_up_tokenization_spaces": (self.clean_up_tokenization_spaces, False),
+        }
+        return {
+            name: value
+            for name, (value, default) in values.items()
+            if value != default or (self._config.get(name) is not None and name != "pad_token")
+        }
 
-        Each file is replaced as a whole. Returns their paths. OSError as open() does.
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
+        """Write the vocabulary file unchanged, tokenizer_config.json and special_tokens_map.json,
+        with copies of the templates and code of the directory it was read from. Code that is not
+        there is not named in `auto_map`.
+
+        All take their place together. Returns their paths. OSError naming the file.
         """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -547,11 +597,30 @@ class ChatGLMTokenizer:
             defaults["added_tokens_decoder"] = {
                 str(self.special_tokens[token]): {"content": token, **flags} for token in shown
             }
-        with atomic_file(directory / VOCABULARY) as file:
-            file.write(self._model)
-        write_json(directory / CONFIG, {**defaults, **self._config})
-        write_json(directory / TOKENS_MAP, self._tokens_map)
-        return tuple(str(directory / name) for name in (CONFIG, TOKENS_MAP, VOCABULARY))
+        fields = {**defaults, **self._config, **self._changed()}
+        fields.pop(recognition.OWN_KEY, None)
+        if not recognition.tells(fields, self.family):
+            fields[recognition.OWN_KEY] = self.family
+        with staged(directory) as new:
+            if self._directory.is_dir() and not os.path.samefile(self._directory, directory):
+                copy_code(self._directory, new, fields["auto_map"])
+                for name in TEMPLATES:
+                    copy(self._directory / name, new / name)
+            kept = whole_references(fields["auto_map"], (new, directory))
+            fields = {**fields, "auto_map": kept} if kept else _without(fields, "auto_map")
+            (new / VOCABULARY).write_bytes(self._model)
+            write_json(new / CONFIG, fields)
+            write_json(new / TOKENS_MAP, self._tokens_map)
+            names = sorted(os.listdir(new))
+        return tuple(str(directory / name) for name in names)
+
+
+def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in fields.items() if k != name}
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 class AutoTokenizer:
@@ -566,8 +635,12 @@ class AutoTokenizer:
         use_fast: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,
         padding_side: str = "left",
-        encode_special_tokens: bool = False,
+        encode_special_tokens: bool | None = None,
         family: str | None = None,
+        model_max_length: int | None = None,
+        truncation_side: str | None = None,
+        pad_token: str | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
     ) -> ChatGLMTokenizer:
         """The tokenizer of a model directory on this machine.
 
@@ -575,22 +648,21 @@ class AutoTokenizer:
         no code of the directory runs and nothing is downloaded.
 
         family: a name or alias of one in glmlora/families, or None to find out. The vocabulary
-        files are the same, so the rule is, first match: `family` given; role tokens in
-        tokenizer_config.json (added_tokens_decoder, chat_template); `name_or_path` there naming a
-        family; what `families.find` says of config.json and the directory (`_name_or_path`,
-        directory name, role tokens in tokenization_chatglm.py). The config's `seq_length` decides
-        nothing: families have variants with 32768.
+        files are the same, so names and small files have to tell: the last part of `_name_or_path`
+        in config.json; role tokens in the tokenizer's files; the last part of `name_or_path` in
+        tokenizer_config.json and of the directory. A guess, and evidence that disagrees, is told by
+        a warning. The config's `seq_length` decides nothing: families have variants with 32768.
 
         Raises OSError for a missing directory or file, ValueError for a file that is no vocabulary
         of a family (a git-lfs pointer is named as one), ImportError without sentencepiece.
         """
         directory = model_directory(path)
         vocabulary = directory / VOCABULARY
-        if not vocabulary.is_file():
+        if not vocabulary.exists():
             hints = [f"; {hint}" for name, hint in OTHERS.items() if (directory / name).is_file()]
             raise FileNotFoundError(f"{directory}: has no {VOCABULARY}{''.join(hints)}")
         config, tokens_map = (
-            read_json(directory / name, dict) if (directory / name).is_file() else {}
+            read_json(directory / name, dict) if (directory / name).exists() else {}
             for name in (CONFIG, TOKENS_MAP)
         )
         tokenizer = ChatGLMTokenizer(
@@ -602,6 +674,14 @@ class AutoTokenizer:
             tokens_map=tokens_map,
         )
         tokenizer.name_or_path = os.fspath(path)
+        for name, value in (
+            ("model_max_length", model_max_length),
+            ("truncation_side", truncation_side),
+            ("pad_token", pad_token),
+            ("clean_up_tokenization_spaces", clean_up_tokenization_spaces),
+        ):
+            if value is not None:
+                setattr(tokenizer, name, value)
         return tokenizer
 
 
@@ -615,17 +695,12 @@ def _family(name: str) -> families.Family:
 
 
 def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
-    """The rule in `AutoTokenizer.from_pretrained`."""
+    """The family that the directory of a tokenizer says."""
     if has_tiktoken(directory):
         return families.DEFAULT  # refused with its name when it is opened
-    known = families.with_tokenizer()
-    if family := families.first(lambda f: f in known and f.in_tokenizer(tokenizer_config)):
-        return family.name
-    named = families.named_in(str(tokenizer_config.get("name_or_path", "")))
-    if named in known:
-        return named.name
     config = directory / "config.json"
-    return families.find(read_json(config, dict) if config.is_file() else {}, directory)
+    fields = read_json(config, dict) if config.exists() else {}
+    return recognition.find(fields, directory, tokenizer_config)
 
 
 # Streaming
@@ -650,7 +725,7 @@ class TextStream:
         may be half a character. Raises ValueError as `decode`.
         """
         tokenizer = self._tokenizer
-        for i in _checked_ids(ids):
+        for i in checked_ids(ids):
             if self._skip and tokenizer._is_special(i):
                 continue
             self._pieces.append(tokenizer._shown(i))
@@ -662,79 +737,3 @@ class TextStream:
             if self.text and not self.text.endswith("\ufffd"):
                 self._settled, self._pieces = self.text, []
         return None if not self.text or self.text.endswith("\ufffd") else self.text
-
-
-# Small parts
-
-
-def _row(ids: list[int]) -> dict[str, list[int]]:
-    return {
-        "input_ids": ids,
-        "attention_mask": [1] * len(ids),
-        "position_ids": list(range(len(ids))),
-    }
-
-
-def _array(rows: list[list[int]]) -> Array:
-    return np.array(rows, dtype=np.int64).reshape(len(rows), -1).view(Array)
-
-
-def _unzip(encoding: Mapping[str, Any]) -> list[dict[str, Any]]:
-    lengths = {len(values) for values in encoding.values()}
-    if len(lengths) > 1:
-        raise ValueError("encoded_inputs: fields have different numbers of rows")
-    n = lengths.pop() if lengths else 0
-    return [{name: values[i] for name, values in encoding.items()} for i in range(n)]
-
-
-def _texts(name: str, values: Any) -> list[str]:
-    if not isinstance(values, Iterable):
-        raise TypeError(f"{name}: expected str or a list of str, got {type(values).__name__}")
-    values = list(values)
-    for i, value in enumerate(values):
-        if not isinstance(value, str):
-            raise TypeError(f"{name}[{i}]: expected str, got {type(value).__name__}")
-    return values
-
-
-def _truncate_pair(
-    a: list[int], b: list[int] | None, room: int
-) -> tuple[list[int], list[int] | None]:
-    """Cut right ends until both fit, the longer one first (the first one stays longer by a tie)."""
-    if b is None:
-        return a[:room], None
-    n, m = len(a), len(b)
-    while n + m > room:
-        if n > m:
-            n -= max(min(n - m, n + m - room), 1)
-        else:
-            m -= max(min(m - n, n + m - room), 1)
-    return a[:n], b[:m]
-
-
-def _checked_ids(ids: Any) -> list[int]:
-    """Ids as a list of Python ints. ValueError naming what is no id."""
-    if isinstance(ids, np.ndarray):
-        if ids.ndim != 1:
-            raise ValueError(
-                f"ids: expected one row, got shape {ids.shape}; batch_decode takes several"
-            )
-        ids = ids.tolist()
-    try:
-        checked = list(map(operator.index, ids))
-    except TypeError:
-        if not isinstance(ids, Iterable):
-            raise ValueError(f"ids: expected a row of ids, got {ids!r:.80}") from None
-        for at, i in enumerate(ids):
-            if not hasattr(i, "__index__"):
-                raise ValueError(f"ids[{at}]: expected a whole number, got {i!r:.80}") from None
-        raise
-    if checked and min(checked) < 0:
-        at, i = next((at, i) for at, i in enumerate(checked) if i < 0)
-        raise ValueError(f"ids[{at}]: expected an id from 0, got {i}")
-    return checked
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")

@@ -2,6 +2,8 @@
 
 import gc
 import inspect
+import queue
+import threading
 
 import numpy as np
 import pytest
@@ -89,9 +91,9 @@ def test_positional_arguments_and_defaults(v2, v3, monkeypatch):
     found = []
     real = chats._settings
 
-    def spy(model, tokenizer, fields):
+    def spy(model, tokenizer, fields, config=None):
         found.append(dict(fields))
-        return real(model, tokenizer, {**fields, "max_new_tokens": 1})
+        return real(model, tokenizer, {**fields, "max_new_tokens": 1}, config)
 
     monkeypatch.setattr(chats, "_settings", spy)
     for (model, tokenizer), role in ((v2, ()), (v3, ("user",))):
@@ -504,17 +506,19 @@ def test_what_the_last_chat_began_with_is_not_computed_again(v2, monkeypatch):
 def test_signatures_name_every_argument(v2):
     model, _ = v2
     fields = set(glmlora.GenerationConfig().to_dict())
+    fields |= set(
+        "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn".split()
+    )
     for method, own in (
-        (model.chat, "tokenizer query history positional role logits_processor"),
-        (model.batch_chat, "tokenizer queries at_once role logits_processor"),
+        (model.chat, "tokenizer query history positional role streamer"),
+        (model.batch_chat, "tokenizer queries at_once role"),
         (
             model.stream_chat,
-            "tokenizer query history positional role logits_processor past_key_values "
-            "return_past_key_values",
+            "tokenizer query history positional role past_key_values return_past_key_values",
         ),
         (
             model.generate,
-            "input_ids attention_mask position_ids generation_config logits_processor",
+            "input_ids attention_mask position_ids streamer tokenizer inputs past_key_values",
         ),
     ):
         shown = inspect.signature(method).parameters
@@ -522,3 +526,132 @@ def test_signatures_name_every_argument(v2):
     defaults = {n: p.default for n, p in inspect.signature(model.chat).parameters.items()}
     assert defaults["max_length"] == 8192 and defaults["top_p"] == 0.8 and defaults["top_k"] == 50
     assert model.chat.__name__ == "chat" and "One turn" in model.chat.__doc__
+
+
+def test_chats_start_from_the_models_settings(v2, v3, monkeypatch):
+    for model, tokenizer in (v2, v3):
+        config = glmlora.GenerationConfig(max_new_tokens=3, eos_token_id=[], repetition_penalty=1.3)
+        monkeypatch.setattr(model, "generation_config", config)
+        asked = chats._settings(model, tokenizer, {"temperature": 0.3})
+        assert asked.repetition_penalty == 1.3 and asked.temperature == 0.3
+        assert asked.eos == chats.end_ids(model, tokenizer)
+        ids = prompt.chat_ids(tokenizer, "x")
+        ends = set(chats.end_ids(model, tokenizer))
+        steps = len(list(model.stream_chat(tokenizer, "x", do_sample=False)))
+        for settings, most in (({}, 3), ({"max_new_tokens": 2}, 2)):
+            model.chat(tokenizer, "x", do_sample=False, **settings)
+            said = model.cached_row.ids[0][len(ids) :]
+            assert len(said) == most or ends & set(said)
+        assert steps <= 3
+        own = glmlora.GenerationConfig(max_new_tokens=1)
+        model.chat(tokenizer, "x", do_sample=False, generation_config=own)
+        assert len(model.cached_row.ids[0]) == len(ids) + 1
+        config.eos_token_id = [5]
+        assert chats._settings(model, tokenizer, {}).eos == [*chats.end_ids(model, tokenizer), 5]
+        batch = model.batch_chat(tokenizer, ["x"], do_sample=False)
+        assert batch == [model.chat(tokenizer, "x", do_sample=False)[0]]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "error", "message"),
+    [
+        ("chat", {"histroy": []}, TypeError, "chat: .*'histroy' .did you mean 'history'"),
+        ("chat", {"rol": "user"}, TypeError, "did you mean 'role'"),
+        ("chat", {"num_return_sequences": 2}, ValueError, "num_return_sequences.*use generate"),
+        ("chat", {"return_dict_in_generate": True}, ValueError, "return_dict.*use generate"),
+        ("chat", {"typical_p": 0.5}, ValueError, "typical_p"),
+        ("chat", {"generation_config": {}}, TypeError, "generation_config"),
+        ("chat", {"num_beams": 2, "streamer": glmlora.BaseStreamer()}, ValueError, "beams"),
+        ("stream_chat", {"past_key_value": 1}, TypeError, "stream_chat.*'past_key_values'"),
+        ("stream_chat", {"streamer": None}, TypeError, "stream_chat.*'streamer'"),
+        ("batch_chat", {"at_onc": 1}, TypeError, "batch_chat.*'at_once'"),
+    ],
+)
+def test_names_and_values_that_chats_refuse(v2, method, given, error, message):
+    model, tokenizer = v2
+    if "streamer" in given and given["streamer"]:
+        given["streamer"].end = lambda: None
+    with pytest.raises(error, match=message):
+        for _ in getattr(model, method)(tokenizer, "x", max_new_tokens=1, **given):
+            pass
+
+
+def test_criteria_and_stop_strings_end_an_answer(v2):
+    model, tokenizer = v2
+    ids = said(tokenizer, "one two three four")
+    settings = {"stop_strings": ["o three", "xyz"]}
+    for answer in (
+        model.chat(tokenizer, "x", logits_processor=[Scripted(ids)], **settings),
+        list(model.stream_chat(tokenizer, "x", logits_processor=[Scripted(ids)], **settings))[-1],
+    ):
+        assert answer[0] == "one two three"
+    ends = glmlora.StopStringCriteria(tokenizer, "o three")
+    for text, ended in (("one two three", True), ("one two three four", False), ("three", False)):
+        row = np.array([[*tokenizer.text_ids(text)]])
+        assert ends(row, None).tolist() == [ended], text
+    first = len(prompt.chat_ids(tokenizer, "x")) + 2
+    answer, _ = model.chat(
+        tokenizer,
+        "x",
+        logits_processor=[Scripted(ids)],
+        stopping_criteria=[lambda row, scores: row.shape[1] == first],
+    )
+    assert answer == tokenizer.decode(ids[:2]).strip()
+
+
+# Streamers
+
+
+def test_text_streamers_print_what_is_said(v2, capsys):
+    model, tokenizer = v2
+    wave = tokenizer.text_ids("a \N{WAVING HAND SIGN} b")
+    shown = []
+
+    class Kept(glmlora.TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            shown.append((text, stream_end))
+
+    ids = np.array([tokenizer.encode("the prompt")])
+    settings = {"max_new_tokens": len(wave), "eos_token_id": []}
+    for streamer in (Kept(tokenizer, skip_prompt=True), Kept(tokenizer)):
+        shown.clear()
+        script = Scripted(wave)
+        out = model.generate(ids, streamer=streamer, logits_processor=[script], **settings)
+        text = "".join(t for t, _ in shown)
+        skip = streamer.skip_prompt
+        assert text == tokenizer.decode(out[0, ids.shape[1] :] if skip else out[0])
+        assert [end for _, end in shown] == [False] * (len(shown) - 1) + [True]
+        assert not any("\ufffd" in t for t, _ in shown)
+    printed = glmlora.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for _ in range(2):  # it can be used again
+        model.chat(tokenizer, "x", logits_processor=[Scripted([*wave, 2])], streamer=printed)
+        assert capsys.readouterr().out == "a \N{WAVING HAND SIGN} b\n"
+    with pytest.raises(ValueError, match="one row, got 2"):
+        model.generate(np.repeat(ids, 2, axis=0), streamer=printed, **settings)
+    with pytest.raises(ValueError, match="expected one row of ids, got 2"):
+        printed.put(np.ones((2, 3), int))
+
+
+def test_another_thread_reads_what_is_generated(v2):
+    model, tokenizer = v2
+    ids = np.array([tokenizer.encode("the prompt")])
+    settings = {"max_new_tokens": 20, "eos_token_id": []}
+    want = tokenizer.decode(model.generate(ids, **settings)[0, ids.shape[1] :])
+    failed = []
+    for given in (settings, {"max_new_tokens": 10_000}, {"max_new_token": 3}):
+        streamer = glmlora.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+
+        def work(given=given, streamer=streamer):
+            try:
+                model.generate(ids, streamer=streamer, **given)
+            except (ValueError, TypeError) as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        text = "".join(streamer)  # ends where generation fails, too
+        thread.join()
+        assert text == (want if given is settings else "")
+    assert len(failed) == 2
+    with pytest.raises(queue.Empty):
+        next(glmlora.TextIteratorStreamer(tokenizer, timeout=0.01))

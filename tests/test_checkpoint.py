@@ -6,6 +6,7 @@ Bad files are made by hand here, byte by byte, so that no writer's checks stand 
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -424,7 +425,7 @@ def test_not_a_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_torch(tmp_path / "none")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="not a regular file"):
+    with pytest.raises(ValueError, match="a regular file"):
         read_safetensors(tmp_path / "pipe")
 
 
@@ -701,6 +702,19 @@ def test_zip64(tmp_path):
     assert read_torch(path)["w"].data[1, 2] == 5
 
 
+def test_zip_without_checksums(tmp_path):
+    """As torch writes it with `torch.utils.serialization.config.save.compute_crc32 = False`."""
+    path = tmp_path / "m.bin"
+    torch_zip(path, state(tensor()))
+    data = bytearray(path.read_bytes())
+    for magic, at in (b"PK\x03\x04", 14), (b"PK\x01\x02", 16):
+        for header in re.finditer(re.escape(magic), bytes(data)):
+            data[header.start() + at : header.start() + at + 4] = bytes(4)
+    path.write_bytes(data)
+    assert all(info.CRC == 0 for info in zipfile.ZipFile(path).infolist())
+    assert read_torch(path)["w"].data[1, 2] == 5
+
+
 # Older torch files
 
 
@@ -813,7 +827,7 @@ def test_directories_without_weights(tmp_path):
         "a\\b.safetensors",
         3,
         "c:x.safetensors",
-        "x.bin",
+        "x.pt",
         "a\0.safetensors",
     ],
 )
@@ -839,10 +853,11 @@ def test_index_and_shards_must_agree(tmp_path):
     shard = good["weight_map"]["t5"]
     with pytest.raises(ValueError, match="00003-of-00003.safetensors: tensor 'extra' missing"):
         load(extra=shard)
-    with pytest.raises(
-        ValueError, match="00003-of-00003.safetensors: tensor 't5' is here, but not"
-    ):
-        load(t5=None)
+    assert_same(load(t5=None), small())  # a shard may hold more than the index says
+    write_safetensors(tmp_path / good["weight_map"]["t0"], {**small(2), "t5": np.ones(3)})
+    with pytest.raises(ValueError, match="00003-of-00003.safetensors: tensor 't5' is in another"):
+        load()
+    write_safetensors(tmp_path / good["weight_map"]["t0"], small(2))
     with pytest.raises(ValueError, match="00001-of-00003.safetensors: tensor 't5' missing"):
         load(t5=good["weight_map"]["t0"])
     (tmp_path / shard).unlink()
@@ -1021,19 +1036,6 @@ def test_atomic_directory(tmp_path):
     write_text(tmp_path / "file", "")
     with pytest.raises(NotADirectoryError, match="is a file"), atomic_directory(tmp_path / "file"):
         pass
-
-
-def test_atomic_directory_after_a_kill(tmp_path):
-    """Left by a killed process: a half-filled new folder, or the old one moved aside."""
-    path = tmp_path / "best"
-    for left in ".best.tmp", ".best.old.tmp":
-        (tmp_path / left).mkdir()
-    (tmp_path / ".best.old.tmp" / "old").write_text("kept")
-    (tmp_path / ".best.tmp" / "half").write_text("")
-    with pytest.raises(RuntimeError), atomic_directory(path) as folder:
-        assert os.listdir(folder) == []
-        raise RuntimeError
-    assert os.listdir(path) == ["old"] and os.listdir(tmp_path) == ["best"]
 
 
 def test_a_large_file_opens_without_being_read(tmp_path):

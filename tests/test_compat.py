@@ -1,5 +1,7 @@
 """Stand-ins for transformers and peft, and notebooks run untouched."""
 
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -43,6 +45,81 @@ def test_names_come_from_glmlora():
     assert "peft" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from transformers.generation import GenerationConfig",
+        "from transformers.generation.utils import GenerationConfig",
+        "from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerFast",
+        "from transformers.utils import logging; logging.get_logger(__name__).info('a')",
+        "import transformers; transformers.logging.set_verbosity_error()",
+        "import transformers.utils.logging as l; assert l.get_verbosity() >= 0",
+        "from peft import PeftModelForCausalLM, AutoPeftModelForCausalLM, PeftConfig, PeftType",
+        "from peft import prepare_model_for_int8_training, get_peft_model_state_dict",
+        "from peft.tuners.lora import LoraConfig",
+        "from peft.utils import set_peft_model_state_dict; import peft.peft_model",
+        "from peft import *; LoraConfig(r=2)",
+        "import transformers; assert 'AutoModel' in dir(transformers) and transformers.__spec__",
+    ],
+)
+def test_names_that_notebooks_import(statement):
+    compat.install()
+    exec(statement, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("from transformers import Trainer", "for transformers has no 'Trainer'.*glmlora.train"),
+        ("from transformers import AutoTokeniser", "did you mean 'AutoTokenizer'.*offers AutoC"),
+        ("from transformers import LlamaForCausalLM", "stand-in for transformers has no 'Llama"),
+        ("import transformers.models.llama.modeling_llama", "transformers.models has no 'llama"),
+        ("from transformers.generation.utils import Foo", "transformers.generation.utils has no"),
+        ("from transformers import BitsAndBytesConfig, AutoModel", "load_in_4bit"),
+        ("from peft import LoraConfg", "for peft has no 'LoraConfg' .did you mean 'LoraConfig'"),
+        ("from peft import PromptEncoderConfig", "PrefixTuningConfig"),
+        ("from peft.tuners.ia3 import IA3Config", "stand-in for peft.tuners has no 'ia3'"),
+        ("import peft.nothing", "stand-in for peft has no 'nothing'"),
+        ("from glmlora import AutoModl", "'glmlora' has no .*did you mean 'AutoModel'"),
+        ("import glmlora.modelling", "'glmlora' has no name or module 'modelling'"),
+    ],
+)
+def test_an_import_error_says_what_there_is(statement, words):
+    compat.install()
+    with pytest.raises(ImportError, match=words):
+        exec(statement, {})
+
+
+def test_packages_that_are_not_there(monkeypatch):
+    compat.install()
+    for name in ("torch", "bitsandbytes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [])  # so that torch is not found where it is installed
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    with pytest.raises(ModuleNotFoundError, match="torch is not.*glmlora needs none.*float16"):
+        importlib.import_module("torch")
+    with pytest.raises(ModuleNotFoundError, match="bitsandbytes is not.*load_in_4bit"):
+        importlib.import_module("bitsandbytes")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'never_heard_of'"):
+        importlib.import_module("never_heard_of")
+    assert importlib.util.find_spec("torch") is None
+    compat.uninstall()
+    with pytest.raises(ModuleNotFoundError, match="No module named 'torch'"):
+        importlib.import_module("torch")
+
+
+def test_stand_ins_can_be_looked_for():
+    compat.install()
+    assert importlib.util.find_spec("transformers").name == "transformers"
+    assert importlib.util.find_spec("peft.tuners.lora") is not None
+    assert importlib.util.find_spec("transformers.nothing") is None
+    assert importlib.util.find_spec("glmlora.nothing") is None
+    assert not hasattr(importlib.import_module("transformers"), "Trainer")
+    with pytest.raises(AttributeError, match="did you mean 'AutoModel'"):
+        glmlora.AutoModl  # noqa: B018
+    assert not hasattr(glmlora, "AutoModl")
+
+
 def test_the_real_package_is_not_replaced(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", type(sys)("peft"))
     with pytest.raises(RuntimeError, match="peft is imported already: restart"):
@@ -77,15 +154,28 @@ def test_an_error_names_cell_and_line(tmp_path, capfd):
     assert compat.run(path) == 1
     err = capfd.readouterr().err
     assert 'File "b.ipynb[cell 2]", line 2' in err and "wrong paper" in err
-    assert "raise ValueError('wrong paper')" in err and "compat.py" not in err
+    assert (
+        "raise ValueError('wrong paper')" in err
+        and "notebook.py" not in err
+        and "compat.py" not in err
+    )
 
 
 @pytest.mark.parametrize(
     "cell, words",
     [
-        ("x = 1\n%timeit x", "cell 1, line 2: the magic %timeit is not supported"),
-        ("%%writefile a\nb", "the magic %%writefile"),
-        ("!exit 3", "ended with 3"),
+        (
+            "x = 1\nif x:\n    %tmeit x",
+            "cell 1, line 3: the magic %tmeit is not supported (did you mean '%timeit'?)",
+        ),
+        ("%%tiem\nb", "line 1: the magic %%tiem is not supported (did you mean '%%time'?)"),
+        ("x = 1\n%%time\nx", "line 2: the magic %%time is one for a whole cell"),
+        ("%%bash\nexit 3", "line 1: %%bash ended with 3"),
+        ("%cd nowhere", "%cd nowhere: No such file or directory"),
+        ("%run nothing.py", "%run nothing.py: no such file"),
+        ("%timeit -x 1", "%timeit: unrecognized arguments: -x"),
+        ("get_ipython().foo", "get_ipython().foo is not supported"),
+        ("from google.colab import drive", "exists on Colab only"),
     ],
 )
 def test_what_cannot_run_is_refused(tmp_path, capfd, cell, words):

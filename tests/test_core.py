@@ -279,15 +279,14 @@ def test_two_models_in_two_threads():
     assert np.array_equal(got[0], want) and np.array_equal(got[1], want)
 
 
-def run_child(code, **kwargs):
+def run_child(code, *arguments, **environment):
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=os.path.dirname(__file__),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        **kwargs,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
     )
 
 
@@ -548,7 +547,7 @@ def test_a_model_larger_than_its_memory_trains_and_answers(tmp_path):
             raise SystemExit("the limit holds nothing back")
         first = run()
         for tensor in model.stored_tensors():
-            quantization.drop_pages(tensor.data)
+            _core.drop_pages(tensor.data)
         assert run() == first
         print(mapped)
     """

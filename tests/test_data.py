@@ -1,7 +1,9 @@
 """Data sets to records, records to ids, ids to ragged batches, and the order of training."""
 
+import csv
 import hashlib
 import json
+import re
 import sys
 import warnings
 
@@ -131,14 +133,21 @@ def test_checksums_only_warn(tmp_path):
         ({"script_url": "s"}, "script_url: not supported: loading scripts are not run"),
         ({"ms_hub_url": "s"}, "ms_hub_url: "),
         ({"cloud_file_name": "s"}, "cloud_file_name: "),
-        ({"formatting": "sharegpt"}, "formatting: expected 'alpaca', got 'sharegpt'"),
+        ({"formatting": "sharegtp"}, "formatting: expected 'alpaca', 'sharegpt' or 'openai'"),
         ({"ranking": True}, "ranking: "),
         ({"subset": "s"}, "subset: "),
         ({"split": "test"}, "split: "),
         ({"folder": "s"}, "folder: "),
         ({"num_samples": 3}, "num_samples: not supported: use max_samples"),
-        ({"tags": {"role_tag": "r"}}, "tags: "),
-        ({"columns": {"messages": "m"}}, "columns: expected keys from .*'messages'"),
+        ({"tags": {"role_tag": "r"}}, "tags: need a column of messages"),
+        ({"tags": {"rol_tag": "r"}}, "tags: expected keys .* \\(did you mean 'role_tag'"),
+        ({"tags": {"role_tag": 1}}, "tags: role_tag: expected a name, got 1"),
+        ({"tags": []}, "tags: expected an object"),
+        ({"columns": {"promt": "m"}}, "expected keys from .*'promt' \\(did you mean 'prompt'"),
+        ({"columns": {"messages": "m", "prompt": "p"}}, "expected messages or prompt, got both"),
+        ({"columns": {"chosen": "c"}}, "columns: chosen: not supported: only the sft"),
+        ({"columns": {"images": "c"}}, "columns: images: not supported"),
+        ({"columns": {"tools": "c"}}, "columns: tools: not supported"),
         ({"columns": {"prompt": "instruction"}}, "columns: expected the key 'response'"),
         (
             {"columns": {"prompt": 1, "response": "o"}},
@@ -202,7 +211,7 @@ def test_unknown_names_and_files(tmp_path):
         (
             {"a.json": [{"prompt": "x"}]},
             "a.json",
-            "expected columns instruction, output, got prompt",
+            "expected a column 'response' or 'output', got prompt; `columns` in",
         ),
         (
             {"a.json": [{**ROWS[0], "instruction": {"a": 1}}]},
@@ -270,8 +279,9 @@ def test_data_frames():
         kept = records_from(frame.assign(output=[1, None]))
     assert [r["response"] for r in kept] == ["1.0"]
     texts = sorted(str(warning.message) for warning in found)
-    assert len(texts) == 3 and "all answers look like '1.0'" in texts[2]
     assert texts[1] == "1 row skipped, answer empty or missing: DataFrame row 1"
+    assert len(texts) == 4 and "all answers look like '1.0'" in texts[2]
+    assert texts[3] == "DataFrame: columns not used: uuid (2 rows)"
     with pytest.warns(UserWarning, match="prompt empty"):
         assert len(records_from(frame.assign(instruction=["a", pandas.NA]))) == 1
     with pytest.raises(
@@ -430,6 +440,7 @@ def test_pieces_are_laid_out_in_order(monkeypatch):
     assert data.n_cut == 1
     assert calls[1] == "vendored"  # ChatGLM3's own answers begin with a line of metadata
     options = {"truncation": "vendored", "source_prefix": "P:", "template": "vendored"}
+    options["system"] = None
     assert calls[0] == ("tok", "ab", "q", [["h", "i"]], 9, options)
     with pytest.raises(ValueError, match="^records: "):
         encode_records([], "tok")
@@ -646,3 +657,296 @@ def test_rows_stand_as_they_are(tmp_path):
     assert read_rows(tmp_path / "a.csv") == [{"a": "0", "b": "1.0"}]
     with pytest.raises(ValueError, match="ending in .csv, .json or .jsonl"):
         read_rows("a.xlsx")
+
+
+def _rows(tmp_path, name, data):
+    """(rows, texts of the warnings) of a file."""
+    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        rows = read_rows(tmp_path / name)
+    return rows, " | ".join(str(w.message) for w in told)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("a,b\n1," + "x" * 140_000 + "\n", ""),
+        ('a,b\nThe "best" one,"2""3"\n', ""),
+        ('a,b\n"He said "no" twice",2\n', "line 2: .* read as pandas does|pandas"),
+        ("a,b\r1,2\r3,4", ""),
+        ('a,b\r\n1,"2\r\n3"\r\n\r\n', ""),
+        ("a,b,,\n1,2,,\n3,4,,\n", ""),
+        ("a,b,Unnamed: 2\n1,2,\n", ""),
+        (",a,b\n0,1,2\n", ""),
+        ("\ufeffa,b\n1,2\n", ""),
+        ("标题,b\n摘要,2\n".encode("gb18030"), "read as GB18030"),
+        ("标题,b\n摘要,2\n".encode("utf-16"), "UTF-16"),
+        ("a\tb\n1\t2,3\n", "separated by tabs"),
+        ("a;b\n1;2,5\n", "separated by semicolons"),
+    ],
+)
+def test_csv_as_pandas_reads_it(tmp_path, data, told):
+    pandas = pytest.importorskip("pandas")
+    rows, said = _rows(tmp_path, "a.csv", data)
+    assert bool(said) == bool(told) and (not told or re.search(told, said)), said
+    encoding = {"read as GB18030": "gb18030", "UTF-16": "utf-16"}.get(told, "utf-8-sig")
+    delimiter = {"separated by tabs": "\t", "separated by semicolons": ";"}.get(told, ",")
+    frame = pandas.read_csv(
+        tmp_path / "a.csv", dtype=str, encoding=encoding, sep=delimiter, keep_default_na=False
+    )
+    blank = [n for n in frame.columns if n.startswith("Unnamed") and not frame[n].any()]
+    assert rows == frame.drop(columns=blank).to_dict("records")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected", "told"),
+    [
+        ("a.csv", "a,b\n1,2,,\n", [{"a": "1", "b": "2"}], ""),
+        ("a.csv", '[{"a": 1}]', [{"a": 1}], "holds JSON"),
+        ("a.jsonl", '[{"a": 1},\n{"a": 2}]', [{"a": 1}, {"a": 2}], ""),
+        ("a.json", '{"a": 1}\n', [{"a": 1}], ""),
+        ("a.json", '{"a": "好"}\n'.encode("gbk"), [{"a": "好"}], "GB18030"),
+        ("a.json", '{"v": 1, "data": [{"a": 1}]}', [{"a": 1}], "list 'data' is read; not used: v"),
+        (
+            "a.json",
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            [{"messages": [{"role": "user", "content": "x"}]}],
+            "",
+        ),
+    ],
+)
+def test_rows_are_read_where_it_is_certain(tmp_path, name, data, expected, told):
+    rows, said = _rows(tmp_path, name, data)
+    assert rows == expected and bool(said) == bool(told) and told in said
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.csv", "a,b\ncafé,é\n".encode("cp1252"), "not UTF-8: byte 0xe9 at offset 7; save"),
+        ("a.csv", "a,b\n1,2,3\n", "line 2: expected 2 cells as in the header, got 3"),
+        ("a.csv", 'a,b\n1,2\n"x,1\ny,2\n', "line 3: a quote is opened and never closed"),
+        ("a.csv", "a,b\n1,\0\n", "line 2: not text: has a NUL"),
+        ("a.csv", b"PK\x03\x04\0", "an Excel workbook; save it as CSV"),
+        ("a.json", '{"a": ["x"], "b": ["y"]}', "an object of columns; .*orient='records'"),
+        ("a.json", '{"a": {"0": "x"}}', "an object of columns"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', "line 2: .*key 'a' stands twice"),
+        ("a.json", " ", "the file is empty"),
+    ],
+)
+def test_rows_that_are_refused(tmp_path, name, data, message):
+    with pytest.raises(ValueError, match=message):
+        _rows(tmp_path, name, data)
+
+
+def test_the_limit_of_cells_is_left_as_it_was(tmp_path):
+    before = csv.field_size_limit()
+    _rows(tmp_path, "a.csv", "a\n" + "x" * (before + 1))
+    assert csv.field_size_limit() == before
+
+
+def test_columns_cost_no_more_than_their_number(tmp_path):
+    """20,000 columns: comparing each with each would be 400 million steps."""
+    names = ["instruction", "output", *(f"c{i}" for i in range(20_000))]
+    data = ",".join(names) + "\n" + ",".join("1" for _ in names) + "\n"
+    (tmp_path / "a.csv").write_text(data)
+    with pytest.warns(UserWarning, match="not used: c0 .1 row., .*20000 columns in all"):
+        assert records_from(tmp_path / "a.csv") == [record("1", "", "1")]
+
+
+# Conversations, and what is not used
+
+
+def _conversation(*turns, role="role", content="content"):
+    return [{role: who, content: text} for who, text in turns]
+
+
+ROUND = (("user", "q"), ("assistant", "a"))
+USER = _conversation(*ROUND)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": USER}, record("q", "", "a")),
+        ({"conversations": USER, "id": None}, record("q", "", "a")),
+        (
+            {"conversations": _conversation(("human", "q"), ("gpt", "a"), role="from",
+                                            content="value")},
+            record("q", "", "a"),
+        ),
+        ({"messages": json.dumps(USER)}, record("q", "", "a")),  # a cell of a csv
+        (
+            {"messages": _conversation(("system", "s"), *ROUND)},
+            {**record("q", "", "a"), "system": "s"},
+        ),
+        ({"messages": USER, "system": "s"}, {**record("q", "", "a"), "system": "s"}),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, USER[1]]},
+         record("q", "", "a")),
+        (
+            {"instruction": "q", "output": "a", "system": "s", "history": _conversation(*ROUND)},
+            {**record("q", "", "a", [["q", "a"]]), "system": "s"},
+        ),
+        ({"query": "q", "response": "a"}, record("q", "", "a")),
+        ({"content": "q", "summary": "a"}, record("q", "", "a")),
+        ({"question": "q", "answer": "a"}, record("q", "", "a")),
+        ({"prompt": "q", "completion": "a"}, record("q", "", "a")),
+        ({"instruction": "q", "input": "i", "answer": "x", "output": "a"}, record("q", "i", "a")),
+    ],
+)  # fmt: skip
+def test_forms_of_records(row, expected, tmp_path):
+    """Alike from a list, from a file, and from a data set whose entry says nothing."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    make_set(tmp_path, {"b.json": [row]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if "answer" in row and "output" in row else "error")
+        assert records_from([row]) == [expected]
+        assert records_from(tmp_path / "a.jsonl") == [expected]
+        assert load_datasets("d", tmp_path) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("row", "told", "kept"),
+    [
+        ({"messages": _conversation(*ROUND, *ROUND)}, "1 row have several answers", [["q", "a"]]),
+        ({"messages": _conversation(*ROUND, ("user", "x"))}, "end in a question without", []),
+        ({"messages": [{**USER[0], "weight": 0}, USER[1]]}, "have 'weight' in their messages", []),
+        ({"messages": _conversation(("tool", "x"), *ROUND)}, "skipped, a 'tool' message", None),
+        ({"messages": [USER[0], {**USER[1], "tool_calls": [1]}]}, "skipped, calls of tools", None),
+        ({"messages": _conversation(*reversed(ROUND))}, "skipped, a assistant message", None),
+        ({"messages": _conversation(ROUND[0], *ROUND)}, "skipped, a user message stands", None),
+        ({"messages": USER[:1]}, "skipped, answer empty or missing", None),
+        ({"messages": []}, "skipped, answer empty or missing", None),
+        ({"messages": _conversation(ROUND[0], ("assistant", ""))}, "skipped, answer empty", None),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, USER[1]]},
+            "skipped, messages with a part of type 'image_url'",
+            None,
+        ),
+        ({"messages": USER, "tools": ["t"]}, "columns not used: tools .1 row", []),
+    ],
+)
+def test_what_is_not_learnt_from_is_told(row, told, kept):
+    rows = [row, {"messages": USER}]
+    with pytest.warns(UserWarning, match=told):
+        records = records_from(rows)
+    assert [r["history"] for r in records] == ([] if kept is None else [kept]) + [[]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "x"}, "row 0: messages: expected a list of messages, got 'x'"),
+        ({"messages": {"a": 1}}, "messages: expected a list of messages, got dict"),
+        ({"messages": ["x"]}, r"messages\[0\]: expected a message, got str"),
+        ({"messages": [{"rol": "user"}]}, r"\[0\]: expected a message with 'role' or 'from'"),
+        ({"messages": [{"role": "user"}]}, "expected a message with 'content' or 'value'"),
+        ({"messages": _conversation(("usr", "x"))}, "got 'usr' \\(did you mean 'user'"),
+        ({"messages": USER, "conversations": USER}, "messages and conversations, got both"),
+        ({"instruktion": "q", "output": "a"}, "'instruktion' \\(did you mean 'instruction'"),
+        ({"Instruction": "q", "Output": "a"}, "'Instruction' \\(did you mean 'instruction'"),
+        ({"prompt": "p", "response": "r", "history": [{"role": "user", "content": "x"}]},
+         "history: answer empty or missing"),
+    ],
+)  # fmt: skip
+def test_bad_conversations(row, message):
+    with pytest.raises(ValueError, match=message):
+        records_from([row])
+
+
+def test_entries_of_conversations(tmp_path):
+    rows = [{"talk": _conversation(("u", "q"), ("a", "r"), role="who", content="what"), "sys": "s"}]
+    tags = {"role_tag": "who", "content_tag": "what", "user_tag": "u", "assistant_tag": "a"}
+    columns = {"messages": "talk", "system": "sys"}
+    make_set(tmp_path, {"a.json": rows}, formatting="sharegpt", columns=columns, tags=tags)
+    assert load_datasets("d", tmp_path) == [{**record("q", "", "r"), "system": "s"}]
+    make_set(tmp_path, {"b.json": ROWS}, formatting="sharegpt")
+    with pytest.raises(ValueError, match="expected column conversations, got input"):
+        load_datasets("d", tmp_path)
+
+
+def test_columns_that_are_not_used_are_counted(tmp_path):
+    rows = [*ROWS, {**ROWS[0], "note": "n"}, {**ROWS[0], "note": "", "uuid": 3}]
+    text = "columns not used: note \\(1 row\\), uuid \\(1 row\\)"
+    with pytest.warns(UserWarning, match=f"data: {text}"):
+        records_from(rows)
+    make_set(tmp_path, {"a.json": rows})
+    with pytest.warns(UserWarning, match=f"d: {text}"):
+        load_datasets("d", tmp_path)
+    columns = {"prompt": "instruction", "response": "output"}
+    make_set(tmp_path, {"a.json": rows}, columns=columns)
+    with pytest.warns(UserWarning, match="not used: input \\(4 rows\\), note"):
+        load_datasets("d", tmp_path)
+
+
+def test_dicts_and_data_sets_of_other_libraries():
+    with pytest.raises(TypeError, match="got dict; pandas.DataFrame"):
+        records_from({"instruction": ["i"], "output": ["a"]})
+
+    class Dataset:
+        """As of the library datasets: an iterable of dicts with the names of its columns."""
+
+        column_names = ("instruction", "output")
+
+        def __iter__(self):
+            return iter([{"instruction": "q", "output": "a"}])
+
+        def __len__(self):
+            return 1
+
+    assert records_from(Dataset()) == [record("q", "", "a")]
+    with pytest.raises(TypeError, match=r"one of its data sets, e.g. data\['train'\]"):
+        records_from({"train": Dataset()})
+
+
+@pytest.mark.parametrize("history", [[], [["h", "i"]]])
+def test_a_system_message_is_in_the_prompt(shared, history):
+    """As the family's chats have it; whole too where the prompt is cut."""
+    from glmlora.tokenization import AutoTokenizer
+
+    for family in ("v2", "v3"):
+        place = str(shared / "golden/tokenizer-chatglm2")
+        tokenizer = AutoTokenizer.from_pretrained(place, family=family)
+        messages = [
+            {"role": "system", "content": "be kind"},
+            *(m for q, a in history for m in _conversation(("user", q), ("assistant", a))),
+            {"role": "user", "content": "who?"},
+        ]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        row = {**record("who?", "", "x", history), "system": "be kind"}
+        data = encode_records([row], tokenizer)
+        assert data.source(0).tolist() == list(expected)
+        row["prompt"] *= 100
+        cut = tokenizer.decode(encode_records([row], tokenizer, 60).source(0).tolist())
+        assert "be kind" in cut and cut.count("who?") > 5
+
+
+def test_missing_files_are_named_with_the_nearest(tmp_path):
+    make_set(tmp_path / "data", {"rows.json": ROWS})
+    for directory, name, message in (
+        ("dat", "d", "dataset_dir: .*dat/dataset_info.json: .*did you mean 'data'"),
+        ("data/x/y", "d", "there is no .*data/x"),
+        ("data", "rows.json", "not in .*; for that file, add an entry with file_name 'rows.json'"),
+        ("data", "dd", "not in .*did you mean 'd'"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_datasets(name, tmp_path / directory)
+    make_set(tmp_path / "data", {}, file_name="row.json")
+    with pytest.raises(FileNotFoundError, match="row.json does not exist .did you mean 'rows.json"):
+        load_datasets("d", tmp_path / "data")
+
+
+def test_cut_answers_are_told(tokenizer, capsys):
+    from types import SimpleNamespace
+
+    from glmlora.training.arguments import DataArguments
+    from glmlora.training.records import encode
+
+    fits, longer = record(response="1 2 3"), record(response="1 2 3 4")
+    length = len(encode_records([fits], tokenizer).target(0))
+    data = encode_records([fits, longer], tokenizer, max_target_length=length)
+    assert data.n_answers_cut == 1 and len(data.target(1)) == length
+    config = SimpleNamespace(seq_length=2048, padded_vocab_size=65024)
+    encode([fits, longer], tokenizer, DataArguments(max_target_length=length), config, "data")
+    assert "1 of 2 answers were longer than max_target_length" in capsys.readouterr().out

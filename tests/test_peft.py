@@ -3,15 +3,18 @@
 import inspect
 import json
 import pydoc
+import random
+import re
 
 import numpy as np
 import pytest
 from tiny import TINY_CONFIG, tiny_model_dir
 
 import glmlora
-from glmlora import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from glmlora import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from glmlora.families import Family
 from glmlora.files.checkpoint import read_json, write_json, write_safetensors, write_torch
+from glmlora.model.patterns import Pattern
 from glmlora.model.peft import trainable_line
 
 V = TINY_CONFIG["padded_vocab_size"]
@@ -176,7 +179,6 @@ def test_targets(directory):
         ({"target_modules": "("}, "target_modules.*regular expression"),
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"bias": "lora_only"}, "bias"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"modules_to_save": ["output_layer"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "loftq"}, "loftq"),
@@ -196,7 +198,143 @@ def test_what_a_config_refuses(settings, message):
         LoraConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("word", "right"),
+    [
+        ("rank", "r"),
+        ("lora_r", "r"),
+        ("alpha", "lora_alpha"),
+        ("dropout", "lora_dropout"),
+        ("target_module", "target_modules"),
+        ("targets", "target_modules"),
+        ("rslora", "use_rslora"),
+        ("layer_to_transform", "layers_to_transform"),
+    ],
+)
+@pytest.mark.parametrize("value", [8, None])
+def test_a_misspelt_setting_is_told_the_right_word(word, right, value):
+    with pytest.raises(TypeError, match=f"LoraConfig: unknown argument '{word}'.*mean '{right}'"):
+        LoraConfig(**{word: value})
+
+
+def test_settings_of_other_versions():
+    """Those that do not change the numbers are taken, whatever they say."""
+    config = LoraConfig(
+        peft_type="LORA",
+        megatron_config={"a": 1},
+        megatron_core="other",
+        runtime_config={"ephemeral_gpu_offload": True},
+        qalora_group_size=32,
+        loftq_config={"loftq_bits": 4},
+        use_dora=False,
+        peft_version="0.99",
+    )
+    assert config.to_dict() == LoraConfig().to_dict()
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        assert LoraConfig(fan_in_fan_out=True).fan_in_fan_out is False
+    with pytest.raises(TypeError, match="PrefixTuningConfig.*mean 'num_virtual_tokens'"):
+        PrefixTuningConfig(pre_seq_len=3)
+    with pytest.raises(ValueError, match="encoder_hidden_size 9"):
+        PrefixTuningConfig(num_virtual_tokens=3, encoder_hidden_size=9)
+    assert PrefixTuningConfig(num_virtual_tokens=3, num_layers=2, token_dim=32).init_std == 1.0
+
+
+ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"target_modules": "All-Linear"}, ALL),
+        ({"target_modules": ["all-linear"]}, ALL),
+        ({"target_modules": ["all"]}, ALL),
+        ({"target_modules": ALL, "exclude_modules": ["dense"]}, [ALL[0], *ALL[2:]]),
+        ({"target_modules": "all-linear", "exclude_modules": r".*mlp.*"}, ALL[:2]),
+        ({"target_modules": r"(?!.*mlp).*\.(dense|query_.*)"}, ALL[:2]),
+    ],
+)
+def test_which_modules_are_meant(directory, tmp_path, settings, expected):
+    model = load(directory)
+    found = LoraConfig(**settings).targets(model)
+    assert [n.rpartition(".")[2] for n in found] == 2 * expected
+    get_peft_model(model, LoraConfig(init_lora_weights=False, **settings)).save_pretrained(tmp_path)
+    again = LoraConfig.from_pretrained(tmp_path)
+    assert again.targets(model) == found
+
+
+def test_a_target_that_is_not_there_is_told_the_nearest(directory):
+    model = load(directory)
+    with pytest.raises(ValueError, match="did you mean 'query_key_value'"):
+        LoraConfig(target_modules=["query_key_valu"]).targets(model)
+    with pytest.warns(UserWarning, match="did you mean 'dense_h_to_4h'"):
+        LoraConfig(target_modules=["dense", "dense_h_to_h4"]).targets(model)
+    with pytest.raises(ValueError, match="layers_pattern"):
+        LoraConfig(layers_pattern="layers")
+    found = LoraConfig(layers_to_transform=[0, 1], layers_pattern=["h", "layers"]).targets(model)
+    assert len(found) == 2
+    with pytest.raises(ValueError, match="no module of this model matches in layers"):
+        LoraConfig(layers_to_transform=0, layers_pattern="h").targets(model)
+
+
+@pytest.mark.parametrize("pattern", ["(.+)+x", "(a|a|.)*(.|..)*y", "((.{1,99}){1,99}){1,99999}z"])
+def test_regular_expressions_end_in_time(directory, pattern):
+    """With Python's own matcher each of these would run for ages."""
+    model = load(directory)
+    with pytest.raises(ValueError, match="no module of this model matches"):
+        LoraConfig(target_modules=pattern).targets(model)
+    config = LoraConfig(target_modules=["dense"], rank_pattern={pattern: 2})
+    assert {rank for rank, _ in config.targets(model).values()} == {8}
+
+
+def test_regular_expressions_mean_what_they_mean_in_python():
+    rng = random.Random(0)
+    atoms = "a b . [ab] [^a-c] \\w (a|b) (ab)* a* a+? b{1,2} (a?b){0,3} (?=a) (?!b) ^ $ \\b (a|)* "
+    atoms += "(?:b|ab) (a*)* (b?){2,5} \\d \\. \\B \\A \\Z \\S"
+    for _ in range(3000):
+        pattern = "".join(rng.choice(atoms.split()) for _ in range(rng.randint(1, 5)))
+        if rng.random() < 0.3:
+            pattern = f"({pattern})" + rng.choice(["*", "+", "?", "{2}", "{1,3}", "{2,}"])
+        text = "".join(rng.choice("ab.1\n") for _ in range(rng.randint(1, 7)))
+        try:
+            expected = re.fullmatch(pattern, text) is not None
+        except re.error:
+            continue
+        assert Pattern(pattern).fullmatch(text) == expected, (pattern, text)
+    for pattern in (r"(a)\1", "(?i)a", "(?<=a)b", "(", "a" * 5000, "(" * 3000):
+        with pytest.raises(ValueError, match="regular expression"):
+            Pattern(pattern)
+
+
 # Files
+
+
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        lambda n: n.replace(".weight", ".default.weight"),
+        lambda n: n.replace(".weight", ".my-own_1.weight"),
+        lambda n: "_orig_mod." + n,
+        lambda n: "module." + n,
+        lambda n: "module._orig_mod." + n.replace(".weight", ".default.weight"),
+        lambda n: n.replace(".model.", ".model._orig_mod.module."),
+        lambda n: "_fsdp_wrapped_module." + n.replace("layers.0.", "layers.0._orig_mod."),
+    ],
+)
+def test_names_that_wrappers_give(directory, tmp_path, renamed):
+    path, want = adapter_files(tmp_path, directory)
+    arrays = {n: np.array(a) for n, a in glmlora.load_state_dict(path).items()}
+    (path / "adapter_model.safetensors").unlink()
+    write_torch(path / "adapter_model.bin", {renamed(n): a for n, a in arrays.items()})
+    assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+    # a second name of the same tensor is none too many, of another it is
+    write_safetensors(
+        path / "adapter_model.safetensors", {**arrays, **{renamed(n): a for n, a in arrays.items()}}
+    )
+    assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+    other = {renamed(n): a + 1 for n, a in arrays.items()}
+    write_safetensors(path / "adapter_model.safetensors", {**arrays, **other})
+    with pytest.raises(ValueError, match="are the same tensor of two adapters"):
+        PeftModel.from_pretrained(load(directory), path)
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -270,6 +408,12 @@ def test_old_and_new_configs_are_read(directory, tmp_path):
         "use_dora": False,
         "exclude_modules": None,
         "never_heard_of": "",
+        "megatron_config": {"num_layers": 2},
+        "runtime_config": {"ephemeral_gpu_offload": False},
+        "init_lora_weights": "eva",
+        "eva_config": {"rho": 2.0},
+        "layer_replication": None,
+        "use_qalora": False,
     }
     write_json(path / "adapter_config.json", {**config, **new})
     assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
@@ -364,6 +508,158 @@ def test_a_failed_save_leaves_the_old_adapter(directory, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not [p for p in path.iterdir() if p.name.endswith(".tmp")]
     assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+
+
+# PEFT's parameters and functions
+
+
+def test_peft_loads_by_its_own_names(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    meaningless = dict(
+        autocast_adapter_dtype=False,
+        ephemeral_gpu_offload=True,
+        low_cpu_mem_usage=True,
+        torch_device="cpu",
+        device_map="auto",
+        torch_dtype="float16",
+        local_files_only=True,
+        token=None,
+    )
+    model = PeftModel.from_pretrained(
+        model=load(directory), model_id=tmp_path, subfolder="adapter", **meaningless
+    )
+    assert np.array_equal(logits(model), want) and model.dtype == "float32"
+    model.load_adapter(model_id=path, adapter_name="b", is_trainable=True, **meaningless)
+    assert model.active_adapters == ["default"]
+    config = PeftConfig.from_pretrained(tmp_path, subfolder="adapter", revision="main")
+    assert type(config) is LoraConfig and isinstance(config, PeftConfig) and config.r == 4
+    again = PeftModel.from_pretrained(load(directory), path, config=config)
+    assert again.active_peft_config is config
+    for keywords, error in (
+        ({"key_mapping": {"a": "b"}}, "key_mapping"),
+        ({"adaptor_name": "x"}, "did you mean 'adapter_name'"),
+        ({"adapter_name": "a.b"}, "adapter_name: expected a word"),
+        ({"config": 3}, "config: expected a LoraConfig"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            PeftModel.from_pretrained(load(directory), path, **keywords)
+    with pytest.raises(TypeError, match="model: expected a model of glmlora"):
+        PeftModel.from_pretrained(str(directory), path)
+
+
+def test_a_model_from_the_adapters_directory_alone(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory, base_model_name_or_path=str(directory))
+    model = glmlora.AutoPeftModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    assert np.array_equal(logits(model), want)
+    half = glmlora.AutoPeftModelForCausalLM.from_pretrained(path, torch_dtype="float16")
+    assert half.dtype == "float16"
+    config = read_json(path / "adapter_config.json")
+    for base, error in (("THUDM/nowhere", "'THUDM/nowhere': there is no such"), (None, "None")):
+        config["base_model_name_or_path"] = base
+        write_json(path / "adapter_config.json", config)
+        with pytest.raises((OSError, ValueError), match=f"adapter_config.json: base.*{error}"):
+            glmlora.AutoPeftModelForCausalLM.from_pretrained(path)
+
+
+def test_tensors_in_and_out(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    source = PeftModel.from_pretrained(load(directory), path)
+    state = glmlora.get_peft_model_state_dict(source)
+    assert set(state) == set(glmlora.load_state_dict(path))
+    model = get_peft_model(load(directory), LoraConfig(r=4))
+    named = {"module." + n.replace(".weight", ".default.weight"): a for n, a in state.items()}
+    other = {n.replace(".default.", ".b."): a + 1 for n, a in named.items()}
+    glmlora.set_peft_model_state_dict(model, {**named, **other})
+    assert np.array_equal(logits(model), want)
+    model.add_adapter("b", LoraConfig(r=4))
+    glmlora.set_peft_model_state_dict(model, other, adapter_name="b")
+    found = glmlora.get_peft_model_state_dict(model, adapter_name="b")
+    assert all(np.array_equal(found[n], a + 1) for n, a in state.items())
+    found = glmlora.get_peft_model_state_dict(model, {**named, **other}, adapter_name="default")
+    assert all(np.array_equal(found[n], a) for n, a in state.items())
+    for change, error in (
+        (lambda s: s.popitem(), "missing .*lora_B"),
+        (lambda s: s.update(x=np.ones(1)), "not expected base_model.model.x"),
+        (lambda s: s.update({QKV.format(0, "A"): np.ones((3, 3))}), r".*lora_A.*\(3, 3\)"),
+    ):
+        wrong = dict(state)
+        change(wrong)
+        with pytest.raises(ValueError, match=f"state_dict: does not fit this model: {error}"):
+            glmlora.set_peft_model_state_dict(model, wrong)
+    assert np.array_equal(logits(model), want)
+
+
+def test_a_base_is_prepared_for_training(directory):
+    base = load(directory).requires_grad_(True)
+    assert glmlora.prepare_model_for_kbit_training(base) is base
+    assert not base.trainable_names and base.gradient_checkpointing
+    assert get_peft_model(base, LoraConfig()).trainable_names
+
+
+def test_adapters_come_and_go(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    model = PeftModel.from_pretrained(load(directory), path)
+    plain = logits(load(directory))
+    with pytest.raises(ValueError, match="is the only adapter"):
+        model.delete_adapter("default")
+    model.load_adapter(path, "b")
+    with pytest.raises(ValueError, match="did you mean 'default'"):
+        model.set_adapter("defalt")
+    with pytest.raises(ValueError, match="one adapter is active"):
+        model.set_adapter(["b", "default"])
+    with pytest.warns(UserWarning, match="'default' was active, 'b' is now"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["b"] and np.array_equal(logits(model), want)
+    model.disable_adapter_layers()
+    assert np.array_equal(logits(model), plain)
+    model.enable_adapter_layers()
+    assert np.array_equal(logits(model), want)
+    for name in ("add_weighted_adapter", "merge_adapter", "push_to_hub"):
+        with pytest.raises(AttributeError, match=f"PeftModel.{name} is not supported"):
+            getattr(model, name)
+    with pytest.raises(ValueError, match="mixed"):
+        get_peft_model(load(directory), LoraConfig(), mixed=True)
+    assert PeftModel(load(directory), LoraConfig(r=2)).trainable_names
+
+
+def test_several_adapters_are_merged(directory, tmp_path):
+    path, want = adapter_files(tmp_path, directory)
+    model = PeftModel.from_pretrained(load(directory), path)
+    model.load_adapter(path, "b")
+    once = PeftModel.from_pretrained(load(directory), path).merge_and_unload(True, safe_merge=True)
+    twice = PeftModel.from_pretrained(once, path).merge_and_unload()
+    both = model.merge_and_unload(adapter_names=["b", "default"])
+    assert np.array_equal(logits(both), logits(twice))
+    with pytest.raises(ValueError, match="was merged or unloaded"):
+        model.save_pretrained(tmp_path / "merged")
+    model = PeftModel.from_pretrained(load(directory).half(), path)
+    before = logits(model)
+    state = model.state_dict()
+    large = {n: np.full_like(a, 300) for n, a in state.items()}
+    glmlora.set_peft_model_state_dict(model, large)
+    with pytest.raises(ValueError, match="safe_merge: .*query_key_value.weight"):
+        model.merge_and_unload(safe_merge=True)
+    glmlora.set_peft_model_state_dict(model, state)
+    assert np.array_equal(logits(model), before)
+
+
+def test_what_is_saved_can_be_chosen(directory, tmp_path):
+    path, _ = adapter_files(tmp_path, directory)
+    model = PeftModel.from_pretrained(load(directory), path)
+    model.load_adapter(path, "b")
+    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    assert not (tmp_path / "x").exists()
+    model.save_pretrained(save_directory=tmp_path / "x", selected_adapters=["b"], token=None)
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["b"]
+    for keywords, error in (
+        ({"selected_adapters": ["c"]}, "'c' is not one of"),
+        ({"push_to_hub": True}, "push_to_hub"),
+        ({"save_embedding_layers": True}, "save_embedding_layers"),
+        ({"safe_serialisation": False}, "did you mean 'safe_serialization'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            model.save_pretrained(tmp_path / "y", **keywords)
+    assert not (tmp_path / "y").exists()
 
 
 # The wrapper

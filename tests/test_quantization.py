@@ -76,7 +76,9 @@ def test_quantize_replaces_the_linears_and_nothing_else(base, bits, group):
     assert base.config.quantization_group_size == group
     assert base.get_memory_footprint() < footprint
     assert dict(base.named_parameters())[QKV].dtype == f"int{bits}"
-    again = base.quantize(4 if bits == 8 else 8)
+    with pytest.raises(ValueError, match=f"stored in {bits} bits"):
+        base.quantize(4 if bits == 8 else 8)
+    again = base.quantize(bits)
     assert again is base and base.config.quantization_bit == bits
     assert np.array_equal(base.state_dict()[QKV], state[QKV])
 

@@ -17,13 +17,15 @@ ROOT = PACKAGE.parent
 
 # Folders and top-level modules from the ground up; those on one floor do not import each other.
 FLOORS = (
-    ("_core",),
+    ("_core", "interrupts", "names", "tell"),
     ("families", "files"),
-    ("batch", "seeds", "tokenization"),
+    ("batch", "encoding", "seeds"),
+    ("tokenization",),
     ("generation",),
     ("model",),
     ("training",),
     ("tables", "tools"),
+    ("notebook", "standins"),
     ("compat",),
     ("cli",),
     ("__main__",),

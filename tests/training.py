@@ -18,6 +18,8 @@ QUIET = {"disable_tqdm": True, "plot_loss": False}
 def model_dir(parent: Path, **overrides: Any) -> str:
     """A tiny ChatGLM2 directory with a tokenizer that fits it."""
     sizes = {"padded_vocab_size": 560, "seq_length": 256, "_name_or_path": "", **overrides}
+    if not sizes["_name_or_path"]:
+        sizes["glmlora_family"] = "v2"  # else it would be guessed, with a warning
     directory = tiny.tiny_model_dir(parent, **sizes)
     tiny.tiny_tokenizer_dir(directory)
     return str(directory)
@@ -49,6 +51,8 @@ def run(model: Any, out: Path, data: Any = None, **overrides: Any) -> TrainResul
         **QUIET,
         **overrides,
     }
+    if settings.get("max_steps", 0) > 0:  # in place of epochs
+        settings.pop("num_train_epochs")
     return glmlora.train(model, records() if data is None else data, **settings)
 
 

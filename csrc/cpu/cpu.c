@@ -14,7 +14,7 @@
 static void *cpu_alloc(struct glm_backend *be, size_t bytes)
 {
     const size_t slack = 64, large = (size_t)8 << 20;
-    be->allocated++;
+    __atomic_fetch_add(&be->allocated, 1, __ATOMIC_RELAXED); /* callers of several threads */
     if (bytes > SIZE_MAX / 2)
         return NULL;
     return bytes < large ? aligned_alloc(64, (bytes + 63) / 64 * 64 + slack)

@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include "mapped.h"
+
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -34,18 +36,19 @@ struct share {
 };
 
 struct glm_pool {
-    int threads; /* asked for, the caller's included */
+    atomic_int threads; /* asked for, the caller's included */
+    int refused; /* a worker could not be started: not tried again until others are asked for */
     int workers; /* running */
     long pid;    /* whose workers they are */
     pthread_t worker[MAX_THREADS];
     char *scratch[MAX_THREADS]; /* one per worker, the last used by the caller */
-    char *caller_scratch;
+    char *caller_scratch, *second_scratch;
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
     /* Runs so far twice, plus one while a run takes workers in, times INSIDE; plus the workers that
      * it took in. A worker that sleeps through a run is not waited for. */
     atomic_ullong state;
-    atomic_int asleep, waiting, stop, busy, quit;
+    atomic_int asleep, waiting, stop, busy, second_busy, quit;
     struct share share[MAX_THREADS]; /* the caller's first */
     int shares, take;                /* take: tasks at a time */
     glm_task fn;
@@ -106,6 +109,7 @@ static void *worker_main(void *arg)
     struct glm_pool *pool = seat.pool;
     unsigned long long seen = 0;
     free(arg);
+    glm_guard_always();
     for (;;) {
         for (int spin = 0; spin < SPINS && !called(pool, seen); spin++)
             relax();
@@ -171,7 +175,10 @@ struct glm_pool *glm_pool_create(void)
         return NULL;
     memset(pool, 0, sizeof *pool);
     pool->caller_scratch = glm_aligned(GLM_SCRATCH);
-    if (!pool->caller_scratch) {
+    pool->second_scratch = glm_aligned(GLM_SCRATCH);
+    if (!pool->caller_scratch || !pool->second_scratch) {
+        free(pool->caller_scratch);
+        free(pool->second_scratch);
         free(pool);
         return NULL;
     }
@@ -212,6 +219,7 @@ void glm_pool_destroy(struct glm_pool *pool)
     for (int i = 0; i < MAX_THREADS; i++)
         free(pool->scratch[i]);
     free(pool->caller_scratch);
+    free(pool->second_scratch);
     free(pool);
 }
 
@@ -222,27 +230,28 @@ static void start_workers(struct glm_pool *pool)
     if (pool->pid != (long)getpid()) {
         pool->workers = 0;
         pool->pid = (long)getpid();
+        pool->refused = 0;
         pthread_mutex_init(&pool->mutex, NULL);
         pthread_cond_init(&pool->wake, NULL);
         pthread_cond_init(&pool->done, NULL);
+        atomic_store(&pool->second_busy, 0);
         atomic_store(&pool->asleep, 0);
         atomic_store(&pool->waiting, 0);
         atomic_store(&pool->state, atomic_load(&pool->state) / (2 * INSIDE) * (2 * INSIDE));
     }
     if (pool->workers > pool->threads - 1)
         join_workers(pool);
-    while (pool->workers < pool->threads - 1) {
+    while (pool->workers < pool->threads - 1 && pool->refused != pool->threads) {
         const int i = pool->workers;
         struct seat *seat = malloc(sizeof *seat);
         if (!pool->scratch[i])
             pool->scratch[i] = glm_aligned(GLM_SCRATCH);
-        if (!seat || !pool->scratch[i]) {
+        if (seat)
+            *seat = (struct seat){pool, i};
+        if (!seat || !pool->scratch[i] ||
+            pthread_create(&pool->worker[i], NULL, worker_main, seat) != 0) {
             free(seat);
-            return;
-        }
-        *seat = (struct seat){pool, i};
-        if (pthread_create(&pool->worker[i], NULL, worker_main, seat) != 0) {
-            free(seat);
+            pool->refused = pool->threads; /* asking again at every op would cost more than it */
             return;
         }
         pool->workers++;
@@ -323,10 +332,11 @@ void glm_pool_run(struct glm_pool *pool, int n_tasks, size_t ns, glm_task fn, co
         return;
     if (atomic_exchange(&pool->busy, 1) &&
         pool->pid == (long)getpid()) { /* another caller's op is running */
-        char *scratch = glm_aligned(GLM_SCRATCH);
-        for (int task = 0; scratch && task < n_tasks; task++)
-            fn(arg, task, scratch);
-        free(scratch);
+        while (atomic_exchange(&pool->second_busy, 1))
+            sched_yield(); /* a third waits for the second, who waits for nobody */
+        for (int task = 0; task < n_tasks; task++)
+            fn(arg, task, pool->second_scratch);
+        atomic_store(&pool->second_busy, 0);
         return;
     }
     if (ns < SHARED) { /* too short to look at the clock, too */

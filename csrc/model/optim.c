@@ -246,7 +246,8 @@ glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, doub
     return GLM_OK;
 }
 
-double glm_lr_factor(const char *kind, int k, int warmup, int total, double learning_rate)
+double glm_lr_factor(const char *kind, int64_t k, int64_t warmup, int64_t total,
+                     double learning_rate)
 {
     const double pi = 3.14159265358979323846;
     const int flat = strcmp(kind, "constant") == 0, inverse = strcmp(kind, "inverse_sqrt") == 0;

@@ -19,7 +19,8 @@ int glm_model_weight(struct glm_model *m, int i, struct glm_weight_info *info)
     if (!w->present)
         return -1;
     *info = (struct glm_weight_info){
-        w->name, w->kind, w->rows, w->cols, w->rank, w->mat.dtype, w->mat.data != NULL};
+        w->name,     w->kind,     w->rows, w->cols, w->rank, w->mat.dtype, w->mat.data != NULL,
+        w->mat.data, w->mat.scale};
     return 1;
 }
 

@@ -5,6 +5,7 @@ struct cache_object {
     PyObject ob_base; /* PyObject_HEAD */
     struct glm_cache *c;
     struct model_object *model;
+    PyObject *module; /* keeps the backend, which c is freed by, alive where the model goes first */
 };
 
 static PyObject *cache_new(struct model_object *model, int rows, int capacity, int shared_capacity)
@@ -15,6 +16,7 @@ static PyObject *cache_new(struct model_object *model, int rows, int capacity, i
     if (!self)
         return NULL;
     self->model = (struct model_object *)Py_NewRef((PyObject *)model);
+    self->module = Py_NewRef(model->module);
     if (glm_run_begin(&run, model) < 0 ||
         glm_run_end(&run, glm_cache_create(&self->c, model->m, rows, capacity, shared_capacity,
                                            &run.err)) < 0)
@@ -26,16 +28,17 @@ static int cache_traverse(PyObject *object, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(object));
     Py_VISIT((PyObject *)((struct cache_object *)object)->model);
+    Py_VISIT(((struct cache_object *)object)->module);
     return 0;
 }
 
 static int cache_clear(PyObject *object)
 {
     struct cache_object *self = (struct cache_object *)object;
-    if (self->model && self->model->m)
-        glm_cache_free(self->c);
+    glm_cache_free(self->c);
     self->c = NULL;
     Py_CLEAR(self->model);
+    Py_CLEAR(self->module);
     return 0;
 }
 
@@ -48,10 +51,21 @@ static void cache_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
+/* 0, with RuntimeError set, where the garbage collector has taken it apart already. */
+static int cache_is_there(const struct cache_object *self)
+{
+    if (self->c && self->model && self->model->m)
+        return 1;
+    PyErr_SetString(PyExc_RuntimeError, "this cache or its model is gone");
+    return 0;
+}
+
 static PyObject *cache_get(PyObject *object, void *which)
 {
     struct cache_object *self = (struct cache_object *)object;
     struct glm_cache_info info;
+    if (!cache_is_there(self))
+        return NULL;
     glm_cache_get(self->c, &info);
     switch ((intptr_t)which) {
     case 0:
@@ -75,7 +89,8 @@ static PyObject *cache_rewind(struct cache_object *self, PyObject *args)
 {
     int row, length;
     struct glm_error err;
-    if (!PyArg_ParseTuple(args, "ii", &row, &length) || glm_idle(self->model) < 0)
+    if (!PyArg_ParseTuple(args, "ii", &row, &length) || !cache_is_there(self) ||
+        glm_idle(self->model) < 0)
         return NULL;
     const glm_status status = glm_cache_rewind(self->c, row, length, &err);
     if (status != GLM_OK)
@@ -90,6 +105,10 @@ static PyObject *cache_reorder(struct cache_object *self, PyObject *arg)
     PyArrayObject *parents = glm_array_arg(arg, "parents", NPY_INT32, 1);
     if (!parents)
         return NULL;
+    if (!cache_is_there(self)) {
+        Py_DECREF(parents);
+        return NULL;
+    }
     glm_cache_get(self->c, &info);
     if (PyArray_SIZE(parents) != info.rows) {
         PyErr_Format(PyExc_ValueError, "parents: expected %d, one for each row, got %zd", info.rows,
@@ -110,7 +129,7 @@ static PyObject *cache_grow(struct cache_object *self, PyObject *args)
 {
     struct run run;
     int capacity;
-    if (!PyArg_ParseTuple(args, "i", &capacity))
+    if (!PyArg_ParseTuple(args, "i", &capacity) || !cache_is_there(self))
         return NULL;
     if (glm_run_begin(&run, self->model) < 0 ||
         glm_run_end(&run, glm_cache_grow(self->c, capacity, &run.err)) < 0)
@@ -134,7 +153,7 @@ static int own_cache(struct model_object *self, PyObject *object)
         PyErr_SetString(PyExc_ValueError, "cache: expected one made by this model's cache()");
         return -1;
     }
-    return 0;
+    return cache_is_there((struct cache_object *)object) ? 0 : -1;
 }
 
 /* cache, rows, ids, lengths: what continues rows of a cache; choice: NULL where there is no such
@@ -171,7 +190,7 @@ PyObject *glm_py_extend(struct model_object *self, PyObject *args, PyObject *kwa
     npy_intp dims[2] = {b.in.S, glm_model_arch(self->m)->vocab};
     logits = PyArray_SimpleNew(2, dims, glm_real_type(self));
     if (logits &&
-        (glm_run_begin(&run, self) < 0 ||
+        (glm_run_begin_reading(&run, self) < 0 ||
          glm_run_end(&run, glm_cache_extend(((struct cache_object *)cache)->c, b.in.rows, b.in.S,
                                             b.in.ids, b.in.lengths,
                                             PyArray_DATA((PyArrayObject *)logits), &run.err)) < 0))
@@ -182,12 +201,14 @@ PyObject *glm_py_extend(struct model_object *self, PyObject *args, PyObject *kwa
 
 /* Arrays of how tokens are chosen; free with drop_sampling. */
 struct sampling_args {
+    PyObject *choice;
     PyArrayObject *draws, *context, *context_lengths, *suppress;
     struct glm_sampling how;
 };
 
 static void drop_sampling(struct sampling_args *s)
 {
+    Py_XDECREF(s->choice);
     Py_XDECREF(s->draws);
     Py_XDECREF(s->context);
     Py_XDECREF(s->context_lengths);
@@ -213,9 +234,11 @@ static int sampling_args(struct sampling_args *s, PyObject *choice, int n)
     int64_t sum = 0;
     struct glm_sampling *how = &s->how;
     *s = (struct sampling_args){.how = {.top_p = 1, .repetition_penalty = 1}};
-    PyObject *none = PyTuple_New(0);
+    /* converting one value may run code that changes the caller's dict */
+    s->choice = PyDict_Copy(choice);
+    PyObject *none = s->choice ? PyTuple_New(0) : NULL;
     const int parsed =
-        none && PyArg_ParseTupleAndKeywords(none, choice, "O|$didOOdiOi", names, &draws,
+        none && PyArg_ParseTupleAndKeywords(none, s->choice, "O|$didOOdiOi", names, &draws,
                                             &how->temperature, &how->top_k, &how->top_p, &context,
                                             &lengths, &how->repetition_penalty,
                                             &how->no_repeat_ngram, &suppress, &how->min_length);
@@ -258,7 +281,7 @@ PyObject *glm_py_next(struct model_object *self, PyObject *args, PyObject *kwarg
     if (!choice || sampling_args(&s, choice, b.in.S) == 0)
         next = PyArray_ZEROS(1, &n, NPY_INT32, 0);
     if (next &&
-        (glm_run_begin(&run, self) < 0 ||
+        (glm_run_begin_reading(&run, self) < 0 ||
          glm_run_end(&run, glm_cache_next(((struct cache_object *)cache)->c, b.in.rows, b.in.S,
                                           b.in.ids, b.in.lengths, choice ? &s.how : NULL,
                                           PyArray_DATA((PyArrayObject *)next), &run.err)) < 0))
@@ -276,15 +299,14 @@ PyObject *glm_py_extend_shared(struct model_object *self, PyObject *args, PyObje
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &cache, &ids_object) ||
         own_cache(self, cache) < 0)
         return NULL;
-    PyArrayObject *ids = glm_array_arg(ids_object, "ids", NPY_INT32, 1);
-    if (!ids)
-        return NULL;
-    const int done =
-        glm_run_begin(&run, self) == 0 &&
-        glm_run_end(&run,
-                    glm_cache_extend_shared(((struct cache_object *)cache)->c, PyArray_DATA(ids),
-                                            (int)PyArray_SIZE(ids), &run.err)) == 0;
-    Py_DECREF(ids);
+    PyArrayObject *ids = NULL;
+    const int32_t *values = NULL;
+    int n = 0;
+    const int done = glm_index_arg(ids_object, "ids", &ids, &values, &n) == 0 &&
+                     glm_run_begin_reading(&run, self) == 0 &&
+                     glm_run_end(&run, glm_cache_extend_shared(((struct cache_object *)cache)->c,
+                                                               values, n, &run.err)) == 0;
+    Py_XDECREF(ids);
     if (!done)
         return NULL;
     Py_RETURN_NONE;

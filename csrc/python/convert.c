@@ -11,8 +11,14 @@ PyObject *glm_raise(glm_status status, const struct glm_error *err)
     PyObject *type = status == GLM_EVALUE     ? PyExc_ValueError
                      : status == GLM_EMEMORY  ? PyExc_MemoryError
                      : status == GLM_ENUMERIC ? PyExc_FloatingPointError
+                     : status == GLM_EFILE    ? PyExc_OSError
                                               : PyExc_RuntimeError;
-    PyErr_SetString(type, err->text);
+    /* names of files may be any bytes, and a text that was too long ends anywhere */
+    PyObject *text =
+        PyUnicode_DecodeUTF8(err->text, (Py_ssize_t)strlen(err->text), "surrogateescape");
+    if (text)
+        PyErr_SetObject(type, text);
+    Py_XDECREF(text);
     return NULL;
 }
 
@@ -98,15 +104,15 @@ PyObject *glm_tuple_arg(PyObject *object, const char *expected)
     return tuple;
 }
 
-/* Whether all integers of an array fit int32; a value that would wrap is refused. */
-static int fits_int32(PyArrayObject *any, const char *name)
+/* Integers of another type as int32, of an array that nobody else has; a value that would wrap is
+ * refused. */
+static PyArrayObject *narrowed(PyObject *any, const char *name)
 {
-    if (PyArray_TYPE(any) == NPY_INT32 || PyArray_SIZE(any) == 0)
-        return 1;
-    PyArrayObject *wide = (PyArrayObject *)PyArray_FROMANY(
-        (PyObject *)any, NPY_INT64, 0, 0, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+    const int how = NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST | NPY_ARRAY_ENSUREARRAY;
+    PyArrayObject *array = NULL, *wide = (PyArrayObject *)PyArray_FROMANY(
+                                     any, NPY_INT64, 0, 0, how | NPY_ARRAY_ENSURECOPY);
     if (!wide)
-        return 0;
+        return NULL;
     const npy_int64 *values = PyArray_DATA(wide);
     const npy_intp n = PyArray_SIZE(wide);
     npy_intp i = 0;
@@ -115,24 +121,33 @@ static int fits_int32(PyArrayObject *any, const char *name)
     if (i < n)
         PyErr_Format(PyExc_ValueError, "%s: %lld at flat index %zd does not fit int32", name,
                      (long long)values[i], (Py_ssize_t)i);
+    else
+        array = (PyArrayObject *)PyArray_FROMANY((PyObject *)wide, NPY_INT32, 0, 0, how);
     Py_DECREF(wide);
-    return i == n;
+    return array;
 }
 
+/* Always a copy: it is checked once and used without the GIL, while other threads may write to what
+ * came. */
 static PyArrayObject *int32_array(PyObject *object, const char *name)
 {
     if (PyArray_Check(object) && PyArray_TYPE((PyArrayObject *)object) == NPY_INT32 &&
-        PyArray_ISCARRAY_RO((PyArrayObject *)object)) /* as it should be: most of a small step */
-        return (PyArrayObject *)Py_NewRef(object);
+        PyArray_ISCARRAY_RO((PyArrayObject *)object)) { /* as it should be: most of a small step */
+        PyArrayObject *from = (PyArrayObject *)object;
+        PyObject *copy = PyArray_SimpleNew(PyArray_NDIM(from), PyArray_DIMS(from), NPY_INT32);
+        if (copy)
+            memcpy(PyArray_DATA((PyArrayObject *)copy), PyArray_DATA(from),
+                   (size_t)PyArray_NBYTES((PyArrayObject *)copy));
+        return (PyArrayObject *)copy;
+    }
     PyArrayObject *any = (PyArrayObject *)PyArray_FROM_O(object), *array = NULL;
     if (!any)
         return NULL;
     if (PyArray_SIZE(any) > 0 && !PyTypeNum_ISINTEGER(PyArray_TYPE(any)))
         PyErr_Format(PyExc_TypeError, "%s: expected integers (int32), got dtype %S", name,
                      PyArray_DESCR(any));
-    else if (fits_int32(any, name))
-        array = (PyArrayObject *)PyArray_FROMANY((PyObject *)any, NPY_INT32, 0, 0,
-                                                 NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+    else
+        array = narrowed((PyObject *)any, name);
     Py_DECREF(any);
     return array;
 }

@@ -28,12 +28,12 @@ PyObject *glm_type_name(PyObject *object);
 PyObject *glm_tuple_arg(PyObject *object, const char *expected);
 
 /* A C-contiguous aligned array of the type number and rank (rank -1: any), or NULL with a
- * TypeError/ValueError that names the argument and says what came. A new reference. Integers are
- * converted when it is safe; others are not. */
+ * TypeError/ValueError that names the argument and says what came. A new reference. int32 is always
+ * a copy, of integers that fit; other types are never converted. */
 PyArrayObject *glm_array_arg(PyObject *object, const char *name, int typenum, int rank);
 /* The same of the type that a backend computes in, from float32 or float64. */
 PyArrayObject *glm_real_arg(PyObject *object, const char *name, int typenum, int rank);
-/* An int32 vector, its elements and how many; None or NULL leaves all as they are. -1 with an
+/* A copy as an int32 vector, its elements and how many; None or NULL leaves all as they are. -1 with an
  * exception set. */
 int glm_index_arg(PyObject *object, const char *name, PyArrayObject **out, const int32_t **data,
                   int *count);

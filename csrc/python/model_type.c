@@ -1,6 +1,7 @@
 /* Type Model: made from numbers and names, run, and its table of methods; no arithmetic. */
 #include "run.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 static int arch_int(PyObject *arch, const char *key, int *out)
@@ -112,26 +113,10 @@ static int read_names(PyObject *dict, struct glm_names *n)
     return -1;
 }
 
-static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+static PyObject *model_of(PyTypeObject *type, PyObject *module, const struct glm_arch *arch,
+                          const struct glm_names *names, const char *backend)
 {
-    static char *keywords[] = {"arch", "backend", "names", NULL};
-    PyObject *arch_dict, *names_dict = NULL;
-    const char *backend = "cpu";
-    struct glm_arch arch = {0};
-    struct glm_names names;
     struct glm_error err;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|s$O!", keywords, &PyDict_Type, &arch_dict,
-                                     &backend, &PyDict_Type, &names_dict))
-        return NULL;
-    if (!names_dict) {
-        PyErr_SetString(PyExc_TypeError, "Model() needs the keyword argument names");
-        return NULL;
-    }
-    if (read_arch(arch_dict, &arch) < 0 || read_names(names_dict, &names) < 0)
-        return NULL;
-    PyObject *module = PyType_GetModule(type);
-    if (!module)
-        return NULL;
     struct module_state *state = PyModule_GetState(module);
     struct glm_backend *be = glm_module_backend(state, backend);
     if (!be)
@@ -142,10 +127,36 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->state = state;
     self->module = Py_NewRef(module);
     self->arrays = PyDict_New();
-    if (!self->arrays ||
-        glm_check(be, glm_model_create(&self->m, &arch, &names, be, &err), &err) < 0)
+    self->n_files = -1;
+    if (!self->arrays || glm_check(be, glm_model_create(&self->m, arch, names, be, &err), &err) < 0)
         Py_CLEAR(self);
     return (PyObject *)self;
+}
+
+static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *keywords[] = {"arch", "backend", "names", NULL};
+    PyObject *arch_dict, *names_dict = NULL;
+    const char *backend = "cpu";
+    struct glm_arch arch = {0};
+    struct glm_names names;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|s$O!", keywords, &PyDict_Type, &arch_dict,
+                                     &backend, &PyDict_Type, &names_dict))
+        return NULL;
+    if (!names_dict) {
+        PyErr_SetString(PyExc_TypeError, "Model() needs the keyword argument names");
+        return NULL;
+    }
+    PyObject *module = PyType_GetModule(type);
+    /* converting one value may run code that changes the caller's dicts */
+    arch_dict = module ? PyDict_Copy(arch_dict) : NULL;
+    names_dict = arch_dict ? PyDict_Copy(names_dict) : NULL;
+    PyObject *self = NULL;
+    if (names_dict && read_arch(arch_dict, &arch) == 0 && read_names(names_dict, &names) == 0)
+        self = model_of(type, module, &arch, &names, backend);
+    Py_XDECREF(arch_dict);
+    Py_XDECREF(names_dict);
+    return self;
 }
 
 static int model_traverse(PyObject *object, visitproc visit, void *arg)
@@ -162,6 +173,9 @@ static int model_clear(PyObject *object)
     struct model_object *self = (struct model_object *)object;
     glm_model_free(self->m);
     self->m = NULL;
+    glm_forget_files(self);
+    free(self->lost);
+    self->lost = NULL;
     Py_CLEAR(self->arrays);
     Py_CLEAR(self->module);
     return 0;
@@ -268,7 +282,7 @@ static PyObject *model_forward(struct model_object *self, PyObject *args, PyObje
         want_hidden ? PyArray_SimpleNew(3, hidden_dims, glm_real_type(self)) : Py_NewRef(Py_None);
     if (!logits || !hidden)
         goto done;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin_reading(&run, self) < 0 ||
         glm_run_end(&run,
                     glm_model_forward(self->m, &b.in, PyArray_DATA((PyArrayObject *)logits),
                                       want_hidden ? PyArray_DATA((PyArrayObject *)hidden) : NULL,
@@ -295,7 +309,7 @@ static PyObject *model_loss(struct model_object *self, PyObject *args, PyObject 
     npy_intp dims[1] = {b.in.M};
     PyObject *losses = PyArray_SimpleNew(1, dims, glm_real_type(self));
     if (losses &&
-        (glm_run_begin(&run, self) < 0 ||
+        (glm_run_begin_reading(&run, self) < 0 ||
          glm_run_end(&run, glm_model_loss(self->m, &b.in, PyArray_DATA((PyArrayObject *)losses),
                                           &run.err)) < 0))
         Py_CLEAR(losses);
@@ -317,7 +331,7 @@ static PyObject *model_backward(struct model_object *self, PyObject *args, PyObj
                                      &targets, &positions, &seed, &dropout) ||
         glm_batch_args(&b, ids, lengths, positions, rows, targets) < 0)
         return NULL;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin_reading(&run, self) < 0 ||
         glm_run_end(&run, glm_model_backward(self->m, &b.in, seed, dropout, &loss, &run.err)) < 0)
         goto done;
     result = PyFloat_FromDouble(loss);
@@ -362,12 +376,15 @@ static PyObject *model_step(struct model_object *self, PyObject *args, PyObject 
 static PyObject *model_get(PyObject *object, void *which)
 {
     struct model_object *self = (struct model_object *)object;
+    if (!glm_there(self))
+        return NULL;
     const struct glm_progress *p = glm_model_progress(self->m);
     switch ((intptr_t)which) {
     case 0:
         return PyUnicode_FromString(glm_model_backend(self->m)->name);
     case 1:
-        return PyLong_FromUnsignedLongLong(glm_model_backend(self->m)->allocated);
+        return PyLong_FromUnsignedLongLong(
+            __atomic_load_n(&glm_model_backend(self->m)->allocated, __ATOMIC_RELAXED));
     case 2:
         return PyLong_FromLongLong(p->tokens);
     case 3:
@@ -387,6 +404,8 @@ static int model_set_steps(PyObject *object, PyObject *value, void *Py_UNUSED(cl
                      steps);
         return -1;
     }
+    if (glm_idle((struct model_object *)object) < 0)
+        return -1;
     glm_model_progress(((struct model_object *)object)->m)->steps = (int)steps;
     return 0;
 }

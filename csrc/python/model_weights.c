@@ -79,20 +79,68 @@ PyObject *glm_py_dtype(struct model_object *self, PyObject *name)
     return PyUnicode_FromString(glm_dtype_name(info.dtype));
 }
 
+static glm_status check_array(PyObject *array, struct glm_error *err)
+{
+    struct glm_mapped *file = array ? glm_mapped_find(PyArray_DATA((PyArrayObject *)array)) : NULL;
+    return file ? glm_mapped_check(file, err) : GLM_OK;
+}
+
+/* The core uses the arrays in place, so what holds them comes first: no failure leaves it without.
+ * Those used before go last, since that may run code of the caller. */
+static int bind_and_keep(struct model_object *self, const char *name, const struct glm_mat *mat,
+                         int rank, PyObject *array, PyObject *scale)
+{
+    struct glm_error err;
+    int done = -1;
+    PyObject *key = PyUnicode_FromString(name); /* of a subclass might compare as it likes */
+    PyObject *pair = key ? PyTuple_Pack(2, array, scale ? scale : Py_None) : NULL;
+    PyObject *before = pair ? PyDict_GetItemWithError(self->arrays, key) : NULL;
+    Py_XINCREF(before);
+    if (pair && !PyErr_Occurred() && glm_idle(self) == 0 &&
+        PyDict_SetItem(self->arrays, key, pair) == 0) {
+        glm_guard_begin(); /* vectors are copied, and all that a device gets */
+        const glm_status status = glm_model_bind(self->m, name, mat, rank, &err);
+        glm_guard_end();
+        glm_forget_files(self);
+        done = glm_check(glm_model_backend(self->m), status, &err);
+        if (done == 0 &&
+            (check_array(array, &err) != GLM_OK || check_array(scale, &err) != GLM_OK)) {
+            glm_lose(self, &err); /* what was copied may be zeros */
+            glm_raise(GLM_EFILE, &err);
+            done = -1;
+        } else if (done < 0) { /* in a place that is there: nothing is allocated */
+            PyObject *type, *value, *trace;
+            PyErr_Fetch(&type, &value, &trace);
+            if (before)
+                PyDict_SetItem(self->arrays, key, before);
+            else
+                PyDict_DelItem(self->arrays, key);
+            PyErr_Restore(type, value, trace);
+        }
+    }
+    Py_XDECREF(before);
+    Py_XDECREF(pair);
+    Py_XDECREF(key);
+    return done;
+}
+
 PyObject *glm_py_bind(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"name", "array", "dtype", "scale", "group", NULL};
-    PyObject *name_object, *object, *scale_object = Py_None, *pair;
+    PyObject *name_object, *object, *scale_object = Py_None;
     const char *dtype_name;
     struct glm_mat mat = {0};
-    struct glm_error err;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOs|Oi", names, &name_object, &object,
                                      &dtype_name, &scale_object, &mat.group) ||
         glm_idle(self) < 0 || glm_dtype_from_name(dtype_name, &mat.dtype) < 0)
         return NULL;
     const char *name = PyUnicode_AsUTF8AndSize(name_object, NULL);
+    if (!name)
+        return NULL;
     PyArrayObject *a = glm_array_arg(object, name, glm_dtype_numpy(mat.dtype), -1), *scale = NULL;
     if (!a || glm_dims_of(a, name, &mat.rows, &mat.cols) < 0)
+        goto failed;
+    if (glm_check_array(a) < 0)
         goto failed;
     mat.data = PyArray_DATA(a);
     if (mat.dtype == GLM_I4 && mat.cols > INT_MAX / 2) {
@@ -114,16 +162,10 @@ PyObject *glm_py_bind(struct model_object *self, PyObject *args, PyObject *kwarg
         }
         mat.scale = PyArray_DATA(scale);
     }
-    glm_status status = glm_model_bind(self->m, name, &mat, PyArray_NDIM(a), &err);
-    if (glm_check(glm_model_backend(self->m), status, &err) < 0)
+    if (bind_and_keep(self, name, &mat, PyArray_NDIM(a), (PyObject *)a, (PyObject *)scale) < 0)
         goto failed;
-    pair = PyTuple_Pack(2, (PyObject *)a, scale ? (PyObject *)scale : Py_None);
-    const int kept = pair ? PyDict_SetItem(self->arrays, name_object, pair) : -1;
-    Py_XDECREF(pair);
     Py_DECREF(a);
     Py_XDECREF(scale);
-    if (kept < 0)
-        return NULL;
     Py_RETURN_NONE;
 failed:
     Py_XDECREF(a);
@@ -141,7 +183,8 @@ PyObject *glm_py_move(struct model_object *self, PyObject *args, PyObject *kwarg
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO", names, &backend, &left) ||
         glm_idle(self) < 0)
         return NULL;
-    struct glm_backend *to = glm_module_backend(self->state, backend);
+    struct glm_backend *to = glm_module_backend(self->state, backend),
+                       *from = glm_model_backend(self->m);
     PyObject *list = to ? glm_tuple_arg(left, "left: expected names of weights") : NULL;
     if (!list)
         return NULL;
@@ -159,7 +202,9 @@ PyObject *glm_py_move(struct model_object *self, PyObject *args, PyObject *kwarg
     run.blame = to;
     if (glm_run_end(&run, glm_model_move(self->m, to, weights, (int)n, &run.err)) < 0)
         goto done;
-    PyDict_Clear(self->arrays);
+    if (to != from) /* what was not left lies there now, in memory of the core */
+        PyDict_Clear(self->arrays);
+    glm_forget_files(self);
     result = Py_NewRef(Py_None);
 done:
     PyMem_Free(weights);
@@ -182,8 +227,8 @@ PyObject *glm_py_add_lora(struct model_object *self, PyObject *args, PyObject *k
     PyArrayObject *A = glm_real_arg(A_object, "A", glm_real_type(self), 2);
     PyArrayObject *B = A ? glm_real_arg(B_object, "B", glm_real_type(self), 2) : NULL;
     const int done =
-        B && glm_dims_of(A, "A", &A_rows, &A_cols) == 0 &&
-        glm_dims_of(B, "B", &B_rows, &B_cols) == 0 &&
+        B && glm_idle(self) == 0 && /* again: a conversion may run code of the caller */
+        glm_dims_of(A, "A", &A_rows, &A_cols) == 0 && glm_dims_of(B, "B", &B_rows, &B_cols) == 0 &&
         glm_check(glm_model_backend(self->m),
                   glm_model_add_lora(self->m, module, PyArray_DATA(A), A_rows, A_cols,
                                      PyArray_DATA(B), B_rows, B_cols, scale, dropout, &err),
@@ -215,9 +260,10 @@ PyObject *glm_py_enable_lora(struct model_object *self, PyObject *arg)
 PyObject *glm_py_merge_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     struct run run;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin_reading(&run, self) < 0 ||
         glm_run_end(&run, glm_model_merge_lora(self->m, &run.err)) < 0)
         return NULL;
+    glm_forget_files(self);
     Py_RETURN_NONE;
 }
 
@@ -238,6 +284,9 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
     const void *data[GLM_PREFIX_WEIGHTS] = {NULL};
     PyObject *result = NULL;
     Py_ssize_t used = 0;
+    dict = PyDict_Copy(dict); /* a conversion may run code that changes the caller's */
+    if (!dict)
+        return NULL;
     for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++) {
         const char *key = glm_model_prefix_name(self->m, i);
         PyObject *value = PyDict_GetItemString(dict, key);
@@ -265,6 +314,8 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
                      glm_model_prefix_name(self->m, 0));
         goto done;
     }
+    if (glm_idle(self) < 0)
+        goto done;
     glm_status status = glm_model_set_prefix(self->m, (int)PyArray_DIM(a[0], 0), data[0], data[1],
                                              data[2], data[3], data[4], dropout, &err);
     if (glm_check(glm_model_backend(self->m), status, &err) == 0)
@@ -272,6 +323,7 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
 done:
     for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++)
         Py_XDECREF(a[i]);
+    Py_DECREF(dict);
     return result;
 }
 
@@ -315,9 +367,10 @@ PyObject *glm_py_set_trainable(struct model_object *self, PyObject *arg)
     for (Py_ssize_t i = 0; i < n; i++)
         if ((weights[i] = find_weight(self, PyTuple_GetItem(list, i))) < 0)
             goto done;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin_reading(&run, self) < 0 ||
         glm_run_end(&run, glm_model_set_trainable(self->m, weights, (int)n, &run.err)) < 0)
         goto done;
+    glm_forget_files(self);
     result = Py_NewRef(Py_None);
 done:
     PyMem_Free(weights);
@@ -328,6 +381,8 @@ done:
 PyObject *glm_py_trainable(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     const int *weights;
+    if (glm_idle(self) < 0) /* they may be changing */
+        return NULL;
     const int n = glm_model_trainable(self->m, &weights);
     PyObject *list = PyList_New(n);
     for (int i = 0; list && i < n; i++) {
@@ -373,7 +428,8 @@ PyObject *glm_py_read(struct model_object *self, PyObject *args, PyObject *kwarg
     PyObject *out = PyArray_SimpleNew(info.rank, dims, glm_real_type(self));
     if (!out)
         return NULL;
-    if (glm_run_begin(&run, self) < 0 ||
+    const int lies_there = info.kind == GLM_BASE && (self->lost || glm_mapped_find(info.data));
+    if ((lies_there ? glm_run_begin_reading : glm_run_begin)(&run, self) < 0 ||
         glm_run_end(&run, glm_model_read(self->m, i, part, PyArray_DATA((PyArrayObject *)out),
                                          &run.err)) < 0)
         Py_CLEAR(out);

@@ -1,6 +1,7 @@
 /* Module definition, state, and the functions that need no model. */
 #define GLM_IMPORTS_NUMPY
 #include "convert.h"
+#include "mapped.h"
 
 #include <stddef.h>
 
@@ -134,9 +135,9 @@ static PyObject *lr_factor(PyObject *Py_UNUSED(module), PyObject *args, PyObject
 {
     static char *names[] = {"kind", "step", "warmup_steps", "total_steps", "learning_rate", NULL};
     const char *kind;
-    int step, warmup, total;
+    long long step, warmup, total;
     double lr = 5e-5;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "siii|d", names, &kind, &step, &warmup, &total,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sLLL|d", names, &kind, &step, &warmup, &total,
                                      &lr))
         return NULL;
     const double factor = glm_lr_factor(kind, step, warmup, total, lr);
@@ -165,9 +166,14 @@ static PyObject *convert(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *in = be ? glm_array_arg(object, "array", glm_dtype_numpy(from), -1) : NULL;
     PyObject *out =
         in ? PyArray_SimpleNew(PyArray_NDIM(in), PyArray_DIMS(in), glm_dtype_numpy(to)) : NULL;
-    if (out)
+    if (out) {
+        glm_guard_begin();
         be->ops->convert(be->cx, PyArray_DATA((PyArrayObject *)out), to, PyArray_DATA(in), from,
                          (size_t)PyArray_SIZE(in));
+        glm_guard_end();
+        if (glm_check_array(in) < 0)
+            Py_CLEAR(out);
+    }
     Py_XDECREF(in);
     return out;
 }
@@ -211,10 +217,15 @@ static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
     npy_intp scale_shape[2] = {mat.rows, glm_scale_cols(&mat)};
     PyObject *data = PyArray_SimpleNew(2, shape, NPY_INT8),
              *scale = PyArray_SimpleNew(group ? 2 : 1, scale_shape, NPY_FLOAT16);
-    if (data && scale)
+    if (data && scale) {
+        glm_guard_begin();
         be->ops->quantize(be->cx, PyArray_DATA((PyArrayObject *)data),
                           PyArray_DATA((PyArrayObject *)scale), mat.dtype, group, PyArray_DATA(in),
                           dtype, mat.rows, mat.cols);
+        glm_guard_end();
+        if (glm_check_array(in) < 0)
+            Py_CLEAR(data);
+    }
     Py_DECREF(in);
     if (data && scale)
         return Py_BuildValue("NN", data, scale);
@@ -238,6 +249,11 @@ static PyMethodDef functions[] = {
     {"warp_logits", (PyCFunction)(void *)glm_py_warp_logits, METH_VARARGS | METH_KEYWORDS,
      "Probabilities after temperature, top-k, top-p and softmax."},
     {"sample", (PyCFunction)(void *)glm_py_sample, METH_VARARGS | METH_KEYWORDS, "One token id."},
+    {"map_file", glm_py_map_file, METH_VARARGS, "All of an open file as a read-only array."},
+    {"guard", glm_py_guard, METH_O, "Begin or end reads of mapped files in this thread."},
+    {"check_mapped", glm_py_check_mapped, METH_O,
+     "Whether an array lies in a mapped file; OSError where that changed."},
+    {"drop_pages", glm_py_drop_pages, METH_O, "Give back the memory of an array in a mapped file."},
     {"set_num_threads", set_num_threads, METH_O, "Threads of every model; n >= 1."},
     {"get_num_threads", get_num_threads, METH_NOARGS, "Threads that ops use."},
     {"cpu_variants", cpu_variants, METH_NOARGS,

@@ -36,6 +36,14 @@ PyObject *glm_py_sample(PyObject *module, PyObject *args, PyObject *kwargs);
 /* Bytes the process could still get: MemAvailable, and what the control group's limit leaves. */
 unsigned long long glm_memory_available(void);
 
+/* map_file.c */
+PyObject *glm_py_map_file(PyObject *module, PyObject *args);
+PyObject *glm_py_guard(PyObject *module, PyObject *on);
+PyObject *glm_py_check_mapped(PyObject *module, PyObject *array);
+PyObject *glm_py_drop_pages(PyObject *module, PyObject *array);
+/* Whether it lies in a mapped file; -1 with OSError set where that is not as it was. */
+int glm_check_array(PyArrayObject *array);
+
 /* model_type.c, cache_type.c: a new reference, or NULL */
 PyTypeObject *glm_model_type(PyObject *module);
 PyTypeObject *glm_cache_type(PyObject *module);

@@ -5,11 +5,26 @@
  * polls for signals through poll(). */
 #include "run.h"
 
+#include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
+/* Code that Python runs from within a poll would wait for the lock that its own thread has. */
+static _Thread_local int computing_here;
+
+int glm_there(const struct model_object *self)
+{
+    if (self->m)
+        return 1;
+    PyErr_SetString(PyExc_RuntimeError, "this model is gone");
+    return 0;
+}
+
 int glm_idle(const struct model_object *self)
 {
+    if (!glm_there(self))
+        return -1;
     if (!self->busy)
         return 0;
     PyErr_SetString(
@@ -23,6 +38,56 @@ int glm_real_type(const struct model_object *self)
     return glm_model_backend(self->m)->real == GLM_F64 ? NPY_FLOAT64 : NPY_FLOAT32;
 }
 
+void glm_lose(struct model_object *self, const struct glm_error *err)
+{
+    if (!self->lost && (self->lost = malloc(sizeof err->text)))
+        memcpy(self->lost, err->text, sizeof err->text);
+}
+
+void glm_forget_files(struct model_object *self)
+{
+    PyMem_Free(self->files);
+    self->files = NULL;
+    self->n_files = -1;
+}
+
+static int find_files(struct model_object *self)
+{
+    struct glm_weight_info info;
+    int n = 0;
+    glm_forget_files(self);
+    for (int i = 0, more; (more = glm_model_weight(self->m, i, &info)) != 0; i++) {
+        const void *const places[] = {info.data, info.scale};
+        for (int j = 0; more > 0 && j < 2; j++) {
+            struct glm_mapped *file = places[j] ? glm_mapped_find(places[j]) : NULL;
+            int known = 0;
+            for (int k = 0; k < n; k++)
+                known |= self->files[k] == file;
+            if (!file || known)
+                continue;
+            void *more_room = PyMem_Realloc(self->files, (size_t)(n + 1) * sizeof *self->files);
+            if (!more_room) {
+                glm_forget_files(self);
+                PyErr_NoMemory();
+                return -1;
+            }
+            self->files = more_room;
+            self->files[n++] = file;
+        }
+    }
+    self->n_files = n;
+    return 0;
+}
+
+static glm_status check_files(struct model_object *self, struct glm_error *err)
+{
+    if (self->lost)
+        return glm_fail(err, GLM_EFILE, "%s", self->lost);
+    for (int i = 0; i < self->n_files; i++)
+        GLM_TRY(glm_mapped_check(self->files[i], err));
+    return GLM_OK;
+}
+
 static int poll(void *arg)
 {
     struct run *run = arg;
@@ -32,7 +97,7 @@ static int poll(void *arg)
     return stop;
 }
 
-int glm_run_begin(struct run *run, struct model_object *self)
+static int begin(struct run *run, struct model_object *self, int reads)
 {
     struct module_state *state = self->state;
     if (glm_idle(self) < 0)
@@ -41,6 +106,19 @@ int glm_run_begin(struct run *run, struct model_object *self)
         pthread_mutex_init(&state->computing, NULL);
         state->computing_pid = (long)getpid();
     }
+    if (computing_here) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "a model computes in this thread: a signal handler or a destructor that "
+                        "runs meanwhile cannot use a model");
+        return -1;
+    }
+    if (reads && self->n_files < 0 && find_files(self) < 0)
+        return -1;
+    if (reads && check_files(self, &run->err) != GLM_OK) {
+        glm_raise(GLM_EFILE, &run->err);
+        return -1;
+    }
+    run->reads = reads;
     self->busy = 1;
     Py_INCREF(self);
     run->self = self;
@@ -62,14 +140,41 @@ int glm_run_begin(struct run *run, struct model_object *self)
             return -1;
         }
     }
+    computing_here = 1;
+    if (reads && self->n_files)
+        glm_guard_begin();
     run->be->set_poll(run->be, poll, run);
     return 0;
+}
+
+int glm_run_begin(struct run *run, struct model_object *self) { return begin(run, self, 0); }
+
+int glm_run_begin_reading(struct run *run, struct model_object *self)
+{
+    return begin(run, self, 1);
+}
+
+/* What was computed meanwhile is of no use, and neither is what it was added to. */
+static glm_status end_of_reading(struct run *run, glm_status status)
+{
+    struct model_object *self = run->self;
+    struct glm_error err;
+    if (self->n_files)
+        glm_guard_end();
+    if (check_files(self, &err) == GLM_OK)
+        return status;
+    run->err = err;
+    glm_lose(self, &err);
+    return GLM_EFILE;
 }
 
 int glm_run_end(struct run *run, glm_status status)
 {
     status = glm_device_status(run->blame, status, &run->err);
     run->be->set_poll(run->be, NULL, NULL);
+    if (run->reads)
+        status = end_of_reading(run, status);
+    computing_here = 0;
     pthread_mutex_unlock(&run->self->state->computing);
     PyEval_RestoreThread(run->thread);
     run->self->busy = 0;

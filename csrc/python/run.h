@@ -4,6 +4,7 @@
 #define GLM_RUN_H
 
 #include "convert.h"
+#include "mapped.h"
 
 struct model_object {
     PyObject ob_base; /* PyObject_HEAD */
@@ -12,6 +13,9 @@ struct model_object {
     PyObject *module; /* keeps state alive */
     PyObject *arrays; /* dict: weight name -> array in use by the core */
     int busy;
+    struct glm_mapped **files; /* that weights lie in */
+    int n_files;               /* -1: to be looked up again */
+    char *lost;                /* why its weights can be trusted no more, else NULL */
 };
 
 /* One computation. Between begin and end there is no GIL, so only the core may be called:
@@ -25,15 +29,26 @@ struct run {
     struct glm_backend *be;    /* that polls for signals */
     struct glm_backend *blame; /* whose device's error a failure is; begin sets it to be */
     struct glm_error err;
+    int reads; /* weights, which may lie in mapped files */
 };
 
 /* -1 with an exception set, and then nothing is to be ended. */
 int glm_run_begin(struct run *run, struct model_object *self);
+/* The same where base weights are read: OSError, now or at the end, if a file that they lie in is
+ * not as it was. */
+int glm_run_begin_reading(struct run *run, struct model_object *self);
 /* 0, or -1 with the exception of the status set. */
 int glm_run_end(struct run *run, glm_status status);
 
-/* 0, or -1 with RuntimeError set while another thread computes on the model. */
+/* 0, with RuntimeError set, where the garbage collector has taken the model apart already. */
+int glm_there(const struct model_object *self);
+/* 0, or -1 with RuntimeError set where it is not there or while another thread computes on the model. */
 int glm_idle(const struct model_object *self);
+
+/* From now on the model's weights are refused with this error: a file changed as it was read. */
+void glm_lose(struct model_object *self, const struct glm_error *err);
+/* Weights may lie elsewhere from now on. */
+void glm_forget_files(struct model_object *self);
 
 /* NumPy type number of what the model computes in */
 int glm_real_type(const struct model_object *self);

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .family import Family, Tokenizer
 from .messages import TRAINING_TIME, check_messages, check_rounds, fit, rounds_to_drop
+from .vocabulary import TOKENIZER_FILES, has_text
 
 ANSWER = "\n\n答："
 
@@ -65,10 +67,13 @@ def _only_user(role: str) -> None:
 
 class ChatGLM2(Family):
     name, alias, title = "v2", "chatglm2", "ChatGLM2"
-    named = re.compile(r"chatglm-?2")
+    named = re.compile(r"chatglm[-_ ]?2(?!\d)|codegeex[-_ ]?2(?!\d)")
     checkpoint = "THUDM/chatglm2-6b"
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
     takes_role = False
+
+    def in_directory(self, directory: Path) -> bool:
+        return has_text(directory, TOKENIZER_FILES, b"[Round {}]")
 
     def rope_mode(self, rope_ratio: float) -> str:
         return "interpolate" if rope_ratio != 1 else "base"
@@ -111,18 +116,23 @@ class ChatGLM2(Family):
         rounds: Sequence[tuple[str, str]],
         room: int,
         truncation: str,
+        system: str = "",
     ) -> tuple[list[int], bool]:
-        ids = tokenizer.text_ids(first + build_prompt(query, rounds))
+        def text(query: str, dropped: int = 0) -> str:
+            """The whole prompt; a system message stands in front of the first query."""
+            kept = list(rounds[dropped:])
+            if kept:
+                kept[0] = (system + kept[0][0], kept[0][1])
+            return first + build_prompt(query if kept else system + query, kept)
+
+        ids = tokenizer.text_ids(text(query))
         if len(ids) <= room:
             return ids, False
         if truncation == "vendored":
             return ids[:room], True
 
-        def frame(dropped: int) -> str:
-            return first + build_prompt("", rounds[dropped:])
-
-        dropped = rounds_to_drop(lambda n: len(tokenizer.text_ids(frame(n))), len(rounds), room)
-        before = frame(dropped).removesuffix(ANSWER)
+        dropped = rounds_to_drop(lambda n: len(tokenizer.text_ids(text("", n))), len(rounds), room)
+        before = text("", dropped).removesuffix(ANSWER)
         return fit(tokenizer, before, query, ANSWER, room), True
 
 

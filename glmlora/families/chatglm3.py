@@ -13,6 +13,7 @@ from typing import Any
 
 from .family import Family, Tokenizer
 from .messages import TRAINING_TIME, check_messages, check_role, fit, rounds_to_drop
+from .vocabulary import TOKENIZER_FILES, has_text
 
 ROLE_TOKEN = re.compile(r"<\|(?:system|user|assistant|observation)\|>")
 TOOL_CALL_MAX = 1 << 16  # characters of a tool call that are parsed
@@ -97,7 +98,7 @@ def _tool_call(content: str) -> dict[str, Any] | None:
 
 class ChatGLM3(Family):
     name, alias, title = "v3", "chatglm3", "ChatGLM3"
-    named = re.compile(r"chatglm-?3")
+    named = re.compile(r"chatglm[-_ ]?3(?!\d)")
     checkpoint = "THUDM/chatglm3-6b"
     special_tokens = (
         *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
@@ -107,11 +108,7 @@ class ChatGLM3(Family):
     end_tokens = ("<|user|>", "<|observation|>")
 
     def in_directory(self, directory: Path) -> bool:
-        for name in ("tokenizer_config.json", "tokenization_chatglm.py"):
-            file = directory / name
-            if file.is_file() and b"<|assistant|>" in file.read_bytes()[: 1 << 20]:
-                return True
-        return False
+        return has_text(directory, TOKENIZER_FILES, b"<|assistant|>")
 
     def in_tokenizer(self, config: Mapping[str, Any]) -> bool:
         return ROLE_TOKEN.search(repr(config)) is not None
@@ -123,6 +120,11 @@ class ChatGLM3(Family):
     def stream_ids(self, tokenizer: Tokenizer, query: str, number: int, role: str) -> list[int]:
         ids = message_ids(tokenizer, role, "", str(query))
         return [*ids, tokenizer.get_command("<|assistant|>")]
+
+    def message_ids(
+        self, tokenizer: Tokenizer, role: str, metadata: str, content: str
+    ) -> list[int]:
+        return message_ids(tokenizer, role, metadata, content)
 
     def template_ids(
         self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
@@ -154,10 +156,11 @@ class ChatGLM3(Family):
         rounds: Sequence[tuple[str, str]],
         room: int,
         truncation: str,
+        system: str = "",
     ) -> tuple[list[int], bool]:
         def frame(dropped: int) -> list[int]:
             """Everything but the query's own text, up to where that text goes."""
-            ids: list[int] = []
+            ids = message_ids(tokenizer, "system", "", system) if system else []
             for i, (q, a) in enumerate(rounds[dropped:]):
                 ids += message_ids(tokenizer, "user", "", first + q if i == 0 else q)
                 ids += message_ids(tokenizer, "assistant", "", a)

@@ -69,12 +69,16 @@ class Family:
         """Whether config.json can only be this family's."""
         return False
 
+    def in_vocabulary(self, directory: Path) -> bool:
+        """Whether the vocabulary of a model directory can only be this family's."""
+        return False
+
     def in_directory(self, directory: Path) -> bool:
-        """Whether files of a model directory can only be this family's."""
+        """Whether the small files of a model directory speak for this family."""
         return False
 
     def in_tokenizer(self, config: Mapping[str, Any]) -> bool:
-        """Whether a tokenizer_config.json can only be this family's."""
+        """Whether a tokenizer_config.json speaks for this family."""
         return False
 
     # Architecture
@@ -117,6 +121,12 @@ class Family:
         """
         raise NotImplementedError
 
+    def message_ids(
+        self, tokenizer: Tokenizer, role: str, metadata: str, content: str
+    ) -> list[int]:
+        """Ids of one message, in families that have messages; else ValueError."""
+        raise ValueError(f"{self.title} has rounds of questions and answers, no messages")
+
     def prompt_text(self, query: str, history: Any = None) -> str:
         """A whole prompt as text, in families that write one."""
         raise NotImplementedError
@@ -158,9 +168,10 @@ class Family:
         rounds: Sequence[tuple[str, str]],
         room: int,
         truncation: str,
+        system: str = "",
     ) -> tuple[list[int], bool]:
         """Ids of a record's prompt without the prefix, at most `room`, and whether it was cut:
-        see `prompt.encode_source`. first: stands before everything.
+        see `prompt.encode_source`. first: stands before everything; system: a system message.
         """
         raise NotImplementedError
 

@@ -14,7 +14,7 @@ from .vocabulary import has_tiktoken
 
 class GLM4(ChatGLM3):
     name, alias, title = "g4", "glm4", "GLM-4"
-    named = re.compile(r"glm-?4")
+    named = re.compile(r"(glm|codegeex)[-_ ]?4(?!\d|-?bit)")
     checkpoint = "THUDM/glm-4-9b-chat"
     special_tokens = None
     vocabulary = 151552  # ids, padding with them; no other family has as many
@@ -22,7 +22,7 @@ class GLM4(ChatGLM3):
     def in_config(self, fields: Mapping[str, Any]) -> bool:
         return fields.get("padded_vocab_size") == self.vocabulary
 
-    def in_directory(self, directory: Path) -> bool:
+    def in_vocabulary(self, directory: Path) -> bool:
         return has_tiktoken(directory)
 
     def end_ids(self, tokenizer: Tokenizer, eos_token_ids: list[int]) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 from . import default, of
 from .family import Family, Tokenizer
 from .messages import check_rounds
+from .vendored import TEMPLATES
 
 
 def chat_ids(
@@ -42,12 +43,14 @@ def encode_source(
     truncation: str = "template",
     source_prefix: str | None = "",
     template: str = "auto",
+    system: str | None = None,
 ) -> tuple[list[int], bool]:
     """Prompt ids of a training record, `[gMASK] sop` in front, and whether anything was cut.
 
     prompt, query: joined with nothing between. history: (query, answer) pairs. source_prefix: put
     before the whole text. template: "auto" is the family's own chat template; "vendored" is
-    the oldest family's text for every family, as in the original training code.
+    the oldest family's text for every family, as in the original training code. system: a system
+    message's text, where the family's chats have it.
     At most `max_source_length` ids. truncation "vendored" cuts the end, the answer marker with it,
     id for id as the original; "template" drops the oldest rounds while the rounds alone do not fit,
     then cuts the end of the query's text and encodes what is left: the marker stays.
@@ -63,7 +66,7 @@ def encode_source(
     rounds = check_rounds(history)
     asked, first = f"{prompt}{query or ''}", source_prefix or ""
     body, was_cut = _writer(tokenizer, template).source_ids(
-        tokenizer, first, asked, rounds, room, truncation
+        tokenizer, first, asked, rounds, room, truncation, system or ""
     )
     return prefix + body, was_cut
 
@@ -101,7 +104,7 @@ def _answer_ids(tokenizer: Tokenizer, response: str, template: str) -> list[int]
 
 
 def _writer(tokenizer: Tokenizer, template: str) -> Family:
-    _one_of("template", template, ("auto", "vendored"))
+    _one_of("template", template, TEMPLATES)
     return of(tokenizer.family) if template == "auto" else default()
 
 

@@ -1,8 +1,9 @@
-"""Which kind of vocabulary a `tokenizer.model` is: the name is the same for two formats."""
+"""What the tokenizer's files say of a family. A `tokenizer.model` is one of two formats."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 TIKTOKEN = (
@@ -12,6 +13,21 @@ TIKTOKEN = (
 OTHERS = {  # vocabularies of other names, and what to say of them
     "ice_text.model": "ice_text.model is the vocabulary of ChatGLM-6B, which is not supported",
 }
+TOKENIZER_FILES = (
+    "tokenization_chatglm.py",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def has_text(directory: Path, names: Iterable[str], text: bytes) -> bool:
+    """Whether one of these files is there and has the text in its first MiB."""
+    for file in (directory / name for name in names):
+        if file.is_file() and text in file.read_bytes()[: 1 << 20]:
+            return True
+    return False
 
 
 def is_tiktoken(data: bytes) -> bool:

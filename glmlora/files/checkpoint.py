@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .foreign import folder_kind
+from .mapped import owned
 from .safetensors import read_safetensors, write_safetensors
-from .tensor import Source, Tensor, Tensors, short_repr, sources, to_bf16
+from .small import REPLACED
+from .staging import staged
+from .tensor import Source, Tensor, Tensors, same, short_repr, sources, to_arrays, to_bf16
 from .torchfile import ZIP_MAGIC, read_torch, write_torch
 from .write import (
     atomic_directory,
@@ -50,8 +53,9 @@ __all__ = [
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
+SUFFIXES = (".safetensors", ".bin")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-STAGING = ".weights.tmp"
+RECOMPUTED = "inv_freq"  # rotary frequencies: files have them or not, and nobody reads them
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -60,7 +64,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises ValueError if it is neither, damaged, or holds other things than named tensors; OSError
     if unreadable.
     """
-    head = map_file(path)[:32].tobytes()
+    head = owned(map_file(path)[:32]).tobytes()
     if head[8:9] == b"{" and not head.startswith((ZIP_MAGIC, b"{")):
         return read_safetensors(path)
     if os.fspath(path).endswith(".safetensors"):
@@ -106,7 +110,9 @@ def load_checkpoint(
         if (directory / (name + INDEX)).exists():
             return _load_shards(directory, name + INDEX, wrap)
     tried = ", ".join(file for name in order for file in (name, name + INDEX))
-    raise FileNotFoundError(f"{directory}: no weights: found none of {tried}")
+    raise FileNotFoundError(
+        f"{directory}: no weights: found none of {tried}{folder_kind(directory)}"
+    )
 
 
 def _read_kind(path: Path) -> dict[str, Tensor]:
@@ -115,22 +121,27 @@ def _read_kind(path: Path) -> dict[str, Tensor]:
     return _flat(path, read_torch(path))
 
 
+def recomputed(name: str) -> bool:
+    """Whether a tensor is one that models compute anew: in a file or not, it changes nothing."""
+    return name.rpartition(".")[2] == RECOMPUTED
+
+
 def _load_shards(directory: Path, index_name: str, wrap) -> dict[str, Tensor]:
     index = directory / index_name
     weight_map = read_json(index, expect=dict).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: weight_map: expected an object of tensor and file names")
-    suffix = ".safetensors" if index_name.startswith(SAFETENSORS) else ".bin"
     wanted: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_plain(file) or not file.endswith(suffix):
+        if not isinstance(file, str) or not _is_plain(file) or not file.endswith(SUFFIXES):
             what = f"{short_repr(file)} as the file of {short_repr(name)}"
             raise ValueError(
-                f"{index}: {what}: expected the plain name of a {suffix} file in the same folder"
+                f"{index}: {what}: expected the plain name of a {' or '.join(SUFFIXES)} file in "
+                "the same folder"
             )
         wanted.setdefault(file, []).append(name)
     for file in wanted:
-        if not (directory / file).is_file():
+        if not (directory / file).exists():
             raise FileNotFoundError(
                 f"{directory / file}: missing; {index_name} names it for {len(wanted[file])} "
                 "tensors"
@@ -138,19 +149,21 @@ def _load_shards(directory: Path, index_name: str, wrap) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in wrap(sorted(wanted)):
         shard = _read_kind(directory / file)
-        missing = [name for name in wanted[file] if name not in shard]
+        missing = [name for name in wanted[file] if name not in shard and not recomputed(name)]
         if missing:
             raise ValueError(
                 f"{directory / file}: tensor {_first(missing)} missing, which {index_name} "
                 "places here"
             )
-        surplus = [name for name in shard if weight_map.get(name) != file]
-        if surplus:
-            raise ValueError(
-                f"{directory / file}: tensor {_first(surplus)} is here, but not so in {index_name}"
-            )
-        tensors.update(shard)
-    return {name: tensors[name] for name in weight_map}
+        for name, tensor in shard.items():
+            if name in tensors and not recomputed(name) and not same(tensors[name], tensor):
+                raise ValueError(
+                    f"{directory / file}: tensor {short_repr(name)} is in another shard too, with "
+                    "other values"
+                )
+            tensors.setdefault(name, tensor)
+    listed = [name for name in weight_map if name in tensors]
+    return {name: tensors[name] for name in dict.fromkeys([*listed, *tensors])}
 
 
 def _is_plain(name: str) -> bool:
@@ -166,8 +179,8 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     without torch.
 
     `path` is a .bin, .pt or .safetensors file, a model directory or an adapter directory. Returns
-    name -> array; bfloat16 is widened to float32, other types stay, mapped read-only. Errors as in
-    load_checkpoint.
+    name -> array; bfloat16 is widened to float32, other types stay, read-only; copies, unless
+    the memory does not suffice (a warning says so). Errors as in load_checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
@@ -177,7 +190,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
         models = (SAFETENSORS, TORCH, SAFETENSORS + INDEX, TORCH + INDEX)
         whole = any((path / name).exists() for name in models)
         tensors = _read_kind(adapters[0]) if adapters and not whole else load_checkpoint(path)
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+    return to_arrays(tensors, "load_state_dict")
 
 
 def save_sharded(
@@ -185,16 +198,18 @@ def save_sharded(
     tensors: Tensors,
     max_shard_size: int | str = "10GB",
     safetensors: bool = True,
+    beside: Callable[[Path], None] | None = None,
 ) -> list[str]:
     """Write the weights of a model directory: one file, or shards of at most `max_shard_size`
     bytes and an index.
 
     `tensors` as for write_safetensors; shards are filled in the order given, and a tensor larger
-    than the limit has one to itself. Everything is written beside the old files first and renamed
-    at the end; weight files of an earlier save in the same form are removed after that. An
-    interrupted save leaves the old weights, or none that load. Returns the names written. Raises
-    OSError naming the file; FileExistsError when a .bin would stand beside safetensors weights,
-    which readers prefer.
+    than the limit has one to itself. Everything is written beside the old files first and takes
+    their place at the end, when weight files of an earlier save in the same form are removed; an
+    interrupted save leaves the old weights (`staging.staged`). beside: writes further files into
+    the directory it is given; they take their place together with the weights. Returns the names
+    of the weight files. Raises OSError naming the file; FileExistsError when a .bin would stand
+    beside safetensors weights, which readers prefer.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -211,27 +226,20 @@ def save_sharded(
     if len(shards) == 1:
         files = [name]
     write = write_safetensors if safetensors else write_torch
-    staging = directory / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
+    stale = _weight_files(name, beside is not None)
+    with staged(directory, stale) as new:
         for file, shard in zip(files, shards, strict=True):
-            write(staging / file, shard)
+            write(new / file, shard)
         if len(files) > 1:
             weight_map = {
                 s.name: file for file, shard in zip(files, shards, strict=True) for s in shard
             }
             total = sum(s.nbytes for shard in shards for s in shard)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(staging / (name + INDEX), index)
-            # Without its index, a mixture of old and new shards cannot be taken for a model.
-            (directory / (name + INDEX)).unlink(missing_ok=True)
+            write_json(new / (name + INDEX), index)
             files.append(name + INDEX)
-        for file in files:
-            os.replace(staging / file, directory / file)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    _remove_stale(directory, name, keep=set(files))
+        if beside is not None:
+            beside(new)
     return files
 
 
@@ -256,10 +264,10 @@ def _parse_size(size: int | str) -> int:
     return int(match[1]) * units[match[2]]
 
 
-def _remove_stale(directory: Path, name: str, keep: set[str]) -> None:
-    """Remove weight files of the same form that are not of this save."""
+def _weight_files(name: str, whole: bool) -> re.Pattern[str]:
+    """Names of all weight files in the form of `name`, whatever the number of shards; of a `whole`
+    directory also of what another model's save may have left.
+    """
     stem, suffix = map(re.escape, os.path.splitext(name))
-    pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?{suffix}({re.escape(INDEX)})?")
-    for path in directory.iterdir():
-        if pattern.fullmatch(path.name) and path.name not in keep:
-            path.unlink()
+    weights = rf"{stem}(-\d{{5}}-of-\d{{5}})?{suffix}({re.escape(INDEX)})?"
+    return re.compile(f"{weights}|{REPLACED.pattern}" if whole else weights)

@@ -11,6 +11,10 @@ import json
 import os
 from collections.abc import Mapping
 
+import numpy as np
+
+from .foreign import not_weights
+from .mapped import guarded
 from .tensor import NUMPY_TYPES, Tensor, Tensors, checked_nbytes, short_repr, sources, view
 from .write import atomic_file, map_file
 
@@ -25,8 +29,16 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
     consistent file; OSError when it cannot be opened.
     """
     raw = map_file(path)
+    with guarded(raw):
+        return _read(path, raw)
+
+
+def _read(path: str | os.PathLike, raw: np.ndarray) -> dict[str, Tensor]:
     if raw.size < 8:
         raise ValueError(f"{path}: truncated: {raw.size} bytes, a safetensors file has at least 8")
+    head = raw[:16].tobytes()
+    if head[8:9] != b"{" and (other := not_weights(head)):
+        raise ValueError(f"{path}: {other}")
     length = int.from_bytes(raw[:8].tobytes(), "little")
     if length > MAX_HEADER:
         what = f"header length {length}, expected at most {MAX_HEADER}"
@@ -35,16 +47,19 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: truncated: header of {length} bytes announced, {raw.size - 8} follow"
         )
-    header = _parse_header(path, raw[8 : 8 + length].tobytes())
+    header, metadata = _parse_header(path, raw[8 : 8 + length].tobytes())
     spans = {name: _check_entry(path, name, entry) for name, entry in header.items()}
     _check_cover(path, spans, raw.size - 8 - length)
-    return {
+    tensors = {
         name: view(raw, 8 + length + spans[name][0], entry["dtype"], tuple(entry["shape"]))
         for name, entry in header.items()
     }
+    # The format's own library stores a shared tensor once and says its other names here.
+    second = {name: kept for name, kept in metadata.items() if kept in tensors}
+    return tensors | {n: tensors[kept] for n, kept in second.items() if n not in tensors}
 
 
-def _parse_header(path: str | os.PathLike, text: bytes) -> dict[str, dict]:
+def _parse_header(path: str | os.PathLike, text: bytes) -> tuple[dict[str, dict], dict[str, str]]:
     def no_duplicates(pairs):
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -63,7 +78,7 @@ def _parse_header(path: str | os.PathLike, text: bytes) -> dict[str, dict]:
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"{path}: {METADATA}: expected an object of strings")
-    return header
+    return header, metadata
 
 
 def _check_entry(path: str | os.PathLike, name: str, entry: object) -> tuple[int, int]:

@@ -6,10 +6,14 @@ NumPy has no bfloat16: BF16 values stay the uint16 patterns they are in the file
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+from .. import _core
+from .mapped import owned
 
 NUMPY_TYPES = {
     "F64": np.dtype("<f8"),
@@ -44,7 +48,8 @@ def type_name(dtype: np.dtype) -> str:
 class Tensor:
     """One array of a weight file: read-only, C-contiguous, usually a view of the mapped file.
 
-    data   ndarray of the stored type; uint16 patterns for BF16
+    data   ndarray of the stored type; uint16 patterns for BF16. For the core, and within
+           `mapped.guarded`: `numpy()` is safe from what happens to the file
     dtype  its name in the file: "F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL"
     """
 
@@ -65,7 +70,7 @@ class Tensor:
         if data.dtype.newbyteorder("<") != stored:
             raise ValueError(f"data: expected an array of {stored} for {dtype}, got {data.dtype}")
         if data.dtype != stored or not (data.flags.c_contiguous and data.flags.aligned):
-            data = data.astype(stored, order="C")
+            data = owned(data).astype(stored, order="C")
         self.data = data.view()
         self.data.flags.writeable = False
         self.dtype = dtype
@@ -81,21 +86,41 @@ class Tensor:
         return self.data.nbytes
 
     def numpy(self) -> np.ndarray:
-        """An array to compute with: BF16 widened to float32 exactly, anything else read-only and
-        uncopied.
+        """An array to compute with: BF16 widened to float32 exactly; anything else read-only, and
+        copied where it lies in a mapped file. OSError naming the file where that changed.
         """
+        data = owned(self.data)
         if self.dtype == "BF16":
-            wide = self.data.astype(np.uint32)
+            wide = data.astype(np.uint32)
             wide <<= 16
             return wide.view(np.float32)
         if self.dtype == "BOOL":
-            return (
-                self.data.view(np.uint8) != 0
-            )  # a byte that is neither 0 nor 1 would confuse NumPy
-        return self.data
+            return data.view(np.uint8) != 0  # a byte that is neither 0 nor 1 would confuse NumPy
+        data.flags.writeable = False
+        return data
 
     def __repr__(self) -> str:
         return f"Tensor({self.dtype}, {self.shape})"
+
+
+def to_arrays(tensors: Mapping[str, Tensor], what: str) -> dict[str, np.ndarray]:
+    """`numpy()` of each. Where the copies of what lies in mapped files would take more than half of
+    the memory that is free, those stay views of the files, and a warning that begins with `what`
+    says so.
+    """
+    asked = sum(
+        t.nbytes for t in tensors.values() if t.dtype != "BF16" and _core.check_mapped(t.data)
+    )
+    free = _core.memory_available()
+    if asked <= free // 2:
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
+    warnings.warn(
+        f"{what}: a copy takes {asked / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: the arrays "
+        "are views of the weight files, which must not change while they are in use",
+        stacklevel=3,
+    )
+    widened = ("BF16", "BOOL")
+    return {n: t.numpy() if t.dtype in widened else t.data for n, t in tensors.items()}
 
 
 def to_bf16(values: np.ndarray) -> Tensor:
@@ -127,6 +152,19 @@ def checked_nbytes(where: str, dtype: str, shape: Iterable[int]) -> int:
         if extent > MAX_BYTES:
             raise ValueError(f"{where}: shape {short_repr(shape)} of {dtype} overflows")
     return size
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bytes; the first difference ends the
+    comparison.
+    """
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    x, y = (t.data.reshape(-1).view(np.uint8) for t in (a, b))
+    if x.ctypes.data == y.ctypes.data:
+        return True
+    parts = (slice(start, start + CHUNK) for start in range(0, x.size, CHUNK))
+    return all(np.array_equal(x[part], y[part]) for part in parts)
 
 
 def short_repr(value: object, limit: int = 80) -> str:
@@ -180,7 +218,7 @@ class Source(NamedTuple):
             )
         raw = value.data.reshape(-1).view(np.uint8)
         for start in range(0, raw.size, CHUNK):
-            yield raw[start : start + CHUNK].data
+            yield owned(raw[start : start + CHUNK]).data
 
 
 Tensors = Mapping[str, "Tensor | np.ndarray"] | Iterable[Source]

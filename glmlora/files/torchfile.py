@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from .foreign import not_weights
+from .mapped import guarded
+from .regular import regular
 from .tensor import NUMPY_TYPES, Source, Tensors, short_repr, sources
 from .torchpickle import MAX_PICKLE, STORAGES, Unpickler, check_result
 from .write import atomic_file, map_file
@@ -34,6 +37,11 @@ def read_torch(path: str | os.PathLike) -> Any:
     cannot be opened.
     """
     raw = map_file(path)
+    with guarded(raw):
+        return _read(path, raw)
+
+
+def _read(path: str | os.PathLike, raw: np.ndarray) -> Any:
     head = raw[:16].tobytes()
     if head.startswith(ZIP_MAGIC):
         value = _read_zip(path, raw)
@@ -42,8 +50,9 @@ def read_torch(path: str | os.PathLike) -> Any:
     elif head.lstrip().startswith((b"{", b"[")):
         raise ValueError(f"{path}: is JSON text, not a file of torch.save")
     else:
+        other = not_weights(head)
         raise ValueError(
-            f"{path}: not a file of torch.save (neither a zip nor its older form), or damaged"
+            f"{path}: {other or 'not a file of torch.save (a zip, or its older form), or damaged'}"
         )
     check_result(path, value)
     return value
@@ -69,7 +78,8 @@ def _read_zip(path: str | os.PathLike, raw: np.ndarray) -> Any:
     if text.size > MAX_PICKLE:
         raise ValueError(f"{path}: data.pkl has {text.size} bytes, expected at most {MAX_PICKLE}")
     text = text.tobytes()
-    if zlib.crc32(text) != entries[top + "data.pkl"].CRC:
+    # torch can be told not to compute checksums; it writes 0 then.
+    if entries[top + "data.pkl"].CRC not in (0, zlib.crc32(text)):
         raise ValueError(f"{path}: data.pkl does not match its checksum: the file is damaged")
 
     def find(key: str, dtype: str, count: int) -> np.ndarray:
@@ -98,7 +108,7 @@ def _zip_entries(path: str | os.PathLike, raw: np.ndarray) -> dict[str, Any]:
     import zipfile
 
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb", opener=regular) as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, ValueError, RuntimeError, OverflowError, EOFError) as error:
         raise _bad_zip(path, raw, error) from None

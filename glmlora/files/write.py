@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,23 +15,19 @@ from typing import IO, Any
 
 import numpy as np
 
+from .. import _core
+from .regular import read_bytes, regular
+from .staging import remove_litter, staged, sync_directory, temporary
+
 LFS_POINTER = b"version https://git-lfs"
 LFS_POINTER_MAX = 1024  # bytes; pointers have about 130
 
 
-def _sync_directory(path: str | os.PathLike) -> None:
-    """Make a rename inside `path` durable, where the file system can."""
-    with suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _named(error: OSError, path: str | os.PathLike) -> OSError:
-    """The same error with the path in it: a failed write (disk full) does not know its file."""
-    if error.filename is not None or error.errno is None:
+def _named(error: OSError, path: str | os.PathLike, place: Path | None = None) -> OSError:
+    """The same error with the path in it: a failed write (disk full) does not know its file, and a
+    failed rename only the temporary `place`.
+    """
+    if error.filename not in (None, str(place)) or error.errno is None:
         return error
     return OSError(error.errno, os.strerror(error.errno), os.fspath(path))
 
@@ -49,75 +43,53 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     if mode not in ("wb", "w"):
         raise ValueError(f"mode: expected 'wb' or 'w', got {mode!r}")
     target = Path(os.path.realpath(path))
-    # Not derived from the target's name, which may already have the longest length a name can have.
-    temporary = target.parent / f".{os.getpid()}-{os.urandom(6).hex()}.tmp"
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    remove_litter(target.parent)
     try:
-        file = open(temporary, mode.replace("w", "x"), **text)
+        place, descriptor = temporary(target.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    file = open(descriptor, mode, **text)
     try:
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(descriptor)
+        os.replace(place, target)
         file.close()
-        os.replace(temporary, target)
     except BaseException as error:
         with suppress(OSError):
             file.close()
         with suppress(OSError):
-            os.unlink(temporary)
+            os.unlink(place)
         if isinstance(error, OSError):
-            raise _named(error, path) from error
+            raise _named(error, path, place) from error
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """A directory to fill that takes the name `path` only when the block ends without an error.
 
-    Yields the temporary sibling (`.name.tmp`; one left by a killed process is removed first). An
-    existing directory under `path` is replaced as a whole: moved aside, and removed once the new
-    one is in place. On an error the temporary one is removed and what stood under `path` stays.
-    Raises OSError naming the path.
+    An existing directory under `path` is replaced as a whole: moved aside, and removed once the new
+    one is in place. On an error the new one is removed and what stood under `path` stays; after a
+    kill, whoever writes beside it next puts it back. Raises OSError naming the path.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{path}: is a file, expected a directory or nothing")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.tmp"
-    aside = target.parent / f".{target.name}.old.tmp"
-    for left_over in (temporary, aside):
-        if left_over.exists():
-            if left_over is aside and not target.exists():
-                os.rename(
-                    aside, target
-                )  # killed between the two renames below: take the old one back
-            else:
-                shutil.rmtree(left_over)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _sync_file(os.path.join(folder, name))
-            _sync_directory(folder)
-        if target.exists():
-            os.rename(target, aside)
+    with staged(target.parent) as beside:
+        new = beside / target.name
         try:
-            os.rename(temporary, target)
-        except BaseException:
-            if aside.exists():
-                os.rename(aside, target)
-            raise
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
+            new.mkdir()
+            yield new
+            for folder, _, names in os.walk(new):
+                for name in names:
+                    _sync_file(os.path.join(folder, name))
+                sync_directory(folder)
+        except OSError as error:
             raise _named(error, path) from error
-        raise
-    _sync_directory(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync_file(path: str) -> None:
@@ -156,18 +128,30 @@ _JSON_NAMES = {
 }
 
 
-def read_json(path: str | os.PathLike, expect: type | None = None) -> Any:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON decoder's pairs. ValueError for a key with two values: one is lost."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        for name, value in pairs:
+            if result[name] != value:
+                raise ValueError(f"key {name!r} stands twice in an object, with different values")
+    return result
+
+
+def read_json(path: str | os.PathLike, expect: type | None = None, unique: bool = False) -> Any:
     """Read one JSON value from a UTF-8 file, with or without a byte order mark.
 
-    `expect` is dict or list: what the outermost value must be. Raises ValueError naming the file
+    `expect` is dict or list: what the outermost value must be. unique: keys may not stand twice
+    with different values, as in files that a person writes. Raises ValueError naming the file
     and the byte of text that is not UTF-8, the line and column of text that is not JSON, or the
     kind of value found.
     """
-    data = Path(path).read_bytes()
+    data = read_bytes(path)
     refuse_lfs_pointer(path, data)
     mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     try:
-        value = json.loads(data[mark:].decode("utf-8"))
+        hook = no_key_twice if unique else None
+        value = json.loads(data[mark:].decode("utf-8"), object_pairs_hook=hook)
     except UnicodeDecodeError as error:
         offset = mark + error.start
         byte = data[offset]
@@ -177,7 +161,7 @@ def read_json(path: str | os.PathLike, expect: type | None = None) -> Any:
         raise ValueError(f"{path}: not JSON: {error.msg} at {where}") from None
     except RecursionError:
         raise ValueError(f"{path}: JSON nested too deeply") from None
-    except ValueError as error:  # a number with thousands of digits
+    except ValueError as error:  # a key twice, or a number with thousands of digits
         raise ValueError(f"{path}: not JSON: {error}") from None
     if expect is not None and not isinstance(value, expect):
         found = _JSON_NAMES[type(value)]
@@ -206,28 +190,20 @@ def refuse_lfs_pointer(path: str | os.PathLike, data: bytes) -> None:
 
 def map_file(path: str | os.PathLike) -> np.ndarray:
     """Map a regular file: a read-only uint8 array (bytes,) that keeps the mapping alive. Nothing
-    is read yet. Where Linux has them, huge pages are asked for: a file that is not in memory yet is
-    then read in pieces of 2 MB, five times as fast, and read from memory a third faster.
+    is read yet; what NumPy reads of it stands within `mapped.guarded`. Where Linux has them, huge
+    pages are asked for: a file that is not in memory yet is then read in pieces of 2 MB, five times
+    as fast, and read from memory a third faster.
 
     Raises ValueError for an empty file, something that is not a file, or a git-lfs pointer;
     OSError as open() does.
     """
-    import mmap
-
-    if stat.S_ISDIR(os.stat(path).st_mode):
-        raise IsADirectoryError(f"{path}: is a directory, expected a file")
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{path}: is not a regular file")
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise ValueError(f"{path}: file is empty")
         if size <= LFS_POINTER_MAX:
             refuse_lfs_pointer(path, file.read())
-        mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    with suppress(AttributeError, OSError):  # not on every system
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(mapping, dtype=np.uint8)
+        return _core.map_file(file.fileno(), path)
 
 
 def model_directory(path: str | os.PathLike) -> Path:

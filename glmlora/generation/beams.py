@@ -10,10 +10,15 @@ from .scheduler import Scheduler, Scores, first_room
 
 
 def best_answers(
-    model: Model, prompt: list[int], limit: int, change: Scores, draw: tuple[int, int]
-) -> list[list[int]]:
-    """The best `num_return_sequences` answers to one prompt by sum of log probabilities / length **
-    length_penalty.
+    model: Model,
+    prompt: list[int],
+    limit: int,
+    change: Scores,
+    draw: tuple[int, int],
+    number: int = 0,
+) -> list[tuple[float, list[int]]]:
+    """The best `num_return_sequences` answers to one prompt, (score, new ids) each. The score is
+    the sum of log probabilities / length ** length_penalty. number: of the prompt.
 
     The rules are transformers': twice as many candidates as beams (more with several end ids), an
     end counts among the first `num_beams` of them, and the search is over when no running beam can
@@ -24,7 +29,7 @@ def best_answers(
     n = int(g.num_beams)
     wanted = n * max(2, 1 + len(change.eos))
     scheduler = Scheduler(CachedRow(model, n, first_room([len(prompt)], [limit])), change)
-    scheduler.submit(prompt, limit)
+    scheduler.submit(prompt, limit, number=number)
     scores = np.repeat(scheduler.scores(), n, axis=0)
     scheduler.fork([0] * n)
     sums = np.full(n, -np.inf)
@@ -33,11 +38,16 @@ def best_answers(
     for index in range(limit):
         table = np.empty(scores.shape)
         for beam, request in enumerate(scheduler.running):
-            logp = change(_log_softmax(scores[beam]), request.ids)
+            logp = change(_log_softmax(scores[beam]), request)
+            if g.renormalize_logits:
+                logp = _log_softmax(logp)
             if g.samples:
                 warped = _core.warp_logits(
                     logp, float(g.temperature), int(g.top_k), float(g.top_p), 2
                 )
+                if g.min_p:  # at least two tokens of each beam survive here, too
+                    least = min(g.min_p * warped.max(), np.partition(warped, -2)[-2])
+                    warped[warped < least] = 0
                 with np.errstate(divide="ignore"):
                     logp = np.log(warped)
             table[beam] = logp + sums[beam]
@@ -54,17 +64,22 @@ def best_answers(
             beam, token = divmod(int(candidate), scores.shape[1])
             if flat[candidate] == -np.inf:
                 break
-            if token in change.eos or index + 1 == limit:
+            request = scheduler.running[beam]
+            ended = token in change.eos or index + 1 == limit
+            if ended or change.stops([*request.ids, token]):
                 if rank < n:
-                    answer = scheduler.running[beam].new + [token]
+                    answer = request.new + [token]
                     finished.append((float(flat[candidate]) / length, answer))
             elif len(chosen) < n:
                 chosen.append((float(flat[candidate]), beam, token))
         finished = sorted(finished, key=lambda f: -f[0])[:n]
         if not chosen:
             break
-        highest = chosen[0][0] / length
-        if len(finished) == n and (g.early_stopping or finished[-1][0] >= highest):
+        # The best that a running beam may still reach: with "never" at any length, else at this.
+        reach = limit if g.early_stopping == "never" and g.length_penalty > 0 else index + 1
+        highest = chosen[0][0] / reach ** float(g.length_penalty)
+        enough = g.early_stopping in (True, 1)
+        if len(finished) == n and (enough or finished[-1][0] >= highest):
             break
         chosen += [(-np.inf, *chosen[0][1:])] * (n - len(chosen))
         scheduler.fork([beam for _, beam, _ in chosen])
@@ -72,7 +87,7 @@ def best_answers(
         sums = np.array([total for total, _, _ in chosen])
         scores = scheduler.scores()
     finished += finished[-1:] * (g.num_return_sequences - len(finished))
-    return [answer for _, answer in finished[: g.num_return_sequences]]
+    return finished[: g.num_return_sequences]
 
 
 def _log_softmax(scores: np.ndarray) -> np.ndarray:

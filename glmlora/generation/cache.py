@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .. import _core
+from ..batch import as_rows, check_ids
 from .config import GenerationConfig
 
 CHUNK = 1024  # tokens fed at a time: bounds the memory of a long prompt
@@ -39,6 +40,7 @@ class Model(Protocol):
     generation_config: GenerationConfig
     cached_row: CachedRow | None  # kept between chats
     prefix_is_fresh: bool
+    prompt_template: str  # "auto", or the one it was trained with
 
     @property
     def config(self) -> ModelConfig: ...
@@ -166,3 +168,123 @@ class CachedRow:
         if choice is None:
             return core.next(self.cache, rows, ids, lengths)
         return core.next(self.cache, rows, ids, lengths, choice)
+
+
+class PastKeyValues:
+    """What a model has seen, row by row: opaque, to be passed back to `stream_chat` for the next
+    round, or to the model for the tokens that follow.
+
+    It stays valid when the loop was left early and when another round went another way meanwhile:
+    the ids say what was shown, and whatever the cache lacks of them is fed again. The cache is made
+    when it is first used.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        rows_of_ids: Sequence[list[int]],
+        rows: CachedRow | None = None,
+        width: int | None = None,
+    ):
+        self.model = model
+        self.rows_of_ids = list(rows_of_ids)
+        self.width = max(map(len, self.rows_of_ids)) if width is None else width  # padding too
+        self._rows = rows
+
+    @property
+    def ids(self) -> list[int]:
+        """Of the only, or first, row."""
+        return self.rows_of_ids[0]
+
+    @property
+    def rows(self) -> CachedRow:
+        """The rows of the cache."""
+        if self._rows is None:
+            longest = max(map(len, self.rows_of_ids))
+            self._rows = CachedRow(self.model, len(self.rows_of_ids), longest + CAPACITY_STEP)
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many positions there are, padding too."""
+        return self.width
+
+    def go_on(self, new: np.ndarray) -> tuple[np.ndarray, PastKeyValues]:
+        """(scores float32 (B, T, V) of the ids `new` (B, T) that follow, what has been seen then).
+        ValueError beyond the model's positions.
+        """
+        ids = [[*old, *more] for old, more in zip(self.rows_of_ids, new.tolist(), strict=True)]
+        longest, limit = max(map(len, ids)), self.model.config.seq_length
+        if longest > limit:
+            raise ValueError(
+                f"past_key_values: a row would have {longest} tokens, the model has positions for "
+                f"{limit} (seq_length)"
+            )
+        later = PastKeyValues(self.model, ids, self.rows, self.width + new.shape[1])
+        if new.shape[1] > 1:  # the cache gives a row's last scores only
+            lengths = np.array([len(row) for row in ids], np.int32)
+            ends = np.cumsum(lengths)[:, None]
+            last = (ends - np.arange(new.shape[1], 0, -1)).astype(np.int32)
+            flat = np.concatenate(ids).astype(np.int32)
+            scores, _ = self.model.core.forward(flat, lengths, rows=last.reshape(-1))
+            return scores.reshape(*new.shape, -1), later
+        if not self.rows.cache.current:
+            self.rows.forget()
+        self.rows.make_room(longest)
+        for row, whole in enumerate(ids):
+            self.rows.become(row, whole)
+        return self.rows.extend(list(range(len(ids))))[:, None], later
+
+
+def check_past(past: Any, model: Model, rows: int) -> None:
+    """TypeError for what is no PastKeyValues, ValueError for one of another model or number of
+    rows.
+    """
+    if not isinstance(past, PastKeyValues):
+        raise TypeError(
+            f"past_key_values: expected what the model returned, got {type(past).__name__}"
+        )
+    if past.model is not model:
+        raise ValueError("past_key_values: made by another model")
+    if len(past.rows_of_ids) != rows:
+        raise ValueError(f"past_key_values: holds {len(past.rows_of_ids)} rows, got {rows}")
+
+
+def scores_after(
+    model: Model, past: Any, input_ids: Any, attention_mask: Any, position_ids: Any
+) -> tuple[np.ndarray, PastKeyValues]:
+    """`go_on` of what `past` holds with what `model(..)` was given, checked: a mask covers all ids
+    and hides those that the first call's did; positions count on.
+    """
+    if input_ids is None:
+        raise ValueError("input_ids: expected an array of ids (rows, tokens), got None")
+    ids = as_rows("input_ids", input_ids)
+    check_ids("input_ids", ids, model.config.padded_vocab_size)
+    rows, new = ids.shape
+    check_past(past, model, rows)
+    held = np.array([len(row) for row in past.rows_of_ids])
+    if attention_mask is not None:
+        mask = as_rows("attention_mask", attention_mask) != 0
+        if mask.shape != (rows, past.width + new):
+            raise ValueError(
+                f"attention_mask: expected shape {(rows, past.width + new)}, for what "
+                f"past_key_values holds and what follows, got {mask.shape}"
+            )
+        wrong = (mask.sum(axis=1) != held + new) | ~mask[:, past.width :].all(axis=1)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ValueError(
+                f"attention_mask: row {row} has {mask[row].sum()} ids, expected the {held[row]} "
+                f"that past_key_values holds and the {new} that follow"
+            )
+    if position_ids is not None:
+        usual = held[:, None] + np.arange(new)
+        given = as_rows("position_ids", position_ids)
+        if given.shape not in (usual.shape, (1, new)) or (given != usual).any():
+            raise ValueError(
+                f"position_ids: expected {usual[0, 0]} .. in row 0, where past_key_values ends, "
+                f"got {given[0, :4].tolist()}"
+            )
+    return past.go_on(ids)

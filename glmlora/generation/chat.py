@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
+
 from .. import families
+from ..families import recognition
+from ..families.vendored import in_template
 from ..tokenization import TextStream
 from .beams import best_answers
-from .cache import CachedRow, Model
-from .config import ChatSettings, GenerationConfig, StreamSettings, spelled_out
+from .cache import CachedRow, Model, PastKeyValues, check_past
+from .config import (
+    BatchChatArguments,
+    ChatArguments,
+    GenerationConfig,
+    StreamChatArguments,
+    check_names,
+    spelled_out,
+)
 from .generate import ROWS, complete, warn_of_prefix
-from .scheduler import Processor, Scheduler, Scores, call_seed, first_room, limits_of
+from .processors import Processor
+from .scheduler import Scheduler, Scores, call_seed, first_room, limits_of
+from .streamers import check_streamer, ended
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -22,25 +36,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
-class PastKeyValues:
-    """What a conversation has in its cache: opaque, to be passed back to `stream_chat` for the next
-    round.
-
-    It stays valid when the loop was left early and when another round went another way meanwhile:
-    the ids say what was shown, and whatever the cache lacks of them is fed again.
-    """
-
-    def __init__(self, rows: CachedRow, ids: list[int]):
-        self.rows = rows
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
 def chat_family(model: Model, tokenizer: Any) -> families.Family:
-    """The family whose prompts and histories a chat has: the tokenizer's, which writes them."""
-    return families.of(getattr(tokenizer, "family", model.config.family))
+    """The family whose prompts and histories a chat has: the tokenizer's, which writes them, in the
+    template that the model was trained with.
+    """
+    family = families.of(getattr(tokenizer, "family", model.config.family))
+    return in_template(family, model.prompt_template)
 
 
 def end_ids(model: Model, tokenizer: Any) -> list[int]:
@@ -76,10 +77,13 @@ def by_position(function: Function) -> Function:
 
 
 class _Turns:
-    """What the questions of a call have in common: the family, the settings, the end ids."""
+    """What the questions of a call of `function` have in common: the family, the settings, the end
+    ids.
+    """
 
     def __init__(
         self,
+        function: Callable[..., Any],
         model: Model,
         tokenizer: Any,
         *,
@@ -89,14 +93,22 @@ class _Turns:
         top_p: float = 0.8,
         temperature: float = 0.8,
         logits_processor: Any = None,
+        generation_config: GenerationConfig | None = None,
+        stopping_criteria: Any = None,
+        prefix_allowed_tokens_fn: Any = None,
         **settings: Any,
     ):
+        check_names(function, settings)
         self.model, self.tokenizer = model, tokenizer
         self.family = chat_family(model, tokenizer)
+        config = model.config
+        recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
         settings |= {"max_length": max_length, "num_beams": num_beams, "do_sample": do_sample}
         settings |= {"top_p": top_p, "temperature": temperature}
-        self.settings = _settings(model, tokenizer, settings)
-        self.change = Scores(self.settings, logits_processor)
+        self.settings = _settings(model, tokenizer, settings, generation_config)
+        self.change = Scores(
+            self.settings, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, tokenizer
+        )
 
     def ask(self, query: str, history: Any, role: str) -> tuple[list[int], list[Any]]:
         """(ids of the whole prompt, a new history that ends in the question)."""
@@ -116,12 +128,30 @@ class _Turns:
         return self.family.answer(self.tokenizer.decode(ids), asked)
 
 
-def _settings(model: Model, tokenizer: Any, fields: dict[str, Any]) -> GenerationConfig:
-    """Settings of a chat call: neutral but for `fields`, ending where the family's answers end."""
+def _settings(
+    model: Model,
+    tokenizer: Any,
+    fields: dict[str, Any],
+    given: GenerationConfig | None = None,
+) -> GenerationConfig:
+    """Settings of a chat call: the model's, or those given, but for `fields`; an answer ends where
+    the family's answers end, too.
+    """
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise TypeError(f"generation_config: expected a GenerationConfig, got {given!r:.80}")
+    own = model.generation_config
+    g = copy.copy(own if given is None else given)
+    g.num_return_sequences = 1
     if fields.get("eos_token_id") is None:
-        fields["eos_token_id"] = end_ids(model, tokenizer)
-    g = GenerationConfig(pad_token_id=model.generation_config.pad_token_id)
+        found = [*end_ids(model, tokenizer), *g.eos]
+        fields["eos_token_id"] = list(dict.fromkeys(found))
     g.update(**fields)
+    if g.pad_token_id is None:
+        g.pad_token_id = own.pad_token_id
+    for name in ("num_return_sequences", "return_dict_in_generate"):
+        if fields.get(name) and fields[name] != g.__dataclass_fields__[name].default:
+            raise ValueError(f"{name}: a chat has one answer, as text; use generate")
+    g.output_scores = g.output_logits = g.return_dict_in_generate = False
     g.check(model.config.padded_vocab_size)
     return g
 
@@ -143,7 +173,7 @@ def _take_row(model: Model, needed: int) -> CachedRow:
     return row
 
 
-@spelled_out
+@spelled_out(ChatArguments)
 @by_position
 def chat(
     model: Model,
@@ -158,13 +188,15 @@ def chat(
     top_p: float = 0.8,
     temperature: float = 0.8,
     logits_processor: Processor | Sequence[Processor] | None = None,
-    **settings: Unpack[ChatSettings],
+    **settings: Unpack[ChatArguments],
 ) -> tuple[str, list[Any]]:
     """One turn of conversation.
 
     max_length: prompt included. Sampling keeps the 50 best tokens unless `top_k` says otherwise (0:
-    all); temperature 0 is greedy; further settings: see GenerationConfig. From role on, or from
-    max_length on in a family without roles, arguments may be given by position too.
+    all); temperature 0 is greedy; further settings: see GenerationConfig. What is neither given nor
+    has a default here is generation_config's, or the model's. stopping_criteria,
+    prefix_allowed_tokens_fn, streamer: as in `generate`. From role on, or from max_length on in a
+    family without roles, arguments may be given by position too.
 
     Returns (response, history): the answer's text, and a new list with this turn at its end:
     (query, response) tuples, or dicts of role and content in a family with roles. A tool that such
@@ -172,33 +204,40 @@ def chat(
     cannot be read. The caller's list is not changed and nothing is printed. Raises ValueError
     naming the argument, TypeError for one that is not known.
     """
-    _check_query(query)
-    turns = _Turns(
-        model,
-        tokenizer,
-        max_length=max_length,
-        num_beams=num_beams,
-        do_sample=do_sample,
-        top_p=top_p,
-        temperature=temperature,
-        logits_processor=logits_processor,
-        **settings,
-    )
-    ids, asked = turns.ask(query, history, role)
-    [limit] = turns.limits([ids])
-    warn_of_prefix(model)
-    if num_beams > 1:
+    streamer = settings.pop("streamer", None)
+    with ended(streamer):
+        _check_query(query)
+        turns = _Turns(
+            chat,
+            model,
+            tokenizer,
+            max_length=max_length,
+            num_beams=num_beams,
+            do_sample=do_sample,
+            top_p=top_p,
+            temperature=temperature,
+            logits_processor=logits_processor,
+            **settings,
+        )
+        check_streamer(streamer, 1, turns.settings.num_beams)
+        ids, asked = turns.ask(query, history, role)
+        [limit] = turns.limits([ids])
+        warn_of_prefix(model)
         draw = call_seed(turns.settings), 0
-        new = best_answers(model, ids, limit, turns.change, draw)[0]
-    else:
-        row = _take_row(model, first_room([len(ids)], [limit]))
-        scheduler = Scheduler(row, turns.change)
-        request = scheduler.submit(ids, limit, (call_seed(turns.settings), 0))
-        for _ in scheduler.run():
-            pass
-        new = request.new
-        model.cached_row = row
-    return turns.answer(new, asked)
+        if turns.settings.num_beams > 1:
+            [(_, new)] = best_answers(model, ids, limit, turns.change, draw)
+        else:
+            row = _take_row(model, first_room([len(ids)], [limit]))
+            scheduler = Scheduler(row, turns.change)
+            request = scheduler.submit(ids, limit, draw)
+            if streamer is not None:
+                streamer.put(np.array([ids], np.int64))
+            for _, token, _ in scheduler.run():
+                if streamer is not None:
+                    streamer.put(np.array([token], np.int64))
+            new = request.new
+            model.cached_row = row
+        return turns.answer(new, asked)
 
 
 def chat_rows(
@@ -215,7 +254,7 @@ def chat_rows(
     """
     for query in queries:
         _check_query(query)
-    turns = _Turns(model, tokenizer, **settings)
+    turns = _Turns(batch_chat, model, tokenizer, **settings)
     if turns.settings.num_beams > 1:
         for number, query in enumerate(queries):
             yield number, chat(model, tokenizer, query, [], role=role, **settings)[0]
@@ -227,11 +266,11 @@ def chat_rows(
     draws = [(call_seed(turns.settings), 0) for _ in prompts]
     if not prompts:
         return
-    for number, new in complete(model, prompts, limits, turns.change, draws, at_once):
-        yield number, turns.answer(new, asked[number][1])[0]
+    for number, request in complete(model, prompts, limits, turns.change, draws, at_once):
+        yield number, turns.answer(request.new, asked[number][1])[0]
 
 
-@spelled_out
+@spelled_out(BatchChatArguments)
 def batch_chat(
     model: Model,
     tokenizer: Any,
@@ -245,7 +284,7 @@ def batch_chat(
     top_p: float = 0.8,
     temperature: float = 0.8,
     logits_processor: Processor | Sequence[Processor] | None = None,
-    **settings: Unpack[ChatSettings],
+    **settings: Unpack[BatchChatArguments],
 ) -> list[str]:
     """Responses to many queries, each what `model.chat(tokenizer, query, history=[], ..)` would
     give, several times faster: rows run together, `at_once` of them, and the opening that all
@@ -274,7 +313,7 @@ def batch_chat(
     return answers
 
 
-@spelled_out
+@spelled_out(StreamChatArguments)
 @by_position
 def stream_chat(
     model: Model,
@@ -290,7 +329,7 @@ def stream_chat(
     temperature: float = 0.8,
     logits_processor: Processor | Sequence[Processor] | None = None,
     return_past_key_values: bool = False,
-    **settings: Unpack[StreamSettings],
+    **settings: Unpack[StreamChatArguments],
 ) -> Iterator[tuple[Any, ...]]:
     """One turn that yields (response, history) after each token that completes text; nothing runs
     before the first.
@@ -301,13 +340,10 @@ def stream_chat(
     """
     _check_query(query)
     past = past_key_values
-    if past is not None and not isinstance(past, PastKeyValues):
-        raise TypeError(
-            f"past_key_values: expected what stream_chat returned, got {type(past).__name__}"
-        )
-    if past is not None and past.rows.model is not model:
-        raise ValueError("past_key_values: made by another model")
+    if past is not None:
+        check_past(past, model, 1)
     turns = _Turns(
+        stream_chat,
         model,
         tokenizer,
         max_length=max_length,
@@ -337,13 +373,13 @@ def stream_chat(
     try:
         request = scheduler.submit(ids, limit, (call_seed(turns.settings), 0))
         for _, token, _ in scheduler.run():
-            ended = token in turns.change.eos
-            text = decoded.feed(*([] if ended else [token]))
+            is_end = token in turns.change.eos
+            text = decoded.feed(*([] if is_end else [token]))
             if text is None:
                 continue
             response, so_far = turns.family.answer(text, asked)
             if return_past_key_values:
-                shown = PastKeyValues(row, request.ids[: len(request.ids) - ended])
+                shown = PastKeyValues(model, [request.ids[: len(request.ids) - is_end]], row)
                 yield response, so_far, shown
             else:
                 yield response, so_far

@@ -18,21 +18,24 @@ from .. import _core
 from ..seeds import next_key, seed_of
 from .cache import CachedRow, Model
 from .config import GenerationConfig
+from .processors import Row, changes_of, checked_processors
+from .stopping import MaxTimeCriteria, StopStringCriteria, checked_criteria
 
 # New tokens after which a cache grows: nothing is reserved for the 8192 positions chat may use.
 ROOM = (256, 1024, 4096, 16384, 65536)
-
-Processor = Callable[[np.ndarray, np.ndarray], Any]
 
 
 class Request:
     """A prompt, and how it goes on: `ids` are the prompt's and, behind them, the new ones."""
 
-    def __init__(self, prompt: Sequence[int], limit: int, draw: tuple[int, int]):
+    def __init__(self, prompt: Sequence[int], limit: int, draw: tuple[int, int], number: int = 0):
         self.ids = prompt if isinstance(prompt, list) else list(prompt)
         self.start = len(self.ids)
         self.end = self.start + limit  # how many ids there may be
         self.draw = draw  # (seed, stream) of its random numbers
+        self.number = number  # of the prompt, for functions that ask
+        self.scores: list[np.ndarray] = []  # float32 (V) of each new token, where they are kept:
+        self.logits: list[np.ndarray] = []  # after, and before all changes
         self.row = -1  # of the cache; from then on `ids` is that row's list
 
     @property
@@ -56,22 +59,37 @@ class Event(NamedTuple):
 
 class Scores:
     """Changes to the scores of a row before one is chosen, the settings', then the caller's
-    functions, in order; and the choice.
+    functions, in order; the choice; and whether an answer ends with it.
+
+    allowed: see `changes_of`. tokenizer: for stop_strings.
     """
 
-    def __init__(self, settings: GenerationConfig, processors: Any):
-        self.settings = settings
-        if callable(processors):
-            processors = [processors]
-        self.processors: list[Processor] = list(processors or ())
-        for f in self.processors:
-            if not callable(f):
-                raise TypeError(f"logits_processor: expected functions, got {f!r}")
+    def __init__(
+        self,
+        settings: GenerationConfig,
+        processors: Any = None,
+        criteria: Any = None,
+        allowed: Any = None,
+        tokenizer: Any = None,
+    ):
+        self.settings = g = settings
+        self.changes = changes_of(g, allowed)
+        self.processors = checked_processors(processors)
+        self.criteria = checked_criteria(criteria)
+        if g.max_time is not None:
+            self.criteria.append(MaxTimeCriteria(g.max_time))
+        if g.stop_texts:
+            if tokenizer is None:
+                raise ValueError("stop_strings: need the tokenizer, pass tokenizer=")
+            self.criteria.append(StopStringCriteria(tokenizer, g.stop_texts))
         self.eos = settings.eos
-        g = settings
         self.adjusts = g.repetition_penalty != 1 or g.no_repeat_ngram_size > 0 or g.min_length > 0
-        self.active = self.adjusts or bool(self.processors)  # else scores stay as they are
+        functions = bool(self.changes or self.processors)
+        self.active = self.adjusts or functions  # else scores stay as they are
         self.greedy = not (g.samples or self.active)  # the highest score decides
+        self.keeps = bool(g.output_scores or g.output_logits)
+        cuts = g.samples and bool(g.min_p)
+        self.in_core = not (functions or self.keeps or cuts)  # the core can choose
 
     def choice(self, requests: Sequence[Request]) -> dict[str, Any]:
         """What tells the core to choose the next tokens where the scores are."""
@@ -96,20 +114,29 @@ class Scores:
         return found
 
     def pick(self, scores: np.ndarray, request: Request) -> int:
-        """The next token of a request from its scores float32 (V)."""
+        """The next token of a request from its scores float32 (V), changed in place."""
         g = self.settings
+        if g.output_logits:
+            request.logits.append(scores.copy())
         if self.active:
-            scores = self(scores, request.ids)
+            scores = self(scores, request)
+        how = float(g.temperature), int(g.top_k), float(g.top_p)
+        if g.samples and (g.min_p or g.output_scores):
+            chances = _core.warp_logits(scores, *how)
+            chances[chances < (g.min_p or 0) * chances.max()] = 0
+            scores = np.where(chances > 0, scores / how[0], -np.inf).astype(np.float32)
+            how = 1.0, 0, 1.0
+        if g.output_scores:
+            request.scores.append(scores.copy())
         if not g.samples:
             return scores.argmax().item()
-        how = float(g.temperature), int(g.top_k), float(g.top_p)
         return _core.sample(scores, *how, *request.draw, request.index)
 
-    def __call__(self, scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-        """scores float32 (V), changed in place; ids: the whole context. Returns float32 (V)."""
-        g = self.settings
+    def __call__(self, scores: np.ndarray, row: Row) -> np.ndarray:
+        """scores float32 (V), changed in place. Returns float32 (V)."""
+        g, ids = self.settings, row.ids
         if self.adjusts:
-            suppress = self.eos if len(ids) < g.min_length else ()
+            suppress = self.eos if len(ids) < g.min_length and not g.min_new_tokens else ()
             _core.adjust_logits(
                 scores,
                 np.asarray(ids, np.int32),
@@ -117,6 +144,8 @@ class Scores:
                 int(g.no_repeat_ngram_size),
                 np.asarray(suppress, np.int32),
             )
+        for change in self.changes:
+            change(scores, row)
         for f in self.processors:
             result = np.asarray(f(np.asarray([ids], np.int64), scores[None]), np.float32)
             if result.shape not in ((1, scores.size), (scores.size,)):
@@ -133,6 +162,14 @@ class Scores:
             if scores.max() == -np.inf:
                 raise ValueError(f"no token is allowed at position {len(ids)}: all are suppressed")
         return scores
+
+    def stops(self, ids: Sequence[int], scores: Sequence[np.ndarray] = ()) -> bool:
+        """Whether a criterion ends a row of these ids. scores: those kept of its new ones."""
+        if not self.criteria:
+            return False
+        kept = tuple(s[None] for s in scores) if self.settings.output_scores else None
+        row = np.asarray([ids], np.int64)
+        return any(bool(np.all(criterion(row, kept))) for criterion in self.criteria)
 
 
 # Growth: make room in the rows for the running requests; returns the steps for which it is enough.
@@ -181,11 +218,17 @@ class Scheduler:
         self._grow = grow
         self._left = 0  # steps for which the cache has room
 
-    def submit(self, prompt: Sequence[int], limit: int, draw: tuple[int, int] = (0, 0)) -> Request:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        limit: int,
+        draw: tuple[int, int] = (0, 0),
+        number: int = 0,
+    ) -> Request:
         """Let a prompt wait for a row. limit: new ids allowed; draw: the (seed, stream) of its
-        random numbers.
+        random numbers; number: of the prompt.
         """
-        request = Request(prompt, limit, draw)
+        request = Request(prompt, limit, draw, number)
         self.waiting.append(request)
         return request
 
@@ -198,7 +241,7 @@ class Scheduler:
             self._fill()
         if not self.running:
             return []
-        if scores is None and not self.change.processors:  # the scores stay in the core
+        if scores is None and self.change.in_core:  # the scores stay in the core
             return self.take(self._feed(self._choice).tolist())
         if scores is None:
             scores = self._feed()
@@ -221,7 +264,9 @@ class Scheduler:
         for request, token in zip(self.running, tokens, strict=True):
             ids = request.ids
             ids.append(token)
-            finished = token in ends or len(ids) == request.end
+            finished = (
+                token in ends or len(ids) == request.end or self.change.stops(ids, request.scores)
+            )
             if finished:
                 ended = True
             events.append(Event(request, token, finished))
@@ -238,7 +283,7 @@ class Scheduler:
         forks = []
         for row, (parent, ids) in enumerate(zip(parents, self.rows.ids, strict=True)):
             old = self.running[parent]
-            fork = Request(ids, 0, (old.draw[0], row))
+            fork = Request(ids, 0, (old.draw[0], row), old.number)
             fork.start, fork.end, fork.row = old.start, old.end, row
             forks.append(fork)
         self._free = []

@@ -6,14 +6,18 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from .. import families
 from ..files.checkpoint import load_checkpoint
-from ..files.write import model_directory
+from ..files.small import GENERATION
+from ..files.write import model_directory, read_json
 from ..generation.config import GenerationConfig
 from . import device as devices
 from .configuration import ChatGLMConfig
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import parse_dtype
-from .quantization import GROUP_SIZE
+from .quantization import GROUP_SIZE, is_quantized
+from .saving import Opened
+from .template import read_template
 
 
 class AutoModel:
@@ -66,11 +70,11 @@ class AutoModel:
         directory = model_directory(path)
         kind = parse_dtype(torch_dtype if dtype is None else dtype)
         if config is None:
-            config = ChatGLMConfig.from_pretrained(directory)
+            config = ChatGLMConfig.from_pretrained(directory, family=family)
         elif not isinstance(config, ChatGLMConfig):
             raise TypeError(f"config: expected a ChatGLMConfig, got {type(config).__name__}")
         if family is not None:
-            config.family = family
+            config.family = families.of(family).name
         if rope_mode is not None:
             config.rope_mode = rope_mode
         tensors = load_checkpoint(directory, wrap=_progress)
@@ -79,11 +83,15 @@ class AutoModel:
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
         model.name_or_path = os.fspath(path)
-        file = directory / "generation_config.json"
-        if file.is_file():
+        model.prompt_template = read_template(directory) or "auto"
+        file, stored = directory / GENERATION, {}
+        if file.exists():
             model.generation_config = GenerationConfig.from_pretrained(directory, config)
-        if load_in_8bit or load_in_4bit:
-            model.quantize(8 if load_in_8bit else 4, group_size=GROUP_SIZE if load_in_4bit else 0)
+            stored = read_json(file, dict)
+        model.opened = Opened(directory, stored, model.generation_config)
+        bits = 8 if load_in_8bit else 4 if load_in_4bit else 0
+        if bits and not is_quantized(config, bits):
+            model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)
         if kind is not None:
             model._cast(kind)
         place = devices.find(device, model.device)

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import families
+from ..families import recognition
+from ..files.foreign import refuse_quantization
+from ..files.small import whole_references
 from ..files.write import model_directory, read_json, write_json
 from .quantization import check_form
 
@@ -67,9 +70,17 @@ _ONLY = {
     "add_bias_linear": False,
     "multi_query_attention": True,
     "original_rope": True,
-    "tie_word_embeddings": False,
 }
-_OWN = ("family", "rope_mode")  # attributes that no config.json has
+_FLAGS = (*_ONLY, "add_qkv_bias", "tie_word_embeddings")
+_OTHER_NAMES = {  # what newer programs call a key
+    "dtype": "torch_dtype",
+    "num_hidden_layers": "num_layers",
+    "vocab_size": "padded_vocab_size",
+}
+# What only this package writes: what users said when they opened the model, and config.json lacks.
+OWN_ROPE_MODE = "glmlora_rope_mode"
+OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
+_MAY_BE_NULL = ("eos_token_id", "pad_token_id")
 
 
 class ChatGLMConfig:
@@ -111,14 +122,11 @@ class ChatGLMConfig:
     torch_dtype: str | None
 
     def __init__(self, family: str | None = None, rope_mode: str | None = None, **fields: Any):
-        fields = {**DEFAULTS, **fields}
-        projection = fields["prefix_projection"]
-        if isinstance(projection, list | tuple) and len(projection) == 1:
-            fields["prefix_projection"] = projection[
-                0
-            ]  # a stray comma in a published copy made it a tuple
-        self.__dict__.update(fields)
-        self.family = family or families.find(fields)
+        fields = completed(fields)
+        rope_mode = fields.pop(OWN_ROPE_MODE, None) if rope_mode is None else rope_mode
+        own = family or recognition.find(fields)
+        self.__dict__.update({k: v for k, v in fields.items() if k not in OWN_KEYS})
+        self.family = own
         self._rope_mode = rope_mode
         self.check()
 
@@ -152,13 +160,15 @@ class ChatGLMConfig:
         """
         directory = model_directory(path)
         file = directory / "config.json"
-        if not file.is_file():
+        if not file.exists():
             raise OSError(f"{file}: not found; a model directory holds config.json and the weights")
         fields = read_json(file, dict)
         fields.update(overrides)
         try:
             if family is None:
-                family = families.find(fields, directory)
+                family = recognition.find(fields, directory, tokenizer_fields(directory))
+            else:
+                family = families.of(family).name
             return cls(family=family, rope_mode=rope_mode, **fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
@@ -170,12 +180,17 @@ class ChatGLMConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+        for name in _FLAGS:
+            value = getattr(self, name)
+            if value not in (True, False):
+                raise ValueError(f"{name}: expected true or false, got {value!r}")
         for name, only in _ONLY.items():
             value = getattr(self, name)
             if bool(value) != only:
                 raise ValueError(
                     f"{name} {value!r} is not supported by this release, only {only!r}"
                 )
+        refuse_quantization(self.__dict__)
         check_form(self.quantization_bit, self.quantization_group_size)
         if self.get("quantization_embeddings"):
             raise ValueError("quantization_embeddings: only linear layers may be quantized")
@@ -240,16 +255,33 @@ class ChatGLMConfig:
         """The keys of `config.json`: everything read, and defaults that were not."""
         return {k: v for k, v in self.__dict__.items() if k not in ("family", "_rope_mode")}
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `directory/config.json`, atomically; the directory is made if it is absent."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
+    def file_fields(self, *folders: Path) -> dict[str, Any]:
+        """What `config.json` in a directory says. folders: where its files are, or are going to be:
+        `auto_map` names no code that is in none of them.
+        """
         fields = self.to_dict()
         if fields["pre_seq_len"] is None:
             del fields["pre_seq_len"], fields["prefix_projection"]
         for name in ("rope_ratio", "quantization_bit", "torch_dtype"):
             if fields[name] == DEFAULTS[name]:
                 del fields[name]
-        write_json(Path(directory) / "config.json", fields)
+        if "auto_map" in fields:
+            fields["auto_map"] = whole_references(fields["auto_map"], folders)
+            if fields["auto_map"] is None:
+                del fields["auto_map"]
+        if not recognition.tells(fields, self.family):
+            fields[recognition.OWN_KEY] = self.family
+        if self._rope_mode is not None:
+            fields[OWN_ROPE_MODE] = self._rope_mode
+        return fields
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `directory/config.json`, atomically; the directory is made if it is absent. Its
+        `auto_map` keeps the entries whose files are there.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "config.json", self.file_fields(directory))
 
     def get(self, name: str, default: Any = None) -> Any:
         """Value of a key, or `default`."""
@@ -257,6 +289,45 @@ class ChatGLMConfig:
 
     def __repr__(self) -> str:
         return f"ChatGLMConfig(family={self.family!r}, {self.to_dict()})"
+
+
+def tokenizer_fields(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a directory, {} where there is none that can be read: a model opens
+    without, and who opens the tokenizer is told.
+    """
+    try:
+        return read_json(directory / "tokenizer_config.json", dict)
+    except (OSError, ValueError):
+        return {}
+
+
+def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config.json in the form that this package reads, with defaults of the others.
+
+    Other programs write some of them otherwise: null for the default, 28.0 for 28, another name, a
+    list around a value.
+    """
+    found = {
+        k: v
+        for k, v in fields.items()
+        if v is not None or DEFAULTS.get(k) is None or k in _MAY_BE_NULL
+    }
+    for other, name in _OTHER_NAMES.items():
+        if found.get(name) is None and found.get(other) is not None:
+            found[name] = found[other]
+    for name in _SIZES:
+        if isinstance(found.get(name), float) and found[name].is_integer():
+            found[name] = int(found[name])
+    if "prefix_projection" in found:
+        found["prefix_projection"] = innermost(found["prefix_projection"])
+    return {**DEFAULTS, **found}
+
+
+def innermost(value: Any) -> Any:
+    """The value in lists of one item, as a stray comma in a published config makes them."""
+    while isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    return value
 
 
 class AutoConfig:

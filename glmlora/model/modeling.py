@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ import numpy as np
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
-from ..files.tensor import Tensor
+from ..files.owner import owned
+from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import generate as _generate
-from ..generation.cache import CachedRow
+from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
@@ -39,19 +41,22 @@ from .parameters import (
     embedding_of,
     float_array,
     fresh_prefix,
-    ignorable,
     incompatible,
     is_dtype,
     is_lora,
     layers_of,
     output_layer_of,
+    own_keys,
+    own_names,
     parse_dtype,
     prefix_of,
     prefix_shapes,
     sort_tensors,
+    tie,
 )
-from .quantization import SCALE, QuantizedTensor, check_form, drop_pages, join
+from .quantization import SCALE, QuantizedTensor, check_form, is_quantized, join
 from .quantization import quantize as quantize_tensor
+from .saving import Opened, write_beside
 
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
 # out of which the weights are read again and again, need some.
@@ -65,17 +70,20 @@ class CausalLMOutput:
     """What `model(...)` returns. B rows, T tokens, V vocabulary, H hidden size, L layers.
 
     logits float32 (B, T, V), 0 over padding; loss float (mean over the labelled tokens of the
-    batch, nats) or None; hidden_states: None or L + 1 float32 (B, T, H), before the final norm, 0
+    batch, nats) or None; past_key_values: what to pass back with the tokens that follow, or None
+    where the cache is off; hidden_states: None or L + 1 float32 (B, T, H), before the final norm, 0
     over padding.
     """
 
     logits: np.ndarray
     loss: float | None = None
+    past_key_values: PastKeyValues | None = None
     hidden_states: tuple[np.ndarray, ...] | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """(loss, logits, hidden_states) without those that are None."""
-        return tuple(v for v in (self.loss, self.logits, self.hidden_states) if v is not None)
+        """(loss, logits, past_key_values, hidden_states) without those that are None."""
+        found = (self.loss, self.logits, self.past_key_values, self.hidden_states)
+        return tuple(v for v in found if v is not None)
 
     def __getitem__(self, key: int | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
@@ -135,9 +143,11 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.active_adapter_name = "default"
         self._dropout_key = seeds.next_key()
         self.generation_config = GenerationConfig.from_model_config(config)
+        self.opened = Opened(None, {}, self.generation_config)
         self.transformer = Transformer(self)
         self.has_prefix = False
         self.prefix_is_fresh = False
+        self.prompt_template = "auto"  # or what it was trained with: of its chats
         self.cached_row: CachedRow | None = None  # kept between chats
         self.gradient_checkpointing = False
         self._reserved = (0, 0, 0)  # sizes of the largest training step so far
@@ -145,10 +155,12 @@ class ChatGLMForConditionalGeneration(_Casts):
         # base weights that lie where they were bound
         self._stored: dict[str, Tensor | QuantizedTensor] = {}
         self._shapes = self.core.shapes()
+        named = own_names(tensors, self._shapes, prefix_of(config))
+        tie(named, config)
         bits, group = check_form(config.quantization_bit, config.quantization_group_size)
         if bits:
-            tensors = join(tensors, self._linear_shapes(), bits, group)
-        base, prefix = sort_tensors(tensors, self._shapes, prefix_of(config))
+            named = join(named, self._linear_shapes(), bits, group)
+        base, prefix = sort_tensors(named, self._shapes, prefix_of(config))
         for name in self._shapes:
             tensor = base[name]
             self._bind(name, _converted(tensor, "F32") if tensor.dtype == "F64" else tensor)
@@ -243,7 +255,7 @@ class ChatGLMForConditionalGeneration(_Casts):
             for name in _uploading(list(stored), device, stored.values()):
                 self._bind(name, stored[name])
                 if device != "cpu" and isinstance(stored[name], Tensor):
-                    drop_pages(stored[name].data)
+                    _core.drop_pages(stored[name].data)
         except BaseException:
             self.core.move(first, [n for n in stored if n not in self.core.missing()])
             for name, tensor in stored.items():
@@ -299,18 +311,19 @@ class ChatGLMForConditionalGeneration(_Casts):
         *,
         group_size: int | None = None,
     ) -> ChatGLMForConditionalGeneration:
-        """Store the linear layers as integers of 8 or 4 bits; 0, and a model that is quantized
-        already, stay as they are. Returns the model.
+        """Store the linear layers as integers of 8 or 4 bits; 0 bits, and a model that is quantized
+        so already, leave it as it is. Returns the model.
 
         Row-wise as THUDM's published models; `group_size` (a multiple of 32, 4 bits only) gives
         each run of so many columns a scale of its own, which is nearer to the float weights.
         Embeddings, output layer, norms and biases keep their type; adapters and a prefix train over
         it. Needs memory for the result, beside what is mapped. `empty_init` and `device` are
-        accepted and mean nothing. Raises ValueError for other bits and for a weight that is not
-        finite, RuntimeError while the linear layers are trained; the model is unchanged then.
+        accepted and mean nothing. Raises ValueError for other bits (also where the model is
+        quantized to others already) and for a weight that is not finite, RuntimeError while the
+        linear layers are trained; the model is unchanged then.
         """
         bits, group = check_form(bits, group_size)
-        if not bits or self.config.quantization_bit:
+        if not bits or is_quantized(self.config, bits, group_size):
             return self
         self._apply_trainable()
         names = list(self._linear_shapes())
@@ -323,7 +336,7 @@ class ChatGLMForConditionalGeneration(_Casts):
                 result = quantize_tensor(name, tensor, bits, group)
                 before[name] = tensor
                 self._bind(name, result)
-                drop_pages(tensor.data)
+                _core.drop_pages(tensor.data)
         except BaseException:
             for name, tensor in before.items():
                 self._bind(name, tensor)
@@ -410,15 +423,17 @@ class ChatGLMForConditionalGeneration(_Casts):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every weight: base ones as they are held (bfloat16 widened to float32), LoRA and prefix
-        float32. A quantized linear is its int8 `weight` and a float16 `weight_scale`.
+        float32; copies, unless the memory does not suffice (a warning says so). A quantized linear
+        is its int8 `weight` and a float16 `weight_scale`.
         """
-        state = {}
+        tensors = {}
         for name in self._shapes:
             tensor = self._tensor(name)
             if isinstance(tensor, QuantizedTensor):
-                state[name], state[name + SCALE] = tensor.integers.data, tensor.scale.data
+                tensors[name], tensors[name + SCALE] = tensor.integers, tensor.scale
             else:
-                state[name] = tensor.numpy()
+                tensors[name] = tensor
+        state = to_arrays(tensors, "state_dict")
         for name in self.core.names():
             if name not in state:
                 state[name] = self.core.read(name)
@@ -428,13 +443,13 @@ class ChatGLMForConditionalGeneration(_Casts):
         self, state_dict: Mapping[str, Any], strict: bool = True
     ) -> IncompatibleKeys:
         """Copy weights in by name, cast to the type each is held in. `rotary_pos_emb.inv_freq` is
-        ignored.
+        ignored, and so is what torch.compile, DataParallel or PEFT put in front of a name.
 
         state_dict: arrays, or what NumPy can read. Raises ValueError naming every misshaped weight
         and, if `strict`, every missing and unexpected one; nothing is changed then.
         """
-        integers, floats = self._split_quantized(state_dict)
-        given = {k: float_array(k, v) for k, v in floats.items() if not ignorable(k)}
+        integers, floats = self._split_quantized(own_keys(state_dict, self.core.names()))
+        given = {k: float_array(k, v) for k, v in floats.items()}
         names = [n for n in self.core.names() if n not in integers]
         shapes = {n: self.core.shape(n) for n in names}
         keys = incompatible(names, given, strict, "model")
@@ -476,8 +491,10 @@ class ChatGLMForConditionalGeneration(_Casts):
         safe_serialization: bool = True,
         max_shard_size: int | str = "10GB",
     ) -> None:
-        """Write config.json and the base weights (and a prefix, if there is one) as a model
-        directory, atomically.
+        """Write the base weights (and a prefix, if there is one) as a whole model directory,
+        atomically: with config.json, generation_config.json, and the small files of the directory
+        that was opened (tokenizer, template, licence, code that `auto_map` names) that are not
+        there yet.
 
         LoRA tensors are not among them: PeftModel.save_pretrained writes those, merge_and_unload()
         folds them in. Raises OSError naming the file.
@@ -496,8 +513,17 @@ class ChatGLMForConditionalGeneration(_Casts):
                 shape, read = self.core.shape(name), self.core.read
                 listed.append((name, "F32", shape, lambda n=name, read=read: read(n)))
         self.config.torch_dtype = self.dtype
-        self.config.save_pretrained(directory)
-        save_sharded(directory, listed, max_shard_size, safetensors=safe_serialization)
+        if self.config.get("dtype") is not None:  # the key's newer name
+            self.config.dtype = self.dtype
+        os.makedirs(directory, exist_ok=True)
+        with owned(directory, shared=True):
+            save_sharded(
+                directory,
+                listed,
+                max_shard_size,
+                safetensors=safe_serialization,
+                beside=lambda new: write_beside(self, new, Path(directory)),
+            )
 
     # What is trained
 
@@ -626,15 +652,29 @@ class ChatGLMForConditionalGeneration(_Casts):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         use_cache: bool | None = None,
+        past_key_values: PastKeyValues | None = None,
     ) -> Any:
         """Logits of every token, without dropout or gradients.
 
         input_ids (B, T) integers, arrays or lists; attention_mask (B, T), 0 over padding at either
         end; labels (B, T), not shifted, -100 where not scored (`loss` is their mean; all masked: a
-        warning, and None). Returns a CausalLMOutput, or its tuple with `return_dict=False`. Raises
-        ValueError naming argument, row and value.
+        warning, and None). past_key_values: what an earlier call returned; input_ids are those
+        that follow, attention_mask covers all. A call without labels returns it unless `use_cache`
+        is False. Returns a CausalLMOutput, or its tuple with `return_dict=False`. Raises ValueError
+        naming argument, row and value.
         """
+        if past_key_values is not None:
+            if labels is not None or output_hidden_states:
+                raise ValueError("past_key_values: cannot be given with labels or hidden states")
+            logits, past = scores_after(
+                self, past_key_values, input_ids, attention_mask, position_ids
+            )
+            out = CausalLMOutput(logits, past_key_values=past)
+            return out if return_dict else out.to_tuple()
         batch, row, column, shape = self._batch(input_ids, attention_mask, position_ids, labels)
+        if attention_mask is None:
+            pad = self.generation_config.pad_token_id
+            _generate.warn_of_padding(as_rows("input_ids", input_ids), pad)
         flat, hidden = self.core.forward(
             batch.ids, batch.lengths, batch.positions, hidden_states=bool(output_hidden_states)
         )
@@ -648,7 +688,15 @@ class ChatGLMForConditionalGeneration(_Casts):
         states = None
         if hidden is not None:
             states = tuple(padded(layer, row, column, shape) for layer in hidden)
-        out = CausalLMOutput(padded(flat, row, column, shape), loss, states)
+        past = None
+        if use_cache or use_cache is None and labels is None and batch.positions is None:
+            if batch.positions is not None:
+                raise ValueError(
+                    "position_ids: with use_cache each row counts from its first token"
+                )
+            ids = np.split(batch.ids, np.cumsum(batch.lengths)[:-1])
+            past = PastKeyValues(self, [part.tolist() for part in ids], width=shape[1])
+        out = CausalLMOutput(padded(flat, row, column, shape), loss, past, states)
         return out if return_dict else out.to_tuple()
 
     __call__ = forward

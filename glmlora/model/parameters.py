@@ -4,19 +4,25 @@ the views on them that scripts reach for (`model.transformer`, `named_parameters
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from .. import _core
-from ..files.tensor import Tensor
+from ..files.checkpoint import recomputed
+from ..files.foreign import refuse_quantized_names
+from ..files.tensor import Tensor, same
 from ..seeds import generator
 from .configuration import ChatGLMConfig
 from .device import Device
-from .quantization import QuantizedTensor
+from .quantization import SCALE, QuantizedTensor
 
 PEFT_PREFIX = "base_model.model."  # of LoRA tensors in PEFT's files
+# What stands before or inside names in files saved from a wrapped model.
+_WRAPPING_PARTS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = ("base_model.model.", "model.")
 _DTYPES = {
     "float32": "F32",
     "float": "F32",
@@ -156,7 +162,10 @@ class PrefixEncoder:
         Raises ValueError naming a weight that is missing, surplus or misshaped, with both lengths.
         """
         start = prefix_of(self._model.config)
-        given = {k.removeprefix(start): float_array(k, v) for k, v in state_dict.items()}
+        given = {
+            without_wrappers(k).removeprefix(start): float_array(k, v)
+            for k, v in state_dict.items()
+        }
         core = self._model.core
         names = [n.removeprefix(start) for n in core.names() if n.startswith(start)]
         check_prefix(given, {n: core.shape(start + n) for n in names})
@@ -241,20 +250,97 @@ def is_lora(name: str) -> bool:
     return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
-def ignorable(name: str) -> bool:
-    return name.endswith("rotary_pos_emb.inv_freq")  # recomputed; published files have it or not
+def own_name(name: str, known: Callable[[str], bool]) -> str:
+    """A tensor's name as the model has it: what torch.compile, DataParallel, FSDP, PEFT or a class
+    around the model put into it is taken out where the rest is a known name.
+    """
+    plain = name if known(name) else without_wrappers(name)
+    for start in _WRAPPERS:
+        plain = plain if known(plain) else plain.removeprefix(start)
+    return plain if known(plain) else name
+
+
+def own_names(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], prefix_start: str
+) -> dict[str, Tensor]:
+    """The tensors of a file under the model's names. ValueError where two names are one of the
+    model's and their values differ.
+    """
+
+    def known(name: str) -> bool:
+        return name.removesuffix(SCALE) in shapes or name.startswith(prefix_start)
+
+    named: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if recomputed(name):
+            continue
+        plain = own_name(name, known)
+        if plain in named and not same(named[plain], tensor):
+            raise ValueError(
+                f"{source[plain]} and {name} are both the tensor {plain}, and their values differ"
+            )
+        named[plain] = named.get(plain, tensor)
+        source.setdefault(plain, name)
+    return named
+
+
+def own_keys(state_dict: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A state dict under the model's `names`, without what is computed anew. ValueError where two
+    of its keys are one of them.
+    """
+    known, given = set(names), {}
+    for key, value in state_dict.items():
+        own = own_name(key, lambda n: n.removesuffix(SCALE) in known)
+        if own in given:
+            raise ValueError(f"load_state_dict: {own} is there twice, once as {key}")
+        if not recomputed(key):
+            given[own] = value
+    return given
+
+
+def without_wrappers(name: str) -> str:
+    """A tensor's name without the parts that torch.compile, DataParallel and FSDP put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPING_PARTS)
+
+
+def tie(tensors: dict[str, Tensor], config: ChatGLMConfig) -> None:
+    """Where config.json says `tie_word_embeddings`, let the output layer be the embeddings, with a
+    warning: they are two weights from then on. ValueError where both are there and differ.
+    """
+    if not config.tie_word_embeddings:
+        return
+    embedding, output = embedding_of(config), output_layer_of(config)
+    if embedding in tensors and output in tensors and not same(tensors[embedding], tensors[output]):
+        raise ValueError(
+            f"tie_word_embeddings is true, but {output} and {embedding} differ: say false in "
+            "config.json if the output layer is a weight of its own, as the published models have "
+            "it, or leave it out of the file"
+        )
+    if embedding in tensors:
+        tensors.setdefault(output, tensors[embedding])
+    config.tie_word_embeddings = False
+    warnings.warn(
+        f"tie_word_embeddings: {output} begins as a copy of {embedding}; full-parameter training "
+        "and what is saved treat them as two weights",
+        stacklevel=4,
+    )
 
 
 def sort_tensors(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], prefix_start: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(base weights, prefix weights, whose names begin with `prefix_start`). ValueError naming all
-    that are missing, surplus, misshaped or not floats.
+    """(base weights, prefix weights, whose names begin with `prefix_start`). A matrix that is there
+    a second time under a name that the model has not is passed over. ValueError naming all that are
+    missing, surplus, misshaped or not floats.
     """
     prefix = {n: t for n, t in tensors.items() if n.startswith(prefix_start)}
-    base = {n: t for n, t in tensors.items() if n not in prefix and not ignorable(n)}
+    base = {n: t for n, t in tensors.items() if n in shapes}
+    others = {n: t for n, t in tensors.items() if n not in prefix and n not in shapes}
+    surplus = [n for n, t in others.items() if not any(_again(t, b) for b in base.values())]
+    base |= {n: others[n] for n in surplus}
     missing = [n for n in shapes if n not in base]
-    surplus = [n for n in base if n not in shapes]
+    refuse_quantized_names(surplus)
     for name, tensor in (base | prefix).items():
         quantized = isinstance(tensor, QuantizedTensor)
         if not quantized and tensor.dtype not in ("F32", "F16", "BF16", "F64"):
@@ -286,6 +372,13 @@ def sort_tensors(
     if faults:
         raise ValueError("; ".join(faults))
     return base, prefix
+
+
+def _again(tensor: Tensor, base: Tensor | QuantizedTensor) -> bool:
+    """Whether a surplus tensor is a weight's second name: a matrix of the same bytes. Vectors of
+    norms are alike without being one.
+    """
+    return isinstance(base, Tensor) and len(tensor.shape) > 1 and same(tensor, base)
 
 
 def check_shapes(pairs: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:

@@ -7,11 +7,12 @@ of the prefix encoder.
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -19,17 +20,26 @@ import numpy as np
 
 from .. import _core
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
+from ..files.owner import owned
 from ..generation.config import GenerationConfig
+from ..names import did_you_mean
 from .adapter import (
     Adapter,
-    LoraConfig,
-    PrefixTuningConfig,
-    TaskType,  # noqa: F401  scripts look for it beside LoraConfig
+    checked_merge,
+    fitting,
     fresh_adapter,
     read_adapter,
     write_adapter,
 )
-from .configuration import ChatGLMConfig
+from .adapter_config import (
+    HUB,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    TaskType,  # noqa: F401  scripts look for it beside LoraConfig
+    unknown_argument,
+)
+from .configuration import ChatGLMConfig, innermost
 from .device import Device
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
@@ -40,7 +50,40 @@ from .parameters import (
     is_lora,
     prefix_of,
     prefix_shapes,
+    without_wrappers,
 )
+from .saving import write_beside
+from .template import read_template
+
+# Keywords with which adapters are loaded elsewhere, and what this release lacks of PEFT's wrapper.
+_LOADING = frozenset(
+    """torch_device torch_dtype dtype device_map max_memory offload_dir offload_folder offload_index
+    offload_buffers use_safetensors trust_remote_code""".split()
+)
+_NOT_HERE = {
+    "add_weighted_adapter": "; merge_and_unload(adapter_names=[..]) adds several",
+    "merge_adapter": "; merge_and_unload() merges, on a copy where the base is needed again",
+    "unmerge_adapter": "; load the base again",
+    "base_model_torch_dtype": "; see dtype",
+    "create_or_update_model_card": "",
+    "get_layer_status": "; see active_adapter and trainable_names",
+    "get_model_status": "; see active_adapter and trainable_names",
+    "get_prompt": "",
+    "get_model_config": "; see config",
+    "get_prompt_embedding_to_save": "; see glmlora.save_prefix",
+    "has_active_enabled_adapter": "; see active_adapter",
+    "inject_adapter": "; get_peft_model attaches",
+    "modules_to_save": "",
+    "prefix": "",
+    "prepare_model_for_gradient_checkpointing": "; see gradient_checkpointing_enable",
+    "push_to_hub": "; save_pretrained writes a folder",
+    "set_requires_grad": "; see set_adapter and set_trainable",
+    "subtract_mutated_init": "",
+    "supports_lora_conversion": "",
+    "target_module_mapping": "",
+    "tuner_layer_cls": "",
+    "uses_shared_state": "",
+}
 
 Base = ChatGLMForConditionalGeneration
 P = ParamSpec("P")
@@ -88,7 +131,7 @@ def _chained(
         getattr(self.get_base_model(), method.__name__)(*args, **kwargs)
         return self
 
-    call.__signature__ = signature(method).replace(return_annotation="PeftModel")
+    call.__signature__ = inspect.signature(method).replace(return_annotation="PeftModel")
     return call
 
 
@@ -112,10 +155,38 @@ class PeftModel:
     def __init__(
         self,
         model: ChatGLMForConditionalGeneration,
-        config: LoraConfig | PrefixTuningConfig,
+        peft_config: LoraConfig | PrefixTuningConfig,
         adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        seed: int | None = None,
     ):
+        """See `get_peft_model`."""
+        _check_base(model)
+        _check_config(peft_config)
+        self._wrap(model, peft_config, adapter_name)
+        if isinstance(peft_config, PrefixTuningConfig):
+            _attach_prefix(model, peft_config, seed)
+            return
+        if any(is_lora(n) for n in model.core.names()):
+            raise ValueError(
+                "model: has a LoRA adapter already; unload() or merge_and_unload() it first"
+            )
+        if peft_config.base_model_name_or_path is None:
+            peft_config.base_model_name_or_path = model.config.get("_name_or_path") or None
+        self._adapters[adapter_name] = fresh_adapter(model, peft_config, seed)
+        self._attach(adapter_name)
+
+    def _wrap(
+        self,
+        model: ChatGLMForConditionalGeneration,
+        config: LoraConfig | PrefixTuningConfig,
+        adapter_name: str,
+    ) -> None:
+        _check_adapter_name(adapter_name)
         self._base = model
+        self._base_template = model.prompt_template
         self._adapters: dict[str, Adapter] = {}
         self.peft_config: dict[str, LoraConfig | PrefixTuningConfig] = {adapter_name: config}
         self.active_adapter = adapter_name
@@ -134,6 +205,10 @@ class PeftModel:
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__") or name == "_base":
                 raise AttributeError(name)
+            if name in _NOT_HERE:
+                raise AttributeError(
+                    f"PeftModel.{name} is not supported by this release{_NOT_HERE[name]}"
+                )
             return getattr(self._base, name)
 
     def __dir__(self) -> list[str]:
@@ -145,53 +220,141 @@ class PeftModel:
     def from_pretrained(
         cls,
         model: ChatGLMForConditionalGeneration,
-        path: str | os.PathLike[str],
+        model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> PeftModel:
-        """Attach the adapter in the directory `path` to `model`, in place.
+        """Attach the adapter in the directory `model_id` (or its `subfolder`) to `model`, in place.
 
-        is_trainable: continue its training. Raises ValueError for a directory that is no adapter,
-        an adapter for another model or of another kind, and tensors that are missing, surplus or
-        misshaped, all named; an adapter whose B is all zero gives a warning.
+        is_trainable: continue its training. config: in place of the directory's. Names of tensors
+        may have the parts that wrappers put in (`_orig_mod`, `module`) and any adapter's name.
+        An adapter is float32, where its model is, and in the model's memory; so
+        `autocast_adapter_dtype`, `ephemeral_gpu_offload`, `low_cpu_mem_usage`, `torch_device`,
+        `torch_dtype`, `dtype`, `device_map` and keywords of downloads are accepted and mean nothing
+        (the first two of the base: give them to AutoModel). key_mapping is refused.
+
+        Raises ValueError for a directory that is no adapter, an adapter for another model or of
+        another kind, and tensors that are missing, surplus or misshaped; an adapter whose B is all
+        zero gives a warning.
         """
         if isinstance(model, PeftModel):
-            model.load_adapter(path, adapter_name, is_trainable)
+            model.load_adapter(
+                model_id, adapter_name, is_trainable, key_mapping=key_mapping, subfolder=subfolder
+            )
             model.set_adapter(adapter_name)
             return model
-        config = LoraConfig.from_pretrained(path) if config is None else config
-        adapter = read_adapter(model, Path(path), config)
+        _check_base(model)
+        _check_loading("PeftModel.from_pretrained", key_mapping, kwargs)
+        path = Path(model_id, subfolder or "")
+        config = _lora_config(path) if config is None else config
+        if not isinstance(config, LoraConfig):
+            raise TypeError(f"config: expected a LoraConfig, got {type(config).__name__}")
+        adapter = read_adapter(model, path, config)
         config.inference_mode = not is_trainable
-        wrapper = cls(model, config, adapter_name)
+        wrapper = cls.__new__(cls)
+        wrapper._wrap(model, config, adapter_name)
         wrapper._adapters[adapter_name] = adapter
         wrapper._attach(adapter_name)
         return wrapper
 
     def load_adapter(
-        self, path: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: Any = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Read another adapter under a new name; `set_adapter` makes it the active one. Errors as
-        above.
+        """Read another adapter under a new name; `set_adapter` makes it the active one. Arguments
+        and errors as above.
         """
-        if adapter_name in self._adapters:
-            raise ValueError(f"adapter_name: {adapter_name!r} is there already")
-        config = LoraConfig.from_pretrained(path)
-        adapter = read_adapter(self._base, Path(path), config)
+        self._check_new(adapter_name)
+        _check_loading("load_adapter", key_mapping, kwargs)
+        path = Path(model_id, subfolder or "")
+        config = _lora_config(path)
+        adapter = read_adapter(self._base, path, config)
         config.inference_mode = not is_trainable
         self._adapters[adapter_name], self.peft_config[adapter_name] = adapter, config
 
-    def add_adapter(self, adapter_name: str, config: LoraConfig, seed: int | None = None) -> None:
-        """A fresh adapter under a new name; `set_adapter` makes it the active one."""
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        """A fresh adapter under a new name; `set_adapter` makes it the active one.
+        `low_cpu_mem_usage` and `autocast_adapter_dtype` are accepted and mean nothing.
+        """
+        self._check_new(adapter_name)
+        _check_config(peft_config)
+        if not isinstance(peft_config, LoraConfig):
+            raise TypeError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
+        self._adapters[adapter_name] = fresh_adapter(self._base, peft_config, seed)
+        self.peft_config[adapter_name] = peft_config
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; where it was the active one, the first of the others is, with a
+        warning. ValueError for the only one: `unload()` takes that off.
+        """
+        self._check_known(adapter_name)
+        others = [name for name in self._adapters if name != adapter_name]
+        if not others:
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} is the only adapter; unload() takes it off"
+            )
+        if adapter_name == self.active_adapter:
+            warnings.warn(
+                f"delete_adapter: {adapter_name!r} was active, {others[0]!r} is now", stacklevel=2
+            )
+            self._attach(others[0])
+        del self._adapters[adapter_name], self.peft_config[adapter_name]
+
+    def _check_new(self, adapter_name: str) -> None:
+        _check_adapter_name(adapter_name)
         if adapter_name in self._adapters:
             raise ValueError(f"adapter_name: {adapter_name!r} is there already")
-        self._adapters[adapter_name] = fresh_adapter(self._base, config, seed)
-        self.peft_config[adapter_name] = config
+
+    def _check_known(self, adapter_name: str) -> None:
+        if adapter_name not in self._adapters:
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} is not one of {', '.join(self._adapters)}"
+                f"{did_you_mean(str(adapter_name), self._adapters)}"
+            )
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapter's name, in a list as in PEFT."""
+        return [self.active_adapter]
+
+    @property
+    def active_peft_config(self) -> LoraConfig | PrefixTuningConfig:
+        """The settings of the active adapter."""
+        return self.peft_config[self.active_adapter]
 
     def _fetch(self) -> None:
         """Copy the active adapter's tensors out of the core."""
         adapter = self._adapters.get(self.active_adapter)
         if adapter is not None:
+            if not any(is_lora(n) for n in self._base.core.names()):
+                raise ValueError(
+                    "the adapter was merged or unloaded: use the model that merge_and_unload() or "
+                    "unload() returned"
+                )
             read = self._base.core.read
             adapter.tensors = {
                 m: (read(m + ".lora_A.weight"), read(m + ".lora_B.weight")) for m in adapter.targets
@@ -206,45 +369,84 @@ class PeftModel:
             base.core.add_lora(module, A, B, scale, float(adapter.config.lora_dropout))
         base.core.enable_lora(True)
         base.active_adapter_name = self.active_adapter = name
+        base.prompt_template = adapter.template or self._base_template
         if not adapter.config.inference_mode:
             base.set_trainable(adapter.names())
 
-    def set_adapter(self, adapter_name: str) -> None:
-        """Make another adapter the active one. It is trained if it was loaded for that, with fresh
-        moments.
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make another adapter the active one: a name, or a list with one. It is trained if it was
+        loaded for that, with fresh moments; not with `inference_mode`.
         """
-        if adapter_name not in self._adapters:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) != 1:
             raise ValueError(
-                f"adapter_name: {adapter_name!r} is not one of {', '.join(self._adapters)}"
+                f"adapter_name: {names}: one adapter is active at a time in this release"
             )
-        if adapter_name != self.active_adapter:
+        [name] = names
+        self._check_known(name)
+        if inference_mode:
+            self._adapters[name].config.inference_mode = True
+        if name != self.active_adapter:
             self._fetch()
-            self._attach(adapter_name)
+            self._attach(name)
+        elif inference_mode:
+            self._base.set_trainable([])
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model computes as the base alone."""
-        self._need_lora("disable_adapter")
-        self._base.core.enable_lora(False)
+        self.disable_adapter_layers()
         try:
             yield
         finally:
-            self._base.core.enable_lora(True)
+            self.enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """Compute as the base alone until `enable_adapter_layers`."""
+        self._need_lora("disable_adapter")
+        self._base.core.enable_lora(False)
+        self._base.prompt_template = self._base_template
+
+    def enable_adapter_layers(self) -> None:
+        """Compute with the active adapter again."""
+        self._need_lora("enable_adapter_layers")
+        self._base.core.enable_lora(True)
+        adapter = self._adapters[self.active_adapter]
+        self._base.prompt_template = adapter.template or self._base_template
 
     def _need_lora(self, what: str) -> None:
         if not self._adapters:
             raise ValueError(f"{what}: this model has a P-Tuning prefix, not a LoRA adapter")
 
-    def merge_and_unload(self) -> ChatGLMForConditionalGeneration:
-        """Fold the active adapter into the base weights, W += scale * B A in the type of W; returns
-        the base.
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> ChatGLMForConditionalGeneration:
+        """Fold the active adapter (or those of `adapter_names`, one after another) into the base
+        weights, W += scale * B A in the type of W; returns the base.
+
+        safe_merge: ValueError, before anything is changed, where a merged weight would not be
+        finite. `progressbar` is accepted and means nothing.
         """
         self._need_lora("merge_and_unload")
-        modules = list(self._adapters[self.active_adapter].targets)
-        self._base.set_trainable([])
-        self._base._apply_trainable()
-        self._base.core.merge_lora()
-        self._base.weights_changed(m + ".weight" for m in modules)
+        names = (
+            [self.active_adapter] if adapter_names is None else list(dict.fromkeys(adapter_names))
+        )
+        for name in names:
+            self._check_known(name)
+        self._fetch()
+        if safe_merge:
+            checked_merge(self._base, [self._adapters[name] for name in names])
+        for name in names:
+            modules = list(self._adapters[name].targets)
+            if name != self.active_adapter:
+                self._attach(name)
+            self._base.set_trainable([])
+            self._base._apply_trainable()
+            self._base.core.merge_lora()
+            self._base.weights_changed(m + ".weight" for m in modules)
         return self._base
 
     def unload(self) -> ChatGLMForConditionalGeneration:
@@ -253,6 +455,7 @@ class PeftModel:
         self._fetch()
         self._base.set_trainable([])
         self._base.core.remove_lora()
+        self._base.prompt_template = self._base_template
         return self._base
 
     # The base's methods, with its signatures
@@ -304,6 +507,14 @@ class PeftModel:
         """Print one line: trainable and all parameters, and their ratio in percent."""
         print(trainable_line(self._base))
 
+    def set_prompt_template(self, template: str) -> None:
+        """Say what the active adapter (or the prefix) is trained with, "auto" or "vendored": chats
+        take it, and it is saved.
+        """
+        self._base.prompt_template = template
+        if self._adapters:
+            self._adapters[self.active_adapter].template = template
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """The active adapter's tensors, float32, under the names that its file has."""
         read = self._base.core.read
@@ -312,27 +523,72 @@ class PeftModel:
             return {n: read(n) for n in self._base.core.names() if n.startswith(start)}
         return {PEFT_PREFIX + n: read(n) for n in self._adapters[self.active_adapter].names()}
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether it has LoRA adapters, not a prefix."""
+        return bool(self._adapters)
+
+    def adapter_state(self, adapter_name: str) -> dict[str, np.ndarray]:
+        """An adapter's tensors, float32, under the names that its file has."""
+        self._need_lora("adapter_state")
+        self._check_known(adapter_name)
+        self._fetch()
+        return self._adapters[adapter_name].state()
+
+    def set_adapter_state(self, adapter_name: str, tensors: Mapping[str, Any]) -> None:
+        """Set all tensors of an adapter, named as in its file. ValueError naming those that do not
+        fit, with nothing changed.
+        """
+        self._need_lora("set_adapter_state")
+        self._check_known(adapter_name)
+        adapter, core = self._adapters[adapter_name], self._base.core
+        adapter.take(fitting("state_dict", self._base, adapter.targets, tensors))
+        if adapter_name == self.active_adapter:
+            for name, array in zip(adapter.names(), adapter.state().values(), strict=True):
+                core.write(name, array)
+
     def save_pretrained(
-        self, directory: str | os.PathLike[str], safe_serialization: bool = True
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        **hub: Any,
     ) -> None:
         """Write the active adapter (others: in folders of their names) or the prefix, atomically.
 
         LoRA: `adapter_config.json` and `adapter_model.safetensors`, or `.bin` with
-        safe_serialization=False. Prefix: see `save_prefix`. Raises OSError naming the file.
+        safe_serialization=False. Prefix: see `save_prefix`. selected_adapters: only these.
+        is_main_process=False writes nothing. `max_shard_size` and keywords of uploads mean nothing,
+        save_embedding_layers=True and push_to_hub=True are refused. Raises OSError naming the file.
         """
-        if not self._adapters:
-            save_prefix(self._base, directory)
+        for name, value in {"save_embedding_layers": save_embedding_layers is True, **hub}.items():
+            if name in ("save_embedding_layers", "push_to_hub") and value:
+                raise ValueError(f"{name}: is not supported by this release")
+            if name not in {*HUB, "save_embedding_layers", "push_to_hub", "max_shard_size"}:
+                known = inspect.signature(PeftModel.save_pretrained).parameters
+                raise unknown_argument("PeftModel.save_pretrained", name, known)
+        if not is_main_process:
             return
-        directory = Path(directory)
+        if not self._adapters:
+            save_prefix(self._base, save_directory)
+            return
+        names = list(self._adapters) if selected_adapters is None else list(selected_adapters)
+        for name in names:
+            self._check_known(name)
+        directory = Path(save_directory)
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"{directory}: is a file, expected a directory")
         self._fetch()
-        for name, adapter in self._adapters.items():
-            write_adapter(
-                directory if name == self.active_adapter else directory / name,
-                adapter,
-                safe_serialization,
-            )
+        directory.mkdir(parents=True, exist_ok=True)
+        with owned(directory, shared=True):
+            for name in names:
+                write_adapter(
+                    directory if name == self.active_adapter else directory / name,
+                    self._adapters[name],
+                    safe_serialization,
+                )
 
     def __repr__(self) -> str:
         return f"PeftModel({self._base!r}, adapter={self.active_adapter!r})"
@@ -352,38 +608,79 @@ def get_peft_model(
     model: ChatGLMForConditionalGeneration,
     peft_config: LoraConfig | PrefixTuningConfig,
     adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    *,
     seed: int | None = None,
 ) -> PeftModel:
     """Attach a fresh LoRA adapter, or a fresh P-Tuning prefix, and make it what is trained.
 
     A is uniform within 1/sqrt(in) (Kaiming, a = sqrt 5) and B zero, so the model computes what it
     did before. The numbers follow `seed`, or `glmlora.set_seed`. With `inference_mode` nothing is
-    trained. Raises ValueError naming the field.
+    trained. revision: kept in the settings. `autocast_adapter_dtype` and `low_cpu_mem_usage` are
+    accepted and mean nothing, mixed=True is refused. Raises ValueError naming the field.
     """
     if isinstance(model, PeftModel):
         raise TypeError(
             "model: expected a base model, got a PeftModel; use add_adapter and set_adapter"
         )
-    if isinstance(peft_config, PrefixTuningConfig):
-        model.config.pre_seq_len = peft_config.num_virtual_tokens
-        model.config.prefix_projection = peft_config.prefix_projection
-        arrays = fresh_prefix(prefix_shapes(model.config), seed, float(peft_config.init_std))
-        model.set_prefix(arrays, fresh=True)
-        if peft_config.inference_mode:
-            model.set_trainable([])
-        return PeftModel(model, peft_config, adapter_name)
-    if not isinstance(peft_config, LoraConfig):
-        raise TypeError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
-    if any(is_lora(n) for n in model.core.names()):
-        raise ValueError(
-            "model: has a LoRA adapter already; unload() or merge_and_unload() it first"
+    if mixed:
+        raise ValueError("mixed: adapters of several kinds are not supported by this release")
+    _check_config(peft_config)
+    if revision is not None and isinstance(peft_config, LoraConfig):
+        peft_config.revision = revision
+    return PeftModel(model, peft_config, adapter_name, seed=seed)
+
+
+def _attach_prefix(
+    model: ChatGLMForConditionalGeneration, config: PrefixTuningConfig, seed: int | None
+) -> None:
+    model.config.pre_seq_len = config.num_virtual_tokens
+    model.config.prefix_projection = config.prefix_projection
+    arrays = fresh_prefix(prefix_shapes(model.config), seed, float(config.init_std))
+    model.set_prefix(arrays, fresh=True)
+    if config.inference_mode:
+        model.set_trainable([])
+
+
+def _check_base(model: Any) -> None:
+    if not isinstance(model, ChatGLMForConditionalGeneration):
+        raise TypeError(
+            "model: expected a model of glmlora.AutoModel.from_pretrained, got "
+            f"{type(model).__name__}"
         )
-    if peft_config.base_model_name_or_path is None:
-        peft_config.base_model_name_or_path = model.config.get("_name_or_path") or None
-    wrapper = PeftModel(model, peft_config, adapter_name)
-    wrapper._adapters[adapter_name] = fresh_adapter(model, peft_config, seed)
-    wrapper._attach(adapter_name)
-    return wrapper
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, LoraConfig | PrefixTuningConfig):
+        raise TypeError(f"peft_config: expected a LoraConfig, got {type(config).__name__}")
+
+
+def _check_adapter_name(name: Any) -> None:
+    if not isinstance(name, str) or not name or "." in name or "/" in name or os.sep in name:
+        raise ValueError(f"adapter_name: expected a word without dots and slashes, got {name!r}")
+
+
+def _check_loading(function: str, key_mapping: Any, keywords: Mapping[str, Any]) -> None:
+    """Errors for keywords of reading an adapter that there are not."""
+    if key_mapping:
+        raise ValueError("key_mapping: is not supported by this release")
+    for name in keywords:
+        if name not in HUB | _LOADING:
+            known = inspect.signature(PeftModel.from_pretrained).parameters
+            raise unknown_argument(function, name, [*known, *_LOADING])
+
+
+def _lora_config(path: Path) -> LoraConfig:
+    config = PeftConfig.from_pretrained(path)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"{path}: peft_type {config.peft_type!r} is not supported by this release as PEFT "
+            "stores it, only 'LORA'; glmlora.load_prefix reads P-Tuning prefixes as THUDM does"
+        )
+    return config
 
 
 # P-Tuning directories
@@ -403,8 +700,13 @@ def save_prefix(
     read = model.core.read
     names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
     Path(directory).mkdir(parents=True, exist_ok=True)
-    save_sharded(directory, {n: read(n) for n in names}, safetensors=False)
-    model.config.save_pretrained(directory)
+    with owned(directory, shared=True):
+        save_sharded(
+            directory,
+            {n: read(n) for n in names},
+            safetensors=False,
+            beside=lambda new: write_beside(model, new, Path(directory)),
+        )
 
 
 def load_prefix(
@@ -418,11 +720,11 @@ def load_prefix(
     base, directory = _unwrapped(model), Path(directory)
     start = prefix_of(base.config)
     file = directory / "config.json"
-    fields = read_json(file, dict) if file.is_file() else {}
+    fields = read_json(file, dict) if file.exists() else {}
     arrays = {
-        n.removeprefix(start): np.ascontiguousarray(a, np.float32)
+        plain.removeprefix(start): np.ascontiguousarray(a, np.float32)
         for n, a in load_state_dict(directory).items()
-        if n.startswith(start)
+        if (plain := without_wrappers(n)).startswith(start)
     }
     if "embedding.weight" not in arrays:
         raise ValueError(
@@ -430,8 +732,7 @@ def load_prefix(
         )
     length = fields.get("pre_seq_len") or arrays["embedding.weight"].shape[0]
     projection = fields.get("prefix_projection", "trans.0.weight" in arrays)
-    if isinstance(projection, list) and len(projection) == 1:
-        projection = projection[0]
+    projection = innermost(projection)
     config = base.config
     if base.has_prefix and config.pre_seq_len != length:
         raise ValueError(
@@ -461,6 +762,7 @@ def load_prefix(
     except ValueError as error:
         config.pre_seq_len, config.prefix_projection = before
         raise ValueError(f"{directory}: {error}") from None
+    base.prompt_template = read_template(directory) or base.prompt_template
     return model
 
 

@@ -9,8 +9,8 @@ by the core (`quantize` in csrc/ops.h).
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -49,11 +49,11 @@ class QuantizedTensor:
 
     def numpy(self) -> np.ndarray:
         """The values, float32 (out, in): integer * scale, which float32 holds exactly."""
-        integers = self.integers.data
+        integers = self.integers.numpy()
         if self.dtype == "I4":  # shifts of int8 keep the sign
             integers = np.stack([integers >> 4, integers << 4 >> 4], axis=-1)
         wide = integers.reshape(self.shape).astype(np.float32)
-        scale = self.scale.data.astype(np.float32).reshape(wide.shape[0], -1)
+        scale = self.scale.numpy().astype(np.float32).reshape(wide.shape[0], -1)
         if self.group:
             scale = np.repeat(scale, self.group, axis=1)[:, : wide.shape[1]]
         wide *= scale
@@ -95,6 +95,24 @@ def check_form(bits: object, group: object) -> tuple[int, int]:
     return 4, group
 
 
+def is_quantized(config: Any, bits: int, group: int | None = None) -> bool:
+    """Whether a model of this config is quantized to `bits` bits already, and, unless `group` is
+    None, in groups of that size. ValueError where it is quantized otherwise: its integers cannot
+    become others.
+    """
+    stored, size = check_form(config.quantization_bit, config.quantization_group_size)
+    if not stored:
+        return False
+    form = f"in groups of {size} columns" if size else "row-wise"
+    if stored != bits or (group is not None and group != size):
+        asked = f"{bits} bits" + (f" in groups of {group} columns" if group else "")
+        raise ValueError(
+            f"quantize: the model is stored in {stored} bits ({form}) already, {asked} were asked "
+            "for: open the float model to quantize it otherwise"
+        )
+    return True
+
+
 def join(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], bits: int, group: int
 ) -> dict[str, Tensor | QuantizedTensor]:
@@ -128,25 +146,7 @@ def join(
                     f"tensor {what}: expected {dtype} {shape} for quantization_bit {bits}, got "
                     f"{tensor.dtype} {tensor.shape}"
                 )
-        if not np.isfinite(scale.data).all():
+        if not np.isfinite(scale.numpy()).all():
             raise ValueError(f"tensor {name + SCALE}: a scale is not finite")
         joined[name] = QuantizedTensor(integers, scale, bits, group)
     return joined
-
-
-def drop_pages(array: np.ndarray) -> None:
-    """Give back the memory of a mapped file's pages below an array; reading them again reads the
-    file. Arrays in memory of their own stay.
-    """
-    base = array
-    while isinstance(base, np.ndarray) and base.base is not None:
-        base = base.base
-    if isinstance(base, memoryview):
-        base = base.obj
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
-    if length > 0:
-        base.madvise(mmap.MADV_DONTNEED, begin, length)

@@ -28,7 +28,7 @@ from ..model.configuration import ChatGLMConfig
 from ..model.device import compute_dtype
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.parameters import parse_dtype
-from ..model.quantization import GROUP_SIZE, QuantizedTensor, check_form
+from ..model.quantization import GROUP_SIZE, QuantizedTensor, check_form, is_quantized
 from ..training import methods
 from ..training.arguments import FinetuningArguments
 
@@ -176,6 +176,8 @@ def plan(
     if seq > config.seq_length:
         raise ValueError(f"seq: the model has {config.seq_length} positions, got {seq}")
     stored = config.quantization_bit
+    if quantization_bit:
+        is_quantized(config, quantization_bit)
     bits, group = check_form(quantization_bit or stored, config.quantization_group_size)
     if bits == 4 and not stored and method == "lora":
         group = GROUP_SIZE

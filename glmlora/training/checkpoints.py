@@ -6,18 +6,22 @@ for bit:
 
     trained weights              as methods.py saves them
     optimizer.safetensors        both moments of every trained weight
-    rng_state.json               Progress, and the facts that decide the result of the run
+    rng_state.json               Progress, the facts that decide the result of the run, and a digest
+                                 of every other part
     scheduler.json, trainer_state.json, training_args.bin, finetuning_args.json
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,14 @@ import numpy as np
 
 from ..batch import Encoded
 from ..files.checkpoint import atomic_directory
+from ..files.regular import regular
 from ..files.safetensors import read_safetensors, write_safetensors
 from ..files.write import read_json, write_json, write_text
 from .arguments import TrainingArguments
 from .methods import Trainee
 from .state import Progress, Schedule, TrainState
 
+NOT_SAVED = "is not what was saved with this checkpoint: it is damaged, or of another step or run"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: Training arguments that change the numbers of a run: a resumed run must have the same ones.
 DECISIVE = (
@@ -114,8 +120,10 @@ class Checkpoints:
             self._write_weights(folder)
             write_safetensors(folder / "optimizer.safetensors", moments)
             write_json(folder / "scheduler.json", scheduler)
-            write_json(folder / "rng_state.json", {"progress": asdict(at), "run": self.facts})
             self._write_state(folder, state)
+            stored = {"progress": asdict(at), "run": self.facts, "saved": time.time()}
+            stored["files"] = {name: _digest(folder / name) for name in _parts(folder)}
+            write_json(folder / "rng_state.json", {**stored, "sha256": _json_digest(stored)})
         if path in self.saved:
             self.saved.remove(path)
         self.saved.append(path)
@@ -176,13 +184,47 @@ class Checkpoints:
         """Become the run that wrote `path`, at that point: weights, moments and `state`.
 
         Raises ValueError naming the first difference between the two runs with both values, or a
-        file that is damaged or missing; OSError for one that cannot be read.
+        file that is damaged, missing or of another checkpoint, and then the whole checkpoint before
+        it, where there is one.
         """
-        rng_state, trainer_state = path / "rng_state.json", path / "trainer_state.json"
-        stored, content = read_json(rng_state, dict), read_json(trainer_state, dict)
-        if not isinstance(stored.get("run"), dict) or not isinstance(stored.get("progress"), dict):
-            raise ValueError(f"{rng_state}: expected the keys 'progress' and 'run'")
+        try:
+            return self._restore(path, state)
+        except (ValueError, OSError) as error:
+            before = self._before(path)
+            if before is None:
+                raise
+            raise ValueError(
+                f"{error}; the checkpoint before it is whole: go on with "
+                f"resume_from_checkpoint={str(before)!r}"
+            ) from error
+
+    def _before(self, path: Path) -> Path | None:
+        """The newest whole checkpoint of this run beside `path` and before it."""
+        step = _step_of(path)
+        for other in reversed(checkpoints_in(path.parent)):
+            if step is None or (_step_of(other) or 0) < step:
+                with suppress(ValueError, OSError):
+                    self._check(other)
+                    return other
+        return None
+
+    def _check(self, path: Path) -> dict[str, Any]:
+        """The content of rng_state.json, if `path` is a whole checkpoint of this run."""
+        file = path / "rng_state.json"
+        stored: dict[str, Any] = read_json(file, dict)
+        for key in ("run", "progress", "files"):
+            if not isinstance(stored.get(key), dict):
+                raise ValueError(f"{file}: expected the keys 'run', 'progress' and 'files'")
+        if _json_digest(stored) != stored.get("sha256"):
+            raise ValueError(f"{file}: {NOT_SAVED}")
         self._check_facts(path, stored["run"])
+        _check_parts(path, stored["files"])
+        return stored
+
+    def _restore(self, path: Path, state: TrainState) -> Progress:
+        rng_state, trainer_state = path / "rng_state.json", path / "trainer_state.json"
+        stored = self._check(path)
+        content = read_json(trainer_state, dict)
         try:
             at = Progress(**stored["progress"])
         except TypeError as error:
@@ -239,13 +281,46 @@ class Checkpoints:
                 )
 
 
+def _parts(folder: Path) -> list[str]:
+    """Names of the files that a resumed run depends on. Not those that only say how to load the
+    weights elsewhere: users edit the path of the base in them.
+    """
+    ends = (".safetensors", ".bin", ".index.json", "_state.json", "_args.json")
+    parts = [n for n in os.listdir(folder) if n.endswith(ends) or n == "scheduler.json"]
+    return sorted(name for name in parts if name != "rng_state.json")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", opener=regular) as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _json_digest(stored: Mapping[str, Any]) -> str:
+    """Of a state without the digest in it."""
+    text = json.dumps({k: v for k, v in stored.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_parts(path: Path, digests: Mapping[str, str]) -> None:
+    """ValueError or OSError naming a part that is damaged, missing, or of another checkpoint."""
+    for name in sorted({*digests, *_parts(path)}):
+        if name not in digests:
+            raise ValueError(f"{path / name}: was not saved with this checkpoint")
+        if not (path / name).exists():
+            raise FileNotFoundError(errno.ENOENT, "is missing from this checkpoint", path / name)
+        if _digest(path / name) != digests[name]:
+            raise ValueError(f"{path / name}: {NOT_SAVED}")
+
+
 def checkpoints_in(directory: Path) -> list[Path]:
-    """Whole checkpoint-N folders, by N."""
+    """The checkpoint-N folders with something in them, by N."""
     found = []
     if directory.is_dir():
         for path in directory.iterdir():
-            complete = path.is_dir() and (path / "trainer_state.json").is_file()
-            if _step_of(path) is not None and complete:
+            if _step_of(path) is not None and path.is_dir() and any(path.iterdir()):
                 found.append(path)
     return sorted(found, key=lambda p: _step_of(p) or 0)
 
@@ -257,14 +332,10 @@ def find_checkpoint(wanted: Any, output_dir: Path) -> Path | None:
     if wanted is None or wanted is False or str(wanted).lower() == "false":
         return None
     if wanted is True or str(wanted).lower() in ("last", "true"):
-        # By time first: an older run of more steps may have used the same folder.
-        found = sorted(
-            checkpoints_in(output_dir),
-            key=lambda p: ((p / "trainer_state.json").stat().st_mtime, _step_of(p)),
-        )
+        found = checkpoints_in(output_dir)
         if not found:
             raise ValueError(f"resume_from_checkpoint: {output_dir} holds no checkpoint-N folder")
-        return found[-1]
+        return max(found, key=_age)
     path = Path(wanted)
     for name in ("rng_state.json", "optimizer.safetensors", "trainer_state.json"):
         if not (path / name).is_file():
@@ -273,6 +344,22 @@ def find_checkpoint(wanted: Any, output_dir: Path) -> Path | None:
                 f"has no {name}; expected a checkpoint-N folder, or 'last'"
             )
     return path
+
+
+def _age(path: Path) -> tuple[float, int]:
+    """When a checkpoint was saved and at which step, as its state says: files may have been copied,
+    and an older run of more steps may have used the same folder. One whose state cannot be read or
+    is of another step counts by the times of its files, so that it is not passed over without a
+    word: `restore` says what is wrong.
+    """
+    step = _step_of(path) or 0
+    try:
+        stored = read_json(path / "rng_state.json", dict)
+        if stored["progress"]["updates"] == step:
+            return float(stored["saved"]), step
+    except (ValueError, OSError, KeyError, TypeError):
+        pass
+    return max(file.stat().st_mtime for file in path.iterdir()), step
 
 
 def _step_of(path: str | os.PathLike | None) -> int | None:

@@ -10,8 +10,11 @@ import enum
 import math
 import operator
 import os
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
+
+from ..names import did_you_mean
 
 StrPath = str | os.PathLike[str]
 REQUIRED = dataclasses.MISSING
@@ -192,6 +195,50 @@ def _expected(flag: Flag) -> str:
         "words": "a list of names",
     }[flag.kind]
     return f"{kind} {BOUNDS[flag.bound][1]}" if flag.bound else kind
+
+
+def check_directory(name: str, path: str | os.PathLike[str]) -> None:
+    """FileNotFoundError for a directory that is not there: the flag, where it was looked for, and
+    the nearest name there.
+    """
+    if os.path.isdir(path):
+        return
+    near = near_path(path)
+    raise FileNotFoundError(
+        f"{name}: {os.fspath(path)!r}: looked for a directory (from {os.getcwd()}) and found none"
+        f"{near}"
+    )
+
+
+def near_path(path: str | os.PathLike[str]) -> str:
+    """`did_you_mean` of what stands in the same folder; where there is none, of the folder."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if os.path.isdir(folder):
+        return did_you_mean(name, os.listdir(folder))
+    return f": there is no {folder}{near_path(folder)}"
+
+
+def given_twice(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """Sentences about flags of a command line that stand there twice with different values.
+
+    names: of the flags that take one value, each with what it sets; the last value is used.
+    """
+    values: dict[str, str] = {}
+    told: dict[str, str] = {}
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name not in names:
+            continue
+        sets = names[name]
+        if name == f"--no_{sets}":
+            value = "false"
+        elif not equals:
+            value = words[i + 1] if i + 1 < len(words) else ""
+            value = "true" if value.startswith("--") or not value else value
+        if values.setdefault(sets, value) != value:
+            told[sets] = f"{name} is given twice: {value} is used, not {values[sets]}"
+            values[sets] = value
+    return list(told.values())
 
 
 class Group:

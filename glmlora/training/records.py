@@ -1,8 +1,9 @@
 """Records of data sets, read from files or a user's own table, and their ids.
 
-A record is a dict of `prompt`, `query`, `response` (str) and `history` (list of [query, answer]).
-Strings stay strings: the answer "0" is text, not an empty answer. pandas is never imported; a
-DataFrame is known by its methods.
+A record is a dict of `prompt`, `query`, `response` (str) and `history` (list of [query, answer]),
+and of `system` (str) where there is such a text. Strings stay strings: the answer "0" is text, not
+an empty answer. What a row has beside that is told. pandas is never imported; a DataFrame is known
+by its methods.
 """
 
 from __future__ import annotations
@@ -11,27 +12,40 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..batch import IGNORED, Encoded
 from ..families import prompt as prompts
+from ..files.regular import read_bytes
 from ..files.rows import EXTENSIONS, read_rows
 from ..files.write import read_json
 from ..model.configuration import ChatGLMConfig
+from ..names import did_you_mean, listed
 from .arguments import DataArguments
+from .conversations import MESSAGES, Tags, Unusable, read_conversation, read_tags
+from .flags import near_path
 
-#: Fields of a record and the column names they are looked for in a user's own table.
+#: Fields of a record and the column names they are looked for where nobody names the columns.
 COLUMNS = {
     "prompt": ("prompt", "instruction"),
     "query": ("query", "input"),
     "response": ("response", "output"),
     "history": ("history",),
+    "system": ("system",),
 }
-#: Columns of a data set whose entry has no `columns`.
-DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+# Columns of question and answer in tables that have no such pair.
+_OTHER_PAIRS = (
+    ("query", "response"),
+    ("input", "output"),
+    ("content", "summary"),
+    ("question", "answer"),
+    ("prompt", "completion"),
+)
+_FIELDS = (*COLUMNS, "messages")
 
 # Keys of dataset_info.json that are refused, with what to do instead.
 _REFUSED_KEYS = {
@@ -42,13 +56,17 @@ _REFUSED_KEYS = {
     ),
     "script_url": "loading scripts are not run; save their data as a csv, json or jsonl file "
     "and set file_name",
-    "tags": "only the alpaca form is read; convert the conversations to instruction, input, "
-    "output and history",
     "num_samples": "use max_samples",
     "subset": "only hub data sets have subsets",
     "folder": "only hub data sets have folders",
 }
-_KNOWN_KEYS = ("file_name", "file_sha1", "columns", "formatting", "ranking", "split")
+_KNOWN_KEYS = ("file_name", "file_sha1", "columns", "formatting", "ranking", "split", "tags")
+# Keys of `columns` that are refused.
+_REFUSED_COLUMNS = {
+    **dict.fromkeys(("images", "videos", "audios"), "the models here read text only"),
+    **dict.fromkeys(("chosen", "rejected", "kto_tag"), "only the sft stage is supported"),
+    "tools": "calls of tools are not learnt",
+}
 
 
 # Records
@@ -67,8 +85,13 @@ class _Counts:
         for kind, rows in self._found.items():
             first = ", ".join(rows[:3]) + (", ..." if len(rows) > 3 else "")
             warnings.warn(
-                f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} {kind}: {first}", stacklevel=4
+                f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} {kind}: {first}", stacklevel=5
             )
+
+    def skipped(self) -> list[str]:
+        """Why rows were left out, with how many."""
+        kinds = ((kind.removeprefix("skipped, "), rows) for kind, rows in self._found.items())
+        return [f"{len(rows)}: {kind}" for kind, rows in kinds if f"skipped, {kind}" in self._found]
 
 
 def _is_missing(value: Any) -> bool:
@@ -79,8 +102,6 @@ def _is_missing(value: Any) -> bool:
 
 def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
     """A cell as text; "" for a missing one."""
-    if _is_missing(value):
-        return ""
     if isinstance(value, str):
         if not value.isascii():
             try:
@@ -90,6 +111,8 @@ def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
                     f"{row}: {column}: not valid text: lone surrogate at {error.start}"
                 ) from None
         return value
+    if _is_missing(value):
+        return ""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, (bool, int, float)):
@@ -103,6 +126,8 @@ def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
 
 
 def _history(value: Any, row: str, counts: _Counts) -> list[list[str]]:
+    if value is None:
+        return []
     if isinstance(value, str) and value.strip():  # a csv cell
         import json
 
@@ -120,6 +145,8 @@ def _history(value: Any, row: str, counts: _Counts) -> list[list[str]]:
         raise ValueError(
             f"{row}: history: expected a list of [query, answer], got {type(value).__name__}"
         )
+    if value and all(isinstance(item, Mapping) for item in value):  # messages
+        value = _rounds(value, row, counts)
     pairs = []
     for pair in value:
         if isinstance(pair, np.ndarray):
@@ -132,20 +159,73 @@ def _history(value: Any, row: str, counts: _Counts) -> list[list[str]]:
     return pairs
 
 
-def _find_columns(rows: Sequence[Any], source: str) -> set[str]:
-    """All column names; raises ValueError for a row that is no object."""
-    names: set[str] = set()
+def _rounds(messages: Any, row: str, counts: _Counts) -> list[list[str]]:
+    """A history of messages as pairs."""
+    what = f"{row}: history"
+    try:
+        found = read_conversation(
+            messages, what, Tags(), lambda v: _text(v, "history", row, counts), lambda kind: None
+        )
+    except Unusable as error:
+        raise ValueError(f"{what}: {error}") from None
+    if found.system or len(messages) != 2 * (len(found.rounds) + 1):
+        raise ValueError(f"{what}: expected messages of user and assistant in turns")
+    return [*found.rounds, [found.prompt, found.response]]
+
+
+def _conversation(
+    values: Mapping[str, Any], row: str, tags: Tags, counts: _Counts
+) -> dict[str, Any] | None:
+    """The record of a row of messages; None for one that is skipped."""
+    try:
+        found = read_conversation(
+            values["messages"],
+            f"{row}: messages",
+            tags,
+            lambda value: _text(value, "message", row, counts),
+            lambda kind: counts.add(kind, row),
+        )
+    except Unusable as error:
+        counts.add(f"skipped, {error}", row)
+        return None
+    system = found.system or _text(values.get("system"), "system", row, counts)
+    record = {"prompt": found.prompt, "query": "", "response": found.response}
+    return {**record, "history": found.rounds, "system": system}
+
+
+def _flat(values: Mapping[str, Any], row: str, counts: _Counts) -> dict[str, Any]:
+    """The record of a row with a column for each field."""
+    record: dict[str, Any] = {
+        "prompt": _text(values.get("prompt"), "prompt", row, counts),
+        "query": _text(values.get("query"), "query", row, counts),
+        "response": _text(values.get("response"), "answer", row, counts),
+    }
+    if not record["response"] or not record["prompt"]:
+        return record
+    record["history"] = _history(values.get("history"), row, counts)
+    record["system"] = _text(values.get("system"), "system", row, counts)
+    return record
+
+
+def _find_columns(rows: Sequence[Any], source: str) -> list[str]:
+    """The columns of all rows, in the order in which they are met; raises ValueError for a row that
+    is no object.
+    """
+    names: dict[str, None] = {}
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(
                 f"{source} row {index}: expected an object of columns, got {type(row).__name__}"
             )
-        names.update(row)
-    return names
+        names.update(dict.fromkeys(row))
+    return list(names)
 
 
 def _records(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str | None], source: str
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str | None],
+    source: str,
+    tags: Tags | None = None,
 ) -> list[dict[str, Any]]:
     """Rows as records; those without prompt or answer are left out. Every kind of repair is warned
     about once.
@@ -153,26 +233,26 @@ def _records(
     counts = _Counts()
     records = []
     n_float_like = 0
+    used = [(field, name) for field, name in columns.items() if name]
     for index, cells in enumerate(rows):
         row = f"{source} row {index}"
-        values = {field: cells.get(name) if name else None for field, name in columns.items()}
-        response = _text(values.get("response"), "answer", row, counts)
-        if not response:
+        values = {field: cells.get(name) for field, name in used}
+        if "messages" in values:
+            record = _conversation(values, row, tags or Tags(), counts)
+        else:
+            record = _flat(values, row, counts)
+        if record is None:
+            continue
+        if not record["response"]:
             counts.add("skipped, answer empty or missing", row)
             continue
-        prompt = _text(values.get("prompt"), "prompt", row, counts)
-        if not prompt:
+        if not record["prompt"]:
             counts.add("skipped, prompt empty or missing", row)
             continue
-        n_float_like += re.fullmatch(r"-?\d+\.0", response) is not None
-        records.append(
-            {
-                "prompt": prompt,
-                "query": _text(values.get("query"), "query", row, counts),
-                "response": response,
-                "history": _history(values.get("history"), row, counts),
-            }
-        )
+        n_float_like += re.fullmatch(r"-?\d+\.0", record["response"]) is not None
+        if not record["system"]:
+            del record["system"]
+        records.append(record)
     counts.warn()
     if records and n_float_like == len(records):
         warnings.warn(
@@ -180,69 +260,136 @@ def _records(
             "turned the column into "
             "floats, and the model would learn to answer so; drop rows without a label and "
             "use str(int(label))",
-            stacklevel=3,
+            stacklevel=4,
         )
     if rows and not records:
         raise ValueError(
-            f"{source}: all {len(rows)} rows have an empty or missing prompt or answer"
+            f"{source}: all {len(rows)} rows are skipped: {'; '.join(counts.skipped())}"
         )
     return records
 
 
-def _choose_columns(present: Iterable[str], source: str) -> dict[str, str | None]:
-    """Which column of a user's own table is which field."""
+def _warn_of_unused(columns: Iterable[tuple[str, Iterable[Any]]], n: int, source: str) -> None:
+    """Tell the columns that have something and are not used, with how many rows have it.
+
+    columns: names and values of the n unused ones.
+    """
+    told: list[str] = []
+    for name, values in columns:
+        rows = sum(not _is_empty(value) for value in values)
+        if rows:
+            told.append(f"{name} ({rows} {'row' if rows == 1 else 'rows'})")
+        if len(told) == 10:
+            break
+    if told:
+        more = f", ... ({n} columns in all)" if len(told) == 10 < n else ""
+        warnings.warn(f"{source}: columns not used: {', '.join(told)}{more}", stacklevel=4)
+
+
+def _unused(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> Iterator[tuple[str, Iterable[Any]]]:
+    for name in names:
+        yield name, [row.get(name) for row in rows]
+
+
+def _is_empty(value: Any) -> bool:
+    return _is_missing(value) or (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
+def _choose_columns(present: Iterable[str], source: str, more: str = "") -> dict[str, str | None]:
+    """Which column is which field, where nobody says. more: the end of the error's message."""
     present = list(present)
     chosen: dict[str, str | None] = {}
     for field, names in COLUMNS.items():
         found = [name for name in names if name in present]
         if len(found) > 1:
             raise ValueError(
-                f"{source}: expected one of the columns {' and '.join(found)}, got both"
-            )
-        if not found and field in ("prompt", "response"):
-            there = ", ".join(sorted(map(str, present))) or "no columns"
-            raise ValueError(
-                f"{source}: expected a column {' or '.join(map(repr, names))}, got {there}"
+                f"{source}: expected one of the columns {' and '.join(found)}, got both{more}"
             )
         chosen[field] = found[0] if found else None
-    return chosen
+    if chosen["prompt"] and chosen["response"]:
+        return chosen
+    conversation = [name for name in MESSAGES if name in present]
+    if len(conversation) > 1:
+        both = " and ".join(conversation)
+        raise ValueError(f"{source}: expected one of the columns {both}, got both{more}")
+    if conversation:
+        return {"messages": conversation[0], "system": chosen["system"]}
+    for prompt, response in _OTHER_PAIRS:
+        if prompt in present and response in present:
+            query = None if chosen["query"] == prompt else chosen["query"]
+            return {**chosen, "prompt": prompt, "query": query, "response": response}
+    field = "response" if chosen["prompt"] else "prompt"
+    expected = " or ".join(map(repr, COLUMNS[field]))
+    near = ""
+    for name in present if len(present) <= 100 else ():
+        suggestion = did_you_mean(str(name).strip().lower(), COLUMNS[field])
+        near = near or (f"; {name!r}{suggestion}" if suggestion else "")
+    raise ValueError(
+        f"{source}: expected a column {expected}, got {listed(sorted(map(str, present)))}"
+        f"{near}{more}"
+    )
 
 
 def records_from(data: Any) -> list[dict[str, Any]]:
     """Records from a DataFrame, a list of dicts, or the path of a csv, json or jsonl file.
 
     Columns: `prompt` or `instruction`, `query` or `input` (optional), `response` or `output`,
-    `history` (optional). Numbers become text; rows without prompt or answer are left out; both are
+    `history` and `system` (optional); or `messages` or `conversations`, lists of messages whose
+    last answer is learnt; or query and response, content and summary, question and answer. Numbers
+    become text; rows without prompt or answer are left out, other columns are not used; each is
     named by one counted warning per kind. Raises ValueError naming the missing column and those
     there, a bad row, or that no row is left; TypeError for other data.
     """
+    return read_records(data)[0]
+
+
+def read_records(data: Any, max_samples: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """(records as `records_from` gives them, rows that were there); of the first `max_samples`."""
     if isinstance(data, (str, os.PathLike)):
         source = os.fspath(data)
         rows: Sequence[Any] = read_rows(source)
     elif hasattr(data, "columns") and (hasattr(data, "to_dict") or hasattr(data, "iterrows")):
         source = "DataFrame"
-        names = list(data.columns)
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ValueError(f"DataFrame: column {twice[0]!r} stands twice")
-        columns = _choose_columns(names, source)
-        used = [name for name in columns.values() if name]
-        # Column by column: a row of a mixed frame would turn its ints into floats.
-        cells = zip(*(list(data[name]) for name in used), strict=True)
-        return _nonempty(
-            _records([dict(zip(used, row, strict=True)) for row in cells], columns, source), source
-        )
+        rows, columns = _frame_rows(data)
+        rows = rows[:max_samples]
+        return _nonempty(_records(rows, columns, source), source), len(rows)
     elif isinstance(data, Iterable) and not isinstance(data, (Mapping, bytes)):
         source, rows = "data", list(data)
     else:
+        more = ""
+        if isinstance(data, Mapping):  # of columns, or of data sets
+            more = "; pandas.DataFrame(data) makes rows of a dict of columns"
+            if any(hasattr(value, "column_names") for value in data.values()):
+                more = f"; give one of its data sets, e.g. data[{next(iter(data))!r}]"
         raise TypeError(
-            f"data: expected a DataFrame, a list of dicts or a file name, got {type(data).__name__}"
+            f"data: expected a DataFrame, a list of dicts or a file name, got "
+            f"{type(data).__name__}{more}"
         )
     if not rows:
         raise ValueError(f"{source}: expected at least one row, got none")
-    return _nonempty(
-        _records(rows, _choose_columns(_find_columns(rows, source), source), source), source
-    )
+    rows = rows[:max_samples]
+    present = _find_columns(rows, source)
+    columns = _choose_columns(present, source)
+    unused = [name for name in present if name not in columns.values()]
+    _warn_of_unused(_unused(rows, unused), len(unused), source)
+    return _nonempty(_records(rows, columns, source), source), len(rows)
+
+
+def _frame_rows(data: Any) -> tuple[list[dict[str, Any]], dict[str, str | None]]:
+    """The rows of a DataFrame, used columns alone, and which column is which field."""
+    names = list(data.columns)
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ValueError(f"DataFrame: column {twice!r} stands twice")
+    columns = _choose_columns(names, "DataFrame")
+    used = [name for name in columns.values() if name]
+    unused = [name for name in names if name not in used]
+    _warn_of_unused(((name, data[name]) for name in unused), len(unused), "DataFrame")
+    # Column by column: a row of a mixed frame would turn its ints into floats.
+    cells = zip(*(list(data[name]) for name in used), strict=True)
+    return [dict(zip(used, row, strict=True)) for row in cells], columns
 
 
 def _nonempty(records: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
@@ -272,13 +419,23 @@ def load_datasets(
         raise ValueError(f"max_samples: expected at least 1, got {max_samples}")
     directory = os.fspath(dataset_dir)
     info_path = os.path.join(directory, "dataset_info.json")
-    info = read_json(info_path, dict)
+    if not os.path.exists(info_path):
+        near = near_path(info_path if os.path.isdir(directory) else directory)
+        raise FileNotFoundError(
+            f"dataset_dir: {info_path}: looked for the list of data sets (from {os.getcwd()}) and "
+            f"found none{near}"
+        )
+    info = read_json(info_path, dict, unique=True)
     records: list[dict[str, Any]] = []
     unchecked: list[str] = []
     for name in names:
         if name not in info:
-            there = ", ".join(sorted(info)) or "none"
-            raise ValueError(f"dataset: {name!r} is not in {info_path}, which has: {there}")
+            more = did_you_mean(name, info)
+            if os.path.exists(os.path.join(directory, name)):
+                more = f"; for that file, add an entry with file_name {name!r}"
+            raise ValueError(
+                f"dataset: {name!r} is not in {info_path}, which has: {listed(sorted(info))}{more}"
+            )
         records += _load_dataset(name, info[name], info_path, directory, max_samples, unchecked)
     if unchecked:
         warnings.warn(
@@ -296,7 +453,8 @@ def _load_dataset(
     unchecked: list[str],
 ) -> list[dict[str, Any]]:
     where = f"{info_path}: {name}"
-    columns = _check_entry(entry, where)
+    named = _check_entry(entry, where)
+    tags = read_tags(entry.get("tags"), where)
     path = os.path.join(directory, entry["file_name"])
     files = _data_files(path, where)
     _check_sha1(entry.get("file_sha1"), files, where, name, unchecked)
@@ -307,34 +465,38 @@ def _load_dataset(
     if not rows:
         raise ValueError(f"{path}: expected at least one row, got none")
     present = _find_columns(rows, name)
-    needed = [
-        column
-        for field, column in columns.items()
-        # The default columns are a convention: records without any input are common.
-        if column and column not in present and ("columns" in entry or field != "query")
-    ]
-    if needed:
-        raise ValueError(
-            f"{path}: expected {'columns' if len(needed) > 1 else 'column'} {', '.join(needed)}, "
-            f"got {', '.join(sorted(present)) or 'no columns'}; `columns` in {info_path} can "
-            "name others"
-        )
-    return _records(rows, columns, name)
+    more = f"; `columns` in {info_path} can name others"
+    if named is None:
+        columns = _choose_columns(present, path, more)
+    else:
+        columns = named
+        needed = [column for column in columns.values() if column and column not in present]
+        if needed:
+            near = did_you_mean(needed[0], present[:1000])
+            raise ValueError(
+                f"{path}: expected {'columns' if len(needed) > 1 else 'column'} "
+                f"{', '.join(needed)}{near}, got {listed(sorted(present))}{more}"
+            )
+    if entry.get("tags") and "messages" not in columns:
+        raise ValueError(f"{where}: tags: need a column of messages; set formatting to 'sharegpt'")
+    unused = [column for column in present if column not in columns.values()]
+    _warn_of_unused(_unused(rows, unused), len(unused), name)
+    return _records(rows, columns, name, tags)
 
 
-def _check_entry(entry: Any, where: str) -> dict[str, str | None]:
-    """Columns by field of one entry of dataset_info.json; ValueError for keys that are not
-    supported.
+def _check_entry(entry: Any, where: str) -> dict[str, str | None] | None:
+    """Columns by field of one entry of dataset_info.json, None where it names none; ValueError for
+    keys that are not supported.
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object, got {type(entry).__name__}")
     for key, instead in _REFUSED_KEYS.items():
         if entry.get(key) is not None:
             raise ValueError(f"{where}: {key}: not supported: {instead}")
-    if entry.get("formatting", "alpaca") != "alpaca":
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in ("alpaca", "sharegpt", "openai"):
         raise ValueError(
-            f"{where}: formatting: expected 'alpaca', got {entry['formatting']!r}: "
-            f"{_REFUSED_KEYS['tags']}"
+            f"{where}: formatting: expected 'alpaca', 'sharegpt' or 'openai', got {formatting!r}"
         )
     if entry.get("ranking"):
         raise ValueError(f"{where}: ranking: not supported: only the sft stage is; remove the key")
@@ -344,7 +506,8 @@ def _check_entry(entry: Any, where: str) -> dict[str, str | None]:
         )
     unknown = [key for key in entry if key not in _KNOWN_KEYS and key not in _REFUSED_KEYS]
     if unknown:
-        warnings.warn(f"{where}: unknown keys are not used: {', '.join(unknown)}", stacklevel=4)
+        shown = ", ".join(f"{key}{did_you_mean(key, _KNOWN_KEYS)}" for key in unknown[:10])
+        warnings.warn(f"{where}: unknown keys are not used: {shown}", stacklevel=4)
     file_name = entry.get("file_name")
     if not isinstance(file_name, str) or not file_name:
         raise ValueError(
@@ -353,22 +516,42 @@ def _check_entry(entry: Any, where: str) -> dict[str, str | None]:
     sha1 = entry.get("file_sha1")
     if sha1 is not None and not isinstance(sha1, str):
         raise ValueError(f"{where}: file_sha1: expected text, got {sha1!r}")
-    columns = entry.get("columns", DEFAULT_COLUMNS)
+    columns = entry.get("columns")
+    if columns is None:
+        default = {"sharegpt": "conversations", "openai": "messages"}.get(formatting)
+        return {"messages": default} if default else None
+    return _check_columns(columns, where)
+
+
+def _check_columns(columns: Any, where: str) -> dict[str, str | None]:
+    """`columns` of an entry, by field."""
     if not isinstance(columns, dict):
         raise ValueError(f"{where}: columns: expected an object, got {type(columns).__name__}")
     for field, column in columns.items():
-        if field not in COLUMNS:
+        if field in _REFUSED_COLUMNS and column is not None:
+            raise ValueError(f"{where}: columns: {field}: not supported: {_REFUSED_COLUMNS[field]}")
+        if field not in _FIELDS and field not in _REFUSED_COLUMNS:
             raise ValueError(
-                f"{where}: columns: expected keys from {', '.join(COLUMNS)}, got {field!r}"
+                f"{where}: columns: expected keys from {', '.join(_FIELDS)}, got {field!r}"
+                f"{did_you_mean(str(field), _FIELDS)}"
             )
         if column is not None and not isinstance(column, str):
             raise ValueError(f"{where}: columns: {field}: expected a column name, got {column!r}")
+    named = {field: columns.get(field) for field in _FIELDS}
+    if named["messages"]:
+        others = [field for field in ("prompt", "query", "response", "history") if named[field]]
+        if others:
+            raise ValueError(
+                f"{where}: columns: expected messages or {', '.join(others)}, got both"
+            )
+        return {"messages": named["messages"], "system": named["system"]}
     for field in ("prompt", "response"):
-        if not columns.get(field):
+        if not named[field]:
             raise ValueError(
                 f"{where}: columns: expected the key {field!r}, got {', '.join(columns) or 'none'}"
             )
-    return {field: columns.get(field) for field in COLUMNS}
+    del named["messages"]
+    return named
 
 
 def _data_files(path: str, where: str) -> list[str]:
@@ -382,7 +565,7 @@ def _data_files(path: str, where: str) -> list[str]:
     elif os.path.exists(path):
         files = [path]
     else:
-        raise FileNotFoundError(f"{where}: file_name: {path} does not exist")
+        raise FileNotFoundError(f"{where}: file_name: {path} does not exist{near_path(path)}")
     kinds = sorted({os.path.splitext(file)[1].lower() for file in files})
     if len(kinds) != 1 or kinds[0] not in EXTENSIONS:
         raise ValueError(
@@ -405,8 +588,7 @@ def _check_sha1(
         return
     import hashlib
 
-    with open(files[0], "rb") as file:
-        found = hashlib.sha1(file.read(), usedforsecurity=False).hexdigest()
+    found = hashlib.sha1(read_bytes(files[0]), usedforsecurity=False).hexdigest()
     if found != expected.lower():
         warnings.warn(
             f"{where}: file_sha1: expected {expected}, {files[0]} has {found}", stacklevel=4
@@ -435,7 +617,7 @@ def encode_records(
     pieces: list[Sequence[int]] = []
     offsets = np.zeros(len(records) + 1, np.int64)
     source_lengths = np.zeros(len(records), np.int32)
-    n_cut = 0
+    n_cut = n_answers_cut = 0
     for index, record in enumerate(records):
         source, was_cut = prompts.encode_source(
             tokenizer,
@@ -446,14 +628,20 @@ def encode_records(
             truncation=truncation,
             source_prefix=source_prefix,
             template=template,
+            system=record.get("system"),
         )
         target = prompts.encode_target(tokenizer, record["response"], max_target_length, template)
         pieces += (source, target)
+        if len(target) == max_target_length:
+            longer = prompts.encode_target(
+                tokenizer, record["response"], max_target_length + 1, template
+            )
+            n_answers_cut += len(longer) > len(target)
         source_lengths[index] = len(source)
         offsets[index + 1] = offsets[index] + len(source) + len(target)
         n_cut += bool(was_cut)
     ids = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
-    return Encoded(ids, offsets, source_lengths, n_cut)
+    return Encoded(ids, offsets, source_lengths, n_cut, n_answers_cut=n_answers_cut)
 
 
 def encode(
@@ -487,6 +675,11 @@ def encode(
         print(
             f"{encoded.n_cut} of {len(encoded)} prompts were longer than max_source_length "
             f"{args.max_source_length} and were cut"
+        )
+    if encoded.n_answers_cut:
+        print(
+            f"{encoded.n_answers_cut} of {len(encoded)} answers were longer than max_target_length "
+            f"{args.max_target_length} and were cut"
         )
     longest = int(encoded.lengths.argmax())
     if encoded.lengths[longest] > config.seq_length:

@@ -1,17 +1,16 @@
-"""One run: how long it is, where it stands, what its callbacks see; and Shield, which keeps Ctrl-C
-out of the middle of an update.
-"""
+"""One run: how long it is, where it stands, what its callbacks see."""
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..batch import updates_per_epoch
 from .arguments import TrainingArguments
+
+#: Beyond these, a step more is no other number in a schedule.
+MOST_UPDATES = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ class Schedule:
         else:
             updates = math.ceil(args.num_train_epochs * per_epoch)
             samples = n * args.num_train_epochs
+        if max(updates, args.warmup_steps) > MOST_UPDATES:
+            raise ValueError(
+                f"max_steps, num_train_epochs, warmup_steps: expected a run of at most "
+                f"{MOST_UPDATES} updates, got {max(updates, args.warmup_steps):.3g}"
+            )
         every = {}
         for what in ("logging", "save", "eval"):
             steps = getattr(args, f"{what}_steps")
@@ -102,23 +106,3 @@ class Progress:
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     elapsed: float = 0.0
-
-
-class Shield:
-    """Ctrl-C waits until the block ends, so that the state is never between two updates."""
-
-    def __enter__(self) -> Shield:
-        self._pending, self._old = False, None
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._old = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self._pending = True
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGINT, self._old)
-        if self._pending and kind is None:
-            raise KeyboardInterrupt

@@ -1,0 +1,177 @@
+"""Temporary names: where files are written before they take their place, and what a killed process
+leaves there.
+
+A run makes `.PID-RANDOM.tmp`, a file or a folder, beside what it writes, and holds a lock on it as
+long as it lives. So whoever writes into that folder later sees which of these names belong to
+nobody, removes them, and undoes what a process was killed in the middle of.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_NAME = re.compile(r"\.\d+-[0-9a-f]{12}\.tmp")
+#: In a temporary folder: what is to take its place; what stood there; name -> inode of the former.
+_NEW, _OLD, _OURS = "new", "old", "new.json"
+
+
+def lock(descriptor: int) -> bool:
+    """Take the lock of an open file or folder: False where another one has it. It ends with the
+    process, however that ends. A file system without locks (errors other than that) gives none,
+    and True.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+
+def temporary(folder: Path, directory: bool = False) -> tuple[Path, int]:
+    """A new, locked file or directory in `folder`: its path, and its descriptor, open for writing
+    where it is a file. Raises OSError naming it.
+    """
+    while True:
+        path = folder / f".{os.getpid()}-{os.urandom(6).hex()}.tmp"
+        if directory:
+            path.mkdir()
+        try:
+            flags = os.O_DIRECTORY if directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptor = os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            if directory and folder.is_dir():  # taken for litter before it was locked
+                continue
+            raise
+        except BaseException:
+            with suppress(OSError):
+                path.rmdir()
+            raise
+        if lock(descriptor) and same_file(path, descriptor):
+            return path, descriptor
+        os.close(descriptor)
+
+
+def same_file(path: Path, descriptor: int) -> bool:
+    """Whether an open file is what stands under `path` (still, or by now)."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def remove_litter(folder: str | os.PathLike) -> None:
+    """Remove from `folder` the temporary names of processes that no longer live, after putting
+    back what they had moved aside. What cannot be read or removed stays.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if _NAME.fullmatch(entry.name)]
+    except OSError:
+        return
+    for name in names:
+        path = Path(folder, name)
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                # Refused where it is held. Where there are no locks nobody knows whose it is.
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not same_file(path, descriptor):
+                    continue
+                if path.is_dir():
+                    _put_back(path)
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def staged(folder: Path, stale: re.Pattern[str] | None = None) -> Iterator[Path]:
+    """An empty directory beside the files of `folder`; what the block writes there takes its place
+    in `folder` at the block's end, all of it or nothing.
+
+    Of several files, a reader meanwhile finds none of those that are replaced; a process that is
+    killed then leaves the old ones to `remove_litter`, and an error puts them back. stale: names of
+    files that are removed if the block did not write them. Raises OSError naming the file.
+    """
+    remove_litter(folder)
+    try:
+        place, descriptor = temporary(folder, directory=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    try:
+        new = place / _NEW
+        new.mkdir()
+        yield new
+        names = sorted(os.listdir(new))
+        aside = [n for n in names if os.path.lexists(folder / n)]
+        if stale is not None:
+            aside += [n for n in os.listdir(folder) if stale.fullmatch(n) and n not in names]
+        try:
+            _exchange(folder, place, names, sorted(aside))
+        except BaseException:
+            _put_back(place)
+            raise
+        sync_directory(folder)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # Named by its place, not by the one it is written in; a failed write has no name at all.
+        named = Path(folder if error.filename is None else error.filename)
+        if place in named.parents:
+            named = folder.joinpath(*named.relative_to(place).parts[1:])
+        raise OSError(error.errno, error.strerror, str(named)) from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _exchange(folder: Path, place: Path, names: Sequence[str], aside: Sequence[str]) -> None:
+    new, old = place / _NEW, place / _OLD
+    if len(names) == 1 and aside == names and (new / names[0]).is_file():
+        os.replace(new / names[0], folder / names[0])
+        return
+    if aside:
+        ours = {name: os.lstat(new / name).st_ino for name in names}
+        (place / _OURS).write_text(json.dumps(ours), encoding="utf-8")
+        old.mkdir()
+        for name in aside:
+            os.rename(folder / name, old / name)
+    for name in names:
+        os.rename(new / name, folder / name)
+    if aside:
+        os.rename(old, place / "done")  # from here on nothing is put back
+
+
+def _put_back(place: Path) -> None:
+    """Undo an exchange that did not come to its end: out with the new ones, in with the old. A file
+    that somebody else has put there since stays.
+    """
+    new, old, folder = place / _NEW, place / _OLD, place.parent
+    if not old.is_dir():
+        return
+    for name, number in json.loads((place / _OURS).read_text(encoding="utf-8")).items():
+        if os.path.lexists(folder / name) and os.lstat(folder / name).st_ino == number:
+            os.rename(folder / name, new / name)
+    for name in os.listdir(old):
+        if not os.path.lexists(folder / name):
+            os.rename(old / name, folder / name)
+
+
+def sync_directory(path: str | os.PathLike) -> None:
+    """Make a rename inside `path` durable, where the file system can."""
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
