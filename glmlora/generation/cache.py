@@ -40,6 +40,7 @@ class Model(Protocol):
     generation_config: GenerationConfig
     cached_row: CachedRow | None  # kept between chats
     prefix_is_fresh: bool
+    prompt_template: str  # "auto", or the one it was trained with
 
     @property
     def config(self) -> ModelConfig: ...

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import families, tell
 from ..families import recognition
+from ..families.vendored import in_template
 from ..tokenization import TextStream
 from .beams import best_answers
 from .cache import CachedRow, Model, PastKeyValues, check_past, own_settings
@@ -37,8 +38,11 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def chat_family(model: Model, tokenizer: Any) -> families.Family:
-    """The family whose prompts and histories a chat has: the tokenizer's, which writes them."""
-    return families.of(getattr(tokenizer, "family", model.config.family))
+    """The family whose prompts and histories a chat has: the tokenizer's, which writes them, in the
+    template that the model was trained with.
+    """
+    family = families.of(getattr(tokenizer, "family", model.config.family))
+    return in_template(family, model.prompt_template)
 
 
 def end_ids(model: Model, tokenizer: Any) -> list[int]:
