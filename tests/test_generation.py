@@ -757,6 +757,8 @@ def test_a_config_refuses_names_that_do_nothing(tmp_path, recwarn):
     config.save_pretrained(tmp_path)
     again = GenerationConfig.from_pretrained(tmp_path)
     assert again.max_new_tokens == 7 and again.eos == [1, 2] and not len(recwarn)
+    assert GenerationConfig.from_pretrained(tmp_path, top_k=3).top_k == 3
+    assert GenerationConfig.from_dict(again.to_dict(), seed=3).seed == 3
     (tmp_path / "generation_config.json").write_text(
         '{"max_new_tokens": 3, "typical_p": 0.5, "temperature": "hot", "repetition_penality": 2, '
         '"cache_implementation": "static", "_from_model_config": true}'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -117,10 +117,10 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, config: HasEnds | None = None
+        cls, path: str | os.PathLike, config: HasEnds | None = None, **fields: Any
     ) -> GenerationConfig:
-        """Read `path/generation_config.json`. Keys that are no fields here, or have values that
-        cannot be, are named by one warning.
+        """Read `path/generation_config.json`, then set `fields`. Keys that are no fields here, or
+        have values that cannot be, are named by one warning.
         """
         file = Path(path) / "generation_config.json"
         found = cls() if config is None else cls.from_model_config(config)
@@ -136,7 +136,13 @@ class GenerationConfig:
                     setattr(found, name, value)
         if unused:
             tell.warn(f"{file}: is not used: {'; '.join(unused)}")
+        found.update(**fields)
         return found
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **fields: Any) -> GenerationConfig:
+        """Of fields by name."""
+        return cls(**{**config_dict, **fields})
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `directory/generation_config.json`: the fields that are not at their defaults."""
