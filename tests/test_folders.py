@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,32 @@ def test_the_second_name_of_a_tensor(directory, tmp_path):
     }
 
 
+@pytest.mark.parametrize("key", ["state_dict", "module", "model", "model_state_dict"])
+def test_the_state_dict_in_a_training_programs_file(directory, key):
+    """As Lightning, DeepSpeed or a script saves it: other things stand beside it."""
+    want = load(directory)(IDS).logits
+    weights = list(tiny_weights(TINY_CONFIG).items())
+    # a pickle of {key: {name: tensor, ..}, "step": 3} over the storages of our own file
+    write_torch(directory / "pytorch_model.bin", dict(weights))
+    with zipfile.ZipFile(directory / "pytorch_model.bin") as archive:
+        entries = {i.filename: archive.read(i) for i in archive.infolist()}
+    inner = entries["archive/data.pkl"].removeprefix(b"\x80\x02").removesuffix(b".")
+    word = b"X" + len(key).to_bytes(4, "little") + key.encode()
+    entries["archive/data.pkl"] = b"\x80\x02}(" + word + inner + b"X\4\0\0\0stepK\3u."
+    with zipfile.ZipFile(directory / "pytorch_model.bin", "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    (directory / "model.safetensors").unlink()
+    assert np.array_equal(load(directory)(IDS).logits, want)
+
+
+def test_a_prefix_that_is_not_used_is_told(directory, tmp_path):
+    load(directory, pre_seq_len=2).save_pretrained(tmp_path / "both")
+    assert load(tmp_path / "both").has_prefix
+    with pytest.warns(UserWarning, match="prefix .* is not used: open the model with pre_seq_len"):
+        assert not load(tmp_path / "both", pre_seq_len=None).has_prefix
+
+
 def test_tied_embeddings(directory):
     weights = tiny_weights(TINY_CONFIG)
     rewrite(directory, **{OUTPUT: weights[EMBEDDING]})
@@ -167,6 +194,7 @@ def test_tied_embeddings(directory):
         ({"prefix_projection": [[[True]]]}, "prefix_projection", True),
         ({"prefix_projection": None}, "prefix_projection", False),
         ({"rope_ratio": None}, "rope_ratio", 1),
+        ({"num_layers": [2], "add_qkv_bias": [[True]]}, "add_qkv_bias", True),
         ({"quantization_bit": None}, "quantization_bit", 0),
         ({"quantization_config": None}, "quantization_bit", 0),
         ({"num_layers": 2.0, "hidden_size": 32.0}, "num_layers", 2),
@@ -605,6 +633,8 @@ def test_keywords_that_have_an_effect(directory, tmp_path):
         ({"output_hidden_states": True}, ValueError, "argument of the call"),
         ({"device_map": {"a": 0, "b": "cpu"}}, ValueError, "device_map: names 0, cpu"),
         ({"torch_dtype": "float16", "dtype": "float32"}, ValueError, "torch_dtype is 'float16'"),
+        ({"load_in_8bit": "False"}, ValueError, "load_in_8bit: expected True or False"),
+        ({"use_safetensors": "no"}, ValueError, "use_safetensors: expected True or False"),
         ({"torch_dtype": "int8"}, ValueError, "dtype: expected"),
         ({"torch_dtyp": "float16"}, TypeError, "'torch_dtyp' .did you mean 'torch_dtype'"),
         ({"pre_seq_length": 8}, TypeError, "'pre_seq_length' .did you mean 'pre_seq_len'"),

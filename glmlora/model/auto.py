@@ -97,6 +97,11 @@ class AutoModel:
         for anything wrong in it, and for a keyword of transformers that is not supported, TypeError
         for an unknown keyword.
         """
+        for name, value in (("load_in_8bit", load_in_8bit), ("load_in_4bit", load_in_4bit)):
+            if value not in (True, False, None):
+                raise ValueError(f"{name}: expected True or False, got {value!r}")
+        if use_safetensors not in (True, False, None):
+            raise ValueError(f"use_safetensors: expected True or False, got {use_safetensors!r}")
         if load_in_8bit and load_in_4bit:
             raise ValueError("load_in_8bit, load_in_4bit: expected one of them")
         if device_map is not None and device is None:

@@ -352,14 +352,14 @@ def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
         for k, v in fields.items()
         if v is not None or DEFAULTS.get(k) is None or k in _MAY_BE_NULL
     }
+    for name in set(found) & set(DEFAULTS) - {"eos_token_id"}:
+        found[name] = innermost(found[name])
     for other, name in _OTHER_NAMES.items():
         if found.get(name) is None and found.get(other) is not None:
             found[name] = found[other]
     for name in _SIZES:
         if isinstance(found.get(name), float) and found[name].is_integer():
             found[name] = int(found[name])
-    if "prefix_projection" in found:
-        found["prefix_projection"] = innermost(found["prefix_projection"])
     return {**DEFAULTS, **found}
 
 

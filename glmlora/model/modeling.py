@@ -25,6 +25,7 @@ from ..generation import chat as _chat
 from ..generation import generate as _generate
 from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
+from ..tell import warn
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
 from .device import Device, backend_of
@@ -141,6 +142,11 @@ class ChatGLMForConditionalGeneration(_Casts):
             self._bind(name, _converted(tensor, "F32") if tensor.dtype == "F64" else tensor)
         if config.pre_seq_len is not None:
             self._build_prefix(prefix)
+        elif prefix:
+            warn(
+                f"the P-Tuning prefix beside the weights ({len(prefix)} tensors) is not used: open "
+                "the model with pre_seq_len=.. for it"
+            )
 
     @cached_property
     def dropout_seed(self) -> int:
