@@ -32,7 +32,7 @@ from .encoding import Array as Array
 from .families import prompt as prompts
 from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
-from .files.hub import check_keywords, model_directory
+from .files.hub import DownloadKeywords, check_keywords, model_directory
 from .files.regular import read_bytes
 from .files.small import TEMPLATES, copy, copy_code, whole_references
 from .files.staging import staged
@@ -59,6 +59,38 @@ _NOT_HERE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), (None, [], {})),
     "padding_side": (None, "left"),
 }
+
+
+class TokenizerKeywords(DownloadKeywords, total=False):
+    """Of AutoTokenizer.from_pretrained, beside those that have a meaning of their own."""
+
+    use_fast: bool
+    legacy: bool | None
+    from_slow: bool
+    verbose: bool
+    config: Any
+    tokenizer_type: str | None
+    add_bos_token: bool
+    add_eos_token: bool
+    add_prefix_space: bool | None
+    do_lower_case: bool
+    remove_space: bool
+    keep_accents: bool
+    split_special_tokens: bool
+    is_fast: bool
+    cls_token: str | None
+    sep_token: str | None
+    mask_token: str | None
+    eos_token: str | None
+    bos_token: str | None
+    unk_token: str | None
+    sp_model_kwargs: Any
+    additional_special_tokens: Any
+    extra_special_tokens: Any
+    chat_template: str | None
+    gguf_file: str | None
+
+
 # Keywords of from_pretrained that ask for nothing with these values; None: with any.
 _NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("use_fast", "legacy", "from_slow", "verbose", "config", "tokenizer_type")),
@@ -651,7 +683,7 @@ class AutoTokenizer:
         pad_token: str | None = None,
         clean_up_tokenization_spaces: bool | None = None,
         subfolder: str = "",
-        **others: Any,
+        **others: Unpack[TokenizerKeywords],
     ) -> ChatGLMTokenizer:
         """The tokenizer of a model directory on this machine, or of `subfolder` in it.
 

@@ -9,6 +9,7 @@ import sys
 import warnings
 import zipfile
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import training
 from tiny import TINY_CONFIG, tiny_model_dir, tiny_weights
 
 import glmlora
-from glmlora import cli
+from glmlora import cli, tokenization
 from glmlora.files.checkpoint import (
     load_checkpoint,
     read_json,
@@ -25,7 +26,9 @@ from glmlora.files.checkpoint import (
     write_safetensors,
     write_torch,
 )
-from glmlora.model import saving
+from glmlora.files.hub import NOTHING
+from glmlora.model import keywords, saving
+from glmlora.model.configuration import is_key
 
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 OUTPUT = "transformer.output_layer.weight"
@@ -660,6 +663,20 @@ def test_keywords_of_configs_and_tokenizers(folder):
     for refused in ({"add_bos_token": True}, {"eos_token": "</x>"}, {"chat_template": "x"}):
         with pytest.raises(ValueError, match=next(iter(refused))):
             load(folder, **refused)
+
+
+def test_checkers_see_every_keyword():
+    """The types of keywords name those that are passed over or refused, and keys of configs."""
+    for types, *tables in (
+        (keywords.ConfigKeywords, keywords.CONFIG_NEUTRAL, keywords.CONFIG_REASONS),
+        (keywords.ModelKeywords, keywords.MODEL_NEUTRAL, keywords.MODEL_REASONS),
+        (keywords.SaveKeywords, keywords.SAVE_NEUTRAL, keywords.SAVE_REASONS),
+        (tokenization.TokenizerKeywords, tokenization._NEUTRAL, tokenization._REASONS),
+    ):
+        typed = set(get_type_hints(types)) - NOTHING - {"padding_side"}
+        said = {name for table in tables for name in table} - {"padding_side"}
+        assert said <= typed
+        assert all(is_key(name) for name in typed - said)
 
 
 def test_keywords_of_save_pretrained(directory, tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..families import recognition
@@ -18,7 +18,11 @@ from ..files.foreign import folder_kind, refuse_quantization
 from ..files.hub import check_keywords, model_directory
 from ..files.small import whole_references
 from ..files.write import read_json, write_json
+from .keywords import CONFIG_NEUTRAL, CONFIG_REASONS, ConfigKeywords
 from .quantization import check_form
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What the published configuration class assumes for keys that a file leaves out.
 DEFAULTS: dict[str, Any] = {
@@ -79,19 +83,6 @@ _OTHER_NAMES = {  # what newer programs call a key
     "vocab_size": "padded_vocab_size",
 }
 _MORE_KEYS = ("prefix_dropout", "use_cache", "name_or_path", "bos_token_id", *_OTHER_NAMES)
-NEUTRAL: dict[str, tuple[Any, ...] | None] = {  # keywords that ask for nothing with these values
-    "return_unused_kwargs": (False,),
-    "return_dict": (True,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-}
-REASONS = {
-    "return_unused_kwargs": "unknown keywords are an error here",
-    "return_dict": "is an argument of the call: model(..., return_dict=False)",
-    "output_attentions": "attention weights are never held as a whole here",
-    "output_hidden_states": "is an argument of the call: model(..., output_hidden_states=True)",
-    "gguf_file": "GGUF files are not read: get the model's own weights",
-}
 # What only this package writes: what users said when they opened the model, and config.json lacks.
 OWN_ROPE_MODE = "glmlora_rope_mode"
 OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
@@ -164,7 +155,7 @@ class ChatGLMConfig:
         family: str | None = None,
         rope_mode: str | None = None,
         subfolder: str = "",
-        **overrides: Any,
+        **overrides: Unpack[ConfigKeywords],
     ) -> ChatGLMConfig:
         """Read `config.json` of a local directory, or of `subfolder` in it. `overrides` replace its
         keys (`pre_seq_len=128`).
@@ -195,8 +186,8 @@ class ChatGLMConfig:
             f"{cls.__name__}.from_pretrained",
             others,
             ["family", "rope_mode", "subfolder", *fields, *DEFAULTS],
-            NEUTRAL,
-            REASONS,
+            CONFIG_NEUTRAL,
+            CONFIG_REASONS,
         )
         fields.update(keys)
         try:
