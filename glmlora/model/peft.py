@@ -148,7 +148,6 @@ class PeftModel:
     dtype: str
     compute_dtype: str
     training: bool
-    generation_config: GenerationConfig
     transformer: Transformer
     trainable_names: list[str]
     name_or_path: str | None
@@ -197,6 +196,15 @@ class PeftModel:
     def base_model(self) -> _Tuner:
         """`.base_model.model` is the base, as in PEFT."""
         return _Tuner(self._base)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The base's; setting it sets the base's."""
+        return self._base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self._base.generation_config = config
 
     def get_base_model(self) -> ChatGLMForConditionalGeneration:
         """The base that was wrapped, the adapter still in it."""
