@@ -4,7 +4,9 @@ They are not needed otherwise: where one is absent, its tests skip.
 """
 
 import importlib.util
+import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -418,3 +420,55 @@ def test_a_model_that_safetensors_saved_with_tied_weights(directory, tmp_path):
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
     state = load(tmp_path).state_dict()
     assert np.array_equal(state[names[1]], weights[names[0]].numpy())
+
+
+def test_every_keyword_of_transformers_is_known(tmp_path):
+    """Those in its signatures, and those that its code takes out of its keyword arguments."""
+    transformers = pytest.importorskip("transformers")
+    from training import model_dir
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    folder = model_dir(tmp_path, _name_or_path="THUDM/chatglm2-6b")
+    model, tokenizer = load(folder), glmlora.AutoTokenizer.from_pretrained(folder)
+    base = transformers.PreTrainedTokenizerBase
+    for call, *theirs in (
+        (
+            lambda **given: load(folder, **given),
+            _BaseAutoModelClass.from_pretrained,
+            transformers.PreTrainedModel.from_pretrained,
+        ),
+        (
+            lambda **given: glmlora.AutoConfig.from_pretrained(folder, **given),
+            transformers.AutoConfig.from_pretrained,
+            transformers.PretrainedConfig.from_pretrained,
+            transformers.PretrainedConfig._get_config_dict,
+        ),
+        (
+            lambda **given: glmlora.AutoTokenizer.from_pretrained(folder, **given),
+            transformers.AutoTokenizer.from_pretrained,
+            base.from_pretrained,
+        ),
+        (
+            lambda **given: model.save_pretrained(tmp_path / "m", **given),
+            transformers.PreTrainedModel.save_pretrained,
+        ),
+        (
+            lambda **given: model.config.save_pretrained(tmp_path / "c", **given),
+            transformers.PretrainedConfig.save_pretrained,
+        ),
+        (
+            lambda **given: tokenizer.save_pretrained(tmp_path / "t", **given),
+            base.save_pretrained,
+        ),
+    ):
+        names = set()
+        for function in theirs:
+            function = inspect.unwrap(getattr(function, "__func__", function))
+            taken = r'kwargs\.(?:pop|get)\(\s*"([a-z]\w*)"'
+            names |= set(re.findall(taken, inspect.getsource(function)))
+            parameters = inspect.signature(function).parameters.values()
+            names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        names -= {"cls", "self", "pretrained_model_name_or_path", "save_directory"}
+        assert len(names) > 2
+        for name in names:
+            call(**{name: "5GB" if name == "max_shard_size" else None})

@@ -17,7 +17,8 @@ import training
 from tiny import TINY_CONFIG, tiny_model_dir, tiny_weights
 
 import glmlora
-from glmlora import cli, tokenization
+from glmlora import cli
+from glmlora.files import tokenizer_keywords as of_tokenizers
 from glmlora.files.checkpoint import (
     load_checkpoint,
     read_json,
@@ -612,6 +613,8 @@ def test_keywords_of_from_pretrained(directory, given):
 def test_keywords_that_have_an_effect(directory, tmp_path):
     model = load(directory, pre_seq_len=3, prefix_projection=True)
     assert model.has_prefix and model.config.prefix_projection is True
+    given = glmlora.GenerationConfig(top_p=0.5)
+    assert load(directory, generation_config=given).generation_config is given
     config = glmlora.AutoConfig.from_pretrained(directory)
     assert load(directory, config=config, pre_seq_len=2).config.pre_seq_len == 2
     (tmp_path / "repo").mkdir()
@@ -636,6 +639,8 @@ def test_keywords_that_have_an_effect(directory, tmp_path):
         ({"output_hidden_states": True}, ValueError, "argument of the call"),
         ({"device_map": {"a": 0, "b": "cpu"}}, ValueError, "device_map: names 0, cpu"),
         ({"torch_dtype": "float16", "dtype": "float32"}, ValueError, "torch_dtype is 'float16'"),
+        ({"generation_config": {"top_p": 1}}, TypeError, "generation_config: got a dict"),
+        ({"disable_mmap": True}, ValueError, "always mapped"),
         ({"load_in_8bit": "False"}, ValueError, "load_in_8bit: expected True or False"),
         ({"use_safetensors": "no"}, ValueError, "use_safetensors: expected True or False"),
         ({"torch_dtype": "int8"}, ValueError, "dtype: expected"),
@@ -671,7 +676,16 @@ def test_checkers_see_every_keyword():
         (keywords.ConfigKeywords, keywords.CONFIG_NEUTRAL, keywords.CONFIG_REASONS),
         (keywords.ModelKeywords, keywords.MODEL_NEUTRAL, keywords.MODEL_REASONS),
         (keywords.SaveKeywords, keywords.SAVE_NEUTRAL, keywords.SAVE_REASONS),
-        (tokenization.TokenizerKeywords, tokenization._NEUTRAL, tokenization._REASONS),
+        (
+            of_tokenizers.TokenizerSaveKeywords,
+            of_tokenizers.SAVE_NEUTRAL,
+            of_tokenizers.SAVE_REASONS,
+        ),
+        (
+            of_tokenizers.TokenizerKeywords,
+            of_tokenizers.NEUTRAL,
+            of_tokenizers.REASONS,
+        ),
     ):
         typed = set(get_type_hints(types)) - NOTHING - {"padding_side"}
         said = {name for table in tables for name in table} - {"padding_side"}
@@ -679,13 +693,17 @@ def test_checkers_see_every_keyword():
         assert all(is_key(name) for name in typed - said)
 
 
-def test_keywords_of_save_pretrained(directory, tmp_path):
+def test_keywords_of_save_pretrained(directory, folder, tmp_path):
     model = load(directory)
     model.save_pretrained(save_directory=tmp_path / "a", push_to_hub=False, variant=None)
     model.save_pretrained(tmp_path / "b", is_main_process=False)
     assert (tmp_path / "a/config.json").exists() and not (tmp_path / "b").exists()
-    with pytest.raises(ValueError, match="push_to_hub=True: nothing is uploaded"):
-        model.save_pretrained(tmp_path / "b", push_to_hub=True)
+    for saved in (model, model.config, glmlora.AutoTokenizer.from_pretrained(folder)):
+        with pytest.raises(ValueError, match="push_to_hub=True: nothing is uploaded"):
+            saved.save_pretrained(tmp_path / "b", push_to_hub=True)
+        with pytest.raises(TypeError, match="'comit_message' .did you mean 'commit_message'"):
+            saved.save_pretrained(tmp_path / "b", comit_message="")
+        saved.save_pretrained(save_directory=tmp_path / "c", push_to_hub=False, repo_id="x")
     with pytest.raises(TypeError, match="'safe_serialisation' .did you mean 'safe_serialization'"):
         model.save_pretrained(tmp_path / "b", safe_serialisation=False)
 

@@ -31,6 +31,7 @@ class DownloadKeywords(TypedDict, total=False):
     mirror: str | None
     repo_type: str | None
     user_agent: Any
+    tqdm_class: Any
 
 
 NOTHING = frozenset(DownloadKeywords.__annotations__)

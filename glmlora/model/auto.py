@@ -47,6 +47,7 @@ class AutoModel:
         family: str | None = None,
         rope_mode: str | None = None,
         compute_dtype: str | None = None,
+        generation_config: GenerationConfig | None = None,
         **others: Unpack[ModelKeywords],
     ) -> ChatGLMForConditionalGeneration:
         """Map the checkpoint in a local directory (or in `subfolder` of it) and bind it in place,
@@ -59,6 +60,7 @@ class AutoModel:
         use_safetensors: True takes no other files, False only torch's. family, rope_mode: see
         ChatGLMConfig. compute_dtype: of the large products, "float32", "bfloat16" or "int8" (over
         int8 weights); default "auto", see model/device.py; `model.compute_dtype` is the one in use.
+        generation_config: in place of its generation_config.json.
         others: keys of config.json to replace (`pre_seq_len=128`), and keywords of transformers
         that mean nothing here: those about downloads and code (NOTHING in files/hub.py), and
         MODEL_NEUTRAL in keywords.py.
@@ -118,7 +120,12 @@ class AutoModel:
         if file.exists():
             model.generation_config = GenerationConfig.from_pretrained(directory, config)
             stored = read_json(file, dict)
-        model.opened = Opened(directory, stored, model.generation_config)
+        before = model.generation_config
+        if generation_config is not None:
+            if not isinstance(generation_config, GenerationConfig):
+                raise TypeError(f"generation_config: got a {type(generation_config).__name__}")
+            model.generation_config = generation_config
+        model.opened = Opened(directory, stored, before)
         bits = 8 if load_in_8bit else 4 if load_in_4bit else 0
         if bits and not is_quantized(config, bits):
             model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)

@@ -18,7 +18,14 @@ from ..files.foreign import folder_kind, refuse_quantization
 from ..files.hub import check_keywords, model_directory
 from ..files.small import whole_references
 from ..files.write import read_json, write_json
-from .keywords import CONFIG_NEUTRAL, CONFIG_REASONS, ConfigKeywords
+from .keywords import (
+    CONFIG_NEUTRAL,
+    CONFIG_REASONS,
+    SAVE_NEUTRAL,
+    SAVE_REASONS,
+    ConfigKeywords,
+    SaveKeywords,
+)
 from .quantization import check_form
 
 if TYPE_CHECKING:
@@ -301,11 +308,14 @@ class ChatGLMConfig:
             fields[OWN_ROPE_MODE] = self._rope_mode
         return fields
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `directory/config.json`, atomically; the directory is made if it is absent. Its
-        `auto_map` keeps the entries whose files are there.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], **others: Unpack[SaveKeywords]
+    ) -> None:
+        """Write config.json into a directory, atomically; the directory is made if it is absent.
+        Its `auto_map` keeps the entries whose files are there. others: as in the model's.
         """
-        directory = Path(directory)
+        check_keywords("save_pretrained", others, ["save_directory"], SAVE_NEUTRAL, SAVE_REASONS)
+        directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "config.json", self.file_fields(directory))
 

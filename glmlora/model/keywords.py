@@ -55,6 +55,11 @@ class ModelKeywords(ConfigKeywords, total=False):
     state_dict: Any
     key_mapping: Any
     adapter_kwargs: Any
+    adapter_name: str | None
+    disable_mmap: bool
+    experts_implementation: Any
+    fusion_config: Any
+    kernel_config: Any
     max_memory: Any
     tp_plan: Any
     tp_size: Any
@@ -66,6 +71,10 @@ class SaveKeywords(DownloadKeywords, total=False):
     """Of save_pretrained."""
 
     push_to_hub: bool
+    commit_message: str | None
+    create_pr: bool
+    repo_id: str | None
+    distributed_checkpoint: bool
     state_dict: Any
     save_function: Any
     variant: str | None
@@ -83,7 +92,7 @@ CONFIG_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
 }
 MODEL_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     # weights are mapped, so that nothing has to be made, offloaded or shared out
-    **dict.fromkeys(("empty_init", "low_cpu_mem_usage", "weights_only")),
+    **dict.fromkeys(("empty_init", "low_cpu_mem_usage", "weights_only", "experts_implementation")),
     **dict.fromkeys(("offload_folder", "offload_state_dict", "offload_buffers", "offload_index")),
     # attention is exact, and never holds its weights as a whole
     "use_flash_attention_2": None,
@@ -94,11 +103,13 @@ MODEL_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     "ignore_mismatched_sizes": (False,),
     "output_loading_info": (False,),
     **dict.fromkeys(("from_tf", "from_flax", "use_kernels", "allow_all_kernels"), (False,)),
-    "torch_compile": (False,),
+    **dict.fromkeys(("torch_compile", "disable_mmap"), (False,)),
     **CONFIG_NEUTRAL,
 }
 SAVE_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
-    "push_to_hub": (False,),
+    **dict.fromkeys(("push_to_hub", "distributed_checkpoint"), (False,)),
+    # what an upload would be called
+    **dict.fromkeys(("commit_message", "create_pr", "repo_id")),
     **dict.fromkeys(("save_peft_format", "save_original_format")),
 }
 
@@ -122,7 +133,11 @@ MODEL_REASONS = {
     "variant": "weights of a variant are not looked for; rename the files to the usual names",
     "state_dict": "pass it to model.load_state_dict",
     "key_mapping": "rename tensors and pass them to model.load_state_dict",
-    "adapter_kwargs": "open the adapter with PeftModel.from_pretrained",
+    **dict.fromkeys(
+        ("adapter_kwargs", "adapter_name"), "open the adapter with PeftModel.from_pretrained"
+    ),
+    "disable_mmap": "weights are always mapped",
+    **dict.fromkeys(("fusion_config", "kernel_config"), "kernels are chosen by compute_dtype"),
     **dict.fromkeys(("max_memory", "tp_plan", "tp_size", "device_mesh"), _WHOLE),
     "distributed_config": _WHOLE,
     **CONFIG_REASONS,
