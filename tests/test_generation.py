@@ -814,6 +814,21 @@ def test_several_tokens_follow_what_is_past(model):
     assert np.array_equal(again, made.sequences)
 
 
+def test_the_past_follows_the_weights(model):
+    ids = prompt(9)
+    past = model(ids[:, 7:8], past_key_values=model(ids[:, :7]).past_key_values).past_key_values
+    peft = glmlora.get_peft_model(model, glmlora.LoraConfig(r=2, init_lora_weights=False), seed=0)
+    try:
+        out = peft(ids[:, 8:], past_key_values=past)
+        assert np.abs(out.logits - peft(ids).logits[:, 8:]).max() < 1e-4
+        with peft.disable_adapter():
+            plain = peft(ids[:, 8:], past_key_values=past)
+            assert np.abs(plain.logits - model(ids).logits[:, 8:]).max() < 1e-4
+        assert np.abs(plain.logits - out.logits).max() > 1e-3
+    finally:
+        peft.unload()
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [

@@ -46,7 +46,12 @@ def _names_unknown_fields(cls: Kind) -> Kind:
 @_names_unknown_fields
 @dataclass(kw_only=True, eq=False, repr=False)
 class GenerationConfig:
-    """How to generate. Neutral by default: greedy, and as long as the model has positions."""
+    """How to generate. Neutral by default: greedy, and as long as the model has positions.
+
+    None is the default of a field. transformers' other fields are accepted and mean nothing (those
+    of caches, compilation, encoders and assistant models), or are refused unless they have the
+    value that changes nothing: see `unsupported.NOTHING` and `unsupported.REFUSED`.
+    """
 
     max_length: int | None = None  # prompt and answer together
     max_new_tokens: int | None = None  # the answer alone; wins if both are given
