@@ -225,6 +225,9 @@ def test_a_misspelt_setting_is_told_the_right_word(word, right, value):
         ({"use_rslora": "no"}, "use_rslora: expected True or False, got 'no'"),
         ({"inference_mode": "false"}, "inference_mode: expected True or False"),
         ({"rank_pattern": "dense"}, "rank_pattern: expected a dict"),
+        ({"target_modules": 3}, "target_modules: expected names, got 3"),
+        ({"target_modules": [1, "dense"]}, "target_modules: expected names"),
+        ({"exclude_modules": {"dense": 1}}, "exclude_modules: expected names"),
     ],
 )
 def test_settings_of_another_type(settings, message):
@@ -438,6 +441,9 @@ def test_old_and_new_configs_are_read(directory, tmp_path):
     }
     write_json(path / "adapter_config.json", {**config, **new})
     assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+    write_json(path / "adapter_config.json", {**config, "task_type": "SEQ_2_SEQ_LM"})
+    with pytest.warns(UserWarning, match="task_type 'SEQ_2_SEQ_LM'"):
+        assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
     old = {k: config[k] for k in ("peft_type", "r", "lora_alpha", "target_modules")}
     write_json(path / "adapter_config.json", {**old, "lora_dropout": None})
     assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
@@ -639,6 +645,14 @@ def test_adapters_come_and_go(directory, tmp_path):
     assert np.array_equal(logits(model), plain)
     model.enable_adapter_layers()
     assert np.array_equal(logits(model), want)
+    with pytest.raises(AttributeError, match="did you mean 'merge_and_unload'"):
+        model.merge_and_unlod  # noqa: B018
+    with pytest.raises(TypeError, match="adapter_names: expected a list"):
+        model.merge_and_unload(adapter_names="b")
+    with pytest.warns(UserWarning, match="has an adapter already"):
+        PeftModel.from_pretrained(model.get_base_model(), path)
+    with pytest.raises(TypeError, match="model: expected a PeftModel"):
+        glmlora.get_peft_model_state_dict(model.get_base_model())
     for name in ("add_weighted_adapter", "merge_adapter", "push_to_hub"):
         with pytest.raises(AttributeError, match=f"PeftModel.{name} is not supported"):
             getattr(model, name)

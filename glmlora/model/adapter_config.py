@@ -88,6 +88,8 @@ _CHANGING = frozenset(
 # adapter made so is an adapter like others. The rest subtracts something from the base's weights.
 INITIALISATIONS = (True, False, "gaussian")
 _OTHER_INITIALISATIONS = ("eva", "orthogonal")
+# Tasks whose adapters have no weights beside A and B.
+_OTHER_WRAPPERS = ("SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # What other programs call the fields.
 _OTHER_WORDS = {
     "rank": "r",
@@ -174,6 +176,13 @@ class PeftConfig:
         if found is None or not issubclass(found, cls):
             only = f"only {cls.peft_type!r}" if hasattr(cls, "peft_type") else "only 'LORA'"
             raise ValueError(f"{file}: peft_type {kind!r} is not supported by this release, {only}")
+        if fields.get("task_type") in _OTHER_WRAPPERS:
+            warnings.warn(
+                f"{file}: task_type {fields['task_type']!r} is another wrapper in PEFT, around the "
+                "same numbers: the adapter is taken as one of 'CAUSAL_LM'",
+                stacklevel=3,
+            )
+            fields["task_type"] = "CAUSAL_LM"
         # A key with null means the default, as for PEFT's optional fields.
         given = {k: v for k, v in fields.items() if v is not None}
         own = set(inspect.signature(found).parameters)
@@ -297,7 +306,10 @@ class LoraConfig(PeftConfig):
             ("target_modules", self.target_modules),
             ("exclude_modules", self.exclude_modules),
         ):
-            if isinstance(value, list) and not (value and all(isinstance(t, str) for t in value)):
+            names = value if isinstance(value, list) else []
+            if not isinstance(value, str | None) and not (
+                names and all(isinstance(t, str) for t in names)
+            ):
                 raise ValueError(f"{name}: expected names, got {value!r}")
             if isinstance(value, str):
                 _compiled(name, value)
@@ -522,8 +534,10 @@ def _compiled(name: str, pattern: str) -> Pattern:
 
 
 def _names_or_pattern(value: Any) -> Any:
-    """Names as a sorted list; text and None as they are."""
-    return value if isinstance(value, str | None) else sorted(value)
+    """Names as a sorted list; text and None as they are, and what is none of these."""
+    if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+        return sorted(value, key=str)
+    return value
 
 
 def _target_words(value: Any) -> Any:

@@ -217,7 +217,10 @@ class PeftModel:
                 raise AttributeError(
                     f"PeftModel.{name} is not supported by this release{_NOT_HERE[name]}"
                 )
-            return getattr(self._base, name)
+            try:
+                return getattr(self._base, name)
+            except AttributeError as error:
+                raise AttributeError(f"{error}{did_you_mean(name, dir(self))}") from None
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._base)})
@@ -267,6 +270,12 @@ class PeftModel:
             raise TypeError(f"config: expected a LoraConfig, got {type(config).__name__}")
         adapter = read_adapter(model, path, config)
         config.inference_mode = not is_trainable
+        if any(is_lora(n) for n in model.core.names()):
+            warnings.warn(
+                "model: has an adapter already, whose place the new one takes; load_adapter and "
+                "set_adapter of its PeftModel keep both",
+                stacklevel=2,
+            )
         wrapper = cls.__new__(cls)
         wrapper._wrap(model, config, adapter_name)
         wrapper._adapters[adapter_name] = adapter
@@ -445,6 +454,8 @@ class PeftModel:
         names = (
             [self.active_adapter] if adapter_names is None else list(dict.fromkeys(adapter_names))
         )
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names: expected a list of names, got {adapter_names!r}")
         for name in names:
             self._check_known(name)
         self._fetch()

@@ -93,6 +93,7 @@ def get_peft_model_state_dict(
     that its file has. state_dict: take them out of this one. `unwrap_compiled` is accepted and
     means nothing; save_embedding_layers=True is refused. ValueError for a name that there is not.
     """
+    _check_wrapper(model)
     if save_embedding_layers is True:
         raise ValueError("save_embedding_layers: is not supported by this release")
     if not model.is_lora:
@@ -120,10 +121,16 @@ def set_peft_model_state_dict(
     Stricter than PEFT: ValueError naming tensors that are missing, surplus or misshaped, with
     nothing changed; ignore_mismatched_sizes=True is refused. So the result lists none.
     """
+    _check_wrapper(model)
     if ignore_mismatched_sizes:
         raise ValueError("ignore_mismatched_sizes: is not supported by this release")
     model.set_adapter_state(adapter_name, _own(peft_model_state_dict, adapter_name))
     return IncompatibleKeys([], [])
+
+
+def _check_wrapper(model: Any) -> None:
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model: expected a PeftModel, got {type(model).__name__}")
 
 
 def _own(state: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
