@@ -151,6 +151,8 @@ PRINTS = [
     ("get_ipython().getoutput('echo a').s", "'a'\n"),
     ("def m(line): return line + '!'\nget_ipython().register_magic_function(m)\n%m a", "'a!'\n"),
     ("%config InteractiveShell.ast_node_interactivity = 'all'\n####\n1\n2", "1\n2\n"),
+    ("get_ipython().ast_node_interactivity = 'all'\n####\n1\n2", "1\n2\n"),
+    ("%%bash  # a comment\necho a", "a\n"),
     ("%load_ext autoreload\n%autoreload 2\n%matplotlib inline\n1", "1\n"),
     (
         "from __future__ import annotations\n####\ndef f(a: b): pass\nf.__annotations__",
@@ -293,6 +295,17 @@ def test_a_script_keeps_its_traceback(tmp_path):
     assert done.stderr.endswith("ValueError: 好\n") and "glmlora" not in done.stderr
 
 
+def test_commands_in_a_script(tmp_path, capfd):
+    """As Colab writes them into its .py: an .ipy file may have them."""
+    text = "x = 1\n!echo {x}\n%time x + 1"
+    for name, status in ("s.py", 1), ("s.ipy", 0):
+        (tmp_path / name).write_text(text)
+        assert compat.run(tmp_path / name) == status
+        out, err = capfd.readouterr()
+        assert ("SyntaxError" in err and "named .ipy" in err) == bool(status)
+    assert out.startswith("1\nWall time") and out.endswith("\n2\n")
+
+
 def test_annotations_of_a_script_are_its_own(tmp_path, capfd):
     path = tmp_path / "s.py"
     path.write_text("def f(a: int): pass\nprint(f.__annotations__)")
@@ -394,6 +407,15 @@ def test_a_notebook_that_runs_another(run, tmp_path):
     status, out, err = run("b = 1\n%run other.ipynb")
     assert (status, out) == (1, "1\n")
     assert 'File "other.ipynb[cell 2]", line 2' in err and "\n    1 / 0\n" in err
+
+
+def test_what_ipython_is_told_to_show(run, monkeypatch):
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell
+    monkeypatch.setattr(shell, "ast_node_interactivity", "last_expr")
+    cell = "from IPython.core.interactiveshell import InteractiveShell\nInteractiveShell."
+    assert run(cell + "ast_node_interactivity = 'all'", "1\n2")[:2] == (0, "1\n2\n")
+    setting = "ast_node_interactivity = 'last_expr_or_assign'"
+    assert run(cell + setting, "x = 1\ny = 2")[:2] == (0, "2\n")
 
 
 def test_ipythons_own_names(run):
