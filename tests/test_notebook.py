@@ -132,6 +132,7 @@ PRINTS = [
     ("%mkdir d\n%cd -q d  # there\n!touch f\n%ls\n%cd -q ..\n####\nls d", "f\nf\n"),
     ("x = %pwd\nimport os\nx == os.getcwd()", "True\n"),
     ("r = %timeit -n 2 -r 3 -o -q 1 + 1\n(r.loops, r.repeat)", "(2, 3)\n"),
+    ("x = 2\n%timeit -n 1 -r 1 print('{x} $x')", "{x} $x\n"),
     ("%%timeit -n 1 -r 1 x = 3\nprint(x)", "3\n"),
     ("%%bash -s a --out b\necho $1 $((1 + 2))\n####\nb", "'a 3\\n'\n"),
     ("%%sh\necho a", "a\n"),
@@ -164,7 +165,7 @@ PRINTS = [
         "from tqdm.notebook import tqdm\nimport tqdm.std\ntqdm.notebook.tqdm is tqdm.std.tqdm",
         "True\n",
     ),
-    ("print?", "Signature: print("),
+    ("def f(a): 'Does.'\nf?", "Signature: f(a)\nType: function\nDoes.\n"),
     ("%lsmagic", "Line magics: %aimport"),
     ("'__file__' in globals()", "False\n"),
 ]
