@@ -243,6 +243,34 @@ def test_the_users_own_sitecustomize_is_kept(run, tmp_path, monkeypatch):
     assert run("!python -c 'import sys, peft; print(sys.mine)'")[:2] == (0, "1\n")
 
 
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        ("!true {missing}", "{missing} is not replaced (name 'missing' is not defined)\n"),
+        (
+            "!true $HOME {p}",
+            "{p} is not replaced (name 'HOME' is not defined); for the shell's own",
+        ),
+        ("!true ${HOME}/{p}", "{p} is not replaced (name 'HOME' is not defined); for the"),
+        ("!true $HOME ${HOME} '{print $1}' {a,b} {}", ""),
+    ],
+)
+def test_variables_that_are_not_replaced_are_told(run, command, told):
+    status, _, err = run(f"p = 1\n{command}")
+    assert status == 0 and ("cell 1, line 2: " + told in err if told else "replaced" not in err)
+
+
+def test_the_shells_own_variables(run, monkeypatch):
+    """As the message says that they are written."""
+    monkeypatch.setenv("OF_SHELL", "s")
+    assert run("p = 1\n!echo $$OF_SHELL {p}")[1] == "s 1\n"
+    assert run("p = 1\n!echo ${{OF_SHELL}} {p}")[1] == "s 1\n"
+
+
+def test_the_command_is_found(run):
+    assert run("!glmlora --version")[:2] == (0, f"{glmlora.__version__}\n")
+
+
 def test_commands_that_fail_are_told(run):
     status, out, err = run("x = 1\n!exit 3", "y = !exit 4", "print(x)")
     assert (status, out) == (0, "1\n")  # as in IPython, what follows runs
