@@ -17,6 +17,7 @@ from typing import Any
 
 from .files.write import model_directory
 from .generation.config import GenerationConfig
+from .model import device as devices
 from .names import did_you_mean
 from .tools.demo import ORDER
 from .training.flags import check_directory, given_twice
@@ -52,8 +53,11 @@ def _load(
     return model.eval(), glmlora.AutoTokenizer.from_pretrained(model_path)
 
 
-def _check_folders(args: argparse.Namespace) -> None:
-    """OSError for a model or adapter that is not there: before anything is read or loaded."""
+def _check_model(args: argparse.Namespace) -> None:
+    """OSError for a model or adapter that is not there, ValueError for a device that is none:
+    before anything is read or loaded.
+    """
+    devices.parse(getattr(args, "device", None))
     model_directory(args.model)
     if args.adapter:
         check_directory("--adapter", args.adapter)
@@ -87,7 +91,7 @@ def _stream(model: Any, tokenizer: Any, query: str, history: list[Any], **kwargs
 def chat(args: argparse.Namespace) -> int:
     """Talk to a model in the terminal; the answer streams."""
     kwargs = _generation(args)
-    _check_folders(args)
+    _check_model(args)
     model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype, args.device)
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text spoil one question only
@@ -140,7 +144,7 @@ def predict(args: argparse.Namespace) -> int:
 
     sampling = {"temperature": 0.01, **_generation(args)}
     choices = tables.read_choices(args.choices, args.fallback)
-    _check_folders(args)
+    _check_model(args)
     tables.check_place(args.output, args.overwrite, args.input)
     rows = tables.read_table(args.input, args.template)
     there = tables.columns_of(rows)
@@ -182,14 +186,25 @@ def plan(args: argparse.Namespace) -> int:
     """Memory and products of a training step or a chat, before anything is allocated."""
     from glmlora.tools.plan import plan
 
-    names = ("lora_rank", "lora_target", "pre_seq_len", "num_layer_trainable")
-    finetuning = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    methods = {
+        "lora_rank": "lora",
+        "lora_target": "lora",
+        "pre_seq_len": "p_tuning",
+        "num_layer_trainable": "freeze",
+    }
+    finetuning = {n: getattr(args, n) for n in methods if getattr(args, n) is not None}
+    unused = [n for n in finetuning if methods[n] != args.method]
+    if args.method == "chat":
+        unused += [n for n in ("labels", "gradient_checkpointing") if getattr(args, n)]
+    for name in unused:
+        finetuning.pop(name, None)
+        print(f"Notice: {name} has no effect: method is {args.method!r}", file=sys.stderr)
     planned = plan(
         args.model,
         args.batch,
         args.seq,
         args.method,
-        args.labels,
+        3 if args.labels is None else args.labels,
         args.quantization_bit,
         args.dtype,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -224,7 +239,7 @@ def run(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """Base + adapter -> one model directory."""
-    _check_folders(args)
+    _check_model(args)
     if os.path.exists(args.output) and not os.path.isdir(args.output):
         raise FileExistsError(f"--output: {args.output} is a file, expected a new directory")
     if os.path.exists(args.output) and os.listdir(args.output):
@@ -318,7 +333,7 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--batch", type=int, default=1, help="rows of a micro-batch, or of a chat")
     _flag(parser, "--seq", type=int, default=512, help="tokens of a row")
     _flag(parser, "--method", default="lora", help="lora, p_tuning, freeze, full or chat")
-    _flag(parser, "--labels", type=int, default=3, help="labelled tokens of a row")
+    _flag(parser, "--labels", type=int, help="labelled tokens of a row; default: 3")
     _flag(parser, "--quantization-bit", type=int, choices=[4, 8])
     _flag(parser, "--dtype", choices=DTYPES)
     _flag(

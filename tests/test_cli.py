@@ -2,6 +2,7 @@
 what it keeps."""
 
 import csv
+import inspect
 import io
 import json
 import os
@@ -124,6 +125,38 @@ def test_a_near_adapter_is_named(capsys, tmp_path):
     (tmp_path / "output").mkdir()
     _, error = run(capsys, "chat", "--model", TINY, "--adapter", tmp_path / "ouptut")
     assert "did you mean 'output'?" in error
+
+
+def test_no_flag_is_parsed_and_forgotten():
+    """Each flag of each verb is read somewhere outside the parsers (and train's: see
+    test_arguments.py).
+    """
+    source = inspect.getsource(cli)
+    for maker in (cli._parser, cli._sampling_flags, cli._predict_flags, cli._plan_flags):
+        source = source.replace(inspect.getsource(maker), "")
+    for verb, parser in cli._parser()[1].items():
+        for action in parser._actions:
+            name = action.dest
+            used = f"args.{name}" in source or f'"{name}"' in source
+            assert used or name == "help", (verb, name)
+            assert not action.option_strings[1:] or name == "help" or "_" in name
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--method", "lora", "--pre-seq-len", "4"], "pre_seq_len has no effect"),
+        (["--method", "full", "--lora_rank", "4"], "lora_rank has no effect: method is 'full'"),
+        (["--method", "chat", "--labels", "4"], "labels has no effect"),
+        (["--method", "freeze", "--num_layer_trainable", "1"], ""),
+        (["--method", "lroa"], "method: expected one of"),
+        (["--memory", "16GB"], "memory: what a GPU has"),
+    ],
+)
+def test_flags_of_plan(words, told, capsys):
+    status, error = run(capsys, "plan", "--model", TINY, "--seq", "64", *words)
+    assert told in error and bool(error) == bool(told)
+    assert status == int("expected" in told or "GPU" in told)
 
 
 def test_a_flag_given_twice_is_told(capsys, tmp_path):
@@ -283,6 +316,7 @@ def table(tmp_path):
         (["--answer-column", " "], "--answer-column: expected a name"),
         (["--input", "none.csv"], "none.csv"),
         (["--model", "nowhere", "--input", "none.csv"], "nowhere"),
+        (["--device", "gpu", "--input", "none.csv"], "device: expected 'cpu'"),
         (["--adapter", "nowhere", "--input", "none.csv"], "--adapter: 'nowhere'"),
     ],
 )

@@ -144,6 +144,7 @@ def train(
     _check_places(model_or_path, model_args)
     _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
     records, n_given = read_records(data, data_args.max_samples)
+    held_out = None if eval_data is None else records_from(eval_data)
     if model_args.threads:
         _core.set_num_threads(model_args.threads)
     set_seed(training.seed)
@@ -153,9 +154,7 @@ def train(
     names_before = methods.unwrapped(model).core.names()
     trainee = _trainee(model, tokenizer, arguments, kind)
     print(trainable_line(trainee.base))
-    if eval_data is not None:
-        held_out = records_from(eval_data)
-    else:
+    if held_out is None:
         records, held_out = _split(records, data_args.dev_ratio, training)
     plot = model_args.plot_loss if "plot_loss" in given else None
     try:
