@@ -7,6 +7,7 @@ touches the sentencepiece library, imported when a tokenizer is made.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -31,8 +32,11 @@ from .encoding import Array as Array
 from .families import prompt as prompts
 from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
+from .files.hub import check_keywords, model_directory
 from .files.regular import read_bytes
-from .files.write import atomic_file, model_directory, read_json, refuse_lfs_pointer, write_json
+from .files.small import TEMPLATES, copy, copy_code, whole_references
+from .files.staging import staged
+from .files.write import read_json, refuse_lfs_pointer, write_json
 from .interrupts import interruptible
 from .names import did_you_mean
 
@@ -54,6 +58,17 @@ _NOT_HERE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("cls_token", "sep_token", "mask_token", "sp_model_kwargs"), (None, {})),
     **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), (None, [], {})),
     "padding_side": (None, "left"),
+}
+# Keywords of from_pretrained that ask for nothing with these values; None: with any.
+_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(("use_fast", "legacy", "from_slow", "verbose", "config", "tokenizer_type")),
+    **_NOT_HERE,
+}
+_REASONS = {
+    **dict.fromkeys(_NOT_HERE, "has no effect on this tokenizer"),
+    **dict.fromkeys(("eos_token", "bos_token", "unk_token"), "the vocabulary has it"),
+    "chat_template": "prompts have the family's own form, which is not exchanged",
+    "gguf_file": "GGUF files are not read: get the model's own tokenizer.model",
 }
 _FIXED = {
     **dict.fromkeys(("eos_token", "eos_token_id"), "generate(eos_token_id=..) ends with other ids"),
@@ -110,6 +125,7 @@ class ChatGLMTokenizer(Encoder):
         self.clean_up_tokenization_spaces = False
         self.vocab_file = os.fspath(vocab_file)
         self.name_or_path = os.path.dirname(self.vocab_file)
+        self._directory = Path(os.path.abspath(self.vocab_file)).parent
         self._config = dict(config or {})
         self._tokens_map = dict(tokens_map or {})
         self._model = read_bytes(vocab_file)
@@ -569,9 +585,11 @@ class ChatGLMTokenizer(Encoder):
         }
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Write the vocabulary file unchanged, tokenizer_config.json and special_tokens_map.json.
+        """Write the vocabulary file unchanged, tokenizer_config.json and special_tokens_map.json,
+        with copies of the templates and code of the directory it was read from. Code that is not
+        there is not named in `auto_map`.
 
-        Each file is replaced as a whole. Returns their paths. OSError as open() does.
+        All take their place together. Returns their paths. OSError naming the file.
         """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -592,15 +610,26 @@ class ChatGLMTokenizer(Encoder):
             defaults["added_tokens_decoder"] = {
                 str(self.special_tokens[token]): {"content": token, **flags} for token in shown
             }
-        with atomic_file(directory / VOCABULARY) as file:
-            file.write(self._model)
         fields = {**defaults, **self._config, **self._changed()}
         fields.pop(recognition.OWN_KEY, None)
         if not recognition.tells(fields, self.family):
             fields[recognition.OWN_KEY] = self.family
-        write_json(directory / CONFIG, fields)
-        write_json(directory / TOKENS_MAP, self._tokens_map)
-        return tuple(str(directory / name) for name in (CONFIG, TOKENS_MAP, VOCABULARY))
+        with staged(directory) as new:
+            if self._directory.is_dir() and not os.path.samefile(self._directory, directory):
+                copy_code(self._directory, new, fields["auto_map"])
+                for name in TEMPLATES:
+                    copy(self._directory / name, new / name)
+            kept = whole_references(fields["auto_map"], (new, directory))
+            fields = {**fields, "auto_map": kept} if kept else _without(fields, "auto_map")
+            (new / VOCABULARY).write_bytes(self._model)
+            write_json(new / CONFIG, fields)
+            write_json(new / TOKENS_MAP, self._tokens_map)
+            names = sorted(os.listdir(new))
+        return tuple(str(directory / name) for name in names)
+
+
+def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in fields.items() if k != name}
 
 
 def _is_rows(value: Any) -> bool:
@@ -612,12 +641,8 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(
-        path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        use_fast: bool = True,
-        cache_dir: str | os.PathLike[str] | None = None,
         padding_side: str = "left",
         encode_special_tokens: bool | None = None,
         family: str | None = None,
@@ -625,11 +650,14 @@ class AutoTokenizer:
         truncation_side: str | None = None,
         pad_token: str | None = None,
         clean_up_tokenization_spaces: bool | None = None,
+        subfolder: str = "",
+        **others: Any,
     ) -> ChatGLMTokenizer:
-        """The tokenizer of a model directory on this machine.
+        """The tokenizer of a model directory on this machine, or of `subfolder` in it.
 
-        `trust_remote_code`, `revision`, `use_fast` and `cache_dir` are accepted and mean nothing:
-        no code of the directory runs and nothing is downloaded.
+        others: keywords of transformers that mean nothing here: those about downloads and code
+        (`trust_remote_code`, `revision`, `cache_dir`, `token`, `local_files_only`, ...: NOTHING in
+        files/hub.py), which are never done, and _NEUTRAL above.
 
         family: a name or alias of one in glmlora/families, or None to find out. The vocabulary
         files are the same, so names and small files have to tell: the last part of `_name_or_path`
@@ -638,9 +666,13 @@ class AutoTokenizer:
         a warning. The config's `seq_length` decides nothing: families have variants with 32768.
 
         Raises OSError for a missing directory or file, ValueError for a file that is no vocabulary
-        of a family (a git-lfs pointer is named as one), ImportError without sentencepiece.
+        of a family (a git-lfs pointer is named as one) and for a keyword of transformers that is
+        not supported, TypeError for an unknown one, ImportError without sentencepiece.
         """
-        directory = model_directory(path)
+        what = "AutoTokenizer.from_pretrained"
+        known = inspect.signature(AutoTokenizer.from_pretrained).parameters
+        check_keywords(what, others, known, _NEUTRAL, _REASONS)
+        directory = model_directory(pretrained_model_name_or_path, subfolder)
         vocabulary = directory / VOCABULARY
         if not vocabulary.exists():
             hints = [f"; {hint}" for name, hint in OTHERS.items() if (directory / name).is_file()]
@@ -657,7 +689,8 @@ class AutoTokenizer:
             config=config,
             tokens_map=tokens_map,
         )
-        tokenizer.name_or_path = os.fspath(path)
+        place = Path(pretrained_model_name_or_path, subfolder or "")
+        tokenizer.name_or_path = os.fspath(place)
         for name, value in (
             ("model_max_length", model_max_length),
             ("truncation_side", truncation_side),

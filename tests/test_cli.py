@@ -18,6 +18,7 @@ import tiny
 
 from glmlora import cli, tables
 from glmlora.files.checkpoint import write_safetensors
+from glmlora.interrupts import Terminated
 from glmlora.tools.project import tiny_directory
 
 TINY = str(tiny_directory())
@@ -396,7 +397,7 @@ def test_answers_of_every_kind(table, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stop", "status"),
-    [(KeyboardInterrupt(), 130), (cli._Terminated(), 143), (FloatingPointError("layer 3"), 1)],
+    [(KeyboardInterrupt(), 130), (Terminated(143), 143), (FloatingPointError("layer 3"), 1)],
 )
 def test_what_stops_a_run_leaves_its_answers(stop, status, table, capsys, monkeypatch):
     Answers(monkeypatch, stop, "y")
