@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -76,6 +77,18 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
+def _as_text(query: str) -> str:
+    """A question that was read with surrogates for bytes that the terminal's encoding lacks: those
+    of UTF-8 where LANG says ASCII. ValueError for bytes that are no text.
+    """
+    if not any("\udc80" <= character <= "\udcff" for character in query):
+        return query
+    try:
+        return query.encode(sys.stdin.encoding or "utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise ValueError("the question is not UTF-8 text, ask it again") from None
+
+
 def _stream(model: Any, tokenizer: Any, query: str, history: list[Any], **kwargs: Any) -> list[Any]:
     """Print the answer while it comes; the history with it. A call of a tool is shown as JSON."""
     printed = text = ""
@@ -125,13 +138,9 @@ def chat(args: argparse.Namespace) -> int:
             history = []
             continue
         try:
-            query.encode("utf-8")
-            history = _stream(model, tokenizer, query, history, **kwargs)
+            history = _stream(model, tokenizer, _as_text(query), history, **kwargs)
         except KeyboardInterrupt:  # ends this answer, not the conversation
             print(" [interrupted]", end="")
-        except UnicodeEncodeError:
-            failed = True
-            _report(ValueError(f"the question is not {sys.stdin.encoding} text, ask it again"))
         except BrokenPipeError:  # nobody reads the answers any more
             raise
         except Exception as error:
@@ -429,7 +438,7 @@ def _show_all_characters() -> None:
     Chinese must not end a program that runs under LANG=C.
     """
     out = sys.stdout
-    if not isinstance(out, io.TextIOWrapper) or out.errors != "strict":
+    if not isinstance(out, io.TextIOWrapper) or out.errors not in ("strict", "surrogateescape"):
         return
     try:
         "答".encode(out.encoding)
@@ -446,10 +455,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; user errors are one line on stderr and exit status 1 (GLMLORA_TRACEBACK=1
     shows where)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["run"]:  # a user's program, whose output and warnings are its own
+        return _main(words)
+    _show_all_characters()
+    before = warnings.formatwarning
+    warnings.formatwarning = _one_line
+    try:
+        return _main(words)
+    finally:
+        warnings.formatwarning = before
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """A warning without the place in the program: it is about the user's words and files."""
+    return f"glmlora: {category.__name__}: {message}\n"
+
+
+def _main(words: list[str]) -> int:
     parser, verbs = _parser()
     try:
-        if words[:1] != ["run"]:
-            _show_all_characters()
         if words[:1] == ["train"]:
             return train(words[1:])
         _check_words(words, parser, verbs)

@@ -183,8 +183,32 @@ def test_a_bad_turn_does_not_end_the_conversation(tmp_path):
         result = glmlora("chat", "--model", model, stdin=b"\n".join(lines), **environment)
         said, told = result.stdout.decode().split(), result.stderr.decode()
         assert said == ["ab"], (said, told)
-        assert "positions for 256" in told and "is not utf-8 text" in told.lower()
+        assert "positions for 256" in told and "is not UTF-8 text" in told
         assert result.returncode == 1 and "Traceback" not in told
+
+
+def test_all_verbs_run_without_a_locale(tmp_path):
+    """ASCII in and out: UTF-8 is read, and what cannot be shown is shown by number."""
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    words = ["chat", "--model", TINY, "--temperature", "0"]
+    result = glmlora(*words, stdin="你好\n".encode(), **ascii_only)
+    assert result.stdout.startswith(b"\\u4f60\\u597d") and result.returncode == 0, result.stderr
+    (tmp_path / "r.json").write_text('[{"instruction": "你好", "output": "一"}]', encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text('{"r": {"file_name": "r.json"}}')
+    words = ["--model_name_or_path", TINY, "--do_train", "--dataset", "r", "--max_steps", "1"]
+    words += ["--dataset_dir", tmp_path, "--output_dir", tmp_path / "o"]
+    result = glmlora("train", *words, **ascii_only)
+    assert result.returncode == 0 and b"\\u4f60\\u597d" in result.stdout, result.stderr
+
+
+def test_a_warning_is_one_line(table):
+    table.write_bytes("title,abstract\n标题,摘要\na,b\n".encode("gb18030"))
+    words = ["predict", "--model", TINY, "--input", table, "--output", table.parent / "o.csv"]
+    result = glmlora(*words, PYTHONWARNINGS="default")
+    told = [line for line in result.stderr.decode().splitlines() if "GB18030" in line]
+    assert result.returncode == 0
+    assert len(told) == 1 and told[0].startswith(f"glmlora: UserWarning: {table}: not UTF-8")
+    assert read(table.parent / "o.csv")[1][:2] == ["标题", "摘要"]
 
 
 def test_an_answer_that_the_terminal_cannot_show():
