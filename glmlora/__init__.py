@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from ._core import set_num_threads as set_num_threads
     from .files.checkpoint import load_state_dict as load_state_dict
     from .generation.config import GenerationConfig as GenerationConfig
+    from .generation.processors import LogitsProcessor as LogitsProcessor
+    from .generation.processors import LogitsProcessorList as LogitsProcessorList
+    from .generation.stopping import EosTokenCriteria as EosTokenCriteria
+    from .generation.stopping import MaxLengthCriteria as MaxLengthCriteria
+    from .generation.stopping import MaxTimeCriteria as MaxTimeCriteria
+    from .generation.stopping import StoppingCriteria as StoppingCriteria
+    from .generation.stopping import StoppingCriteriaList as StoppingCriteriaList
+    from .generation.stopping import StopStringCriteria as StopStringCriteria
+    from .generation.streamers import BaseStreamer as BaseStreamer
+    from .generation.streamers import TextIteratorStreamer as TextIteratorStreamer
+    from .generation.streamers import TextStreamer as TextStreamer
     from .model.adapter_config import LoraConfig as LoraConfig
     from .model.adapter_config import PeftConfig as PeftConfig
     from .model.adapter_config import PeftType as PeftType
@@ -47,6 +58,12 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     "_core": "get_num_threads set_num_threads",
     "files.checkpoint": "load_state_dict",
     "generation.config": "GenerationConfig",
+    "generation.processors": "LogitsProcessor LogitsProcessorList",
+    "generation.stopping": (
+        "EosTokenCriteria MaxLengthCriteria MaxTimeCriteria StopStringCriteria StoppingCriteria "
+        "StoppingCriteriaList"
+    ),
+    "generation.streamers": "BaseStreamer TextIteratorStreamer TextStreamer",
     "model.adapter_config": "LoraConfig PeftConfig PeftType PrefixTuningConfig TaskType",
     "model.auto": "AutoModel AutoModelForCausalLM",
     "model.configuration": "AutoConfig ChatGLMConfig",
@@ -137,6 +154,13 @@ def load_ipython_extension(ipython: Any) -> None:
     """`%load_ext glmlora`: lets `from transformers import ...` and `from peft import ...` find this
     package.
     """
-    from .compat import install
+    from . import compat
 
-    install()
+    compat.load_ipython_extension(ipython)
+
+
+def unload_ipython_extension(ipython: Any) -> None:
+    """`%unload_ext glmlora`."""
+    from . import compat
+
+    compat.unload_ipython_extension(ipython)

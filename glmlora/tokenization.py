@@ -7,6 +7,7 @@ touches the sentencepiece library, imported when a tokenizer is made.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -31,8 +32,12 @@ from .encoding import Array as Array
 from .families import prompt as prompts
 from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
+from .files import tokenizer_keywords as keywords
+from .files.hub import check_keywords, model_directory
 from .files.regular import read_bytes
-from .files.write import atomic_file, model_directory, read_json, refuse_lfs_pointer, write_json
+from .files.small import TEMPLATES, copy, copy_code, whole_references
+from .files.staging import staged
+from .files.write import read_json, refuse_lfs_pointer, write_json
 from .interrupts import interruptible
 from .names import did_you_mean
 
@@ -46,15 +51,7 @@ CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 DUMMY_SPACE = "\u2581"
 LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
-# Settings of transformers' tokenizers that there are not here, and the values that change nothing.
-_NOT_HERE: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space"), (None, False)),
-    **dict.fromkeys(("do_lower_case", "remove_space", "keep_accents"), (None, False)),
-    **dict.fromkeys(("split_special_tokens", "is_fast"), (None, False)),
-    **dict.fromkeys(("cls_token", "sep_token", "mask_token", "sp_model_kwargs"), (None, {})),
-    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), (None, [], {})),
-    "padding_side": (None, "left"),
-}
+
 _FIXED = {
     **dict.fromkeys(("eos_token", "eos_token_id"), "generate(eos_token_id=..) ends with other ids"),
     **dict.fromkeys(("bos_token", "bos_token_id"), "prompts begin with get_prefix_tokens()"),
@@ -110,6 +107,7 @@ class ChatGLMTokenizer(Encoder):
         self.clean_up_tokenization_spaces = False
         self.vocab_file = os.fspath(vocab_file)
         self.name_or_path = os.path.dirname(self.vocab_file)
+        self._directory = Path(os.path.abspath(self.vocab_file)).parent
         self._config = dict(config or {})
         self._tokens_map = dict(tokens_map or {})
         self._model = read_bytes(vocab_file)
@@ -134,7 +132,7 @@ class ChatGLMTokenizer(Encoder):
             elif name in ("unk_token", "bos_token", "eos_token"):
                 if value not in (None, getattr(self, name)):
                     unused.append(f"{name} {value!r}, it is {getattr(self, name)!r}")
-            elif value not in _NOT_HERE.get(name, (value,)):
+            elif value not in keywords.NOT_HERE.get(name, (value,)):
                 unused.append(f"{name} {value!r:.80}")
         if unused:
             tell.warn(f"{self.name_or_path}: {CONFIG}: is not used: {'; '.join(unused)}")
@@ -254,10 +252,10 @@ class ChatGLMTokenizer(Encoder):
         if "_ready" in self.__dict__ and not name.startswith("_"):
             if name in _FIXED and value != getattr(self, name):
                 raise AttributeError(f"{name}: is {getattr(self, name)!r:.80}; {_FIXED[name]}")
-            if name != "padding_side" and value not in _NOT_HERE.get(name, (value,)):
+            if name != "padding_side" and value not in keywords.NOT_HERE.get(name, (value,)):
                 raise AttributeError(f"{name}: has no effect on this tokenizer, got {value!r:.80}")
             near = "" if hasattr(self, name) else did_you_mean(name, dir(self))
-            if near and name not in _NOT_HERE:
+            if near and name not in keywords.NOT_HERE:
                 raise AttributeError(f"the tokenizer has no {name!r}{near}")
         super().__setattr__(name, value)
 
@@ -568,11 +566,25 @@ class ChatGLMTokenizer(Encoder):
             if value != default or (self._config.get(name) is not None and name != "pad_token")
         }
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Write the vocabulary file unchanged, tokenizer_config.json and special_tokens_map.json.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        **others: Unpack[keywords.TokenizerSaveKeywords],
+    ) -> tuple[str, ...]:
+        """Write the vocabulary file unchanged, tokenizer_config.json and special_tokens_map.json,
+        with copies of the templates and code of the directory it was read from. Code that is not
+        there is not named in `auto_map`.
 
-        Each file is replaced as a whole. Returns their paths. OSError as open() does.
+        All take their place together. Returns their paths. others: keywords of transformers that
+        mean nothing, as nothing is uploaded; filename_prefix is refused. OSError naming the file.
         """
+        check_keywords(
+            "save_pretrained",
+            others,
+            ["save_directory"],
+            keywords.SAVE_NEUTRAL,
+            keywords.SAVE_REASONS,
+        )
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         name = "tokenization_chatglm.ChatGLMTokenizer"
@@ -592,15 +604,26 @@ class ChatGLMTokenizer(Encoder):
             defaults["added_tokens_decoder"] = {
                 str(self.special_tokens[token]): {"content": token, **flags} for token in shown
             }
-        with atomic_file(directory / VOCABULARY) as file:
-            file.write(self._model)
         fields = {**defaults, **self._config, **self._changed()}
         fields.pop(recognition.OWN_KEY, None)
         if not recognition.tells(fields, self.family):
             fields[recognition.OWN_KEY] = self.family
-        write_json(directory / CONFIG, fields)
-        write_json(directory / TOKENS_MAP, self._tokens_map)
-        return tuple(str(directory / name) for name in (CONFIG, TOKENS_MAP, VOCABULARY))
+        with staged(directory) as new:
+            if self._directory.is_dir() and not os.path.samefile(self._directory, directory):
+                copy_code(self._directory, new, fields["auto_map"])
+                for name in TEMPLATES:
+                    copy(self._directory / name, new / name)
+            kept = whole_references(fields["auto_map"], (new, directory))
+            fields = {**fields, "auto_map": kept} if kept else _without(fields, "auto_map")
+            (new / VOCABULARY).write_bytes(self._model)
+            write_json(new / CONFIG, fields)
+            write_json(new / TOKENS_MAP, self._tokens_map)
+            names = sorted(os.listdir(new))
+        return tuple(str(directory / name) for name in names)
+
+
+def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in fields.items() if k != name}
 
 
 def _is_rows(value: Any) -> bool:
@@ -612,12 +635,8 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(
-        path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        use_fast: bool = True,
-        cache_dir: str | os.PathLike[str] | None = None,
         padding_side: str = "left",
         encode_special_tokens: bool | None = None,
         family: str | None = None,
@@ -625,11 +644,14 @@ class AutoTokenizer:
         truncation_side: str | None = None,
         pad_token: str | None = None,
         clean_up_tokenization_spaces: bool | None = None,
+        subfolder: str = "",
+        **others: Unpack[keywords.TokenizerKeywords],
     ) -> ChatGLMTokenizer:
-        """The tokenizer of a model directory on this machine.
+        """The tokenizer of a model directory on this machine, or of `subfolder` in it.
 
-        `trust_remote_code`, `revision`, `use_fast` and `cache_dir` are accepted and mean nothing:
-        no code of the directory runs and nothing is downloaded.
+        others: keywords of transformers that mean nothing here: those about downloads and code
+        (`trust_remote_code`, `revision`, `cache_dir`, `token`, `local_files_only`, ...: NOTHING in
+        files/hub.py), which are never done, and NEUTRAL in files/tokenizer_keywords.py.
 
         family: a name or alias of one in glmlora/families, or None to find out. The vocabulary
         files are the same, so names and small files have to tell: the last part of `_name_or_path`
@@ -638,9 +660,13 @@ class AutoTokenizer:
         a warning. The config's `seq_length` decides nothing: families have variants with 32768.
 
         Raises OSError for a missing directory or file, ValueError for a file that is no vocabulary
-        of a family (a git-lfs pointer is named as one), ImportError without sentencepiece.
+        of a family (a git-lfs pointer is named as one) and for a keyword of transformers that is
+        not supported, TypeError for an unknown one, ImportError without sentencepiece.
         """
-        directory = model_directory(path)
+        what = "AutoTokenizer.from_pretrained"
+        known = inspect.signature(AutoTokenizer.from_pretrained).parameters
+        check_keywords(what, others, known, keywords.NEUTRAL, keywords.REASONS)
+        directory = model_directory(pretrained_model_name_or_path, subfolder)
         vocabulary = directory / VOCABULARY
         if not vocabulary.exists():
             hints = [f"; {hint}" for name, hint in OTHERS.items() if (directory / name).is_file()]
@@ -657,7 +683,8 @@ class AutoTokenizer:
             config=config,
             tokens_map=tokens_map,
         )
-        tokenizer.name_or_path = os.fspath(path)
+        place = Path(pretrained_model_name_or_path, subfolder or "")
+        tokenizer.name_or_path = os.fspath(place)
         for name, value in (
             ("model_max_length", model_max_length),
             ("truncation_side", truncation_side),

@@ -2,12 +2,15 @@
 
 import gc
 import inspect
+import queue
+import threading
 
 import numpy as np
 import pytest
 from tiny import tiny_model_dir, tiny_tokenizer_dir
 
 import glmlora
+from glmlora import tell
 from glmlora.families import chatglm2, prompt
 from glmlora.generation import cache, scheduler
 from glmlora.generation import chat as chats
@@ -422,6 +425,10 @@ def test_chat_through_peft(v2):
         assert (
             list(peft.stream_chat(tokenizer, "x", max_new_tokens=6, do_sample=False))[-1] == before
         )
+        own = model.generation_config
+        peft.generation_config = glmlora.GenerationConfig(max_new_tokens=2, eos_token_id=[])
+        assert peft.generate([[5, 6]]).shape == (1, 4)
+        peft.generation_config = own
     finally:
         peft.unload()
 
@@ -524,3 +531,153 @@ def test_signatures_name_every_argument(v2):
     defaults = {n: p.default for n, p in inspect.signature(model.chat).parameters.items()}
     assert defaults["max_length"] == 8192 and defaults["top_p"] == 0.8 and defaults["top_k"] == 50
     assert model.chat.__name__ == "chat" and "One turn" in model.chat.__doc__
+
+
+def test_chats_start_from_the_models_settings(v2, v3, monkeypatch):
+    for model, tokenizer in (v2, v3):
+        config = glmlora.GenerationConfig(max_new_tokens=3, eos_token_id=[], repetition_penalty=1.3)
+        monkeypatch.setattr(model, "generation_config", config)
+        asked = chats._settings(model, tokenizer, {"temperature": 0.3})
+        assert asked.repetition_penalty == 1.3 and asked.temperature == 0.3
+        assert asked.eos == chats.end_ids(model, tokenizer)
+        ids = prompt.chat_ids(tokenizer, "x")
+        ends = set(chats.end_ids(model, tokenizer))
+        steps = len(list(model.stream_chat(tokenizer, "x", do_sample=False)))
+        for settings, most in (({}, 3), ({"max_new_tokens": 2}, 2)):
+            model.chat(tokenizer, "x", do_sample=False, **settings)
+            said = model.cached_row.ids[0][len(ids) :]
+            assert len(said) == most or ends & set(said)
+        assert steps <= 3
+        own = glmlora.GenerationConfig(max_new_tokens=1)
+        model.chat(tokenizer, "x", do_sample=False, generation_config=own)
+        assert len(model.cached_row.ids[0]) == len(ids) + 1
+        config.eos_token_id = [5]
+        assert chats._settings(model, tokenizer, {}).eos == [*chats.end_ids(model, tokenizer), 5]
+        batch = model.batch_chat(tokenizer, ["x"], do_sample=False)
+        assert batch == [model.chat(tokenizer, "x", do_sample=False)[0]]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "error", "message"),
+    [
+        ("chat", {"histroy": []}, TypeError, "chat: .*'histroy' .did you mean 'history'"),
+        ("chat", {"rol": "user"}, TypeError, "did you mean 'role'"),
+        ("chat", {"num_return_sequences": 2}, ValueError, "num_return_sequences.*use generate"),
+        ("chat", {"return_dict_in_generate": True}, ValueError, "return_dict.*use generate"),
+        ("chat", {"typical_p": 0.5}, ValueError, "typical_p"),
+        ("chat", {"generation_config": {}}, TypeError, "generation_config"),
+        ("chat", {"num_beams": 2, "streamer": glmlora.BaseStreamer()}, ValueError, "beams"),
+        ("stream_chat", {"past_key_value": 1}, TypeError, "stream_chat.*'past_key_values'"),
+        ("stream_chat", {"streamer": None}, TypeError, "stream_chat.*'streamer'"),
+        ("batch_chat", {"at_onc": 1}, TypeError, "batch_chat.*'at_once'"),
+    ],
+)
+def test_names_and_values_that_chats_refuse(v2, method, given, error, message):
+    model, tokenizer = v2
+    if "streamer" in given and given["streamer"]:
+        given["streamer"].end = lambda: None
+    with pytest.raises(error, match=message):
+        for _ in getattr(model, method)(tokenizer, "x", max_new_tokens=1, **given):
+            pass
+
+
+def test_chats_tell_what_has_no_effect(v2, monkeypatch, recwarn):
+    model, tokenizer = v2
+    monkeypatch.setattr(tell, "_told", set())
+    for _ in range(2):
+        model.chat(tokenizer, "x", do_sample=False, temperature=0.1, max_new_tokens=1)
+        model.chat(tokenizer, "x", max_length=100, max_new_tokens=1, length_penalty=2.0)
+        list(model.stream_chat(tokenizer, "x", num_beams=2, max_new_tokens=1))
+    assert [str(w.message) for w in recwarn] == [
+        "chat: temperature: no effect without do_sample=True",
+        "chat: length_penalty: no effect with num_beams=1",
+        "chat: max_length: no effect beside max_new_tokens",
+        "stream_chat: num_beams: no effect, tokens are shown as they are chosen",
+    ]
+    assert {w.filename for w in recwarn} == {__file__}
+    model.chat(tokenizer, "x", do_sample=False, max_new_tokens=1)
+    monkeypatch.setattr(model, "generation_config", {"max_new_tokens": 3})
+    for ask in (lambda: model.chat(tokenizer, "x"), lambda: model.generate([[5]])):
+        with pytest.raises(TypeError, match="model.generation_config.*dict"):
+            ask()
+
+
+def test_criteria_and_stop_strings_end_an_answer(v2):
+    model, tokenizer = v2
+    ids = said(tokenizer, "one two three four")
+    settings = {"stop_strings": ["o three", "xyz"]}
+    for answer in (
+        model.chat(tokenizer, "x", logits_processor=[Scripted(ids)], **settings),
+        list(model.stream_chat(tokenizer, "x", logits_processor=[Scripted(ids)], **settings))[-1],
+    ):
+        assert answer[0] == "one two three"
+    ends = glmlora.StopStringCriteria(tokenizer, "o three")
+    for text, ended in (("one two three", True), ("one two three four", False), ("three", False)):
+        row = np.array([[*tokenizer.text_ids(text)]])
+        assert ends(row, None).tolist() == [ended], text
+    first = len(prompt.chat_ids(tokenizer, "x")) + 2
+    answer, _ = model.chat(
+        tokenizer,
+        "x",
+        logits_processor=[Scripted(ids)],
+        stopping_criteria=[lambda row, scores: row.shape[1] == first],
+    )
+    assert answer == tokenizer.decode(ids[:2]).strip()
+
+
+# Streamers
+
+
+def test_text_streamers_print_what_is_said(v2, capsys):
+    model, tokenizer = v2
+    wave = tokenizer.text_ids("a \N{WAVING HAND SIGN} b")
+    shown = []
+
+    class Kept(glmlora.TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            shown.append((text, stream_end))
+
+    ids = np.array([tokenizer.encode("the prompt")])
+    settings = {"max_new_tokens": len(wave), "eos_token_id": []}
+    for streamer in (Kept(tokenizer, skip_prompt=True), Kept(tokenizer)):
+        shown.clear()
+        script = Scripted(wave)
+        out = model.generate(ids, streamer=streamer, logits_processor=[script], **settings)
+        text = "".join(t for t, _ in shown)
+        skip = streamer.skip_prompt
+        assert text == tokenizer.decode(out[0, ids.shape[1] :] if skip else out[0])
+        assert [end for _, end in shown] == [False] * (len(shown) - 1) + [True]
+        assert not any("\ufffd" in t for t, _ in shown)
+    printed = glmlora.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for _ in range(2):  # it can be used again
+        model.chat(tokenizer, "x", logits_processor=[Scripted([*wave, 2])], streamer=printed)
+        assert capsys.readouterr().out == "a \N{WAVING HAND SIGN} b\n"
+    with pytest.raises(ValueError, match="one row, got 2"):
+        model.generate(np.repeat(ids, 2, axis=0), streamer=printed, **settings)
+    with pytest.raises(ValueError, match="expected one row of ids, got 2"):
+        printed.put(np.ones((2, 3), int))
+
+
+def test_another_thread_reads_what_is_generated(v2):
+    model, tokenizer = v2
+    ids = np.array([tokenizer.encode("the prompt")])
+    settings = {"max_new_tokens": 20, "eos_token_id": []}
+    want = tokenizer.decode(model.generate(ids, **settings)[0, ids.shape[1] :])
+    failed = []
+    for given in (settings, {"max_new_tokens": 10_000}, {"max_new_token": 3}):
+        streamer = glmlora.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+
+        def work(given=given, streamer=streamer):
+            try:
+                model.generate(ids, streamer=streamer, **given)
+            except (ValueError, TypeError) as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        text = "".join(streamer)  # ends where generation fails, too
+        thread.join()
+        assert text == (want if given is settings else "")
+    assert len(failed) == 2
+    with pytest.raises(queue.Empty):
+        next(glmlora.TextIteratorStreamer(tokenizer, timeout=0.01))

@@ -154,15 +154,28 @@ def test_an_error_names_cell_and_line(tmp_path, capfd):
     assert compat.run(path) == 1
     err = capfd.readouterr().err
     assert 'File "b.ipynb[cell 2]", line 2' in err and "wrong paper" in err
-    assert "raise ValueError('wrong paper')" in err and "compat.py" not in err
+    assert (
+        "raise ValueError('wrong paper')" in err
+        and "notebook.py" not in err
+        and "compat.py" not in err
+    )
 
 
 @pytest.mark.parametrize(
     "cell, words",
     [
-        ("x = 1\n%timeit x", "cell 1, line 2: the magic %timeit is not supported"),
-        ("%%writefile a\nb", "the magic %%writefile"),
-        ("!exit 3", "ended with 3"),
+        (
+            "x = 1\nif x:\n    %tmeit x",
+            "cell 1, line 3: the magic %tmeit is not supported (did you mean '%timeit'?)",
+        ),
+        ("%%tiem\nb", "line 1: the magic %%tiem is not supported (did you mean '%%time'?)"),
+        ("x = 1\n%%time\nx", "line 2: the magic %%time is one for a whole cell"),
+        ("%%bash\nexit 3", "line 1: %%bash ended with 3"),
+        ("%cd nowhere", "%cd nowhere: No such file or directory"),
+        ("%run nothing.py", "%run nothing.py: no such file"),
+        ("%timeit -x 1", "%timeit: unrecognized arguments: -x"),
+        ("get_ipython().foo", "get_ipython().foo is not supported"),
+        ("from google.colab import drive", "exists on Colab only"),
     ],
 )
 def test_what_cannot_run_is_refused(tmp_path, capfd, cell, words):

@@ -2,9 +2,14 @@
 they are.
 """
 
+import io
+import json
 import re
+import sys
 import warnings
+import zipfile
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -12,6 +17,8 @@ import training
 from tiny import TINY_CONFIG, tiny_model_dir, tiny_weights
 
 import glmlora
+from glmlora import cli
+from glmlora.files import tokenizer_keywords as of_tokenizers
 from glmlora.files.checkpoint import (
     load_checkpoint,
     read_json,
@@ -20,6 +27,9 @@ from glmlora.files.checkpoint import (
     write_safetensors,
     write_torch,
 )
+from glmlora.files.hub import NOTHING
+from glmlora.model import keywords, saving
+from glmlora.model.configuration import is_key
 
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 OUTPUT = "transformer.output_layer.weight"
@@ -131,6 +141,32 @@ def test_the_second_name_of_a_tensor(directory, tmp_path):
     }
 
 
+@pytest.mark.parametrize("key", ["state_dict", "module", "model", "model_state_dict"])
+def test_the_state_dict_in_a_training_programs_file(directory, key):
+    """As Lightning, DeepSpeed or a script saves it: other things stand beside it."""
+    want = load(directory)(IDS).logits
+    weights = list(tiny_weights(TINY_CONFIG).items())
+    # a pickle of {key: {name: tensor, ..}, "step": 3} over the storages of our own file
+    write_torch(directory / "pytorch_model.bin", dict(weights))
+    with zipfile.ZipFile(directory / "pytorch_model.bin") as archive:
+        entries = {i.filename: archive.read(i) for i in archive.infolist()}
+    inner = entries["archive/data.pkl"].removeprefix(b"\x80\x02").removesuffix(b".")
+    word = b"X" + len(key).to_bytes(4, "little") + key.encode()
+    entries["archive/data.pkl"] = b"\x80\x02}(" + word + inner + b"X\4\0\0\0stepK\3u."
+    with zipfile.ZipFile(directory / "pytorch_model.bin", "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    (directory / "model.safetensors").unlink()
+    assert np.array_equal(load(directory)(IDS).logits, want)
+
+
+def test_a_prefix_that_is_not_used_is_told(directory, tmp_path):
+    load(directory, pre_seq_len=2).save_pretrained(tmp_path / "both")
+    assert load(tmp_path / "both").has_prefix
+    with pytest.warns(UserWarning, match="prefix .* is not used: open the model with pre_seq_len"):
+        assert not load(tmp_path / "both", pre_seq_len=None).has_prefix
+
+
 def test_tied_embeddings(directory):
     weights = tiny_weights(TINY_CONFIG)
     rewrite(directory, **{OUTPUT: weights[EMBEDDING]})
@@ -162,6 +198,7 @@ def test_tied_embeddings(directory):
         ({"prefix_projection": [[[True]]]}, "prefix_projection", True),
         ({"prefix_projection": None}, "prefix_projection", False),
         ({"rope_ratio": None}, "rope_ratio", 1),
+        ({"num_layers": [2], "add_qkv_bias": [[True]]}, "add_qkv_bias", True),
         ({"quantization_bit": None}, "quantization_bit", 0),
         ({"quantization_config": None}, "quantization_bit", 0),
         ({"num_layers": 2.0, "hidden_size": 32.0}, "num_layers", 2),
@@ -300,6 +337,29 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
         training.run(small, tmp_path / "out", tokenizer=other)
 
 
+def test_an_adapter_of_another_family_is_told(folder, tmp_path):
+    config = glmlora.LoraConfig(r=2, base_model_name_or_path="THUDM/chatglm3-6b")
+    glmlora.get_peft_model(load(folder), config, seed=0).save_pretrained(tmp_path / "lora")
+    prefixed = load(folder, pre_seq_len=2, family="v3")
+    glmlora.save_prefix(prefixed, tmp_path / "prefix")
+    for family in ("v2", "v3"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            glmlora.PeftModel.from_pretrained(load(folder, family=family), tmp_path / "lora")
+            glmlora.load_prefix(load(folder, family=family), tmp_path / "prefix")
+        told = [str(w.message) for w in caught if "was trained on a ChatGLM3 model" in str(w)]
+        assert len(told) == (2 if family == "v2" else 0)
+
+
+def test_the_family_can_be_said_to_the_command(folder, tmp_path, monkeypatch, capsys):
+    edit(folder, _name_or_path="")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    words = ["--model", str(folder), "--family", "chatglm3", "--max-length", "20"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main(["chat", *words]) == 0
+
+
 # What is not read
 
 
@@ -389,3 +449,283 @@ def test_quantizing_what_is_quantized(directory):
     with pytest.raises(ValueError, match="stored in 4 bits"):
         load(directory.parent / "four", load_in_8bit=True)
     assert not load(directory.parent / "four", load_in_4bit=True).config.quantization_group_size
+
+
+# What is saved
+
+SMALL = {
+    "generation_config.json": '{"do_sample": true, "top_p": 0.3, "eos_token_id": [2, 5], "x": 1}',
+    "chat_template.jinja": "{{ messages }}",
+    "MODEL_LICENSE": "terms",
+    "configuration_chatglm.py": "raise SystemExit\n",
+    "modeling_chatglm.py": "from .configuration_chatglm import A\nfrom .quantization import B\n",
+    "quantization.py": "import os\n",
+    "tokenization_chatglm.py": 'prompt = "[Round {}]"\n',
+    "README.md": "not copied",
+    "web_demo.py": "not copied",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+    "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForSequenceClassification": "gone.Classifier",
+}
+COPIED = {n: t for n, t in SMALL.items() if t != "not copied"}
+
+
+@pytest.fixture
+def base(folder):
+    """A model directory with everything a published one has."""
+    for name, text in SMALL.items():
+        (folder / name).write_text(text)
+    edit(folder, auto_map=AUTO_MAP, pad_token_id=0)
+    auto_map = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+    write_json(folder / "tokenizer_config.json", {"auto_map": auto_map, "remove_space": False})
+    return folder
+
+
+def check_whole(saved, names=COPIED):
+    for name in names:
+        text = (saved / name).read_text()
+        assert text == SMALL[name] or json.loads(text) == json.loads(SMALL[name]), name
+    assert not {"README.md", "web_demo.py"} & {p.name for p in saved.iterdir()}
+    config = read_json(saved / "config.json")
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"}
+    assert read_json(saved / "tokenizer_config.json")["auto_map"]["AutoTokenizer"]
+    glmlora.AutoTokenizer.from_pretrained(saved)
+
+
+def test_a_saved_model_is_whole(base, tmp_path):
+    model = load(base)
+    model.save_pretrained(tmp_path / "saved")
+    check_whole(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()
+    again.generation_config.top_p = 0.5
+    again.generation_config.eos_token_id = np.array([7])
+    again.save_pretrained(tmp_path / "edited")
+    want = {"do_sample": True, "top_p": 0.5, "eos_token_id": [7], "x": 1}
+    assert read_json(tmp_path / "edited/generation_config.json") == want
+    # over another model: its own generation goes, what a user has put there stays
+    (tmp_path / "edited/special_tokens_map.json").write_text('{"mine": 1}')
+    (base / "generation_config.json").unlink()
+    load(base).save_pretrained(tmp_path / "edited")
+    assert not (tmp_path / "edited/generation_config.json").exists()
+    assert read_json(tmp_path / "edited/special_tokens_map.json") == {"mine": 1}
+    model.save_pretrained(base)  # over itself
+    assert set(read_json(base / "config.json")["auto_map"]) == {"AutoConfig", "AutoModel"}
+
+
+@pytest.mark.parametrize("kind", ["merge", "lora", "p_tuning", "freeze", "full"])
+def test_what_training_leaves_is_whole(base, tmp_path, kind):
+    out = tmp_path / "out"
+    training.run(str(base), out, finetuning_type="lora" if kind == "merge" else kind, max_steps=1,
+                 save_steps=100, num_layer_trainable=1, pre_seq_len=2)  # fmt: skip
+    if kind in ("merge", "lora"):
+        named = read_json(out / "adapter_config.json")["base_model_name_or_path"]
+        assert named == str(base)
+    if kind == "merge":
+        words = ["--model", str(base), "--adapter", str(out), "--output", str(tmp_path / "merged")]
+        assert cli.main(["merge", *words]) == 0
+        out = tmp_path / "merged"
+    if kind != "lora":
+        check_whole(out)
+        assert list(out.glob(".*")) == []
+
+
+def test_references_to_absent_code_are_dropped(base, tmp_path):
+    (base / "tokenization_chatglm.py").unlink()
+    (base / "modeling_chatglm.py").unlink()
+    hub = {"AutoModelForCausalLM": "someone/model--modeling.Model"}
+    edit(base, auto_map={**AUTO_MAP, **hub})
+    load(base).save_pretrained(tmp_path / "saved")
+    glmlora.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "saved")
+    kept = read_json(tmp_path / "saved/config.json")["auto_map"]
+    assert kept == {"AutoConfig": AUTO_MAP["AutoConfig"], **hub}
+    assert "auto_map" not in read_json(tmp_path / "saved/tokenizer_config.json")
+    glmlora.AutoConfig.from_pretrained(base).save_pretrained(tmp_path / "alone")
+    assert read_json(tmp_path / "alone/config.json")["auto_map"] == hub
+
+
+def test_a_failing_save_leaves_the_old_directory(base, tmp_path, monkeypatch):
+    model = load(base)
+    model.save_pretrained(tmp_path / "saved")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()}
+    model.load_state_dict({n: a * 2 for n, a in model.state_dict().items()})
+    model.config.seq_length = 64
+    model.generation_config.top_p = 0.9
+    monkeypatch.setattr(saving, "generation_fields", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save_pretrained(tmp_path / "saved")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == before
+
+
+def test_saving_without_the_directory_that_was_opened_is_told(base, tmp_path):
+    model = load(base)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="saved without the tokenizer's files"):
+        model.save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in read_json(tmp_path / "saved/config.json")
+    assert load(tmp_path / "saved").generation_config.top_p == 0.3
+
+
+# How it is asked for
+
+MEANINGLESS = {
+    "trust_remote_code": True,
+    "revision": "main",
+    "cache_dir": "x",
+    "token": "secret",
+    "use_auth_token": False,
+    "local_files_only": True,
+    "force_download": True,
+    "resume_download": True,
+    "proxies": {},
+}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({k: v} for k, v in MEANINGLESS.items()),
+        {"torch_dtype": "float16"},
+        {"dtype": "torch.bfloat16"},
+        {"torch_dtype": "auto", "dtype": None},
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"low_cpu_mem_usage": False},
+        {"empty_init": False},
+        {"attn_implementation": "sdpa"},
+        {"quantization_config": None},
+        {"use_safetensors": True},
+        {"ignore_mismatched_sizes": False},
+        {"variant": None, "max_memory": None},
+        {"seq_length": 64},
+        {"use_cache": True},
+    ],
+)
+def test_keywords_of_from_pretrained(directory, given):
+    model = load(directory, **given)
+    dtype = str(given.get("torch_dtype") or given.get("dtype") or "float32")
+    assert model.dtype == dtype.replace("torch.", "").replace("auto", "float32")
+    assert model.config.seq_length == given.get("seq_length", 128)
+
+
+def test_keywords_that_have_an_effect(directory, tmp_path):
+    model = load(directory, pre_seq_len=3, prefix_projection=True)
+    assert model.has_prefix and model.config.prefix_projection is True
+    given = glmlora.GenerationConfig(top_p=0.5)
+    assert load(directory, generation_config=given).generation_config is given
+    config = glmlora.AutoConfig.from_pretrained(directory)
+    assert load(directory, config=config, pre_seq_len=2).config.pre_seq_len == 2
+    (tmp_path / "repo").mkdir()
+    directory.rename(tmp_path / "repo/inner")
+    model = load(tmp_path / "repo", subfolder="inner")
+    assert Path(model.name_or_path) == tmp_path / "repo/inner"
+    assert load(str(tmp_path / "repo/inner"), use_safetensors=True).config.hidden_size == 32
+    with pytest.raises(FileNotFoundError, match="found none of pytorch_model.bin"):
+        load(tmp_path / "repo/inner", use_safetensors=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"quantization_config": object()}, ValueError, "quantization_config=.*load_in_4bit"),
+        ({"variant": "fp16"}, ValueError, "variant='fp16': .*rename"),
+        ({"max_memory": {0: "10GB"}}, ValueError, "max_memory.*on one device"),
+        ({"ignore_mismatched_sizes": True}, ValueError, "every weight must fit"),
+        ({"attn_implementation": "fast"}, ValueError, "attn_implementation='fast': expected"),
+        ({"gguf_file": "x.gguf"}, ValueError, "GGUF"),
+        ({"output_loading_info": True}, ValueError, "output_loading_info"),
+        ({"output_hidden_states": True}, ValueError, "argument of the call"),
+        ({"device_map": {"a": 0, "b": "cpu"}}, ValueError, "device_map: names 0, cpu"),
+        ({"torch_dtype": "float16", "dtype": "float32"}, ValueError, "torch_dtype is 'float16'"),
+        ({"generation_config": {"top_p": 1}}, TypeError, "generation_config: got a dict"),
+        ({"disable_mmap": True}, ValueError, "always mapped"),
+        ({"load_in_8bit": "False"}, ValueError, "load_in_8bit: expected True or False"),
+        ({"use_safetensors": "no"}, ValueError, "use_safetensors: expected True or False"),
+        ({"torch_dtype": "int8"}, ValueError, "dtype: expected"),
+        ({"torch_dtyp": "float16"}, TypeError, "'torch_dtyp' .did you mean 'torch_dtype'"),
+        ({"pre_seq_length": 8}, TypeError, "'pre_seq_length' .did you mean 'pre_seq_len'"),
+        ({"famly": "v2"}, TypeError, "'famly' .did you mean 'family'"),
+    ],
+)
+def test_keywords_that_are_refused(directory, given, error, message):
+    with pytest.raises(error, match=message):
+        load(directory, **given)
+
+
+def test_keywords_of_configs_and_tokenizers(folder):
+    for auto in (glmlora.AutoConfig, glmlora.AutoTokenizer):
+        assert auto.from_pretrained(pretrained_model_name_or_path=folder, **MEANINGLESS)
+        assert auto.from_pretrained(folder.parent, subfolder=folder.name)
+        with pytest.raises(TypeError, match="'famly' .did you mean 'family'"):
+            auto.from_pretrained(folder, famly="v2")
+    assert glmlora.AutoConfig.from_pretrained(folder, pre_seq_len=4).pre_seq_len == 4
+    with pytest.raises(TypeError, match="did you mean 'pre_seq_len'"):
+        glmlora.AutoConfig.from_pretrained(folder, pre_seqlen=4)
+    load = glmlora.AutoTokenizer.from_pretrained
+    load(folder, use_fast=False, legacy=True, add_bos_token=False, eos_token=None)
+    for refused in ({"add_bos_token": True}, {"eos_token": "</x>"}, {"chat_template": "x"}):
+        with pytest.raises(ValueError, match=next(iter(refused))):
+            load(folder, **refused)
+
+
+def test_checkers_see_every_keyword():
+    """The types of keywords name those that are passed over or refused, and keys of configs."""
+    for types, *tables in (
+        (keywords.ConfigKeywords, keywords.CONFIG_NEUTRAL, keywords.CONFIG_REASONS),
+        (keywords.ModelKeywords, keywords.MODEL_NEUTRAL, keywords.MODEL_REASONS),
+        (keywords.SaveKeywords, keywords.SAVE_NEUTRAL, keywords.SAVE_REASONS),
+        (
+            of_tokenizers.TokenizerSaveKeywords,
+            of_tokenizers.SAVE_NEUTRAL,
+            of_tokenizers.SAVE_REASONS,
+        ),
+        (
+            of_tokenizers.TokenizerKeywords,
+            of_tokenizers.NEUTRAL,
+            of_tokenizers.REASONS,
+        ),
+    ):
+        typed = set(get_type_hints(types)) - NOTHING - {"padding_side"}
+        said = {name for table in tables for name in table} - {"padding_side"}
+        assert said <= typed
+        assert all(is_key(name) for name in typed - said)
+
+
+def test_keywords_of_save_pretrained(directory, folder, tmp_path):
+    model = load(directory)
+    model.save_pretrained(save_directory=tmp_path / "a", push_to_hub=False, variant=None)
+    model.save_pretrained(tmp_path / "b", is_main_process=False)
+    assert (tmp_path / "a/config.json").exists() and not (tmp_path / "b").exists()
+    for saved in (model, model.config, glmlora.AutoTokenizer.from_pretrained(folder)):
+        with pytest.raises(ValueError, match="push_to_hub=True: nothing is uploaded"):
+            saved.save_pretrained(tmp_path / "b", push_to_hub=True)
+        with pytest.raises(TypeError, match="'comit_message' .did you mean 'commit_message'"):
+            saved.save_pretrained(tmp_path / "b", comit_message="")
+        saved.save_pretrained(save_directory=tmp_path / "c", push_to_hub=False, repo_id="x")
+    with pytest.raises(TypeError, match="'safe_serialisation' .did you mean 'safe_serialization'"):
+        model.save_pretrained(tmp_path / "b", safe_serialisation=False)
+
+
+@pytest.mark.parametrize("auto", ["AutoConfig", "AutoModel", "AutoTokenizer"])
+def test_a_directory_that_is_not_there(folder, auto, monkeypatch):
+    load = getattr(glmlora, auto).from_pretrained
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(OSError, match="looked for a local directory .*did you mean '.*tiny-model'"):
+        load("tiny-modle")
+    with pytest.raises(OSError, match="did you mean '.*tiny-model'"):
+        load(folder.parent / "Tiny-Model")
+    match = "name on a hub.*modelscope download --model THUDM/chatglm2-6b --local_dir chatglm2-6b"
+    with pytest.raises(OSError, match=match):
+        load("THUDM/chatglm2-6b")
+    with pytest.raises(NotADirectoryError, match="config.json.*is a file, expected the directory"):
+        load(folder / "config.json")
+
+
+def test_an_adapter_in_place_of_a_model(folder, tmp_path):
+    adapter = glmlora.get_peft_model(load(folder), glmlora.LoraConfig(r=2))
+    assert adapter.peft_config["default"].base_model_name_or_path == str(folder)
+    adapter.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(OSError, match="an adapter's directory.*PeftModel.from_pretrained"):
+        load(tmp_path / "adapter")

@@ -1,5 +1,6 @@
 """generate: the token loop, its settings, batches, beams, and what is refused."""
 
+import re
 import threading
 from itertools import product
 
@@ -8,11 +9,12 @@ import pytest
 from tiny import TINY_CONFIG, tiny_model_dir
 
 import glmlora
-from glmlora import seeds
+from glmlora import seeds, tell
 from glmlora.generation import cache, generate, scheduler
 from glmlora.generation.cache import CachedRow
 from glmlora.generation.config import GenerationConfig, Settings
 from glmlora.generation.scheduler import Scheduler, Scores, limits_of
+from glmlora.generation.unsupported import NOTHING, REFUSED
 
 V = TINY_CONFIG["padded_vocab_size"]
 
@@ -360,7 +362,29 @@ def test_beams_prefer_by_mean_log_probability_and_end(model):
         ({"seed": 1.5}, ValueError, "seed"),
         ({"max_new_token": 3}, TypeError, "max_new_token'"),
         ({"attention_mask": [[1, 1]]}, ValueError, "attention_mask"),
+        ({"position_ids": [[1, 2, 3, 4, 5]]}, ValueError, "position_ids: expected 0, 1"),
         ({"generation_config": {"top_k": 3}}, TypeError, "generation_config"),
+        ({"attention_mask": GenerationConfig()}, TypeError, "by name"),
+        ({"inputs": [[1]]}, TypeError, "inputs"),
+        ({"do_sample": "no"}, ValueError, "do_sample: expected True or False, got 'no'"),
+        ({"early_stopping": "ever"}, ValueError, "early_stopping.*'never'.*'ever'"),
+        ({"temperature": "hot"}, ValueError, "temperature"),
+        ({"min_p": 2}, ValueError, "min_p"),
+        ({"max_time": 0}, ValueError, "max_time"),
+        ({"bad_words_ids": [3]}, ValueError, "bad_words_ids"),
+        ({"bad_words_ids": [[]]}, ValueError, "bad_words_ids"),
+        ({"suppress_tokens": [99]}, ValueError, "suppress_tokens: 99"),
+        ({"forced_eos_token_id": "a"}, ValueError, "forced_eos_token_id"),
+        ({"stop_strings": 3}, ValueError, "stop_strings"),
+        ({"stop_strings": ["a"]}, ValueError, "stop_strings.*tokenizer"),
+        ({"stopping_criteria": [3]}, TypeError, "stopping_criteria"),
+        ({"prefix_allowed_tokens_fn": 3}, TypeError, "prefix_allowed_tokens_fn"),
+        ({"streamer": 3}, TypeError, "streamer"),
+        ({"typical_p": 0.5}, ValueError, "typical_p: is not supported"),
+        ({"num_beam_groups": 2}, ValueError, "num_beam_groups"),
+        ({"assistant_model": "m"}, ValueError, "assistant_model"),
+        ({"past_key_values": [1]}, TypeError, "past_key_values"),
+        ({"logits_procesor": []}, TypeError, "generate.*logits_procesor.*'logits_processor'"),
     ],
 )
 def test_bad_settings(model, settings, error, message):
@@ -508,3 +532,304 @@ def test_few_rows_at_once_where_memory_is_short(model, monkeypatch):
 
     monkeypatch.setattr(generate, "CachedRow", seen)
     assert completed(model, prompts, g) == want and made == [1]
+
+
+# The arguments of transformers' generate
+
+
+@pytest.fixture
+def anew(monkeypatch):
+    """What is told once is told again."""
+    monkeypatch.setattr(tell, "_told", set())
+
+
+def new_ids(model, **settings):
+    settings = {"max_new_tokens": 12, "eos_token_id": [], **settings}
+    return model.generate(prompt(5), **settings)[0, 5:].tolist()
+
+
+def test_tokens_that_are_suppressed_or_forced(model):
+    plain = new_ids(model)
+    first, second = plain[:2]
+    assert first not in new_ids(model, suppress_tokens=[first])
+    begun = new_ids(model, begin_suppress_tokens=[first])
+    assert begun[0] != first and new_ids(model, begin_suppress_tokens=[V - 1]) == plain
+    words = new_ids(model, bad_words_ids=[[first, second]])
+    assert words[0] == first and (first, second) not in zip(words, words[1:], strict=False)
+    assert first not in new_ids(model, bad_words_ids=[[second, 3], [first]])
+    assert new_ids(model, bad_words_ids=[[first]], eos_token_id=first) == [first]  # an end id
+    assert new_ids(model, forced_eos_token_id=7)[:-1] == plain[:-1]
+    assert new_ids(model, forced_eos_token_id=[7], eos_token_id=7)[-1] == 7
+    only = model.generate([[3]], forced_bos_token_id=8, max_new_tokens=3, eos_token_id=[])
+    assert only[0, 1] == 8
+    assert model.generate(bos_token_id=3, max_new_tokens=1)[0, 0] == 3
+    ends = {"eos_token_id": plain[0], "max_new_tokens": 6}
+    assert len(new_ids(model, **ends)) == 1
+    for least in ({"min_new_tokens": 4}, {"min_length": 9}, {"min_length": 3, "min_new_tokens": 4}):
+        found = new_ids(model, **ends, **least)
+        assert len(found) >= 4 and plain[0] not in found[:4]
+    both = new_ids(model, **ends, min_length=11, min_new_tokens=1)
+    assert both == new_ids(model, **ends, min_new_tokens=1) != new_ids(model, **ends, min_length=11)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_allowed_tokens_and_criteria_see_each_row(model, beams):
+    ids, mask = padded([prompt(3), prompt(5, 1)])
+    seen = []
+
+    def allowed(row, context):
+        seen.append((row, len(context)))
+        return [10, 11] if row else [20, 21]
+
+    settings = {"attention_mask": mask, "eos_token_id": [], "num_beams": beams}
+    out = model.generate(ids, max_new_tokens=4, prefix_allowed_tokens_fn=allowed, **settings)
+    assert set(out[0, 5:]) <= {20, 21} and set(out[1, 5:]) <= {10, 11}
+    assert {(0, 3), (1, 5)} <= set(seen)
+
+    def third(input_ids, scores, **kwargs):
+        assert input_ids.shape[0] == 1 and scores is None
+        return input_ids.shape[1] == 6
+
+    out = model.generate(ids, max_new_tokens=9, stopping_criteria=[third], **settings)
+    assert out.shape[1] == 8 and not out[1, 6:].any()  # 3 new ones, and 1 with padding behind
+    lists = glmlora.StoppingCriteriaList([glmlora.MaxLengthCriteria(6)])
+    again = model.generate(ids, max_new_tokens=9, stopping_criteria=lists, **settings)
+    assert np.array_equal(again, out)
+    with pytest.raises(ValueError, match="prefix_allowed_tokens_fn.*row 0"):
+        model.generate(ids, prefix_allowed_tokens_fn=lambda r, c: [], max_length=9, **settings)
+
+
+def test_classes_of_transformers(model):
+    plain = new_ids(model)
+    assert new_ids(model, stopping_criteria=glmlora.EosTokenCriteria(plain[2])) == plain[:3]
+    late = glmlora.MaxTimeCriteria(0.1, initial_timestamp=0)
+    assert new_ids(model, stopping_criteria=late) == plain[:1]
+    assert new_ids(model, max_time=1e-9) == plain[:1] and new_ids(model, max_time=60) == plain
+
+    class Never(glmlora.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, plain[0]] = -np.inf
+            return scores
+
+    for processors in (Never(), [Never()], glmlora.LogitsProcessorList([Never()])):
+        assert plain[0] not in new_ids(model, logits_processor=processors)
+    with pytest.raises(NotImplementedError, match="LogitsProcessor has no __call__"):
+        new_ids(model, logits_processor=[glmlora.LogitsProcessor()])
+
+
+def test_least_probability(model):
+    best = model(prompt(5)).logits[0, -1].argmax()
+    draws = {"do_sample": True, "top_k": 0, "temperature": 2.0, "num_return_sequences": 40}
+    draws |= {"max_new_tokens": 1, "seed": 3}
+    assert set(model.generate(prompt(5), min_p=1.0, **draws)[:, -1]) == {best}
+    many = model.generate(prompt(5), **draws)
+    few = model.generate(prompt(5), min_p=0.3, **draws)
+    scores = model(prompt(5)).logits[0, -1] / 2
+    chances = np.exp(scores - scores.max())
+    assert chances[few[:, -1]].min() >= 0.3 > chances[many[:, -1]].min()
+
+
+def test_what_is_returned_beside_the_ids(model):
+    ids, mask = padded([prompt(3), prompt(5, 1)])
+    end = int(model.generate(prompt(3), max_new_tokens=2)[0, -1])
+    kept = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    given = {"attention_mask": mask, "eos_token_id": end, "max_new_tokens": 4}
+    out = model.generate(ids, suppress_tokens=[7], **kept, **given)
+    assert np.array_equal(
+        out.sequences,
+        model.generate(
+            ids, attention_mask=mask, suppress_tokens=[7], eos_token_id=end, max_new_tokens=4
+        ),
+    )
+    assert list(out.keys()) == ["sequences", "scores", "logits", "past_key_values"]
+    assert len(out.scores) == len(out["logits"]) == 4 and out[0] is out.sequences
+    assert out.scores[0].shape == (2, V) and out.scores[0][0, 7] == -np.inf < out.logits[0][0, 7]
+    assert np.abs(out.logits[0] - model(ids, attention_mask=mask).logits[:, -1]).max() < 1e-4
+    last = out.scores[3][0]  # the row has ended: its pad id alone is left
+    assert last[0] == 0 and np.isneginf(last[1:]).all()
+    sampled = model.generate(prompt(4), do_sample=True, top_k=3, max_new_tokens=2, **kept)
+    assert [np.isfinite(s).sum() for s in sampled.scores] == [3, 3]
+    assert np.isfinite(sampled.logits[0]).all()
+    beams = model.generate(
+        prompt(4),
+        num_beams=3,
+        num_return_sequences=2,
+        max_new_tokens=3,
+        eos_token_id=[],
+        return_dict_in_generate=True,
+    )
+    want = log_probabilities(model, beams.sequences, 4) / 3
+    assert np.abs(beams.sequences_scores - want).max() < 1e-4
+
+
+def test_beams_that_never_stop_early(model):
+    """The best answer that a complete search finds is missed where the search stops early."""
+    ends, scores = list(range(0, V, 2)), {}
+    for early in (True, False, "never"):
+        scores[early] = [
+            model.generate(
+                prompt(3, seed),
+                num_beams=2,
+                eos_token_id=ends,
+                max_new_tokens=20,
+                early_stopping=early,
+                length_penalty=3.0,
+                return_dict_in_generate=True,
+            ).sequences_scores[0]
+            for seed in range(12)
+        ]
+    assert np.sum(scores["never"]) > np.sum(scores[False]) > np.sum(scores[True])
+
+
+# Padding, limits, and settings without effect
+
+
+def test_padding_without_a_mask_is_inferred_and_told_once(model, anew):
+    prompts = [prompt(3), prompt(5, 1)]
+    ids, mask = padded(prompts)
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=5, eos_token_id=[])
+    with pytest.warns(UserWarning, match="pad id 0.*attention_mask") as found:
+        assert np.array_equal(model.generate(ids, max_new_tokens=5, eos_token_id=[]), want)
+    assert [w.filename for w in found] == [__file__]
+    model.generate(ids, max_new_tokens=5, eos_token_id=[])  # not told again
+    text = model.generate(ids, max_new_tokens=5, eos_token_id=0)  # the pad id ends answers
+    plain = model.generate(ids, attention_mask=np.ones_like(ids), max_new_tokens=5, eos_token_id=0)
+    assert np.array_equal(text, plain) and not np.array_equal(text, want)
+    inside = [[5, 0, 6]]
+    assert np.array_equal(
+        model.generate(inside, max_new_tokens=2),
+        model.generate(inside, attention_mask=[[1, 1, 1]], max_new_tokens=2),
+    )
+    with pytest.warns(UserWarning, match="reads these ids as text"):
+        assert np.array_equal(
+            model(ids).logits, model(ids, attention_mask=np.ones_like(ids)).logits
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eos_token_id": []}, "neither max_new_tokens nor max_length .* 128 positions"),
+        (
+            {"max_new_tokens": 2, "temperature": 0.5},
+            "temperature: no effect without do_sample",
+        ),
+        ({"max_new_tokens": 2, "length_penalty": 2.0}, "length_penalty: .* num_beams=1"),
+        ({"max_new_tokens": 2, "output_scores": True}, "output_scores: .*return_dict"),
+        ({"max_new_tokens": 2, "max_length": 9}, "max_length: no effect beside max_new_tokens"),
+    ],
+)
+def test_what_has_no_effect_is_told_once(model, anew, recwarn, settings, message):
+    for ask in (model.generate, lambda *a, **s: list(model.stream_generate(*a, **s))):
+        recwarn.clear()
+        for _ in range(2):
+            ask(prompt(4), **settings)
+        assert len(recwarn) == 1
+        assert recwarn[0].filename == __file__ and re.search(message, str(recwarn[0].message))
+
+
+def test_streams_tell_that_they_have_no_beams(model, anew):
+    with pytest.warns(UserWarning, match="stream_generate: num_beams: no effect"):
+        list(model.stream_generate(prompt(4), max_new_tokens=1, num_beams=2))
+    places = [[0, 0, 1, 2]]
+    ids = [[0, 5, 6, 7]]
+    given = {"attention_mask": [[0, 1, 1, 1]], "max_new_tokens": 2}
+    out = model.generate(ids, position_ids=places, **given)
+    assert np.array_equal(out, model.generate(ids, **given))
+
+
+def test_neutral_values_are_silent(model, recwarn):
+    names = {**{n: v[0][-1] for n, v in REFUSED.items()}, **dict.fromkeys(NOTHING)}
+    settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **names}
+    assert model.generate(prompt(4), max_new_tokens=2, **settings).shape == (1, 6)
+    config = GenerationConfig(max_new_tokens=2, **names)
+    assert "typical_p" not in config.to_dict() and not len(recwarn)
+
+
+def test_a_config_refuses_names_that_do_nothing(tmp_path, recwarn):
+    config = GenerationConfig()
+    with pytest.raises(AttributeError, match="max_new_token.*mean 'max_new_tokens'"):
+        config.max_new_token = 3
+    with pytest.raises(ValueError, match="typical_p"):
+        config.typical_p = 0.5
+    config.cache_implementation = "static"
+    config.update(max_new_tokens=7, eos_token_id=np.array([1, 2]), top_k=None)
+    config.save_pretrained(tmp_path)
+    again = GenerationConfig.from_pretrained(tmp_path)
+    assert again.max_new_tokens == 7 and again.eos == [1, 2] and not len(recwarn)
+    assert GenerationConfig.from_pretrained(tmp_path, top_k=3).top_k == 3
+    assert GenerationConfig.from_dict(again.to_dict(), seed=3).seed == 3
+    (tmp_path / "generation_config.json").write_text(
+        '{"max_new_tokens": 3, "typical_p": 0.5, "temperature": "hot", "repetition_penality": 2, '
+        '"cache_implementation": "static", "_from_model_config": true}'
+    )
+    with pytest.warns(UserWarning, match="generation_config.json") as found:
+        again = GenerationConfig.from_pretrained(tmp_path)
+    assert again.max_new_tokens == 3 and again.temperature == 1.0
+    assert [w.filename for w in found] == [__file__]
+    for name in ("typical_p", "temperature", "repetition_penality.*repetition_penalty"):
+        assert re.search(name, str(found[0].message))
+    assert "static" not in str(found[0].message)
+
+
+# A loop of one's own
+
+
+def test_past_key_values_in_a_loop(model):
+    ids, mask = padded([prompt(3), prompt(6, 1)])
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=6, eos_token_id=[])
+    out = model(ids, attention_mask=mask, use_cache=True)
+    whole = ids
+    for _ in range(6):
+        following = out.logits[:, -1].argmax(-1)[:, None]
+        whole = np.concatenate((whole, following), axis=1)
+        mask = np.concatenate((mask, np.ones_like(following)), axis=1)
+        before, out = (
+            out,
+            model(following, past_key_values=out.past_key_values, attention_mask=mask),
+        )
+        assert out.logits.shape == (2, 1, V)
+        full = model(whole, attention_mask=mask).logits[:, -1:]
+        assert np.abs(out.logits - full).max() < 1e-4
+    assert np.array_equal(whole, want)
+    branch = model(whole[:, -1:], past_key_values=before.past_key_values)  # an earlier one again
+    assert np.array_equal(branch.logits, out.logits)
+    assert out.past_key_values.get_seq_length() == whole.shape[1]
+
+
+def test_several_tokens_follow_what_is_past(model):
+    ids = prompt(9)
+    full = model(ids)
+    past = model(ids[:, :4]).past_key_values
+    places = np.arange(4, 9)[None]
+    out = model(ids[:, 4:], past_key_values=past, position_ids=places, return_dict=False)
+    assert np.abs(out[0] - full.logits[:, 4:]).max() < 1e-4
+    last = model(ids[:, 8:], past_key_values=model(ids[:, :8]).past_key_values)
+    assert np.abs(last.logits - full.logits[:, 8:]).max() < 1e-4
+    made = model.generate(ids, max_new_tokens=3, return_dict_in_generate=True, eos_token_id=[])
+    after = model(made.sequences[:, -1:], past_key_values=made.past_key_values)
+    assert np.abs(after.logits - model(made.sequences).logits[:, -1:]).max() < 1e-4
+    assert model(ids, use_cache=False).past_key_values is None
+    again = model.generate(ids, past_key_values=past, max_new_tokens=3, eos_token_id=[])
+    assert np.array_equal(again, made.sequences)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"attention_mask": [[1, 1]]}, ValueError, r"attention_mask: .*\(1, 5\).*\(1, 2\)"),
+        ({"attention_mask": [[0, 1, 1, 1, 1]]}, ValueError, "row 0 has 4 ids"),
+        ({"position_ids": [[0]]}, ValueError, "position_ids: expected 4"),
+        ({"labels": [[5]]}, ValueError, "past_key_values.*labels"),
+        ({"input_ids": [[5], [6]]}, ValueError, "holds 1 rows, got 2"),
+        ({"input_ids": [[96]]}, ValueError, "id 96"),
+        ({"past_key_values": ((1,),)}, TypeError, "past_key_values"),
+        ({"input_ids": [[5] * 125]}, ValueError, "129 tokens.*128"),
+    ],
+)
+def test_what_does_not_follow_the_past(model, given, error, message):
+    past = model(prompt(4)).past_key_values
+    with pytest.raises(error, match=message):
+        model(**{"input_ids": [[5]], "past_key_values": past, **given})
+    with pytest.raises(ValueError, match="do not begin with what it holds"):
+        model.generate(prompt(3, 7), past_key_values=past, max_new_tokens=1)

@@ -1,20 +1,26 @@
 """A folder has one owner: temporary names belong to a living process, or the next removes them."""
 
+import errno
+import json
 import os
 import signal
+import socket
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from training import model_dir, run
 
-from glmlora.files import staging
+import glmlora
+from glmlora.files import owner, staging
 from glmlora.files.checkpoint import (
     atomic_directory,
     atomic_file,
     load_checkpoint,
     save_sharded,
-    write_json,
     write_text,
 )
+from glmlora.files.owner import NAME, owned
 from glmlora.files.staging import remove_litter
 
 
@@ -63,20 +69,15 @@ def shards(folder, value):
     save_sharded(folder, tensors(len(value), 4 + len(value)), max_shard_size=130)
 
 
-def file(folder, value):
-    write_json(folder / "a.json", value)
-
-
-@pytest.mark.parametrize("write", [file, directory, shards])
-@pytest.mark.parametrize("name", ["rename", "replace", "fsync", "unlink", "rmdir"])
-def test_killed_in_the_middle_of_a_write(tmp_path, write, name):
-    """At every call: the next writer finds the old state or the new one, whole, and cleans up."""
+@pytest.mark.parametrize("write", [directory, shards])
+def test_killed_in_the_middle_of_a_write(tmp_path, write):
+    """At every rename: the next writer finds the old state or the new one, whole, and cleans up."""
     write(tmp_path, "old")
     old, seen = content(tmp_path), set()
     for call in range(1, 40):
 
         def die(call=call):
-            kill_at(name, call)
+            kill_at("rename", call)
             write(tmp_path, "newer")
 
         ended = in_child(die)
@@ -168,3 +169,129 @@ def test_a_name_taken_for_litter_before_it_is_locked(tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "lock", lock)
     write_text(tmp_path / "a", "x")
     assert len(hindered) == 2 and os.listdir(tmp_path) == ["a"]
+
+
+# Owners
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return model_dir(tmp_path_factory.mktemp("base"))
+
+
+@contextmanager
+def owning_child(folder):
+    """A process that owns `folder` until the block ends or kills it: its number."""
+    told, tell = os.pipe()
+    waits, goes_on = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(goes_on)
+        with owned(folder):
+            os.write(tell, b".")
+            os.read(waits, 1)
+        os._exit(0)
+    os.read(told, 1)
+    os.close(waits)
+    try:
+        yield pid
+    finally:
+        os.close(goes_on)
+        os.waitpid(pid, 0)
+        os.close(told)
+        os.close(tell)
+
+
+def test_a_second_run_in_a_folder_is_refused(tiny_model, tmp_path):
+    with owning_child(tmp_path) as pid:
+        says = (
+            rf"process {pid} on {socket.gethostname()} \(since .*works in this folder.*{tmp_path}"
+        )
+        with pytest.raises(OSError, match=says) as caught:
+            run(tiny_model, tmp_path, max_steps=1)
+        assert caught.value.errno == errno.EBUSY
+        run(tiny_model, tmp_path / "other", max_steps=1)
+    run(tiny_model, tmp_path, max_steps=1)
+    assert NAME not in os.listdir(tmp_path)
+
+
+def test_a_run_inside_a_run_has_a_folder_of_its_own(tiny_model, tmp_path):
+    seen = []
+
+    class Inner:
+        def on_step_end(self, state):
+            with pytest.raises(OSError, match=f"process {os.getpid()} .*works in this folder"):
+                run(tiny_model, tmp_path, max_steps=1)
+            run(tiny_model, tmp_path / "inner", max_steps=1)
+            state.model.save_pretrained(tmp_path)  # of this run: allowed
+            seen.append(True)
+
+    run(tiny_model, tmp_path, max_steps=1, callbacks=[Inner()])
+    assert seen and NAME not in os.listdir(tmp_path)
+
+
+def test_the_folder_of_a_killed_owner_is_taken_over(tmp_path):
+    with owning_child(tmp_path) as pid:
+        os.kill(pid, signal.SIGKILL)
+    assert NAME in os.listdir(tmp_path)
+    with pytest.warns(UserWarning, match=f"process {pid} on .* taken over"), owned(tmp_path):
+        assert json.loads((tmp_path / NAME).read_bytes())["pid"] == os.getpid()
+    assert os.listdir(tmp_path) == []
+
+
+def test_others_do_not_save_into_an_owned_folder(tiny_model, tmp_path):
+    model = glmlora.AutoModel.from_pretrained(tiny_model)
+    adapted = glmlora.get_peft_model(model, glmlora.LoraConfig(r=2))
+    with owning_child(tmp_path) as pid:
+        for save in (model.save_pretrained, adapted.save_pretrained):
+            with pytest.raises(OSError, match=f"process {pid} "):
+                save(tmp_path)
+        assert os.listdir(tmp_path) == [NAME]
+    adapted.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_forked_child_does_not_hold_its_parents_folder(tmp_path):
+    told, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:  # the owner, with a child that outlives it
+        with owned(tmp_path):
+            if os.fork() == 0:
+                os.read(told, 1)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with pytest.warns(UserWarning, match="taken over"), owned(tmp_path):
+        pass
+    os.write(tell, b".")
+
+
+@pytest.mark.parametrize("whose", ["dead", "mine", "reused", "elsewhere", "nobody"])
+def test_without_locks_the_process_itself_is_looked_for(tmp_path, monkeypatch, whose):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    process = owner._this_process()
+    named = {
+        "dead": {**process, "pid": pid},
+        "mine": process,
+        "reused": {**process, "started": "1"},
+        "elsewhere": {**process, "host": "elsewhere"},
+    }
+    if whose in named:
+        (tmp_path / NAME).write_text(json.dumps(named[whose]))
+    if whose in ("mine", "elsewhere"):
+        with pytest.raises(OSError, match=f"or remove {tmp_path / NAME} if"), owned(tmp_path):
+            pass
+    elif whose == "nobody":
+        with owned(tmp_path):
+            pass
+    else:
+        with pytest.warns(UserWarning, match="taken over"), owned(tmp_path):
+            pass
+    assert (NAME in os.listdir(tmp_path)) == (whose in ("mine", "elsewhere"))

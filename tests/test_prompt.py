@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer_dir
 
-from glmlora.families import chatglm2, chatglm3, prompt
+from glmlora.families import chatglm2, chatglm3, of, prompt
+from glmlora.families.vendored import in_template
 from glmlora.tokenization import AutoTokenizer
 
 
@@ -321,6 +322,28 @@ def test_chatglm3_source_is_the_chat_prompt(tiny3):
     messages = [*history, {"role": "user", "content": "Judge paper"}]
     messages.append({"role": "assistant", "content": "1"})
     assert tiny3.apply_chat_template(messages) + [2] == ids + answer
+
+
+def test_chats_in_the_template_of_the_original_training(tiny, tiny3):
+    """Prompts are those that `template="vendored"` trains on; histories stay the family's."""
+    assert in_template(of("v2"), "vendored") is of("v2")
+    assert in_template(of("v3"), "auto") is of("v3")
+    family = in_template(of("v3"), "vendored")
+    history, rounds = [], []
+    for query, text in (("q", " one\ntwo"), ("Judge paper", "1")):
+        want, _ = prompt.encode_source(tiny3, query, "", rounds, 512, template="vendored")
+        asked = family.asked(query, history, "user")
+        assert family.chat_ids(tiny3, query, history, "user") == want
+        answer, after = family.answer(text, asked)
+        assert answer == text.strip() and after[:-1] == asked
+        # a next turn over a cache that has this one feeds what v2 feeds
+        number = len(rounds) + 1
+        later = of("v2").stream_ids(tiny, query, number, "user")
+        assert family.stream_ids(tiny3, query, len(history) + 1, "user") == later
+        history, rounds = after, [*rounds, (query, answer)]
+    assert family.end_ids(tiny3, []) == of("v3").end_ids(tiny3, [])
+    with pytest.raises(ValueError, match="got 'observation' here"):
+        family.chat_ids(tiny3, "q", [], "observation")
 
 
 def test_prefix_stands_before_the_first_text_of_chatglm3(tiny3):

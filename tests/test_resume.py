@@ -14,6 +14,7 @@ from training import adapter, losses, model_dir, records, run
 
 import glmlora
 from glmlora import _core
+from glmlora.training import loop
 from glmlora.training.checkpoints import find_checkpoint
 
 TESTS = Path(__file__).resolve().parent
@@ -132,6 +133,114 @@ def test_sigint_at_any_moment(tiny_model, tmp_path):
     assert b"interrupted after update" in said
     run(tiny_model, tmp_path / "stopped", resume_from_checkpoint="last", **settings)
     assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_sigterm_and_sighup_save_as_ctrl_c_does(tiny_model, tmp_path, number, status):
+    stopped = run_child(tiny_model, tmp_path / "stopped", 6, number)
+    assert stopped.returncode == status
+    assert f"interrupted after update 6 of 10 by {number.name}" in stopped.stderr
+    assert "resume_from_checkpoint" in stopped.stderr and "Traceback" not in stopped.stderr
+    resumed = run(tiny_model, tmp_path / "stopped", resume_from_checkpoint="last")
+    whole = run(tiny_model, tmp_path / "whole")
+    assert [x for x in losses(whole) if x[0] > 7] == [x for x in losses(resumed) if x[0] > 7]
+    assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
+
+
+def test_a_second_signal_ends_at_once(tiny_model, tmp_path, capsys, monkeypatch):
+    """While the first one saves: what was saved before stays, and no half of anything."""
+
+    class Interrupt:
+        def on_step_end(self, state):
+            if state.global_step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def write(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("goes on writing")
+
+    monkeypatch.setattr("glmlora.training.checkpoints.write_json", write)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, tmp_path, callbacks=[Interrupt()], save_steps=1000)
+    said = capsys.readouterr().err
+    assert "once more ends at once" in said and "checkpoint-6 is not saved" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["trainer_log.jsonl"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_in_the_middle_of_an_update(tiny_model, tmp_path, capsys, monkeypatch):
+    """Weights have made the step that the counters have not: that state is not saved."""
+    real = loop.Loop._update
+
+    class Core:
+        def __init__(self, core):
+            self.core = core
+
+        def __getattr__(self, name):
+            if name == "steps":  # read right after the step
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            return getattr(self.core, name)
+
+    def update(self, group):
+        core = self.core
+        if self.state.global_step == 2:
+            self.core = Core(core)
+        try:
+            real(self, group)
+        finally:
+            self.core = core
+
+    monkeypatch.setattr(loop.Loop, "_update", update)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, tmp_path, save_steps=1)
+    assert "after update 2 of 10, twice: nothing more is saved" in capsys.readouterr().err
+    assert find_checkpoint("last", tmp_path).name == "checkpoint-2"
+
+
+def test_handlers_of_the_user_stay(tiny_model, tmp_path):
+    """nohup's, or a launcher's own."""
+    seen = []
+    old = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    class Both:
+        def on_step_end(self, state):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    try:
+        assert run(tiny_model, tmp_path, max_steps=2, callbacks=[Both()]).global_step == 2
+    finally:
+        signal.signal(signal.SIGTERM, old)
+        signal.signal(signal.SIGHUP, ignored)
+    assert seen == [signal.SIGTERM] * 2
+
+
+def test_memory_that_ends_keeps_what_was_done(tiny_model, tmp_path, capsys):
+    class Full:
+        def on_step_end(self, state):
+            if state.global_step == 3:
+                raise MemoryError("not enough")
+
+    with pytest.raises(MemoryError, match="not enough"):
+        run(tiny_model, tmp_path, callbacks=[Full()])
+    assert "interrupted after update 3 of 10: everything up to here" in capsys.readouterr().err
+    assert find_checkpoint("last", tmp_path).name == "checkpoint-3"
+
+
+def test_a_best_checkpoint_that_is_gone_costs_no_result(tiny_model, tmp_path):
+    class Lose:
+        def on_step_end(self, state):
+            if state.global_step == 10:
+                shutil.rmtree(state.best_model_checkpoint)
+
+    settings = {"eval_data": records(4), "evaluation_strategy": "steps", "eval_steps": 4}
+    settings |= {"load_best_model_at_end": True, "save_steps": 4, "callbacks": [Lose()]}
+    with pytest.warns(UserWarning, match="load_best_model_at_end: .*last update are kept"):
+        run(tiny_model, tmp_path, **settings)
+    assert adapter(tmp_path)
 
 
 def test_interrupted_before_the_first_update(tiny_model, tmp_path, capsys):

@@ -25,7 +25,7 @@ FLOORS = (
     ("model",),
     ("training",),
     ("tables", "tools"),
-    ("standins",),
+    ("notebook", "standins"),
     ("compat",),
     ("cli",),
     ("__main__",),

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer_dir
 
+from glmlora import tell
 from glmlora.interrupts import interruptible
 from glmlora.tokenization import Array, AutoTokenizer, BatchEncoding, ChatGLMTokenizer, TextStream
 
@@ -244,6 +245,197 @@ def test_array_and_encoding_stand_in_for_tensors(tiny):
     assert pickle.loads(pickle.dumps(batch)).input_ids.tolist() == ids.tolist()
     with pytest.raises(AttributeError, match="labels"):
         _ = batch.labels
+
+
+def test_ids_tokens_and_pairs_are_texts(tiny, tiny3):
+    a, b, prefix = tiny.text_ids("title of"), tiny.text_ids("paper"), tiny.get_prefix_tokens()
+    assert tiny.encode(a) == tiny.encode(np.array(a)) == tiny.encode("title of") == [*prefix, *a]
+    assert tiny.encode(tiny.convert_ids_to_tokens(a)) == [*prefix, *a]
+    assert tiny.encode_plus("title of", "paper").input_ids == [*prefix, *a, *b, 2]
+    assert tiny.prepare_for_model(a, b).input_ids == [*prefix, *a, *b, 2]
+    assert tiny.encode_plus("paper", return_tensors="pt").input_ids.shape == (1, len(b) + 2)
+    for batch in (["title of", "paper"], [a, b], ("title of", b)):
+        found = tiny.batch_encode_plus(batch, padding=True, return_tensors="np")
+        assert found.input_ids.tolist() == tiny(["title of", "paper"], padding=True).input_ids
+    assert tiny.batch_encode_plus([("title of", "paper")]).input_ids == [[*prefix, *a, *b, 2]]
+    assert tiny([("title of", "paper")]).input_ids == [[*prefix, *a, *b, 2]]
+    both = tiny("title of", text_target="paper", max_length=9, truncation=True)
+    assert both.input_ids == [*prefix, *a] and both.labels == [*prefix, *b]
+    assert tiny(text_target=["paper"]).input_ids == [[*prefix, *b]]
+    assert tiny.tokenize("paper", add_special_tokens=True)[:2] == ["[gMASK]", "sop"]
+    message = tiny3.build_single_message("system", "", "paper")
+    assert message == [tiny3.get_command("<|system|>"), *tiny3.text_ids("\n"), *b]
+    with pytest.raises(ValueError, match="no messages"):
+        tiny.build_single_message("system", "", "paper")
+
+
+def test_settings_of_truncation_and_padding(tiny_dir):
+    tiny = AutoTokenizer.from_pretrained(tiny_dir, truncation_side="left", model_max_length=5)
+    a, b = tiny.text_ids("title of a paper"), tiny.text_ids("paper")
+    prefix = tiny.get_prefix_tokens()
+    assert tiny("title of a paper", truncation=True).input_ids == [*prefix, *a[-3:]]
+    assert tiny("a", padding="max_length").input_ids == [0] * 2 + tiny.encode("a")
+    pair = tiny("title of a paper", "paper", truncation="only_first", max_length=4 + len(b))
+    assert pair.input_ids == [*prefix, a[-1], *b, 2]
+    tiny.truncation_side, tiny.model_max_length = "right", None
+    pair = tiny("title of", "a paper", truncation="only_second", max_length=4 + len(a[:3]))
+    assert pair.input_ids[-1] == 2 and pair.input_ids[2:].count(a[0]) == 1
+    rows = tiny(["a", "title of a paper"], padding=True, pad_to_multiple_of=8).input_ids
+    assert {len(row) for row in rows} == {8 * -(-len(tiny.encode("title of a paper")) // 8)}
+    assert len(tiny.pad({"input_ids": [[5], [6, 7]]}, pad_to_multiple_of=4).input_ids[0]) == 4
+    with pytest.raises(ValueError, match="only_first.*no room"):
+        tiny("a", "title of a paper", truncation="only_first", max_length=5)
+
+
+@pytest.fixture
+def anew(monkeypatch):
+    """What is told once is told again."""
+    monkeypatch.setattr(tell, "_told", set())
+
+
+def test_what_is_not_cut_is_told(tiny_dir, anew):
+    tiny = AutoTokenizer.from_pretrained(tiny_dir)
+    with pytest.warns(UserWarning, match="neither max_length nor .* model_max_length") as found:
+        tiny("title", truncation=True)
+    tiny.model_max_length = 4
+    with pytest.warns(UserWarning, match="ids, more than its model_max_length 4") as later:
+        tiny("title of a paper")
+    assert [w.filename for w in (*found, *later)] == [__file__] * 2
+
+
+OPTIONS = {
+    **dict(stride=3, is_split_into_words=True, padding_side="right", return_length=True),
+    **dict(return_token_type_ids=True, return_overflowing_tokens=True),
+    **dict(return_special_tokens_mask=True, return_offsets_mapping=True),
+    **dict(split_special_tokens=True, prepend_batch_axis=True, tokenizer_kwargs={"a": 1}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_refused_where_they_would_change_something(tiny, name):
+    neutral = "left" if name == "padding_side" else None
+    for call in (
+        tiny,
+        tiny.encode,
+        tiny.encode_plus,
+        lambda t, **o: tiny.batch_encode_plus([t], **o),
+    ):
+        call("a", **{name: neutral}, verbose=False)
+        with pytest.raises(ValueError, match=f"{name}: is not supported"):
+            call("a", **{name: OPTIONS[name]})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: t("a", retrun_tensors="pt"), "'retrun_tensors'.*'return_tensors'"),
+        (lambda t: t.encode("a", add_special_token=True), "encode.*'add_special_tokens'"),
+        (lambda t: t.batch_encode_plus(["a"], paddin=True), "batch_encode_plus.*'padding'"),
+        (lambda t: t.decode([5], skip_special_token=True), "decode.*'skip_special_tokens'"),
+        (lambda t: t.apply_chat_template([], tokenise=True), "apply_chat_template.*'tokenize'"),
+    ],
+)
+def test_misspelt_options_name_the_nearest(tiny, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(tiny)
+
+
+def test_special_tokens_by_transformers_names(tiny_dir, tiny3):
+    tiny = AutoTokenizer.from_pretrained(tiny_dir)
+    assert tiny3.additional_special_tokens == list(tiny3.special_tokens)
+    assert tiny3.all_special_ids[:3] == [1, 2, 0] and tiny.get_added_vocab()["sop"] > 2
+    assert tiny.special_tokens_map["pad_token"] == tiny.pad_token == "<unk>"
+    assert tiny.cls_token is None and tiny.mask_token_id is None and not tiny.is_fast
+    assert tiny.get_special_tokens_mask([5, 6]) == [1, 1, 0, 0]
+    assert tiny.get_special_tokens_mask([5, 2], already_has_special_tokens=True) == [0, 1]
+    tiny.pad_token = tiny.eos_token
+    assert tiny.pad_token_id == 2 and tiny(["a", "title of"], padding=True).input_ids[0][0] == 2
+    assert pickle.loads(pickle.dumps(tiny)).pad_token_id == 2
+    assert (
+        tiny.add_special_tokens({"pad_token": "<unk>", "additional_special_tokens": ["sop"]}) == 0
+    )
+    assert tiny.pad_token_id == 0 and tiny.add_tokens(["sop", "</s>"]) == 0
+    for call, match in (
+        (lambda: tiny.add_tokens(["newword"]), "fixed.*newword"),
+        (lambda: tiny.add_special_tokens({"pad_token": "[PAD]"}), r"fixed.*\[PAD\]"),
+        (lambda: tiny.add_special_tokens({"eos_token": "sop"}), "eos_token"),
+        (lambda: setattr(tiny, "pad_token", "[PAD]"), r"pad_token: '\[PAD\]'"),
+        (lambda: setattr(tiny, "truncation_side", "middle"), "truncation_side"),
+        (lambda: setattr(tiny, "model_max_length", "long"), "model_max_length"),
+        (lambda: setattr(tiny, "encode_special_tokens", True), "encode_special_tokens"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    for name, value, match in (
+        ("eos_token", "sop", "eos_token: is '</s>'; generate"),
+        ("family", "v3", "family: is 'v2'"),
+        ("add_bos_token", True, "add_bos_token: has no effect"),
+        ("truncation_sid", "left", "did you mean 'truncation_side'"),
+    ):
+        with pytest.raises(AttributeError, match=match):
+            setattr(tiny, name, value)
+    tiny.add_bos_token, tiny.eos_token, tiny.note = False, "</s>", "of the user's own"
+
+
+def test_settings_of_tokenizer_config(tiny_dir, tmp_path, recwarn):
+    (tmp_path / "tokenizer.model").write_bytes((tiny_dir / "tokenizer.model").read_bytes())
+    file = tmp_path / "tokenizer_config.json"
+    held = {
+        "model_max_length": 5,
+        "truncation_side": "left",
+        "pad_token": {"content": "</s>", "special": True},
+        "clean_up_tokenization_spaces": True,
+        "encode_special_tokens": True,
+        "chat_template": "<|assistant|>",
+    }
+    silent = {"do_lower_case": False, "eos_token": "</s>", "auto_map": {}, "cls_token": None}
+    file.write_text(json.dumps({**held, **silent}))
+    for place in (tmp_path, tmp_path / "again"):
+        t = AutoTokenizer.from_pretrained(place, family="v3")
+        assert (t.model_max_length, t.truncation_side, t.pad_token_id) == (5, "left", 2)
+        assert t.encode_special_tokens and t.decode(t.text_ids("a .")) == "a."
+        assert t.decode(t.text_ids("a ."), clean_up_tokenization_spaces=False) == "a ."
+        t.save_pretrained(tmp_path / "again")
+    t.truncation_side, t.model_max_length = "right", 7
+    t.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again", family="v3")
+    assert (again.truncation_side, again.model_max_length) == ("right", 7) and not len(recwarn)
+    assert not AutoTokenizer.from_pretrained(
+        tmp_path, family="v3", encode_special_tokens=False
+    ).encode_special_tokens
+    wrong = {"do_lower_case": True, "eos_token": "<|x|>", "padding_side": "right"}
+    file.write_text(json.dumps({**wrong, "truncation_side": "up", "extra_special_tokens": ["y"]}))
+    with pytest.warns(UserWarning, match="tokenizer_config.json") as found:
+        AutoTokenizer.from_pretrained(tmp_path, family="v3")
+    assert len(found) == 1 and found[0].filename == __file__
+    for name in (*wrong, "truncation_side", "extra_special_tokens"):
+        assert name in str(found[0].message)
+
+
+def test_templates_and_their_text(tiny3, tiny_dir, anew, recwarn):
+    messages = [{"role": "user", "content": "title of"}, {"role": "assistant", "content": "sop"}]
+    telling = AutoTokenizer.from_pretrained(tiny_dir, family="v3", encode_special_tokens=True)
+    for prompt in (True, False):
+        text = telling.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        ids = telling.apply_chat_template(messages, add_generation_prompt=prompt)
+        assert telling.encode(text, add_special_tokens=False) == ids
+        assert telling(text, add_special_tokens=False).input_ids == ids
+        assert telling.apply_chat_template(conversation=messages, return_dict=True).input_ids
+    assert telling.encode("[MASK] sop", add_special_tokens=False) == tiny3.text_ids("[MASK] sop")
+    one = tiny3.apply_chat_template(messages[:1])
+    both = tiny3.apply_chat_template([messages, messages[:1]], padding=True, return_tensors="pt")
+    assert both.shape[0] == 2 and both[1].tolist()[-len(one) :] == one
+    cut = tiny3.apply_chat_template(messages, truncation=True, max_length=4)
+    assert cut == tiny3.apply_chat_template(messages)[:4]
+    neutral = {"tools": None, "chat_template": None, "continue_final_message": False}
+    assert tiny3.apply_chat_template(messages[:1], **neutral) == one and not len(recwarn)
+    for name in ("tools", "documents", "chat_template", "continue_final_message"):
+        with pytest.raises(ValueError, match=f"{name}: is not supported"):
+            tiny3.apply_chat_template(messages, **{name: ["x"]})
+    other = AutoTokenizer.from_pretrained(tiny_dir, family="v3")
+    other._config["chat_template"] = "{{ messages }}"
+    with pytest.warns(UserWarning, match="chat_template is not run"):
+        assert other.apply_chat_template(messages[:1]) == one
 
 
 # Decoding

@@ -13,10 +13,12 @@ from training import QUIET, adapter, dataset_dir, losses, model_dir, records, ru
 
 import glmlora
 from glmlora import _core
+from glmlora.families.prompt import encode_source
+from glmlora.generation.chat import chat_family
+from glmlora.interrupts import Shield
 from glmlora.training import checkpoints, loop, methods, plot
 from glmlora.training.arguments import FinetuningArguments, TrainingArguments
 from glmlora.training.records import encode_records, records_from
-from glmlora.training.state import Shield
 from glmlora.training.trainer import run_train
 
 LORA_FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -603,9 +605,47 @@ def test_arguments(tiny_model, tmp_path, kwargs, error, text):
         glmlora.train(tiny_model, records(3), **settings)
 
 
-@pytest.mark.parametrize(
-    "target", ["all-linear", "all", ["all-linear"], r".*layers\.\d+\..*dense.*"]
-)
+@pytest.mark.parametrize("method", ["lora", "p_tuning", "freeze", "full"])
+def test_chats_are_in_the_template_of_the_training(tmp_path, method):
+    directory = model_dir(tmp_path, _name_or_path="THUDM/chatglm3-6b")
+    settings = {"finetuning_type": method, "max_steps": 1, "pre_seq_len": 2, **QUIET}
+    settings |= {"num_layer_trainable": 1, "output_dir": str(tmp_path / "out")}
+    result = glmlora.train(directory, records(3), template="vendored", **settings)
+    tokenizer = result.tokenizer
+    want, _ = encode_source(tokenizer, "ping", "", [], 99, template="vendored")
+
+    def prompt(model):
+        return chat_family(methods.unwrapped(model), tokenizer).chat_ids(
+            tokenizer, "ping", [], "user"
+        )
+
+    assert prompt(result.model) == want
+    place = tmp_path / "out" if method == "full" else directory
+    base = glmlora.AutoModel.from_pretrained(place)
+    again = base if method == "full" else methods.attach(base, method, [str(tmp_path / "out")])
+    assert prompt(again) == want
+    again.chat(tokenizer, "ping", max_new_tokens=2)
+    if method == "lora":
+        again.load_adapter(tmp_path / "out", "b")
+        with again.disable_adapter():
+            assert prompt(again) != want
+        again.set_adapter("b")
+        assert prompt(again) == want
+        again.merge_and_unload().save_pretrained(tmp_path / "merged")
+        assert prompt(glmlora.AutoModel.from_pretrained(tmp_path / "merged")) == want
+    # trained further in the family's own template: told, and kept
+    data = {"output_dir": str(tmp_path / "next"), "checkpoint_dir": str(tmp_path / "out")}
+    with pytest.warns(UserWarning, match="trained with 'vendored', this run has 'auto'"):
+        result = glmlora.train(directory, records(3), **{**settings, **data})
+    assert prompt(result.model) != want
+    (tmp_path / "out" / "prompt_template.json").write_text('{"template": "other"}')
+    with pytest.raises(ValueError, match="prompt_template.json: template: expected one of auto"):
+        methods.attach(
+            glmlora.AutoModel.from_pretrained(directory), method, [str(tmp_path / "out")]
+        )
+
+
+@pytest.mark.parametrize("target", ["all-linear", "all", ["all-linear"], r".*\.\d+\..*dense.*"])
 def test_targets_of_an_adapter(tiny_model, tmp_path, target):
     glmlora.train(
         tiny_model, records(3), output_dir=str(tmp_path), max_steps=1, lora_target=target, **QUIET
@@ -815,3 +855,33 @@ def test_a_larger_batch_than_looked_for_takes_its_memory(tiny_model, tmp_path, m
     monkeypatch.setattr("glmlora.training.loop.LOOK_AHEAD", 1)
     again = run(tiny_model, tmp_path / "b", num_train_epochs=4)
     assert losses(again) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"dataset": "d"}, "dataset has no effect: the data are those that are given"),
+        ({"config_name": "c"}, "config_name has no effect: the model is given"),
+        ({"lora_rank": 4}, "lora_rank has no effect: the model was made ready for lora"),
+        ({"tokenizer_name": "t"}, "tokenizer_name has no effect: a tokenizer is given"),
+        ({"do_eval": True}, "do_eval has no effect: there are no eval_data"),
+        ({"do_train": False}, "do_train has no effect: train.. trains"),
+        ({"dev_ratio": 0.2, "eval_data": records(2)}, "dev_ratio has no effect"),
+    ],
+)
+def test_flags_that_mean_nothing_in_a_call_are_told(tmp_path, overrides, told):
+    directory = model_dir(tmp_path)
+    model = glmlora.AutoModel.from_pretrained(directory)
+    if "lora_rank" in overrides:
+        model = glmlora.get_peft_model(model, glmlora.LoraConfig(r=2))
+    for name in ("config_name", "tokenizer_name"):
+        if name in overrides:
+            overrides = {name: directory}
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(directory)
+    with pytest.warns(UserWarning, match=told):
+        run(model, tmp_path / "o", max_steps=1, tokenizer=tokenizer, **overrides)
+
+
+def test_max_samples_in_a_call(tmp_path):
+    result = run(model_dir(tmp_path), tmp_path / "o", max_samples=3, max_steps=1)
+    assert (result.rows, result.rows_skipped) == (3, 0)

@@ -51,6 +51,8 @@ def run(model: Any, out: Path, data: Any = None, **overrides: Any) -> TrainResul
         **QUIET,
         **overrides,
     }
+    if settings.get("max_steps", 0) > 0:  # in place of epochs
+        settings.pop("num_train_epochs")
     return glmlora.train(model, records() if data is None else data, **settings)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from . import default, of
 from .family import Family, Tokenizer
 from .messages import check_rounds
+from .vendored import TEMPLATES
 
 
 def chat_ids(
@@ -103,7 +104,7 @@ def _answer_ids(tokenizer: Tokenizer, response: str, template: str) -> list[int]
 
 
 def _writer(tokenizer: Tokenizer, template: str) -> Family:
-    _one_of("template", template, ("auto", "vendored"))
+    _one_of("template", template, TEMPLATES)
     return of(tokenizer.family) if template == "auto" else default()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from .foreign import folder_kind
 from .mapped import owned
 from .safetensors import read_safetensors, write_safetensors
+from .small import REPLACED
 from .staging import staged
 from .tensor import Source, Tensor, Tensors, same, short_repr, sources, to_arrays, to_bf16
 from .torchfile import ZIP_MAGIC, read_torch, write_torch
@@ -54,6 +55,8 @@ TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".bin")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+# Under which a training program's file (Lightning, DeepSpeed, a script) has the model's tensors.
+STATE_DICTS = ("state_dict", "model_state_dict", "module", "model")
 RECOMPUTED = "inv_freq"  # rotary frequencies: files have them or not, and nobody reads them
 
 
@@ -76,6 +79,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def _flat(path: str | os.PathLike, value: Any) -> dict[str, Tensor]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected names and tensors")
+    value = _state_dict(value)
     for name, tensor in value.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
@@ -85,17 +89,25 @@ def _flat(path: str | os.PathLike, value: Any) -> dict[str, Tensor]:
     return value
 
 
+def _state_dict(value: dict[Any, Any]) -> dict[Any, Any]:
+    """The model's tensors in what a training program saved beside other things; else `value`."""
+    parts = [value[name] for name in STATE_DICTS if isinstance(value.get(name), dict)]
+    whole = [part for part in parts if part and all(isinstance(t, Tensor) for t in part.values())]
+    return whole[0] if len(whole) == 1 and len(parts) == 1 else value
+
+
 def load_checkpoint(
     directory: str | os.PathLike,
     prefer: str = "safetensors",
     wrap: Callable[[list[str]], Iterable[str]] = lambda names: names,
+    only: bool = False,
 ) -> dict[str, Tensor]:
     """Map the weights of a model directory, sharded or not: name -> Tensor. Nothing is read yet.
 
-    `prefer` is "safetensors" or "bin", for directories with both. `wrap` gets the list of shard
-    names, if there are shards, and is iterated over in its place (a progress bar). Raises
-    FileNotFoundError for a missing folder, file or shard; ValueError naming file and tensor for
-    damaged files and for an index that does not agree with its shards.
+    `prefer` is "safetensors" or "bin", for directories with both; with `only`, no other form is
+    taken. `wrap` gets the list of shard names, if there are shards, and is iterated over in its
+    place (a progress bar). Raises FileNotFoundError for a missing folder, file or shard; ValueError
+    naming file and tensor for damaged files and for an index that does not agree with its shards.
     """
     directory = Path(directory)
     if prefer not in ("safetensors", "bin"):
@@ -103,6 +115,7 @@ def load_checkpoint(
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory")
     order = (SAFETENSORS, TORCH) if prefer == "safetensors" else (TORCH, SAFETENSORS)
+    order = order[:1] if only else order
     for name in order:
         if (directory / name).exists():
             return _read_kind(directory / name)
@@ -197,6 +210,7 @@ def save_sharded(
     tensors: Tensors,
     max_shard_size: int | str = "10GB",
     safetensors: bool = True,
+    beside: Callable[[Path], None] | None = None,
 ) -> list[str]:
     """Write the weights of a model directory: one file, or shards of at most `max_shard_size`
     bytes and an index.
@@ -204,9 +218,10 @@ def save_sharded(
     `tensors` as for write_safetensors; shards are filled in the order given, and a tensor larger
     than the limit has one to itself. Everything is written beside the old files first and takes
     their place at the end, when weight files of an earlier save in the same form are removed; an
-    interrupted save leaves the old weights (`staging.staged`). Returns the names written. Raises
-    OSError naming the file; FileExistsError when a .bin would stand beside safetensors weights,
-    which readers prefer.
+    interrupted save leaves the old weights (`staging.staged`). beside: writes further files into
+    the directory it is given; they take their place together with the weights. Returns the names
+    of the weight files. Raises OSError naming the file; FileExistsError when a .bin would stand
+    beside safetensors weights, which readers prefer.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -223,7 +238,8 @@ def save_sharded(
     if len(shards) == 1:
         files = [name]
     write = write_safetensors if safetensors else write_torch
-    with staged(directory, stale=_weight_files(name)) as new:
+    stale = _weight_files(name, beside is not None)
+    with staged(directory, stale) as new:
         for file, shard in zip(files, shards, strict=True):
             write(new / file, shard)
         if len(files) > 1:
@@ -234,6 +250,8 @@ def save_sharded(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(new / (name + INDEX), index)
             files.append(name + INDEX)
+        if beside is not None:
+            beside(new)
     return files
 
 
@@ -258,7 +276,10 @@ def _parse_size(size: int | str) -> int:
     return int(match[1]) * units[match[2]]
 
 
-def _weight_files(name: str) -> re.Pattern[str]:
-    """Names of all weight files in the form of `name`, whatever the number of shards."""
+def _weight_files(name: str, whole: bool) -> re.Pattern[str]:
+    """Names of all weight files in the form of `name`, whatever the number of shards; of a `whole`
+    directory also of what another model's save may have left.
+    """
     stem, suffix = map(re.escape, os.path.splitext(name))
-    return re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?{suffix}({re.escape(INDEX)})?")
+    weights = rf"{stem}(-\d{{5}}-of-\d{{5}})?{suffix}({re.escape(INDEX)})?"
+    return re.compile(f"{weights}|{REPLACED.pattern}" if whole else weights)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .regular import read_bytes
-from .write import refuse_lfs_pointer
+from .write import no_key_twice, refuse_lfs_pointer
 
 EXTENSIONS = (".csv", ".json", ".jsonl")
 
@@ -198,16 +198,7 @@ def _read_csv(path: str, text: str) -> list[dict[str, Any]]:
 # JSON
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        for name, value in pairs:
-            if result[name] != value:
-                raise ValueError(f"key {name!r} stands twice in an object, with different values")
-    return result
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_key_twice)
+_DECODER = json.JSONDecoder(object_pairs_hook=no_key_twice)
 
 
 def _parse(path: str, text: str, line: int | None = None) -> Any:

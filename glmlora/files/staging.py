@@ -54,12 +54,13 @@ def temporary(folder: Path, directory: bool = False) -> tuple[Path, int]:
             with suppress(OSError):
                 path.rmdir()
             raise
-        if lock(descriptor) and _is(path, descriptor):
+        if lock(descriptor) and same_file(path, descriptor):
             return path, descriptor
         os.close(descriptor)
 
 
-def _is(path: Path, descriptor: int) -> bool:
+def same_file(path: Path, descriptor: int) -> bool:
+    """Whether an open file is what stands under `path` (still, or by now)."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -82,7 +83,7 @@ def remove_litter(folder: str | os.PathLike) -> None:
             try:
                 # Refused where it is held. Where there are no locks nobody knows whose it is.
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not _is(path, descriptor):
+                if not same_file(path, descriptor):
                     continue
                 if path.is_dir():
                     _put_back(path)
@@ -122,11 +123,13 @@ def staged(folder: Path, stale: re.Pattern[str] | None = None) -> Iterator[Path]
             raise
         sync_directory(folder)
     except OSError as error:
-        if not str(error.filename).startswith(str(place)):
+        if error.errno is None:
             raise
-        # Its place, not the one it was written in.
-        parts = Path(error.filename).relative_to(place).parts[1:]
-        raise OSError(error.errno, error.strerror, str(folder.joinpath(*parts))) from error
+        # Named by its place, not by the one it is written in; a failed write has no name at all.
+        named = Path(folder if error.filename is None else error.filename)
+        if place in named.parents:
+            named = folder.joinpath(*named.relative_to(place).parts[1:])
+        raise OSError(error.errno, error.strerror, str(named)) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
         os.close(descriptor)

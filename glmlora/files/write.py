@@ -128,10 +128,21 @@ _JSON_NAMES = {
 }
 
 
-def read_json(path: str | os.PathLike, expect: type | None = None) -> Any:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON decoder's pairs. ValueError for a key with two values: one is lost."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        for name, value in pairs:
+            if result[name] != value:
+                raise ValueError(f"key {name!r} stands twice in an object, with different values")
+    return result
+
+
+def read_json(path: str | os.PathLike, expect: type | None = None, unique: bool = False) -> Any:
     """Read one JSON value from a UTF-8 file, with or without a byte order mark.
 
-    `expect` is dict or list: what the outermost value must be. Raises ValueError naming the file
+    `expect` is dict or list: what the outermost value must be. unique: keys may not stand twice
+    with different values, as in files that a person writes. Raises ValueError naming the file
     and the byte of text that is not UTF-8, the line and column of text that is not JSON, or the
     kind of value found.
     """
@@ -139,7 +150,8 @@ def read_json(path: str | os.PathLike, expect: type | None = None) -> Any:
     refuse_lfs_pointer(path, data)
     mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     try:
-        value = json.loads(data[mark:].decode("utf-8"))
+        hook = no_key_twice if unique else None
+        value = json.loads(data[mark:].decode("utf-8"), object_pairs_hook=hook)
     except UnicodeDecodeError as error:
         offset = mark + error.start
         byte = data[offset]
@@ -149,7 +161,7 @@ def read_json(path: str | os.PathLike, expect: type | None = None) -> Any:
         raise ValueError(f"{path}: not JSON: {error.msg} at {where}") from None
     except RecursionError:
         raise ValueError(f"{path}: JSON nested too deeply") from None
-    except ValueError as error:  # a number with thousands of digits
+    except ValueError as error:  # a key twice, or a number with thousands of digits
         raise ValueError(f"{path}: not JSON: {error}") from None
     if expect is not None and not isinstance(value, expect):
         found = _JSON_NAMES[type(value)]
@@ -192,15 +204,3 @@ def map_file(path: str | os.PathLike) -> np.ndarray:
         if size <= LFS_POINTER_MAX:
             refuse_lfs_pointer(path, file.read())
         return _core.map_file(file.fileno(), path)
-
-
-def model_directory(path: str | os.PathLike) -> Path:
-    """`path` as a Path. OSError if there is no such directory: nothing is ever downloaded."""
-    directory = Path(path)
-    if not directory.is_dir():
-        raise OSError(
-            f"{os.fspath(path)!r}: looked for a local directory (from {os.getcwd()}) and found "
-            "none; glmlora downloads "
-            "nothing, so give the path of a model that is already on this machine"
-        )
-    return directory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -117,10 +117,10 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, config: HasEnds | None = None
+        cls, path: str | os.PathLike, config: HasEnds | None = None, **fields: Any
     ) -> GenerationConfig:
-        """Read `path/generation_config.json`. Keys that are no fields here, or have values that
-        cannot be, are named by one warning.
+        """Read `path/generation_config.json`, then set `fields`. Keys that are no fields here, or
+        have values that cannot be, are named by one warning.
         """
         file = Path(path) / "generation_config.json"
         found = cls() if config is None else cls.from_model_config(config)
@@ -136,17 +136,26 @@ class GenerationConfig:
                     setattr(found, name, value)
         if unused:
             tell.warn(f"{file}: is not used: {'; '.join(unused)}")
+        found.update(**fields)
         return found
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **fields: Any) -> GenerationConfig:
+        """Of fields by name."""
+        return cls(**{**config_dict, **fields})
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `directory/generation_config.json`: the fields that are not at their defaults."""
-        changed = {
-            f.name: v.tolist() if isinstance(v, np.ndarray | np.generic) else v
-            for f in fields(self)
-            if (v := getattr(self, f.name)) is not None and v is not f.default and v != f.default
-        }
         Path(directory).mkdir(parents=True, exist_ok=True)
-        write_json(Path(directory) / "generation_config.json", changed)
+        write_json(Path(directory) / "generation_config.json", self._changed())
+
+    def _changed(self) -> dict[str, Any]:
+        """Fields that are not at their defaults; arrays as lists."""
+        plain = {
+            n: v.tolist() if isinstance(v, np.ndarray | np.generic) else v
+            for n, v in self.to_dict().items()
+        }
+        return {f.name: plain[f.name] for f in fields(self) if plain[f.name] != f.default}
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
@@ -239,9 +248,7 @@ class GenerationConfig:
         return bool(self.do_sample) and self.temperature > 0
 
     def __repr__(self) -> str:
-        values = ((f, getattr(self, f.name)) for f in fields(self))
-        changed = (f"{f.name}={value!r}" for f, value in values if value != f.default)
-        return f"GenerationConfig({', '.join(changed)})"
+        return f"GenerationConfig({', '.join(f'{n}={v!r}' for n, v in self._changed().items())})"
 
 
 # Whole numbers and their least values; numbers; switches; ids, or lists of them.
@@ -353,6 +360,29 @@ def check_names(function: Function, given: Iterable[str]) -> None:
         if name not in known and name not in NOTHING and name not in REFUSED:
             near = did_you_mean(name, known)
             raise TypeError(f"{function.__name__}: unknown argument {name!r}{near}")
+
+
+def tell_without_effect(function: Function, g: GenerationConfig, named: set[str]) -> None:
+    """Say once which of the settings that a call names have no effect beside the others."""
+    kept = {"output_scores", "output_logits"}
+    for names, idle, why in (
+        ({"temperature", "top_k", "top_p", "min_p"}, not g.do_sample, "without do_sample=True"),
+        (
+            {"length_penalty", "early_stopping", "renormalize_logits"},
+            g.num_beams == 1,
+            "with num_beams=1",
+        ),
+        (kept, not g.return_dict_in_generate, "without return_dict_in_generate=True"),
+        (kept, g.num_beams > 1, "with beams, of which sequences_scores are kept"),
+        ({"max_length"}, g.max_new_tokens is not None, "beside max_new_tokens"),
+        ({"min_length"}, g.min_new_tokens is not None, "beside min_new_tokens"),
+    ):
+        default = g.__dataclass_fields__
+        given = [n for n in sorted(names & named) if getattr(g, n) != default[n].default]
+        if idle and given:
+            tell.once(f"{function.__name__}: {', '.join(given)}: no effect {why}")
+    if not g.return_dict_in_generate or g.num_beams > 1:
+        g.output_scores = g.output_logits = False
 
 
 def spelled_out(arguments: Any) -> Callable[[Function], Function]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..families.recognition import check_adapter
 from ..files.checkpoint import read_weights, write_json, write_safetensors, write_torch
 from ..files.staging import staged
 from ..seeds import generator
@@ -21,6 +22,8 @@ from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import PEFT_PREFIX, float_array
+from .template import FILE as TEMPLATE
+from .template import read_template, write_template
 
 T = TypeVar("T")
 SAFETENSORS = "adapter_model.safetensors"
@@ -35,6 +38,7 @@ class Adapter:
     """One LoRA adapter: its config and, while it is not the active one, its tensors.
 
     tensors  {module: (A (r, in), B (out, r))} float32
+    template  what it was trained with, None: not known, so the base's
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Adapter:
         self.config = config
         self.targets = targets
         self.tensors = tensors
+        self.template: str | None = None
 
     def names(self) -> list[str]:
         """The core's names of its tensors, A before B, in the order of the modules."""
@@ -122,6 +127,7 @@ def read_adapter(
         targets = config.targets(model)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from None
+    check_adapter(directory, config.base_model_name_or_path, model.config.family)
     adapter = Adapter(config, targets, {})
     arrays = fitting(files[0], model, targets, plain_names(files[0], read_weights(files[0])))
     zero = [n for n in arrays if n.endswith(".lora_B.weight") and not arrays[n].any()]
@@ -133,6 +139,7 @@ def read_adapter(
             stacklevel=4,
         )
     adapter.take(arrays)
+    adapter.template = read_template(directory)
     return adapter
 
 
@@ -209,6 +216,7 @@ def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -
     write = write_safetensors if safe_serialization else write_torch
     file, other = (SAFETENSORS, TORCH) if safe_serialization else (TORCH, SAFETENSORS)
     # Together or not at all; readers would find an older one of the other form first.
-    with staged(directory, stale=re.compile(re.escape(other))) as new:
+    with staged(directory, stale=re.compile(f"{re.escape(other)}|{re.escape(TEMPLATE)}")) as new:
         write(new / file, adapter.state())
         write_json(new / CONFIG, fields)
+        write_template(new, adapter.template)

@@ -10,13 +10,26 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..families import recognition
-from ..files.foreign import refuse_quantization
-from ..files.write import model_directory, read_json, write_json
+from ..files.foreign import folder_kind, refuse_quantization
+from ..files.hub import check_keywords, model_directory
+from ..files.small import whole_references
+from ..files.write import read_json, write_json
+from .keywords import (
+    CONFIG_NEUTRAL,
+    CONFIG_REASONS,
+    SAVE_NEUTRAL,
+    SAVE_REASONS,
+    ConfigKeywords,
+    SaveKeywords,
+)
 from .quantization import check_form
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What the published configuration class assumes for keys that a file leaves out.
 DEFAULTS: dict[str, Any] = {
@@ -76,6 +89,7 @@ _OTHER_NAMES = {  # what newer programs call a key
     "num_hidden_layers": "num_layers",
     "vocab_size": "padded_vocab_size",
 }
+_MORE_KEYS = ("prefix_dropout", "use_cache", "name_or_path", "bos_token_id", *_OTHER_NAMES)
 # What only this package writes: what users said when they opened the model, and config.json lacks.
 OWN_ROPE_MODE = "glmlora_rope_mode"
 OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
@@ -143,26 +157,46 @@ class ChatGLMConfig:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        cache_dir: str | None = None,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
         family: str | None = None,
         rope_mode: str | None = None,
-        **overrides: Any,
+        subfolder: str = "",
+        **overrides: Unpack[ConfigKeywords],
     ) -> ChatGLMConfig:
-        """Read `path/config.json`. `overrides` replace its keys (`pre_seq_len=128`).
+        """Read `config.json` of a local directory, or of `subfolder` in it. `overrides` replace its
+        keys (`pre_seq_len=128`).
 
-        `trust_remote_code`, `revision` and `cache_dir` are accepted and mean nothing: only local
-        files are read and none is executed. Raises OSError when the directory or file is absent,
-        ValueError for a field that is wrong or a model this release does not support.
+        Keywords of transformers that are about downloads (`trust_remote_code`, `revision`,
+        `cache_dir`, `token`, `local_files_only`, ...: NOTHING in files/hub.py) are accepted and
+        mean nothing: only local files are read and none is executed. Raises OSError when the
+        directory or file is absent, ValueError for a field that is wrong or a model this release
+        does not support, TypeError for a keyword that is no key of a config.
         """
-        directory = model_directory(path)
+        directory = model_directory(pretrained_model_name_or_path, subfolder)
         file = directory / "config.json"
         if not file.exists():
-            raise OSError(f"{file}: not found; a model directory holds config.json and the weights")
+            adapter = (directory / "adapter_config.json").exists()
+            what = (
+                "; it is an adapter's directory: open its base model, then "
+                "PeftModel.from_pretrained(model, directory)"
+                if adapter
+                else folder_kind(directory)
+            )
+            raise OSError(
+                f"{file}: not found; a model directory holds config.json and the weights{what}"
+            )
         fields = read_json(file, dict)
-        fields.update(overrides)
+        keys = {k: v for k, v in overrides.items() if k in fields or is_key(k)}
+        others = {k: v for k, v in overrides.items() if k not in keys}
+        check_keywords(
+            f"{cls.__name__}.from_pretrained",
+            others,
+            ["family", "rope_mode", "subfolder", *fields, *DEFAULTS],
+            CONFIG_NEUTRAL,
+            CONFIG_REASONS,
+        )
+        fields.update(keys)
         try:
             if family is None:
                 family = recognition.find(fields, directory, tokenizer_fields(directory))
@@ -254,20 +288,36 @@ class ChatGLMConfig:
         """The keys of `config.json`: everything read, and defaults that were not."""
         return {k: v for k, v in self.__dict__.items() if k not in ("family", "_rope_mode")}
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `directory/config.json`, atomically; the directory is made if it is absent."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
+    def file_fields(self, *folders: Path) -> dict[str, Any]:
+        """What `config.json` in a directory says. folders: where its files are, or are going to be:
+        `auto_map` names no code that is in none of them.
+        """
         fields = self.to_dict()
         if fields["pre_seq_len"] is None:
             del fields["pre_seq_len"], fields["prefix_projection"]
         for name in ("rope_ratio", "quantization_bit", "torch_dtype"):
             if fields[name] == DEFAULTS[name]:
                 del fields[name]
+        if "auto_map" in fields:
+            fields["auto_map"] = whole_references(fields["auto_map"], folders)
+            if fields["auto_map"] is None:
+                del fields["auto_map"]
         if not recognition.tells(fields, self.family):
             fields[recognition.OWN_KEY] = self.family
         if self._rope_mode is not None:
             fields[OWN_ROPE_MODE] = self._rope_mode
-        write_json(Path(directory) / "config.json", fields)
+        return fields
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], **others: Unpack[SaveKeywords]
+    ) -> None:
+        """Write config.json into a directory, atomically; the directory is made if it is absent.
+        Its `auto_map` keeps the entries whose files are there. others: as in the model's.
+        """
+        check_keywords("save_pretrained", others, ["save_directory"], SAVE_NEUTRAL, SAVE_REASONS)
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "config.json", self.file_fields(directory))
 
     def get(self, name: str, default: Any = None) -> Any:
         """Value of a key, or `default`."""
@@ -275,6 +325,11 @@ class ChatGLMConfig:
 
     def __repr__(self) -> str:
         return f"ChatGLMConfig(family={self.family!r}, {self.to_dict()})"
+
+
+def is_key(name: str) -> bool:
+    """Whether config.json may have such a key, be it there or not."""
+    return name in DEFAULTS or name in _MORE_KEYS
 
 
 def tokenizer_fields(directory: Path) -> dict[str, Any]:
@@ -291,23 +346,29 @@ def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a config.json in the form that this package reads, with defaults of the others.
 
     Other programs write some of them otherwise: null for the default, 28.0 for 28, another name, a
-    list around a value (a stray comma in a published copy made it a tuple, and each save adds one).
+    list around a value.
     """
     found = {
         k: v
         for k, v in fields.items()
         if v is not None or DEFAULTS.get(k) is None or k in _MAY_BE_NULL
     }
+    for name in set(found) & set(DEFAULTS) - {"eos_token_id"}:
+        found[name] = innermost(found[name])
     for other, name in _OTHER_NAMES.items():
         if found.get(name) is None and found.get(other) is not None:
             found[name] = found[other]
     for name in _SIZES:
         if isinstance(found.get(name), float) and found[name].is_integer():
             found[name] = int(found[name])
-    projection = found.get("prefix_projection")
-    while isinstance(projection, list | tuple) and len(projection) == 1:
-        found["prefix_projection"] = projection = projection[0]
     return {**DEFAULTS, **found}
+
+
+def innermost(value: Any) -> Any:
+    """The value in lists of one item, as a stray comma in a published config makes them."""
+    while isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    return value
 
 
 class AutoConfig:

@@ -10,23 +10,27 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
+from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import generate as _generate
 from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
+from ..tell import warn
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
 from .device import Device, backend_of
+from .keywords import SaveKeywords
+from .output import CausalLMOutput, mean_loss
 from .parameters import (
     DTYPE_NAMES,
     PEFT_PREFIX,
@@ -54,36 +58,15 @@ from .parameters import (
 )
 from .quantization import SCALE, QuantizedTensor, check_form, is_quantized, join
 from .quantization import quantize as quantize_tensor
+from .saving import Opened, check_saving, weight_sources, write_beside
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
 # out of which the weights are read again and again, need some.
 _FREE_FOR_ACTIVATIONS = 0.7
 _LEAST_BUDGET = 1 << 30  # GLM_DEFAULT_BUDGET in csrc/model/state.h
-_LOSS_ROWS = 64  # rows of logits that are widened at a time for the loss of forward
-
-
-@dataclass
-class CausalLMOutput:
-    """What `model(...)` returns. B rows, T tokens, V vocabulary, H hidden size, L layers.
-
-    logits float32 (B, T, V), 0 over padding; loss float (mean over the labelled tokens of the
-    batch, nats) or None; past_key_values: what to pass back with the tokens that follow, or None
-    where the cache is off; hidden_states: None or L + 1 float32 (B, T, H), before the final norm, 0
-    over padding.
-    """
-
-    logits: np.ndarray
-    loss: float | None = None
-    past_key_values: PastKeyValues | None = None
-    hidden_states: tuple[np.ndarray, ...] | None = None
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """(loss, logits, past_key_values, hidden_states) without those that are None."""
-        found = (self.loss, self.logits, self.past_key_values, self.hidden_states)
-        return tuple(v for v in found if v is not None)
-
-    def __getitem__(self, key: int | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
 
 class _Casts:
@@ -140,9 +123,11 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.active_adapter_name = "default"
         self._dropout_key = seeds.next_key()
         self.generation_config = GenerationConfig.from_model_config(config)
+        self.opened = Opened(None, {}, self.generation_config)
         self.transformer = Transformer(self)
         self.has_prefix = False
         self.prefix_is_fresh = False
+        self.prompt_template = "auto"  # or what it was trained with: of its chats
         self.cached_row: CachedRow | None = None  # kept between chats
         self.gradient_checkpointing = False
         self._reserved = (0, 0, 0)  # sizes of the largest training step so far
@@ -161,6 +146,11 @@ class ChatGLMForConditionalGeneration(_Casts):
             self._bind(name, _converted(tensor, "F32") if tensor.dtype == "F64" else tensor)
         if config.pre_seq_len is not None:
             self._build_prefix(prefix)
+        elif prefix:
+            warn(
+                f"the P-Tuning prefix beside the weights ({len(prefix)} tensors) is not used: open "
+                "the model with pre_seq_len=.. for it"
+            )
 
     @cached_property
     def dropout_seed(self) -> int:
@@ -482,34 +472,35 @@ class ChatGLMForConditionalGeneration(_Casts):
 
     def save_pretrained(
         self,
-        directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *,
         max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+        **others: Unpack[SaveKeywords],
     ) -> None:
-        """Write config.json and the base weights (and a prefix, if there is one) as a model
-        directory, atomically.
+        """Write the base weights (and a prefix, if there is one) as a whole model directory,
+        atomically: with config.json, generation_config.json, and the small files of the directory
+        that was opened (tokenizer, template, licence, code that `auto_map` names) that are not
+        there yet.
 
         LoRA tensors are not among them: PeftModel.save_pretrained writes those, merge_and_unload()
-        folds them in. Raises OSError naming the file.
+        folds them in. is_main_process=False writes nothing. others: keywords of transformers that
+        mean nothing here or are refused (SAVE_NEUTRAL and SAVE_REASONS in keywords.py). Raises
+        OSError naming the file.
         """
-        listed = []
-        for name, shape in self._shapes.items():
-            get = self._tensor
-            tensor = self._stored.get(name)
-            if isinstance(tensor, QuantizedTensor):
-                for key, part in ((name, tensor.integers), (name + SCALE, tensor.scale)):
-                    listed.append((key, part.dtype, part.shape, lambda part=part: part))
-                continue
-            listed.append((name, self.stored_dtype(name), shape, lambda n=name, get=get: get(n)))
-        for name in self.core.names():
-            if name.startswith(prefix_of(self.config)):
-                shape, read = self.core.shape(name), self.core.read
-                listed.append((name, "F32", shape, lambda n=name, read=read: read(n)))
-        self.config.torch_dtype = self.dtype
-        if self.config.get("dtype") is not None:  # the key's newer name
-            self.config.dtype = self.dtype
-        self.config.save_pretrained(directory)
-        save_sharded(directory, listed, max_shard_size, safetensors=safe_serialization)
+        check_saving("save_pretrained", others)
+        if not is_main_process:
+            return
+        os.makedirs(save_directory, exist_ok=True)
+        with owned(save_directory, shared=True):
+            save_sharded(
+                save_directory,
+                weight_sources(self),
+                max_shard_size,
+                safetensors=safe_serialization,
+                beside=lambda new: write_beside(self, new, Path(save_directory)),
+            )
 
     # What is trained
 
@@ -668,7 +659,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         if labels is not None:
             rows, targets = batch.rows_and_targets()
             if rows.size:
-                loss = _mean_loss(flat, rows, targets)
+                loss = mean_loss(flat, rows, targets)
             else:
                 warnings.warn("labels: all are masked (-100), so there is no loss", stacklevel=2)
         states = None
@@ -771,20 +762,6 @@ def _quantizing(names: list[str], nbytes: int) -> Iterable[str]:
 
 def _converted(tensor: Tensor, dtype: str) -> Tensor:
     return Tensor(_core.convert(tensor.data, tensor.dtype, dtype), dtype)
-
-
-def _mean_loss(logits: np.ndarray, rows: np.ndarray, targets: np.ndarray) -> float:
-    """Mean of lse(logits[row]) - logits[row, target] in double. Here, as the caller has the logits
-    already: the core's `loss` would run the model a second time for it.
-    """
-    total = 0.0
-    for start in range(0, rows.size, _LOSS_ROWS):
-        part = slice(start, start + _LOSS_ROWS)
-        scores = logits[rows[part]].astype(np.float64)
-        top = scores.max(axis=1)
-        lse = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
-        total += float((lse - scores[np.arange(len(scores)), targets[part]]).sum())
-    return total / rows.size
 
 
 def _device_of(backend: str) -> Device:

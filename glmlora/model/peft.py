@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 import numpy as np
 
 from .. import _core
+from ..families.recognition import OWN_KEY, check_adapter
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
+from ..files.owner import owned
 from ..generation.config import GenerationConfig
 from ..names import did_you_mean
 from .adapter import (
@@ -38,7 +40,7 @@ from .adapter_config import (
     TaskType,  # noqa: F401  scripts look for it beside LoraConfig
     unknown_argument,
 )
-from .configuration import ChatGLMConfig
+from .configuration import ChatGLMConfig, innermost
 from .device import Device
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
@@ -49,7 +51,10 @@ from .parameters import (
     is_lora,
     prefix_of,
     prefix_shapes,
+    without_wrappers,
 )
+from .saving import write_beside
+from .template import read_template
 
 # Keywords with which adapters are loaded elsewhere, and what this release lacks of PEFT's wrapper.
 _LOADING = frozenset(
@@ -60,13 +65,25 @@ _NOT_HERE = {
     "add_weighted_adapter": "; merge_and_unload(adapter_names=[..]) adds several",
     "merge_adapter": "; merge_and_unload() merges, on a copy where the base is needed again",
     "unmerge_adapter": "; load the base again",
+    "base_model_torch_dtype": "; see dtype",
     "create_or_update_model_card": "",
     "get_layer_status": "; see active_adapter and trainable_names",
     "get_model_status": "; see active_adapter and trainable_names",
     "get_prompt": "",
+    "get_model_config": "; see config",
+    "get_prompt_embedding_to_save": "; see glmlora.save_prefix",
+    "has_active_enabled_adapter": "; see active_adapter",
     "inject_adapter": "; get_peft_model attaches",
+    "modules_to_save": "",
+    "prefix": "",
+    "prepare_model_for_gradient_checkpointing": "; see gradient_checkpointing_enable",
     "push_to_hub": "; save_pretrained writes a folder",
     "set_requires_grad": "; see set_adapter and set_trainable",
+    "subtract_mutated_init": "",
+    "supports_lora_conversion": "",
+    "target_module_mapping": "",
+    "tuner_layer_cls": "",
+    "uses_shared_state": "",
 }
 
 Base = ChatGLMForConditionalGeneration
@@ -131,7 +148,6 @@ class PeftModel:
     dtype: str
     compute_dtype: str
     training: bool
-    generation_config: GenerationConfig
     transformer: Transformer
     trainable_names: list[str]
     name_or_path: str | None
@@ -158,7 +174,8 @@ class PeftModel:
                 "model: has a LoRA adapter already; unload() or merge_and_unload() it first"
             )
         if peft_config.base_model_name_or_path is None:
-            peft_config.base_model_name_or_path = model.config.get("_name_or_path") or None
+            named = model.name_or_path or model.config.get("_name_or_path")
+            peft_config.base_model_name_or_path = named or None
         self._adapters[adapter_name] = fresh_adapter(model, peft_config, seed)
         self._attach(adapter_name)
 
@@ -170,6 +187,7 @@ class PeftModel:
     ) -> None:
         _check_adapter_name(adapter_name)
         self._base = model
+        self._base_template = model.prompt_template
         self._adapters: dict[str, Adapter] = {}
         self.peft_config: dict[str, LoraConfig | PrefixTuningConfig] = {adapter_name: config}
         self.active_adapter = adapter_name
@@ -178,6 +196,15 @@ class PeftModel:
     def base_model(self) -> _Tuner:
         """`.base_model.model` is the base, as in PEFT."""
         return _Tuner(self._base)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The base's; setting it sets the base's."""
+        return self._base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self._base.generation_config = config
 
     def get_base_model(self) -> ChatGLMForConditionalGeneration:
         """The base that was wrapped, the adapter still in it."""
@@ -352,6 +379,7 @@ class PeftModel:
             base.core.add_lora(module, A, B, scale, float(adapter.config.lora_dropout))
         base.core.enable_lora(True)
         base.active_adapter_name = self.active_adapter = name
+        base.prompt_template = adapter.template or self._base_template
         if not adapter.config.inference_mode:
             base.set_trainable(adapter.names())
 
@@ -387,11 +415,14 @@ class PeftModel:
         """Compute as the base alone until `enable_adapter_layers`."""
         self._need_lora("disable_adapter")
         self._base.core.enable_lora(False)
+        self._base.prompt_template = self._base_template
 
     def enable_adapter_layers(self) -> None:
         """Compute with the active adapter again."""
         self._need_lora("enable_adapter_layers")
         self._base.core.enable_lora(True)
+        adapter = self._adapters[self.active_adapter]
+        self._base.prompt_template = adapter.template or self._base_template
 
     def _need_lora(self, what: str) -> None:
         if not self._adapters:
@@ -434,6 +465,7 @@ class PeftModel:
         self._fetch()
         self._base.set_trainable([])
         self._base.core.remove_lora()
+        self._base.prompt_template = self._base_template
         return self._base
 
     # The base's methods, with its signatures
@@ -484,6 +516,14 @@ class PeftModel:
     def print_trainable_parameters(self) -> None:
         """Print one line: trainable and all parameters, and their ratio in percent."""
         print(trainable_line(self._base))
+
+    def set_prompt_template(self, template: str) -> None:
+        """Say what the active adapter (or the prefix) is trained with, "auto" or "vendored": chats
+        take it, and it is saved.
+        """
+        self._base.prompt_template = template
+        if self._adapters:
+            self._adapters[self.active_adapter].template = template
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The active adapter's tensors, float32, under the names that its file has."""
@@ -551,12 +591,14 @@ class PeftModel:
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"{directory}: is a file, expected a directory")
         self._fetch()
-        for name in names:
-            write_adapter(
-                directory if name == self.active_adapter else directory / name,
-                self._adapters[name],
-                safe_serialization,
-            )
+        directory.mkdir(parents=True, exist_ok=True)
+        with owned(directory, shared=True):
+            for name in names:
+                write_adapter(
+                    directory if name == self.active_adapter else directory / name,
+                    self._adapters[name],
+                    safe_serialization,
+                )
 
     def __repr__(self) -> str:
         return f"PeftModel({self._base!r}, adapter={self.active_adapter!r})"
@@ -668,8 +710,13 @@ def save_prefix(
     read = model.core.read
     names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
     Path(directory).mkdir(parents=True, exist_ok=True)
-    save_sharded(directory, {n: read(n) for n in names}, safetensors=False)
-    model.config.save_pretrained(directory)
+    with owned(directory, shared=True):
+        save_sharded(
+            directory,
+            {n: read(n) for n in names},
+            safetensors=False,
+            beside=lambda new: write_beside(model, new, Path(directory)),
+        )
 
 
 def load_prefix(
@@ -685,9 +732,9 @@ def load_prefix(
     file = directory / "config.json"
     fields = read_json(file, dict) if file.exists() else {}
     arrays = {
-        n.removeprefix(start): np.ascontiguousarray(a, np.float32)
+        plain.removeprefix(start): np.ascontiguousarray(a, np.float32)
         for n, a in load_state_dict(directory).items()
-        if n.startswith(start)
+        if (plain := without_wrappers(n)).startswith(start)
     }
     if "embedding.weight" not in arrays:
         raise ValueError(
@@ -695,9 +742,9 @@ def load_prefix(
         )
     length = fields.get("pre_seq_len") or arrays["embedding.weight"].shape[0]
     projection = fields.get("prefix_projection", "trans.0.weight" in arrays)
-    if isinstance(projection, list) and len(projection) == 1:
-        projection = projection[0]
+    projection = innermost(projection)
     config = base.config
+    check_adapter(directory, fields.get("_name_or_path"), config.family, fields.get(OWN_KEY))
     if base.has_prefix and config.pre_seq_len != length:
         raise ValueError(
             f"{file}: pre_seq_len is {length}, the model was built with {config.pre_seq_len}"
@@ -726,6 +773,7 @@ def load_prefix(
     except ValueError as error:
         config.pre_seq_len, config.prefix_projection = before
         raise ValueError(f"{directory}: {error}") from None
+    base.prompt_template = read_template(directory) or base.prompt_template
     return model
 
 

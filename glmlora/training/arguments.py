@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from .. import families
 from ..files.regular import regular
 from ..files.write import read_json
-from .flags import REQUIRED, Flag, Group, StrPath, about, convert, flags_of, option
+from ..names import did_you_mean
+from .flags import REQUIRED, Flag, Group, StrPath, about, convert, flags_of, given_twice, option
 
 SCHEDULERS = (
     "linear",
@@ -202,7 +204,7 @@ class TrainingArguments(Group):
     logging_strategy: str = option("steps", "S", "when to log", STRATEGIES)
     logging_first_step: bool = option(False, "S", "log the first update too")
     logging_steps: float = option(500, "W", "updates between logs; below 1: part of all")
-    logging_nan_inf_filter: bool = option(True, "D", "keep NaN and infinite losses out of the log")
+    logging_nan_inf_filter: bool = option(True, "A", "a loss that is not finite ends the run")
     save_strategy: str = option("steps", "S", "when to save checkpoints", STRATEGIES)
     save_steps: float = option(500, "W", "updates between checkpoints; below 1: part of all")
     save_total_limit: int | None = option(None, "S", "keep the newest n checkpoints", bound=">=1")
@@ -223,9 +225,9 @@ class TrainingArguments(Group):
     fp16_opt_level: str = option("O1", "A", "mixed precision has one form")
     half_precision_backend: str = option("auto", "A", "mixed precision has one form")
     fp16_backend: str = option("auto", "A", "mixed precision has one form")
-    fp16_full_eval: bool = option(False, "S", "evaluate in float16")
-    bf16_full_eval: bool = option(False, "S", "evaluate in bfloat16")
-    tf32: bool | None = option(None, "S", "allow TF32 products on a CUDA device")
+    fp16_full_eval: bool = option(False, "A", "evaluation is in the type that training was in")
+    bf16_full_eval: bool = option(False, "A", "evaluation is in the type that training was in")
+    tf32: bool | None = option(None, "A", "fp16, bf16 and compute_dtype decide")
     local_rank: int = option(-1, "R", _ONE_DEVICE)
     ddp_backend: str | None = option(None, "R", _ONE_DEVICE)
     ddp_find_unused_parameters: bool | None = option(None, "R", _ONE_DEVICE)
@@ -264,7 +266,7 @@ class TrainingArguments(Group):
         "set adam_beta1, adam_beta2, adam_epsilon and weight_decay instead")
     adafactor: bool = option(False, "R", "the optimizer is AdamW; leave it out")
     group_by_length: bool = option(False, "S", "put rows of like length into one batch")
-    length_column_name: str = option("length", "S", "unused: lengths are counted in ids")
+    length_column_name: str = option("length", "A", "lengths are counted in ids")
     report_to: str | list[str] | None = option(None, "A",
         "logs go to trainer_log.jsonl and trainer_state.json", kind="words")
     run_name: str | None = option(None, "A", "there are no external loggers")
@@ -282,7 +284,7 @@ class TrainingArguments(Group):
         "keep 1 GiB of activations at most; without it, what fits into memory")
     auto_find_batch_size: bool = option(False, "R",
         "memory is checked before the first step; set the batch size")
-    full_determinism: bool = option(False, "S", "runs are bit-equal on the CPU anyway")
+    full_determinism: bool = option(False, "A", "runs are bit-equal on the CPU anyway")
     torchdynamo: str | None = option(None, "A", "there is nothing to compile")
     torch_compile: bool = option(False, "A", "there is nothing to compile")
     torch_compile_backend: str | None = option(None, "A", "there is nothing to compile")
@@ -405,8 +407,8 @@ def parse_train_arguments(
 
     `source`: a command line (list of words; default `sys.argv[1:]`), which may be one path ending
     in .json or .yaml; such a path; or a dict of flags. On the command line booleans are `--flag`,
-    `--flag true|false|yes|no|1|0|t|f|y|n` or, where the default is true, `--no_flag`; unambiguous
-    beginnings, `--a=b` and dashes are understood.
+    `--flag true|false|yes|no|1|0|t|f|y|n` or, where the default is true, `--no_flag`; `--a=b` and
+    dashes are understood; the beginning of a flag is not one.
 
     `notices` of the result are sentences to print once. Raises ValueError naming field, value and
     what was expected, or all unknown flags; SystemExit with code 2 and the usage on standard error
@@ -414,6 +416,7 @@ def parse_train_arguments(
     """
     if source is None:
         source = sys.argv[1:]
+    told: list[str] = []
     if isinstance(source, (str, os.PathLike)):
         values = _read_config(os.fspath(source))
     elif isinstance(source, Mapping):
@@ -421,7 +424,7 @@ def parse_train_arguments(
     elif len(source) == 1 and _is_config(source[0]):
         values = _read_config(source[0])
     else:
-        values = _parse_words(list(source), prog)
+        values, told = _parse_words(list(source), prog)
     _refuse_unknown([name for name in values if name not in _ALL])
     if "output_dir" not in values:
         raise ValueError(
@@ -431,7 +434,7 @@ def parse_train_arguments(
     for name, flags in FLAGS.items():
         given = {flag.name: values[flag.name] for flag in flags if flag.name in values}
         groups[name] = GROUPS[name](**given)
-    notices = [notice for group in groups.values() for notice in group.notices]
+    notices = told + [notice for group in groups.values() for notice in group.notices]
     model, data, training, finetuning = (
         groups[g] for g in ("model", "data", "training", "finetuning")
     )
@@ -465,12 +468,7 @@ def call_arguments(
         values["resume_from_checkpoint"] = None
     unknown = [name for name in values if name not in CALL_FLAGS]
     if unknown:
-        import difflib
-
-        shown = []
-        for name in unknown:
-            near = difflib.get_close_matches(name, _ALL, n=1)
-            shown.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        shown = (f"{name!r}{did_you_mean(str(name), CALL_FLAGS)}" for name in unknown)
         raise TypeError(f"train: unknown arguments: {', '.join(shown)}")
     if "output_dir" not in values:
         raise TypeError(
@@ -490,6 +488,12 @@ def call_arguments(
             "finetuning_type: expected lora, p_tuning, freeze or full while training, got 'none'"
         )
     notices = [n for group in (model, data, training, finetuning) for n in group.notices]
+    notices += without_effect(model, data, training, finetuning)
+    notices += [
+        f"{name} has no effect: the data are those that are given"
+        for name in ("dataset", "dataset_dir")
+        if name in given
+    ]
     return Arguments(model, data, training, finetuning, notices), given
 
 
@@ -506,6 +510,8 @@ def _check_together(
         )
     if training.do_predict and not training.predict_with_generate:
         raise ValueError("do_predict: needs predict_with_generate")
+    if training.do_predict and training.prediction_loss_only:
+        raise ValueError("do_predict: needs answers, and prediction_loss_only says there are none")
     if training.do_train and finetuning.finetuning_type == "none":
         raise ValueError(
             "finetuning_type: expected lora, p_tuning, freeze or full while training, got 'none'"
@@ -520,16 +526,73 @@ def _check_together(
         )
     if model.quantization_bit is not None:
         check_quantization(model.quantization_bit, training, finetuning)
-    notices = []
+    notices = without_effect(model, data, training, finetuning)
     if model.quantization_bit is not None and not training.do_train:
         notices.append(f"quantization_bit: an int{model.quantization_bit} base scores lower")
     if not (training.do_train or training.do_eval or training.do_predict):
         notices.append("none of do_train, do_eval and do_predict is set: there is nothing to do")
+    if held_out and not training.do_train:
+        notices.append("dev_ratio has no effect: without do_train all data are evaluated")
+    if training.predict_with_generate and not (training.do_eval or training.do_predict):
+        notices.append("predict_with_generate has no effect: neither do_eval nor do_predict is set")
+    if training.resume_from_checkpoint is not None and not training.do_train:
+        notices.append("resume_from_checkpoint has no effect: do_train is not set")
     if training.do_train and held_out and not training.do_eval:
         notices.append(
             "dev_ratio holds data out, but neither evaluation_strategy nor do_eval evaluates them"
         )
     return notices
+
+
+def without_effect(
+    model: ModelArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+    finetuning: FinetuningArguments,
+) -> list[str]:
+    """Sentences about values that mean nothing beside the others, where they are not defaults."""
+    groups = (model, data, training, finetuning)
+    values = {flag.name: getattr(g, flag.name) for g in groups for flag in flags_of(type(g))}
+    t, kind = training, finetuning.finetuning_type
+    lora = "lora_rank lora_alpha lora_dropout lora_target"
+    continued = kind == "lora" and model.checkpoint_dir and model.resume_lora_training
+    # Names; whether they mean nothing now; because of this flag's value, or the reason in words.
+    rules: tuple[tuple[str, Any, str], ...] = (
+        ("num_layer_trainable name_module_trainable", kind != "freeze", "finetuning_type"),
+        ("pre_seq_len prefix_projection", kind != "p_tuning", "finetuning_type"),
+        (f"{lora} resume_lora_training", kind != "lora", "finetuning_type"),
+        (lora, continued, "the adapter in checkpoint_dir has its own"),
+        ("resume_lora_training", not model.checkpoint_dir, "checkpoint_dir"),
+        ("eval_steps", t.eval_strategy != "steps", "evaluation_strategy"),
+        ("eval_delay", t.eval_strategy == "no", "evaluation_strategy"),
+        ("save_steps", t.save_strategy != "steps", "save_strategy"),
+        ("save_total_limit", t.save_strategy == "no", "save_strategy"),
+        ("logging_steps", t.logging_strategy != "steps", "logging_strategy"),
+        (
+            "metric_for_best_model greater_is_better",
+            not t.load_best_model_at_end,
+            "load_best_model_at_end",
+        ),
+        ("warmup_ratio", t.warmup_steps > 0, "warmup_steps"),
+        ("warmup_ratio warmup_steps", t.lr_scheduler_type == "constant", "lr_scheduler_type"),
+        ("num_train_epochs", t.max_steps > 0, "max_steps"),
+        ("max_steps", t.max_steps < 1, "updates are counted from 1, num_train_epochs decides"),
+        ("ignore_data_skip", t.resume_from_checkpoint is None, "resume_from_checkpoint"),
+        (
+            "eval_num_beams generation_num_beams",
+            not t.predict_with_generate,
+            "predict_with_generate",
+        ),
+        ("generation_num_beams", data.eval_num_beams is not None, "eval_num_beams"),
+    )
+    told: dict[str, str] = {}
+    for names, applies, why in rules:
+        for name in names.split() if applies else ():
+            default = _ALL[name].default
+            if values[name] != ([default] if isinstance(values[name], list) else default):
+                reason = f"{why} is {values[why]!r}" if why in values else why
+                told.setdefault(name, f"{name} has no effect: {reason}")
+    return list(told.values())
 
 
 def check_quantization(
@@ -554,17 +617,11 @@ def _refuse_unknown(unknown: Sequence[Any]) -> None:
     """Raises ValueError that lists all unknown names, each with the nearest known one."""
     if not unknown:
         return
-    import difflib
-
-    known = list(_ALL)
     parts = []
     for name in unknown:
         plain = str(name).lstrip("-").split("=")[0]
-        near = difflib.get_close_matches(plain, known, n=1, cutoff=0.8)
-        if plain in GENERATING:
-            parts.append(f"{name} (belongs to generation, not to training)")
-        else:
-            parts.append(f"{name} (did you mean {near[0]}?)" if near else str(name))
+        near = " (belongs to generation, not to training)"
+        parts.append(f"{name}{near if plain in GENERATING else did_you_mean(plain, _ALL)}")
     raise ValueError(f"unknown arguments: {', '.join(parts)}")
 
 
@@ -577,7 +634,7 @@ def _read_config(path: str) -> dict[str, Any]:
     if not _is_config(path):
         raise ValueError(f"{path}: expected a file ending in .json or .yaml")
     if path.endswith(".json"):
-        return read_json(path, dict)
+        return read_json(path, dict, unique=True)
     try:
         import yaml
     except ImportError:
@@ -586,9 +643,16 @@ def _read_config(path: str) -> dict[str, Any]:
         ) from None
     try:
         with open(path, encoding="utf-8-sig", opener=regular) as file:
-            values = yaml.safe_load(file)
+            text = file.read()
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
+    node = yaml.compose(text)
+    if isinstance(node, yaml.MappingNode):
+        names = [str(key.value) for key, _ in node.value]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"{path}: {twice[0]!r} stands twice")
     if not isinstance(values, dict):
         raise ValueError(
             f"{path}: expected a mapping of flags to values, got {type(values).__name__}"
@@ -596,8 +660,8 @@ def _read_config(path: str) -> dict[str, Any]:
     return values
 
 
-def _parse_words(words: list[str], prog: str) -> dict[str, Any]:
-    """Only the given flags, converted."""
+def _parse_words(words: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
+    """(only the given flags, converted; sentences about flags given twice)."""
     import argparse
 
     def reader(flag: Flag):
@@ -615,6 +679,7 @@ def _parse_words(words: list[str], prog: str) -> dict[str, Any]:
         prog=prog,
         usage=f"{prog} --flag value ...   or   {prog} FILE.json|FILE.yaml   (--help: all flags)",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     for group, flags in FLAGS.items():
         section = parser.add_argument_group(group)
@@ -654,4 +719,6 @@ def _parse_words(words: list[str], prog: str) -> dict[str, Any]:
     _refuse_unknown(unknown)
     if "output_dir" not in known:
         parser.error("the following arguments are required: --output_dir")
-    return vars(known)
+    single = {f"--{name}": name for name, flag in _ALL.items() if flag.kind != "words"}
+    single |= {f"--no_{name}": name for name, flag in _ALL.items() if flag.default is True}
+    return vars(known), given_twice(plain, single)

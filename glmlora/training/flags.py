@@ -229,9 +229,12 @@ def given_twice(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
         name, equals, value = word.partition("=")
         if name not in names:
             continue
-        if not equals:
-            value = words[i + 1] if i + 1 < len(words) else ""
         sets = names[name]
+        if name == f"--no_{sets}":
+            value = "false"
+        elif not equals:
+            value = words[i + 1] if i + 1 < len(words) else ""
+            value = "true" if value.startswith("--") or not value else value
         if values.setdefault(sets, value) != value:
             told[sets] = f"{name} is given twice: {value} is used, not {values[sets]}"
             values[sets] = value

@@ -8,10 +8,12 @@ give one result.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,14 @@ from .. import _core
 from ..batch import Encoded, epoch_order, grouped_epoch_order
 from ..files.regular import read_text
 from ..files.write import write_text
+from ..interrupts import Shield, Terminated, signals_arrived
 from ..model.device import memory_available
 from ..model.parameters import embedding_of
 from .arguments import TrainingArguments
 from .checkpoints import Checkpoints, decisive_facts
 from .evaluation import evaluate_loss, progress, speed
 from .methods import Trainee
-from .state import Progress, Schedule, Shield, TrainState
+from .state import Progress, Schedule, TrainState
 
 #: Records whose micro-batches are looked at before the first update, for the memory of the largest.
 LOOK_AHEAD = 1 << 22
@@ -67,7 +70,7 @@ class Loop:
         self.at = Progress()
         facts = decisive_facts(trainee, encoded, args, self.schedule)
         self.checkpoints = Checkpoints(trainee, args, self.schedule, facts, argument_files or {})
-        self._warned_masked = False
+        self._warned_masked = self._warned_log = False
 
     def order(self, epoch: int) -> np.ndarray:
         """Record numbers of an epoch, micro-batch after micro-batch: a function of (seed, epoch, n)
@@ -162,8 +165,9 @@ class Loop:
         """Train; returns the summary record without `step`.
 
         resume: a checkpoint-N directory to go on from. Raises ValueError for one of another run,
-        MemoryError before the first step, FloatingPointError naming step and records; Ctrl-C saves
-        a checkpoint at the last finished update and is raised again.
+        MemoryError before the first step, FloatingPointError naming step and records; Ctrl-C,
+        SIGTERM, SIGHUP and memory that ends save a checkpoint at the last finished update, and are
+        raised again.
         """
         if not self._any_label():
             raise ValueError("data: no label is left to train on: all are masked")
@@ -182,11 +186,10 @@ class Loop:
             self._call("on_train_begin")
             self._epochs()
             if self.args.load_best_model_at_end and s.best_model_checkpoint:
-                with Shield():
-                    self.trainee.load(s.best_model_checkpoint)
-        except KeyboardInterrupt:
+                self._load_best(s.best_model_checkpoint)
+        except (KeyboardInterrupt, Terminated, MemoryError) as error:
             self.bar.close()
-            self._keep_interrupted()
+            self._keep_interrupted(error)
             raise
         finally:
             self.bar.close()
@@ -203,7 +206,7 @@ class Loop:
 
     def finish(self) -> None:
         """Write the end state into the root of output_dir."""
-        with Shield():
+        with Shield(), self._told_what_is_kept():
             self.checkpoints.save_end(self.state)
         self._call("on_train_end")
 
@@ -386,8 +389,15 @@ class Loop:
             "elapsed_time": _clock(elapsed),
             "remaining_time": _clock(elapsed / s.global_step * (s.max_steps - s.global_step)),
         }
-        with open(self.output_dir / "trainer_log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.output_dir / "trainer_log.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # the same is in trainer_state.json, and worth less than the run
+            if not self._warned_log:
+                self._warned_log = True
+                text = f"{path}: a line could not be written: {error.strerror} (warned once)"
+                warnings.warn(text, stacklevel=6)
 
     def evaluate(self) -> dict[str, float]:
         """Loss of the evaluation data, logged; keeps track of the best."""
@@ -419,27 +429,61 @@ class Loop:
                 callback(dict(self.state.log_history[-1]))
 
     def save_checkpoint(self) -> None:
-        with Shield():
+        """Raises OSError naming the file, and the checkpoint to go on from."""
+        with Shield(), self._told_what_is_kept():
             elapsed = time.perf_counter() - self.started
             self.checkpoints.save(self.state, replace(self.at, elapsed=elapsed))
         self._call("on_save")
 
-    def _keep_interrupted(self) -> None:
-        """After Ctrl-C: save what was done so far, and say how to go on."""
+    @contextmanager
+    def _told_what_is_kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            saved, s = self.checkpoints.saved, self.state
+            kept = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
+            raise OSError(
+                error.errno,
+                f"{error.strerror or error} (update {s.global_step} of {s.max_steps} is not saved; "
+                f"{kept})",
+                error.filename,
+            ) from error
+
+    def _load_best(self, best: str) -> None:
+        try:
+            with Shield():
+                self.trainee.load(best)
+        except (OSError, ValueError) as error:  # what was trained is worth more than no result
+            warnings.warn(
+                f"load_best_model_at_end: {error}; the weights of the last update are kept",
+                stacklevel=4,
+            )
+
+    def _keep_interrupted(self, error: BaseException) -> None:
+        """Save what was done so far, and say how to go on."""
         s = self.state
         self.core.zero_grad()
         where = f"interrupted after update {s.global_step} of {s.max_steps}"
+        if isinstance(error, Terminated):
+            where += f" by {signal.Signals(int(str(error)) - 128).name}"
+        if signals_arrived() > 1:  # perhaps in the middle of an update
+            print(f"{where}, twice: nothing more is saved", file=sys.stderr)
+            return
         if s.global_step == 0:
             print(f"{where}: nothing to save", file=sys.stderr)
             return
         path = self.checkpoints.path(self.state)
         if self.checkpoints.saved[-1:] != [path]:
-            print(f"{where}: saving {path}", file=sys.stderr)
+            print(f"{where}: saving {path}; once more ends at once", file=sys.stderr)
             try:
                 self.save_checkpoint()
-            except OSError as error:  # what was asked for is the end, not this save
-                print(f"{where}: {path} could not be written: {error}", file=sys.stderr)
+            except OSError as failure:  # what was asked for is the end, not this save
+                print(f"{where}: {path} could not be written: {failure}", file=sys.stderr)
                 return
+            except (KeyboardInterrupt, Terminated):
+                if not path.exists():
+                    print(f"{where}, twice: {path} is not saved", file=sys.stderr)
+                raise
         print(
             f"{where}: everything up to here is in {path}; go on with "
             f"resume_from_checkpoint={str(path)!r} (--resume_from_checkpoint {path})",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from ..files.checkpoint import load_state_dict
+from ..files.small import REPLACED
+from ..files.staging import staged
 from ..files.torchfile import write_torch
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.parameters import PEFT_PREFIX, is_lora, prefix_of
@@ -29,6 +32,8 @@ from ..model.peft import (
     load_prefix,
     save_prefix,
 )
+from ..model.saving import write_beside
+from ..model.template import read_template
 from .arguments import FinetuningArguments
 
 Model = ChatGLMForConditionalGeneration | PeftModel
@@ -70,9 +75,23 @@ class Trainee:
         else:
             core = self.base.core
             listed = [(n, "F32", core.shape(n), lambda n=n: core.read(n)) for n in self.names]
-            write_torch(directory / "pytorch_model.bin", listed)
-            self.base.config.save_pretrained(directory)
+            with staged(directory, stale=REPLACED) as new:
+                write_torch(new / "pytorch_model.bin", listed)
+                write_beside(self.base, new, directory)
         self.tokenizer.save_pretrained(directory)
+
+    def set_template(self, template: str) -> None:
+        """Say what it is trained with; a warning where it was trained with another before."""
+        before = self.base.prompt_template
+        if before != template:
+            if before != "auto":
+                warnings.warn(
+                    f"template: the model was trained with {before!r}, this run has {template!r}",
+                    stacklevel=4,
+                )
+            if isinstance(self.model, PeftModel):
+                self.model.set_prompt_template(template)
+            self.base.prompt_template = template
 
     def load(self, directory: str | os.PathLike) -> None:
         """Set the trained weights to those that `save` wrote into `directory`.
@@ -186,12 +205,12 @@ def prepare(
     base = unwrapped(model)
     chosen = base.trainable_names if kind is None else []
     if kind is None:
-        kind = _prepared_for(model) or finetuning.finetuning_type
+        kind = prepared_for(model) or finetuning.finetuning_type
     if kind not in METHODS:
         raise ValueError(f"finetuning_type: expected one of {', '.join(METHODS)}, got {kind!r}")
-    if isinstance(model, PeftModel) and kind != _prepared_for(model):
+    if isinstance(model, PeftModel) and kind != prepared_for(model):
         raise ValueError(
-            f"finetuning_type: the model has {_prepared_for(model)!r} in it, got {kind!r}; "
+            f"finetuning_type: the model has {prepared_for(model)!r} in it, got {kind!r}; "
             "merge_and_unload() or unload() it first"
         )
     if kind != "p_tuning" and base.has_prefix:
@@ -234,7 +253,7 @@ def prepare(
     return Trainee(kind, base, tokenizer, names)
 
 
-def _prepared_for(model: Model) -> str | None:
+def prepared_for(model: Model) -> str | None:
     """The method that a model was made ready for by its user, None for a plain base."""
     base = unwrapped(model)
     if base.has_prefix:
@@ -289,6 +308,7 @@ def load_base_weights(
         base.load_state_dict(load_state_dict(directory), strict=whole)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
+    base.prompt_template = read_template(directory) or base.prompt_template
 
 
 def attach(base: ChatGLMForConditionalGeneration, kind: str, checkpoints: Sequence[str]) -> Model:

@@ -345,14 +345,15 @@ def records_from(data: Any) -> list[dict[str, Any]]:
     return read_records(data)[0]
 
 
-def read_records(data: Any) -> tuple[list[dict[str, Any]], int]:
-    """(records as `records_from` gives them, rows that were there)."""
+def read_records(data: Any, max_samples: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """(records as `records_from` gives them, rows that were there); of the first `max_samples`."""
     if isinstance(data, (str, os.PathLike)):
         source = os.fspath(data)
         rows: Sequence[Any] = read_rows(source)
     elif hasattr(data, "columns") and (hasattr(data, "to_dict") or hasattr(data, "iterrows")):
         source = "DataFrame"
         rows, columns = _frame_rows(data)
+        rows = rows[:max_samples]
         return _nonempty(_records(rows, columns, source), source), len(rows)
     elif isinstance(data, Iterable) and not isinstance(data, (Mapping, bytes)):
         source, rows = "data", list(data)
@@ -368,6 +369,7 @@ def read_records(data: Any) -> tuple[list[dict[str, Any]], int]:
         )
     if not rows:
         raise ValueError(f"{source}: expected at least one row, got none")
+    rows = rows[:max_samples]
     present = _find_columns(rows, source)
     columns = _choose_columns(present, source)
     unused = [name for name in present if name not in columns.values()]
@@ -423,7 +425,7 @@ def load_datasets(
             f"dataset_dir: {info_path}: looked for the list of data sets (from {os.getcwd()}) and "
             f"found none{near}"
         )
-    info = read_json(info_path, dict)
+    info = read_json(info_path, dict, unique=True)
     records: list[dict[str, Any]] = []
     unchecked: list[str] = []
     for name in names:

@@ -1,12 +1,8 @@
-"""One run: how long it is, where it stands, what its callbacks see; and Shield, which keeps Ctrl-C
-out of the middle of an update.
-"""
+"""One run: how long it is, where it stands, what its callbacks see."""
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,23 +106,3 @@ class Progress:
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     elapsed: float = 0.0
-
-
-class Shield:
-    """Ctrl-C waits until the block ends, so that the state is never between two updates."""
-
-    def __enter__(self) -> Shield:
-        self._pending, self._old = False, None
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._old = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self._pending = True
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGINT, self._old)
-        if self._pending and kind is None:
-            raise KeyboardInterrupt

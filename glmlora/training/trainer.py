@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .. import _core, families
 from ..batch import split_dev
 from ..families import recognition
-from ..files.write import model_directory
+from ..files.hub import model_directory
+from ..files.owner import owned
+from ..interrupts import ending_signals
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
 from ..model.modeling import ChatGLMForConditionalGeneration
@@ -132,7 +134,9 @@ def train(
     Raises TypeError for an unknown argument, ValueError naming argument, value and what was
     expected, OSError for an output_dir that cannot be written (before training), MemoryError with
     the bytes needed and available (before the first step), FloatingPointError naming update, layer
-    and records. Ctrl-C leaves a checkpoint of what was done and raises KeyboardInterrupt.
+    and records. Ctrl-C leaves a checkpoint of what was done and raises KeyboardInterrupt; SIGTERM
+    and SIGHUP do the same and end the program with exit status 143 and 129; a second signal ends at
+    once. `output_dir` belongs to one run at a time: OSError naming the process that has it.
     """
     arguments, given = call_arguments(args, overrides)
     for notice in arguments.notices:
@@ -140,34 +144,36 @@ def train(
     model_args, data_args, training, finetuning, _ = arguments
     kind = finetuning.finetuning_type if "finetuning_type" in given else None
     check_output_dir(training.output_dir)
-    resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-    _check_places(model_or_path, model_args)
-    records, n_given = read_records(data)
-    if model_args.threads:
-        _core.set_num_threads(model_args.threads)
-    set_seed(training.seed)
-    model, tokenizer = _load(model_or_path, tokenizer, model_args)
-    _quantize(methods.unwrapped(model), model_args.quantization_bit, finetuning.finetuning_type)
-    _place(methods.unwrapped(model), training)
-    names_before = methods.unwrapped(model).core.names()
-    trainee = _trainee(model, tokenizer, arguments, kind)
-    print(trainable_line(trainee.base))
-    if eval_data is not None:
-        held_out = records_from(eval_data)
-    else:
-        records, held_out = _split(records, data_args.dev_ratio, training)
-    plot = model_args.plot_loss if "plot_loss" in given else None
-    try:
-        result = _run(_loop(trainee, records, held_out, arguments, callbacks), resume, plot)
-    except BaseException:
-        trainee.release()
-        if (
-            trainee.base.core.names() != names_before
-        ):  # the model is the caller's: leave it as it was
-            trainee.detach()
-        raise
-    result.rows_skipped = n_given - len(records) - (len(held_out) if eval_data is None else 0)
-    return result
+    with ending_signals(), owned(training.output_dir):
+        resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
+        _check_places(model_or_path, model_args)
+        _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
+        records, n_given = read_records(data, data_args.max_samples)
+        if model_args.threads:
+            _core.set_num_threads(model_args.threads)
+        set_seed(training.seed)
+        model, tokenizer = _load(model_or_path, tokenizer, model_args)
+        _quantize(methods.unwrapped(model), model_args.quantization_bit, finetuning.finetuning_type)
+        _place(methods.unwrapped(model), training)
+        names_before = methods.unwrapped(model).core.names()
+        trainee = _trainee(model, tokenizer, arguments, kind)
+        print(trainable_line(trainee.base))
+        if eval_data is not None:
+            held_out = records_from(eval_data)
+        else:
+            records, held_out = _split(records, data_args.dev_ratio, training)
+        plot = model_args.plot_loss if "plot_loss" in given else None
+        try:
+            result = _run(_loop(trainee, records, held_out, arguments, callbacks), resume, plot)
+        except BaseException:
+            trainee.release()
+            if (
+                trainee.base.core.names() != names_before
+            ):  # the model is the caller's: leave it as it was
+                trainee.detach()
+            raise
+        result.rows_skipped = n_given - len(records) - (len(held_out) if eval_data is None else 0)
+        return result
 
 
 def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> TrainResult | None:
@@ -190,37 +196,71 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     for notice in notices:
         print(f"Notice: {notice}")
     check_output_dir(args.output_dir)
-    resume = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
-    if model_args.threads:
-        _core.set_num_threads(model_args.threads)
-    _check_places(model_args.model_name_or_path, model_args)
-    records = _load_records(data_args)
-    set_seed(args.seed)
-    base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
-    kind = finetuning.finetuning_type
-    _quantize(base, model_args.quantization_bit, kind)
-    _place(base, args)
-    if args.do_train:
-        trainee = _trainee(base, tokenizer, arguments, kind)
-        print(trainable_line(trainee.base))
-        records, held_out = _split(records, data_args.dev_ratio, args)
-        loop = _loop(trainee, records, held_out, arguments, verbose=True)
-        return _run(loop, resume, model_args.plot_loss, verbose=True)
-    checkpoints = model_args.checkpoint_dir or []
-    if not checkpoints:
-        warnings.warn("no checkpoint_dir is given: the base model is evaluated", stacklevel=2)
-    model = methods.attach(base, kind, checkpoints).eval()
-    print(trainable_line(base))
-    if args.do_eval or args.do_predict:
-        encoded = encode(records, tokenizer, data_args, base.config, "dataset", verbose=True)
-        if args.predict_with_generate:
-            evaluate_answers(model, tokenizer, encoded, args, data_args)
-        else:
-            metrics = evaluate_loss(
-                base.core, encoded, args.per_device_eval_batch_size, args.disable_tqdm
+    with ending_signals(), owned(args.output_dir):
+        resume = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+        if model_args.threads:
+            _core.set_num_threads(model_args.threads)
+        _check_places(model_args.model_name_or_path, model_args)
+        records = _load_records(data_args)
+        set_seed(args.seed)
+        base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
+        kind = finetuning.finetuning_type
+        _quantize(base, model_args.quantization_bit, kind)
+        _place(base, args)
+        if args.do_train:
+            trainee = _trainee(base, tokenizer, arguments, kind)
+            print(trainable_line(trainee.base))
+            records, held_out = _split(records, data_args.dev_ratio, args)
+            loop = _loop(trainee, records, held_out, arguments, verbose=True)
+            return _run(loop, resume, model_args.plot_loss, verbose=True)
+        checkpoints = model_args.checkpoint_dir or []
+        if not checkpoints:
+            warnings.warn("no checkpoint_dir is given: the base model is evaluated", stacklevel=2)
+        model = methods.attach(base, kind, checkpoints).eval()
+        if base.prompt_template not in ("auto", data_args.template):
+            warnings.warn(
+                f"template: {checkpoints[-1]} was trained with {base.prompt_template!r}, this run "
+                f"has {data_args.template!r}",
+                stacklevel=2,
             )
-            report_metrics(Path(args.output_dir), "eval", metrics)
-    return None
+        print(trainable_line(base))
+        if args.do_eval or args.do_predict:
+            encoded = encode(records, tokenizer, data_args, base.config, "dataset", verbose=True)
+            if args.predict_with_generate and not args.prediction_loss_only:
+                evaluate_answers(model, tokenizer, encoded, args, data_args)
+            else:
+                metrics = evaluate_loss(
+                    base.core, encoded, args.per_device_eval_batch_size, args.disable_tqdm
+                )
+                report_metrics(Path(args.output_dir), "eval", metrics)
+        return None
+
+
+def _warn_of_unused(
+    model_or_path: Any, tokenizer: Any, eval_data: Any, arguments: Arguments, given: set[str]
+) -> None:
+    """Warn of flags that mean nothing beside what else `train` was given."""
+    rules: list[tuple[str, bool, str]] = []
+    if isinstance(model_or_path, (ChatGLMForConditionalGeneration, PeftModel)):
+        rules.append(("config_name compute_dtype use_v2", True, "the model is given, not its path"))
+        prepared = methods.prepared_for(model_or_path) if "finetuning_type" not in given else None
+        names = "lora_rank lora_alpha lora_dropout lora_target pre_seq_len prefix_projection "
+        names += "num_layer_trainable name_module_trainable resume_lora_training"
+        rules.append((names, prepared is not None, f"the model was made ready for {prepared}"))
+        is_adapter = isinstance(model_or_path, PeftModel)
+        rules.append((names, is_adapter, "the model's adapter has its own"))
+    rules.append(("tokenizer_name", tokenizer is not None, "a tokenizer is given"))
+    rules.append(("dev_ratio", eval_data is not None, "eval_data are given"))
+    nothing = eval_data is None and not arguments.data.dev_ratio
+    rules.append(("do_eval", nothing, "there are no eval_data, and dev_ratio is 0"))
+    rules.append(("do_train", not arguments.training.do_train, "train() trains"))
+    told: dict[str, str] = {}
+    for names, applies, why in rules:
+        for name in names.split() if applies else ():
+            if name in given:
+                told.setdefault(name, f"{name} has no effect: {why}")
+    for text in told.values():
+        warnings.warn(text, stacklevel=3)
 
 
 # Steps of both
@@ -249,6 +289,7 @@ def _loop(
 ) -> Loop:
     """Encode the records, and those held out where they are evaluated; the loop over them."""
     training, config = args.training, trainee.base.config
+    trainee.set_template(args.data.template)
     encoded = encode(records, trainee.tokenizer, args.data, config, "data", verbose)
     eval_encoded = None
     if held_out and (training.do_eval or training.eval_strategy != "no"):
