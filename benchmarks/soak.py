@@ -7,7 +7,7 @@ quantizes; children of it train and are killed (SIGKILL), and it goes on where t
 minute; at the end the verdict, and exit status 1 unless
 
     the resident memory of the last quarter is that of the first (10 % or 20 MB more at most),
-    no more files are open than after the first round,
+    no more files are open in the last quarter than in the first,
     no temporary file and no owner's mark is left in any folder,
     every run that was stopped and resumed came to the same bytes as the one that was not,
     and every answer is the one that was given the first time.
@@ -199,6 +199,10 @@ class Soak:
             ):
                 work()
             self.done[work.__name__] += 1
+        self.look_for_litter()
+
+    def look_for_litter(self) -> None:
+        """Temporary files and owners' marks, of which none is left where nobody is at work."""
         left = [p for p in self.folder.rglob(".*") if LITTER.fullmatch(p.name)]
         self.wrong += [f"{p} is left" for p in left]
 
@@ -218,13 +222,14 @@ def main() -> int:
     with contextlib.redirect_stdout(io.StringIO()):
         soak = Soak(folder, args.seed)
         soak.round()
-    gc.collect()
-    sizes: list[tuple[float, int]] = []
-    open_files, said = descriptors(), time.monotonic()
+    sizes: list[int] = []
+    files: list[int] = []
+    said = time.monotonic()
     while (spent := time.monotonic() - started) < 60 * args.minutes and len(soak.wrong) < 20:
         soak.round()
         gc.collect()
-        sizes.append((spent, resident()))
+        sizes.append(resident())
+        files.append(descriptors())
         if time.monotonic() - said >= 60:
             said = time.monotonic()
             counts = ", ".join(f"{n} {name}" for name, n in sorted(soak.done.items()))
@@ -235,21 +240,19 @@ def main() -> int:
             )
     wrong = list(soak.wrong)
     quarter = max(1, len(sizes) // 4)
-    first, last = (
-        sorted(size for _, size in part)[len(part) // 2]
-        for part in (sizes[:quarter], sizes[-quarter:])
-    )
+    first, last = (sorted(part)[len(part) // 2] for part in (sizes[:quarter], sizes[-quarter:]))
+    opened, still = max(files[:quarter]), max(files[-quarter:])
     if last > max(1.1 * first, first + (20 << 20)):
         wrong.append(f"memory grew from {first >> 20} to {last >> 20} MiB")
-    if descriptors() > open_files:
-        wrong.append(f"open files grew from {open_files} to {descriptors()}")
+    if still > opened:
+        wrong.append(f"open files grew from {opened} to {still}")
     if not args.folder:
         shutil.rmtree(folder)
     for line in wrong:
         print(line)
     print(
         f"{len(sizes) + 1} rounds in {(time.monotonic() - started) / 60:.1f} minutes: memory "
-        f"{first >> 20} -> {last >> 20} MiB, files {open_files} -> {descriptors()}, "
+        f"{first >> 20} -> {last >> 20} MiB, files {opened} -> {still}, "
         f"{len(wrong)} wrong"
     )
     return bool(wrong)

@@ -156,7 +156,8 @@ def test_a_round_of_the_soak(tmp_path):
     (tmp_path / "whole-full/.1-0123456789ab.tmp").write_text("")  # nobody writes here again
     work.answers = dict.fromkeys(work.answers, "another")
     work.whole = dict.fromkeys(work.whole, {})
-    work.round()
+    for again in (work.interrupted, work.chat, work.batch, work.merge, work.look_for_litter):
+        again()
     wrong = "\n".join(work.wrong)
     for text in ("chat We measure", "batch", "merged", "other weights", "0123456789ab.tmp is left"):
         assert text in wrong
