@@ -154,6 +154,13 @@ def load_ipython_extension(ipython: Any) -> None:
     """`%load_ext glmlora`: lets `from transformers import ...` and `from peft import ...` find this
     package.
     """
-    from .compat import install
+    from . import compat
 
-    install()
+    compat.load_ipython_extension(ipython)
+
+
+def unload_ipython_extension(ipython: Any) -> None:
+    """`%unload_ext glmlora`."""
+    from . import compat
+
+    compat.unload_ipython_extension(ipython)

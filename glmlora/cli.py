@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from .files.write import model_directory
+from . import families
+from .files.hub import model_directory
 from .generation.config import GenerationConfig
 from .names import did_you_mean
 from .tools.demo import ORDER
@@ -31,13 +32,15 @@ def _load(
     dtype: str | None,
     compute_dtype: str | None,
     device: str = "cpu",
+    family: str = "auto",
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a base directory and an optional adapter or P-Tuning directory."""
     import glmlora
     from glmlora.model.peft import load_prefix
 
+    known = None if family == "auto" else family
     is_prefix = adapter and not os.path.exists(os.path.join(adapter, "adapter_config.json"))
-    model = glmlora.AutoModel.from_pretrained(model_path, compute_dtype=compute_dtype)
+    model = glmlora.AutoModel.from_pretrained(model_path, compute_dtype=compute_dtype, family=known)
     if dtype:
         model = getattr(
             model, {"float16": "half", "bfloat16": "bfloat16", "float32": "float"}[dtype]
@@ -49,7 +52,7 @@ def _load(
             else glmlora.PeftModel.from_pretrained(model, adapter)
         )
     model.to(device=device)
-    return model.eval(), glmlora.AutoTokenizer.from_pretrained(model_path)
+    return model.eval(), glmlora.AutoTokenizer.from_pretrained(model_path, family=known)
 
 
 def _check_folders(args: argparse.Namespace) -> None:
@@ -88,7 +91,9 @@ def chat(args: argparse.Namespace) -> int:
     """Talk to a model in the terminal; the answer streams."""
     kwargs = _generation(args)
     _check_folders(args)
-    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype, args.device)
+    model, tokenizer = _load(
+        args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
+    )
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text spoil one question only
         sys.stdin.reconfigure(errors="surrogateescape")
@@ -148,7 +153,9 @@ def predict(args: argparse.Namespace) -> int:
         args.output, there, args.columns, args.add or [], args.answer_column
     )
     prompts = tables.fill_template(args.template, rows)
-    model, tokenizer = _load(args.model, args.adapter, args.dtype, args.compute_dtype, args.device)
+    model, tokenizer = _load(
+        args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
+    )
     with _terminated_as_interrupted():
         answers = tables.answer_all(unwrapped(model), tokenizer, rows, prompts, output, **sampling)
     kept = tables.partial_path(args.output)
@@ -234,7 +241,7 @@ def merge(args: argparse.Namespace) -> int:
             f"--adapter: {args.adapter} has no adapter_config.json: a P-Tuning prefix cannot be "
             "merged into the weights"
         )
-    model, tokenizer = _load(args.model, args.adapter, args.dtype, "float32")
+    model, tokenizer = _load(args.model, args.adapter, args.dtype, "float32", family=args.family)
     model.merge_and_unload().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"{args.output}: merged model and tokenizer")
@@ -274,6 +281,7 @@ DTYPES = ["float16", "bfloat16", "float32"]
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--model", required=True, help="base model directory")
     _flag(parser, "--adapter", help="LoRA or P-Tuning directory")
+    _flag(parser, "--family", default="auto", choices=families.choices(), help="of the model")
     _flag(parser, "--dtype", choices=DTYPES, help="default: as stored")
     _flag(parser, "--device", default="auto", help="auto: a GPU, if any; cpu, cuda, cuda:1")
     _flag(
@@ -376,6 +384,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _flag(p, "--model", required=True)
     _flag(p, "--adapter", required=True)
     _flag(p, "--output", required=True)
+    _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
     _flag(p, "--dtype", choices=DTYPES)
 
     verb("doctor", doctor)

@@ -7,6 +7,8 @@ names and nothing else. It happens only when asked for: `%load_ext glmlora` in J
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -18,14 +20,20 @@ from .notebook import children, run_notebook, run_script
 from .standins import STAND_INS as STAND_INS
 from .standins import install, uninstall
 
+_programs = contextlib.ExitStack()
+atexit.register(_programs.close)
+
 
 def load_ipython_extension(ipython: Any) -> None:
-    """`%load_ext glmlora`."""
+    """`%load_ext glmlora`: the stand-ins, for the cells and for Python programs that they start."""
     install()
+    _programs.close()
+    _programs.enter_context(children.environment(STAND_INS))
 
 
 def unload_ipython_extension(ipython: Any) -> None:
     """`%unload_ext glmlora`."""
+    _programs.close()
     uninstall()
 
 

@@ -21,9 +21,9 @@ from .names import did_you_mean, is_only_looked_for
 STAND_INS = ("transformers", "peft")
 
 _GENERATION = (
-    "BaseStreamer GenerationConfig LogitsProcessor LogitsProcessorList MaxLengthCriteria "
-    "MaxTimeCriteria StoppingCriteria StoppingCriteriaList StopStringCriteria TextIteratorStreamer "
-    "TextStreamer"
+    "BaseStreamer EosTokenCriteria GenerationConfig LogitsProcessor LogitsProcessorList "
+    "MaxLengthCriteria MaxTimeCriteria StoppingCriteria StoppingCriteriaList StopStringCriteria "
+    "TextIteratorStreamer TextStreamer"
 )
 _STATES = "get_peft_model_state_dict set_peft_model_state_dict"
 _KBIT = "prepare_model_for_int8_training prepare_model_for_kbit_training"
@@ -39,7 +39,8 @@ MODULES = {
     "transformers.generation.configuration_utils": "GenerationConfig",
     "transformers.generation.logits_process": "LogitsProcessor LogitsProcessorList",
     "transformers.generation.stopping_criteria": (
-        "MaxLengthCriteria MaxTimeCriteria StoppingCriteria StoppingCriteriaList StopStringCriteria"
+        "EosTokenCriteria MaxLengthCriteria MaxTimeCriteria StoppingCriteria StoppingCriteriaList "
+        "StopStringCriteria"
     ),
     "transformers.generation.streamers": "BaseStreamer TextIteratorStreamer TextStreamer",
     "transformers.generation.utils": _GENERATION,

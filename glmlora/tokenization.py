@@ -7,6 +7,7 @@ touches the sentencepiece library, imported when a tokenizer is made.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -31,10 +32,11 @@ from .encoding import Array as Array
 from .families import prompt as prompts
 from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
+from .files.hub import check_keywords, model_directory
 from .files.regular import read_bytes
 from .files.small import TEMPLATES, copy, copy_code, whole_references
 from .files.staging import staged
-from .files.write import model_directory, read_json, refuse_lfs_pointer, write_json
+from .files.write import read_json, refuse_lfs_pointer, write_json
 from .interrupts import interruptible
 from .names import did_you_mean
 
@@ -56,6 +58,17 @@ _NOT_HERE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("cls_token", "sep_token", "mask_token", "sp_model_kwargs"), (None, {})),
     **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), (None, [], {})),
     "padding_side": (None, "left"),
+}
+# Keywords of from_pretrained that ask for nothing with these values; None: with any.
+_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(("use_fast", "legacy", "from_slow", "verbose", "config", "tokenizer_type")),
+    **_NOT_HERE,
+}
+_REASONS = {
+    **dict.fromkeys(_NOT_HERE, "has no effect on this tokenizer"),
+    **dict.fromkeys(("eos_token", "bos_token", "unk_token"), "the vocabulary has it"),
+    "chat_template": "prompts have the family's own form, which is not exchanged",
+    "gguf_file": "GGUF files are not read: get the model's own tokenizer.model",
 }
 _FIXED = {
     **dict.fromkeys(("eos_token", "eos_token_id"), "generate(eos_token_id=..) ends with other ids"),
@@ -628,12 +641,8 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(
-        path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        use_fast: bool = True,
-        cache_dir: str | os.PathLike[str] | None = None,
         padding_side: str = "left",
         encode_special_tokens: bool | None = None,
         family: str | None = None,
@@ -641,11 +650,14 @@ class AutoTokenizer:
         truncation_side: str | None = None,
         pad_token: str | None = None,
         clean_up_tokenization_spaces: bool | None = None,
+        subfolder: str = "",
+        **others: Any,
     ) -> ChatGLMTokenizer:
-        """The tokenizer of a model directory on this machine.
+        """The tokenizer of a model directory on this machine, or of `subfolder` in it.
 
-        `trust_remote_code`, `revision`, `use_fast` and `cache_dir` are accepted and mean nothing:
-        no code of the directory runs and nothing is downloaded.
+        others: keywords of transformers that mean nothing here: those about downloads and code
+        (`trust_remote_code`, `revision`, `cache_dir`, `token`, `local_files_only`, ...: NOTHING in
+        files/hub.py), which are never done, and _NEUTRAL above.
 
         family: a name or alias of one in glmlora/families, or None to find out. The vocabulary
         files are the same, so names and small files have to tell: the last part of `_name_or_path`
@@ -654,9 +666,13 @@ class AutoTokenizer:
         a warning. The config's `seq_length` decides nothing: families have variants with 32768.
 
         Raises OSError for a missing directory or file, ValueError for a file that is no vocabulary
-        of a family (a git-lfs pointer is named as one), ImportError without sentencepiece.
+        of a family (a git-lfs pointer is named as one) and for a keyword of transformers that is
+        not supported, TypeError for an unknown one, ImportError without sentencepiece.
         """
-        directory = model_directory(path)
+        what = "AutoTokenizer.from_pretrained"
+        known = inspect.signature(AutoTokenizer.from_pretrained).parameters
+        check_keywords(what, others, known, _NEUTRAL, _REASONS)
+        directory = model_directory(pretrained_model_name_or_path, subfolder)
         vocabulary = directory / VOCABULARY
         if not vocabulary.exists():
             hints = [f"; {hint}" for name, hint in OTHERS.items() if (directory / name).is_file()]
@@ -673,7 +689,8 @@ class AutoTokenizer:
             config=config,
             tokens_map=tokens_map,
         )
-        tokenizer.name_or_path = os.fspath(path)
+        place = Path(pretrained_model_name_or_path, subfolder or "")
+        tokenizer.name_or_path = os.fspath(place)
         for name, value in (
             ("model_max_length", model_max_length),
             ("truncation_side", truncation_side),

@@ -10,6 +10,7 @@ import pytest
 from tiny import tiny_model_dir, tiny_tokenizer_dir
 
 import glmlora
+from glmlora import tell
 from glmlora.families import chatglm2, prompt
 from glmlora.generation import cache, scheduler
 from glmlora.generation import chat as chats
@@ -424,6 +425,10 @@ def test_chat_through_peft(v2):
         assert (
             list(peft.stream_chat(tokenizer, "x", max_new_tokens=6, do_sample=False))[-1] == before
         )
+        own = model.generation_config
+        peft.generation_config = glmlora.GenerationConfig(max_new_tokens=2, eos_token_id=[])
+        assert peft.generate([[5, 6]]).shape == (1, 4)
+        peft.generation_config = own
     finally:
         peft.unload()
 
@@ -574,6 +579,27 @@ def test_names_and_values_that_chats_refuse(v2, method, given, error, message):
     with pytest.raises(error, match=message):
         for _ in getattr(model, method)(tokenizer, "x", max_new_tokens=1, **given):
             pass
+
+
+def test_chats_tell_what_has_no_effect(v2, monkeypatch, recwarn):
+    model, tokenizer = v2
+    monkeypatch.setattr(tell, "_told", set())
+    for _ in range(2):
+        model.chat(tokenizer, "x", do_sample=False, temperature=0.1, max_new_tokens=1)
+        model.chat(tokenizer, "x", max_length=100, max_new_tokens=1, length_penalty=2.0)
+        list(model.stream_chat(tokenizer, "x", num_beams=2, max_new_tokens=1))
+    assert [str(w.message) for w in recwarn] == [
+        "chat: temperature: no effect without do_sample=True",
+        "chat: length_penalty: no effect with num_beams=1",
+        "chat: max_length: no effect beside max_new_tokens",
+        "stream_chat: num_beams: no effect, tokens are shown as they are chosen",
+    ]
+    assert {w.filename for w in recwarn} == {__file__}
+    model.chat(tokenizer, "x", do_sample=False, max_new_tokens=1)
+    monkeypatch.setattr(model, "generation_config", {"max_new_tokens": 3})
+    for ask in (lambda: model.chat(tokenizer, "x"), lambda: model.generate([[5]])):
+        with pytest.raises(TypeError, match="model.generation_config.*dict"):
+            ask()
 
 
 def test_criteria_and_stop_strings_end_an_answer(v2):

@@ -138,6 +138,7 @@ def test_the_reference_computes_the_same(reference, directory):
 SETTINGS = [
     {"r": 8, "lora_alpha": 32.0, "lora_dropout": 0.1},
     {"r": 4, "lora_alpha": 8, "target_modules": list(Family.linears), "use_rslora": True},
+    {"r": 4, "target_modules": ["query_key_value", "output_layer"]},
     {"r": 4, "target_modules": ["dense"], "rank_pattern": {"layers.1.self_attention.dense": 2}},
 ]
 

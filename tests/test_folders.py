@@ -2,8 +2,10 @@
 they are.
 """
 
+import io
 import json
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -303,6 +305,29 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
         training.run(small, tmp_path / "out", tokenizer=other)
 
 
+def test_an_adapter_of_another_family_is_told(folder, tmp_path):
+    config = glmlora.LoraConfig(r=2, base_model_name_or_path="THUDM/chatglm3-6b")
+    glmlora.get_peft_model(load(folder), config, seed=0).save_pretrained(tmp_path / "lora")
+    prefixed = load(folder, pre_seq_len=2, family="v3")
+    glmlora.save_prefix(prefixed, tmp_path / "prefix")
+    for family in ("v2", "v3"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            glmlora.PeftModel.from_pretrained(load(folder, family=family), tmp_path / "lora")
+            glmlora.load_prefix(load(folder, family=family), tmp_path / "prefix")
+        told = [str(w.message) for w in caught if "was trained on a ChatGLM3 model" in str(w)]
+        assert len(told) == (2 if family == "v2" else 0)
+
+
+def test_the_family_can_be_said_to_the_command(folder, tmp_path, monkeypatch, capsys):
+    edit(folder, _name_or_path="")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    words = ["--model", str(folder), "--family", "chatglm3", "--max-length", "20"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main(["chat", *words]) == 0
+
+
 # What is not read
 
 
@@ -509,3 +534,133 @@ def test_saving_without_the_directory_that_was_opened_is_told(base, tmp_path):
         model.save_pretrained(tmp_path / "saved")
     assert "auto_map" not in read_json(tmp_path / "saved/config.json")
     assert load(tmp_path / "saved").generation_config.top_p == 0.3
+
+
+# How it is asked for
+
+MEANINGLESS = {
+    "trust_remote_code": True,
+    "revision": "main",
+    "cache_dir": "x",
+    "token": "secret",
+    "use_auth_token": False,
+    "local_files_only": True,
+    "force_download": True,
+    "resume_download": True,
+    "proxies": {},
+}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({k: v} for k, v in MEANINGLESS.items()),
+        {"torch_dtype": "float16"},
+        {"dtype": "torch.bfloat16"},
+        {"torch_dtype": "auto", "dtype": None},
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"low_cpu_mem_usage": False},
+        {"empty_init": False},
+        {"attn_implementation": "sdpa"},
+        {"quantization_config": None},
+        {"use_safetensors": True},
+        {"ignore_mismatched_sizes": False},
+        {"variant": None, "max_memory": None},
+        {"seq_length": 64},
+        {"use_cache": True},
+    ],
+)
+def test_keywords_of_from_pretrained(directory, given):
+    model = load(directory, **given)
+    dtype = str(given.get("torch_dtype") or given.get("dtype") or "float32")
+    assert model.dtype == dtype.replace("torch.", "").replace("auto", "float32")
+    assert model.config.seq_length == given.get("seq_length", 128)
+
+
+def test_keywords_that_have_an_effect(directory, tmp_path):
+    model = load(directory, pre_seq_len=3, prefix_projection=True)
+    assert model.has_prefix and model.config.prefix_projection is True
+    config = glmlora.AutoConfig.from_pretrained(directory)
+    assert load(directory, config=config, pre_seq_len=2).config.pre_seq_len == 2
+    (tmp_path / "repo").mkdir()
+    directory.rename(tmp_path / "repo/inner")
+    model = load(tmp_path / "repo", subfolder="inner")
+    assert Path(model.name_or_path) == tmp_path / "repo/inner"
+    assert load(str(tmp_path / "repo/inner"), use_safetensors=True).config.hidden_size == 32
+    with pytest.raises(FileNotFoundError, match="found none of pytorch_model.bin"):
+        load(tmp_path / "repo/inner", use_safetensors=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"quantization_config": object()}, ValueError, "quantization_config=.*load_in_4bit"),
+        ({"variant": "fp16"}, ValueError, "variant='fp16': .*rename"),
+        ({"max_memory": {0: "10GB"}}, ValueError, "max_memory.*on one device"),
+        ({"ignore_mismatched_sizes": True}, ValueError, "every weight must fit"),
+        ({"attn_implementation": "fast"}, ValueError, "attn_implementation='fast': expected"),
+        ({"gguf_file": "x.gguf"}, ValueError, "GGUF"),
+        ({"output_loading_info": True}, ValueError, "output_loading_info"),
+        ({"output_hidden_states": True}, ValueError, "argument of the call"),
+        ({"device_map": {"a": 0, "b": "cpu"}}, ValueError, "device_map: names 0, cpu"),
+        ({"torch_dtype": "float16", "dtype": "float32"}, ValueError, "torch_dtype is 'float16'"),
+        ({"torch_dtype": "int8"}, ValueError, "dtype: expected"),
+        ({"torch_dtyp": "float16"}, TypeError, "'torch_dtyp' .did you mean 'torch_dtype'"),
+        ({"pre_seq_length": 8}, TypeError, "'pre_seq_length' .did you mean 'pre_seq_len'"),
+        ({"famly": "v2"}, TypeError, "'famly' .did you mean 'family'"),
+    ],
+)
+def test_keywords_that_are_refused(directory, given, error, message):
+    with pytest.raises(error, match=message):
+        load(directory, **given)
+
+
+def test_keywords_of_configs_and_tokenizers(folder):
+    for auto in (glmlora.AutoConfig, glmlora.AutoTokenizer):
+        assert auto.from_pretrained(pretrained_model_name_or_path=folder, **MEANINGLESS)
+        assert auto.from_pretrained(folder.parent, subfolder=folder.name)
+        with pytest.raises(TypeError, match="'famly' .did you mean 'family'"):
+            auto.from_pretrained(folder, famly="v2")
+    assert glmlora.AutoConfig.from_pretrained(folder, pre_seq_len=4).pre_seq_len == 4
+    with pytest.raises(TypeError, match="did you mean 'pre_seq_len'"):
+        glmlora.AutoConfig.from_pretrained(folder, pre_seqlen=4)
+    load = glmlora.AutoTokenizer.from_pretrained
+    load(folder, use_fast=False, legacy=True, add_bos_token=False, eos_token=None)
+    for refused in ({"add_bos_token": True}, {"eos_token": "</x>"}, {"chat_template": "x"}):
+        with pytest.raises(ValueError, match=next(iter(refused))):
+            load(folder, **refused)
+
+
+def test_keywords_of_save_pretrained(directory, tmp_path):
+    model = load(directory)
+    model.save_pretrained(save_directory=tmp_path / "a", push_to_hub=False, variant=None)
+    model.save_pretrained(tmp_path / "b", is_main_process=False)
+    assert (tmp_path / "a/config.json").exists() and not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="push_to_hub=True: nothing is uploaded"):
+        model.save_pretrained(tmp_path / "b", push_to_hub=True)
+    with pytest.raises(TypeError, match="'safe_serialisation' .did you mean 'safe_serialization'"):
+        model.save_pretrained(tmp_path / "b", safe_serialisation=False)
+
+
+@pytest.mark.parametrize("auto", ["AutoConfig", "AutoModel", "AutoTokenizer"])
+def test_a_directory_that_is_not_there(folder, auto, monkeypatch):
+    load = getattr(glmlora, auto).from_pretrained
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(OSError, match="looked for a local directory .*did you mean '.*tiny-model'"):
+        load("tiny-modle")
+    with pytest.raises(OSError, match="did you mean '.*tiny-model'"):
+        load(folder.parent / "Tiny-Model")
+    match = "name on a hub.*modelscope download --model THUDM/chatglm2-6b --local_dir chatglm2-6b"
+    with pytest.raises(OSError, match=match):
+        load("THUDM/chatglm2-6b")
+    with pytest.raises(NotADirectoryError, match="config.json.*is a file, expected the directory"):
+        load(folder / "config.json")
+
+
+def test_an_adapter_in_place_of_a_model(folder, tmp_path):
+    adapter = glmlora.get_peft_model(load(folder), glmlora.LoraConfig(r=2))
+    assert adapter.peft_config["default"].base_model_name_or_path == str(folder)
+    adapter.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(OSError, match="an adapter's directory.*PeftModel.from_pretrained"):
+        load(tmp_path / "adapter")

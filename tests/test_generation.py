@@ -362,6 +362,7 @@ def test_beams_prefer_by_mean_log_probability_and_end(model):
         ({"seed": 1.5}, ValueError, "seed"),
         ({"max_new_token": 3}, TypeError, "max_new_token'"),
         ({"attention_mask": [[1, 1]]}, ValueError, "attention_mask"),
+        ({"position_ids": [[1, 2, 3, 4, 5]]}, ValueError, "position_ids: expected 0, 1"),
         ({"generation_config": {"top_k": 3}}, TypeError, "generation_config"),
         ({"attention_mask": GenerationConfig()}, TypeError, "by name"),
         ({"inputs": [[1]]}, TypeError, "inputs"),
@@ -711,11 +712,11 @@ def test_padding_without_a_mask_is_inferred_and_told_once(model, anew):
         ({"eos_token_id": []}, "neither max_new_tokens nor max_length .* 128 positions"),
         (
             {"max_new_tokens": 2, "temperature": 0.5},
-            "temperature: have no effect without do_sample",
+            "temperature: no effect without do_sample",
         ),
         ({"max_new_tokens": 2, "length_penalty": 2.0}, "length_penalty: .* num_beams=1"),
         ({"max_new_tokens": 2, "output_scores": True}, "output_scores: .*return_dict"),
-        ({"max_new_tokens": 2, "max_length": 9}, "max_length: has no effect beside max_new_tokens"),
+        ({"max_new_tokens": 2, "max_length": 9}, "max_length: no effect beside max_new_tokens"),
     ],
 )
 def test_what_has_no_effect_is_told_once(model, anew, recwarn, settings, message):
@@ -725,6 +726,16 @@ def test_what_has_no_effect_is_told_once(model, anew, recwarn, settings, message
             ask(prompt(4), **settings)
         assert len(recwarn) == 1
         assert recwarn[0].filename == __file__ and re.search(message, str(recwarn[0].message))
+
+
+def test_streams_tell_that_they_have_no_beams(model, anew):
+    with pytest.warns(UserWarning, match="stream_generate: num_beams: no effect"):
+        list(model.stream_generate(prompt(4), max_new_tokens=1, num_beams=2))
+    places = [[0, 0, 1, 2]]
+    ids = [[0, 5, 6, 7]]
+    given = {"attention_mask": [[0, 1, 1, 1]], "max_new_tokens": 2}
+    out = model.generate(ids, position_ids=places, **given)
+    assert np.array_equal(out, model.generate(ids, **given))
 
 
 def test_neutral_values_are_silent(model, recwarn):

@@ -32,6 +32,7 @@ LINEARS = [
     "mlp.dense_h_to_4h",
     "mlp.dense_4h_to_h",
 ]
+HEAD = "transformer.output_layer"
 
 
 def make_model(backend="ref_f64"):
@@ -45,16 +46,17 @@ def make_model(backend="ref_f64"):
 
 
 def add_lora(model, dropout):
-    """LoRA of rank 3 on all linears of both layers; the names of its weights."""
+    """LoRA of rank 3 on all linears of both layers, and of rank 4 on the output layer; the names of
+    its weights."""
     rng = np.random.default_rng(6)
     names = []
-    for layer in range(ARCH["layers"]):
-        for linear in LINEARS:
-            module = f"transformer.encoder.layers.{layer}.{linear}"
-            out, inp = model.shape(module + ".weight")
-            A, B = rng.normal(0, 0.5, (3, inp)), rng.normal(0, 0.5, (out, 3))
-            model.add_lora(module, A, B, 0.7, dropout)
-            names += [module + ".lora_A.weight", module + ".lora_B.weight"]
+    layers = [f"transformer.encoder.layers.{i}." for i in range(ARCH["layers"])]
+    for module in [*(layer + linear for layer in layers for linear in LINEARS), HEAD]:
+        out, inp = model.shape(module + ".weight")
+        rank = 4 if module == HEAD else 3
+        A, B = rng.normal(0, 0.5, (rank, inp)), rng.normal(0, 0.5, (out, rank))
+        model.add_lora(module, A, B, 0.7, dropout)
+        names += [module + ".lora_A.weight", module + ".lora_B.weight"]
     return names
 
 
@@ -112,6 +114,14 @@ def check(model, names, picks=6):
 def test_lora(dropout):
     model = make_model()
     check(model, add_lora(model, dropout))
+
+
+def test_lora_on_the_output_layer_alone():
+    """Nothing below it trains, so backward ends above the layers."""
+    model = make_model()
+    names = [n for n in add_lora(model, 0.3) if n.startswith(HEAD)]
+    assert len(names) == 2
+    check(model, names)
 
 
 @pytest.mark.parametrize("projection", [False, True])

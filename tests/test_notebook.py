@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+import glmlora
 from glmlora import compat
 from glmlora.notebook import cells, source
 
@@ -206,6 +207,21 @@ def test_programs_see_the_stand_ins(run, tmp_path, cell):
     assert (os.environ["PATH"], os.environ.get("PYTHONPATH")) == path
 
 
+def test_programs_of_jupyter_see_them_after_load_ext(tmp_path, monkeypatch):
+    """What `%load_ext glmlora` and `%unload_ext glmlora` call."""
+    (tmp_path / "p.py").write_text(PROGRAM)
+    path = os.environ["PATH"], os.environ.get("PYTHONPATH")
+    saved = {n: sys.modules.pop(n) for n in compat.STAND_INS if n in sys.modules}
+    try:
+        glmlora.load_ipython_extension(None)
+        words = ["sh", "-c", "python p.py a"]
+        assert subprocess.check_output(words, cwd=tmp_path, text=True) == SEEN
+    finally:
+        glmlora.unload_ipython_extension(None)
+        sys.modules.update(saved)
+    assert (os.environ["PATH"], os.environ.get("PYTHONPATH")) == path
+
+
 def test_another_python_keeps_its_packages(run, tmp_path):
     """Programs of another environment import what is installed there, under the same names."""
     (tmp_path / "there").mkdir()
@@ -317,11 +333,41 @@ def test_magics_that_are_not_known_are_told_first(run):
     assert "cell 3, line 2: the magic %nosuch is not supported" in err
 
 
-def test_magics_of_the_notebook_itself(run):
+OWN_MAGICS = """
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
+
+@magics_class
+class Own(Magics):
+    @line_magic
+    def twice(self, line):
+        return line * 2
+
+    @cell_magic
+    def among(self, line, cell):
+        return [cell, line in self.shell.user_ns]
+
+def load_ipython_extension(ipython):
+    ipython.register_magics(Own)
+"""
+
+
+def test_magics_of_the_notebook_itself(run, tmp_path):
+    """By function, by class, and of an extension."""
     pytest.importorskip("IPython")
+    (tmp_path / "own_magics.py").write_text(OWN_MAGICS)
     cell = "from IPython.core.magic import register_line_magic\n@register_line_magic\n"
-    status, out, err = run(cell + "def twice(line):\n    return line * 2", "%twice a")
-    assert (status, out) == (0, "'aa'\n"), err
+    status, out, err = run(
+        cell + "def thrice(line):\n    return line * 3",
+        "%thrice a",
+        "%load_ext own_magics",
+        "%twice a",
+        "%%among In\nb",
+        OWN_MAGICS + "get_ipython().register_magics(Own)",
+        "%load_ext no_such_extension",
+    )
+    assert (status, out) == (0, "'aaa'\n'aa'\n['b\\n', True]\n"), err
+    assert "the extension no_such_extension is not loaded (No module named" in err
+    assert "may end" not in err
 
 
 def test_each_cell_begins_without_a_figure(run, tmp_path, monkeypatch):

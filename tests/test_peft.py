@@ -163,7 +163,9 @@ def test_targets(directory):
         assert len(targets(["q_proj", "dense"])) == 2
     with pytest.raises(ValueError, match="in layers 7"):
         targets(["dense"], layers_to_transform=7)
-    for other in ("word_embeddings", "output_layer", "input_layernorm"):
+    assert targets(["output_layer"]) == ["transformer.output_layer"]
+    assert targets(["dense", "output_layer"], layers_to_transform=0) == ["0.self_attention.dense"]
+    for other in ("word_embeddings", "input_layernorm"):
         with pytest.raises(ValueError, match=f"{other}.*not supported"):
             targets([other])
 
@@ -354,7 +356,7 @@ def test_save_and_load(directory, tmp_path, safe):
     assert text == json.dumps(stored, indent=2, sort_keys=True) + "\n"
     assert stored["peft_type"] == "LORA" and stored["inference_mode"] is True
     assert stored["target_modules"] == ["dense", "query_key_value"]
-    assert stored["base_model_name_or_path"] == "THUDM/chatglm2-6b"
+    assert stored["base_model_name_or_path"] == str(directory)
     assert not {"use_rslora", "rank_pattern", "alpha_pattern", "use_dora"} & set(stored)
     arrays = glmlora.load_state_dict(target)
     assert set(arrays) == set(model.state_dict())
@@ -620,6 +622,32 @@ def test_adapters_come_and_go(directory, tmp_path):
     with pytest.raises(ValueError, match="mixed"):
         get_peft_model(load(directory), LoraConfig(), mixed=True)
     assert PeftModel(load(directory), LoraConfig(r=2)).trainable_names
+
+
+@pytest.mark.parametrize("targets", [["output_layer"], [*ALL, "output_layer"]])
+def test_an_adapter_on_the_output_layer(directory, tmp_path, targets):
+    settings = {"lora_alpha": 8, "target_modules": targets}
+    path, want = adapter_files(tmp_path, directory, **settings)
+    state = glmlora.load_state_dict(path)
+    head = "base_model.model.transformer.output_layer.lora_{}.weight"
+    assert {head.format("A"), head.format("B")} <= set(state)
+    model = PeftModel.from_pretrained(load(directory), path)
+    assert np.array_equal(logits(model), want)
+    ids = batch()["input_ids"][:1]
+    greedy = model.generate(ids, max_new_tokens=4, do_sample=False)
+    if targets == ["output_layer"]:  # W + s B A there, and the model below as it was
+        base = load(directory)
+        name = "transformer.output_layer.weight"
+        delta = 2 * state[head.format("B")] @ state[head.format("A")]
+        base.load_state_dict({name: base.state_dict()[name] + delta}, strict=False)
+        assert np.abs(logits(base) - want).max() < 1e-4 * np.abs(want).max()
+        with model.disable_adapter():
+            assert np.array_equal(logits(model), logits(load(directory)))
+    merged = model.merge_and_unload(safe_merge=True)
+    assert np.abs(logits(merged) - want).max() < 1e-4 * np.abs(want).max()
+    assert np.array_equal(merged.generate(ids, max_new_tokens=4, do_sample=False), greedy)
+    embedding = "transformer.embedding.word_embeddings.weight"
+    assert np.array_equal(merged.state_dict()[embedding], load(directory).state_dict()[embedding])
 
 
 def test_several_adapters_are_merged(directory, tmp_path):

@@ -34,10 +34,9 @@ glm_status glm_model_add_lora(struct glm_model *m, const char *module, const voi
     struct glm_linear *lin = NULL;
     char name[GLM_MAX_NAME];
     snprintf(name, sizeof name, "%s.weight", module);
-    for (int l = 0; l < m->arch.layers && !lin; l++)
-        for (int which = 0; which < GLM_LINEARS; which++)
-            if (strcmp(m->layers[l].linear[which].weight->name, name) == 0)
-                lin = &m->layers[l].linear[which];
+    for (int i = 0; i < glm_n_linears(m) && !lin; i++)
+        if (strcmp(glm_linear_at(m, i)->weight->name, name) == 0)
+            lin = glm_linear_at(m, i);
     if (!lin)
         return glm_fail(err, GLM_EVALUE, "module: %s is no linear layer of this model", module);
     if (A_rows < 1 || A_cols != lin->weight->cols || B_rows != lin->weight->rows ||
@@ -84,7 +83,7 @@ void glm_model_enable_lora(struct glm_model *m, int on)
 
 static glm_status refuse_merge(struct glm_model *m, struct glm_error *err)
 {
-    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++) {
+    for (int i = 0; i < glm_n_linears(m); i++) {
         const struct glm_linear *lin = glm_linear_at(m, i);
         if (lin->A->present)
             GLM_TRY(glm_refuse_quantized(
@@ -102,7 +101,7 @@ glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
     GLM_TRY(glm_weights_complete(m, err));
     GLM_TRY(refuse_merge(m, err));
     /* every copy first: a merge that runs out of memory leaves the model as it was */
-    const size_t n = (size_t)m->arch.layers * GLM_LINEARS;
+    const size_t n = (size_t)m->arch.layers * GLM_LINEARS + 1;
     void **copies = calloc(n, sizeof *copies);
     glm_status status = copies ? GLM_OK : glm_fail(err, GLM_EMEMORY, "merge_lora: %zu pointers", n);
     for (int i = 0; status == GLM_OK && i < (int)n; i++) {

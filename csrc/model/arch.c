@@ -132,7 +132,7 @@ static struct glm_weight *add_matrix(struct glm_model *m, const struct glm_names
 size_t glm_arch_slots(const struct glm_arch *a)
 {
     const int base = 2 + GLM_LINEARS + 1; /* of a layer: norms, matrices, a bias */
-    return 3 + (size_t)a->layers * (base + 2 * GLM_LINEARS) + GLM_PREFIX_WEIGHTS;
+    return 3 + (size_t)a->layers * (base + 2 * GLM_LINEARS) + 2 + GLM_PREFIX_WEIGHTS;
 }
 
 static void add_layer(struct glm_model *m, const struct glm_names *names, int l)
@@ -164,14 +164,16 @@ static void add_slots(struct glm_model *m, const struct glm_names *names)
     const char *const linears[GLM_LINEARS] = {names->query_key_value, names->dense,
                                               names->dense_h_to_4h, names->dense_4h_to_h};
     struct glm_weight *w = m->weights + m->n_base;
-    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++) {
+    for (int i = 0; i < glm_n_linears(m); i++) {
         struct glm_linear *lin = glm_linear_at(m, i);
+        const int l = lin == m->head ? -1 : i / GLM_LINEARS;
+        const char *module = l < 0 ? names->output_layer : linears[i % GLM_LINEARS];
         lin->A = w++;
         lin->B = w++;
         lin->A->kind = lin->B->kind = GLM_LORA;
         lin->A->rank = lin->B->rank = 2;
-        set_name(lin->A, names, i / GLM_LINEARS, linears[i % GLM_LINEARS], "lora_A.weight");
-        set_name(lin->B, names, i / GLM_LINEARS, linears[i % GLM_LINEARS], "lora_B.weight");
+        set_name(lin->A, names, l, module, "lora_A.weight");
+        set_name(lin->B, names, l, module, "lora_B.weight");
     }
     m->prefix = w;
     for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++, w++) {
@@ -185,10 +187,12 @@ static void add_slots(struct glm_model *m, const struct glm_names *names)
 void glm_arch_add_weights(struct glm_model *m, const struct glm_names *names)
 {
     const int V = m->arch.vocab, C = m->arch.hidden;
+    m->head = &m->layers[m->arch.layers].linear[0];
     m->word_embeddings = add_matrix(m, names, -1, names->word_embeddings, V, C);
     for (int l = 0; l < m->arch.layers; l++)
         add_layer(m, names, l);
     m->final_layernorm = add_vector(m, names, -1, names->final_layernorm, "weight", C);
-    m->output_layer = add_matrix(m, names, -1, names->output_layer, V, C);
+    m->output_layer = m->head->weight = add_matrix(m, names, -1, names->output_layer, V, C);
+    m->head->site = (uint32_t)(m->arch.layers * GLM_LINEARS + 1); /* after the prefix encoder's */
     add_slots(m, names);
 }

@@ -20,7 +20,7 @@ glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
     m->lora_on = 1;
     m->host.on_host = 1;
     const size_t slots = glm_arch_slots(arch);
-    m->layers = calloc((size_t)arch->layers, sizeof *m->layers);
+    m->layers = calloc((size_t)arch->layers + 1, sizeof *m->layers);
     m->weights = calloc(slots, sizeof *m->weights);
     m->trainable = calloc(slots, sizeof *m->trainable);
     m->step.x = calloc((size_t)arch->layers + 1, sizeof *m->step.x);
@@ -134,12 +134,18 @@ glm_status glm_layers_diagnose(struct glm_model *m, struct glm_error *err)
     return glm_fail(err, GLM_ENUMERIC, "the output layer yields NaN or infinity");
 }
 
+/* The rows of a chunk of logits. */
+static struct glm_rows rows_of_chunk(const struct glm_step *s, int begin, int count)
+{
+    return (struct glm_rows){count, s->read.position + begin, s->read.sequence + begin};
+}
+
 void glm_logits_forward(struct glm_model *m, int begin, int count)
 {
     const struct glm_step *s = &m->step;
-    m->be->ops->linear_forward(m->be->cx, s->logits,
-                               glm_at(m, s->final, (size_t)begin * m->arch.hidden),
-                               &m->output_layer->mat, NULL, count, 1.0, 0);
+    const struct glm_rows rows = rows_of_chunk(s, begin, count);
+    glm_linear_forward(m, m->head, s->logits, glm_at(m, s->final, (size_t)begin * m->arch.hidden),
+                       s->head_xa, &rows);
 }
 
 glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, void *logits,
@@ -177,11 +183,9 @@ static glm_status losses_of(struct glm_model *m, int training, struct glm_error 
                                   s->target + begin, count, V);
         if (training) {
             op->cross_entropy_backward(cx, s->logits, lse, s->target + begin, count, V, 1.0);
-            if (m->output_layer->grad)
-                op->linear_backward_weight(cx, m->output_layer->grad, NULL, s->logits, final, count,
-                                           V, C, 1.0);
-            op->linear_backward_input(cx, glm_at(m, s->dnorm, (size_t)begin * C), s->logits,
-                                      &m->output_layer->mat, count, 1.0, 0);
+            const struct glm_rows rows = rows_of_chunk(s, begin, count);
+            glm_linear_backward(m, m->head, glm_at(m, s->dnorm, (size_t)begin * C), s->logits,
+                                final, s->head_xa, &rows);
         }
         GLM_TRY(interrupted(m, err));
     }

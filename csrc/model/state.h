@@ -130,6 +130,7 @@ struct glm_step {
     double *squares;    /* results: of all gradients together .. */
     void *losses;       /* .. and (M), see glm_results_layout */
     int logits_rows;
+    void *head_xa; /* x A^T of the chunk, where the head has an adapter */
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
     /* Inputs of linears, and in their place the gradients on the way up: step.c draws when. */
     void *ln, *act, *att_rows, *x_rows; /* (N, C), (N, F), (M, AO), (M, C) */
@@ -155,10 +156,12 @@ struct glm_step {
 struct glm_model {
     struct glm_arch arch;
     struct glm_backend *be;
-    struct glm_weight *weights; /* base, then 8 LoRA slots a layer, then 5 prefix slots */
+    /* base, then 8 LoRA slots a layer and 2 of the head, then 5 prefix slots */
+    struct glm_weight *weights;
     int n_base, n_weights;
-    struct glm_layer *layers;
+    struct glm_layer *layers; /* and one more, whose first linear is the head */
     struct glm_weight *word_embeddings, *final_layernorm, *output_layer;
+    struct glm_linear *head;   /* output_layer, and its adapter */
     struct glm_weight *prefix; /* GLM_PREFIX_WEIGHTS */
     int prefix_length;
     double prefix_dropout;
@@ -192,6 +195,11 @@ struct glm_cache {
 static inline int glm_present(const struct glm_weight *w) { return w && w->present; }
 static inline int glm_trains(const struct glm_weight *w) { return w && w->grad; }
 static inline size_t glm_count(const struct glm_weight *w) { return (size_t)w->rows * w->cols; }
+/* The linears that may have an adapter: those of the layers, and the head as the last. */
+static inline int glm_n_linears(const struct glm_model *m)
+{
+    return m->arch.layers * GLM_LINEARS + 1;
+}
 static inline struct glm_linear *glm_linear_at(const struct glm_model *m, int i)
 {
     return &m->layers[i / GLM_LINEARS].linear[i % GLM_LINEARS];

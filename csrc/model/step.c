@@ -47,20 +47,22 @@ static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
 
 static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
-/* LoRA ranks: the largest of each linear over all layers, and of all; widest: the input of an
- * adapted linear. */
+/* LoRA ranks: the largest of each linear over all layers, the head's, and of all; widest: the input
+ * of an adapted linear. */
 struct ranks {
-    size_t of[GLM_LINEARS], most, widest;
+    size_t of[GLM_LINEARS], head, most, widest;
 };
 
 static struct ranks lora_ranks(const struct glm_model *m)
 {
     struct ranks r = {0};
-    for (int i = 0; i < m->arch.layers * GLM_LINEARS; i++) {
-        const struct glm_weight *A = glm_linear_at(m, i)->A;
+    for (int i = 0; i < glm_n_linears(m); i++) {
+        const struct glm_linear *lin = glm_linear_at(m, i);
+        const struct glm_weight *A = lin->A;
         if (!A->present)
             continue;
-        r.of[i % GLM_LINEARS] = largest(r.of[i % GLM_LINEARS], (size_t)A->rows);
+        size_t *rank = lin == m->head ? &r.head : &r.of[i % GLM_LINEARS];
+        *rank = largest(*rank, (size_t)A->rows);
         r.most = largest(r.most, (size_t)A->rows);
         r.widest = largest(r.widest, (size_t)A->cols);
     }
@@ -185,6 +187,7 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     const size_t chunk = largest(16, LOGITS_BYTES / (V * real));
     s->logits_rows = (int)(M < chunk ? M : chunk);
     s->logits = glm_arena_push(arena, s->logits_rows * V, real);
+    s->head_xa = glm_arena_push(arena, s->logits_rows * ranks.head, real);
     glm_results_layout(arena, &s->squares, &s->losses, M, real);
     s->chosen = glm_arena_push(arena, s->call.cache ? M : 0, sizeof *s->chosen);
     s->lse = glm_arena_push(arena, M, real);

@@ -121,6 +121,19 @@ def tells(fields: Mapping[str, Any], family: str) -> bool:
     return first is not None and first.name == family
 
 
+def check_adapter(directory: Path, base_name: Any, family: str, own: Any = None) -> None:
+    """A warning for an adapter or prefix whose files name a base of another family than `family`,
+    the model's: the shapes may be the same. own: what the files say under OWN_KEY.
+    """
+    named = of(str(own)) if own else named_in(str(base_name or ""))
+    if named is not None and named is not of(family):
+        warn(
+            f"{directory}: was trained on a {named.title} model ({base_name}), this one is of "
+            f"family {of(family).title}: its answers will be wrong, or say "
+            f'family="{named.name}" where the model is opened'
+        )
+
+
 def check_tokenizer(tokenizer: Any, family: str, vocabulary: int) -> None:
     """ValueError for a tokenizer with more ids than the model's `vocabulary`, a warning for one of
     another family than the model's.

@@ -90,13 +90,14 @@ def load_checkpoint(
     directory: str | os.PathLike,
     prefer: str = "safetensors",
     wrap: Callable[[list[str]], Iterable[str]] = lambda names: names,
+    only: bool = False,
 ) -> dict[str, Tensor]:
     """Map the weights of a model directory, sharded or not: name -> Tensor. Nothing is read yet.
 
-    `prefer` is "safetensors" or "bin", for directories with both. `wrap` gets the list of shard
-    names, if there are shards, and is iterated over in its place (a progress bar). Raises
-    FileNotFoundError for a missing folder, file or shard; ValueError naming file and tensor for
-    damaged files and for an index that does not agree with its shards.
+    `prefer` is "safetensors" or "bin", for directories with both; with `only`, no other form is
+    taken. `wrap` gets the list of shard names, if there are shards, and is iterated over in its
+    place (a progress bar). Raises FileNotFoundError for a missing folder, file or shard; ValueError
+    naming file and tensor for damaged files and for an index that does not agree with its shards.
     """
     directory = Path(directory)
     if prefer not in ("safetensors", "bin"):
@@ -104,6 +105,7 @@ def load_checkpoint(
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory")
     order = (SAFETENSORS, TORCH) if prefer == "safetensors" else (TORCH, SAFETENSORS)
+    order = order[:1] if only else order
     for name in order:
         if (directory / name).exists():
             return _read_kind(directory / name)

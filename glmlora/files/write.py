@@ -192,15 +192,3 @@ def map_file(path: str | os.PathLike) -> np.ndarray:
         if size <= LFS_POINTER_MAX:
             refuse_lfs_pointer(path, file.read())
         return _core.map_file(file.fileno(), path)
-
-
-def model_directory(path: str | os.PathLike) -> Path:
-    """`path` as a Path. OSError if there is no such directory: nothing is ever downloaded."""
-    directory = Path(path)
-    if not directory.is_dir():
-        raise OSError(
-            f"{os.fspath(path)!r}: looked for a local directory (from {os.getcwd()}) and found "
-            "none; glmlora downloads "
-            "nothing, so give the path of a model that is already on this machine"
-        )
-    return directory

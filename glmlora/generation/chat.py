@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from .. import families
+from .. import families, tell
 from ..families import recognition
 from ..families.vendored import in_template
 from ..tokenization import TextStream
 from .beams import best_answers
-from .cache import CachedRow, Model, PastKeyValues, check_past
+from .cache import CachedRow, Model, PastKeyValues, check_past, own_settings
 from .config import (
     BatchChatArguments,
     ChatArguments,
@@ -23,6 +23,7 @@ from .config import (
     StreamChatArguments,
     check_names,
     spelled_out,
+    tell_without_effect,
 )
 from .generate import ROWS, complete, warn_of_prefix
 from .processors import Processor
@@ -103,9 +104,14 @@ class _Turns:
         self.family = chat_family(model, tokenizer)
         config = model.config
         recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
+        named = {n for n, v in settings.items() if v is not None}
+        named |= {"max_length"} if max_length not in (8192, None) else set()
+        named |= {"top_p"} if top_p not in (0.8, None) else set()
+        named |= {"temperature"} if temperature not in (0.8, None) else set()
         settings |= {"max_length": max_length, "num_beams": num_beams, "do_sample": do_sample}
         settings |= {"top_p": top_p, "temperature": temperature}
         self.settings = _settings(model, tokenizer, settings, generation_config)
+        tell_without_effect(function, self.settings, named)
         self.change = Scores(
             self.settings, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, tokenizer
         )
@@ -139,7 +145,7 @@ def _settings(
     """
     if given is not None and not isinstance(given, GenerationConfig):
         raise TypeError(f"generation_config: expected a GenerationConfig, got {given!r:.80}")
-    own = model.generation_config
+    own = own_settings(model)
     g = copy.copy(own if given is None else given)
     g.num_return_sequences = 1
     if fields.get("eos_token_id") is None:
@@ -342,6 +348,8 @@ def stream_chat(
     past = past_key_values
     if past is not None:
         check_past(past, model, 1)
+    if settings.get("num_beams") not in (None, 1):
+        tell.once("stream_chat: num_beams: no effect, tokens are shown as they are chosen")
     turns = _Turns(
         stream_chat,
         model,

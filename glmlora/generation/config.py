@@ -356,6 +356,29 @@ def check_names(function: Function, given: Iterable[str]) -> None:
             raise TypeError(f"{function.__name__}: unknown argument {name!r}{near}")
 
 
+def tell_without_effect(function: Function, g: GenerationConfig, named: set[str]) -> None:
+    """Say once which of the settings that a call names have no effect beside the others."""
+    kept = {"output_scores", "output_logits"}
+    for names, idle, why in (
+        ({"temperature", "top_k", "top_p", "min_p"}, not g.do_sample, "without do_sample=True"),
+        (
+            {"length_penalty", "early_stopping", "renormalize_logits"},
+            g.num_beams == 1,
+            "with num_beams=1",
+        ),
+        (kept, not g.return_dict_in_generate, "without return_dict_in_generate=True"),
+        (kept, g.num_beams > 1, "with beams, of which sequences_scores are kept"),
+        ({"max_length"}, g.max_new_tokens is not None, "beside max_new_tokens"),
+        ({"min_length"}, g.min_new_tokens is not None, "beside min_new_tokens"),
+    ):
+        default = g.__dataclass_fields__
+        given = [n for n in sorted(names & named) if getattr(g, n) != default[n].default]
+        if idle and given:
+            tell.once(f"{function.__name__}: {', '.join(given)}: no effect {why}")
+    if not g.return_dict_in_generate or g.num_beams > 1:
+        g.output_scores = g.output_logits = False
+
+
 def spelled_out(arguments: Any) -> Callable[[Function], Function]:
     """Of a function, for help and completion: the fields of GenerationConfig, and what `arguments`
     has beside them, in place of its **settings.

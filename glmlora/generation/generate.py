@@ -13,8 +13,8 @@ import numpy as np
 from .. import tell
 from ..batch import Batch, as_rows, check_ids
 from .beams import best_answers
-from .cache import CachedRow, Model, PastKeyValues, check_past
-from .config import GenerationConfig, Settings, check_names, spelled_out
+from .cache import CachedRow, Model, PastKeyValues, check_past, own_settings
+from .config import GenerationConfig, Settings, check_names, spelled_out, tell_without_effect
 from .processors import Processor
 from .scheduler import Request, Scheduler, Scores, by_doubling, call_seed, first_room, limits_of
 from .stopping import Criterion
@@ -75,7 +75,7 @@ def generate(
 
     input_ids (or `inputs`) (B, T) integers with padding at either end where attention_mask is 0, or
     B lists of ids of any lengths; without a mask, pad ids at the ends of rows are padding, which is
-    told once. position_ids are accepted and not needed: a row counts from its first token.
+    told once. position_ids are not needed: a row counts from its first token.
     logits_processor: functions of (ids int64 (1, t), scores float32 (1, V)) that return scores.
     stopping_criteria: functions of (ids, scores or None), true where the row ends. Both see one row
     at a time. prefix_allowed_tokens_fn: of (row, ids (t,)), the ids that may follow. streamer: gets
@@ -92,7 +92,9 @@ def generate(
     with ended(streamer):
         g = _settings(model, generation_config, settings, generate)
         change = Scores(g, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, tokenizer)
-        padded, prompts = _prompts(model, _one_of(input_ids, inputs), attention_mask, g)
+        padded, prompts = _prompts(
+            model, _one_of(input_ids, inputs), attention_mask, position_ids, g
+        )
         _check_whole(model, past_key_values, prompts)
         limits = limits_of(model, [len(p) for p in prompts], g)
         n = int(g.num_return_sequences)
@@ -173,8 +175,10 @@ def stream_generate(
     """
     g = _settings(model, generation_config, settings, stream_generate)
     g.output_scores = g.output_logits = False
+    if g.num_beams > 1:
+        tell.once("stream_generate: num_beams: no effect, tokens are shown as they are chosen")
     pad = _pad(g)
-    padded, prompts = _prompts(model, _one_of(input_ids, inputs), attention_mask, g)
+    padded, prompts = _prompts(model, _one_of(input_ids, inputs), attention_mask, position_ids, g)
     change = Scores(g, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, tokenizer)
     n = int(g.num_return_sequences)
     lengths = [len(p) for p in prompts]
@@ -277,7 +281,7 @@ def _settings(
     if given is not None and not isinstance(given, GenerationConfig):
         raise TypeError(f"generation_config: expected a GenerationConfig, got {given!r:.80}")
     check_names(function, named)
-    own = model.generation_config
+    own = own_settings(model)
     g = copy.copy(own if given is None else given)
     g.update(**named)
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
@@ -289,31 +293,8 @@ def _settings(
             f"{function.__name__}: neither max_new_tokens nor max_length is given: it goes on to "
             f"an end id or the model's {model.config.seq_length} positions (transformers: 20 ids)",
         )
-    useless = [n for n in _SAMPLING if n in named and not g.do_sample and _differs(g, n)]
-    why = "have no effect without do_sample=True"
-    if g.num_beams == 1 and not useless:
-        useless = [n for n in _OF_BEAMS if n in named and _differs(g, n)]
-        why = "have no effect with num_beams=1"
-    if not g.return_dict_in_generate and not useless:
-        useless = [n for n in ("output_scores", "output_logits") if n in named and getattr(g, n)]
-        why = "have no effect without return_dict_in_generate=True"
-        g.output_scores = g.output_logits = False
-    elif g.num_beams > 1 and (g.output_scores or g.output_logits):
-        useless = ["output_scores", "output_logits"]
-        why = "have no effect with beams, of which sequences_scores are kept"
-    if {"max_length", "max_new_tokens"} <= {n for n in named if named[n] is not None}:
-        useless, why = ["max_length"], "has no effect beside max_new_tokens"
-    if useless:
-        tell.once(f"{function.__name__}: {', '.join(useless)}: {why}")
+    tell_without_effect(function, g, set(named))
     return g
-
-
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-_OF_BEAMS = ("length_penalty", "early_stopping", "renormalize_logits")
-
-
-def _differs(g: GenerationConfig, name: str) -> bool:
-    return getattr(g, name) != g.__dataclass_fields__[name].default
 
 
 def _one_of(input_ids: Any, inputs: Any) -> Any:
@@ -325,10 +306,10 @@ def _one_of(input_ids: Any, inputs: Any) -> Any:
 
 
 def _prompts(
-    model: Model, input_ids: Any, attention_mask: Any, g: GenerationConfig
+    model: Model, input_ids: Any, attention_mask: Any, position_ids: Any, g: GenerationConfig
 ) -> tuple[np.ndarray, list[list[int]]]:
     """(ids as given (B, T) int64, rows without padding). Lists of several lengths are padded on the
-    left.
+    left. ValueError for positions that do not count from each row's first token.
     """
     if isinstance(attention_mask, GenerationConfig):
         raise TypeError("generation_config: is to be given by name, got one as attention_mask")
@@ -348,10 +329,13 @@ def _prompts(
     check_ids("input_ids", ids, model.config.padded_vocab_size)
     if attention_mask is None:
         attention_mask = _inferred_mask(ids, g)
-    if attention_mask is None and ids.dtype.kind != "b":
+    if attention_mask is None and position_ids is None and ids.dtype.kind != "b":
         return ids.astype(np.int64), ids.tolist()
     mask = None if attention_mask is None else as_rows("attention_mask", attention_mask)
-    batch, _, _ = Batch.from_padded(ids, mask)
+    places = None if position_ids is None else as_rows("position_ids", position_ids)
+    batch, _, _ = Batch.from_padded(ids, mask, position_ids=places)
+    if batch.positions is not None:
+        raise ValueError("position_ids: expected 0, 1, .. from each row's first token on")
     ends = np.cumsum(batch.lengths)
     rows = [batch.ids[e - n : e].tolist() for e, n in zip(ends, batch.lengths, strict=True)]
     return ids.astype(np.int64), rows

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..families.recognition import check_adapter
 from ..files.checkpoint import read_weights, write_json, write_safetensors, write_torch
 from ..files.staging import staged
 from ..seeds import generator
@@ -126,6 +127,7 @@ def read_adapter(
         targets = config.targets(model)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from None
+    check_adapter(directory, config.base_model_name_or_path, model.config.family)
     adapter = Adapter(config, targets, {})
     arrays = fitting(files[0], model, targets, plain_names(files[0], read_weights(files[0])))
     zero = [n for n in arrays if n.endswith(".lora_B.weight") and not arrays[n].any()]

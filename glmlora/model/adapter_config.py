@@ -17,7 +17,7 @@ from .. import families
 from ..files.checkpoint import read_json, write_json
 from ..names import did_you_mean
 from .modeling import ChatGLMForConditionalGeneration
-from .parameters import layers_of
+from .parameters import layers_of, output_layer_of
 from .patterns import Pattern
 
 CONFIG = "adapter_config.json"
@@ -203,11 +203,12 @@ class LoraConfig(PeftConfig):
 
     r: rank; lora_alpha: scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora;
     lora_dropout on the input of A in training; target_modules: list of module names or endings
-    ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), a regular expression over the
-    whole dotted name (matched in bounded time: no back references), or "all-linear"; default
-    query_key_value. exclude_modules: not these, in the same forms. rank_pattern, alpha_pattern:
-    overrides by module name or ending; layers_to_transform: only these layers. init_lora_weights:
-    True (A uniform, B zero), "gaussian" (A normal, B zero) or False (both random).
+    ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "output_layer"), a regular
+    expression over the whole dotted name (matched in bounded time: no back references), or
+    "all-linear", which is all but the output layer; default query_key_value. exclude_modules: not
+    these, in the same forms. rank_pattern, alpha_pattern: overrides by module name or ending;
+    layers_to_transform: only these layers. init_lora_weights: True (A uniform, B zero), "gaussian"
+    (A normal, B zero) or False (both random).
     base_model_name_or_path, revision and auto_mapping are kept and written, no more; fan_in_fan_out
     is false with a warning, as no weight of these models is transposed. PEFT's fields that say how
     an adapter was made or run mean nothing here: peft_version, runtime_config, megatron_config,
@@ -334,13 +335,15 @@ class LoraConfig(PeftConfig):
         """{module: (rank, scale)} of the linears of a model that this adapter changes.
 
         Raises ValueError naming targets that match nothing, or modules other than the four linears
-        of a layer.
+        of a layer and the output layer.
         """
         family = families.of(model.config.family)
         wanted = self.target_modules or list(family.targets)
         weights = [n.removesuffix(".weight") for n in model.base_names() if n.endswith(".weight")]
         start = layers_of(model.config)
         linear = {n for n in weights if n.startswith(start) and _leaf(n) in family.linears}
+        head = output_layer_of(model.config).removesuffix(".weight")
+        kinds = (*family.linears, _leaf(head))
         if wanted == ALL_LINEAR:
             matched = [n for n in weights if n in linear]
         else:
@@ -349,7 +352,7 @@ class LoraConfig(PeftConfig):
             ends = {part for n in weights for part in (n, *_endings(n))}
             unmatched = [t for t in wanted if t not in ends]
             if unmatched and len(unmatched) < len(wanted):
-                near = did_you_mean(unmatched[0], family.linears)
+                near = did_you_mean(unmatched[0], kinds)
                 warnings.warn(
                     f"target_modules: no module of this model is named {unmatched}{near}",
                     stacklevel=4,
@@ -361,13 +364,13 @@ class LoraConfig(PeftConfig):
             excluded = set(_matching("exclude_modules", self.exclude_modules, weights))
             matched = [n for n in matched if n not in excluded]
         if not matched:
-            raise ValueError(self._nothing_matches(wanted, family.linears))
-        other = [n for n in matched if n not in linear]
+            raise ValueError(self._nothing_matches(wanted, kinds))
+        other = [n for n in matched if n not in linear and n != head]
         if other:
             raise ValueError(
                 f"target_modules: {', '.join(other)}: adapters on this module are not supported "
                 "by this release, "
-                f"only on {', '.join(family.linears)}"
+                f"only on {', '.join(kinds)}"
             )
         found = {}
         for name in matched:

@@ -14,9 +14,10 @@ from typing import Any
 
 from .. import families
 from ..families import recognition
-from ..files.foreign import refuse_quantization
+from ..files.foreign import folder_kind, refuse_quantization
+from ..files.hub import check_keywords, model_directory
 from ..files.small import whole_references
-from ..files.write import model_directory, read_json, write_json
+from ..files.write import read_json, write_json
 from .quantization import check_form
 
 # What the published configuration class assumes for keys that a file leaves out.
@@ -76,6 +77,20 @@ _OTHER_NAMES = {  # what newer programs call a key
     "dtype": "torch_dtype",
     "num_hidden_layers": "num_layers",
     "vocab_size": "padded_vocab_size",
+}
+_MORE_KEYS = ("prefix_dropout", "use_cache", "name_or_path", "bos_token_id", *_OTHER_NAMES)
+NEUTRAL: dict[str, tuple[Any, ...] | None] = {  # keywords that ask for nothing with these values
+    "return_unused_kwargs": (False,),
+    "return_dict": (True,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+}
+REASONS = {
+    "return_unused_kwargs": "unknown keywords are an error here",
+    "return_dict": "is an argument of the call: model(..., return_dict=False)",
+    "output_attentions": "attention weights are never held as a whole here",
+    "output_hidden_states": "is an argument of the call: model(..., output_hidden_states=True)",
+    "gguf_file": "GGUF files are not read: get the model's own weights",
 }
 # What only this package writes: what users said when they opened the model, and config.json lacks.
 OWN_ROPE_MODE = "glmlora_rope_mode"
@@ -144,26 +159,46 @@ class ChatGLMConfig:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        cache_dir: str | None = None,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
         family: str | None = None,
         rope_mode: str | None = None,
+        subfolder: str = "",
         **overrides: Any,
     ) -> ChatGLMConfig:
-        """Read `path/config.json`. `overrides` replace its keys (`pre_seq_len=128`).
+        """Read `config.json` of a local directory, or of `subfolder` in it. `overrides` replace its
+        keys (`pre_seq_len=128`).
 
-        `trust_remote_code`, `revision` and `cache_dir` are accepted and mean nothing: only local
-        files are read and none is executed. Raises OSError when the directory or file is absent,
-        ValueError for a field that is wrong or a model this release does not support.
+        Keywords of transformers that are about downloads (`trust_remote_code`, `revision`,
+        `cache_dir`, `token`, `local_files_only`, ...: NOTHING in files/hub.py) are accepted and
+        mean nothing: only local files are read and none is executed. Raises OSError when the
+        directory or file is absent, ValueError for a field that is wrong or a model this release
+        does not support, TypeError for a keyword that is no key of a config.
         """
-        directory = model_directory(path)
+        directory = model_directory(pretrained_model_name_or_path, subfolder)
         file = directory / "config.json"
         if not file.exists():
-            raise OSError(f"{file}: not found; a model directory holds config.json and the weights")
+            adapter = (directory / "adapter_config.json").exists()
+            what = (
+                "; it is an adapter's directory: open its base model, then "
+                "PeftModel.from_pretrained(model, directory)"
+                if adapter
+                else folder_kind(directory)
+            )
+            raise OSError(
+                f"{file}: not found; a model directory holds config.json and the weights{what}"
+            )
         fields = read_json(file, dict)
-        fields.update(overrides)
+        keys = {k: v for k, v in overrides.items() if k in fields or is_key(k)}
+        others = {k: v for k, v in overrides.items() if k not in keys}
+        check_keywords(
+            f"{cls.__name__}.from_pretrained",
+            others,
+            ["family", "rope_mode", "subfolder", *fields, *DEFAULTS],
+            NEUTRAL,
+            REASONS,
+        )
+        fields.update(keys)
         try:
             if family is None:
                 family = recognition.find(fields, directory, tokenizer_fields(directory))
@@ -289,6 +324,11 @@ class ChatGLMConfig:
 
     def __repr__(self) -> str:
         return f"ChatGLMConfig(family={self.family!r}, {self.to_dict()})"
+
+
+def is_key(name: str) -> bool:
+    """Whether config.json may have such a key, be it there or not."""
+    return name in DEFAULTS or name in _MORE_KEYS
 
 
 def tokenizer_fields(directory: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from ..generation.config import GenerationConfig
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
 from .device import Device, backend_of
+from .output import CausalLMOutput, mean_loss
 from .parameters import (
     DTYPE_NAMES,
     PEFT_PREFIX,
@@ -56,37 +56,12 @@ from .parameters import (
 )
 from .quantization import SCALE, QuantizedTensor, check_form, is_quantized, join
 from .quantization import quantize as quantize_tensor
-from .saving import Opened, write_beside
+from .saving import Opened, check_saving, weight_sources, write_beside
 
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
 # out of which the weights are read again and again, need some.
 _FREE_FOR_ACTIVATIONS = 0.7
 _LEAST_BUDGET = 1 << 30  # GLM_DEFAULT_BUDGET in csrc/model/state.h
-_LOSS_ROWS = 64  # rows of logits that are widened at a time for the loss of forward
-
-
-@dataclass
-class CausalLMOutput:
-    """What `model(...)` returns. B rows, T tokens, V vocabulary, H hidden size, L layers.
-
-    logits float32 (B, T, V), 0 over padding; loss float (mean over the labelled tokens of the
-    batch, nats) or None; past_key_values: what to pass back with the tokens that follow, or None
-    where the cache is off; hidden_states: None or L + 1 float32 (B, T, H), before the final norm, 0
-    over padding.
-    """
-
-    logits: np.ndarray
-    loss: float | None = None
-    past_key_values: PastKeyValues | None = None
-    hidden_states: tuple[np.ndarray, ...] | None = None
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """(loss, logits, past_key_values, hidden_states) without those that are None."""
-        found = (self.loss, self.logits, self.past_key_values, self.hidden_states)
-        return tuple(v for v in found if v is not None)
-
-    def __getitem__(self, key: int | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
 
 class _Casts:
@@ -487,9 +462,12 @@ class ChatGLMForConditionalGeneration(_Casts):
 
     def save_pretrained(
         self,
-        directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *,
         max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+        **others: Any,
     ) -> None:
         """Write the base weights (and a prefix, if there is one) as a whole model directory,
         atomically: with config.json, generation_config.json, and the small files of the directory
@@ -497,32 +475,21 @@ class ChatGLMForConditionalGeneration(_Casts):
         there yet.
 
         LoRA tensors are not among them: PeftModel.save_pretrained writes those, merge_and_unload()
-        folds them in. Raises OSError naming the file.
+        folds them in. is_main_process=False writes nothing. others: keywords of transformers that
+        mean nothing here or are refused (SAVE_NEUTRAL and SAVE_REASONS in saving.py). Raises
+        OSError naming the file.
         """
-        listed = []
-        for name, shape in self._shapes.items():
-            get = self._tensor
-            tensor = self._stored.get(name)
-            if isinstance(tensor, QuantizedTensor):
-                for key, part in ((name, tensor.integers), (name + SCALE, tensor.scale)):
-                    listed.append((key, part.dtype, part.shape, lambda part=part: part))
-                continue
-            listed.append((name, self.stored_dtype(name), shape, lambda n=name, get=get: get(n)))
-        for name in self.core.names():
-            if name.startswith(prefix_of(self.config)):
-                shape, read = self.core.shape(name), self.core.read
-                listed.append((name, "F32", shape, lambda n=name, read=read: read(n)))
-        self.config.torch_dtype = self.dtype
-        if self.config.get("dtype") is not None:  # the key's newer name
-            self.config.dtype = self.dtype
-        os.makedirs(directory, exist_ok=True)
-        with owned(directory, shared=True):
+        check_saving("save_pretrained", others)
+        if not is_main_process:
+            return
+        os.makedirs(save_directory, exist_ok=True)
+        with owned(save_directory, shared=True):
             save_sharded(
-                directory,
-                listed,
+                save_directory,
+                weight_sources(self),
                 max_shard_size,
                 safetensors=safe_serialization,
-                beside=lambda new: write_beside(self, new, Path(directory)),
+                beside=lambda new: write_beside(self, new, Path(save_directory)),
             )
 
     # What is trained
@@ -682,7 +649,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         if labels is not None:
             rows, targets = batch.rows_and_targets()
             if rows.size:
-                loss = _mean_loss(flat, rows, targets)
+                loss = mean_loss(flat, rows, targets)
             else:
                 warnings.warn("labels: all are masked (-100), so there is no loss", stacklevel=2)
         states = None
@@ -785,20 +752,6 @@ def _quantizing(names: list[str], nbytes: int) -> Iterable[str]:
 
 def _converted(tensor: Tensor, dtype: str) -> Tensor:
     return Tensor(_core.convert(tensor.data, tensor.dtype, dtype), dtype)
-
-
-def _mean_loss(logits: np.ndarray, rows: np.ndarray, targets: np.ndarray) -> float:
-    """Mean of lse(logits[row]) - logits[row, target] in double. Here, as the caller has the logits
-    already: the core's `loss` would run the model a second time for it.
-    """
-    total = 0.0
-    for start in range(0, rows.size, _LOSS_ROWS):
-        part = slice(start, start + _LOSS_ROWS)
-        scores = logits[rows[part]].astype(np.float64)
-        top = scores.max(axis=1)
-        lse = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
-        total += float((lse - scores[np.arange(len(scores)), targets[part]]).sum())
-    return total / rows.size
 
 
 def _device_of(backend: str) -> Device:

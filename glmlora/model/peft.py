@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 import numpy as np
 
 from .. import _core
+from ..families.recognition import OWN_KEY, check_adapter
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
 from ..files.owner import owned
 from ..generation.config import GenerationConfig
@@ -147,7 +148,6 @@ class PeftModel:
     dtype: str
     compute_dtype: str
     training: bool
-    generation_config: GenerationConfig
     transformer: Transformer
     trainable_names: list[str]
     name_or_path: str | None
@@ -174,7 +174,8 @@ class PeftModel:
                 "model: has a LoRA adapter already; unload() or merge_and_unload() it first"
             )
         if peft_config.base_model_name_or_path is None:
-            peft_config.base_model_name_or_path = model.config.get("_name_or_path") or None
+            named = model.name_or_path or model.config.get("_name_or_path")
+            peft_config.base_model_name_or_path = named or None
         self._adapters[adapter_name] = fresh_adapter(model, peft_config, seed)
         self._attach(adapter_name)
 
@@ -195,6 +196,15 @@ class PeftModel:
     def base_model(self) -> _Tuner:
         """`.base_model.model` is the base, as in PEFT."""
         return _Tuner(self._base)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The base's; setting it sets the base's."""
+        return self._base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self._base.generation_config = config
 
     def get_base_model(self) -> ChatGLMForConditionalGeneration:
         """The base that was wrapped, the adapter still in it."""
@@ -734,6 +744,7 @@ def load_prefix(
     projection = fields.get("prefix_projection", "trans.0.weight" in arrays)
     projection = innermost(projection)
     config = base.config
+    check_adapter(directory, fields.get("_name_or_path"), config.family, fields.get(OWN_KEY))
     if base.has_prefix and config.pre_seq_len != length:
         raise ValueError(
             f"{file}: pre_seq_len is {length}, the model was built with {config.pre_seq_len}"

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..files.hub import check_keywords
 from ..files.small import GENERATION, copy_small_files
+from ..files.tensor import Source
 from ..files.write import write_json
 from ..generation.config import GenerationConfig
 from ..tell import warn
 from .configuration import ChatGLMConfig
+from .parameters import prefix_of
+from .quantization import SCALE, QuantizedTensor
 from .template import write_template
 
 
@@ -38,7 +44,50 @@ class _Model(Protocol):
     config: ChatGLMConfig
     generation_config: GenerationConfig
     opened: Opened
+
+    @property
+    def dtype(self) -> str: ...
+
     prompt_template: str
+
+
+# Keywords of transformers' save_pretrained that ask for nothing with these values; None: with any.
+SAVE_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+    "push_to_hub": (False,),
+    **dict.fromkeys(("save_peft_format", "save_original_format")),
+}
+SAVE_REASONS = {
+    "push_to_hub": "nothing is uploaded; upload the directory when it is written",
+    "state_dict": "pass it to load_state_dict before",
+    "save_function": "files are written in one way only",
+    "variant": "weights of a variant would not be found again",
+}
+_SAVE = ("save_directory", "is_main_process", "max_shard_size", "safe_serialization")
+
+
+def check_saving(what: str, given: Mapping[str, Any]) -> None:
+    """ValueError for a keyword of transformers' `save_pretrained` that is not supported, TypeError
+    for an unknown one.
+    """
+    check_keywords(what, given, _SAVE, SAVE_NEUTRAL, SAVE_REASONS)
+
+
+def weight_sources(model: Any) -> list[Source]:
+    """The base weights of a model and its prefix as they are written, read when they are due."""
+    listed = []
+    for name in model.base_names():
+        tensor = model._stored.get(name)
+        if isinstance(tensor, QuantizedTensor):
+            for key, part in ((name, tensor.integers), (name + SCALE, tensor.scale)):
+                listed.append(Source(key, part.dtype, part.shape, lambda part=part: part))
+            continue
+        dtype, shape = model.stored_dtype(name), model.core.shape(name)
+        listed.append(Source(name, dtype, shape, partial(model._tensor, name)))
+    for name in model.core.names():
+        if name.startswith(prefix_of(model.config)):
+            get = partial(model.core.read, name)
+            listed.append(Source(name, "F32", model.core.shape(name), get))
+    return listed
 
 
 def write_beside(model: _Model, new: Path, target: Path) -> None:
@@ -51,6 +100,9 @@ def write_beside(model: _Model, new: Path, target: Path) -> None:
         warn(f"{target}: saved without the tokenizer's files and code: {source} is no longer there")
     elif source is not None and not (target.exists() and os.path.samefile(source, target)):
         copy_small_files(source, new, target)
+    model.config.torch_dtype = model.dtype
+    if model.config.get("dtype") is not None:  # the key's newer name
+        model.config.dtype = model.dtype
     write_json(new / "config.json", model.config.file_fields(new, target))
     fields = generation_fields(model)
     if fields:

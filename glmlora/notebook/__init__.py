@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from .figures import figures
 from .shell import Shell, UsageError
 
 OWN = str(Path(__file__).parent)
+OWN_MAGICS = re.compile(r"register_\w*magic|load_ext (?!autoreload|glmlora|tensorboard)")
 HINTS = {  # by what stands in the traceback of a module that is not there
     "google.colab": "google.colab exists on Colab only: use this machine's files instead",
     "kaggle_secrets": "kaggle_secrets exists on Kaggle only: use an environment variable instead",
@@ -38,14 +40,15 @@ def run_notebook(path: Path, main: ModuleType) -> int:
     """
     cells = read_cells(path)
     shell = Shell(path.name, main.__dict__, magics.LINE, magics.CELL)
-    main.__dict__.update(In=[""], Out={}, _="", __="", ___="", _dh=[os.getcwd()])
+    main.__dict__.update(In=[""], Out={}, _="", __="", _dh=[os.getcwd()], get_ipython=lambda: shell)
 
     def tell(text: str) -> None:
         print(f"[{path.name}] {text}", file=sys.stderr)
 
-    for number, cell in enumerate(cells, 1):
-        for line, text in shell.unknown_magics(cell.source):
-            tell(f"the run may end in cell {number}, line {line}: {text.partition(';')[0]}")
+    if not any(OWN_MAGICS.search(cell.source) for cell in cells):
+        for number, cell in enumerate(cells, 1):
+            for line, text in shell.unknown_magics(cell.source):
+                tell(f"the run may end in cell {number}, line {line}: {text.partition(';')[0]}")
     trained = any("xfg_train.sh" in cell.source for cell in cells)
     ipython = any("IPython" in cell.source for cell in cells)
     with _names_in_place(shell, ipython), figures(shell.tell) as begin_cell:

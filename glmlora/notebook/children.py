@@ -26,9 +26,9 @@ import importlib, sys
 
 del sys.modules[__name__]
 if sys.prefix == {prefix!r}:
-    from glmlora import compat
+    from glmlora import standins
 
-    compat.install()
+    standins.install()
 else:
     sys.path[:] = [p for p in sys.path if p != {place!r}]
     importlib.import_module(__name__)

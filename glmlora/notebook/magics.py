@@ -523,9 +523,13 @@ def _load_ext(shell: Shell, line: str) -> None:
     name = _without_comment(line)
     if name == "glmlora":  # what it does is done already
         return
-    if name == "autoreload":
-        shell.tell("autoreload does nothing here: a module is imported once")
-        return
+    for known, why in (
+        ("autoreload", "a module is imported once"),
+        ("tensorboard", "only text is shown here"),
+    ):
+        if name == known:
+            shell.tell(f"{name} does nothing here: {why}")
+            return
     try:
         importlib.import_module(name).load_ipython_extension(shell)
     except Exception as error:

@@ -371,6 +371,15 @@ class Shell:
         if magic_kind in ("cell", "line_cell"):
             self.cell_magics[name] = lambda _, line, cell: function(line, cell)
 
+    def register_magics(self, *classes: Any) -> None:
+        """The magics of classes as IPython's `magics_class` makes them, or of objects of such."""
+        for given in classes:
+            owner = given() if isinstance(given, type) else given
+            owner.shell = self
+            for kind, functions in owner.magics.items():
+                for name, function in functions.items():
+                    self.register_magic_function(function, kind, name)
+
     def find_line_magic(self, name: str) -> Any:
         return self.line_magics.get(name)
 

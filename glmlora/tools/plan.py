@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from .. import _core
+from ..files.hub import model_directory
 from ..files.tensor import Tensor
-from ..files.write import model_directory
 from ..generation.cache import CHUNK
 from ..model.configuration import ChatGLMConfig
 from ..model.device import compute_dtype

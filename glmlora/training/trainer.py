@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .. import _core, families
 from ..batch import split_dev
 from ..families import recognition
+from ..files.hub import model_directory
 from ..files.owner import owned
-from ..files.write import model_directory
 from ..interrupts import ending_signals
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
