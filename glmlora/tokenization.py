@@ -32,7 +32,7 @@ from .encoding import Array as Array
 from .families import prompt as prompts
 from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
-from .files.hub import check_keywords, model_directory
+from .files.hub import HubKeywords, check_keywords, model_directory
 from .files.regular import read_bytes
 from .files.small import TEMPLATES, copy, copy_code, whole_references
 from .files.staging import staged
@@ -225,7 +225,7 @@ class ChatGLMTokenizer(Encoder):
 
     @property
     def truncation_side(self) -> str:
-        """ "right" or "left": where ids are cut away."""
+        """Where ids are cut away: "right" or "left"."""
         return self._truncation_side
 
     @truncation_side.setter
@@ -646,6 +646,17 @@ def _is_rows(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
+class TokenizerKeywords(HubKeywords, total=False):
+    """Keywords of AutoTokenizer.from_pretrained beside those that it works with."""
+
+    use_fast: bool
+    legacy: bool
+    from_slow: bool
+    verbose: bool
+    config: Any
+    tokenizer_type: str | None
+
+
 class AutoTokenizer:
     """`AutoTokenizer.from_pretrained(path)` -> ChatGLMTokenizer."""
 
@@ -661,7 +672,7 @@ class AutoTokenizer:
         pad_token: str | None = None,
         clean_up_tokenization_spaces: bool | None = None,
         subfolder: str = "",
-        **others: Any,
+        **others: Unpack[TokenizerKeywords],
     ) -> ChatGLMTokenizer:
         """The tokenizer of a model directory on this machine, or of `subfolder` in it.
 

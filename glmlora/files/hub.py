@@ -10,16 +10,33 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..names import did_you_mean
 
-# Accepted by every from_pretrained, whatever the value, and without meaning.
-NOTHING = frozenset(
-    """trust_remote_code revision code_revision cache_dir token use_auth_token local_files_only
-    force_download resume_download proxies mirror repo_type user_agent tokenizer_revision
-    config_revision commit_hash""".split()
-)
+
+class HubKeywords(TypedDict, total=False):
+    """Keywords that every from_pretrained accepts, whatever the value, and without meaning."""
+
+    trust_remote_code: bool | None
+    revision: str | None
+    code_revision: str | None
+    cache_dir: str | os.PathLike[str] | None
+    token: str | bool | None
+    use_auth_token: str | bool | None
+    local_files_only: bool
+    force_download: bool
+    resume_download: bool | None
+    proxies: Any
+    mirror: str | None
+    repo_type: str | None
+    user_agent: Any
+    tokenizer_revision: str | None
+    config_revision: str | None
+    commit_hash: str | None
+
+
+NOTHING = frozenset(HubKeywords.__annotations__)
 
 
 def model_directory(path: str | os.PathLike, subfolder: str = "") -> Path:

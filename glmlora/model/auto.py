@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..files.checkpoint import load_checkpoint
@@ -16,12 +16,15 @@ from ..files.write import read_json
 from ..generation.config import GenerationConfig
 from . import configuration
 from . import device as devices
-from .configuration import DEFAULTS, ChatGLMConfig, is_key
+from .configuration import DEFAULTS, ChatGLMConfig, ConfigKeywords, is_key
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import parse_dtype
 from .quantization import GROUP_SIZE, is_quantized
 from .saving import Opened
 from .template import read_template
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Keywords of transformers that ask for nothing with these values; None: with any.
 NEUTRAL: dict[str, tuple[Any, ...] | None] = {
@@ -57,6 +60,28 @@ REASONS = {
 }
 
 
+class LoadKeywords(ConfigKeywords, total=False):
+    """Keywords of AutoModel.from_pretrained beside those that it works with: NEUTRAL's."""
+
+    empty_init: bool
+    low_cpu_mem_usage: bool | None
+    weights_only: bool
+    offload_folder: str | os.PathLike[str] | None
+    offload_state_dict: bool | None
+    offload_buffers: bool | None
+    offload_index: Any
+    use_flash_attention_2: bool
+    attn_implementation: str | None
+    ignore_mismatched_sizes: bool
+    output_loading_info: bool
+    from_tf: bool
+    from_flax: bool
+    use_kernels: bool
+    allow_all_kernels: bool
+    torch_compile: bool
+    quantization_config: None
+
+
 class AutoModel:
     """`AutoModel.from_pretrained(directory)` -> ChatGLMForConditionalGeneration."""
 
@@ -77,7 +102,7 @@ class AutoModel:
         family: str | None = None,
         rope_mode: str | None = None,
         compute_dtype: str | None = None,
-        **others: Any,
+        **others: Unpack[LoadKeywords],
     ) -> ChatGLMForConditionalGeneration:
         """Map the checkpoint in a local directory (or in `subfolder` of it) and bind it in place,
         in the type it is stored in.

@@ -10,15 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..families import recognition
 from ..files.foreign import folder_kind, refuse_quantization
-from ..files.hub import check_keywords, model_directory
+from ..files.hub import HubKeywords, check_keywords, model_directory
 from ..files.small import whole_references
 from ..files.write import read_json, write_json
 from .quantization import check_form
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What the published configuration class assumes for keys that a file leaves out.
 DEFAULTS: dict[str, Any] = {
@@ -92,6 +95,36 @@ REASONS = {
     "output_hidden_states": "is an argument of the call: model(..., output_hidden_states=True)",
     "gguf_file": "GGUF files are not read: get the model's own weights",
 }
+
+
+class ConfigKeywords(HubKeywords, total=False):
+    """Keywords of from_pretrained that replace keys of config.json, and those that mean nothing."""
+
+    num_layers: int
+    padded_vocab_size: int
+    hidden_size: int
+    ffn_hidden_size: int
+    kv_channels: int
+    num_attention_heads: int
+    seq_length: int
+    layernorm_epsilon: float
+    add_qkv_bias: bool
+    multi_query_attention: bool
+    multi_query_group_num: int
+    rope_ratio: float
+    pre_seq_len: int | None
+    prefix_projection: bool
+    quantization_bit: int
+    quantization_group_size: int | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+    use_cache: bool
+    return_unused_kwargs: bool
+    return_dict: bool
+    output_attentions: bool
+    output_hidden_states: bool
+
+
 # What only this package writes: what users said when they opened the model, and config.json lacks.
 OWN_ROPE_MODE = "glmlora_rope_mode"
 OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
@@ -164,7 +197,7 @@ class ChatGLMConfig:
         family: str | None = None,
         rope_mode: str | None = None,
         subfolder: str = "",
-        **overrides: Any,
+        **overrides: Unpack[ConfigKeywords],
     ) -> ChatGLMConfig:
         """Read `config.json` of a local directory, or of `subfolder` in it. `overrides` replace its
         keys (`pre_seq_len=128`).
