@@ -206,7 +206,7 @@ class ChatGLMTokenizer(Encoder):
 
     @property
     def truncation_side(self) -> str:
-        """ "right" or "left": where ids are cut away."""
+        """Where ids are cut away: "right" or "left"."""
         return self._truncation_side
 
     @truncation_side.setter
