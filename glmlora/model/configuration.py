@@ -17,6 +17,7 @@ from ..families import recognition
 from ..files.foreign import folder_kind, refuse_quantization
 from ..files.hub import check_keywords, model_directory
 from ..files.small import whole_references
+from ..files.tensor import short_repr
 from ..files.write import read_json, write_json
 from .keywords import (
     CONFIG_NEUTRAL,
@@ -197,7 +198,15 @@ class ChatGLMConfig:
             CONFIG_REASONS,
         )
         fields.update(keys)
+        # Users write what they would say otherwise into the file, under the names of the keywords.
+        for name, own in (("family", recognition.OWN_KEY), ("rope_mode", OWN_ROPE_MODE)):
+            if name in fields:
+                fields[own] = fields.pop(name)
         try:
+            for name in fields:
+                if name != "self" and not hasattr(cls, name):
+                    continue
+                raise ValueError(f"{short_repr(name)}: no config has a key of this name")
             if family is None:
                 family = recognition.find(fields, directory, tokenizer_fields(directory))
             else:
