@@ -51,7 +51,7 @@ CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 DUMMY_SPACE = "\u2581"
 LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
-
+_ADDED = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")
 _FIXED = {
     **dict.fromkeys(("eos_token", "eos_token_id"), "generate(eos_token_id=..) ends with other ids"),
     **dict.fromkeys(("bos_token", "bos_token_id"), "prompts begin with get_prefix_tokens()"),
@@ -116,14 +116,20 @@ class ChatGLMTokenizer(Encoder):
         self._ready = True
 
     def _take_config(self, encode_special_tokens: bool) -> None:
-        """Settings in tokenizer_config.json, and a warning that names those that do not hold."""
+        """Settings in tokenizer_config.json (and special tokens in special_tokens_map.json), and a
+        warning that names those that do not hold.
+        """
         unused = []
         settings = ["model_max_length", "truncation_side", "pad_token"]
         settings += ["clean_up_tokenization_spaces"]
         settings += ["encode_special_tokens"] if encode_special_tokens else []
-        for name, value in self._config.items():
-            if isinstance(value, dict) and "content" in value:
-                value = value["content"]
+        for name, value in {**self._tokens_map, **self._config}.items():
+            if name in _ADDED:
+                listed = value.values() if isinstance(value, dict) else value or ()
+                if new := [t for t in map(_content, listed) if self._unknown(t)]:
+                    unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
+                continue
+            value = _content(value) if isinstance(value, dict) else value
             if name in settings and value is not None:
                 try:
                     setattr(self, name, value)
@@ -244,7 +250,7 @@ class ChatGLMTokenizer(Encoder):
 
     @pad_token.setter
     def pad_token(self, token: str) -> None:
-        if token != self.unk_token and self._unknown(token):
+        if self._unknown(token):
             raise ValueError(f"pad_token: {token!r} is not in the vocabulary")
         self.pad_token_id = self.convert_tokens_to_ids(token)
 
@@ -300,7 +306,7 @@ class ChatGLMTokenizer(Encoder):
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """0 for tokens that are there; ValueError for others: the vocabulary is fixed."""
         tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
-        new = [t for t in map(str, tokens) if t not in self._silent and self._unknown(t)]
+        new = [t for t in map(str, tokens) if self._unknown(t)]
         if new:
             raise ValueError(
                 f"add_tokens: the vocabulary is fixed, it has no {', '.join(map(repr, new[:5]))}"
@@ -320,8 +326,11 @@ class ChatGLMTokenizer(Encoder):
                     raise ValueError(f"{name}: cannot be set, got {str(value)!r}")
         return 0
 
-    def _unknown(self, token: str) -> bool:
-        return token not in self.special_tokens and self._sp.piece_to_id(token) == self.unk_token_id
+    def _unknown(self, token: Any) -> bool:
+        """Whether the vocabulary lacks a token."""
+        if token in self._silent or token in self.special_tokens:
+            return False
+        return self._sp.piece_to_id(str(token)) == self.unk_token_id
 
     @property
     def vocab_size(self) -> int:
@@ -694,6 +703,11 @@ class AutoTokenizer:
             if value is not None:
                 setattr(tokenizer, name, value)
         return tokenizer
+
+
+def _content(token: Any) -> Any:
+    """The text of a token, which files may store with its flags."""
+    return token.get("content", token) if isinstance(token, dict) else token
 
 
 def _family(name: str) -> families.Family:
