@@ -227,6 +227,8 @@ def test_forms_of_config_values(directory, written, name, value):
         {"prefix_projection": [False, True]},
         {"prefix_projection": "false"},
         {"family": "bert"},
+        {"pad_token_id": "<pad>"},
+        {"num_layers": 10**30},
     ],
 )
 def test_config_values_that_mean_nothing_are_named(directory, fields):

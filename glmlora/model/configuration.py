@@ -220,8 +220,8 @@ class ChatGLMConfig:
         families.refuse_others(self.__dict__)
         for name in _SIZES:
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+            if type(value) is not int or not 1 <= value < 1 << 31:
+                raise ValueError(f"{name}: expected a whole number from 1, got {short_repr(value)}")
         for name in _FLAGS:
             value = getattr(self, name)
             if value not in (True, False):
@@ -261,6 +261,9 @@ class ChatGLMConfig:
             raise ValueError(
                 f"rope_mode: expected one of {' '.join(ROPE_MODES)}, got {self._rope_mode!r}"
             )
+        pad = self.pad_token_id
+        if pad is not None and (type(pad) is not int or not -(1 << 31) <= pad < 1 << 31):
+            raise ValueError(f"pad_token_id: expected an id or null, got {short_repr(pad)}")
         self.eos_token_ids  # noqa: B018  checks the field
 
     @property
