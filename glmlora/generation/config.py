@@ -186,7 +186,7 @@ class GenerationConfig:
                 setattr(self, f.name, f.default)
         for name, least in _WHOLE.items():
             value = getattr(self, name)
-            known = _is_whole(value) and (least is None or value >= least)
+            known = _is_whole(value) and (least is None or least <= value < 1 << 63)
             if value is not None and not known:
                 expected = "a whole number" + ("" if least is None else f" from {least}")
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
