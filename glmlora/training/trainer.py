@@ -288,7 +288,6 @@ def _loop(
 ) -> Loop:
     """Encode the records, and those held out where they are evaluated; the loop over them."""
     training, config = args.training, trainee.base.config
-    trainee.set_template(args.data.template)
     encoded = encode(records, trainee.tokenizer, args.data, config, "data", verbose)
     eval_encoded = None
     if held_out and (training.do_eval or training.eval_strategy != "no"):
@@ -310,6 +309,7 @@ def _loop(
         "training_args.bin": training.to_json_string(),
         "finetuning_args.json": args.finetuning.to_json_string(),
     }
+    trainee.set_template(args.data.template)
     return Loop(trainee, encoded, training, eval_encoded, callbacks, argument_files)
 
 
