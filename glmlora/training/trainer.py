@@ -120,7 +120,8 @@ def train(
 
     model_or_path: a model directory, a model, or a PeftModel (whose adapter is then trained
     further). data, eval_data: a DataFrame, a list of dicts, or a csv, json or jsonl file with the
-    columns `instruction` (or `prompt`), `input` (or `query`), `output` (or `response`), `history`.
+    columns `instruction` (or `prompt`), `input` (or `query`), `output` (or `response`), `history`,
+    `system`, or with `messages` (or `conversations`); see `records_from`.
     args: TrainingArguments or a dict; overrides: any argument of `glmlora train` by name, whatever
     its group (`glmlora train --help` says what each does), e.g.
 
