@@ -393,10 +393,7 @@ class Loop:
         try:
             with open(path, "a", encoding="utf-8", opener=regular) as file:
                 file.write(json.dumps(line) + "\n")
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # the same is in trainer_state.json, and worth less than the run
+        except (OSError, ValueError) as error:  # trainer_state.json has the same
             if not self._warned_log:
                 self._warned_log = True
                 text = f"{path}: a line could not be written: {error} (warned once)"
