@@ -757,6 +757,8 @@ def test_a_config_refuses_names_that_do_nothing(tmp_path, recwarn):
     config.save_pretrained(tmp_path)
     again = GenerationConfig.from_pretrained(tmp_path)
     assert again.max_new_tokens == 7 and again.eos == [1, 2] and not len(recwarn)
+    assert GenerationConfig.from_pretrained(tmp_path, top_k=3).top_k == 3
+    assert GenerationConfig.from_dict(again.to_dict(), seed=3).seed == 3
     (tmp_path / "generation_config.json").write_text(
         '{"max_new_tokens": 3, "typical_p": 0.5, "temperature": "hot", "repetition_penality": 2, '
         '"cache_implementation": "static", "_from_model_config": true}'
@@ -810,6 +812,21 @@ def test_several_tokens_follow_what_is_past(model):
     assert model(ids, use_cache=False).past_key_values is None
     again = model.generate(ids, past_key_values=past, max_new_tokens=3, eos_token_id=[])
     assert np.array_equal(again, made.sequences)
+
+
+def test_the_past_follows_the_weights(model):
+    ids = prompt(9)
+    past = model(ids[:, 7:8], past_key_values=model(ids[:, :7]).past_key_values).past_key_values
+    peft = glmlora.get_peft_model(model, glmlora.LoraConfig(r=2, init_lora_weights=False), seed=0)
+    try:
+        out = peft(ids[:, 8:], past_key_values=past)
+        assert np.abs(out.logits - peft(ids).logits[:, 8:]).max() < 1e-4
+        with peft.disable_adapter():
+            plain = peft(ids[:, 8:], past_key_values=past)
+            assert np.abs(plain.logits - model(ids).logits[:, 8:]).max() < 1e-4
+        assert np.abs(plain.logits - out.logits).max() > 1e-3
+    finally:
+        peft.unload()
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,31 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..names import did_you_mean
 
-# Accepted by every from_pretrained, whatever the value, and without meaning.
-NOTHING = frozenset(
-    """trust_remote_code revision code_revision cache_dir token use_auth_token local_files_only
-    force_download resume_download proxies mirror repo_type user_agent tokenizer_revision
-    config_revision commit_hash""".split()
-)
+
+class DownloadKeywords(TypedDict, total=False):
+    """Accepted by every from_pretrained, whatever the value, and without meaning."""
+
+    trust_remote_code: bool | None
+    revision: str | None
+    code_revision: str | None
+    cache_dir: str | os.PathLike[str] | None
+    token: str | bool | None
+    use_auth_token: str | bool | None
+    local_files_only: bool
+    force_download: bool
+    resume_download: bool | None
+    proxies: dict[str, str] | None
+    mirror: str | None
+    repo_type: str | None
+    user_agent: Any
+    tqdm_class: Any
+
+
+NOTHING = frozenset(DownloadKeywords.__annotations__)
 
 
 def model_directory(path: str | os.PathLike, subfolder: str = "") -> Path:
@@ -39,7 +54,7 @@ def model_directory(path: str | os.PathLike, subfolder: str = "") -> Path:
     if name.startswith("~") and Path(name).expanduser().is_dir():
         hint = f"; did you mean {os.path.expanduser(name)!r}? ~ is the shell's, not a path's"
     else:
-        hint = _near(directory)
+        hint = near(directory)
     how = ""
     if not hint and not subfolder and _is_hub_id(given):
         how = (
@@ -59,7 +74,7 @@ def _is_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
 
 
-def _near(directory: Path) -> str:
+def near(directory: Path) -> str:
     """The nearest name beside a missing directory, or which of its parents is the first missing."""
     parent = directory.absolute().parent
     while not parent.is_dir() and parent != parent.parent:
