@@ -896,6 +896,8 @@ def test_a_larger_batch_than_looked_for_takes_its_memory(tiny_model, tmp_path, m
         ({"do_eval": True}, "do_eval has no effect: there are no eval_data"),
         ({"do_train": False}, "do_train has no effect: train.. trains"),
         ({"dev_ratio": 0.2, "eval_data": records(2)}, "dev_ratio has no effect"),
+        ({"eval_data": records(2)}, "eval_data have no effect: neither evaluation_strategy nor"),
+        ({"dev_ratio": 0.2}, "dev_ratio holds data out, but neither evaluation_strategy nor"),
     ],
 )
 def test_flags_that_mean_nothing_in_a_call_are_told(tmp_path, overrides, told):
@@ -909,6 +911,13 @@ def test_flags_that_mean_nothing_in_a_call_are_told(tmp_path, overrides, told):
     tokenizer = glmlora.AutoTokenizer.from_pretrained(directory)
     with pytest.warns(UserWarning, match=told):
         run(model, tmp_path / "o", max_steps=1, tokenizer=tokenizer, **overrides)
+
+
+def test_data_that_are_evaluated_are_not_told(tiny_model, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tiny_model, tmp_path, max_steps=1, dev_ratio=0.2, do_eval=True)
+        run(tiny_model, tmp_path, max_steps=1, eval_data=records(2), evaluation_strategy="epoch")
 
 
 def test_max_samples_in_a_call(tmp_path):

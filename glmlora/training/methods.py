@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import tell
 from ..files.checkpoint import load_state_dict
 from ..files.small import REPLACED
 from ..files.staging import staged
@@ -86,9 +86,8 @@ class Trainee:
         before = self.template_before
         if before != template:
             if before != "auto":
-                warnings.warn(
-                    f"template: the model was trained with {before!r}, this run has {template!r}",
-                    stacklevel=4,
+                tell.warn(
+                    f"template: the model was trained with {before!r}, this run has {template!r}"
                 )
             if isinstance(self.model, PeftModel):
                 self.model.set_prompt_template(template)

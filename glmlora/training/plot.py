@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import tell
 from ..files.write import atomic_file
 
 SMOOTHING = 0.9
@@ -34,17 +34,16 @@ def plot_loss(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        warnings.warn(
+        tell.warn(
             "plot_loss: matplotlib is not installed, so no curve is drawn: "
-            "pip install 'glmlora[plot]'",
-            stacklevel=2,
+            "pip install 'glmlora[plot]'"
         )
         return []
     written = []
     for key in keys:
         points = [(r["step"], r[key]) for r in log_history if key in r]
         if not points:
-            warnings.warn(f"No metric {key} to plot.", stacklevel=2)
+            tell.warn(f"No metric {key} to plot.")
             continue
         steps, values = zip(*points, strict=True)
         # A figure of its own: pyplot would change what a notebook shows.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .. import _core, families
+from .. import _core, families, tell
 from ..batch import split_dev
 from ..families import recognition
 from ..files.hub import model_directory
@@ -142,7 +142,7 @@ def train(
     """
     arguments, given = call_arguments(args, overrides)
     for notice in arguments.notices:
-        warnings.warn(notice, stacklevel=2)
+        tell.warn(notice)
     model_args, data_args, training, finetuning, _ = arguments
     kind = finetuning.finetuning_type if "finetuning_type" in given else None
     _check_places(model_or_path, model_args)
@@ -221,13 +221,12 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
             return _run(loop, resume, model_args.plot_loss, verbose=True)
         checkpoints = model_args.checkpoint_dir or []
         if not checkpoints:
-            warnings.warn("no checkpoint_dir is given: the base model is evaluated", stacklevel=2)
+            tell.warn("no checkpoint_dir is given: the base model is evaluated")
         model = methods.attach(base, kind, checkpoints).eval()
         if base.prompt_template not in ("auto", data_args.template):
-            warnings.warn(
+            tell.warn(
                 f"template: {checkpoints[-1]} was trained with {base.prompt_template!r}, this run "
-                f"has {data_args.template!r}",
-                stacklevel=2,
+                f"has {data_args.template!r}"
             )
         print(trainable_line(base))
         if args.do_eval or args.do_predict:
@@ -265,8 +264,14 @@ def _warn_of_unused(
         for name in names.split() if applies else ():
             if name in given:
                 told.setdefault(name, f"{name} has no effect: {why}")
+    if not arguments.training.do_eval:
+        nobody = "neither evaluation_strategy nor do_eval evaluates them"
+        if eval_data is not None:
+            told["eval_data"] = f"eval_data have no effect: {nobody}"
+        elif arguments.data.dev_ratio:
+            told["dev_ratio"] = f"dev_ratio holds data out, but {nobody}"
     for text in told.values():
-        warnings.warn(text, stacklevel=3)
+        tell.warn(text)
 
 
 # Steps of both
@@ -412,7 +417,7 @@ def _warn_of_precision(args: TrainingArguments, device: str) -> None:
             )
             if os.environ.get("GLMLORA_STRICT_DEVICE") == "1":
                 raise RuntimeError(f"{text} (GLMLORA_STRICT_DEVICE=1 makes this an error)")
-            warnings.warn(text, stacklevel=3)
+            tell.warn(text)
 
 
 def _load(model_or_path: Any, tokenizer: Any, args: ModelArguments) -> tuple[Any, Any]:
@@ -432,9 +437,7 @@ def _load(model_or_path: Any, tokenizer: Any, args: ModelArguments) -> tuple[Any
         place = os.fspath(model_or_path)
         config = ChatGLMConfig.from_pretrained(args.config_name or place, family=family)
         if args.use_v2 and config.family != families.DEFAULT:
-            warnings.warn(
-                f"use_v2: {place} is of family {config.family}, which is used", stacklevel=3
-            )
+            tell.warn(f"use_v2: {place} is of family {config.family}, which is used")
         model = AutoModel.from_pretrained(place, config=config, compute_dtype=args.compute_dtype)
         model.name_or_path = place
         family = config.family
