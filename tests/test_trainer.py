@@ -16,7 +16,7 @@ from glmlora import _core
 from glmlora.families.prompt import encode_source
 from glmlora.generation.chat import chat_family
 from glmlora.interrupts import Shield
-from glmlora.training import checkpoints, loop, methods, plot
+from glmlora.training import checkpoints, evaluation, loop, methods, plot
 from glmlora.training.arguments import FinetuningArguments, TrainingArguments
 from glmlora.training.records import encode_records, records_from
 from glmlora.training.trainer import run_train
@@ -885,3 +885,27 @@ def test_flags_that_mean_nothing_in_a_call_are_told(tmp_path, overrides, told):
 def test_max_samples_in_a_call(tmp_path):
     result = run(model_dir(tmp_path), tmp_path / "o", max_samples=3, max_steps=1)
     assert (result.rows, result.rows_skipped) == (3, 0)
+
+
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_predictions_that_are_stopped_are_kept(
+    tiny_model, tmp_path, monkeypatch, capsys, loss_only
+):
+    data, out = dataset_dir(tmp_path, 4), tmp_path / "o"
+    real = evaluation.generate_rows
+
+    def stopped(*args):
+        yield next(real(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "generate_rows", stopped)
+    words = ["--predict_with_generate", "--max_target_length", "4"]
+    if loss_only:  # nothing is generated
+        run_train(command(tiny_model, data, out, "--do_eval", "--prediction_loss_only", *words))
+        assert "eval_loss" in json.loads((out / "eval_results.json").read_text())
+        return
+    with pytest.raises(KeyboardInterrupt):
+        run_train(command(tiny_model, data, out, "--do_predict", *words))
+    lines = (out / "generated_predictions.partial.jsonl").read_text().splitlines()
+    assert len(lines) == 1 and set(json.loads(lines[0])) == {"label", "predict"}
+    assert "1 of 4 answers are kept in" in capsys.readouterr().err

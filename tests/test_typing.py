@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from glmlora.files import hub
-from glmlora.model import auto
 from wheels import install
 
 pytest.importorskip("mypy", reason="mypy is not installed")
@@ -202,8 +200,3 @@ def test_a_slip_is_an_error(findings, checker, line):
     lines = {at for file, at, kind, _ in findings[checker] if (file, kind) == ("wrong.py", "error")}
     assert number in lines
     assert min(lines) > START.count("\n")  # the lines before are fine
-
-
-def test_type_checkers_know_every_accepted_keyword():
-    known = auto.LoadKeywords.__annotations__
-    assert set(auto.NEUTRAL) | hub.NOTHING <= {*known, "_fast_init"}

@@ -84,20 +84,8 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         try:
             new.mkdir()
             yield new
-            for folder, _, names in os.walk(new):
-                for name in names:
-                    _sync_file(os.path.join(folder, name))
-                sync_directory(folder)
         except OSError as error:
             raise _named(error, path) from error
-
-
-def _sync_file(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

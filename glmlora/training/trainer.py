@@ -143,12 +143,13 @@ def train(
         warnings.warn(notice, stacklevel=2)
     model_args, data_args, training, finetuning, _ = arguments
     kind = finetuning.finetuning_type if "finetuning_type" in given else None
+    _check_places(model_or_path, model_args)
     check_output_dir(training.output_dir)
     with ending_signals(), owned(training.output_dir):
         resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-        _check_places(model_or_path, model_args)
         _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
         records, n_given = read_records(data, data_args.max_samples)
+        held_out = None if eval_data is None else records_from(eval_data)
         if model_args.threads:
             _core.set_num_threads(model_args.threads)
         set_seed(training.seed)
@@ -158,9 +159,7 @@ def train(
         names_before = methods.unwrapped(model).core.names()
         trainee = _trainee(model, tokenizer, arguments, kind)
         print(trainable_line(trainee.base))
-        if eval_data is not None:
-            held_out = records_from(eval_data)
-        else:
+        if held_out is None:
             records, held_out = _split(records, data_args.dev_ratio, training)
         plot = model_args.plot_loss if "plot_loss" in given else None
         try:
@@ -195,12 +194,12 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
         print(f"{name} parameters: {group.to_dict()}")
     for notice in notices:
         print(f"Notice: {notice}")
+    _check_places(model_args.model_name_or_path, model_args)
     check_output_dir(args.output_dir)
     with ending_signals(), owned(args.output_dir):
         resume = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
         if model_args.threads:
             _core.set_num_threads(model_args.threads)
-        _check_places(model_args.model_name_or_path, model_args)
         records = _load_records(data_args)
         set_seed(args.seed)
         base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
