@@ -73,14 +73,25 @@ peers:
 	test -x .peers/bin/python || $(PYTHON) -m venv .peers
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" .peers/bin/python -m pip install -q $(addprefix -r ,$(PEERS))
 
-# address and undefined-behaviour sanitizers; leaks are counted by tests/test_leaks.py (the interpreter has its own)
+# address and undefined-behaviour sanitizers; leaks are counted by tests/test_leaks.py (the interpreter has its own).
+# Left out: what takes long and never enters the core, or enters another build of it.
+UNRELATED = test_typing test_structure test_packaging test_benchmarks test_cuda_build test_cuda test_emu test_toy_op
 sanitize: all
 	GLMLORA_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	cd build/sanitize/lib && \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1 GLMLORA_SANITIZED=1 \
-	PYTHONPATH=$(CURDIR)/build/sanitize/lib $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml \
-	--rootdir $(CURDIR) $(CURDIR)/tests
+	PYTHONPATH=$(CURDIR)/build/sanitize/lib $(CURDIR)/$(BIN)/python -m pytest -n 2 --dist worksteal \
+	-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(UNRELATED:%=--ignore=$(CURDIR)/tests/%.py) $(CURDIR)/tests
+
+# ThreadSanitizer over the pool, models in threads, forks, callbacks, signals and mapped files
+tsan: all
+	GLMLORA_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/tsan --build-lib build/tsan/lib
+	cd build/tsan/lib && LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" GLMLORA_SANITIZED=1 GLMLORA_ISA=generic \
+	TSAN_OPTIONS=die_after_fork=0:halt_on_error=1:exitcode=66:suppressions=$(CURDIR)/tests/tsan.supp \
+	PYTHONPATH=$(CURDIR)/build/tsan/lib $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml \
+	--rootdir $(CURDIR) $(CURDIR)/tests/test_trust.py $(CURDIR)/tests/test_core.py \
+	-k "trust or two_models or forked or ctrl_c or allocation"
 
 # the core compiles elsewhere: aarch64 (generic path) and clang, where those compilers are installed
 CORE = $(filter-out csrc/python/% %_avx2.c %_avx512.c %_avx512bf16.c,$(wildcard csrc/*.c csrc/*/*.c))
@@ -106,4 +117,4 @@ clean:
 	rm -rf build dist .venv demo glmlora/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: all test test-deep demo lint fmt bench peers sanitize portable wheel wheels wheels-check clean
+.PHONY: all test test-deep demo lint fmt bench peers sanitize tsan portable wheel wheels wheels-check clean

@@ -122,7 +122,9 @@ class BuildPerFile(build_ext):
         def collect(obj, src, ext, cc_args, extra, pp_opts):
             added = [f for end, flags in SUFFIX_FLAGS.items() if src.endswith(end) for f in flags]
             words = [*self.compiler.compiler_so, *cc_args, "-MMD", src, "-o", obj]
-            jobs.append((src, obj, [*words, *extra, *added, *sanitize]))
+            # the generic kernels stand for the others where threads are watched
+            told = [] if THREADS and added and not src.endswith("_generic.c") else sanitize[:1]
+            jobs.append((src, obj, [*words, *extra, *added, *told, *sanitize[1:]]))
 
         compile_all = self.compiler.compile
 
@@ -164,7 +166,9 @@ sources = sorted(glob.glob("csrc/*.c") + glob.glob("csrc/*/*.c"))
 if not X86:
     sources = [s for s in sources if not s.endswith(("_avx2.c", "_avx512.c", "_avx512bf16.c"))]
 # last: the kernels at -O3, or with their variables described, take five times as long to compile
-sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
+THREADS = os.environ.get("GLMLORA_SANITIZE") == "thread"
+sanitize = ["-fsanitize=" + ("thread" if THREADS else "address,undefined")]
+sanitize += ["-fno-omit-frame-pointer", "-g1", "-O1"]
 sanitize = sanitize if os.environ.get("GLMLORA_SANITIZE") else []
 core = Extension(
     "glmlora._core",

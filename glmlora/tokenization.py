@@ -32,7 +32,8 @@ from .encoding import Array as Array
 from .families import prompt as prompts
 from .families import recognition
 from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
-from .files.hub import HubKeywords, check_keywords, model_directory
+from .files import tokenizer_keywords as keywords
+from .files.hub import check_keywords, model_directory
 from .files.regular import read_bytes
 from .files.small import TEMPLATES, copy, copy_code, whole_references
 from .files.staging import staged
@@ -50,26 +51,7 @@ CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 DUMMY_SPACE = "\u2581"
 LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
-# Settings of transformers' tokenizers that there are not here, and the values that change nothing.
-_NOT_HERE: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space"), (None, False)),
-    **dict.fromkeys(("do_lower_case", "remove_space", "keep_accents"), (None, False)),
-    **dict.fromkeys(("split_special_tokens", "is_fast"), (None, False)),
-    **dict.fromkeys(("cls_token", "sep_token", "mask_token", "sp_model_kwargs"), (None, {})),
-    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), (None, [], {})),
-    "padding_side": (None, "left"),
-}
-# Keywords of from_pretrained that ask for nothing with these values; None: with any.
-_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
-    **dict.fromkeys(("use_fast", "legacy", "from_slow", "verbose", "config", "tokenizer_type")),
-    **_NOT_HERE,
-}
-_REASONS = {
-    **dict.fromkeys(_NOT_HERE, "has no effect on this tokenizer"),
-    **dict.fromkeys(("eos_token", "bos_token", "unk_token"), "the vocabulary has it"),
-    "chat_template": "prompts have the family's own form, which is not exchanged",
-    "gguf_file": "GGUF files are not read: get the model's own tokenizer.model",
-}
+_ADDED = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")
 _FIXED = {
     **dict.fromkeys(("eos_token", "eos_token_id"), "generate(eos_token_id=..) ends with other ids"),
     **dict.fromkeys(("bos_token", "bos_token_id"), "prompts begin with get_prefix_tokens()"),
@@ -134,14 +116,20 @@ class ChatGLMTokenizer(Encoder):
         self._ready = True
 
     def _take_config(self, encode_special_tokens: bool) -> None:
-        """Settings in tokenizer_config.json, and a warning that names those that do not hold."""
+        """Settings in tokenizer_config.json (and special tokens in special_tokens_map.json), and a
+        warning that names those that do not hold.
+        """
         unused = []
         settings = ["model_max_length", "truncation_side", "pad_token"]
         settings += ["clean_up_tokenization_spaces"]
         settings += ["encode_special_tokens"] if encode_special_tokens else []
-        for name, value in self._config.items():
-            if isinstance(value, dict) and "content" in value:
-                value = value["content"]
+        for name, value in {**self._tokens_map, **self._config}.items():
+            if name in _ADDED:
+                listed = value.values() if isinstance(value, dict) else value or ()
+                if new := [t for t in map(_content, listed) if self._unknown(t)]:
+                    unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
+                continue
+            value = _content(value) if isinstance(value, dict) else value
             if name in settings and value is not None:
                 try:
                     setattr(self, name, value)
@@ -150,7 +138,7 @@ class ChatGLMTokenizer(Encoder):
             elif name in ("unk_token", "bos_token", "eos_token"):
                 if value not in (None, getattr(self, name)):
                     unused.append(f"{name} {value!r}, it is {getattr(self, name)!r}")
-            elif value not in _NOT_HERE.get(name, (value,)):
+            elif value not in keywords.NOT_HERE.get(name, (value,)):
                 unused.append(f"{name} {value!r:.80}")
         if unused:
             tell.warn(f"{self.name_or_path}: {CONFIG}: is not used: {'; '.join(unused)}")
@@ -218,7 +206,7 @@ class ChatGLMTokenizer(Encoder):
 
     @property
     def truncation_side(self) -> str:
-        """ "right" or "left": where ids are cut away."""
+        """Where ids are cut away: "right" or "left"."""
         return self._truncation_side
 
     @truncation_side.setter
@@ -262,18 +250,22 @@ class ChatGLMTokenizer(Encoder):
 
     @pad_token.setter
     def pad_token(self, token: str) -> None:
-        if token != self.unk_token and self._unknown(token):
+        if self._unknown(token):
             raise ValueError(f"pad_token: {token!r} is not in the vocabulary")
         self.pad_token_id = self.convert_tokens_to_ids(token)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_ready" in self.__dict__ and not name.startswith("_"):
+            if name == "pad_token_id" and not (
+                isinstance(value, int | np.integer) and 0 <= value < len(self)
+            ):
+                raise ValueError(f"pad_token_id: expected an id below {len(self)}, got {value!r}")
             if name in _FIXED and value != getattr(self, name):
                 raise AttributeError(f"{name}: is {getattr(self, name)!r:.80}; {_FIXED[name]}")
-            if name != "padding_side" and value not in _NOT_HERE.get(name, (value,)):
+            if name != "padding_side" and value not in keywords.NOT_HERE.get(name, (value,)):
                 raise AttributeError(f"{name}: has no effect on this tokenizer, got {value!r:.80}")
             near = "" if hasattr(self, name) else did_you_mean(name, dir(self))
-            if near and name not in _NOT_HERE:
+            if near and name not in keywords.NOT_HERE:
                 raise AttributeError(f"the tokenizer has no {name!r}{near}")
         super().__setattr__(name, value)
 
@@ -318,7 +310,7 @@ class ChatGLMTokenizer(Encoder):
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """0 for tokens that are there; ValueError for others: the vocabulary is fixed."""
         tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
-        new = [t for t in map(str, tokens) if t not in self._silent and self._unknown(t)]
+        new = [t for t in map(str, tokens) if self._unknown(t)]
         if new:
             raise ValueError(
                 f"add_tokens: the vocabulary is fixed, it has no {', '.join(map(repr, new[:5]))}"
@@ -338,8 +330,11 @@ class ChatGLMTokenizer(Encoder):
                     raise ValueError(f"{name}: cannot be set, got {str(value)!r}")
         return 0
 
-    def _unknown(self, token: str) -> bool:
-        return token not in self.special_tokens and self._sp.piece_to_id(token) == self.unk_token_id
+    def _unknown(self, token: Any) -> bool:
+        """Whether the vocabulary lacks a token."""
+        if token in self._silent or token in self.special_tokens:
+            return False
+        return self._sp.piece_to_id(str(token)) == self.unk_token_id
 
     @property
     def vocab_size(self) -> int:
@@ -584,13 +579,25 @@ class ChatGLMTokenizer(Encoder):
             if value != default or (self._config.get(name) is not None and name != "pad_token")
         }
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        **others: Unpack[keywords.TokenizerSaveKeywords],
+    ) -> tuple[str, ...]:
         """Write the vocabulary file unchanged, tokenizer_config.json and special_tokens_map.json,
         with copies of the templates and code of the directory it was read from. Code that is not
         there is not named in `auto_map`.
 
-        All take their place together. Returns their paths. OSError naming the file.
+        All take their place together. Returns their paths. others: keywords of transformers that
+        mean nothing, as nothing is uploaded; filename_prefix is refused. OSError naming the file.
         """
+        check_keywords(
+            "save_pretrained",
+            others,
+            ["save_directory"],
+            keywords.SAVE_NEUTRAL,
+            keywords.SAVE_REASONS,
+        )
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         name = "tokenization_chatglm.ChatGLMTokenizer"
@@ -636,17 +643,6 @@ def _is_rows(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-class TokenizerKeywords(HubKeywords, total=False):
-    """Keywords of AutoTokenizer.from_pretrained beside those that it works with."""
-
-    use_fast: bool
-    legacy: bool
-    from_slow: bool
-    verbose: bool
-    config: Any
-    tokenizer_type: str | None
-
-
 class AutoTokenizer:
     """`AutoTokenizer.from_pretrained(path)` -> ChatGLMTokenizer."""
 
@@ -662,13 +658,13 @@ class AutoTokenizer:
         pad_token: str | None = None,
         clean_up_tokenization_spaces: bool | None = None,
         subfolder: str = "",
-        **others: Unpack[TokenizerKeywords],
+        **others: Unpack[keywords.TokenizerKeywords],
     ) -> ChatGLMTokenizer:
         """The tokenizer of a model directory on this machine, or of `subfolder` in it.
 
         others: keywords of transformers that mean nothing here: those about downloads and code
         (`trust_remote_code`, `revision`, `cache_dir`, `token`, `local_files_only`, ...: NOTHING in
-        files/hub.py), which are never done, and _NEUTRAL above.
+        files/hub.py), which are never done, and NEUTRAL in files/tokenizer_keywords.py.
 
         family: a name or alias of one in glmlora/families, or None to find out. The vocabulary
         files are the same, so names and small files have to tell: the last part of `_name_or_path`
@@ -682,7 +678,7 @@ class AutoTokenizer:
         """
         what = "AutoTokenizer.from_pretrained"
         known = inspect.signature(AutoTokenizer.from_pretrained).parameters
-        check_keywords(what, others, known, _NEUTRAL, _REASONS)
+        check_keywords(what, others, known, keywords.NEUTRAL, keywords.REASONS)
         directory = model_directory(pretrained_model_name_or_path, subfolder)
         vocabulary = directory / VOCABULARY
         if not vocabulary.exists():
@@ -711,6 +707,11 @@ class AutoTokenizer:
             if value is not None:
                 setattr(tokenizer, name, value)
         return tokenizer
+
+
+def _content(token: Any) -> Any:
+    """The text of a token, which files may store with its flags."""
+    return token.get("content", token) if isinstance(token, dict) else token
 
 
 def _family(name: str) -> families.Family:

@@ -4,8 +4,11 @@ They are not needed otherwise: where one is absent, its tests skip.
 """
 
 import importlib.util
+import inspect
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,3 +286,189 @@ def test_prefix_files_open_in_torch(directory, tmp_path):
         {n[len(prefix) :]: t for n, t in state.items()}
     )
     assert np.array_equal(ours(again), ours(model))
+
+
+CODE = {
+    "configuration_toy.py": """
+from transformers import PretrainedConfig
+
+class ToyConfig(PretrainedConfig):
+    model_type = "chatglm"
+""",
+    "modeling_toy.py": """
+import torch
+from transformers import PreTrainedModel
+from .configuration_toy import ToyConfig
+
+class Toy(PreTrainedModel):
+    config_class = ToyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = torch.nn.Module()
+        size = config.padded_vocab_size, config.hidden_size
+        self.transformer.embedding = torch.nn.Module()
+        self.transformer.embedding.word_embeddings = torch.nn.Embedding(*size)
+        self.transformer.output_layer = torch.nn.Linear(*size[::-1], bias=False)
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass
+""",
+    "tokenization_toy.py": """
+from transformers import PreTrainedTokenizer
+
+class ToyTokenizer(PreTrainedTokenizer):
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+
+    def __init__(self, vocab_file=None, **kwargs):
+        self.vocab_file = vocab_file
+        super().__init__(**kwargs)
+
+    vocab_size = 9
+
+    def get_vocab(self):
+        return {}
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return 3
+
+    def _convert_id_to_token(self, index):
+        return "x"
+""",
+}
+CODE_MAP = {"AutoConfig": "configuration_toy.ToyConfig", "AutoModel": "modeling_toy.Toy"}
+
+
+@pytest.mark.parametrize("kind", ["saved", "sharded", "merged", "full", "bin"])
+def test_transformers_opens_our_folders(tmp_path, kind):
+    """By the base's own code, which is copied, with the base's own settings of generation."""
+    transformers = pytest.importorskip("transformers")
+    from training import model_dir, run
+
+    base, out = Path(model_dir(tmp_path)), tmp_path / "out"
+    for name, text in CODE.items():
+        (base / name).write_text(text)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "auto_map": CODE_MAP}))
+    auto_map = {"AutoTokenizer": ["tokenization_toy.ToyTokenizer", None]}
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": auto_map, "tokenizer_class": "ToyTokenizer"})
+    )
+    (base / "generation_config.json").write_text('{"do_sample": true, "top_p": 0.25}')
+    model = load(base, family="v2")
+    if kind == "full":
+        run(str(base), out, finetuning_type="full", max_steps=1, family="chatglm2")
+        model = load(out)
+    else:
+        if kind == "merged":
+            model = get_peft_model(model, LoraConfig(r=2)).merge_and_unload()
+        size = "40KB" if kind == "sharded" else "10GB"
+        model.save_pretrained(out, max_shard_size=size, safe_serialization=kind != "bin")
+    trust = {"trust_remote_code": True}
+    theirs = transformers.AutoModel.from_pretrained(out, **trust)
+    for name, tensor in theirs.state_dict().items():
+        assert np.array_equal(tensor.float().numpy(), model.state_dict()[name]), name
+    assert transformers.AutoTokenizer.from_pretrained(out, **trust).vocab_file == str(
+        out / "tokenizer.model"
+    )
+    generation = transformers.GenerationConfig.from_pretrained(out)
+    assert generation.top_p == 0.25 and generation.do_sample is True
+    # what transformers saves again opens here
+    theirs.config.save_pretrained(tmp_path / "again")
+    again = glmlora.AutoConfig.from_pretrained(tmp_path / "again", family="v2")
+    assert again.arch() == model.config.arch()
+
+
+def test_torch_files_without_checksums_and_with_shared_tensors(directory, tmp_path):
+    state = {n: torch.tensor(a) for n, a in load(directory).state_dict().items()}
+    output = "transformer.output_layer.weight"
+    state["lm_head.weight"] = state[output]  # one storage, two names
+    state["transformer.rotary_pos_emb.inv_freq"] = torch.ones(4)
+    state = {f"module.{n}": t for n, t in state.items()}
+    config = torch.utils.serialization.config.save
+    config.compute_crc32 = False
+    try:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    finally:
+        config.compute_crc32 = True
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    assert np.array_equal(ours(load(tmp_path)), ours(load(directory)))
+
+
+def test_a_model_that_safetensors_saved_with_tied_weights(directory, tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    model = torch.nn.Module()
+    weights = {n: torch.tensor(a) for n, a in load(directory).state_dict().items()}
+    names = ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight")
+    weights[names[1]] = weights[names[0]]
+    for name, tensor in weights.items():
+        *path, leaf = name.split(".")
+        place = model
+        for part in path:
+            if not hasattr(place, part):
+                place.add_module(part, torch.nn.Module())
+            place = getattr(place, part)
+        place.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    place = model.transformer
+    place.output_layer.weight = place.embedding.word_embeddings.weight
+    library.save_model(model, str(tmp_path / "model.safetensors"))
+    assert len(library.load_file(tmp_path / "model.safetensors")) == len(weights) - 1
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    state = load(tmp_path).state_dict()
+    assert np.array_equal(state[names[1]], weights[names[0]].numpy())
+
+
+def test_every_keyword_of_transformers_is_known(tmp_path):
+    """Those in its signatures, and those that its code takes out of its keyword arguments."""
+    transformers = pytest.importorskip("transformers")
+    from training import model_dir
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    folder = model_dir(tmp_path, _name_or_path="THUDM/chatglm2-6b")
+    model, tokenizer = load(folder), glmlora.AutoTokenizer.from_pretrained(folder)
+    base = transformers.PreTrainedTokenizerBase
+    for call, *theirs in (
+        (
+            lambda **given: load(folder, **given),
+            _BaseAutoModelClass.from_pretrained,
+            transformers.PreTrainedModel.from_pretrained,
+        ),
+        (
+            lambda **given: glmlora.AutoConfig.from_pretrained(folder, **given),
+            transformers.AutoConfig.from_pretrained,
+            transformers.PretrainedConfig.from_pretrained,
+            transformers.PretrainedConfig._get_config_dict,
+        ),
+        (
+            lambda **given: glmlora.AutoTokenizer.from_pretrained(folder, **given),
+            transformers.AutoTokenizer.from_pretrained,
+            base.from_pretrained,
+        ),
+        (
+            lambda **given: model.save_pretrained(tmp_path / "m", **given),
+            transformers.PreTrainedModel.save_pretrained,
+        ),
+        (
+            lambda **given: model.config.save_pretrained(tmp_path / "c", **given),
+            transformers.PretrainedConfig.save_pretrained,
+        ),
+        (
+            lambda **given: tokenizer.save_pretrained(tmp_path / "t", **given),
+            base.save_pretrained,
+        ),
+    ):
+        names = set()
+        for function in theirs:
+            function = inspect.unwrap(getattr(function, "__func__", function))
+            taken = r'kwargs\.(?:pop|get)\(\s*"([a-z]\w*)"'
+            names |= set(re.findall(taken, inspect.getsource(function)))
+            parameters = inspect.signature(function).parameters.values()
+            names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        names -= {"cls", "self", "pretrained_model_name_or_path", "save_directory"}
+        assert len(names) > 2
+        for name in names:
+            call(**{name: "5GB" if name == "max_shard_size" else None})

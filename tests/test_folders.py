@@ -7,7 +7,9 @@ import json
 import re
 import sys
 import warnings
+import zipfile
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tiny import TINY_CONFIG, tiny_model_dir, tiny_weights
 
 import glmlora
 from glmlora import cli
+from glmlora.files import tokenizer_keywords as of_tokenizers
 from glmlora.files.checkpoint import (
     load_checkpoint,
     read_json,
@@ -24,7 +27,9 @@ from glmlora.files.checkpoint import (
     write_safetensors,
     write_torch,
 )
-from glmlora.model import saving
+from glmlora.files.hub import NOTHING
+from glmlora.model import keywords, saving
+from glmlora.model.configuration import is_key
 
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 OUTPUT = "transformer.output_layer.weight"
@@ -136,6 +141,32 @@ def test_the_second_name_of_a_tensor(directory, tmp_path):
     }
 
 
+@pytest.mark.parametrize("key", ["state_dict", "module", "model", "model_state_dict"])
+def test_the_state_dict_in_a_training_programs_file(directory, key):
+    """As Lightning, DeepSpeed or a script saves it: other things stand beside it."""
+    want = load(directory)(IDS).logits
+    weights = list(tiny_weights(TINY_CONFIG).items())
+    # a pickle of {key: {name: tensor, ..}, "step": 3} over the storages of our own file
+    write_torch(directory / "pytorch_model.bin", dict(weights))
+    with zipfile.ZipFile(directory / "pytorch_model.bin") as archive:
+        entries = {i.filename: archive.read(i) for i in archive.infolist()}
+    inner = entries["archive/data.pkl"].removeprefix(b"\x80\x02").removesuffix(b".")
+    word = b"X" + len(key).to_bytes(4, "little") + key.encode()
+    entries["archive/data.pkl"] = b"\x80\x02}(" + word + inner + b"X\4\0\0\0stepK\3u."
+    with zipfile.ZipFile(directory / "pytorch_model.bin", "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    (directory / "model.safetensors").unlink()
+    assert np.array_equal(load(directory)(IDS).logits, want)
+
+
+def test_a_prefix_that_is_not_used_is_told(directory, tmp_path):
+    load(directory, pre_seq_len=2).save_pretrained(tmp_path / "both")
+    assert load(tmp_path / "both").has_prefix
+    with pytest.warns(UserWarning, match="prefix .* is not used: open the model with pre_seq_len"):
+        assert not load(tmp_path / "both", pre_seq_len=None).has_prefix
+
+
 def test_tied_embeddings(directory):
     weights = tiny_weights(TINY_CONFIG)
     rewrite(directory, **{OUTPUT: weights[EMBEDDING]})
@@ -167,6 +198,7 @@ def test_tied_embeddings(directory):
         ({"prefix_projection": [[[True]]]}, "prefix_projection", True),
         ({"prefix_projection": None}, "prefix_projection", False),
         ({"rope_ratio": None}, "rope_ratio", 1),
+        ({"num_layers": [2], "add_qkv_bias": [[True]]}, "add_qkv_bias", True),
         ({"quantization_bit": None}, "quantization_bit", 0),
         ({"quantization_config": None}, "quantization_bit", 0),
         ({"num_layers": 2.0, "hidden_size": 32.0}, "num_layers", 2),
@@ -194,12 +226,30 @@ def test_forms_of_config_values(directory, written, name, value):
         {"num_layers": 2.5},
         {"prefix_projection": [False, True]},
         {"prefix_projection": "false"},
+        {"family": "bert"},
+        {"pad_token_id": "<pad>"},
+        {"num_layers": 10**30},
     ],
 )
 def test_config_values_that_mean_nothing_are_named(directory, fields):
     edit(directory, **fields)
     with pytest.raises(ValueError, match=f"config.json: {next(iter(fields))}: expected"):
         load(directory)
+
+
+def test_keys_that_are_names_of_ours(directory):
+    """They must not take the place of a method."""
+    edit(directory, family="chatglm3", rope_mode="half")
+    config = load(directory).config
+    assert (config.family, config.rope_mode) == ("v3", "half")
+    for name in ("check", "arch", "self", "to_dict"):
+        edit(directory, **{name: 1})
+        with pytest.raises(ValueError, match=f"config.json: '{name}': no config has a key"):
+            load(directory)
+        edit(directory, **{name: None})
+        rest = read_json(directory / "config.json")
+        del rest[name]
+        write_json(directory / "config.json", rest)
 
 
 # Which family it is
@@ -581,6 +631,8 @@ def test_keywords_of_from_pretrained(directory, given):
 def test_keywords_that_have_an_effect(directory, tmp_path):
     model = load(directory, pre_seq_len=3, prefix_projection=True)
     assert model.has_prefix and model.config.prefix_projection is True
+    given = glmlora.GenerationConfig(top_p=0.5)
+    assert load(directory, generation_config=given).generation_config is given
     config = glmlora.AutoConfig.from_pretrained(directory)
     assert load(directory, config=config, pre_seq_len=2).config.pre_seq_len == 2
     (tmp_path / "repo").mkdir()
@@ -605,6 +657,10 @@ def test_keywords_that_have_an_effect(directory, tmp_path):
         ({"output_hidden_states": True}, ValueError, "argument of the call"),
         ({"device_map": {"a": 0, "b": "cpu"}}, ValueError, "device_map: names 0, cpu"),
         ({"torch_dtype": "float16", "dtype": "float32"}, ValueError, "torch_dtype is 'float16'"),
+        ({"generation_config": {"top_p": 1}}, TypeError, "generation_config: got a dict"),
+        ({"disable_mmap": True}, ValueError, "always mapped"),
+        ({"load_in_8bit": "False"}, ValueError, "load_in_8bit: expected True or False"),
+        ({"use_safetensors": "no"}, ValueError, "use_safetensors: expected True or False"),
         ({"torch_dtype": "int8"}, ValueError, "dtype: expected"),
         ({"torch_dtyp": "float16"}, TypeError, "'torch_dtyp' .did you mean 'torch_dtype'"),
         ({"pre_seq_length": 8}, TypeError, "'pre_seq_length' .did you mean 'pre_seq_len'"),
@@ -632,13 +688,40 @@ def test_keywords_of_configs_and_tokenizers(folder):
             load(folder, **refused)
 
 
-def test_keywords_of_save_pretrained(directory, tmp_path):
+def test_checkers_see_every_keyword():
+    """The types of keywords name those that are passed over or refused, and keys of configs."""
+    for types, *tables in (
+        (keywords.ConfigKeywords, keywords.CONFIG_NEUTRAL, keywords.CONFIG_REASONS),
+        (keywords.ModelKeywords, keywords.MODEL_NEUTRAL, keywords.MODEL_REASONS),
+        (keywords.SaveKeywords, keywords.SAVE_NEUTRAL, keywords.SAVE_REASONS),
+        (
+            of_tokenizers.TokenizerSaveKeywords,
+            of_tokenizers.SAVE_NEUTRAL,
+            of_tokenizers.SAVE_REASONS,
+        ),
+        (
+            of_tokenizers.TokenizerKeywords,
+            of_tokenizers.NEUTRAL,
+            of_tokenizers.REASONS,
+        ),
+    ):
+        typed = set(get_type_hints(types)) - NOTHING - {"padding_side"}
+        said = {name for table in tables for name in table} - {"padding_side"}
+        assert said <= typed
+        assert all(is_key(name) for name in typed - said)
+
+
+def test_keywords_of_save_pretrained(directory, folder, tmp_path):
     model = load(directory)
     model.save_pretrained(save_directory=tmp_path / "a", push_to_hub=False, variant=None)
     model.save_pretrained(tmp_path / "b", is_main_process=False)
     assert (tmp_path / "a/config.json").exists() and not (tmp_path / "b").exists()
-    with pytest.raises(ValueError, match="push_to_hub=True: nothing is uploaded"):
-        model.save_pretrained(tmp_path / "b", push_to_hub=True)
+    for saved in (model, model.config, glmlora.AutoTokenizer.from_pretrained(folder)):
+        with pytest.raises(ValueError, match="push_to_hub=True: nothing is uploaded"):
+            saved.save_pretrained(tmp_path / "b", push_to_hub=True)
+        with pytest.raises(TypeError, match="'comit_message' .did you mean 'commit_message'"):
+            saved.save_pretrained(tmp_path / "b", comit_message="")
+        saved.save_pretrained(save_directory=tmp_path / "c", push_to_hub=False, repo_id="x")
     with pytest.raises(TypeError, match="'safe_serialisation' .did you mean 'safe_serialization'"):
         model.save_pretrained(tmp_path / "b", safe_serialisation=False)
 

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from glmlora.files import hub
-from glmlora.model import auto
 from wheels import install
 
 pytest.importorskip("mypy", reason="mypy is not installed")
@@ -73,6 +71,16 @@ response, history = model.chat(tokenizer, "and?", history)
 print(peft_model.batch_chat(tokenizer, [response, "and?"], do_sample=False)[0])
 for text, turns in peft_model.stream_chat(tokenizer, "Hello", history=[]):
     print(text, len(turns))
+streamer = glmlora.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=5)
+criteria = glmlora.StoppingCriteriaList([glmlora.MaxLengthCriteria(9)])
+ids = tokenizer("Hello", truncation=True, max_length=9, return_tensors="pt").input_ids
+model.generate(ids, streamer=streamer, stopping_criteria=criteria, bad_words_ids=[[5]])
+model.chat(tokenizer, "Hello", stop_strings=["."], generation_config=model.generation_config)
+tokenizer.batch_encode_plus(["a"], padding=True, pad_to_multiple_of=8)
+tokenizer.truncation_side, tokenizer.model_max_length = "left", 5
+answer: str = tokenizer.decode(ids[0], skip_special_tokens=True)
+past = model(ids).past_key_values
+model(ids, past_key_values=past, use_cache=True)
 reveal_type(peft_model.chat(tokenizer, "x"))
 """
 
@@ -93,6 +101,9 @@ WRONG = (
     'peft_model.half().to("cpu").mrege_and_unload()',
     "peft_model.backward(inptu_ids=[[1]])",
     "peft_model.chat(tokenizer, 2)",
+    'peft_model.chat(tokenizer, "x", stop_string="a")',
+    'tokenizer("x", pading=True)',
+    "model.generate([[1]], bad_word_ids=[[5]])",
     'glmlora.train("model", "data.csv", lora_rnk=8)',
     'glmlora.TrainingArguments(output_dir="out", learning_rate="x")',
 )
@@ -189,8 +200,3 @@ def test_a_slip_is_an_error(findings, checker, line):
     lines = {at for file, at, kind, _ in findings[checker] if (file, kind) == ("wrong.py", "error")}
     assert number in lines
     assert min(lines) > START.count("\n")  # the lines before are fine
-
-
-def test_type_checkers_know_every_accepted_keyword():
-    known = auto.LoadKeywords.__annotations__
-    assert set(auto.NEUTRAL) | hub.NOTHING <= {*known, "_fast_init"}

@@ -103,7 +103,10 @@ glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
     /* every copy first: a merge that runs out of memory leaves the model as it was */
     const size_t n = (size_t)m->arch.layers * GLM_LINEARS + 1;
     void **copies = calloc(n, sizeof *copies);
-    glm_status status = copies ? GLM_OK : glm_fail(err, GLM_EMEMORY, "merge_lora: %zu pointers", n);
+    glm_status status = copies
+                            ? GLM_OK
+                            : glm_fail(err, GLM_EMEMORY, "merge_lora: %zu bytes could not be taken",
+                                       n * sizeof *copies);
     for (int i = 0; status == GLM_OK && i < (int)n; i++) {
         struct glm_linear *lin = glm_linear_at(m, i);
         struct glm_weight *w = lin->weight;

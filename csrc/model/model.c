@@ -14,7 +14,7 @@ glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
     GLM_TRY(glm_arch_check(arch, names, err));
     struct glm_model *m = calloc(1, sizeof *m);
     if (!m)
-        return glm_fail(err, GLM_EMEMORY, "model: %zu bytes", sizeof *m);
+        return glm_fail(err, GLM_EMEMORY, "model: %zu bytes could not be taken", sizeof *m);
     m->arch = *arch;
     m->be = be;
     m->lora_on = 1;
@@ -28,7 +28,11 @@ glm_status glm_model_create(struct glm_model **out, const struct glm_arch *arch,
     m->step.saved = calloc((size_t)arch->layers, sizeof *m->step.saved);
     glm_status status = GLM_OK;
     if (!m->layers || !m->weights || !m->trainable || !m->step.x || !m->step.acts || !m->step.saved)
-        status = glm_fail(err, GLM_EMEMORY, "model: tables of %d layers", arch->layers);
+        status = glm_fail(err, GLM_EMEMORY,
+                          "model: %zu bytes for the tables of %zu weights could not be taken",
+                          slots * (sizeof *m->weights + sizeof *m->trainable) +
+                              (size_t)arch->layers * sizeof *m->layers,
+                          slots);
     if (status == GLM_OK) {
         glm_arch_add_weights(m, names);
         status = glm_rope_create(m, err);

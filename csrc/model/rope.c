@@ -79,7 +79,8 @@ glm_status glm_rope_reach(struct glm_model *m, int64_t positions, struct glm_err
     const size_t bytes = (size_t)T * m->arch.rotary_dim * m->be->real_size;
     void *table = malloc(bytes);
     if (!table)
-        return glm_fail(err, GLM_EMEMORY, "rotary table: %d positions, %zu bytes", T, bytes);
+        return glm_fail(err, GLM_EMEMORY,
+                        "rotary table: %d positions: %zu bytes could not be taken", T, bytes);
     if (m->be->real == GLM_F64)
         fill_doubles(&m->arch, table, first, T);
     else
@@ -96,7 +97,8 @@ glm_status glm_rope_create(struct glm_model *m, struct glm_error *err)
     const size_t bytes = (size_t)m->arch.max_positions * m->arch.rotary_dim * m->be->real_size;
     m->rope_table = m->be->alloc(m->be, bytes);
     if (!m->rope_table)
-        return glm_fail(err, GLM_EMEMORY, "rotary table: %d positions, %zu bytes",
+        return glm_fail(err, GLM_EMEMORY,
+                        "rotary table: %d positions: %zu bytes could not be taken",
                         m->arch.max_positions, bytes);
     return glm_rope_reach(m, 1, err);
 }

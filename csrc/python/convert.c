@@ -33,6 +33,14 @@ glm_status glm_device_status(struct glm_backend *be, glm_status status, struct g
     return text ? glm_fail(err, GLM_ESTATE, "%s", text) : status;
 }
 
+PyObject *glm_dict_get(PyObject *dict, const char *key)
+{
+    PyObject *name = PyUnicode_FromString(key);
+    PyObject *value = name ? PyDict_GetItemWithError(dict, name) : NULL;
+    Py_XDECREF(name);
+    return value;
+}
+
 int glm_check(struct glm_backend *be, glm_status status, struct glm_error *err)
 {
     status = glm_device_status(be, status, err);

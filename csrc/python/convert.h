@@ -16,6 +16,9 @@ int glm_check(struct glm_backend *be, glm_status status, struct glm_error *err);
 /* The module's backend of this name, made on first use; NULL with an exception set. */
 struct glm_backend *glm_module_backend(struct module_state *state, const char *name);
 
+/* A borrowed value, or NULL: with an exception set, unless there is just no such key. */
+PyObject *glm_dict_get(PyObject *dict, const char *key);
+
 /* dtype by safetensors name; -1 with ValueError set. */
 int glm_dtype_from_name(const char *name, enum glm_dtype *out);
 const char *glm_dtype_name(enum glm_dtype dtype);

@@ -6,9 +6,10 @@
 
 static int arch_int(PyObject *arch, const char *key, int *out)
 {
-    PyObject *value = PyDict_GetItemString(arch, key);
+    PyObject *value = glm_dict_get(arch, key);
     if (!value) {
-        PyErr_Format(PyExc_ValueError, "arch: key '%s' is missing", key);
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "arch: key '%s' is missing", key);
         return -1;
     }
     const long number = PyLong_AsLong(value);
@@ -24,9 +25,10 @@ static int arch_int(PyObject *arch, const char *key, int *out)
 
 static int arch_double(PyObject *arch, const char *key, double *out)
 {
-    PyObject *value = PyDict_GetItemString(arch, key);
+    PyObject *value = glm_dict_get(arch, key);
     if (!value) {
-        PyErr_Format(PyExc_ValueError, "arch: key '%s' is missing", key);
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "arch: key '%s' is missing", key);
         return -1;
     }
     *out = PyFloat_AsDouble(value);
@@ -64,10 +66,11 @@ static int read_arch(PyObject *dict, struct glm_arch *a)
 /* A text of the dict, as long as that lives. */
 static int name_text(PyObject *names, const char *key, const char **out)
 {
-    PyObject *value = PyDict_GetItemString(names, key);
+    PyObject *value = glm_dict_get(names, key);
     Py_ssize_t length;
     if (!value) {
-        PyErr_Format(PyExc_ValueError, "names: key '%s' is missing", key);
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "names: key '%s' is missing", key);
         return -1;
     }
     if (!PyUnicode_Check(value)) {

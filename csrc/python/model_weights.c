@@ -194,7 +194,8 @@ PyObject *glm_py_move(struct model_object *self, PyObject *args, PyObject *kwarg
         if ((weights[i] = find_weight(self, PyTuple_GetItem(list, i))) < 0)
             goto done;
     if (!weights) {
-        PyErr_NoMemory();
+        PyErr_Format(PyExc_MemoryError, "names: %zd weights: %zu bytes could not be taken", n,
+                     (size_t)n * sizeof *weights);
         goto done;
     }
     if (glm_run_begin(&run, self) < 0)
@@ -289,7 +290,9 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
         return NULL;
     for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++) {
         const char *key = glm_model_prefix_name(self->m, i);
-        PyObject *value = PyDict_GetItemString(dict, key);
+        PyObject *value = glm_dict_get(dict, key);
+        if (!value && PyErr_Occurred())
+            goto done;
         if (!value)
             continue;
         used++;
@@ -361,7 +364,8 @@ PyObject *glm_py_set_trainable(struct model_object *self, PyObject *arg)
     int *weights = PyMem_Calloc((size_t)n + 1, sizeof *weights);
     PyObject *result = NULL;
     if (!weights) {
-        PyErr_NoMemory();
+        PyErr_Format(PyExc_MemoryError, "names: %zd weights: %zu bytes could not be taken", n,
+                     (size_t)n * sizeof *weights);
         goto done;
     }
     for (Py_ssize_t i = 0; i < n; i++)

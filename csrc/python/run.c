@@ -68,7 +68,8 @@ static int find_files(struct model_object *self)
             void *more_room = PyMem_Realloc(self->files, (size_t)(n + 1) * sizeof *self->files);
             if (!more_room) {
                 glm_forget_files(self);
-                PyErr_NoMemory();
+                PyErr_Format(PyExc_MemoryError, "files of weights: %zu bytes could not be taken",
+                             (size_t)(n + 1) * sizeof *self->files);
                 return -1;
             }
             self->files = more_room;

@@ -56,7 +56,7 @@ PyObject *glm_py_adjust_logits(PyObject *Py_UNUSED(module), PyObject *args, PyOb
     seen = malloc((size_t)n);
     ids = malloc((2 * (size_t)n_context + (size_t)n_suppress + 1) * sizeof *ids);
     if (!seen || !ids) {
-        PyErr_NoMemory();
+        PyErr_Format(PyExc_MemoryError, "adjust_logits: %d bytes could not be taken", n);
         goto done;
     }
     glm_touched_ids(ids, &penalised, &banned, n, PyArray_DATA(context), n_context, penalty, ngram,
@@ -117,7 +117,8 @@ PyObject *glm_py_warp_logits(PyObject *Py_UNUSED(module), PyObject *args, PyObje
                         temperature, top_k, top_p, min_keep < 1 ? 1 : min_keep, scratch);
     else if (!scratch) {
         Py_CLEAR(probs);
-        PyErr_NoMemory();
+        PyErr_Format(PyExc_MemoryError, "warp_logits: %zu bytes could not be taken",
+                     n * sizeof *scratch);
     }
     free(scratch);
     Py_DECREF(logits);
@@ -155,7 +156,9 @@ PyObject *glm_py_sample(PyObject *Py_UNUSED(module), PyObject *args, PyObject *k
         free(scratch);
     }
     Py_DECREF(logits);
-    return id < 0 ? PyErr_NoMemory() : PyLong_FromLong(id);
+    return id < 0 ? PyErr_Format(PyExc_MemoryError, "sample: %zu bytes could not be taken",
+                                 (size_t)n * (sizeof(float) + sizeof(struct glm_scored)))
+                  : PyLong_FromLong(id);
 }
 
 /* A number from a one-line file, or of its first line that begins with `key`; else `otherwise`

@@ -55,6 +55,8 @@ TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".bin")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+# Under which a training program's file (Lightning, DeepSpeed, a script) has the model's tensors.
+STATE_DICTS = ("state_dict", "model_state_dict", "module", "model")
 RECOMPUTED = "inv_freq"  # rotary frequencies: files have them or not, and nobody reads them
 
 
@@ -77,6 +79,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def _flat(path: str | os.PathLike, value: Any) -> dict[str, Tensor]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected names and tensors")
+    value = _state_dict(value)
     for name, tensor in value.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
@@ -84,6 +87,13 @@ def _flat(path: str | os.PathLike, value: Any) -> dict[str, Tensor]:
                 f"{path}: {short_repr(name)} is a {kind}, expected only names and tensors"
             )
     return value
+
+
+def _state_dict(value: dict[Any, Any]) -> dict[Any, Any]:
+    """The model's tensors in what a training program saved beside other things; else `value`."""
+    parts = [value[name] for name in STATE_DICTS if isinstance(value.get(name), dict)]
+    whole = [part for part in parts if part and all(isinstance(t, Tensor) for t in part.values())]
+    return whole[0] if len(whole) == 1 and len(parts) == 1 else value
 
 
 def load_checkpoint(

@@ -15,8 +15,8 @@ from typing import Any, TypedDict
 from ..names import did_you_mean
 
 
-class HubKeywords(TypedDict, total=False):
-    """Keywords that every from_pretrained accepts, whatever the value, and without meaning."""
+class DownloadKeywords(TypedDict, total=False):
+    """Accepted by every from_pretrained, whatever the value, and without meaning."""
 
     trust_remote_code: bool | None
     revision: str | None
@@ -27,16 +27,14 @@ class HubKeywords(TypedDict, total=False):
     local_files_only: bool
     force_download: bool
     resume_download: bool | None
-    proxies: Any
+    proxies: dict[str, str] | None
     mirror: str | None
     repo_type: str | None
     user_agent: Any
-    tokenizer_revision: str | None
-    config_revision: str | None
-    commit_hash: str | None
+    tqdm_class: Any
 
 
-NOTHING = frozenset(HubKeywords.__annotations__)
+NOTHING = frozenset(DownloadKeywords.__annotations__)
 
 
 def model_directory(path: str | os.PathLike, subfolder: str = "") -> Path:
@@ -56,7 +54,7 @@ def model_directory(path: str | os.PathLike, subfolder: str = "") -> Path:
     if name.startswith("~") and Path(name).expanduser().is_dir():
         hint = f"; did you mean {os.path.expanduser(name)!r}? ~ is the shell's, not a path's"
     else:
-        hint = _near(directory)
+        hint = near(directory)
     how = ""
     if not hint and not subfolder and _is_hub_id(given):
         how = (
@@ -76,7 +74,7 @@ def _is_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
 
 
-def _near(directory: Path) -> str:
+def near(directory: Path) -> str:
     """The nearest name beside a missing directory, or which of its parents is the first missing."""
     parent = directory.absolute().parent
     while not parent.is_dir() and parent != parent.parent:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -46,7 +46,12 @@ def _names_unknown_fields(cls: Kind) -> Kind:
 @_names_unknown_fields
 @dataclass(kw_only=True, eq=False, repr=False)
 class GenerationConfig:
-    """How to generate. Neutral by default: greedy, and as long as the model has positions."""
+    """How to generate. Neutral by default: greedy, and as long as the model has positions.
+
+    None is the default of a field. transformers' other fields are accepted and mean nothing (those
+    of caches, compilation, encoders and assistant models), or are refused unless they have the
+    value that changes nothing: see `unsupported.NOTHING` and `unsupported.REFUSED`.
+    """
 
     max_length: int | None = None  # prompt and answer together
     max_new_tokens: int | None = None  # the answer alone; wins if both are given
@@ -117,10 +122,10 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, config: HasEnds | None = None
+        cls, path: str | os.PathLike, config: HasEnds | None = None, **fields: Any
     ) -> GenerationConfig:
-        """Read `path/generation_config.json`. Keys that are no fields here, or have values that
-        cannot be, are named by one warning.
+        """Read `path/generation_config.json`, then set `fields`. Keys that are no fields here, or
+        have values that cannot be, are named by one warning.
         """
         file = Path(path) / "generation_config.json"
         found = cls() if config is None else cls.from_model_config(config)
@@ -136,7 +141,13 @@ class GenerationConfig:
                     setattr(found, name, value)
         if unused:
             tell.warn(f"{file}: is not used: {'; '.join(unused)}")
+        found.update(**fields)
         return found
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **fields: Any) -> GenerationConfig:
+        """Of fields by name."""
+        return cls(**{**config_dict, **fields})
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `directory/generation_config.json`: the fields that are not at their defaults."""
@@ -175,7 +186,7 @@ class GenerationConfig:
                 setattr(self, f.name, f.default)
         for name, least in _WHOLE.items():
             value = getattr(self, name)
-            known = _is_whole(value) and (least is None or value >= least)
+            known = _is_whole(value) and (least is None or least <= value < 1 << 63)
             if value is not None and not known:
                 expected = "a whole number" + ("" if least is None else f" from {least}")
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
@@ -223,7 +234,8 @@ class GenerationConfig:
             if not isinstance(rows, Sequence) or isinstance(rows, str):
                 raise ValueError(f"{name}: expected a list of lists of ids, got {value!r:.80}")
             for row in rows:
-                several = name != "forced_bos_token_id" and isinstance(row, Sequence | np.ndarray)
+                several = isinstance(row, Sequence | np.ndarray) and not isinstance(row, str)
+                several = several and name != "forced_bos_token_id"
                 if several == _is_whole(row) or name == "bad_words_ids" and not several:
                     raise ValueError(f"{name}: expected ids, got {value!r:.80}")
                 if name == "bad_words_ids" and not len(row):

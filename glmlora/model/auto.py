@@ -14,9 +14,9 @@ from ..files.hub import check_keywords, model_directory
 from ..files.small import GENERATION
 from ..files.write import read_json
 from ..generation.config import GenerationConfig
-from . import configuration
 from . import device as devices
-from .configuration import DEFAULTS, ChatGLMConfig, ConfigKeywords, is_key
+from .configuration import DEFAULTS, ChatGLMConfig, is_key
+from .keywords import MODEL_NEUTRAL, MODEL_REASONS, ModelKeywords
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import parse_dtype
 from .quantization import GROUP_SIZE, is_quantized
@@ -25,61 +25,6 @@ from .template import read_template
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# Keywords of transformers that ask for nothing with these values; None: with any.
-NEUTRAL: dict[str, tuple[Any, ...] | None] = {
-    # weights are mapped, so that nothing has to be made, offloaded or shared out
-    **dict.fromkeys(("empty_init", "low_cpu_mem_usage", "_fast_init", "weights_only")),
-    **dict.fromkeys(("offload_folder", "offload_state_dict", "offload_buffers", "offload_index")),
-    "use_flash_attention_2": None,  # attention is exact, and never holds its weights as a whole
-    "attn_implementation": (
-        *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
-    ),
-    "use_cache": None,  # there always is one
-    "ignore_mismatched_sizes": (False,),
-    "output_loading_info": (False,),
-    **dict.fromkeys(("from_tf", "from_flax", "use_kernels", "allow_all_kernels"), (False,)),
-    "torch_compile": (False,),
-    **configuration.NEUTRAL,
-}
-_WHOLE = "a model is on one device here: device_map or device names it"
-REASONS = {
-    "quantization_config": "is not supported; load_in_8bit=True or load_in_4bit=True quantize on "
-    "loading, in this package's own int8 and int4",
-    "ignore_mismatched_sizes": "every weight must fit; load_state_dict(.., strict=False) takes a "
-    "part of them",
-    "attn_implementation": "expected one of transformers' names; they all mean the same here",
-    "output_loading_info": "missing and surplus tensors are an error here",
-    "variant": "weights of a variant are not looked for; rename the files to the usual names",
-    "state_dict": "pass it to model.load_state_dict",
-    "key_mapping": "rename tensors and pass them to model.load_state_dict",
-    "adapter_kwargs": "open the adapter with PeftModel.from_pretrained",
-    **dict.fromkeys(("max_memory", "tp_plan", "tp_size", "device_mesh"), _WHOLE),
-    **dict.fromkeys(("distributed_config", "parallel_config"), _WHOLE),
-    **configuration.REASONS,
-}
-
-
-class LoadKeywords(ConfigKeywords, total=False):
-    """Keywords of AutoModel.from_pretrained beside those that it works with: NEUTRAL's."""
-
-    empty_init: bool
-    low_cpu_mem_usage: bool | None
-    weights_only: bool
-    offload_folder: str | os.PathLike[str] | None
-    offload_state_dict: bool | None
-    offload_buffers: bool | None
-    offload_index: Any
-    use_flash_attention_2: bool
-    attn_implementation: str | None
-    ignore_mismatched_sizes: bool
-    output_loading_info: bool
-    from_tf: bool
-    from_flax: bool
-    use_kernels: bool
-    allow_all_kernels: bool
-    torch_compile: bool
-    quantization_config: None
 
 
 class AutoModel:
@@ -102,7 +47,8 @@ class AutoModel:
         family: str | None = None,
         rope_mode: str | None = None,
         compute_dtype: str | None = None,
-        **others: Unpack[LoadKeywords],
+        generation_config: GenerationConfig | None = None,
+        **others: Unpack[ModelKeywords],
     ) -> ChatGLMForConditionalGeneration:
         """Map the checkpoint in a local directory (or in `subfolder` of it) and bind it in place,
         in the type it is stored in.
@@ -114,14 +60,20 @@ class AutoModel:
         use_safetensors: True takes no other files, False only torch's. family, rope_mode: see
         ChatGLMConfig. compute_dtype: of the large products, "float32", "bfloat16" or "int8" (over
         int8 weights); default "auto", see model/device.py; `model.compute_dtype` is the one in use.
+        generation_config: in place of its generation_config.json.
         others: keys of config.json to replace (`pre_seq_len=128`), and keywords of transformers
         that mean nothing here: those about downloads and code (NOTHING in files/hub.py), and
-        NEUTRAL above.
+        MODEL_NEUTRAL in keywords.py.
 
         Raises OSError for a directory that is not there, ValueError naming file, tensor or field
         for anything wrong in it, and for a keyword of transformers that is not supported, TypeError
         for an unknown keyword.
         """
+        for name, value in (("load_in_8bit", load_in_8bit), ("load_in_4bit", load_in_4bit)):
+            if value not in (True, False, None):
+                raise ValueError(f"{name}: expected True or False, got {value!r}")
+        if use_safetensors not in (True, False, None):
+            raise ValueError(f"use_safetensors: expected True or False, got {use_safetensors!r}")
         if load_in_8bit and load_in_4bit:
             raise ValueError("load_in_8bit, load_in_4bit: expected one of them")
         if device_map is not None and device is None:
@@ -130,14 +82,20 @@ class AutoModel:
         directory = model_directory(pretrained_model_name_or_path, subfolder)
         known = inspect.signature(cls.from_pretrained).parameters
         given = {} if config is None else config.to_dict()
-        keys = {k: v for k, v in others.items() if k not in NEUTRAL and (k in given or is_key(k))}
+        keys = {
+            k: v for k, v in others.items() if k not in MODEL_NEUTRAL and (k in given or is_key(k))
+        }
         rest = {k: v for k, v in others.items() if k not in keys}
         if config is None:
             stored = _stored_keys(directory)
-            keys |= {k: v for k, v in rest.items() if k in stored and k not in REASONS}
+            keys |= {k: v for k, v in rest.items() if k in stored and k not in MODEL_REASONS}
             rest = {k: v for k, v in rest.items() if k not in keys}
         check_keywords(
-            f"{cls.__name__}.from_pretrained", rest, [*known, *DEFAULTS], NEUTRAL, REASONS
+            f"{cls.__name__}.from_pretrained",
+            rest,
+            [*known, *DEFAULTS],
+            MODEL_NEUTRAL,
+            MODEL_REASONS,
         )
         if config is None:
             config = ChatGLMConfig.from_pretrained(directory, family=family, **keys)
@@ -162,7 +120,12 @@ class AutoModel:
         if file.exists():
             model.generation_config = GenerationConfig.from_pretrained(directory, config)
             stored = read_json(file, dict)
-        model.opened = Opened(directory, stored, model.generation_config)
+        before = model.generation_config
+        if generation_config is not None:
+            if not isinstance(generation_config, GenerationConfig):
+                raise TypeError(f"generation_config: got a {type(generation_config).__name__}")
+            model.generation_config = generation_config
+        model.opened = Opened(directory, stored, before)
         bits = 8 if load_in_8bit else 4 if load_in_4bit else 0
         if bits and not is_quantized(config, bits):
             model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)

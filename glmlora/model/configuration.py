@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING, Any
 from .. import families
 from ..families import recognition
 from ..files.foreign import folder_kind, refuse_quantization
-from ..files.hub import HubKeywords, check_keywords, model_directory
+from ..files.hub import check_keywords, model_directory
 from ..files.small import whole_references
+from ..files.tensor import short_repr
 from ..files.write import read_json, write_json
+from .keywords import (
+    CONFIG_NEUTRAL,
+    CONFIG_REASONS,
+    SAVE_NEUTRAL,
+    SAVE_REASONS,
+    ConfigKeywords,
+    SaveKeywords,
+)
 from .quantization import check_form
 
 if TYPE_CHECKING:
@@ -82,49 +91,6 @@ _OTHER_NAMES = {  # what newer programs call a key
     "vocab_size": "padded_vocab_size",
 }
 _MORE_KEYS = ("prefix_dropout", "use_cache", "name_or_path", "bos_token_id", *_OTHER_NAMES)
-NEUTRAL: dict[str, tuple[Any, ...] | None] = {  # keywords that ask for nothing with these values
-    "return_unused_kwargs": (False,),
-    "return_dict": (True,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-}
-REASONS = {
-    "return_unused_kwargs": "unknown keywords are an error here",
-    "return_dict": "is an argument of the call: model(..., return_dict=False)",
-    "output_attentions": "attention weights are never held as a whole here",
-    "output_hidden_states": "is an argument of the call: model(..., output_hidden_states=True)",
-    "gguf_file": "GGUF files are not read: get the model's own weights",
-}
-
-
-class ConfigKeywords(HubKeywords, total=False):
-    """Keywords of from_pretrained that replace keys of config.json, and those that mean nothing."""
-
-    num_layers: int
-    padded_vocab_size: int
-    hidden_size: int
-    ffn_hidden_size: int
-    kv_channels: int
-    num_attention_heads: int
-    seq_length: int
-    layernorm_epsilon: float
-    add_qkv_bias: bool
-    multi_query_attention: bool
-    multi_query_group_num: int
-    rope_ratio: float
-    pre_seq_len: int | None
-    prefix_projection: bool
-    quantization_bit: int
-    quantization_group_size: int | None
-    eos_token_id: int | list[int] | None
-    pad_token_id: int | None
-    use_cache: bool
-    return_unused_kwargs: bool
-    return_dict: bool
-    output_attentions: bool
-    output_hidden_states: bool
-
-
 # What only this package writes: what users said when they opened the model, and config.json lacks.
 OWN_ROPE_MODE = "glmlora_rope_mode"
 OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
@@ -228,11 +194,19 @@ class ChatGLMConfig:
             f"{cls.__name__}.from_pretrained",
             others,
             ["family", "rope_mode", "subfolder", *fields, *DEFAULTS],
-            NEUTRAL,
-            REASONS,
+            CONFIG_NEUTRAL,
+            CONFIG_REASONS,
         )
         fields.update(keys)
+        # Users write what they would say otherwise into the file, under the names of the keywords.
+        for name, own in (("family", recognition.OWN_KEY), ("rope_mode", OWN_ROPE_MODE)):
+            if name in fields:
+                fields[own] = fields.pop(name)
         try:
+            for name in fields:
+                if name != "self" and not hasattr(cls, name):
+                    continue
+                raise ValueError(f"{short_repr(name)}: no config has a key of this name")
             if family is None:
                 family = recognition.find(fields, directory, tokenizer_fields(directory))
             else:
@@ -246,8 +220,8 @@ class ChatGLMConfig:
         families.refuse_others(self.__dict__)
         for name in _SIZES:
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+            if type(value) is not int or not 1 <= value < 1 << 31:
+                raise ValueError(f"{name}: expected a whole number from 1, got {short_repr(value)}")
         for name in _FLAGS:
             value = getattr(self, name)
             if value not in (True, False):
@@ -287,6 +261,9 @@ class ChatGLMConfig:
             raise ValueError(
                 f"rope_mode: expected one of {' '.join(ROPE_MODES)}, got {self._rope_mode!r}"
             )
+        pad = self.pad_token_id
+        if pad is not None and (type(pad) is not int or not -(1 << 31) <= pad < 1 << 31):
+            raise ValueError(f"pad_token_id: expected an id or null, got {short_repr(pad)}")
         self.eos_token_ids  # noqa: B018  checks the field
 
     @property
@@ -343,11 +320,14 @@ class ChatGLMConfig:
             fields[OWN_ROPE_MODE] = self._rope_mode
         return fields
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `directory/config.json`, atomically; the directory is made if it is absent. Its
-        `auto_map` keeps the entries whose files are there.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], **others: Unpack[SaveKeywords]
+    ) -> None:
+        """Write config.json into a directory, atomically; the directory is made if it is absent.
+        Its `auto_map` keeps the entries whose files are there. others: as in the model's.
         """
-        directory = Path(directory)
+        check_keywords("save_pretrained", others, ["save_directory"], SAVE_NEUTRAL, SAVE_REASONS)
+        directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "config.json", self.file_fields(directory))
 
@@ -385,14 +365,14 @@ def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
         for k, v in fields.items()
         if v is not None or DEFAULTS.get(k) is None or k in _MAY_BE_NULL
     }
+    for name in set(found) & set(DEFAULTS) - {"eos_token_id"}:
+        found[name] = innermost(found[name])
     for other, name in _OTHER_NAMES.items():
         if found.get(name) is None and found.get(other) is not None:
             found[name] = found[other]
     for name in _SIZES:
         if isinstance(found.get(name), float) and found[name].is_integer():
             found[name] = int(found[name])
-    if "prefix_projection" in found:
-        found["prefix_projection"] = innermost(found["prefix_projection"])
     return {**DEFAULTS, **found}
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,9 +25,11 @@ from ..generation import chat as _chat
 from ..generation import generate as _generate
 from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
+from ..tell import warn
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
 from .device import Device, backend_of
+from .keywords import SaveKeywords
 from .output import CausalLMOutput, mean_loss
 from .parameters import (
     DTYPE_NAMES,
@@ -57,6 +59,9 @@ from .parameters import (
 from .quantization import SCALE, QuantizedTensor, check_form, is_quantized, join
 from .quantization import quantize as quantize_tensor
 from .saving import Opened, check_saving, weight_sources, write_beside
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Of the memory that is free, what activations may take: other programs and the system's file cache,
 # out of which the weights are read again and again, need some.
@@ -141,6 +146,11 @@ class ChatGLMForConditionalGeneration(_Casts):
             self._bind(name, _converted(tensor, "F32") if tensor.dtype == "F64" else tensor)
         if config.pre_seq_len is not None:
             self._build_prefix(prefix)
+        elif prefix:
+            warn(
+                f"the P-Tuning prefix beside the weights ({len(prefix)} tensors) is not used: open "
+                "the model with pre_seq_len=.. for it"
+            )
 
     @cached_property
     def dropout_seed(self) -> int:
@@ -467,7 +477,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         *,
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
-        **others: Any,
+        **others: Unpack[SaveKeywords],
     ) -> None:
         """Write the base weights (and a prefix, if there is one) as a whole model directory,
         atomically: with config.json, generation_config.json, and the small files of the directory
@@ -476,7 +486,7 @@ class ChatGLMForConditionalGeneration(_Casts):
 
         LoRA tensors are not among them: PeftModel.save_pretrained writes those, merge_and_unload()
         folds them in. is_main_process=False writes nothing. others: keywords of transformers that
-        mean nothing here or are refused (SAVE_NEUTRAL and SAVE_REASONS in saving.py). Raises
+        mean nothing here or are refused (SAVE_NEUTRAL and SAVE_REASONS in keywords.py). Raises
         OSError naming the file.
         """
         check_saving("save_pretrained", others)

@@ -17,6 +17,7 @@ from ..files.write import write_json
 from ..generation.config import GenerationConfig
 from ..tell import warn
 from .configuration import ChatGLMConfig
+from .keywords import SAVE_NEUTRAL, SAVE_REASONS
 from .parameters import prefix_of
 from .quantization import SCALE, QuantizedTensor
 from .template import write_template
@@ -51,17 +52,6 @@ class _Model(Protocol):
     prompt_template: str
 
 
-# Keywords of transformers' save_pretrained that ask for nothing with these values; None: with any.
-SAVE_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
-    "push_to_hub": (False,),
-    **dict.fromkeys(("save_peft_format", "save_original_format")),
-}
-SAVE_REASONS = {
-    "push_to_hub": "nothing is uploaded; upload the directory when it is written",
-    "state_dict": "pass it to load_state_dict before",
-    "save_function": "files are written in one way only",
-    "variant": "weights of a variant would not be found again",
-}
 _SAVE = ("save_directory", "is_main_process", "max_shard_size", "safe_serialization")
 
 
