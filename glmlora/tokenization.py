@@ -125,8 +125,11 @@ class ChatGLMTokenizer(Encoder):
         settings += ["encode_special_tokens"] if encode_special_tokens else []
         for name, value in {**self._tokens_map, **self._config}.items():
             if name in _ADDED:
-                listed = value.values() if isinstance(value, dict) else value or ()
-                if new := [t for t in map(_content, listed) if self._unknown(t)]:
+                listed = list(value.values()) if isinstance(value, dict) else value or []
+                tokens = list(map(_content, listed)) if isinstance(listed, list) else [listed]
+                if not all(isinstance(t, str) for t in tokens):
+                    unused.append(f"{name} {value!r:.80}, which is no list of tokens")
+                elif new := [t for t in tokens if self._unknown(t)]:
                     unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
                 continue
             value = _content(value) if isinstance(value, dict) else value
@@ -334,7 +337,8 @@ class ChatGLMTokenizer(Encoder):
         """Whether the vocabulary lacks a token."""
         if token in self._silent or token in self.special_tokens:
             return False
-        return self._sp.piece_to_id(str(token)) == self.unk_token_id
+        text = str(token).encode("utf-8", "replace")  # a lone surrogate is in no vocabulary
+        return self._sp.piece_to_id(text.decode()) == self.unk_token_id
 
     @property
     def vocab_size(self) -> int:

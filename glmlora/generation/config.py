@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -29,6 +28,8 @@ class HasEnds(Protocol):
     def eos_token_ids(self) -> list[int]: ...
     @property
     def pad_token_id(self) -> int | None: ...
+    @property
+    def padded_vocab_size(self) -> int: ...
 
 
 def _names_unknown_fields(cls: Kind) -> Kind:
@@ -129,11 +130,12 @@ class GenerationConfig:
         """
         file = Path(path) / "generation_config.json"
         found = cls() if config is None else cls.from_model_config(config)
+        vocabulary = 1 << 31 if config is None else config.padded_vocab_size
         unused = []
         for name, value in read_json(file, dict).items():
             try:
                 one = cls(**{name: value})
-                one.check(1 << 31)
+                one.check(vocabulary)
             except (TypeError, ValueError) as error:
                 unused.append(str(error))
             else:
@@ -193,7 +195,7 @@ class GenerationConfig:
         for name in _NUMBERS:
             value = getattr(self, name)
             number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-            if value is not None and not (number and math.isfinite(value)):
+            if value is not None and not (number and abs(value) <= _LARGEST):
                 raise ValueError(f"{name}: expected a number, got {value!r}")
         for name in _SWITCHES:
             value = getattr(self, name)
@@ -264,6 +266,7 @@ _WHOLE = {
     **dict.fromkeys(("pad_token_id", "bos_token_id"), 0),
     "seed": None,
 }
+_LARGEST = float(np.finfo(np.float32).max)  # the core computes with float32
 _NUMBERS = ("temperature", "top_p", "repetition_penalty", "length_penalty", "min_p", "max_time")
 _SWITCHES = (
     *("do_sample", "early_stopping", "renormalize_logits", "return_dict_in_generate"),
