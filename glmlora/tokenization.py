@@ -125,7 +125,9 @@ class ChatGLMTokenizer(Encoder):
         settings += ["encode_special_tokens"] if encode_special_tokens else []
         for name, value in {**self._tokens_map, **self._config}.items():
             if name in _ADDED:
-                listed = value.values() if isinstance(value, dict) else value or ()
+                listed = value.values() if isinstance(value, dict) else value
+                if not isinstance(listed, Iterable) or isinstance(listed, str):
+                    listed = [] if value is None else [value]
                 if new := [t for t in map(_content, listed) if self._unknown(t)]:
                     unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
                 continue
@@ -328,9 +330,12 @@ class ChatGLMTokenizer(Encoder):
 
     def _unknown(self, token: Any) -> bool:
         """Whether the vocabulary lacks a token."""
-        if token in self._silent or token in self.special_tokens:
-            return False
-        return self._sp.piece_to_id(str(token)) == self.unk_token_id
+        try:
+            if token in self._silent or token in self.special_tokens:
+                return False
+            return self._sp.piece_to_id(str(token)) == self.unk_token_id
+        except TypeError:  # no text, or one that UTF-8 cannot hold
+            return True
 
     @property
     def vocab_size(self) -> int:
