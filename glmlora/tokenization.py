@@ -208,7 +208,7 @@ class ChatGLMTokenizer(Encoder):
 
     @property
     def truncation_side(self) -> str:
-        """ "right" or "left": where ids are cut away."""
+        """Where ids are cut away: "right" or "left"."""
         return self._truncation_side
 
     @truncation_side.setter
@@ -258,6 +258,10 @@ class ChatGLMTokenizer(Encoder):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_ready" in self.__dict__ and not name.startswith("_"):
+            if name == "pad_token_id" and not (
+                isinstance(value, int | np.integer) and 0 <= value < len(self)
+            ):
+                raise ValueError(f"pad_token_id: expected an id below {len(self)}, got {value!r}")
             if name in _FIXED and value != getattr(self, name):
                 raise AttributeError(f"{name}: is {getattr(self, name)!r:.80}; {_FIXED[name]}")
             if name != "padding_side" and value not in keywords.NOT_HERE.get(name, (value,)):

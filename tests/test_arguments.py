@@ -131,8 +131,10 @@ def test_every_flag_shows_in_the_signature_of_train():
 
 
 def test_unknown_keyword_is_named():
-    with pytest.raises(TypeError, match="TrainingArguments.*'learning_rat'"):
+    with pytest.raises(TypeError, match="TrainingArguments.*'learning_rat' .did you mean 'learnin"):
         TrainingArguments(output_dir="o", learning_rat=1e-4)
+    with pytest.raises(TypeError, match="FinetuningArguments.*'rank' .did you mean 'lora_rank'"):
+        FinetuningArguments(rank=8)
     with pytest.raises(TypeError, match="output_dir"):
         TrainingArguments()
 

@@ -373,6 +373,7 @@ def test_beams_prefer_by_mean_log_probability_and_end(model):
         ({"max_time": 0}, ValueError, "max_time"),
         ({"bad_words_ids": [3]}, ValueError, "bad_words_ids"),
         ({"bad_words_ids": [[]]}, ValueError, "bad_words_ids"),
+        ({"eos_token_id": "</s>"}, ValueError, "eos_token_id: expected ids, got '</s>'"),
         ({"suppress_tokens": [99]}, ValueError, "suppress_tokens: 99"),
         ({"forced_eos_token_id": "a"}, ValueError, "forced_eos_token_id"),
         ({"stop_strings": 3}, ValueError, "stop_strings"),
@@ -402,6 +403,10 @@ def test_bad_prompts(model):
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(ids, max_new_tokens=1)
+    for ids, message in (({"input_ids": [[1]]}, r"\*\*encoding"), ("text", "the tokenizer")):
+        for call in (model, lambda given: model.generate(given, max_new_tokens=1)):
+            with pytest.raises(TypeError, match=f"input_ids: .*{message}"):
+                call(ids)
 
 
 def test_generation_config(model, tmp_path):

@@ -191,6 +191,8 @@ SEEN = "glmlora.model.auto ['a']\n"
         "!python3 p.py a",
         "import sys\n!{sys.executable} p.py a",
         "!python -m p a",
+        "!PYTHONPATH=. python p.py a",
+        "%env PYTHONPATH=.\n!python p.py a",
         "!sh p.sh",
         "%run p.py a",
         "%run p a",
@@ -206,7 +208,7 @@ def test_programs_see_the_stand_ins(run, tmp_path, cell):
     path = os.environ["PATH"], os.environ.get("PYTHONPATH")
     sys.path_importer_cache.clear()
     status, out, err = run(cell)
-    assert (status, out) == (0, SEEN), err
+    assert (status, out.removeprefix("env: PYTHONPATH=.\n")) == (0, SEEN), err
     assert (os.environ["PATH"], os.environ.get("PYTHONPATH")) == path
 
 
@@ -235,6 +237,15 @@ def test_another_python_keeps_its_packages(run, tmp_path):
     )
     _, out, err = run(f'!python -c "{code}"')
     assert out == "the real one\n" and "No module named 'peft'" in err
+
+
+def test_no_place_is_added_for_programs(run, tmp_path):
+    """An empty entry on the path would be the current directory."""
+    (tmp_path / "json.py").write_text("x = 1")
+    cell = "!env -u PYTHONPATH python sub/p.py"
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/p.py").write_text("import json, sys; print(json.dumps(1), '' in sys.path)")
+    assert run(cell)[:2] == (0, "1 False\n")
 
 
 def test_the_users_own_sitecustomize_is_kept(run, tmp_path, monkeypatch):

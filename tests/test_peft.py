@@ -636,6 +636,8 @@ def test_adapters_come_and_go(directory, tmp_path):
         model.set_adapter("defalt")
     with pytest.raises(AttributeError):
         model.active_adapter = "b"
+    with pytest.raises(ValueError, match="template: expected one of auto, vendored, got 'x'"):
+        model.set_prompt_template("x")
     with pytest.raises(ValueError, match="one adapter is active"):
         model.set_adapter(["b", "default"])
     with pytest.warns(UserWarning, match="'default' was active, 'b' is now"):

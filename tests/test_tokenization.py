@@ -360,6 +360,7 @@ def test_special_tokens_by_transformers_names(tiny_dir, tiny3):
         (lambda: tiny.add_special_tokens({"pad_token": "[PAD]"}), r"fixed.*\[PAD\]"),
         (lambda: tiny.add_special_tokens({"eos_token": "sop"}), "eos_token"),
         (lambda: setattr(tiny, "pad_token", "[PAD]"), r"pad_token: '\[PAD\]'"),
+        (lambda: setattr(tiny, "pad_token_id", "[PAD]"), "pad_token_id.*below 485.*PAD"),
         (lambda: setattr(tiny, "truncation_side", "middle"), "truncation_side"),
         (lambda: setattr(tiny, "model_max_length", "long"), "model_max_length"),
         (lambda: setattr(tiny, "encode_special_tokens", True), "encode_special_tokens"),

@@ -633,6 +633,12 @@ def test_chats_are_in_the_template_of_the_training(tmp_path, method):
         assert prompt(again) == want
         again.merge_and_unload().save_pretrained(tmp_path / "merged")
         assert prompt(glmlora.AutoModel.from_pretrained(tmp_path / "merged")) == want
+    # a training that fails before it begins leaves the model's chats as they were
+    fresh = glmlora.AutoModel.from_pretrained(directory)
+    wrong = {**settings, "evaluation_strategy": "epoch", "tokenizer": tokenizer}
+    with pytest.raises(ValueError, match="needs evaluation data"):
+        glmlora.train(fresh, records(3), template="vendored", **wrong)
+    assert prompt(fresh) != want
     # trained further in the family's own template: told, and kept
     data = {"output_dir": str(tmp_path / "next"), "checkpoint_dir": str(tmp_path / "out")}
     with pytest.warns(UserWarning, match="trained with 'vendored', this run has 'auto'"):

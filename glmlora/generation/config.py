@@ -234,7 +234,8 @@ class GenerationConfig:
             if not isinstance(rows, Sequence) or isinstance(rows, str):
                 raise ValueError(f"{name}: expected a list of lists of ids, got {value!r:.80}")
             for row in rows:
-                several = name != "forced_bos_token_id" and isinstance(row, Sequence | np.ndarray)
+                several = isinstance(row, Sequence | np.ndarray) and not isinstance(row, str)
+                several = several and name != "forced_bos_token_id"
                 if several == _is_whole(row) or name == "bad_words_ids" and not several:
                     raise ValueError(f"{name}: expected ids, got {value!r:.80}")
                 if name == "bad_words_ids" and not len(row):

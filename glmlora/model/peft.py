@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 import numpy as np
 
 from .. import _core
+from ..families.vendored import TEMPLATES
 from ..files.owner import owned
 from ..generation.config import GenerationConfig
 from ..names import did_you_mean
@@ -533,6 +534,8 @@ class PeftModel:
         """Say what the active adapter (or the prefix) is trained with, "auto" or "vendored": chats
         take it, and it is saved.
         """
+        if template not in TEMPLATES:
+            raise ValueError(f"template: expected one of {', '.join(TEMPLATES)}, got {template!r}")
         self._base.prompt_template = template
         if self._adapters:
             self._adapters[self.active_adapter].template = template

@@ -120,7 +120,8 @@ def train(
 
     model_or_path: a model directory, a model, or a PeftModel (whose adapter is then trained
     further). data, eval_data: a DataFrame, a list of dicts, or a csv, json or jsonl file with the
-    columns `instruction` (or `prompt`), `input` (or `query`), `output` (or `response`), `history`.
+    columns `instruction` (or `prompt`), `input` (or `query`), `output` (or `response`), `history`,
+    `system`, or with `messages` (or `conversations`); see `records_from`.
     args: TrainingArguments or a dict; overrides: any argument of `glmlora train` by name, whatever
     its group (`glmlora train --help` says what each does), e.g.
 
@@ -288,7 +289,6 @@ def _loop(
 ) -> Loop:
     """Encode the records, and those held out where they are evaluated; the loop over them."""
     training, config = args.training, trainee.base.config
-    trainee.set_template(args.data.template)
     encoded = encode(records, trainee.tokenizer, args.data, config, "data", verbose)
     eval_encoded = None
     if held_out and (training.do_eval or training.eval_strategy != "no"):
@@ -310,6 +310,7 @@ def _loop(
         "training_args.bin": training.to_json_string(),
         "finetuning_args.json": args.finetuning.to_json_string(),
     }
+    trainee.set_template(args.data.template)
     return Loop(trainee, encoded, training, eval_encoded, callbacks, argument_files)
 
 
