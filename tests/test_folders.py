@@ -252,6 +252,14 @@ def test_keys_that_are_names_of_ours(directory):
         write_json(directory / "config.json", rest)
 
 
+@pytest.mark.parametrize("tokens", [7777777, [[1]], ["\ud800"], [None], "text", {"a": {"b": 1}}])
+def test_tokens_of_a_tokenizer_that_are_no_texts(folder, tokens):
+    text = json.dumps({"additional_special_tokens": tokens})
+    (folder / "special_tokens_map.json").write_text(text)
+    with pytest.warns(UserWarning, match="is not used: additional_special_tokens"):
+        glmlora.AutoTokenizer.from_pretrained(folder)
+
+
 # Which family it is
 
 
