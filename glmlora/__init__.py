@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from .model.modeling import ChatGLMForConditionalGeneration as ChatGLMForConditionalGeneration
     from .model.peft import PeftModel as PeftModel
     from .model.peft import get_peft_model as get_peft_model
-    from .model.peft import load_prefix as load_prefix
-    from .model.peft import save_prefix as save_prefix
     from .model.peft_functions import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from .model.peft_functions import get_peft_model_state_dict as get_peft_model_state_dict
     from .model.peft_functions import (
         prepare_model_for_kbit_training as prepare_model_for_kbit_training,
     )
     from .model.peft_functions import set_peft_model_state_dict as set_peft_model_state_dict
+    from .model.prefix import load_prefix as load_prefix
+    from .model.prefix import save_prefix as save_prefix
     from .seeds import set_seed as set_seed
     from .tokenization import AutoTokenizer as AutoTokenizer
     from .training.arguments import TrainingArguments as TrainingArguments
@@ -68,11 +68,12 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     "model.auto": "AutoModel AutoModelForCausalLM",
     "model.configuration": "AutoConfig ChatGLMConfig",
     "model.modeling": "ChatGLMForConditionalGeneration",
-    "model.peft": "PeftModel get_peft_model load_prefix save_prefix",
+    "model.peft": "PeftModel get_peft_model",
     "model.peft_functions": (
         "AutoPeftModelForCausalLM get_peft_model_state_dict prepare_model_for_kbit_training "
         "set_peft_model_state_dict"
     ),
+    "model.prefix": "load_prefix save_prefix",
     "seeds": "set_seed",
     "tokenization": "AutoTokenizer",
     "training.arguments": "TrainingArguments",

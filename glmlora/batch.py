@@ -5,7 +5,7 @@ in which they are trained, and what users pass as ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -285,6 +285,10 @@ def updates_per_epoch(n: int, batch_size: int, accumulation: int, drop_last: boo
 
 def as_rows(name: str, value: Any) -> np.ndarray:
     """`value` as an integer array (rows, tokens); one row may come without its outer brackets."""
+    if isinstance(value, Mapping):
+        raise TypeError(f"{name}: got a whole encoding; pass it as **encoding, or its input_ids")
+    if isinstance(value, str):
+        raise TypeError(f"{name}: expected ids, got text; the tokenizer makes ids of it")
     try:
         array = np.asarray(value)
     except ValueError:

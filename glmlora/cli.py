@@ -8,16 +8,18 @@ import argparse
 import io
 import json
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from . import families
 from .files.hub import model_directory
 from .generation.config import GenerationConfig
+from .interrupts import ending_signals
+from .model import device as devices
 from .names import did_you_mean
 from .tools.demo import ORDER
 from .training.flags import check_directory, given_twice
@@ -55,8 +57,11 @@ def _load(
     return model.eval(), glmlora.AutoTokenizer.from_pretrained(model_path, family=known)
 
 
-def _check_folders(args: argparse.Namespace) -> None:
-    """OSError for a model or adapter that is not there: before anything is read or loaded."""
+def _check_model(args: argparse.Namespace) -> None:
+    """OSError for a model or adapter that is not there, ValueError for a device that is none:
+    before anything is read or loaded.
+    """
+    devices.parse(getattr(args, "device", None))
     model_directory(args.model)
     if args.adapter:
         check_directory("--adapter", args.adapter)
@@ -70,6 +75,18 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
     settings.update(**given)
     settings.check(sys.maxsize)
     return given
+
+
+def _as_text(query: str) -> str:
+    """A question that was read with surrogates for bytes that the terminal's encoding lacks: those
+    of UTF-8 where LANG says ASCII. ValueError for bytes that are no text.
+    """
+    if not any("\udc80" <= character <= "\udcff" for character in query):
+        return query
+    try:
+        return query.encode(sys.stdin.encoding or "utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise ValueError("the question is not UTF-8 text, ask it again") from None
 
 
 def _stream(model: Any, tokenizer: Any, query: str, history: list[Any], **kwargs: Any) -> list[Any]:
@@ -90,7 +107,7 @@ def _stream(model: Any, tokenizer: Any, query: str, history: list[Any], **kwargs
 def chat(args: argparse.Namespace) -> int:
     """Talk to a model in the terminal; the answer streams."""
     kwargs = _generation(args)
-    _check_folders(args)
+    _check_model(args)
     model, tokenizer = _load(
         args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
     )
@@ -121,13 +138,9 @@ def chat(args: argparse.Namespace) -> int:
             history = []
             continue
         try:
-            query.encode("utf-8")
-            history = _stream(model, tokenizer, query, history, **kwargs)
+            history = _stream(model, tokenizer, _as_text(query), history, **kwargs)
         except KeyboardInterrupt:  # ends this answer, not the conversation
             print(" [interrupted]", end="")
-        except UnicodeEncodeError:
-            failed = True
-            _report(ValueError(f"the question is not {sys.stdin.encoding} text, ask it again"))
         except BrokenPipeError:  # nobody reads the answers any more
             raise
         except Exception as error:
@@ -145,7 +158,7 @@ def predict(args: argparse.Namespace) -> int:
 
     sampling = {"temperature": 0.01, **_generation(args)}
     choices = tables.read_choices(args.choices, args.fallback)
-    _check_folders(args)
+    _check_model(args)
     tables.check_place(args.output, args.overwrite, args.input)
     rows = tables.read_table(args.input, args.template)
     there = tables.columns_of(rows)
@@ -156,7 +169,7 @@ def predict(args: argparse.Namespace) -> int:
     model, tokenizer = _load(
         args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
     )
-    with _terminated_as_interrupted():
+    with ending_signals():
         answers = tables.answer_all(unwrapped(model), tokenizer, rows, prompts, output, **sampling)
     kept = tables.partial_path(args.output)
     tables.write_table(output, rows, tables.check_choices(answers, choices, args.fallback, kept))
@@ -165,38 +178,29 @@ def predict(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, where what is done is kept as on Ctrl-C."""
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    def stop(number: int, frame: Any) -> None:
-        raise _Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread, which alone gets signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def plan(args: argparse.Namespace) -> int:
     """Memory and products of a training step or a chat, before anything is allocated."""
     from glmlora.tools.plan import plan
 
-    names = ("lora_rank", "lora_target", "pre_seq_len", "num_layer_trainable")
-    finetuning = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    methods = {
+        "lora_rank": "lora",
+        "lora_target": "lora",
+        "pre_seq_len": "p_tuning",
+        "num_layer_trainable": "freeze",
+    }
+    finetuning = {n: getattr(args, n) for n in methods if getattr(args, n) is not None}
+    unused = [n for n in finetuning if methods[n] != args.method]
+    if args.method == "chat":
+        unused += [n for n in ("labels", "gradient_checkpointing") if getattr(args, n)]
+    for name in unused:
+        finetuning.pop(name, None)
+        print(f"Notice: {name} has no effect: method is {args.method!r}", file=sys.stderr)
     planned = plan(
         args.model,
         args.batch,
         args.seq,
         args.method,
-        args.labels,
+        3 if args.labels is None else args.labels,
         args.quantization_bit,
         args.dtype,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -231,7 +235,7 @@ def run(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """Base + adapter -> one model directory."""
-    _check_folders(args)
+    _check_model(args)
     if os.path.exists(args.output) and not os.path.isdir(args.output):
         raise FileExistsError(f"--output: {args.output} is a file, expected a new directory")
     if os.path.exists(args.output) and os.listdir(args.output):
@@ -326,7 +330,7 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--batch", type=int, default=1, help="rows of a micro-batch, or of a chat")
     _flag(parser, "--seq", type=int, default=512, help="tokens of a row")
     _flag(parser, "--method", default="lora", help="lora, p_tuning, freeze, full or chat")
-    _flag(parser, "--labels", type=int, default=3, help="labelled tokens of a row")
+    _flag(parser, "--labels", type=int, help="labelled tokens of a row; default: 3")
     _flag(parser, "--quantization-bit", type=int, choices=[4, 8])
     _flag(parser, "--dtype", choices=DTYPES)
     _flag(
@@ -434,7 +438,7 @@ def _show_all_characters() -> None:
     Chinese must not end a program that runs under LANG=C.
     """
     out = sys.stdout
-    if not isinstance(out, io.TextIOWrapper) or out.errors != "strict":
+    if not isinstance(out, io.TextIOWrapper) or out.errors not in ("strict", "surrogateescape"):
         return
     try:
         "答".encode(out.encoding)
@@ -451,10 +455,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; user errors are one line on stderr and exit status 1 (GLMLORA_TRACEBACK=1
     shows where)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["run"]:  # a user's program, whose output and warnings are its own
+        return _main(words)
+    _show_all_characters()
+    before = warnings.formatwarning
+    warnings.formatwarning = _one_line
+    try:
+        return _main(words)
+    finally:
+        warnings.formatwarning = before
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """A warning without the place in the program: it is about the user's words and files."""
+    return f"glmlora: {category.__name__}: {message}\n"
+
+
+def _main(words: list[str]) -> int:
     parser, verbs = _parser()
     try:
-        if words[:1] != ["run"]:
-            _show_all_characters()
         if words[:1] == ["train"]:
             return train(words[1:])
         _check_words(words, parser, verbs)
@@ -468,9 +487,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         return int(args.function(args))
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT)
+        return 130
     except USER_ERRORS as error:
         if os.environ.get("GLMLORA_TRACEBACK"):
             raise

@@ -38,7 +38,7 @@ def unload_ipython_extension(ipython: Any) -> None:
 
 
 def run(path: str | os.PathLike, argv: Sequence[str] = ()) -> int:
-    """Run a .py script or an .ipynb notebook untouched, in the current directory.
+    """Run a .py script, an .ipynb notebook or an .ipy file untouched, in the current directory.
 
     A notebook's cells run one after another in one namespace and are read as IPython reads them:
     `!command`, `x = !command`, the usual magics, top-level await. Python programs that it starts
@@ -54,11 +54,11 @@ def run(path: str | os.PathLike, argv: Sequence[str] = ()) -> int:
     saved = sys.modules["__main__"], sys.argv, list(sys.path)
     install()
     sys.modules["__main__"], sys.argv = main, [str(place), *argv]
-    sys.path.insert(0, "" if place.suffix == ".ipynb" else str(place.resolve().parent))
+    is_notebook = place.suffix.lower() in (".ipynb", ".ipy")
+    sys.path.insert(0, "" if is_notebook else str(place.resolve().parent))
     try:
         with children.environment(STAND_INS):
-            start = run_notebook if place.suffix == ".ipynb" else run_script
-            return start(place, main)
+            return (run_notebook if is_notebook else run_script)(place, main)
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0

@@ -16,6 +16,7 @@ from importlib.util import module_from_spec
 from types import ModuleType
 from typing import Any
 
+from .families import default
 from .names import did_you_mean, is_only_looked_for
 
 STAND_INS = ("transformers", "peft")
@@ -27,6 +28,7 @@ _GENERATION = (
 )
 _STATES = "get_peft_model_state_dict set_peft_model_state_dict"
 _KBIT = "prepare_model_for_int8_training prepare_model_for_kbit_training"
+_TARGETS = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 _CONFIGS = "LoraConfig PeftConfig PrefixTuningConfig"
 # Module -> the names that it offers where glmlora has them.
 MODULES = {
@@ -66,8 +68,9 @@ MODULES = {
     "peft.tuners": "LoraConfig PrefixTuningConfig",
     "peft.tuners.lora": "LoraConfig",
     "peft.tuners.prefix_tuning": "PrefixTuningConfig",
-    "peft.utils": f"PeftType TaskType {_STATES} {_KBIT}",
-    "peft.utils.other": _KBIT,
+    "peft.utils": f"PeftType TaskType {_STATES} {_KBIT} {_TARGETS}",
+    "peft.utils.constants": _TARGETS,
+    "peft.utils.other": f"{_KBIT} {_TARGETS}",
     "peft.utils.peft_types": "PeftType TaskType",
     "peft.utils.save_and_load": _STATES,
 }
@@ -101,6 +104,10 @@ HINTS = {
     "get_cosine_schedule_with_warmup": "TrainingArguments(lr_scheduler_type=..)",
     "get_linear_schedule_with_warmup": "TrainingArguments(lr_scheduler_type=..)",
     "get_scheduler": "TrainingArguments(lr_scheduler_type=..)",
+    "LoraModel": "PeftModel has its methods",
+    "trainer": _TRAINS,
+    "trainer_callback": "glmlora.train(.., callbacks=[..]) takes functions and objects",
+    "trainer_seq2seq": _TRAINS,
     "pipeline": "model.chat(tokenizer, query) and model.generate(..) answer",
     **dict.fromkeys(
         """AdaLoraConfig IA3Config LoHaConfig LoKrConfig MultitaskPromptTuningConfig OFTConfig
@@ -118,6 +125,7 @@ _PACKAGES = {
     "bitsandbytes": "AutoModel.from_pretrained(.., load_in_4bit=True) or model.quantize(4)",
     "datasets": "glmlora.train takes a DataFrame, a list of dicts or a file",
     "deepspeed": "glmlora.train needs no launcher",
+    "huggingface_hub": "AutoModel.from_pretrained(directory) loads what is on this machine",
     "modelscope": "AutoModel.from_pretrained(directory) loads what is on this machine",
     "trl": _TRAINS,
 }
@@ -155,7 +163,7 @@ def _offered(module: str) -> tuple[str, ...]:
 
     if module.endswith(".logging"):
         return tuple(sorted(_LOGGING))
-    here = {*dir(glmlora), *_ELSEWHERE}
+    here = {*dir(glmlora), *_ELSEWHERE, _TARGETS}
     below = {n.rpartition(".")[2] for n in MODULES if n.rpartition(".")[0] == module}
     return tuple(sorted(below | {n for n in MODULES[module].split() if n in here}))
 
@@ -163,8 +171,9 @@ def _offered(module: str) -> tuple[str, ...]:
 def _missing(module: str, name: str) -> str:
     """The sentence about a name that a stand-in lacks."""
     offered = _offered(module)
-    near = did_you_mean(name, offered)
+    names = [n for n in offered if f"{module}.{n}" not in MODULES]
     hint = f"; {HINTS[name]}" if name in HINTS else ""
+    near = "" if hint else did_you_mean(name, names)
     what = f"offers {', '.join(offered)}" if offered else "offers nothing"
     return f"glmlora's stand-in for {module} has no {name!r}{near}{hint}; it {what}"
 
@@ -176,6 +185,7 @@ class _StandIn(ModuleType):
         super().__init__(name, f"glmlora's stand-in for {name}: {', '.join(_offered(name))}.")
         self.__all__ = list(_offered(name))
         self.__version__ = "0.0.0+glmlora"
+        self.__file__ = __file__
 
     def __getattr__(self, name: str) -> Any:
         import glmlora
@@ -187,6 +197,8 @@ class _StandIn(ModuleType):
             return import_module(f"{module}.{name}")
         if module.endswith(".logging"):
             return _LOGGING[name]
+        if name == _TARGETS:  # where notebooks look up the targets of these models
+            return {"chatglm": list(default().targets)}
         if name in _ELSEWHERE:
             place, _, own = _ELSEWHERE[name].rpartition(".")
             return getattr(import_module(f"glmlora.{place}"), own)

@@ -51,7 +51,7 @@ CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 DUMMY_SPACE = "\u2581"
 LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
-
+_ADDED = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")
 _FIXED = {
     **dict.fromkeys(("eos_token", "eos_token_id"), "generate(eos_token_id=..) ends with other ids"),
     **dict.fromkeys(("bos_token", "bos_token_id"), "prompts begin with get_prefix_tokens()"),
@@ -116,14 +116,22 @@ class ChatGLMTokenizer(Encoder):
         self._ready = True
 
     def _take_config(self, encode_special_tokens: bool) -> None:
-        """Settings in tokenizer_config.json, and a warning that names those that do not hold."""
+        """Settings in tokenizer_config.json (and special tokens in special_tokens_map.json), and a
+        warning that names those that do not hold.
+        """
         unused = []
         settings = ["model_max_length", "truncation_side", "pad_token"]
         settings += ["clean_up_tokenization_spaces"]
         settings += ["encode_special_tokens"] if encode_special_tokens else []
-        for name, value in self._config.items():
-            if isinstance(value, dict) and "content" in value:
-                value = value["content"]
+        for name, value in {**self._tokens_map, **self._config}.items():
+            if name in _ADDED:
+                listed = value.values() if isinstance(value, dict) else value
+                if not isinstance(listed, Iterable) or isinstance(listed, str):
+                    listed = [] if value is None else [value]
+                if new := [t for t in map(_content, listed) if self._unknown(t)]:
+                    unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
+                continue
+            value = _content(value) if isinstance(value, dict) else value
             if name in settings and value is not None:
                 try:
                     setattr(self, name, value)
@@ -200,7 +208,7 @@ class ChatGLMTokenizer(Encoder):
 
     @property
     def truncation_side(self) -> str:
-        """ "right" or "left": where ids are cut away."""
+        """Where ids are cut away: "right" or "left"."""
         return self._truncation_side
 
     @truncation_side.setter
@@ -244,12 +252,16 @@ class ChatGLMTokenizer(Encoder):
 
     @pad_token.setter
     def pad_token(self, token: str) -> None:
-        if token != self.unk_token and self._unknown(token):
+        if self._unknown(token):
             raise ValueError(f"pad_token: {token!r} is not in the vocabulary")
         self.pad_token_id = self.convert_tokens_to_ids(token)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_ready" in self.__dict__ and not name.startswith("_"):
+            if name == "pad_token_id" and not (
+                isinstance(value, int | np.integer) and 0 <= value < len(self)
+            ):
+                raise ValueError(f"pad_token_id: expected an id below {len(self)}, got {value!r}")
             if name in _FIXED and value != getattr(self, name):
                 raise AttributeError(f"{name}: is {getattr(self, name)!r:.80}; {_FIXED[name]}")
             if name != "padding_side" and value not in keywords.NOT_HERE.get(name, (value,)):
@@ -300,7 +312,7 @@ class ChatGLMTokenizer(Encoder):
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """0 for tokens that are there; ValueError for others: the vocabulary is fixed."""
         tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
-        new = [t for t in map(str, tokens) if t not in self._silent and self._unknown(t)]
+        new = [t for t in map(str, tokens) if self._unknown(t)]
         if new:
             raise ValueError(
                 f"add_tokens: the vocabulary is fixed, it has no {', '.join(map(repr, new[:5]))}"
@@ -320,8 +332,14 @@ class ChatGLMTokenizer(Encoder):
                     raise ValueError(f"{name}: cannot be set, got {str(value)!r}")
         return 0
 
-    def _unknown(self, token: str) -> bool:
-        return token not in self.special_tokens and self._sp.piece_to_id(token) == self.unk_token_id
+    def _unknown(self, token: Any) -> bool:
+        """Whether the vocabulary lacks a token."""
+        try:
+            if token in self._silent or token in self.special_tokens:
+                return False
+            return self._sp.piece_to_id(str(token)) == self.unk_token_id
+        except TypeError:  # no text, or one that UTF-8 cannot hold
+            return True
 
     @property
     def vocab_size(self) -> int:
@@ -357,8 +375,12 @@ class ChatGLMTokenizer(Encoder):
         """Id of a token, or list of ids; special tokens by name, an unknown token is `<unk>`."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
-        found = self.special_tokens.get(tokens)
-        return self._sp.piece_to_id(tokens) if found is None else found
+        if tokens in self.special_tokens:
+            return self.special_tokens[tokens]
+        try:
+            return self._sp.piece_to_id(tokens)
+        except TypeError:  # a lone surrogate, which no vocabulary has
+            return self.unk_token_id
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """Token of an id, or list of tokens; special ids by name, ids beyond the vocabulary ""."""
@@ -694,6 +716,11 @@ class AutoTokenizer:
             if value is not None:
                 setattr(tokenizer, name, value)
         return tokenizer
+
+
+def _content(token: Any) -> Any:
+    """The text of a token, which files may store with its flags."""
+    return token.get("content", token) if isinstance(token, dict) else token
 
 
 def _family(name: str) -> families.Family:

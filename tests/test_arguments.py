@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -129,8 +131,10 @@ def test_every_flag_shows_in_the_signature_of_train():
 
 
 def test_unknown_keyword_is_named():
-    with pytest.raises(TypeError, match="TrainingArguments.*'learning_rat'"):
+    with pytest.raises(TypeError, match="TrainingArguments.*'learning_rat' .did you mean 'learnin"):
         TrainingArguments(output_dir="o", learning_rat=1e-4)
+    with pytest.raises(TypeError, match="FinetuningArguments.*'rank' .did you mean 'lora_rank'"):
+        FinetuningArguments(rank=8)
     with pytest.raises(TypeError, match="output_dir"):
         TrainingArguments()
 
@@ -480,6 +484,22 @@ def test_values_that_mean_nothing_beside_others_are_told(flag, value, without, w
     assert len(told(without)) == 1
     if with_effect is not None:
         assert told(with_effect) == []
+
+
+def test_no_supported_flag_is_forgotten():
+    """Each flag that is said to work is read somewhere beyond its declaration."""
+    folder = Path(arguments.__file__).parent
+    read = "".join(
+        path.read_text(encoding="utf-8")
+        for path in folder.glob("*.py")
+        if path.name not in ("keywords.py", "arguments.py")
+    )
+    own = Path(arguments.__file__).read_text(encoding="utf-8").split("def __post_init__", 1)[1]
+    own = own.replace(inspect.getsource(arguments.without_effect), "")
+    intervals = ("logging_strategy", "save_strategy", "logging_steps", "save_steps", "eval_steps")
+    for _, flag in ALL:
+        if flag.mark in "WSD" and flag.name not in intervals:  # read as f"{what}_strategy"
+            assert re.search(rf"\b{flag.name}\b", read) or f".{flag.name}" in own, flag.name
 
 
 def test_defaults_are_not_told():

@@ -11,6 +11,7 @@ import bench
 import make_gguf
 import numpy as np
 import pytest
+import soak
 from sides import SIX_B
 from worker import Worker
 
@@ -145,3 +146,18 @@ def test_row_is_judged_run_by_run(capsys):
         assert row["met"] is met
         assert row["ratios"] == pytest.approx({"limit": 0.85, "torch": 1.5, "memory": 2.0})
         assert ("NOT MET" in capsys.readouterr().err) is (met is False)
+
+
+def test_a_round_of_the_soak(tmp_path):
+    """Every kind of work, and what is not as it should be is found."""
+    work = soak.Soak(tmp_path, seed=1)
+    work.round()
+    assert work.wrong == [] and sum(work.done.values()) == 7
+    (tmp_path / "whole-full/.1-0123456789ab.tmp").write_text("")  # nobody writes here again
+    work.answers = dict.fromkeys(work.answers, "another")
+    work.whole = dict.fromkeys(work.whole, {})
+    for again in (work.interrupted, work.chat, work.batch, work.merge, work.look_for_litter):
+        again()
+    wrong = "\n".join(work.wrong)
+    for text in ("chat We measure", "batch", "merged", "other weights", "0123456789ab.tmp is left"):
+        assert text in wrong

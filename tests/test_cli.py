@@ -2,6 +2,7 @@
 what it keeps."""
 
 import csv
+import inspect
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import tiny
 
 from glmlora import cli, tables
 from glmlora.files.checkpoint import write_safetensors
+from glmlora.interrupts import Terminated
 from glmlora.tools.project import tiny_directory
 
 TINY = str(tiny_directory())
@@ -126,6 +128,38 @@ def test_a_near_adapter_is_named(capsys, tmp_path):
     assert "did you mean 'output'?" in error
 
 
+def test_no_flag_is_parsed_and_forgotten():
+    """Each flag of each verb is read somewhere outside the parsers (and train's: see
+    test_arguments.py).
+    """
+    source = inspect.getsource(cli)
+    for maker in (cli._parser, cli._sampling_flags, cli._predict_flags, cli._plan_flags):
+        source = source.replace(inspect.getsource(maker), "")
+    for verb, parser in cli._parser()[1].items():
+        for action in parser._actions:
+            name = action.dest
+            used = f"args.{name}" in source or f'"{name}"' in source
+            assert used or name == "help", (verb, name)
+            assert not action.option_strings[1:] or name == "help" or "_" in name
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--method", "lora", "--pre-seq-len", "4"], "pre_seq_len has no effect"),
+        (["--method", "full", "--lora_rank", "4"], "lora_rank has no effect: method is 'full'"),
+        (["--method", "chat", "--labels", "4"], "labels has no effect"),
+        (["--method", "freeze", "--num_layer_trainable", "1"], ""),
+        (["--method", "lroa"], "method: expected one of"),
+        (["--memory", "16GB"], "memory: what a GPU has"),
+    ],
+)
+def test_flags_of_plan(words, told, capsys):
+    status, error = run(capsys, "plan", "--model", TINY, "--seq", "64", *words)
+    assert told in error and bool(error) == bool(told)
+    assert status == int("expected" in told or "GPU" in told)
+
+
 def test_a_flag_given_twice_is_told(capsys, tmp_path):
     words = ["--model", "a", "--top-p", ".5", "--top_p=.6", "--model", "b"]
     _, error = run(capsys, "chat", *words)
@@ -149,8 +183,32 @@ def test_a_bad_turn_does_not_end_the_conversation(tmp_path):
         result = glmlora("chat", "--model", model, stdin=b"\n".join(lines), **environment)
         said, told = result.stdout.decode().split(), result.stderr.decode()
         assert said == ["ab"], (said, told)
-        assert "positions for 256" in told and "is not utf-8 text" in told.lower()
+        assert "positions for 256" in told and "is not UTF-8 text" in told
         assert result.returncode == 1 and "Traceback" not in told
+
+
+def test_all_verbs_run_without_a_locale(tmp_path):
+    """ASCII in and out: UTF-8 is read, and what cannot be shown is shown by number."""
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    words = ["chat", "--model", TINY, "--temperature", "0"]
+    result = glmlora(*words, stdin="你好\n".encode(), **ascii_only)
+    assert result.stdout.startswith(b"\\u4f60\\u597d") and result.returncode == 0, result.stderr
+    (tmp_path / "r.json").write_text('[{"instruction": "你好", "output": "一"}]', encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text('{"r": {"file_name": "r.json"}}')
+    words = ["--model_name_or_path", TINY, "--do_train", "--dataset", "r", "--max_steps", "1"]
+    words += ["--dataset_dir", tmp_path, "--output_dir", tmp_path / "o"]
+    result = glmlora("train", *words, **ascii_only)
+    assert result.returncode == 0 and b"\\u4f60\\u597d" in result.stdout, result.stderr
+
+
+def test_a_warning_is_one_line(table):
+    table.write_bytes("title,abstract\n标题,摘要\na,b\n".encode("gb18030"))
+    words = ["predict", "--model", TINY, "--input", table, "--output", table.parent / "o.csv"]
+    result = glmlora(*words, PYTHONWARNINGS="default")
+    told = [line for line in result.stderr.decode().splitlines() if "GB18030" in line]
+    assert result.returncode == 0
+    assert len(told) == 1 and told[0].startswith(f"glmlora: UserWarning: {table}: not UTF-8")
+    assert read(table.parent / "o.csv")[1][:2] == ["标题", "摘要"]
 
 
 def test_an_answer_that_the_terminal_cannot_show():
@@ -283,6 +341,7 @@ def table(tmp_path):
         (["--answer-column", " "], "--answer-column: expected a name"),
         (["--input", "none.csv"], "none.csv"),
         (["--model", "nowhere", "--input", "none.csv"], "nowhere"),
+        (["--device", "gpu", "--input", "none.csv"], "device: expected 'cpu'"),
         (["--adapter", "nowhere", "--input", "none.csv"], "--adapter: 'nowhere'"),
     ],
 )
@@ -362,7 +421,7 @@ def test_answers_of_every_kind(table, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stop", "status"),
-    [(KeyboardInterrupt(), 130), (cli._Terminated(), 143), (FloatingPointError("layer 3"), 1)],
+    [(KeyboardInterrupt(), 130), (Terminated(143), 143), (FloatingPointError("layer 3"), 1)],
 )
 def test_what_stops_a_run_leaves_its_answers(stop, status, table, capsys, monkeypatch):
     Answers(monkeypatch, stop, "y")

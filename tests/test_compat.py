@@ -59,6 +59,9 @@ def test_names_come_from_glmlora():
         "from peft.tuners.lora import LoraConfig",
         "from peft.utils import set_peft_model_state_dict; import peft.peft_model",
         "from peft import *; LoraConfig(r=2)",
+        "from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as M; "
+        "assert M['chatglm'] == ['query_key_value']",
+        "import os, transformers; assert os.path.exists(transformers.__file__)",
         "import transformers; assert 'AutoModel' in dir(transformers) and transformers.__spec__",
     ],
 )
@@ -74,6 +77,7 @@ def test_names_that_notebooks_import(statement):
         ("from transformers import AutoTokeniser", "did you mean 'AutoTokenizer'.*offers AutoC"),
         ("from transformers import LlamaForCausalLM", "stand-in for transformers has no 'Llama"),
         ("import transformers.models.llama.modeling_llama", "transformers.models has no 'llama"),
+        ("from transformers.trainer import Trainer", "has no 'trainer'; glmlora.train"),
         ("from transformers.generation.utils import Foo", "transformers.generation.utils has no"),
         ("from transformers import BitsAndBytesConfig, AutoModel", "load_in_4bit"),
         ("from peft import LoraConfg", "for peft has no 'LoraConfg' .did you mean 'LoraConfig'"),

@@ -279,7 +279,9 @@ def load(directory, backend, monkeypatch, **kwargs):
 def lora(model, dropout=0.0):
     config = glmlora.LoraConfig(
         task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=dropout,
-        target_modules=["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+        target_modules=[
+            "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "output_layer",
+        ],
     )  # fmt: skip
     return glmlora.get_peft_model(model, config)
 

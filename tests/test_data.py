@@ -679,6 +679,7 @@ def _rows(tmp_path, name, data):
         ("a,b,,\n1,2,,\n3,4,,\n", ""),
         ("a,b,Unnamed: 2\n1,2,\n", ""),
         (",a,b\n0,1,2\n", ""),
+        ("a,b\n  \n1,2\n", ""),
         ("\ufeffa,b\n1,2\n", ""),
         ("标题,b\n摘要,2\n".encode("gb18030"), "read as GB18030"),
         ("标题,b\n摘要,2\n".encode("utf-16"), "UTF-16"),

@@ -226,12 +226,38 @@ def test_forms_of_config_values(directory, written, name, value):
         {"num_layers": 2.5},
         {"prefix_projection": [False, True]},
         {"prefix_projection": "false"},
+        {"family": "bert"},
+        {"pad_token_id": "<pad>"},
+        {"num_layers": 10**30},
     ],
 )
 def test_config_values_that_mean_nothing_are_named(directory, fields):
     edit(directory, **fields)
     with pytest.raises(ValueError, match=f"config.json: {next(iter(fields))}: expected"):
         load(directory)
+
+
+def test_keys_that_are_names_of_ours(directory):
+    """They must not take the place of a method."""
+    edit(directory, family="chatglm3", rope_mode="half")
+    config = load(directory).config
+    assert (config.family, config.rope_mode) == ("v3", "half")
+    for name in ("check", "arch", "self", "to_dict"):
+        edit(directory, **{name: 1})
+        with pytest.raises(ValueError, match=f"config.json: '{name}': no config has a key"):
+            load(directory)
+        edit(directory, **{name: None})
+        rest = read_json(directory / "config.json")
+        del rest[name]
+        write_json(directory / "config.json", rest)
+
+
+@pytest.mark.parametrize("tokens", [7777777, [[1]], ["\ud800"], [None], "text", {"a": {"b": 1}}])
+def test_tokens_of_a_tokenizer_that_are_no_texts(folder, tokens):
+    text = json.dumps({"additional_special_tokens": tokens})
+    (folder / "special_tokens_map.json").write_text(text)
+    with pytest.warns(UserWarning, match="is not used: additional_special_tokens"):
+        glmlora.AutoTokenizer.from_pretrained(folder)
 
 
 # Which family it is

@@ -373,6 +373,7 @@ def test_beams_prefer_by_mean_log_probability_and_end(model):
         ({"max_time": 0}, ValueError, "max_time"),
         ({"bad_words_ids": [3]}, ValueError, "bad_words_ids"),
         ({"bad_words_ids": [[]]}, ValueError, "bad_words_ids"),
+        ({"eos_token_id": "</s>"}, ValueError, "eos_token_id: expected ids, got '</s>'"),
         ({"suppress_tokens": [99]}, ValueError, "suppress_tokens: 99"),
         ({"forced_eos_token_id": "a"}, ValueError, "forced_eos_token_id"),
         ({"stop_strings": 3}, ValueError, "stop_strings"),
@@ -402,6 +403,10 @@ def test_bad_prompts(model):
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(ids, max_new_tokens=1)
+    for ids, message in (({"input_ids": [[1]]}, r"\*\*encoding"), ("text", "the tokenizer")):
+        for call in (model, lambda given: model.generate(given, max_new_tokens=1)):
+            with pytest.raises(TypeError, match=f"input_ids: .*{message}"):
+                call(ids)
 
 
 def test_generation_config(model, tmp_path):
@@ -812,6 +817,21 @@ def test_several_tokens_follow_what_is_past(model):
     assert model(ids, use_cache=False).past_key_values is None
     again = model.generate(ids, past_key_values=past, max_new_tokens=3, eos_token_id=[])
     assert np.array_equal(again, made.sequences)
+
+
+def test_the_past_follows_the_weights(model):
+    ids = prompt(9)
+    past = model(ids[:, 7:8], past_key_values=model(ids[:, :7]).past_key_values).past_key_values
+    peft = glmlora.get_peft_model(model, glmlora.LoraConfig(r=2, init_lora_weights=False), seed=0)
+    try:
+        out = peft(ids[:, 8:], past_key_values=past)
+        assert np.abs(out.logits - peft(ids).logits[:, 8:]).max() < 1e-4
+        with peft.disable_adapter():
+            plain = peft(ids[:, 8:], past_key_values=past)
+            assert np.abs(plain.logits - model(ids).logits[:, 8:]).max() < 1e-4
+        assert np.abs(plain.logits - out.logits).max() > 1e-3
+    finally:
+        peft.unload()
 
 
 @pytest.mark.parametrize(

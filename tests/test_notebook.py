@@ -132,6 +132,7 @@ PRINTS = [
     ("%mkdir d\n%cd -q d  # there\n!touch f\n%ls\n%cd -q ..\n####\nls d", "f\nf\n"),
     ("x = %pwd\nimport os\nx == os.getcwd()", "True\n"),
     ("r = %timeit -n 2 -r 3 -o -q 1 + 1\n(r.loops, r.repeat)", "(2, 3)\n"),
+    ("x = 2\n%timeit -n 1 -r 1 print('{x} $x')", "{x} $x\n"),
     ("%%timeit -n 1 -r 1 x = 3\nprint(x)", "3\n"),
     ("%%bash -s a --out b\necho $1 $((1 + 2))\n####\nb", "'a 3\\n'\n"),
     ("%%sh\necho a", "a\n"),
@@ -151,6 +152,8 @@ PRINTS = [
     ("get_ipython().getoutput('echo a').s", "'a'\n"),
     ("def m(line): return line + '!'\nget_ipython().register_magic_function(m)\n%m a", "'a!'\n"),
     ("%config InteractiveShell.ast_node_interactivity = 'all'\n####\n1\n2", "1\n2\n"),
+    ("get_ipython().ast_node_interactivity = 'all'\n####\n1\n2", "1\n2\n"),
+    ("%%bash  # a comment\necho a", "a\n"),
     ("%load_ext autoreload\n%autoreload 2\n%matplotlib inline\n1", "1\n"),
     (
         "from __future__ import annotations\n####\ndef f(a: b): pass\nf.__annotations__",
@@ -162,7 +165,7 @@ PRINTS = [
         "from tqdm.notebook import tqdm\nimport tqdm.std\ntqdm.notebook.tqdm is tqdm.std.tqdm",
         "True\n",
     ),
-    ("print?", "Signature: print("),
+    ("def f(a): 'Does.'\nf?", "Signature: f(a)\nType: function\nDoes.\n"),
     ("%lsmagic", "Line magics: %aimport"),
     ("'__file__' in globals()", "False\n"),
 ]
@@ -188,6 +191,8 @@ SEEN = "glmlora.model.auto ['a']\n"
         "!python3 p.py a",
         "import sys\n!{sys.executable} p.py a",
         "!python -m p a",
+        "!PYTHONPATH=. python p.py a",
+        "%env PYTHONPATH=.\n!python p.py a",
         "!sh p.sh",
         "%run p.py a",
         "%run p a",
@@ -203,7 +208,7 @@ def test_programs_see_the_stand_ins(run, tmp_path, cell):
     path = os.environ["PATH"], os.environ.get("PYTHONPATH")
     sys.path_importer_cache.clear()
     status, out, err = run(cell)
-    assert (status, out) == (0, SEEN), err
+    assert (status, out.removeprefix("env: PYTHONPATH=.\n")) == (0, SEEN), err
     assert (os.environ["PATH"], os.environ.get("PYTHONPATH")) == path
 
 
@@ -234,10 +239,47 @@ def test_another_python_keeps_its_packages(run, tmp_path):
     assert out == "the real one\n" and "No module named 'peft'" in err
 
 
+def test_no_place_is_added_for_programs(run, tmp_path):
+    """An empty entry on the path would be the current directory."""
+    (tmp_path / "json.py").write_text("x = 1")
+    cell = "!env -u PYTHONPATH python sub/p.py"
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/p.py").write_text("import json, sys; print(json.dumps(1), '' in sys.path)")
+    assert run(cell)[:2] == (0, "1 False\n")
+
+
 def test_the_users_own_sitecustomize_is_kept(run, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.mine = 1")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert run("!python -c 'import sys, peft; print(sys.mine)'")[:2] == (0, "1\n")
+
+
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        ("!true {missing}", "{missing} is not replaced (name 'missing' is not defined)\n"),
+        (
+            "!true $HOME {p}",
+            "{p} is not replaced (name 'HOME' is not defined); for the shell's own",
+        ),
+        ("!true ${HOME}/{p}", "{p} is not replaced (name 'HOME' is not defined); for the"),
+        ("!true $HOME ${HOME} '{print $1}' {a,b} {}", ""),
+    ],
+)
+def test_variables_that_are_not_replaced_are_told(run, command, told):
+    status, _, err = run(f"p = 1\n{command}")
+    assert status == 0 and ("cell 1, line 2: " + told in err if told else "replaced" not in err)
+
+
+def test_the_shells_own_variables(run, monkeypatch):
+    """As the message says that they are written."""
+    monkeypatch.setenv("OF_SHELL", "s")
+    assert run("p = 1\n!echo $$OF_SHELL {p}")[1] == "s 1\n"
+    assert run("p = 1\n!echo ${{OF_SHELL}} {p}")[1] == "s 1\n"
+
+
+def test_the_command_is_found(run):
+    assert run("!glmlora --version")[:2] == (0, f"{glmlora.__version__}\n")
 
 
 def test_commands_that_fail_are_told(run):
@@ -291,6 +333,17 @@ def test_a_script_keeps_its_traceback(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback") and f'File "{path}", line 4' in done.stderr
     assert done.stderr.endswith("ValueError: 好\n") and "glmlora" not in done.stderr
+
+
+def test_commands_in_a_script(tmp_path, capfd):
+    """As Colab writes them into its .py: an .ipy file may have them."""
+    text = "x = 1\n!echo {x}\n%time x + 1"
+    for name, status in ("s.py", 1), ("s.ipy", 0):
+        (tmp_path / name).write_text(text)
+        assert compat.run(tmp_path / name) == status
+        out, err = capfd.readouterr()
+        assert ("SyntaxError" in err and "named .ipy" in err) == bool(status)
+    assert out.startswith("1\nWall time") and out.endswith("\n2\n")
 
 
 def test_annotations_of_a_script_are_its_own(tmp_path, capfd):
@@ -394,6 +447,15 @@ def test_a_notebook_that_runs_another(run, tmp_path):
     status, out, err = run("b = 1\n%run other.ipynb")
     assert (status, out) == (1, "1\n")
     assert 'File "other.ipynb[cell 2]", line 2' in err and "\n    1 / 0\n" in err
+
+
+def test_what_ipython_is_told_to_show(run, monkeypatch):
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell
+    monkeypatch.setattr(shell, "ast_node_interactivity", "last_expr")
+    cell = "from IPython.core.interactiveshell import InteractiveShell\nInteractiveShell."
+    assert run(cell + "ast_node_interactivity = 'all'", "1\n2")[:2] == (0, "1\n2\n")
+    setting = "ast_node_interactivity = 'last_expr_or_assign'"
+    assert run(cell + setting, "x = 1\ny = 2")[:2] == (0, "2\n")
 
 
 def test_ipythons_own_names(run):

@@ -1,5 +1,7 @@
 """What an installed glmlora imports, exports and weighs."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -84,10 +86,51 @@ def test_one_module_serves_every_python():
     assert [path.name for path in folder.glob("_core*.so")] == ["_core.abi3.so"]
 
 
+def test_python_h_comes_before_any_header_of_the_system():
+    """Python.h defines what those read; clang, which builds the wheels, refuses the other order."""
+    ours = {f'#include "{name}.h"' for name in ("module", "convert", "run")}
+    for path in sorted((ROOT / "csrc/python").glob("*.c")):
+        lines = path.read_text().splitlines()
+        first = next(line for line in lines if line.startswith("#include"))
+        assert " ".join(first.split()[:2]) in ours, f"{path.name}: {first}"
+
+
 def test_typed_and_versioned():
     package = Path(glmlora.__file__).parent
     assert (package / "py.typed").exists() and (package / "_core.pyi").exists()
     assert f'version = "{glmlora.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_wheel_for_others_has_equal_bytes_and_says_what_is_inside(tmp_path, wheel, monkeypatch):
+    """However its entries are ordered and dated, as another build's would be."""
+    monkeypatch.syspath_prepend(str(ROOT / "wheels"))
+    import build
+
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / wheel.name
+    with zipfile.ZipFile(other, "w") as archive:
+        for name in reversed(files):
+            archive.writestr(zipfile.ZipInfo(name, (2001, 2, 3, 4, 5, 6)), files[name])
+    packed = [
+        build.packed(path, "x86_64", tmp_path / str(i), 1_700_000_000)
+        for i, path in enumerate((wheel, other))
+    ]
+    assert packed[0].read_bytes() == packed[1].read_bytes()
+    with zipfile.ZipFile(packed[0]) as archive:
+        made = {name: archive.read(name) for name in archive.namelist()}
+    info = f"glmlora-{glmlora.__version__}.dist-info"
+    bill = json.loads(made[f"{info}/sboms/glmlora.cdx.json"])
+    named = {part["name"]: part for part in bill["components"]}
+    assert bill["bomFormat"] == "CycloneDX" and bill["metadata"]["component"]["name"] == "glmlora"
+    for need in ("numpy>=1.26", "tqdm>=4.60", "sentencepiece>=0.1.99"):
+        assert named[need]["scope"] == "required"
+    module = f"glmlora/{Path(_core.__file__).name}"
+    assert named[module]["hashes"][0]["content"] == hashlib.sha256(made[module]).hexdigest()
+    listed = {line.split(",")[0] for line in made[f"{info}/RECORD"].decode().splitlines()}
+    assert listed == set(made) == {*files, f"{info}/sboms/glmlora.cdx.json"}
+    install(packed[0], tmp_path / "site")  # pip checks RECORD's form
 
 
 def test_wheel(tmp_path, wheel):

@@ -219,6 +219,22 @@ def test_a_misspelt_setting_is_told_the_right_word(word, right, value):
         LoraConfig(**{word: value})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_rslora": "no"}, "use_rslora: expected True or False, got 'no'"),
+        ({"inference_mode": "false"}, "inference_mode: expected True or False"),
+        ({"rank_pattern": "dense"}, "rank_pattern: expected a dict"),
+        ({"target_modules": 3}, "target_modules: expected names, got 3"),
+        ({"target_modules": [1, "dense"]}, "target_modules: expected names"),
+        ({"exclude_modules": {"dense": 1}}, "exclude_modules: expected names"),
+    ],
+)
+def test_settings_of_another_type(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**settings)
+
+
 def test_settings_of_other_versions():
     """Those that do not change the numbers are taken, whatever they say."""
     config = LoraConfig(
@@ -270,6 +286,10 @@ def test_a_target_that_is_not_there_is_told_the_nearest(directory):
         LoraConfig(target_modules=["query_key_valu"]).targets(model)
     with pytest.warns(UserWarning, match="did you mean 'dense_h_to_4h'"):
         LoraConfig(target_modules=["dense", "dense_h_to_h4"]).targets(model)
+    with pytest.raises(ValueError, match="here it is 'query_key_value'"):
+        LoraConfig(target_modules=["q_proj", "v_proj"]).targets(model)
+    with pytest.raises(ValueError, match="give names in a list"):
+        LoraConfig(target_modules="query_key_value").targets(model)
     with pytest.raises(ValueError, match="layers_pattern"):
         LoraConfig(layers_pattern="layers")
     found = LoraConfig(layers_to_transform=[0, 1], layers_pattern=["h", "layers"]).targets(model)
@@ -319,6 +339,8 @@ def test_regular_expressions_mean_what_they_mean_in_python():
         lambda n: "module." + n,
         lambda n: "module._orig_mod." + n.replace(".weight", ".default.weight"),
         lambda n: n.replace(".model.", ".model._orig_mod.module."),
+        lambda n: n.removeprefix("base_model.model."),
+        lambda n: "base_model.model." + n,
         lambda n: "_fsdp_wrapped_module." + n.replace("layers.0.", "layers.0._orig_mod."),
     ],
 )
@@ -419,6 +441,9 @@ def test_old_and_new_configs_are_read(directory, tmp_path):
     }
     write_json(path / "adapter_config.json", {**config, **new})
     assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
+    write_json(path / "adapter_config.json", {**config, "task_type": "SEQ_2_SEQ_LM"})
+    with pytest.warns(UserWarning, match="task_type 'SEQ_2_SEQ_LM'"):
+        assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
     old = {k: config[k] for k in ("peft_type", "r", "lora_alpha", "target_modules")}
     write_json(path / "adapter_config.json", {**old, "lora_dropout": None})
     assert np.array_equal(logits(PeftModel.from_pretrained(load(directory), path)), want)
@@ -542,9 +567,11 @@ def test_peft_loads_by_its_own_names(directory, tmp_path):
         ({"adaptor_name": "x"}, "did you mean 'adapter_name'"),
         ({"adapter_name": "a.b"}, "adapter_name: expected a word"),
         ({"config": 3}, "config: expected a LoraConfig"),
+        ({"is_trainable": "no"}, "is_trainable: expected True or False, got 'no'"),
+        ({"model_id": tmp_path / "adaptor"}, "no such directory; did you mean .*/adapter'"),
     ):
         with pytest.raises((TypeError, ValueError), match=error):
-            PeftModel.from_pretrained(load(directory), path, **keywords)
+            PeftModel.from_pretrained(load(directory), **{"model_id": path, **keywords})
     with pytest.raises(TypeError, match="model: expected a model of glmlora"):
         PeftModel.from_pretrained(str(directory), path)
 
@@ -581,7 +608,7 @@ def test_tensors_in_and_out(directory, tmp_path):
     assert all(np.array_equal(found[n], a) for n, a in state.items())
     for change, error in (
         (lambda s: s.popitem(), "missing .*lora_B"),
-        (lambda s: s.update(x=np.ones(1)), "not expected base_model.model.x"),
+        (lambda s: s.update(x=np.ones(1)), "not expected x"),
         (lambda s: s.update({QKV.format(0, "A"): np.ones((3, 3))}), r".*lora_A.*\(3, 3\)"),
     ):
         wrong = dict(state)
@@ -607,6 +634,10 @@ def test_adapters_come_and_go(directory, tmp_path):
     model.load_adapter(path, "b")
     with pytest.raises(ValueError, match="did you mean 'default'"):
         model.set_adapter("defalt")
+    with pytest.raises(AttributeError):
+        model.active_adapter = "b"
+    with pytest.raises(ValueError, match="template: expected one of auto, vendored, got 'x'"):
+        model.set_prompt_template("x")
     with pytest.raises(ValueError, match="one adapter is active"):
         model.set_adapter(["b", "default"])
     with pytest.warns(UserWarning, match="'default' was active, 'b' is now"):
@@ -616,6 +647,14 @@ def test_adapters_come_and_go(directory, tmp_path):
     assert np.array_equal(logits(model), plain)
     model.enable_adapter_layers()
     assert np.array_equal(logits(model), want)
+    with pytest.raises(AttributeError, match="did you mean 'merge_and_unload'"):
+        model.merge_and_unlod  # noqa: B018
+    with pytest.raises(TypeError, match="adapter_names: expected a list"):
+        model.merge_and_unload(adapter_names="b")
+    with pytest.warns(UserWarning, match="has an adapter already"):
+        PeftModel.from_pretrained(model.get_base_model(), path)
+    with pytest.raises(TypeError, match="model: expected a PeftModel"):
+        glmlora.get_peft_model_state_dict(model.get_base_model())
     for name in ("add_weighted_adapter", "merge_adapter", "push_to_hub"):
         with pytest.raises(AttributeError, match=f"PeftModel.{name} is not supported"):
             getattr(model, name)

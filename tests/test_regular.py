@@ -11,7 +11,7 @@ import glmlora
 from glmlora.files.checkpoint import read_weights
 from glmlora.files.regular import read_bytes
 from glmlora.files.rows import read_rows
-from glmlora.files.write import read_json
+from glmlora.files.write import atomic_file, read_json
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,28 @@ def test_a_fifo_in_an_adapter(tmp_path, model, name):
     base = glmlora.AutoModel.from_pretrained(model)
     with pytest.raises((ValueError, OSError), match=f"{name}: is a FIFO"):
         glmlora.PeftModel.from_pretrained(base, tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "directory"])
+@pytest.mark.parametrize("mode", ["w", "wb"])
+def test_only_files_are_replaced(tmp_path, kind, mode):
+    """Not /dev/null, by a file of predictions."""
+    path = tmp_path / "out"
+    make(kind, path)
+    with pytest.raises((ValueError, OSError), match=f"{path}: is a .*{kind}"):
+        with atomic_file(path, mode):
+            pass
+    assert os.listdir(tmp_path) == ["out"] and not path.is_file()
+
+
+def test_a_log_that_is_a_fifo_is_told(tmp_path, model):
+    class Swap:
+        def on_step_end(self, state):
+            (tmp_path / "trainer_log.jsonl").unlink(missing_ok=True)
+            os.mkfifo(tmp_path / "trainer_log.jsonl")
+
+    with pytest.warns(UserWarning, match="trainer_log.jsonl: is a FIFO"):
+        run(model, tmp_path, max_steps=2, callbacks=[Swap()])
 
 
 def test_a_file_that_becomes_a_fifo_is_not_waited_for(tmp_path, monkeypatch):

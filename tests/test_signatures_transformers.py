@@ -1,6 +1,6 @@
-"""Names against the installed transformers and peft: every parameter of theirs works here, means
-nothing, or is refused by name, and each claim is tried. A release that brings a new one fails here
-until somebody decides what it is.
+"""Names and loops against the installed transformers: every parameter of its generation and
+tokenizers works here, means nothing, or is refused by name, and each claim is tried. A release that
+brings a new one fails here until somebody decides what it is.
 """
 
 import inspect
@@ -159,3 +159,73 @@ class TestTransformers:
     def test_classes_take_what_theirs_take(self, name):
         own, theirs = getattr(glmlora, name), getattr(self.peer, name)
         assert parameters(theirs.__init__) <= parameters(own.__init__)
+
+
+BEAMS = {"num_beams": 3}
+LOOPS = {
+    "greedy": {},
+    "penalty": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    "least": {"min_length": 12, "bad_words_ids": [[81], [85, 85]]},
+    "beams": BEAMS,
+    "early": {**BEAMS, "early_stopping": True, "num_return_sequences": 2},
+    "never": {**BEAMS, "early_stopping": "never", "length_penalty": 2.0},
+    "shorter": {**BEAMS, "early_stopping": "never", "length_penalty": -1.0},
+    "suppressed": {**BEAMS, "suppress_tokens": [4, 81], "begin_suppress_tokens": [28, 85]},
+    "renormalized": {**BEAMS, "suppress_tokens": list(range(40)), "renormalize_logits": True},
+    "ended": {**BEAMS, "forced_eos_token_id": 8, "min_new_tokens": 4},
+    "allowed": {**BEAMS, "prefix_allowed_tokens_fn": lambda row, ids: [7 + row, 20, 21, 40]},
+}
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A model, and one of transformers whose scores are its."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    peer = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.modeling_outputs import CausalLMOutput
+
+    own = glmlora.AutoModel.from_pretrained(tiny_model_dir(tmp_path_factory.mktemp("loops")))
+
+    class Config(peer.PretrainedConfig):
+        model_type = "loops"
+
+    class Model(peer.PreTrainedModel, peer.GenerationMixin):
+        config_class = Config
+
+        def __init__(self):
+            super().__init__(Config(num_hidden_layers=1))
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, **kwargs):
+            scores = own(input_ids.numpy(), use_cache=False).logits
+            return CausalLMOutput(logits=torch.tensor(scores))
+
+        def prepare_inputs_for_generation(self, input_ids, **kwargs):
+            return {"input_ids": input_ids}
+
+    return own, Model()
+
+
+class TestLoops:
+    """transformers' own loops over this package's scores give the same ids."""
+
+    @pytest.mark.parametrize("name", LOOPS)
+    def test_ids_and_scores(self, theirs, name):
+        import torch
+
+        own, peer = theirs
+        given = {"max_new_tokens": 10, "pad_token_id": 95, "return_dict_in_generate": True}
+        given |= {"output_scores": "num_beams" not in LOOPS[name], **LOOPS[name]}
+        for seed, ends in ((0, list(range(40, 60))), (1, list(range(0, 90, 3)))):
+            ids = np.random.default_rng(seed).integers(3, 95, (2, 6))
+            found = own.generate(ids, eos_token_id=ends, **given)
+            more = {} if given["output_scores"] else {"output_scores": True}
+            want = peer.generate(torch.tensor(ids), eos_token_id=ends, **given | more)
+            assert np.array_equal(found.sequences, want.sequences.numpy())
+            if more:
+                near = found.sequences_scores - want.sequences_scores.numpy()
+                assert np.abs(near).max() < 1e-4
+                continue
+            for step, (a, b) in enumerate(zip(found.scores, want.scores, strict=True)):
+                going = ~np.isin(found.sequences[:, 6 : 6 + step], ends).any(axis=1)
+                assert np.allclose(a[going], b.numpy()[going], atol=1e-3)

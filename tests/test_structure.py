@@ -2,6 +2,7 @@
 functions are, and that a new family is one file."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -220,3 +221,61 @@ def test_a_new_family_is_one_file(tmp_path):
     words = [sys.executable, "-c", USE, str(copy), str(tmp_path), str(Path(__file__).parent)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# What could execute what is read, or reach the network, and who uses it: for the host's name, the
+# libraries of CUDA, and tests of the core that users start.
+CALLS = {"eval", "exec", "compile", "__import__"}
+OF_OS = {"system", "popen", "execv", "execve", "execvp", "spawnv", "startfile"}
+IMPORTS = {"ctypes", "dill", "ftplib", "http", "joblib", "marshal", "pickle", "requests", "runpy"}
+IMPORTS |= {"shelve", "socket", "ssl", "subprocess", "urllib", "code", "cloudpickle", "jinja2"}
+USED = {
+    ("files.owner", "socket"),
+    ("model.device", "ctypes"),
+    ("tools.optable", "ctypes"),
+    ("tools.selftest", "subprocess"),
+}
+
+
+def executing(path):
+    """What a module imports or calls of those."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = {a.name.split(".")[0] for a in node.names} & IMPORTS
+        elif isinstance(node, ast.ImportFrom):
+            names = {(node.module or "").split(".")[0]} & IMPORTS if not node.level else set()
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            names = {node.func.id} & CALLS
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names = {node.attr} & OF_OS if node.value.id == "os" else set()
+        else:
+            continue
+        yield from names
+
+
+def test_only_notebooks_are_executed():
+    found = {
+        (name, what)
+        for name, path in MODULES.items()
+        if name.split(".")[0] != "notebook"
+        for what in executing(path)
+    }
+    assert found == USED, found ^ USED
+    assert "eval" in executing(MODULES["notebook.shell"])
+
+
+def test_what_the_security_page_names_is_there():
+    page = ROOT / "SECURITY.md"
+    if not page.is_file():
+        pytest.skip("SECURITY.md is not here: an installed package")
+    text = page.read_text(encoding="utf-8")
+    tests = re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+    assert len(tests) > 20
+    for file, name in tests:
+        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+    for path in re.findall(r"`(glmlora/[\w/]+\.\w+)`", text):
+        assert (ROOT / path).is_file(), path
+    limits = re.findall(r"\| (\d+)[^|]*\| `([\w.]+)\.(\w+)` \|", text)
+    assert len(limits) > 6
+    for value, module, name in limits:
+        assert getattr(importlib.import_module(module), name) == int(value), name

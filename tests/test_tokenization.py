@@ -360,6 +360,7 @@ def test_special_tokens_by_transformers_names(tiny_dir, tiny3):
         (lambda: tiny.add_special_tokens({"pad_token": "[PAD]"}), r"fixed.*\[PAD\]"),
         (lambda: tiny.add_special_tokens({"eos_token": "sop"}), "eos_token"),
         (lambda: setattr(tiny, "pad_token", "[PAD]"), r"pad_token: '\[PAD\]'"),
+        (lambda: setattr(tiny, "pad_token_id", "[PAD]"), "pad_token_id.*below 485.*PAD"),
         (lambda: setattr(tiny, "truncation_side", "middle"), "truncation_side"),
         (lambda: setattr(tiny, "model_max_length", "long"), "model_max_length"),
         (lambda: setattr(tiny, "encode_special_tokens", True), "encode_special_tokens"),
@@ -389,6 +390,8 @@ def test_settings_of_tokenizer_config(tiny_dir, tmp_path, recwarn):
         "chat_template": "<|assistant|>",
     }
     silent = {"do_lower_case": False, "eos_token": "</s>", "auto_map": {}, "cls_token": None}
+    silent["added_tokens_decoder"] = {"64795": {"content": "<|user|>", "special": True}}
+    silent["additional_special_tokens"] = ["<|user|>", {"content": "sop"}]
     file.write_text(json.dumps({**held, **silent}))
     for place in (tmp_path, tmp_path / "again"):
         t = AutoTokenizer.from_pretrained(place, family="v3")
@@ -403,12 +406,17 @@ def test_settings_of_tokenizer_config(tiny_dir, tmp_path, recwarn):
     assert not AutoTokenizer.from_pretrained(
         tmp_path, family="v3", encode_special_tokens=False
     ).encode_special_tokens
-    wrong = {"do_lower_case": True, "eos_token": "<|x|>", "padding_side": "right"}
-    file.write_text(json.dumps({**wrong, "truncation_side": "up", "extra_special_tokens": ["y"]}))
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "eop", "eos_token": "<|x|>"}')
+    wrong = {"do_lower_case": True, "padding_side": "right"}
+    wrong["added_tokens_decoder"] = {"64798": {"content": "<|new|>"}}
+    file.write_text(
+        json.dumps({**wrong, "truncation_side": "up", "extra_special_tokens": ["<|y|>"]})
+    )
     with pytest.warns(UserWarning, match="tokenizer_config.json") as found:
-        AutoTokenizer.from_pretrained(tmp_path, family="v3")
+        t = AutoTokenizer.from_pretrained(tmp_path, family="v3")
+    assert t.pad_token == "eop"
     assert len(found) == 1 and found[0].filename == __file__
-    for name in (*wrong, "truncation_side", "extra_special_tokens"):
+    for name in (*wrong, "truncation_side", "extra_special_tokens", "<|new|>", "eos_token"):
         assert name in str(found[0].message)
 
 

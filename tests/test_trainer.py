@@ -16,7 +16,7 @@ from glmlora import _core
 from glmlora.families.prompt import encode_source
 from glmlora.generation.chat import chat_family
 from glmlora.interrupts import Shield
-from glmlora.training import checkpoints, loop, methods, plot
+from glmlora.training import checkpoints, evaluation, loop, methods, plot
 from glmlora.training.arguments import FinetuningArguments, TrainingArguments
 from glmlora.training.records import encode_records, records_from
 from glmlora.training.trainer import run_train
@@ -633,6 +633,12 @@ def test_chats_are_in_the_template_of_the_training(tmp_path, method):
         assert prompt(again) == want
         again.merge_and_unload().save_pretrained(tmp_path / "merged")
         assert prompt(glmlora.AutoModel.from_pretrained(tmp_path / "merged")) == want
+    # a training that fails before it begins leaves the model's chats as they were
+    fresh = glmlora.AutoModel.from_pretrained(directory)
+    wrong = {**settings, "evaluation_strategy": "epoch", "tokenizer": tokenizer}
+    with pytest.raises(ValueError, match="needs evaluation data"):
+        glmlora.train(fresh, records(3), template="vendored", **wrong)
+    assert prompt(fresh) != want
     # trained further in the family's own template: told, and kept
     data = {"output_dir": str(tmp_path / "next"), "checkpoint_dir": str(tmp_path / "out")}
     with pytest.warns(UserWarning, match="trained with 'vendored', this run has 'auto'"):
@@ -885,3 +891,27 @@ def test_flags_that_mean_nothing_in_a_call_are_told(tmp_path, overrides, told):
 def test_max_samples_in_a_call(tmp_path):
     result = run(model_dir(tmp_path), tmp_path / "o", max_samples=3, max_steps=1)
     assert (result.rows, result.rows_skipped) == (3, 0)
+
+
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_predictions_that_are_stopped_are_kept(
+    tiny_model, tmp_path, monkeypatch, capsys, loss_only
+):
+    data, out = dataset_dir(tmp_path, 4), tmp_path / "o"
+    real = evaluation.generate_rows
+
+    def stopped(*args):
+        yield next(real(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "generate_rows", stopped)
+    words = ["--predict_with_generate", "--max_target_length", "4"]
+    if loss_only:  # nothing is generated
+        run_train(command(tiny_model, data, out, "--do_eval", "--prediction_loss_only", *words))
+        assert "eval_loss" in json.loads((out / "eval_results.json").read_text())
+        return
+    with pytest.raises(KeyboardInterrupt):
+        run_train(command(tiny_model, data, out, "--do_predict", *words))
+    lines = (out / "generated_predictions.partial.jsonl").read_text().splitlines()
+    assert len(lines) == 1 and set(json.loads(lines[0])) == {"label", "predict"}
+    assert "1 of 4 answers are kept in" in capsys.readouterr().err

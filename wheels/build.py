@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +92,13 @@ def repaired(wheel: Path, machine: str, folder: Path) -> Path:
     if f"manylinux2014_{machine}" not in wheel.name:
         raise SystemExit(f"expected a wheel for manylinux2014_{machine}, got {wheel.name}")
     return wheel
+
+
+def version(package: str) -> str:
+    """The one that requirements.txt pins."""
+    lines = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
+    [number] = [line.split("==")[1] for line in lines if line.startswith(f"{package}==")]
+    return number
 
 
 def bill_of_materials(files: dict[str, bytes], info: str, machine: str, epoch: int) -> bytes:

@@ -54,7 +54,7 @@ def model_directory(path: str | os.PathLike, subfolder: str = "") -> Path:
     if name.startswith("~") and Path(name).expanduser().is_dir():
         hint = f"; did you mean {os.path.expanduser(name)!r}? ~ is the shell's, not a path's"
     else:
-        hint = _near(directory)
+        hint = near(directory)
     how = ""
     if not hint and not subfolder and _is_hub_id(given):
         how = (
@@ -74,7 +74,7 @@ def _is_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
 
 
-def _near(directory: Path) -> str:
+def near(directory: Path) -> str:
     """The nearest name beside a missing directory, or which of its parents is the first missing."""
     parent = directory.absolute().parent
     while not parent.is_dir() and parent != parent.parent:

@@ -30,10 +30,12 @@ def regular(path: str, flags: int) -> int:
 
         open(path, "rb", opener=regular)
 
-    Raises IsADirectoryError, ValueError as `check_regular`, OSError as os.open() does.
+    A file that is to be made need not be there. Raises IsADirectoryError, ValueError as
+    `check_regular`, OSError as os.open() does.
     """
     # Before it is opened: opening a device may already act on it.
-    check_regular(path, os.stat(path).st_mode)
+    if not flags & os.O_CREAT or os.path.exists(path):
+        check_regular(path, os.stat(path).st_mode)
     # It may be another file by now. Without O_NONBLOCK, opening a FIFO waits for a writer.
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
     try:

@@ -151,6 +151,8 @@ def _cells(path: str, text: str, delimiter: str, strict: bool) -> list[dict[str,
             blank = [name for name in header if name.startswith("Unnamed: ")]
             continue
         n = len(header)
+        if n > 1 and len(cells) == 1 and cells[0].isspace():  # a line of spaces
+            continue
         if len(cells) > n and not any(cells[n:]):  # delimiters at the end of a line
             cells = cells[:n]
         if len(cells) != n:

@@ -112,6 +112,7 @@ def staged(folder: Path, stale: re.Pattern[str] | None = None) -> Iterator[Path]
         new = place / _NEW
         new.mkdir()
         yield new
+        _sync(new)
         names = sorted(os.listdir(new))
         aside = [n for n in names if os.path.lexists(folder / n)]
         if stale is not None:
@@ -165,6 +166,20 @@ def _put_back(place: Path) -> None:
     for name in os.listdir(old):
         if not os.path.lexists(folder / name):
             os.rename(old / name, folder / name)
+
+
+def _sync(folder: Path) -> None:
+    """Make everything below `folder` durable."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(path, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, os.path.join(path, name)) from error
+            finally:
+                os.close(descriptor)
+        sync_directory(path)
 
 
 def sync_directory(path: str | os.PathLike) -> None:

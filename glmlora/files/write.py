@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from .. import _core
-from .regular import read_bytes, regular
+from .regular import check_regular, read_bytes, regular
 from .staging import remove_litter, staged, sync_directory, temporary
 
 LFS_POINTER = b"version https://git-lfs"
@@ -38,12 +38,14 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
 
     `mode` is "wb" or "w" (UTF-8, newlines as given). A symbolic link is followed. On any error,
     Ctrl-C included, the temporary file is removed and what stood under `path` stays. Raises
-    OSError naming `path`.
+    OSError naming `path`, ValueError where a device or a FIFO stands there.
     """
     if mode not in ("wb", "w"):
         raise ValueError(f"mode: expected 'wb' or 'w', got {mode!r}")
     target = Path(os.path.realpath(path))
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if target.exists():
+        check_regular(path, target.stat().st_mode)  # a rename would replace /dev/null for everybody
     remove_litter(target.parent)
     try:
         place, descriptor = temporary(target.parent)
@@ -84,20 +86,8 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         try:
             new.mkdir()
             yield new
-            for folder, _, names in os.walk(new):
-                for name in names:
-                    _sync_file(os.path.join(folder, name))
-                sync_directory(folder)
         except OSError as error:
             raise _named(error, path) from error
-
-
-def _sync_file(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

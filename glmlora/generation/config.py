@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -29,6 +28,8 @@ class HasEnds(Protocol):
     def eos_token_ids(self) -> list[int]: ...
     @property
     def pad_token_id(self) -> int | None: ...
+    @property
+    def padded_vocab_size(self) -> int: ...
 
 
 def _names_unknown_fields(cls: Kind) -> Kind:
@@ -46,7 +47,12 @@ def _names_unknown_fields(cls: Kind) -> Kind:
 @_names_unknown_fields
 @dataclass(kw_only=True, eq=False, repr=False)
 class GenerationConfig:
-    """How to generate. Neutral by default: greedy, and as long as the model has positions."""
+    """How to generate. Neutral by default: greedy, and as long as the model has positions.
+
+    None is the default of a field. transformers' other fields are accepted and mean nothing (those
+    of caches, compilation, encoders and assistant models), or are refused unless they have the
+    value that changes nothing: see `unsupported.NOTHING` and `unsupported.REFUSED`.
+    """
 
     max_length: int | None = None  # prompt and answer together
     max_new_tokens: int | None = None  # the answer alone; wins if both are given
@@ -124,11 +130,12 @@ class GenerationConfig:
         """
         file = Path(path) / "generation_config.json"
         found = cls() if config is None else cls.from_model_config(config)
+        vocabulary = 1 << 31 if config is None else config.padded_vocab_size
         unused = []
         for name, value in read_json(file, dict).items():
             try:
                 one = cls(**{name: value})
-                one.check(1 << 31)
+                one.check(vocabulary)
             except (TypeError, ValueError) as error:
                 unused.append(str(error))
             else:
@@ -181,14 +188,14 @@ class GenerationConfig:
                 setattr(self, f.name, f.default)
         for name, least in _WHOLE.items():
             value = getattr(self, name)
-            known = _is_whole(value) and (least is None or value >= least)
+            known = _is_whole(value) and (least is None or least <= value < 1 << 63)
             if value is not None and not known:
                 expected = "a whole number" + ("" if least is None else f" from {least}")
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
         for name in _NUMBERS:
             value = getattr(self, name)
             number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-            if value is not None and not (number and math.isfinite(value)):
+            if value is not None and not (number and abs(value) <= _LARGEST):
                 raise ValueError(f"{name}: expected a number, got {value!r}")
         for name in _SWITCHES:
             value = getattr(self, name)
@@ -229,7 +236,8 @@ class GenerationConfig:
             if not isinstance(rows, Sequence) or isinstance(rows, str):
                 raise ValueError(f"{name}: expected a list of lists of ids, got {value!r:.80}")
             for row in rows:
-                several = name != "forced_bos_token_id" and isinstance(row, Sequence | np.ndarray)
+                several = isinstance(row, Sequence | np.ndarray) and not isinstance(row, str)
+                several = several and name != "forced_bos_token_id"
                 if several == _is_whole(row) or name == "bad_words_ids" and not several:
                     raise ValueError(f"{name}: expected ids, got {value!r:.80}")
                 if name == "bad_words_ids" and not len(row):
@@ -258,6 +266,7 @@ _WHOLE = {
     **dict.fromkeys(("pad_token_id", "bos_token_id"), 0),
     "seed": None,
 }
+_LARGEST = float(np.finfo(np.float32).max)  # the core computes with float32
 _NUMBERS = ("temperature", "top_p", "repetition_penalty", "length_penalty", "min_p", "max_time")
 _SWITCHES = (
     *("do_sample", "early_stopping", "renormalize_logits", "return_dict_in_generate"),

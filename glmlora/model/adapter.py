@@ -21,15 +21,13 @@ from .adapter_config import ALL_LINEAR, CONFIG, INITIALISATIONS, LoraConfig
 from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
 from .modeling import ChatGLMForConditionalGeneration
-from .parameters import PEFT_PREFIX, float_array
+from .parameters import PEFT_PREFIX, float_array, without_wrappers
 from .template import FILE as TEMPLATE
 from .template import read_template, write_template
 
 T = TypeVar("T")
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
-# Parts of names that torch.compile, DataParallel, FSDP and activation checkpointing put in.
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.[^.]+\.weight$")
 _SHOWN = 6  # names in a message
 
@@ -151,8 +149,11 @@ def plain_names(source: Any, stored: Mapping[str, T]) -> dict[str, T]:
     found: dict[str, T] = {}
     given: dict[str, str] = {}
     for name, tensor in stored.items():
-        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-        plain = _ADAPTER_NAME.sub(r"\1.weight", plain)
+        plain = _ADAPTER_NAME.sub(r"\1.weight", without_wrappers(name))
+        if ".lora_" in plain:  # once, where it is missing or two wrappers gave it
+            while plain.startswith(PEFT_PREFIX):
+                plain = plain.removeprefix(PEFT_PREFIX)
+            plain = PEFT_PREFIX + plain
         if plain in found and not np.array_equal(
             float_array(name, found[plain]), float_array(name, tensor)
         ):

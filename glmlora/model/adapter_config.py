@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 from typing import NoReturn as Never  # typing.Never came with Python 3.11
 
+import numpy as np
+
 from .. import families
 from ..files.checkpoint import read_json, write_json
+from ..files.hub import near
 from ..names import did_you_mean
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import layers_of, output_layer_of
@@ -33,6 +36,8 @@ class TaskType(str, Enum):
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
     CAUSAL_LM = "CAUSAL_LM"
     TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 class PeftType(str, Enum):
@@ -83,6 +88,8 @@ _CHANGING = frozenset(
 # adapter made so is an adapter like others. The rest subtracts something from the base's weights.
 INITIALISATIONS = (True, False, "gaussian")
 _OTHER_INITIALISATIONS = ("eva", "orthogonal")
+# Tasks whose adapters have no weights beside A and B.
+_OTHER_WRAPPERS = ("SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # What other programs call the fields.
 _OTHER_WORDS = {
     "rank": "r",
@@ -106,6 +113,14 @@ _OTHER_WORDS = {
     "num_virtual_token": "num_virtual_tokens",
     "pre_seq_len": "num_virtual_tokens",
     "prefix_length": "num_virtual_tokens",
+}
+# What other models call these linears.
+_OTHER_MODULES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "W_pack"), "query_key_value"),
+    **dict.fromkeys(("o_proj", "out_proj", "wo"), "dense"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "fc1"), "dense_h_to_4h"),
+    **dict.fromkeys(("down_proj", "fc2"), "dense_4h_to_h"),
+    "lm_head": "output_layer",
 }
 _PREFIX_MEANINGLESS = frozenset(
     """auto_mapping peft_version base_model_name_or_path revision token_dim num_layers
@@ -161,6 +176,13 @@ class PeftConfig:
         if found is None or not issubclass(found, cls):
             only = f"only {cls.peft_type!r}" if hasattr(cls, "peft_type") else "only 'LORA'"
             raise ValueError(f"{file}: peft_type {kind!r} is not supported by this release, {only}")
+        if fields.get("task_type") in _OTHER_WRAPPERS:
+            warnings.warn(
+                f"{file}: task_type {fields['task_type']!r} is another wrapper in PEFT, around the "
+                "same numbers: the adapter is taken as one of 'CAUSAL_LM'",
+                stacklevel=3,
+            )
+            fields["task_type"] = "CAUSAL_LM"
         # A key with null means the default, as for PEFT's optional fields.
         given = {k: v for k, v in fields.items() if v is not None}
         own = set(inspect.signature(found).parameters)
@@ -238,7 +260,7 @@ class LoraConfig(PeftConfig):
         use_rslora: bool = False,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
-        base_model_name_or_path: str | None = None,
+        base_model_name_or_path: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         auto_mapping: Any = None,
         exclude_modules: Sequence[str] | str | None = None,
@@ -246,21 +268,23 @@ class LoraConfig(PeftConfig):
         **later: Never,  # of later PEFT versions: refused, unless they say "not used"
     ):
         self.task_type = task_type.value if isinstance(task_type, TaskType) else task_type
-        self.inference_mode = bool(inference_mode)
+        self.inference_mode = _flag("inference_mode", inference_mode)
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         self.target_modules = _target_words(target_modules)
         self.exclude_modules = _names_or_pattern(exclude_modules) or None
         self.bias = bias
-        self.fan_in_fan_out = fan_in_fan_out
+        self.fan_in_fan_out = _flag("fan_in_fan_out", fan_in_fan_out)
         self.modules_to_save = modules_to_save
         self.init_lora_weights = init_lora_weights
         self.layers_to_transform = layers_to_transform
         self.layers_pattern = layers_pattern or None
-        self.use_rslora = bool(use_rslora)
-        self.rank_pattern = dict(rank_pattern or {})
-        self.alpha_pattern = dict(alpha_pattern or {})
+        self.use_rslora = _flag("use_rslora", use_rslora)
+        self.rank_pattern = _mapping("rank_pattern", rank_pattern)
+        self.alpha_pattern = _mapping("alpha_pattern", alpha_pattern)
+        if base_model_name_or_path is not None:
+            base_model_name_or_path = os.fspath(base_model_name_or_path)
         self.base_model_name_or_path = base_model_name_or_path
         self.revision = revision
         self.auto_mapping = auto_mapping
@@ -282,7 +306,10 @@ class LoraConfig(PeftConfig):
             ("target_modules", self.target_modules),
             ("exclude_modules", self.exclude_modules),
         ):
-            if isinstance(value, list) and not (value and all(isinstance(t, str) for t in value)):
+            names = value if isinstance(value, list) else []
+            if not isinstance(value, str | None) and not (
+                names and all(isinstance(t, str) for t in names)
+            ):
                 raise ValueError(f"{name}: expected names, got {value!r}")
             if isinstance(value, str):
                 _compiled(name, value)
@@ -352,7 +379,7 @@ class LoraConfig(PeftConfig):
             ends = {part for n in weights for part in (n, *_endings(n))}
             unmatched = [t for t in wanted if t not in ends]
             if unmatched and len(unmatched) < len(wanted):
-                near = did_you_mean(unmatched[0], kinds)
+                near = _near(unmatched[0], kinds)
                 warnings.warn(
                     f"target_modules: no module of this model is named {unmatched}{near}",
                     stacklevel=4,
@@ -393,7 +420,10 @@ class LoraConfig(PeftConfig):
             "" if self.layers_to_transform is None else f" in layers {self.layers_to_transform}"
         )
         limits += f" outside exclude_modules {self.exclude_modules}" if self.exclude_modules else ""
-        near = did_you_mean(wanted if isinstance(wanted, str) else wanted[0], linears)
+        if isinstance(wanted, list):
+            near = _near(wanted[0], linears)
+        else:
+            near = " (a text is a regular expression for whole names: give names in a list)"
         return (
             f"target_modules {wanted!r}: no module of this model matches{limits}{near}; "
             f"expected some of {', '.join(linears)}, or {ALL_LINEAR!r}"
@@ -445,8 +475,8 @@ class PrefixTuningConfig(PeftConfig):
         if not isinstance(init_std, int | float) or not 0 <= init_std < math.inf:
             raise ValueError(f"init_std: expected a number from 0, got {init_std!r}")
         self.num_virtual_tokens = num_virtual_tokens
-        self.prefix_projection = bool(prefix_projection)
-        self.inference_mode = bool(inference_mode)
+        self.prefix_projection = _flag("prefix_projection", prefix_projection)
+        self.inference_mode = _flag("inference_mode", inference_mode)
         self.init_std = init_std
 
     def to_dict(self) -> dict[str, Any]:
@@ -472,6 +502,24 @@ def _check_alpha(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number, got {value!r}")
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping | None):
+        raise ValueError(f"{name}: expected a dict of module names, got {value!r}")
+    return dict(value or {})
+
+
+def _near(word: str, kinds: Sequence[str]) -> str:
+    """The right word for a target that there is not."""
+    own = _OTHER_MODULES.get(word.rpartition(".")[2])
+    return f" (here it is {own!r})" if own in kinds else did_you_mean(word, kinds)
+
+
 def _check_kind(config: PeftConfig, peft_type: Any) -> None:
     if peft_type != config.peft_type:
         kind = type(config).__name__
@@ -486,8 +534,10 @@ def _compiled(name: str, pattern: str) -> Pattern:
 
 
 def _names_or_pattern(value: Any) -> Any:
-    """Names as a sorted list; text and None as they are."""
-    return value if isinstance(value, str | None) else sorted(value)
+    """Names as a sorted list; text and None as they are, and what is none of these."""
+    if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+        return sorted(value, key=str)
+    return value
 
 
 def _target_words(value: Any) -> Any:
@@ -532,7 +582,7 @@ def _pattern(field: str, patterns: Mapping[str, Any], module: str, default: Any)
 
 def _what_is_there(path: Path) -> str:
     if not path.is_dir():
-        return "there is no such directory"
+        return f"there is no such directory{near(path)}"
     if (path / "config.json").is_file() and (path / "pytorch_model.bin").is_file():
         return "it is a model or a P-Tuning directory (glmlora.load_prefix), not an adapter's"
     return "it is not an adapter directory"

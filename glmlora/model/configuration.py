@@ -17,6 +17,7 @@ from ..families import recognition
 from ..files.foreign import folder_kind, refuse_quantization
 from ..files.hub import check_keywords, model_directory
 from ..files.small import whole_references
+from ..files.tensor import short_repr
 from ..files.write import read_json, write_json
 from .keywords import (
     CONFIG_NEUTRAL,
@@ -197,7 +198,15 @@ class ChatGLMConfig:
             CONFIG_REASONS,
         )
         fields.update(keys)
+        # Users write what they would say otherwise into the file, under the names of the keywords.
+        for name, own in (("family", recognition.OWN_KEY), ("rope_mode", OWN_ROPE_MODE)):
+            if name in fields:
+                fields[own] = fields.pop(name)
         try:
+            for name in fields:
+                if name != "self" and not hasattr(cls, name):
+                    continue
+                raise ValueError(f"{short_repr(name)}: no config has a key of this name")
             if family is None:
                 family = recognition.find(fields, directory, tokenizer_fields(directory))
             else:
@@ -211,8 +220,8 @@ class ChatGLMConfig:
         families.refuse_others(self.__dict__)
         for name in _SIZES:
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+            if type(value) is not int or not 1 <= value < 1 << 31:
+                raise ValueError(f"{name}: expected a whole number from 1, got {short_repr(value)}")
         for name in _FLAGS:
             value = getattr(self, name)
             if value not in (True, False):
@@ -252,6 +261,9 @@ class ChatGLMConfig:
             raise ValueError(
                 f"rope_mode: expected one of {' '.join(ROPE_MODES)}, got {self._rope_mode!r}"
             )
+        pad = self.pad_token_id
+        if pad is not None and (type(pad) is not int or not -(1 << 31) <= pad < 1 << 31):
+            raise ValueError(f"pad_token_id: expected an id or null, got {short_repr(pad)}")
         self.eos_token_ids  # noqa: B018  checks the field
 
     @property

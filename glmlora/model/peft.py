@@ -1,9 +1,4 @@
-"""A model with adapters, as PEFT has it: the wrapper `PeftModel`; P-Tuning v2 prefixes as THUDM
-saves them.
-
-A prefix directory holds `config.json` with `pre_seq_len` and `pytorch_model.bin` with the tensors
-of the prefix encoder.
-"""
+"""A model with adapters, as PEFT has it: the wrapper `PeftModel`, and `get_peft_model`."""
 
 from __future__ import annotations
 
@@ -19,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 import numpy as np
 
 from .. import _core
-from ..families.recognition import OWN_KEY, check_adapter
-from ..files.checkpoint import load_state_dict, read_json, save_sharded
+from ..families.vendored import TEMPLATES
 from ..files.owner import owned
 from ..generation.config import GenerationConfig
 from ..names import did_you_mean
@@ -40,7 +34,7 @@ from .adapter_config import (
     TaskType,  # noqa: F401  scripts look for it beside LoraConfig
     unknown_argument,
 )
-from .configuration import ChatGLMConfig, innermost
+from .configuration import ChatGLMConfig
 from .device import Device
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
@@ -51,16 +45,16 @@ from .parameters import (
     is_lora,
     prefix_of,
     prefix_shapes,
-    without_wrappers,
 )
-from .saving import write_beside
-from .template import read_template
+from .prefix import load_prefix as load_prefix
+from .prefix import save_prefix as save_prefix
 
 # Keywords with which adapters are loaded elsewhere, and what this release lacks of PEFT's wrapper.
 _LOADING = frozenset(
     """torch_device torch_dtype dtype device_map max_memory offload_dir offload_folder offload_index
     offload_buffers use_safetensors trust_remote_code""".split()
 )
+
 _NOT_HERE = {
     "add_weighted_adapter": "; merge_and_unload(adapter_names=[..]) adds several",
     "merge_adapter": "; merge_and_unload() merges, on a copy where the base is needed again",
@@ -190,7 +184,12 @@ class PeftModel:
         self._base_template = model.prompt_template
         self._adapters: dict[str, Adapter] = {}
         self.peft_config: dict[str, LoraConfig | PrefixTuningConfig] = {adapter_name: config}
-        self.active_adapter = adapter_name
+        self._active = adapter_name
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the adapter that computes; `set_adapter` chooses it."""
+        return self._active
 
     @property
     def base_model(self) -> _Tuner:
@@ -219,7 +218,10 @@ class PeftModel:
                 raise AttributeError(
                     f"PeftModel.{name} is not supported by this release{_NOT_HERE[name]}"
                 )
-            return getattr(self._base, name)
+            try:
+                return getattr(self._base, name)
+            except AttributeError as error:
+                raise AttributeError(f"{error}{did_you_mean(name, dir(self))}") from None
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._base)})
@@ -262,12 +264,19 @@ class PeftModel:
             return model
         _check_base(model)
         _check_loading("PeftModel.from_pretrained", key_mapping, kwargs)
+        _check_flag("is_trainable", is_trainable)
         path = Path(model_id, subfolder or "")
         config = _lora_config(path) if config is None else config
         if not isinstance(config, LoraConfig):
             raise TypeError(f"config: expected a LoraConfig, got {type(config).__name__}")
         adapter = read_adapter(model, path, config)
         config.inference_mode = not is_trainable
+        if any(is_lora(n) for n in model.core.names()):
+            warnings.warn(
+                "model: has an adapter already, whose place the new one takes; load_adapter and "
+                "set_adapter of its PeftModel keep both",
+                stacklevel=2,
+            )
         wrapper = cls.__new__(cls)
         wrapper._wrap(model, config, adapter_name)
         wrapper._adapters[adapter_name] = adapter
@@ -292,6 +301,7 @@ class PeftModel:
         """
         self._check_new(adapter_name)
         _check_loading("load_adapter", key_mapping, kwargs)
+        _check_flag("is_trainable", is_trainable)
         path = Path(model_id, subfolder or "")
         config = _lora_config(path)
         adapter = read_adapter(self._base, path, config)
@@ -378,7 +388,7 @@ class PeftModel:
             A, B = adapter.tensors[module]
             base.core.add_lora(module, A, B, scale, float(adapter.config.lora_dropout))
         base.core.enable_lora(True)
-        base.active_adapter_name = self.active_adapter = name
+        base.active_adapter_name = self._active = name
         base.prompt_template = adapter.template or self._base_template
         if not adapter.config.inference_mode:
             base.set_trainable(adapter.names())
@@ -441,9 +451,12 @@ class PeftModel:
         finite. `progressbar` is accepted and means nothing.
         """
         self._need_lora("merge_and_unload")
+        _check_flag("safe_merge", safe_merge)
         names = (
             [self.active_adapter] if adapter_names is None else list(dict.fromkeys(adapter_names))
         )
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names: expected a list of names, got {adapter_names!r}")
         for name in names:
             self._check_known(name)
         self._fetch()
@@ -521,6 +534,8 @@ class PeftModel:
         """Say what the active adapter (or the prefix) is trained with, "auto" or "vendored": chats
         take it, and it is saved.
         """
+        if template not in TEMPLATES:
+            raise ValueError(f"template: expected one of {', '.join(TEMPLATES)}, got {template!r}")
         self._base.prompt_template = template
         if self._adapters:
             self._adapters[self.active_adapter].template = template
@@ -579,6 +594,8 @@ class PeftModel:
             if name not in {*HUB, "save_embedding_layers", "push_to_hub", "max_shard_size"}:
                 known = inspect.signature(PeftModel.save_pretrained).parameters
                 raise unknown_argument("PeftModel.save_pretrained", name, known)
+        _check_flag("safe_serialization", safe_serialization)
+        _check_flag("is_main_process", is_main_process)
         if not is_main_process:
             return
         if not self._adapters:
@@ -668,6 +685,11 @@ def _check_config(config: Any) -> None:
         raise TypeError(f"peft_config: expected a LoraConfig, got {type(config).__name__}")
 
 
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def _check_adapter_name(name: Any) -> None:
     if not isinstance(name, str) or not name or "." in name or "/" in name or os.sep in name:
         raise ValueError(f"adapter_name: expected a word without dots and slashes, got {name!r}")
@@ -691,93 +713,3 @@ def _lora_config(path: Path) -> LoraConfig:
             "stores it, only 'LORA'; glmlora.load_prefix reads P-Tuning prefixes as THUDM does"
         )
     return config
-
-
-# P-Tuning directories
-
-
-def save_prefix(
-    model: ChatGLMForConditionalGeneration | PeftModel, directory: str | os.PathLike[str]
-) -> None:
-    """Write a P-Tuning prefix as THUDM's scripts do: `pytorch_model.bin` (float32) and
-    `config.json`.
-
-    Raises ValueError for a model without prefix, OSError naming the file.
-    """
-    model = _unwrapped(model)
-    if not model.has_prefix:
-        raise ValueError("save_prefix: this model has no P-Tuning prefix")
-    read = model.core.read
-    names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    with owned(directory, shared=True):
-        save_sharded(
-            directory,
-            {n: read(n) for n in names},
-            safetensors=False,
-            beside=lambda new: write_beside(model, new, Path(directory)),
-        )
-
-
-def load_prefix(
-    model: ChatGLMForConditionalGeneration | PeftModel, directory: str | os.PathLike[str]
-) -> ChatGLMForConditionalGeneration | PeftModel:
-    """Attach the P-Tuning prefix in `directory`; returns the model.
-
-    `pre_seq_len` and `prefix_projection` come from the directory's config.json; a model that was
-    built with others, or tensors of other sizes, raise ValueError with both numbers.
-    """
-    base, directory = _unwrapped(model), Path(directory)
-    start = prefix_of(base.config)
-    file = directory / "config.json"
-    fields = read_json(file, dict) if file.exists() else {}
-    arrays = {
-        plain.removeprefix(start): np.ascontiguousarray(a, np.float32)
-        for n, a in load_state_dict(directory).items()
-        if (plain := without_wrappers(n)).startswith(start)
-    }
-    if "embedding.weight" not in arrays:
-        raise ValueError(
-            f"{directory}: holds no {start}embedding.weight: not a P-Tuning checkpoint"
-        )
-    length = fields.get("pre_seq_len") or arrays["embedding.weight"].shape[0]
-    projection = fields.get("prefix_projection", "trans.0.weight" in arrays)
-    projection = innermost(projection)
-    config = base.config
-    check_adapter(directory, fields.get("_name_or_path"), config.family, fields.get(OWN_KEY))
-    if base.has_prefix and config.pre_seq_len != length:
-        raise ValueError(
-            f"{file}: pre_seq_len is {length}, the model was built with {config.pre_seq_len}"
-        )
-    if base.has_prefix and bool(config.prefix_projection) != bool(projection):
-        raise ValueError(
-            f"{file}: prefix_projection is {bool(projection)}, the model was built with "
-            f"{bool(config.prefix_projection)}"
-        )
-    before = config.pre_seq_len, config.prefix_projection
-    config.pre_seq_len, config.prefix_projection = length, bool(projection)
-    try:
-        if not base.has_prefix:
-            base.set_prefix(fresh_prefix(prefix_shapes(config), seed=0), fresh=True)
-            added = True
-        else:
-            added = False
-        try:
-            base.transformer.prefix_encoder.load_state_dict(arrays)
-        except ValueError:
-            if added:
-                base.core.remove_prefix()
-                base.has_prefix, base.prefix_is_fresh = False, False
-                base.set_trainable([])
-            raise
-    except ValueError as error:
-        config.pre_seq_len, config.prefix_projection = before
-        raise ValueError(f"{directory}: {error}") from None
-    base.prompt_template = read_template(directory) or base.prompt_template
-    return model
-
-
-def _unwrapped(
-    model: ChatGLMForConditionalGeneration | PeftModel,
-) -> ChatGLMForConditionalGeneration:
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -15,7 +15,7 @@ from .adapter import plain_names
 from .adapter_config import CONFIG, LoraConfig, PeftConfig
 from .auto import AutoModel
 from .modeling import ChatGLMForConditionalGeneration
-from .parameters import PEFT_PREFIX, IncompatibleKeys, float_array
+from .parameters import IncompatibleKeys, float_array
 from .peft import PeftModel
 
 
@@ -93,6 +93,7 @@ def get_peft_model_state_dict(
     that its file has. state_dict: take them out of this one. `unwrap_compiled` is accepted and
     means nothing; save_embedding_layers=True is refused. ValueError for a name that there is not.
     """
+    _check_wrapper(model)
     if save_embedding_layers is True:
         raise ValueError("save_embedding_layers: is not supported by this release")
     if not model.is_lora:
@@ -100,7 +101,7 @@ def get_peft_model_state_dict(
     own = model.adapter_state(adapter_name)
     if state_dict is None:
         return own
-    given = _prefixed(state_dict, adapter_name)
+    given = _own(state_dict, adapter_name)
     missing = [n for n in own if n not in given]
     if missing:
         raise ValueError(f"state_dict: has no {missing[0]} ({len(missing)} of {len(own)} missing)")
@@ -120,21 +121,22 @@ def set_peft_model_state_dict(
     Stricter than PEFT: ValueError naming tensors that are missing, surplus or misshaped, with
     nothing changed; ignore_mismatched_sizes=True is refused. So the result lists none.
     """
+    _check_wrapper(model)
     if ignore_mismatched_sizes:
         raise ValueError("ignore_mismatched_sizes: is not supported by this release")
-    model.set_adapter_state(adapter_name, _prefixed(peft_model_state_dict, adapter_name))
+    model.set_adapter_state(adapter_name, _own(peft_model_state_dict, adapter_name))
     return IncompatibleKeys([], [])
 
 
-def _prefixed(state: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
+def _check_wrapper(model: Any) -> None:
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model: expected a PeftModel, got {type(model).__name__}")
+
+
+def _own(state: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
     """By the names that files have; LoRA tensors of other adapters are left out."""
-    others = {
-        n
-        for n in state
-        if ".lora_" in n and n.count(".") and _adapter_of(n) not in (None, adapter_name)
-    }
-    plain = plain_names("state_dict", {n: v for n, v in state.items() if n not in others})
-    return {n if n.startswith(PEFT_PREFIX) else PEFT_PREFIX + n: v for n, v in plain.items()}
+    others = {n for n in state if ".lora_" in n and _adapter_of(n) not in (None, adapter_name)}
+    return plain_names("state_dict", {n: v for n, v in state.items() if n not in others})
 
 
 def _adapter_of(name: str) -> str | None:

@@ -164,6 +164,9 @@ def show(error: BaseException, shell: Shell) -> None:
         shown = shown.__cause__ or shown.__context__
     lines = "".join(text.format())
     print(lines, end="", file=sys.stderr)
+    if isinstance(error, SyntaxError) and not shell.execution_count:
+        if (error.text or "").lstrip().startswith(("!", "%")):
+            print(f"{shell.name}: named .ipy, it is read as a notebook's cell", file=sys.stderr)
     if isinstance(error, ModuleNotFoundError):
         for word, hint in HINTS.items():
             if word in lines:

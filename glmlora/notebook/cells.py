@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
+from ..files.regular import read_text
 from ..files.write import read_json
 
 
@@ -16,10 +17,13 @@ class Cell(NamedTuple):
 
 
 def read_cells(path: str | os.PathLike) -> list[Cell]:
-    """Code cells of an .ipynb file, of nbformat 4 or as worksheets of nbformat 3 have them.
+    """Code cells of an .ipynb file, of nbformat 4 or as worksheets of nbformat 3 have them; an .ipy
+    file is one cell.
 
     Raises ValueError for another file, and for a notebook in another language than Python.
     """
+    if str(path).endswith(".ipy"):
+        return [Cell(_text(read_text(path)) or "")]
     content = read_json(path, expect=dict)
     cells = content.get("cells")
     if cells is None and isinstance(content.get("worksheets"), list):

@@ -34,6 +34,16 @@ else:
     importlib.import_module(__name__)
 """
 
+# `python`: also under a PYTHONPATH of the command's own, as in `!PYTHONPATH=src python train.py`.
+COMMAND = """\
+#!/bin/sh
+case ":$PYTHONPATH:" in
+*:{place}:*) ;;
+*) export PYTHONPATH={place}"${{PYTHONPATH:+:$PYTHONPATH}}"{package} ;;
+esac
+exec {words} "$@"
+"""
+
 
 @contextlib.contextmanager
 def environment(stand_ins: Iterable[str]) -> Iterator[None]:
@@ -45,20 +55,23 @@ def environment(stand_ins: Iterable[str]) -> Iterator[None]:
     if importlib.util.find_spec("pip"):
         commands |= {"pip": f"{python} -m pip", "pip3": f"{python} -m pip"}
     package = str(Path(__file__).resolve().parents[2])
+    if os.path.basename(package) in ("site-packages", "dist-packages"):
+        package = ""  # found anyway; a checkout is not
     saved = {name: os.environ.get(name) for name in ("PATH", "PYTHONPATH")}
     with tempfile.TemporaryDirectory(prefix="glmlora-") as place:
         commands_at, modules_at = Path(place, "bin"), Path(place, "modules")
         commands_at.mkdir()
         modules_at.mkdir()
         for name, words in commands.items():
-            (commands_at / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+            behind = package and ":" + shlex.quote(package)
+            at = shlex.quote(str(modules_at))
+            text = COMMAND.format(place=at, package=behind, words=words)
+            (commands_at / name).write_text(text)
             (commands_at / name).chmod(0o755)
         for name in stand_ins:
             text = STAND_IN.format(prefix=sys.prefix, place=str(modules_at))
             (modules_at / f"{name}.py").write_text(text)
-        paths = [str(modules_at), saved["PYTHONPATH"]]
-        if os.path.basename(package) not in ("site-packages", "dist-packages"):
-            paths.append(package)  # a checkout; one that is installed is found anyway
+        paths = [str(modules_at), saved["PYTHONPATH"], package]
         os.environ["PATH"] = f"{commands_at}{os.pathsep}{saved['PATH'] or os.defpath}"
         os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
         try:
@@ -176,7 +189,11 @@ def _end(child: subprocess.Popen[bytes], apart: bool) -> None:
         with contextlib.suppress(OSError):
             os.killpg(child.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt, ValueError):
-        child.communicate(timeout=GRACE)
+        try:
+            child.communicate(timeout=1)
+        except subprocess.TimeoutExpired:
+            print(f"waiting {GRACE} s for the program; Ctrl-C ends it at once", file=sys.stderr)
+            child.communicate(timeout=GRACE)
     if apart:
         with contextlib.suppress(OSError):
             os.killpg(child.pid, signal.SIGKILL)

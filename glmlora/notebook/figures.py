@@ -34,7 +34,7 @@ def figures(tell: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
         with contextlib.suppress(ImportError):  # the cell's to tell
             if "pyplot" in source or "pylab" in source:
                 importlib.import_module("matplotlib.pyplot")
-        pyplot = sys.modules.get("matplotlib.pyplot")
+        pyplot: Any = sys.modules.get("matplotlib.pyplot")
         if pyplot is None:
             return
         pyplot.close("all")

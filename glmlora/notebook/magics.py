@@ -69,7 +69,7 @@ def _words(line: str) -> list[str]:
 
 
 def _without_comment(line: str) -> str:
-    return line.split(" #")[0].strip()
+    return "" if line.startswith("#") else line.split(" #")[0].strip()
 
 
 # -- places, variables of the environment ---------------------------------------------------------
@@ -129,7 +129,8 @@ def _set_env(shell: Shell, line: str) -> None:
 # -- programs -------------------------------------------------------------------------------------
 
 ALIASES = {
-    **{name: name for name in ("cat", "cp", "mkdir", "mv", "rm", "rmdir", "man", "less", "more")},
+    **{name: name for name in ("cat", "cp", "mkdir", "mv", "rm", "rmdir")},
+    **dict.fromkeys(("less", "more", "pycat"), "cat"),
     "ls": "ls -F",
     "ll": "ls -F -o",
     "pip": f"{shlex.quote(sys.executable)} -m pip",
@@ -177,7 +178,7 @@ def _script(shell: Shell, name: str, words: list[str], line: str, cell: str) -> 
     options.add_argument("--no-raise-error", action="store_true")
     options.add_argument("--bg", action="store_true")
     options.add_argument("--proc")
-    given, rest = options.parse_known_args(_words(line))
+    given, rest = options.parse_known_args(_words(_without_comment(line)))
     if given.bg or given.proc:
         raise UsageError(f"%%{name} --bg: cells run one after another here")
     words = [*words, *rest]

@@ -319,8 +319,17 @@ class Shell:
         return self._expand(text, sys._getframe(depth + 1))
 
     def _expand(self, text: str, frame: FrameType) -> str:
-        with contextlib.suppress(Exception):  # a `$name` or `{}` of the command's own
+        try:
             return _Expander().expand(text, self.user_ns | frame.f_locals)
+        except (
+            Exception
+        ) as error:  # a `$name` or `{}` of the command's own: all stays, as in IPython
+            why = error
+        if meant := re.search(r"(?<!\$)\{[A-Za-z_]\w*\}", text):
+            hint = ""
+            if isinstance(why, NameError) and re.search(rf"\$\{{?{why.name}\b", text):
+                hint = f"; for the shell's own, write $${why.name} or $${{{{{why.name}}}}}"
+            self.tell(f"{meant[0]} is not replaced ({why}){hint}")
         return text
 
     # -- magics ---------------------------------------------------------------------------------

@@ -17,7 +17,18 @@ from .. import families
 from ..files.regular import regular
 from ..files.write import read_json
 from ..names import did_you_mean
-from .flags import REQUIRED, Flag, Group, StrPath, about, convert, flags_of, given_twice, option
+from .flags import (
+    REQUIRED,
+    Flag,
+    Group,
+    StrPath,
+    about,
+    convert,
+    flags_of,
+    given_twice,
+    names_unknown_flags,
+    option,
+)
 
 SCHEDULERS = (
     "linear",
@@ -51,6 +62,7 @@ GENERATING = (
 )
 
 
+@names_unknown_flags
 @dataclasses.dataclass
 class ModelArguments(Group):
     """Which base model, in which form, with which checkpoints. `checkpoint_dir` becomes a list.
@@ -94,6 +106,7 @@ class ModelArguments(Group):
             self.model_name_or_path = families.default().checkpoint
 
 
+@names_unknown_flags
 @dataclasses.dataclass
 class DataArguments(Group):
     """Which data sets, and how records become ids. Errors and `notices` as in ModelArguments."""
@@ -126,6 +139,7 @@ class DataArguments(Group):
         return [name.strip() for name in self.dataset.split(",") if name.strip()]
 
 
+@names_unknown_flags
 @dataclasses.dataclass
 class FinetuningArguments(Group):
     """What is trained. `lora_target` becomes a list. Errors and `notices` as in ModelArguments."""
@@ -157,6 +171,7 @@ class FinetuningArguments(Group):
             )
 
 
+@names_unknown_flags
 @dataclasses.dataclass
 class TrainingArguments(Group):
     """How to train: the arguments of transformers 4.30.2 by keyword, `output_dir` first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,6 @@ DECODING = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "top_k": 50}
 
 def progress(total: int, disable: bool | None, initial: int = 0, desc: str | None = None) -> Any:
     """A tqdm bar on standard error, for terminals and notebooks."""
-    import sys
     import warnings
 
     with warnings.catch_warnings():
@@ -96,8 +96,10 @@ def predict(
     max_new_tokens: int,
     num_beams: int = 1,
     disable_tqdm: bool | None = None,
+    kept: Path | None = None,
 ) -> tuple[dict[str, float], list[str], list[str]]:
-    """Answers by generation: (metrics under `prefix`_, answers, references).
+    """Answers by generation: (metrics under `prefix`_, answers, references). kept: where the
+    answers so far are written if something stops this.
 
     Decoded as the original does while evaluating: sampling with top_p 0.7, temperature 0.95 and
     top_k 50, or `num_beams` beams; repeatable by `set_seed`.
@@ -112,14 +114,22 @@ def predict(
         eos_token_id=ends,
     )
     prompts = [encoded.source(row).tolist() for row in range(len(encoded))]
-    answers = [""] * len(prompts)
-    with progress(len(prompts), disable_tqdm, desc=prefix) as bar:
-        for row, ids in generate_rows(base, prompts, g, batch_size):
-            stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-            answers[row] = tokenizer.decode(ids[:stop], skip_special_tokens=True)
-            bar.update()
     targets = (encoded.target(row).tolist() for row in range(len(encoded)))
     references = [tokenizer.decode(ids, skip_special_tokens=True) for ids in targets]
+    answered: dict[int, str] = {}
+    try:
+        with progress(len(prompts), disable_tqdm, desc=prefix) as bar:
+            for row, ids in generate_rows(base, prompts, g, batch_size):
+                stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+                answered[row] = tokenizer.decode(ids[:stop], skip_special_tokens=True)
+                bar.update()
+    except BaseException:
+        if kept is not None and answered:
+            rows = sorted(answered)
+            write_predictions(kept, [answered[i] for i in rows], [references[i] for i in rows])
+            print(f"{len(rows)} of {len(prompts)} answers are kept in {kept}", file=sys.stderr)
+        raise
+    answers = [answered[row] for row in range(len(prompts))]
     scores = {f"{prefix}_{k}": v for k, v in compute_metrics(answers, references).items()}
     return (
         {**scores, **speed(prefix, started, len(encoded), -(-len(encoded) // batch_size))},
@@ -187,6 +197,8 @@ def evaluate_answers(
         if not wanted:
             continue
         set_seed(args.seed)
+        path = Path(args.output_dir) / "generated_predictions.jsonl"
+        kept = path.with_suffix(".partial.jsonl") if prefix == "predict" else None
         metrics, answers, references = predict(
             model,
             tokenizer,
@@ -196,8 +208,8 @@ def evaluate_answers(
             data_args.max_target_length + 1,
             beams,
             args.disable_tqdm,
+            kept,
         )
         report_metrics(Path(args.output_dir), prefix, metrics)
-        if prefix == "predict":
-            path = Path(args.output_dir) / "generated_predictions.jsonl"
+        if kept is not None:
             write_predictions(path, answers, references)

@@ -11,11 +11,12 @@ import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from functools import lru_cache, wraps
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from ..names import did_you_mean
 
+Kind = TypeVar("Kind", bound=type)
 StrPath = str | os.PathLike[str]
 REQUIRED = dataclasses.MISSING
 
@@ -239,6 +240,24 @@ def given_twice(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
             told[sets] = f"{name} is given twice: {value} is used, not {values[sets]}"
             values[sets] = value
     return list(told.values())
+
+
+def names_unknown_flags(cls: Kind) -> Kind:
+    """A group whose TypeError for an unknown keyword names the nearest flag that there is."""
+    init = cls.__init__
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **given: Any) -> None:
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in given:
+            if name not in known:
+                raise TypeError(
+                    f"{cls.__name__}: unknown argument {name!r}{did_you_mean(name, known)}"
+                )
+        init(self, *args, **given)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
 
 
 class Group:

@@ -22,7 +22,7 @@ import numpy as np
 
 from .. import _core
 from ..batch import Encoded, epoch_order, grouped_epoch_order
-from ..files.regular import read_text
+from ..files.regular import read_text, regular
 from ..files.write import write_text
 from ..interrupts import Shield, Terminated, signals_arrived
 from ..model.device import memory_available
@@ -391,12 +391,12 @@ class Loop:
         }
         path = self.output_dir / "trainer_log.jsonl"
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=regular) as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # the same is in trainer_state.json, and worth less than the run
+        except (OSError, ValueError) as error:  # trainer_state.json has the same
             if not self._warned_log:
                 self._warned_log = True
-                text = f"{path}: a line could not be written: {error.strerror} (warned once)"
+                text = f"{path}: a line could not be written: {error} (warned once)"
                 warnings.warn(text, stacklevel=6)
 
     def evaluate(self) -> dict[str, float]:

@@ -56,6 +56,7 @@ class Trainee:
         self.tokenizer = tokenizer
         self.names = list(names)
         self.base.set_trainable(self.names)
+        self.template_before = self.base.prompt_template
 
     def save(self, directory: str | os.PathLike, safetensors: bool = True) -> None:
         """Write the trained weights into `directory`, each file atomically.
@@ -82,7 +83,7 @@ class Trainee:
 
     def set_template(self, template: str) -> None:
         """Say what it is trained with; a warning where it was trained with another before."""
-        before = self.base.prompt_template
+        before = self.template_before
         if before != template:
             if before != "auto":
                 warnings.warn(
@@ -130,6 +131,7 @@ class Trainee:
         elif self.kind == "p_tuning":
             self.base.core.remove_prefix()
             self.base.has_prefix, self.base.config.pre_seq_len = False, None
+            self.base.prompt_template = self.template_before
 
     def describe(self) -> dict[str, Any]:
         """What of the method decides the result of a run; compared when a run is resumed."""

@@ -120,7 +120,8 @@ def train(
 
     model_or_path: a model directory, a model, or a PeftModel (whose adapter is then trained
     further). data, eval_data: a DataFrame, a list of dicts, or a csv, json or jsonl file with the
-    columns `instruction` (or `prompt`), `input` (or `query`), `output` (or `response`), `history`.
+    columns `instruction` (or `prompt`), `input` (or `query`), `output` (or `response`), `history`,
+    `system`, or with `messages` (or `conversations`); see `records_from`.
     args: TrainingArguments or a dict; overrides: any argument of `glmlora train` by name, whatever
     its group (`glmlora train --help` says what each does), e.g.
 
@@ -143,12 +144,13 @@ def train(
         warnings.warn(notice, stacklevel=2)
     model_args, data_args, training, finetuning, _ = arguments
     kind = finetuning.finetuning_type if "finetuning_type" in given else None
+    _check_places(model_or_path, model_args)
     check_output_dir(training.output_dir)
     with ending_signals(), owned(training.output_dir):
         resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-        _check_places(model_or_path, model_args)
         _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
         records, n_given = read_records(data, data_args.max_samples)
+        held_out = None if eval_data is None else records_from(eval_data)
         if model_args.threads:
             _core.set_num_threads(model_args.threads)
         set_seed(training.seed)
@@ -158,9 +160,7 @@ def train(
         names_before = methods.unwrapped(model).core.names()
         trainee = _trainee(model, tokenizer, arguments, kind)
         print(trainable_line(trainee.base))
-        if eval_data is not None:
-            held_out = records_from(eval_data)
-        else:
+        if held_out is None:
             records, held_out = _split(records, data_args.dev_ratio, training)
         plot = model_args.plot_loss if "plot_loss" in given else None
         try:
@@ -195,12 +195,12 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
         print(f"{name} parameters: {group.to_dict()}")
     for notice in notices:
         print(f"Notice: {notice}")
+    _check_places(model_args.model_name_or_path, model_args)
     check_output_dir(args.output_dir)
     with ending_signals(), owned(args.output_dir):
         resume = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
         if model_args.threads:
             _core.set_num_threads(model_args.threads)
-        _check_places(model_args.model_name_or_path, model_args)
         records = _load_records(data_args)
         set_seed(args.seed)
         base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
@@ -289,7 +289,6 @@ def _loop(
 ) -> Loop:
     """Encode the records, and those held out where they are evaluated; the loop over them."""
     training, config = args.training, trainee.base.config
-    trainee.set_template(args.data.template)
     encoded = encode(records, trainee.tokenizer, args.data, config, "data", verbose)
     eval_encoded = None
     if held_out and (training.do_eval or training.eval_strategy != "no"):
@@ -311,6 +310,7 @@ def _loop(
         "training_args.bin": training.to_json_string(),
         "finetuning_args.json": args.finetuning.to_json_string(),
     }
+    trainee.set_template(args.data.template)
     return Loop(trainee, encoded, training, eval_encoded, callbacks, argument_files)
 
 
