@@ -103,7 +103,7 @@ def test_typed_and_versioned():
 
 def test_a_wheel_for_others_has_equal_bytes_and_says_what_is_inside(tmp_path, wheel, monkeypatch):
     """However its entries are ordered and dated, as another build's would be."""
-    monkeypatch.syspath_prepend(str(ROOT / "wheels"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "portable"))
     import build
 
     with zipfile.ZipFile(wheel) as archive:

@@ -1,7 +1,7 @@
 """Builds the wheels that are given to others: manylinux2014, one for each processor, for every
 CPython from 3.10 on.
 
-    python wheels/build.py [x86_64] [aarch64] [--out dist]
+    python tests/portable/build.py [x86_64] [aarch64] [--out dist]
 
 run by `make wheels` in the environment of requirements.txt. zig is the compiler: it brings the
 headers and the C library of glibc 2.17 for both processors, so no container is needed. Two builds
@@ -24,7 +24,7 @@ import time
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 MACHINES = ("x86_64", "aarch64")
 SOURCES = (
     "setup.py",
