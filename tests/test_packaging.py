@@ -11,10 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from wheels import install
 
 import glmlora
 from glmlora import _core
-from wheels import install
 
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = ["torch", "transformers", "peft", "pandas", "datasets", "safetensors"]

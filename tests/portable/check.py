@@ -1,6 +1,6 @@
 """Checks the wheels that build.py made: `make wheels-check`.
 
-    python tests/portable/check.py [--only files,again,pythons,clean,aarch64] [--python FILE ..] [--dist D]
+    python tests/portable/check.py [--only files,again,..] [--python FILE ..] [--dist D]
 
 files     tags, RECORD, the bill of materials, and abi3audit's word on the stable ABI
 again     a second build, from nothing, has equal bytes
