@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import families
+from .. import families, tell
 from ..families import recognition
 from ..files.foreign import folder_kind, refuse_quantization
 from ..files.hub import check_keywords, model_directory
@@ -94,6 +95,12 @@ _MORE_KEYS = ("prefix_dropout", "use_cache", "name_or_path", "bos_token_id", *_O
 # What only this package writes: what users said when they opened the model, and config.json lacks.
 OWN_ROPE_MODE = "glmlora_rope_mode"
 OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
+# Keys that mean nothing here, where they say something.
+_UNUSED = {
+    "rope_scaling": "positions are scaled by rope_ratio",
+    "hidden_dropout": "only adapters and prefixes have dropout",
+    "attention_dropout": "only adapters and prefixes have dropout",
+}
 _MAY_BE_NULL = ("eos_token_id", "pad_token_id")
 
 
@@ -211,9 +218,12 @@ class ChatGLMConfig:
                 family = recognition.find(fields, directory, tokenizer_fields(directory))
             else:
                 family = families.of(family).name
-            return cls(family=family, rope_mode=rope_mode, **fields)
+            config = cls(family=family, rope_mode=rope_mode, **fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
+        for text in _without_effect(fields):
+            tell.once(f"{file}: {text}")
+        return config
 
     def check(self) -> None:
         """Raise ValueError naming a field that no supported model can have."""
@@ -337,6 +347,18 @@ class ChatGLMConfig:
 
     def __repr__(self) -> str:
         return f"ChatGLMConfig(family={self.family!r}, {self.to_dict()})"
+
+
+def _without_effect(fields: Mapping[str, Any]) -> list[str]:
+    """Sentences about keys that would change a model elsewhere, and about misspelt ones."""
+    told = [
+        f"{n} {fields[n]!r} has no effect: {why}" for n, why in _UNUSED.items() if fields.get(n)
+    ]
+    for name in fields:
+        near = get_close_matches(str(name), DEFAULTS, 1, 0.9) if not is_key(name) else []
+        if near and name not in OWN_KEYS:
+            told.append(f"{short_repr(name)} is not used (did you mean {near[0]!r}?)")
+    return told
 
 
 def is_key(name: str) -> bool:

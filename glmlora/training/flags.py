@@ -276,7 +276,7 @@ class Group:
                 continue
             value = convert(flag, value)
             setattr(self, flag.name, value)
-            if flag.mark == "A" and value != flag.default and value not in (["none"], "none"):
+            if flag.mark == "A" and value != flag.default and value not in ([], ["none"], "none"):
                 self.notices.append(f"{flag.name} has no effect: {flag.help}")
             if flag.bound and value is not None and not BOUNDS[flag.bound][0](value):
                 raise ValueError(f"{flag.name}: expected {_expected(flag)}, got {value!r}")
