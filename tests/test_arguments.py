@@ -548,3 +548,8 @@ def test_a_flag_given_twice_is_told():
 def test_values_that_contradict_each_other(given, message):
     with pytest.raises(ValueError, match=message):
         parse(output_dir="o", **given)
+
+
+def test_a_prefix_that_chats_do_not_add_is_told():
+    assert "source_prefix" in str(parse(output_dir="o", source_prefix="P:").notices)
+    assert "source_prefix" not in str(parse(output_dir="o").notices)
