@@ -298,6 +298,7 @@ def test_chat_in_a_terminal(tmp_path):
         terminal.until("> ")
         terminal.type("half a question")
         terminal.until("question")
+        time.sleep(0.3)  # Python's readline hears a signal only while it waits for a key
         terminal.type("\x03")
         # Python's readline does not see a signal that comes just before it waits for a key.
         terminal.until("> ", key="\x03")

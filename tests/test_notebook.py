@@ -141,6 +141,7 @@ PRINTS = [
     ("%%bash --no-raise-error\nexit 3\n####\n_exit_code", "3\n"),
     ("!exit 3\n_exit_code", "3\n"),
     ("import asyncio\nawait asyncio.sleep(0)\nawait asyncio.sleep(0, 'a')", "'a'\n"),
+    ("import asyncio\nasync def f(): return 1\nasyncio.run(f())", "1\n"),
     ("async def f():\n    yield 1\nasync for x in f():\n    print(x)", "1\n"),
     ("display(1, 'a')", "1\n'a'\n"),
     ("2\n####\n_ + 1\n####\n(_, __, Out[1], _2, In[1])", "2\n3\n(3, 2, 2, 3, '2')\n"),

@@ -219,6 +219,7 @@ def test_padding_on_the_left(tiny):
         (lambda t: t("a", return_tensors="tf"), ValueError, "return_tensors"),
         (lambda t: t("a", padding="right"), ValueError, "padding"),
         (lambda t: t("a", truncation="no"), ValueError, "truncation"),
+        (lambda t: t("a", truncation=True, max_length="8"), ValueError, "max_length: .*whole"),
         (lambda t: t.encode("x\ud800"), ValueError, "character 1 is a lone surrogate"),
         (lambda t: t.decode([5, -1]), ValueError, r"ids\[1\].*-1"),
         (lambda t: t.decode([5, 1.5]), ValueError, r"ids\[1\].*1.5"),

@@ -46,16 +46,6 @@ class Model(Protocol):
     def config(self) -> ModelConfig: ...
 
 
-def own_settings(model: Model) -> GenerationConfig:
-    """Those of the model. TypeError where something else was put in their place."""
-    own = model.generation_config
-    if not isinstance(own, GenerationConfig):
-        raise TypeError(
-            f"model.generation_config: expected a GenerationConfig, got {type(own).__name__}"
-        )
-    return own
-
-
 # (places among the rows that are fed) -> `choice` of core.next for them
 Choose = Callable[[Sequence[int]], "dict[str, Any] | None"]
 

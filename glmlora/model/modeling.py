@@ -122,7 +122,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.training = False
         self.active_adapter_name = "default"
         self._dropout_key = seeds.next_key()
-        self.generation_config = GenerationConfig.from_model_config(config)
+        self._generation_config = GenerationConfig.from_model_config(config)
         self.opened = Opened(None, {}, self.generation_config)
         self.transformer = Transformer(self)
         self.has_prefix = False
@@ -156,6 +156,18 @@ class ChatGLMForConditionalGeneration(_Casts):
     def dropout_seed(self) -> int:
         """Of its dropout masks."""
         return seeds.seed_of(self._dropout_key)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Settings of `generate`, and of `chat` where it has no default of its own."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        if not isinstance(config, GenerationConfig):
+            kind = type(config).__name__
+            raise TypeError(f"generation_config: expected a GenerationConfig, got {kind}")
+        self._generation_config = config
 
     @property
     def compute_dtype(self) -> str:
