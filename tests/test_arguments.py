@@ -207,6 +207,7 @@ def test_bad_values_name_field_value_and_expectation(field, value, expected):
         (ModelArguments, "quantization_bit", 3),
         (ModelArguments, "family", "bert"),
         (ModelArguments, "threads", 0),
+        (ModelArguments, "threads", 1025),
     ],
 )
 def test_bad_values_of_the_other_groups(kind, field, value):

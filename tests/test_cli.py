@@ -343,7 +343,8 @@ def table(tmp_path):
         (["--fallback", "0"], "--fallback: has no effect without --choices"),
         (["--choices", "0,,1"], "--choices: expected answers separated by commas"),
         (["--answer-column", " "], "--answer-column: expected a name"),
-        (["--input", "none.csv"], "none.csv"),
+        (["--input", "none.csv"], "--input: 'none.csv': looked for a table"),
+        (["--input", "inn.csv"], "found none (did you mean 'in.csv'?)"),
         (["--model", "nowhere", "--input", "none.csv"], "nowhere"),
         (["--device", "gpu", "--input", "none.csv"], "device: expected 'cpu'"),
         (["--adapter", "nowhere", "--input", "none.csv"], "--adapter: 'nowhere'"),
@@ -356,6 +357,13 @@ def test_predict_checks_first(words, text, table, capsys, monkeypatch):
     status, error = run(capsys, "predict", *given)
     assert status == 1 and text in error
     assert os.listdir(table.parent) == ["in.csv"]
+
+
+def test_a_template_without_columns_is_told_once(table):
+    with pytest.warns(UserWarning, match="names no {column}") as told:
+        rows = tables.read_table(table, "which?")
+        assert tables.fill_template("which?", rows) == ["which?"] * len(rows)
+    assert len(told) == 1
 
 
 class Answers:

@@ -360,7 +360,7 @@ def test_a_checkpoint_of_other_parts_is_refused(tiny_model, tmp_path, three, nam
     with pytest.raises(ValueError, match="the checkpoint before it is whole") as caught:
         run(tiny_model, out, max_steps=6, save_steps=2, resume_from_checkpoint="last")
     text = str(caught.value)
-    assert str(out / "checkpoint-4") in text.partition("whole")[2]
+    assert str(out / "checkpoint-4") in text.partition("whole")[2] and "PosixPath" not in text
     # Of a state from another step every part is another one.
     assert name in text or (name == "rng_state.json" and spoil in (take_from_2, flip))
 

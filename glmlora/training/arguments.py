@@ -115,7 +115,7 @@ class ModelArguments(Group):
     plot_loss: bool = option(False, "S", "draw the loss curves into output_dir")
     family: str = option("auto", "S", "model family of the base", families.choices())
     threads: int | None = option(None, "S",
-        "processor threads (default: OMP_NUM_THREADS, else all cores)", bound=">=1")
+        "processor threads (default: OMP_NUM_THREADS, else all cores)", bound="[1,1024]")
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ BOUNDS = {
     "[0,1]": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "[0,1)": (lambda v: 0 <= v < 1, "from 0 to below 1"),
     "seed": (lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1"),
+    "[1,1024]": (lambda v: 1 <= v <= 1024, "from 1 to 1024"),
     "4,8": (lambda v: v in (4, 8), "4 or 8"),
 }
 
