@@ -233,8 +233,9 @@ def test_another_python_keeps_its_packages(run, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/transformers.py").write_text("x = 'the real one'")
     code = (
-        "import sys; sys.prefix = 'elsewhere'; sys.path.append('there'); import transformers; "
-        "print(transformers.x); import peft"
+        "import sys; sys.prefix = 'elsewhere'; "
+        "sys.path = [p for p in sys.path if 'site-packages' not in p] + ['there']; "
+        "import transformers; print(transformers.x); import peft"
     )
     _, out, err = run(f'!python -c "{code}"')
     assert out == "the real one\n" and "No module named 'peft'" in err
