@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import families
+from .. import families, tell
 from ..families import recognition
 from ..files.foreign import folder_kind, refuse_quantization
 from ..files.hub import check_keywords, model_directory
@@ -94,6 +94,8 @@ _MORE_KEYS = ("prefix_dropout", "use_cache", "name_or_path", "bos_token_id", *_O
 # What only this package writes: what users said when they opened the model, and config.json lacks.
 OWN_ROPE_MODE = "glmlora_rope_mode"
 OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
+# Of training and of other architectures, 0 or absent in published files.
+_UNUSED = ("hidden_dropout", "attention_dropout", "rope_scaling", "sliding_window")
 _MAY_BE_NULL = ("eos_token_id", "pad_token_id")
 
 
@@ -203,6 +205,7 @@ class ChatGLMConfig:
             if name in fields:
                 fields[own] = fields.pop(name)
         try:
+            _tell_unused(file, fields)
             for name in fields:
                 if name != "self" and not hasattr(cls, name):
                     continue
@@ -342,6 +345,16 @@ class ChatGLMConfig:
 def is_key(name: str) -> bool:
     """Whether config.json may have such a key, be it there or not."""
     return name in DEFAULTS or name in _MORE_KEYS
+
+
+def _tell_unused(file: Path, fields: Mapping[str, Any]) -> None:
+    """Say once what a config.json asks for that has no effect here."""
+    unused = [f"{k} {short_repr(fields[k])}" for k in _UNUSED if fields.get(k)]
+    layers, other = fields.get("num_layers"), fields.get("num_hidden_layers")
+    if None not in (layers, other) and layers != other:
+        unused.append(f"num_hidden_layers {short_repr(other)}, num_layers is {short_repr(layers)}")
+    if unused:
+        tell.once(f"{file}: is not used: {'; '.join(unused)}")
 
 
 def tokenizer_fields(directory: Path) -> dict[str, Any]:
