@@ -312,6 +312,19 @@ def test_a_traceback_has_the_cells_lines(run, reader, texts, lines):
     assert "glmlora" not in err and "asyncio" not in err, err
 
 
+@pytest.mark.parametrize(
+    "cell, last",
+    [
+        ("from transformers import Trainer", "glmlora.train"),
+        ("import transformers\ntransformers.Trainer", "glmlora.train"),
+        ("import modeling_chatglm", "from transformers import AutoModel"),
+    ],
+)
+def test_what_a_stand_in_lacks_is_shown_at_the_cell(run, cell, last):
+    status, _, err = run(cell)
+    assert status == 1 and last in err.splitlines()[-1] and err.count('  File "') == 1
+
+
 @pytest.mark.parametrize("cell, status, words", [
     ("import sys\nsys.exit(3)", 3, ""),
     ("exit()", 0, ""),
