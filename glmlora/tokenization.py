@@ -131,6 +131,9 @@ class ChatGLMTokenizer(Encoder):
                 if new := [t for t in map(_content, listed) if self._unknown(t)]:
                     unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
                 continue
+            if name == "chat_template" and value and self._family.template_mark not in str(value):
+                unused.append(f"chat_template, prompts have {self._family.title}'s own form")
+                continue
             value = _content(value) if isinstance(value, dict) else value
             if name in settings and value is not None:
                 try:

@@ -37,13 +37,14 @@ class Model(Protocol):
     """What generation needs of a model."""
 
     core: _core.Model
-    generation_config: GenerationConfig
     cached_row: CachedRow | None  # kept between chats
     prefix_is_fresh: bool
     prompt_template: str  # "auto", or the one it was trained with
 
     @property
     def config(self) -> ModelConfig: ...
+    @property
+    def generation_config(self) -> GenerationConfig: ...
 
 
 # (places among the rows that are fed) -> `choice` of core.next for them

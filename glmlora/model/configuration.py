@@ -99,6 +99,7 @@ OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
 _UNUSED = {
     "rope_scaling": "positions are scaled by rope_ratio",
     "hidden_dropout": "only adapters and prefixes have dropout",
+    "sliding_window": "attention reaches every position",
     "attention_dropout": "only adapters and prefixes have dropout",
 }
 _MAY_BE_NULL = ("eos_token_id", "pad_token_id")
@@ -354,6 +355,9 @@ def _without_effect(fields: Mapping[str, Any]) -> list[str]:
     told = [
         f"{n} {fields[n]!r} has no effect: {why}" for n, why in _UNUSED.items() if fields.get(n)
     ]
+    layers, other = fields.get("num_layers"), fields.get("num_hidden_layers")
+    if None not in (layers, other) and layers != other:
+        told.append(f"num_hidden_layers {other!r} has no effect: num_layers is {layers!r}")
     for name in fields:
         near = get_close_matches(str(name), DEFAULTS, 1, 0.9) if not is_key(name) else []
         if near and name not in OWN_KEYS:

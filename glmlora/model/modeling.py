@@ -7,6 +7,7 @@ core; this file moves names and arrays.
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ import numpy as np
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
+from ..files.hub import check_keywords
 from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
@@ -29,7 +31,7 @@ from ..tell import warn
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
 from .device import Device, backend_of
-from .keywords import SaveKeywords
+from .keywords import FORWARD_NEUTRAL, FORWARD_REASONS, ForwardKeywords, SaveKeywords
 from .output import CausalLMOutput, mean_loss
 from .parameters import (
     DTYPE_NAMES,
@@ -642,6 +644,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         return_dict: bool = True,
         use_cache: bool | None = None,
         past_key_values: PastKeyValues | None = None,
+        **others: Unpack[ForwardKeywords],
     ) -> Any:
         """Logits of every token, without dropout or gradients.
 
@@ -649,9 +652,12 @@ class ChatGLMForConditionalGeneration(_Casts):
         end; labels (B, T), not shifted, -100 where not scored (`loss` is their mean; all masked: a
         warning, and None). past_key_values: what an earlier call returned; input_ids are those
         that follow, attention_mask covers all. A call without labels returns it unless `use_cache`
-        is False. Returns a CausalLMOutput, or its tuple with `return_dict=False`. Raises ValueError
-        naming argument, row and value.
+        is False. others: FORWARD_NEUTRAL in keywords.py. Returns a CausalLMOutput, or its tuple
+        with `return_dict=False`. Raises ValueError naming argument, row and value.
         """
+        if others:
+            known = inspect.signature(self.forward).parameters
+            check_keywords("forward", others, known, FORWARD_NEUTRAL, FORWARD_REASONS)
         if past_key_values is not None:
             if labels is not None or output_hidden_states:
                 raise ValueError("past_key_values: cannot be given with labels or hidden states")
