@@ -473,3 +473,26 @@ def test_the_end_signal_leaves_answers_as_ctrl_c_does(tmp_path):
     told = process.communicate(timeout=30)[1].decode()
     assert process.returncode == 143 and "answers are kept in" in told, told
     assert len(read(kept)) > 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_a_library_computes_does_not_hold_the_end_up(number, status):
+    """Python would wait for the thread that the interrupted encoding is in."""
+    code = (
+        "import os, sys, threading, time\n"
+        "from glmlora import cli, interrupts\n"
+        "def busy():\n"
+        f"    threading.Timer(0.05, os.kill, (os.getpid(), {int(number)})).start()\n"
+        "    time.sleep(30)\n"
+        "def doctor(args):\n"
+        "    with interrupts.ending_signals():\n"
+        "        interrupts.interruptible(busy)\n"
+        "cli.doctor = doctor\n"
+        "sys.argv = ['glmlora', 'doctor']\n"
+        "print('begins')\n"
+        "sys.exit(cli.main())\n"
+    )
+    found = subprocess.run(  # a longer time than this is the failure
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20
+    )
+    assert (found.returncode, found.stdout) == (status, "begins\n"), found.stderr
