@@ -151,7 +151,7 @@ class ChatGLMTokenizer(Encoder):
     def _open_model(self) -> None:
         try:
             from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise ImportError(
                 "the tokenizer needs the sentencepiece package: pip install sentencepiece"
             ) from error

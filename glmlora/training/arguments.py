@@ -688,7 +688,7 @@ def _read_config(path: str) -> dict[str, Any]:
         return read_json(path, dict, unique=True)
     try:
         import yaml
-    except ImportError:
+    except ModuleNotFoundError:
         raise ValueError(
             f"{path}: reading YAML needs PyYAML (pip install pyyaml); or use a .json file"
         ) from None
