@@ -279,7 +279,7 @@ def test_a_conversion_beside_a_long_computation_does_not_answer_its_signals():
         thread.join()
         assert not wrong
         """,
-        timeout=40,
+        timeout=400 if "GLMLORA_SANITIZED" in os.environ else 40,
     )
 
 
