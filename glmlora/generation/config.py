@@ -30,6 +30,7 @@ class HasEnds(Protocol):
     def pad_token_id(self) -> int | None: ...
     @property
     def padded_vocab_size(self) -> int: ...
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 def _names_unknown_fields(cls: Kind) -> Kind:
@@ -118,8 +119,30 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, config: HasEnds) -> GenerationConfig:
-        """End and pad ids of a model's config.json."""
-        return cls(eos_token_id=config.eos_token_ids, pad_token_id=config.pad_token_id)
+        """Ids of a model's config.json, and the settings that older programs write there."""
+        found = cls(eos_token_id=config.eos_token_ids, pad_token_id=config.pad_token_id)
+        given = config.to_dict()
+        names = set(cls.__dataclass_fields__) - {"eos_token_id", "pad_token_id", "use_cache"}
+        unused = found._take(
+            {n: v for n, v in given.items() if n in names}, config.padded_vocab_size
+        )
+        if unused:
+            tell.warn(f"config.json: is not used: {'; '.join(unused)}")
+        return found
+
+    def _take(self, values: Mapping[str, Any], vocabulary: int) -> list[str]:
+        """Set fields that are in a file; returns what is wrong about those that cannot be set."""
+        unused = []
+        for name, value in values.items():
+            try:
+                one = type(self)(**{name: value})
+                one.check(vocabulary)
+            except (TypeError, ValueError) as error:
+                unused.append(str(error))
+            else:
+                if value is not None and name in self.__dataclass_fields__:
+                    setattr(self, name, value)
+        return unused
 
     @classmethod
     def from_pretrained(
@@ -131,16 +154,7 @@ class GenerationConfig:
         file = Path(path) / "generation_config.json"
         found = cls() if config is None else cls.from_model_config(config)
         vocabulary = 1 << 31 if config is None else config.padded_vocab_size
-        unused = []
-        for name, value in read_json(file, dict).items():
-            try:
-                one = cls(**{name: value})
-                one.check(vocabulary)
-            except (TypeError, ValueError) as error:
-                unused.append(str(error))
-            else:
-                if value is not None and name in cls.__dataclass_fields__:
-                    setattr(found, name, value)
+        unused = found._take(read_json(file, dict), vocabulary)
         if unused:
             tell.warn(f"{file}: is not used: {'; '.join(unused)}")
         found.update(**fields)

@@ -118,7 +118,8 @@ class AutoModel:
         model.prompt_template = read_template(directory) or "auto"
         file, stored = directory / GENERATION, {}
         if file.exists():
-            model.generation_config = GenerationConfig.from_pretrained(directory, config)
+            said = {n: v for n, v in keys.items() if n in GenerationConfig.__dataclass_fields__}
+            model.generation_config = GenerationConfig.from_pretrained(directory, config, **said)
             stored = read_json(file, dict)
         before = model.generation_config
         if generation_config is not None:

@@ -153,6 +153,7 @@ class ChatGLMForConditionalGeneration(_Casts):
                 f"the P-Tuning prefix beside the weights ({len(prefix)} tensors) is not used: open "
                 "the model with pre_seq_len=.. for it"
             )
+        config.built()
 
     @cached_property
     def dropout_seed(self) -> int:
