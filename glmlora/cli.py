@@ -397,6 +397,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return parser, parsers
 
 
+# Flags that other programs for these models have, and what they are here.
+_ELSEWHERE = {
+    **dict.fromkeys(("--model_name_or_path", "--model_path", "--base_model"), "--model"),
+    **dict.fromkeys(("--checkpoint_dir", "--adapter_name_or_path", "--lora_path"), "--adapter"),
+    **dict.fromkeys(("--ptuning_checkpoint", "--peft_path", "--adapter_path"), "--adapter"),
+    **dict.fromkeys(("--output_dir", "--export_dir", "--output_path"), "--output"),
+    **dict.fromkeys(("--input_file", "--test_file", "--csv"), "--input"),
+}
+_TEMPLATE = ": prompts have the form of the model's family, or the one the adapter was trained with"
+
+
 def _check_words(
     words: Sequence[str], parser: argparse.ArgumentParser, verbs: Mapping[str, Any]
 ) -> None:
@@ -419,7 +430,9 @@ def _check_words(
         if word == "--":
             break
         if name.startswith("--") and name not in known:
-            verb.error(f"unknown flag {name}{did_you_mean(name, known)}")
+            meant = _ELSEWHERE.get(name.replace("-", "_").replace("__", "--", 1), name)
+            near = _TEMPLATE if name == "--template" else did_you_mean(meant, known)
+            verb.error(f"unknown flag {name}{near}")
     single = {name: a.dest for name, a in known.items() if a.nargs is None and a.const is None}
     appended = {a.dest for a in known.values() if isinstance(a, argparse._AppendAction)}
     for text in given_twice(mine, {n: d for n, d in single.items() if d not in appended}):

@@ -50,6 +50,8 @@ def run(path: str | os.PathLike, argv: Sequence[str] = ()) -> int:
     place = Path(path)
     if not place.exists():
         raise FileNotFoundError(f"{place}: no such notebook or script")
+    if place.is_dir():
+        raise IsADirectoryError(f"{place}: is a directory, expected a notebook or script")
     main = ModuleType("__main__")
     saved = sys.modules["__main__"], sys.argv, list(sys.path)
     install()

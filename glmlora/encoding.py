@@ -343,6 +343,8 @@ class Encoder:
         known = set(Options.__annotations__) - set(EncodeOptions.__annotations__)
         refuse_options({n: v for n, v in given.items() if n not in known}, EncodeOptions, function)
         padding, max_length = given.get("padding") or False, given.get("max_length")
+        _check_length("max_length", max_length)
+        _check_length("pad_to_multiple_of", given.get("pad_to_multiple_of"))
         add_special = bool(given.get("add_special_tokens", True))
         strategy = given.get("truncation")
         _one_of("truncation", strategy, _TRUNCATIONS)
@@ -578,6 +580,12 @@ def checked_ids(ids: Any) -> list[int]:
         at, i = next((at, i) for at, i in enumerate(checked) if i < 0)
         raise ValueError(f"ids[{at}]: expected an id from 0, got {i}")
     return checked
+
+
+def _check_length(name: str, value: Any) -> None:
+    """ValueError where it is neither None nor a whole number."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+        raise ValueError(f"{name}: expected a whole number, got {value!r:.80}")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

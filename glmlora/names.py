@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 
@@ -11,7 +12,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about a misspelt name: " (did you mean 'history'?)", or "" where no
     known name is near.
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
+    words = list(known)
+    near = [w for w in words if name and re.match(re.escape(name) + "[-_]", w)]
+    near = near or difflib.get_close_matches(name, words, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

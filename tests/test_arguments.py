@@ -96,7 +96,7 @@ def test_every_flag_by_its_mark(group, flag):
     expected = ["x", "y"] if flag.kind == "list" else value
     assert getattr(made, flag.name) == expected
     assert [notice.split()[0] for notice in made.notices] == (
-        [flag.name] if flag.mark == "A" else []
+        [flag.name] if flag.mark == "A" or flag.name == "source_prefix" else []
     )
     if flag.name in ("evaluation_strategy", "eval_strategy", "do_predict"):
         return
@@ -549,3 +549,8 @@ def test_a_flag_given_twice_is_told():
 def test_values_that_contradict_each_other(given, message):
     with pytest.raises(ValueError, match=message):
         parse(output_dir="o", **given)
+
+
+def test_a_prefix_that_chats_do_not_add_is_told():
+    assert "source_prefix" in str(parse("--output_dir", "o", "--source_prefix", "P:").notices)
+    assert "source_prefix" not in str(parse("--output_dir", "o").notices)

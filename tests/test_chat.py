@@ -562,6 +562,8 @@ def test_chats_start_from_the_models_settings(v2, v3, monkeypatch):
     [
         ("chat", {"histroy": []}, TypeError, "chat: .*'histroy' .did you mean 'history'"),
         ("chat", {"rol": "user"}, TypeError, "did you mean 'role'"),
+        ("chat", {"role": "system"}, ValueError, "role: ChatGLM2 knows only 'user', got 'system'"),
+        ("chat", {"stop": ["a"]}, TypeError, "did you mean 'stop_strings'"),
         ("chat", {"num_return_sequences": 2}, ValueError, "num_return_sequences.*use generate"),
         ("chat", {"return_dict_in_generate": True}, ValueError, "return_dict.*use generate"),
         ("chat", {"typical_p": 0.5}, ValueError, "typical_p"),
@@ -596,10 +598,9 @@ def test_chats_tell_what_has_no_effect(v2, monkeypatch, recwarn):
     ]
     assert {w.filename for w in recwarn} == {__file__}
     model.chat(tokenizer, "x", do_sample=False, max_new_tokens=1)
-    monkeypatch.setattr(model, "generation_config", {"max_new_tokens": 3})
-    for ask in (lambda: model.chat(tokenizer, "x"), lambda: model.generate([[5]])):
-        with pytest.raises(TypeError, match="model.generation_config.*dict"):
-            ask()
+    for other in ({"max_new_tokens": 3}, None):
+        with pytest.raises(TypeError, match=f"generation_config: .*got {type(other).__name__}"):
+            model.generation_config = other
 
 
 def test_criteria_and_stop_strings_end_an_answer(v2):

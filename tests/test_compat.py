@@ -112,6 +112,14 @@ def test_packages_that_are_not_there(monkeypatch):
         importlib.import_module("torch")
 
 
+def test_versions_that_notebooks_ask_for():
+    compat.install()
+    import peft
+    import transformers
+
+    assert transformers.__version__ == "4.30.2+glmlora" and peft.__version__ == "0.4.0+glmlora"
+
+
 def test_stand_ins_can_be_looked_for():
     compat.install()
     assert importlib.util.find_spec("transformers").name == "transformers"

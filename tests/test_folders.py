@@ -237,6 +237,18 @@ def test_config_values_that_mean_nothing_are_named(directory, fields):
         load(directory)
 
 
+def test_config_keys_without_effect_are_told(directory):
+    edit(directory, hidden_dropout=0.0, attention_dropout=0, rope_scaling=None, num_hidden_layers=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(directory, family="v2")
+    edit(directory, hidden_dropout=0.1, rope_scaling={"factor": 2.0}, num_hidden_layers=4)
+    with pytest.warns(UserWarning, match="hidden_dropout 0.1 has no effect") as told:
+        load(directory)
+    said = " ".join(str(one.message) for one in told)
+    assert "rope_scaling" in said and "num_hidden_layers 4 has no effect" in said
+
+
 def test_keys_that_are_names_of_ours(directory):
     """They must not take the place of a method."""
     edit(directory, family="chatglm3", rope_mode="half")
@@ -250,6 +262,14 @@ def test_keys_that_are_names_of_ours(directory):
         rest = read_json(directory / "config.json")
         del rest[name]
         write_json(directory / "config.json", rest)
+
+
+@pytest.mark.parametrize("tokens", [7777777, [[1]], ["\ud800"], [None], "text", {"a": {"b": 1}}])
+def test_tokens_of_a_tokenizer_that_are_no_texts(folder, tokens):
+    text = json.dumps({"additional_special_tokens": tokens})
+    (folder / "special_tokens_map.json").write_text(text)
+    with pytest.warns(UserWarning, match="is not used: additional_special_tokens"):
+        glmlora.AutoTokenizer.from_pretrained(folder)
 
 
 # Which family it is
@@ -658,6 +678,7 @@ def test_keywords_that_have_an_effect(directory, tmp_path):
         ({"device_map": {"a": 0, "b": "cpu"}}, ValueError, "device_map: names 0, cpu"),
         ({"torch_dtype": "float16", "dtype": "float32"}, ValueError, "torch_dtype is 'float16'"),
         ({"generation_config": {"top_p": 1}}, TypeError, "generation_config: got a dict"),
+        ({"config": {"num_layers": 2}}, TypeError, "config: expected a ChatGLMConfig, got dict"),
         ({"disable_mmap": True}, ValueError, "always mapped"),
         ({"load_in_8bit": "False"}, ValueError, "load_in_8bit: expected True or False"),
         ({"use_safetensors": "no"}, ValueError, "use_safetensors: expected True or False"),

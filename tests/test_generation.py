@@ -430,6 +430,30 @@ def test_generation_config(model, tmp_path):
     assert other.generation_config.top_p == 1.0
 
 
+def test_settings_of_the_models_config(tmp_path, monkeypatch, recwarn):
+    """Older programs write them into config.json, and scripts set them there afterwards."""
+    monkeypatch.setattr(tell, "_told", set())
+    directory = tiny_model_dir(tmp_path, max_new_tokens=2, num_beams=0, do_sample=False)
+    model = glmlora.AutoModel.from_pretrained(directory, family="v2", eos_token_id=[])
+    assert model.generate(prompt(4)).shape == (1, 6)
+    assert [str(w.message)[:45] for w in recwarn] == [
+        "config.json: is not used: num_beams: expected"
+    ]
+    recwarn.clear()
+    (directory / "generation_config.json").write_text('{"eos_token_id": 2, "max_new_tokens": 3}')
+    model = glmlora.AutoModel.from_pretrained(directory, family="v2", eos_token_id=5)
+    assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == (5, 3)
+    recwarn.clear()
+    model.config.use_cache, model.config.eos_token_id = False, 5
+    assert not recwarn.list
+    model.config.temperature, model.config.num_layers = 0.5, 9
+    assert [str(w.message) for w in recwarn] == [
+        "config.temperature: no effect on a model that is built; set "
+        "model.generation_config.temperature",
+        "config.num_layers: no effect on a model that is built; set it before",
+    ]
+
+
 def test_integers_are_temperatures(model):
     a = model.generate(prompt(4), max_new_tokens=5, do_sample=True, temperature=1, seed=2)
     b = model.generate(prompt(4), max_new_tokens=5, do_sample=True, temperature=1.0, seed=2)

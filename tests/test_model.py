@@ -410,11 +410,21 @@ def test_positions(model):
         ({"input_ids": [[1, 2]], "labels": [[1, 96]]}, "labels: id 96 at row 0, column 1"),
         ({"input_ids": [[1, 2]], "labels": [[1]]}, "labels.*shape"),
         ({"input_ids": [[1] * 129]}, "row 0 has 129 tokens.*128"),
+        ({"input_ids": [[1]], "output_attentions": True}, "forward: output_attentions=True"),
+        ({"inputs_embeds": [[0.5]]}, "inputs_embeds=.*takes ids"),
+        ({"input_ids": [[1]], "logits_to_keep": 1}, "logits of every token are returned"),
     ],
 )
 def test_bad_input_names_argument_row_and_value(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model(**arguments)
+
+
+def test_names_of_transformers_that_ask_for_nothing(model):
+    nothing = {"output_attentions": False, "return_last_logit": False, "inputs_embeds": None}
+    assert model([[1, 2]], **nothing, num_logits_to_keep=0, cache_position=[0, 1]).logits.size
+    with pytest.raises(TypeError, match="'attention_maks' .did you mean 'attention_mask'"):
+        model([[1, 2]], attention_maks=[[1, 1]])
 
 
 def test_all_labels_masked(model):

@@ -141,6 +141,7 @@ PRINTS = [
     ("%%bash --no-raise-error\nexit 3\n####\n_exit_code", "3\n"),
     ("!exit 3\n_exit_code", "3\n"),
     ("import asyncio\nawait asyncio.sleep(0)\nawait asyncio.sleep(0, 'a')", "'a'\n"),
+    ("import asyncio\nasync def f(): return 1\nasyncio.run(f())", "1\n"),
     ("async def f():\n    yield 1\nasync for x in f():\n    print(x)", "1\n"),
     ("display(1, 'a')", "1\n'a'\n"),
     ("2\n####\n_ + 1\n####\n(_, __, Out[1], _2, In[1])", "2\n3\n(3, 2, 2, 3, '2')\n"),
@@ -232,8 +233,9 @@ def test_another_python_keeps_its_packages(run, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/transformers.py").write_text("x = 'the real one'")
     code = (
-        "import sys; sys.prefix = 'elsewhere'; sys.path.append('there'); import transformers; "
-        "print(transformers.x); import peft"
+        "import sys; sys.prefix = 'elsewhere'; "
+        "sys.path = [p for p in sys.path if 'site-packages' not in p] + ['there']; "
+        "import transformers; print(transformers.x); import peft"
     )
     _, out, err = run(f'!python -c "{code}"')
     assert out == "the real one\n" and "No module named 'peft'" in err
@@ -308,6 +310,19 @@ def test_a_traceback_has_the_cells_lines(run, reader, texts, lines):
         assert f'File "n.ipynb[cell {cell}]", line {line}' in err
         assert f"\n    {text}\n" in err
     assert "glmlora" not in err and "asyncio" not in err, err
+
+
+@pytest.mark.parametrize(
+    "cell, last",
+    [
+        ("from transformers import Trainer", "glmlora.train"),
+        ("import transformers\ntransformers.Trainer", "glmlora.train"),
+        ("import modeling_chatglm", "from transformers import AutoModel"),
+    ],
+)
+def test_what_a_stand_in_lacks_is_shown_at_the_cell(run, cell, last):
+    status, _, err = run(cell)
+    assert status == 1 and last in err.splitlines()[-1] and err.count('  File "') == 1
 
 
 @pytest.mark.parametrize("cell, status, words", [

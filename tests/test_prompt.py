@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer_dir
 
+from glmlora import tell
 from glmlora.families import chatglm2, chatglm3, of, prompt
 from glmlora.families.vendored import in_template
 from glmlora.tokenization import AutoTokenizer
@@ -166,10 +167,28 @@ def test_histories_are_checked(tiny, tiny3):
     for history in ("ab", [("a", "b")], [{"role": "bot", "content": ""}], [{"role": "user"}]):
         with pytest.raises(ValueError, match="history"):
             prompt.chat_ids(tiny3, "q", history)
+    for content in (["a"], {"name": "f"}, [{"type": "text", "text": "a"}]):
+        with pytest.raises(ValueError, match=r"history\[0\]: content: expected text, got a"):
+            prompt.chat_ids(tiny3, "q", [{"role": "user", "content": content}])
     with pytest.raises(ValueError, match="role"):
         prompt.chat_ids(tiny, "q", [], role="system")
     with pytest.raises(ValueError, match="role"):
         prompt.chat_ids(tiny3, "q", [], role="bot")
+
+
+def test_what_a_prompt_leaves_out_of_a_message_is_told(tiny3, recwarn, monkeypatch):
+    monkeypatch.setattr(tell, "_told", set())
+    usual = {"role": "assistant", "metadata": "", "content": "a", "tool_calls": None}
+    prompt.chat_ids(
+        tiny3, "q", [{"role": "system", "content": "s", "tools": [{"name": "f"}]}, usual]
+    )
+    assert not recwarn.list
+    prompt.chat_ids(tiny3, "q", [{**usual, "tool_calls": [{"id": 1}]}])
+    prompt.chat_ids(tiny3, "q", [{"role": "user", "content": "a", "tools": [{"name": "f"}]}])
+    assert [str(w.message) for w in recwarn] == [
+        "history: tool_calls of a message: not used in a prompt",
+        "history: tools, which a system message holds, of a message: not used in a prompt",
+    ]
 
 
 def test_chat_template_of_rounds(tiny):

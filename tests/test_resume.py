@@ -20,7 +20,8 @@ from glmlora.training.checkpoints import find_checkpoint
 TESTS = Path(__file__).resolve().parent
 # Kills itself with the signal at the step; which micro-batch is running does not matter to -9.
 CHILD = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's, which a run leaves alone, is not tested
 sys.path[:0] = [{tests!r}, {root!r}]
 import training
 class Killer:

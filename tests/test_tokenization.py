@@ -219,6 +219,7 @@ def test_padding_on_the_left(tiny):
         (lambda t: t("a", return_tensors="tf"), ValueError, "return_tensors"),
         (lambda t: t("a", padding="right"), ValueError, "padding"),
         (lambda t: t("a", truncation="no"), ValueError, "truncation"),
+        (lambda t: t("a", truncation=True, max_length="8"), ValueError, "max_length: .*whole"),
         (lambda t: t.encode("x\ud800"), ValueError, "character 1 is a lone surrogate"),
         (lambda t: t.decode([5, -1]), ValueError, r"ids\[1\].*-1"),
         (lambda t: t.decode([5, 1.5]), ValueError, r"ids\[1\].*1.5"),
@@ -408,6 +409,7 @@ def test_settings_of_tokenizer_config(tiny_dir, tmp_path, recwarn):
     ).encode_special_tokens
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "eop", "eos_token": "<|x|>"}')
     wrong = {"do_lower_case": True, "padding_side": "right"}
+    wrong["chat_template"] = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
     wrong["added_tokens_decoder"] = {"64798": {"content": "<|new|>"}}
     file.write_text(
         json.dumps({**wrong, "truncation_side": "up", "extra_special_tokens": ["<|y|>"]})

@@ -209,6 +209,7 @@ def write_records(folder):
         (["--version"], 0, "0.1.0"),
         (["doctor"], 0, "All that is needed is here"),
         (["run", "nothing.ipynb"], 1, "no such notebook"),
+        (["run", "/"], 1, "is a directory, expected a notebook or script"),
         (["chat", "--model", "nowhere"], 1, "nowhere"),
         (["train", "--no_such_flag", "1"], 1, "no_such_flag"),
         (["train", "--output_dir", "x", "--stage", "ppo"], 1, "ppo"),

@@ -70,6 +70,7 @@ class ChatGLM2(Family):
     named = re.compile(r"chatglm[-_ ]?2(?!\d)|codegeex[-_ ]?2(?!\d)")
     checkpoint = "THUDM/chatglm2-6b"
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    template_mark = "[Round"
     takes_role = False
 
     def in_directory(self, directory: Path) -> bool:

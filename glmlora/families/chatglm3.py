@@ -104,6 +104,7 @@ class ChatGLM3(Family):
         *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
         *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
     )
+    template_mark = "<|assistant|>"
     role_tokens = shows_special_tokens = True
     end_tokens = ("<|user|>", "<|observation|>")
 

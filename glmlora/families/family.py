@@ -61,6 +61,7 @@ class Family:
     role_tokens = False  # <|user|> and the like are among them, and texts may be encoded with them
     shows_special_tokens = False  # decoding writes their names
     end_tokens: tuple[str, ...] = ()  # end an answer as the end id does
+    template_mark = ""  # stands in every chat template (of tokenizer_config.json) of this form
     takes_role = True  # chat(query, history, role, ..) rather than chat(query, history, ..)
 
     # Which family it is

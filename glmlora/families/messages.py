@@ -10,9 +10,12 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .. import tell
+
 if TYPE_CHECKING:
     from .family import Tokenizer
 
+_MESSAGE = ("role", "content", "metadata", "tools")  # what a prompt takes from a message
 ROLES = ("system", "user", "assistant", "observation")
 TRAINING_TIME = ("[[训练时间]]", "2023年")  # a placeholder in the models' own training data
 
@@ -48,8 +51,18 @@ def check_messages(history: Any, name: str = "history") -> list[dict[str, Any]]:
                 f"{name}[{i}]: expected a message {{'role', 'content'}}, got {item!r:.80}"
             )
         check_role(item.get("role"), f"{name}[{i}]: role")
-        if item.get("content") is None:
+        content = item.get("content")
+        if content is None:
             raise ValueError(f"{name}[{i}]: content is missing")
+        if isinstance(content, list | tuple | Mapping):
+            kind = type(content).__name__
+            raise ValueError(f"{name}[{i}]: content: expected text, got a {kind}")
+        unused = [k for k, v in item.items() if k not in _MESSAGE and v not in (None, "", [], {})]
+        if item["role"] != "system" and item.get("tools"):
+            unused.append("tools, which a system message holds,")
+        if unused:
+            left_out = " and ".join(map(str, unused))
+            tell.once(f"{name}: {left_out} of a message: not used in a prompt")
     return list(history)
 
 

@@ -37,23 +37,14 @@ class Model(Protocol):
     """What generation needs of a model."""
 
     core: _core.Model
-    generation_config: GenerationConfig
     cached_row: CachedRow | None  # kept between chats
     prefix_is_fresh: bool
     prompt_template: str  # "auto", or the one it was trained with
 
     @property
     def config(self) -> ModelConfig: ...
-
-
-def own_settings(model: Model) -> GenerationConfig:
-    """Those of the model. TypeError where something else was put in their place."""
-    own = model.generation_config
-    if not isinstance(own, GenerationConfig):
-        raise TypeError(
-            f"model.generation_config: expected a GenerationConfig, got {type(own).__name__}"
-        )
-    return own
+    @property
+    def generation_config(self) -> GenerationConfig: ...
 
 
 # (places among the rows that are fed) -> `choice` of core.next for them

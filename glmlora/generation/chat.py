@@ -15,7 +15,7 @@ from ..families import recognition
 from ..families.vendored import in_template
 from ..tokenization import TextStream
 from .beams import best_answers
-from .cache import CachedRow, Model, PastKeyValues, check_past, own_settings
+from .cache import CachedRow, Model, PastKeyValues, check_past
 from .config import (
     BatchChatArguments,
     ChatArguments,
@@ -119,7 +119,6 @@ class _Turns:
     def ask(self, query: str, history: Any, role: str) -> tuple[list[int], list[Any]]:
         """(ids of the whole prompt, a new history that ends in the question)."""
         asked = self.family.asked(query, history, role)
-        role = role if self.family.takes_role else "user"
         return list(self.family.chat_ids(self.tokenizer, query, history, role)), asked
 
     def limits(self, prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -145,7 +144,7 @@ def _settings(
     """
     if given is not None and not isinstance(given, GenerationConfig):
         raise TypeError(f"generation_config: expected a GenerationConfig, got {given!r:.80}")
-    own = own_settings(model)
+    own = model.generation_config
     g = copy.copy(own if given is None else given)
     g.num_return_sequences = 1
     if fields.get("eos_token_id") is None:

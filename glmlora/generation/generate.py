@@ -13,7 +13,7 @@ import numpy as np
 from .. import _core, tell
 from ..batch import Batch, as_rows, check_ids
 from .beams import best_answers
-from .cache import CachedRow, Model, PastKeyValues, check_past, own_settings
+from .cache import CachedRow, Model, PastKeyValues, check_past
 from .config import GenerationConfig, Settings, check_names, spelled_out, tell_without_effect
 from .processors import Processor
 from .scheduler import Request, Scheduler, Scores, by_doubling, call_seed, first_room, limits_of
@@ -281,7 +281,7 @@ def _settings(
     if given is not None and not isinstance(given, GenerationConfig):
         raise TypeError(f"generation_config: expected a GenerationConfig, got {given!r:.80}")
     check_names(function, named)
-    own = own_settings(model)
+    own = model.generation_config
     g = copy.copy(own if given is None else given)
     g.update(**named)
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):

@@ -81,6 +81,8 @@ class AutoModel:
         kind = _dtype(torch_dtype, dtype)
         directory = model_directory(pretrained_model_name_or_path, subfolder)
         known = inspect.signature(cls.from_pretrained).parameters
+        if not isinstance(config, ChatGLMConfig | None):
+            raise TypeError(f"config: expected a ChatGLMConfig, got {type(config).__name__}")
         given = {} if config is None else config.to_dict()
         keys = {
             k: v for k, v in others.items() if k not in MODEL_NEUTRAL and (k in given or is_key(k))
@@ -99,8 +101,6 @@ class AutoModel:
         )
         if config is None:
             config = ChatGLMConfig.from_pretrained(directory, family=family, **keys)
-        elif not isinstance(config, ChatGLMConfig):
-            raise TypeError(f"config: expected a ChatGLMConfig, got {type(config).__name__}")
         else:
             for name, value in keys.items():
                 setattr(config, name, value)
@@ -118,7 +118,8 @@ class AutoModel:
         model.prompt_template = read_template(directory) or "auto"
         file, stored = directory / GENERATION, {}
         if file.exists():
-            model.generation_config = GenerationConfig.from_pretrained(directory, config)
+            said = {n: v for n, v in keys.items() if n in GenerationConfig.__dataclass_fields__}
+            model.generation_config = GenerationConfig.from_pretrained(directory, config, **said)
             stored = read_json(file, dict)
         before = model.generation_config
         if generation_config is not None:

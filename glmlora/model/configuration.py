@@ -20,6 +20,7 @@ from ..files.hub import check_keywords, model_directory
 from ..files.small import whole_references
 from ..files.tensor import short_repr
 from ..files.write import read_json, write_json
+from ..generation.config import GenerationConfig
 from .keywords import (
     CONFIG_NEUTRAL,
     CONFIG_REASONS,
@@ -95,10 +96,17 @@ _MORE_KEYS = ("prefix_dropout", "use_cache", "name_or_path", "bos_token_id", *_O
 # What only this package writes: what users said when they opened the model, and config.json lacks.
 OWN_ROPE_MODE = "glmlora_rope_mode"
 OWN_KEYS = (recognition.OWN_KEY, OWN_ROPE_MODE)
+# What a model that is built does not read again.
+_READ_ONCE = {
+    *(set(_SIZES) - {"seq_length"}),
+    *("layernorm_epsilon", "rope_ratio", "add_qkv_bias", "multi_query_attention", "rmsnorm"),
+    *(set(GenerationConfig.__dataclass_fields__) - {"use_cache"}),
+}
 # Keys that mean nothing here, where they say something.
 _UNUSED = {
     "rope_scaling": "positions are scaled by rope_ratio",
     "hidden_dropout": "only adapters and prefixes have dropout",
+    "sliding_window": "attention reaches every position",
     "attention_dropout": "only adapters and prefixes have dropout",
 }
 _MAY_BE_NULL = ("eos_token_id", "pad_token_id")
@@ -141,6 +149,7 @@ class ChatGLMConfig:
     eos_token_id: int | list[int] | None
     pad_token_id: int | None
     torch_dtype: str | None
+    _is_built = False
 
     def __init__(self, family: str | None = None, rope_mode: str | None = None, **fields: Any):
         fields = completed(fields)
@@ -150,6 +159,19 @@ class ChatGLMConfig:
         self.family = own
         self._rope_mode = rope_mode
         self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_built and name in _READ_ONCE and value != self.__dict__.get(name):
+            own = name in GenerationConfig.__dataclass_fields__
+            instead = f"set model.generation_config.{name}" if own else "set it before"
+            tell.once(f"config.{name}: no effect on a model that is built; {instead}")
+        super().__setattr__(name, value)
+
+    def built(self) -> None:
+        """Say that a model has been built: from now on a key that it does not read again is told
+        when it is set.
+        """
+        self.__dict__["_is_built"] = True
 
     @property
     def rope_mode(self) -> str:
@@ -308,7 +330,9 @@ class ChatGLMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `config.json`: everything read, and defaults that were not."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("family", "_rope_mode")}
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("family", "_rope_mode", "_is_built")
+        }
 
     def file_fields(self, *folders: Path) -> dict[str, Any]:
         """What `config.json` in a directory says. folders: where its files are, or are going to be:
@@ -354,6 +378,9 @@ def _without_effect(fields: Mapping[str, Any]) -> list[str]:
     told = [
         f"{n} {fields[n]!r} has no effect: {why}" for n, why in _UNUSED.items() if fields.get(n)
     ]
+    layers, other = fields.get("num_layers"), fields.get("num_hidden_layers")
+    if None not in (layers, other) and layers != other:
+        told.append(f"num_hidden_layers {other!r} has no effect: num_layers is {layers!r}")
     for name in fields:
         near = get_close_matches(str(name), DEFAULTS, 1, 0.9) if not is_key(name) else []
         if near and name not in OWN_KEYS:

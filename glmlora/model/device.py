@@ -19,12 +19,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .. import _core
+from .. import _core, tell
 
 KINDS = ("cpu", "cuda", "emu")
 _COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -114,7 +113,7 @@ def _missing(wanted: Device, why: str) -> Device:
         raise RuntimeError(f"{wanted}: {why} (GLMLORA_STRICT_DEVICE=1 makes this an error)")
     if wanted.type not in _warned:
         _warned.add(wanted.type)
-        warnings.warn(f"{wanted}: {why}: the model stays on the CPU", stacklevel=5)
+        tell.warn(f"{wanted}: {why}: the model stays on the CPU")
     return Device("cpu")
 
 

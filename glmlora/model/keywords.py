@@ -5,7 +5,7 @@ are refused.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 from ..files.hub import DownloadKeywords
 
@@ -67,6 +67,19 @@ class ModelKeywords(ConfigKeywords, total=False):
     distributed_config: Any
 
 
+class ForwardKeywords(TypedDict, total=False):
+    """Of a call of the model."""
+
+    inputs_embeds: Any
+    output_attentions: bool | None
+    cache_position: Any
+    token_type_ids: Any
+    full_attention_mask: Any
+    return_last_logit: bool | None
+    logits_to_keep: int
+    num_logits_to_keep: int
+
+
 class SaveKeywords(DownloadKeywords, total=False):
     """Of save_pretrained."""
 
@@ -106,6 +119,11 @@ MODEL_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("torch_compile", "disable_mmap"), (False,)),
     **CONFIG_NEUTRAL,
 }
+FORWARD_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+    "cache_position": None,  # follows from past_key_values
+    **dict.fromkeys(("output_attentions", "return_last_logit"), (False,)),
+    **dict.fromkeys(("logits_to_keep", "num_logits_to_keep"), (0,)),
+}
 SAVE_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("push_to_hub", "distributed_checkpoint"), (False,)),
     # what an upload would be called
@@ -141,6 +159,14 @@ MODEL_REASONS = {
     **dict.fromkeys(("max_memory", "tp_plan", "tp_size", "device_mesh"), _WHOLE),
     "distributed_config": _WHOLE,
     **CONFIG_REASONS,
+}
+_LAST = "logits of every token are returned: logits[:, -1] are the last"
+FORWARD_REASONS = {
+    "inputs_embeds": "the model takes ids",
+    "output_attentions": "attention weights are never held as a whole",
+    "token_type_ids": "these models have no types of tokens",
+    "full_attention_mask": "attention_mask says which tokens there are",
+    **dict.fromkeys(("return_last_logit", "logits_to_keep", "num_logits_to_keep"), _LAST),
 }
 SAVE_REASONS = {
     "push_to_hub": "nothing is uploaded; upload the directory when it is written",

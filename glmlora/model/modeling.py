@@ -7,6 +7,7 @@ core; this file moves names and arrays.
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ import numpy as np
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
+from ..files.hub import check_keywords
 from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
@@ -29,7 +31,7 @@ from ..tell import warn
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
 from .device import Device, backend_of
-from .keywords import SaveKeywords
+from .keywords import FORWARD_NEUTRAL, FORWARD_REASONS, ForwardKeywords, SaveKeywords
 from .output import CausalLMOutput, mean_loss
 from .parameters import (
     DTYPE_NAMES,
@@ -122,7 +124,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.training = False
         self.active_adapter_name = "default"
         self._dropout_key = seeds.next_key()
-        self.generation_config = GenerationConfig.from_model_config(config)
+        self._generation_config = GenerationConfig.from_model_config(config)
         self.opened = Opened(None, {}, self.generation_config)
         self.transformer = Transformer(self)
         self.has_prefix = False
@@ -151,11 +153,24 @@ class ChatGLMForConditionalGeneration(_Casts):
                 f"the P-Tuning prefix beside the weights ({len(prefix)} tensors) is not used: open "
                 "the model with pre_seq_len=.. for it"
             )
+        config.built()
 
     @cached_property
     def dropout_seed(self) -> int:
         """Of its dropout masks."""
         return seeds.seed_of(self._dropout_key)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Settings of `generate`, and of `chat` where it has no default of its own."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        if not isinstance(config, GenerationConfig):
+            kind = type(config).__name__
+            raise TypeError(f"generation_config: expected a GenerationConfig, got {kind}")
+        self._generation_config = config
 
     @property
     def compute_dtype(self) -> str:
@@ -630,6 +645,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         return_dict: bool = True,
         use_cache: bool | None = None,
         past_key_values: PastKeyValues | None = None,
+        **others: Unpack[ForwardKeywords],
     ) -> Any:
         """Logits of every token, without dropout or gradients.
 
@@ -637,9 +653,12 @@ class ChatGLMForConditionalGeneration(_Casts):
         end; labels (B, T), not shifted, -100 where not scored (`loss` is their mean; all masked: a
         warning, and None). past_key_values: what an earlier call returned; input_ids are those
         that follow, attention_mask covers all. A call without labels returns it unless `use_cache`
-        is False. Returns a CausalLMOutput, or its tuple with `return_dict=False`. Raises ValueError
-        naming argument, row and value.
+        is False. others: FORWARD_NEUTRAL in keywords.py. Returns a CausalLMOutput, or its tuple
+        with `return_dict=False`. Raises ValueError naming argument, row and value.
         """
+        if others:
+            known = inspect.signature(self.forward).parameters
+            check_keywords("forward", others, known, FORWARD_NEUTRAL, FORWARD_REASONS)
         if past_key_values is not None:
             if labels is not None or output_hidden_states:
                 raise ValueError("past_key_values: cannot be given with labels or hidden states")

@@ -26,10 +26,13 @@ from .figures import figures
 from .shell import Shell, UsageError
 
 OWN = str(Path(__file__).parent)
+HIDDEN = (OWN, str(Path(__file__).parents[1] / "standins.py"))  # of tracebacks
 OWN_MAGICS = re.compile(r"register_\w*magic|load_ext (?!autoreload|glmlora|tensorboard)")
 HINTS = {  # by what stands in the traceback of a module that is not there
     "google.colab": "google.colab exists on Colab only: use this machine's files instead",
     "kaggle_secrets": "kaggle_secrets exists on Kaggle only: use an environment variable instead",
+    "modeling_chatglm": "the model's class is glmlora's: from transformers import AutoModel",
+    "tokenization_chatglm": "its class is glmlora's: from transformers import AutoTokenizer",
     "IPython": "the notebook asks for IPython: pip install ipython",
 }
 
@@ -159,7 +162,7 @@ def show(error: BaseException, shell: Shell) -> None:
     text = traceback.TracebackException(type(error), error, start, compact=True)
     shown: traceback.TracebackException | None = text
     while shown is not None:
-        users = [f for f in shown.stack if not f.filename.startswith(OWN)]
+        users = [f for f in shown.stack if not f.filename.startswith(HIDDEN)]
         shown.stack = traceback.StackSummary.from_list(users)
         shown = shown.__cause__ or shown.__context__
     lines = "".join(text.format())

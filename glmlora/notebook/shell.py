@@ -221,6 +221,7 @@ class Shell:
         for where in self._places:
             linecache.cache.pop(where, None)
         if self._loop is not None and not self._loop.is_closed():
+            asyncio.set_event_loop(self._loop)  # a cell's asyncio.run leaves none
             tasks = asyncio.all_tasks(self._loop)
             for task in tasks:
                 task.cancel()

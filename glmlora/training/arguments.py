@@ -151,6 +151,14 @@ class DataArguments(Group):
         "prompt: the family's own, or the original's", ("auto", "vendored"))
     # fmt: on
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source_prefix:
+            self.notices.append(
+                "source_prefix is put before the prompts of this run only: chats with what it "
+                "trains do not add it, so begin your questions with it"
+            )
+
     @property
     def dataset_names(self) -> list[str]:
         """The names in `dataset`, in order."""
@@ -680,7 +688,7 @@ def _read_config(path: str) -> dict[str, Any]:
         return read_json(path, dict, unique=True)
     try:
         import yaml
-    except ImportError:
+    except ModuleNotFoundError:
         raise ValueError(
             f"{path}: reading YAML needs PyYAML (pip install pyyaml); or use a .json file"
         ) from None
