@@ -585,6 +585,8 @@ def test_callbacks(tiny_model, tmp_path):
         ({"evaluation_strategy": "epoch", "dev_ratio": 1e-9}, "needs evaluation data"),
         ({"callbacks": [3]}, "callbacks: expected a function"),
         ({"callbacks": [dict]}, "callbacks: expected an object, got the class dict"),
+        ({"tokenizer_name": "nowhere"}, "^tokenizer_name: 'nowhere'"),
+        ({"config_name": "nowhere"}, "^config_name: 'nowhere'"),
         (
             {
                 "evaluation_strategy": "epoch",
@@ -601,7 +603,7 @@ def test_what_cannot_be_is_told_before_the_model_is_loaded(
     tiny_model, tmp_path, overrides, message, monkeypatch
 ):
     monkeypatch.setattr("glmlora.training.trainer._load", lambda *args: pytest.fail("loaded"))
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
         run(tiny_model, tmp_path, **overrides)
 
 

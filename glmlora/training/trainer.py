@@ -390,7 +390,10 @@ def _check_places(model_or_path: Any, args: ModelArguments) -> None:
         model_directory(model_or_path)
     for name in ("config_name", "tokenizer_name"):
         if getattr(args, name) is not None:
-            model_directory(getattr(args, name))
+            try:
+                model_directory(getattr(args, name))
+            except OSError as error:
+                raise OSError(f"{name}: {error}") from None
     for path in args.checkpoint_dir or ():
         check_directory("checkpoint_dir", path)
 
