@@ -374,6 +374,40 @@ def test_checkpoint_dir_continues_or_merges(tiny_model, tmp_path):
         run(tiny_model, tmp_path / "four", checkpoint_dir=both, finetuning_type="full")
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ("lora", "freeze", "lora: expected weights of the model, found an adapter"),
+        ("p_tuning", "freeze", "p_tuning: not of this model: .*prefix_encoder"),
+        ("lora", "full", "found an adapter"),
+        ("lora", "p_tuning", "not a P-Tuning checkpoint"),
+        ("freeze", "lora", "it is a model or a P-Tuning directory"),
+    ],
+)
+def test_a_checkpoint_of_another_method_is_refused(tiny_model, tmp_path, first, then, message):
+    """And not passed over, which would train from the base."""
+    settings = {"max_steps": 1, "pre_seq_len": 2, "num_layer_trainable": 1}
+    run(tiny_model, tmp_path / first, finetuning_type=first, **settings)
+    with pytest.raises(ValueError, match=message):
+        run(
+            tiny_model,
+            tmp_path / "out",
+            finetuning_type=then,
+            checkpoint_dir=str(tmp_path / first),
+            **settings,
+        )
+
+
+def test_errors_of_eval_data_name_them(tiny_model, tmp_path):
+    for data, message in (
+        ([{"instruction": "a", "ouput": "b"}], "eval_data: .*did you mean 'output'"),
+        ("nope.json", "eval_data: data: 'nope.json'"),
+        (3, "eval_data: data: expected a DataFrame"),
+    ):
+        with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+            run(tiny_model, tmp_path, eval_data=data, do_eval=True)
+
+
 # Evaluation
 
 

@@ -601,6 +601,11 @@ def without_effect(
         ("pre_seq_len prefix_projection", kind != "p_tuning", "finetuning_type"),
         (f"{lora} resume_lora_training", kind != "lora", "finetuning_type"),
         (lora, continued, "the adapter in checkpoint_dir has its own"),
+        (
+            "pre_seq_len prefix_projection",
+            kind == "p_tuning" and model.checkpoint_dir,
+            "the prefix in checkpoint_dir has its own",
+        ),
         ("resume_lora_training", not model.checkpoint_dir, "checkpoint_dir"),
         ("eval_steps", t.eval_strategy != "steps", "evaluation_strategy"),
         ("eval_delay", t.eval_strategy == "no", "evaluation_strategy"),

@@ -34,6 +34,7 @@ from ..model.peft import (
 )
 from ..model.saving import write_beside
 from ..model.template import read_template
+from ..names import listed
 from .arguments import FinetuningArguments
 
 Model = ChatGLMForConditionalGeneration | PeftModel
@@ -305,8 +306,15 @@ def load_base_weights(
     base: ChatGLMForConditionalGeneration, directory: str, whole: bool = False
 ) -> None:
     """Set base weights to those in `directory`: all of them, or (freeze) those that it holds."""
+    if os.path.exists(os.path.join(directory, "adapter_config.json")):
+        raise ValueError(
+            f"{directory}: expected weights of the model, found an adapter: train it on with "
+            "finetuning_type lora, or merge it into its base first"
+        )
     try:
-        base.load_state_dict(load_state_dict(directory), strict=whole)
+        found = base.load_state_dict(load_state_dict(directory), strict=whole)
+        if found.unexpected_keys:
+            raise ValueError(f"not of this model: {listed(found.unexpected_keys)}")
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     base.prompt_template = read_template(directory) or base.prompt_template

@@ -152,7 +152,10 @@ def train(
         _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
         records, n_given = read_records(data, data_args.max_samples)
         if eval_data is not None:
-            held_out = records_from(eval_data)
+            try:
+                held_out = records_from(eval_data)
+            except (TypeError, ValueError, FileNotFoundError) as error:
+                raise type(error)(f"eval_data: {error}") from None
         else:
             records, held_out = _split(records, data_args.dev_ratio, training)
         _check_evaluation(training, bool(held_out))
