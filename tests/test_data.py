@@ -747,7 +747,11 @@ def test_rows_are_read_where_it_is_certain(tmp_path, name, data, expected, told)
         ("a.json", '{"a": ["x"], "b": ["y"]}', "an object of columns; .*orient='records'"),
         ("a.json", '{"a": {"0": "x"}}', "an object of columns"),
         ("a.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', "with several: a, b; save each"),
-        ("a.csv", "问,答\n你好,您好\n".encode() + "你好\n".encode("gbk"), "not UTF-8: byte 0xc4"),
+        (
+            "a.csv",
+            "a,b\n你好,您好\n".encode() + "你好,您好\n".encode("gbk"),
+            "not UTF-8: byte 0xc4",
+        ),
         ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', "line 2: .*key 'a' stands twice"),
         ("a.json", " ", "the file is empty"),
     ],
