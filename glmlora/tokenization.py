@@ -126,6 +126,7 @@ class ChatGLMTokenizer(Encoder):
         for name, value in {**self._tokens_map, **self._config}.items():
             if name in _ADDED:
                 listed = value.values() if isinstance(value, dict) else value or ()
+                listed = [value] if isinstance(value, str | int | float) and value else listed
                 if new := [t for t in map(_content, listed) if self._unknown(t)]:
                     unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
                 continue
@@ -335,6 +336,8 @@ class ChatGLMTokenizer(Encoder):
 
     def _unknown(self, token: Any) -> bool:
         """Whether the vocabulary lacks a token."""
+        if isinstance(token, list | dict | int | float | None):
+            return True
         if token in self._silent or token in self.special_tokens:
             return False
         return self._sp.piece_to_id(str(token)) == self.unk_token_id
