@@ -106,12 +106,12 @@ wheel: all
 WHEELS = build/wheels-env/bin/python
 wheels:
 	test -x $(WHEELS) || $(PYTHON) -m venv build/wheels-env
-	$(WHEELS) -m pip --disable-pip-version-check install -q -r wheels/requirements.txt
-	$(WHEELS) wheels/build.py
+	$(WHEELS) -m pip --disable-pip-version-check install -q -r tests/portable/requirements.txt
+	$(WHEELS) tests/portable/build.py
 
 # equal bytes again, the ABI, every Python of this machine, aarch64 under qemu, a clean Debian: what each needs, it says
 wheels-check: wheels
-	$(WHEELS) wheels/check.py
+	$(WHEELS) tests/portable/check.py
 
 clean:
 	rm -rf build dist .venv demo glmlora/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -27,10 +27,8 @@ struct glm_mapped {
 static _Atomic(struct glm_mapped *) files;
 static atomic_size_t page; /* bytes; known when there is a file */
 
-/* Protects what follows and the list's changes. A forked child makes it anew: its holder does not
- * exist there. */
+/* Protects what follows and the list's changes. */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static atomic_long mutex_pid;
 static int guards; /* in all threads */
 static struct sigaction former;
 static atomic_int passed_on; /* faults that were not ours since the handler was installed */
@@ -39,19 +37,12 @@ static atomic_int passed_on; /* faults that were not ours since the handler was 
 static _Thread_local int inside __attribute__((tls_model("initial-exec")));
 static _Thread_local sigset_t mask_before __attribute__((tls_model("initial-exec")));
 
-static void lock(void)
+/* A forked child has one thread, which may be the one that others waited for. */
+static void in_child(void)
 {
-    if (mutex_pid != (long)getpid()) {
-        if (mutex_pid) {
-            pthread_mutex_init(&mutex, NULL);
-            guards = inside > 0; /* the only thread of the child */
-        }
-        mutex_pid = (long)getpid();
-    }
-    pthread_mutex_lock(&mutex);
+    pthread_mutex_init(&mutex, NULL);
+    guards = inside > 0;
 }
-
-static void unlock(void) { pthread_mutex_unlock(&mutex); }
 
 /* ---- the handler */
 
@@ -97,7 +88,7 @@ void glm_guard_begin(void)
 {
     if (inside++)
         return;
-    lock();
+    pthread_mutex_lock(&mutex);
     if (guards++ == 0) {
         struct sigaction ours = {.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART}, before;
         ours.sa_sigaction = on_fault;
@@ -107,7 +98,7 @@ void glm_guard_begin(void)
         if (!is_ours(&before)) /* else a fork left it in place */
             former = before;
     }
-    unlock();
+    pthread_mutex_unlock(&mutex);
     unblock(&mask_before); /* a blocked fault ends the process */
 }
 
@@ -116,14 +107,14 @@ void glm_guard_end(void)
     if (--inside)
         return;
     pthread_sigmask(SIG_SETMASK, &mask_before, NULL);
-    lock();
+    pthread_mutex_lock(&mutex);
     if (--guards == 0) {
         struct sigaction now;
-        sigaction(SIGBUS, NULL, &now);
-        if (is_ours(&now)) /* else someone has put in another one since */
-            sigaction(SIGBUS, &former, NULL);
+        sigaction(SIGBUS, &former, &now);
+        if (!is_ours(&now)) /* someone has put in another one since */
+            sigaction(SIGBUS, &now, NULL);
     }
-    unlock();
+    pthread_mutex_unlock(&mutex);
 }
 
 void glm_guard_always(void)
@@ -172,13 +163,15 @@ glm_status glm_mapped_open(struct glm_mapped **out, int fd, const char *path, st
     if (!S_ISREG(now.st_mode) || now.st_size < 1)
         return glm_fail(err, GLM_EFILE, "%s: expected a file that is not empty", shown(path));
     const size_t size = (size_t)now.st_size;
+    if (!page && pthread_atfork(NULL, NULL, in_child) != 0)
+        return glm_fail(err, GLM_EMEMORY, "%s: no memory for what a fork has to do", shown(path));
     page = (size_t)sysconf(_SC_PAGESIZE);
     char *name = malloc(strlen(path) + 1);
     void *data = name ? mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
     const int why = name ? errno : ENOMEM;
     const int own = data == MAP_FAILED ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0);
     const int no_fd = data != MAP_FAILED && own < 0 ? errno : 0;
-    lock();
+    pthread_mutex_lock(&mutex);
     struct glm_mapped *file = own < 0 ? NULL : free_node();
     if (file) {
         file->size = size;
@@ -189,7 +182,7 @@ glm_status glm_mapped_open(struct glm_mapped **out, int fd, const char *path, st
         atomic_store(&file->begin, (uintptr_t)data);
         atomic_store(&file->end, (uintptr_t)data + (size + page - 1) / page * page);
     }
-    unlock();
+    pthread_mutex_unlock(&mutex);
     if (!file) {
         free(name);
         if (data != MAP_FAILED)
@@ -212,14 +205,14 @@ glm_status glm_mapped_open(struct glm_mapped **out, int fd, const char *path, st
 void glm_mapped_close(struct glm_mapped *file)
 {
     void *data = (void *)atomic_load(&file->begin);
-    lock();
+    pthread_mutex_lock(&mutex);
     atomic_store(&file->end, 0);
     atomic_store(&file->begin, 0);
     free(file->path);
     close(file->fd);
     munmap(data, file->size);
     file->path = NULL; /* free from here on */
-    unlock();
+    pthread_mutex_unlock(&mutex);
 }
 
 const void *glm_mapped_data(const struct glm_mapped *file, size_t *size)

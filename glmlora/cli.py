@@ -18,7 +18,7 @@ from typing import Any
 from . import families
 from .files.hub import model_directory
 from .generation.config import GenerationConfig
-from .interrupts import ending_signals
+from .interrupts import Terminated, end_now, ending_signals
 from .model import device as devices
 from .names import did_you_mean
 from .tools.demo import ORDER
@@ -467,7 +467,18 @@ def _show_all_characters() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; user errors are one line on stderr and exit status 1 (GLMLORA_TRACEBACK=1
     shows where)."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return _run_words(list(argv))
+    try:
+        status = _run_words(sys.argv[1:])
+    except Terminated as end:
+        end_now(end.status)
+        raise
+    end_now(status)
+    return status
+
+
+def _run_words(words: list[str]) -> int:
     if words[:1] == ["run"]:  # a user's program, whose output and warnings are its own
         return _main(words)
     _show_all_characters()

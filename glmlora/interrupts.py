@@ -4,10 +4,12 @@ an update, and Ctrl-C comes through while a library computes.
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -15,6 +17,10 @@ Result = TypeVar("Result")
 
 class Terminated(SystemExit):
     """SIGTERM or SIGHUP during a run; the process ends with status 128 + the signal's number."""
+
+    @property
+    def status(self) -> int:
+        return int(str(self.code))
 
 
 #: What ends a run, where its handler is still the one that Python starts with.
@@ -103,11 +109,26 @@ class Shield:
                 raise _error(number)
 
 
+_computing: set[threading.Thread] = set()
+
+
+def end_now(status: int) -> None:
+    """End the process with `status` where a function that was interrupted still computes: Python
+    would wait for it, which may take longer than a user waits after Ctrl-C. Else do nothing.
+    """
+    if not any(thread.is_alive() for thread in _computing):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 def interruptible(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args), computed beside the main thread, where Ctrl-C then comes through at once.
 
-    What was begun ends unheard; the program does not end before it. For functions that leave the
-    interpreter to others while they compute.
+    What was begun ends unheard; the program does not end before it but by `end_now`. For functions
+    that leave the interpreter to others while they compute.
     """
     if threading.current_thread() is not threading.main_thread():
         return function(*args)
@@ -123,11 +144,17 @@ def interruptible(function: Callable[..., Result], *args: Any) -> Result:
         finally:
             done.set()
 
+    thread = threading.Thread(target=work)
     # Not a daemon: C++ that is cut off at the end of the interpreter ends in abort(). Not join():
     # up to Python 3.12, Ctrl-C in it makes the interpreter believe that the thread has ended.
-    threading.Thread(target=work).start()
-    while not done.wait(0.05):
-        pass
+    _computing.add(thread)
+    try:
+        thread.start()
+        while not done.wait(0.05):
+            pass
+    finally:
+        if done.is_set():
+            _computing.discard(thread)
     if errors:
         raise errors[0]
     return results[0]

@@ -11,17 +11,18 @@ import json
 import os
 import string
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from . import tell
 from .files.rows import read_rows
 from .files.write import atomic_file
 from .generation.chat import chat_rows
 from .names import did_you_mean, listed
+from .training.flags import near_path
 
 
 def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
@@ -29,6 +30,13 @@ def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
     for a template that cannot be filled, and for a column that it names and the table has not.
     """
     names = _places(template)
+    if not names:
+        tell.warn("--template names no {column}: every row is asked the same question")
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"--input: {os.fspath(path)!r}: looked for a table (from {os.getcwd()}) and found none"
+            f"{near_path(path)}"
+        )
     rows = read_rows(path)
     if not rows:
         raise ValueError(f"{path}: the table has no rows")
@@ -69,7 +77,7 @@ def fill_template(template: str, rows: Sequence[Mapping[str, Any]]) -> list[str]
 
 
 def _places(template: str) -> list[str]:
-    """The columns that a template names."""
+    """The columns that a template names; ValueError for one that is not written as such."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -86,10 +94,6 @@ def _places(template: str) -> list[str]:
                 f"--template: expected the name of a column between braces, got '{{{name}{more}}}'"
             )
         names.append(name)
-    if not names:
-        warnings.warn(
-            "--template names no {column}: every row is asked the same question", stacklevel=3
-        )
     return names
 
 
@@ -198,10 +202,9 @@ def plan_output(
     if twice:
         raise ValueError(f"--columns: {twice[0]!r} is named twice")
     if answer_column in there:
-        warnings.warn(
+        tell.warn(
             f"the table's own column {answer_column!r} is left out: the answers have its name "
-            "(--answer-column gives them another)",
-            stacklevel=2,
+            "(--answer-column gives them another)"
         )
     kept += [name for name in constants if name not in kept]
     return Output(

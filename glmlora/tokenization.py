@@ -125,8 +125,9 @@ class ChatGLMTokenizer(Encoder):
         settings += ["encode_special_tokens"] if encode_special_tokens else []
         for name, value in {**self._tokens_map, **self._config}.items():
             if name in _ADDED:
-                listed = value.values() if isinstance(value, dict) else value or ()
-                listed = [value] if isinstance(value, str | int | float) and value else listed
+                listed = value.values() if isinstance(value, dict) else value
+                if not isinstance(listed, Iterable) or isinstance(listed, str):
+                    listed = [] if value is None else [value]
                 if new := [t for t in map(_content, listed) if self._unknown(t)]:
                     unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
                 continue
@@ -150,7 +151,7 @@ class ChatGLMTokenizer(Encoder):
     def _open_model(self) -> None:
         try:
             from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise ImportError(
                 "the tokenizer needs the sentencepiece package: pip install sentencepiece"
             ) from error
@@ -336,11 +337,12 @@ class ChatGLMTokenizer(Encoder):
 
     def _unknown(self, token: Any) -> bool:
         """Whether the vocabulary lacks a token."""
-        if isinstance(token, list | dict | int | float | None):
+        try:
+            if token in self._silent or token in self.special_tokens:
+                return False
+            return self._sp.piece_to_id(str(token)) == self.unk_token_id
+        except TypeError:  # no text, or one that UTF-8 cannot hold
             return True
-        if token in self._silent or token in self.special_tokens:
-            return False
-        return self._sp.piece_to_id(str(token)) == self.unk_token_id
 
     @property
     def vocab_size(self) -> int:
@@ -376,8 +378,12 @@ class ChatGLMTokenizer(Encoder):
         """Id of a token, or list of ids; special tokens by name, an unknown token is `<unk>`."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
-        found = self.special_tokens.get(tokens)
-        return self._sp.piece_to_id(tokens) if found is None else found
+        if tokens in self.special_tokens:
+            return self.special_tokens[tokens]
+        try:
+            return self._sp.piece_to_id(tokens)
+        except TypeError:  # a lone surrogate, which no vocabulary has
+            return self.unk_token_id
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """Token of an id, or list of tokens; special ids by name, ids beyond the vocabulary ""."""

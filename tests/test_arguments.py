@@ -10,11 +10,13 @@ import pytest
 import glmlora
 from glmlora.training import arguments
 from glmlora.training.arguments import (
+    _OTHER_NAMES,
     FLAGS,
     DataArguments,
     FinetuningArguments,
     ModelArguments,
     TrainingArguments,
+    call_arguments,
     parse_train_arguments,
 )
 from glmlora.training.keywords import TrainKeywords
@@ -94,7 +96,7 @@ def test_every_flag_by_its_mark(group, flag):
     expected = ["x", "y"] if flag.kind == "list" else value
     assert getattr(made, flag.name) == expected
     assert [notice.split()[0] for notice in made.notices] == (
-        [flag.name] if flag.mark == "A" else []
+        [flag.name] if flag.mark == "A" or flag.name == "source_prefix" else []
     )
     if flag.name in ("evaluation_strategy", "eval_strategy", "do_predict"):
         return
@@ -205,6 +207,7 @@ def test_bad_values_name_field_value_and_expectation(field, value, expected):
         (ModelArguments, "quantization_bit", 3),
         (ModelArguments, "family", "bert"),
         (ModelArguments, "threads", 0),
+        (ModelArguments, "threads", 1025),
     ],
 )
 def test_bad_values_of_the_other_groups(kind, field, value):
@@ -319,7 +322,7 @@ def test_help_lists_every_flag(capsys):
 
 def test_unknown_flags_are_all_listed():
     with pytest.raises(
-        ValueError, match=r"--lora_rnk \(did you mean 'lora_rank'\?\), 4, --zzz"
+        ValueError, match=r"--lora_rnk \(did you mean 'lora_rank'\?\), --zzz$"
     ) as caught:
         parse("--output_dir", "o", "--lora_rnk", "4", "--zzz")
     assert "unknown arguments" in str(caught.value)
@@ -328,6 +331,26 @@ def test_unknown_flags_are_all_listed():
             parse("--output_dir", "o", beginning, "5")
     with pytest.raises(ValueError, match="aaa, bbb"):
         parse(output_dir="o", aaa=1, bbb=2)
+    with pytest.raises(ValueError, match="unknown arguments: dense$"):
+        parse("--output_dir", "o", "--lora_target", "query_key_value", "dense")
+
+
+@pytest.mark.parametrize("other", sorted(_OTHER_NAMES))
+def test_other_programs_names_are_known(other):
+    own = _OTHER_NAMES[other]
+    with pytest.raises(ValueError, match=f"{other} .did you mean '{own}'"):
+        parse("--output_dir", "o", f"--{other}", "1")
+    with pytest.raises(TypeError, match=f"'{other}' .did you mean '{own}'"):
+        call_arguments(None, {"output_dir": "o", other: 1})
+
+
+@pytest.mark.parametrize(("value", "kept"), [(True, "last"), (False, None), ("c", "c")])
+def test_resuming_is_said_alike_everywhere(value, kept):
+    for given in (
+        parse(output_dir="o", resume_from_checkpoint=value),
+        call_arguments(None, {"output_dir": "o", "resume_from_checkpoint": value})[0],
+    ):
+        assert given.training.resume_from_checkpoint == kept
 
 
 @pytest.mark.parametrize("as_words", [False, True])
@@ -417,6 +440,7 @@ def test_tokens_are_not_shown():
 
 def test_notices():
     *_, notices = parse(output_dir="o", run_name="r", cache_dir="c", report_to="none")
+    assert parse(output_dir="o", report_to=[]).notices == parse(output_dir="o").notices
     assert [notice.split()[0] for notice in notices] == ["cache_dir", "run_name", "none"]
     *_, notices = parse(output_dir="o", do_train=True, dev_ratio=0.1)
     assert len(notices) == 1 and notices[0].startswith("dev_ratio holds data out")
@@ -525,3 +549,8 @@ def test_a_flag_given_twice_is_told():
 def test_values_that_contradict_each_other(given, message):
     with pytest.raises(ValueError, match=message):
         parse(output_dir="o", **given)
+
+
+def test_a_prefix_that_chats_do_not_add_is_told():
+    assert "source_prefix" in str(parse("--output_dir", "o", "--source_prefix", "P:").notices)
+    assert "source_prefix" not in str(parse("--output_dir", "o").notices)

@@ -271,13 +271,15 @@ class Terminal:
         os.close(child)
         self.seen = ""
 
-    def until(self, text):
-        """What is shown up to `text`, text included."""
+    def until(self, text, key=""):
+        """What is shown up to `text`, text included; `key` is typed again while nothing comes."""
         limit = time.monotonic() + 30
         while text not in self.seen:
             assert time.monotonic() < limit, f"{text!r} does not come: {self.seen!r}"
-            if select.select([self.end], [], [], 0.1)[0]:
+            if select.select([self.end], [], [], 1)[0]:
                 self.seen += os.read(self.end, 4096).decode("utf-8", "replace")
+            else:
+                self.type(key)
         before, text, self.seen = self.seen.partition(text)
         return before + text
 
@@ -301,7 +303,8 @@ def test_chat_in_a_terminal(tmp_path):
         terminal.until("question")
         time.sleep(0.3)  # Python's readline hears a signal only while it waits for a key
         terminal.type("\x03")
-        terminal.until("> ")
+        # Python's readline does not see a signal that comes just before it waits for a key.
+        terminal.until("> ", key="\x03")
         terminal.type("\x1b[A\r")  # the question before
         terminal.until("ab\r\n")
         terminal.until("> ")
@@ -343,7 +346,8 @@ def table(tmp_path):
         (["--fallback", "0"], "--fallback: has no effect without --choices"),
         (["--choices", "0,,1"], "--choices: expected answers separated by commas"),
         (["--answer-column", " "], "--answer-column: expected a name"),
-        (["--input", "none.csv"], "none.csv"),
+        (["--input", "none.csv"], "--input: 'none.csv': looked for a table"),
+        (["--input", "inn.csv"], "found none (did you mean 'in.csv'?)"),
         (["--model", "nowhere", "--input", "none.csv"], "nowhere"),
         (["--device", "gpu", "--input", "none.csv"], "device: expected 'cpu'"),
         (["--adapter", "nowhere", "--input", "none.csv"], "--adapter: 'nowhere'"),
@@ -356,6 +360,13 @@ def test_predict_checks_first(words, text, table, capsys, monkeypatch):
     status, error = run(capsys, "predict", *given)
     assert status == 1 and text in error
     assert os.listdir(table.parent) == ["in.csv"]
+
+
+def test_a_template_without_columns_is_told_once(table):
+    with pytest.warns(UserWarning, match="names no {column}") as told:
+        rows = tables.read_table(table, "which?")
+        assert tables.fill_template("which?", rows) == ["which?"] * len(rows)
+    assert len(told) == 1
 
 
 class Answers:
@@ -462,3 +473,26 @@ def test_the_end_signal_leaves_answers_as_ctrl_c_does(tmp_path):
     told = process.communicate(timeout=30)[1].decode()
     assert process.returncode == 143 and "answers are kept in" in told, told
     assert len(read(kept)) > 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_a_library_computes_does_not_hold_the_end_up(number, status):
+    """Python would wait for the thread that the interrupted encoding is in."""
+    code = (
+        "import os, sys, threading, time\n"
+        "from glmlora import cli, interrupts\n"
+        "def busy():\n"
+        f"    threading.Timer(0.05, os.kill, (os.getpid(), {int(number)})).start()\n"
+        "    time.sleep(30)\n"
+        "def doctor(args):\n"
+        "    with interrupts.ending_signals():\n"
+        "        interrupts.interruptible(busy)\n"
+        "cli.doctor = doctor\n"
+        "sys.argv = ['glmlora', 'doctor']\n"
+        "print('begins')\n"
+        "sys.exit(cli.main())\n"
+    )
+    found = subprocess.run(  # a longer time than this is the failure
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20
+    )
+    assert (found.returncode, found.stdout) == (status, "begins\n"), found.stderr

@@ -1,9 +1,11 @@
 """The type of the large products: chosen, named, overridden; close to float32."""
 
+import warnings
+
 import numpy as np
 import pytest
 
-from glmlora import AutoModel, LoraConfig, _core, get_peft_model
+from glmlora import AutoModel, LoraConfig, _core, get_peft_model, train
 from glmlora.model.device import compute_dtype
 from glmlora.tools.project import tiny_directory
 
@@ -101,3 +103,25 @@ def test_layers_kept_and_layers_recomputed_have_the_same_gradients():
     assert found[0].keys() == found[1].keys() and len(found[0]) > 0
     for name, gradient in found[0].items():
         assert gradient.any() and (gradient == found[1][name]).all(), name
+
+
+@fast
+@pytest.mark.parametrize(("bits", "told"), [(None, True), (4, True), (8, False)])
+def test_int8_products_over_another_base_are_told(bits, told, tmp_path, monkeypatch):
+    """They are those of bfloat16 then, in training and in chats."""
+    monkeypatch.setattr("glmlora.tell._told", set())
+    rows = [{"instruction": "a", "output": "b"}]
+    settings = {"output_dir": tmp_path, "max_steps": 1, "disable_tqdm": True, "plot_loss": False}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = train(
+            tiny_directory(), rows, compute_dtype="int8", quantization_bit=bits, **settings
+        )
+        train(result.model, rows, **settings)
+        texts = [str(w.message) for w in said if "compute_dtype 'int8' has no effect" in str(w)]
+    assert len(texts) == told
+    monkeypatch.setattr("glmlora.tell._told", set())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result.model.generate([[5, 9]], max_new_tokens=1)
+    assert any("compute_dtype 'int8' has no effect" in str(w.message) for w in said) == told

@@ -1,5 +1,7 @@
 """The C module as a guest in a Python process: threads, signals, forks, memory, wrong arguments."""
 
+import _thread
+import itertools
 import os
 import signal
 import subprocess
@@ -239,8 +241,8 @@ def test_micro_batches_add_up():
 
 def test_second_thread_gets_an_error():
     model = make_model(layers=8, hidden=512, ffn=1024, heads=8, head_dim=64, kv_heads=2)
-    ids = np.zeros(4000, np.int32)
-    lengths = np.full(10, 400, np.int32)
+    ids = np.zeros(1000, np.int32)
+    lengths = np.full(10, 100, np.int32)
     started, errors = threading.Event(), []
 
     def long_call():
@@ -313,6 +315,56 @@ def test_ctrl_c_stops_a_long_call():
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert out == "interrupted\n", err
+
+
+def interrupted_in(function, *args):
+    """Calls with a SIGINT pending that Python has not seen yet: the core is the first to look."""
+    calls = itertools.chain(
+        map(_thread.interrupt_main, [signal.SIGINT]), itertools.starmap(function, [args])
+    )
+    with pytest.raises(KeyboardInterrupt):
+        list(calls)
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_ctrl_c_in_set_trainable_changes_nothing(trained_before):
+    """Not the weights either, of which some are copied into memory that is then given up."""
+    model = make_model("ref_f32")
+    names, data = sorted(model.names()), batch(np.random.default_rng(3))
+    if trained_before:
+        model.set_trainable(names[:3])
+        model.backward(*data)
+        model.step(**STEP)
+        model.backward(*data)
+    before = [model.read(name) for name in names]
+    moments = [model.read(name, "exp_avg") for name in model.trainable()]
+    trained = model.trainable()
+    interrupted_in(model.set_trainable, names[2:])
+    assert model.trainable() == trained
+    assert all(map(np.array_equal, before, [model.read(name) for name in names]))
+    assert all(map(np.array_equal, moments, [model.read(name, "exp_avg") for name in trained]))
+    model.set_trainable(names[2:])
+    assert all(map(np.array_equal, before, [model.read(name) for name in names]))
+    assert not any(
+        model.read(name, part).any() for name in names[2:] for part in ("grad", "exp_avg")
+    )
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step_and_a_merge():
+    """Half a step, or half a merge, would be other weights without a word."""
+    data, found = batch(np.random.default_rng(3)), []
+    for interrupt in (False, True):
+        model = make_model("ref_f32")
+        model.set_trainable(add_lora(model, 0.0))
+        model.backward(*data)
+        if interrupt:
+            interrupted_in(model.step, *STEP.values())
+            interrupted_in(model.merge_lora)
+        else:
+            model.step(**STEP)
+            model.merge_lora()
+        found.append([model.read(name) for name in sorted(model.names())])
+    assert all(map(np.array_equal, *found))
 
 
 def test_forked_children_compute():

@@ -194,7 +194,7 @@ def test_unknown_names_and_files(tmp_path):
 @pytest.mark.parametrize(
     ("files", "name", "message"),
     [
-        ({"a.json": {"instruction": "x"}}, "a.json", "a.json: expected an array"),
+        ({"a.json": {"instruction": 1}}, "a.json", "a.json: expected an array"),
         ({"a.json": "[\n{]"}, "a.json", "a.json: not JSON: .* line 2"),
         ({"a.jsonl": '{"a": 1}\n{'}, "a.jsonl", "a.jsonl: line 2 column"),
         ({"a.json": b'["\xff"]'}, "a.json", "a.json: not UTF-8: byte 0xff at offset 2"),
@@ -715,6 +715,20 @@ def test_csv_as_pandas_reads_it(tmp_path, data, told):
             [{"messages": [{"role": "user", "content": "x"}]}],
             "",
         ),
+        # A single row, on one line or several, whatever its cells.
+        ("a.json", '{"a": "b", "history": []}', [{"a": "b", "history": []}], ""),
+        (
+            "a.json",
+            '{"a": "b",\n "history": [["q", "r"]]}',
+            [{"a": "b", "history": [["q", "r"]]}],
+            "",
+        ),
+        (
+            "a.json",
+            '{"id": "1", "x": "", "y": "", "conversations": [{"from": "human", "value": "q"}]}',
+            [{"id": "1", "x": "", "y": "", "conversations": [{"from": "human", "value": "q"}]}],
+            "",
+        ),
     ],
 )
 def test_rows_are_read_where_it_is_certain(tmp_path, name, data, expected, told):
@@ -732,6 +746,8 @@ def test_rows_are_read_where_it_is_certain(tmp_path, name, data, expected, told)
         ("a.csv", b"PK\x03\x04\0", "an Excel workbook; save it as CSV"),
         ("a.json", '{"a": ["x"], "b": ["y"]}', "an object of columns; .*orient='records'"),
         ("a.json", '{"a": {"0": "x"}}', "an object of columns"),
+        ("a.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', "with several: a, b; save each"),
+        ("a.csv", "问,答\n你好,您好\n".encode() + "你好\n".encode("gbk"), "not UTF-8: byte 0xc4"),
         ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', "line 2: .*key 'a' stands twice"),
         ("a.json", " ", "the file is empty"),
     ],
@@ -810,12 +826,23 @@ def test_forms_of_records(row, expected, tmp_path):
 @pytest.mark.parametrize(
     ("row", "told", "kept"),
     [
-        ({"messages": _conversation(*ROUND, *ROUND)}, "1 row have several answers", [["q", "a"]]),
-        ({"messages": _conversation(*ROUND, ("user", "x"))}, "end in a question without", []),
-        ({"messages": [{**USER[0], "weight": 0}, USER[1]]}, "have 'weight' in their messages", []),
+        ({"messages": _conversation(*ROUND, *ROUND)}, "1 row has several answers", [["q", "a"]]),
+        (
+            {"messages": _conversation(*ROUND, ("user", "x"))},
+            "1 row ends in a question without",
+            [],
+        ),
+        ({"messages": [{**USER[0], "weight": 0}, USER[1]]}, "1 row has 'weight' in messages", []),
+        (
+            {"messages": [{**m, "loss": True} for m in USER]},
+            "1 row has 'loss' in messages",
+            [],
+        ),
+        # The form of ChatGLM3's own tool data: the message has no content.
+        ({"messages": [USER[0], {"role": "tool", "name": "t"}]}, "skipped, a 'tool' message", None),
         ({"messages": _conversation(("tool", "x"), *ROUND)}, "skipped, a 'tool' message", None),
         ({"messages": [USER[0], {**USER[1], "tool_calls": [1]}]}, "skipped, calls of tools", None),
-        ({"messages": _conversation(*reversed(ROUND))}, "skipped, a assistant message", None),
+        ({"messages": _conversation(*reversed(ROUND))}, "skipped, an assistant message", None),
         ({"messages": _conversation(ROUND[0], *ROUND)}, "skipped, a user message stands", None),
         ({"messages": USER[:1]}, "skipped, answer empty or missing", None),
         ({"messages": []}, "skipped, answer empty or missing", None),
@@ -843,12 +870,13 @@ def test_what_is_not_learnt_from_is_told(row, told, kept):
         ({"messages": ["x"]}, r"messages\[0\]: expected a message, got str"),
         ({"messages": [{"rol": "user"}]}, r"\[0\]: expected a message with 'role' or 'from'"),
         ({"messages": [{"role": "user"}]}, "expected a message with 'content' or 'value'"),
+        ({"messages": _conversation(("User", "x"))}, "got 'User' \\(did you mean 'user'"),
         ({"messages": _conversation(("usr", "x"))}, "got 'usr' \\(did you mean 'user'"),
         ({"messages": USER, "conversations": USER}, "messages and conversations, got both"),
         ({"instruktion": "q", "output": "a"}, "'instruktion' \\(did you mean 'instruction'"),
         ({"Instruction": "q", "Output": "a"}, "'Instruction' \\(did you mean 'instruction'"),
         ({"prompt": "p", "response": "r", "history": [{"role": "user", "content": "x"}]},
-         "history: answer empty or missing"),
+         "history: expected whole rounds of user and assistant: answer empty"),
     ],
 )  # fmt: skip
 def test_bad_conversations(row, message):
@@ -879,6 +907,25 @@ def test_columns_that_are_not_used_are_counted(tmp_path):
     make_set(tmp_path, {"a.json": rows}, columns=columns)
     with pytest.warns(UserWarning, match="not used: input \\(4 rows\\), note"):
         load_datasets("d", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "near"),
+    [("histroy", "history"), ("Input", "input"), ("system_prompt", "system"), ("uuid", None)],
+)
+def test_a_column_that_is_nearly_a_field_is_told(extra, near, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    row = {"instruction": "q", "output": "a", extra: "x"}
+    make_set(tmp_path, {"a.json": [row]})
+    text = f"not used: {extra} (1 row)" + (f" (did you mean {near!r}?)" if near else "")
+    for read in (
+        lambda: records_from([row]),
+        lambda: records_from(pandas.DataFrame([row])),
+        lambda: load_datasets("d", tmp_path),
+    ):
+        with pytest.warns(UserWarning, match=f"{re.escape(text)}$") as told:
+            read()
+        assert all(w.filename == __file__ for w in told)
 
 
 def test_dicts_and_data_sets_of_other_libraries():
@@ -933,6 +980,8 @@ def test_missing_files_are_named_with_the_nearest(tmp_path):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_datasets(name, tmp_path / directory)
+    with pytest.raises(FileNotFoundError, match="data: .*row.json.*did you mean 'rows.json"):
+        records_from(tmp_path / "data/row.json")
     make_set(tmp_path / "data", {}, file_name="row.json")
     with pytest.raises(FileNotFoundError, match="row.json does not exist .did you mean 'rows.json"):
         load_datasets("d", tmp_path / "data")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,27 @@ def test_configs_that_are_refused_name_the_field(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         glmlora.AutoModel.from_pretrained(directory)
     assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling .* rope_ratio"),
+        ("hidden_dropout", 0.1, "hidden_dropout 0.1 has no effect"),
+        ("num_layer", 3, "'num_layer' is not used .did you mean 'num_layers'"),
+        ("rope_scaling", None, ""),
+        ("hidden_dropout", 0.0, ""),
+        ("classifier_dropout", 0.1, ""),
+        ("bos_token_id", 1, ""),
+    ],
+)
+def test_keys_without_effect_are_told(tmp_path, key, value, told):
+    write_json(tmp_path / "config.json", {**TINY_CONFIG, key: value})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        glmlora.AutoConfig.from_pretrained(tmp_path)
+    text = " | ".join(str(w.message) for w in said)
+    assert bool(text) == bool(told) and re.search(told, text), text
 
 
 def test_config_defaults_and_unknown_keys(tmp_path):

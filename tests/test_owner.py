@@ -252,18 +252,25 @@ def test_others_do_not_save_into_an_owned_folder(tiny_model, tmp_path):
 
 
 def test_a_forked_child_does_not_hold_its_parents_folder(tmp_path):
-    told, tell = os.pipe()
+    ready, tell = os.pipe()
+    waits, goes_on = os.pipe()
     pid = os.fork()
     if pid == 0:  # the owner, with a child that outlives it
         with owned(tmp_path):
             if os.fork() == 0:
-                os.read(told, 1)
+                os.close(goes_on)
+                os.write(tell, b".")
+                os.read(waits, 1)
                 os._exit(0)
+            os.read(ready, 1)
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
-    with pytest.warns(UserWarning, match="taken over"), owned(tmp_path):
-        pass
-    os.write(tell, b".")
+    try:
+        with pytest.warns(UserWarning, match="taken over"), owned(tmp_path):
+            pass
+    finally:
+        for descriptor in (goes_on, waits, ready, tell):
+            os.close(descriptor)
 
 
 @pytest.mark.parametrize("whose", ["dead", "mine", "reused", "elsewhere", "nobody"])

@@ -11,10 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from wheels import install
 
 import glmlora
 from glmlora import _core
-from wheels import install
 
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = ["torch", "transformers", "peft", "pandas", "datasets", "safetensors"]
@@ -86,6 +86,15 @@ def test_one_module_serves_every_python():
     assert [path.name for path in folder.glob("_core*.so")] == ["_core.abi3.so"]
 
 
+def test_python_h_comes_before_any_header_of_the_system():
+    """Python.h defines what those read; clang, which builds the wheels, refuses the other order."""
+    ours = {f'#include "{name}.h"' for name in ("module", "convert", "run")}
+    for path in sorted((ROOT / "csrc/python").glob("*.c")):
+        lines = path.read_text().splitlines()
+        first = next(line for line in lines if line.startswith("#include"))
+        assert " ".join(first.split()[:2]) in ours, f"{path.name}: {first}"
+
+
 def test_typed_and_versioned():
     package = Path(glmlora.__file__).parent
     assert (package / "py.typed").exists() and (package / "_core.pyi").exists()
@@ -94,7 +103,7 @@ def test_typed_and_versioned():
 
 def test_a_wheel_for_others_has_equal_bytes_and_says_what_is_inside(tmp_path, wheel, monkeypatch):
     """However its entries are ordered and dated, as another build's would be."""
-    monkeypatch.syspath_prepend(str(ROOT / "wheels"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "portable"))
     import build
 
     with zipfile.ZipFile(wheel) as archive:

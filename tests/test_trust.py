@@ -19,7 +19,10 @@ OUTPUT = "transformer.output_layer.weight"
 def finish(code, timeout=60, arguments=(), **environment):
     """What a child prints that runs the code; it must end by itself."""
     child = run_child(code, *arguments, **environment)
-    out, err = child.communicate(timeout=timeout)
+    try:
+        out, err = child.communicate(timeout=timeout)
+    finally:
+        child.kill()  # where it hangs
     assert child.returncode == 0, (child.returncode, out, err[-2000:])
     return out
 
@@ -250,6 +253,34 @@ def test_threads_that_share_a_model_and_the_pool():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_conversion_beside_a_long_computation_does_not_answer_its_signals():
+    """It uses the same threads and holds the interpreter's lock, which the computation's poll for
+    Ctrl-C takes."""
+    finish(
+        """
+        import threading
+        import numpy as np
+        from glmlora import _core
+        from test_core import make_model
+        model = make_model(layers=30, hidden=128, head_dim=32, ffn=256)
+        values = np.random.default_rng(1).normal(size=(400, 400)).astype(np.float32)
+        want, wrong, over = _core.convert(values, "F32", "F16"), [], threading.Event()
+        def convert():
+            while not over.is_set():
+                if not np.array_equal(_core.convert(values, "F32", "F16"), want):
+                    wrong.append(1)
+        thread = threading.Thread(target=convert)
+        thread.start()
+        for _ in range(10):
+            model.forward(np.zeros(400, np.int32), [400], rows=[0])
+        over.set()
+        thread.join()
+        assert not wrong
+        """,
+        timeout=400 if "GLMLORA_SANITIZED" in os.environ else 40,
+    )
 
 
 # Files

@@ -51,6 +51,7 @@ struct glm_pool {
     atomic_int asleep, waiting, stop, busy, second_busy, quit;
     struct share share[MAX_THREADS]; /* the caller's first */
     int shares, take;                /* take: tasks at a time */
+    int polls;                       /* the run is of the thread that set poll: it alone may stop */
     glm_task fn;
     const void *arg;
     int (*poll)(void *arg);
@@ -59,6 +60,10 @@ struct glm_pool {
 };
 
 #define INSIDE (1ull << 32)
+
+/* The pool whose poll this thread has set. Another thread that needs no model (it converts, it binds)
+ * may run an op meanwhile: it neither calls that poll nor stops for it. */
+static _Thread_local const struct glm_pool *polled_here;
 
 struct seat {
     struct glm_pool *pool;
@@ -75,7 +80,7 @@ static void relax(void)
 /* The next tasks that nobody has taken, of share `home` first; 0: there is none, or it is to stop. */
 static int take_tasks(struct glm_pool *pool, int home, int *begin, int *end)
 {
-    if (atomic_load_explicit(&pool->stop, memory_order_relaxed))
+    if (pool->polls && atomic_load_explicit(&pool->stop, memory_order_relaxed))
         return 0;
     for (int i = 0; i < pool->shares; i++) {
         struct share *share = &pool->share[(home + i) % pool->shares];
@@ -269,6 +274,7 @@ int glm_pool_threads(const struct glm_pool *pool) { return pool->threads; }
 
 void glm_pool_set_poll(struct glm_pool *pool, int (*poll)(void *arg), void *arg)
 {
+    polled_here = poll ? pool : NULL;
     pool->poll = poll;
     pool->poll_arg = arg;
     atomic_store(&pool->stop, 0);
@@ -283,7 +289,7 @@ int glm_pool_stopped(const struct glm_pool *pool)
 static void poll_now_and_then(struct glm_pool *pool)
 {
     struct timespec now;
-    if (!pool->poll || atomic_load_explicit(&pool->stop, memory_order_relaxed))
+    if (!pool->polls || !pool->poll || atomic_load_explicit(&pool->stop, memory_order_relaxed))
         return;
     clock_gettime(POLL_CLOCK, &now);
     const double ms = (double)(now.tv_sec - pool->polled.tv_sec) * 1e3 +
@@ -349,6 +355,7 @@ void glm_pool_run(struct glm_pool *pool, int n_tasks, size_t ns, glm_task fn, co
         n_tasks == 1 || pool->threads == 1 || (ns < WOKEN && atomic_load(&pool->asleep));
     if (!alone)
         start_workers(pool);
+    pool->polls = polled_here == pool;
     pool->take = taken(pool, n_tasks, ns);
     pool->fn = fn;
     pool->arg = arg;

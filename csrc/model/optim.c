@@ -8,6 +8,17 @@
 
 /* ---- the trainable block: values, gradients, first and second moments, one after the other */
 
+/* Undoes what set_trainable has begun; what was trained still is. */
+static void give_up(struct glm_model *m, char *block)
+{
+    for (int i = 0; i < m->n_trainable; i++) { /* trained weights lie in the old block */
+        struct glm_weight *w = &m->weights[m->trainable[i]];
+        m->be->free(m->be, w->owned);
+        w->owned = NULL;
+    }
+    m->be->free(m->be, block);
+}
+
 glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int n,
                                    struct glm_error *err)
 {
@@ -38,7 +49,6 @@ glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int 
                 "each of "
                 "%zu parameters): train fewer weights (lora) or use a machine with more memory",
                 4 * total * size, total);
-        be->zero(be, block, 4 * total * size);
     }
     /* weights that stop being trained keep their values in memory of their own */
     for (int i = 0; i < m->n_trainable; i++) {
@@ -50,20 +60,37 @@ glm_status glm_model_set_trainable(struct glm_model *m, const int *weights, int 
             continue;
         w->owned = be->alloc(be, glm_count(w) * size);
         if (!w->owned) {
-            be->free(be, block);
+            give_up(m, block);
             return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken", w->name,
                             glm_count(w) * size);
         }
         be->copy(be, w->owned, w->mat.data, glm_count(w) * size);
     }
+    /* Weight by weight, since taking many gigabytes lasts: values, and zeros for the rest. */
     size_t offset = 0;
     for (int rank = 2; rank >= 1; rank--) { /* matrices, which decay, then the others */
+        for (int i = 0; i < n && !be->stopped(be); i++) {
+            const struct glm_weight *w = &m->weights[weights[i]];
+            const size_t room = (glm_count(w) + 15) / 16 * 16;
+            if (w->rank != rank)
+                continue;
+            for (size_t part = 0; part < 4; part++)
+                be->zero(be, block + (part * total + offset) * size, room * size);
+            be->ops->convert(be->cx, block + offset * size, be->real, w->mat.data, w->mat.dtype,
+                             glm_count(w));
+            offset += room;
+        }
+    }
+    if (be->stopped(be)) {
+        give_up(m, block);
+        return glm_fail(err, GLM_EINTERRUPTED, "interrupted");
+    }
+    offset = 0;
+    for (int rank = 2; rank >= 1; rank--) {
         for (int i = 0; i < n; i++) {
             struct glm_weight *w = &m->weights[weights[i]];
             if (w->rank != rank)
                 continue;
-            be->ops->convert(be->cx, block + offset * size, be->real, w->mat.data, w->mat.dtype,
-                             glm_count(w));
             w->offset = offset;
             offset += (glm_count(w) + 15) / 16 * 16;
         }

@@ -1,9 +1,9 @@
 /* Mapped files as arrays, and the guard around what reads them: see mapped.h. */
-#include "mapped.h"
+#include "run.h"
 
 #include <string.h>
 
-#include "run.h"
+#include "mapped.h"
 
 static const char *const CAPSULE = "glmlora._core.mapped";
 

@@ -370,7 +370,7 @@ static PyObject *model_step(struct model_object *self, PyObject *args, PyObject 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dddddd", names, &opt.lr, &opt.beta1, &opt.beta2,
                                      &opt.eps, &opt.weight_decay, &opt.max_grad_norm))
         return NULL;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin_whole(&run, self, 0) < 0 ||
         glm_run_end(&run, glm_model_step(self->m, &opt, &norm, &run.err)) < 0)
         return NULL;
     return PyFloat_FromDouble(norm);

@@ -261,7 +261,7 @@ PyObject *glm_py_enable_lora(struct model_object *self, PyObject *arg)
 PyObject *glm_py_merge_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     struct run run;
-    if (glm_run_begin_reading(&run, self) < 0 ||
+    if (glm_run_begin_whole(&run, self, 1) < 0 ||
         glm_run_end(&run, glm_model_merge_lora(self->m, &run.err)) < 0)
         return NULL;
     glm_forget_files(self);
@@ -467,7 +467,7 @@ PyObject *glm_py_write(struct model_object *self, PyObject *args, PyObject *kwar
         return NULL;
     }
     const int done =
-        glm_run_begin(&run, self) == 0 &&
+        glm_run_begin_whole(&run, self, 0) == 0 &&
         glm_run_end(&run, glm_model_write(self->m, i, part, PyArray_DATA(a), &run.err)) == 0;
     Py_DECREF(a);
     if (!done)

@@ -98,7 +98,7 @@ static int poll(void *arg)
     return stop;
 }
 
-static int begin(struct run *run, struct model_object *self, int reads)
+static int begin(struct run *run, struct model_object *self, int reads, int whole)
 {
     struct module_state *state = self->state;
     if (glm_idle(self) < 0)
@@ -144,15 +144,20 @@ static int begin(struct run *run, struct model_object *self, int reads)
     computing_here = 1;
     if (reads && self->n_files)
         glm_guard_begin();
-    run->be->set_poll(run->be, poll, run);
+    run->be->set_poll(run->be, whole ? NULL : poll, run);
     return 0;
 }
 
-int glm_run_begin(struct run *run, struct model_object *self) { return begin(run, self, 0); }
+int glm_run_begin(struct run *run, struct model_object *self) { return begin(run, self, 0, 0); }
 
 int glm_run_begin_reading(struct run *run, struct model_object *self)
 {
-    return begin(run, self, 1);
+    return begin(run, self, 1, 0);
+}
+
+int glm_run_begin_whole(struct run *run, struct model_object *self, int reads)
+{
+    return begin(run, self, reads, 1);
 }
 
 /* What was computed meanwhile is of no use, and neither is what it was added to. */
@@ -181,7 +186,7 @@ int glm_run_end(struct run *run, glm_status status)
     run->self->busy = 0;
     Py_DECREF(run->self);
     if (status == GLM_OK)
-        return 0;
+        return PyErr_Occurred() ? -1 : 0; /* poll's, after which tasks were skipped */
     glm_raise(status, &run->err);
     return -1;
 }

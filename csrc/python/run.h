@@ -37,6 +37,8 @@ int glm_run_begin(struct run *run, struct model_object *self);
 /* The same where base weights are read: OSError, now or at the end, if a file that they lie in is
  * not as it was. */
 int glm_run_begin_reading(struct run *run, struct model_object *self);
+/* The same for what changes weights in place: signals are heard when it has ended. */
+int glm_run_begin_whole(struct run *run, struct model_object *self, int reads);
 /* 0, or -1 with the exception of the status set. */
 int glm_run_end(struct run *run, glm_status status);
 

@@ -7,11 +7,12 @@ import csv
 import io
 import json
 import os
-import warnings
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from .. import tell
 from .regular import read_bytes
 from .write import no_key_twice, refuse_lfs_pointer
 
@@ -34,8 +35,7 @@ _CELL_MAX = 2**31 - 1  # characters; a C long on every system
 
 
 def _notice(path: str, text: str) -> None:
-    # The caller of read_rows' caller: the user of records_from, load_datasets or read_table.
-    warnings.warn(f"{path}: {text}", stacklevel=6)
+    tell.warn(f"{path}: {text}")
 
 
 def _read_text(path: str) -> str:
@@ -80,8 +80,13 @@ def _decode(path: str, data: bytes) -> str:
 
 def _is_chinese(data: bytes) -> bool:
     """Whether bytes that are not UTF-8 are GB18030 text: nearly any bytes can be decoded so, but
-    only Chinese text has most of its characters in the common ones of GB 2312.
+    only Chinese text has most of its characters in the common ones of GB 2312. UTF-8 with a broken
+    byte or a line from another file in it is not.
     """
+    part = data[:1_000_000]
+    utf8 = sum(map(len, re.findall(rb"[\xe0-\xef][\x80-\xbf]{2}", part)))
+    if utf8 > sum(byte >= 0x80 for byte in part) / 2:
+        return False
     try:
         text = data.decode("gb18030")
     except UnicodeDecodeError:
@@ -254,12 +259,18 @@ def _rows_of(path: str, value: Any) -> list[Any]:
             for name, rows in value.items()
             if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
         ]
-        if len(lists) == 1 and not _is_conversation(value[lists[0]]):
-            others = [name for name in value if name != lists[0]]
+        tables = [name for name in lists if not _is_conversation(value[name])]
+        if len(tables) > 1:
+            raise ValueError(
+                f"{path}: expected an array of objects, got an object with several: "
+                f"{', '.join(tables[:10])}; save each in a file of its own"
+            )
+        if tables:
+            others = [name for name in value if name != tables[0]]
             more = f"; not used: {', '.join(others[:10])}" if others else ""
-            _notice(path, f"an object, its list {lists[0]!r} is read{more}")
-            return list(value[lists[0]])
-        if lists and len(value) <= 3:  # one conversation
+            _notice(path, f"an object, its list {tables[0]!r} is read{more}")
+            return list(value[tables[0]])
+        if lists or any(isinstance(cell, str) for cell in value.values()):  # a single row
             return [value]
         if all(isinstance(column, (list, dict)) for column in value.values()):
             raise ValueError(

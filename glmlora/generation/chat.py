@@ -26,7 +26,7 @@ from .config import (
     spelled_out,
     tell_without_effect,
 )
-from .generate import ROWS, complete, warn_of_prefix
+from .generate import ROWS, complete, warn_of_weights
 from .processors import Processor
 from .scheduler import Scheduler, Scores, call_seed, first_room, limits_of
 from .streamers import check_streamer, ended
@@ -232,7 +232,7 @@ def chat(
         check_streamer(streamer, 1, turns.settings.num_beams)
         ids, asked = turns.ask(query, history, role)
         [limit] = turns.limits([ids])
-        warn_of_prefix(model)
+        warn_of_weights(model)
         draw = call_seed(turns.settings), 0
         if turns.settings.num_beams > 1:
             [(_, new)] = best_answers(model, ids, limit, turns.change, draw)
@@ -274,7 +274,7 @@ def chat_rows(
     asked = [turns.ask(query, [], role) for query in queries]
     prompts = [ids for ids, _ in asked]
     limits = turns.limits(prompts)
-    warn_of_prefix(model)
+    warn_of_weights(model)
     draws = [(call_seed(turns.settings), 0) for _ in prompts]
     if not prompts:
         return
@@ -375,7 +375,7 @@ def stream_chat(
         later = turns.family.stream_ids(tokenizer, query, number, role or "user")
         ids = past.ids + list(later)
     [limit] = turns.limits([ids])
-    warn_of_prefix(model, stacklevel=3)
+    warn_of_weights(model, stacklevel=3)
     needed = first_room([len(ids)], [limit])
     kept = past is None and not return_past_key_values
     if past is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -29,6 +28,8 @@ class HasEnds(Protocol):
     def eos_token_ids(self) -> list[int]: ...
     @property
     def pad_token_id(self) -> int | None: ...
+    @property
+    def padded_vocab_size(self) -> int: ...
     def to_dict(self) -> dict[str, Any]: ...
 
 
@@ -122,18 +123,20 @@ class GenerationConfig:
         found = cls(eos_token_id=config.eos_token_ids, pad_token_id=config.pad_token_id)
         given = config.to_dict()
         names = set(cls.__dataclass_fields__) - {"eos_token_id", "pad_token_id", "use_cache"}
-        unused = found._take({n: v for n, v in given.items() if n in names})
+        unused = found._take(
+            {n: v for n, v in given.items() if n in names}, config.padded_vocab_size
+        )
         if unused:
             tell.warn(f"config.json: is not used: {'; '.join(unused)}")
         return found
 
-    def _take(self, values: Mapping[str, Any]) -> list[str]:
+    def _take(self, values: Mapping[str, Any], vocabulary: int) -> list[str]:
         """Set fields that are in a file; returns what is wrong about those that cannot be set."""
         unused = []
         for name, value in values.items():
             try:
                 one = type(self)(**{name: value})
-                one.check(1 << 31)
+                one.check(vocabulary)
             except (TypeError, ValueError) as error:
                 unused.append(str(error))
             else:
@@ -150,7 +153,8 @@ class GenerationConfig:
         """
         file = Path(path) / "generation_config.json"
         found = cls() if config is None else cls.from_model_config(config)
-        unused = found._take(read_json(file, dict))
+        vocabulary = 1 << 31 if config is None else config.padded_vocab_size
+        unused = found._take(read_json(file, dict), vocabulary)
         if unused:
             tell.warn(f"{file}: is not used: {'; '.join(unused)}")
         found.update(**fields)
@@ -205,7 +209,7 @@ class GenerationConfig:
         for name in _NUMBERS:
             value = getattr(self, name)
             number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-            if value is not None and not (number and math.isfinite(value)):
+            if value is not None and not (number and abs(value) <= _LARGEST):
                 raise ValueError(f"{name}: expected a number, got {value!r}")
         for name in _SWITCHES:
             value = getattr(self, name)
@@ -276,6 +280,7 @@ _WHOLE = {
     **dict.fromkeys(("pad_token_id", "bos_token_id"), 0),
     "seed": None,
 }
+_LARGEST = float(np.finfo(np.float32).max)  # the core computes with float32
 _NUMBERS = ("temperature", "top_p", "repetition_penalty", "length_penalty", "min_p", "max_time")
 _SWITCHES = (
     *("do_sample", "early_stopping", "renormalize_logits", "return_dict_in_generate"),

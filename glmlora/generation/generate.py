@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import tell
+from .. import _core, tell
 from ..batch import Batch, as_rows, check_ids
 from .beams import best_answers
 from .cache import CachedRow, Model, PastKeyValues, check_past
@@ -101,7 +101,7 @@ def generate(
         check_streamer(streamer, len(prompts) * n, g.num_beams)
         if g.num_beams > 1:
             return _by_beams(model, padded, prompts, limits, change)
-        warn_of_prefix(model, stacklevel=3)
+        warn_of_weights(model, stacklevel=3)
         seed = call_seed(g)
         done: list[Any] = [None] * (len(prompts) * n)
         many = [p for p in prompts for _ in range(n)]
@@ -183,7 +183,7 @@ def stream_generate(
     n = int(g.num_return_sequences)
     lengths = [len(p) for p in prompts]
     limits = limits_of(model, lengths, g)
-    warn_of_prefix(model, stacklevel=3)
+    warn_of_weights(model, stacklevel=3)
 
     def run() -> Iterator[np.ndarray]:
         rows = CachedRow(model, len(prompts) * n, first_room(lengths, limits))
@@ -215,7 +215,7 @@ def generate_rows(
     g.check(model.config.padded_vocab_size)
     change = Scores(g, None)
     limits = limits_of(model, [len(p) for p in prompts], g)
-    warn_of_prefix(model)
+    warn_of_weights(model)
     seed = call_seed(g)
     draws = [(seed, row) for row in range(len(prompts))]
     if g.num_beams == 1:
@@ -380,14 +380,26 @@ def warn_of_padding(ids: np.ndarray, pad: int | None) -> None:
         )
 
 
-def warn_of_prefix(model: Model, stacklevel: int = 4) -> None:
-    """Say once that a P-Tuning prefix is random. stacklevel: of the user's line."""
+def warn_of_weights(model: Model, stacklevel: int = 4) -> None:
+    """Say once that a P-Tuning prefix is random, or that the weights are not those that the asked
+    products are for. stacklevel: of the user's line.
+    """
+    warn_of_products(model.core)
     if model.prefix_is_fresh:
         model.prefix_is_fresh = False
         warnings.warn(
             "the P-Tuning prefix is neither trained nor loaded: use "
             "model.transformer.prefix_encoder.load_state_dict or glmlora.load_prefix",
             stacklevel=stacklevel,
+        )
+
+
+def warn_of_products(core: _core.Model) -> None:
+    """Say once that int8 products were asked for and no weight is int8: others are used."""
+    if core.backend.endswith("/int8") and not any(core.dtype(n) == "I8" for n in core.names()):
+        tell.once(
+            "compute_dtype 'int8' has no effect: the base is not quantized to 8 bits, its products "
+            "are in bfloat16; use quantization_bit=8, or model.quantize(8)"
         )
 
 

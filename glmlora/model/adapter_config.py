@@ -344,7 +344,14 @@ class LoraConfig(PeftConfig):
         if layers is not None and isinstance(self.target_modules, str):
             if self.target_modules != ALL_LINEAR:
                 raise ValueError("layers_to_transform: needs target_modules to be a list of names")
-        if self.layers_pattern and layers is None:
+        names = (
+            [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        )
+        if names and not (isinstance(names, Sequence) and all(isinstance(n, str) for n in names)):
+            raise ValueError(
+                f"layers_pattern: expected names of lists of layers, got {names!r:.80}"
+            )
+        if names and layers is None:
             raise ValueError("layers_pattern: needs layers_to_transform")
 
     def to_dict(self) -> dict[str, Any]:

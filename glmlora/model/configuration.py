@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +102,13 @@ _READ_ONCE = {
     *("layernorm_epsilon", "rope_ratio", "add_qkv_bias", "multi_query_attention", "rmsnorm"),
     *(set(GenerationConfig.__dataclass_fields__) - {"use_cache"}),
 }
-# Of training and of other architectures, 0 or absent in published files.
-_UNUSED = ("hidden_dropout", "attention_dropout", "rope_scaling", "sliding_window")
+# Keys that mean nothing here, where they say something.
+_UNUSED = {
+    "rope_scaling": "positions are scaled by rope_ratio",
+    "hidden_dropout": "only adapters and prefixes have dropout",
+    "sliding_window": "attention reaches every position",
+    "attention_dropout": "only adapters and prefixes have dropout",
+}
 _MAY_BE_NULL = ("eos_token_id", "pad_token_id")
 
 
@@ -226,7 +232,6 @@ class ChatGLMConfig:
             if name in fields:
                 fields[own] = fields.pop(name)
         try:
-            _tell_unused(file, fields)
             for name in fields:
                 if name != "self" and not hasattr(cls, name):
                     continue
@@ -235,9 +240,12 @@ class ChatGLMConfig:
                 family = recognition.find(fields, directory, tokenizer_fields(directory))
             else:
                 family = families.of(family).name
-            return cls(family=family, rope_mode=rope_mode, **fields)
+            config = cls(family=family, rope_mode=rope_mode, **fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
+        for text in _without_effect(fields):
+            tell.once(f"{file}: {text}")
+        return config
 
     def check(self) -> None:
         """Raise ValueError naming a field that no supported model can have."""
@@ -365,19 +373,24 @@ class ChatGLMConfig:
         return f"ChatGLMConfig(family={self.family!r}, {self.to_dict()})"
 
 
+def _without_effect(fields: Mapping[str, Any]) -> list[str]:
+    """Sentences about keys that would change a model elsewhere, and about misspelt ones."""
+    told = [
+        f"{n} {fields[n]!r} has no effect: {why}" for n, why in _UNUSED.items() if fields.get(n)
+    ]
+    layers, other = fields.get("num_layers"), fields.get("num_hidden_layers")
+    if None not in (layers, other) and layers != other:
+        told.append(f"num_hidden_layers {other!r} has no effect: num_layers is {layers!r}")
+    for name in fields:
+        near = get_close_matches(str(name), DEFAULTS, 1, 0.9) if not is_key(name) else []
+        if near and name not in OWN_KEYS:
+            told.append(f"{short_repr(name)} is not used (did you mean {near[0]!r}?)")
+    return told
+
+
 def is_key(name: str) -> bool:
     """Whether config.json may have such a key, be it there or not."""
     return name in DEFAULTS or name in _MORE_KEYS
-
-
-def _tell_unused(file: Path, fields: Mapping[str, Any]) -> None:
-    """Say once what a config.json asks for that has no effect here."""
-    unused = [f"{k} {short_repr(fields[k])}" for k in _UNUSED if fields.get(k)]
-    layers, other = fields.get("num_layers"), fields.get("num_hidden_layers")
-    if None not in (layers, other) and layers != other:
-        unused.append(f"num_hidden_layers {short_repr(other)}, num_layers is {short_repr(layers)}")
-    if unused:
-        tell.once(f"{file}: is not used: {'; '.join(unused)}")
 
 
 def tokenizer_fields(directory: Path) -> dict[str, Any]:

@@ -107,8 +107,8 @@ def is_quantized(config: Any, bits: int, group: int | None = None) -> bool:
     if stored != bits or (group is not None and group != size):
         asked = f"{bits} bits" + (f" in groups of {group} columns" if group else "")
         raise ValueError(
-            f"quantize: the model is stored in {stored} bits ({form}) already, {asked} were asked "
-            "for: open the float model to quantize it otherwise"
+            f"quantization_bit, quantize: the model is stored in {stored} bits ({form}) already, "
+            f"{asked} were asked for: open the float model to quantize it otherwise"
         )
     return True
 

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from .. import families
@@ -48,6 +48,24 @@ _ONE_DEVICE = (
     "and raise gradient_accumulation_steps instead"
 )
 _HUB = "nothing is uploaded; copy output_dir to the hub with its own tools"
+
+# What other programs call a flag.
+_OTHER_NAMES = {
+    "adapter_name_or_path": "checkpoint_dir",
+    "batch_size": "per_device_train_batch_size",
+    "cutoff_len": "max_source_length",
+    "epochs": "num_train_epochs",
+    "freeze_trainable_layers": "num_layer_trainable",
+    "freeze_trainable_modules": "name_module_trainable",
+    "lora_r": "lora_rank",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "num_epochs": "num_train_epochs",
+    "num_virtual_tokens": "pre_seq_len",
+    "r": "lora_rank",
+    "target_modules": "lora_target",
+    "val_size": "dev_ratio",
+}
 
 #: Flags of `chat` and `predict`, named in the error when training is given one.
 GENERATING = (
@@ -97,7 +115,7 @@ class ModelArguments(Group):
     plot_loss: bool = option(False, "S", "draw the loss curves into output_dir")
     family: str = option("auto", "S", "model family of the base", families.choices())
     threads: int | None = option(None, "S",
-        "processor threads (default: OMP_NUM_THREADS, else all cores)", bound=">=1")
+        "processor threads (default: OMP_NUM_THREADS, else all cores)", bound="[1,1024]")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -132,6 +150,14 @@ class DataArguments(Group):
     template: str = option("auto", "S",
         "prompt: the family's own, or the original's", ("auto", "vendored"))
     # fmt: on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source_prefix:
+            self.notices.append(
+                "source_prefix is put before the prompts of this run only: chats with what it "
+                "trains do not add it, so begin your questions with it"
+            )
 
     @property
     def dataset_names(self) -> list[str]:
@@ -441,6 +467,7 @@ def parse_train_arguments(
     else:
         values, told = _parse_words(list(source), prog)
     _refuse_unknown([name for name in values if name not in _ALL])
+    _settle_resume(values)
     if "output_dir" not in values:
         raise ValueError(
             "output_dir: expected the folder for everything that training writes, got nothing"
@@ -477,13 +504,10 @@ def call_arguments(
         raise TypeError(f"args: expected TrainingArguments or a dict, got {type(args).__name__}")
     given = set(overrides) | (set(args) if isinstance(args, Mapping) else set())
     values.update(overrides)
-    if values.get("resume_from_checkpoint") is True:
-        values["resume_from_checkpoint"] = "last"
-    elif values.get("resume_from_checkpoint") is False:
-        values["resume_from_checkpoint"] = None
+    _settle_resume(values)
     unknown = [name for name in values if name not in CALL_FLAGS]
     if unknown:
-        shown = (f"{name!r}{did_you_mean(str(name), CALL_FLAGS)}" for name in unknown)
+        shown = (f"{name!r}{_near(str(name), CALL_FLAGS)}" for name in unknown)
         raise TypeError(f"train: unknown arguments: {', '.join(shown)}")
     if "output_dir" not in values:
         raise TypeError(
@@ -636,8 +660,20 @@ def _refuse_unknown(unknown: Sequence[Any]) -> None:
     for name in unknown:
         plain = str(name).lstrip("-").split("=")[0]
         near = " (belongs to generation, not to training)"
-        parts.append(f"{name}{near if plain in GENERATING else did_you_mean(plain, _ALL)}")
+        parts.append(f"{name}{near if plain in GENERATING else _near(plain, _ALL)}")
     raise ValueError(f"unknown arguments: {', '.join(parts)}")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """`did_you_mean`, which also knows what other programs call a flag."""
+    return did_you_mean(_OTHER_NAMES.get(name, name), known)
+
+
+def _settle_resume(values: dict[str, Any]) -> None:
+    """true of a config file, a dict or a call: from the newest checkpoint."""
+    value = values.get("resume_from_checkpoint")
+    if isinstance(value, bool):
+        values["resume_from_checkpoint"] = "last" if value else None
 
 
 def _is_config(word: str) -> bool:
@@ -652,7 +688,7 @@ def _read_config(path: str) -> dict[str, Any]:
         return read_json(path, dict, unique=True)
     try:
         import yaml
-    except ImportError:
+    except ModuleNotFoundError:
         raise ValueError(
             f"{path}: reading YAML needs PyYAML (pip install pyyaml); or use a .json file"
         ) from None
@@ -731,7 +767,8 @@ def _parse_words(words: list[str], prog: str) -> tuple[dict[str, Any], list[str]
             word = "--" + name[2:].replace("-", "_") + equals + value
         plain.append(word)
     known, unknown = parser.parse_known_args(plain)
-    _refuse_unknown(unknown)
+    flags_there = [word for word in unknown if word.startswith("--")]
+    _refuse_unknown(flags_there or unknown)
     if "output_dir" not in known:
         parser.error("the following arguments are required: --output_dir")
     single = {f"--{name}": name for name, flag in _ALL.items() if flag.kind != "words"}

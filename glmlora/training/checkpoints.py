@@ -13,7 +13,6 @@ for bit:
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -310,7 +309,7 @@ def _check_parts(path: Path, digests: Mapping[str, str]) -> None:
         if name not in digests:
             raise ValueError(f"{path / name}: was not saved with this checkpoint")
         if not (path / name).exists():
-            raise FileNotFoundError(errno.ENOENT, "is missing from this checkpoint", path / name)
+            raise FileNotFoundError(f"{path / name}: is missing from this checkpoint")
         if _digest(path / name) != digests[name]:
             raise ValueError(f"{path / name}: {NOT_SAVED}")
 

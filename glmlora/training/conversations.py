@@ -102,9 +102,10 @@ def read_conversation(
             rounds.append([question, content])
             question = None
         else:
+            article = "an" if role == "assistant" else "a"
             raise Unusable(
-                f"a {role} message stands where another is expected: user and assistant in turns, "
-                "after at most one of system"
+                f"{article} {role} message stands where another is expected: user and assistant in "
+                "turns, after at most one of system"
             )
     if not rounds:
         raise Unusable("answer empty or missing")
@@ -124,12 +125,8 @@ def _message(
         raise ValueError(f"{what}: expected a message, got {type(message).__name__}")
     key = next((name for name in tags.role if name in message), None)
     body = next((name for name in tags.content if name in message), None)
-    for name, found in ((tags.role, key), (tags.content, body)):
-        if found is None and not (name is tags.content and message.get("tool_calls")):
-            raise ValueError(
-                f"{what}: expected a message with {' or '.join(map(repr, name))}, got "
-                f"{', '.join(map(str, message)) or 'none'}"
-            )
+    if key is None:
+        raise ValueError(_without(what, tags.role, message))
     said = message[key]
     for role in ("user", "assistant", "system"):
         if said in getattr(tags, role):
@@ -140,14 +137,23 @@ def _message(
         known = (*tags.user, *tags.assistant, *tags.system)
         raise ValueError(
             f"{what}: {key}: expected one of {', '.join(known)}, got {said!r}"
-            f"{did_you_mean(str(said), known)}"
+            f"{did_you_mean(str(said).lower(), known)}"
         )
     if any(message.get(name) for name in ("tool_calls", "function_call", "tools")):
         raise Unusable("calls of tools in messages are not supported")
+    if body is None:
+        raise ValueError(_without(what, tags.content, message))
     for name, value in message.items():
         if name not in (key, body) and value not in (None, "", [], {}):
-            tell(f"have {name!r} in their messages, which is not used")
+            tell(f"have {name!r} in messages, which is not used")
     return role, _content(message[body], text)
+
+
+def _without(what: str, names: Sequence[str], message: Mapping[str, Any]) -> str:
+    return (
+        f"{what}: expected a message with {' or '.join(map(repr, names))}, got "
+        f"{', '.join(map(str, message)) or 'none'}"
+    )
 
 
 def _content(content: Any, text: Callable[[Any], str]) -> str:

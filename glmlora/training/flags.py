@@ -47,6 +47,7 @@ BOUNDS = {
     "[0,1]": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "[0,1)": (lambda v: 0 <= v < 1, "from 0 to below 1"),
     "seed": (lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1"),
+    "[1,1024]": (lambda v: 1 <= v <= 1024, "from 1 to 1024"),
     "4,8": (lambda v: v in (4, 8), "4 or 8"),
 }
 
@@ -276,7 +277,7 @@ class Group:
                 continue
             value = convert(flag, value)
             setattr(self, flag.name, value)
-            if flag.mark == "A" and value != flag.default and value not in (["none"], "none"):
+            if flag.mark == "A" and value != flag.default and value not in ([], ["none"], "none"):
                 self.notices.append(f"{flag.name} has no effect: {flag.help}")
             if flag.bound and value is not None and not BOUNDS[flag.bound][0](value):
                 raise ValueError(f"{flag.name}: expected {_expected(flag)}, got {value!r}")

@@ -57,7 +57,7 @@ class Loop:
         self.trainee, self.core = trainee, trainee.base.core
         self.encoded, self.eval_encoded = encoded, eval_encoded
         self.args = args
-        self.callbacks = [_checked(callback) for callback in callbacks]
+        self.callbacks = checked_callbacks(callbacks)
         self.output_dir = Path(args.output_dir)
         self.schedule = Schedule.of(args, len(encoded))
         self.state = TrainState(
@@ -503,12 +503,14 @@ def _is_observer(callback: Any) -> bool:
     return any(hasattr(callback, event) for event in EVENTS)
 
 
-def _checked(callback: Any) -> Any:
-    if isinstance(callback, type):
-        raise TypeError(f"callbacks: expected an object, got the class {callback.__name__}")
-    if not _is_observer(callback) and not callable(callback):
-        raise TypeError(
-            f"callbacks: expected a function of the log record, or an object with some of "
-            f"{', '.join(EVENTS)}; got {type(callback).__name__}"
-        )
-    return callback
+def checked_callbacks(callbacks: Sequence[Any]) -> list[Any]:
+    """The callbacks; TypeError for one that no event can call."""
+    for callback in callbacks:
+        if isinstance(callback, type):
+            raise TypeError(f"callbacks: expected an object, got the class {callback.__name__}")
+        if not _is_observer(callback) and not callable(callback):
+            raise TypeError(
+                f"callbacks: expected a function of the log record, or an object with some of "
+                f"{', '.join(EVENTS)}; got {type(callback).__name__}"
+            )
+    return list(callbacks)

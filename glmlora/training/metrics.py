@@ -48,7 +48,7 @@ def _rouge_scorer():
     try:
         import jieba
         from rouge_chinese import Rouge
-    except ImportError:
+    except ModuleNotFoundError:
         return None
     scorer = Rouge()
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .. import tell
 from ..batch import IGNORED, Encoded
 from ..families import prompt as prompts
 from ..files.regular import read_bytes
@@ -79,14 +79,16 @@ class _Counts:
         self._found: dict[str, list[str]] = {}
 
     def add(self, kind: str, row: str) -> None:
-        self._found.setdefault(kind, []).append(row)
+        rows = self._found.setdefault(kind, [])
+        if rows[-1:] != [row]:  # a row may have the same in several of its messages
+            rows.append(row)
 
     def warn(self) -> None:
         for kind, rows in self._found.items():
             first = ", ".join(rows[:3]) + (", ..." if len(rows) > 3 else "")
-            warnings.warn(
-                f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} {kind}: {first}", stacklevel=5
-            )
+            if len(rows) == 1:
+                kind = re.sub("^have ", "has ", kind).replace("end in ", "ends in ")
+            tell.warn(f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} {kind}: {first}")
 
     def skipped(self) -> list[str]:
         """Why rows were left out, with how many."""
@@ -167,7 +169,7 @@ def _rounds(messages: Any, row: str, counts: _Counts) -> list[list[str]]:
             messages, what, Tags(), lambda v: _text(v, "history", row, counts), lambda kind: None
         )
     except Unusable as error:
-        raise ValueError(f"{what}: {error}") from None
+        raise ValueError(f"{what}: expected whole rounds of user and assistant: {error}") from None
     if found.system or len(messages) != 2 * (len(found.rounds) + 1):
         raise ValueError(f"{what}: expected messages of user and assistant in turns")
     return [*found.rounds, [found.prompt, found.response]]
@@ -255,12 +257,11 @@ def _records(
         records.append(record)
     counts.warn()
     if records and n_float_like == len(records):
-        warnings.warn(
+        tell.warn(
             f"{source}: all answers look like {records[0]['response']!r}: a missing label "
             "turned the column into "
             "floats, and the model would learn to answer so; drop rows without a label and "
-            "use str(int(label))",
-            stacklevel=4,
+            "use str(int(label))"
         )
     if rows and not records:
         raise ValueError(
@@ -269,21 +270,34 @@ def _records(
     return records
 
 
-def _warn_of_unused(columns: Iterable[tuple[str, Iterable[Any]]], n: int, source: str) -> None:
+def _warn_of_unused(
+    values: Iterable[tuple[str, Iterable[Any]]],
+    n: int,
+    source: str,
+    columns: Mapping[str, str | None] | None = None,
+) -> None:
     """Tell the columns that have something and are not used, with how many rows have it.
 
-    columns: names and values of the n unused ones.
+    values: names and values of the n unused ones. columns: by field, where they were chosen by
+    their names: one that is nearly the name of a missing field is told as such.
     """
+    missing = [
+        name
+        for field, names in COLUMNS.items()
+        if columns and not columns.get(field) and (field == "system" or "messages" not in columns)
+        for name in names
+    ]
     told: list[str] = []
-    for name, values in columns:
-        rows = sum(not _is_empty(value) for value in values)
+    for name, cells in values:
+        rows = sum(not _is_empty(value) for value in cells)
         if rows:
-            told.append(f"{name} ({rows} {'row' if rows == 1 else 'rows'})")
+            near = did_you_mean(str(name).strip().lower(), missing)
+            told.append(f"{name} ({rows} {'row' if rows == 1 else 'rows'}){near}")
         if len(told) == 10:
             break
     if told:
         more = f", ... ({n} columns in all)" if len(told) == 10 < n else ""
-        warnings.warn(f"{source}: columns not used: {', '.join(told)}{more}", stacklevel=4)
+        tell.warn(f"{source}: columns not used: {', '.join(told)}{more}")
 
 
 def _unused(
@@ -349,6 +363,11 @@ def read_records(data: Any, max_samples: int | None = None) -> tuple[list[dict[s
     """(records as `records_from` gives them, rows that were there); of the first `max_samples`."""
     if isinstance(data, (str, os.PathLike)):
         source = os.fspath(data)
+        if not os.path.exists(source):
+            raise FileNotFoundError(
+                f"data: {source!r}: looked for a file (from {os.getcwd()}) and found none"
+                f"{near_path(source)}"
+            )
         rows: Sequence[Any] = read_rows(source)
     elif hasattr(data, "columns") and (hasattr(data, "to_dict") or hasattr(data, "iterrows")):
         source = "DataFrame"
@@ -373,7 +392,7 @@ def read_records(data: Any, max_samples: int | None = None) -> tuple[list[dict[s
     present = _find_columns(rows, source)
     columns = _choose_columns(present, source)
     unused = [name for name in present if name not in columns.values()]
-    _warn_of_unused(_unused(rows, unused), len(unused), source)
+    _warn_of_unused(_unused(rows, unused), len(unused), source, columns)
     return _nonempty(_records(rows, columns, source), source), len(rows)
 
 
@@ -386,7 +405,8 @@ def _frame_rows(data: Any) -> tuple[list[dict[str, Any]], dict[str, str | None]]
     columns = _choose_columns(names, "DataFrame")
     used = [name for name in columns.values() if name]
     unused = [name for name in names if name not in used]
-    _warn_of_unused(((name, data[name]) for name in unused), len(unused), "DataFrame")
+    cells_of = ((name, data[name]) for name in unused)
+    _warn_of_unused(cells_of, len(unused), "DataFrame", columns)
     # Column by column: a row of a mixed frame would turn its ints into floats.
     cells = zip(*(list(data[name]) for name in used), strict=True)
     return [dict(zip(used, row, strict=True)) for row in cells], columns
@@ -438,9 +458,7 @@ def load_datasets(
             )
         records += _load_dataset(name, info[name], info_path, directory, max_samples, unchecked)
     if unchecked:
-        warnings.warn(
-            f"{info_path}: no file_sha1, data not checked: {', '.join(unchecked)}", stacklevel=2
-        )
+        tell.warn(f"{info_path}: no file_sha1, data not checked: {', '.join(unchecked)}")
     return records
 
 
@@ -480,7 +498,7 @@ def _load_dataset(
     if entry.get("tags") and "messages" not in columns:
         raise ValueError(f"{where}: tags: need a column of messages; set formatting to 'sharegpt'")
     unused = [column for column in present if column not in columns.values()]
-    _warn_of_unused(_unused(rows, unused), len(unused), name)
+    _warn_of_unused(_unused(rows, unused), len(unused), name, None if named else columns)
     return _records(rows, columns, name, tags)
 
 
@@ -507,7 +525,7 @@ def _check_entry(entry: Any, where: str) -> dict[str, str | None] | None:
     unknown = [key for key in entry if key not in _KNOWN_KEYS and key not in _REFUSED_KEYS]
     if unknown:
         shown = ", ".join(f"{key}{did_you_mean(key, _KNOWN_KEYS)}" for key in unknown[:10])
-        warnings.warn(f"{where}: unknown keys are not used: {shown}", stacklevel=4)
+        tell.warn(f"{where}: unknown keys are not used: {shown}")
     file_name = entry.get("file_name")
     if not isinstance(file_name, str) or not file_name:
         raise ValueError(
@@ -582,17 +600,13 @@ def _check_sha1(
         unchecked.append(name)
         return
     if len(files) != 1:
-        warnings.warn(
-            f"{where}: file_sha1: one sum for {len(files)} files, data not checked", stacklevel=4
-        )
+        tell.warn(f"{where}: file_sha1: one sum for {len(files)} files, data not checked")
         return
     import hashlib
 
     found = hashlib.sha1(read_bytes(files[0]), usedforsecurity=False).hexdigest()
     if found != expected.lower():
-        warnings.warn(
-            f"{where}: file_sha1: expected {expected}, {files[0]} has {found}", stacklevel=4
-        )
+        tell.warn(f"{where}: file_sha1: expected {expected}, {files[0]} has {found}")
 
 
 # Ids

@@ -20,6 +20,7 @@ from ..batch import split_dev
 from ..families import recognition
 from ..files.hub import model_directory
 from ..files.owner import owned
+from ..generation.generate import warn_of_products
 from ..interrupts import ending_signals
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
@@ -41,7 +42,7 @@ from .arguments import (
 from .checkpoints import find_checkpoint
 from .evaluation import evaluate_answers, evaluate_loss, report_metrics
 from .flags import REQUIRED, check_directory
-from .loop import Loop
+from .loop import Loop, checked_callbacks
 from .plot import plot_loss
 from .records import encode, load_datasets, read_records, records_from
 from .state import TrainState
@@ -150,7 +151,12 @@ def train(
         resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
         _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
         records, n_given = read_records(data, data_args.max_samples)
-        held_out = None if eval_data is None else records_from(eval_data)
+        if eval_data is not None:
+            held_out = records_from(eval_data)
+        else:
+            records, held_out = _split(records, data_args.dev_ratio, training)
+        _check_evaluation(training, bool(held_out))
+        callbacks = checked_callbacks(callbacks)
         if model_args.threads:
             _core.set_num_threads(model_args.threads)
         set_seed(training.seed)
@@ -160,8 +166,6 @@ def train(
         names_before = methods.unwrapped(model).core.names()
         trainee = _trainee(model, tokenizer, arguments, kind)
         print(trainable_line(trainee.base))
-        if held_out is None:
-            records, held_out = _split(records, data_args.dev_ratio, training)
         plot = model_args.plot_loss if "plot_loss" in given else None
         try:
             result = _run(_loop(trainee, records, held_out, arguments, callbacks), resume, plot)
@@ -201,7 +205,10 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
         resume = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
         if model_args.threads:
             _core.set_num_threads(model_args.threads)
-        records = _load_records(data_args)
+        records, held_out = _load_records(data_args), []
+        if args.do_train:
+            records, held_out = _split(records, data_args.dev_ratio, args)
+            _check_evaluation(args, bool(held_out))
         set_seed(args.seed)
         base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
         kind = finetuning.finetuning_type
@@ -210,7 +217,6 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
         if args.do_train:
             trainee = _trainee(base, tokenizer, arguments, kind)
             print(trainable_line(trainee.base))
-            records, held_out = _split(records, data_args.dev_ratio, args)
             loop = _loop(trainee, records, held_out, arguments, verbose=True)
             return _run(loop, resume, model_args.plot_loss, verbose=True)
         checkpoints = model_args.checkpoint_dir or []
@@ -279,6 +285,21 @@ def _trainee(model: Any, tokenizer: Any, args: Arguments, kind: str | None) -> m
     )
 
 
+def _check_evaluation(training: TrainingArguments, there: bool) -> None:
+    """ValueError for an evaluation while training that cannot be. there: whether there are data."""
+    if training.eval_strategy != "no" and not there:
+        raise ValueError(
+            f"evaluation_strategy: {training.eval_strategy!r} needs evaluation data: give "
+            "eval_data, or dev_ratio to hold some out"
+        )
+    metric = training.metric_for_best_model
+    if training.load_best_model_at_end and metric not in ("loss", "eval_loss"):
+        raise ValueError(
+            f"metric_for_best_model: expected 'loss', the only metric while training, got "
+            f"{metric!r}"
+        )
+
+
 def _loop(
     trainee: methods.Trainee,
     records: list[dict[str, Any]],
@@ -293,25 +314,13 @@ def _loop(
     eval_encoded = None
     if held_out and (training.do_eval or training.eval_strategy != "no"):
         eval_encoded = encode(held_out, trainee.tokenizer, args.data, config, "eval_data")
-    if training.eval_strategy != "no" and eval_encoded is None:
-        raise ValueError(
-            f"evaluation_strategy: {training.eval_strategy!r} needs evaluation data: give "
-            "eval_data, or dev_ratio to hold some out"
-        )
-    if training.load_best_model_at_end and training.metric_for_best_model not in (
-        "loss",
-        "eval_loss",
-    ):
-        raise ValueError(
-            f"metric_for_best_model: expected 'loss', the only metric while training, got "
-            f"{training.metric_for_best_model!r}"
-        )
     argument_files = {
         "training_args.bin": training.to_json_string(),
         "finetuning_args.json": args.finetuning.to_json_string(),
     }
+    loop = Loop(trainee, encoded, training, eval_encoded, callbacks, argument_files)
     trainee.set_template(args.data.template)
-    return Loop(trainee, encoded, training, eval_encoded, callbacks, argument_files)
+    return loop
 
 
 def _run(loop: Loop, resume: Path | None, plot: bool | None, verbose: bool = False) -> TrainResult:
@@ -389,6 +398,7 @@ def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments) -> No
     base.products = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
     place = "cpu" if args.no_cuda else "auto"
     base.to(device=place if base.device == "cpu" else base.device)
+    warn_of_products(base.core)
     _warn_of_precision(args, base.device)
 
 

