@@ -571,6 +571,7 @@ def test_chats_start_from_the_models_settings(v2, v3, monkeypatch):
         ("chat", {"num_beams": 2, "streamer": glmlora.BaseStreamer()}, ValueError, "beams"),
         ("stream_chat", {"past_key_value": 1}, TypeError, "stream_chat.*'past_key_values'"),
         ("stream_chat", {"streamer": None}, TypeError, "stream_chat.*'streamer'"),
+        ("batch_chat", {"at_once": 0}, ValueError, "at_once: expected a whole number from 1"),
         ("batch_chat", {"at_onc": 1}, TypeError, "batch_chat.*'at_once'"),
     ],
 )
@@ -578,9 +579,20 @@ def test_names_and_values_that_chats_refuse(v2, method, given, error, message):
     model, tokenizer = v2
     if "streamer" in given and given["streamer"]:
         given["streamer"].end = lambda: None
+    asked = ["x"] if method == "batch_chat" else "x"
     with pytest.raises(error, match=message):
-        for _ in getattr(model, method)(tokenizer, "x", max_new_tokens=1, **given):
+        for _ in getattr(model, method)(tokenizer, asked, max_new_tokens=1, **given):
             pass
+
+
+def test_arguments_in_the_wrong_place(v2):
+    model, tokenizer = v2
+    with pytest.raises(TypeError, match="queries: expected a list of texts, got one text"):
+        model.batch_chat(tokenizer, "abc")
+    for other in (None, "chatglm2-6b"):
+        for ask in (model.chat, lambda *given: next(model.stream_chat(*given))):
+            with pytest.raises(TypeError, match="tokenizer: expected what AutoTokenizer"):
+                ask(other, "x")
 
 
 def test_chats_tell_what_has_no_effect(v2, monkeypatch, recwarn):

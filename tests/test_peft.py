@@ -141,6 +141,8 @@ def test_scales(directory):
     assert found[name] == (2, 2.5)
     assert found[LAYER.format(0) + "self_attention.dense"] == (3, 16 / 3)
     assert found[LAYER.format(0) + "mlp.dense_4h_to_h"] == (8, 2.0)
+    with pytest.warns(UserWarning, match="alpha_pattern: 'dense' is none of the modules"):
+        scale(r=8, alpha_pattern={"dense": 3})
 
 
 def test_targets(directory):
@@ -248,8 +250,9 @@ def test_settings_of_other_versions():
         peft_version="0.99",
     )
     assert config.to_dict() == LoraConfig().to_dict()
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+    with pytest.warns(UserWarning, match="fan_in_fan_out") as told:
         assert LoraConfig(fan_in_fan_out=True).fan_in_fan_out is False
+    assert told[0].filename == __file__
     with pytest.raises(TypeError, match="PrefixTuningConfig.*mean 'num_virtual_tokens'"):
         PrefixTuningConfig(pre_seq_len=3)
     with pytest.raises(ValueError, match="encoder_hidden_size 9"):
@@ -514,7 +517,11 @@ def test_wrong_paths_and_other_models(directory, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
         PeftModel.from_pretrained(load(directory), tmp_path / "empty")
+    with pytest.raises(ValueError, match="it is a model's directory: AutoModel"):
+        PeftModel.from_pretrained(load(directory), directory)
     path, _ = adapter_files(tmp_path, directory)
+    with pytest.raises(ValueError, match=f"not an adapter directory, '{path.name}' in it is one"):
+        PeftModel.from_pretrained(load(directory), path.parent)
     other = tiny_model_dir(tmp_path / "wide", hidden_size=40)
     with pytest.raises(ValueError, match=r"does not fit this model.*\(4, 40\).*\(4, 32\)"):
         PeftModel.from_pretrained(load(other), path)

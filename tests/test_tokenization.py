@@ -409,6 +409,7 @@ def test_settings_of_tokenizer_config(tiny_dir, tmp_path, recwarn):
     ).encode_special_tokens
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "eop", "eos_token": "<|x|>"}')
     wrong = {"do_lower_case": True, "padding_side": "right"}
+    wrong["additional_special_tokens"] = ["eop", [1], {"content": None}, 7]
     wrong["chat_template"] = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
     wrong["added_tokens_decoder"] = {"64798": {"content": "<|new|>"}}
     file.write_text(

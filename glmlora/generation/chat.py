@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -41,6 +42,10 @@ def chat_family(model: Model, tokenizer: Any) -> families.Family:
     """The family whose prompts and histories a chat has: the tokenizer's, which writes them, in the
     template that the model was trained with.
     """
+    if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
+        raise TypeError(
+            f"tokenizer: expected what AutoTokenizer.from_pretrained returns, got {tokenizer!r:.80}"
+        )
     family = families.of(getattr(tokenizer, "family", model.config.family))
     return in_template(family, model.prompt_template)
 
@@ -257,6 +262,8 @@ def chat_rows(
     """(number of a query, response) in the order in which they are ready: what `chat` gives to each
     query, in this order, with an empty history. Arguments by name as in `chat`.
     """
+    if not isinstance(at_once, int) or at_once < 1:
+        raise ValueError(f"at_once: expected a whole number from 1, got {at_once!r:.80}")
     for query in queries:
         _check_query(query)
     turns = _Turns(batch_chat, model, tokenizer, **settings)
@@ -297,6 +304,8 @@ def batch_chat(
     """
     from tqdm.auto import tqdm
 
+    if isinstance(queries, str):
+        raise TypeError("queries: expected a list of texts, got one text; chat answers one")
     queries = list(queries)
     answers: list[Any] = [None] * len(queries)
     ready = chat_rows(

@@ -6,13 +6,13 @@ A directory has `adapter_config.json` and `adapter_model.safetensors` (or `.bin`
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from .. import tell
 from ..families.recognition import check_adapter
 from ..files.checkpoint import read_weights, write_json, write_safetensors, write_torch
 from ..files.staging import staged
@@ -130,11 +130,10 @@ def read_adapter(
     arrays = fitting(files[0], model, targets, plain_names(files[0], read_weights(files[0])))
     zero = [n for n in arrays if n.endswith(".lora_B.weight") and not arrays[n].any()]
     if zero:
-        warnings.warn(
+        tell.warn(
             f"{files[0]}: B is all zero in {len(zero)} of {len(targets)} modules (the first is "
             f"{zero[0]}): "
-            "there the adapter changes nothing, as before its first training step",
-            stacklevel=4,
+            "there the adapter changes nothing, as before its first training step"
         )
     adapter.take(arrays)
     adapter.template = read_template(directory)

@@ -6,7 +6,6 @@ import inspect
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import NoReturn as Never  # typing.Never came with Python 3.11
 
 import numpy as np
 
-from .. import families
+from .. import families, tell
 from ..files.checkpoint import read_json, write_json
 from ..files.hub import near
 from ..names import did_you_mean
@@ -177,10 +176,9 @@ class PeftConfig:
             only = f"only {cls.peft_type!r}" if hasattr(cls, "peft_type") else "only 'LORA'"
             raise ValueError(f"{file}: peft_type {kind!r} is not supported by this release, {only}")
         if fields.get("task_type") in _OTHER_WRAPPERS:
-            warnings.warn(
+            tell.warn(
                 f"{file}: task_type {fields['task_type']!r} is another wrapper in PEFT, around the "
-                "same numbers: the adapter is taken as one of 'CAUSAL_LM'",
-                stacklevel=3,
+                "same numbers: the adapter is taken as one of 'CAUSAL_LM'"
             )
             fields["task_type"] = "CAUSAL_LM"
         # A key with null means the default, as for PEFT's optional fields.
@@ -317,9 +315,8 @@ class LoraConfig(PeftConfig):
         if self.bias != "none":
             raise ValueError(f"bias {self.bias!r} is not supported by this release, only 'none'")
         if self.fan_in_fan_out:
-            warnings.warn(
-                "fan_in_fan_out true: these models store no transposed weights, taken as false",
-                stacklevel=4,
+            tell.warn(
+                "fan_in_fan_out true: these models store no transposed weights, taken as false"
             )
             self.fan_in_fan_out = False
         if self.modules_to_save:
@@ -387,10 +384,7 @@ class LoraConfig(PeftConfig):
             unmatched = [t for t in wanted if t not in ends]
             if unmatched and len(unmatched) < len(wanted):
                 near = _near(unmatched[0], kinds)
-                warnings.warn(
-                    f"target_modules: no module of this model is named {unmatched}{near}",
-                    stacklevel=4,
-                )
+                tell.warn(f"target_modules: no module of this model is named {unmatched}{near}")
         if self.layers_to_transform is not None:
             full = wanted if isinstance(wanted, list) else ()  # a whole name says its layer
             matched = [n for n in matched if n in full or self._in_layers(n, start)]
@@ -411,6 +405,10 @@ class LoraConfig(PeftConfig):
             rank = _pattern("rank_pattern", self.rank_pattern, name, self.r)
             alpha = _pattern("alpha_pattern", self.alpha_pattern, name, self.lora_alpha)
             found[name] = (rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field):
+                if not any(_pattern(field, {key: True}, name, False) for name in matched):
+                    tell.warn(f"{field}: {key!r} is none of the modules that this adapter changes")
         return found
 
     def _in_layers(self, module: str, start: str) -> bool:
@@ -592,4 +590,9 @@ def _what_is_there(path: Path) -> str:
         return f"there is no such directory{near(path)}"
     if (path / "config.json").is_file() and (path / "pytorch_model.bin").is_file():
         return "it is a model or a P-Tuning directory (glmlora.load_prefix), not an adapter's"
+    if (path / "config.json").is_file():
+        return "it is a model's directory: AutoModel.from_pretrained opens it"
+    within = sorted(path.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime)
+    if within:
+        return f"it is not an adapter directory, {within[-1].parent.name!r} in it is one"
     return "it is not an adapter directory"

@@ -4,13 +4,12 @@ the views on them that scripts reach for (`model.transformer`, `named_parameters
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .. import _core
+from .. import _core, tell
 from ..files.checkpoint import recomputed
 from ..files.foreign import refuse_quantized_names
 from ..files.tensor import Tensor, same
@@ -320,10 +319,9 @@ def tie(tensors: dict[str, Tensor], config: ChatGLMConfig) -> None:
     if embedding in tensors:
         tensors.setdefault(output, tensors[embedding])
     config.tie_word_embeddings = False
-    warnings.warn(
+    tell.warn(
         f"tie_word_embeddings: {output} begins as a copy of {embedding}; full-parameter training "
-        "and what is saved treat them as two weights",
-        stacklevel=4,
+        "and what is saved treat them as two weights"
     )
 
 

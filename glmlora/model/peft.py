@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 
 import numpy as np
 
-from .. import _core
+from .. import _core, tell
 from ..families.vendored import TEMPLATES
 from ..files.owner import owned
 from ..generation.config import GenerationConfig
@@ -272,10 +271,9 @@ class PeftModel:
         adapter = read_adapter(model, path, config)
         config.inference_mode = not is_trainable
         if any(is_lora(n) for n in model.core.names()):
-            warnings.warn(
+            tell.warn(
                 "model: has an adapter already, whose place the new one takes; load_adapter and "
-                "set_adapter of its PeftModel keep both",
-                stacklevel=2,
+                "set_adapter of its PeftModel keep both"
             )
         wrapper = cls.__new__(cls)
         wrapper._wrap(model, config, adapter_name)
@@ -338,9 +336,7 @@ class PeftModel:
                 f"adapter_name: {adapter_name!r} is the only adapter; unload() takes it off"
             )
         if adapter_name == self.active_adapter:
-            warnings.warn(
-                f"delete_adapter: {adapter_name!r} was active, {others[0]!r} is now", stacklevel=2
-            )
+            tell.warn(f"delete_adapter: {adapter_name!r} was active, {others[0]!r} is now")
             self._attach(others[0])
         del self._adapters[adapter_name], self.peft_config[adapter_name]
 
