@@ -343,14 +343,21 @@ def _prompts(
 
 def _inferred_mask(ids: np.ndarray, g: GenerationConfig) -> np.ndarray | None:
     """0 over the pad ids at the ends of rows, told once; None where there are none, or where the
-    pad id is an end id. Pad ids between others are text.
+    pad id is an end id. Pad ids between others are text, told once.
     """
     pad = g.pad_token_id
-    if pad is None or pad in g.eos or not (ids[:, [0, -1]] == pad).any():
+    if pad is None or pad in g.eos or (ids != pad).all():
         return None
     text = ids != pad
     mask = np.logical_or.accumulate(text, axis=1)
     mask &= np.logical_or.accumulate(text[:, ::-1], axis=1)[:, ::-1]
+    if (mask & ~text).any():
+        tell.once(
+            f"input_ids: the pad id {pad} stands between other ids and no attention_mask is given: "
+            "there it is read as text (transformers would leave it out)"
+        )
+    if mask.all():
+        return None
     tell.once(
         f"input_ids: rows begin or end with the pad id {pad} and no attention_mask is given: these "
         "ids are taken for padding; pass attention_mask, the tokenizer gives one"
