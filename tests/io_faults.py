@@ -169,13 +169,12 @@ SCENARIOS = {c.__name__: c for c in (File, Directory, Shards, OneFile, Adapter, 
 
 def content(folder: Path) -> dict[str, bytes]:
     """Files that count: not times, nor who owned the folder."""
-    times = re.compile(r".*(_log\.jsonl|_results\.json|_state\.json)|" + re.escape(NAME))
+    times = re.compile(r".*(_log\.jsonl|_results\.json|_state\.json)")
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file():
+        if path.is_file() and path.name != NAME:
             found[name] = b"" if times.fullmatch(name) else path.read_bytes()
-    found.pop(NAME, None)
     return found
 
 
