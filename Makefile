@@ -57,11 +57,11 @@ demo: all
 	$(BIN)/glmlora demo demo
 
 lint: all
-	$(BIN)/ruff check . && $(BIN)/ruff format --check glmlora tests benchmarks wheels setup.py
+	$(BIN)/ruff check . && $(BIN)/ruff format --check glmlora tests benchmarks setup.py
 	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] csrc/*/*.[ch] cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh
 
 fmt: all
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format glmlora tests benchmarks wheels setup.py
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format glmlora tests benchmarks setup.py
 	$(BIN)/clang-format -i csrc/*.[ch] csrc/*/*.[ch] cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh
 
 bench: all

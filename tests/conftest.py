@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from emulator import emulator
 from progress import Progress
+from wheels import make_wheel
 
 from glmlora import _core
 from glmlora.model.modeling import ChatGLMForConditionalGeneration
-from wheels import make_wheel
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -12,7 +12,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
 from wheels import install
 
 pytest.importorskip("mypy", reason="mypy is not installed")
