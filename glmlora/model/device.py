@@ -206,9 +206,11 @@ def missing_kernels() -> list[str]:
 
 def tell_missing_kernels() -> None:
     """Name on stderr, once, the kernels that would be faster and were not compiled."""
+    if "kernels" in _announced:  # not per model: cpuid takes 0.1 ms in a virtual machine
+        return
+    _announced.add("kernels")
     missing = ", ".join(missing_kernels())
-    if missing and missing not in _announced:
-        _announced.add(missing)
+    if missing:
         print(
             f"glmlora was built without the kernels for {missing}, which this processor has: it "
             "computes slower. Install a wheel, or build it with a newer gcc or clang",
