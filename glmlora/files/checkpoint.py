@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .foreign import folder_kind
-from .mapped import owned
+from .mapped import in_memory
 from .safetensors import read_safetensors, write_safetensors
 from .small import REPLACED
 from .staging import staged
@@ -66,7 +66,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises ValueError if it is neither, damaged, or holds other things than named tensors; OSError
     if unreadable.
     """
-    head = owned(map_file(path)[:32]).tobytes()
+    head = in_memory(map_file(path)[:32]).tobytes()
     if head[8:9] == b"{" and not head.startswith((ZIP_MAGIC, b"{")):
         return read_safetensors(path)
     if os.fspath(path).endswith(".safetensors"):

@@ -28,7 +28,7 @@ def guarded(*arrays: np.ndarray) -> Iterator[None]:
             _core.check_mapped(array)
 
 
-def owned(array: np.ndarray) -> np.ndarray:
+def in_memory(array: np.ndarray) -> np.ndarray:
     """The array, or a copy of one that lies in a mapped file; OSError where that changed."""
     if not _core.check_mapped(array):
         return array

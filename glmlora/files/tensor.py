@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import _core
-from .mapped import owned
+from .mapped import in_memory
 
 NUMPY_TYPES = {
     "F64": np.dtype("<f8"),
@@ -70,7 +70,7 @@ class Tensor:
         if data.dtype.newbyteorder("<") != stored:
             raise ValueError(f"data: expected an array of {stored} for {dtype}, got {data.dtype}")
         if data.dtype != stored or not (data.flags.c_contiguous and data.flags.aligned):
-            data = owned(data).astype(stored, order="C")
+            data = in_memory(data).astype(stored, order="C")
         self.data = data.view()
         self.data.flags.writeable = False
         self.dtype = dtype
@@ -89,7 +89,7 @@ class Tensor:
         """An array to compute with: BF16 widened to float32 exactly; anything else read-only, and
         copied where it lies in a mapped file. OSError naming the file where that changed.
         """
-        data = owned(self.data)
+        data = in_memory(self.data)
         if self.dtype == "BF16":
             wide = data.astype(np.uint32)
             wide <<= 16
@@ -218,7 +218,7 @@ class Source(NamedTuple):
             )
         raw = value.data.reshape(-1).view(np.uint8)
         for start in range(0, raw.size, CHUNK):
-            yield owned(raw[start : start + CHUNK]).data
+            yield in_memory(raw[start : start + CHUNK]).data
 
 
 Tensors = Mapping[str, "Tensor | np.ndarray"] | Iterable[Source]
