@@ -1,24 +1,45 @@
-"""A GPU: the self-test, then prefill, decoding and LoRA steps at 6B shapes, ours beside torch with
-transformers and peft where those are installed. 8 minutes at most, no network.
+"""A GPU: is what it computes right, how fast is it, and where does the time go, beside torch with
+transformers and peft where those are installed.
 
-    python benchmarks/gpu.py [--device cuda] [--minutes 8] [--json FILE]
+    python benchmarks/gpu.py [--json gpu.json] [--minutes 8] [--only PREFIX ..] [--skip PREFIX ..]
     python benchmarks/gpu.py --device emu    the script itself, at toy shapes: figures mean nothing
 
-Builds the library where nvcc is and no library is there yet. Weights are zeros of the right shapes:
-a product takes as long. Every time is the best of the repeats after a first one that is not
-counted; a part whose turn comes after the time is up is left out and said to be. Shares are of the
-nominal figures in PEAKS.
+Each side is a process of its own with random weights at ChatGLM2-6B's shapes. An item that fails,
+hangs or takes its process down is told as such, and the rest go on in a new process; the JSON file
+is written after each item. A time is the median of the repeats after one that is not counted. No
+network.
+
+    self-test       python -m glmlora.tools.selftest, in four parts
+    ceilings        what torch's copy and products of the model's shapes reach here
+    chat            ours: prefill and tokens, weights in 16 bits, int8 and int4 (groups of 32)
+    train           ours: a LoRA step (rank 8 on the queries, keys and values) with its update
+    peer chat       transformers' GlmForCausalLM in 16 bits, SDPA attention, greedy generate
+    peer train      peft's LoRA on it, the same labels, fused AdamW; with checkpointing, too
+    profile         kernels of ours by time, as torch's profiler sees them
+
+Tokens a second of rows of one length; "uneven" are 16 rows of the lengths of papers, which peft
+pads to the longest. Shares: of the copy's bytes a second for tokens one by one (weights and cache
+are read once), of the products' FLOP/s elsewhere (2 for each weight and token, 4 in training, and
+attention's; the output layer for the rows whose scores are read).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
+import queue
+import signal
+import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,11 +47,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sides import SIX_B, glm_fields  # noqa: E402
-
-from glmlora.model import device as devices  # noqa: E402
-from glmlora.model.configuration import ChatGLMConfig  # noqa: E402
-from glmlora.model.peft import LoraConfig, get_peft_model  # noqa: E402
-from glmlora.tools import plan, selftest  # noqa: E402
 
 TOY = dict(
     num_layers=2,
@@ -42,237 +58,621 @@ TOY = dict(
     padded_vocab_size=101,
     seq_length=256,
 )
-# Dense 16-bit FLOP/s and bytes a second as NVIDIA's data sheets give them.
-PEAKS = {
-    "H100": (989e12, 3.35e12),
-    "H200": (989e12, 4.8e12),
-    "A100": (312e12, 2.0e12),
-    "L4": (121e12, 0.3e12),
-    "T4": (65e12, 0.32e12),
-}
+LABELS = 8  # labelled tokens at a row's end
+PARTS = ("float32 l", "float32", "float16", "bfloat16")  # of the self-test
 
 
-class Clock:
-    """The minutes of the whole run; `best` times a call, or says None where they are over."""
+class Shapes:
+    """What is measured: the model's sizes, rows and lengths, and what they cost."""
 
-    def __init__(self, minutes: float):
-        self.end = time.perf_counter() + 60 * minutes
+    def __init__(self, toy: bool):
+        self.toy, self.sizes = toy, TOY if toy else SIX_B
+        self.contexts = (24, 96) if toy else (1024, 8192)
+        self.rows, self.new = (3, 4) if toy else (16, 32)
+        self.repeats = 2 if toy else 5
+        lengths = np.random.default_rng(0).lognormal(np.log(16 if toy else 200), 0.5, self.rows)
+        self.steps = {
+            "even": np.full(2 if toy else 4, 20 if toy else 512),
+            "uneven": np.clip(lengths, 10, 40 if toy else 512).astype(np.int64),
+        }
+        c = self.sizes
+        heads = c["num_attention_heads"] + 2 * c["multi_query_group_num"]
+        qkv, hidden, ffn = heads * c["kv_channels"], c["hidden_size"], c["ffn_hidden_size"]
+        attended = c["num_attention_heads"] * c["kv_channels"]
+        self.layers = c["num_layers"] * (qkv * hidden + attended * hidden + 3 * hidden * ffn)
+        self.head = c["padded_vocab_size"] * hidden
+        self.attended = c["num_layers"] * attended
 
-    def left(self) -> float:
-        """Seconds."""
-        return self.end - time.perf_counter()
+    def flops(self, lengths, labels: int, training: bool) -> float:
+        """Of a forward pass, or of one with its backward pass to the frozen weights' inputs."""
+        lengths = np.asarray(lengths, float)
+        products = 2 * (lengths.sum() * self.layers + labels * self.head)
+        attention = 2 * (lengths**2).sum() * self.attended  # causal: half of 4
+        return 2 * products + 3.5 * attention if training else products + attention
 
-    def best(self, call, repeats: int = 3) -> float | None:
-        """Seconds of the fastest repeat."""
-        if self.left() <= 0:
-            return None
+    def read(self, rows: int, context: int, weight_bytes: float, cache_bytes: float) -> float:
+        """Bytes that a token of each of `rows` rows reads at least."""
+        c = self.sizes
+        kv = c["num_layers"] * 2 * c["multi_query_group_num"] * c["kv_channels"]
+        return weight_bytes * (self.layers + self.head) + cache_bytes * rows * context * kv
+
+
+def random_ids(rng, sizes, *shape):
+    """Token ids."""
+    return rng.integers(3, sizes["padded_vocab_size"], shape).astype(np.int64)
+
+
+class Side:
+    """Items of one process: a method `items` of (name, call); a call returns facts."""
+
+    def __init__(self, device: str):
+        self.device, self.toy = device, device == "emu"
+        self.shapes, self.rng = Shapes(device == "emu"), np.random.default_rng(1)
+
+    def wait(self):
+        """Until the device is done."""
+
+    def timed(
+        self, call: Callable[[], Any], repeats: int | None = None, per: int = 1
+    ) -> dict[str, Any]:
+        """Median, least and number of the seconds of a call, over `per`."""
         call()
-        found = None
-        for _ in range(repeats):
-            if found is not None and self.left() < found:
-                break
+        self.wait()
+        found = []
+        for _ in range(repeats or self.shapes.repeats):
             begin = time.perf_counter()
             call()
-            seconds = time.perf_counter() - begin
-            found = seconds if found is None else min(found, seconds)
-        return found
+            self.wait()
+            found.append((time.perf_counter() - begin) / per)
+        return {"seconds": statistics.median(found), "least": min(found), "repeats": len(found)}
 
 
-def model_of(sizes, backend, stored):
-    """Ours, of zeros."""
-    fields = {**selftest.SIZES, **sizes}
-    return plan._build(ChatGLMConfig(**fields), stored, 0, 0, backend)[0]
+class Ours(Side):
+    """The model of random weights on the device, in 16 bits or quantized."""
 
+    def __init__(self, device: str, bits: int = 0):
+        super().__init__(device)
+        from glmlora.files.tensor import Tensor
+        from glmlora.model import device as devices
+        from glmlora.model.configuration import ChatGLMConfig
+        from glmlora.model.modeling import ChatGLMForConditionalGeneration
+        from glmlora.model.quantization import QuantizedTensor
+        from glmlora.tools import selftest
 
-def uneven(rows, longest, seed=0):
-    """Lengths of papers: many short ones, a few long."""
-    lengths = np.random.default_rng(seed).lognormal(np.log(longest / 2.5), 0.5, rows)
-    return np.clip(lengths, 8, longest).astype(np.int32)
+        stored = "F16" if devices.info(device)["capability"] < (8, 0) else "BF16"
+        backend = devices.backend(devices.parse(device), stored)
+        config = ChatGLMConfig(**{**selftest.SIZES, **self.shapes.sizes})
+        kind = type("Model", (ChatGLMForConditionalGeneration,), {"backend": backend})
+        from glmlora import _core
 
+        shapes = _core.Model(config.arch(), backend, names=config.tensor_names).shapes()
+        most = max(int(np.prod(shape)) for shape in shapes.values())
+        block = 0.02 * self.rng.standard_normal(min(most, 1 << 25), np.float32)
+        block = (block.view(np.uint32) >> 16).astype(np.uint16) if stored == "BF16" else block
+        block = np.resize(block.astype(np.uint16 if stored == "BF16" else np.float16), most)
+        one = 0x3F80 if stored == "BF16" else 1
 
-def ours(sizes, backend, stored, toy, clock):
-    """{part: (seconds, what)}; peak bytes."""
-    model = model_of(sizes, backend, stored)
-    core, one, V = model.core, np.ones(1, np.int32), sizes["padded_vocab_size"]  # noqa: N806
-    prompt, rows = (24, 2) if toy else (1024, 16)
-    facts = {}
-    cache = core.cache(rows, 2 * prompt, 0)
+        def values(name: str, shape):
+            if len(shape) == 1:
+                return np.full(shape, one if "norm" in name else 0, block.dtype)
+            return block[: int(np.prod(shape))].reshape(shape)
 
-    def prefill():
-        cache.rewind(0, 0)
-        core.extend(cache, [0], np.full(prompt, 3, np.int32), one * prompt)
+        self.model = kind(config, {n: Tensor(values(n, s), stored) for n, s in shapes.items()})
+        integers = self.rng.integers(-128, 128, most, np.int8) if bits else None
+        for name, (rows, columns) in self.model._linear_shapes().items() if bits else ():
+            scales = (rows, columns // 32) if bits == 4 else (rows,)
+            data = integers[: rows * columns * bits // 8].reshape(rows, -1)
+            small = np.full(scales, 0.02 / (4 if bits == 4 else 64), np.float16)
+            group = 32 if bits == 4 else 0
+            self.model._bind(name, QuantizedTensor(Tensor(data), Tensor(small), bits, group))
+        self.bits, self.core = bits, self.model.core
+        self.facts = {"backend": backend}
 
-    facts["prefill"] = clock.best(prefill), prompt
-    for n in (1, rows):
-        for row in range(n):
+    def peak(self) -> int:
+        """The most bytes that were live since it was asked."""
+        return self.core.counts()["peak"]
+
+    def ids(self, *shape):
+        return random_ids(self.rng, self.shapes.sizes, *shape).astype(np.int32)
+
+    def extend(self, cache, rows, context):
+        """So many tokens into empty rows."""
+        for row in rows:
             if cache.lengths[row]:
                 cache.rewind(row, 0)
-            core.extend(cache, [row], np.full(prompt, 3, np.int32), one * prompt)
-        tokens = 8 if toy else 64
+            self.core.extend(cache, [row], self.ids(context), np.array([context], np.int32))
 
-        def decode(n=n, tokens=tokens):
-            for row in range(n):
-                cache.rewind(row, prompt)
-            for _ in range(tokens):
-                core.next(cache, list(range(n)), np.full(n, 3, np.int32), np.ones(n, np.int32))
 
-        seconds = clock.best(decode)
-        facts[f"decode, {n} rows"] = seconds and seconds / tokens, n
-    cache = None  # its memory is for the steps
-    targets = ["query_key_value"]
-    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets))
-    model.prepare_training()
-    even = np.full(2 if toy else 4, 20 if toy else 512, np.int32)
-    for name, lengths in (("even", even), ("uneven", uneven(*((3, 40) if toy else (16, 512))))):
-        N = int(lengths.sum())  # noqa: N806
-        last = np.cumsum(lengths) - 2
-        total = devices.memory_available(model.device)
-        core.reserve(N, len(lengths), len(lengths), True, max(1, total - (1 << 30)))
+class Chat(Ours):
+    """Prefill and tokens one by one."""
 
-        def step(N=N, lengths=lengths, last=last):  # noqa: N803
-            core.backward(np.full(N, 3, np.int32), lengths, last, np.full(len(last), 5 % V))
+    def items(self):
+        s, one = self.shapes, np.ones(1, np.int32)
+        weight = {0: 2, 8: 1, 4: 0.5 + 2 / 32}[self.bits]
+        for context in s.contexts:
+            cache = self.core.cache(1, context + s.new + 8, 0)
+
+            def prefill(cache=cache, context=context):
+                self.core.counts()
+                found = self.timed(lambda: self.extend(cache, [0], context), 3)
+                return found | {"tokens": context, "flops": s.flops([context], 1, False)}
+
+            yield f"prefill, {context} tokens", prefill
+            yield from self.tokens(cache, 1, context, weight)
+            cache = None
+        cache = self.core.cache(s.rows, s.contexts[0] + s.new + 8, 0)
+        yield from self.tokens(cache, s.rows, s.contexts[0], weight)
+
+    def tokens(self, cache, rows, context, weight):
+        """Greedy tokens of `rows` rows, as `generate` asks for them: a recorded graph each."""
+        s = self.shapes
+
+        def run():
+            ids, counts = self.ids(rows), np.ones(rows, np.int32)
+            self.extend(cache, range(rows), context)
+
+            def decode():
+                for row in range(rows):
+                    cache.rewind(row, context)
+                for _ in range(s.new):
+                    self.core.next(cache, list(range(rows)), ids, counts)
+
+            found = self.timed(decode, per=s.new)
+            read = s.read(rows, context, weight, 4)
+            return found | {"rows": rows, "context": context, "bytes": read, "peak": self.peak()}
+
+        yield f"token of {rows} row{'s' * (rows > 1)} at {context}", run
+
+
+class Train(Ours):
+    """LoRA steps."""
+
+    def __init__(self, device: str, bits: int = 0):
+        super().__init__(device, bits)
+        from glmlora.model import device as devices
+        from glmlora.model.peft import LoraConfig, get_peft_model
+
+        targets = ["query_key_value"]
+        get_peft_model(self.model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets))
+        self.model.prepare_training()
+        self.room = max(1, devices.memory_available(self.model.device) - (1 << 30))
+
+    def items(self):
+        for name, lengths in self.shapes.steps.items():
+            yield f"LoRA step, {name} rows", lambda lengths=lengths: self.step(lengths)
+
+    def step(self, lengths):
+        core, n = self.core, int(lengths.sum())
+        ends = np.cumsum(lengths)[:, None]
+        rows = (ends - 1 - np.arange(LABELS, 0, -1)).ravel().astype(np.int32)
+        ids = self.ids(n)
+        core.reserve(n, len(lengths), len(rows), True, self.room)
+        core.counts()
+
+        def step():
+            core.backward(ids, lengths.astype(np.int32), rows, ids[rows + 1])
             core.step(1e-4, 0.9, 0.999, 1e-8, 0.0, 1.0)
 
-        facts[f"LoRA step, {name} rows"] = clock.best(step), N
-    return facts, core.counts()["peak"]
+        found = self.timed(step) | {"tokens": n, "peak": self.peak()}
+        return found | {"flops": self.shapes.flops(lengths, len(rows), True)}
 
 
-def theirs(sizes, toy, clock):
-    """The same by torch, transformers and peft; None and why where they are not installed."""
-    try:
-        import peft
+class Peer(Side):
+    """transformers' model of the same shapes and random weights, made where it will be."""
+
+    def __init__(self, device: str):
+        super().__init__(device)
         import torch
         import transformers
-    except ImportError as error:
-        return None, str(error), 0
-    dtype = torch.bfloat16
-    config = transformers.GlmConfig(**glm_fields(sizes))
-    where = "cpu" if toy else "cuda"
-    model = transformers.GlmForCausalLM(config).to(where, dtype).eval()
-    prompt, rows, facts = (24, 2, {}) if toy else (1024, 16, {})
 
-    def wait():
-        if where == "cuda":
-            torch.cuda.synchronize()
+        self.torch, self.where = torch, "cpu" if self.toy else "cuda"
+        config = transformers.GlmConfig(**glm_fields(self.shapes.sizes))
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(self.where):
+            self.model = transformers.GlmForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+        self.facts = {p.__name__: p.__version__ for p in (torch, transformers)}
+        self.facts["attention"] = self.model.config._attn_implementation
 
-    def tokens(n, length):
-        return torch.full((n, length), 3, device=where)
+    def wait(self):
+        if self.where == "cuda":
+            self.torch.cuda.synchronize()
 
-    with torch.inference_mode():
+    def peak(self) -> int:
+        """The most bytes that were allocated since it was asked."""
+        if self.where == "cpu":
+            return 0
+        found = self.torch.cuda.max_memory_allocated()
+        self.torch.cuda.reset_peak_memory_stats()
+        return found
 
-        def prefill():
-            model(tokens(1, prompt), use_cache=True, logits_to_keep=1)
-            wait()
+    def ids(self, *shape):
+        ids = random_ids(self.rng, self.shapes.sizes, *shape)
+        return self.torch.tensor(ids, device=self.where)
 
-        facts["prefill"] = clock.best(prefill), prompt
-        for n in (1, rows):
-            new = 8 if toy else 64
 
-            def decode(n=n, new=new):
-                model.generate(
-                    tokens(n, prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False
-                )
-                wait()
+class PeerChat(Peer):
+    """The same by generate."""
 
-            seconds, before = clock.best(decode), facts["prefill"][0]
-            facts[f"decode, {n} rows"] = (
-                seconds and before and max(0, seconds - n * before) / new,
-                n,
+    def items(self):
+        s = self.shapes
+        for context in s.contexts:
+
+            def prefill(context=context):
+                with self.torch.inference_mode():
+                    ids = self.ids(1, context)
+                    return self.timed(lambda: self.model(ids, use_cache=True, logits_to_keep=1), 3)
+
+            yield f"prefill, {context} tokens", prefill
+        for rows, context in ((1, s.contexts[0]), (1, s.contexts[1]), (s.rows, s.contexts[0])):
+            yield (
+                f"token of {rows} row{'s' * (rows > 1)} at {context}",
+                lambda rows=rows, context=context: self.tokens(rows, context),
             )
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["qkv_proj", "q_proj"])
-    trained = peft.get_peft_model(model, settings).train()
-    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
-    even = np.full(2 if toy else 4, 20 if toy else 512, np.int32)
-    for name, lengths in (("even", even), ("uneven", uneven(*((3, 40) if toy else (16, 512))))):
-        ids = tokens(len(lengths), int(lengths.max()))
-        mask = torch.arange(ids.shape[1], device=where)[None] < torch.tensor(lengths)[:, None].to(
-            where
-        )
-        labels = torch.where(mask, ids, -100)
 
-        def step(ids=ids, mask=mask, labels=labels):
-            trained(input_ids=ids, attention_mask=mask.long(), labels=labels).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            wait()
+    def tokens(self, rows, context):
+        """Of new + 1 tokens less one, so that the prefill is in both."""
+        ids, new = self.ids(rows, context), self.shapes.new
 
-        facts[f"LoRA step, {name} rows"] = clock.best(step), int(lengths.sum())
-    peak = torch.cuda.max_memory_allocated() if where == "cuda" else 0
-    packages = (torch, transformers, peft)
-    versions = ", ".join(f"{p.__name__} {p.__version__}" for p in packages)
-    return facts, versions, peak
+        def generate(count):
+            mask = self.torch.ones_like(ids)
+            with self.torch.inference_mode():
+                self.model.generate(ids, attention_mask=mask, max_new_tokens=count,
+                                    min_new_tokens=count, do_sample=False)  # fmt: skip
+
+        self.peak()
+        most, one = (self.timed(lambda c=c: generate(c), 3) for c in (new + 1, 1))
+        seconds = (most["seconds"] - one["seconds"]) / new
+        return {"seconds": seconds, "repeats": 3, "peak": self.peak()}
 
 
-def shares(facts, sizes, stored, name):
-    """Of the nominal peak: bandwidth while decoding, FLOP/s elsewhere; {} where it is unknown."""
-    peak = next((p for n, p in PEAKS.items() if n in name), None)
-    if peak is None:
+class PeerTrain(Peer):
+    """The same by peft."""
+
+    def items(self):
+        import peft
+
+        self.facts["peft"] = peft.__version__
+        targets = ["q_proj", "k_proj", "v_proj"]
+        settings = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets)
+        self.trained = peft.get_peft_model(self.model, settings).train()
+        trains = [p for p in self.trained.parameters() if p.requires_grad]
+        self.optimizer = self.torch.optim.AdamW(trains, lr=1e-4, fused=self.where == "cuda")
+        for name, lengths in self.shapes.steps.items():
+            yield f"LoRA step, {name} rows", lambda lengths=lengths: self.step(lengths)
+        yield "checkpointing on", self.checkpoint
+        for name, lengths in self.shapes.steps.items():
+            yield f"LoRA step, {name} rows, checkpointed", lambda lengths=lengths: self.step(lengths)
+
+    def checkpoint(self):
+        self.trained.enable_input_require_grads()
+        how = {"use_reentrant": False}
+        self.trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         return {}
-    C, F, L = sizes["hidden_size"], sizes["ffn_hidden_size"], sizes["num_layers"]  # noqa: N806
-    heads = sizes["num_attention_heads"] + 2 * sizes["multi_query_group_num"]
-    QKV = heads * sizes["kv_channels"]  # noqa: N806
-    weights = L * (QKV * C + C * C + 3 * C * F) + sizes["padded_vocab_size"] * C
-    found = {}
-    for part, (seconds, n) in facts.items():
-        if seconds is None:
+
+    def step(self, lengths):
+        torch, width = self.torch, int(lengths.max())
+        ids, at = self.ids(len(lengths), width), torch.arange(width, device=self.where)[None]
+        ends = torch.tensor(lengths, device=self.where)[:, None]
+        mask = (at < ends).long()
+        labels = torch.where((at < ends) & (at >= ends - LABELS), ids, -100)
+        self.peak()
+
+        def step():
+            self.trained(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return self.timed(step) | {"tokens": int(lengths.sum()), "peak": self.peak()}
+
+
+class Ceilings(Side):
+    """What the card does through torch: a copy, and products of random numbers."""
+
+    facts: dict[str, Any] = {}
+
+    def items(self):
+        import torch
+
+        self.torch, where = torch, "cpu" if self.toy else "cuda"
+        n, tokens = (1 << 20, 32) if self.toy else (1 << 31, 2048)
+        c = self.shapes.sizes
+
+        def copy():
+            a = torch.empty(n, dtype=torch.uint8, device=where).random_()
+            b = torch.empty_like(a)
+            found = self.timed(lambda: b.copy_(a))
+            return found | {"bytes_per_second": 2 * n / found["seconds"]}
+
+        yield "copy", copy
+        for name, rows, columns in (
+            ("dense_h_to_4h", 2 * c["ffn_hidden_size"], c["hidden_size"]),
+            ("dense_4h_to_h", c["hidden_size"], c["ffn_hidden_size"]),
+        ):
+
+            def product(rows=rows, columns=columns):
+                x = torch.randn(tokens, columns, dtype=torch.bfloat16, device=where)
+                w = torch.randn(rows, columns, dtype=torch.bfloat16, device=where)
+
+                def ten():
+                    for _ in range(10):
+                        x @ w.T
+
+                found = self.timed(ten)
+                return found | {"flops_per_second": 20 * tokens * rows * columns / found["seconds"]}
+
+            yield f"product of {tokens} tokens, {name}", product
+
+    def wait(self):
+        if not self.toy:
+            self.torch.cuda.synchronize()
+
+
+class Profiled(Side):
+    """Kernels of one call by time, in place of its time."""
+
+    def timed(self, call, repeats=None, per=1):
+        from torch.profiler import ProfilerActivity, profile
+
+        call()
+        call()
+        with profile(activities=[ProfilerActivity.CPU if self.toy else ProfilerActivity.CUDA]) as p:
+            call()
+            self.wait()
+        rows = []
+        for event in p.key_averages():
+            micro = event.self_cpu_time_total if self.toy else event.self_device_time_total
+            rows.append([event.key[:80], event.count / per, round(micro / per, 1)])
+        rows.sort(key=lambda row: -row[2])
+        return {"kernels": rows[:40], "seconds": 1e-6 * sum(row[2] for row in rows)}
+
+
+class ProfiledTrain(Profiled, Train):
+    """LoRA steps."""
+
+
+class ProfiledChat(Profiled, Chat):
+    """Prefill and tokens."""
+
+
+SIDES: dict[str, Callable[[str], Side]] = {
+    "ceilings": Ceilings,
+    "chat": Chat,
+    "train": Train,
+    "peer train": PeerTrain,
+    "peer chat": PeerChat,
+    "profile train": ProfiledTrain,
+    "profile chat": ProfiledChat,
+    "chat int4": lambda device: Chat(device, 4),
+    "chat int8": lambda device: Chat(device, 8),
+    "train int4": lambda device: Train(device, 4),
+}
+LIMIT = 90.0  # seconds of an item; of a side's beginning twice that
+
+
+# ---- a side's process
+
+
+def work(side: str, device: str, skip: int) -> None:
+    """All items of a side but the first `skip`; a line of JSON before and after each."""
+
+    def tell(**fields: Any) -> None:
+        print("@" + json.dumps(fields, default=str), flush=True)
+
+    begin = time.perf_counter()
+    made = SIDES[side](device)
+    tell(ready=round(time.perf_counter() - begin, 1), facts=made.facts)
+    for place, (name, call) in enumerate(made.items()):
+        if place < skip and name != "checkpointing on":
             continue
-        if part == "decode, 1 rows":
-            found[part] = (4 if stored == "F32" else 2) * weights / seconds / peak[1]
-        elif part != "decode, 16 rows":
-            found[part] = (2 if part == "prefill" else 4) * n * weights / seconds / peak[0]
-    return found
+        tell(item=name)
+        begin = time.perf_counter()
+        try:
+            found = call()
+        except Exception as error:  # the items after it are not to be lost
+            text = traceback.format_exc()[-800:]
+            found = {"failed": f"{type(error).__name__}: {error}"[:400], "trace": text}
+        tell(item=name, found=found | {"took": round(time.perf_counter() - begin, 1)})
+        if "failed" in found and "CUDA" in found["failed"]:
+            sys.exit(3)  # such an error stays in its process
 
 
-def main():
-    """Self-test, ours, theirs, a table and a JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+# ---- the run
+
+
+class Run:
+    """Sides one after another; what they found is in a file after each item."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.end = args, time.perf_counter() + 60 * args.minutes
+        self.told: dict[str, Any] = {"sides": {}}
+
+    def save(self) -> None:
+        """The file is whole at any time."""
+        to = Path(self.args.json)
+        part = to.with_name(to.name + ".part")
+        part.write_text(json.dumps(self.told, indent=1, default=str))
+        os.replace(part, to)
+
+    def wanted(self, side: str) -> bool:
+        """By --only and --skip."""
+        only, skip = self.args.only, self.args.skip
+        return not any(side.startswith(s) for s in skip) and (
+            not only or any(side.startswith(s) for s in only)
+        )
+
+    def self_test(self) -> None:
+        """Its parts at the same time, a process each."""
+        if not self.wanted("self-test"):
+            return
+        parts = ("float32 norm",) if self.args.device == "emu" else PARTS
+        with tempfile.TemporaryDirectory() as folder:
+            running = {}
+            for place, part in enumerate(parts):
+                words = [sys.executable, "-m", "glmlora.tools.selftest", "--only", part]
+                words += ["--device", self.args.device, "--output", f"{folder}/{place}.json"]
+                running[part] = subprocess.Popen(
+                    words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+                )
+            found = self.told["self-test"] = {}
+            for part, child in running.items():
+                try:
+                    printed = child.communicate(timeout=2 * LIMIT)[0]
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    printed = child.communicate()[0] + f"\nno answer in {2 * LIMIT:.0f} s"
+                lines = printed.splitlines()
+                failed = [line for line in lines if line.startswith("FAIL")]
+                passed = sum(line.startswith("ok") for line in lines)
+                found[part] = {"passed": passed, "failed": failed, "last": lines[-1:]}
+                print(f"self-test {part}: {passed} passed, {len(failed)} failed", *failed,
+                      *lines[-1:], sep="\n  ", flush=True)  # fmt: skip
+                self.save()
+
+    def side(self, side: str) -> None:
+        """Processes until each item was measured or failed."""
+        items: dict[str, Any] = {}
+        about = self.told["sides"][side] = {"items": items}
+        while self.wanted(side):
+            if time.perf_counter() > self.end:
+                about["left out"] = "no time left"
+                break
+            before = len(items)
+            ended = self.process(side, len(items), about, items)
+            self.save()
+            if ended is None:
+                break
+            about.setdefault("ended", []).append(ended)
+            print(f"{side}: {ended}", flush=True)
+            if len(items) == before:  # not even one item more
+                break
+
+    def process(self, side, skip, about, items) -> str | None:
+        """None where it came to its end, else how it ended; what it found goes into `items`."""
+        words = [sys.executable, __file__, "--device", self.args.device, "--side", side]
+        child = subprocess.Popen([*words, "--skip-items", str(skip)], stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+        lines: queue.Queue = queue.Queue()
+
+        def read() -> None:
+            for line in child.stdout:
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        at, limit, last = None, 2 * LIMIT, []
+        try:
+            while True:
+                line = lines.get(timeout=max(1.0, min(limit, self.end - time.perf_counter() + 5)))
+                if line is None:
+                    break
+                if not line.startswith("@"):
+                    last = [*last[-15:], line.rstrip()[:200]]
+                    continue
+                fields = json.loads(line[1:])
+                if "ready" in fields:
+                    about |= {"ready": fields["ready"]} | fields["facts"]
+                elif "found" in fields:
+                    at, found = None, fields["found"]
+                    items[fields["item"]] = found
+                    short = {k: v for k, v in found.items() if k not in ("kernels", "trace")}
+                    print(f"{side}, {fields['item']}: {short}", flush=True)
+                else:
+                    at = fields["item"]
+                limit = LIMIT
+                self.save()
+        except queue.Empty:
+            how = f"no answer in {limit:.0f} s"
+        else:
+            status = child.wait()
+            how = None if status == 0 else f"its process ended with status {status}"
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        if how and at:
+            items[at] = {"failed": how, "printed": last}
+        return f"{how}: {' | '.join(last[-3:])}" if how and status_of(items, at) != "told" else how
+
+    def table(self) -> None:
+        """Ours beside the peer's, and what was aimed at."""
+        sides, rows = self.told["sides"], []
+
+        def of(side: str, item: str, what: str = "seconds") -> Any:
+            return sides.get(side, {}).get("items", {}).get(item, {}).get(what)
+
+        copy = of("ceilings", "copy", "bytes_per_second")
+        products = [v.get("flops_per_second") or 0 for k, v in
+                    sides.get("ceilings", {}).get("items", {}).items() if "product" in k]  # fmt: skip
+        for side in ("chat", "chat int8", "chat int4", "train", "train int4"):
+            peer = "peer " + side.split()[0]
+            for item in sides.get(side, {}).get("items", {}):
+                mine, share = of(side, item), None
+                fastest = [t for t in (of(peer, item), of(peer, item + ", checkpointed")) if t]
+                theirs = min(fastest, default=None)
+                if mine and copy and of(side, item, "bytes"):
+                    share = of(side, item, "bytes") / mine / copy
+                elif mine and products and of(side, item, "flops"):
+                    share = of(side, item, "flops") / mine / max(products)
+                memory = (of(side, item, "peak"), of(peer, item, "peak"))
+                rows.append({"side": side, "item": item, "seconds": mine, "peer": theirs,
+                             "share": share, "memory": memory})  # fmt: skip
+        self.told["table"] = rows
+        self.save()
+        print("\n| ours | ms | peer, ms | peer / ours | of what the card does | GB | peer, GB |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+
+        def shown(value: Any, form: str) -> str:
+            return "" if not value else form.format(value)
+
+        for row in rows:
+            mine, theirs = row["seconds"], row["peer"]
+            cells = [f"{row['side']}, {row['item']}", shown(mine and 1e3 * mine, "{:.2f}")]
+            cells += [shown(theirs and 1e3 * theirs, "{:.2f}")]
+            cells += [shown(mine and theirs and theirs / mine, "{:.2f}")]
+            cells += [shown(row["share"], "{:.0%}")]
+            cells += [shown(m and m / 1e9, "{:.2f}") for m in row["memory"]]
+            print(f"| {' | '.join(cells)} |")
+
+
+def status_of(items: dict[str, Any], at: str | None) -> str:
+    """Whether the item at work was told to have failed by its own process."""
+    return "told" if at is None and any("failed" in v for v in items.values()) else "untold"
+
+
+def main() -> None:
+    """The run, or a side of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "emu"])
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--json", default="gpu.json")
-    parser.add_argument("--no-selftest", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--skip", nargs="*", default=[])
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--skip-items", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    clock, toy = Clock(args.minutes), args.device == "emu"
+    if args.side:
+        work(args.side, args.device, args.skip_items)
+        return
+    from glmlora.model import device as devices
+
     found = devices.info(args.device)
-    if not found["count"] and (toy or shutil.which("nvcc")):
-        goal = "emu" if toy else "lib"
-        subprocess.run([sys.executable, ROOT / "cuda" / "build.py", goal], check=True)
-        found = devices.info(args.device)
     if not found["count"]:
-        raise SystemExit(f"{args.device}: {found['why']}")
-    facts = {"device": found, "toy": toy, "weights": "zeros"}
-    if not args.no_selftest:
-        only = "float32 norm" if toy else ""
-        if selftest.run(
-            f"{args.device}:0", only=only, output=str(Path(args.json).with_name("selftest.json"))
-        ):
-            raise SystemExit("the self-test failed: no time is worth measuring")
-    stored = "F16" if found["capability"] < (8, 0) else "BF16"
-    sizes = TOY if toy else SIX_B
-    backend = devices.backend(devices.parse(args.device), stored)
-    mine, peak = ours(sizes, backend, stored, toy, clock)
-    other, what, other_peak = theirs(sizes, toy, clock)
-    share = {} if toy else shares(mine, sizes, stored, found["name"])
-    rows = []
-    for part, (seconds, n) in mine.items():
-        peer = other[part][0] if other and part in other else None
-        rows.append({"part": part, "tokens": n, "seconds": seconds, "peer_seconds": peer,
-                     "share_of_nominal_peak": share.get(part)})  # fmt: skip
-    facts |= {"rows": rows, "peak_bytes": peak, "peer": what, "peer_peak_bytes": other_peak}
-    Path(args.json).write_text(json.dumps(facts, indent=1, default=str))
-    print(f"\n{found['name']}, {backend}; peer: {what}")
-    print("| part | tokens | ours | peer | peer / ours | share of nominal peak |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        mine_, peer = row["seconds"], row["peer_seconds"]
-        cells = [row["part"], str(row["tokens"])]
-        cells.append("no time left" if mine_ is None else f"{1e3 * mine_:.2f} ms")
-        cells.append("" if peer is None else f"{1e3 * peer:.2f} ms")
-        cells.append("" if not (peer and mine_) else f"{peer / mine_:.2f}")
-        of_peak = row["share_of_nominal_peak"]
-        cells.append("" if of_peak is None else f"{of_peak:.0%}")
-        print(f"| {' | '.join(cells)} |")
-    print(f"peak {peak / 1e9:.2f} GB, peer {other_peak / 1e9:.2f} GB; {args.json}")
-    if toy:
+        raise SystemExit(
+            f"{args.device}: {found['why']}; python cuda/build.py "
+            f"{'emu' if args.device == 'emu' else 'lib'} builds the library"
+        )
+    run = Run(args)
+    run.told["device"] = found
+    run.save()
+    run.self_test()
+    for side in SIDES:
+        run.side(side)
+    run.table()
+    print(f"\n{found['name']}; {args.json}")
+    if args.device == "emu":
         print("on the emulator: this shows that the script runs, and nothing about a GPU")
 
 
