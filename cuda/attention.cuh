@@ -12,11 +12,11 @@ struct attention {
     const float *qkv, *cache_k, *cache_v;
     const struct glm_segment *segments;
     int n_segments, NH, KVH, HD, G; /* G query heads to a key head */
-    float scale;
-    float *out, *lse;      /* forward writes, backward reads */
-    unsigned short *pairs; /* keys and values in 16 bits: see pair_at */
-    int tokens;            /* rows of qkv */
-    const float *dout; /* backward */
+    float scale, log2_scale;        /* the second for exponentials of 2 */
+    float *out, *lse;               /* forward writes, backward reads */
+    unsigned short *pairs;          /* keys and values in 16 bits: see pair_at */
+    int tokens;                     /* rows of qkv */
+    const float *dout;              /* backward */
     float *dqkv, *dcache_k, *dcache_v;
     float *largest;              /* |dout| of each block, or NULL */
     const float *factor, *alpha; /* of dout in 16 bits, and its inverse; NULL: 1 */
@@ -233,6 +233,7 @@ static inline attention attention_of(const void *qkv, struct glm_kv cache,
     a.HD = heads.HD;
     a.G = heads.NH / heads.KVH;
     a.scale = (float)(1 / sqrt((double)heads.HD));
+    a.log2_scale = a.scale * LOG2_E;
     return a;
 }
 

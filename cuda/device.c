@@ -409,6 +409,7 @@ static glm_status open_device(struct cuda *cx, struct glm_error *err)
                         cudaGetErrorString((cudaError_t)code));
     snprintf(cx->device_name, sizeof cx->device_name, "%.63s", properties.name);
     cx->multiprocessors = properties.multiProcessorCount;
+    cx->shared = properties.sharedMemPerBlockOptin;
     const int capability = 10 * properties.major + properties.minor;
     if (cx->compute != GLM_F32 && capability < (cx->compute == GLM_BF16 ? 80 : 75))
         return glm_fail(err, GLM_EVALUE,

@@ -34,6 +34,8 @@ void glm_blas_close(struct glm_blas *blas);
 enum glm_scratch { SCRATCH_WEIGHT, SCRATCH_A, SCRATCH_B, SCRATCHES };
 
 enum { PARTIALS = 1024 };
+/* Dynamic shared memory that a block gets without the launch asking for it. */
+enum { GLM_SHARED_UNASKED = 48 << 10 };
 
 /* On the device, written and read by kernels of one op. */
 struct glm_small {
@@ -60,7 +62,8 @@ struct cuda {
     struct glm_backend be;
     struct block *blocks; /* live memory */
     int device, multiprocessors;
-    size_t piece; /* GLM_PIECE */
+    size_t shared; /* bytes that a block may ask for */
+    size_t piece;  /* GLM_PIECE */
     struct glm_counts counts;
     enum glm_dtype compute;
     cudaStream_t stream;

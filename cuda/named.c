@@ -90,6 +90,9 @@ void glm_cuda_launch_named(struct cuda *cx, const char *op, const char *kernel, 
     const int code = find(cx->images, kernel, &found);
     if (glm_cuda_failed(cx, code, kernel))
         return;
+    if (shared > GLM_SHARED_UNASKED)
+        cudaFuncSetAttribute((const void *)found, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)shared);
     cudaLaunchKernel((const void *)found, grid, block, arguments, shared, cx->stream);
     glm_cuda_launched(cx, op);
 }

@@ -24,7 +24,7 @@ typedef uint64_t u64;
 static emu_stats S;
 static int g_dry, g_lazy, g_protect;
 static unsigned g_seed;
-static int g_limit_kb = 99;               // sm_86 opt-in
+static int g_limit_kb = 227;              // sm_90 opt-in
 static bool in_dev, in_kernel, g_checked; // g_checked: the kernels' library is instrumented
 static const char *g_kname = "host";
 static cudaError_t g_last;
