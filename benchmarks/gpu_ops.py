@@ -140,12 +140,13 @@ def cases(type_: str) -> Iterator[tuple[str, float, Callable[[Any], None]]]:
     n, R = 2048, 8  # noqa: N806
     A, B = normal(R, C), normal(QKV, R)  # noqa: N806
     x, dy, xa = normal(n, C), normal(n, QKV), normal(n, R)
+    weight = "linear_backward_weight"
     adapter = {
         "x A": ("linear_forward", np.empty((n, R), np.float32), x, Mat(A, F32), None, n, 1.0, 0),
         "dy B": ("linear_backward_input", np.empty((n, R), np.float32), dy, Mat(B, F32), n, 1.0, 0),
         "u A": ("linear_backward_input", np.empty((n, C), np.float32), xa, Mat(A, F32), n, 1.0, 1),
-        "dB": ("linear_backward_weight", np.empty((QKV, R), np.float32), None, dy, xa, n, QKV, R, 1.0),
-        "dA": ("linear_backward_weight", np.empty((R, C), np.float32), None, xa, x, n, R, C, 1),
+        "dB": (weight, np.empty((QKV, R), np.float32), None, dy, xa, n, QKV, R, 1.0),
+        "dA": (weight, np.empty((R, C), np.float32), None, xa, x, n, R, C, 1),
     }  # fmt: skip
     for name, (op, *args) in adapter.items():
         yield f"adapter {name}", 0, lambda o, op=op, args=args: getattr(o, op)(*args)
