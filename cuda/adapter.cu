@@ -18,106 +18,127 @@ struct thin {
     float scale;
 };
 
-/* w's elements of ranks r0 .. of column c; 0 past the last */
-static __device__ __forceinline__ void ranks_of(float (&v)[RANKS], const thin &a, int c, int r0)
-{
-    if (a.rows) {
-#pragma unroll
-        for (int j = 0; j < RANKS; j++)
-            v[j] = r0 + j < a.R ? a.w[(size_t)(r0 + j) * a.wide + c] : 0.0f;
-        return;
-    }
-#pragma unroll
-    for (int j = 0; j < RANKS; j += 4) {
-        const f4 x = load4_or_zero(a.w + (size_t)c * a.R, r0 + j, a.R);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            v[j + i] = x.v[i];
-    }
-}
-
-/* The same of four columns from c on. */
-static __device__ __forceinline__ void ranks_of4(float (&v)[4][RANKS], const thin &a, int c, int r0)
-{
-    if (a.rows) {
-#pragma unroll
-        for (int j = 0; j < RANKS; j++) {
-            f4 x;
-            x.v[0] = x.v[1] = x.v[2] = x.v[3] = 0;
-            if (r0 + j < a.R)
-                x = load4_or_zero(a.w + (size_t)(r0 + j) * a.wide, c, a.wide);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                v[i][j] = x.v[i];
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (c + i < a.wide)
-            ranks_of(v[i], a, c + i, r0);
-        else
-#pragma unroll
-            for (int j = 0; j < RANKS; j++)
-                v[i][j] = 0;
-    }
-}
-
-/* out (N, R) = scale * inp (N, wide) w + bias (+ out): a warp has two rows */
-GLM_TILE_KERNEL(128, 4) k_thin_in(thin a)
+/* Column i of the four of this thread in the 128 of its warp from c0 on: side by side where those of
+ * w are, else so that a warp's loads of w are. */
+static __device__ __forceinline__ int column_of(const thin &a, int c0, int i)
 {
     const int lane = threadIdx.x & 31;
-    const int n = 2 * (int)((blockIdx.x * blockDim.x + threadIdx.x) >> 5);
-    if (n >= a.N)
-        return;
-    const float *one = a.inp + (size_t)n * a.wide,
-                *two = a.inp + (size_t)min(n + 1, a.N - 1) * a.wide;
-    for (int r0 = 0; r0 < a.R; r0 += RANKS) {
-        float sum[2][RANKS];
+    return c0 + (a.rows ? 4 * lane + i : lane + 32 * i);
+}
+
+/* These columns of a row; 0 past the last. */
+static __device__ __forceinline__ f4 columns_of(const thin &a, const float *row, int c0)
+{
+    if (a.rows)
+        return load4_or_zero(row, column_of(a, c0, 0), a.wide);
+    f4 x;
 #pragma unroll
-        for (int j = 0; j < RANKS; j++)
-            sum[0][j] = sum[1][j] = 0;
-        for (int c = 4 * lane; c < a.wide; c += 128) {
-            const f4 x = load4(one, c, a.wide), y = load4(two, c, a.wide);
-            float w[4][RANKS];
-            ranks_of4(w, a, c, r0);
+    for (int i = 0; i < 4; i++) {
+        const int c = column_of(a, c0, i);
+        x.v[i] = c < a.wide ? row[c] : 0.0f;
+    }
+    return x;
+}
+
+/* w's elements of these columns and ranks r0 .. ; 0 past the last */
+static __device__ __forceinline__ void ranks_of(float (&v)[4][RANKS], const thin &a, int c0, int r0)
+{
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+    for (int j = 0; a.rows && j < RANKS; j++) {
+        f4 x;
+        x.v[0] = x.v[1] = x.v[2] = x.v[3] = 0;
+        if (r0 + j < a.R)
+            x = columns_of(a, a.w + (size_t)(r0 + j) * a.wide, c0);
 #pragma unroll
-                for (int j = 0; j < RANKS; j++) {
-                    sum[0][j] += x.v[i] * w[i][j];
-                    sum[1][j] += y.v[i] * w[i][j];
-                }
-        }
+        for (int i = 0; i < 4; i++)
+            v[i][j] = x.v[i];
+    }
 #pragma unroll
-        for (int j = 0; j < RANKS; j++) {
-            const float x = warp_sum(sum[0][j]), y = warp_sum(sum[1][j]);
-            const int r = r0 + j;
-            if (r >= a.R || lane > 1 || n + lane >= a.N)
-                continue;
-            float *to = a.out + (size_t)(n + lane) * a.R + r;
-            float total = a.scale * (lane ? y : x) + (a.bias ? a.bias[r] : 0.0f);
-            *to = a.accumulate ? *to + total : total;
+    for (int i = 0; !a.rows && i < 4; i++) {
+        const int c = column_of(a, c0, i);
+#pragma unroll
+        for (int j = 0; j < RANKS; j += 4) {
+            const f4 x = load4_or_zero(a.w + (size_t)min(c, a.wide - 1) * a.R, r0 + j, a.R);
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                v[i][j + k] = c < a.wide ? x.v[k] : 0.0f;
         }
     }
 }
 
-/* out (N, wide) = scale * inp (N, R) w + bias (+ out): a thread has four columns of eight rows;
- * `blocks` blocks across */
-GLM_TILE_KERNEL(128, 3) k_thin_out(thin a, int blocks)
+/* out (N, R) = scale * inp (N, wide) w + bias (+ out): a block has four rows, its eight warps take
+ * columns in turn */
+GLM_TILE_KERNEL(256, 2) k_thin_in(thin a)
 {
-    enum { ROWS = 8 };
-    const int c = 4 * ((int)(blockIdx.x % blocks) * (int)blockDim.x + (int)threadIdx.x);
+    enum { ROWS = 4 };
+    __shared__ float part[8][ROWS][RANKS];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n0 = ROWS * (int)blockIdx.x;
+    for (int r0 = 0; r0 < a.R; r0 += RANKS) {
+        float sum[ROWS][RANKS];
+#pragma unroll
+        for (int n = 0; n < ROWS; n++)
+#pragma unroll
+            for (int j = 0; j < RANKS; j++)
+                sum[n][j] = 0;
+        for (int c0 = 128 * warp; c0 < a.wide; c0 += 8 * 128) {
+            f4 x[ROWS];
+            float w[4][RANKS];
+#pragma unroll
+            for (int n = 0; n < ROWS; n++)
+                x[n] = columns_of(a, a.inp + (size_t)min(n0 + n, a.N - 1) * a.wide, c0);
+            ranks_of(w, a, c0, r0);
+#pragma unroll
+            for (int n = 0; n < ROWS; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int j = 0; j < RANKS; j++)
+                        sum[n][j] += x[n].v[i] * w[i][j];
+        }
+        __syncthreads(); /* readers of the ranks before */
+#pragma unroll
+        for (int n = 0; n < ROWS; n++)
+#pragma unroll
+            for (int j = 0; j < RANKS; j++) {
+                const float total = warp_sum(sum[n][j]);
+                if (lane == 0)
+                    part[warp][n][j] = total;
+            }
+        __syncthreads();
+        const int n = (int)threadIdx.x / RANKS, r = r0 + (int)threadIdx.x % RANKS;
+        if (threadIdx.x >= ROWS * RANKS || n0 + n >= a.N || r >= a.R)
+            continue;
+        float total = 0;
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            total += part[k][n][r - r0];
+        total = a.scale * total + (a.bias ? a.bias[r] : 0.0f);
+        float *to = a.out + (size_t)(n0 + n) * a.R + r;
+        *to = a.accumulate ? *to + total : total;
+    }
+}
+
+/* out (N, wide) = scale * inp (N, R) w + bias (+ out): a thread has four columns of four rows;
+ * `blocks` blocks across */
+GLM_TILE_KERNEL(128, 4) k_thin_out(thin a, int blocks)
+{
+    enum { ROWS = 4 };
+    const int warp = threadIdx.x >> 5, c0 = 128 * (4 * ((int)blockIdx.x % blocks) + warp);
     const int n0 = ROWS * (int)(blockIdx.x / blocks);
-    if (c >= a.wide)
+    if (c0 >= a.wide)
         return;
     float sum[ROWS][4];
+    f4 y[ROWS]; /* on its way while the ranks are */
 #pragma unroll
-    for (int n = 0; n < ROWS; n++)
+    for (int n = 0; n < ROWS; n++) {
         sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+        y[n].v[0] = y[n].v[1] = y[n].v[2] = y[n].v[3] = 0;
+        if (a.accumulate)
+            y[n] = columns_of(a, a.out + (size_t)min(n0 + n, a.N - 1) * a.wide, c0);
+    }
     for (int r0 = 0; r0 < a.R; r0 += RANKS) {
         float w[4][RANKS];
-        ranks_of4(w, a, c, r0);
+        ranks_of(w, a, c0, r0);
 #pragma unroll
         for (int n = 0; n < ROWS; n++) {
             const float *x = a.inp + (size_t)min(n0 + n, a.N - 1) * a.R;
@@ -135,23 +156,22 @@ GLM_TILE_KERNEL(128, 3) k_thin_out(thin a, int blocks)
     f4 bias;
     bias.v[0] = bias.v[1] = bias.v[2] = bias.v[3] = 0;
     if (a.bias)
-        bias = load4(a.bias, c, a.wide);
+        bias = columns_of(a, a.bias, c0);
 #pragma unroll
     for (int n = 0; n < ROWS; n++) {
         if (n0 + n >= a.N)
             break;
         float *to = a.out + (size_t)(n0 + n) * a.wide;
-        f4 y = bias;
-        if (a.accumulate) {
-            const f4 x = load4(to, c, a.wide);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                y.v[i] += x.v[i];
-        }
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            y.v[i] += a.scale * sum[n][i];
-        store4(to, c, a.wide, y);
+            y[n].v[i] += bias.v[i] + a.scale * sum[n][i];
+        const int c = column_of(a, c0, 0);
+        if (a.rows && c < a.wide)
+            store4(to, c, a.wide, y[n]);
+#pragma unroll
+        for (int i = 0; !a.rows && i < 4; i++)
+            if (column_of(a, c0, i) < a.wide)
+                to[column_of(a, c0, i)] = y[n].v[i];
     }
 }
 
@@ -240,9 +260,9 @@ void glm_cuda_thin(struct cuda *cuda, const char *op, void *out, const void *inp
     a.rows = rows, a.accumulate = accumulate, a.scale = (float)scale;
     const int blocks = (int)ceil_div((size_t)a.wide, 512);
     if (rows != transposed) /* the sum is over the wide side */
-        GLM_LAUNCH(cuda, op, k_thin_in, ceil_div((size_t)N, 8), 128, 0, a);
+        GLM_LAUNCH(cuda, op, k_thin_in, ceil_div((size_t)N, 4), 256, 0, a);
     else
-        GLM_LAUNCH(cuda, op, k_thin_out, (size_t)blocks * ceil_div((size_t)N, 8), 128, 0, a,
+        GLM_LAUNCH(cuda, op, k_thin_out, (size_t)blocks * ceil_div((size_t)N, 4), 128, 0, a,
                    blocks);
 }
 
