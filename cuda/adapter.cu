@@ -40,7 +40,8 @@ static __device__ __forceinline__ f4 columns_of(const thin &a, const float *row,
     return x;
 }
 
-/* w's elements of these columns and ranks r0 .. ; 0 past the last */
+/* w's elements of these columns and ranks r0 .. ; 0 past the last rank, anything past the last
+ * column, where the other operand is 0 or nothing is stored */
 static __device__ __forceinline__ void ranks_of(float (&v)[4][RANKS], const thin &a, int c0, int r0)
 {
 #pragma unroll
@@ -61,7 +62,7 @@ static __device__ __forceinline__ void ranks_of(float (&v)[4][RANKS], const thin
             const f4 x = load4_or_zero(a.w + (size_t)min(c, a.wide - 1) * a.R, r0 + j, a.R);
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                v[i][j + k] = c < a.wide ? x.v[k] : 0.0f;
+                v[i][j + k] = x.v[k];
         }
     }
 }
@@ -248,10 +249,10 @@ GLM_KERNEL(256) k_thin_sum(float *dweight, const float *part, size_t n, int part
 }
 
 #ifdef GLM_HOST
-void glm_cuda_thin(struct cuda *cuda, const char *op, void *out, const void *inp,
-                   const struct glm_mat *W, const void *bias, int N, double scale, int accumulate,
-                   int transposed)
+void glm_cuda_thin(struct cuda *cuda, void *out, const void *inp, const struct glm_mat *W,
+                   const void *bias, int N, double scale, int accumulate, int transposed)
 {
+    const char *op = transposed ? "linear_backward_input" : "linear_forward";
     const int rows = W->rows < W->cols;
     thin a = thin();
     a.out = (float *)out, a.inp = (const float *)inp;

@@ -439,7 +439,7 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
         return;
     }
     if (glm_is_adapter(weight->dtype, O, I)) {
-        glm_cuda_thin(cuda, "linear_forward", out, inp, weight, bias, N, scale, accumulate, 0);
+        glm_cuda_thin(cuda, out, inp, weight, bias, N, scale, accumulate, 0);
         return;
     }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
@@ -494,8 +494,7 @@ extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void 
     if (!N || !glm_cuda_begin(cuda))
         return;
     if (glm_is_adapter(weight->dtype, O, I)) {
-        glm_cuda_thin(cuda, "linear_backward_input", dinp, dout, weight, NULL, N, scale, accumulate,
-                      1);
+        glm_cuda_thin(cuda, dinp, dout, weight, NULL, N, scale, accumulate, 1);
         return;
     }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
