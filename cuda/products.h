@@ -1,5 +1,6 @@
 /* How a product is cut, for the library that does it and the plan that counts it: which operands
- * are converted, and how much of a matrix at a time. */
+ * are converted, and how much of a matrix at a time;
+ * and what attention converts. */
 #ifndef GLM_CUDA_PRODUCTS_H
 #define GLM_CUDA_PRODUCTS_H
 
@@ -54,6 +55,12 @@ static inline int glm_backward_rows(size_t piece, const struct glm_mat *W, enum 
     const size_t widened = W->dtype == type ? 0 : (size_t)W->cols,
                  narrowed = type == GLM_F32 ? 0 : (size_t)N;
     return glm_piece_rows(piece, W->rows, widened > narrowed ? widened : narrowed);
+}
+
+/* 16-bit copies of keys and values that tiles of attention read: heads are 64 or 128 wide there. */
+static inline size_t glm_pairs_bytes(int rows, int KVH, int HD)
+{
+    return (size_t)rows * KVH * 2 * (HD > 64 ? 128 : 64) * 2;
 }
 
 #endif

@@ -223,7 +223,12 @@ static void attention_forward(void *cx, void *out, void *lse, const void *qkv, s
                               struct glm_heads heads)
 {
     COUNT(attention_forward, 4 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
-    launch(cx, n_segments, heads.longest && heads.longest <= 4 ? 1 : 2);
+    struct plan *plan = cx;
+    const int tiles = !heads.longest || heads.longest > 4,
+              narrow = plan->compute != GLM_F32 && heads.HD <= 128;
+    launch(cx, n_segments, tiles ? 2 + narrow : 1);
+    if (n_segments && tiles && narrow)
+        scratch(plan, SCRATCH_A, glm_pairs_bytes(heads.tokens + heads.rows, heads.KVH, heads.HD));
 }
 static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
                                const void *out, const void *lse, const void *qkv,
