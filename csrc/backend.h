@@ -123,6 +123,13 @@ struct glm_backend {
     void (*set_threads)(struct glm_backend *be, int threads);
     int (*threads)(struct glm_backend *be);
 
+    /* Around a call of the model and around ops that no such call makes: leave(enter()) in one
+     * thread. A GPU is the thread's current device in between, and the one that was is again
+     * afterwards, for the sake of other libraries there. NULL: there is no such thing. The other
+     * functions of this table need neither. */
+    int (*enter)(struct glm_backend *be);
+    void (*leave)(struct glm_backend *be, int before);
+
     /* poll(arg) is called from the thread that called the op, about every 50 ms while an op runs.
      * Once it returns non-zero the op skips its remaining work, its outputs are undefined, and
      * stopped() is 1 until set_poll. */

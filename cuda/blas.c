@@ -24,7 +24,7 @@ glm_status glm_blas_open(struct glm_blas *blas, cudaStream_t stream, struct glm_
     blas->gemm = (glm_gemm_fn)cublasGemmEx;
     blas->set_stream = (int (*)(void *, cudaStream_t))cublasSetStream_v2;
     blas->set_pointer_mode = (int (*)(void *, int))cublasSetPointerMode_v2;
-    blas->set_workspace = NULL;
+    blas->set_workspace = (int (*)(void *, void *, size_t))cublasSetWorkspace_v2;
     blas->destroy = (int (*)(void *))cublasDestroy_v2;
     if (blas->set_stream(handle, stream))
         return glm_fail(err, GLM_EMEMORY, "the emulated cuBLAS cannot be started");

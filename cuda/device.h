@@ -50,6 +50,21 @@ struct recording {
     cudaGraphExec_t graph; /* NULL: none */
 };
 
+/* Pinned memory that large uploads go through. */
+struct staging {
+    size_t bytes; /* of each; what is larger goes this way */
+    void *buffer[2];
+    cudaEvent_t sent[2]; /* when the buffer may be filled again */
+    int next;
+};
+
+/* With GLMLORA_CUDA_CHECK: how often a call has launched what bears this name. */
+enum { LAUNCHED = 64 };
+struct launched {
+    const char *op; /* NULL: no more of them */
+    int count;
+};
+
 struct block {
     void *p;
     size_t bytes;
@@ -79,7 +94,10 @@ struct cuda {
     int transient;                /* the error does not outlast the call: memory was short */
     struct glm_images_of *images; /* named.h; NULL where nvcc made the library */
     void *workspace;              /* of cuBLAS */
-    char name[32], device_name[64], error[256], refusal[256];
+    struct staging staging;
+    int checked; /* GLMLORA_CUDA_CHECK=1 */
+    struct launched launched[LAUNCHED];
+    char name[32], device_name[64], error[320], refusal[256];
 };
 
 /* 0 when the op is to be skipped: an error came before, or poll asked to stop. */
@@ -88,7 +106,8 @@ int glm_cuda_begin(struct cuda *cx);
 int glm_cuda_failed(struct cuda *cx, int code, const char *what);
 /* After a launch: keeps its error. */
 void glm_cuda_launched(struct cuda *cx, const char *op);
-void glm_cuda_blas_failed(struct cuda *cx, int status, int m, int n, int k);
+/* The same after a call of cuBLAS. */
+void glm_cuda_multiplied(struct cuda *cx, int status, int m, int n, int k);
 /* From the first n of small->largest: small->factor, a power of two that brings the largest of them
  * near 2^exponent, and small->alpha = scale / factor. */
 void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale);

@@ -9,9 +9,8 @@ enum {
     GLM_FEW = 8,    /* rows that one kernel of ours takes, reading the weights once */
     GLM_THIN = 256, /* float matrices with a side up to this are multiplied in float */
 };
-/* Elements of an operand that are converted at a time, and bytes that cuBLAS may work in. */
+/* Elements of an operand that are converted at a time. */
 #define GLM_PIECE ((size_t)1 << 24)
-#define GLM_BLAS_BYTES ((size_t)8 << 20)
 /* Bytes of struct glm_small (device.h). */
 #define GLM_CUDA_SMALL ((size_t)16400)
 

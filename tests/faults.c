@@ -12,7 +12,8 @@
     X(cudaStreamEndCapture) X(cudaGraphInstantiate) X(cudaGraphLaunch) X(cudaGraphDestroy)    \
     X(cudaGraphExecDestroy) X(cudaGetLastError) X(cudaGetDeviceCount) X(cudaSetDevice)        \
     X(cudaGetDeviceProperties) X(cudaMemGetInfo) X(cublasCreate_v2) X(cublasSetStream_v2)     \
-    X(cublasSetPointerMode_v2) X(cublasGemmEx)
+    X(cublasSetPointerMode_v2) X(cublasGemmEx) X(cublasSetWorkspace_v2) X(cudaGetDevice)      \
+    X(cudaMallocHost) X(cudaEventCreateWithFlags) X(cudaEventRecord) X(cudaEventSynchronize)
 
 enum {
 #define INDEX(name) AT_##name,

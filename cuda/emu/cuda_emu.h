@@ -319,8 +319,11 @@ typedef enum {
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9,
+    cudaErrorNoDevice = 100,
     cudaErrorInvalidDevice = 101,
-    cudaErrorIllegalAddress = 700
+    cudaErrorECCUncorrectable = 214,
+    cudaErrorIllegalAddress = 700,
+    cudaErrorLaunchFailure = 719
 } cudaError_t;
 typedef struct emu_stream *cudaStream_t;
 typedef struct emu_event *cudaEvent_t;
@@ -375,6 +378,8 @@ cudaError_t cudaGetLastError();
 const char *cudaGetErrorString(cudaError_t);
 cudaError_t cudaGetDeviceCount(int *);
 cudaError_t cudaSetDevice(int);
+cudaError_t cudaGetDevice(int *);
+int cuDevicePrimaryCtxGetState(int, unsigned *, int *);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *, int);
 cudaError_t cudaMemGetInfo(size_t *, size_t *);
 cudaError_t cudaDriverGetVersion(int *);
@@ -452,6 +457,7 @@ cublasStatus_t cublasCreate_v2(cublasHandle_t *);
 cublasStatus_t cublasDestroy_v2(cublasHandle_t);
 cublasStatus_t cublasSetStream_v2(cublasHandle_t, cudaStream_t);
 cublasStatus_t cublasSetPointerMode_v2(cublasHandle_t, cublasPointerMode_t);
+cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t, void *, size_t);
 cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m, int n,
                             int k, const void *alpha, const void *A, cudaDataType, int lda,
                             const void *B, cudaDataType, int ldb, const void *beta, void *C,
