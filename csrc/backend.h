@@ -185,6 +185,14 @@ struct glm_device {
  * those that exist. */
 glm_status glm_device_info(const char *name, struct glm_device *out, struct glm_error *err);
 
+/* The library of "cuda" or "emu": its file, how it was built, and the cuBLAS that it finds. GLM_EVALUE
+ * where there is none. */
+struct glm_library {
+    char path[4096], cublas[4200];
+    const char *built;
+};
+glm_status glm_device_library(const char *name, struct glm_library *out, struct glm_error *err);
+
 /* The whole name that a short one stands for, which is the name of the backend made from it. */
 void glm_backend_name(char full[64], const char *name);
 

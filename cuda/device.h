@@ -29,6 +29,8 @@ enum { BLAS_R_32F = 0, BLAS_R_16F = 2, BLAS_R_16BF = 14, BLAS_COMPUTE_32F = 68, 
 
 glm_status glm_blas_open(struct glm_blas *blas, cudaStream_t stream, struct glm_error *err);
 void glm_blas_close(struct glm_blas *blas);
+/* The file and version that glm_blas_open would use, or what to do. */
+void glm_blas_about(char *out, size_t bytes);
 
 /* Scratch grows to the largest size asked for and stays: a repeated step allocates nothing. */
 enum glm_scratch { SCRATCH_WEIGHT, SCRATCH_A, SCRATCH_B, SCRATCHES };
@@ -48,14 +50,6 @@ enum { RECORDINGS = 4 };
 struct recording {
     struct glm_key key;
     cudaGraphExec_t graph; /* NULL: none */
-};
-
-/* Pinned memory that large uploads go through. */
-struct staging {
-    size_t bytes; /* of each; what is larger goes this way */
-    void *buffer[2];
-    cudaEvent_t sent[2]; /* when the buffer may be filled again */
-    int next;
 };
 
 /* With GLMLORA_CUDA_CHECK: how often a call has launched what bears this name. */
@@ -94,8 +88,7 @@ struct cuda {
     int transient;                /* the error does not outlast the call: memory was short */
     struct glm_images_of *images; /* named.h; NULL where nvcc made the library */
     void *workspace;              /* of cuBLAS */
-    struct staging staging;
-    int checked; /* GLMLORA_CUDA_CHECK=1 */
+    int checked;                  /* GLMLORA_CUDA_CHECK=1 */
     struct launched launched[LAUNCHED];
     char name[32], device_name[64], error[320], refusal[256];
 };

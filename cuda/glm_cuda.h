@@ -25,6 +25,8 @@ GLM_CUDA_EXPORT glm_status glm_cuda_create(struct glm_backend **out, int device,
 GLM_CUDA_EXPORT int glm_cuda_abi(void);
 /* "cuda" or "emu" */
 GLM_CUDA_EXPORT const char *glm_cuda_kind(void);
+/* How the library was built; in `cublas` which one it finds. Asks no driver. */
+GLM_CUDA_EXPORT const char *glm_cuda_about(char *cublas, size_t bytes);
 /* Makes no context where there is no device; free_bytes are of the moment. */
 GLM_CUDA_EXPORT glm_status glm_cuda_info(int device, struct glm_device *out, struct glm_error *err);
 

@@ -1,5 +1,5 @@
 """The host side of the CUDA library beside its ops, on the emulator: several GPUs and a thread's
-current one, uploads through pinned memory, faults that are told late and GLMLORA_CUDA_CHECK=1.
+current one, faults that are told late and GLMLORA_CUDA_CHECK=1.
 What the emulator reads from the environment it reads once, so each has a process of its own."""
 
 import os
@@ -136,29 +136,6 @@ def test_a_gpu_that_nobody_uses_gets_no_context(directory):
         assert has_context(1) and not has_context(0)
     """
     run(directory, script)
-
-
-@pytest.mark.parametrize("lazy", [False, True])
-def test_large_uploads_in_pieces(lazy):
-    """Through two pinned buffers, which are not filled again before they were sent."""
-    script = """
-        table = _core.op_table("emu")
-        be = ctypes.c_void_p(table["be"])
-        alloc = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-        move = ctypes.CFUNCTYPE(
-            None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-        upload, download = move(table["upload"]), move(table["download"])
-        for n in (1, 4096, 4097, 8192, 5 * 4096, 70001):
-            there = alloc(table["alloc"])(be, n)
-            for seed in (0, 1):
-                data = np.random.default_rng(seed).integers(0, 256, n, np.uint8)
-                mine, back = data.copy(), np.zeros(n, np.uint8)
-                upload(be, there, mine.ctypes.data, n)
-                mine[:] = 0  # the caller's array is his again
-                download(be, back.ctypes.data, there, n)
-                assert np.array_equal(back, data), n
-    """
-    run(".", script, **({"EMU_LAZY": "1"} if lazy else {}))
 
 
 FAULT = """

@@ -329,14 +329,13 @@ SCENARIO = """
     print(cases)
 """
 HARMLESS = ["cudaSetDevice", "cudaGetDevice", "cudaGetLastError", "cudaMemGetInfo"]
-HARMLESS += ["cudaMallocHost", "cudaEventCreateWithFlags"]  # large uploads as the driver has them
 HARMLESS += ["cudaFree", "cudaGraphDestroy", "cudaGraphExecDestroy"]  # the call after it fails
 FAULTY = """cudaMalloc cudaMemcpyAsync cudaMemsetAsync cudaStreamCreateWithFlags
-    cudaStreamSynchronize cudaStreamBeginCapture cudaStreamEndCapture cudaGraphInstantiate
+    cudaStreamSynchronize cudaStreamBeginCapture cudaStreamEndCapture cudaGraphInstantiateWithFlags
     cudaGraphLaunch cudaGraphDestroy cudaGraphExecDestroy cudaGetLastError cudaGetDeviceCount
     cudaSetDevice cudaGetDeviceProperties cudaMemGetInfo cudaFree cublasCreate_v2
-    cublasSetStream_v2 cublasSetPointerMode_v2 cublasGemmEx cublasSetWorkspace_v2 cudaGetDevice
-    cudaMallocHost cudaEventCreateWithFlags cudaEventRecord cudaEventSynchronize""".split()
+    cublasSetStream_v2 cublasSetPointerMode_v2 cublasGemmEx cublasSetWorkspace_v2
+    cudaGetDevice""".split()
 
 
 @needs_compiler
