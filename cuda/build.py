@@ -18,7 +18,7 @@
 EMU_DIR (default cuda/emu): where the emulator is. OUT (default build/cuda): where results go.
 ARCHS (default "75 80 86 89 90"): for nvcc, which is looked for on PATH and in CUDA_HOME
 (default /usr/local/cuda). NVIDIA_WHEELS: a folder that the wheels were installed
-into, where it is not site-packages. Only files that changed are compiled; one at a time.
+into, where it is not site-packages. Only files that changed are compiled.
 """
 
 from __future__ import annotations
@@ -167,13 +167,16 @@ def nvcc_library(archs: list[str]) -> Path:
     built = written(OUT / "about.c", text)
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    objects = []
-    for source in [*KERNELS, *HOST, built]:
-        target = OUT / f"{source.stem}.o"
-        objects.append(target)
+    sources = sorted([*KERNELS, *HOST, built], key=lambda source: -source.stat().st_size)
+    objects = [OUT / f"{source.stem}.o" for source in sources]
+
+    def compile_it(source: Path, target: Path) -> None:
+        flags = nvcc_flags() if source.suffix == ".cu" else nvcc_flags()[1:]
         if stale(target, [source, built, *HEADERS]):
-            flags = nvcc_flags() if source.suffix == ".cu" else nvcc_flags()[1:]
             run(NVCC or "nvcc", *flags, *code, "-c", source, "-o", target)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # 200 MB each
+        list(pool.map(compile_it, sources, objects))
     link = ["-cudart", "static", "-ldl", "-Xlinker", "-zdefs"]
     run(NVCC or "nvcc", "-shared", *objects, "-o", library, *link)
     return library
