@@ -419,9 +419,7 @@ static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, doub
         const int back = blas->set_pointer_mode(blas->handle, BLAS_HOST);
         status = status ? status : back;
     }
-    cuda->counts.products += !cuda->capturing;
-    if (status)
-        glm_cuda_blas_failed(cuda, status, m, n, k);
+    glm_cuda_multiplied(cuda, status, m, n, k);
 }
 
 extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,

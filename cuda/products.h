@@ -12,9 +12,8 @@ enum {
     GLM_RANK = 64,       /* and up to this by kernels of ours (adapter.cu) */
     GLM_THIN_ROWS = 256, /* rows of one part of its gradient */
 };
-/* Elements of an operand that are converted at a time, and bytes that cuBLAS may work in. */
+/* Elements of an operand that are converted at a time. */
 #define GLM_PIECE ((size_t)1 << 24)
-#define GLM_BLAS_BYTES ((size_t)8 << 20)
 /* Bytes of struct glm_small (device.h). */
 #define GLM_CUDA_SMALL ((size_t)16400)
 

@@ -421,7 +421,7 @@ glm_status glm_plan_create(struct glm_backend **out, const char *name, int cuda,
         plan->be.kept = compute;
         plan->be.replay = plan_replay;
         plan->be.recorded = plan_recorded;
-        live(plan, GLM_CUDA_SMALL + GLM_BLAS_BYTES);
+        live(plan, GLM_CUDA_SMALL);
     }
     *out = &plan->be;
     return GLM_OK;
