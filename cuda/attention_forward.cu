@@ -217,8 +217,8 @@ static __device__ __forceinline__ void forward_fragments(const attention &a)
     if (M > 1)
         return; /* shared memory has no room for two of them */
 #endif
-    GLM_DYN_SHARED(unsigned short, qs);
-    unsigned short *ks = qs + ROWS * D, *vs = ks + KEYS * D;
+    GLM_DYN_SHARED(unsigned short, ks);
+    unsigned short *vs = ks + KEYS * D, *qs = vs + KEYS * D;
     const int lane = threadIdx.x & 31, begin = 16 * M * (int)(threadIdx.x >> 5);
     const float scale = a.log2_scale;
     /* where this lane reads fragments of queries, keys and values: a row, and how it is turned */
