@@ -106,6 +106,12 @@ void glm_cuda_multiplied(struct cuda *cx, int status, int m, int n, int k);
 void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale);
 /* At least `bytes` of a scratch buffer, or NULL after keeping the error. */
 void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
+/* Products of an adapter's matrix W (adapter.cu): out = scale * inp W^T, or inp W where it is
+ * transposed, + bias (+ out); and dweight += scale * dout^T inp. */
+void glm_cuda_thin(struct cuda *cuda, void *out, const void *inp, const struct glm_mat *W,
+                   const void *bias, int N, double scale, int accumulate, int transposed);
+void glm_cuda_thin_gradient(struct cuda *cuda, void *dweight, const void *dout, const void *inp,
+                            int N, int O, int I, double scale);
 /* Device to host, after everything queued; 0 on an error. */
 int glm_cuda_fetch(struct cuda *cx, void *host, const void *device, size_t bytes, const char *op);
 
