@@ -271,10 +271,42 @@ static void next()
     if (emu_cur != me)
         emu_switch(&me->sp, F[i].sp);
 }
+// Copies on their way, of each thread of the block: oldest first, with the group they belong to.
+struct Copy {
+    void *to;
+    uint4 bytes;
+    unsigned group;
+};
+struct Copies {
+    std::deque<Copy> waiting;
+    unsigned groups = 0; // committed so far
+};
+static std::vector<Copies> copies(MAXT);
+void emu_copy(void *to, const uint4 &bytes)
+{
+    Copies &c = copies[emu_cur->tid];
+    c.waiting.push_back({to, bytes, c.groups});
+}
+void emu_copies_commit() { copies[emu_cur->tid].groups++; }
+void *emu_copy_landed(int n, uint4 *bytes)
+{
+    Copies &c = copies[emu_cur->tid];
+    if (c.waiting.empty() || c.waiting.front().group + n >= c.groups)
+        return nullptr;
+    void *to = c.waiting.front().to;
+    *bytes = c.waiting.front().bytes;
+    c.waiting.pop_front();
+    return to;
+}
 static void entry()
 {
     for (;;) {
         (*body)();
+        Copies &c = copies[emu_cur->tid];
+        if (!c.waiting.empty())
+            report(nullptr, "returned with %zu copies that nobody waited for", c.waiting.size());
+        c.waiting.clear();
+        c.groups = 0;
         emu_cur->state = DONE;
         ndone++;
         if (nblockwait && nblockwait + ndone == nthr) {

@@ -313,6 +313,12 @@ static inline void emu_mma16816_bf16(float *d, const unsigned *a, const unsigned
     o.d = d;
     emu_warp(0xffffffffu, EMU_MMA16816, &o, "mma16816", 0);
 }
+// cp.async: a copy's bytes are kept until the thread waits for its group. The caller stores them, so
+// that the access is checked there: no sooner than emu_copy_landed hands them out, which is nullptr
+// when only the last n groups are left. A thread that returns with copies on their way is a report.
+void emu_copy(void *to, const uint4 &bytes);
+void emu_copies_commit();
+void *emu_copy_landed(int n, uint4 *bytes);
 // ---------------------------------------------------------------- runtime API subset
 typedef enum {
     cudaSuccess = 0,
