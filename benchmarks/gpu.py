@@ -187,7 +187,7 @@ class Chat(Ours):
     """Prefill and tokens one by one."""
 
     def items(self):
-        s, one = self.shapes, np.ones(1, np.int32)
+        s = self.shapes
         weight = {0: 2, 8: 1, 4: 0.5 + 2 / 32}[self.bits]
         for context in s.contexts:
             cache = self.core.cache(1, context + s.new + 8, 0)
@@ -342,7 +342,10 @@ class PeerTrain(Peer):
             yield f"LoRA step, {name} rows", lambda lengths=lengths: self.step(lengths)
         yield "checkpointing on", self.checkpoint
         for name, lengths in self.shapes.steps.items():
-            yield f"LoRA step, {name} rows, checkpointed", lambda lengths=lengths: self.step(lengths)
+            yield (
+                f"LoRA step, {name} rows, checkpointed",
+                lambda lengths=lengths: self.step(lengths),
+            )
 
     def checkpoint(self):
         self.trained.enable_input_require_grads()
@@ -550,8 +553,13 @@ class Run:
     def process(self, side, skip, about, items) -> str | None:
         """None where it came to its end, else how it ended; what it found goes into `items`."""
         words = [sys.executable, __file__, "--device", self.args.device, "--side", side]
-        child = subprocess.Popen([*words, "--skip-items", str(skip)], stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+        child = subprocess.Popen(
+            [*words, "--skip-items", str(skip)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         lines: queue.Queue = queue.Queue()
 
         def read() -> None:
@@ -602,8 +610,8 @@ class Run:
             return sides.get(side, {}).get("items", {}).get(item, {}).get(what)
 
         copy = of("ceilings", "copy", "bytes_per_second")
-        products = [v.get("flops_per_second") or 0 for k, v in
-                    sides.get("ceilings", {}).get("items", {}).items() if "product" in k]  # fmt: skip
+        ceilings = sides.get("ceilings", {}).get("items", {})
+        products = [v.get("flops_per_second") or 0 for k, v in ceilings.items() if "product" in k]
         for side in ("chat", "chat int8", "chat int4", "train", "train int4"):
             peer = "peer " + side.split()[0]
             for item in sides.get(side, {}).get("items", {}):

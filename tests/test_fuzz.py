@@ -333,3 +333,16 @@ def test_the_corpus_strikes_at_sound_files(tmp_path):
     assert glmlora.AutoModel.from_pretrained(
         _model(tmp_path / "x" if (tmp_path / "x").mkdir() else tmp_path / "x")
     )
+
+
+def test_a_family_without_this_tokenizer_names_the_directory(tmp_path):
+    """A name in tokenizer_config.json of a family whose tokenizer is another one."""
+    for name in ("tokenizer.model", "config.json", "tokenizer_config.json"):
+        if (TINY / name).exists():
+            (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    path = tmp_path / "tokenizer_config.json"
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    (tmp_path / "config.json").write_text("{}")
+    path.write_text(json.dumps(fields | {"glmlora_family": "g4"}))
+    with pytest.raises(ValueError, match=rf"{tmp_path}: .*'g4'.*family=\"v2\""):
+        glmlora.AutoTokenizer.from_pretrained(tmp_path)
