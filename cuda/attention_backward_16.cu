@@ -2,10 +2,10 @@
  * cores. Operands of the products are rounded, dout and ds after they were multiplied by *factor;
  * sums are float.
  *
- * Four launches. The first leaves the operands in scratch in 16 bits, in rows of D elements, so that
- * the others' tiles are plain copies, under way while the tile before is multiplied. Keys and values:
- * few blocks have keys enough for a GPU, so the query heads of a key head are cut into `shares`, each
- * of which leaves its sum in scratch. Queries. Last the shares of every key are added up, in order. */
+ * Three launches. The first leaves the operands in scratch in 16 bits, in rows of D elements, so that
+ * the second's tiles are plain copies, under way while the tile before is multiplied. There are too
+ * few keys to keep a GPU busy, so the query heads of a key head are cut into `shares`, each of which
+ * leaves its sums over its heads in scratch. The last adds up the shares of every key, in order. */
 #include "attention.cuh"
 #include "products.h"
 
@@ -210,7 +210,8 @@ static __device__ __forceinline__ void copy_rows(unsigned short *to, float4 *kno
     copies_commit();
 }
 
-template <int D, bool BF16> static __device__ __forceinline__ void key_fragments(const gradients &b)
+template <int D, bool BF16>
+static __device__ __forceinline__ void key_fragments(const gradients &b, int item, int blocks)
 {
     const int LD = D + 8, STEPS = D / 8;
     GLM_DYN_SHARED(unsigned short, shared); /* two tiles of queries and dout, and what is known */
@@ -220,7 +221,7 @@ template <int D, bool BF16> static __device__ __forceinline__ void key_fragments
     const attention &a = b.a;
     const int lane = threadIdx.x & 31, own_key = 16 * (int)(threadIdx.x >> 5) + lane / 4;
     key_tile of;
-    for (int item = blockIdx.x, stage = 0; find_tile(of, b, item); item += gridDim.x) {
+    for (int stage = 0; find_tile(of, b, item); item += blocks) {
         const bool own = of.own;
         const int key0 = of.key, head0 = of.g * a.G + of.share * b.share,
                   heads = min((of.g + 1) * a.G, head0 + b.share);
@@ -364,18 +365,18 @@ static __device__ __forceinline__ void copy_keys(unsigned short *to, const gradi
 }
 
 template <int D, bool BF16>
-static __device__ __forceinline__ void query_fragments(const gradients &b)
+static __device__ __forceinline__ void query_fragments(const gradients &b, int item, int blocks)
 {
     const int BLOCK = 64, LD = D + 8, STEPS = D / 8;
     GLM_DYN_SHARED(unsigned short, shared); /* two tiles of keys and values */
     const attention &a = b.a;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, HD = a.HD;
     const float undo = a.scale * (b.factor ? *b.alpha : 1.0f);
-    int item = blockIdx.x, first = 0, stage = 0;
+    int first = 0, stage = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int rows = s.count * a.G, tiles = (rows + BLOCK - 1) / BLOCK, items = tiles * a.KVH;
-        for (; item < first + items; item += gridDim.x) {
+        for (; item < first + items; item += blocks) {
             /* the longest rows first */
             const int g = (item - first) % a.KVH,
                       row0 = (tiles - 1 - (item - first) / a.KVH) * BLOCK;
@@ -453,13 +454,20 @@ static __device__ __forceinline__ void query_fragments(const gradients &b)
     }
 }
 
-#define FRAGMENT_KERNELS(name, D, BF16)                                                         \
-    GLM_TILE_KERNEL(128, 2) k_attention_dq_##name(gradients b) { query_fragments<D, BF16>(b); } \
-    GLM_TILE_KERNEL(128, 2) k_attention_dkv_##name(gradients b) { key_fragments<D, BF16>(b); }
-FRAGMENT_KERNELS(f16_64, 64, false)
-FRAGMENT_KERNELS(f16_128, 128, false)
-FRAGMENT_KERNELS(bf16_64, 64, true)
-FRAGMENT_KERNELS(bf16_128, 128, true)
+/* Both at once: the tiles of keys go first, and queries fill the multiprocessors that they leave. */
+template <int D, bool BF16> static __device__ __forceinline__ void fragments(const gradients &b)
+{
+    const int block = blockIdx.x, half = gridDim.x / 2;
+    if (block < half)
+        key_fragments<D, BF16>(b, block, half);
+    else
+        query_fragments<D, BF16>(b, block - half, half);
+}
+
+GLM_TILE_KERNEL(128, 2) k_attention_gradients_f16_64(gradients b) { fragments<64, false>(b); }
+GLM_TILE_KERNEL(128, 2) k_attention_gradients_f16_128(gradients b) { fragments<128, false>(b); }
+GLM_TILE_KERNEL(128, 2) k_attention_gradients_bf16_64(gradients b) { fragments<64, true>(b); }
+GLM_TILE_KERNEL(128, 2) k_attention_gradients_bf16_128(gradients b) { fragments<128, true>(b); }
 
 /* ---- the shares of keys and values, added up; to a cache row's gradient they are added */
 
@@ -468,40 +476,32 @@ GLM_KERNEL(256) k_attention_sum(gradients b)
     const attention &a = b.a;
     const int HD = a.HD, STEPS = b.D / 4;
     const float undo = b.factor ? *b.alpha : 1.0f;
-    const size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x,
-                 threads = (size_t)gridDim.x * blockDim.x;
-    for (int i = 0; i < a.n_segments; i++) {
-        const glm_segment s = a.segments[i];
-        const int rows = s.count + (a.dcache_k ? s.shared_count : 0);
-        for (size_t e = thread; e < (size_t)rows * a.KVH * 2 * STEPS; e += threads) {
-            const int c = 4 * (int)(e % STEPS), x = (int)(e / STEPS);
-            const int kv = x % 2, g = x / 2 % a.KVH, row = x / 2 / a.KVH;
-            const bool own = row < s.count;
-            const int key = own ? s.begin + row : s.shared_begin + (row - s.count);
-            if (c >= HD || (!own && !owns_row(a, i, key)))
-                continue;
-            f4 sum;
-            sum.v[0] = sum.v[1] = sum.v[2] = sum.v[3] = 0;
-            for (int share = 0; share < b.shares; share++) {
-                const f4 y =
-                    load4(b.sums + sum_at(b, share, kv, own ? key : b.tokens + key, g), c, b.D);
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    sum.v[j] += y.v[j];
-            }
-            float *to =
-                own ? a.dqkv + ((size_t)key * (a.NH + 2 * a.KVH) + a.NH + kv * a.KVH + g) * HD
-                    : (kv ? a.dcache_v : a.dcache_k) + ((size_t)key * a.KVH + g) * HD;
-            const float times = kv ? undo : undo * a.scale;
-            f4 there;
-            there.v[0] = there.v[1] = there.v[2] = there.v[3] = 0;
-            if (!own)
-                there = load4(to, c, HD);
+    const unsigned slots = a.dcache_k ? b.slots : b.tokens, n = slots * a.KVH * 2 * STEPS;
+    for (unsigned e = blockIdx.x * blockDim.x + threadIdx.x; e < n; e += gridDim.x * blockDim.x) {
+        const int c = 4 * (int)(e % STEPS), x = (int)(e / STEPS);
+        const int kv = x % 2, g = x / 2 % a.KVH, slot = x / 2 / a.KVH, row = slot - b.tokens;
+        if (c >= HD || (row >= 0 && owns_row(a, a.n_segments, row)))
+            continue; /* of a row that no segment shares there are none */
+        f4 sum;
+        sum.v[0] = sum.v[1] = sum.v[2] = sum.v[3] = 0;
+        for (int share = 0; share < b.shares; share++) {
+            const f4 y = load4(b.sums + sum_at(b, share, kv, slot, g), c, b.D);
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                sum.v[j] = sum.v[j] * times + there.v[j];
-            store4(to, c, HD, sum);
+                sum.v[j] += y.v[j];
         }
+        float *to = row < 0
+                        ? a.dqkv + ((size_t)slot * (a.NH + 2 * a.KVH) + a.NH + kv * a.KVH + g) * HD
+                        : (kv ? a.dcache_v : a.dcache_k) + ((size_t)row * a.KVH + g) * HD;
+        const float times = kv ? undo : undo * a.scale;
+        f4 there;
+        there.v[0] = there.v[1] = there.v[2] = there.v[3] = 0;
+        if (row >= 0)
+            there = load4(to, c, HD);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            sum.v[j] = sum.v[j] * times + there.v[j];
+        store4(to, c, HD, sum);
     }
 }
 
@@ -518,13 +518,12 @@ template <class T> static T *taken(char **scratch, size_t n)
 
 void glm_cuda_attention_backward_16(struct cuda *cuda, const attention &a, struct glm_heads heads)
 {
-    static const gradients_kernel dq[2][2] = {{k_attention_dq_f16_64, k_attention_dq_f16_128},
-                                              {k_attention_dq_bf16_64, k_attention_dq_bf16_128}};
-    static const gradients_kernel dkv[2][2] = {{k_attention_dkv_f16_64, k_attention_dkv_f16_128},
-                                               {k_attention_dkv_bf16_64, k_attention_dkv_bf16_128}};
-    const int bf16 = cuda->compute == GLM_BF16, wide = a.HD > 64, blocks = attention_blocks(cuda);
+    static const gradients_kernel kernels[2][2] = {
+        {k_attention_gradients_f16_64, k_attention_gradients_f16_128},
+        {k_attention_gradients_bf16_64, k_attention_gradients_bf16_128}};
+    const int bf16 = cuda->compute == GLM_BF16, blocks = attention_blocks(cuda);
     const gradients_kernel narrow = bf16 ? k_attention_narrow_bf16 : k_attention_narrow_f16,
-                           k_dq = dq[bf16][wide], k_dkv = dkv[bf16][wide];
+                           kernel = kernels[bf16][a.HD > 64];
     gradients b = gradients();
     b.a = a;
     b.scale2 = a.scale * LOG2E;
@@ -546,11 +545,11 @@ void glm_cuda_attention_backward_16(struct cuda *cuda, const attention &a, struc
     /* a score's gradient is a sum over a head: room for it above 2^5 */
     b.factor = glm_cuda_factor(cuda, a.dout, of_queries * a.HD, cuda->compute, 5, 1);
     b.alpha = &cuda->small->alpha;
-    const size_t tiles = (size_t)4 * 32 * (b.D + 8) * 2, /* of ROWS or KEYS */
-        more = 2 * ROWS * sizeof(float4) + (size_t)4 * 128 * sizeof(uint4);
+    /* tiles of ROWS and KEYS; of ROWS what is known, and slices of the values */
+    const size_t bytes = (size_t)4 * 32 * (b.D + 8) * 2 + 2 * ROWS * sizeof(float4) +
+                         (size_t)4 * 128 * sizeof(uint4);
     GLM_LAUNCH(cuda, "attention_backward", narrow, blocks, 256, 0, b);
-    GLM_LAUNCH(cuda, "attention_backward", k_dkv, blocks, 128, tiles + more, b);
-    GLM_LAUNCH(cuda, "attention_backward", k_dq, blocks, 128, tiles, b);
+    GLM_LAUNCH(cuda, "attention_backward", kernel, 2 * blocks, 128, bytes, b);
     GLM_LAUNCH(cuda, "attention_backward", k_attention_sum, blocks, 256, 0, b);
 }
 #endif

@@ -226,8 +226,7 @@ static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const
     if (narrow)
         scratch(plan, SCRATCH_A, glm_backward_scratch(heads));
     launch(cx, narrow && plan->compute == GLM_F16, 2); /* the factor */
-    /* delta, keys and values, queries; in 16 bits: operands, keys and values, queries, sums */
-    launch(cx, 1, narrow ? 4 : 3);
+    launch(cx, 1, 3); /* delta, keys and values, queries; in 16 bits: operands, gradients, sums */
 }
 static void sum_squares(void *cx, double *out, const void *x, size_t n)
 {
