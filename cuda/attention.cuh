@@ -79,6 +79,18 @@ static __device__ __forceinline__ const float *query_of(const attention &a, cons
            (size_t)(g * a.G + row % a.G) * a.HD;
 }
 
+/* Cache rows whose gradients blocks of segment i add up: none where a segment before it shares just
+ * the same ones. */
+static __device__ __forceinline__ int rows_to_add(const attention &a, int i)
+{
+    const glm_segment s = a.segments[i];
+    for (int j = 0; j < i; j++)
+        if (a.segments[j].shared_begin == s.shared_begin &&
+            a.segments[j].shared_count == s.shared_count)
+            return 0;
+    return a.dcache_k ? s.shared_count : 0;
+}
+
 /* 1 when no segment before i shares the cache row. */
 static __device__ __forceinline__ int owns_row(const attention &a, int i, int row)
 {

@@ -140,7 +140,7 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int own_tiles = (s.count + T - 1) / T;
-        const int tiles = own_tiles + (a.dcache_k ? (s.shared_count + T - 1) / T : 0);
+        const int tiles = own_tiles + (rows_to_add(a, i) + T - 1) / T;
         for (; item < first + tiles * a.KVH; item += gridDim.x) {
             const int g = (item - first) % a.KVH, tile = (item - first) / a.KVH;
             const bool own = tile < own_tiles;

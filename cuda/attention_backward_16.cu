@@ -143,7 +143,7 @@ static __device__ __forceinline__ bool find_tile(key_tile &x, const gradients &b
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int own_tiles = (s.count + OWN_KEYS - 1) / OWN_KEYS, each = a.KVH * b.shares;
-        const int tiles = own_tiles + (a.dcache_k ? (s.shared_count + OWN_KEYS - 1) / OWN_KEYS : 0);
+        const int tiles = own_tiles + (rows_to_add(a, i) + OWN_KEYS - 1) / OWN_KEYS;
         if (item >= tiles * each) {
             item -= tiles * each;
             continue;
@@ -480,6 +480,7 @@ GLM_KERNEL(256) k_attention_sum(gradients b)
     for (unsigned e = blockIdx.x * blockDim.x + threadIdx.x; e < n; e += gridDim.x * blockDim.x) {
         const int c = 4 * (int)(e % STEPS), x = (int)(e / STEPS);
         const int kv = x % 2, g = x / 2 % a.KVH, slot = x / 2 / a.KVH, row = slot - b.tokens;
+        GLM_EXPECT(slot < (int)slots);
         if (c >= HD || (row >= 0 && owns_row(a, a.n_segments, row)))
             continue; /* of a row that no segment shares there are none */
         f4 sum;

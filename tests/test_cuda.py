@@ -97,7 +97,9 @@ def barriers(op, kind, counts, shape, type_):
             start = key if key >= min(s.context, s.count) else 0
             found += over((s.count - start) * heads, block)
         end = s.shared_begin + s.shared_count
-        for key in range(s.shared_begin, end if "shared" in kind else 0, keys):
+        same = any((q.shared_begin, q.shared_count) == (s.shared_begin, s.shared_count)
+                   for q in segments[:i])  # fmt: skip
+        for key in range(s.shared_begin, end if "shared" in kind and not same else 0, keys):
             for q in segments[i:]:
                 if key < q.shared_begin + q.shared_count and key + keys > q.shared_begin:
                     found += over(q.count * heads, block)
