@@ -9,8 +9,6 @@
 #include "attention.cuh"
 #include "products.h"
 
-#define LOG2E 1.44269504088896340736f /* exp(x) = exp2(LOG2E x) */
-
 struct gradients {
     attention a;
     int tokens, slots; /* slot n: token n, then the cache's rows */
@@ -18,7 +16,7 @@ struct gradients {
     float scale2;                /* of scores, whose exp2 is taken */
     unsigned short *q, *dout;    /* (tokens, NH, D) */
     unsigned short *k, *v;       /* (slots, KVH, D) */
-    float4 *known;               /* (tokens, NH): LOG2E lse, factor delta, -, - */
+    float4 *known;               /* (tokens, NH): LOG2_E lse, factor delta, -, - */
     float *sums;                 /* (shares, 2, slots, KVH, D): of dk, of dv */
     const float *factor, *alpha; /* of dout, and its inverse; NULL: 1 */
 };
@@ -62,7 +60,7 @@ template <bool BF16> static __device__ __forceinline__ void narrow_operands(cons
         sum = warp_sum(sum);
         if (c == 0) {
             float4 known;
-            known.x = LOG2E * a.lse[at], known.y = factor * sum, known.z = known.w = 0;
+            known.x = LOG2_E * a.lse[at], known.y = factor * sum, known.z = known.w = 0;
             b.known[at] = known;
         }
     }
@@ -125,7 +123,7 @@ enum { OWN_KEYS = 64 };
 /* Of the keys and of the values registers hold so many slices of 16 columns, shared memory the
  * others: there are just registers enough. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-enum { ROWS = 16, K_SLICES = 6, V_SLICES = 0 };
+enum { ROWS = 16, K_SLICES = 4, V_SLICES = 0 };
 #else
 enum { ROWS = 32, K_SLICES = 8, V_SLICES = 4 };
 #endif
@@ -308,7 +306,7 @@ static __device__ __forceinline__ void key_fragments(const gradients &b, int ite
 #pragma unroll
                         for (int h = 0; h < 2; h++) {
                             float *y = &score[n][2 * h + j], *z = &through[n][2 * h + j];
-                            *y = exp2f(*y * b.scale2 - r.x);
+                            *y = exp2_of(*y * b.scale2 - r.x);
                             *z = *y * (*z - r.y);
                         }
                     }
@@ -427,7 +425,7 @@ static __device__ __forceinline__ void query_fragments(const gradients &b, int i
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
                             const int h = j / 2, key = k0 + k + 8 * n + 2 * (lane % 4) + j % 2;
-                            float p = exp2f(score[n][j] * b.scale2 - lse[h]);
+                            float p = exp2_of(score[n][j] * b.scale2 - lse[h]);
                             if (!whole && key >= seen[h])
                                 p = 0;
                             score[n][j] = p * (through[n][j] - delta[h]);
@@ -527,7 +525,7 @@ void glm_cuda_attention_backward_16(struct cuda *cuda, const attention &a, struc
                            kernel = kernels[bf16][a.HD > 64];
     gradients b = gradients();
     b.a = a;
-    b.scale2 = a.scale * LOG2E;
+    b.scale2 = a.scale * LOG2_E;
     b.tokens = heads.tokens;
     b.slots = heads.tokens + heads.rows;
     b.D = glm_head_width(heads);

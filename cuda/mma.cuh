@@ -126,7 +126,39 @@ template <int N> static __device__ __forceinline__ void copies_wait()
 
 template <bool BF16> static __device__ __forceinline__ unsigned pack2(float low, float high)
 {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && !defined(__CUDA_EMU__)
+    unsigned both; /* one instruction, where two conversions and a shift would be four */
+    if (BF16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+#else
     return BF16 ? bf16_bits(low) | bf16_bits(high) << 16 : half_bits(low) | half_bits(high) << 16;
+#endif
+}
+
+/* 2^x in one instruction, to 2^-22 of it; below 2^-126 it is 0 */
+static __device__ __forceinline__ float exp2_of(float x)
+{
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_EMU__)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
+/* Element where 16 bytes, the c-th of a row of a tile, begin: rows of D 16-bit elements without
+ * padding, turned so that eight rows below each other are in eight different groups of banks. */
+static __device__ __forceinline__ int turned(int c, int turn)
+{
+    return 8 * ((c & ~7) + ((c & 7) ^ turn));
+}
+template <int D> static __device__ __forceinline__ int swizzled(int row, int c)
+{
+    return row * D + turned(c, row & 7);
 }
 
 /* Eight columns from c on of a 16-bit tile's row, times factor, from HD floats or of zeros */
