@@ -235,10 +235,15 @@ static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const
                                struct glm_kv cache, const struct glm_segment *segments,
                                int n_segments, struct glm_heads heads)
 {
-    const struct plan *plan = cx;
-    const int factor = plan->compute == GLM_F16 && heads.HD <= 128;
+    struct plan *plan = cx;
+    const int narrow = glm_backward_narrows(plan->compute, heads);
     COUNT(attention_backward, 10 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
-    launch(cx, n_segments, factor ? 4 : 3); /* delta, its factor, keys and values, queries */
+    if (!n_segments)
+        return;
+    if (narrow)
+        scratch(plan, SCRATCH_A, glm_backward_scratch(heads));
+    launch(cx, narrow && plan->compute == GLM_F16, 2); /* the factor */
+    launch(cx, 1, 3); /* delta, keys and values, queries; in 16 bits: operands, gradients, sums */
 }
 static void sum_squares(void *cx, double *out, const void *x, size_t n)
 {
