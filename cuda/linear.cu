@@ -1,4 +1,4 @@
-/* Products with weights. Up to 8 rows: own kernels (few.cuh). More rows: cuBLAS, with the operands
+/* Products with weights. Few rows: own kernels (few.cuh). More rows: cuBLAS, with the operands
  * in the backend's compute type; weights of another type and quantized ones are widened into
  * scratch, some rows of W at a time.
  *
@@ -384,9 +384,8 @@ static const float *gradient_factor(struct cuda *cuda, const void *x, size_t n, 
     return &cuda->small->factor;
 }
 
-/* x times *factor (NULL: 1) in the product's type; x itself where that is float. */
-static const void *operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
-                           enum glm_dtype type, const float *factor)
+const void *glm_cuda_operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
+                             enum glm_dtype type, const float *factor)
 {
     if (type == GLM_F32)
         return x;
@@ -431,7 +430,7 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
     const int O = weight->rows, I = weight->cols;
     if (!N || !glm_cuda_begin(cuda))
         return;
-    if (is_few(weight, N)) {
+    if (is_few(cuda, weight, N)) {
         few_rows a = {(float *)out, (const float *)inp, (const float *)bias};
         a.N = N, a.scale = (float)scale, a.accumulate = accumulate;
         glm_cuda_few(cuda, "linear_forward", a, weight);
@@ -446,7 +445,7 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
                    (const float *)bias, O, blocks, accumulate);
     for (int n = 0; n < N; n += tokens) {
         const int some = N - n < tokens ? N - n : tokens;
-        const void *x = operand(cuda, SCRATCH_A, (const float *)inp + (size_t)n * I,
+        const void *x = glm_cuda_operand(cuda, SCRATCH_A, (const float *)inp + (size_t)n * I,
                                 (size_t)some * I, type, NULL);
         for (int o = 0; x && o < O; o += rows) {
             const int count = O - o < rows ? O - o : rows;
@@ -465,7 +464,7 @@ extern "C" void glm_cuda_adapted_forward(void *cx, void *out, const void *inp,
                                          double scale)
 {
     struct cuda *cuda = cuda_of(cx);
-    if (!is_few(weight, N)) {
+    if (!is_few(cuda, weight, N)) {
         glm_cuda_linear_forward(cx, out, inp, weight, bias, N, 1, 0);
         glm_cuda_linear_forward(cx, out, xa, B, NULL, N, scale, 1);
     } else if (N && glm_cuda_begin(cuda)) {
@@ -512,8 +511,8 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
     if (dweight) {
         const enum glm_dtype type = glm_product_type(cuda->compute, GLM_F32, O, I);
         const float *factor = gradient_factor(cuda, dout, (size_t)N * O, type, scale);
-        const void *d = operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, factor);
-        const void *x = operand(cuda, SCRATCH_B, inp, (size_t)N * I, type, NULL);
+        const void *d = glm_cuda_operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, factor);
+        const void *x = glm_cuda_operand(cuda, SCRATCH_B, inp, (size_t)N * I, type, NULL);
         if (d && x)
             product(cuda, BLAS_N, BLAS_T, I, O, N, scale, factor != NULL, x, I, d, O, type, 1,
                     dweight, I);
