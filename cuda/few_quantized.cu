@@ -76,13 +76,13 @@ template <bool BF16> static __device__ __forceinline__ void pairs_of_int8(unsign
 
 /* ---- what a warp fetches */
 
-/* 16 bytes of a row of `bytes` bytes from `at` on, zeros past its end */
-static __device__ __forceinline__ uint4 piece_of(const char *row, int at, int bytes, int whole)
+/* 16 bytes of which `left` are there, zeros for the others; whole: all or none, and aligned */
+static __device__ __forceinline__ uint4 piece_of(const char *at, int left, int whole)
 {
     uint4 q = {0, 0, 0, 0};
     if (whole) {
-        if (at < bytes)
-            q = load_once(reinterpret_cast<const uint4 *>(row + at));
+        if (left > 0)
+            q = load_once(reinterpret_cast<const uint4 *>(at));
         return q;
     }
 #pragma unroll 1
@@ -90,7 +90,7 @@ static __device__ __forceinline__ uint4 piece_of(const char *row, int at, int by
         q.w = q.w << 8 | q.z >> 24;
         q.z = q.z << 8 | q.y >> 24;
         q.y = q.y << 8 | q.x >> 24;
-        q.x = q.x << 8 | (at + i < bytes ? (unsigned)(unsigned char)row[at + i] : 0u);
+        q.x = q.x << 8 | (i < left ? (unsigned)(unsigned char)at[i] : 0u);
     }
     return q;
 }
@@ -199,7 +199,9 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, quad = lane / 4, third = lane % 4;
     const int I = a.w.cols, bytes = (int)stored_bytes(DTYPE, I);
     const int own = of.gated ? ROWS / 2 : ROWS, outs = of.gated ? a.w.rows / 2 : a.w.rows;
-    const int first = blockIdx.x * own, chunks = (bytes + CHUNK - 1) / CHUNK;
+    const int pieces = (a.N + 8 * TILES - 1) / (8 * TILES); /* of inp, block by block */
+    const int first = blockIdx.x / pieces * own, n0 = blockIdx.x % pieces * 8 * TILES;
+    const int chunks = (bytes + CHUNK - 1) / CHUNK;
     const char *data = static_cast<const char *>(a.w.data);
     const int whole = bytes % 16 == 0 && ((size_t)data & 15) == 0;
     const int whole_scales =
@@ -218,10 +220,14 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
     uint4 q[LOADS];
     uint2 s[2];
     const auto fetch = [&](int chunk) {
+        const int begin = CHUNK * chunk + 16 * (lane % 8), row = first + lane / 8;
+        const char *at = data + (size_t)row * bytes + begin;
 #pragma unroll
-        for (int i = 0; i < LOADS; i++)
-            q[i] = piece_of(data + row_of(4 * i + lane / 8) * bytes, CHUNK * chunk + 16 * (lane % 8),
-                            bytes, whole);
+        for (int i = 0; i < LOADS; i++) {
+            const int there = row + (of.gated ? 4 * i % (ROWS / 2) : 4 * i) < outs;
+            q[i] = piece_of(at, there ? bytes - begin : 0, whole);
+            at += (size_t)bytes * (of.gated && 2 * i + 2 == LOADS ? outs - ROWS / 2 + 4 : 4);
+        }
         if (DTYPE == GLM_I4)
             scales_of(s, a.w, row_of(lane), 8 * chunk, whole_scales);
     };
@@ -252,7 +258,7 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
             for (int k = 0; k < STEPS; k++)
 #pragma unroll
                 for (int n = 0; n < TILES; n++) {
-                    const int row = 8 * n + quad;
+                    const int row = n0 + 8 * n + quad;
                     inp_of<DTYPE, BF16>(x[k][n], inp + (size_t)row * I,
                                         row < a.N ? c + 4 * COLUMNS * k : I, I, whole_inp);
                 }
@@ -307,7 +313,7 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
                 part[warp * SUMS + (2 * third + j % 2) * SUM_ROW + 16 * m + quad + j / 2 * 8] =
                     sum[m][tile_n][j];
         __syncthreads();
-        const int n = 8 * tile_n + warp;
+        const int n = n0 + 8 * tile_n + warp;
         const size_t o = row_of(lane);
         float y = 0;
 #pragma unroll
@@ -372,6 +378,7 @@ void glm_cuda_few_quantized(struct cuda *cuda, const char *op, few_rows a, const
         if (!of.narrow)
             return;
     }
-    GLM_LAUNCH(cuda, op, k_few, ceil_div((size_t)W->rows, ROWS), 256, 0, of);
+    const size_t pieces = at < 3 ? 1 : ceil_div((size_t)a.N, 64);
+    GLM_LAUNCH(cuda, op, k_few, pieces * ceil_div((size_t)W->rows, ROWS), 256, 0, of);
 }
 #endif

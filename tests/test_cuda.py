@@ -199,6 +199,22 @@ def test_16_bit_op_equals_the_cpu(device, op, type_, order):
     assert np.sqrt(np.mean(np.square(errors))) <= 2e-3
 
 
+@on_devices
+@pytest.mark.parametrize("kind", test_ops.QUANTIZED)
+def test_a_row_over_a_quantized_weight_has_the_same_bits_in_few_rows(device, kind):
+    """Whatever the kernel and the piece of inp: columns are summed in the same order."""
+    m = test_ops.Maker(ops_of(f"{device}/bfloat16"), 5)
+    W, _ = m.weight(40, 1128, kind)
+    x, bias, out = m.normal(70, 1128), m.normal(40), m.out(70, 40)
+    for a in (0, 64):  # at most 64 rows have kernels of ours
+        b = min(a + 64, 70)
+        m.ops.linear_forward(out[a:b], x[a:b], W, bias, b - a, 0.5, 0)
+    for a, b in ((0, 1), (5, 13), (3, 12), (20, 37), (6, 70)):
+        part = m.out(b - a, 40)
+        m.ops.linear_forward(part, x[a:b], W, bias, b - a, 0.5, 0)
+        test_ops.same_bits(part, out[a:b], f"rows {a}:{b}")
+
+
 # ---- memory
 
 # What a kernel moves over what it asks for, in a model (see the test).
