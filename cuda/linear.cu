@@ -9,6 +9,20 @@
 
 /* ---- eight stored elements at a time */
 
+/* Eight integers, from one word (int4: the even column is the high nibble) or two. */
+static __device__ __forceinline__ void integers8(uint2 q, int dtype, float *v)
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (dtype == GLM_I8) {
+            v[j] = (float)((int)(q.x << (24 - 8 * j)) >> 24);
+            v[4 + j] = (float)((int)(q.y << (24 - 8 * j)) >> 24);
+        } else {
+            v[2 * j] = (float)((int)(q.x << (24 - 8 * j)) >> 28);
+            v[2 * j + 1] = (float)((int)(q.x << (28 - 8 * j)) >> 28);
+        }
+}
+
 /* Elements i .. i+7 of a run of n, i a multiple of 8, integers without their scale. */
 static __device__ __forceinline__ void load8(const void *p, int dtype, size_t i, size_t n, float *v)
 {
@@ -24,19 +38,11 @@ static __device__ __forceinline__ void load8(const void *p, int dtype, size_t i,
     } else if (whole && (dtype == GLM_F16 || dtype == GLM_BF16) && ((size_t)at & 15) == 0) {
         widen8(*reinterpret_cast<const uint4 *>(at), dtype, v);
     } else if (whole && dtype == GLM_I8 && ((size_t)at & 7) == 0) {
-        const uint2 q = *reinterpret_cast<const uint2 *>(at);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            v[j] = (float)((int)(q.x << (24 - 8 * j)) >> 24);
-            v[4 + j] = (float)((int)(q.y << (24 - 8 * j)) >> 24);
-        }
+        integers8(*reinterpret_cast<const uint2 *>(at), GLM_I8, v);
     } else if (whole && dtype == GLM_I4 && ((size_t)at & 3) == 0) {
-        const unsigned q = *reinterpret_cast<const unsigned *>(at);
-#pragma unroll
-        for (int j = 0; j < 4; j++) { /* the even column is the high nibble */
-            v[2 * j] = (float)((int)(q << (24 - 8 * j)) >> 28);
-            v[2 * j + 1] = (float)((int)(q << (28 - 8 * j)) >> 28);
-        }
+        uint2 q;
+        q.x = *reinterpret_cast<const unsigned *>(at), q.y = 0;
+        integers8(q, GLM_I4, v);
     } else {
 #pragma unroll
         for (int j = 0; j < 8; j++)
@@ -121,41 +127,67 @@ GLM_KERNEL(256) k_convert_double(void *out, int to, const void *inp, int from, s
         store1(out, to, i, to == GLM_F32 ? (float)x : odd_float(x));
 }
 
-/* Rows first .. of w, times their scales, in another dtype; `blocks` blocks a row */
-GLM_KERNEL(256) k_widen(void *out, int to, stored_matrix w, int first, int blocks)
+enum { WIDENED = 4 }; /* rows of a block: so many loads are in flight */
+
+/* `rows` rows of w from `first` on, times their scales, in another dtype; `blocks` blocks a row */
+GLM_KERNEL(256) k_widen(void *out, int to, stored_matrix w, int first, int rows, int blocks)
 {
-    const size_t r = blockIdx.x / blocks, row = first + r, cols = w.cols;
+    const int r0 = (int)(blockIdx.x / blocks) * WIDENED;
     const int begin = 8 * (int)(blockIdx.x % blocks) * (int)blockDim.x;
-    const char *from = static_cast<const char *>(w.data) + stored_bytes(w.dtype, row * cols);
+    const size_t cols = w.cols;
+    const char *data = static_cast<const char *>(w.data);
     if (to == GLM_F32) {
+        for (int r = r0; r < min(r0 + WIDENED, rows); r++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int c = begin + 4 * (int)(half * blockDim.x + threadIdx.x);
-            if (c >= w.cols)
-                return;
-            f4 x = load4_stored(from, w.dtype, c, cols);
-            if (w.scale) {
-                const float s = scale_at(w, row, c);
+            for (int half = 0; half < 2; half++) {
+                const int c = begin + 4 * (int)(half * blockDim.x + threadIdx.x);
+                const size_t row = first + r;
+                if (c >= w.cols)
+                    break;
+                f4 x = load4_stored(data + stored_bytes(w.dtype, row * cols), w.dtype, c, cols);
+                if (w.scale) {
+                    const float s = scale_at(w, row, c);
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    x.v[j] *= s;
+                    for (int j = 0; j < 4; j++)
+                        x.v[j] *= s;
+                }
+                store4(static_cast<float *>(out) + r * cols, c, cols, x);
             }
-            store4(static_cast<float *>(out) + r * cols, c, cols, x);
-        }
         return;
     }
     const int c = begin + 8 * (int)threadIdx.x;
     if (c >= w.cols)
         return;
-    float v[8];
-    load8(from, w.dtype, c, cols, v);
-    if (w.scale) { /* groups are multiples of 32: the eight share a scale */
-        const float s = scale_at(w, row, c);
+    const int integers = w.dtype == GLM_I8 || w.dtype == GLM_I4;
+    const int whole = integers && cols % 8 == 0 && ((size_t)data & 7) == 0;
+    uint2 q[WIDENED];
+    float s[WIDENED]; /* groups are multiples of 32: the eight share a scale */
+#pragma unroll
+    for (int k = 0; k < WIDENED; k++) {
+        const size_t row = first + min(r0 + k, rows - 1);
+        const char *at = data + stored_bytes(w.dtype, row * cols + c);
+        q[k].x = q[k].y = 0;
+        if (whole && w.dtype == GLM_I8)
+            q[k] = *reinterpret_cast<const uint2 *>(at);
+        else if (whole)
+            q[k].x = *reinterpret_cast<const unsigned *>(at);
+        s[k] = w.scale ? scale_at(w, row, c) : 1.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < WIDENED; k++) {
+        float v[8];
+        const size_t r = r0 + k;
+        if (r0 + k >= rows)
+            break;
+        if (whole)
+            integers8(q[k], w.dtype, v);
+        else
+            load8(data + stored_bytes(w.dtype, (first + r) * cols), w.dtype, c, cols, v);
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            v[j] *= s;
+            v[j] *= s[k];
+        store8(static_cast<char *>(out) + stored_bytes(to, r * cols), to, c, cols, v);
     }
-    store8(static_cast<char *>(out) + stored_bytes(to, r * cols), to, c, cols, v);
 }
 
 /* ---- the power of two that brings the largest element near 2^exponent, and scale over it */
@@ -358,8 +390,8 @@ static const void *widened(struct cuda *cuda, const struct glm_mat *W, enum glm_
     void *to = glm_cuda_scratch(cuda, SCRATCH_WEIGHT, glm_bytes(type, (size_t)most * W->cols));
     const int blocks = (int)ceil_div((size_t)W->cols, 2048);
     if (to)
-        GLM_LAUNCH(cuda, "weights", k_widen, (size_t)rows * blocks, 256, 0, to, (int)type,
-                   matrix_of(W), first, blocks);
+        GLM_LAUNCH(cuda, "weights", k_widen, ceil_div((size_t)rows, WIDENED) * blocks, 256, 0, to,
+                   (int)type, matrix_of(W), first, rows, blocks);
     return to;
 }
 
