@@ -78,7 +78,16 @@ static __device__ __forceinline__ void load_fragments(unsigned *r, const unsigne
 
 template <bool BF16> static __device__ __forceinline__ unsigned pack2(float low, float high)
 {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && !defined(__CUDA_EMU__)
+    unsigned both; /* one instruction, where two conversions and a shift would be four */
+    if (BF16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+#else
     return BF16 ? bf16_bits(low) | bf16_bits(high) << 16 : half_bits(low) | half_bits(high) << 16;
+#endif
 }
 
 /* Eight columns from c on of a 16-bit tile's row, times factor, from HD floats or of zeros */
