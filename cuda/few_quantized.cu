@@ -256,10 +256,8 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
     for (int m = 0; m < M; m++)
         clear<TILES>(sum[m]);
 
-    if (warp < chunks) {
-        fetch(warp);
-        fetch_inp(warp, 0);
-    }
+    fetch(warp); /* past a row's end nothing is read */
+    fetch_inp(warp, 0);
     for (int chunk = warp; chunk < chunks; chunk += WARPS) {
 #pragma unroll
         for (int i = 0; i < LOADS; i++)
@@ -270,8 +268,7 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
             for (int i = 0; i < M; i++)
                 scale[lane + 32 * i] = s[i];
         __syncwarp();
-        if (chunk + WARPS < chunks)
-            fetch(chunk + WARPS);
+        fetch(chunk + WARPS);
 #pragma unroll 1
         for (int step = 0; step < STEPS; step += 2) {
             unsigned x[2][TILES][COLUMNS / 2];
