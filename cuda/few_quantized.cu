@@ -284,9 +284,9 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 unsigned w[4]; /* of rows quad and quad + 8: step 0, 0, 1, 1 */
-                load_fragments<false>(w, reinterpret_cast<const unsigned short *>(
-                                             tile + (16 * m + lane % 16) * TILE_ROW +
-                                             16 * (step + lane / 16)));
+                load_fragments<false>(
+                    w, reinterpret_cast<const unsigned short *>(
+                           tile + (16 * m + lane % 16) * TILE_ROW + 16 * (step + lane / 16)));
                 if (DTYPE == GLM_I8) {
 #pragma unroll
                     for (int k = 0; k < 2; k++) {
@@ -332,8 +332,7 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
                                     by_high = half_value(k ? s_high >> 16 : s_high & 0xffff);
 #pragma unroll
                         for (int j = 0; j < 4; j++) /* fused in every kernel, or bits differ */
-                            sum[m][n][j] =
-                                fmaf(j < 2 ? by_low : by_high, part[k][j], sum[m][n][j]);
+                            sum[m][n][j] = fmaf(j < 2 ? by_low : by_high, part[k][j], sum[m][n][j]);
                     }
                 }
             }
@@ -380,18 +379,18 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
 }
 
 /* Kernels for a dtype and a type, by the rows of inp that a block has: 8, 16, 32 */
-#define KERNELS(name, dtype, bf16)                                                  \
-    GLM_TILE_KERNEL(256, 3) k_few_##name##_8(quantized_rows a)                      \
-    {                                                                               \
-        few_quantized<dtype, bf16, 1, 1>(a);                                        \
-    }                                                                               \
-    GLM_TILE_KERNEL(256, 2) k_few_##name##_16(quantized_rows a)                     \
-    {                                                                               \
-        few_quantized<dtype, bf16, 2, 1>(a);                                        \
-    }                                                                               \
-    GLM_TILE_KERNEL(256, 1) k_few_##name##_32(quantized_rows a)                     \
-    {                                                                               \
-        few_quantized<dtype, bf16, 4, 2>(a);                                        \
+#define KERNELS(name, dtype, bf16)                              \
+    GLM_TILE_KERNEL(256, 3) k_few_##name##_8(quantized_rows a)  \
+    {                                                           \
+        few_quantized<dtype, bf16, 1, 1>(a);                    \
+    }                                                           \
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_16(quantized_rows a) \
+    {                                                           \
+        few_quantized<dtype, bf16, 2, 1>(a);                    \
+    }                                                           \
+    GLM_TILE_KERNEL(256, 1) k_few_##name##_32(quantized_rows a) \
+    {                                                           \
+        few_quantized<dtype, bf16, 4, 2>(a);                    \
     }
 KERNELS(i8_f16, GLM_I8, false)
 KERNELS(i8_bf16, GLM_I8, true)

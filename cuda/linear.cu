@@ -478,7 +478,7 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
     for (int n = 0; n < N; n += tokens) {
         const int some = N - n < tokens ? N - n : tokens;
         const void *x = glm_cuda_operand(cuda, SCRATCH_A, (const float *)inp + (size_t)n * I,
-                                (size_t)some * I, type, NULL);
+                                         (size_t)some * I, type, NULL);
         for (int o = 0; x && o < O; o += rows) {
             const int count = O - o < rows ? O - o : rows;
             const void *w = widened(cuda, weight, type, o, count, rows);

@@ -6,9 +6,9 @@
 #include "tensor.h"
 
 enum {
-    GLM_FEW = 8,    /* rows that one kernel of ours takes, reading the weights once .. */
+    GLM_FEW = 8,            /* rows that one kernel of ours takes, reading the weights once .. */
     GLM_FEW_QUANTIZED = 64, /* .. and with quantized weights and operands in 16 bits */
-    GLM_THIN = 256, /* float matrices with a side up to this are multiplied in float */
+    GLM_THIN = 256,         /* float matrices with a side up to this are multiplied in float */
 };
 /* Elements of an operand that are converted at a time, and bytes that cuBLAS may work in. */
 #define GLM_PIECE ((size_t)1 << 24)
