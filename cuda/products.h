@@ -1,5 +1,6 @@
 /* How a product is cut, for the library that does it and the plan that counts it: which operands
- * are converted, and how much of a matrix at a time. */
+ * are converted, and how much of a matrix at a time;
+ * and what attention converts. */
 #ifndef GLM_CUDA_PRODUCTS_H
 #define GLM_CUDA_PRODUCTS_H
 
@@ -9,10 +10,11 @@ enum {
     GLM_FEW = 8,            /* rows that one kernel of ours takes, reading the weights once .. */
     GLM_FEW_QUANTIZED = 64, /* .. and with quantized weights and operands in 16 bits */
     GLM_THIN = 256,         /* float matrices with a side up to this are multiplied in float */
+    GLM_RANK = 64,          /* and up to this by kernels of ours (adapter.cu) */
+    GLM_THIN_ROWS = 256,    /* rows of one part of its gradient */
 };
-/* Elements of an operand that are converted at a time, and bytes that cuBLAS may work in. */
+/* Elements of an operand that are converted at a time. */
 #define GLM_PIECE ((size_t)1 << 24)
-#define GLM_BLAS_BYTES ((size_t)8 << 20)
 /* Bytes of struct glm_small (device.h). */
 #define GLM_CUDA_SMALL ((size_t)16400)
 
@@ -37,6 +39,14 @@ static inline int glm_few_rows(enum glm_dtype compute, const struct glm_mat *W)
     return glm_few_quantized(compute, W) ? GLM_FEW_QUANTIZED : W->dtype == GLM_F64 ? 0 : GLM_FEW;
 }
 
+/* Whether it is a product of an adapter. */
+static inline int glm_is_adapter(enum glm_dtype dtype, int rows, int cols)
+{
+    return dtype == GLM_F32 && (rows <= GLM_RANK || cols <= GLM_RANK);
+}
+
+static inline int glm_thin_parts(int N) { return (N + GLM_THIN_ROWS - 1) / GLM_THIN_ROWS; }
+
 /* Rows of W (rows, cols) that make one product of `type`: all where nothing has to be converted.
  * width: elements that are converted for each of them, beside or in place of the row itself. */
 static inline int glm_piece_rows(size_t piece, int rows, size_t width)
@@ -58,6 +68,12 @@ static inline int glm_backward_rows(size_t piece, const struct glm_mat *W, enum 
     const size_t widened = W->dtype == type ? 0 : (size_t)W->cols,
                  narrowed = type == GLM_F32 ? 0 : (size_t)N;
     return glm_piece_rows(piece, W->rows, widened > narrowed ? widened : narrowed);
+}
+
+/* 16-bit copies of keys and values that tiles of attention read: heads are 64 or 128 wide there. */
+static inline size_t glm_pairs_bytes(int rows, int KVH, int HD)
+{
+    return (size_t)rows * KVH * 2 * (HD > 64 ? 128 : 64) * 2;
 }
 
 #endif
