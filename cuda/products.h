@@ -7,10 +7,11 @@
 #include "backend.h"
 
 enum {
-    GLM_FEW = 8,         /* rows that one kernel of ours takes, reading the weights once */
-    GLM_THIN = 256,      /* float matrices with a side up to this are multiplied in float */
-    GLM_RANK = 64,       /* and up to this by kernels of ours (adapter.cu) */
-    GLM_THIN_ROWS = 256, /* rows of one part of its gradient */
+    GLM_FEW = 8,            /* rows that one kernel of ours takes, reading the weights once .. */
+    GLM_FEW_QUANTIZED = 64, /* .. and with quantized weights and operands in 16 bits */
+    GLM_THIN = 256,         /* float matrices with a side up to this are multiplied in float */
+    GLM_RANK = 64,          /* and up to this by kernels of ours (adapter.cu) */
+    GLM_THIN_ROWS = 256,    /* rows of one part of its gradient */
 };
 /* Elements of an operand that are converted at a time. */
 #define GLM_PIECE ((size_t)1 << 24)
@@ -23,6 +24,19 @@ static inline enum glm_dtype glm_product_type(enum glm_dtype compute, enum glm_d
 {
     const int thin = rows < cols ? rows : cols;
     return dtype == GLM_F32 && thin <= GLM_THIN ? GLM_F32 : compute;
+}
+
+/* Integers are multiplied in 16 bits, without being widened in memory. */
+static inline int glm_few_quantized(enum glm_dtype compute, const struct glm_mat *W)
+{
+    return compute != GLM_F32 && (W->dtype == GLM_I8 || W->dtype == GLM_I4);
+}
+
+/* The most rows of a product with W that one kernel of ours makes; those past GLM_FEW are converted
+ * first. */
+static inline int glm_few_rows(enum glm_dtype compute, const struct glm_mat *W)
+{
+    return glm_few_quantized(compute, W) ? GLM_FEW_QUANTIZED : W->dtype == GLM_F64 ? 0 : GLM_FEW;
 }
 
 /* Whether it is a product of an adapter. */

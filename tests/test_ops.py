@@ -1094,6 +1094,7 @@ NARROW_CASES = [
     (linear_forward, 300, 290, 310, "F16", True, 0.5, 1),
     (linear_forward, 20, 300, 270, "F32", True, 1.0, 0),
     (linear_forward, 20, 300, 270, "I4 by 32", True, 1.0, 0),
+    (linear_forward, 3, 40, 384, "I4 by 32", True, 1.0, 0),
     (linear_backward_input, 300, 290, 310, "F16", 0.5, 1),
     (linear_backward_input, 20, 300, 270, "BF16", 0.5, 0),
     (linear_backward_weight, 70, 290, 310, 0.5, True, True),

@@ -92,7 +92,9 @@ static void count_forward(struct plan *plan, const struct glm_mat *W, int bias, 
     const int rows = glm_forward_rows(GLM_PIECE, W, type), pieces = (W->rows + rows - 1) / rows;
     if (!N || !plan->cuda)
         return;
-    if (N <= GLM_FEW && W->dtype != GLM_F64) {
+    if (N <= glm_few_rows(plan->compute, W)) {
+        if (N > GLM_FEW)
+            operand(plan, SCRATCH_A, (size_t)N * W->cols, plan->compute, 0);
         launch(plan, 1, 1);
         return;
     }
@@ -194,9 +196,10 @@ static void adapted_forward(void *cx, void *out, const void *inp, const struct g
                             double scale)
 {
     COUNT(adapted_forward, linear_flops(N, weight->rows, weight->cols + B->cols));
-    const int first = N > GLM_FEW && glm_is_adapter(B->dtype, B->rows, B->cols);
+    const int few = N <= glm_few_rows(((struct plan *)cx)->compute, weight);
+    const int first = !few && glm_is_adapter(B->dtype, B->rows, B->cols);
     count_forward(cx, weight, !first && bias, N);
-    if (N > GLM_FEW)
+    if (!few)
         count_forward(cx, B, 0, N);
 }
 static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
@@ -204,7 +207,7 @@ static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
 {
     COUNT(linear_swiglu_forward, linear_flops(N, weight->rows, weight->cols));
     count_forward(cx, weight, bias != NULL, N);
-    launch(cx, N > GLM_FEW, 1);
+    launch(cx, N > glm_few_rows(((struct plan *)cx)->compute, weight), 1);
 }
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
