@@ -334,7 +334,9 @@ static inline struct mask_of mask_from(const struct glm_dropout *d)
 static inline struct cuda *cuda_of(void *cx) { return static_cast<struct cuda *>(cx); }
 static inline size_t ceil_div(size_t n, size_t by) { return (n + by - 1) / by; }
 
-/* Launch and keep an error; no launch over nothing. */
+/* Launch and keep an error; no launch over nothing. What a block may have of dynamic shared memory
+ * without being asked for is 48 KB. */
+enum { SHARED_UNASKED = 48 << 10 };
 #ifdef GLM_NAMED
 #define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                            \
     do {                                                                                      \
@@ -346,6 +348,9 @@ static inline size_t ceil_div(size_t n, size_t by) { return (n + by - 1) / by; }
 #define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                                 \
     do {                                                                                           \
         if ((blocks) > 0) {                                                                        \
+            if ((shared) > SHARED_UNASKED)                                                         \
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,          \
+                                     (int)(shared));                                               \
             GLM_KERNEL_CALL(kernel, dim3((unsigned)(blocks)), dim3((unsigned)(threads)), (shared), \
                             (cuda)->stream, __VA_ARGS__);                                          \
             glm_cuda_launched(cuda, op);                                                           \

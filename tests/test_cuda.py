@@ -99,7 +99,7 @@ def barriers(op, kind, counts, shape, type_):
         return KVH * found
 
     if op == "attention_forward":
-        sizes = (64, 32, 2) if narrow else (T, T, 0)
+        sizes = (128, 64, 0) if narrow else (T, T, 0)
         return sum(
             queries(s, *sizes) if s.count > 4 else 2 * s.count * NH for s in segments if s.count
         )

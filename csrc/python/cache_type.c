@@ -36,9 +36,9 @@ static int cache_clear(PyObject *object)
 {
     struct cache_object *self = (struct cache_object *)object;
     if (self->c) {
-        const int entered = glm_enter(glm_cache_backend(self->c));
+        const int claimed = glm_claim(glm_cache_backend(self->c));
         glm_cache_free(self->c);
-        glm_leave(entered);
+        glm_release(claimed);
         self->c = NULL;
     }
     Py_CLEAR(self->model);

@@ -133,9 +133,9 @@ static PyObject *model_of(PyTypeObject *type, PyObject *module, const struct glm
     self->n_files = -1;
     int done = -1;
     if (self->arrays) {
-        const int entered = glm_enter(be);
+        const int claimed = glm_claim(be);
         done = glm_check(be, glm_model_create(&self->m, arch, names, be, &err), &err);
-        glm_leave(entered);
+        glm_release(claimed);
     }
     if (done < 0)
         Py_CLEAR(self);
@@ -181,9 +181,9 @@ static int model_clear(PyObject *object)
 {
     struct model_object *self = (struct model_object *)object;
     if (self->m) {
-        const int entered = glm_enter(glm_model_backend(self->m));
+        const int claimed = glm_claim(glm_model_backend(self->m));
         glm_model_free(self->m);
-        glm_leave(entered);
+        glm_release(claimed);
         self->m = NULL;
     }
     glm_forget_files(self);
@@ -229,13 +229,13 @@ static PyObject *model_counts(struct model_object *self, PyObject *Py_UNUSED(ign
 #include "ops.h"
     };
     struct glm_counts c;
-    const int entered = glm_take_all(self);
-    if (entered < 0)
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
         return NULL;
     struct glm_backend *be = glm_model_backend(self->m);
     if (be->take_counts)
         be->take_counts(be, &c);
-    glm_give_all(self, entered);
+    glm_give_all(self, claimed);
     if (!be->take_counts) {
         PyErr_Format(PyExc_ValueError,
                      "counts: expected a model on the backend 'plan' or on a device, got '%s'",
@@ -360,11 +360,11 @@ done:
 
 static PyObject *model_zero_grad(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
-    const int entered = glm_take_all(self);
-    if (entered < 0)
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
         return NULL;
     glm_model_zero_grad(self->m);
-    glm_give_all(self, entered);
+    glm_give_all(self, claimed);
     Py_RETURN_NONE;
 }
 

@@ -141,15 +141,19 @@ static int bind_and_keep(struct model_object *self, const char *name, const stru
     int done = -1;
     PyObject *key = PyUnicode_FromString(name); /* of a subclass might compare as it likes */
     PyObject *pair = key ? PyTuple_Pack(2, array, scale ? scale : Py_None) : NULL;
-    const int entered = pair ? glm_take_all(self) : -1;
-    PyObject *before = entered < 0 ? NULL : PyDict_GetItemWithError(self->arrays, key);
+    const int claimed = pair ? glm_take_all(self) : -1;
+    PyObject *before = claimed < 0 ? NULL : PyDict_GetItemWithError(self->arrays, key);
     Py_XINCREF(before);
-    if (entered >= 0 && !PyErr_Occurred() && PyDict_SetItem(self->arrays, key, pair) == 0) {
+    if (claimed >= 0 && !PyErr_Occurred() && PyDict_SetItem(self->arrays, key, pair) == 0) {
+        struct glm_backend *be = glm_model_backend(self->m);
+        const int device_before = be->enter ? be->enter(be) : -1;
         glm_guard_begin(); /* vectors are copied, and all that a device gets */
         const glm_status status = glm_model_bind(self->m, name, mat, rank, &err);
         glm_guard_end();
+        if (be->leave)
+            be->leave(be, device_before);
         glm_forget_files(self);
-        done = glm_check(glm_model_backend(self->m), status, &err);
+        done = glm_check(be, status, &err);
         if (done == 0 &&
             (check_array(array, &err) != GLM_OK || check_array(scale, &err) != GLM_OK)) {
             glm_lose(self, &err); /* what was copied may be zeros */
@@ -165,8 +169,8 @@ static int bind_and_keep(struct model_object *self, const char *name, const stru
             PyErr_Restore(type, value, trace);
         }
     }
-    if (entered >= 0)
-        glm_give_all(self, entered);
+    if (claimed >= 0)
+        glm_give_all(self, claimed);
     Py_XDECREF(before);
     Py_XDECREF(pair);
     Py_XDECREF(key);
@@ -270,16 +274,16 @@ PyObject *glm_py_add_lora(struct model_object *self, PyObject *args, PyObject *k
         return NULL;
     PyArrayObject *A = glm_real_arg(A_object, "A", glm_real_type(self), 2);
     PyArrayObject *B = A ? glm_real_arg(B_object, "B", glm_real_type(self), 2) : NULL;
-    int done = 0, entered = -1;
+    int done = 0, claimed = -1;
     if (B && glm_dims_of(A, "A", &A_rows, &A_cols) == 0 &&
         glm_dims_of(B, "B", &B_rows, &B_cols) == 0)
-        entered = glm_take_all(self); /* not before: a conversion may run code of the caller */
-    if (entered >= 0) {
+        claimed = glm_take_all(self); /* not before: a conversion may run code of the caller */
+    if (claimed >= 0) {
         done = glm_check(glm_model_backend(self->m),
                          glm_model_add_lora(self->m, module, PyArray_DATA(A), A_rows, A_cols,
                                             PyArray_DATA(B), B_rows, B_cols, scale, dropout, &err),
                          &err) == 0;
-        glm_give_all(self, entered);
+        glm_give_all(self, claimed);
     }
     Py_XDECREF(A);
     Py_XDECREF(B);
@@ -290,11 +294,11 @@ PyObject *glm_py_add_lora(struct model_object *self, PyObject *args, PyObject *k
 
 PyObject *glm_py_remove_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
-    const int entered = glm_take_all(self);
-    if (entered < 0)
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
         return NULL;
     glm_model_remove_lora(self->m);
-    glm_give_all(self, entered);
+    glm_give_all(self, claimed);
     Py_RETURN_NONE;
 }
 
@@ -370,14 +374,14 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
                      glm_model_prefix_name(self->m, 0));
         goto done;
     }
-    const int entered = glm_take_all(self);
-    if (entered < 0)
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
         goto done;
     glm_status status = glm_model_set_prefix(self->m, (int)PyArray_DIM(a[0], 0), data[0], data[1],
                                              data[2], data[3], data[4], dropout, &err);
     if (glm_check(glm_model_backend(self->m), status, &err) == 0)
         result = Py_NewRef(Py_None);
-    glm_give_all(self, entered);
+    glm_give_all(self, claimed);
 done:
     for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++)
         Py_XDECREF(a[i]);
@@ -387,11 +391,11 @@ done:
 
 PyObject *glm_py_remove_prefix(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
-    const int entered = glm_take_all(self);
-    if (entered < 0)
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
         return NULL;
     glm_model_remove_prefix(self->m);
-    glm_give_all(self, entered);
+    glm_give_all(self, claimed);
     Py_RETURN_NONE;
 }
 

@@ -61,7 +61,7 @@ static int for_one_thread(const struct glm_backend *be)
     return !computing_here && strncmp(be->name, "cpu:", 4) != 0;
 }
 
-int glm_enter(struct glm_backend *be)
+int glm_claim(struct glm_backend *be)
 {
     if (!for_one_thread(be))
         return 0;
@@ -69,9 +69,9 @@ int glm_enter(struct glm_backend *be)
     return computing_here = 1;
 }
 
-void glm_leave(int entered)
+void glm_release(int claimed)
 {
-    if (!entered)
+    if (!claimed)
         return;
     computing_here = 0;
     pthread_mutex_unlock(&computing);
@@ -116,23 +116,23 @@ void glm_give(struct model_object *self)
 
 int glm_take_all(struct model_object *self)
 {
-    for (int entered = 0;;) { /* first, since a computation waits for the lock with its model */
+    for (int claimed = 0;;) { /* first, since a computation waits for the lock with its model */
         if (glm_take(self) < 0) {
-            glm_leave(entered);
+            glm_release(claimed);
             return -1;
         }
         struct glm_backend *be = glm_model_backend(self->m);
-        if (entered || !for_one_thread(be))
-            return entered;
+        if (claimed || !for_one_thread(be))
+            return claimed;
         glm_give(self);
-        entered = glm_enter(be);
+        claimed = glm_claim(be);
     }
 }
 
-void glm_give_all(struct model_object *self, int entered)
+void glm_give_all(struct model_object *self, int claimed)
 {
     glm_give(self);
-    glm_leave(entered);
+    glm_release(claimed);
 }
 
 int glm_real_type(const struct model_object *self)
@@ -257,6 +257,7 @@ int glm_run_begin_taken(struct run *run, struct model_object *self, int how)
     computing_here = 1;
     if (reads && self->n_files)
         glm_guard_begin();
+    run->before = run->be->enter ? run->be->enter(run->be) : -1;
     run->be->set_poll(run->be, how & GLM_WHOLE ? NULL : poll, run);
     return 0;
 }
@@ -284,6 +285,8 @@ int glm_run_end_taken(struct run *run, glm_status status)
 {
     status = glm_device_status(run->blame, status, &run->err);
     run->be->set_poll(run->be, NULL, NULL);
+    if (run->be->leave)
+        run->be->leave(run->be, run->before);
     if (run->reads)
         status = end_of_reading(run, status);
     computing_here = 0;

@@ -31,7 +31,8 @@ struct run {
     struct glm_backend *be;    /* that polls for signals */
     struct glm_backend *blame; /* whose device's error a failure is; begin sets it to be */
     struct glm_error err;
-    int reads; /* weights, which may lie in mapped files */
+    int before; /* be->leave's */
+    int reads;  /* weights, which may lie in mapped files */
 };
 
 /* how: base weights are read: OSError, now or at the end, if a file that they lie in is not as it
@@ -56,12 +57,12 @@ int glm_take(struct model_object *self);
 void glm_give(struct model_object *self);
 /* The same where its backend is called; what it returns, unless -1, goes to give_all. */
 int glm_take_all(struct model_object *self);
-void glm_give_all(struct model_object *self, int entered);
+void glm_give_all(struct model_object *self, int claimed);
 
 /* A backend is for one thread at a time; only the cpu's may be called while a model computes in
- * another one. What enter returns goes to leave. */
-int glm_enter(struct glm_backend *be);
-void glm_leave(int entered);
+ * another one. What claim returns goes to release. */
+int glm_claim(struct glm_backend *be);
+void glm_release(int claimed);
 
 /* From now on the model's weights are refused with this error: a file changed as it was read. */
 void glm_lose(struct model_object *self, const struct glm_error *err);
