@@ -18,8 +18,6 @@ struct attention {
     int tokens;                     /* rows of qkv */
     const float *dout;              /* backward */
     float *dqkv, *dcache_k, *dcache_v;
-    float *largest;              /* |dout| of each block, or NULL */
-    const float *factor, *alpha; /* of dout in 16 bits, and its inverse; NULL: 1 */
 };
 
 /* Segments of at most so many tokens are one block a token and head (attention_decode.cu), longer
@@ -96,6 +94,29 @@ static __device__ __forceinline__ const float *query_of(const attention &a, cons
 {
     return a.qkv + (size_t)(s.begin + row / a.G) * (a.NH + 2 * a.KVH) * a.HD +
            (size_t)(g * a.G + row % a.G) * a.HD;
+}
+
+/* Cache rows whose gradients blocks of segment i add up: none where a segment before it shares just
+ * the same ones. */
+static __device__ __forceinline__ int rows_to_add(const attention &a, int i)
+{
+    const glm_segment s = a.segments[i];
+    for (int j = 0; j < i; j++)
+        if (a.segments[j].shared_begin == s.shared_begin &&
+            a.segments[j].shared_count == s.shared_count)
+            return 0;
+    return a.dcache_k ? s.shared_count : 0;
+}
+
+/* 1 when no segment before i shares the cache row. */
+static __device__ __forceinline__ int owns_row(const attention &a, int i, int row)
+{
+    for (int j = 0; j < i; j++) {
+        const int begin = a.segments[j].shared_begin, count = a.segments[j].shared_count;
+        if (row >= begin && row < begin + count)
+            return 0;
+    }
+    return 1;
 }
 
 /* Floats of a row of a float tile: 16-byte rows, four banks apart. */
@@ -245,6 +266,7 @@ static inline int attention_blocks(const struct cuda *cuda)
 }
 
 void glm_cuda_attention_decode(struct cuda *cuda, const attention &a);
+void glm_cuda_attention_backward_16(struct cuda *cuda, const attention &a, struct glm_heads heads);
 
 /* Heads wider than 256 have no kernel. */
 static inline int attention_fits(struct cuda *cuda, const attention &a)

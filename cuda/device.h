@@ -104,9 +104,10 @@ int glm_cuda_failed(struct cuda *cx, int code, const char *what);
 void glm_cuda_launched(struct cuda *cx, const char *op);
 /* The same after a call of cuBLAS. */
 void glm_cuda_multiplied(struct cuda *cx, int status, int m, int n, int k);
-/* From the first n of small->largest: small->factor, a power of two that brings the largest of them
- * near 2^exponent, and small->alpha = scale / factor. */
-void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale);
+/* The factor, a power of two on the device, by which n gradients x become float16: the largest of
+ * them comes near 2^exponent. scale / factor is left in small->alpha. NULL: none is needed. */
+const float *glm_cuda_factor(struct cuda *cuda, const void *x, size_t n, enum glm_dtype type,
+                             int exponent, double scale);
 /* At least `bytes` of a scratch buffer, or NULL after keeping the error. */
 void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
 /* Products of an adapter's matrix W (adapter.cu): out = scale * inp W^T, or inp W where it is

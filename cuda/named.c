@@ -36,6 +36,12 @@ static int best_target(int capability, int *is_ptx)
     return best;
 }
 
+int glm_cuda_has_image(int capability)
+{
+    int is_ptx;
+    return best_target(capability, &is_ptx) >= 0;
+}
+
 int glm_cuda_load_images(struct cuda *cx, int capability)
 {
     int is_ptx, code = cudaErrorNoKernelImageForDevice;

@@ -1270,8 +1270,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int d)
     strcpy(p->name, "emulator");
     if (devices()[d])
         snprintf(p->name, sizeof p->name, "emulator %d", devices()[d]);
-    p->major = 8;
-    p->minor = 6;
+    const char *capability = getenv("EMU_CAPABILITY"); // 86
+    p->major = capability ? atoi(capability) / 10 : 8;
+    p->minor = capability ? atoi(capability) % 10 : 6;
     p->multiProcessorCount = 2;
     p->sharedMemPerBlockOptin = g_limit_kb << 10;
     return cudaSuccess;
