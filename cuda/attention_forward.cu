@@ -209,7 +209,11 @@ static __device__ __forceinline__ int items_of(const attention &a, const glm_seg
 }
 
 /* Steps of a score's product in one run of code: all, but where registers do not suffice. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ == 900
+enum { AHEAD = 1 };
+#elif defined(__CUDACC_RTC__) && __CUDA_ARCH__ < 1200
+enum { AHEAD = 4 };
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 enum { AHEAD = 2 };
 #else
 enum { AHEAD = 8 };
