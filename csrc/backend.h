@@ -23,10 +23,12 @@ struct glm_kv {
 };
 
 /* Heads of one attention layer. A qkv row is [NH queries | KVH keys | KVH values], each HD wide;
- * query head h reads key head h / (NH / KVH). No value depends on `longest`. */
+ * query head h reads key head h / (NH / KVH). What follows HD is for attention alone, which sizes
+ * its scratch and chooses kernels by it; no value depends on it. */
 struct glm_heads {
     int NH, KVH, HD;
-    int longest; /* tokens of the longest segment, where the caller knows; 0: not known */
+    int longest;      /* tokens of the longest segment, where the caller knows; 0: not known */
+    int tokens, rows; /* of the batch and of the cache: no segment has any past them */
 };
 
 /* What a dropout mask is a function of, so that it does not depend on how rows are packed:

@@ -26,7 +26,10 @@ static struct glm_kv dkv_of(const struct glm_model *m, int l)
 
 static struct glm_heads heads_of(const struct glm_model *m)
 {
-    return (struct glm_heads){m->arch.heads, m->arch.kv_heads, m->arch.head_dim, m->step.longest};
+    const struct glm_step *s = &m->step;
+    return (struct glm_heads){m->arch.heads,    m->arch.kv_heads,
+                              m->arch.head_dim, s->longest,
+                              s->all.n,         s->call.cache ? s->call.cache->slots : s->prefix.n};
 }
 
 static int gathers(const struct glm_model *m, int l)

@@ -78,7 +78,7 @@ class _KV(ctypes.Structure):
 class Heads(ctypes.Structure):
     """struct glm_heads."""
 
-    _fields_ = [("NH", c_int), ("KVH", c_int), ("HD", c_int), ("longest", c_int)]
+    _fields_ = [(name, c_int) for name in ("NH", "KVH", "HD", "longest", "tokens", "rows")]
 
 
 class _Dropout(ctypes.Structure):
@@ -232,6 +232,11 @@ class Ops:
         signature = SIGNATURES[op]
         if len(args) != len(signature):
             raise TypeError(f"{op}: expected {len(signature)} arguments, got {len(args)}")
+        if op.startswith("attention"):
+            *_, qkv, cache, _, _, heads = args
+            rows = len(cache[0]) if cache else 0
+            sized = Heads(heads.NH, heads.KVH, heads.HD, heads.longest, len(qkv), rows)
+            args = (*args[:-1], sized)
         passed = []
         for at, (type_, value) in enumerate(zip(signature, args, strict=True)):
             passed.append(self._pass(type_, value, f"{op}, argument {at}"))
