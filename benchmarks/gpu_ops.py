@@ -44,7 +44,7 @@ class Timed(DeviceOps):
     """A call is timed: its arrays are put on the device once, and nothing comes back."""
 
     def _call(self, op: str, args: tuple[Any, ...]) -> None:
-        signature = SIGNATURES[op]
+        signature, args = SIGNATURES[op], self._sized(op, args)
         mats = [a for a in args if isinstance(a, Mat)]
         nbytes = max((m.array.nbytes for m in mats), default=AWAY)
         rounds = max(1, min(16, -(-AWAY // nbytes)))

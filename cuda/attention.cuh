@@ -5,6 +5,7 @@
  * The host does not know how long segments are (they lie on the device): a fixed grid of blocks
  * strides over the work, each block finding its own in the list of segments. */
 #pragma once
+#include "decode.h"
 #include "launch.cuh"
 #include "mma.cuh"
 
@@ -19,10 +20,6 @@ struct attention {
     float *largest;              /* |dout| of each block, or NULL */
     const float *factor, *alpha; /* of dout in 16 bits, and its inverse; NULL: 1 */
 };
-
-/* Segments of at most so many tokens are one block a token and head (attention_decode.cu), longer
- * ones go by tiles. */
-enum { DECODE_TOKENS = 4 };
 
 static __device__ __forceinline__ int before(const glm_segment &s)
 {
@@ -225,7 +222,7 @@ static inline int attention_blocks(const struct cuda *cuda)
     return blocks < PARTIALS ? blocks : PARTIALS; /* each may leave a maximum in glm_small */
 }
 
-void glm_cuda_attention_decode(struct cuda *cuda, const attention &a);
+void glm_cuda_attention_decode(struct cuda *cuda, const attention &a, struct glm_heads heads);
 
 /* Heads wider than 256 have no kernel. */
 static inline int attention_fits(struct cuda *cuda, const attention &a)

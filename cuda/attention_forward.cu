@@ -21,7 +21,7 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int rows = s.count * a.G, tiles = (rows + T - 1) / T;
-        const int items = s.count > DECODE_TOKENS ? tiles * a.KVH : 0;
+        const int items = s.count > GLM_DECODE_TOKENS ? tiles * a.KVH : 0;
         for (; item < first + items; item += gridDim.x) {
             /* the longest rows first */
             const int g = (item - first) % a.KVH, row0 = (tiles - 1 - (item - first) / a.KVH) * T;
@@ -107,7 +107,7 @@ static __device__ __forceinline__ void forward_fragments(const attention &a)
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int rows = s.count * a.G, tiles = (rows + ROWS - 1) / ROWS;
-        const int items = s.count > DECODE_TOKENS ? tiles * a.KVH : 0;
+        const int items = s.count > GLM_DECODE_TOKENS ? tiles * a.KVH : 0;
         for (; item < first + items; item += gridDim.x) {
             const int g = (item - first) % a.KVH,
                       row0 = (tiles - 1 - (item - first) / a.KVH) * ROWS;
@@ -224,8 +224,8 @@ extern "C" void glm_cuda_attention_forward(void *cx, void *out, void *lse, const
     a.lse = (float *)lse;
     if (!n_segments || !glm_cuda_begin(cuda) || !attention_fits(cuda, a))
         return;
-    glm_cuda_attention_decode(cuda, a);
-    if (heads.longest && heads.longest <= DECODE_TOKENS)
+    glm_cuda_attention_decode(cuda, a, heads);
+    if (heads.longest && heads.longest <= GLM_DECODE_TOKENS)
         return; /* tiles would find nothing to do */
     if (cuda->compute != GLM_F32 && a.HD <= 128) {
         void (*const kernels[2][2])(attention) = {

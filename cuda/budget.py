@@ -56,7 +56,6 @@ def dynamic_shared() -> dict[str, int]:
             found[f"k_attention_forward_{type_}_{D}"] = 64 * (D + 8) * 2
             found[f"k_attention_dkv_{type_}_{D}"] = 96 * (D + 8) * 2
             found[f"k_attention_dq_{type_}_{D}"] = 64 * (D + 8) * 2
-        found[f"k_attention_decode_{2 * D}"] = 4 * 8 * (tile_stride(2 * D) + 2)
     return found
 
 

@@ -85,6 +85,14 @@ def barriers(op, kind, counts, shape, type_):
         ends = [min(row + block, s.count * G) for row in range(0, s.count * G, block)]
         return KVH * sum(before + over(seen(s, end - 1), keys) for end in ends)
 
+    def decode(s):
+        found, tiles = 0, KVH * -(-G // (8 if HD > 128 else 16))
+        for t in range(s.count):
+            keys = 64 * -(-seen(s, t * G) // 4096)
+            runs = -(-seen(s, t * G) // keys)
+            found += tiles * runs * (1 + narrow) + (NH if runs > 1 else 0)
+        return found
+
     def keys_and_values(i, s, keys, block, before):
         found = 0
         for key in range(0, s.count, keys):
@@ -100,9 +108,7 @@ def barriers(op, kind, counts, shape, type_):
 
     if op == "attention_forward":
         sizes = (64, 32, 2) if narrow else (T, T, 0)
-        return sum(
-            queries(s, *sizes) if s.count > 4 else 2 * s.count * NH for s in segments if s.count
-        )
+        return sum(queries(s, *sizes) if s.count > 4 else decode(s) for s in segments if s.count)
     count = (16 + (type_ == "float16") if narrow else 0) if segments else 0  # largest of dout
     for i, s in enumerate(segments):
         count += queries(s, *((64, 32, 4) if narrow else (T, T // 2, 0)))

@@ -602,6 +602,8 @@ def segments_of(kind: str, counts: tuple[int, ...]) -> tuple[list[Segment], int]
             s.past_begin, s.past_count = row, 3 * i + 1
         if "long" in kind:
             s.past_begin, s.past_count = row, 70
+        if "far" in kind:  # more keys than 64 runs of 64 (cuda/decode.h)
+            s.past_begin, s.past_count = row, 4093 + 60 * i
         if "context" in kind:
             s.context = count * 2 // 3
         row += s.past_count
@@ -986,6 +988,8 @@ def attention_cases() -> list[tuple[Any, ...]]:
         ("long", (33,), (2, 1, 1024)),
         ("shared", (40, 33), (2, 1, 256)),
         ("past", (2, 1), (2, 1, 256)),
+        ("far", (4, 1, 2), (2, 1, 8)),
+        ("long", (2, 4), (34, 2, 20)),
         ("shared tiles", (5, 7), (2, 1, 16)),
         ("context", (48,), (2, 1, 16)),  # 32 of them, a whole tile
         ("shared apart", (33, 5, 70, 9), (4, 2, 64)),
@@ -1097,6 +1101,8 @@ NARROW_CASES = [
     (linear_backward_weight, 70, 290, 310, 0.5, True, True),
     (attention_forward, "plain", (70, 33, 5), (4, 2, 128)),
     (attention_forward, "shared past context", (40, 1, 33), (8, 2, 64)),
+    (attention_forward, "far", (4, 1), (18, 1, 64)),
+    (attention_forward, "long", (2, 4), (34, 2, 128)),
     (attention_backward, "plain", (70, 33, 5), (4, 2, 128)),
     (attention_backward, "shared past context", (40, 1, 33), (8, 2, 64)),
 ]

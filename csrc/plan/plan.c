@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "../cuda/decode.h"
 #include "../cuda/products.h"
 #include "backend.h"
 
@@ -211,7 +212,10 @@ static void attention_forward(void *cx, void *out, void *lse, const void *qkv, s
                               struct glm_heads heads)
 {
     COUNT(attention_forward, 4 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
-    launch(cx, n_segments, heads.longest && heads.longest <= 4 ? 1 : 2);
+    const struct glm_decode decode = glm_decode_of(heads, n_segments);
+    scratch(cx, SCRATCH_A, decode.scratch);
+    launch(cx, n_segments, decode.runs > 1 ? 2 : 1);
+    launch(cx, n_segments, !heads.longest || heads.longest > GLM_DECODE_TOKENS);
 }
 static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
                                const void *out, const void *lse, const void *qkv,

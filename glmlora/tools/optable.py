@@ -78,7 +78,7 @@ class _KV(ctypes.Structure):
 class Heads(ctypes.Structure):
     """struct glm_heads."""
 
-    _fields_ = [(name, c_int) for name in ("NH", "KVH", "HD", "longest", "tokens", "rows")]
+    _fields_ = [(name, c_int) for name in ("NH", "KVH", "HD", "longest", "tokens", "rows", "before")]
 
 
 class _Dropout(ctypes.Structure):
@@ -232,15 +232,21 @@ class Ops:
         signature = SIGNATURES[op]
         if len(args) != len(signature):
             raise TypeError(f"{op}: expected {len(signature)} arguments, got {len(args)}")
-        if op.startswith("attention"):
-            *_, qkv, cache, _, _, heads = args
-            rows = len(cache[0]) if cache else 0
-            sized = Heads(heads.NH, heads.KVH, heads.HD, heads.longest, len(qkv), rows)
-            args = (*args[:-1], sized)
+        args = self._sized(op, args)
         passed = []
         for at, (type_, value) in enumerate(zip(signature, args, strict=True)):
             passed.append(self._pass(type_, value, f"{op}, argument {at}"))
         self._functions[op](self._cx, *passed)
+
+    def _sized(self, op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with what attention is told of its arrays."""
+        if not op.startswith("attention"):
+            return args
+        *_, qkv, cache, segments, _, heads = args
+        rows = len(cache[0]) if cache else 0
+        before = max((s.shared_count + s.past_count for s in segments), default=0)
+        sized = Heads(heads.NH, heads.KVH, heads.HD, heads.longest, len(qkv), rows, before)
+        return *args[:-1], sized
 
     def _pass(self, type_: str, value: Any, what: str) -> Any:
         """The C value of an argument."""
