@@ -17,43 +17,74 @@ static __device__ __forceinline__ void take_better(float *most, int *at, float x
         *most = x, *at = i;
 }
 
-/* Column of the first largest score, which is left in *most; V where all are -infinity. checked:
- * -1 where one is not finite. Every thread gets it; a call follows another after a barrier. */
-static __device__ int argmax(const float *row, int V, bool checked, float *most)
+/* The best of a warp's candidates, for every lane. */
+static __device__ __forceinline__ void warp_best(float *most, int *at)
 {
-    __shared__ float mosts[32];
-    __shared__ int places[32];
-    const int lane = threadIdx.x & 31;
-    int at = V;
-    *most = -GLM_INFINITY;
-    for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) {
-        const f4 a = load4(row, v, V);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (v + j < V) {
-                const bool finite = (__float_as_int(a.v[j]) & 0x7f800000) != 0x7f800000;
-                take_better(most, &at, a.v[j], checked && !finite ? -1 : v + j);
-            }
-    }
 #pragma unroll
     for (int o = 16; o; o >>= 1) {
         const float x_o = __shfl_xor_sync(0xffffffffu, *most, o);
-        const int at_o = __shfl_xor_sync(0xffffffffu, at, o);
-        take_better(most, &at, x_o, at_o);
+        const int at_o = __shfl_xor_sync(0xffffffffu, *at, o);
+        take_better(most, at, x_o, at_o);
     }
+}
+
+/* Column of the first largest score, which is left in *most; V where all are -infinity. checked:
+ * -1 where one is not finite. Every thread gets it; a call follows another after a barrier. A
+ * thread reads eight words at a time and only notes in which of them the largest is: that word is
+ * read again at the end. */
+static __device__ int argmax(const float *row, int V, bool checked, float *most)
+{
+    const int WORDS = 8;
+    __shared__ float mosts[32];
+    __shared__ int places[32];
+    const int lane = threadIdx.x & 31, step = 4 * blockDim.x;
+    int at = V;
+    float nan = 0; /* or 0: what is finite times 0 */
+    *most = -GLM_INFINITY;
+    for (int v0 = 4 * threadIdx.x; v0 < V; v0 += WORDS * step) {
+        f4 x[WORDS];
+#pragma unroll
+        for (int k = 0; k < WORDS; k++) {
+            const int v = v0 + k * step;
+            if (v < V)
+                x[k] = load4(row, v, V);
+            else
+                x[k] = x[0];
+#pragma unroll
+            for (int j = 1; j < 4; j++) /* past the end: what was there before */
+                x[k].v[j] = v + j < V ? x[k].v[j] : x[k].v[0];
+        }
+#pragma unroll
+        for (int k = 0; k < WORDS; k++) {
+            float top = x[k].v[0];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                top = fmaxf(top, x[k].v[j]);
+                nan += x[k].v[j] * 0;
+            }
+            at = top > *most ? v0 + k * step : at;
+            *most = fmaxf(*most, top);
+        }
+    }
+    if (checked && !(nan == 0))
+        at = -1;
+    warp_best(most, &at);
     if (lane == 0) {
         mosts[threadIdx.x >> 5] = *most;
         places[threadIdx.x >> 5] = at;
     }
     __syncthreads();
-    *most = mosts[0];
-    at = places[0];
-    for (int w = 1; w < (int)(blockDim.x >> 5); w++)
-        take_better(most, &at, mosts[w], places[w]);
+    *most = lane < (int)(blockDim.x >> 5) ? mosts[lane] : -GLM_INFINITY;
+    at = lane < (int)(blockDim.x >> 5) ? places[lane] : V;
+    warp_best(most, &at);
+    if (at >= 0 && at < V) {
+        const f4 x = load4(row, at, V);
+        at += x.v[0] == *most ? 0 : x.v[1] == *most ? 1 : x.v[2] == *most ? 2 : 3;
+    }
     return at;
 }
 
-GLM_KERNEL(256) k_argmax(int *id, const float *x, int V)
+GLM_KERNEL(1024) k_argmax(int *id, const float *x, int V)
 {
     float most;
     const int at = argmax(x + (size_t)blockIdx.x * V, V, true, &most);
@@ -212,18 +243,16 @@ extern "C" void glm_cuda_choose(void *cx, int32_t *id, void *x, int M, int V,
                                 const struct glm_choice *choices, const int32_t *touched)
 {
     struct cuda *cuda = cuda_of(cx);
+    const int threads = V > 4096 ? 1024 : V > 512 ? 256 : 64;
     int column_bits = 2;
     while (column_bits < 32 && (V - 1) >> column_bits)
         column_bits += 2;
     if (!glm_cuda_begin(cuda))
         return;
     if (choices)
-        GLM_LAUNCH(cuda, "choose", k_choose, M,
-                   V > 4096  ? 1024
-                   : V > 512 ? 256
-                             : 64,
-                   0, id, (float *)x, V, column_bits, choices, touched);
+        GLM_LAUNCH(cuda, "choose", k_choose, M, threads, 0, id, (float *)x, V, column_bits, choices,
+                   touched);
     else
-        GLM_LAUNCH(cuda, "choose", k_argmax, M, V > 512 ? 256 : 64, 0, id, (const float *)x, V);
+        GLM_LAUNCH(cuda, "choose", k_argmax, M, threads, 0, id, (const float *)x, V);
 }
 #endif

@@ -109,7 +109,7 @@ def _linear(N: int, O: int, I: int, dtype: int) -> Case:  # noqa: E741, N803
     return case
 
 
-@_over({f"norm {N}x{C}": (N, C) for N, C in SHAPES})
+@_over({f"norm {N}x{C}": (N, C) for N, C in (*SHAPES, (3, 5000))})
 def _norm(N: int, C: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         x, b, w, dy = (_normal(o, rng, *s) for s in ((N, C), (N, C), (C,), (N, C)))
