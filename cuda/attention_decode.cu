@@ -102,33 +102,35 @@ static __device__ __forceinline__ void put_run(const decoding &d, const run_of_k
                                                const float *totals, int rows, int LD)
 {
     const attention &a = d.a;
-    const int HD = a.HD, quads = padded(HD) / 4;
+    const int HD = a.HD, lane = threadIdx.x & 31;
     __syncthreads();
-    for (int e = threadIdx.x; e < w.heads * quads; e += blockDim.x) {
-        const int row = e / quads, c = 4 * (e % quads);
-        float top = -GLM_INFINITY, sum = 0;
-        float4 mix;
-        mix.x = mix.y = mix.z = mix.w = 0;
+    for (int row = threadIdx.x >> 5; row < w.heads; row += WARPS) {
+        float factor[WARPS], top = -GLM_INFINITY, sum = 0;
 #pragma unroll
         for (int i = 0; i < WARPS; i++)
             top = fmaxf(top, mosts[i * rows + row]);
 #pragma unroll
         for (int i = 0; i < WARPS; i++) {
             const float total = totals[i * rows + row], most = mosts[i * rows + row];
-            const float factor = total == 0 ? 0 : most == top ? 1.0f : expf(most - top);
-            sum += total * factor;
-            add4(mix, factor, at4(mixes + (i * rows + row) * LD + c));
+            factor[i] = total == 0 ? 0 : most == top ? 1.0f : expf(most - top);
+            sum += total * factor[i];
         }
-        if (w.runs == 1) {
-            const size_t at = (size_t)(w.s.begin + w.t) * a.NH + w.head + row;
-            put4(a.out + at * HD, c, HD, mix, 1.0f / sum);
-            if (c == 0)
-                a.lse[at] = top + logf(sum);
-            continue;
+        const size_t at = w.runs == 1 ? (size_t)(w.s.begin + w.t) * a.NH + w.head + row
+                                      : w.record + (size_t)row * d.runs;
+        for (int c = 4 * lane; c < HD; c += 128) {
+            float4 mix;
+            mix.x = mix.y = mix.z = mix.w = 0;
+#pragma unroll
+            for (int i = 0; i < WARPS; i++)
+                add4(mix, factor[i], at4(mixes + (i * rows + row) * LD + c));
+            if (w.runs == 1)
+                put4(a.out + at * HD, c, HD, mix, 1.0f / sum);
+            else
+                *reinterpret_cast<float4 *>(d.mixes + at * padded(HD) + c) = mix;
         }
-        const size_t at = w.record + (size_t)row * d.runs;
-        *reinterpret_cast<float4 *>(d.mixes + at * padded(HD) + c) = mix;
-        if (c == 0) {
+        if (lane == 0 && w.runs == 1)
+            a.lse[at] = top + logf(sum);
+        else if (lane == 0) {
             float2 both;
             both.x = top, both.y = sum;
             d.sums[at] = both;
@@ -140,6 +142,35 @@ static __device__ __forceinline__ void put_run(const decoding &d, const run_of_k
 
 /* Lane 4 r + q has of the products' operands: keys 2q, 2q + 1, 2q + 8, 2q + 9 of a strip of 16 in
  * its values, r and r + 8 in its keys; rows r and r + 8 of queries and results. */
+template <bool WHOLE, int STEPS>
+static __device__ __forceinline__ void load_keys(f4 (&key)[2][STEPS], const decoding &d,
+                                                 const run_of_keys &w, int k0)
+{
+    const int r = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        const float *from = key_of(d.a, w.s, w.g, min(k0 + 8 * n + r, w.end - 1)).k;
+#pragma unroll
+        for (int s = 0; s < STEPS; s++)
+            key[n][s] = quad<WHOLE>(from, 16 * s + 4 * q, d.a.HD);
+    }
+}
+
+template <bool WHOLE, int PANELS>
+static __device__ __forceinline__ void load_values(f4 (&value)[4][PANELS], const decoding &d,
+                                                   const run_of_keys &w, int k0)
+{
+    const int r = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        const int k = k0 + 2 * q + n % 2 + 8 * (n / 2);
+        const float *from = key_of(d.a, w.s, w.g, min(k, w.end - 1)).v;
+#pragma unroll
+        for (int m = 0; m < PANELS; m++)
+            value[n][m] = quad<WHOLE>(from, 32 * m + 4 * r, d.a.HD);
+    }
+}
+
 template <int D, bool BF16, bool WHOLE>
 static __device__ __forceinline__ void decode_strips(const decoding &d, const run_of_keys &w,
                                                      uint4 (*query)[32], float *mixes, float *mosts,
@@ -150,6 +181,10 @@ static __device__ __forceinline__ void decode_strips(const decoding &d, const ru
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, r = lane / 4, q = lane % 4;
     const int HD = a.HD;
     float mix[D / 8][4], most[2] = {-GLM_INFINITY, -GLM_INFINITY}, total[2] = {0, 0};
+    f4 key[2][STEPS], value[4][PANELS];
+    int k0 = w.from + 16 * warp;
+    load_keys<WHOLE>(key, d, w, k0);
+    load_values<WHOLE>(value, d, w, k0);
     for (int s = warp; s < STEPS; s += WARPS) {
         const float *from = head_query(a, w, min(r, w.heads - 1)),
                     *next = head_query(a, w, min(r + 8, w.heads - 1));
@@ -162,23 +197,7 @@ static __device__ __forceinline__ void decode_strips(const decoding &d, const ru
     }
     __syncthreads();
     clear<D / 8>(mix);
-    for (int k0 = w.from + 16 * warp; k0 < w.end; k0 += 16 * WARPS) {
-        f4 key[2][STEPS], value[4][PANELS];
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const float *from = key_of(a, w.s, w.g, min(k0 + 8 * n + r, w.end - 1)).k;
-#pragma unroll
-            for (int s = 0; s < STEPS; s++)
-                key[n][s] = quad<WHOLE>(from, 16 * s + 4 * q, HD);
-        }
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            const int k = k0 + 2 * q + n % 2 + 8 * (n / 2);
-            const float *from = key_of(a, w.s, w.g, min(k, w.end - 1)).v;
-#pragma unroll
-            for (int m = 0; m < PANELS; m++)
-                value[n][m] = quad<WHOLE>(from, 32 * m + 4 * r, HD);
-        }
+    for (; k0 < w.end; k0 += 16 * WARPS) {
         float score[2][4];
         clear<2>(score);
 #pragma unroll
@@ -191,6 +210,9 @@ static __device__ __forceinline__ void decode_strips(const decoding &d, const ru
                 mma<BF16>(score[n], operand, pack2<BF16>(x[0], x[1]), pack2<BF16>(x[2], x[3]));
             }
         }
+        const int next = k0 + 16 * WARPS;
+        if (next < w.end)
+            load_keys<WHOLE>(key, d, w, next);
         float shrink[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -225,6 +247,8 @@ static __device__ __forceinline__ void decode_strips(const decoding &d, const ru
             for (int j = 0; j < 4; j++)
                 mma<BF16>(mix[4 * m + j], p, pack2<BF16>(value[0][m].v[j], value[1][m].v[j]),
                           pack2<BF16>(value[2][m].v[j], value[3][m].v[j]));
+        if (next < w.end)
+            load_values<WHOLE>(value, d, w, next);
     }
     /* column n of product j of a panel is the panel's column 4 n + j */
 #pragma unroll
@@ -400,7 +424,7 @@ GLM_TILE_KERNEL(128, 2) k_attention_decode_256(decoding d) { decode_wide<8, 2>(d
 
 GLM_KERNEL(256) k_attention_decode_join(decoding d)
 {
-    const int JOIN = 8; /* warps */
+    const int JOIN = 8, PASSES = GLM_DECODE_RUNS / JOIN; /* warps, and runs of each */
     __shared__ __align__(16) float mixes[JOIN][256];
     const attention &a = d.a;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, HD = a.HD, LD = padded(HD);
@@ -412,41 +436,49 @@ GLM_KERNEL(256) k_attention_decode_join(decoding d)
     if (runs == 1)
         return;
     const size_t record = (size_t)blockIdx.x * d.runs;
-    float most[2], factor[2], top = -GLM_INFINITY, sum = 0; /* runs lane and lane + 32 */
+    float4 mix[PASSES];
+    float most[2], total[2], top = -GLM_INFINITY, sum = 0; /* runs lane and lane + 32 */
+#pragma unroll
+    for (int n = 0; n < PASSES; n++) {
+        const int run = warp + n * JOIN;
+        mix[n].x = mix[n].y = mix[n].z = mix[n].w = 0;
+        if (run < runs && 4 * lane < HD)
+            mix[n] = at4(d.mixes + (record + run) * LD + 4 * lane);
+    }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int run = lane + 32 * i;
-        most[i] = -GLM_INFINITY, factor[i] = 0;
+        most[i] = -GLM_INFINITY, total[i] = 0;
         if (run < runs) {
             const float2 both = d.sums[record + run];
-            most[i] = both.x, factor[i] = both.y;
+            most[i] = both.x, total[i] = both.y;
         }
         top = fmaxf(top, most[i]);
     }
     top = warp_max(top);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const float by = most[i] == top ? 1.0f : expf(most[i] - top);
-        sum += factor[i] * by;
-        factor[i] = by;
+        most[i] = most[i] == top ? 1.0f : expf(most[i] - top); /* its factor */
+        sum += total[i] * most[i];
     }
     sum = warp_sum(sum);
-    float4 mix[2];
+    for (int c = 4 * lane;; c += 128) {
+        float4 all;
+        all.x = all.y = all.z = all.w = 0;
 #pragma unroll
-    for (int c = 0; c < 2; c++)
-        mix[c].x = mix[c].y = mix[c].z = mix[c].w = 0;
+        for (int n = 0; n < PASSES; n++)
+            add4(all, __shfl_sync(0xffffffffu, most[n * JOIN / 32], (warp + n * JOIN) % 32),
+                 mix[n]);
+        *reinterpret_cast<float4 *>(&mixes[warp][c]) = all;
+        if (c + 128 >= 256 || HD <= 128)
+            break;
 #pragma unroll
-    for (int n = 0; n < GLM_DECODE_RUNS / JOIN; n++) {
-        const int run = warp + n * JOIN;
-        const float by = __shfl_sync(0xffffffffu, factor[n * JOIN / 32], run % 32);
-#pragma unroll
-        for (int c = 0; c < 2; c++)
-            if (run < runs && 4 * (lane + 32 * c) < HD)
-                add4(mix[c], by, at4(d.mixes + (record + run) * LD + 4 * (lane + 32 * c)));
+        for (int n = 0; n < PASSES; n++) {
+            const int run = warp + n * JOIN;
+            if (run < runs && c + 128 < HD)
+                mix[n] = at4(d.mixes + (record + run) * LD + c + 128);
+        }
     }
-#pragma unroll
-    for (int c = 0; c < 2; c++)
-        *reinterpret_cast<float4 *>(&mixes[warp][4 * (lane + 32 * c)]) = mix[c];
     __syncthreads();
     const size_t at = (size_t)(s.begin + t) * a.NH + h;
     const int c = threadIdx.x;

@@ -8,6 +8,27 @@
 
 typedef unsigned long long wide;
 
+/* A row is read by words of four columns, WORDS of a thread at a time: all of them are asked for
+ * before the first is looked at. The last word of a row may be short. */
+template <int WORDS>
+static __device__ __forceinline__ void load_words(f4 (&x)[WORDS], const float *row, int v0, int V)
+{
+    const bool whole = ((size_t)row & 15) == 0;
+#pragma unroll
+    for (int k = 0; k < WORDS; k++) {
+        const int v = v0 + k * 4 * (int)blockDim.x;
+        if (whole && v + 4 <= V) {
+            const float4 q = *reinterpret_cast<const float4 *>(row + v);
+            x[k].v[0] = q.x, x[k].v[1] = q.y, x[k].v[2] = q.z, x[k].v[3] = q.w;
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (v + j < V)
+                    x[k].v[j] = row[v + j];
+        }
+    }
+}
+
 /* ---- the first largest */
 
 /* The better of two candidates: larger, or as large and before; an index below 0 beats all. */
@@ -30,8 +51,7 @@ static __device__ __forceinline__ void warp_best(float *most, int *at)
 
 /* Column of the first largest score, which is left in *most; V where all are -infinity. checked:
  * -1 where one is not finite. Every thread gets it; a call follows another after a barrier. A
- * thread reads eight words at a time and only notes in which of them the largest is: that word is
- * read again at the end. */
+ * thread only notes in which of its words the largest is: that word is read again at the end. */
 static __device__ int argmax(const float *row, int V, bool checked, float *most)
 {
     const int WORDS = 8;
@@ -43,26 +63,18 @@ static __device__ int argmax(const float *row, int V, bool checked, float *most)
     *most = -GLM_INFINITY;
     for (int v0 = 4 * threadIdx.x; v0 < V; v0 += WORDS * step) {
         f4 x[WORDS];
+        load_words(x, row, v0, V);
 #pragma unroll
         for (int k = 0; k < WORDS; k++) {
             const int v = v0 + k * step;
-            if (v < V)
-                x[k] = load4(row, v, V);
-            else
-                x[k] = x[0];
+            float top = -GLM_INFINITY;
 #pragma unroll
-            for (int j = 1; j < 4; j++) /* past the end: what was there before */
-                x[k].v[j] = v + j < V ? x[k].v[j] : x[k].v[0];
-        }
-#pragma unroll
-        for (int k = 0; k < WORDS; k++) {
-            float top = x[k].v[0];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                top = fmaxf(top, x[k].v[j]);
-                nan += x[k].v[j] * 0;
-            }
-            at = top > *most ? v0 + k * step : at;
+            for (int j = 0; j < 4; j++)
+                if (v + j < V) {
+                    top = fmaxf(top, x[k].v[j]);
+                    nan += x[k].v[j] * 0;
+                }
+            at = top > *most ? v : at;
             *most = fmaxf(*most, top);
         }
     }
@@ -122,21 +134,24 @@ template <measure BY>
 static __device__ void weigh(const drawn_row &r, unsigned from, unsigned step, int turn,
                              wide found[3])
 {
+    const int WORDS = 4;
     __shared__ wide part[2][3][32];
     wide sum[3] = {0, 0, 0};
-    for (int v = 4 * threadIdx.x; v < r.V; v += 4 * blockDim.x) {
-        const f4 x = load4(r.x, v, r.V);
+    for (int v0 = 4 * threadIdx.x; v0 < r.V; v0 += WORDS * 4 * blockDim.x) {
+        f4 x[WORDS];
+        load_words(x, r.x, v0, r.V);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const unsigned place = ordered(x.v[j]);
-            const int column = v + j;
+        for (int e = 0; e < 4 * WORDS; e++) {
+            const float score = x[e / 4].v[e % 4];
+            const unsigned place = ordered(score);
+            const int column = v0 + e / 4 * 4 * blockDim.x + e % 4;
             const unsigned key = BY == COLUMN  ? (unsigned)column
                                  : BY == EQUAL ? (unsigned)(r.V - 1 - column)
                                                : place;
             if (column >= r.V || key < from || place < r.least ||
                 (place == r.least && column > r.last) || (BY == EQUAL && place > r.least))
                 continue;
-            const wide weight = BY == COUNT || BY == EQUAL ? 1 : mass_of(r, x.v[j]);
+            const wide weight = BY == COUNT || BY == EQUAL ? 1 : mass_of(r, score);
             sum[0] += weight;
             sum[1] += key - from >= step ? weight : 0;
             sum[2] += key - from >= 2 * step ? weight : 0;
