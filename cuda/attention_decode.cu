@@ -49,6 +49,7 @@ static __device__ __forceinline__ bool find_run(const decoding &d, int rows, run
 {
     const attention &a = d.a;
     const int tiles = (a.G + rows - 1) / rows;
+    let_next_begin();
     int rest = blockIdx.x;
     const int tile = rest % tiles;
     rest /= tiles;
@@ -59,8 +60,10 @@ static __device__ __forceinline__ bool find_run(const decoding &d, int rows, run
     w.t = rest % d.tokens;
     const int i = rest / d.tokens;
     w.s = a.segments[i];
-    if (w.s.count > GLM_DECODE_TOKENS || w.t >= w.s.count)
+    if (w.s.count > GLM_DECODE_TOKENS || w.t >= w.s.count) {
+        after_previous();
         return false;
+    }
     const int seen = seen_by(w.s, w.t), keys = keys_of_run(seen);
     w.from = run * keys;
     w.end = min(w.from + keys, seen);
@@ -68,6 +71,7 @@ static __device__ __forceinline__ bool find_run(const decoding &d, int rows, run
     w.head = w.g * a.G + tile * rows;
     w.heads = min(rows, a.G - tile * rows);
     w.record = (((size_t)i * d.tokens + w.t) * a.NH + w.head) * d.runs + run;
+    after_previous(); /* but segments come from the host */
     return w.from < w.end;
 }
 
@@ -142,7 +146,7 @@ static __device__ __forceinline__ void put_run(const decoding &d, const run_of_k
 
 /* Lane 4 r + q has of the products' operands: keys 2q, 2q + 1, 2q + 8, 2q + 9 of a strip of 16 in
  * its values, r and r + 8 in its keys; rows r and r + 8 of queries and results. */
-template <bool WHOLE, int STEPS>
+template <int STEPS>
 static __device__ __forceinline__ void load_keys(f4 (&key)[2][STEPS], const decoding &d,
                                                  const run_of_keys &w, int k0)
 {
@@ -152,11 +156,11 @@ static __device__ __forceinline__ void load_keys(f4 (&key)[2][STEPS], const deco
         const float *from = key_of(d.a, w.s, w.g, min(k0 + 8 * n + r, w.end - 1)).k;
 #pragma unroll
         for (int s = 0; s < STEPS; s++)
-            key[n][s] = quad<WHOLE>(from, 16 * s + 4 * q, d.a.HD);
+            key[n][s] = quad<true>(from, 16 * s + 4 * q, d.a.HD);
     }
 }
 
-template <bool WHOLE, int PANELS>
+template <int PANELS>
 static __device__ __forceinline__ void load_values(f4 (&value)[4][PANELS], const decoding &d,
                                                    const run_of_keys &w, int k0)
 {
@@ -167,11 +171,11 @@ static __device__ __forceinline__ void load_values(f4 (&value)[4][PANELS], const
         const float *from = key_of(d.a, w.s, w.g, min(k, w.end - 1)).v;
 #pragma unroll
         for (int m = 0; m < PANELS; m++)
-            value[n][m] = quad<WHOLE>(from, 32 * m + 4 * r, d.a.HD);
+            value[n][m] = quad<true>(from, 32 * m + 4 * r, d.a.HD);
     }
 }
 
-template <int D, bool BF16, bool WHOLE>
+template <int D, bool BF16>
 static __device__ __forceinline__ void decode_strips(const decoding &d, const run_of_keys &w,
                                                      uint4 (*query)[32], float *mixes, float *mosts,
                                                      float *totals)
@@ -183,13 +187,13 @@ static __device__ __forceinline__ void decode_strips(const decoding &d, const ru
     float mix[D / 8][4], most[2] = {-GLM_INFINITY, -GLM_INFINITY}, total[2] = {0, 0};
     f4 key[2][STEPS], value[4][PANELS];
     int k0 = w.from + 16 * warp;
-    load_keys<WHOLE>(key, d, w, k0);
-    load_values<WHOLE>(value, d, w, k0);
+    load_keys(key, d, w, k0);
+    load_values(value, d, w, k0);
     for (int s = warp; s < STEPS; s += WARPS) {
         const float *from = head_query(a, w, min(r, w.heads - 1)),
                     *next = head_query(a, w, min(r + 8, w.heads - 1));
-        const f4 x = quad<WHOLE>(from, 16 * s + 4 * q, HD),
-                 y = quad<WHOLE>(next, 16 * s + 4 * q, HD);
+        const f4 x = quad<true>(from, 16 * s + 4 * q, HD),
+                 y = quad<true>(next, 16 * s + 4 * q, HD);
         uint4 both;
         both.x = pack2<BF16>(x.v[0], x.v[1]), both.y = pack2<BF16>(y.v[0], y.v[1]);
         both.z = pack2<BF16>(x.v[2], x.v[3]), both.w = pack2<BF16>(y.v[2], y.v[3]);
@@ -212,7 +216,7 @@ static __device__ __forceinline__ void decode_strips(const decoding &d, const ru
         }
         const int next = k0 + 16 * WARPS;
         if (next < w.end)
-            load_keys<WHOLE>(key, d, w, next);
+            load_keys(key, d, w, next);
         float shrink[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -248,7 +252,7 @@ static __device__ __forceinline__ void decode_strips(const decoding &d, const ru
                 mma<BF16>(mix[4 * m + j], p, pack2<BF16>(value[0][m].v[j], value[1][m].v[j]),
                           pack2<BF16>(value[2][m].v[j], value[3][m].v[j]));
         if (next < w.end)
-            load_values<WHOLE>(value, d, w, next);
+            load_values(value, d, w, next);
     }
     /* column n of product j of a panel is the panel's column 4 n + j */
 #pragma unroll
@@ -278,10 +282,7 @@ template <int D, bool BF16> static __device__ __forceinline__ void decode_narrow
     run_of_keys w;
     if (!find_run(d, ROWS, w))
         return;
-    if (d.whole)
-        decode_strips<D, BF16, true>(d, w, query, mixes, mosts, totals);
-    else
-        decode_strips<D, BF16, false>(d, w, query, mixes, mosts, totals);
+    decode_strips<D, BF16>(d, w, query, mixes, mosts, totals);
     put_run(d, w, mixes, mosts, totals, ROWS, D + 4);
 }
 
@@ -422,14 +423,29 @@ GLM_TILE_KERNEL(128, 2) k_attention_decode_256(decoding d) { decode_wide<8, 2>(d
 
 /* ---- the runs of a token together: a block a token and head, its warps take runs in turn */
 
+enum { JOIN = 8, PASSES = 4 }; /* warps, and runs of each at a time */
+
+static __device__ __forceinline__ void load_mixes(float4 (&mix)[PASSES], const decoding &d,
+                                                  size_t record, int first, int runs, int c)
+{
+#pragma unroll
+    for (int n = 0; n < PASSES; n++) {
+        const int run = first + n * JOIN;
+        mix[n].x = mix[n].y = mix[n].z = mix[n].w = 0;
+        if (run < runs && c < d.a.HD)
+            mix[n] = at4(d.mixes + (record + run) * padded(d.a.HD) + c);
+    }
+}
+
 GLM_KERNEL(256) k_attention_decode_join(decoding d)
 {
-    const int JOIN = 8, PASSES = GLM_DECODE_RUNS / JOIN; /* warps, and runs of each */
     __shared__ __align__(16) float mixes[JOIN][256];
     const attention &a = d.a;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, HD = a.HD, LD = padded(HD);
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, HD = a.HD;
     const int h = blockIdx.x % a.NH, t = blockIdx.x / a.NH % d.tokens;
     const glm_segment s = a.segments[blockIdx.x / a.NH / d.tokens];
+    let_next_begin();
+    after_previous();
     if (s.count > GLM_DECODE_TOKENS || t >= s.count)
         return;
     const int runs = runs_of(seen_by(s, t));
@@ -438,13 +454,7 @@ GLM_KERNEL(256) k_attention_decode_join(decoding d)
     const size_t record = (size_t)blockIdx.x * d.runs;
     float4 mix[PASSES];
     float most[2], total[2], top = -GLM_INFINITY, sum = 0; /* runs lane and lane + 32 */
-#pragma unroll
-    for (int n = 0; n < PASSES; n++) {
-        const int run = warp + n * JOIN;
-        mix[n].x = mix[n].y = mix[n].z = mix[n].w = 0;
-        if (run < runs && 4 * lane < HD)
-            mix[n] = at4(d.mixes + (record + run) * LD + 4 * lane);
-    }
+    load_mixes(mix, d, record, warp, runs, 4 * lane);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int run = lane + 32 * i;
@@ -462,22 +472,19 @@ GLM_KERNEL(256) k_attention_decode_join(decoding d)
         sum += total[i] * most[i];
     }
     sum = warp_sum(sum);
-    for (int c = 4 * lane;; c += 128) {
+    for (int c = 4 * lane; c < 4 * 64; c += 4 * 32) {
         float4 all;
         all.x = all.y = all.z = all.w = 0;
+        for (int first = 0; first < runs; first += PASSES * JOIN) {
+            if (first || c >= 4 * 32)
+                load_mixes(mix, d, record, first + warp, runs, c);
 #pragma unroll
-        for (int n = 0; n < PASSES; n++)
-            add4(all, __shfl_sync(0xffffffffu, most[n * JOIN / 32], (warp + n * JOIN) % 32),
-                 mix[n]);
-        *reinterpret_cast<float4 *>(&mixes[warp][c]) = all;
-        if (c + 128 >= 256 || HD <= 128)
-            break;
-#pragma unroll
-        for (int n = 0; n < PASSES; n++) {
-            const int run = warp + n * JOIN;
-            if (run < runs && c + 128 < HD)
-                mix[n] = at4(d.mixes + (record + run) * LD + c + 128);
+            for (int n = 0; n < PASSES; n++)
+                add4(all, __shfl_sync(0xffffffffu, first ? most[1] : most[0], warp + n * JOIN), mix[n]);
         }
+        *reinterpret_cast<float4 *>(&mixes[warp][c]) = all;
+        if (HD <= 128)
+            break;
     }
     __syncthreads();
     const size_t at = (size_t)(s.begin + t) * a.NH + h;
@@ -499,12 +506,12 @@ static int on_grid(const void *p) { return (size_t)p % 16 == 0; }
 void glm_cuda_attention_decode(struct cuda *cuda, const attention &a, struct glm_heads heads)
 {
     const struct glm_decode cut = glm_decode_of(heads, a.n_segments);
-    const bool narrow = cuda->compute != GLM_F32 && a.HD <= 128;
+    const int whole = a.HD % 4 == 0 && on_grid(a.qkv) && on_grid(a.cache_k) && on_grid(a.cache_v);
+    const bool narrow = cuda->compute != GLM_F32 && a.HD <= 128 && whole;
     const int rows = narrow || a.HD <= 128 ? ROWS : ROWS / 2;
     const size_t tokens = (size_t)a.n_segments * cut.tokens;
     const size_t blocks = tokens * cut.runs * a.KVH * ceil_div(a.G, rows);
-    decoding d = {a, NULL, NULL, cut.tokens, cut.runs,
-                  a.HD % 4 == 0 && on_grid(a.qkv) && on_grid(a.cache_k) && on_grid(a.cache_v)};
+    decoding d = {a, NULL, NULL, cut.tokens, cut.runs, whole};
     if (cut.scratch) {
         d.mixes = (float *)glm_cuda_scratch(cuda, SCRATCH_A, cut.scratch);
         if (!d.mixes)
@@ -517,8 +524,8 @@ void glm_cuda_attention_decode(struct cuda *cuda, const attention &a, struct glm
     void (*const kernel)(decoding) = narrow ? kernels[cuda->compute == GLM_BF16][a.HD > 64]
                                      : a.HD <= 128 ? k_attention_decode_128
                                                    : k_attention_decode_256;
-    GLM_LAUNCH(cuda, "attention_forward", kernel, blocks, 32 * WARPS, 0, d);
+    GLM_LAUNCH_AFTER(cuda, "attention_forward", kernel, blocks, 32 * WARPS, 0, d);
     if (cut.runs > 1)
-        GLM_LAUNCH(cuda, "attention_forward", k_attention_decode_join, tokens * a.NH, 256, 0, d);
+        GLM_LAUNCH_AFTER(cuda, "attention_forward", k_attention_decode_join, tokens * a.NH, 256, 0, d);
 }
 #endif

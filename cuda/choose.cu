@@ -99,6 +99,8 @@ static __device__ int argmax(const float *row, int V, bool checked, float *most)
 GLM_KERNEL(1024) k_argmax(int *id, const float *x, int V)
 {
     float most;
+    let_next_begin();
+    after_previous();
     const int at = argmax(x + (size_t)blockIdx.x * V, V, true, &most);
     if (threadIdx.x == 0)
         id[blockIdx.x] = at;
@@ -223,6 +225,8 @@ k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, c
     const glm_choice c = choices[blockIdx.x];
     float *row = x + (size_t)blockIdx.x * V;
     float most;
+    let_next_begin();
+    after_previous();
     int at = argmax(row, V, true, &most);
     if (at >= 0 && c.penalised + c.banned) {
         touched += c.first;
@@ -265,9 +269,9 @@ extern "C" void glm_cuda_choose(void *cx, int32_t *id, void *x, int M, int V,
     if (!glm_cuda_begin(cuda))
         return;
     if (choices)
-        GLM_LAUNCH(cuda, "choose", k_choose, M, threads, 0, id, (float *)x, V, column_bits, choices,
+        GLM_LAUNCH_AFTER(cuda, "choose", k_choose, M, threads, 0, id, (float *)x, V, column_bits, choices,
                    touched);
     else
-        GLM_LAUNCH(cuda, "choose", k_argmax, M, threads, 0, id, (const float *)x, V);
+        GLM_LAUNCH_AFTER(cuda, "choose", k_argmax, M, threads, 0, id, (const float *)x, V);
 }
 #endif

@@ -60,6 +60,7 @@ struct cuda {
     struct glm_backend be;
     struct block *blocks; /* live memory */
     int device, multiprocessors;
+    int overlaps; /* kernels may begin while the one before ends (launch.cuh) */
     size_t piece; /* GLM_PIECE */
     struct glm_counts counts;
     enum glm_dtype compute;

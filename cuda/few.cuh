@@ -86,8 +86,11 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
     const int lane = threadIdx.x & 31, O = a.w.rows, I = a.w.cols;
     const int own = GATED ? ROWS / 2 : ROWS, outs = GATED ? O / 2 : O;
     const int first = (int)((blockIdx.x * blockDim.x + threadIdx.x) >> 5) * own;
-    if (first >= outs)
+    let_next_begin();
+    if (first >= outs) {
+        after_previous();
         return;
+    }
     float sum[ROWS][NB];
     const char *row[ROWS];
 #pragma unroll
@@ -99,12 +102,21 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
             sum[r][n] = 0;
     }
     if (I % PIECE == 0 && ((size_t)a.w.data & 15) == 0) {
+        uint4 ahead[ROWS]; /* the words of the next turn are on their way during each */
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (lane * PIECE < I)
+                ahead[r] = *reinterpret_cast<const uint4 *>(row[r] + stored_bytes(DTYPE, lane * PIECE));
+        after_previous();
         for (int c = lane * PIECE; c < I; c += 32 * PIECE) {
             uint4 q[ROWS];
             float s[ROWS];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                q[r] = *reinterpret_cast<const uint4 *>(row[r] + stored_bytes(DTYPE, c));
+                q[r] = ahead[r];
+                if (c + 32 * PIECE < I)
+                    ahead[r] = *reinterpret_cast<const uint4 *>(
+                        row[r] + stored_bytes(DTYPE, c + 32 * PIECE));
                 s[r] = DTYPE == GLM_I4 && a.w.group
                            ? scale_at(a.w, row_at<GATED, ROWS>(first, r, O), c)
                            : 1.0f;
@@ -136,6 +148,7 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
             }
         }
     } else {
+        after_previous();
         for (int c = lane; c < I; c += 32)
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {

@@ -46,12 +46,16 @@ static __device__ __forceinline__ void norm_of(float *out, float *rstd, float *s
     float squares = 0;
     out += row, sum += row, a += row;
     b = b ? b + row : NULL;
+    let_next_begin();
 #pragma unroll
     for (int k = 0; k < KEPT; k++)
-        if (at + k * step < C) {
-            x[k] = sum_of(sum, a, b, at + k * step, C);
+        if (at + k * step < C)
             w[k] = load4(weight, at + k * step, C);
-        }
+    after_previous();
+#pragma unroll
+    for (int k = 0; k < KEPT; k++)
+        if (at + k * step < C)
+            x[k] = sum_of(sum, a, b, at + k * step, C);
 #pragma unroll
     for (int k = 0; k < KEPT; k++)
         if (at + k * step < C)
@@ -137,7 +141,7 @@ extern "C" void glm_cuda_rmsnorm_forward(void *cx, void *out, void *rstd, const 
 {
     struct cuda *cuda = cuda_of(cx);
     if (glm_cuda_begin(cuda))
-        GLM_LAUNCH(cuda, "rmsnorm_forward", k_rmsnorm_forward, N, forward_threads(C), 0, (float *)out,
+        GLM_LAUNCH_AFTER(cuda, "rmsnorm_forward", k_rmsnorm_forward, N, forward_threads(C), 0, (float *)out,
                    (float *)rstd, (const float *)inp, (const float *)weight, C, (float)eps);
 }
 
@@ -147,7 +151,7 @@ extern "C" void glm_cuda_add_rmsnorm_forward(void *cx, void *out, void *rstd, vo
 {
     struct cuda *cuda = cuda_of(cx);
     if (glm_cuda_begin(cuda))
-        GLM_LAUNCH(cuda, "add_rmsnorm_forward", k_add_rmsnorm_forward, N, forward_threads(C), 0,
+        GLM_LAUNCH_AFTER(cuda, "add_rmsnorm_forward", k_add_rmsnorm_forward, N, forward_threads(C), 0,
                    (float *)out, (float *)rstd, (float *)sum, (const float *)a, (const float *)b,
                    (const float *)weight, C, (float)eps);
 }
