@@ -9,6 +9,20 @@ struct stored_matrix {
     int dtype, rows, cols, group, scale_cols;
 };
 
+/* 16 bytes that this kernel reads once: they take no room in the first cache. */
+static __device__ __forceinline__ uint4 load_once(const uint4 *p)
+{
+#if defined(__CUDA_EMU__)
+    return *p;
+#else
+    uint4 q;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
+                 : "l"(p));
+    return q;
+#endif
+}
+
 static __device__ __forceinline__ float scale_at(const stored_matrix &w, size_t row, int col)
 {
     return half_value(w.scale[w.group ? row * w.scale_cols + col / w.group : row]);
@@ -77,12 +91,51 @@ static __device__ __forceinline__ float total_of(const few_rows &a, int o, int n
     return total;
 }
 
+template <int DTYPE> static __device__ __forceinline__ uint4 word_of(const char *row, int c)
+{
+    return load_once(reinterpret_cast<const uint4 *>(row + stored_bytes(DTYPE, c)));
+}
+
+/* sum += the products of words of ROWS rows of W, from column c on, with the rows of inp */
+template <int DTYPE, int NB, int ROWS>
+static __device__ __forceinline__ void add_words(float (&sum)[ROWS][NB], const few_rows &a,
+                                                 const uint4 (&q)[ROWS], const float (&s)[ROWS],
+                                                 int c)
+{
+    const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
+    const int SUB = PIECE < 8 ? PIECE : 8, I = a.w.cols;
+#pragma unroll
+    for (int at = 0; at < PIECE / SUB; at++) {
+        float w[ROWS][SUB];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            decode<DTYPE>(q[r], at, w[r]);
+            if (DTYPE == GLM_I4)
+#pragma unroll
+                for (int j = 0; j < SUB; j++)
+                    w[r][j] *= s[r];
+        }
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+            const float *x = a.inp + (size_t)min(n, a.N - 1) * I;
+#pragma unroll
+            for (int k = 0; k < SUB; k += 4) {
+                const f4 v = load4(x, c + at * SUB + k, I);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        sum[r][n] += w[r][k + j] * v.v[j];
+            }
+        }
+    }
+}
+
 /* out = inp W^T and what is added; GATED: swiglu of it, O / 2 columns */
 template <int DTYPE, int NB, int ROWS, bool GATED>
 static __device__ __forceinline__ void few_body(const few_rows &a)
 {
     const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
-    const int SUB = PIECE < 8 ? PIECE : 8;
     const int lane = threadIdx.x & 31, O = a.w.rows, I = a.w.cols;
     const int own = GATED ? ROWS / 2 : ROWS, outs = GATED ? O / 2 : O;
     const int first = (int)((blockIdx.x * blockDim.x + threadIdx.x) >> 5) * own;
@@ -102,51 +155,36 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
             sum[r][n] = 0;
     }
     if (I % PIECE == 0 && ((size_t)a.w.data & 15) == 0) {
-        uint4 ahead[ROWS]; /* the words of the next turn are on their way during each */
+        /* the words of DEPTH turns are on their way */
+        const int DEPTH = DTYPE != GLM_F16 && DTYPE != GLM_BF16 ? 1 : NB == 1 ? 3 : NB <= 4 ? 2 : 1;
+        const int TURN = 32 * PIECE;
+        uint4 ahead[DEPTH][ROWS];
 #pragma unroll
-        for (int r = 0; r < ROWS; r++)
-            if (lane * PIECE < I)
-                ahead[r] = *reinterpret_cast<const uint4 *>(row[r] + stored_bytes(DTYPE, lane * PIECE));
+        for (int d = 0; d < DEPTH; d++)
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+                if (lane * PIECE + d * TURN < I)
+                    ahead[d][r] = word_of<DTYPE>(row[r], lane * PIECE + d * TURN);
         after_previous();
-        for (int c = lane * PIECE; c < I; c += 32 * PIECE) {
-            uint4 q[ROWS];
-            float s[ROWS];
+        for (int c0 = lane * PIECE; c0 < I; c0 += DEPTH * TURN)
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                q[r] = ahead[r];
-                if (c + 32 * PIECE < I)
-                    ahead[r] = *reinterpret_cast<const uint4 *>(
-                        row[r] + stored_bytes(DTYPE, c + 32 * PIECE));
-                s[r] = DTYPE == GLM_I4 && a.w.group
-                           ? scale_at(a.w, row_at<GATED, ROWS>(first, r, O), c)
-                           : 1.0f;
-            }
-#pragma unroll
-            for (int at = 0; at < PIECE / SUB; at++) {
-                float w[ROWS][SUB];
+            for (int d = 0; d < DEPTH; d++) {
+                const int c = c0 + d * TURN;
+                if (d && c >= I)
+                    break;
+                uint4 q[ROWS];
+                float s[ROWS];
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
-                    decode<DTYPE>(q[r], at, w[r]);
-                    if (DTYPE == GLM_I4)
-#pragma unroll
-                        for (int j = 0; j < SUB; j++)
-                            w[r][j] *= s[r];
+                    q[r] = ahead[d][r];
+                    if (c + DEPTH * TURN < I)
+                        ahead[d][r] = word_of<DTYPE>(row[r], c + DEPTH * TURN);
+                    s[r] = DTYPE == GLM_I4 && a.w.group
+                               ? scale_at(a.w, row_at<GATED, ROWS>(first, r, O), c)
+                               : 1.0f;
                 }
-#pragma unroll
-                for (int n = 0; n < NB; n++) {
-                    const float *x = a.inp + (size_t)min(n, a.N - 1) * I;
-#pragma unroll
-                    for (int k = 0; k < SUB; k += 4) {
-                        const f4 v = load4(x, c + at * SUB + k, I);
-#pragma unroll
-                        for (int r = 0; r < ROWS; r++)
-#pragma unroll
-                            for (int j = 0; j < 4; j++)
-                                sum[r][n] += w[r][k + j] * v.v[j];
-                    }
-                }
+                add_words<DTYPE, NB, ROWS>(sum, a, q, s, c);
             }
-        }
     } else {
         after_previous();
         for (int c = lane; c < I; c += 32)
