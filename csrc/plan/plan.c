@@ -18,7 +18,7 @@
 
 #pragma GCC diagnostic ignored "-Wunused-parameter" /* an op's arguments are its specification */
 
-enum { KEPT_UPLOAD = 1 << 20, RECORDINGS = 4 };
+enum { KEPT_UPLOAD = 4 << 20, RECORDINGS = 4 };
 enum { SCRATCH_WEIGHT, SCRATCH_A, SCRATCH_B, SCRATCHES };
 
 struct region {
