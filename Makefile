@@ -38,7 +38,7 @@ all:
 	$(IDENTITY) >$@
 
 # as old as the beginning: what is edited while it builds is built by the next one
-build/ready: .venv/ready setup.py $(wildcard csrc/*.[ch] csrc/*/*.[ch] cuda/*.h)
+build/ready: .venv/ready setup.py $(wildcard csrc/*.[ch] csrc/*/*.[ch] cuda/*.[ch] cuda/*.cu*)
 	$(NEEDS)
 	mkdir -p build
 	touch $@.begun

@@ -1,8 +1,10 @@
 """Build glmlora._core from csrc/; flags per file suffix, so a baseline machine can import what
 newer ones run faster.
 
-GLMLORA_BUILD_CUDA=lib (by nvcc) or lib12 (by NVRTC 12.9) also builds the CUDA library and puts it
-into the wheel; GLMLORA_BUILD_CUDA=FILE.so takes one that is there. Nothing else needs either."""
+Where a GPU answers (nvidia-smi), the CUDA library for it is built too, by nvcc or NVRTC, whichever
+is there, and goes into the wheel; where neither is, it is said how to get one, and the rest is
+installed. GLMLORA_BUILD_CUDA=0 leaves the library out; lib (by nvcc) or lib12 (by NVRTC) builds
+it for all GPUs, on any machine, or fails; FILE.so takes one that is there."""
 
 import contextlib
 import glob
@@ -105,6 +107,17 @@ def without_what_the_compiler_lacks(sources, compiler):
     return kept
 
 
+def gpu_here():
+    """Whether an NVIDIA GPU answers, and what is built is for this machine."""
+    if "_PYTHON_HOST_PLATFORM" in os.environ:
+        return False
+    try:
+        words = ["nvidia-smi", "-L"]
+        return not subprocess.run(words, capture_output=True, timeout=60).returncode
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
 class BuildPerFile(build_ext):
     """build_ext that adds flags by file suffix and compiles in parallel what changed: a file is
     compiled again when it or a header it includes (the compiler lists them beside the object) is
@@ -136,7 +149,7 @@ class BuildPerFile(build_ext):
         self.compiler._compile, self.compiler.compile = collect, compile_changed
         super().build_extensions()
         self.keep_only(self.get_ext_fullpath("glmlora._core"))
-        self.add_cuda(os.environ.get("GLMLORA_BUILD_CUDA", ""))
+        self.add_cuda(os.environ.get("GLMLORA_BUILD_CUDA") or ("0" if sanitize else "here"))
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
@@ -150,14 +163,21 @@ class BuildPerFile(build_ext):
                 os.remove(other)
 
     def add_cuda(self, how):
-        """The CUDA library beside the module, where it is asked for."""
-        if not how:
+        """The CUDA library beside the module; in a checkout it is found where it is built."""
+        if how == "0" or (how == "here" and not gpu_here()):
             return
         library = how
         if not how.endswith(".so"):
             words = [sys.executable, "cuda/build.py", how]
-            told = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
-            library = told.split()[-1]
+            print(f"CUDA: {' '.join(words[1:])} takes a few minutes the first time", flush=True)
+            ran = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            last = ran.stdout.strip().rpartition("\n")[2]
+            if ran.returncode and how != "here":
+                raise CompileError(f"{' '.join(words)}:\n{ran.stdout}")
+            if ran.returncode:
+                print(f"CUDA: no library, glmlora computes on the CPU: {last}", file=sys.stderr)
+                return
+            library = last
         folder = os.path.dirname(os.path.abspath(self.get_ext_fullpath("glmlora._core")))
         self.copy_file(library, os.path.join(folder, os.path.basename(library)))
 

@@ -26,6 +26,8 @@ attention's; the output layer for the rows whose scores are read).
 from __future__ import annotations
 
 import argparse
+import collections
+import ctypes
 import json
 import os
 import queue
@@ -37,7 +39,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -450,6 +452,12 @@ SIDES: dict[str, Callable[[str], Side]] = {
     "chat int8": lambda device: Chat(device, 8),
     "train int4": lambda device: Train(device, 4),
 }
+GOALS = {  # of the card, times the peer, no more memory
+    "chat, token of 1 row": (0.8, 3.0, False),
+    "chat, prefill": (None, 1.0, False),
+    "train, LoRA step, even rows": (None, 1.2, True),
+    "train, LoRA step, uneven rows": (None, 2.0, True),
+}
 LIMIT = 90.0  # seconds of an item; of a side's beginning twice that
 
 
@@ -462,25 +470,66 @@ def work(side: str, device: str, skip: int) -> None:
     def tell(**fields: Any) -> None:
         print("@" + json.dumps(fields, default=str), flush=True)
 
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with its run
     begin = time.perf_counter()
     made = SIDES[side](device)
-    tell(ready=round(time.perf_counter() - begin, 1), facts=made.facts)
+    tell(about={"ready": round(time.perf_counter() - begin, 1)} | made.facts)
     for place, (name, call) in enumerate(made.items()):
         if place < skip and name != "checkpointing on":
             continue
-        tell(item=name)
+        tell(begun=name)
         begin = time.perf_counter()
         try:
             found = call()
         except Exception as error:  # the items after it are not to be lost
             text = traceback.format_exc()[-800:]
             found = {"failed": f"{type(error).__name__}: {error}"[:400], "trace": text}
-        tell(item=name, found=found | {"took": round(time.perf_counter() - begin, 1)})
+        tell(found=found | {"took": round(time.perf_counter() - begin, 1)})
         if "failed" in found and "CUDA" in found["failed"]:
-            sys.exit(3)  # such an error stays in its process
+            sys.exit("an error of the device stays in its process")
+    tell(about=made.facts, done=True)
 
 
 # ---- the run
+
+
+def started(*words: str) -> subprocess.Popen:
+    """A process that ended() ends with all that it started."""
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+def ended(child: subprocess.Popen) -> None:
+    """It has ended, or does now."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def lines_of(child: subprocess.Popen, patience: Callable[[], float]) -> Iterator[str]:
+    """What it prints. TimeoutError where a line takes longer than patience() seconds."""
+    lines: queue.Queue = queue.Queue()
+
+    def read() -> None:
+        for line in child.stdout:
+            lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=max(0.1, patience()))
+        except queue.Empty:
+            raise TimeoutError from None
+        if not line:
+            return
+        yield line
 
 
 class Run:
@@ -489,6 +538,11 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.end = args, time.perf_counter() + 60 * args.minutes
         self.told: dict[str, Any] = {"sides": {}}
+        self.limit = LIMIT
+
+    def patience(self) -> float:
+        """Seconds that the next line of a process may take."""
+        return min(self.limit, self.end + 5 - time.perf_counter())
 
     def save(self) -> None:
         """The file is whole at any time."""
@@ -506,101 +560,81 @@ class Run:
 
     def self_test(self) -> None:
         """Its parts at the same time, a process each."""
-        if not self.wanted("self-test"):
-            return
         parts = ("float32 norm",) if self.args.device == "emu" else PARTS
+        words = [sys.executable, "-m", "glmlora.tools.selftest", "--device", self.args.device]
         with tempfile.TemporaryDirectory() as folder:
-            running = {}
-            for place, part in enumerate(parts):
-                words = [sys.executable, "-m", "glmlora.tools.selftest", "--only", part]
-                words += ["--device", self.args.device, "--output", f"{folder}/{place}.json"]
-                running[part] = subprocess.Popen(
-                    words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-                )
-            found = self.told["self-test"] = {}
-            for part, child in running.items():
-                try:
-                    printed = child.communicate(timeout=2 * LIMIT)[0]
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    printed = child.communicate()[0] + f"\nno answer in {2 * LIMIT:.0f} s"
-                lines = printed.splitlines()
-                failed = [line for line in lines if line.startswith("FAIL")]
-                passed = sum(line.startswith("ok") for line in lines)
-                found[part] = {"passed": passed, "failed": failed, "last": lines[-1:]}
-                print(f"self-test {part}: {passed} passed, {len(failed)} failed", *failed,
-                      *lines[-1:], sep="\n  ", flush=True)  # fmt: skip
-                self.save()
+            files = {part: f"{folder}/{place}.json" for place, part in enumerate(parts)}
+            running = {p: started(*words, "--only", p, "--output", files[p]) for p in parts}
+            self.told["self-test"] = found = {}
+            try:
+                for part, child in running.items():
+                    found[part] = self.verdict(part, child)
+                    self.save()
+            finally:
+                for child in running.values():
+                    ended(child)
+
+    @staticmethod
+    def verdict(part: str, child: subprocess.Popen) -> dict[str, Any]:
+        try:
+            printed = child.communicate(timeout=2 * LIMIT)[0]
+        except subprocess.TimeoutExpired:
+            ended(child)
+            printed = child.communicate()[0] + f"\nno answer in {2 * LIMIT:.0f} s"
+        lines = printed.splitlines()
+        failed = [line for line in lines if line.startswith("FAIL")]
+        passed = sum(line.startswith("ok") for line in lines)
+        shown = [f"self-test {part}: {passed} passed, {len(failed)} failed", *failed, *lines[-1:]]
+        print(*shown, sep="\n  ", flush=True)
+        return {"passed": passed, "failed": failed, "last": lines[-1:]}
 
     def side(self, side: str) -> None:
         """Processes until each item was measured or failed."""
-        items: dict[str, Any] = {}
-        about = self.told["sides"][side] = {"items": items}
-        while self.wanted(side):
+        about = self.told["sides"][side] = {"items": {}}
+        before = -1
+        while before < len(about["items"]):  # the last process got on by an item, at least
             if time.perf_counter() > self.end:
                 about["left out"] = "no time left"
                 break
-            before = len(items)
-            ended = self.process(side, len(items), about, items)
-            self.save()
-            if ended is None:
+            before = len(about["items"])
+            how = self.process(side, about)
+            if not how:
                 break
-            about.setdefault("ended", []).append(ended)
-            print(f"{side}: {ended}", flush=True)
-            if len(items) == before:  # not even one item more
-                break
+            about.setdefault("ended", []).append(how)
+            print(f"{side}: {how}", flush=True)
+        self.save()
 
-    def process(self, side, skip, about, items) -> str | None:
-        """None where it came to its end, else how it ended; what it found goes into `items`."""
-        words = [sys.executable, __file__, "--device", self.args.device, "--side", side]
-        child = subprocess.Popen(
-            [*words, "--skip-items", str(skip)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        lines: queue.Queue = queue.Queue()
-
-        def read() -> None:
-            for line in child.stdout:
-                lines.put(line)
-            lines.put(None)
-
-        threading.Thread(target=read, daemon=True).start()
-        at, limit, last = None, 2 * LIMIT, []
+    def process(self, side: str, about: dict[str, Any]) -> str:
+        """The items that are not in `about` yet. "" where it came to its end, else how it ended."""
+        items, begun, self.limit = about["items"], "", 2 * LIMIT
+        printed: collections.deque = collections.deque(maxlen=15)
+        words = [sys.executable, sys.argv[0], "--device", self.args.device, "--side", side]
+        child = started(*words, "--skip-items", str(len(items)))
         try:
-            while True:
-                line = lines.get(timeout=max(1.0, min(limit, self.end - time.perf_counter() + 5)))
-                if line is None:
-                    break
+            for line in lines_of(child, self.patience):
                 if not line.startswith("@"):
-                    last = [*last[-15:], line.rstrip()[:200]]
+                    printed.append(line.rstrip()[:200])
                     continue
                 fields = json.loads(line[1:])
-                if "ready" in fields:
-                    about |= {"ready": fields["ready"]} | fields["facts"]
-                elif "found" in fields:
-                    at, found = None, fields["found"]
-                    items[fields["item"]] = found
+                about |= fields.get("about", {})
+                begun, self.limit = fields.get("begun", begun), LIMIT
+                if "found" in fields:
+                    items[begun] = found = fields["found"]
                     short = {k: v for k, v in found.items() if k not in ("kernels", "trace")}
-                    print(f"{side}, {fields['item']}: {short}", flush=True)
-                else:
-                    at = fields["item"]
-                limit = LIMIT
+                    print(f"{side}, {begun}: {short}", flush=True)
+                    begun = ""
                 self.save()
-        except queue.Empty:
-            how = f"no answer in {limit:.0f} s"
-        else:
-            status = child.wait()
-            how = None if status == 0 else f"its process ended with status {status}"
+                if "done" in fields:
+                    return ""
+            how = f"its process ended with status {child.wait()}"
+        except TimeoutError:
+            late = time.perf_counter() > self.end
+            how = "no time left" if late else f"no answer in {self.limit:.0f} s"
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-        if how and at:
-            items[at] = {"failed": how, "printed": last}
-        return f"{how}: {' | '.join(last[-3:])}" if how and status_of(items, at) != "told" else how
+            ended(child)
+        if begun:
+            items[begun] = {"failed": how, "printed": list(printed)}
+        return " | ".join([how, *list(printed)[-3:]])
 
     def table(self) -> None:
         """Ours beside the peer's, and what was aimed at."""
@@ -641,11 +675,25 @@ class Run:
             cells += [shown(row["share"], "{:.0%}")]
             cells += [shown(m and m / 1e9, "{:.2f}") for m in row["memory"]]
             print(f"| {' | '.join(cells)} |")
+        print()
+        for row in rows:
+            name = f"{row['side']}, {row['item']}"
+            for goal in (GOALS[begin] for begin in GOALS if name.startswith(begin)):
+                print(f"{name}: {verdict_on(row, *goal)}")
 
 
-def status_of(items: dict[str, Any], at: str | None) -> str:
-    """Whether the item at work was told to have failed by its own process."""
-    return "told" if at is None and any("failed" in v for v in items.values()) else "untold"
+def verdict_on(row: dict[str, Any], share: float | None, times: float, memory: bool) -> str:
+    """MET, NOT MET or not known, and by what."""
+    mine, theirs = row["memory"]
+    parts = [(row["share"], share, "of the card")] if share else []
+    known = row["peer"] and row["seconds"]
+    parts.append((known and row["peer"] / row["seconds"], times, "times the peer"))
+    if memory:
+        parts.append((mine and theirs and theirs / mine, 1.0, "times less memory"))
+    if any(not found for found, _, _ in parts):
+        return "not known, something was not measured"
+    told = ", ".join(f"{found:.2f} {what} (goal {goal})" for found, goal, what in parts)
+    return f"{'MET' if all(found >= goal for found, goal, _ in parts) else 'NOT MET'}: {told}"
 
 
 def main() -> None:
@@ -672,11 +720,13 @@ def main() -> None:
             f"{args.device}: {found['why']}; python cuda/build.py "
             f"{'emu' if args.device == 'emu' else 'lib'} builds the library"
         )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and its processes with it
     run = Run(args)
     run.told["device"] = found
     run.save()
-    run.self_test()
-    for side in SIDES:
+    if run.wanted("self-test"):
+        run.self_test()
+    for side in filter(run.wanted, SIDES):
         run.side(side)
     run.table()
     print(f"\n{found['name']}; {args.json}")

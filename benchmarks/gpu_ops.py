@@ -138,6 +138,26 @@ def cases(type_: str) -> Iterator[tuple[str, float, Callable[[Any], None]]]:
 
             nbytes = 2 * F * C * {I8: 1, I4: 0.5625}.get(dtype, 4 if own == F32 else 2)
             yield f"linear {name} dense_h_to_4h with swiglu, {n} rows", nbytes, gated
+    n, R = 2048, 8  # noqa: N806
+    A, B = normal(R, C), normal(QKV, R)  # noqa: N806
+    x, dy, xa = normal(n, C), normal(n, QKV), normal(n, R)
+    weight = "linear_backward_weight"
+    adapter = {
+        "x A": ("linear_forward", np.empty((n, R), np.float32), x, Mat(A, F32), None, n, 1.0, 0),
+        "dy B": ("linear_backward_input", np.empty((n, R), np.float32), dy, Mat(B, F32), n, 1.0, 0),
+        "u A": ("linear_backward_input", np.empty((n, C), np.float32), xa, Mat(A, F32), n, 1.0, 1),
+        "dB": (weight, np.empty((QKV, R), np.float32), None, dy, xa, n, QKV, R, 1.0),
+        "dA": (weight, np.empty((R, C), np.float32), None, xa, x, n, R, C, 1),
+    }  # fmt: skip
+    for name, (op, *args) in adapter.items():
+        yield f"adapter {name}", 0, lambda o, op=op, args=args: getattr(o, op)(*args)
+    bias = normal(QKV)
+
+    def adapted(o):
+        o.adapted_forward(np.empty((n, QKV), np.float32), x, matrix(QKV, C, own), bias, xa,
+                          Mat(B, F32), n, 0.5)  # fmt: skip
+
+    yield "adapter adapted_forward", 0, adapted
     heads = Heads(NH, KVH, HD, 1)
     for rows, past in ((1, 128), (1, 1024), (1, 8192), (1, 32000), (16, 1024), (64, 1024)):
 

@@ -83,10 +83,9 @@ static int find_library(char path[4096], const char *kind)
 }
 
 /* The library's functions; a library of the other kind is refused by the name it says. */
-static glm_status open_library(void **library, const struct device_name *which, const char *name,
-                               struct glm_error *err)
+static glm_status open_library(void **library, char path[4096], const struct device_name *which,
+                               const char *name, struct glm_error *err)
 {
-    char path[4096];
     if (!find_library(path, which->library))
         return glm_fail(err, GLM_EVALUE,
                         "backend '%s': this build has no library for it: build one with "
@@ -113,8 +112,9 @@ static glm_status cuda_create(struct glm_backend **out, const struct device_name
                               const char *name, struct glm_error *err)
 {
     void *library;
+    char path[4096];
     glm_status (*create)(struct glm_backend **, int, enum glm_dtype, struct glm_error *);
-    GLM_TRY(open_library(&library, which, name, err));
+    GLM_TRY(open_library(&library, path, which, name, err));
     *(void **)&create = dlsym(library, "glm_cuda_create");
     return create(out, which->device, which->compute, err);
 }
@@ -123,13 +123,27 @@ glm_status glm_device_info(const char *name, struct glm_device *out, struct glm_
 {
     struct device_name which;
     void *library;
+    char path[4096];
     glm_status (*info)(int, struct glm_device *, struct glm_error *);
     *out = (struct glm_device){0};
     if (!parse_device(&which, name))
         return glm_fail(err, GLM_EVALUE, "device '%s': expected cuda[:N] or emu[:N]", name);
-    GLM_TRY(open_library(&library, &which, name, err));
+    GLM_TRY(open_library(&library, path, &which, name, err));
     *(void **)&info = dlsym(library, "glm_cuda_info");
     return info(which.device, out, err);
+}
+
+glm_status glm_device_library(const char *name, struct glm_library *out, struct glm_error *err)
+{
+    struct device_name which;
+    void *library;
+    const char *(*about)(char *, size_t);
+    if (!parse_device(&which, name))
+        return glm_fail(err, GLM_EVALUE, "device '%s': expected cuda[:N] or emu[:N]", name);
+    GLM_TRY(open_library(&library, out->path, &which, name, err));
+    *(void **)&about = dlsym(library, "glm_cuda_about");
+    out->built = about(out->cublas, sizeof out->cublas);
+    return GLM_OK;
 }
 
 /* ---- names */

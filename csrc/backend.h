@@ -126,6 +126,13 @@ struct glm_backend {
     void (*set_threads)(struct glm_backend *be, int threads);
     int (*threads)(struct glm_backend *be);
 
+    /* Around a call of the model and around ops that no such call makes: leave(enter()) in one
+     * thread. A GPU is the thread's current device in between, and the one that was is again
+     * afterwards, for the sake of other libraries there. NULL: there is no such thing. The other
+     * functions of this table need neither. */
+    int (*enter)(struct glm_backend *be);
+    void (*leave)(struct glm_backend *be, int before);
+
     /* poll(arg) is called from the thread that called the op, about every 50 ms while an op runs.
      * Once it returns non-zero the op skips its remaining work, its outputs are undefined, and
      * stopped() is 1 until set_poll. */
@@ -180,6 +187,14 @@ struct glm_device {
 /* Of "cuda[:N]" or "emu[:N]". GLM_EVALUE when there is no library for it, or no device N among
  * those that exist. */
 glm_status glm_device_info(const char *name, struct glm_device *out, struct glm_error *err);
+
+/* The library of "cuda" or "emu": its file, how it was built, and the cuBLAS that it finds. GLM_EVALUE
+ * where there is none. */
+struct glm_library {
+    char path[4096], cublas[4200];
+    const char *built;
+};
+glm_status glm_device_library(const char *name, struct glm_library *out, struct glm_error *err);
 
 /* The whole name that a short one stands for, which is the name of the backend made from it. */
 void glm_backend_name(char full[64], const char *name);

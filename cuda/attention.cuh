@@ -14,12 +14,16 @@ struct attention {
     const struct glm_segment *segments;
     int n_segments, NH, KVH, HD, G; /* G query heads to a key head */
     float scale;
-    float *out, *lse;  /* forward writes, backward reads */
+    float *out, *lse;      /* forward writes, backward reads */
+    unsigned short *pairs; /* keys and values in 16 bits: see pair_at */
+    int tokens;            /* rows of qkv */
     const float *dout; /* backward */
     float *dqkv, *dcache_k, *dcache_v;
     float *largest;              /* |dout| of each block, or NULL */
     const float *factor, *alpha; /* of dout in 16 bits, and its inverse; NULL: 1 */
 };
+
+#define LOG2_E 1.4426950408889634f
 
 static __device__ __forceinline__ int before(const glm_segment &s)
 {
@@ -53,6 +57,19 @@ static __device__ __forceinline__ pair_of key_of(const attention &a, const glm_s
     p.k = a.cache_k + at;
     p.v = a.cache_v + at;
     return p;
+}
+
+/* Where its 16-bit copy begins, the value D behind it: (row, KVH, key or value, D), the rows of qkv
+ * before those of the cache. */
+template <int D>
+static __device__ __forceinline__ size_t pair_at(const attention &a, const glm_segment &s, int g,
+                                                 int j)
+{
+    int row = s.begin + j - before(s);
+    if (j < before(s))
+        row = a.tokens +
+              (j < s.shared_count ? s.shared_begin + j : s.past_begin + j - s.shared_count);
+    return ((size_t)row * a.KVH + g) * (2 * D);
 }
 
 /* The same below `end`, else NULL: zeros, where it goes into a tile. */
@@ -209,6 +226,7 @@ static inline attention attention_of(const void *qkv, struct glm_kv cache,
     a.n_segments = n_segments;
     a.NH = heads.NH;
     a.KVH = heads.KVH;
+    a.tokens = heads.tokens;
     a.HD = heads.HD;
     a.G = heads.NH / heads.KVH;
     a.scale = (float)(1 / sqrt((double)heads.HD));

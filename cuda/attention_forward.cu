@@ -10,6 +10,10 @@
  * times its value: if that value is NaN, rows of the same tile before it are NaN too. */
 #include "attention.cuh"
 
+#ifdef GLM_HOST
+#include "products.h"
+#endif
+
 template <int T> static __device__ __forceinline__ void forward_tiles(const attention &a)
 {
     const int LANES = 128 / T, KEYS = T > LANES ? T / LANES : 1;
@@ -96,122 +100,264 @@ GLM_TILE_KERNEL(128, 3) k_attention_forward_8(attention a) { forward_tiles<8>(a)
 
 /* ---- 16 bits */
 
+/* 1 when a segment before i, that goes by tiles, shares the cache row. */
+static __device__ __forceinline__ int done_before(const attention &a, int i, int row)
+{
+    for (int j = 0; j < i; j++) {
+        const glm_segment s = a.segments[j];
+        if (s.count > GLM_DECODE_TOKENS && row >= s.shared_begin &&
+            row < s.shared_begin + s.shared_count)
+            return 1;
+    }
+    return 0;
+}
+
+/* Keys and values of every row that a tile may ask for, once in 16 bits, rows of D with zeros past
+ * HD: (row, KVH, key or value, D), rows of qkv first, then those of the cache. */
+template <int D, bool BF16> static __device__ __forceinline__ void narrow_pairs(const attention &a)
+{
+    const int STEPS = D / 8, of_row = 2 * a.KVH * STEPS;
+    const size_t step = (size_t)gridDim.x * blockDim.x;
+    size_t item = (size_t)blockIdx.x * blockDim.x + threadIdx.x, first = 0;
+    for (int i = 0; i < a.n_segments; i++) {
+        const glm_segment s = a.segments[i];
+        const size_t items = s.count > GLM_DECODE_TOKENS ? (size_t)(before(s) + s.count) * of_row : 0;
+        for (; item < first + items; item += step) {
+            const int j = (int)((item - first) / of_row), e = (int)((item - first) % of_row);
+            const int g = e / (2 * STEPS), value = e / STEPS % 2, c = 8 * (e % STEPS);
+            if (j < s.shared_count && done_before(a, i, s.shared_begin + j))
+                continue;
+            const pair_of kv = key_of(a, s, g, j);
+            narrow8_row<BF16>(a.pairs + pair_at<D>(a, s, g, j) + value * D,
+                              value ? kv.v : kv.k, a.HD, c, 1);
+        }
+        first += items;
+    }
+}
+
+GLM_KERNEL(256) k_attention_pairs_f16_64(attention a) { narrow_pairs<64, false>(a); }
+GLM_KERNEL(256) k_attention_pairs_f16_128(attention a) { narrow_pairs<128, false>(a); }
+GLM_KERNEL(256) k_attention_pairs_bf16_64(attention a) { narrow_pairs<64, true>(a); }
+GLM_KERNEL(256) k_attention_pairs_bf16_128(attention a) { narrow_pairs<128, true>(a); }
+
+#ifndef GLM_M
+#define GLM_M 2
+#define GLM_T 64
+#define GLM_B 2
+#endif
+enum { FRAGMENTS = GLM_M, ROWS = 4 * 16 * FRAGMENTS, KEYS = GLM_T };
+
+/* Keys k0 .. k0 + KEYS - 1 of a segment, or their values: those from `last` on are zeros. */
+template <int D>
+static __device__ __forceinline__ void copy_tile(unsigned short *tile, const attention &a,
+                                                 const glm_segment &s, int g, int k0, int last,
+                                                 int value)
+{
+    const int STEPS = D / 8, c = threadIdx.x % STEPS;
+    const unsigned short *from = a.pairs + value * D + 8 * c;
+#pragma unroll
+    for (int n = 0; n < KEYS * STEPS / 128; n++) {
+        const int r = threadIdx.x / STEPS + n * (128 / STEPS), j = k0 + r;
+        copy16(tile + swizzled<D>(r, c), from + pair_at<D>(a, s, g, min(j, last - 1)), j < last);
+    }
+    copies_commit();
+}
+
 template <int D, bool BF16>
 static __device__ __forceinline__ void forward_fragments(const attention &a)
 {
-    const int ROWS = 64, KEYS = 32, LD = D + 8, STEPS = D / 8;
-    GLM_DYN_SHARED(unsigned short, shared); /* queries, then keys and values: both 64 rows */
-    unsigned short *ks = shared, *vs = shared + KEYS * LD;
+    const int STEPS = D / 8, M = FRAGMENTS;
+    GLM_DYN_SHARED(unsigned short, qs);
+    unsigned short *ks = qs + ROWS * D, *vs = ks + KEYS * D;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, HD = a.HD;
+    const float scale = a.scale * LOG2_E;
+    /* where this lane reads fragments of queries, keys and values: a row, and how it is turned */
+    const unsigned short *q_row = qs + (16 * M * warp + lane % 16) * D,
+                         *k_row = ks + (8 * (lane / 16) + lane % 8) * D,
+                         *v_row = vs + lane % 16 * D;
+    const int q_turn = lane / 16 ^ lane % 8, k_turn = lane / 8 % 2 ^ lane % 8;
     int item = blockIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int rows = s.count * a.G, tiles = (rows + ROWS - 1) / ROWS;
         const int items = s.count > GLM_DECODE_TOKENS ? tiles * a.KVH : 0;
         for (; item < first + items; item += gridDim.x) {
+            /* the longest rows first */
             const int g = (item - first) % a.KVH,
                       row0 = (tiles - 1 - (item - first) / a.KVH) * ROWS;
             const int last = seen_by(s, (min(row0 + ROWS, rows) - 1) / a.G);
-            const int row = row0 + 16 * warp + lane / 4; /* and row + 8 */
-            const bool real[2] = {row < rows, row + 8 < rows};
-            const int seen[2] = {real[0] ? seen_by(s, row / a.G) : 0,
-                                 real[1] ? seen_by(s, (row + 8) / a.G) : 0};
-            unsigned query[D / 16][4];
-            float mix[STEPS][4], most[2] = {-GLM_INFINITY, -GLM_INFINITY}, total[2] = {0, 0};
-            __syncthreads(); /* readers of the item before */
-            load_queries<D, ROWS, BF16>(shared, a, s, g, row0, rows);
-            __syncthreads();
+            const int row = row0 + 16 * M * warp; /* the warp's first */
+            /* keys that all its rows see */
+            const int common = seen_by(s, min(row, rows - 1) / a.G);
+            float mix[M][STEPS][4], most[M][2], total[M][2];
 #pragma unroll
-            for (int d = 0; d < D / 16; d++)
-                load_a<LD>(query[d], shared + 16 * warp * LD + 16 * d);
-            clear<STEPS>(mix);
+            for (int m = 0; m < M; m++) {
+                clear<STEPS>(mix[m]);
+                most[m][0] = most[m][1] = -GLM_INFINITY;
+                total[m][0] = total[m][1] = 0;
+            }
+            /* the item before left qs and ks at its last barrier */
+            copy_tile<D>(ks, a, s, g, 0, last, 0);
+            for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
+                const int r = e / STEPS, c = e % STEPS;
+                const float *from = row0 + r < rows ? query_of(a, s, g, row0 + r) : NULL;
+                narrow8_row<BF16>(qs + swizzled<D>(r, c) - 8 * c, from, HD, 8 * c, 1);
+            }
             for (int k0 = 0; k0 < last; k0 += KEYS) {
-                __syncthreads(); /* readers of the tile before */
-                load_keys<D, KEYS, BF16>(ks, vs, a, s, g, k0, last);
-                __syncthreads();
-                float score[KEYS / 8][4];
-                clear<KEYS / 8>(score);
+                copies_wait<0>();
+                __syncthreads(); /* keys are there; readers of the values before */
+                copy_tile<D>(vs, a, s, g, k0, last, 1);
+                float score[M][KEYS / 8][4];
 #pragma unroll
-                for (int d = 0; d < D / 16; d++)
+                for (int m = 0; m < M; m++)
+                    clear<KEYS / 8>(score[m]);
+#pragma unroll
+                for (int d = 0; d < D / 16; d++) {
+                    unsigned query[M][4];
+#pragma unroll
+                    for (int m = 0; m < M; m++)
+                        load_fragments<false>(query[m],
+                                              q_row + 16 * m * D + turned(2 * d, q_turn));
 #pragma unroll
                     for (int n = 0; n < KEYS / 8; n += 2) {
                         unsigned b[4];
-                        load_b<LD>(b, ks + 8 * n * LD + 16 * d);
-                        mma_pair<BF16>(score + n, query[d], b);
+                        load_fragments<false>(b, k_row + 8 * n * D + turned(2 * d, k_turn));
+#pragma unroll
+                        for (int m = 0; m < M; m++)
+                            mma_pair<BF16>(score[m] + n, query[m], b);
                     }
-                float shrink[2];
+                }
+                if (k0 + KEYS > common) {
 #pragma unroll
-                for (int h = 0; h < 2; h++) { /* rows `row` and `row` + 8: a quad of lanes each */
-                    float top = -GLM_INFINITY, sum = 0;
+                    for (int m = 0; m < M; m++)
 #pragma unroll
-                    for (int n = 0; n < KEYS / 8; n++)
+                        for (int h = 0; h < 2; h++) {
+                            const int r = min(row + 16 * m + 8 * h + lane / 4, rows - 1);
+                            const int seen = seen_by(s, r / a.G) - k0 - 2 * (lane % 4);
 #pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            const int key = k0 + 8 * n + 2 * (lane % 4) + j;
-                            float *x = &score[n][2 * h + j];
-                            *x = key < seen[h] ? *x * a.scale : -GLM_INFINITY;
-                            top = fmaxf(top, *x);
+                            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                                for (int j = 0; j < 2; j++)
+                                    if (8 * n + j >= seen)
+                                        score[m][n][2 * h + j] = -GLM_INFINITY;
                         }
-                    top = fmaxf(most[h], lanes_max<4>(top));
-                    shrink[h] = top == most[h] ? 1.0f : expf(most[h] - top);
-                    most[h] = top;
+                }
+                float shrink[M][2];
+                bool grew = false;
 #pragma unroll
-                    for (int n = 0; n < KEYS / 8; n++)
+                for (int m = 0; m < M; m++)
 #pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            float *x = &score[n][2 * h + j];
-                            *x = expf(*x - top); /* of a hidden key: 0 */
-                            sum += *x;
+                    for (int h = 0; h < 2; h++) { /* a row is a quad's */
+                        float top = most[m][h];
+#pragma unroll
+                        for (int n = 0; n < KEYS / 8; n++)
+                            top = fmaxf(top, fmaxf(score[m][n][2 * h], score[m][n][2 * h + 1]));
+                        top = lanes_max<4>(top);
+                        shrink[m][h] = 1;
+                        if (top != most[m][h]) {
+                            shrink[m][h] = exp2_of((most[m][h] - top) * scale);
+                            grew = true;
                         }
-                    total[h] = total[h] * shrink[h] + lanes_sum<4>(sum);
+                        most[m][h] = top;
+                    }
+                if (__any_sync(0xffffffffu, grew)) {
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+#pragma unroll
+                        for (int n = 0; n < STEPS; n++) {
+                            mix[m][n][0] *= shrink[m][0], mix[m][n][1] *= shrink[m][0];
+                            mix[m][n][2] *= shrink[m][1], mix[m][n][3] *= shrink[m][1];
+                        }
+                        total[m][0] *= shrink[m][0], total[m][1] *= shrink[m][1];
+                    }
                 }
 #pragma unroll
-                for (int n = 0; n < STEPS; n++) {
-                    mix[n][0] *= shrink[0], mix[n][1] *= shrink[0];
-                    mix[n][2] *= shrink[1], mix[n][3] *= shrink[1];
-                }
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const float shift = most[m][h] * scale;
+#pragma unroll
+                        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                            for (int j = 0; j < 2; j++) {
+                                float *x = &score[m][n][2 * h + j];
+                                *x = exp2_of(*x * scale - shift); /* of a hidden key: 0 */
+                                total[m][h] += *x; /* this lane's keys */
+                            }
+                    }
+                copies_wait<0>();
+                __syncthreads(); /* values are there; readers of the keys */
+                if (k0 + KEYS < last)
+                    copy_tile<D>(ks, a, s, g, k0 + KEYS, last, 0);
 #pragma unroll
                 for (int k = 0; k < KEYS / 16; k++) {
-                    unsigned p[4], b[4];
-                    pack_a<BF16>(p, score + 2 * k);
+                    unsigned p[M][4];
+#pragma unroll
+                    for (int m = 0; m < M; m++)
+                        pack_a<BF16>(p[m], score[m] + 2 * k);
 #pragma unroll
                     for (int n = 0; n < STEPS; n += 2) {
-                        load_b_columns<LD>(b, vs + 16 * k * LD + 8 * n);
-                        mma_pair<BF16>(mix + n, p, b);
+                        unsigned b[4];
+                        load_fragments<true>(b, v_row + 16 * k * D + turned(n, q_turn));
+#pragma unroll
+                        for (int m = 0; m < M; m++)
+                            mma_pair<BF16>(mix[m] + n, p[m], b);
                     }
                 }
             }
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                if (!real[h])
-                    continue;
-                const size_t at = head_row(a, s, g, row + 8 * h);
-                const float share = 1.0f / total[h];
+            for (int m = 0; m < M; m++)
 #pragma unroll
-                for (int n = 0; n < STEPS; n++) {
-                    put2(a.out + at * HD, 8 * n + 2 * (lane % 4), HD, mix[n][2 * h] * share,
-                         mix[n][2 * h + 1] * share);
+                for (int h = 0; h < 2; h++) {
+                    const float sum = lanes_sum<4>(total[m][h]), share = 1.0f / sum;
+                    const int r = row + 16 * m + 8 * h + lane / 4;
+                    if (r >= rows)
+                        continue;
+                    const size_t at = head_row(a, s, g, r);
+#pragma unroll
+                    for (int n = 0; n < STEPS; n++)
+                        put2(a.out + at * HD, 8 * n + 2 * (lane % 4), HD,
+                             mix[m][n][2 * h] * share, mix[m][n][2 * h + 1] * share);
+                    if (lane % 4 == 0)
+                        a.lse[at] = most[m][h] * a.scale + logf(sum);
                 }
-                if (lane % 4 == 0)
-                    a.lse[at] = most[h] + logf(total[h]);
-            }
         }
         first += items;
     }
 }
 
-GLM_TILE_KERNEL(128, 2) k_attention_forward_f16_64(attention a) { forward_fragments<64, false>(a); }
-GLM_TILE_KERNEL(128, 2) k_attention_forward_f16_128(attention a)
+GLM_TILE_KERNEL(128, GLM_B) k_attention_forward_f16_64(attention a) { forward_fragments<64, false>(a); }
+GLM_TILE_KERNEL(128, GLM_B) k_attention_forward_f16_128(attention a)
 {
     forward_fragments<128, false>(a);
 }
-GLM_TILE_KERNEL(128, 2) k_attention_forward_bf16_64(attention a) { forward_fragments<64, true>(a); }
-GLM_TILE_KERNEL(128, 2) k_attention_forward_bf16_128(attention a)
+GLM_TILE_KERNEL(128, GLM_B) k_attention_forward_bf16_64(attention a) { forward_fragments<64, true>(a); }
+GLM_TILE_KERNEL(128, GLM_B) k_attention_forward_bf16_128(attention a)
 {
     forward_fragments<128, true>(a);
 }
 
 #ifdef GLM_HOST
+static void forward_narrow(struct cuda *cuda, attention a, int blocks, int rows)
+{
+    typedef void (*attention_kernel)(attention);
+    static const attention_kernel pairs[2][2] = {
+        {k_attention_pairs_f16_64, k_attention_pairs_f16_128},
+        {k_attention_pairs_bf16_64, k_attention_pairs_bf16_128}};
+    static const attention_kernel forward[2][2] = {
+        {k_attention_forward_f16_64, k_attention_forward_f16_128},
+        {k_attention_forward_bf16_64, k_attention_forward_bf16_128}};
+    const int bf16 = cuda->compute == GLM_BF16, wide = a.HD > 64, D = wide ? 128 : 64;
+    const attention_kernel k_pairs = pairs[bf16][wide], k_forward = forward[bf16][wide];
+    const size_t bytes = glm_pairs_bytes(a.tokens + rows, a.KVH, a.HD);
+    a.pairs = (unsigned short *)glm_cuda_scratch(cuda, SCRATCH_A, bytes);
+    if (!a.pairs)
+        return;
+    GLM_LAUNCH(cuda, "attention_forward", k_pairs, blocks, 256, 0, a);
+    GLM_LAUNCH(cuda, "attention_forward", k_forward, blocks, 128,
+               (size_t)(ROWS + 2 * KEYS) * D * 2, a);
+}
+
 extern "C" void glm_cuda_attention_forward(void *cx, void *out, void *lse, const void *qkv,
                                            struct glm_kv cache, const struct glm_segment *segments,
                                            int n_segments, struct glm_heads heads)
@@ -227,14 +373,9 @@ extern "C" void glm_cuda_attention_forward(void *cx, void *out, void *lse, const
     glm_cuda_attention_decode(cuda, a, heads);
     if (heads.longest && heads.longest <= GLM_DECODE_TOKENS)
         return; /* tiles would find nothing to do */
-    if (cuda->compute != GLM_F32 && a.HD <= 128) {
-        void (*const kernels[2][2])(attention) = {
-            {k_attention_forward_f16_64, k_attention_forward_f16_128},
-            {k_attention_forward_bf16_64, k_attention_forward_bf16_128}};
-        void (*const kernel)(attention) = kernels[cuda->compute == GLM_BF16][a.HD > 64];
-        const size_t narrow = (size_t)64 * ((a.HD > 64 ? 128 : 64) + 8) * 2;
-        GLM_LAUNCH(cuda, "attention_forward", kernel, blocks, 128, narrow, a);
-    } else if (T == 32)
+    if (cuda->compute != GLM_F32 && a.HD <= 128)
+        forward_narrow(cuda, a, blocks, heads.rows);
+    else if (T == 32)
         GLM_LAUNCH(cuda, "attention_forward", k_attention_forward_32, blocks, 128, bytes, a);
     else if (T == 16)
         GLM_LAUNCH(cuda, "attention_forward", k_attention_forward_16, blocks, 128, bytes, a);

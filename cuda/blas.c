@@ -24,12 +24,14 @@ glm_status glm_blas_open(struct glm_blas *blas, cudaStream_t stream, struct glm_
     blas->gemm = (glm_gemm_fn)cublasGemmEx;
     blas->set_stream = (int (*)(void *, cudaStream_t))cublasSetStream_v2;
     blas->set_pointer_mode = (int (*)(void *, int))cublasSetPointerMode_v2;
-    blas->set_workspace = NULL;
+    blas->set_workspace = (int (*)(void *, void *, size_t))cublasSetWorkspace_v2;
     blas->destroy = (int (*)(void *))cublasDestroy_v2;
     if (blas->set_stream(handle, stream))
         return glm_fail(err, GLM_EMEMORY, "the emulated cuBLAS cannot be started");
     return GLM_OK;
 }
+
+void glm_blas_about(char *out, size_t bytes) { snprintf(out, bytes, "the emulator's"); }
 
 #else
 
@@ -74,14 +76,33 @@ static void *open_library(void)
     return NULL;
 }
 
+void glm_blas_about(char *out, size_t bytes)
+{
+    void *library = open_library(), *gemm = library ? dlsym(library, "cublasGemmEx") : NULL;
+    int (*property)(int which, int *value) = NULL;
+    int version[3] = {0, 0, 0};
+    Dl_info file;
+    if (!gemm || !dladdr(gemm, &file)) {
+        snprintf(out, bytes,
+                 "libcublas.so.%d is not found: install nvidia-cublas%s, or the CUDA toolkit",
+                 MAJORS[0], MAJORS[0] == 12 ? "-cu12" : "");
+        return;
+    }
+    *(void **)&property = dlsym(library, "cublasGetProperty");
+    for (int i = 0; property && i < 3; i++) /* of libraryPropertyType */
+        property(i, &version[i]);
+    snprintf(out, bytes, "%s, version %d.%d.%d", file.dli_fname, version[0], version[1],
+             version[2]);
+}
+
 glm_status glm_blas_open(struct glm_blas *blas, cudaStream_t stream, struct glm_error *err)
 {
     void *library = open_library();
-    if (!library)
-        return glm_fail(
-            err, GLM_EVALUE,
-            "libcublas.so.%d is not found: install nvidia-cublas%s, or the CUDA toolkit", MAJORS[0],
-            MAJORS[0] == 12 ? "-cu12" : "");
+    char about[160];
+    if (!library) {
+        glm_blas_about(about, sizeof about);
+        return glm_fail(err, GLM_EVALUE, "%s", about);
+    }
     int (*create)(void **) = NULL;
     *(void **)&create = dlsym(library, "cublasCreate_v2");
     *(void **)&blas->gemm = dlsym(library, "cublasGemmEx");

@@ -7,6 +7,8 @@
                                           spills and local memory are errors
     python cuda/build.py budget           shared memory, occupancy, tensor cores and 128-bit moves
                                           of what the gate compiled
+    python cuda/build.py here             the library for the GPU of this machine, by nvcc where
+                                          it is installed, else by NVRTC; what `pip install` does
     python cuda/build.py lib              libglm_cuda.so by nvcc, for all architectures
     python cuda/build.py nvrtc            the gate by NVRTC 12.9 (wheels nvidia-cuda-nvrtc-cu12,
                                           -runtime-cu12 and -nvcc-cu12), cubins for sm_70 to sm_120
@@ -14,8 +16,9 @@
                                           CUDA 12 and newer
 
 EMU_DIR (default cuda/emu): where the emulator is. OUT (default build/cuda): where results go.
-ARCHS (default "75 80 86 89 90"): for nvcc. NVIDIA_WHEELS: a folder that the wheels were installed
-into, where it is not site-packages. Only files that changed are compiled; one at a time.
+ARCHS (default "75 80 86 89 90"): for nvcc, which is looked for on PATH and in CUDA_HOME
+(default /usr/local/cuda). NVIDIA_WHEELS: a folder that the wheels were installed
+into, where it is not site-packages. Only files that changed are compiled.
 """
 
 from __future__ import annotations
@@ -24,15 +27,32 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import CUDA, EMU, HEADERS, HOST, INCLUDE, KERNELS, OUT, ROOT, run, stale
+from common import (
+    CUDA,
+    EMU,
+    HEADERS,
+    HOST,
+    INCLUDE,
+    KERNELS,
+    OUT,
+    ROOT,
+    about,
+    run,
+    stale,
+    written,
+)
 
 ARCHS = os.environ.get("ARCHS", "75 80 86 89 90").split()
+CUDA_HOME = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+NVCC = shutil.which("nvcc") or shutil.which(f"{CUDA_HOME}/bin/nvcc")
+OLDEST = 70  # compute capability that there can be code for
 SIMD = ["-mf16c", "-mavx2", "-mfma"]
 CHECKED = ["-O1", "-fsanitize=thread", "-fsanitize=alignment"]
 CHECKED += ["-fno-tree-sra"]  # a vector is one access
@@ -110,7 +130,7 @@ def nvcc_gate(only: list[str]) -> dict[str, dict]:
                 how = ["-cubin", f"-arch=sm_{arch}"]
                 if arch == "host":
                     how = ["-c", f"-arch=sm_{ARCHS[0]}", "-Xcompiler", "-Wall,-Wno-unused-function"]
-                words = ["nvcc", *nvcc_flags(), *gate, *how, source, "-o", target]
+                words = [NVCC or "nvcc", *nvcc_flags(), *gate, *how, source, "-o", target]
                 text, seconds = cpu_seconds(lambda words=words: run(*words, quiet=True))
                 made = {"seconds": round(seconds, 2), "kernels": kernels_of(text)}
                 record.write_text(json.dumps(made))
@@ -127,39 +147,90 @@ def print_gate(table: dict[str, dict]) -> None:
         print(f"{file:<20} {most:5.1f} s at most; registers: {shown}")
 
 
+def nvcc_says(*words: str) -> str:
+    return subprocess.run([NVCC or "nvcc", *words], capture_output=True, text=True).stdout
+
+
 def library_archs() -> list[str]:
     """ARCHS, where it is set; else all that we know and this nvcc has code for."""
     if "ARCHS" in os.environ:
         return ARCHS
-    listed = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout
-    return [a for a in "75 80 86 89 90 100 120".split() if f"sm_{a}" in listed.split()] or ARCHS
+    listed = nvcc_says("--list-gpu-code").split()
+    return [a for a in "75 80 86 89 90 100 120".split() if f"sm_{a}" in listed] or ARCHS
 
 
-def nvcc_library() -> Path:
+def nvcc_library(archs: list[str]) -> Path:
     OUT.mkdir(parents=True, exist_ok=True)
-    library, archs = OUT / "libglm_cuda.so", library_archs()
+    library = OUT / "libglm_cuda.so"
+    release = re.search(r"release ([0-9.]+)", nvcc_says("--version"))
+    text = about(archs, f"nvcc {release[1] if release else ''}", archs[-1])
+    built = written(OUT / "about.c", text)
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    objects = []
-    for source in KERNELS + HOST:
-        target = OUT / f"{source.stem}.o"
-        objects.append(target)
-        if stale(target, [source, *HEADERS]):
-            flags = nvcc_flags() if source.suffix == ".cu" else nvcc_flags()[1:]
-            run("nvcc", *flags, *code, "-c", source, "-o", target)
-    run(
-        "nvcc",
-        "-shared",
-        *objects,
-        "-o",
-        library,
-        "-cudart",
-        "static",
-        "-ldl",
-        "-Xlinker",
-        "-zdefs",
-    )
+    sources = sorted([*KERNELS, *HOST, built], key=lambda source: -source.stat().st_size)
+    objects = [OUT / f"{source.stem}.o" for source in sources]
+
+    def compile_it(source: Path, target: Path) -> None:
+        flags = nvcc_flags() if source.suffix == ".cu" else nvcc_flags()[1:]
+        if stale(target, [source, built, *HEADERS]):
+            run(NVCC or "nvcc", *flags, *code, "-c", source, "-o", target)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # 200 MB each
+        list(pool.map(compile_it, sources, objects))
+    link = ["-cudart", "static", "-ldl", "-Xlinker", "-zdefs"]
+    run(NVCC or "nvcc", "-shared", *objects, "-o", library, *link)
     return library
+
+
+def capabilities() -> list[int] | None:
+    """Compute capabilities, 90 for 9.0, of the GPUs that nvidia-smi lists, none where it is too old
+    to tell them; None where there is no GPU."""
+    try:
+        words = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        asked = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if listed.returncode or "GPU" not in listed.stdout:
+        return None
+    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", asked.stdout, re.M) if not asked.returncode else []
+    return sorted({10 * int(major) + int(minor) for major, minor in found})
+
+
+def fitting(found: list[int], archs: list[str]) -> list[str]:
+    """For each GPU the code that it runs best: its own, else the nearest before it, which it runs
+    where the first digits are equal and by PTX, of the last, elsewhere."""
+    best = [[a for a in archs if int(a) <= capability] for capability in found]
+    return sorted({fit[-1] for fit in best if fit}, key=int)
+
+
+def here() -> Path:
+    """The library for this machine's GPUs. SystemExit with a sentence where none can be made."""
+    import nvrtc
+
+    found, why = capabilities(), []
+    if found is None:
+        raise SystemExit("no GPU answers here (nvidia-smi -L)")
+    usable = [capability for capability in found if capability >= OLDEST]
+    if found and not usable:
+        told = ", ".join(f"{capability / 10:.1f}" for capability in found)
+        raise SystemExit(f"this GPU's compute capability is {told}: there is code from 7.0 on")
+    if NVCC:
+        listed = re.findall(r"sm_(\d+)\b", nvcc_says("--list-gpu-code"))
+        archs = fitting(usable, sorted(listed, key=int)) if usable else library_archs()
+        try:
+            if archs:
+                return nvcc_library(archs)
+            why.append(f"{NVCC} has no code for compute capability {usable[0] / 10:.1f}")
+        except SystemExit as error:
+            why.append(str(error)[:300])
+    try:
+        return nvrtc.library(OUT, fitting(usable, nvrtc.ARCHS) or nvrtc.ARCHS)
+    except SystemExit as error:
+        why.append(str(error)[:300])
+    raise SystemExit(
+        "; ".join([*why, "or install a CUDA toolkit (11.8 or newer), whose nvcc does it"])
+    )
 
 
 if __name__ == "__main__":
@@ -172,11 +243,14 @@ if __name__ == "__main__":
         import budget
 
         budget.check(nvcc_gate([]), OUT / "nvcc", nvcc_flags())
+    elif goal == "here":
+        print(here())
     elif goal == "lib":
-        print(nvcc_library())
+        print(nvcc_library(library_archs()))
     elif goal in ("nvrtc", "lib12"):
         import nvrtc
 
-        print(nvrtc.library(OUT, link=goal == "lib12"))
+        nvrtc.print_gate(OUT, nvrtc.ARCHS)
+        print(nvrtc.library(OUT, nvrtc.ARCHS) if goal == "lib12" else nvrtc.VERDICT)
     else:
         raise SystemExit(__doc__)

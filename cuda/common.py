@@ -28,5 +28,20 @@ def run(*command: object, quiet: bool = False) -> str:
     return done.stdout
 
 
+def written(target: Path, text: str) -> Path:
+    """The file, written where it does not say this already: what depends on it stays up to date."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists() or target.read_text() != text:
+        target.write_text(text)
+    return target
+
+
+def about(archs: list[str], compiler: str, ptx: str) -> str:
+    """C that says how the library was built (glm_cuda_about)."""
+    code = " ".join(f"sm_{arch}" for arch in archs)
+    text = f"{compiler}, code for {code}, PTX of sm_{ptx} for others"
+    return f'const char glm_cuda_built[] = "{text}";\n'
+
+
 def stale(target: Path, sources: list[Path]) -> bool:
     return not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in sources)

@@ -13,6 +13,7 @@
 #endif
 
 #include <assert.h>
+#include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,8 +25,10 @@ extern "C" {
 
 #ifdef __CUDA_EMU__
 #define LIBRARY "emu"
+static const char glm_cuda_built[] = "by g++ on the emulator";
 #else
 #define LIBRARY "cuda"
+extern const char glm_cuda_built[]; /* in a file that build.py writes */
 #endif
 
 static_assert(sizeof(struct glm_small) == GLM_CUDA_SMALL, "products.h says how large it is");
@@ -39,14 +42,84 @@ static double seconds(void)
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/* What a kernel does wrong while it runs (memory that is not there or not aligned, a trap, a fault
+ * of the hardware) is told by whichever call is next. */
+static int is_of_earlier_work(int code)
+{
+    return code == cudaErrorECCUncorrectable ||
+           (code >= cudaErrorIllegalAddress && code <= cudaErrorLaunchFailure);
+}
+
 int glm_cuda_failed(struct cuda *cx, int code, const char *what)
 {
     if (code == cudaSuccess)
         return 0;
     if (!cx->error[0])
-        snprintf(cx->error, sizeof cx->error, "%s (%s): %s: %s (error %d)", cx->name,
-                 cx->device_name, what, cudaGetErrorString((cudaError_t)code), code);
+        snprintf(cx->error, sizeof cx->error, "%s (%s): %s: %s (error %d)%s", cx->name,
+                 cx->device_name, what, cudaGetErrorString((cudaError_t)code), code,
+                 is_of_earlier_work(code) && !cx->checked
+                     ? "; an op before it may be at fault: GLMLORA_CUDA_CHECK=1 names it"
+                     : "");
     return 1;
+}
+
+/* GLMLORA_CUDA_CHECK=1: waits for each launch, so that its fault is not another's, and says which
+ * one of its op in this call it was: of a model's layers each has the same ops. */
+static void check_launch(struct cuda *cx, const char *op)
+{
+    struct launched *of = cx->launched;
+    char what[96];
+    if (!cx->checked)
+        return;
+    while (of->op && strcmp(of->op, op) != 0 && of < cx->launched + LAUNCHED - 1)
+        of++;
+    of->op = op;
+    snprintf(what, sizeof what, "%s, launch %d of it in this call", op, ++of->count);
+    glm_cuda_failed(cx, cudaStreamSynchronize(cx->stream), what);
+}
+
+/* ---- the thread's current device: ours during a call, afterwards what it was */
+
+/* cudaSetDevice makes a context, of some 300 MB, on a device that has none. */
+static int has_context(int device)
+{
+    unsigned flags;
+    int active = 0;
+    int (*state)(int, unsigned *, int *) = NULL;
+#ifdef __CUDA_EMU__
+    state = cuDevicePrimaryCtxGetState;
+#else
+    void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+    if (driver)
+        *(void **)&state = dlsym(driver, "cuDevicePrimaryCtxGetState");
+    if (driver)
+        dlclose(driver); /* the runtime keeps it */
+#endif
+    return state && state(device, &flags, &active) == 0 && active;
+}
+
+static int enter(int device, int *before)
+{
+    *before = -1;
+    if (cudaGetDevice(before) != cudaSuccess)
+        cudaGetLastError(); /* it is not the next launch that failed */
+    if (*before != device)
+        return cudaSetDevice(device);
+    *before = -1; /* leave() has nothing to do */
+    return cudaSuccess;
+}
+
+/* A device that nothing in the process uses is left alone: it was current because it is the first. */
+static void leave(int before)
+{
+    if (before >= 0 && has_context(before) && cudaSetDevice(before) != cudaSuccess)
+        cudaGetLastError();
+}
+
+/* 0 after an error. What follows is to end with leave(), whatever this returns. */
+static int enter_kept(struct cuda *cx, int *before)
+{
+    return !glm_cuda_failed(cx, enter(cx->device, before), "cudaSetDevice") && !cx->error[0];
 }
 
 int glm_cuda_begin(struct cuda *cx)
@@ -66,11 +139,14 @@ void glm_cuda_launched(struct cuda *cx, const char *op)
 {
     cx->counts.launches += !cx->capturing;
     glm_cuda_failed(cx, cudaGetLastError(), op);
+    check_launch(cx, op);
 }
 
-void glm_cuda_blas_failed(struct cuda *cx, int status, int m, int n, int k)
+void glm_cuda_multiplied(struct cuda *cx, int status, int m, int n, int k)
 {
-    if (!cx->error[0])
+    cx->counts.products += !cx->capturing;
+    check_launch(cx, "cublasGemmEx");
+    if (status && !cx->error[0])
         snprintf(cx->error, sizeof cx->error, "%s (%s): cublasGemmEx of %d x %d x %d: status %d",
                  cx->name, cx->device_name, m, n, k, status);
 }
@@ -82,8 +158,8 @@ static void *take(struct cuda *cx, size_t bytes)
 {
     void *p = NULL;
     struct block *block = (struct block *)malloc(sizeof *block);
+    int before, code = enter(cx->device, &before);
     cx->be.allocated++;
-    int code = cudaSetDevice(cx->device);
     if (code == cudaSuccess)
         code = block ? cudaMalloc(&p, bytes ? bytes : 1) : cudaErrorMemoryAllocation;
     if (code == cudaSuccess) {
@@ -94,6 +170,7 @@ static void *take(struct cuda *cx, size_t bytes)
         cx->counts.live += bytes;
         if (cx->counts.peak < cx->counts.live)
             cx->counts.peak = cx->counts.live;
+        leave(before);
         return p;
     }
     size_t free_bytes = 0, total = 0;
@@ -105,6 +182,7 @@ static void *take(struct cuda *cx, size_t bytes)
              "cudaMalloc of %zu bytes on %s (%s): %s (error %d); %zu of its %zu bytes are free",
              bytes, cx->name, cx->device_name, cudaGetErrorString((cudaError_t)code), code,
              free_bytes, total);
+    leave(before);
     return NULL;
 }
 
@@ -122,8 +200,10 @@ static void forget_recordings(struct cuda *cx)
 
 static void give(struct cuda *cx, void *p)
 {
+    int before;
     if (!p)
         return;
+    glm_cuda_failed(cx, enter(cx->device, &before), "cudaSetDevice");
     forget_recordings(cx);
     for (struct block **at = &cx->blocks; *at; at = &(*at)->next)
         if ((*at)->p == p) {
@@ -133,8 +213,8 @@ static void give(struct cuda *cx, void *p)
             free(block);
             break;
         }
-    cudaSetDevice(cx->device);
     glm_cuda_failed(cx, cudaFree(p), "cudaFree");
+    leave(before);
 }
 
 void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes)
@@ -180,46 +260,63 @@ static const char *backend_refusal(struct glm_backend *be)
     return of(be)->refusal[0] ? of(be)->refusal : NULL;
 }
 
-static void move(struct glm_backend *be, void *to, const void *from, size_t bytes,
-                 enum cudaMemcpyKind kind, const char *what)
-{
-    struct cuda *cx = of(be);
-    if (!bytes || cx->error[0])
-        return;
-    if (glm_cuda_failed(cx, cudaSetDevice(cx->device), "cudaSetDevice"))
-        return;
-    glm_cuda_failed(cx, cudaMemcpyAsync(to, from, bytes, kind, cx->stream), what);
-}
-
+/* The host's memory is pageable: it has been read when the call returns. Two pinned buffers in turn
+ * were no faster on an H100's machine (10 GB/s either way: one core's copy). */
 static void backend_upload(struct glm_backend *be, void *device, const void *host, size_t bytes)
 {
-    /* the host's memory is pageable: it has been read when the call returns */
-    move(be, device, host, bytes, cudaMemcpyHostToDevice, "upload (cudaMemcpyAsync)");
-    of(be)->counts.uploads += bytes != 0;
-    of(be)->counts.uploaded += bytes;
+    struct cuda *cx = of(be);
+    int before = -1;
+    cx->counts.uploads += bytes != 0;
+    cx->counts.uploaded += bytes;
+    if (bytes && enter_kept(cx, &before))
+        glm_cuda_failed(cx,
+                        cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, cx->stream),
+                        "upload (cudaMemcpyAsync)");
+    leave(before);
 }
 
 static void backend_download(struct glm_backend *be, void *host, const void *device, size_t bytes)
 {
     struct cuda *cx = of(be);
-    if (bytes && !cx->error[0] && !glm_cuda_failed(cx, cudaSetDevice(cx->device), "cudaSetDevice"))
+    int before = -1;
+    if (bytes && enter_kept(cx, &before))
         glm_cuda_fetch(cx, host, device, bytes, "download (cudaMemcpyAsync)");
+    leave(before);
     if (cx->error[0])
         memset(host, 0, bytes); /* the caller's array is not left as it was found */
 }
 
 static void backend_copy(struct glm_backend *be, void *to, const void *from, size_t bytes)
 {
-    move(be, to, from, bytes, cudaMemcpyDeviceToDevice, "copy (cudaMemcpyAsync)");
+    struct cuda *cx = of(be);
+    int before = -1;
+    if (bytes && enter_kept(cx, &before))
+        glm_cuda_failed(cx, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cx->stream),
+                        "copy (cudaMemcpyAsync)");
+    leave(before);
 }
 
 static void backend_zero(struct glm_backend *be, void *p, size_t bytes)
 {
     struct cuda *cx = of(be);
-    if (!bytes || cx->error[0])
-        return;
-    if (!glm_cuda_failed(cx, cudaSetDevice(cx->device), "cudaSetDevice"))
+    int before = -1;
+    if (bytes && enter_kept(cx, &before))
         glm_cuda_failed(cx, cudaMemsetAsync(p, 0, bytes, cx->stream), "cudaMemsetAsync");
+    leave(before);
+}
+
+/* Between them ops may be called, which find their device and leave it. */
+static int backend_enter(struct glm_backend *be)
+{
+    int before = -1;
+    enter_kept(of(be), &before);
+    return before;
+}
+
+static void backend_leave(struct glm_backend *be, int before)
+{
+    (void)be;
+    leave(before);
 }
 
 static void backend_set_threads(struct glm_backend *be, int threads)
@@ -240,6 +337,7 @@ static void backend_set_poll(struct glm_backend *be, int (*poll)(void *arg), voi
     cx->poll = poll;
     cx->poll_arg = arg;
     cx->stopped = 0;
+    memset(cx->launched, 0, sizeof cx->launched);
     cx->polled = seconds();
     if (cx->transient && poll) { /* a new call */
         cx->error[0] = 0;
@@ -275,7 +373,7 @@ static int backend_replay(struct glm_backend *be, const struct glm_key *key)
             return 1;
         }
     /* the first time runs as it is, which also takes the scratch; it is recorded the second time */
-    if (memcmp(&cx->last, key, sizeof *key) == 0)
+    if (!cx->checked && memcmp(&cx->last, key, sizeof *key) == 0)
         cx->capturing = !glm_cuda_failed(
             cx, cudaStreamBeginCapture(cx->stream, cudaStreamCaptureModeThreadLocal),
             "cudaStreamBeginCapture");
@@ -295,7 +393,8 @@ static void backend_recorded(struct glm_backend *be)
         !graph)
         return;
     if (!cx->stopped && !cx->error[0] &&
-        !glm_cuda_failed(cx, cudaGraphInstantiate(&ready, graph, 0), "cudaGraphInstantiate")) {
+        !glm_cuda_failed(cx, cudaGraphInstantiateWithFlags(&ready, graph, 0),
+                         "cudaGraphInstantiateWithFlags")) {
         struct recording *r = &cx->recordings[cx->next_recording];
         cx->next_recording = (cx->next_recording + 1) % RECORDINGS;
         if (r->graph)
@@ -325,14 +424,16 @@ static const char *backend_error(struct glm_backend *be)
 static void backend_destroy(struct glm_backend *be)
 {
     struct cuda *cx = be ? of(be) : NULL;
+    int before;
     if (!cx)
         return;
-    if (cudaSetDevice(cx->device) != cudaSuccess)
+    if (enter(cx->device, &before) != cudaSuccess)
         cudaGetLastError(); /* nothing was opened; it is not the next launch that failed */
     glm_blas_close(&cx->blas);
     for (int i = 0; i < SCRATCHES; i++)
         give(cx, cx->scratch[i]);
-    give(cx, cx->workspace);
+    if (cx->workspace)
+        cudaFree(cx->workspace);
     give(cx, cx->small);
     if (cx->stream)
         cudaStreamDestroy(cx->stream);
@@ -344,6 +445,7 @@ static void backend_destroy(struct glm_backend *be)
         cx->blocks = block->next;
         free(block);
     }
+    leave(before);
     free(cx);
 }
 
@@ -355,6 +457,12 @@ static const struct glm_ops cuda_ops = {
 int glm_cuda_abi(void) { return GLM_CUDA_ABI; }
 
 const char *glm_cuda_kind(void) { return LIBRARY; }
+
+const char *glm_cuda_about(char *cublas, size_t bytes)
+{
+    glm_blas_about(cublas, bytes);
+    return glm_cuda_built;
+}
 
 glm_status glm_cuda_info(int device, struct glm_device *out, struct glm_error *err)
 {
@@ -373,9 +481,12 @@ glm_status glm_cuda_info(int device, struct glm_device *out, struct glm_error *e
     if (device < 0 || device >= out->count)
         return glm_fail(err, GLM_EVALUE, LIBRARY ":%d: this machine has %d CUDA devices", device,
                         out->count);
-    if ((code = cudaSetDevice(device)) != cudaSuccess ||
-        (code = cudaGetDeviceProperties(&properties, device)) != cudaSuccess ||
-        (code = cudaMemGetInfo(&out->free_bytes, &out->total_bytes)) != cudaSuccess) {
+    int before;
+    if ((code = enter(device, &before)) == cudaSuccess &&
+        (code = cudaGetDeviceProperties(&properties, device)) == cudaSuccess)
+        code = cudaMemGetInfo(&out->free_bytes, &out->total_bytes);
+    leave(before);
+    if (code != cudaSuccess) {
         cudaGetLastError();
         return glm_fail(err, GLM_ESTATE, LIBRARY ":%d: the device cannot be asked: %s (error %d)",
                         device, cudaGetErrorString((cudaError_t)code), code);
@@ -428,8 +539,7 @@ static glm_status open_device(struct cuda *cx, struct glm_error *err)
                         cudaGetErrorString((cudaError_t)code), code);
 #endif
     cx->small = (struct glm_small *)take(cx, sizeof *cx->small);
-    cx->workspace = cx->small ? take(cx, GLM_BLAS_BYTES) : NULL;
-    if (!cx->workspace)
+    if (!cx->small)
         return glm_fail(err, GLM_EMEMORY, "backend '%s': %s", cx->name, cx->refusal);
     const float constants[4] = {1, 1, 0, 1}; /* factor, alpha, zero, one */
     backend_zero(&cx->be, cx->small, sizeof *cx->small);
@@ -437,10 +547,12 @@ static glm_status open_device(struct cuda *cx, struct glm_error *err)
     if (cx->error[0])
         return glm_fail(err, GLM_EVALUE, "%s", cx->error);
     GLM_TRY(glm_blas_open(&cx->blas, cx->stream, err));
-    code = cx->blas.set_workspace
-               ? cx->blas.set_workspace(cx->blas.handle, cx->workspace, GLM_BLAS_BYTES)
-               : 0;
-    if (code)
+    /* as NVIDIA recommends; in the reserve that plans leave for the context (tools/plan.py) */
+    const size_t bytes = (size_t)(capability >= 90 ? 32 : 8) << 20;
+    if ((code = cudaMalloc(&cx->workspace, bytes)) != cudaSuccess)
+        return glm_fail(err, GLM_EMEMORY, "backend '%s': cuBLAS's %zu bytes: %s", cx->name, bytes,
+                        cudaGetErrorString((cudaError_t)code));
+    if ((code = cx->blas.set_workspace(cx->blas.handle, cx->workspace, bytes)) != 0)
         return glm_fail(err, GLM_EVALUE, "backend '%s': cublasSetWorkspace: status %d", cx->name,
                         code);
     return GLM_OK;
@@ -459,6 +571,8 @@ glm_status glm_cuda_create(struct glm_backend **out, int device, enum glm_dtype 
     cx->device = device;
     cx->compute = compute;
     cx->piece = GLM_PIECE;
+    const char *check = getenv("GLMLORA_CUDA_CHECK");
+    cx->checked = check && strcmp(check, "1") == 0;
 #ifdef __CUDA_EMU__ /* so that small tests meet more than one piece */
     const char *piece = getenv("EMU_PIECE");
     cx->piece = piece ? strtoul(piece, NULL, 10) : 1 << 12;
@@ -479,6 +593,8 @@ glm_status glm_cuda_create(struct glm_backend **out, int device, enum glm_dtype 
     be->zero = backend_zero;
     be->set_threads = backend_set_threads;
     be->threads = backend_threads;
+    be->enter = backend_enter;
+    be->leave = backend_leave;
     be->set_poll = backend_set_poll;
     be->stopped = backend_stopped;
     be->error = backend_error;
@@ -488,7 +604,11 @@ glm_status glm_cuda_create(struct glm_backend **out, int device, enum glm_dtype 
     be->refusal = backend_refusal;
     be->kept = compute;
     be->destroy = backend_destroy;
+    int before = -1;
+    if (cudaGetDevice(&before) != cudaSuccess)
+        cudaGetLastError();
     const glm_status status = open_device(cx, err);
+    leave(before == device ? -1 : before);
     if (status != GLM_OK) {
         backend_destroy(be);
         return status;

@@ -29,6 +29,8 @@ enum { BLAS_R_32F = 0, BLAS_R_16F = 2, BLAS_R_16BF = 14, BLAS_COMPUTE_32F = 68, 
 
 glm_status glm_blas_open(struct glm_blas *blas, cudaStream_t stream, struct glm_error *err);
 void glm_blas_close(struct glm_blas *blas);
+/* The file and version that glm_blas_open would use, or what to do. */
+void glm_blas_about(char *out, size_t bytes);
 
 /* Scratch grows to the largest size asked for and stays: a repeated step allocates nothing. */
 enum glm_scratch { SCRATCH_WEIGHT, SCRATCH_A, SCRATCH_B, SCRATCHES };
@@ -48,6 +50,13 @@ enum { RECORDINGS = 4 };
 struct recording {
     struct glm_key key;
     cudaGraphExec_t graph; /* NULL: none */
+};
+
+/* With GLMLORA_CUDA_CHECK: how often a call has launched what bears this name. */
+enum { LAUNCHED = 64 };
+struct launched {
+    const char *op; /* NULL: no more of them */
+    int count;
 };
 
 struct block {
@@ -80,7 +89,9 @@ struct cuda {
     int transient;                /* the error does not outlast the call: memory was short */
     struct glm_images_of *images; /* named.h; NULL where nvcc made the library */
     void *workspace;              /* of cuBLAS */
-    char name[32], device_name[64], error[256], refusal[256];
+    int checked;                  /* GLMLORA_CUDA_CHECK=1 */
+    struct launched launched[LAUNCHED];
+    char name[32], device_name[64], error[320], refusal[256];
 };
 
 /* 0 when the op is to be skipped: an error came before, or poll asked to stop. */
@@ -89,12 +100,19 @@ int glm_cuda_begin(struct cuda *cx);
 int glm_cuda_failed(struct cuda *cx, int code, const char *what);
 /* After a launch: keeps its error. */
 void glm_cuda_launched(struct cuda *cx, const char *op);
-void glm_cuda_blas_failed(struct cuda *cx, int status, int m, int n, int k);
+/* The same after a call of cuBLAS. */
+void glm_cuda_multiplied(struct cuda *cx, int status, int m, int n, int k);
 /* From the first n of small->largest: small->factor, a power of two that brings the largest of them
  * near 2^exponent, and small->alpha = scale / factor. */
 void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale);
 /* At least `bytes` of a scratch buffer, or NULL after keeping the error. */
 void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
+/* Products of an adapter's matrix W (adapter.cu): out = scale * inp W^T, or inp W where it is
+ * transposed, + bias (+ out); and dweight += scale * dout^T inp. */
+void glm_cuda_thin(struct cuda *cuda, void *out, const void *inp, const struct glm_mat *W,
+                   const void *bias, int N, double scale, int accumulate, int transposed);
+void glm_cuda_thin_gradient(struct cuda *cuda, void *dweight, const void *dout, const void *inp,
+                            int N, int O, int I, double scale);
 /* Device to host, after everything queued; 0 on an error. */
 int glm_cuda_fetch(struct cuda *cx, void *host, const void *device, size_t bytes, const char *op);
 

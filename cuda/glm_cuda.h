@@ -6,7 +6,7 @@
 
 /* Changes with the number of ops; the first number is to change with struct glm_backend, an op's
  * parameters or a struct that ops take. */
-#define GLM_CUDA_ABI (4 * 1000 + GLM_N_OPS)
+#define GLM_CUDA_ABI (5 * 1000 + GLM_N_OPS)
 
 #if defined(__GNUC__)
 #define GLM_CUDA_EXPORT __attribute__((visibility("default")))
@@ -25,6 +25,8 @@ GLM_CUDA_EXPORT glm_status glm_cuda_create(struct glm_backend **out, int device,
 GLM_CUDA_EXPORT int glm_cuda_abi(void);
 /* "cuda" or "emu" */
 GLM_CUDA_EXPORT const char *glm_cuda_kind(void);
+/* How the library was built; in `cublas` which one it finds. Asks no driver. */
+GLM_CUDA_EXPORT const char *glm_cuda_about(char *cublas, size_t bytes);
 /* Makes no context where there is no device; free_bytes are of the moment. */
 GLM_CUDA_EXPORT glm_status glm_cuda_info(int device, struct glm_device *out, struct glm_error *err);
 

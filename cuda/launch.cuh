@@ -373,7 +373,9 @@ static inline void launch_after(struct cuda *cuda, void (*kernel)(P...), unsigne
 }
 #endif
 
-/* Launch and keep an error; no launch over nothing. */
+/* Launch and keep an error; no launch over nothing. What a block may have of dynamic shared memory
+ * without being asked for is 48 KB. */
+enum { SHARED_UNASKED = 48 << 10 };
 #ifdef GLM_NAMED
 #define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                               \
     do {                                                                                         \
@@ -391,6 +393,9 @@ static inline void launch_after(struct cuda *cuda, void (*kernel)(P...), unsigne
 #define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                                 \
     do {                                                                                           \
         if ((blocks) > 0) {                                                                        \
+            if ((shared) > SHARED_UNASKED)                                                         \
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,          \
+                                     (int)(shared));                                               \
             GLM_KERNEL_CALL(kernel, dim3((unsigned)(blocks)), dim3((unsigned)(threads)), (shared), \
                             (cuda)->stream, __VA_ARGS__);                                          \
             glm_cuda_launched(cuda, op);                                                           \

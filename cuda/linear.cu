@@ -2,7 +2,8 @@
  * in the backend's compute type; weights of another type and quantized ones are widened into
  * scratch, some rows of W at a time.
  *
- * Matrices that are thin (adapters) and everything in float32 mode stay in float. In float16 the
+ * Matrices that are thin stay in float (those of adapters: adapter.cu), and so does everything in
+ * float32 mode. In float16 the
  * gradient operand is multiplied by a power of two that brings its largest element near 2^13, and
  * the product by its inverse; both stay on the device, so nothing waits for them. */
 #include "few.cuh"
@@ -418,9 +419,7 @@ static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, doub
         const int back = blas->set_pointer_mode(blas->handle, BLAS_HOST);
         status = status ? status : back;
     }
-    cuda->counts.products += !cuda->capturing;
-    if (status)
-        glm_cuda_blas_failed(cuda, status, m, n, k);
+    glm_cuda_multiplied(cuda, status, m, n, k);
 }
 
 extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
@@ -435,6 +434,10 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
         few_rows a = {(float *)out, (const float *)inp, (const float *)bias};
         a.N = N, a.scale = (float)scale, a.accumulate = accumulate;
         glm_cuda_few(cuda, "linear_forward", a, weight);
+        return;
+    }
+    if (glm_is_adapter(weight->dtype, O, I)) {
+        glm_cuda_thin(cuda, out, inp, weight, bias, N, scale, accumulate, 0);
         return;
     }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
@@ -466,8 +469,12 @@ extern "C" void glm_cuda_adapted_forward(void *cx, void *out, const void *inp,
 {
     struct cuda *cuda = cuda_of(cx);
     if (!is_few(weight, N)) {
-        glm_cuda_linear_forward(cx, out, inp, weight, bias, N, 1, 0);
-        glm_cuda_linear_forward(cx, out, xa, B, NULL, N, scale, 1);
+        const int first = glm_is_adapter(B->dtype, B->rows, B->cols); /* with the bias, in a pass */
+        if (first)
+            glm_cuda_linear_forward(cx, out, xa, B, bias, N, scale, 0);
+        glm_cuda_linear_forward(cx, out, inp, weight, first ? NULL : bias, N, 1, first);
+        if (!first)
+            glm_cuda_linear_forward(cx, out, xa, B, NULL, N, scale, 1);
     } else if (N && glm_cuda_begin(cuda)) {
         few_rows a = {(float *)out, (const float *)inp, (const float *)bias};
         a.N = N, a.scale = 1, a.added = (float)scale;
@@ -484,6 +491,10 @@ extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void 
     const int O = weight->rows, I = weight->cols;
     if (!N || !glm_cuda_begin(cuda))
         return;
+    if (glm_is_adapter(weight->dtype, O, I)) {
+        glm_cuda_thin(cuda, dinp, dout, weight, NULL, N, scale, accumulate, 1);
+        return;
+    }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
     const int rows = glm_backward_rows(cuda->piece, weight, type, N), narrow = type != GLM_F32;
     const float *factor = gradient_factor(cuda, dout, (size_t)N * O, type, scale);
@@ -509,7 +520,9 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
     struct cuda *cuda = cuda_of(cx);
     if (!N || !glm_cuda_begin(cuda))
         return;
-    if (dweight) {
+    if (dweight && glm_is_adapter(GLM_F32, O, I)) {
+        glm_cuda_thin_gradient(cuda, dweight, dout, inp, N, O, I, scale);
+    } else if (dweight) {
         const enum glm_dtype type = glm_product_type(cuda->compute, GLM_F32, O, I);
         const float *factor = gradient_factor(cuda, dout, (size_t)N * O, type, scale);
         const void *d = operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, factor);

@@ -1,6 +1,7 @@
-/* Tensor cores: the three instructions of mma.sync that attention needs, each with a body for the
- * emulator that has the lane layout of the PTX manual (section "Matrix multiply-accumulate"). Lane
- * l is in row group l / 4 and has columns 2 (l % 4) and 2 (l % 4) + 1 of an 8-wide fragment.
+/* Tensor cores: the three instructions of mma.sync that attention needs, and copies that go on
+ * beside them, each with a body for the emulator. mma's has the lane layout of the PTX manual
+ * (section "Matrix multiply-accumulate"): lane l is in row group l / 4 and has columns 2 (l % 4)
+ * and 2 (l % 4) + 1 of an 8-wide fragment.
  *
  * BF16: bfloat16 (capability 8.0 and up), else float16 (7.5 and up). Below that the bodies are
  * empty and the host never launches their kernels. */
@@ -76,9 +77,88 @@ static __device__ __forceinline__ void load_fragments(unsigned *r, const unsigne
 #endif
 }
 
+/* ---- copies from global to shared memory that go on beside other work (cp.async; plain ones below
+ * capability 8.0). What a thread copied is there for itself after copies_wait, for others after a
+ * barrier behind that. */
+
+/* 16 aligned bytes, or zeros where not `real`; `from` is an address all the same. */
+static __device__ __forceinline__ void copy16(void *to, const void *from, bool real)
+{
+#if defined(__CUDA_EMU__)
+    const uint4 zeros = {0, 0, 0, 0}, early = {~0u, ~0u, ~0u, ~0u};
+    *static_cast<uint4 *>(to) = early; /* it may land at any time from now on */
+    emu_copy(to, real ? *static_cast<const uint4 *>(from) : zeros);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     (unsigned)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(real ? 16 : 0)
+                 : "memory");
+#else
+    uint4 q;
+    q.x = q.y = q.z = q.w = 0;
+    if (real)
+        q = *static_cast<const uint4 *>(from);
+    *static_cast<uint4 *>(to) = q;
+#endif
+}
+
+/* This thread's copies since the last call are a group. */
+static __device__ __forceinline__ void copies_commit()
+{
+#if defined(__CUDA_EMU__)
+    emu_copies_commit();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/* All groups of this thread but the last N are there. */
+template <int N> static __device__ __forceinline__ void copies_wait()
+{
+#if defined(__CUDA_EMU__)
+    uint4 landed;
+    while (void *to = emu_copy_landed(N, &landed))
+        *static_cast<uint4 *>(to) = landed;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
 template <bool BF16> static __device__ __forceinline__ unsigned pack2(float low, float high)
 {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && !defined(__CUDA_EMU__)
+    unsigned both; /* one instruction, where two conversions and a shift would be four */
+    if (BF16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+#else
     return BF16 ? bf16_bits(low) | bf16_bits(high) << 16 : half_bits(low) | half_bits(high) << 16;
+#endif
+}
+
+/* 2^x in one instruction, to 2^-22 of it; below 2^-126 it is 0 */
+static __device__ __forceinline__ float exp2_of(float x)
+{
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_EMU__)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
+/* Element where 16 bytes, the c-th of a row of a tile, begin: rows of D 16-bit elements without
+ * padding, turned so that eight rows below each other are in eight different groups of banks. */
+static __device__ __forceinline__ int turned(int c, int turn)
+{
+    return 8 * ((c & ~7) + ((c & 7) ^ turn));
+}
+template <int D> static __device__ __forceinline__ int swizzled(int row, int c)
+{
+    return row * D + turned(c, row & 7);
 }
 
 /* Eight columns from c on of a 16-bit tile's row, times factor, from HD floats or of zeros */

@@ -34,7 +34,8 @@ COMPARISON = re.compile(r"(?<= )(<|<=|>|>=) (?=[-\w(*])")
 VALUES = re.compile(
     r"top > most|most > 0|> fabs\(|word < m\.threshold|wq / qq > most|DECODE_TOKENS|GLM_EXPECT"
     r"|i < \*at|h < NH && i >= rotary_dim"  # the first of equals; what stays as it is
-    r"|top_k < r\.V|equal \* each < total"  # that cut nothing off when they are equal
+    r"|top_k < r\.V|equal \* each < total"
+    r"|r0 < a\.R|c0 (<|>=) a\.wide"  # that cut nothing off when they are equal
 )
 CONSTANT = re.compile(r"^[\s(]*[A-Z0-9]+(\s*[-+*/]\s*[A-Z0-9]+)*\b")
 # Lower bounds, and upper bounds that reject: wider is one less.
@@ -45,11 +46,11 @@ LAUNCH = ("adamw", "elementwise", "norm", "linear")
 
 
 def ops_of(file: Path) -> set[str]:
-    """Ops that reach the kernels of a file: those that it defines or launches kernels for; of a
+    """Ops that reach the kernels of a file: those that it defines, or names where it launches; of a
     header those of the files that include it."""
     if file.stem == "launch":
         return set().union(*(ops_of(CUDA / f"{name}.cu") for name in LAUNCH))
-    named = r'(?:GLM_LAUNCH\(\w+, "|extern "C" void glm_cuda_)(\w+)'
+    named = r'(?:"|extern "C" void glm_cuda_)(\w+)'
     found = set(re.findall(named, file.read_text()))
     for user in CUDA.glob("*.cu*"):
         if f'#include "{file.name}"' in user.read_text():

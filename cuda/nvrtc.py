@@ -8,13 +8,15 @@ import json
 import os
 import re
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import common
-from common import CUDA, HOST, INCLUDE, KERNELS, ROOT, run, stale
+from common import CUDA, HOST, INCLUDE, KERNELS, ROOT, about, run, stale
 
 ARCHS = "70 75 80 86 89 90 100 120".split()
+VERDICT = "no warning, spill or local memory"
 PTX = "70"  # of which a driver makes code for a GPU that none of ARCHS is for
 
 # What the sources want of the C library; the compiler has memcpy and the mathematics built in.
@@ -31,9 +33,13 @@ typedef unsigned long long uint64_t; typedef unsigned long long uintptr_t;
 
 def wheels() -> Path:
     """The folder `nvidia` of the wheels; SystemExit with what to install."""
-    for entry in [os.environ.get("NVIDIA_WHEELS", ""), *sys.path]:
+    # pip hides the environment's packages from what it builds, but not where they lie
+    own = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    for entry in [os.environ.get("NVIDIA_WHEELS", ""), *sys.path, *own]:
         folder = Path(entry or ".") / "nvidia"
-        if (folder / "cuda_nvrtc" / "lib").is_dir() and (folder / "cuda_runtime").is_dir():
+        if all(
+            (folder / part).is_dir() for part in ("cuda_nvrtc/lib", "cuda_runtime", "cuda_nvcc")
+        ):
             return folder
     raise SystemExit(
         "NVRTC is not found: pip install nvidia-cuda-nvrtc-cu12==12.9.86 "
@@ -92,11 +98,12 @@ def faults_of(log: str) -> list[str]:
     return found
 
 
-def gate(out: Path) -> dict[str, dict[str, float]]:
-    """Compiles what changed into out/nvrtc; {file: {architecture: seconds}}."""
+def gate(out: Path, archs: list[str]) -> dict[str, dict[str, float]]:
+    """Compiles for these architectures, and to PTX, what changed into out/nvrtc;
+    {file: {architecture: seconds}}."""
     compiler, faults, table = None, [], {}
     for source in KERNELS:
-        for arch in targets():
+        for arch in targets(archs):
             target = out / "nvrtc" / f"{source.stem}.{arch}"
             target.parent.mkdir(parents=True, exist_ok=True)
             record = target.with_name(target.name + ".json")
@@ -185,7 +192,7 @@ def host_part(text: str) -> str:
     return re.sub(r"\bGLM_MARK_\w+\b", "", "".join(out) + head)
 
 
-def linked(out: Path) -> Path:
+def linked(out: Path, archs: list[str]) -> Path:
     """libglm_cuda12.so: host parts by the C++ compiler, code of all targets inside, cudart 12.9
     linked in. Opens on machines without CUDA."""
     runtime, folder = wheels() / "cuda_runtime", out / "nvrtc"
@@ -207,7 +214,7 @@ def linked(out: Path) -> Path:
         run("g++", "-std=c++17", "-w", *flags, "-c", made, "-o", objects[-1], quiet=True)
     lines = [f'const char {n}[] = "{n}";' for n in sorted(set(names))]
     table = []
-    for i, (source, arch) in enumerate((s, a) for s in KERNELS for a in targets()):
+    for i, (source, arch) in enumerate((s, a) for s in KERNELS for a in targets(archs)):
         kind, _, sm = arch.partition("_")
         file = folder / f"{source.stem}.{arch}"
         lines.append(
@@ -217,6 +224,7 @@ def linked(out: Path) -> Path:
         table.append(f"{{{sm}, {int(kind == 'compute')}, image{i}}}")
     lines.append(f"const struct glm_image glm_images[] = {{{', '.join(table)}}};")
     lines.append(f"const int glm_n_images = {len(table)};")
+    lines.append(about(archs, "NVRTC 12.9", PTX))
     made = folder / "images.c"
     made.write_text('#include "named.h"\n' + "\n".join(lines) + "\n")
     plain = [*toolkit, *INCLUDE]
@@ -230,14 +238,17 @@ def linked(out: Path) -> Path:
     return target
 
 
-def targets() -> list[str]:
+def targets(archs: list[str]) -> list[str]:
     """What there is code for, as NVRTC names it."""
-    return [*(f"sm_{a}" for a in ARCHS), f"compute_{PTX}"]
+    return [*(f"sm_{a}" for a in archs), f"compute_{PTX}"]
 
 
-def library(out: Path, link: bool) -> str:
-    """Runs the gate; with `link` makes libglm_cuda12.so of it. Returns what to print last."""
-    table = gate(out)
-    for file, by in table.items():
+def print_gate(out: Path, archs: list[str]) -> None:
+    for file, by in gate(out, archs).items():
         print(f"{file:<20} {max(by.values()):5.1f} s at most, {len(by)} targets")
-    return "no warning, spill or local memory" if not link else str(linked(out))
+
+
+def library(out: Path, archs: list[str]) -> Path:
+    """libglm_cuda12.so, after the gate."""
+    gate(out, archs)
+    return linked(out, archs)

@@ -1,17 +1,19 @@
 /* How a product is cut, for the library that does it and the plan that counts it: which operands
- * are converted, and how much of a matrix at a time. */
+ * are converted, and how much of a matrix at a time;
+ * and what attention converts. */
 #ifndef GLM_CUDA_PRODUCTS_H
 #define GLM_CUDA_PRODUCTS_H
 
 #include "tensor.h"
 
 enum {
-    GLM_FEW = 8,    /* rows that one kernel of ours takes, reading the weights once */
-    GLM_THIN = 256, /* float matrices with a side up to this are multiplied in float */
+    GLM_FEW = 8,         /* rows that one kernel of ours takes, reading the weights once */
+    GLM_THIN = 256,      /* float matrices with a side up to this are multiplied in float */
+    GLM_RANK = 64,       /* and up to this by kernels of ours (adapter.cu) */
+    GLM_THIN_ROWS = 256, /* rows of one part of its gradient */
 };
-/* Elements of an operand that are converted at a time, and bytes that cuBLAS may work in. */
+/* Elements of an operand that are converted at a time. */
 #define GLM_PIECE ((size_t)1 << 24)
-#define GLM_BLAS_BYTES ((size_t)8 << 20)
 /* Bytes of struct glm_small (device.h). */
 #define GLM_CUDA_SMALL ((size_t)16400)
 
@@ -22,6 +24,14 @@ static inline enum glm_dtype glm_product_type(enum glm_dtype compute, enum glm_d
     const int thin = rows < cols ? rows : cols;
     return dtype == GLM_F32 && thin <= GLM_THIN ? GLM_F32 : compute;
 }
+
+/* Whether it is a product of an adapter. */
+static inline int glm_is_adapter(enum glm_dtype dtype, int rows, int cols)
+{
+    return dtype == GLM_F32 && (rows <= GLM_RANK || cols <= GLM_RANK);
+}
+
+static inline int glm_thin_parts(int N) { return (N + GLM_THIN_ROWS - 1) / GLM_THIN_ROWS; }
 
 /* Rows of W (rows, cols) that make one product of `type`: all where nothing has to be converted.
  * width: elements that are converted for each of them, beside or in place of the row itself. */
@@ -44,6 +54,12 @@ static inline int glm_backward_rows(size_t piece, const struct glm_mat *W, enum 
     const size_t widened = W->dtype == type ? 0 : (size_t)W->cols,
                  narrowed = type == GLM_F32 ? 0 : (size_t)N;
     return glm_piece_rows(piece, W->rows, widened > narrowed ? widened : narrowed);
+}
+
+/* 16-bit copies of keys and values that tiles of attention read: heads are 64 or 128 wide there. */
+static inline size_t glm_pairs_bytes(int rows, int KVH, int HD)
+{
+    return (size_t)rows * KVH * 2 * (HD > 64 ? 128 : 64) * 2;
 }
 
 #endif

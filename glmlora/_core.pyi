@@ -60,6 +60,10 @@ def device_info(name: str) -> dict[str, Any]:
     (major, minor), multiprocessors, driver and runtime (1000 * major + 10 * minor), free and total
     bytes. ValueError where there is no library for it, or no device N."""
 
+def device_library(name: str) -> dict[str, str]:
+    """The library of "cuda" or "emu": path, how it was built, and the cublas that it finds.
+    ValueError where there is none."""
+
 def memory_available() -> int:
     """Bytes this process could still get (MemAvailable and the control group's limit)."""
 

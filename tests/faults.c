@@ -9,10 +9,10 @@
 #define CALLS(X)                                                                              \
     X(cudaMalloc) X(cudaFree) X(cudaMemcpyAsync) X(cudaMemsetAsync)                           \
     X(cudaStreamCreateWithFlags) X(cudaStreamSynchronize) X(cudaStreamBeginCapture)           \
-    X(cudaStreamEndCapture) X(cudaGraphInstantiate) X(cudaGraphLaunch) X(cudaGraphDestroy)    \
+    X(cudaStreamEndCapture) X(cudaGraphInstantiateWithFlags) X(cudaGraphLaunch) X(cudaGraphDestroy)    \
     X(cudaGraphExecDestroy) X(cudaGetLastError) X(cudaGetDeviceCount) X(cudaSetDevice)        \
     X(cudaGetDeviceProperties) X(cudaMemGetInfo) X(cublasCreate_v2) X(cublasSetStream_v2)     \
-    X(cublasSetPointerMode_v2) X(cublasGemmEx)
+    X(cublasSetPointerMode_v2) X(cublasGemmEx) X(cublasSetWorkspace_v2) X(cudaGetDevice)
 
 enum {
 #define INDEX(name) AT_##name,

@@ -2,16 +2,22 @@
 products, the peers' files and the verdict of a row."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import bench
+import gpu
 import make_gguf
 import numpy as np
 import pytest
 import soak
+from emulator import built
 from sides import SIX_B
 from worker import Worker
 
@@ -161,3 +167,142 @@ def test_a_round_of_the_soak(tmp_path):
     wrong = "\n".join(work.wrong)
     for text in ("chat We measure", "batch", "merged", "other weights", "0123456789ab.tmp is left"):
         assert text in wrong
+
+
+# benchmarks/gpu.py on the emulator: what was measured is there whatever happens afterwards
+
+STUB = """
+import atexit, os, sys, time
+sys.path.insert(0, {benchmarks!r})
+import gpu
+
+class Stub(gpu.Side):
+    facts = {{"peft": "1.0"}}
+
+    def items(self):
+        def dies():
+            print("dying", flush=True)
+            os.kill(os.getpid(), 9)
+
+        def hangs():
+            open({folder!r} + "/pid", "w").write(str(os.getpid()))
+            time.sleep(1000)
+
+        def faulty():
+            raise RuntimeError("CUDA error")
+
+        yield "good", lambda: {{"seconds": 1.0}}
+        yield "fails", lambda: 1 / 0
+        yield "faulty", faulty
+        yield "dies", dies
+        yield "hangs", hangs
+        yield "last", lambda: {{"seconds": 2.0}}
+
+class Broken(Stub):
+    def __init__(self, device):
+        raise ImportError("no torch here")
+
+class Stuck(Stub):
+    def items(self):
+        yield "only", lambda: {{"seconds": 3.0}}
+        atexit.register(time.sleep, 1000)
+
+gpu.SIDES = {{"broken": Broken, "stub": Stub, "stuck": Stuck}}
+gpu.LIMIT = {limit}
+gpu.main()
+"""
+
+
+@pytest.fixture
+def gpu_run(tmp_path, monkeypatch):
+    """Begins gpu.py with sides that are stubs: a process, and what its file holds."""
+    if not shutil.which("g++") or "GLMLORA_SANITIZED" in os.environ:
+        pytest.skip("the emulator needs g++ and a plain build")
+    monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", str(built()))
+    words = ["--device", "emu", "--json", str(tmp_path / "gpu.json"), "--skip", "self-test"]
+
+    def begin(*more, limit=3.0):
+        text = STUB.format(benchmarks=str(FOLDER), folder=str(tmp_path), limit=limit)
+        (tmp_path / "stub.py").write_text(text)
+        return subprocess.Popen(
+            [sys.executable, tmp_path / "stub.py", *words, *more],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def file():
+        path = tmp_path / "gpu.json"
+        return json.loads(path.read_text())["sides"] if path.exists() else {}
+
+    return begin, file
+
+
+def test_gpu_items_that_fail_hang_or_die_cost_no_other(gpu_run):
+    begin, file = gpu_run
+    told, _ = begin().communicate(timeout=120)
+    sides = file()
+    assert sides["broken"] == {"items": {}, "ended": sides["broken"]["ended"]}
+    assert "no torch here" in sides["broken"]["ended"][0]
+    items = sides["stub"]["items"]
+    assert list(items) == ["good", "fails", "faulty", "dies", "hangs", "last"]
+    assert items["good"]["seconds"] == 1.0 and items["last"]["seconds"] == 2.0
+    assert items["fails"]["failed"] == "ZeroDivisionError: division by zero"
+    assert items["faulty"]["failed"] == "RuntimeError: CUDA error"
+    assert items["dies"] == {"failed": "its process ended with status -9", "printed": ["dying"]}
+    assert items["hangs"]["failed"] == "no answer in 3 s"
+    ended = sides["stub"]["ended"]
+    assert [how.split(" | ")[0] for how in ended] == [
+        "its process ended with status 1",  # by itself, after an error of the device
+        "its process ended with status -9",
+        "no answer in 3 s",
+    ]
+    assert sides["stub"]["peft"] == "1.0" and sides["stuck"]["items"]["only"]["seconds"] == 3.0
+    assert "ended" not in sides["stuck"]  # all was told before it got stuck
+    assert "stub, last: {'seconds': 2.0" in told
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_gpu_run_that_is_killed_leaves_what_it_has(gpu_run, tmp_path, how):
+    """And no process."""
+    begin, file = gpu_run
+    run, deadline = begin(limit=100.0), time.time() + 60
+    while not (tmp_path / "pid").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    run.send_signal(how)
+    assert run.wait(60) == (-9 if how == signal.SIGKILL else 143)
+    items = file()["stub"]["items"]
+    assert items["good"]["seconds"] == 1.0 and "status -9" in items["dies"]["failed"]
+    time.sleep(0.2)
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    assert not state.exists() or " Z " in state.read_text()
+
+
+def test_a_gpu_run_ends_in_its_time(gpu_run):
+    begin, file = gpu_run
+    begin("--minutes", "0.05", "--only", "stub", limit=100.0).communicate(timeout=60)
+    [(side, about)] = file().items()
+    assert side == "stub" and about["items"]["good"]["seconds"] == 1.0
+    assert "left out" in about or about["items"]["hangs"]["failed"] == "no time left"
+
+
+def test_gpu_sides_on_the_emulator(gpu_run, tmp_path):
+    """Ours, as they run on a GPU."""
+    words = ["--device", "emu", "--json", str(tmp_path / "gpu.json"), "--only", "chat", "train"]
+    told = subprocess.run(
+        [sys.executable, FOLDER / "gpu.py", *words], capture_output=True, text=True, timeout=120
+    ).stdout
+    sides = gpu_run[1]()
+    assert list(sides) == ["chat", "train", "chat int4", "chat int8", "train int4"]
+    for side, about in sides.items():
+        assert "ended" not in about and len(about["items"]) == (5 if "chat" in side else 2)
+        assert all(item["seconds"] > 0 for item in about["items"].values())
+    assert "chat, token of 1 row at 24: not known, something was not measured" in told
+
+
+def test_goals_on_a_gpu():
+    row = {"seconds": 1.0, "peer": 3.0, "share": 0.8, "memory": (10, 10)}
+    assert gpu.verdict_on(row, 0.8, 3.0, True).startswith("MET: 0.80 of the card (goal 0.8), 3.00")
+    for change in ({"share": 0.79}, {"peer": 2.9}, {"memory": (11, 10)}):
+        assert gpu.verdict_on(row | change, 0.8, 3.0, True).startswith("NOT MET")
+    assert gpu.verdict_on(row | {"share": None}, None, 3.0, False).startswith("MET")
+    assert gpu.verdict_on(row | {"peer": None}, None, 3.0, False).startswith("not known")

@@ -108,7 +108,7 @@ def barriers(op, kind, counts, shape, type_, aligned):
         return KVH * found
 
     if op == "attention_forward":
-        sizes = (64, 32, 2) if narrow else (T, T, 0)
+        sizes = (128, 64, 0) if narrow else (T, T, 0)
         return sum(queries(s, *sizes) if s.count > 4 else decode(s) for s in segments if s.count)
     count = (16 + (type_ == "float16") if narrow else 0) if segments else 0  # largest of dout
     for i, s in enumerate(segments):

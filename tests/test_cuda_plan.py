@@ -45,7 +45,7 @@ def six_b(tmp_path_factory):
 def test_a_step_of_4_rows_of_600_tokens(six_b, gigabytes, method, more):
     planned = plan(six_b, 4, 600, method, **LEAST, **more)
     assert planned.total <= gigabytes * 1e9
-    assert planned.total > 0.95 * gigabytes * 1e9 - 0.5e9  # the count is not of something else
+    assert planned.total > 0.95 * gigabytes * 1e9 - 0.6e9  # the count is not of something else
     assert planned.work["a step"].syncs == 1
 
 

@@ -328,13 +328,14 @@ SCENARIO = """
             assert name in {harmless}, (name, at, "raised no error")
     print(cases)
 """
-HARMLESS = ["cudaSetDevice", "cudaGetLastError", "cudaMemGetInfo"]
+HARMLESS = ["cudaSetDevice", "cudaGetDevice", "cudaGetLastError", "cudaMemGetInfo"]
 HARMLESS += ["cudaFree", "cudaGraphDestroy", "cudaGraphExecDestroy"]  # the call after it fails
 FAULTY = """cudaMalloc cudaMemcpyAsync cudaMemsetAsync cudaStreamCreateWithFlags
-    cudaStreamSynchronize cudaStreamBeginCapture cudaStreamEndCapture cudaGraphInstantiate
+    cudaStreamSynchronize cudaStreamBeginCapture cudaStreamEndCapture cudaGraphInstantiateWithFlags
     cudaGraphLaunch cudaGraphDestroy cudaGraphExecDestroy cudaGetLastError cudaGetDeviceCount
     cudaSetDevice cudaGetDeviceProperties cudaMemGetInfo cudaFree cublasCreate_v2
-    cublasSetStream_v2 cublasSetPointerMode_v2 cublasGemmEx""".split()
+    cublasSetStream_v2 cublasSetPointerMode_v2 cublasGemmEx cublasSetWorkspace_v2
+    cudaGetDevice""".split()
 
 
 @needs_compiler

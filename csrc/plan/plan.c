@@ -97,6 +97,10 @@ static void count_forward(struct plan *plan, const struct glm_mat *W, int bias, 
         launch(plan, 1, 1);
         return;
     }
+    if (glm_is_adapter(W->dtype, W->rows, W->cols)) {
+        launch(plan, 1, 1);
+        return;
+    }
     const int tokens = glm_piece_rows(GLM_PIECE, N, type == GLM_F32 ? 0 : (size_t)W->cols);
     launch(plan, bias, 1);
     for (int n = 0; n < N; n += tokens) {
@@ -116,6 +120,10 @@ static void count_backward_input(struct plan *plan, const struct glm_mat *W, int
     const int rows = glm_backward_rows(GLM_PIECE, W, type, N), pieces = (W->rows + rows - 1) / rows;
     if (!N || !plan->cuda)
         return;
+    if (glm_is_adapter(W->dtype, W->rows, W->cols)) {
+        launch(plan, 1, 1);
+        return;
+    }
     launch(plan, type == GLM_F16, 2);
     if (type != GLM_F32) {
         scratch(plan, SCRATCH_A, glm_bytes(type, (size_t)N * rows));
@@ -133,7 +141,10 @@ static void count_backward_weight(struct plan *plan, int dweight, int dbias, int
     const enum glm_dtype type = glm_product_type(plan->compute, GLM_F32, O, I);
     if (!N || !plan->cuda)
         return;
-    if (dweight) {
+    if (dweight && glm_is_adapter(GLM_F32, O, I)) {
+        scratch(plan, SCRATCH_B, sizeof(float) * (size_t)glm_thin_parts(N) * O * I);
+        launch(plan, 1, 2);
+    } else if (dweight) {
         operand(plan, SCRATCH_A, (size_t)N * O, type, 1);
         operand(plan, SCRATCH_B, (size_t)N * I, type, 0);
         plan->counts.products++;
@@ -184,7 +195,8 @@ static void adapted_forward(void *cx, void *out, const void *inp, const struct g
                             double scale)
 {
     COUNT(adapted_forward, linear_flops(N, weight->rows, weight->cols + B->cols));
-    count_forward(cx, weight, bias != NULL, N);
+    const int first = N > GLM_FEW && glm_is_adapter(B->dtype, B->rows, B->cols);
+    count_forward(cx, weight, !first && bias, N);
     if (N > GLM_FEW)
         count_forward(cx, B, 0, N);
 }
@@ -212,10 +224,15 @@ static void attention_forward(void *cx, void *out, void *lse, const void *qkv, s
                               struct glm_heads heads)
 {
     COUNT(attention_forward, 4 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
+    struct plan *plan = cx;
     const struct glm_decode decode = glm_decode_of(heads, n_segments);
-    scratch(cx, SCRATCH_A, decode.scratch);
+    const int tiles = !heads.longest || heads.longest > GLM_DECODE_TOKENS,
+              narrow = plan->compute != GLM_F32 && heads.HD <= 128;
+    scratch(plan, SCRATCH_A, decode.scratch);
     launch(cx, n_segments, decode.runs > 1 ? 2 : 1);
-    launch(cx, n_segments, !heads.longest || heads.longest > GLM_DECODE_TOKENS);
+    launch(cx, n_segments, tiles ? 1 + narrow : 0);
+    if (n_segments && tiles && narrow)
+        scratch(plan, SCRATCH_A, glm_pairs_bytes(heads.tokens + heads.rows, heads.KVH, heads.HD));
 }
 static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
                                const void *out, const void *lse, const void *qkv,
@@ -408,7 +425,7 @@ glm_status glm_plan_create(struct glm_backend **out, const char *name, int cuda,
         plan->be.kept = compute;
         plan->be.replay = plan_replay;
         plan->be.recorded = plan_recorded;
-        live(plan, GLM_CUDA_SMALL + GLM_BLAS_BYTES);
+        live(plan, GLM_CUDA_SMALL);
     }
     *out = &plan->be;
     return GLM_OK;

@@ -98,11 +98,15 @@ static int bind_and_keep(struct model_object *self, const char *name, const stru
     Py_XINCREF(before);
     if (pair && !PyErr_Occurred() && glm_idle(self) == 0 &&
         PyDict_SetItem(self->arrays, key, pair) == 0) {
+        struct glm_backend *be = glm_model_backend(self->m);
+        const int device_before = be->enter ? be->enter(be) : -1;
         glm_guard_begin(); /* vectors are copied, and all that a device gets */
         const glm_status status = glm_model_bind(self->m, name, mat, rank, &err);
         glm_guard_end();
+        if (be->leave)
+            be->leave(be, device_before);
         glm_forget_files(self);
-        done = glm_check(glm_model_backend(self->m), status, &err);
+        done = glm_check(be, status, &err);
         if (done == 0 &&
             (check_array(array, &err) != GLM_OK || check_array(scale, &err) != GLM_OK)) {
             glm_lose(self, &err); /* what was copied may be zeros */

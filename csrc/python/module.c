@@ -126,6 +126,20 @@ static PyObject *device_info(PyObject *Py_UNUSED(module), PyObject *arg)
                          (Py_ssize_t)d.free_bytes, "total", (Py_ssize_t)d.total_bytes);
 }
 
+static PyObject *device_library(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    struct glm_error err;
+    struct glm_library library;
+    const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
+    if (!name)
+        return NULL;
+    const glm_status status = glm_device_library(name, &library, &err);
+    if (status != GLM_OK)
+        return glm_raise(status, &err);
+    return Py_BuildValue("{s:N,s:s,s:N}", "path", PyUnicode_DecodeFSDefault(library.path), "built",
+                         library.built, "cublas", PyUnicode_DecodeFSDefault(library.cublas));
+}
+
 static PyObject *memory_available(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
     return PyLong_FromUnsignedLongLong(glm_memory_available());
@@ -238,6 +252,7 @@ static PyMethodDef functions[] = {
     {"memory_available", memory_available, METH_NOARGS, "Bytes this process could still get."},
     {"backend_name", backend_name, METH_O, "The whole name that a short one stands for."},
     {"device_info", device_info, METH_O, "A CUDA device, and how many there are."},
+    {"device_library", device_library, METH_O, "The CUDA library, and the cuBLAS that it finds."},
     {"lr_factor", (PyCFunction)(void *)lr_factor, METH_VARARGS | METH_KEYWORDS,
      "Factor on the learning rate after `step` finished updates."},
     {"quantize", (PyCFunction)(void *)quantize, METH_VARARGS | METH_KEYWORDS,

@@ -144,6 +144,7 @@ static int begin(struct run *run, struct model_object *self, int reads, int whol
     computing_here = 1;
     if (reads && self->n_files)
         glm_guard_begin();
+    run->before = run->be->enter ? run->be->enter(run->be) : -1;
     run->be->set_poll(run->be, whole ? NULL : poll, run);
     return 0;
 }
@@ -178,6 +179,8 @@ int glm_run_end(struct run *run, glm_status status)
 {
     status = glm_device_status(run->blame, status, &run->err);
     run->be->set_poll(run->be, NULL, NULL);
+    if (run->be->leave)
+        run->be->leave(run->be, run->before);
     if (run->reads)
         status = end_of_reading(run, status);
     computing_here = 0;

@@ -29,7 +29,8 @@ struct run {
     struct glm_backend *be;    /* that polls for signals */
     struct glm_backend *blame; /* whose device's error a failure is; begin sets it to be */
     struct glm_error err;
-    int reads; /* weights, which may lie in mapped files */
+    int before; /* be->leave's */
+    int reads;  /* weights, which may lie in mapped files */
 };
 
 /* -1 with an exception set, and then nothing is to be ended. */

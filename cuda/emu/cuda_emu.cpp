@@ -68,12 +68,36 @@ static Region dev, dyn, sta;
 static const size_t DYN = 256 << 10;
 struct Alloc {
     size_t size;
+    int device;
 };
 static std::map<u8 *, Alloc> allocs;
 static u8 *bump;
 static std::multimap<size_t, u8 *> freed;
 static u8 *lastA, *lastE;
 static size_t dev_cap;
+// Devices, of EMU_DEVICES those that CUDA_VISIBLE_DEVICES lists: the one of this thread, those that
+// were made current by someone, the one whose work runs (-1: none). Memory, streams and cuBLAS
+// belong to one.
+static thread_local int g_device;
+static unsigned g_contexts;
+static int g_on = -1;
+static std::vector<int> &devices()
+{
+    static std::vector<int> found;
+    if (found.size())
+        return found;
+    const char *all = getenv("EMU_DEVICES"), *some = getenv("CUDA_VISIBLE_DEVICES");
+    const int n = all ? atoi(all) : 1;
+    for (int i = 0; !(all && some) && i < n; i++)
+        found.push_back(i);
+    for (char *end; all && some && *some; some = end + (*end == ',')) {
+        const int i = (int)strtol(some, &end, 10);
+        if (end == some || i < 0 || i >= n)
+            break;
+        found.push_back(i);
+    }
+    return found;
+}
 static void *vmap(size_t n)
 {
     void *p = mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
@@ -179,6 +203,8 @@ static bool in_alloc(u8 *p, size_t n)
     --it;
     if (p + n > it->first + it->second.size)
         return false;
+    if (g_on >= 0 && it->second.device != g_on)
+        report(nullptr, "memory of device %d used by device %d", it->second.device, g_on);
     lastA = it->first;
     lastE = it->first + it->second.size;
     return true;
@@ -271,10 +297,42 @@ static void next()
     if (emu_cur != me)
         emu_switch(&me->sp, F[i].sp);
 }
+// Copies on their way, of each thread of the block: oldest first, with the group they belong to.
+struct Copy {
+    void *to;
+    uint4 bytes;
+    unsigned group;
+};
+struct Copies {
+    std::deque<Copy> waiting;
+    unsigned groups = 0; // committed so far
+};
+static std::vector<Copies> copies(MAXT);
+void emu_copy(void *to, const uint4 &bytes)
+{
+    Copies &c = copies[emu_cur->tid];
+    c.waiting.push_back({to, bytes, c.groups});
+}
+void emu_copies_commit() { copies[emu_cur->tid].groups++; }
+void *emu_copy_landed(int n, uint4 *bytes)
+{
+    Copies &c = copies[emu_cur->tid];
+    if (c.waiting.empty() || c.waiting.front().group + n >= c.groups)
+        return nullptr;
+    void *to = c.waiting.front().to;
+    *bytes = c.waiting.front().bytes;
+    c.waiting.pop_front();
+    return to;
+}
 static void entry()
 {
     for (;;) {
         (*body)();
+        Copies &c = copies[emu_cur->tid];
+        if (!c.waiting.empty())
+            report(nullptr, "returned with %zu copies that nobody waited for", c.waiting.size());
+        c.waiting.clear();
+        c.groups = 0;
         emu_cur->state = DONE;
         ndone++;
         if (nblockwait && nblockwait + ndone == nthr) {
@@ -825,6 +883,7 @@ struct emu_graph {
     std::vector<Op> ops;
 };
 struct emu_stream {
+    int device = g_device;
     std::deque<Op> q;
     u64 head = 0, tail = 0;
     emu_graph *cap = nullptr;
@@ -839,8 +898,13 @@ static void drain(emu_stream *s, u64 to)
         s->q.pop_front();
         if (op.wait.s && streams.count(op.wait.s))
             drain(op.wait.s, op.wait.seq);
+        const int on = g_on;
+        g_on = s->device;
+        if (on != g_on)
+            lastA = lastE = nullptr;
         if (op.f)
             op.f();
+        g_on = on;
         s->head++;
     }
 }
@@ -882,6 +946,12 @@ void __attribute__((noinline)) emu_launch(const char *name, const void *id, dim3
                                           std::function<void()> k)
 {
     boot();
+    if (str(s)->device != g_device) {
+        report(nullptr, "%s launched into a stream of device %d while %d is current", name,
+               str(s)->device, g_device);
+        fail(cudaErrorInvalidValue);
+        return;
+    }
     u64 n = (u64)b.x * b.y * b.z;
     size_t lim = g_smem_attr.count(id) ? (size_t)g_smem_attr[id] : 48 << 10;
     const char *why = nullptr;
@@ -973,7 +1043,7 @@ cudaError_t cudaMalloc(void **p, size_t n)
         a = bump;
         bump += need;
     }
-    allocs[a] = {n};
+    allocs[a] = {n, g_device};
     S.cur_bytes += n;
     S.peak_bytes = std::max(S.peak_bytes, S.cur_bytes);
     if (!g_dry) {
@@ -1141,7 +1211,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g)
     s->cap = nullptr;
     return cudaSuccess;
 }
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long)
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long)
 {
     *e = new emu_graph(*g);
     return cudaSuccess;
@@ -1172,14 +1242,34 @@ cudaError_t cudaGetLastError()
 const char *cudaGetErrorString(cudaError_t e) { return e ? "emulated error" : "no error"; }
 cudaError_t cudaGetDeviceCount(int *n)
 {
-    *n = 1;
+    *n = (int)devices().size();
+    return *n ? cudaSuccess : fail(cudaErrorNoDevice);
+}
+cudaError_t cudaSetDevice(int d)
+{
+    if (d < 0 || d >= (int)devices().size())
+        return fail(cudaErrorInvalidDevice);
+    g_device = d;
+    g_contexts |= 1u << d;
     return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int d) { return d ? fail(cudaErrorInvalidDevice) : cudaSuccess; }
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int)
+cudaError_t cudaGetDevice(int *d)
+{
+    *d = g_device;
+    return cudaSuccess;
+}
+int cuDevicePrimaryCtxGetState(int d, unsigned *flags, int *active)
+{
+    *flags = 0;
+    *active = (int)(g_contexts >> d & 1);
+    return 0;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int d)
 {
     *p = {};
     strcpy(p->name, "emulator");
+    if (devices()[d])
+        snprintf(p->name, sizeof p->name, "emulator %d", devices()[d]);
     p->major = 8;
     p->minor = 6;
     p->multiProcessorCount = 2;
@@ -1267,6 +1357,7 @@ void emu_print_launches()
 // ---------------------------------------------------------------- cuBLAS subset (column-major,
 // float accumulation)
 struct emu_cublas {
+    int device = g_device;
     cudaStream_t s = nullptr;
     int mode = 0;
 };
@@ -1378,6 +1469,11 @@ cublasStatus_t cublasSetPointerMode_v2(cublasHandle_t h, cublasPointerMode_t m)
     h->mode = m;
     return CUBLAS_STATUS_SUCCESS;
 }
+cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t, void *p, size_t n)
+{
+    return range(p, n, false, false, "cuBLAS's workspace") ? CUBLAS_STATUS_SUCCESS
+                                                           : CUBLAS_STATUS_INVALID_VALUE;
+}
 cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta,
                                           cublasOperation_t tb, int m, int n, int k, const void *al,
                                           const void *A, cudaDataType at, int lda, long long sa,
@@ -1389,6 +1485,10 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta
     if (m < 0 || n < 0 || k < 0 || lda < (ta ? k : m) || ldb < (tb ? n : k) || ldc < m) {
         report(nullptr, "GEMM m=%d n=%d k=%d lda=%d ldb=%d ldc=%d: bad leading dimension", m, n, k,
                lda, ldb, ldc);
+        return CUBLAS_STATUS_INVALID_VALUE;
+    }
+    if (h->device != g_device) {
+        report(nullptr, "GEMM by cuBLAS of device %d while %d is current", h->device, g_device);
         return CUBLAS_STATUS_INVALID_VALUE;
     }
     if (at != bt || (comp != CUBLAS_COMPUTE_32F && comp != CUBLAS_COMPUTE_32F_FAST_TF32) ||

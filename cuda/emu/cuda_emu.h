@@ -313,14 +313,23 @@ static inline void emu_mma16816_bf16(float *d, const unsigned *a, const unsigned
     o.d = d;
     emu_warp(0xffffffffu, EMU_MMA16816, &o, "mma16816", 0);
 }
+// cp.async: a copy's bytes are kept until the thread waits for its group. The caller stores them, so
+// that the access is checked there: no sooner than emu_copy_landed hands them out, which is nullptr
+// when only the last n groups are left. A thread that returns with copies on their way is a report.
+void emu_copy(void *to, const uint4 &bytes);
+void emu_copies_commit();
+void *emu_copy_landed(int n, uint4 *bytes);
 // ---------------------------------------------------------------- runtime API subset
 typedef enum {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9,
+    cudaErrorNoDevice = 100,
     cudaErrorInvalidDevice = 101,
-    cudaErrorIllegalAddress = 700
+    cudaErrorECCUncorrectable = 214,
+    cudaErrorIllegalAddress = 700,
+    cudaErrorLaunchFailure = 719
 } cudaError_t;
 typedef struct emu_stream *cudaStream_t;
 typedef struct emu_event *cudaEvent_t;
@@ -367,7 +376,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned);
 cudaError_t cudaEventDestroy(cudaEvent_t);
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode);
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *);
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t *, cudaGraph_t, unsigned long long);
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *, cudaGraph_t, unsigned long long);
 cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t);
 cudaError_t cudaGraphDestroy(cudaGraph_t);
@@ -375,6 +384,8 @@ cudaError_t cudaGetLastError();
 const char *cudaGetErrorString(cudaError_t);
 cudaError_t cudaGetDeviceCount(int *);
 cudaError_t cudaSetDevice(int);
+cudaError_t cudaGetDevice(int *);
+int cuDevicePrimaryCtxGetState(int, unsigned *, int *);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *, int);
 cudaError_t cudaMemGetInfo(size_t *, size_t *);
 cudaError_t cudaDriverGetVersion(int *);
@@ -452,6 +463,7 @@ cublasStatus_t cublasCreate_v2(cublasHandle_t *);
 cublasStatus_t cublasDestroy_v2(cublasHandle_t);
 cublasStatus_t cublasSetStream_v2(cublasHandle_t, cudaStream_t);
 cublasStatus_t cublasSetPointerMode_v2(cublasHandle_t, cublasPointerMode_t);
+cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t, void *, size_t);
 cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m, int n,
                             int k, const void *alpha, const void *A, cudaDataType, int lda,
                             const void *B, cudaDataType, int ldb, const void *beta, void *C,

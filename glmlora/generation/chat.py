@@ -14,6 +14,7 @@ import numpy as np
 from .. import families, tell
 from ..families import recognition
 from ..families.vendored import in_template
+from ..progress import bar
 from ..tokenization import TextStream
 from .beams import best_answers
 from .cache import CachedRow, Model, PastKeyValues, check_past
@@ -302,8 +303,6 @@ def batch_chat(
     give, several times faster: rows run together, `at_once` of them, and the opening that all
     prompts share is computed once. Arguments as in `chat`. Shows a progress bar on a terminal.
     """
-    from tqdm.auto import tqdm
-
     if isinstance(queries, str):
         raise TypeError("queries: expected a list of texts, got one text; chat answers one")
     queries = list(queries)
@@ -322,7 +321,7 @@ def batch_chat(
         logits_processor=logits_processor,
         **settings,
     )
-    for number, answer in tqdm(ready, desc="chat", unit="row", total=len(queries), disable=None):
+    for number, answer in bar(ready, desc="chat", unit="row", total=len(queries), disable=None):
         answers[number] = answer
     return answers
 

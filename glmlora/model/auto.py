@@ -14,6 +14,7 @@ from ..files.hub import check_keywords, model_directory
 from ..files.small import GENERATION
 from ..files.write import read_json
 from ..generation.config import GenerationConfig
+from ..progress import bar
 from . import device as devices
 from .configuration import DEFAULTS, ChatGLMConfig, is_key
 from .keywords import MODEL_NEUTRAL, MODEL_REASONS, ModelKeywords
@@ -172,6 +173,4 @@ def _dtype(torch_dtype: Any, dtype: Any) -> str | None:
 
 
 def _progress(names: list[str]) -> Iterable[str]:
-    from tqdm import tqdm
-
-    return tqdm(names, desc="Loading checkpoint shards")
+    return bar(names, desc="Loading checkpoint shards")

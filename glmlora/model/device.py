@@ -133,7 +133,7 @@ def backend(device: Device, stored: str, cpu: str = "cpu", compute_dtype: str | 
     if capability < (7, 5):
         stored = "F32"
     if device.type == "cuda":
-        preload_cublas()
+        preload_cublas(device)
     return f"{device}/{_COMPUTE.get(stored, 'float32')}"
 
 
@@ -145,10 +145,10 @@ def _present(device: Device) -> dict[str, Any]:
     return found
 
 
-def preload_cublas() -> Path | None:
+def preload_cublas(device: str = "cuda") -> Path | None:
     """Load cuBLAS from NVIDIA's wheels, unless the process has it: that comes first in the core's
     own search (in the process, beside this package, by the system's loader). Returns its file.
-    """
+    """  # asked for the device that will be used: the question makes a context there
     import ctypes
 
     for major, folder in ((13, "cu13"), (12, "cublas")):
@@ -159,15 +159,11 @@ def preload_cublas() -> Path | None:
             pass
         for entry in sys.path:
             file = Path(entry or ".") / "nvidia" / folder / "lib" / f"libcublas.so.{major}"
-            if file.is_file() and _runtime_major() == major:
+            if file.is_file() and info(device).get("runtime", 0) // 1000 == major:
                 ctypes.CDLL(str(file.with_name(f"libcublasLt.so.{major}")))
                 ctypes.CDLL(str(file))
                 return file
     return None
-
-
-def _runtime_major() -> int:
-    return info("cuda").get("runtime", 0) // 1000
 
 
 def memory_available(device: Device) -> int:

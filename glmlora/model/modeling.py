@@ -27,6 +27,7 @@ from ..generation import chat as _chat
 from ..generation import generate as _generate
 from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
+from ..progress import bar
 from ..tell import warn
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
@@ -767,16 +768,12 @@ class ChatGLMForConditionalGeneration(_Casts):
 
 
 def _uploading(names: list[str], device: Device, tensors: Iterable[Any]) -> Iterable[str]:
-    from tqdm import tqdm
-
     small = sum(t.nbytes for t in tensors) < 1 << 28
-    return tqdm(names, desc=f"Weights to {device}", disable=small or device == "cpu")
+    return bar(names, desc=f"Weights to {device}", disable=small or device == "cpu")
 
 
 def _quantizing(names: list[str], nbytes: int) -> Iterable[str]:
-    from tqdm import tqdm
-
-    return tqdm(names, desc="Quantizing", disable=nbytes < 1 << 28)
+    return bar(names, desc="Quantizing", disable=nbytes < 1 << 28)
 
 
 def _converted(tensor: Tensor, dtype: str) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
+from pathlib import Path
 
 LIBRARIES = [  # name, needed?, what for, how to get it
     ("numpy", True, "arrays", "pip install numpy"),
@@ -30,13 +32,43 @@ def _gib(n: int) -> str:
     return f"{n / 2**30:.1f} GiB"
 
 
+DRIVERS = {11: "450", 12: "525", 13: "580"}  # from which on a CUDA version's libraries run
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def library_lines(kind: str = "cuda") -> list[str]:
+    """The CUDA library and cuBLAS, where there is one."""
+    from glmlora import _core
+    from glmlora.model import device
+
+    try:
+        device.preload_cublas()
+        library = _core.device_library(kind)
+    except ValueError:
+        return []
+    how, runtime = library["built"], device.info(kind).get("runtime", 0)
+    if runtime:
+        least = DRIVERS.get(runtime // 1000)
+        how += f"; CUDA {_cuda(runtime)}" + (f", drivers from {least} on" if least else "")
+    return [
+        f"cuda library  {library['path']}",
+        f"              {how}",
+        f"cublas        {library['cublas']}",
+    ]
+
+
 def gpu_lines() -> list[str]:
-    """What there is to compute on beside the CPU: a line for each GPU, or why there is none."""
+    """What there is to compute on beside the CPU: a line for each GPU, or why there is none; then
+    the library."""
     from glmlora.model import device
 
     first = device.info("cuda")
     if not first["count"]:
-        return [f"gpu           none: {first['why']}", "              .cuda() stays on the CPU"]
+        lines = [f"gpu           none: {first['why']}", "              .cuda() stays on the CPU"]
+        return lines + library_lines()
     lines = []
     for index in range(first["count"]):
         found = device.info(f"cuda:{index}")
@@ -45,16 +77,24 @@ def gpu_lines() -> list[str]:
             f"gpu {index}         {found['name']}, capability {major}.{minor}, "
             f"{_gib(found['free'])} of {_gib(found['total'])} free"
         )
-    driver, runtime = (f"{v // 1000}.{v % 1000 // 10}" for v in (first["driver"], first["runtime"]))
-    lines.append(f"cuda          driver for {driver}, library built with {runtime}")
+    lines.append(f"driver        {_driver()}for CUDA up to {_cuda(first['driver'])}")
+    lines += library_lines()
     try:
         from glmlora import _core
 
-        device.preload_cublas()
         _core.op_table("cuda")
     except (ValueError, RuntimeError, MemoryError) as error:
         lines.append(f"              it cannot be used: {error}")
     return lines
+
+
+def _driver() -> str:
+    """Its version with a comma, where the kernel tells it."""
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return ""
+    return f"{found[0]}, " if found else ""
 
 
 def cpu_lines() -> list[str]:

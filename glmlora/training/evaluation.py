@@ -17,6 +17,7 @@ from ..files.write import read_json, write_json, write_text
 from ..generation.chat import end_ids
 from ..generation.config import GenerationConfig
 from ..generation.generate import generate_rows
+from ..progress import bar
 from ..seeds import set_seed
 from .arguments import DataArguments, TrainingArguments
 from .methods import unwrapped
@@ -27,20 +28,8 @@ DECODING = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "top_k": 50}
 
 
 def progress(total: int, disable: bool | None, initial: int = 0, desc: str | None = None) -> Any:
-    """A tqdm bar on standard error, for terminals and notebooks."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a notebook without ipywidgets gets the plain bar
-        from tqdm.auto import tqdm
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=desc,
-        disable=bool(disable),
-        file=sys.stderr,
-        dynamic_ncols=True,
-    )
+    """A bar that is shown unless it is disabled."""
+    return bar(total=total, initial=initial, desc=desc, disable=bool(disable))
 
 
 def speed(prefix: str, started: float, samples: float, steps: int) -> dict[str, float]:
