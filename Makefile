@@ -75,7 +75,7 @@ peers:
 
 # address and undefined-behaviour sanitizers; leaks are counted by tests/test_leaks.py (the interpreter has its own).
 # Left out: what takes long and never enters the core, or enters another build of it.
-UNRELATED = test_typing test_structure test_packaging test_benchmarks test_cuda_build test_cuda test_emu test_toy_op
+UNRELATED = test_typing test_structure test_packaging test_benchmarks test_cuda_build test_cuda test_cuda_host test_install_cuda test_emu test_toy_op
 sanitize: all
 	GLMLORA_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	cd build/sanitize/lib && \

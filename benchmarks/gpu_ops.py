@@ -32,6 +32,7 @@ from glmlora.tools.optable import (  # noqa: E402
     Heads,
     Mat,
     Segment,
+    sized,
     stored,
 )
 
@@ -45,7 +46,7 @@ class Timed(DeviceOps):
     """A call is timed: its arrays are put on the device once, and nothing comes back."""
 
     def _call(self, op: str, args: tuple[Any, ...]) -> None:
-        signature, args = SIGNATURES[op], self._sized(op, args)
+        signature, args = SIGNATURES[op], sized(op, args)
         mats = [a for a in args if isinstance(a, Mat)]
         nbytes = max((m.array.nbytes for m in mats), default=AWAY)
         rounds = max(1, min(16, -(-AWAY // nbytes)))

@@ -13,14 +13,12 @@ struct attention {
     const float *qkv, *cache_k, *cache_v;
     const struct glm_segment *segments;
     int n_segments, NH, KVH, HD, G; /* G query heads to a key head */
-    float scale;
-    float *out, *lse;      /* forward writes, backward reads */
-    unsigned short *pairs; /* keys and values in 16 bits: see pair_at */
-    int tokens;            /* rows of qkv */
-    const float *dout; /* backward */
+    float scale, log2_scale;        /* the second for exponentials of 2 */
+    float *out, *lse;               /* forward writes, backward reads */
+    unsigned short *pairs;          /* keys and values in 16 bits: see pair_at */
+    int tokens;                     /* rows of qkv */
+    const float *dout;              /* backward */
     float *dqkv, *dcache_k, *dcache_v;
-    float *largest;              /* |dout| of each block, or NULL */
-    const float *factor, *alpha; /* of dout in 16 bits, and its inverse; NULL: 1 */
 };
 
 #define LOG2_E 1.4426950408889634f
@@ -93,6 +91,29 @@ static __device__ __forceinline__ const float *query_of(const attention &a, cons
 {
     return a.qkv + (size_t)(s.begin + row / a.G) * (a.NH + 2 * a.KVH) * a.HD +
            (size_t)(g * a.G + row % a.G) * a.HD;
+}
+
+/* Cache rows whose gradients blocks of segment i add up: none where a segment before it shares just
+ * the same ones. */
+static __device__ __forceinline__ int rows_to_add(const attention &a, int i)
+{
+    const glm_segment s = a.segments[i];
+    for (int j = 0; j < i; j++)
+        if (a.segments[j].shared_begin == s.shared_begin &&
+            a.segments[j].shared_count == s.shared_count)
+            return 0;
+    return a.dcache_k ? s.shared_count : 0;
+}
+
+/* 1 when no segment before i shares the cache row. */
+static __device__ __forceinline__ int owns_row(const attention &a, int i, int row)
+{
+    for (int j = 0; j < i; j++) {
+        const int begin = a.segments[j].shared_begin, count = a.segments[j].shared_count;
+        if (row >= begin && row < begin + count)
+            return 0;
+    }
+    return 1;
 }
 
 /* Floats of a row of a float tile: 16-byte rows, four banks apart. */
@@ -230,6 +251,7 @@ static inline attention attention_of(const void *qkv, struct glm_kv cache,
     a.HD = heads.HD;
     a.G = heads.NH / heads.KVH;
     a.scale = (float)(1 / sqrt((double)heads.HD));
+    a.log2_scale = a.scale * LOG2_E;
     return a;
 }
 
@@ -241,6 +263,7 @@ static inline int attention_blocks(const struct cuda *cuda)
 }
 
 void glm_cuda_attention_decode(struct cuda *cuda, const attention &a, struct glm_heads heads);
+void glm_cuda_attention_backward_16(struct cuda *cuda, const attention &a, struct glm_heads heads);
 
 /* Heads wider than 256 have no kernel. */
 static inline int attention_fits(struct cuda *cuda, const attention &a)

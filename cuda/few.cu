@@ -12,6 +12,10 @@ static const few_kernel TABLE[5][4] = FEW_TABLE(few);
 
 void glm_cuda_few(struct cuda *cuda, const char *op, few_rows a, const struct glm_mat *W)
 {
+    if (glm_few_quantized(cuda->compute, W)) {
+        glm_cuda_few_quantized(cuda, op, a, W, 0);
+        return;
+    }
     const few_kernel k_few = few_of(TABLE, W, a.N);
     const size_t of_block = 8 * (a.N == 1 ? 4 : a.N <= 4 ? 2 : 1);
     a.w = matrix_of(W);

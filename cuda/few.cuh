@@ -1,5 +1,6 @@
-/* Products of up to 8 rows: W is read once, 16 bytes at a time, whatever its dtype. few.cu has the
- * kernels that end in the product, few_gated.cu those that end in swiglu of it. */
+/* Products of few rows: W is read once, 16 bytes at a time, whatever its dtype. Of up to 8 rows few.cu
+ * has the kernels that end in the product, few_gated.cu those that end in swiglu of it. With operands
+ * in 16 bits and integers in W few_quantized.cu has both, for up to 64 rows. */
 #pragma once
 #include "launch.cuh"
 
@@ -20,6 +21,20 @@ static __device__ __forceinline__ uint4 load_once(const uint4 *p)
                  : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
                  : "l"(p));
     return q;
+#endif
+}
+
+/* Four of the bytes of a (0 to 3) and b (4 to 7), by the nibbles of `which` */
+static __device__ __forceinline__ unsigned bytes_of(unsigned a, unsigned b, unsigned which)
+{
+#if defined(__CUDA_EMU__)
+    const unsigned long long both = (unsigned long long)b << 32 | a;
+    unsigned r = 0;
+    for (int i = 0; i < 4; i++)
+        r |= (unsigned)(both >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+    return r;
+#else
+    return __byte_perm(a, b, which);
 #endif
 }
 
@@ -286,9 +301,9 @@ static stored_matrix matrix_of(const struct glm_mat *mat)
     return w;
 }
 
-static inline int is_few(const struct glm_mat *W, int N)
+static inline int is_few(const struct cuda *cuda, const struct glm_mat *W, int N)
 {
-    return N <= GLM_FEW && W->dtype != GLM_F64;
+    return N <= glm_few_rows(cuda->compute, W);
 }
 
 /* The kernel for W's dtype and N rows */
@@ -300,4 +315,10 @@ static inline few_kernel few_of(const few_kernel table[5][4], const struct glm_m
 
 /* few.cu; a.w is filled in */
 void glm_cuda_few(struct cuda *cuda, const char *op, few_rows a, const struct glm_mat *W);
+/* few_quantized.cu; gated: swiglu of it */
+void glm_cuda_few_quantized(struct cuda *cuda, const char *op, few_rows a, const struct glm_mat *W,
+                            int gated);
+/* linear.cu: x times *factor (NULL: 1) in the product's type; x itself where that is float. */
+const void *glm_cuda_operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
+                             enum glm_dtype type, const float *factor);
 #endif

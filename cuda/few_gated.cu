@@ -15,12 +15,16 @@ extern "C" void glm_cuda_linear_swiglu_forward(void *cx, void *out, void *h, con
                                                int N)
 {
     struct cuda *cuda = cuda_of(cx);
-    if (!is_few(weight, N)) {
+    if (!is_few(cuda, weight, N)) {
         glm_cuda_linear_forward(cx, h, inp, weight, bias, N, 1, 0);
         glm_cuda_swiglu_forward(cx, out, h, N, weight->rows / 2);
     } else if (N && glm_cuda_begin(cuda)) {
         few_rows a = {(float *)out, (const float *)inp, (const float *)bias};
         a.N = N, a.scale = 1;
+        if (glm_few_quantized(cuda->compute, weight)) {
+            glm_cuda_few_quantized(cuda, "linear_swiglu_forward", a, weight, 1);
+            return;
+        }
         a.w = matrix_of(weight);
         const few_kernel k_gated = few_of(TABLE, weight, N);
         const size_t of_block = 8 * (N == 1 ? 2 : 1), F = (size_t)weight->rows / 2;

@@ -373,9 +373,7 @@ static inline void launch_after(struct cuda *cuda, void (*kernel)(P...), unsigne
 }
 #endif
 
-/* Launch and keep an error; no launch over nothing. What a block may have of dynamic shared memory
- * without being asked for is 48 KB. */
-enum { SHARED_UNASKED = 48 << 10 };
+/* Launch and keep an error; no launch over nothing. */
 #ifdef GLM_NAMED
 #define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                               \
     do {                                                                                         \
@@ -393,7 +391,7 @@ enum { SHARED_UNASKED = 48 << 10 };
 #define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                                 \
     do {                                                                                           \
         if ((blocks) > 0) {                                                                        \
-            if ((shared) > SHARED_UNASKED)                                                         \
+            if ((shared) > GLM_SHARED_UNASKED)                                                     \
                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,          \
                                      (int)(shared));                                               \
             GLM_KERNEL_CALL(kernel, dim3((unsigned)(blocks)), dim3((unsigned)(threads)), (shared), \

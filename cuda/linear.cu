@@ -1,4 +1,4 @@
-/* Products with weights. Up to 8 rows: own kernels (few.cuh). More rows: cuBLAS, with the operands
+/* Products with weights. Few rows: own kernels (few.cuh). More rows: cuBLAS, with the operands
  * in the backend's compute type; weights of another type and quantized ones are widened into
  * scratch, some rows of W at a time.
  *
@@ -9,6 +9,20 @@
 #include "few.cuh"
 
 /* ---- eight stored elements at a time */
+
+/* Eight integers, from one word (int4: the even column is the high nibble) or two. */
+static __device__ __forceinline__ void integers8(uint2 q, int dtype, float *v)
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (dtype == GLM_I8) {
+            v[j] = (float)((int)(q.x << (24 - 8 * j)) >> 24);
+            v[4 + j] = (float)((int)(q.y << (24 - 8 * j)) >> 24);
+        } else {
+            v[2 * j] = (float)((int)(q.x << (24 - 8 * j)) >> 28);
+            v[2 * j + 1] = (float)((int)(q.x << (28 - 8 * j)) >> 28);
+        }
+}
 
 /* Elements i .. i+7 of a run of n, i a multiple of 8, integers without their scale. */
 static __device__ __forceinline__ void load8(const void *p, int dtype, size_t i, size_t n, float *v)
@@ -25,19 +39,11 @@ static __device__ __forceinline__ void load8(const void *p, int dtype, size_t i,
     } else if (whole && (dtype == GLM_F16 || dtype == GLM_BF16) && ((size_t)at & 15) == 0) {
         widen8(*reinterpret_cast<const uint4 *>(at), dtype, v);
     } else if (whole && dtype == GLM_I8 && ((size_t)at & 7) == 0) {
-        const uint2 q = *reinterpret_cast<const uint2 *>(at);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            v[j] = (float)((int)(q.x << (24 - 8 * j)) >> 24);
-            v[4 + j] = (float)((int)(q.y << (24 - 8 * j)) >> 24);
-        }
+        integers8(*reinterpret_cast<const uint2 *>(at), GLM_I8, v);
     } else if (whole && dtype == GLM_I4 && ((size_t)at & 3) == 0) {
-        const unsigned q = *reinterpret_cast<const unsigned *>(at);
-#pragma unroll
-        for (int j = 0; j < 4; j++) { /* the even column is the high nibble */
-            v[2 * j] = (float)((int)(q << (24 - 8 * j)) >> 28);
-            v[2 * j + 1] = (float)((int)(q << (28 - 8 * j)) >> 28);
-        }
+        uint2 q;
+        q.x = *reinterpret_cast<const unsigned *>(at), q.y = 0;
+        integers8(q, GLM_I4, v);
     } else {
 #pragma unroll
         for (int j = 0; j < 8; j++)
@@ -122,41 +128,67 @@ GLM_KERNEL(256) k_convert_double(void *out, int to, const void *inp, int from, s
         store1(out, to, i, to == GLM_F32 ? (float)x : odd_float(x));
 }
 
-/* Rows first .. of w, times their scales, in another dtype; `blocks` blocks a row */
-GLM_KERNEL(256) k_widen(void *out, int to, stored_matrix w, int first, int blocks)
+enum { WIDENED = 4 }; /* rows of a block: so many loads are in flight */
+
+/* `rows` rows of w from `first` on, times their scales, in another dtype; `blocks` blocks a row */
+GLM_KERNEL(256) k_widen(void *out, int to, stored_matrix w, int first, int rows, int blocks)
 {
-    const size_t r = blockIdx.x / blocks, row = first + r, cols = w.cols;
+    const int r0 = (int)(blockIdx.x / blocks) * WIDENED;
     const int begin = 8 * (int)(blockIdx.x % blocks) * (int)blockDim.x;
-    const char *from = static_cast<const char *>(w.data) + stored_bytes(w.dtype, row * cols);
+    const size_t cols = w.cols;
+    const char *data = static_cast<const char *>(w.data);
     if (to == GLM_F32) {
+        for (int r = r0; r < min(r0 + WIDENED, rows); r++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int c = begin + 4 * (int)(half * blockDim.x + threadIdx.x);
-            if (c >= w.cols)
-                return;
-            f4 x = load4_stored(from, w.dtype, c, cols);
-            if (w.scale) {
-                const float s = scale_at(w, row, c);
+            for (int half = 0; half < 2; half++) {
+                const int c = begin + 4 * (int)(half * blockDim.x + threadIdx.x);
+                const size_t row = first + r;
+                if (c >= w.cols)
+                    break;
+                f4 x = load4_stored(data + stored_bytes(w.dtype, row * cols), w.dtype, c, cols);
+                if (w.scale) {
+                    const float s = scale_at(w, row, c);
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    x.v[j] *= s;
+                    for (int j = 0; j < 4; j++)
+                        x.v[j] *= s;
+                }
+                store4(static_cast<float *>(out) + r * cols, c, cols, x);
             }
-            store4(static_cast<float *>(out) + r * cols, c, cols, x);
-        }
         return;
     }
     const int c = begin + 8 * (int)threadIdx.x;
     if (c >= w.cols)
         return;
-    float v[8];
-    load8(from, w.dtype, c, cols, v);
-    if (w.scale) { /* groups are multiples of 32: the eight share a scale */
-        const float s = scale_at(w, row, c);
+    const int integers = w.dtype == GLM_I8 || w.dtype == GLM_I4;
+    const int whole = integers && cols % 8 == 0 && ((size_t)data & 7) == 0;
+    uint2 q[WIDENED];
+    float s[WIDENED]; /* groups are multiples of 32: the eight share a scale */
+#pragma unroll
+    for (int k = 0; k < WIDENED; k++) {
+        const size_t row = first + min(r0 + k, rows - 1);
+        const char *at = data + stored_bytes(w.dtype, row * cols + c);
+        q[k].x = q[k].y = 0;
+        if (whole && w.dtype == GLM_I8)
+            q[k] = *reinterpret_cast<const uint2 *>(at);
+        else if (whole)
+            q[k].x = *reinterpret_cast<const unsigned *>(at);
+        s[k] = w.scale ? scale_at(w, row, c) : 1.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < WIDENED; k++) {
+        float v[8];
+        const size_t r = r0 + k;
+        if (r0 + k >= rows)
+            break;
+        if (whole)
+            integers8(q[k], w.dtype, v);
+        else
+            load8(data + stored_bytes(w.dtype, (first + r) * cols), w.dtype, c, cols, v);
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            v[j] *= s;
+            v[j] *= s[k];
+        store8(static_cast<char *>(out) + stored_bytes(to, r * cols), to, c, cols, v);
     }
-    store8(static_cast<char *>(out) + stored_bytes(to, r * cols), to, c, cols, v);
 }
 
 /* ---- the power of two that brings the largest element near 2^exponent, and scale over it */
@@ -359,35 +391,26 @@ static const void *widened(struct cuda *cuda, const struct glm_mat *W, enum glm_
     void *to = glm_cuda_scratch(cuda, SCRATCH_WEIGHT, glm_bytes(type, (size_t)most * W->cols));
     const int blocks = (int)ceil_div((size_t)W->cols, 2048);
     if (to)
-        GLM_LAUNCH(cuda, "weights", k_widen, (size_t)rows * blocks, 256, 0, to, (int)type,
-                   matrix_of(W), first, blocks);
+        GLM_LAUNCH(cuda, "weights", k_widen, ceil_div((size_t)rows, WIDENED) * blocks, 256, 0, to,
+                   (int)type, matrix_of(W), first, rows, blocks);
     return to;
 }
 
-void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale)
+const float *glm_cuda_factor(struct cuda *cuda, const void *x, size_t n, enum glm_dtype type,
+                             int exponent, double scale)
 {
     struct glm_small *small = cuda->small;
-    GLM_LAUNCH(cuda, "gradient", k_factor, 1, 256, 0, &small->factor, &small->alpha,
-               (const float *)small->largest, n, exponent, (float)scale);
-}
-
-/* The factor by which gradients x become float16, on the device; its inverse, times scale, is left
- * in small->alpha. NULL: none is needed. */
-static const float *gradient_factor(struct cuda *cuda, const void *x, size_t n, enum glm_dtype type,
-                                    double scale)
-{
     const size_t runs = ceil_div(n, 8192), blocks = runs < 512 ? runs : 512;
     if (type != GLM_F16)
         return NULL;
-    GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, cuda->small->largest, (const float *)x,
-               n);
-    glm_cuda_factor(cuda, (int)blocks, 13, scale);
-    return &cuda->small->factor;
+    GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, small->largest, (const float *)x, n);
+    GLM_LAUNCH(cuda, "gradient", k_factor, 1, 256, 0, &small->factor, &small->alpha,
+               (const float *)small->largest, (int)blocks, exponent, (float)scale);
+    return &small->factor;
 }
 
-/* x times *factor (NULL: 1) in the product's type; x itself where that is float. */
-static const void *operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
-                           enum glm_dtype type, const float *factor)
+const void *glm_cuda_operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
+                             enum glm_dtype type, const float *factor)
 {
     if (type == GLM_F32)
         return x;
@@ -430,7 +453,7 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
     const int O = weight->rows, I = weight->cols;
     if (!N || !glm_cuda_begin(cuda))
         return;
-    if (is_few(weight, N)) {
+    if (is_few(cuda, weight, N)) {
         few_rows a = {(float *)out, (const float *)inp, (const float *)bias};
         a.N = N, a.scale = (float)scale, a.accumulate = accumulate;
         glm_cuda_few(cuda, "linear_forward", a, weight);
@@ -449,8 +472,8 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
                    (const float *)bias, O, blocks, accumulate);
     for (int n = 0; n < N; n += tokens) {
         const int some = N - n < tokens ? N - n : tokens;
-        const void *x = operand(cuda, SCRATCH_A, (const float *)inp + (size_t)n * I,
-                                (size_t)some * I, type, NULL);
+        const void *x = glm_cuda_operand(cuda, SCRATCH_A, (const float *)inp + (size_t)n * I,
+                                         (size_t)some * I, type, NULL);
         for (int o = 0; x && o < O; o += rows) {
             const int count = O - o < rows ? O - o : rows;
             const void *w = widened(cuda, weight, type, o, count, rows);
@@ -468,7 +491,7 @@ extern "C" void glm_cuda_adapted_forward(void *cx, void *out, const void *inp,
                                          double scale)
 {
     struct cuda *cuda = cuda_of(cx);
-    if (!is_few(weight, N)) {
+    if (!is_few(cuda, weight, N)) {
         const int first = glm_is_adapter(B->dtype, B->rows, B->cols); /* with the bias, in a pass */
         if (first)
             glm_cuda_linear_forward(cx, out, xa, B, bias, N, scale, 0);
@@ -497,7 +520,7 @@ extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void 
     }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
     const int rows = glm_backward_rows(cuda->piece, weight, type, N), narrow = type != GLM_F32;
-    const float *factor = gradient_factor(cuda, dout, (size_t)N * O, type, scale);
+    const float *factor = glm_cuda_factor(cuda, dout, (size_t)N * O, type, 13, scale);
     void *d = narrow ? glm_cuda_scratch(cuda, SCRATCH_A, glm_bytes(type, (size_t)N * rows)) : NULL;
     for (int o = 0; (d || !narrow) && o < O; o += rows) {
         const int count = O - o < rows ? O - o : rows, blocks = (int)ceil_div((size_t)count, 2048);
@@ -524,9 +547,9 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
         glm_cuda_thin_gradient(cuda, dweight, dout, inp, N, O, I, scale);
     } else if (dweight) {
         const enum glm_dtype type = glm_product_type(cuda->compute, GLM_F32, O, I);
-        const float *factor = gradient_factor(cuda, dout, (size_t)N * O, type, scale);
-        const void *d = operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, factor);
-        const void *x = operand(cuda, SCRATCH_B, inp, (size_t)N * I, type, NULL);
+        const float *factor = glm_cuda_factor(cuda, dout, (size_t)N * O, type, 13, scale);
+        const void *d = glm_cuda_operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, factor);
+        const void *x = glm_cuda_operand(cuda, SCRATCH_B, inp, (size_t)N * I, type, NULL);
         if (d && x)
             product(cuda, BLAS_N, BLAS_T, I, O, N, scale, factor != NULL, x, I, d, O, type, 1,
                     dweight, I);

@@ -81,7 +81,7 @@ static __device__ __forceinline__ void load_fragments(unsigned *r, const unsigne
  * capability 8.0). What a thread copied is there for itself after copies_wait, for others after a
  * barrier behind that. */
 
-/* 16 aligned bytes, or zeros where not `real`; `from` is an address all the same. */
+/* 16 aligned bytes, or zeros where not `real`: `from` is not read then. */
 static __device__ __forceinline__ void copy16(void *to, const void *from, bool real)
 {
 #if defined(__CUDA_EMU__)

@@ -43,6 +43,8 @@ LOWER = re.compile(r"(>= (begin|from|0\b)|<= begin|< begin)")
 
 # What every file includes is tested by the ops of these.
 LAUNCH = ("adamw", "elementwise", "norm", "linear")
+# What is launched under the name of its caller's op.
+FOR_OTHERS = {"few_quantized": ("linear_forward", "adapted_forward", "linear_swiglu_forward")}
 
 
 def ops_of(file: Path) -> set[str]:
@@ -50,6 +52,8 @@ def ops_of(file: Path) -> set[str]:
     header those of the files that include it."""
     if file.stem == "launch":
         return set().union(*(ops_of(CUDA / f"{name}.cu") for name in LAUNCH))
+    if file.stem in FOR_OTHERS:
+        return set(FOR_OTHERS[file.stem])
     named = r'(?:"|extern "C" void glm_cuda_)(\w+)'
     found = set(re.findall(named, file.read_text()))
     for user in CUDA.glob("*.cu*"):
@@ -149,7 +153,7 @@ def cases(file: Path) -> list[tuple]:
         if not called & ops:
             continue
         found += test_cuda.checks(op)
-        if op.startswith(("attention", "linear")):  # bfloat16 has the same source
+        if op.startswith(("attention", "linear", "adapted")):  # bfloat16 has the same source
             found += test_cuda.checks(op, "float16")
     return sorted(found, key=lambda check: check.cost)
 

@@ -36,6 +36,12 @@ static int best_target(int capability, int *is_ptx)
     return best;
 }
 
+int glm_cuda_has_image(int capability)
+{
+    int is_ptx;
+    return best_target(capability, &is_ptx) >= 0;
+}
+
 int glm_cuda_load_images(struct cuda *cx, int capability)
 {
     int is_ptx, code = cudaErrorNoKernelImageForDevice;
@@ -90,6 +96,9 @@ void glm_cuda_launch_named(struct cuda *cx, const char *op, int after, const cha
     const int code = find(cx->images, kernel, &found);
     if (glm_cuda_failed(cx, code, kernel))
         return;
+    if (shared > GLM_SHARED_UNASKED)
+        cudaFuncSetAttribute((const void *)found, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)shared);
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;

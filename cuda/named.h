@@ -21,6 +21,7 @@ extern const int glm_n_images;
 
 struct cuda;
 
+int glm_cuda_has_image(int capability);
 /* Loads what fits the compute capability (10 * major + minor); 0, or the error of the call. The
  * code is loaded by the driver when a kernel is first launched. */
 int glm_cuda_load_images(struct cuda *cx, int capability);

@@ -4,13 +4,14 @@
 #ifndef GLM_CUDA_PRODUCTS_H
 #define GLM_CUDA_PRODUCTS_H
 
-#include "tensor.h"
+#include "backend.h"
 
 enum {
-    GLM_FEW = 8,         /* rows that one kernel of ours takes, reading the weights once */
-    GLM_THIN = 256,      /* float matrices with a side up to this are multiplied in float */
-    GLM_RANK = 64,       /* and up to this by kernels of ours (adapter.cu) */
-    GLM_THIN_ROWS = 256, /* rows of one part of its gradient */
+    GLM_FEW = 8,            /* rows that one kernel of ours takes, reading the weights once .. */
+    GLM_FEW_QUANTIZED = 64, /* .. and with quantized weights and operands in 16 bits */
+    GLM_THIN = 256,         /* float matrices with a side up to this are multiplied in float */
+    GLM_RANK = 64,          /* and up to this by kernels of ours (adapter.cu) */
+    GLM_THIN_ROWS = 256,    /* rows of one part of its gradient */
 };
 /* Elements of an operand that are converted at a time. */
 #define GLM_PIECE ((size_t)1 << 24)
@@ -23,6 +24,19 @@ static inline enum glm_dtype glm_product_type(enum glm_dtype compute, enum glm_d
 {
     const int thin = rows < cols ? rows : cols;
     return dtype == GLM_F32 && thin <= GLM_THIN ? GLM_F32 : compute;
+}
+
+/* Integers are multiplied in 16 bits, without being widened in memory. */
+static inline int glm_few_quantized(enum glm_dtype compute, const struct glm_mat *W)
+{
+    return compute != GLM_F32 && (W->dtype == GLM_I8 || W->dtype == GLM_I4);
+}
+
+/* The most rows of a product with W that one kernel of ours makes; those past GLM_FEW are converted
+ * first. */
+static inline int glm_few_rows(enum glm_dtype compute, const struct glm_mat *W)
+{
+    return glm_few_quantized(compute, W) ? GLM_FEW_QUANTIZED : W->dtype == GLM_F64 ? 0 : GLM_FEW;
 }
 
 /* Whether it is a product of an adapter. */
@@ -54,6 +68,39 @@ static inline int glm_backward_rows(size_t piece, const struct glm_mat *W, enum 
     const size_t widened = W->dtype == type ? 0 : (size_t)W->cols,
                  narrowed = type == GLM_F32 ? 0 : (size_t)N;
     return glm_piece_rows(piece, W->rows, widened > narrowed ? widened : narrowed);
+}
+
+/* ---- attention's gradients in 16 bits: heads up to 128, in rows of 64 or 128 elements */
+
+static inline int glm_backward_narrows(enum glm_dtype compute, struct glm_heads h)
+{
+    return compute != GLM_F32 && h.HD <= 128;
+}
+
+static inline int glm_head_width(struct glm_heads h) { return h.HD <= 64 ? 64 : 128; }
+
+/* Query heads of a key head whose shares of its gradients are summed together, so that there are
+ * about 16 shares of a key, which enough blocks can work on. */
+static inline int glm_backward_share(struct glm_heads h)
+{
+    const int group = h.NH / h.KVH, shares = h.KVH < 16 ? 16 / h.KVH : 1;
+    return (group + shares - 1) / shares;
+}
+
+static inline int glm_backward_shares(struct glm_heads h)
+{
+    const int group = h.NH / h.KVH, share = glm_backward_share(h);
+    return (group + share - 1) / share;
+}
+
+/* Scratch: queries, gradients of the output, keys and values in 16 bits; 16 bytes a token and head;
+ * the shares of the gradients of keys and values. */
+static inline size_t glm_backward_scratch(struct glm_heads h)
+{
+    const size_t width = (size_t)glm_head_width(h), tokens = (size_t)h.tokens,
+                 slots = tokens + (size_t)h.rows, NH = (size_t)h.NH, KVH = (size_t)h.KVH;
+    return (4 * width + 16) * tokens * NH +
+           (4 + 8 * (size_t)glm_backward_shares(h)) * width * slots * KVH;
 }
 
 /* 16-bit copies of keys and values that tiles of attention read: heads are 64 or 128 wide there. */

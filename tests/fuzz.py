@@ -670,7 +670,8 @@ def run(
             if not quiet and now - told > 60:
                 told = now
                 print(
-                    f"{name}: {number + 1} of {inputs}, {number / (now - began):.0f} a second",
+                    f"{name}: {number + 1} of {inputs}, {number / (now - began):.0f} a second, "
+                    f"{counts['failed']} failed so far",
                     flush=True,
                 )
 

@@ -596,6 +596,8 @@ def segments_of(kind: str, counts: tuple[int, ...]) -> tuple[list[Segment], int]
             s.shared_begin, s.shared_count = 1, 4
         if "tiles" in kind:  # of 32 keys, and one more
             s.shared_begin, s.shared_count, row = 32 * i, 32 + i, 100
+        if "64" in kind:  # a tile of 64 keys, and its last one with 64 more
+            s.shared_begin, s.shared_count, row = 63 * i, 64 + i, 200
         if "apart" in kind:  # ranges that overlap in part, that touch, and that are apart
             s.shared_begin, s.shared_count = ((4, 3), (2, 3), (5, 3), (0, 2))[i % 4]
         if "past" in kind:
@@ -1099,6 +1101,7 @@ NARROW_CASES = [
     (linear_forward, 300, 290, 310, "F16", True, 0.5, 1),
     (linear_forward, 20, 300, 270, "F32", True, 1.0, 0),
     (linear_forward, 20, 300, 270, "I4 by 32", True, 1.0, 0),
+    (linear_forward, 3, 40, 384, "I4 by 32", True, 1.0, 0),
     (linear_backward_input, 300, 290, 310, "F16", 0.5, 1),
     (linear_backward_input, 20, 300, 270, "BF16", 0.5, 0),
     (linear_backward_weight, 70, 290, 310, 0.5, True, True),
@@ -1108,6 +1111,8 @@ NARROW_CASES = [
     (attention_forward, "long", (2, 4), (34, 2, 128)),
     (attention_backward, "plain", (70, 33, 5), (4, 2, 128)),
     (attention_backward, "shared past context", (40, 1, 33), (8, 2, 64)),
+    (attention_backward, "shared 64", (5, 7), (2, 1, 16)),
+    (attention_backward, "context", (96,), (2, 1, 16)),  # 64 of them, a whole tile
 ]
 NARROW_CASES += [
     (op, N, 520, 4200, kind, *rest)
@@ -1115,6 +1120,8 @@ NARROW_CASES += [
     for N in (1, 3, 7, 16, 40)
     for op, rest in ((linear_forward, (True, 0.5, 1)), (linear_backward_input, (0.5, 1)))
 ]
+# 63 of them, a tile but one
+NARROW_CASES.append((attention_forward, "context", (95,), (2, 1, 64)))
 DEVICES = [name for name in backends() if name in ("emu", "cuda")]
 FAST = [f"cpu:avx512bf16/{kind}" for kind in ("bfloat16", "int8")]
 FAST = FAST if "avx512bf16" in _core.cpu_variants().split(",") else []

@@ -93,7 +93,9 @@ static void count_forward(struct plan *plan, const struct glm_mat *W, int bias, 
     const int rows = glm_forward_rows(GLM_PIECE, W, type), pieces = (W->rows + rows - 1) / rows;
     if (!N || !plan->cuda)
         return;
-    if (N <= GLM_FEW && W->dtype != GLM_F64) {
+    if (N <= glm_few_rows(plan->compute, W)) {
+        if (N > GLM_FEW)
+            operand(plan, SCRATCH_A, (size_t)N * W->cols, plan->compute, 0);
         launch(plan, 1, 1);
         return;
     }
@@ -195,9 +197,10 @@ static void adapted_forward(void *cx, void *out, const void *inp, const struct g
                             double scale)
 {
     COUNT(adapted_forward, linear_flops(N, weight->rows, weight->cols + B->cols));
-    const int first = N > GLM_FEW && glm_is_adapter(B->dtype, B->rows, B->cols);
+    const int few = N <= glm_few_rows(((struct plan *)cx)->compute, weight);
+    const int first = !few && glm_is_adapter(B->dtype, B->rows, B->cols);
     count_forward(cx, weight, !first && bias, N);
-    if (N > GLM_FEW)
+    if (!few)
         count_forward(cx, B, 0, N);
 }
 static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
@@ -205,7 +208,7 @@ static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
 {
     COUNT(linear_swiglu_forward, linear_flops(N, weight->rows, weight->cols));
     count_forward(cx, weight, bias != NULL, N);
-    launch(cx, N > GLM_FEW, 1);
+    launch(cx, N > glm_few_rows(((struct plan *)cx)->compute, weight), 1);
 }
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
@@ -239,10 +242,15 @@ static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const
                                struct glm_kv cache, const struct glm_segment *segments,
                                int n_segments, struct glm_heads heads)
 {
-    const struct plan *plan = cx;
-    const int factor = plan->compute == GLM_F16 && heads.HD <= 128;
+    struct plan *plan = cx;
+    const int narrow = glm_backward_narrows(plan->compute, heads);
     COUNT(attention_backward, 10 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
-    launch(cx, n_segments, factor ? 4 : 3); /* delta, its factor, keys and values, queries */
+    if (!n_segments)
+        return;
+    if (narrow)
+        scratch(plan, SCRATCH_A, glm_backward_scratch(heads));
+    launch(cx, narrow && plan->compute == GLM_F16, 2); /* the factor */
+    launch(cx, 1, 3); /* delta, keys and values, queries; in 16 bits: operands, gradients, sums */
 }
 static void sum_squares(void *cx, double *out, const void *x, size_t n)
 {

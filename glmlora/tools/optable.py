@@ -207,6 +207,16 @@ _TYPES = {
 }
 
 
+def sized(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An op's arguments; attention's heads with the numbers of tokens and cache rows."""
+    if not op.startswith("attention"):
+        return args
+    *_, qkv, cache, segments, _, h = args
+    rows = len(cache[0]) if cache else 0
+    before = max((s.shared_count + s.past_count for s in segments), default=0)
+    return *args[:-1], Heads(h.NH, h.KVH, h.HD, h.longest, len(qkv), rows, before)
+
+
 class Ops:
     """The ops of one backend as methods; `real` is the NumPy type of its element."""
 
@@ -232,21 +242,10 @@ class Ops:
         signature = SIGNATURES[op]
         if len(args) != len(signature):
             raise TypeError(f"{op}: expected {len(signature)} arguments, got {len(args)}")
-        args = self._sized(op, args)
         passed = []
-        for at, (type_, value) in enumerate(zip(signature, args, strict=True)):
+        for at, (type_, value) in enumerate(zip(signature, sized(op, args), strict=True)):
             passed.append(self._pass(type_, value, f"{op}, argument {at}"))
         self._functions[op](self._cx, *passed)
-
-    def _sized(self, op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments with what attention is told of its arrays."""
-        if not op.startswith("attention"):
-            return args
-        *_, qkv, cache, segments, _, heads = args
-        rows = len(cache[0]) if cache else 0
-        before = max((s.shared_count + s.past_count for s in segments), default=0)
-        sized = Heads(heads.NH, heads.KVH, heads.HD, heads.longest, len(qkv), rows, before)
-        return *args[:-1], sized
 
     def _pass(self, type_: str, value: Any, what: str) -> Any:
         """The C value of an argument."""
