@@ -111,14 +111,6 @@ template <int DTYPE> static __device__ __forceinline__ uint4 word_of(const char 
     return load_once(reinterpret_cast<const uint4 *>(row + stored_bytes(DTYPE, c)));
 }
 
-/* Asks for the 128 bytes at p to come into the second cache. */
-static __device__ __forceinline__ void bring_near(const char *p)
-{
-#ifndef __CUDA_EMU__
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#endif
-}
-
 /* Columns c .. c + 7 of NB rows of inp, which lie on the grid or not; c + 8 <= I. */
 template <int NB>
 static __device__ __forceinline__ void load_inputs(f4 (&x)[2 * NB], const few_rows &a, int c)
@@ -210,15 +202,6 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
             for (int r = 0; r < ROWS; r++)
                 if (lane * PIECE + d * TURN < I)
                     ahead[d][r] = word_of<DTYPE>(row[r], lane * PIECE + d * TURN);
-        /* while the kernel before ends, memory has nothing else to do: 2 KB more of each row */
-        const int lines = 16, from = DEPTH * TURN;
-#pragma unroll
-        for (int e = lane; PIECE == 8 && e < lines * ROWS; e += 32) {
-            const size_t o = row_at<GATED, ROWS>(first, e / lines, O);
-            const int c = from + e % lines * 64;
-            if (c < I)
-                bring_near(static_cast<const char *>(a.w.data) + stored_bytes(DTYPE, o * I + c));
-        }
         f4 next[2 * NB];
         after_previous();
         if (HELD && lane * PIECE < I)
