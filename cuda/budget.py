@@ -54,3 +54,87 @@ def dynamic_shared() -> dict[str, int]:
         found[f"k_attention_dkv_{T}"] = 4 * (tiles + 2 * T * (T // 2) + T)
     for D in (64, 128):  # noqa: N806
         for type_ in ("f16", "bf16"):
+            found[f"k_attention_forward_{type_}_{D}"] = (64 + 2 * 64) * D * 2
+            found[f"k_attention_forward_{type_}_{D}_tall"] = (128 + 2 * 64) * D * 2
+            found[f"k_attention_gradients_{type_}_{D}"] = 128 * (D + 8) * 2 + (9 << 10)
+        found[f"k_attention_decode_{2 * D}"] = 4 * 8 * (tile_stride(2 * D) + 2)
+    return found
+
+
+def blocks_at_once(arch: str, threads: int, registers: int, shared: int) -> int:
+    """Blocks of a multiprocessor at the same time."""
+    warps, blocks, bytes_, per_block = LIMITS[arch]
+    of_block = -(-threads // 32)
+    of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    taken = -(-(shared + per_block) // SHARED_UNIT) * SHARED_UNIT
+    by_registers = REGISTERS // of_warp // of_block
+    return min(warps // of_block, blocks, by_registers, bytes_ // taken if taken else blocks)
+
+
+def entries(ptx: str) -> dict[str, str]:
+    """The text of each kernel."""
+    parts = re.split(r"\.visible \.entry (\w+)\(", ptx)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def count(text: str, *pieces: str) -> int:
+    return sum(len(re.findall(piece, text)) for piece in pieces)
+
+
+def check(table: dict[str, dict], folder: Path, flags: list[str]) -> None:
+    """Prints a line for each kernel; SystemExit names those over the budget."""
+    faults, dynamic, seen = [], dynamic_shared(), set()
+    print(f"{'kernel':<34}{'threads':>8}{'shared':>8}{'sm_75':>8}{'sm_86':>8}  16-byte moves, mma")
+    for file, by_arch in table.items():
+        ptx = folder / f"{file}.ptx"
+        if stale(ptx, [CUDA / f"{file}.cu", *HEADERS]):
+            run(
+                "nvcc",
+                *flags,
+                "-ptx",
+                "-arch=compute_75",
+                CUDA / f"{file}.cu",
+                "-o",
+                ptx,
+                quiet=True,
+            )
+        for name, text in entries(ptx.read_text()).items():
+            streams = not OTHERS.match(name)
+            seen.add(name)
+            threads = int(re.search(r"\.maxntid (\d+)", text)[1])
+            shared = by_arch["75"]["kernels"][name]["shared"] + dynamic.get(name, 0)
+            blocks, share = {}, {}
+            for arch in LIMITS:
+                if arch not in by_arch:
+                    continue
+                registers = by_arch[arch]["kernels"][name]["registers"]
+                blocks[arch] = blocks_at_once(arch, threads, registers, shared)
+                share[arch] = blocks[arch] * -(-threads // 32) / LIMITS[arch][0]
+            loads = count(
+                text, r"ld\.global(?:\.nc)?\.v4\.[a-z]32", r"ld\.global(?:\.nc)?\.v2\.[a-z]64"
+            )
+            stores = count(text, r"st\.global\.v4\.[a-z]32", r"st\.global\.v2\.[a-z]64")
+            mma, operands = count(text, r"mma\.sync"), count(text, r"ldmatrix", r"wmma\.load")
+            shown = "".join(f"{share[a]:8.0%}" for a in ("75", "86") if a in share)
+            print(f"{name:<34}{threads:>8}{shared:>8}{shown}  {loads} in, {stores} out, {mma}")
+            if shared > WITHOUT_ASKING and not name.endswith("_tall"):
+                faults.append(f"{name}: {shared} bytes of shared memory")
+            if ".local " in text:
+                faults.append(f"{name}: local memory")
+            for arch in share:
+                if streams and share[arch] < 0.5:
+                    faults.append(f"{name}: occupancy {share[arch]:.0%} on sm_{arch}")
+                small = arch in (SMALL if name.endswith("_tall") else SMALL[:1])
+                least = 1 if small and re.search(r"attention_(forward|gradients)_b?f16", name) else 2
+                if "attention" in name and blocks[arch] < least:
+                    faults.append(f"{name}: {blocks[arch]} blocks at once on sm_{arch}")
+            if streams and (not loads or (not stores and name not in NO_STORES)):
+                faults.append(f"{name}: {loads} loads and {stores} stores of 16 bytes")
+            if re.search(r"attention_(forward|gradients)_f16", name) and not (mma and operands):
+                faults.append(f"{name}: {mma} mma, {operands} ldmatrix")
+    absent = (NO_STORES | set(dynamic)) - seen
+    if absent:
+        faults.append(f"no such kernels: {', '.join(sorted(absent))}")
+    if faults:
+        raise SystemExit("over the budget: " + "; ".join(faults))
+    print("within the budget")

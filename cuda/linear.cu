@@ -550,3 +550,47 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
         const float *factor = glm_cuda_factor(cuda, dout, (size_t)N * O, type, 13, scale);
         const void *d = glm_cuda_operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, factor);
         const void *x = glm_cuda_operand(cuda, SCRATCH_B, inp, (size_t)N * I, type, NULL);
+        if (d && x)
+            product(cuda, BLAS_N, BLAS_T, I, O, N, scale, factor != NULL, x, I, d, O, type, 1,
+                    dweight, I);
+    }
+    if (dbias)
+        GLM_LAUNCH(cuda, "linear_backward_weight", k_column_sum, ceil_div((size_t)O, 32), 256, 0,
+                   (float *)dbias, (const float *)dout, N, O);
+}
+
+extern "C" void glm_cuda_merge(void *cx, void *data, enum glm_dtype dtype, const void *B,
+                               const void *A, int O, int I, int R, double scale)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const int blocks = (int)ceil_div((size_t)I, 1024);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "merge", k_merge, (size_t)O * blocks, 256, 0, data, (int)dtype,
+                   (const float *)B, (const float *)A, I, R, (float)scale, blocks);
+}
+
+extern "C" void glm_cuda_convert(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,
+                                 enum glm_dtype inp_dtype, size_t n)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (!glm_cuda_begin(cuda))
+        return;
+    if (out_dtype == GLM_F64 || inp_dtype == GLM_F64)
+        GLM_LAUNCH(cuda, "convert", k_convert_double, ceil_div(n, 256), 256, 0, out, (int)out_dtype,
+                   inp, (int)inp_dtype, n);
+    else
+        GLM_LAUNCH(cuda, "convert", k_convert, ceil_div(n, 2048), 256, 0, out, (int)out_dtype, inp,
+                   (int)inp_dtype, n, (const float *)NULL);
+}
+
+extern "C" void glm_cuda_quantize(void *cx, void *data, uint16_t *scale, enum glm_dtype dtype,
+                                  int group, const void *inp, enum glm_dtype inp_dtype, int rows,
+                                  int cols)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const size_t warps = (size_t)rows * (group ? ceil_div((size_t)cols, (size_t)group) : 1);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "quantize", k_quantize, ceil_div(warps, 8), 256, 0, (unsigned char *)data,
+                   scale, (int)dtype, group, inp, (int)inp_dtype, rows, cols);
+}
+#endif
