@@ -102,14 +102,16 @@ portable:
 wheel: all
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
-# What others install: manylinux2014 for x86-64 and aarch64, one wheel each for every CPython from 3.10 on, in dist/
+# What others install: manylinux2014 for x86-64 and aarch64, one wheel each for every CPython from 3.10 on, in dist/; and one
+# for each CPython without a GIL that is found (tests/portable/free_threaded.sh makes one)
 WHEELS = build/wheels-env/bin/python
 wheels:
 	test -x $(WHEELS) || $(PYTHON) -m venv build/wheels-env
 	$(WHEELS) -m pip --disable-pip-version-check install -q -r tests/portable/requirements.txt
 	$(WHEELS) tests/portable/build.py
 
-# equal bytes again, the ABI, every Python of this machine, aarch64 under qemu, a clean Debian: what each needs, it says
+# equal bytes again, the ABI, every Python of this machine, threads without a GIL, aarch64 under qemu, a clean Debian: what
+# each needs, it says
 wheels-check: wheels
 	$(WHEELS) tests/portable/check.py
 
