@@ -201,36 +201,6 @@ template <int LANES> static __device__ __forceinline__ float lanes_max(float v)
     return v;
 }
 
-/* ---- tiles of 16-bit rows of D elements, by all 128 threads; what is past the end is 0 */
-
-/* Keys j .. j + KEYS - 1 of a segment and their values. */
-template <int D, int KEYS, bool BF16>
-static __device__ __forceinline__ void load_keys(unsigned short *ks, unsigned short *vs,
-                                                 const attention &a, const glm_segment &s, int g,
-                                                 int j, int end)
-{
-    const int LD = D + 8, STEPS = D / 8;
-    for (int e = threadIdx.x; e < KEYS * STEPS; e += 128) {
-        const int r = e / STEPS, c = 8 * (e % STEPS);
-        const pair_of kv = key_before(a, s, g, j + r, end);
-        narrow8_row<BF16>(ks + r * LD, kv.k, a.HD, c, 1);
-        narrow8_row<BF16>(vs + r * LD, kv.v, a.HD, c, 1);
-    }
-}
-
-/* Queries of rows row0 .. row0 + ROWS - 1 of a segment, of `rows`. */
-template <int D, int ROWS, bool BF16>
-static __device__ __forceinline__ void load_queries(unsigned short *to, const attention &a,
-                                                    const glm_segment &s, int g, int row0, int rows)
-{
-    const int LD = D + 8, STEPS = D / 8;
-    for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
-        const int r = e / STEPS, row = row0 + r;
-        narrow8_row<BF16>(to + r * LD, row < rows ? query_of(a, s, g, row) : NULL, a.HD,
-                          8 * (e % STEPS), 1);
-    }
-}
-
 #ifdef GLM_HOST
 #include <math.h>
 #include <stdio.h>

@@ -208,6 +208,13 @@ static __device__ __forceinline__ int items_of(const attention &a, const glm_seg
     return s.count > GLM_DECODE_TOKENS ? (s.count * a.G + ROWS - 1) / ROWS * a.KVH : 0;
 }
 
+/* Steps of a score's product in one run of code: all, but where registers do not suffice. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+enum { AHEAD = 2 };
+#else
+enum { AHEAD = 8 };
+#endif
+
 /* M: 16 * M rows a warp. No value depends on it. */
 template <int D, int M, bool BF16>
 static __device__ __forceinline__ void forward_fragments(const attention &a)
@@ -217,8 +224,8 @@ static __device__ __forceinline__ void forward_fragments(const attention &a)
     if (M > 1)
         return; /* shared memory has no room for two of them */
 #endif
-    GLM_DYN_SHARED(unsigned short, qs);
-    unsigned short *ks = qs + ROWS * D, *vs = ks + KEYS * D;
+    GLM_DYN_SHARED(unsigned short, ks);
+    unsigned short *vs = ks + KEYS * D, *qs = vs + KEYS * D;
     const int lane = threadIdx.x & 31, begin = 16 * M * (int)(threadIdx.x >> 5);
     const float scale = a.log2_scale;
     /* where this lane reads fragments of queries, keys and values: a row, and how it is turned */
@@ -260,7 +267,7 @@ static __device__ __forceinline__ void forward_fragments(const attention &a)
 #pragma unroll
             for (int m = 0; m < M; m++)
                 clear<KEYS / 8>(score[m]);
-#pragma unroll 4
+#pragma unroll AHEAD
             for (int d = 0; d < D / 16; d++) {
                 unsigned query[M][4];
 #pragma unroll

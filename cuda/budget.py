@@ -124,7 +124,9 @@ def check(table: dict[str, dict], folder: Path, flags: list[str]) -> None:
                 if streams and share[arch] < 0.5:
                     faults.append(f"{name}: occupancy {share[arch]:.0%} on sm_{arch}")
                 small = arch in (SMALL if name.endswith("_tall") else SMALL[:1])
-                least = 1 if small and re.search(r"attention_(forward|gradients)_b?f16", name) else 2
+                least = (
+                    1 if small and re.search(r"attention_(forward|gradients)_b?f16", name) else 2
+                )
                 if "attention" in name and blocks[arch] < least:
                     faults.append(f"{name}: {blocks[arch]} blocks at once on sm_{arch}")
             if streams and (not loads or (not stores and name not in NO_STORES)):
