@@ -15,11 +15,11 @@ enum { WARPS = 4, ROWS = 16 };
 
 struct decoding {
     attention a;
-    float *mixes;  /* (segment, token, head, run, HD padded) */
-    float2 *sums;  /* the same without HD: maximum, sum */
-    int tokens;    /* of a segment, at most */
-    int runs;      /* of a token, at most */
-    int whole;     /* heads are made of 16-byte words */
+    float *mixes; /* (segment, token, head, run, HD padded) */
+    float2 *sums; /* the same without HD: maximum, sum */
+    int tokens;   /* of a segment, at most */
+    int runs;     /* of a token, at most */
+    int whole;    /* heads are made of 16-byte words */
 };
 
 static __host__ __device__ __forceinline__ int padded(int HD) { return (HD + 3) / 4 * 4; }
@@ -76,8 +76,7 @@ static __device__ __forceinline__ bool find_run(const decoding &d, int rows, run
 }
 
 /* Columns c .. c + 3 of a row of HD floats, zero from HD on; WHOLE: in one word. */
-template <bool WHOLE>
-static __device__ __forceinline__ f4 quad(const float *row, int c, int HD)
+template <bool WHOLE> static __device__ __forceinline__ f4 quad(const float *row, int c, int HD)
 {
     f4 r;
     r.v[0] = r.v[1] = r.v[2] = r.v[3] = 0;
@@ -192,8 +191,7 @@ static __device__ __forceinline__ void decode_strips(const decoding &d, const ru
     for (int s = warp; s < STEPS; s += WARPS) {
         const float *from = head_query(a, w, min(r, w.heads - 1)),
                     *next = head_query(a, w, min(r + 8, w.heads - 1));
-        const f4 x = quad<true>(from, 16 * s + 4 * q, HD),
-                 y = quad<true>(next, 16 * s + 4 * q, HD);
+        const f4 x = quad<true>(from, 16 * s + 4 * q, HD), y = quad<true>(next, 16 * s + 4 * q, HD);
         uint4 both;
         both.x = pack2<BF16>(x.v[0], x.v[1]), both.y = pack2<BF16>(y.v[0], y.v[1]);
         both.z = pack2<BF16>(x.v[2], x.v[3]), both.w = pack2<BF16>(y.v[2], y.v[3]);
@@ -480,7 +478,8 @@ GLM_KERNEL(256) k_attention_decode_join(decoding d)
                 load_mixes(mix, d, record, first + warp, runs, c);
 #pragma unroll
             for (int n = 0; n < PASSES; n++)
-                add4(all, __shfl_sync(0xffffffffu, first ? most[1] : most[0], warp + n * JOIN), mix[n]);
+                add4(all, __shfl_sync(0xffffffffu, first ? most[1] : most[0], warp + n * JOIN),
+                     mix[n]);
         }
         *reinterpret_cast<float4 *>(&mixes[warp][c]) = all;
         if (HD <= 128)
@@ -521,11 +520,12 @@ void glm_cuda_attention_decode(struct cuda *cuda, const attention &a, struct glm
     void (*const kernels[2][2])(decoding) = {
         {k_attention_decode_f16_64, k_attention_decode_f16_128},
         {k_attention_decode_bf16_64, k_attention_decode_bf16_128}};
-    void (*const kernel)(decoding) = narrow ? kernels[cuda->compute == GLM_BF16][a.HD > 64]
+    void (*const kernel)(decoding) = narrow        ? kernels[cuda->compute == GLM_BF16][a.HD > 64]
                                      : a.HD <= 128 ? k_attention_decode_128
                                                    : k_attention_decode_256;
     GLM_LAUNCH_AFTER(cuda, "attention_forward", kernel, blocks, 32 * WARPS, 0, d);
     if (cut.runs > 1)
-        GLM_LAUNCH_AFTER(cuda, "attention_forward", k_attention_decode_join, tokens * a.NH, 256, 0, d);
+        GLM_LAUNCH_AFTER(cuda, "attention_forward", k_attention_decode_join, tokens * a.NH, 256, 0,
+                         d);
 }
 #endif

@@ -124,7 +124,8 @@ template <int D, bool BF16> static __device__ __forceinline__ void narrow_pairs(
     size_t item = (size_t)blockIdx.x * blockDim.x + threadIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
-        const size_t items = s.count > GLM_DECODE_TOKENS ? (size_t)(before(s) + s.count) * of_row : 0;
+        const size_t items =
+            s.count > GLM_DECODE_TOKENS ? (size_t)(before(s) + s.count) * of_row : 0;
         for (; item < first + items; item += step) {
             const int j = (int)((item - first) / of_row), e = (int)((item - first) % of_row);
             const int g = e / (2 * STEPS), value = e / STEPS % 2, c = 8 * (e % STEPS);

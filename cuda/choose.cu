@@ -318,8 +318,8 @@ static __device__ int draw(float *row, drawn_row &r, const glm_choice &c, int co
     wide found[3], mass[CUTS], total = survey(row, c.temperature, r, mass, number);
     const bool few = c.top_k > 0 && c.top_k < r.V;
     for (int i = 0; i < CUTS; i++)
-        if (number[i] <= LISTED && (few ? number[i] >= c.top_k
-                                        : c.top_p < 1 && mass[i] >= needed(c.top_p, total))) {
+        if (number[i] <= LISTED &&
+            (few ? number[i] >= c.top_k : c.top_p < 1 && mass[i] >= needed(c.top_p, total))) {
             list(r, cut_of(r.top, i), number[i]);
             break;
         }
@@ -389,8 +389,8 @@ extern "C" void glm_cuda_choose(void *cx, int32_t *id, void *x, int M, int V,
     if (!glm_cuda_begin(cuda))
         return;
     if (choices)
-        GLM_LAUNCH_AFTER(cuda, "choose", k_choose, M, threads, 0, id, (float *)x, V, column_bits, choices,
-                   touched);
+        GLM_LAUNCH_AFTER(cuda, "choose", k_choose, M, threads, 0, id, (float *)x, V, column_bits,
+                         choices, touched);
     else
         GLM_LAUNCH_AFTER(cuda, "choose", k_argmax, M, threads, 0, id, (const float *)x, V);
 }

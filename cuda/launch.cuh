@@ -402,13 +402,13 @@ static inline void launch_after(struct cuda *cuda, void (*kernel)(P...), unsigne
 #ifdef __CUDA_EMU__
 #define GLM_LAUNCH_AFTER GLM_LAUNCH
 #else
-#define GLM_LAUNCH_AFTER(cuda, op, kernel, blocks, threads, shared, ...)                     \
-    do {                                                                                     \
-        if ((blocks) > 0) {                                                                  \
-            launch_after(cuda, kernel, (unsigned)(blocks), (unsigned)(threads), (shared),    \
-                         __VA_ARGS__);                                                       \
-            glm_cuda_launched(cuda, op);                                                     \
-        }                                                                                    \
+#define GLM_LAUNCH_AFTER(cuda, op, kernel, blocks, threads, shared, ...)                  \
+    do {                                                                                  \
+        if ((blocks) > 0) {                                                               \
+            launch_after(cuda, kernel, (unsigned)(blocks), (unsigned)(threads), (shared), \
+                         __VA_ARGS__);                                                    \
+            glm_cuda_launched(cuda, op);                                                  \
+        }                                                                                 \
     } while (0)
 #endif
 #endif

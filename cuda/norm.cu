@@ -141,8 +141,9 @@ extern "C" void glm_cuda_rmsnorm_forward(void *cx, void *out, void *rstd, const 
 {
     struct cuda *cuda = cuda_of(cx);
     if (glm_cuda_begin(cuda))
-        GLM_LAUNCH_AFTER(cuda, "rmsnorm_forward", k_rmsnorm_forward, N, forward_threads(C), 0, (float *)out,
-                   (float *)rstd, (const float *)inp, (const float *)weight, C, (float)eps);
+        GLM_LAUNCH_AFTER(cuda, "rmsnorm_forward", k_rmsnorm_forward, N, forward_threads(C), 0,
+                         (float *)out, (float *)rstd, (const float *)inp, (const float *)weight, C,
+                         (float)eps);
 }
 
 extern "C" void glm_cuda_add_rmsnorm_forward(void *cx, void *out, void *rstd, void *sum,
@@ -151,9 +152,9 @@ extern "C" void glm_cuda_add_rmsnorm_forward(void *cx, void *out, void *rstd, vo
 {
     struct cuda *cuda = cuda_of(cx);
     if (glm_cuda_begin(cuda))
-        GLM_LAUNCH_AFTER(cuda, "add_rmsnorm_forward", k_add_rmsnorm_forward, N, forward_threads(C), 0,
-                   (float *)out, (float *)rstd, (float *)sum, (const float *)a, (const float *)b,
-                   (const float *)weight, C, (float)eps);
+        GLM_LAUNCH_AFTER(cuda, "add_rmsnorm_forward", k_add_rmsnorm_forward, N, forward_threads(C),
+                         0, (float *)out, (float *)rstd, (float *)sum, (const float *)a,
+                         (const float *)b, (const float *)weight, C, (float)eps);
 }
 
 extern "C" void glm_cuda_rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout,

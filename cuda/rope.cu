@@ -87,8 +87,8 @@ extern "C" void glm_cuda_rope_append(void *cx, struct glm_kv cache, void *qkv, c
     const size_t threads = (size_t)N * (heads.NH + heads.KVH) * ((heads.HD + 3) / 4);
     if (glm_cuda_begin(cuda))
         GLM_LAUNCH_AFTER(cuda, "rope_append", k_rope_append, ceil_div(threads, 256), 256, 0,
-                   (float *)cache.k, (float *)cache.v, (float *)qkv, (const float *)table, position,
-                   slot, N, heads.NH, heads.KVH, heads.HD, rotary_dim);
+                         (float *)cache.k, (float *)cache.v, (float *)qkv, (const float *)table,
+                         position, slot, N, heads.NH, heads.KVH, heads.HD, rotary_dim);
 }
 
 extern "C" void glm_cuda_rope_backward(void *cx, void *dx, const void *table,

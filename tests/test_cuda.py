@@ -236,6 +236,8 @@ def test_height_of_tiles_changes_no_bit(device):
         found.append((out, lse))
     for one, other in zip(*found, strict=True):
         test_ops.same_bits(one, other, "tiles of 64 and of 128 rows")
+
+
 @pytest.mark.parametrize("kind", test_ops.QUANTIZED)
 def test_a_row_over_a_quantized_weight_has_the_same_bits_in_few_rows(device, kind):
     """Whatever the kernel and the piece of inp: columns are summed in the same order."""

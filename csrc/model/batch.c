@@ -55,8 +55,7 @@ void glm_staging_layout(const struct glm_model *m, struct glm_arena *host, struc
     struct glm_staging *h = &s->host;
     const size_t V = m->arch.vocab, draws = s->call.sampling != NULL;
     h->prefix.n = s->prefix.n;
-#define PUSH(name, elements) \
-    h->name = glm_arena_push(host, (size_t)(elements), sizeof *h->name);
+#define PUSH(name, elements) h->name = glm_arena_push(host, (size_t)(elements), sizeof *h->name);
     BATCH(PUSH)
 #undef PUSH
     glm_results_layout(host, &h->squares, &h->losses, s->M, m->be->real_size);

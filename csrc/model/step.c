@@ -172,8 +172,7 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     const size_t real = m->be->real_size, M = s->M, V = m->arch.vocab;
     const struct ranks ranks = lora_ranks(m);
 
-#define PUSH(name, elements) \
-    s->name = glm_arena_push(arena, (size_t)(elements), sizeof *s->name);
+#define PUSH(name, elements) s->name = glm_arena_push(arena, (size_t)(elements), sizeof *s->name);
     BATCH(PUSH)
 #undef PUSH
 

@@ -78,7 +78,9 @@ class _KV(ctypes.Structure):
 class Heads(ctypes.Structure):
     """struct glm_heads."""
 
-    _fields_ = [(name, c_int) for name in ("NH", "KVH", "HD", "longest", "tokens", "rows", "before")]
+    _fields_ = [
+        (name, c_int) for name in ("NH", "KVH", "HD", "longest", "tokens", "rows", "before")
+    ]
 
 
 class _Dropout(ctypes.Structure):
