@@ -27,6 +27,7 @@ from glmlora.tools.optable import (  # noqa: E402
     I4,
     I8,
     SIGNATURES,
+    Choice,
     DeviceOps,
     Heads,
     Mat,
@@ -212,6 +213,13 @@ def cases(type_: str) -> Iterator[tuple[str, float, Callable[[Any], None]]]:
             o.choose(np.zeros(n, np.int32), normal(n, V), n, V, None, None)
 
         yield f"elements argmax, {n} rows", 0, choose
+    for top_k, top_p in ((0, 0.8), (50, 1.0)):
+
+        def draw(o, top_k=top_k, top_p=top_p):
+            how = [Choice(top_p, 1, 2, 3, 1.0, 1.0, top_k, 0, 0, 0)]
+            o.choose(np.zeros(1, np.int32), 3 * normal(1, V), 1, V, how, np.zeros(1, np.int32))
+
+        yield f"elements draw, top_k {top_k}, top_p {top_p}", 0, draw
     n = 2048
 
     def swiglu(o):

@@ -5,6 +5,7 @@
  * The host does not know how long segments are (they lie on the device): a fixed grid of blocks
  * strides over the work, each block finding its own in the list of segments. */
 #pragma once
+#include "decode.h"
 #include "launch.cuh"
 #include "mma.cuh"
 
@@ -19,10 +20,6 @@ struct attention {
     const float *dout;              /* backward */
     float *dqkv, *dcache_k, *dcache_v;
 };
-
-/* Segments of at most so many tokens are one block a token and head (attention_decode.cu), longer
- * ones go by tiles. */
-enum { DECODE_TOKENS = 4 };
 
 #define LOG2_E 1.4426950408889634f
 
@@ -204,36 +201,6 @@ template <int LANES> static __device__ __forceinline__ float lanes_max(float v)
     return v;
 }
 
-/* ---- tiles of 16-bit rows of D elements, by all 128 threads; what is past the end is 0 */
-
-/* Keys j .. j + KEYS - 1 of a segment and their values. */
-template <int D, int KEYS, bool BF16>
-static __device__ __forceinline__ void load_keys(unsigned short *ks, unsigned short *vs,
-                                                 const attention &a, const glm_segment &s, int g,
-                                                 int j, int end)
-{
-    const int LD = D + 8, STEPS = D / 8;
-    for (int e = threadIdx.x; e < KEYS * STEPS; e += 128) {
-        const int r = e / STEPS, c = 8 * (e % STEPS);
-        const pair_of kv = key_before(a, s, g, j + r, end);
-        narrow8_row<BF16>(ks + r * LD, kv.k, a.HD, c, 1);
-        narrow8_row<BF16>(vs + r * LD, kv.v, a.HD, c, 1);
-    }
-}
-
-/* Queries of rows row0 .. row0 + ROWS - 1 of a segment, of `rows`. */
-template <int D, int ROWS, bool BF16>
-static __device__ __forceinline__ void load_queries(unsigned short *to, const attention &a,
-                                                    const glm_segment &s, int g, int row0, int rows)
-{
-    const int LD = D + 8, STEPS = D / 8;
-    for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
-        const int r = e / STEPS, row = row0 + r;
-        narrow8_row<BF16>(to + r * LD, row < rows ? query_of(a, s, g, row) : NULL, a.HD,
-                          8 * (e % STEPS), 1);
-    }
-}
-
 #ifdef GLM_HOST
 #include <math.h>
 #include <stdio.h>
@@ -265,7 +232,7 @@ static inline int attention_blocks(const struct cuda *cuda)
     return blocks < PARTIALS ? blocks : PARTIALS; /* each may leave a maximum in glm_small */
 }
 
-void glm_cuda_attention_decode(struct cuda *cuda, const attention &a);
+void glm_cuda_attention_decode(struct cuda *cuda, const attention &a, struct glm_heads heads);
 void glm_cuda_attention_backward_16(struct cuda *cuda, const attention &a, struct glm_heads heads);
 
 /* Heads wider than 256 have no kernel. */

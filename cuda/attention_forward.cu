@@ -28,7 +28,7 @@ template <int T> static __device__ __forceinline__ void forward_tiles(const atte
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int rows = s.count * a.G, tiles = (rows + T - 1) / T;
-        const int items = s.count > DECODE_TOKENS ? tiles * a.KVH : 0;
+        const int items = s.count > GLM_DECODE_TOKENS ? tiles * a.KVH : 0;
         for (; item < first + items; item += gridDim.x) {
             /* the longest rows first */
             const int g = (item - first) % a.KVH, row0 = (tiles - 1 - (item - first) / a.KVH) * T;
@@ -108,7 +108,7 @@ static __device__ __forceinline__ int done_before(const attention &a, int i, int
 {
     for (int j = 0; j < i; j++) {
         const glm_segment s = a.segments[j];
-        if (s.count > DECODE_TOKENS && row >= s.shared_begin &&
+        if (s.count > GLM_DECODE_TOKENS && row >= s.shared_begin &&
             row < s.shared_begin + s.shared_count)
             return 1;
     }
@@ -124,7 +124,8 @@ template <int D, bool BF16> static __device__ __forceinline__ void narrow_pairs(
     size_t item = (size_t)blockIdx.x * blockDim.x + threadIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
-        const size_t items = s.count > DECODE_TOKENS ? (size_t)(before(s) + s.count) * of_row : 0;
+        const size_t items =
+            s.count > GLM_DECODE_TOKENS ? (size_t)(before(s) + s.count) * of_row : 0;
         for (; item < first + items; item += step) {
             const int j = (int)((item - first) / of_row), e = (int)((item - first) % of_row);
             const int g = e / (2 * STEPS), value = e / STEPS % 2, c = 8 * (e % STEPS);
@@ -205,8 +206,15 @@ static __device__ __forceinline__ void fill_queries(unsigned short *tile, const 
 /* Tiles of rows that a segment gives to blocks. */
 static __device__ __forceinline__ int items_of(const attention &a, const glm_segment &s, int ROWS)
 {
-    return s.count > DECODE_TOKENS ? (s.count * a.G + ROWS - 1) / ROWS * a.KVH : 0;
+    return s.count > GLM_DECODE_TOKENS ? (s.count * a.G + ROWS - 1) / ROWS * a.KVH : 0;
 }
+
+/* Steps of a score's product in one run of code: all, but where registers do not suffice. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+enum { AHEAD = 2 };
+#else
+enum { AHEAD = 8 };
+#endif
 
 /* M: 16 * M rows a warp. No value depends on it. */
 template <int D, int M, bool BF16>
@@ -217,8 +225,8 @@ static __device__ __forceinline__ void forward_fragments(const attention &a)
     if (M > 1)
         return; /* shared memory has no room for two of them */
 #endif
-    GLM_DYN_SHARED(unsigned short, qs);
-    unsigned short *ks = qs + ROWS * D, *vs = ks + KEYS * D;
+    GLM_DYN_SHARED(unsigned short, ks);
+    unsigned short *vs = ks + KEYS * D, *qs = vs + KEYS * D;
     const int lane = threadIdx.x & 31, begin = 16 * M * (int)(threadIdx.x >> 5);
     const float scale = a.log2_scale;
     /* where this lane reads fragments of queries, keys and values: a row, and how it is turned */
@@ -260,7 +268,7 @@ static __device__ __forceinline__ void forward_fragments(const attention &a)
 #pragma unroll
             for (int m = 0; m < M; m++)
                 clear<KEYS / 8>(score[m]);
-#pragma unroll 4
+#pragma unroll AHEAD
             for (int d = 0; d < D / 16; d++) {
                 unsigned query[M][4];
 #pragma unroll
@@ -421,8 +429,8 @@ extern "C" void glm_cuda_attention_forward(void *cx, void *out, void *lse, const
     a.lse = (float *)lse;
     if (!n_segments || !glm_cuda_begin(cuda) || !attention_fits(cuda, a))
         return;
-    glm_cuda_attention_decode(cuda, a);
-    if (heads.longest && heads.longest <= DECODE_TOKENS)
+    glm_cuda_attention_decode(cuda, a, heads);
+    if (heads.longest && heads.longest <= GLM_DECODE_TOKENS)
         return; /* tiles would find nothing to do */
     if (cuda->compute != GLM_F32 && a.HD <= 128)
         forward_narrow(cuda, a, blocks, heads);

@@ -57,7 +57,6 @@ def dynamic_shared() -> dict[str, int]:
             found[f"k_attention_forward_{type_}_{D}"] = (64 + 2 * 64) * D * 2
             found[f"k_attention_forward_{type_}_{D}_tall"] = (128 + 2 * 64) * D * 2
             found[f"k_attention_gradients_{type_}_{D}"] = 128 * (D + 8) * 2 + (9 << 10)
-        found[f"k_attention_decode_{2 * D}"] = 4 * 8 * (tile_stride(2 * D) + 2)
     return found
 
 

@@ -545,6 +545,10 @@ static glm_status open_device(struct cuda *cx, struct glm_error *err)
     cx->multiprocessors = properties.multiProcessorCount;
     cx->shared = properties.sharedMemPerBlockOptin;
     const int capability = 10 * properties.major + properties.minor;
+    int driver = 0, runtime = 0; /* recordings hold such launches from 12.3 on */
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    cx->overlaps = capability >= 90 && driver >= 12030 && runtime >= 12030;
     if (cx->compute != GLM_F32 && capability < (cx->compute == GLM_BF16 ? 80 : 75))
         return glm_fail(err, GLM_EVALUE,
                         "backend '%s': %s has compute capability %d.%d, %s needs %s", cx->name,

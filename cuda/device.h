@@ -71,6 +71,7 @@ struct cuda {
     struct glm_backend be;
     struct block *blocks; /* live memory */
     int device, multiprocessors;
+    int overlaps;  /* kernels may begin while the one before ends (launch.cuh) */
     size_t shared; /* bytes that a block may ask for */
     size_t piece;  /* GLM_PIECE */
     struct glm_counts counts;

@@ -89,8 +89,8 @@ static int find(struct glm_images_of *images, const char *name, cudaKernel_t *ou
     return code;
 }
 
-void glm_cuda_launch_named(struct cuda *cx, const char *op, const char *kernel, dim3 grid,
-                           dim3 block, size_t shared, void **arguments)
+void glm_cuda_launch_named(struct cuda *cx, const char *op, int after, const char *kernel,
+                           dim3 grid, dim3 block, size_t shared, void **arguments)
 {
     cudaKernel_t found;
     const int code = find(cx->images, kernel, &found);
@@ -99,6 +99,16 @@ void glm_cuda_launch_named(struct cuda *cx, const char *op, const char *kernel, 
     if (shared > GLM_SHARED_UNASKED)
         cudaFuncSetAttribute((const void *)found, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              (int)shared);
-    cudaLaunchKernel((const void *)found, grid, block, arguments, shared, cx->stream);
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t how = {};
+    how.gridDim = grid;
+    how.blockDim = block;
+    how.dynamicSmemBytes = shared;
+    how.stream = cx->stream;
+    how.attrs = &overlap;
+    how.numAttrs = after && cx->overlaps;
+    cudaLaunchKernelExC(&how, (const void *)found, arguments);
     glm_cuda_launched(cx, op);
 }

@@ -604,6 +604,8 @@ def segments_of(kind: str, counts: tuple[int, ...]) -> tuple[list[Segment], int]
             s.past_begin, s.past_count = row, 3 * i + 1
         if "long" in kind:
             s.past_begin, s.past_count = row, 70
+        if "far" in kind:  # more keys than 64 runs of 64 (cuda/decode.h)
+            s.past_begin, s.past_count = row, 4093 + 60 * i
         if "context" in kind:
             s.context = count * 2 // 3
         row += s.past_count
@@ -988,6 +990,8 @@ def attention_cases() -> list[tuple[Any, ...]]:
         ("long", (33,), (2, 1, 1024)),
         ("shared", (40, 33), (2, 1, 256)),
         ("past", (2, 1), (2, 1, 256)),
+        ("far", (4, 1, 2), (2, 1, 8)),
+        ("long", (2, 4), (34, 2, 20)),
         ("shared tiles", (5, 7), (2, 1, 16)),
         ("context", (48,), (2, 1, 16)),  # 32 of them, a whole tile
         ("shared apart", (33, 5, 70, 9), (4, 2, 64)),
@@ -1008,6 +1012,9 @@ LARGE: list[tuple[Any, ...]] = [
     (rmsnorm_backward, 301, 255, True),
     (add_rmsnorm_forward, 301, 255, "a"),
     (choose, 33, 3001, "ties"),
+    (choose, 3, 40001, "ties"),
+    (rmsnorm_forward, 3, 5001, 1.0),
+    (add_rmsnorm_forward, 2, 5001, "b"),
     (choose_drawn, 40, 64, 1.0, 0, 0.5, "near"),
     (choose_drawn, 9, 4101, 0.9, 600, 0.9, False),
     (choose_drawn, 3, 4101, 5.0, 0, 0.99, True),
@@ -1100,6 +1107,8 @@ NARROW_CASES = [
     (linear_backward_weight, 70, 290, 310, 0.5, True, True),
     (attention_forward, "plain", (70, 33, 5), (4, 2, 128)),
     (attention_forward, "shared past context", (40, 1, 33), (8, 2, 64)),
+    (attention_forward, "far", (4, 1), (18, 1, 64)),
+    (attention_forward, "long", (2, 4), (34, 2, 128)),
     (attention_backward, "plain", (70, 33, 5), (4, 2, 128)),
     (attention_backward, "shared past context", (40, 1, 33), (8, 2, 64)),
     (attention_backward, "shared 64", (5, 7), (2, 1, 16)),

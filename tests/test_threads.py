@@ -2,7 +2,7 @@
 process share: backends, the pool, mapped files, signals. Whatever they do, each call has the right
 numbers or says that the model is busy.
 
-`make threads` runs this, and more of the suite, without a GIL: see tests/portable/threads.py.
+`make wheels-check` runs this without a GIL, `make tsan` under ThreadSanitizer.
 """
 
 import gc

@@ -78,7 +78,9 @@ class _KV(ctypes.Structure):
 class Heads(ctypes.Structure):
     """struct glm_heads."""
 
-    _fields_ = [(name, c_int) for name in ("NH", "KVH", "HD", "longest", "tokens", "rows")]
+    _fields_ = [
+        (name, c_int) for name in ("NH", "KVH", "HD", "longest", "tokens", "rows", "before")
+    ]
 
 
 class _Dropout(ctypes.Structure):
@@ -211,9 +213,10 @@ def sized(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """An op's arguments; attention's heads with the numbers of tokens and cache rows."""
     if not op.startswith("attention"):
         return args
-    *_, qkv, cache, _, _, h = args
+    *_, qkv, cache, segments, _, h = args
     rows = len(cache[0]) if cache else 0
-    return *args[:-1], Heads(h.NH, h.KVH, h.HD, h.longest, len(qkv), rows)
+    before = max((s.shared_count + s.past_count for s in segments), default=0)
+    return *args[:-1], Heads(h.NH, h.KVH, h.HD, h.longest, len(qkv), rows, before)
 
 
 class Ops:
