@@ -185,29 +185,28 @@ template <> struct inp_type<false> {
     typedef unsigned word;
 };
 
-/* A block has 16 M GROUPS rows of W and 8 TILES of inp. A group of warps shares the columns of its
- * rows; with more than one the block goes over the columns as often: all have the same inp then. */
-template <int DTYPE, bool BF16, int TILES, int M, int GROUPS>
+/* A block has 16 M rows of W and 8 TILES of inp at a time; the next ones' first chunk is in flight
+ * while the sums of these are put together. */
+template <int DTYPE, bool BF16, int TILES, int M>
 static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
 {
     typedef typename inp_type<TILES == 1>::element element;
     typedef typename inp_type<TILES == 1>::word word;
     const few_rows &a = of.few;
-    const int OWN = 16 * M, ROWS = OWN * GROUPS, HALF = ROWS / 2; /* of a warp, of the block */
-    const int LOADS = OWN * CHUNK / 16 / 32;
-    const int SUM_ROW = OWN + 4, SUMS = 8 * SUM_ROW; /* floats; banks differ */
-    const int COLUMNS = DTYPE == GLM_I4 ? 8 : 4;     /* that a thread has of 16 bytes */
+    const int ROWS = 16 * M, HALF = ROWS / 2, LOADS = ROWS * CHUNK / 16 / 32;
+    const int SUM_ROW = ROWS + 4, SUMS = 8 * SUM_ROW; /* floats; banks differ */
+    const int COLUMNS = DTYPE == GLM_I4 ? 8 : 4;      /* that a thread has of 16 bytes */
     const int WORDS = TILES == 1 ? COLUMNS : COLUMNS / 2;
     const int STEP = 4 * COLUMNS, STEPS = CHUNK / 16;
-    const bool AHEAD = TILES < 4; /* inp is fetched so: registers are short else */
-    __shared__ __align__(16) unsigned char tiles[WARPS * OWN * TILE_ROW];
-    __shared__ __align__(16) uint2 scales[DTYPE == GLM_I4 ? WARPS * OWN * 2 : 1];
+    const bool AHEAD = TILES < 4;    /* inp is fetched so, where registers are there .. */
+    const int K = TILES < 8 ? 2 : 1; /* .. for so many steps at a time */
+    __shared__ __align__(16) unsigned char tiles[WARPS * ROWS * TILE_ROW];
+    __shared__ __align__(16) uint2 scales[DTYPE == GLM_I4 ? WARPS * ROWS * 2 : 1];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, quad = lane / 4, third = lane % 4;
     const int I = a.w.cols, bytes = (int)stored_bytes(DTYPE, I);
     const int outs = of.gated ? a.w.rows / 2 : a.w.rows;
     const int pieces = (a.N + 8 * TILES - 1) / (8 * TILES); /* of inp, block by block */
-    const int first = blockIdx.x / pieces * (of.gated ? HALF : ROWS);
-    const int n0 = blockIdx.x % pieces * 8 * TILES;
+    const int own = of.gated ? HALF : ROWS, tasks = (outs + own - 1) / own * pieces;
     const int chunks = (bytes + CHUNK - 1) / CHUNK;
     const char *data = static_cast<const char *>(a.w.data);
     const int whole = bytes % 16 == 0 && ((size_t)data & 15) == 0;
@@ -216,61 +215,66 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
     const element *inp = TILES == 1 ? (const element *)(const void *)a.inp
                                     : (const element *)(const void *)of.narrow;
     const int whole_inp = I % COLUMNS == 0 && ((size_t)inp & 15) == 0;
-    const int begin = GROUPS == 1 ? 0 : warp % GROUPS * OWN; /* of the warp's rows in the block's */
-    unsigned char *tile = tiles + warp * OWN * TILE_ROW;
-    uint2 *scale = scales + (DTYPE == GLM_I4 ? warp * OWN * 2 : 0);
+    unsigned char *tile = tiles + warp * ROWS * TILE_ROW;
+    uint2 *scale = scales + (DTYPE == GLM_I4 ? warp * ROWS * 2 : 0);
 
-    /* the block's row r in W; -1: there is none */
-    const auto row_of = [&](int r) {
-        const int value = of.gated && r >= HALF, at = first + (value ? r - HALF : r);
+    /* a task's row r in W; -1: there is none */
+    const auto row_of = [&](int task, int r) {
+        const int value = of.gated && r >= HALF;
+        const int at = task / pieces * own + (value ? r - HALF : r);
         return at < outs ? at + (value ? outs : 0) : -1;
     };
     /* a chunk of W, in flight until it is put into the tile; past a row's end nothing is read */
     uint4 q[LOADS];
     uint2 s[M];
-    const auto fetch = [&](int chunk) {
+    const auto fetch = [&](int task, int chunk) {
         const int c = CHUNK * chunk + 16 * (lane % 8);
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            const int row = row_of(begin + 4 * i + lane / 8);
+            const int row = row_of(task, 4 * i + lane / 8);
             q[i] = piece_of(data + (size_t)row * bytes + c, row < 0 ? 0 : bytes - c, whole);
         }
         if (DTYPE == GLM_I4)
 #pragma unroll
             for (int i = 0; i < M; i++)
-                s[i] = scales_of(a.w, max(row_of(begin + (lane + 32 * i) / 2), 0),
+                s[i] = scales_of(a.w, max(row_of(task, (lane + 32 * i) / 2), 0),
                                  8 * chunk + 4 * (lane % 2), whole_scales);
     };
-    /* inp of two steps, in flight while the two before are multiplied */
-    word v[2][TILES][WORDS];
-    const auto fetch_inp = [&](int chunk, int step) {
+    /* inp of K steps, in flight while the ones before are multiplied */
+    word v[K][TILES][WORDS];
+    const auto fetch_inp = [&](int task, int chunk, int step) {
         const int c = STEP * (STEPS * chunk + step) + COLUMNS * third;
 #pragma unroll
-        for (int k = 0; k < 2; k++)
+        for (int k = 0; k < K; k++)
 #pragma unroll
             for (int n = 0; n < TILES; n++) {
-                const int row = n0 + 8 * n + quad;
+                const int row = task % pieces * 8 * TILES + 8 * n + quad;
                 inp_of<COLUMNS>(v[k][n], inp + (size_t)row * I, row < a.N ? c + STEP * k : I, I,
                                 whole_inp);
             }
     };
-    float total[TILES][2]; /* of rows `row` and HALF more */
-    const int row = threadIdx.x % HALF, column = threadIdx.x / HALF;
+    fetch(blockIdx.x, warp);
+    if (AHEAD)
+        fetch_inp(blockIdx.x, warp, 0);
+    for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
+        /* what a thread needs in the end, of rows `row` and HALF more: fetched now, if it can be kept */
+        const int row = threadIdx.x % HALF, column = threadIdx.x / HALF;
+        float by[2], plus[2];
+        const auto fetch_scale = [&]() {
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
-        total[t][0] = total[t][1] = 0;
-
-#pragma unroll 1
-    for (int pass = 0; pass < GROUPS; pass++) {
-        const int share = (warp + pass * WARPS) / GROUPS; /* of the columns */
+            for (int half = 0; half < 2; half++) {
+                const size_t o = max(row_of(task, row + half * HALF), 0);
+                by[half] = a.w.group ? a.scale : a.scale * half_value(a.w.scale[o]);
+                plus[half] = a.bias ? a.bias[o] : 0.0f;
+            }
+        };
+        if (TILES < 8)
+            fetch_scale();
         float sum[M][TILES][4];
 #pragma unroll
         for (int m = 0; m < M; m++)
             clear<TILES>(sum[m]);
-        fetch(share);
-        if (AHEAD)
-            fetch_inp(share, 0);
-        for (int chunk = share; chunk < chunks; chunk += WARPS) {
+        for (int chunk = warp; chunk < chunks; chunk += WARPS) {
 #pragma unroll
             for (int i = 0; i < LOADS; i++)
                 *reinterpret_cast<uint4 *>(tile + (4 * i + lane / 8) * TILE_ROW + 16 * (lane % 8)) =
@@ -280,30 +284,33 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
                 for (int i = 0; i < M; i++)
                     scale[lane + 32 * i] = s[i];
             __syncwarp();
-            fetch(chunk + WARPS);
+            const int last = chunk + WARPS >= chunks; /* of this task */
+            const int next = last ? task + gridDim.x : task,
+                      next_chunk = last ? warp : chunk + WARPS;
+            fetch(next, next_chunk);
 #pragma unroll 1
-            for (int step = 0; step < STEPS; step += 2) {
-                unsigned x[2][TILES][COLUMNS / 2];
+            for (int step = 0; step < STEPS; step += K) {
+                unsigned x[K][TILES][COLUMNS / 2];
                 if (!AHEAD)
-                    fetch_inp(chunk, step);
+                    fetch_inp(task, chunk, step);
 #pragma unroll
-                for (int k = 0; k < 2; k++)
+                for (int k = 0; k < K; k++)
 #pragma unroll
                     for (int n = 0; n < TILES; n++)
                         pairs_of<COLUMNS, BF16>(x[k][n], v[k][n]);
-                if (AHEAD && step + 2 < STEPS)
-                    fetch_inp(chunk, step + 2);
+                if (AHEAD && step + K < STEPS)
+                    fetch_inp(task, chunk, step + K);
                 else if (AHEAD)
-                    fetch_inp(chunk + WARPS, 0);
+                    fetch_inp(next, next_chunk, 0);
 #pragma unroll
                 for (int m = 0; m < M; m++) {
                     unsigned w[4]; /* of rows quad and quad + 8: step 0, 0, 1, 1 */
-                    load_fragments<false>(
-                        w, reinterpret_cast<const unsigned short *>(
-                               tile + (16 * m + lane % 16) * TILE_ROW + 16 * (step + lane / 16)));
+                    load_fragments<false>(w, reinterpret_cast<const unsigned short *>(
+                                                 tile + (16 * m + lane % 16) * TILE_ROW +
+                                                 16 * (step + (K - 1) * (lane / 16))));
                     if (DTYPE == GLM_I8) {
 #pragma unroll
-                        for (int k = 0; k < 2; k++) {
+                        for (int k = 0; k < K; k++) {
                             unsigned low[2], high[2];
                             pairs_of_int8<BF16>(w[2 * k], low);
                             pairs_of_int8<BF16>(w[2 * k + 1], high);
@@ -316,11 +323,9 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
                     }
                     const unsigned short *of_row = reinterpret_cast<const unsigned short *>(scale) +
                                                    8 * (16 * m + quad) + step;
-                    const unsigned s_low = *reinterpret_cast<const unsigned *>(of_row),
-                                   s_high = *reinterpret_cast<const unsigned *>(of_row + 8 * 8);
-                    unsigned p[2][2][4];
+                    unsigned p[K][2][4];
 #pragma unroll
-                    for (int k = 0; k < 2; k++) {
+                    for (int k = 0; k < K; k++) {
                         unsigned low[4], high[4];
                         pairs_of_int4<BF16>(w[2 * k], low);
                         pairs_of_int4<BF16>(w[2 * k + 1], high);
@@ -332,18 +337,18 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
                     }
 #pragma unroll
                     for (int n = 0; n < TILES; n++) {
-                        float part[2][4];
-                        clear<2>(part);
+                        float part[K][4];
+                        clear<K>(part);
 #pragma unroll
                         for (int i = 0; i < 2; i++)
 #pragma unroll
-                            for (int k = 0; k < 2; k++)
+                            for (int k = 0; k < K; k++)
                                 mma<BF16>(part[k], p[k][i], x[k][n][i * (COLUMNS / 2 - 2)],
                                           x[k][n][i * (COLUMNS / 2 - 2) + 1]);
 #pragma unroll
-                        for (int k = 0; k < 2; k++) {
-                            const float by_low = half_value(k ? s_low >> 16 : s_low & 0xffff),
-                                        by_high = half_value(k ? s_high >> 16 : s_high & 0xffff);
+                        for (int k = 0; k < K; k++) {
+                            const float by_low = half_value(of_row[k]),
+                                        by_high = half_value(of_row[64 + k]);
 #pragma unroll
                             for (int j = 0; j < 4; j++) /* fused in every kernel, or bits differ */
                                 sum[m][n][j] =
@@ -354,6 +359,8 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
             }
             __syncwarp();
         }
+        if (TILES == 8)
+            fetch_scale();
         __syncthreads(); /* the sums take the tiles' place */
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
@@ -366,65 +373,57 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
                     part[warp * SUMS + (2 * third + j % 2) * SUM_ROW + 16 * m + quad + j / 2 * 8] =
                         sum[m][t][j];
             __syncthreads();
-            if (column < 8)
+            const int n = task % pieces * 8 * TILES + 8 * t + column;
+            if (column >= 8 || n >= a.N)
+                continue;
+            float y[2];
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int r = row + half * HALF;
-                    const float *of_row = part + r / OWN * SUMS + column * SUM_ROW + r % OWN;
+            for (int half = 0; half < 2; half++) {
+                const size_t o = max(row_of(task, row + half * HALF), 0);
+                const float *of_row = part + column * SUM_ROW + row + half * HALF;
+                float more = 0;
+                y[half] = 0;
 #pragma unroll
-                    for (int i = 0; i < WARPS / GROUPS; i++)
-                        total[t][half] += of_row[i * GROUPS * SUMS];
-                }
-        }
-        if (GROUPS > 1)
-            __syncthreads();
-    }
-
-#pragma unroll
-    for (int t = 0; t < TILES; t++) {
-        const int n = n0 + 8 * t + column;
-        float y[2];
-        if (column >= 8 || n >= a.N)
-            break;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const size_t o = max(row_of(row + half * HALF), 0);
-            float more = 0;
-            y[half] = total[t][half] * (a.w.group ? a.scale : a.scale * half_value(a.w.scale[o]));
-            y[half] += a.bias ? a.bias[o] : 0.0f;
-            for (int i = 0; i < a.R; i++)
-                more += a.xa[(size_t)n * a.R + i] * a.B[o * a.R + i];
-            y[half] += a.added * more;
-        }
-        if (of.gated)
-            y[0] = y[1] * (y[0] / (1.0f + expf(-y[0])));
-#pragma unroll
-        for (int half = 0; half < (of.gated ? 1 : 2); half++)
-            if (row_of(row + half * HALF) >= 0) {
-                float *to = a.out + (size_t)n * outs + first + row + half * HALF;
-                *to = y[half] + (a.accumulate ? *to : 0.0f);
+                for (int i = 0; i < WARPS; i++)
+                    y[half] += of_row[i * SUMS];
+                for (int i = 0; i < a.R; i++)
+                    more += a.xa[(size_t)n * a.R + i] * a.B[o * a.R + i];
+                y[half] = y[half] * by[half] + plus[half] + a.added * more;
             }
+            if (of.gated)
+                y[0] = y[1] * (y[0] / (1.0f + expf(-y[0])));
+            float *out = a.out + (size_t)n * outs + task / pieces * own + row;
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                if (!(of.gated && half) && row_of(task, row + half * HALF) >= 0)
+                    out[half * HALF] = y[half] + (a.accumulate ? out[half * HALF] : 0.0f);
+        }
+        __syncthreads();
     }
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define BLOCKS 2 /* of a multiprocessor: an mma takes more registers there */
+#define MOST 4 /* tiles: an mma takes more registers there */
 #else
-#define BLOCKS 3
+#define MOST 8
 #endif
-/* Kernels for a dtype and a type, by the rows of inp that a block has: 8, 16, 32 */
-#define KERNELS(name, dtype, bf16)                                  \
-    GLM_TILE_KERNEL(256, BLOCKS) k_few_##name##_8(quantized_rows a) \
-    {                                                               \
-        few_quantized<dtype, bf16, 1, 1, 1>(a);                     \
-    }                                                               \
-    GLM_TILE_KERNEL(256, 2) k_few_##name##_16(quantized_rows a)     \
-    {                                                               \
-        few_quantized<dtype, bf16, 2, 1, 1>(a);                     \
-    }                                                               \
-    GLM_TILE_KERNEL(256, 1) k_few_##name##_32(quantized_rows a)     \
-    {                                                               \
-        few_quantized<dtype, bf16, 4, 2, 2>(a);                     \
+/* Kernels for a dtype and a type, by the rows of inp that a block has: 8, 16, 32, 64 */
+#define KERNELS(name, dtype, bf16)                                                   \
+    GLM_TILE_KERNEL(256, dtype == GLM_I4 ? 2 : 3) k_few_##name##_8(quantized_rows a) \
+    {                                                                                \
+        few_quantized<dtype, bf16, 1, 1>(a);                                         \
+    }                                                                                \
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_16(quantized_rows a)                      \
+    {                                                                                \
+        few_quantized<dtype, bf16, 2, 1>(a);                                         \
+    }                                                                                \
+    GLM_TILE_KERNEL(256, 1) k_few_##name##_32(quantized_rows a)                      \
+    {                                                                                \
+        few_quantized<dtype, bf16, 4, 2>(a);                                         \
+    }                                                                                \
+    GLM_TILE_KERNEL(256, 1) k_few_##name##_64(quantized_rows a)                      \
+    {                                                                                \
+        few_quantized<dtype, bf16, MOST, 2>(a);                                      \
     }
 KERNELS(i8_f16, GLM_I8, false)
 KERNELS(i8_bf16, GLM_I8, true)
@@ -432,16 +431,18 @@ KERNELS(i4_f16, GLM_I4, false)
 KERNELS(i4_bf16, GLM_I4, true)
 
 #ifdef GLM_HOST
-#define BY_ROWS(name) {k_few_##name##_8, k_few_##name##_16, k_few_##name##_32}
+#define BY_ROWS(name) {k_few_##name##_8, k_few_##name##_16, k_few_##name##_32, k_few_##name##_64}
 
 void glm_cuda_few_quantized(struct cuda *cuda, const char *op, few_rows a, const struct glm_mat *W,
                             int gated)
 {
-    void (*const table[2][2][3])(quantized_rows) = {{BY_ROWS(i8_f16), BY_ROWS(i8_bf16)},
+    void (*const table[2][2][4])(quantized_rows) = {{BY_ROWS(i8_f16), BY_ROWS(i8_bf16)},
                                                     {BY_ROWS(i4_f16), BY_ROWS(i4_bf16)}};
-    const int at = a.N <= 8 ? 0 : a.N <= 16 ? 1 : 2;
+    const int at = a.N <= 8 ? 0 : a.N <= 16 ? 1 : a.N <= 32 ? 2 : 3;
     void (*const k_few)(quantized_rows) = table[W->dtype == GLM_I4][cuda->compute == GLM_BF16][at];
-    const size_t pieces = ceil_div((size_t)a.N, 32), rows = at < 2 ? 16 : 64;
+    const size_t pieces = ceil_div((size_t)a.N, 64), rows = at < 2 ? 16 : 32;
+    const size_t tasks = pieces * ceil_div((size_t)W->rows, rows);
+    const size_t most = (size_t)cuda->multiprocessors * (W->dtype == GLM_I4 ? 2 : 3); /* that fit */
     quantized_rows of = {a, NULL, gated};
     of.few.w = matrix_of(W);
     if (a.N > GLM_FEW) {
@@ -450,6 +451,6 @@ void glm_cuda_few_quantized(struct cuda *cuda, const char *op, few_rows a, const
         if (!of.narrow)
             return;
     }
-    GLM_LAUNCH(cuda, op, k_few, pieces * ceil_div((size_t)W->rows, rows), 256, 0, of);
+    GLM_LAUNCH(cuda, op, k_few, at || tasks < most ? tasks : most, 256, 0, of);
 }
 #endif
