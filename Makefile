@@ -75,7 +75,7 @@ peers:
 
 # address and undefined-behaviour sanitizers; leaks are counted by tests/test_leaks.py (the interpreter has its own).
 # Left out: what takes long and never enters the core, or enters another build of it.
-UNRELATED = test_typing test_structure test_packaging test_benchmarks test_cuda_build test_cuda test_emu test_toy_op
+UNRELATED = test_typing test_structure test_packaging test_benchmarks test_cuda_build test_cuda test_cuda_host test_install_cuda test_emu test_toy_op
 sanitize: all
 	GLMLORA_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	cd build/sanitize/lib && \
@@ -90,8 +90,8 @@ tsan: all
 	cd build/tsan/lib && LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" GLMLORA_SANITIZED=1 GLMLORA_ISA=generic \
 	TSAN_OPTIONS=die_after_fork=0:halt_on_error=1:exitcode=66:suppressions=$(CURDIR)/tests/tsan.supp \
 	PYTHONPATH=$(CURDIR)/build/tsan/lib $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml \
-	--rootdir $(CURDIR) $(CURDIR)/tests/test_trust.py $(CURDIR)/tests/test_core.py \
-	-k "trust or two_models or forked or ctrl_c or allocation"
+	--rootdir $(CURDIR) $(CURDIR)/tests/test_trust.py $(CURDIR)/tests/test_core.py $(CURDIR)/tests/test_threads.py \
+	-k "trust or threads or two_models or forked or ctrl_c or allocation"
 
 # the core compiles elsewhere: aarch64 (generic path) and clang, where those compilers are installed
 CORE = $(filter-out csrc/python/% %_avx2.c %_avx512.c %_avx512bf16.c,$(wildcard csrc/*.c csrc/*/*.c))
@@ -102,14 +102,16 @@ portable:
 wheel: all
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
-# What others install: manylinux2014 for x86-64 and aarch64, one wheel each for every CPython from 3.10 on, in dist/
+# What others install: manylinux2014 for x86-64 and aarch64, one wheel each for every CPython from 3.10 on, in dist/; and one
+# for each CPython without a GIL that is found (tests/portable/free_threaded.sh makes one)
 WHEELS = build/wheels-env/bin/python
 wheels:
 	test -x $(WHEELS) || $(PYTHON) -m venv build/wheels-env
 	$(WHEELS) -m pip --disable-pip-version-check install -q -r tests/portable/requirements.txt
 	$(WHEELS) tests/portable/build.py
 
-# equal bytes again, the ABI, every Python of this machine, aarch64 under qemu, a clean Debian: what each needs, it says
+# equal bytes again, the ABI, every Python of this machine, threads without a GIL, aarch64 under qemu, a clean Debian: what
+# each needs, it says
 wheels-check: wheels
 	$(WHEELS) tests/portable/check.py
 

@@ -718,7 +718,7 @@ def main() -> None:
     if not found["count"]:
         raise SystemExit(
             f"{args.device}: {found['why']}; python cuda/build.py "
-            f"{'emu' if args.device == 'emu' else 'lib'} builds the library"
+            f"{'emu' if args.device == 'emu' else 'here'} builds the library"
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and its processes with it
     run = Run(args)

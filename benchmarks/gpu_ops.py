@@ -27,10 +27,12 @@ from glmlora.tools.optable import (  # noqa: E402
     I4,
     I8,
     SIGNATURES,
+    Choice,
     DeviceOps,
     Heads,
     Mat,
     Segment,
+    sized,
     stored,
 )
 
@@ -44,7 +46,7 @@ class Timed(DeviceOps):
     """A call is timed: its arrays are put on the device once, and nothing comes back."""
 
     def _call(self, op: str, args: tuple[Any, ...]) -> None:
-        signature = SIGNATURES[op]
+        signature, args = SIGNATURES[op], sized(op, args)
         mats = [a for a in args if isinstance(a, Mat)]
         nbytes = max((m.array.nbytes for m in mats), default=AWAY)
         rounds = max(1, min(16, -(-AWAY // nbytes)))
@@ -211,6 +213,13 @@ def cases(type_: str) -> Iterator[tuple[str, float, Callable[[Any], None]]]:
             o.choose(np.zeros(n, np.int32), normal(n, V), n, V, None, None)
 
         yield f"elements argmax, {n} rows", 0, choose
+    for top_k, top_p in ((0, 0.8), (50, 1.0)):
+
+        def draw(o, top_k=top_k, top_p=top_p):
+            how = [Choice(top_p, 1, 2, 3, 1.0, 1.0, top_k, 0, 0, 0)]
+            o.choose(np.zeros(1, np.int32), 3 * normal(1, V), 1, V, how, np.zeros(1, np.int32))
+
+        yield f"elements draw, top_k {top_k}, top_p {top_p}", 0, draw
     n = 2048
 
     def swiglu(o):

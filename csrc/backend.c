@@ -89,8 +89,9 @@ static glm_status open_library(void **library, char path[4096], const struct dev
     if (!find_library(path, which->library))
         return glm_fail(err, GLM_EVALUE,
                         "backend '%s': this build has no library for it: build one with "
-                        "`python cuda/build.py %s`, or name one in GLMLORA_CUDA_LIBRARY",
-                        name, strcmp(which->library, "emu") == 0 ? "emu" : "lib");
+                        "`python cuda/build.py %s` in the sources, or name one in "
+                        "GLMLORA_CUDA_LIBRARY",
+                        name, strcmp(which->library, "emu") == 0 ? "emu" : "here");
     *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!*library)
         return glm_fail(err, GLM_EVALUE, "backend '%s': %s", name, dlerror());

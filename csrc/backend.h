@@ -28,7 +28,8 @@ struct glm_kv {
 struct glm_heads {
     int NH, KVH, HD;
     int longest;      /* tokens of the longest segment, where the caller knows; 0: not known */
-    int tokens, rows; /* of the batch and of the cache: no segment has any past them */
+    int tokens, rows; /* of the batch, each in a segment, and of the cache */
+    int before;       /* cache rows that a segment sees, at most */
 };
 
 /* What a dropout mask is a function of, so that it does not depend on how rows are packed:

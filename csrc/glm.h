@@ -164,6 +164,7 @@ struct glm_cache_info {
     int current; /* 0: it holds tokens of weights that changed since */
 };
 void glm_cache_get(struct glm_cache *c, struct glm_cache_info *info);
+struct glm_backend *glm_cache_backend(const struct glm_cache *c); /* whose memory it has */
 glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm_error *err);
 glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct glm_error *err);
 /* Room for more tokens in each row; what the cache holds stays. */

@@ -5,6 +5,7 @@
  * The host does not know how long segments are (they lie on the device): a fixed grid of blocks
  * strides over the work, each block finding its own in the list of segments. */
 #pragma once
+#include "decode.h"
 #include "launch.cuh"
 #include "mma.cuh"
 
@@ -12,19 +13,13 @@ struct attention {
     const float *qkv, *cache_k, *cache_v;
     const struct glm_segment *segments;
     int n_segments, NH, KVH, HD, G; /* G query heads to a key head */
-    float scale;
-    float *out, *lse;      /* forward writes, backward reads */
-    unsigned short *pairs; /* keys and values in 16 bits: see pair_at */
-    int tokens;            /* rows of qkv */
-    const float *dout; /* backward */
+    float scale, log2_scale;        /* the second for exponentials of 2 */
+    float *out, *lse;               /* forward writes, backward reads */
+    unsigned short *pairs;          /* keys and values in 16 bits: see pair_at */
+    int tokens;                     /* rows of qkv */
+    const float *dout;              /* backward */
     float *dqkv, *dcache_k, *dcache_v;
-    float *largest;              /* |dout| of each block, or NULL */
-    const float *factor, *alpha; /* of dout in 16 bits, and its inverse; NULL: 1 */
 };
-
-/* Segments of at most so many tokens are one block a token and head (attention_decode.cu), longer
- * ones go by tiles. */
-enum { DECODE_TOKENS = 4 };
 
 #define LOG2_E 1.4426950408889634f
 
@@ -96,6 +91,29 @@ static __device__ __forceinline__ const float *query_of(const attention &a, cons
 {
     return a.qkv + (size_t)(s.begin + row / a.G) * (a.NH + 2 * a.KVH) * a.HD +
            (size_t)(g * a.G + row % a.G) * a.HD;
+}
+
+/* Cache rows whose gradients blocks of segment i add up: none where a segment before it shares just
+ * the same ones. */
+static __device__ __forceinline__ int rows_to_add(const attention &a, int i)
+{
+    const glm_segment s = a.segments[i];
+    for (int j = 0; j < i; j++)
+        if (a.segments[j].shared_begin == s.shared_begin &&
+            a.segments[j].shared_count == s.shared_count)
+            return 0;
+    return a.dcache_k ? s.shared_count : 0;
+}
+
+/* 1 when no segment before i shares the cache row. */
+static __device__ __forceinline__ int owns_row(const attention &a, int i, int row)
+{
+    for (int j = 0; j < i; j++) {
+        const int begin = a.segments[j].shared_begin, count = a.segments[j].shared_count;
+        if (row >= begin && row < begin + count)
+            return 0;
+    }
+    return 1;
 }
 
 /* Floats of a row of a float tile: 16-byte rows, four banks apart. */
@@ -183,36 +201,6 @@ template <int LANES> static __device__ __forceinline__ float lanes_max(float v)
     return v;
 }
 
-/* ---- tiles of 16-bit rows of D elements, by all 128 threads; what is past the end is 0 */
-
-/* Keys j .. j + KEYS - 1 of a segment and their values. */
-template <int D, int KEYS, bool BF16>
-static __device__ __forceinline__ void load_keys(unsigned short *ks, unsigned short *vs,
-                                                 const attention &a, const glm_segment &s, int g,
-                                                 int j, int end)
-{
-    const int LD = D + 8, STEPS = D / 8;
-    for (int e = threadIdx.x; e < KEYS * STEPS; e += 128) {
-        const int r = e / STEPS, c = 8 * (e % STEPS);
-        const pair_of kv = key_before(a, s, g, j + r, end);
-        narrow8_row<BF16>(ks + r * LD, kv.k, a.HD, c, 1);
-        narrow8_row<BF16>(vs + r * LD, kv.v, a.HD, c, 1);
-    }
-}
-
-/* Queries of rows row0 .. row0 + ROWS - 1 of a segment, of `rows`. */
-template <int D, int ROWS, bool BF16>
-static __device__ __forceinline__ void load_queries(unsigned short *to, const attention &a,
-                                                    const glm_segment &s, int g, int row0, int rows)
-{
-    const int LD = D + 8, STEPS = D / 8;
-    for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
-        const int r = e / STEPS, row = row0 + r;
-        narrow8_row<BF16>(to + r * LD, row < rows ? query_of(a, s, g, row) : NULL, a.HD,
-                          8 * (e % STEPS), 1);
-    }
-}
-
 #ifdef GLM_HOST
 #include <math.h>
 #include <stdio.h>
@@ -233,6 +221,7 @@ static inline attention attention_of(const void *qkv, struct glm_kv cache,
     a.HD = heads.HD;
     a.G = heads.NH / heads.KVH;
     a.scale = (float)(1 / sqrt((double)heads.HD));
+    a.log2_scale = a.scale * LOG2_E;
     return a;
 }
 
@@ -243,7 +232,8 @@ static inline int attention_blocks(const struct cuda *cuda)
     return blocks < PARTIALS ? blocks : PARTIALS; /* each may leave a maximum in glm_small */
 }
 
-void glm_cuda_attention_decode(struct cuda *cuda, const attention &a);
+void glm_cuda_attention_decode(struct cuda *cuda, const attention &a, struct glm_heads heads);
+void glm_cuda_attention_backward_16(struct cuda *cuda, const attention &a, struct glm_heads heads);
 
 /* Heads wider than 256 have no kernel. */
 static inline int attention_fits(struct cuda *cuda, const attention &a)

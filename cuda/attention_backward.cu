@@ -5,17 +5,16 @@
  *   dk = scale * sum over rows of ds q
  *   dv = sum over rows of p dout
  *
- * Three launches, none of which writes what another block writes: delta, left in the first element
- * of each head of dqkv, which the last launch overwrites; keys and values; queries. A cache row
- * that several segments share is the first one's: its block adds up all segments in order. */
+ * In float three launches, none of which writes what another block writes: delta, left in the first
+ * element of each head of dqkv, which the last launch overwrites; keys and values; queries. A cache
+ * row that several segments share is the first one's: its block adds up all segments in order.
+ * In 16 bits: attention_backward_16.cu. */
 #include "attention.cuh"
-
-GLM_BLOCK_REDUCTION(block_max, float, warp_max, 0)
+#include "products.h"
 
 GLM_KERNEL(256) k_attention_delta(attention a)
 {
     const int lane = threadIdx.x & 31, HD = a.HD;
-    float most = 0;
     const size_t warp = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) >> 5,
                  warps = ((size_t)gridDim.x * blockDim.x) >> 5;
     for (int i = 0; i < a.n_segments; i++) {
@@ -26,21 +25,14 @@ GLM_KERNEL(256) k_attention_delta(attention a)
             for (int c = 4 * lane; c < HD; c += 128) {
                 const f4 x = load4(a.dout + at * HD, c, HD), y = load4(a.out + at * HD, c, HD);
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
+                for (int j = 0; j < 4; j++)
                     sum += x.v[j] * y.v[j];
-                    most = fmaxf(most, fabsf(x.v[j]));
-                }
             }
             sum = warp_sum(sum);
             if (lane == 0)
                 a.dqkv[at / a.NH * (a.NH + 2 * a.KVH) * HD + at % a.NH * HD] = sum;
         }
     }
-    if (!a.largest)
-        return;
-    most = block_max(most);
-    if (threadIdx.x == 0)
-        a.largest[blockIdx.x] = most;
 }
 
 static __device__ __forceinline__ const float *delta_of(const attention &a, const glm_segment &s,
@@ -136,17 +128,6 @@ GLM_TILE_KERNEL(128, 3) k_attention_dq_8(attention a) { query_tiles<8>(a); }
 
 /* ---- keys and values: a block has T keys, own or shared, and runs over the rows that see them */
 
-/* 1 when no segment before i shares the cache row. */
-static __device__ __forceinline__ int owns_row(const attention &a, int i, int row)
-{
-    for (int j = 0; j < i; j++) {
-        const int begin = a.segments[j].shared_begin, count = a.segments[j].shared_count;
-        if (row >= begin && row < begin + count)
-            return 0;
-    }
-    return 1;
-}
-
 template <int T> static __device__ __forceinline__ void key_tiles(const attention &a)
 {
     const int LANES = 128 / T, R = T / 2, ROWS = R > LANES ? R / LANES : 1;
@@ -159,7 +140,7 @@ template <int T> static __device__ __forceinline__ void key_tiles(const attentio
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
         const int own_tiles = (s.count + T - 1) / T;
-        const int tiles = own_tiles + (a.dcache_k ? (s.shared_count + T - 1) / T : 0);
+        const int tiles = own_tiles + (rows_to_add(a, i) + T - 1) / T;
         for (; item < first + tiles * a.KVH; item += gridDim.x) {
             const int g = (item - first) % a.KVH, tile = (item - first) / a.KVH;
             const bool own = tile < own_tiles;
@@ -255,259 +236,7 @@ GLM_TILE_KERNEL(128, 2) k_attention_dkv_32(attention a) { key_tiles<32>(a); }
 GLM_TILE_KERNEL(128, 2) k_attention_dkv_16(attention a) { key_tiles<16>(a); }
 GLM_TILE_KERNEL(128, 2) k_attention_dkv_8(attention a) { key_tiles<8>(a); }
 
-/* ---- 16 bits: operands of the products are rounded, dout and ds after they were multiplied by
- * *factor; heads up to 128 */
-
-/* As load_queries the gradients of the output, times factor. */
-template <int D, int ROWS, bool BF16>
-static __device__ __forceinline__ void load_gradients(unsigned short *to, const attention &a,
-                                                      const glm_segment &s, int g, int row0,
-                                                      int rows, float factor)
-{
-    const int LD = D + 8, STEPS = D / 8;
-    for (int e = threadIdx.x; e < ROWS * STEPS; e += 128) {
-        const int r = e / STEPS, row = row0 + r;
-        narrow8_row<BF16>(to + r * LD, row < rows ? a.dout + head_row(a, s, g, row) * a.HD : NULL,
-                          a.HD, 8 * (e % STEPS), factor);
-    }
-}
-
-/* As forward: a warp has 16 rows, a tile 32 keys. */
-template <int D, bool BF16>
-static __device__ __forceinline__ void query_fragments(const attention &a)
-{
-    const int ROWS = 64, KEYS = 32, LD = D + 8, STEPS = D / 8;
-    GLM_DYN_SHARED(unsigned short, shared);
-    unsigned short *ks = shared, *vs = shared + KEYS * LD;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, HD = a.HD;
-    const float factor = a.factor ? *a.factor : 1.0f;
-    const float undo = a.scale * (a.factor ? *a.alpha : 1.0f);
-    int item = blockIdx.x, first = 0;
-    for (int i = 0; i < a.n_segments; i++) {
-        const glm_segment s = a.segments[i];
-        const int rows = s.count * a.G, tiles = (rows + ROWS - 1) / ROWS, items = tiles * a.KVH;
-        for (; item < first + items; item += gridDim.x) {
-            const int g = (item - first) % a.KVH,
-                      row0 = (tiles - 1 - (item - first) / a.KVH) * ROWS;
-            const int last = seen_by(s, (min(row0 + ROWS, rows) - 1) / a.G);
-            const int row = row0 + 16 * warp + lane / 4; /* and row + 8 */
-            const bool real[2] = {row < rows, row + 8 < rows};
-            int seen[2];
-            float lse[2], delta[2], dq[STEPS][4];
-            unsigned query[D / 16][4], dout[D / 16][4];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int at = real[h] ? row + 8 * h : rows - 1;
-                seen[h] = real[h] ? seen_by(s, at / a.G) : 0;
-                lse[h] = a.lse[head_row(a, s, g, at)];
-                delta[h] = factor * *delta_of(a, s, g, at);
-            }
-            __syncthreads(); /* readers of the item before */
-            load_queries<D, ROWS, BF16>(shared, a, s, g, row0, rows);
-            __syncthreads();
-#pragma unroll
-            for (int d = 0; d < D / 16; d++)
-                load_a<LD>(query[d], shared + 16 * warp * LD + 16 * d);
-            __syncthreads();
-            load_gradients<D, ROWS, BF16>(shared, a, s, g, row0, rows, factor);
-            __syncthreads();
-#pragma unroll
-            for (int d = 0; d < D / 16; d++)
-                load_a<LD>(dout[d], shared + 16 * warp * LD + 16 * d);
-            clear<STEPS>(dq);
-            for (int k0 = 0; k0 < last; k0 += KEYS) {
-                __syncthreads(); /* readers of the tile before */
-                load_keys<D, KEYS, BF16>(ks, vs, a, s, g, k0, last);
-                __syncthreads();
-#pragma unroll
-                for (int k = 0; k < KEYS / 16; k++) { /* 16 keys at a time */
-                    float score[2][4], through[2][4];
-                    unsigned ds[4], b[4];
-                    clear<2>(score);
-                    clear<2>(through);
-#pragma unroll
-                    for (int d = 0; d < D / 16; d++) {
-                        load_b<LD>(b, ks + 16 * k * LD + 16 * d);
-                        mma_pair<BF16>(score, query[d], b);
-                        load_b<LD>(b, vs + 16 * k * LD + 16 * d);
-                        mma_pair<BF16>(through, dout[d], b);
-                    }
-#pragma unroll
-                    for (int n = 0; n < 2; n++)
-#pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            const int h = j / 2, key = k0 + 16 * k + 8 * n + 2 * (lane % 4) + j % 2;
-                            score[n][j] = key < seen[h] ? expf(score[n][j] * a.scale - lse[h]) *
-                                                              (through[n][j] - delta[h])
-                                                        : 0.0f;
-                        }
-                    pack_a<BF16>(ds, score);
-#pragma unroll
-                    for (int n = 0; n < STEPS; n += 2) {
-                        load_b_columns<LD>(b, ks + 16 * k * LD + 8 * n);
-                        mma_pair<BF16>(dq + n, ds, b);
-                    }
-                }
-            }
-#pragma unroll
-            for (int h = 0; h < 2; h++)
-                if (real[h]) {
-                    float *to = a.dqkv + (query_of(a, s, g, row + 8 * h) - a.qkv);
-#pragma unroll
-                    for (int n = 0; n < STEPS; n++)
-                        put2(to, 8 * n + 2 * (lane % 4), HD, dq[n][2 * h] * undo,
-                             dq[n][2 * h + 1] * undo);
-                }
-        }
-        first += items;
-    }
-}
-
-/* A block has 32 keys and runs over 16 rows at a time; a warp has 16 of the keys and half of the
- * columns of dk and dv, and computes the scores for both halves. */
-template <int D, bool BF16> static __device__ __forceinline__ void key_fragments(const attention &a)
-{
-    const int KEYS = 32, ROWS = 16, LD = D + 8, OWN = D / 16;
-    GLM_DYN_SHARED(unsigned short, shared);
-    unsigned short *ks = shared, *vs = ks + KEYS * LD, *qs = vs + KEYS * LD, *os = qs + ROWS * LD;
-    const int lane = threadIdx.x & 31, HD = a.HD, half = 16 * (int)(threadIdx.x >> 6),
-              column = (int)(threadIdx.x >> 5 & 1) * (D / 2);
-    const float factor = a.factor ? *a.factor : 1.0f, undo = a.factor ? *a.alpha : 1.0f;
-    int item = blockIdx.x, first = 0;
-    for (int i = 0; i < a.n_segments; i++) {
-        const glm_segment s = a.segments[i];
-        const int own_tiles = (s.count + KEYS - 1) / KEYS;
-        const int tiles = own_tiles + (a.dcache_k ? (s.shared_count + KEYS - 1) / KEYS : 0);
-        for (; item < first + tiles * a.KVH; item += gridDim.x) {
-            const int g = (item - first) % a.KVH, tile = (item - first) / a.KVH;
-            const bool own = tile < own_tiles;
-            const int key0 = own ? tile * KEYS : s.shared_begin + (tile - own_tiles) * KEYS;
-            const int keys = own ? s.count : s.shared_begin + s.shared_count;
-            const int key = key0 + half + lane / 4; /* and key + 8 */
-            const bool real[2] = {key < keys, key + 8 < keys};
-            __syncthreads(); /* readers of the item before */
-            const int shift = own ? before(s) : -s.shared_begin;
-            load_keys<D, KEYS, BF16>(ks, vs, a, s, g, key0 + shift, keys + shift);
-            float dk[OWN][4], dv[OWN][4];
-            clear<OWN>(dk);
-            clear<OWN>(dv);
-            for (int o = i; o < (own ? i + 1 : a.n_segments); o++) {
-                const glm_segment q = a.segments[o];
-                const int begin = q.shared_begin, end = begin + q.shared_count;
-                if (!own && (key0 >= end || key0 + KEYS <= begin))
-                    continue;
-                const int rows = q.count * a.G, context = min(q.context, q.count);
-                int from[2]; /* rows from there on see the key */
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const int k = key + 8 * h;
-                    from[h] = own && k >= context ? k * a.G : 0;
-                    if (!real[h] || (!own && (k < begin || k >= end)))
-                        from[h] = rows;
-                }
-                for (int row0 = own && key0 >= context ? key0 * a.G : 0; row0 < rows;
-                     row0 += ROWS) {
-                    __syncthreads(); /* readers of the tile before */
-                    load_queries<D, ROWS, BF16>(qs, a, q, g, row0, rows);
-                    load_gradients<D, ROWS, BF16>(os, a, q, g, row0, rows, factor);
-                    __syncthreads();
-                    float score[2][4], through[2][4];
-                    unsigned x[4], b[4], p[4], w[4];
-                    clear<2>(score);
-                    clear<2>(through);
-#pragma unroll
-                    for (int d = 0; d < D / 16; d++) {
-                        load_a<LD>(x, ks + half * LD + 16 * d);
-                        load_b<LD>(b, qs + 16 * d);
-                        mma_pair<BF16>(score, x, b);
-                        load_a<LD>(x, vs + half * LD + 16 * d);
-                        load_b<LD>(b, os + 16 * d);
-                        mma_pair<BF16>(through, x, b);
-                    }
-#pragma unroll
-                    for (int n = 0; n < 2; n++)
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            const int row = row0 + 8 * n + 2 * (lane % 4) + j;
-                            const int at = min(row, rows - 1);
-                            const float lse = a.lse[head_row(a, q, g, at)];
-                            const float delta = factor * *delta_of(a, q, g, at);
-#pragma unroll
-                            for (int h = 0; h < 2; h++) {
-                                float *x = &score[n][2 * h + j], *y = &through[n][2 * h + j];
-                                const bool sees = row >= from[h] && row < rows;
-                                *x = sees ? expf(*x * a.scale - lse) : 0.0f;
-                                *y = sees ? *x * (*y - delta) : 0.0f;
-                            }
-                        }
-                    pack_a<BF16>(p, score);
-                    pack_a<BF16>(w, through);
-#pragma unroll
-                    for (int n = 0; n < OWN; n += 2) {
-                        load_b_columns<LD>(b, os + column + 8 * n);
-                        mma_pair<BF16>(dv + n, p, b);
-                        load_b_columns<LD>(b, qs + column + 8 * n);
-                        mma_pair<BF16>(dk + n, w, b);
-                    }
-                }
-            }
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int k = key + 8 * h;
-                if (!real[h] || (!own && !owns_row(a, i, k)))
-                    continue;
-                const pair_of kv = key_of(a, s, g, k + shift);
-                float *to_k = own ? a.dqkv + (kv.k - a.qkv) : a.dcache_k + (kv.k - a.cache_k);
-                float *to_v = own ? a.dqkv + (kv.v - a.qkv) : a.dcache_v + (kv.v - a.cache_v);
-#pragma unroll
-                for (int n = 0; n < OWN; n++) {
-                    const int c = column + 8 * n + 2 * (lane % 4);
-                    float x[2], y[2];
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        const bool adds = !own && c + j < HD;
-                        x[j] = dk[n][2 * h + j] * a.scale * undo + (adds ? to_k[c + j] : 0.0f);
-                        y[j] = dv[n][2 * h + j] * undo + (adds ? to_v[c + j] : 0.0f);
-                    }
-                    put2(to_k, c, HD, x[0], x[1]);
-                    put2(to_v, c, HD, y[0], y[1]);
-                }
-            }
-        }
-        first += tiles * a.KVH;
-    }
-}
-
-#define FRAGMENT_KERNELS(name, D, BF16)                                                         \
-    GLM_TILE_KERNEL(128, 2) k_attention_dq_##name(attention a) { query_fragments<D, BF16>(a); } \
-    GLM_TILE_KERNEL(128, 2) k_attention_dkv_##name(attention a) { key_fragments<D, BF16>(a); }
-FRAGMENT_KERNELS(f16_64, 64, false)
-FRAGMENT_KERNELS(f16_128, 128, false)
-FRAGMENT_KERNELS(bf16_64, 64, true)
-FRAGMENT_KERNELS(bf16_128, 128, true)
-
 #ifdef GLM_HOST
-typedef void (*attention_kernel)(attention);
-
-static void backward_fragments(struct cuda *cuda, attention a, int blocks)
-{
-    static const attention_kernel dq[2][2] = {{k_attention_dq_f16_64, k_attention_dq_f16_128},
-                                              {k_attention_dq_bf16_64, k_attention_dq_bf16_128}};
-    static const attention_kernel dkv[2][2] = {{k_attention_dkv_f16_64, k_attention_dkv_f16_128},
-                                               {k_attention_dkv_bf16_64, k_attention_dkv_bf16_128}};
-    const int bf16 = cuda->compute == GLM_BF16, wide = a.HD > 64;
-    const attention_kernel k_dq = dq[bf16][wide], k_dkv = dkv[bf16][wide];
-    const size_t row = (size_t)((wide ? 128 : 64) + 8) * 2;
-    const char *op = "attention_backward";
-    if (!bf16) { /* a score's gradient is a sum over a head: room for it above 2^5 */
-        glm_cuda_factor(cuda, blocks, 5, 1);
-        a.factor = &cuda->small->factor;
-        a.alpha = &cuda->small->alpha;
-    }
-    GLM_LAUNCH(cuda, op, k_dkv, blocks, 128, 96 * row, a);
-    GLM_LAUNCH(cuda, op, k_dq, blocks, 128, 64 * row, a);
-}
-
 extern "C" void glm_cuda_attention_backward(void *cx, void *dqkv, struct glm_kv dcache,
                                             const void *dout, const void *out, const void *lse,
                                             const void *qkv, struct glm_kv cache,
@@ -529,12 +258,12 @@ extern "C" void glm_cuda_attention_backward(void *cx, void *dqkv, struct glm_kv 
     const char *op = "attention_backward";
     if (!n_segments || !glm_cuda_begin(cuda) || !attention_fits(cuda, a))
         return;
-    const int narrow = cuda->compute != GLM_F32 && a.HD <= 128;
-    a.largest = narrow ? cuda->small->largest : NULL;
+    if (glm_backward_narrows(cuda->compute, heads)) {
+        glm_cuda_attention_backward_16(cuda, a, heads);
+        return;
+    }
     GLM_LAUNCH(cuda, op, k_attention_delta, blocks, 256, 0, a);
-    if (narrow) {
-        backward_fragments(cuda, a, blocks);
-    } else if (T == 32) {
+    if (T == 32) {
         GLM_LAUNCH(cuda, op, k_attention_dkv_32, blocks, 128, dkv_bytes, a);
         GLM_LAUNCH(cuda, op, k_attention_dq_32, blocks, 128, dq_bytes, a);
     } else if (T == 16) {

@@ -18,8 +18,9 @@ LIMITS = {
     "89": (48, 24, 100 << 10, 1 << 10),
     "90": (64, 32, 228 << 10, 1 << 10),
 }
+SMALL = ("75", "86", "89")  # on which no tall tile is launched
 REGISTERS, REGISTER_UNIT, SHARED_UNIT = 65536, 256, 128
-WITHOUT_ASKING = 48 << 10  # dynamic shared memory of a launch; no kernel asks for more
+WITHOUT_ASKING = 48 << 10  # dynamic shared memory of a launch; GLM_LAUNCH asks for what is more
 
 # A kernel reads and writes whole arrays once, 16 bytes a thread at a time, but for these: tiles,
 # products of few rows, sums that leave little, and what computes more than it moves.
@@ -53,10 +54,9 @@ def dynamic_shared() -> dict[str, int]:
         found[f"k_attention_dkv_{T}"] = 4 * (tiles + 2 * T * (T // 2) + T)
     for D in (64, 128):  # noqa: N806
         for type_ in ("f16", "bf16"):
-            found[f"k_attention_forward_{type_}_{D}"] = 64 * (D + 8) * 2
-            found[f"k_attention_dkv_{type_}_{D}"] = 96 * (D + 8) * 2
-            found[f"k_attention_dq_{type_}_{D}"] = 64 * (D + 8) * 2
-        found[f"k_attention_decode_{2 * D}"] = 4 * 8 * (tile_stride(2 * D) + 2)
+            found[f"k_attention_forward_{type_}_{D}"] = (64 + 2 * 64) * D * 2
+            found[f"k_attention_forward_{type_}_{D}_tall"] = (128 + 2 * 64) * D * 2
+            found[f"k_attention_gradients_{type_}_{D}"] = 128 * (D + 8) * 2 + (9 << 10)
     return found
 
 
@@ -83,10 +83,6 @@ def count(text: str, *pieces: str) -> int:
 def check(table: dict[str, dict], folder: Path, flags: list[str]) -> None:
     """Prints a line for each kernel; SystemExit names those over the budget."""
     faults, dynamic, seen = [], dynamic_shared(), set()
-    if "cudaFuncSetAttribute" in "".join(p.read_text() for p in CUDA.glob("*.c*")):
-        faults.append(
-            "a kernel asks for more than 48 KB of shared memory: this script knows of none"
-        )
     print(f"{'kernel':<34}{'threads':>8}{'shared':>8}{'sm_75':>8}{'sm_86':>8}  16-byte moves, mma")
     for file, by_arch in table.items():
         ptx = folder / f"{file}.ptx"
@@ -120,18 +116,22 @@ def check(table: dict[str, dict], folder: Path, flags: list[str]) -> None:
             mma, operands = count(text, r"mma\.sync"), count(text, r"ldmatrix", r"wmma\.load")
             shown = "".join(f"{share[a]:8.0%}" for a in ("75", "86") if a in share)
             print(f"{name:<34}{threads:>8}{shared:>8}{shown}  {loads} in, {stores} out, {mma}")
-            if shared > WITHOUT_ASKING:
+            if shared > WITHOUT_ASKING and not name.endswith("_tall"):
                 faults.append(f"{name}: {shared} bytes of shared memory")
             if ".local " in text:
                 faults.append(f"{name}: local memory")
             for arch in share:
                 if streams and share[arch] < 0.5:
                     faults.append(f"{name}: occupancy {share[arch]:.0%} on sm_{arch}")
-                if "attention" in name and blocks[arch] < 2:
+                small = arch in (SMALL if name.endswith("_tall") else SMALL[:1])
+                least = (
+                    1 if small and re.search(r"attention_(forward|gradients)_b?f16", name) else 2
+                )
+                if "attention" in name and blocks[arch] < least:
                     faults.append(f"{name}: {blocks[arch]} blocks at once on sm_{arch}")
             if streams and (not loads or (not stores and name not in NO_STORES)):
                 faults.append(f"{name}: {loads} loads and {stores} stores of 16 bytes")
-            if re.search(r"attention_(forward|dq|dkv)_f16", name) and not (mma and operands):
+            if re.search(r"attention_(forward|gradients)_f16", name) and not (mma and operands):
                 faults.append(f"{name}: {mma} mma, {operands} ldmatrix")
     absent = (NO_STORES | set(dynamic)) - seen
     if absent:

@@ -225,7 +225,8 @@ def here() -> Path:
         except SystemExit as error:
             why.append(str(error)[:300])
     try:
-        return nvrtc.library(OUT, fitting(usable, nvrtc.ARCHS) or nvrtc.ARCHS)
+        # a kernel that spills is slow there, and better than none
+        return nvrtc.library(OUT, fitting(usable, nvrtc.ARCHS) or nvrtc.ARCHS, strict=False)
     except SystemExit as error:
         why.append(str(error)[:300])
     raise SystemExit(

@@ -8,6 +8,27 @@
 
 typedef unsigned long long wide;
 
+/* A row is read by words of four columns, WORDS of a thread at a time: all of them are asked for
+ * before the first is looked at. The last word of a row may be short. */
+template <int WORDS>
+static __device__ __forceinline__ void load_words(f4 (&x)[WORDS], const float *row, int v0, int V)
+{
+    const bool whole = ((size_t)row & 15) == 0;
+#pragma unroll
+    for (int k = 0; k < WORDS; k++) {
+        const int v = v0 + k * 4 * (int)blockDim.x;
+        if (whole && v + 4 <= V) {
+            const float4 q = *reinterpret_cast<const float4 *>(row + v);
+            x[k].v[0] = q.x, x[k].v[1] = q.y, x[k].v[2] = q.z, x[k].v[3] = q.w;
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (v + j < V)
+                    x[k].v[j] = row[v + j];
+        }
+    }
+}
+
 /* ---- the first largest */
 
 /* The better of two candidates: larger, or as large and before; an index below 0 beats all. */
@@ -17,45 +38,69 @@ static __device__ __forceinline__ void take_better(float *most, int *at, float x
         *most = x, *at = i;
 }
 
-/* Column of the first largest score, which is left in *most; V where all are -infinity. checked:
- * -1 where one is not finite. Every thread gets it; a call follows another after a barrier. */
-static __device__ int argmax(const float *row, int V, bool checked, float *most)
+/* The best of a warp's candidates, for every lane. */
+static __device__ __forceinline__ void warp_best(float *most, int *at)
 {
-    __shared__ float mosts[32];
-    __shared__ int places[32];
-    const int lane = threadIdx.x & 31;
-    int at = V;
-    *most = -GLM_INFINITY;
-    for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) {
-        const f4 a = load4(row, v, V);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (v + j < V) {
-                const bool finite = (__float_as_int(a.v[j]) & 0x7f800000) != 0x7f800000;
-                take_better(most, &at, a.v[j], checked && !finite ? -1 : v + j);
-            }
-    }
 #pragma unroll
     for (int o = 16; o; o >>= 1) {
         const float x_o = __shfl_xor_sync(0xffffffffu, *most, o);
-        const int at_o = __shfl_xor_sync(0xffffffffu, at, o);
-        take_better(most, &at, x_o, at_o);
+        const int at_o = __shfl_xor_sync(0xffffffffu, *at, o);
+        take_better(most, at, x_o, at_o);
     }
+}
+
+/* Column of the first largest score, which is left in *most; V where all are -infinity. checked:
+ * -1 where one is not finite. Every thread gets it; a call follows another after a barrier. A
+ * thread only notes in which of its words the largest is: that word is read again at the end. */
+static __device__ int argmax(const float *row, int V, bool checked, float *most)
+{
+    const int WORDS = 8;
+    __shared__ float mosts[32];
+    __shared__ int places[32];
+    const int lane = threadIdx.x & 31, step = 4 * blockDim.x;
+    int at = V;
+    float nan = 0; /* or 0: what is finite times 0 */
+    *most = -GLM_INFINITY;
+    for (int v0 = 4 * threadIdx.x; v0 < V; v0 += WORDS * step) {
+        f4 x[WORDS];
+        load_words(x, row, v0, V);
+#pragma unroll
+        for (int k = 0; k < WORDS; k++) {
+            const int v = v0 + k * step;
+            float top = -GLM_INFINITY;
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (v + j < V) {
+                    top = fmaxf(top, x[k].v[j]);
+                    nan += x[k].v[j] * 0;
+                }
+            at = top > *most ? v : at;
+            *most = fmaxf(*most, top);
+        }
+    }
+    if (checked && !(nan == 0))
+        at = -1;
+    warp_best(most, &at);
     if (lane == 0) {
         mosts[threadIdx.x >> 5] = *most;
         places[threadIdx.x >> 5] = at;
     }
     __syncthreads();
-    *most = mosts[0];
-    at = places[0];
-    for (int w = 1; w < (int)(blockDim.x >> 5); w++)
-        take_better(most, &at, mosts[w], places[w]);
+    *most = lane < (int)(blockDim.x >> 5) ? mosts[lane] : -GLM_INFINITY;
+    at = lane < (int)(blockDim.x >> 5) ? places[lane] : V;
+    warp_best(most, &at);
+    if (at >= 0 && at < V) {
+        const f4 x = load4(row, at, V);
+        at += x.v[0] == *most ? 0 : x.v[1] == *most ? 1 : x.v[2] == *most ? 2 : 3;
+    }
     return at;
 }
 
-GLM_KERNEL(256) k_argmax(int *id, const float *x, int V)
+GLM_KERNEL(1024) k_argmax(int *id, const float *x, int V)
 {
     float most;
+    let_next_begin();
+    after_previous();
     const int at = argmax(x + (size_t)blockIdx.x * V, V, true, &most);
     if (threadIdx.x == 0)
         id[blockIdx.x] = at;
@@ -63,12 +108,16 @@ GLM_KERNEL(256) k_argmax(int *id, const float *x, int V)
 
 /* ---- draws */
 
-/* A row of scores whose columns stay while their (score, -column) is at least (least, -last). */
+/* A row of scores whose columns stay while their (score, -column) is at least (least, -last).
+ * listed: those that can stay are so many, on a list in any order; 0: it was not made. */
 struct drawn_row {
     const float *x;
     int V, last;
     float top;
     unsigned least;
+    int listed;
+    const float *scores;
+    const int *columns;
 };
 
 /* Bits that are ordered as the scores are. */
@@ -91,39 +140,53 @@ template <measure BY>
 static __device__ void weigh(const drawn_row &r, unsigned from, unsigned step, int turn,
                              wide found[3])
 {
+    const int WORDS = 4, warps = blockDim.x >> 5;
+    const int busy = r.listed ? min(warps, (r.listed + 31) / 32) : warps;
     __shared__ wide part[2][3][32];
     wide sum[3] = {0, 0, 0};
-    for (int v = 4 * threadIdx.x; v < r.V; v += 4 * blockDim.x) {
-        const f4 x = load4(r.x, v, r.V);
+    const auto add = [&](float score, int column) {
+        const unsigned place = ordered(score);
+        const unsigned key = BY == COLUMN  ? (unsigned)column
+                             : BY == EQUAL ? (unsigned)(r.V - 1 - column)
+                                           : place;
+        if (key < from || place < r.least || (place == r.least && column > r.last) ||
+            (BY == EQUAL && place > r.least))
+            return;
+        const wide weight = BY == COUNT || BY == EQUAL ? 1 : mass_of(r, score);
+        sum[0] += weight;
+        sum[1] += key - from >= step ? weight : 0;
+        sum[2] += key - from >= 2 * step ? weight : 0;
+    };
+    if (r.listed) {
+        for (int i = threadIdx.x; i < r.listed; i += blockDim.x)
+            add(r.scores[i], r.columns[i]);
+    } else {
+        for (int v0 = 4 * threadIdx.x; v0 < r.V; v0 += WORDS * 4 * blockDim.x) {
+            f4 x[WORDS];
+            load_words(x, r.x, v0, r.V);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const unsigned place = ordered(x.v[j]);
-            const int column = v + j;
-            const unsigned key = BY == COLUMN  ? (unsigned)column
-                                 : BY == EQUAL ? (unsigned)(r.V - 1 - column)
-                                               : place;
-            if (column >= r.V || key < from || place < r.least ||
-                (place == r.least && column > r.last) || (BY == EQUAL && place > r.least))
-                continue;
-            const wide weight = BY == COUNT || BY == EQUAL ? 1 : mass_of(r, x.v[j]);
-            sum[0] += weight;
-            sum[1] += key - from >= step ? weight : 0;
-            sum[2] += key - from >= 2 * step ? weight : 0;
+            for (int e = 0; e < 4 * WORDS; e++) {
+                const int column = v0 + e / 4 * 4 * blockDim.x + e % 4;
+                if (column < r.V)
+                    add(x[e / 4].v[e % 4], column);
+            }
         }
     }
+    if ((int)(threadIdx.x >> 5) < busy) {
 #pragma unroll
-    for (int i = 0; i < 3; i++) {
+        for (int i = 0; i < 3; i++) {
 #pragma unroll
-        for (int o = 16; o; o >>= 1)
-            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], o);
-        if ((threadIdx.x & 31) == 0)
-            part[turn & 1][i][threadIdx.x >> 5] = sum[i];
+            for (int o = 16; o; o >>= 1)
+                sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], o);
+            if ((threadIdx.x & 31) == 0)
+                part[turn & 1][i][threadIdx.x >> 5] = sum[i];
+        }
     }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 3; i++) {
         found[i] = 0;
-        for (int w = 0; w < (int)(blockDim.x >> 5); w++)
+        for (int w = 0; w < busy; w++)
             found[i] += part[turn & 1][i][w];
     }
 }
@@ -142,18 +205,131 @@ static __device__ unsigned descend(const drawn_row &r, int bits, wide need, int 
     return place;
 }
 
-/* column_bits: an even number that holds a column */
-static __device__ int draw(drawn_row &r, const glm_choice &c, int column_bits)
+/* ---- Most draws end among few columns near the largest. They are listed, and only the list is gone
+ * over again and again; where it would not hold all that can stay, the row is. */
+
+enum { LISTED = 1024, CUTS = 3 };
+
+static __device__ __forceinline__ float cut_of(float top, int i)
 {
-    int turn = 0;
-    wide found[3];
-    if (c.top_k > 0 && c.top_k < r.V)
+    return top - (i == 0 ? 3.0f : i == 1 ? 6.0f : 12.0f);
+}
+
+/* Scores by their temperature, in place. Returns the mass of all; mass and number of the columns at
+ * each cut and above. */
+static __device__ wide survey(float *row, float temperature, const drawn_row &r, wide (&mass)[CUTS],
+                              int (&number)[CUTS])
+{
+    const int WORDS = 4, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+    __shared__ wide masses[CUTS + 1][32];
+    __shared__ int numbers[CUTS][32];
+    wide sum[CUTS + 1] = {0, 0, 0, 0};
+    int count[CUTS] = {0, 0, 0};
+    for (int v0 = 4 * threadIdx.x; v0 < r.V; v0 += WORDS * 4 * blockDim.x) {
+        f4 x[WORDS];
+        load_words(x, row, v0, r.V);
+#pragma unroll
+        for (int k = 0; k < WORDS; k++) {
+            const int v = v0 + k * 4 * blockDim.x;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                x[k].v[j] = x[k].v[j] / temperature + 0.0f; /* -0 as 0 */
+                if (v + j >= r.V)
+                    continue;
+                const wide weight = mass_of(r, x[k].v[j]);
+                sum[CUTS] += weight;
+#pragma unroll
+                for (int i = 0; i < CUTS; i++)
+                    if (x[k].v[j] >= cut_of(r.top, i))
+                        sum[i] += weight, count[i]++;
+            }
+            if (v < r.V)
+                store4(row, v, r.V, x[k]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i <= CUTS; i++) {
+        const int at = min(i, CUTS - 1);
+#pragma unroll
+        for (int o = 16; o; o >>= 1) {
+            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], o);
+            if (i < CUTS)
+                count[at] += __shfl_xor_sync(0xffffffffu, count[at], o);
+        }
+        if (lane == 0) {
+            masses[i][threadIdx.x >> 5] = sum[i];
+            if (i < CUTS)
+                numbers[at][threadIdx.x >> 5] = count[at];
+        }
+    }
+    __syncthreads();
+    wide total = 0;
+#pragma unroll
+    for (int i = 0; i < CUTS; i++)
+        mass[i] = 0, number[i] = 0;
+    for (int w = 0; w < warps; w++) {
+        total += masses[CUTS][w];
+#pragma unroll
+        for (int i = 0; i < CUTS; i++)
+            mass[i] += masses[i][w], number[i] += numbers[i][w];
+    }
+    return total;
+}
+
+/* The columns whose scores are at least `cut`. A thread looks at those that it has scaled. */
+static __device__ void list(drawn_row &r, float cut, int number)
+{
+    __shared__ float scores[LISTED];
+    __shared__ int columns[LISTED], next;
+    const int WORDS = 4;
+    if (threadIdx.x == 0)
+        next = 0;
+    __syncthreads();
+    for (int v0 = 4 * threadIdx.x; v0 < r.V; v0 += WORDS * 4 * blockDim.x) {
+        f4 x[WORDS];
+        load_words(x, r.x, v0, r.V);
+#pragma unroll
+        for (int e = 0; e < 4 * WORDS; e++) {
+            const int column = v0 + e / 4 * 4 * blockDim.x + e % 4;
+            if (column < r.V && x[e / 4].v[e % 4] >= cut) {
+                const int at = atomicAdd(&next, 1);
+                scores[at] = x[e / 4].v[e % 4];
+                columns[at] = column;
+            }
+        }
+    }
+    __syncthreads();
+    r.listed = number;
+    r.scores = scores;
+    r.columns = columns;
+}
+
+/* Mass that top_p asks for. */
+static __device__ __forceinline__ wide needed(double top_p, wide total)
+{
+    const wide rest = (wide)((1 - top_p) * (double)total);
+    return rest < total ? total - rest : 1;
+}
+
+/* column_bits: an even number that holds a column */
+static __device__ int draw(float *row, drawn_row &r, const glm_choice &c, int column_bits)
+{
+    int turn = 0, number[CUTS];
+    wide found[3], mass[CUTS], total = survey(row, c.temperature, r, mass, number);
+    const bool few = c.top_k > 0 && c.top_k < r.V;
+    for (int i = 0; i < CUTS; i++)
+        if (number[i] <= LISTED &&
+            (few ? number[i] >= c.top_k : c.top_p < 1 && mass[i] >= needed(c.top_p, total))) {
+            list(r, cut_of(r.top, i), number[i]);
+            break;
+        }
+    if (few) {
         r.least = descend<COUNT>(r, 32, (wide)c.top_k, &turn);
-    weigh<MASS>(r, 0, 1, turn++, found);
-    wide total = found[0];
+        weigh<MASS>(r, 0, 1, turn++, found);
+        total = found[0];
+    }
     if (c.top_p < 1) {
-        const wide rest = (wide)((1 - c.top_p) * (double)total);
-        const wide need = rest < total ? total - rest : 1;
+        const wide need = needed(c.top_p, total);
         r.least = descend<MASS>(r, 32, need, &turn);
         weigh<MASS>(r, r.least, 1, turn++, found);
         total = found[0];
@@ -177,6 +353,8 @@ k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, c
     const glm_choice c = choices[blockIdx.x];
     float *row = x + (size_t)blockIdx.x * V;
     float most;
+    let_next_begin();
+    after_previous();
     int at = argmax(row, V, true, &most);
     if (at >= 0 && c.penalised + c.banned) {
         touched += c.first;
@@ -191,17 +369,9 @@ k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, c
         at = argmax(row, V, false, &most);
         at = most - most == 0 ? at : -2;
     }
-    drawn_row r = {row, V, V, most / c.temperature + 0.0f, 0};
+    drawn_row r = {row, V, V, most / c.temperature + 0.0f, 0, 0, NULL, NULL};
     if (at >= 0 && c.temperature != 0 && r.top - r.top == 0) {
-        /* a thread weighs the columns that it writes here */
-        for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) {
-            f4 s = load4(row, v, V);
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                s.v[j] = s.v[j] / c.temperature + 0.0f; /* -0 as 0 */
-            store4(row, v, V, s);
-        }
-        at = draw(r, c, column_bits);
+        at = draw(row, r, c, column_bits);
     }
     if (threadIdx.x == 0)
         id[blockIdx.x] = at;
@@ -212,18 +382,16 @@ extern "C" void glm_cuda_choose(void *cx, int32_t *id, void *x, int M, int V,
                                 const struct glm_choice *choices, const int32_t *touched)
 {
     struct cuda *cuda = cuda_of(cx);
+    const int threads = V > 4096 ? 1024 : V > 512 ? 256 : 64;
     int column_bits = 2;
     while (column_bits < 32 && (V - 1) >> column_bits)
         column_bits += 2;
     if (!glm_cuda_begin(cuda))
         return;
     if (choices)
-        GLM_LAUNCH(cuda, "choose", k_choose, M,
-                   V > 4096  ? 1024
-                   : V > 512 ? 256
-                             : 64,
-                   0, id, (float *)x, V, column_bits, choices, touched);
+        GLM_LAUNCH_AFTER(cuda, "choose", k_choose, M, threads, 0, id, (float *)x, V, column_bits,
+                         choices, touched);
     else
-        GLM_LAUNCH(cuda, "choose", k_argmax, M, V > 512 ? 256 : 64, 0, id, (const float *)x, V);
+        GLM_LAUNCH_AFTER(cuda, "choose", k_argmax, M, threads, 0, id, (const float *)x, V);
 }
 #endif

@@ -464,6 +464,21 @@ const char *glm_cuda_about(char *cublas, size_t bytes)
     return glm_cuda_built;
 }
 
+/* 0, or the error that the first launch would be: a GPU is older or newer than all code in here. */
+static int code_for(int capability)
+{
+#ifdef __CUDA_EMU__
+    return capability < 70 ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+#elif defined GLM_NAMED
+    return glm_cuda_has_image(capability) ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+#else
+    extern void k_convert(void); /* any kernel's stub */
+    struct cudaFuncAttributes attributes;
+    (void)capability;
+    return cudaFuncGetAttributes(&attributes, (const void *)k_convert);
+#endif
+}
+
 glm_status glm_cuda_info(int device, struct glm_device *out, struct glm_error *err)
 {
     struct cudaDeviceProp properties;
@@ -481,10 +496,13 @@ glm_status glm_cuda_info(int device, struct glm_device *out, struct glm_error *e
     if (device < 0 || device >= out->count)
         return glm_fail(err, GLM_EVALUE, LIBRARY ":%d: this machine has %d CUDA devices", device,
                         out->count);
-    int before;
+    int before, no_code = cudaSuccess;
     if ((code = enter(device, &before)) == cudaSuccess &&
-        (code = cudaGetDeviceProperties(&properties, device)) == cudaSuccess)
-        code = cudaMemGetInfo(&out->free_bytes, &out->total_bytes);
+        (code = cudaGetDeviceProperties(&properties, device)) == cudaSuccess &&
+        (code = cudaMemGetInfo(&out->free_bytes, &out->total_bytes)) == cudaSuccess) {
+        no_code = code_for(10 * properties.major + properties.minor);
+        cudaGetLastError();
+    }
     leave(before);
     if (code != cudaSuccess) {
         cudaGetLastError();
@@ -495,6 +513,11 @@ glm_status glm_cuda_info(int device, struct glm_device *out, struct glm_error *e
     out->major = properties.major;
     out->minor = properties.minor;
     out->multiprocessors = properties.multiProcessorCount;
+    if (no_code != cudaSuccess) {
+        out->count = 0;
+        snprintf(out->why, sizeof out->why, "%.40s of capability %d.%d is not among %.90s",
+                 out->name, out->major, out->minor, glm_cuda_built);
+    }
     return GLM_OK;
 }
 
@@ -520,19 +543,25 @@ static glm_status open_device(struct cuda *cx, struct glm_error *err)
                         cudaGetErrorString((cudaError_t)code));
     snprintf(cx->device_name, sizeof cx->device_name, "%.63s", properties.name);
     cx->multiprocessors = properties.multiProcessorCount;
+    cx->shared = properties.sharedMemPerBlockOptin;
     const int capability = 10 * properties.major + properties.minor;
+    int driver = 0, runtime = 0; /* recordings hold such launches from 12.3 on */
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    cx->overlaps = capability >= 90 && driver >= 12030 && runtime >= 12030;
     if (cx->compute != GLM_F32 && capability < (cx->compute == GLM_BF16 ? 80 : 75))
         return glm_fail(err, GLM_EVALUE,
                         "backend '%s': %s has compute capability %d.%d, %s needs %s", cx->name,
                         cx->device_name, properties.major, properties.minor,
                         dtype_name(cx->compute), cx->compute == GLM_BF16 ? "8.0" : "7.5");
+    if ((code = code_for(capability)) != cudaSuccess)
+        return glm_fail(err, GLM_EVALUE, "backend '%s': %s of capability %d.%d is not among %s: %s",
+                        cx->name, cx->device_name, properties.major, properties.minor,
+                        glm_cuda_built, cudaGetErrorString((cudaError_t)code));
 #ifdef GLM_NAMED
     if ((code = glm_cuda_load_images(cx, capability)) != cudaSuccess)
-        return glm_fail(err, GLM_EVALUE,
-                        "backend '%s': this library has no code for %s, capability %d.%d: %s "
-                        "(error %d)",
-                        cx->name, cx->device_name, properties.major, properties.minor,
-                        cudaGetErrorString((cudaError_t)code), code);
+        return glm_fail(err, GLM_EVALUE, "backend '%s': its code cannot be loaded: %s (error %d)",
+                        cx->name, cudaGetErrorString((cudaError_t)code), code);
 #endif
     cx->small = (struct glm_small *)take(cx, sizeof *cx->small);
     if (!cx->small)
@@ -543,7 +572,8 @@ static glm_status open_device(struct cuda *cx, struct glm_error *err)
     if (cx->error[0])
         return glm_fail(err, GLM_EVALUE, "%s", cx->error);
     GLM_TRY(glm_blas_open(&cx->blas, cx->stream, err));
-    /* as NVIDIA recommends; in the reserve that plans leave for the context (tools/plan.py) */
+    /* as NVIDIA recommends (no faster for our products on an H100); in the reserve that plans leave
+     * for the context (tools/plan.py) */
     const size_t bytes = (size_t)(capability >= 90 ? 32 : 8) << 20;
     if ((code = cudaMalloc(&cx->workspace, bytes)) != cudaSuccess)
         return glm_fail(err, GLM_EMEMORY, "backend '%s': cuBLAS's %zu bytes: %s", cx->name, bytes,

@@ -36,6 +36,8 @@ void glm_blas_about(char *out, size_t bytes);
 enum glm_scratch { SCRATCH_WEIGHT, SCRATCH_A, SCRATCH_B, SCRATCHES };
 
 enum { PARTIALS = 1024 };
+/* Dynamic shared memory that a block gets without the launch asking for it. */
+enum { GLM_SHARED_UNASKED = 48 << 10 };
 
 /* On the device, written and read by kernels of one op. */
 struct glm_small {
@@ -69,7 +71,9 @@ struct cuda {
     struct glm_backend be;
     struct block *blocks; /* live memory */
     int device, multiprocessors;
-    size_t piece; /* GLM_PIECE */
+    int overlaps;  /* kernels may begin while the one before ends (launch.cuh) */
+    size_t shared; /* bytes that a block may ask for */
+    size_t piece;  /* GLM_PIECE */
     struct glm_counts counts;
     enum glm_dtype compute;
     cudaStream_t stream;
@@ -101,9 +105,10 @@ int glm_cuda_failed(struct cuda *cx, int code, const char *what);
 void glm_cuda_launched(struct cuda *cx, const char *op);
 /* The same after a call of cuBLAS. */
 void glm_cuda_multiplied(struct cuda *cx, int status, int m, int n, int k);
-/* From the first n of small->largest: small->factor, a power of two that brings the largest of them
- * near 2^exponent, and small->alpha = scale / factor. */
-void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale);
+/* The factor, a power of two on the device, by which n gradients x become float16: the largest of
+ * them comes near 2^exponent. scale / factor is left in small->alpha. NULL: none is needed. */
+const float *glm_cuda_factor(struct cuda *cuda, const void *x, size_t n, enum glm_dtype type,
+                             int exponent, double scale);
 /* At least `bytes` of a scratch buffer, or NULL after keeping the error. */
 void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
 /* Products of an adapter's matrix W (adapter.cu): out = scale * inp W^T, or inp W where it is

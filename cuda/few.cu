@@ -19,6 +19,6 @@ void glm_cuda_few(struct cuda *cuda, const char *op, few_rows a, const struct gl
     const few_kernel k_few = few_of(TABLE, W, a.N);
     const size_t of_block = 8 * (a.N == 1 ? 4 : a.N <= 4 ? 2 : 1);
     a.w = matrix_of(W);
-    GLM_LAUNCH(cuda, op, k_few, ceil_div((size_t)W->rows, of_block), 256, 0, a);
+    GLM_LAUNCH_AFTER(cuda, op, k_few, ceil_div((size_t)W->rows, of_block), 256, 0, a);
 }
 #endif

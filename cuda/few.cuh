@@ -106,17 +106,80 @@ static __device__ __forceinline__ float total_of(const few_rows &a, int o, int n
     return total;
 }
 
+template <int DTYPE> static __device__ __forceinline__ uint4 word_of(const char *row, int c)
+{
+    return load_once(reinterpret_cast<const uint4 *>(row + stored_bytes(DTYPE, c)));
+}
+
+/* Columns c .. c + 7 of NB rows of inp, which lie on the grid or not; c + 8 <= I. */
+template <int NB>
+static __device__ __forceinline__ void load_inputs(f4 (&x)[2 * NB], const few_rows &a, int c)
+{
+    const int I = a.w.cols;
+    const bool whole = ((size_t)a.inp & 15) == 0;
+#pragma unroll
+    for (int i = 0; i < 2 * NB; i++) {
+        const float *from = a.inp + (size_t)min(i / 2, a.N - 1) * I + c + 4 * (i % 2);
+        if (whole) {
+            const float4 q = *reinterpret_cast<const float4 *>(from);
+            x[i].v[0] = q.x, x[i].v[1] = q.y, x[i].v[2] = q.z, x[i].v[3] = q.w;
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                x[i].v[j] = from[j];
+        }
+    }
+}
+
+/* sum += the products of words of ROWS rows of W, from column c on, with the rows of inp, HELD
+ * or in memory */
+template <int DTYPE, int NB, int ROWS, bool HELD>
+static __device__ __forceinline__ void add_words(float (&sum)[ROWS][NB], const few_rows &a,
+                                                 const uint4 (&q)[ROWS], const float (&s)[ROWS],
+                                                 int c, const f4 (&held)[2 * NB])
+{
+    const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
+    const int SUB = PIECE < 8 ? PIECE : 8, I = a.w.cols;
+#pragma unroll
+    for (int at = 0; at < PIECE / SUB; at++) {
+        float w[ROWS][SUB];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            decode<DTYPE>(q[r], at, w[r]);
+            if (DTYPE == GLM_I4)
+#pragma unroll
+                for (int j = 0; j < SUB; j++)
+                    w[r][j] *= s[r];
+        }
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+            const float *x = a.inp + (size_t)min(n, a.N - 1) * I;
+#pragma unroll
+            for (int k = 0; k < SUB; k += 4) {
+                const f4 v = HELD ? held[2 * n + k / 4] : load4(x, c + at * SUB + k, I);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        sum[r][n] += w[r][k + j] * v.v[j];
+            }
+        }
+    }
+}
+
 /* out = inp W^T and what is added; GATED: swiglu of it, O / 2 columns */
 template <int DTYPE, int NB, int ROWS, bool GATED>
 static __device__ __forceinline__ void few_body(const few_rows &a)
 {
     const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
-    const int SUB = PIECE < 8 ? PIECE : 8;
     const int lane = threadIdx.x & 31, O = a.w.rows, I = a.w.cols;
     const int own = GATED ? ROWS / 2 : ROWS, outs = GATED ? O / 2 : O;
     const int first = (int)((blockIdx.x * blockDim.x + threadIdx.x) >> 5) * own;
-    if (first >= outs)
+    let_next_begin();
+    if (first >= outs) {
+        after_previous();
         return;
+    }
     float sum[ROWS][NB];
     const char *row[ROWS];
 #pragma unroll
@@ -128,43 +191,48 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
             sum[r][n] = 0;
     }
     if (I % PIECE == 0 && ((size_t)a.w.data & 15) == 0) {
-        for (int c = lane * PIECE; c < I; c += 32 * PIECE) {
-            uint4 q[ROWS];
-            float s[ROWS];
+        /* the words of DEPTH turns are on their way, and the inputs of one */
+        const bool HELD = PIECE == 8 && NB <= 2;
+        const int DEPTH = DTYPE != GLM_F16 && DTYPE != GLM_BF16 ? 1 : NB <= 4 ? 2 : 1;
+        const int TURN = 32 * PIECE;
+        uint4 ahead[DEPTH][ROWS];
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                q[r] = *reinterpret_cast<const uint4 *>(row[r] + stored_bytes(DTYPE, c));
-                s[r] = DTYPE == GLM_I4 && a.w.group
-                           ? scale_at(a.w, row_at<GATED, ROWS>(first, r, O), c)
-                           : 1.0f;
-            }
+        for (int d = 0; d < DEPTH; d++)
 #pragma unroll
-            for (int at = 0; at < PIECE / SUB; at++) {
-                float w[ROWS][SUB];
+            for (int r = 0; r < ROWS; r++)
+                if (lane * PIECE + d * TURN < I)
+                    ahead[d][r] = word_of<DTYPE>(row[r], lane * PIECE + d * TURN);
+        f4 next[2 * NB];
+        after_previous();
+        if (HELD && lane * PIECE < I)
+            load_inputs<NB>(next, a, lane * PIECE);
+        for (int c0 = lane * PIECE; c0 < I; c0 += DEPTH * TURN)
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                const int c = c0 + d * TURN;
+                if (d && c >= I)
+                    break;
+                uint4 q[ROWS];
+                float s[ROWS];
+                f4 x[2 * NB];
+#pragma unroll
+                for (int i = 0; HELD && i < 2 * NB; i++)
+                    x[i] = next[i];
+                if (HELD && c + TURN < I)
+                    load_inputs<NB>(next, a, c + TURN);
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
-                    decode<DTYPE>(q[r], at, w[r]);
-                    if (DTYPE == GLM_I4)
-#pragma unroll
-                        for (int j = 0; j < SUB; j++)
-                            w[r][j] *= s[r];
+                    q[r] = ahead[d][r];
+                    if (c + DEPTH * TURN < I)
+                        ahead[d][r] = word_of<DTYPE>(row[r], c + DEPTH * TURN);
+                    s[r] = DTYPE == GLM_I4 && a.w.group
+                               ? scale_at(a.w, row_at<GATED, ROWS>(first, r, O), c)
+                               : 1.0f;
                 }
-#pragma unroll
-                for (int n = 0; n < NB; n++) {
-                    const float *x = a.inp + (size_t)min(n, a.N - 1) * I;
-#pragma unroll
-                    for (int k = 0; k < SUB; k += 4) {
-                        const f4 v = load4(x, c + at * SUB + k, I);
-#pragma unroll
-                        for (int r = 0; r < ROWS; r++)
-#pragma unroll
-                            for (int j = 0; j < 4; j++)
-                                sum[r][n] += w[r][k + j] * v.v[j];
-                    }
-                }
+                add_words<DTYPE, NB, ROWS, HELD>(sum, a, q, s, c, x);
             }
-        }
     } else {
+        after_previous();
         for (int c = lane; c < I; c += 32)
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {

@@ -28,7 +28,7 @@ extern "C" void glm_cuda_linear_swiglu_forward(void *cx, void *out, void *h, con
         a.w = matrix_of(weight);
         const few_kernel k_gated = few_of(TABLE, weight, N);
         const size_t of_block = 8 * (N == 1 ? 2 : 1), F = (size_t)weight->rows / 2;
-        GLM_LAUNCH(cuda, "linear_swiglu_forward", k_gated, ceil_div(F, of_block), 256, 0, a);
+        GLM_LAUNCH_AFTER(cuda, "linear_swiglu_forward", k_gated, ceil_div(F, of_block), 256, 0, a);
     }
 }
 #endif

@@ -35,6 +35,26 @@
     extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define GLM_INFINITY __int_as_float(0x7f800000)
 
+/* ---- kernels that overlap
+ *
+ * One that is launched by GLM_LAUNCH_AFTER may begin while the kernel before it ends (capability 9.0
+ * and up): that one's blocks have all begun, and multiprocessors are idle. Its first statement is
+ * let_next_begin(). Before after_previous(), which every thread passes, it reads only what no kernel
+ * of the same call writes, and writes nothing. */
+static __device__ __forceinline__ void let_next_begin()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void after_previous()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /* ---- four floats at a time */
 
 struct f4 {
@@ -334,21 +354,44 @@ static inline struct mask_of mask_from(const struct glm_dropout *d)
 static inline struct cuda *cuda_of(void *cx) { return static_cast<struct cuda *>(cx); }
 static inline size_t ceil_div(size_t n, size_t by) { return (n + by - 1) / by; }
 
-/* Launch and keep an error; no launch over nothing. What a block may have of dynamic shared memory
- * without being asked for is 48 KB. */
-enum { SHARED_UNASKED = 48 << 10 };
+#if !defined(GLM_NAMED) && !defined(__CUDA_EMU__)
+template <class... P, class... A>
+static inline void launch_after(struct cuda *cuda, void (*kernel)(P...), unsigned blocks,
+                                unsigned threads, size_t shared, A... arguments)
+{
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t how = {};
+    how.gridDim = dim3(blocks);
+    how.blockDim = dim3(threads);
+    how.dynamicSmemBytes = shared;
+    how.stream = cuda->stream;
+    how.attrs = &overlap;
+    how.numAttrs = cuda->overlaps ? 1 : 0;
+    cudaLaunchKernelEx(&how, kernel, static_cast<P>(arguments)...);
+}
+#endif
+
+/* Launch and keep an error; no launch over nothing. */
 #ifdef GLM_NAMED
-#define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                            \
-    do {                                                                                      \
-        if ((blocks) > 0)                                                                     \
-            glm_launch(cuda, op, kernel, dim3((unsigned)(blocks)), dim3((unsigned)(threads)), \
-                       (shared), __VA_ARGS__);                                                \
+#define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                               \
+    do {                                                                                         \
+        if ((blocks) > 0)                                                                        \
+            glm_launch(cuda, op, 0, kernel, dim3((unsigned)(blocks)), dim3((unsigned)(threads)), \
+                       (shared), __VA_ARGS__);                                                   \
+    } while (0)
+#define GLM_LAUNCH_AFTER(cuda, op, kernel, blocks, threads, shared, ...)                         \
+    do {                                                                                         \
+        if ((blocks) > 0)                                                                        \
+            glm_launch(cuda, op, 1, kernel, dim3((unsigned)(blocks)), dim3((unsigned)(threads)), \
+                       (shared), __VA_ARGS__);                                                   \
     } while (0)
 #else
 #define GLM_LAUNCH(cuda, op, kernel, blocks, threads, shared, ...)                                 \
     do {                                                                                           \
         if ((blocks) > 0) {                                                                        \
-            if ((shared) > SHARED_UNASKED)                                                         \
+            if ((shared) > GLM_SHARED_UNASKED)                                                     \
                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,          \
                                      (int)(shared));                                               \
             GLM_KERNEL_CALL(kernel, dim3((unsigned)(blocks)), dim3((unsigned)(threads)), (shared), \
@@ -356,5 +399,17 @@ enum { SHARED_UNASKED = 48 << 10 };
             glm_cuda_launched(cuda, op);                                                           \
         }                                                                                          \
     } while (0)
+#ifdef __CUDA_EMU__
+#define GLM_LAUNCH_AFTER GLM_LAUNCH
+#else
+#define GLM_LAUNCH_AFTER(cuda, op, kernel, blocks, threads, shared, ...)                  \
+    do {                                                                                  \
+        if ((blocks) > 0) {                                                               \
+            launch_after(cuda, kernel, (unsigned)(blocks), (unsigned)(threads), (shared), \
+                         __VA_ARGS__);                                                    \
+            glm_cuda_launched(cuda, op);                                                  \
+        }                                                                                 \
+    } while (0)
+#endif
 #endif
 #endif

@@ -396,25 +396,17 @@ static const void *widened(struct cuda *cuda, const struct glm_mat *W, enum glm_
     return to;
 }
 
-void glm_cuda_factor(struct cuda *cuda, int n, int exponent, double scale)
+const float *glm_cuda_factor(struct cuda *cuda, const void *x, size_t n, enum glm_dtype type,
+                             int exponent, double scale)
 {
     struct glm_small *small = cuda->small;
-    GLM_LAUNCH(cuda, "gradient", k_factor, 1, 256, 0, &small->factor, &small->alpha,
-               (const float *)small->largest, n, exponent, (float)scale);
-}
-
-/* The factor by which gradients x become float16, on the device; its inverse, times scale, is left
- * in small->alpha. NULL: none is needed. */
-static const float *gradient_factor(struct cuda *cuda, const void *x, size_t n, enum glm_dtype type,
-                                    double scale)
-{
     const size_t runs = ceil_div(n, 8192), blocks = runs < 512 ? runs : 512;
     if (type != GLM_F16)
         return NULL;
-    GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, cuda->small->largest, (const float *)x,
-               n);
-    glm_cuda_factor(cuda, (int)blocks, 13, scale);
-    return &cuda->small->factor;
+    GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, small->largest, (const float *)x, n);
+    GLM_LAUNCH(cuda, "gradient", k_factor, 1, 256, 0, &small->factor, &small->alpha,
+               (const float *)small->largest, (int)blocks, exponent, (float)scale);
+    return &small->factor;
 }
 
 const void *glm_cuda_operand(struct cuda *cuda, enum glm_scratch which, const void *x, size_t n,
@@ -528,7 +520,7 @@ extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void 
     }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
     const int rows = glm_backward_rows(cuda->piece, weight, type, N), narrow = type != GLM_F32;
-    const float *factor = gradient_factor(cuda, dout, (size_t)N * O, type, scale);
+    const float *factor = glm_cuda_factor(cuda, dout, (size_t)N * O, type, 13, scale);
     void *d = narrow ? glm_cuda_scratch(cuda, SCRATCH_A, glm_bytes(type, (size_t)N * rows)) : NULL;
     for (int o = 0; (d || !narrow) && o < O; o += rows) {
         const int count = O - o < rows ? O - o : rows, blocks = (int)ceil_div((size_t)count, 2048);
@@ -555,7 +547,7 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
         glm_cuda_thin_gradient(cuda, dweight, dout, inp, N, O, I, scale);
     } else if (dweight) {
         const enum glm_dtype type = glm_product_type(cuda->compute, GLM_F32, O, I);
-        const float *factor = gradient_factor(cuda, dout, (size_t)N * O, type, scale);
+        const float *factor = glm_cuda_factor(cuda, dout, (size_t)N * O, type, 13, scale);
         const void *d = glm_cuda_operand(cuda, SCRATCH_A, dout, (size_t)N * O, type, factor);
         const void *x = glm_cuda_operand(cuda, SCRATCH_B, inp, (size_t)N * I, type, NULL);
         if (d && x)

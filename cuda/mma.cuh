@@ -81,7 +81,7 @@ static __device__ __forceinline__ void load_fragments(unsigned *r, const unsigne
  * capability 8.0). What a thread copied is there for itself after copies_wait, for others after a
  * barrier behind that. */
 
-/* 16 aligned bytes, or zeros where not `real`; `from` is an address all the same. */
+/* 16 aligned bytes, or zeros where not `real`: `from` is not read then. */
 static __device__ __forceinline__ void copy16(void *to, const void *from, bool real)
 {
 #if defined(__CUDA_EMU__)
@@ -180,15 +180,8 @@ static __device__ __forceinline__ void narrow8_row(unsigned short *to, const flo
     *reinterpret_cast<uint4 *>(to + c) = narrow8(v, BF16 ? GLM_BF16 : GLM_F16);
 }
 
-/* Operands of a product from a tile of 16-bit rows, LD apart, at its element `tile`: a (16, 16), or
- * two b (16, 8) side by side, whose columns are the tile's rows, or the tile's columns. */
-template <int LD>
-static __device__ __forceinline__ void load_a(unsigned *a, const unsigned short *tile)
-{
-    const int lane = threadIdx.x & 31;
-    load_fragments<false>(a, tile + lane % 16 * LD + 8 * (lane / 16));
-}
-
+/* Two operands b (16, 8) side by side of a product, from a tile of 16-bit rows, LD apart, at its
+ * element `tile`: their columns are the tile's rows, or the tile's columns. */
 template <int LD>
 static __device__ __forceinline__ void load_b(unsigned *b, const unsigned short *tile)
 {

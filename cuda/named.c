@@ -36,6 +36,12 @@ static int best_target(int capability, int *is_ptx)
     return best;
 }
 
+int glm_cuda_has_image(int capability)
+{
+    int is_ptx;
+    return best_target(capability, &is_ptx) >= 0;
+}
+
 int glm_cuda_load_images(struct cuda *cx, int capability)
 {
     int is_ptx, code = cudaErrorNoKernelImageForDevice;
@@ -83,13 +89,26 @@ static int find(struct glm_images_of *images, const char *name, cudaKernel_t *ou
     return code;
 }
 
-void glm_cuda_launch_named(struct cuda *cx, const char *op, const char *kernel, dim3 grid,
-                           dim3 block, size_t shared, void **arguments)
+void glm_cuda_launch_named(struct cuda *cx, const char *op, int after, const char *kernel,
+                           dim3 grid, dim3 block, size_t shared, void **arguments)
 {
     cudaKernel_t found;
     const int code = find(cx->images, kernel, &found);
     if (glm_cuda_failed(cx, code, kernel))
         return;
-    cudaLaunchKernel((const void *)found, grid, block, arguments, shared, cx->stream);
+    if (shared > GLM_SHARED_UNASKED)
+        cudaFuncSetAttribute((const void *)found, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)shared);
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t how = {};
+    how.gridDim = grid;
+    how.blockDim = block;
+    how.dynamicSmemBytes = shared;
+    how.stream = cx->stream;
+    how.attrs = &overlap;
+    how.numAttrs = after && cx->overlaps;
+    cudaLaunchKernelExC(&how, (const void *)found, arguments);
     glm_cuda_launched(cx, op);
 }

@@ -3,47 +3,83 @@
 
 GLM_BLOCK_REDUCTION(block_sum, float, warp_sum, 0)
 
-/* out = rmsnorm of a row of a + b, which goes to sum; b NULL: of a. A thread reads back what it
- * wrote. */
+/* Elements c .. c + 3 of row a + b, which go to sum; b NULL: of a. */
+static __device__ __forceinline__ f4 sum_of(float *sum, const float *a, const float *b, int c,
+                                            int C)
+{
+    f4 x = load4(a, c, C);
+    if (b) {
+        const f4 y = load4(b, c, C);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            x.v[j] += y.v[j];
+        store4(sum, c, C, x);
+    }
+    return x;
+}
+
+static __device__ __forceinline__ float square(const f4 x)
+{
+    return x.v[0] * x.v[0] + x.v[1] * x.v[1] + x.v[2] * x.v[2] + x.v[3] * x.v[3];
+}
+
+static __device__ __forceinline__ void put_norm(float *out, const f4 x, float r, const f4 w, int c,
+                                                int C)
+{
+    f4 y;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        y.v[j] = x.v[j] * r * w.v[j];
+    store4(out, c, C, y);
+}
+
+/* out = rmsnorm of a row of a + b, which goes to sum; b NULL: of a. A thread keeps its first words
+ * of a row and of the weight, all that there are up to a width of 4,096; what it has beyond them it
+ * reads back. */
 static __device__ __forceinline__ void norm_of(float *out, float *rstd, float *sum, const float *a,
                                                const float *b, const float *weight, int C,
                                                float eps)
 {
+    const int KEPT = 2, at = 4 * threadIdx.x, step = 4 * blockDim.x;
     const size_t row = (size_t)blockIdx.x * C;
+    f4 x[KEPT], w[KEPT];
     float squares = 0;
-    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
-        f4 x = load4(a + row, c, C);
-        if (b) {
-            const f4 y = load4(b + row, c, C);
+    out += row, sum += row, a += row;
+    b = b ? b + row : NULL;
+    let_next_begin();
 #pragma unroll
-            for (int j = 0; j < 4; j++)
-                x.v[j] += y.v[j];
-            store4(sum + row, c, C, x);
-        }
+    for (int k = 0; k < KEPT; k++)
+        if (at + k * step < C)
+            w[k] = load4(weight, at + k * step, C);
+    after_previous();
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            squares += x.v[j] * x.v[j];
-    }
+    for (int k = 0; k < KEPT; k++)
+        if (at + k * step < C)
+            x[k] = sum_of(sum, a, b, at + k * step, C);
+#pragma unroll
+    for (int k = 0; k < KEPT; k++)
+        if (at + k * step < C)
+            squares += square(x[k]);
+    for (int c = at + KEPT * step; c < C; c += step)
+        squares += square(sum_of(sum, a, b, c, C));
     const float r = 1.0f / sqrtf(block_sum(squares) / (float)C + eps);
     if (threadIdx.x == 0)
         rstd[blockIdx.x] = r;
-    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
-        f4 x = load4((b ? sum : a) + row, c, C);
-        const f4 w = load4(weight, c, C);
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            x.v[j] = x.v[j] * r * w.v[j];
-        store4(out + row, c, C, x);
-    }
+    for (int k = 0; k < KEPT; k++)
+        if (at + k * step < C)
+            put_norm(out, x[k], r, w[k], at + k * step, C);
+    for (int c = at + KEPT * step; c < C; c += step)
+        put_norm(out, load4(b ? sum : a, c, C), r, load4(weight, c, C), c, C);
 }
 
-GLM_KERNEL(256)
+GLM_KERNEL(512)
 k_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int C, float eps)
 {
     norm_of(out, rstd, NULL, inp, NULL, weight, C, eps);
 }
 
-GLM_KERNEL(256)
+GLM_KERNEL(512)
 k_add_rmsnorm_forward(float *out, float *rstd, float *sum, const float *a, const float *b,
                       const float *weight, int C, float eps)
 {
@@ -98,14 +134,16 @@ k_rmsnorm_dweight(float *dweight, const float *dout, const float *inp, const flo
 #ifdef GLM_HOST
 /* As many warps as a row feeds. */
 static int threads_for(int C) { return C > 512 ? 256 : C > 128 ? 128 : 32; }
+static int forward_threads(int C) { return C > 2048 ? 512 : threads_for(C); }
 
 extern "C" void glm_cuda_rmsnorm_forward(void *cx, void *out, void *rstd, const void *inp,
                                          const void *weight, int N, int C, double eps)
 {
     struct cuda *cuda = cuda_of(cx);
     if (glm_cuda_begin(cuda))
-        GLM_LAUNCH(cuda, "rmsnorm_forward", k_rmsnorm_forward, N, threads_for(C), 0, (float *)out,
-                   (float *)rstd, (const float *)inp, (const float *)weight, C, (float)eps);
+        GLM_LAUNCH_AFTER(cuda, "rmsnorm_forward", k_rmsnorm_forward, N, forward_threads(C), 0,
+                         (float *)out, (float *)rstd, (const float *)inp, (const float *)weight, C,
+                         (float)eps);
 }
 
 extern "C" void glm_cuda_add_rmsnorm_forward(void *cx, void *out, void *rstd, void *sum,
@@ -114,9 +152,9 @@ extern "C" void glm_cuda_add_rmsnorm_forward(void *cx, void *out, void *rstd, vo
 {
     struct cuda *cuda = cuda_of(cx);
     if (glm_cuda_begin(cuda))
-        GLM_LAUNCH(cuda, "add_rmsnorm_forward", k_add_rmsnorm_forward, N, threads_for(C), 0,
-                   (float *)out, (float *)rstd, (float *)sum, (const float *)a, (const float *)b,
-                   (const float *)weight, C, (float)eps);
+        GLM_LAUNCH_AFTER(cuda, "add_rmsnorm_forward", k_add_rmsnorm_forward, N, forward_threads(C),
+                         0, (float *)out, (float *)rstd, (float *)sum, (const float *)a,
+                         (const float *)b, (const float *)weight, C, (float)eps);
 }
 
 extern "C" void glm_cuda_rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout,

@@ -98,9 +98,9 @@ def faults_of(log: str) -> list[str]:
     return found
 
 
-def gate(out: Path, archs: list[str]) -> dict[str, dict[str, float]]:
+def gate(out: Path, archs: list[str], strict: bool = True) -> dict[str, dict[str, float]]:
     """Compiles for these architectures, and to PTX, what changed into out/nvrtc;
-    {file: {architecture: seconds}}."""
+    {file: {architecture: seconds}}. strict: SystemExit for what faults_of finds."""
     compiler, faults, table = None, [], {}
     for source in KERNELS:
         for arch in targets(archs):
@@ -121,7 +121,7 @@ def gate(out: Path, archs: list[str]) -> dict[str, dict[str, float]]:
                 table.setdefault(source.stem, {})[arch] = seconds
             else:
                 table.setdefault(source.stem, {})[arch] = json.loads(record.read_text())["seconds"]
-    if faults:
+    if faults and strict:
         raise SystemExit("\n".join(faults))
     return table
 
@@ -248,7 +248,7 @@ def print_gate(out: Path, archs: list[str]) -> None:
         print(f"{file:<20} {max(by.values()):5.1f} s at most, {len(by)} targets")
 
 
-def library(out: Path, archs: list[str]) -> Path:
+def library(out: Path, archs: list[str], strict: bool = True) -> Path:
     """libglm_cuda12.so, after the gate."""
-    gate(out, archs)
+    gate(out, archs, strict)
     return linked(out, archs)

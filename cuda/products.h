@@ -4,7 +4,7 @@
 #ifndef GLM_CUDA_PRODUCTS_H
 #define GLM_CUDA_PRODUCTS_H
 
-#include "tensor.h"
+#include "backend.h"
 
 enum {
     GLM_FEW = 8,            /* rows that one kernel of ours takes, reading the weights once .. */
@@ -68,6 +68,39 @@ static inline int glm_backward_rows(size_t piece, const struct glm_mat *W, enum 
     const size_t widened = W->dtype == type ? 0 : (size_t)W->cols,
                  narrowed = type == GLM_F32 ? 0 : (size_t)N;
     return glm_piece_rows(piece, W->rows, widened > narrowed ? widened : narrowed);
+}
+
+/* ---- attention's gradients in 16 bits: heads up to 128, in rows of 64 or 128 elements */
+
+static inline int glm_backward_narrows(enum glm_dtype compute, struct glm_heads h)
+{
+    return compute != GLM_F32 && h.HD <= 128;
+}
+
+static inline int glm_head_width(struct glm_heads h) { return h.HD <= 64 ? 64 : 128; }
+
+/* Query heads of a key head whose shares of its gradients are summed together, so that there are
+ * about 16 shares of a key, which enough blocks can work on. */
+static inline int glm_backward_share(struct glm_heads h)
+{
+    const int group = h.NH / h.KVH, shares = h.KVH < 16 ? 16 / h.KVH : 1;
+    return (group + shares - 1) / shares;
+}
+
+static inline int glm_backward_shares(struct glm_heads h)
+{
+    const int group = h.NH / h.KVH, share = glm_backward_share(h);
+    return (group + share - 1) / share;
+}
+
+/* Scratch: queries, gradients of the output, keys and values in 16 bits; 16 bytes a token and head;
+ * the shares of the gradients of keys and values. */
+static inline size_t glm_backward_scratch(struct glm_heads h)
+{
+    const size_t width = (size_t)glm_head_width(h), tokens = (size_t)h.tokens,
+                 slots = tokens + (size_t)h.rows, NH = (size_t)h.NH, KVH = (size_t)h.KVH;
+    return (4 * width + 16) * tokens * NH +
+           (4 + 8 * (size_t)glm_backward_shares(h)) * width * slots * KVH;
 }
 
 /* 16-bit copies of keys and values that tiles of attention read: heads are 64 or 128 wide there. */

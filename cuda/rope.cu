@@ -43,6 +43,8 @@ k_rope_append(float *k, float *v, float *qkv, const float *table, const int *pos
     const int quads = (HD + 3) / 4, heads = NH + KVH;
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t n = at / ((size_t)heads * quads);
+    let_next_begin();
+    after_previous();
     if (n >= (size_t)N)
         return;
     const int in_row = (int)(at % ((size_t)heads * quads)), h = in_row / quads,
@@ -84,9 +86,9 @@ extern "C" void glm_cuda_rope_append(void *cx, struct glm_kv cache, void *qkv, c
     struct cuda *cuda = cuda_of(cx);
     const size_t threads = (size_t)N * (heads.NH + heads.KVH) * ((heads.HD + 3) / 4);
     if (glm_cuda_begin(cuda))
-        GLM_LAUNCH(cuda, "rope_append", k_rope_append, ceil_div(threads, 256), 256, 0,
-                   (float *)cache.k, (float *)cache.v, (float *)qkv, (const float *)table, position,
-                   slot, N, heads.NH, heads.KVH, heads.HD, rotary_dim);
+        GLM_LAUNCH_AFTER(cuda, "rope_append", k_rope_append, ceil_div(threads, 256), 256, 0,
+                         (float *)cache.k, (float *)cache.v, (float *)qkv, (const float *)table,
+                         position, slot, N, heads.NH, heads.KVH, heads.HD, rotary_dim);
 }
 
 extern "C" void glm_cuda_rope_backward(void *cx, void *dx, const void *table,

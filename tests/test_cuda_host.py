@@ -138,6 +138,27 @@ def test_a_gpu_that_nobody_uses_gets_no_context(directory):
     run(directory, script)
 
 
+@pytest.mark.parametrize(
+    "capability, backend",
+    [(60, None), (70, "float32"), (75, "float16"), (80, "bfloat16"), (120, "bfloat16")],
+)
+def test_what_each_generation_computes_in(tmp_path, capability, backend):
+    """A P100 nothing, a V100 float32, a T4 float16 whatever the weights are stored in."""
+    directory = tiny.tiny_model_dir(tmp_path, dtype="BF16")
+    script = """
+        import warnings
+        warnings.simplefilter("ignore")
+        model = load("emu")
+        print(model.core.backend, devices.info("emu")["why"])
+        train(model)
+    """
+    said = run(directory, script, EMU_CAPABILITY=str(capability))
+    if backend:
+        assert said == f"emu:0/{backend} \n"
+    else:
+        assert said.startswith("cpu") and "emulator of capability 6.0 is not among by g++" in said
+
+
 FAULT = """
     faults = ctypes.CDLL({faults!r})
     model = load("emu")

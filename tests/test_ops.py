@@ -596,12 +596,16 @@ def segments_of(kind: str, counts: tuple[int, ...]) -> tuple[list[Segment], int]
             s.shared_begin, s.shared_count = 1, 4
         if "tiles" in kind:  # of 32 keys, and one more
             s.shared_begin, s.shared_count, row = 32 * i, 32 + i, 100
+        if "64" in kind:  # a tile of 64 keys, and its last one with 64 more
+            s.shared_begin, s.shared_count, row = 63 * i, 64 + i, 200
         if "apart" in kind:  # ranges that overlap in part, that touch, and that are apart
             s.shared_begin, s.shared_count = ((4, 3), (2, 3), (5, 3), (0, 2))[i % 4]
         if "past" in kind:
             s.past_begin, s.past_count = row, 3 * i + 1
         if "long" in kind:
             s.past_begin, s.past_count = row, 70
+        if "far" in kind:  # more keys than 64 runs of 64 (cuda/decode.h)
+            s.past_begin, s.past_count = row, 4093 + 60 * i
         if "context" in kind:
             s.context = count * 2 // 3
         row += s.past_count
@@ -986,6 +990,8 @@ def attention_cases() -> list[tuple[Any, ...]]:
         ("long", (33,), (2, 1, 1024)),
         ("shared", (40, 33), (2, 1, 256)),
         ("past", (2, 1), (2, 1, 256)),
+        ("far", (4, 1, 2), (2, 1, 8)),
+        ("long", (2, 4), (34, 2, 20)),
         ("shared tiles", (5, 7), (2, 1, 16)),
         ("context", (48,), (2, 1, 16)),  # 32 of them, a whole tile
         ("shared apart", (33, 5, 70, 9), (4, 2, 64)),
@@ -1006,6 +1012,9 @@ LARGE: list[tuple[Any, ...]] = [
     (rmsnorm_backward, 301, 255, True),
     (add_rmsnorm_forward, 301, 255, "a"),
     (choose, 33, 3001, "ties"),
+    (choose, 3, 40001, "ties"),
+    (rmsnorm_forward, 3, 5001, 1.0),
+    (add_rmsnorm_forward, 2, 5001, "b"),
     (choose_drawn, 40, 64, 1.0, 0, 0.5, "near"),
     (choose_drawn, 9, 4101, 0.9, 600, 0.9, False),
     (choose_drawn, 3, 4101, 5.0, 0, 0.99, True),
@@ -1098,8 +1107,12 @@ NARROW_CASES = [
     (linear_backward_weight, 70, 290, 310, 0.5, True, True),
     (attention_forward, "plain", (70, 33, 5), (4, 2, 128)),
     (attention_forward, "shared past context", (40, 1, 33), (8, 2, 64)),
+    (attention_forward, "far", (4, 1), (18, 1, 64)),
+    (attention_forward, "long", (2, 4), (34, 2, 128)),
     (attention_backward, "plain", (70, 33, 5), (4, 2, 128)),
     (attention_backward, "shared past context", (40, 1, 33), (8, 2, 64)),
+    (attention_backward, "shared 64", (5, 7), (2, 1, 16)),
+    (attention_backward, "context", (96,), (2, 1, 16)),  # 64 of them, a whole tile
 ]
 NARROW_CASES += [
     (op, N, 520, 4200, kind, *rest)
@@ -1107,6 +1120,8 @@ NARROW_CASES += [
     for N in (1, 3, 7, 16, 40)
     for op, rest in ((linear_forward, (True, 0.5, 1)), (linear_backward_input, (0.5, 1)))
 ]
+# 63 of them, a tile but one
+NARROW_CASES.append((attention_forward, "context", (95,), (2, 1, 64)))
 DEVICES = [name for name in backends() if name in ("emu", "cuda")]
 FAST = [f"cpu:avx512bf16/{kind}" for kind in ("bfloat16", "int8")]
 FAST = FAST if "avx512bf16" in _core.cpu_variants().split(",") else []

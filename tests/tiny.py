@@ -29,6 +29,11 @@ def tiny_tokenizer_dir(directory: str | Path, vocab_size: int = 480) -> Path:
     """
     import sentencepiece
 
+    if tuple(map(int, sentencepiece.__version__.split(".")[:3])) < (0, 2, 3):
+        import pytest  # a benchmark may have none
+
+        reason = "its trainer ends the process where a text has fewer pieces than are asked for"
+        pytest.skip(f"sentencepiece {sentencepiece.__version__}: {reason}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()

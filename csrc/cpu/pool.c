@@ -39,7 +39,6 @@ struct glm_pool {
     atomic_int threads; /* asked for, the caller's included */
     int refused; /* a worker could not be started: not tried again until others are asked for */
     int workers; /* running */
-    long pid;    /* whose workers they are */
     pthread_t worker[MAX_THREADS];
     char *scratch[MAX_THREADS]; /* one per worker, the last used by the caller */
     char *caller_scratch, *second_scratch;
@@ -57,6 +56,7 @@ struct glm_pool {
     int (*poll)(void *arg);
     void *poll_arg;
     struct timespec polled;
+    struct glm_pool *next; /* of all there are */
 };
 
 #define INSIDE (1ull << 32)
@@ -69,6 +69,58 @@ struct seat {
     struct glm_pool *pool;
     int index;
 };
+
+/* ---- forks: the child has neither workers nor other callers */
+
+static pthread_mutex_t pools_mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct glm_pool *pools;
+static int forks_are_watched;
+
+static void before_fork(void) { pthread_mutex_lock(&pools_mutex); }
+static void in_parent(void) { pthread_mutex_unlock(&pools_mutex); }
+
+static void in_child(void)
+{
+    pthread_mutex_init(&pools_mutex, NULL);
+    for (struct glm_pool *pool = pools; pool; pool = pool->next) {
+        const int running = polled_here == pool; /* its poll has forked: what it began is lost */
+        const unsigned long long run = atomic_load(&pool->state) / INSIDE;
+        pthread_mutex_init(&pool->mutex, NULL);
+        pthread_cond_init(&pool->wake, NULL);
+        pthread_cond_init(&pool->done, NULL);
+        pool->workers = pool->refused = 0;
+        atomic_store(&pool->state, (running ? run : run / 2 * 2) * INSIDE);
+        atomic_store(&pool->busy, running);
+        atomic_store(&pool->stop, running);
+        atomic_store(&pool->second_busy, 0);
+        atomic_store(&pool->asleep, 0);
+        atomic_store(&pool->waiting, 0);
+    }
+}
+
+static void watch_forks(void)
+{
+    forks_are_watched = pthread_atfork(before_fork, in_parent, in_child) == 0;
+}
+
+static void enlist(struct glm_pool *pool)
+{
+    pthread_mutex_lock(&pools_mutex);
+    pool->next = pools;
+    pools = pool;
+    pthread_mutex_unlock(&pools_mutex);
+}
+
+static void delist(const struct glm_pool *pool)
+{
+    pthread_mutex_lock(&pools_mutex);
+    for (struct glm_pool **at = &pools; *at; at = &(*at)->next)
+        if (*at == pool) {
+            *at = pool->next;
+            break;
+        }
+    pthread_mutex_unlock(&pools_mutex);
+}
 
 static void relax(void)
 {
@@ -175,7 +227,9 @@ void *glm_aligned(size_t bytes)
 
 struct glm_pool *glm_pool_create(void)
 {
-    struct glm_pool *pool = aligned_alloc(64, sizeof *pool);
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_forks);
+    struct glm_pool *pool = forks_are_watched ? aligned_alloc(64, sizeof *pool) : NULL;
     if (!pool)
         return NULL;
     memset(pool, 0, sizeof *pool);
@@ -188,10 +242,10 @@ struct glm_pool *glm_pool_create(void)
         return NULL;
     }
     pool->threads = default_threads();
-    pool->pid = (long)getpid();
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->done, NULL);
+    enlist(pool);
     return pool;
 }
 
@@ -206,7 +260,7 @@ static void wake_sleepers(struct glm_pool *pool)
 
 static void join_workers(struct glm_pool *pool)
 {
-    if (pool->workers && pool->pid == (long)getpid()) {
+    if (pool->workers) {
         atomic_store(&pool->quit, 1);
         wake_sleepers(pool);
         for (int i = 0; i < pool->workers; i++)
@@ -220,6 +274,7 @@ void glm_pool_destroy(struct glm_pool *pool)
 {
     if (!pool)
         return;
+    delist(pool);
     join_workers(pool);
     for (int i = 0; i < MAX_THREADS; i++)
         free(pool->scratch[i]);
@@ -228,22 +283,9 @@ void glm_pool_destroy(struct glm_pool *pool)
     free(pool);
 }
 
-/* Starts missing workers; fewer than asked for is slower, never wrong. After a fork the parent's
- * are forgotten. */
+/* Starts missing workers; fewer than asked for is slower, never wrong. */
 static void start_workers(struct glm_pool *pool)
 {
-    if (pool->pid != (long)getpid()) {
-        pool->workers = 0;
-        pool->pid = (long)getpid();
-        pool->refused = 0;
-        pthread_mutex_init(&pool->mutex, NULL);
-        pthread_cond_init(&pool->wake, NULL);
-        pthread_cond_init(&pool->done, NULL);
-        atomic_store(&pool->second_busy, 0);
-        atomic_store(&pool->asleep, 0);
-        atomic_store(&pool->waiting, 0);
-        atomic_store(&pool->state, atomic_load(&pool->state) / (2 * INSIDE) * (2 * INSIDE));
-    }
     if (pool->workers > pool->threads - 1)
         join_workers(pool);
     while (pool->workers < pool->threads - 1 && pool->refused != pool->threads) {
@@ -336,8 +378,7 @@ void glm_pool_run(struct glm_pool *pool, int n_tasks, size_t ns, glm_task fn, co
 {
     if (n_tasks < 1)
         return;
-    if (atomic_exchange(&pool->busy, 1) &&
-        pool->pid == (long)getpid()) { /* another caller's op is running */
+    if (atomic_exchange(&pool->busy, 1)) { /* another caller's op is running */
         while (atomic_exchange(&pool->second_busy, 1))
             sched_yield(); /* a third waits for the second, who waits for nobody */
         for (int task = 0; task < n_tasks; task++)

@@ -1,5 +1,7 @@
 /* The ragged batch of a step: checked, laid out on the host, filled in and uploaded. Nothing here
  * knows what a layer is. */
+#include <string.h>
+
 #include "state.h"
 
 glm_status glm_batch_check(const struct glm_model *m, const struct glm_input *in,
@@ -40,13 +42,6 @@ glm_status glm_batch_check(const struct glm_model *m, const struct glm_input *in
     return GLM_OK;
 }
 
-void glm_rows_layout(struct glm_arena *arena, struct glm_rows *rows, size_t n)
-{
-    rows->n = (int)n;
-    rows->position = glm_arena_push(arena, n, sizeof *rows->position);
-    rows->sequence = glm_arena_push(arena, n, sizeof *rows->sequence);
-}
-
 void glm_results_layout(struct glm_arena *arena, double **squares, void **losses, size_t M,
                         size_t real_size)
 {
@@ -58,15 +53,12 @@ void glm_results_layout(struct glm_arena *arena, double **squares, void **losses
 void glm_staging_layout(const struct glm_model *m, struct glm_arena *host, struct glm_step *s)
 {
     struct glm_staging *h = &s->host;
-    const size_t N = s->N, M = s->M, V = m->arch.vocab, draws = s->call.sampling != NULL;
-    h->segments = glm_arena_push(host, s->S, sizeof *h->segments);
-    glm_rows_layout(host, &h->all, N);
-    glm_rows_layout(host, &h->read, M);
-    glm_rows_layout(host, &h->prefix, s->prefix.n);
-    h->slot = glm_arena_push(host, s->call.cache ? N : 0, sizeof *h->slot);
-    h->gather = glm_arena_push(host, M, sizeof *h->gather);
-    glm_results_layout(host, &h->squares, &h->losses, M, m->be->real_size);
-    h->choices = glm_arena_push(host, draws * M, sizeof *h->choices);
+    const size_t V = m->arch.vocab, draws = s->call.sampling != NULL;
+    h->prefix.n = s->prefix.n;
+#define PUSH(name, elements) h->name = glm_arena_push(host, (size_t)(elements), sizeof *h->name);
+    BATCH(PUSH)
+#undef PUSH
+    glm_results_layout(host, &h->squares, &h->losses, s->M, m->be->real_size);
     h->touched = glm_arena_push(host, s->touched_room, sizeof *h->touched);
     h->seen = glm_arena_push(host, draws * V, sizeof *h->seen);
 }
@@ -187,39 +179,23 @@ static size_t stage_choices(struct glm_model *m)
     return (size_t)n;
 }
 
-static void upload_rows(struct glm_backend *be, const struct glm_rows *to,
-                        const struct glm_rows *from)
-{
-    be->upload(be, to->position, from->position, (size_t)from->n * sizeof *from->position);
-    be->upload(be, to->sequence, from->sequence, (size_t)from->n * sizeof *from->sequence);
-}
-
 glm_status glm_batch_upload(struct glm_model *m, const struct glm_input *in, struct glm_error *err)
 {
     struct glm_backend *be = m->be;
     const struct glm_step *s = &m->step;
     const struct glm_staging *h = &s->host;
-    const size_t N = s->N, M = s->M;
     int64_t end;
     GLM_TRY(stage_tokens(m, in, &end, err));
     stage_read(m, in);
     stage_prefix(m);
     GLM_TRY(glm_rope_reach(m, end, err));
-    be->upload(be, s->segments, h->segments, (size_t)s->S * sizeof *h->segments);
-    be->upload(be, s->ids, in->ids, N * sizeof *s->ids);
-    upload_rows(be, &s->all, &h->all);
-    if (s->call.cache)
-        be->upload(be, s->slot, h->slot, N * sizeof *s->slot);
-    be->upload(be, s->gather, h->gather, M * sizeof *s->gather);
-    upload_rows(be, &s->read, &h->read);
+    memcpy(h->ids, in->ids, (size_t)s->N * sizeof *h->ids);
     if (in->targets)
-        be->upload(be, s->target, in->targets, M * sizeof *s->target);
-    if (s->prefix.n)
-        upload_rows(be, &s->prefix, &h->prefix);
-    if (s->call.sampling) {
-        const size_t touched = stage_choices(m);
-        be->upload(be, s->choices, h->choices, M * sizeof *s->choices);
-        be->upload(be, s->touched, h->touched, touched * sizeof *s->touched);
-    }
+        memcpy(h->target, in->targets, (size_t)s->M * sizeof *h->target);
+    const size_t touched = s->call.sampling ? stage_choices(m) : 0;
+    const int32_t *last = h->target + (in->targets ? s->M : 0);
+    be->upload(be, s->segments, h->segments,
+               (size_t)((const char *)last - (const char *)h->segments));
+    be->upload(be, s->touched, h->touched, touched * sizeof *s->touched);
     return GLM_OK;
 }

@@ -27,9 +27,15 @@ static struct glm_kv dkv_of(const struct glm_model *m, int l)
 static struct glm_heads heads_of(const struct glm_model *m)
 {
     const struct glm_step *s = &m->step;
-    return (struct glm_heads){m->arch.heads,    m->arch.kv_heads,
-                              m->arch.head_dim, s->longest,
-                              s->all.n,         s->call.cache ? s->call.cache->slots : s->prefix.n};
+    const struct glm_cache *c = s->call.cache;
+    const int before = m->prefix_length + (c ? c->shared_capacity + c->capacity : 0);
+    return (struct glm_heads){.NH = m->arch.heads,
+                              .KVH = m->arch.kv_heads,
+                              .HD = m->arch.head_dim,
+                              .longest = s->longest,
+                              .tokens = s->all.n,
+                              .rows = c ? c->slots : s->prefix.n,
+                              .before = before};
 }
 
 static int gathers(const struct glm_model *m, int l)

@@ -110,6 +110,8 @@ void glm_cache_get(struct glm_cache *c, struct glm_cache_info *info)
         c->lengths, c->bytes,    c->version == c->model->version && c->be == c->model->be};
 }
 
+struct glm_backend *glm_cache_backend(const struct glm_cache *c) { return c->be; }
+
 glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm_error *err)
 {
     if (row < 0 || row >= c->rows)

@@ -74,12 +74,30 @@ struct glm_block_acts {
     void *xa[GLM_LINEARS]; /* x A^T, kept for dB */
 };
 
+/* The arrays of a batch, in the order in which they lie on the device and, at the same distances, on
+ * the host: one upload copies them. Targets are last: not every call has them. */
+/* clang-format off */
+#define BATCH(X)                   /* name, elements */ \
+    X(segments, s->S)                                   \
+    X(ids, s->N)                                        \
+    X(all.position, s->N)                               \
+    X(all.sequence, s->N)                               \
+    X(slot, s->call.cache ? s->N : 0)                   \
+    X(gather, s->M)                                     \
+    X(read.position, s->M)                              \
+    X(read.sequence, s->M)                              \
+    X(prefix.position, s->prefix.n)                     \
+    X(prefix.sequence, s->prefix.n)                     \
+    X(choices, s->call.sampling ? s->M : 0)             \
+    X(target, s->M)
+/* clang-format on */
+
 /* What the host prepares for a step, and what it reads back: the host's half of struct glm_step,
  * under the same names, in one block that batch.c lays out as step.c does the device's. */
 struct glm_staging {
     struct glm_segment *segments; /* (S) */
     struct glm_rows all, read, prefix;
-    int32_t *slot, *gather;
+    int32_t *ids, *slot, *gather, *target;
     double *squares; /* results, see glm_results_layout */
     void *losses;
     struct glm_choice *choices;
@@ -233,7 +251,6 @@ void glm_arch_add_weights(struct glm_model *m, const struct glm_names *names);
 /* model/batch.c */
 glm_status glm_batch_check(const struct glm_model *m, const struct glm_input *in,
                            struct glm_error *err);
-void glm_rows_layout(struct glm_arena *arena, struct glm_rows *rows, size_t n);
 /* The sum of squares and, right behind it, M losses: one download brings both. */
 void glm_results_layout(struct glm_arena *arena, double **squares, void **losses, size_t M,
                         size_t real_size);

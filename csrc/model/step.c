@@ -154,7 +154,6 @@ static void layout_prefix(const struct glm_model *m, struct glm_arena *arena, st
     const size_t encoded = m->prefix[1].present ? P : 0; /* by a projection */
     const size_t trains =
         s->call.training && (glm_trains(&m->prefix[0]) || glm_trains(&m->prefix[1]));
-    glm_rows_layout(arena, &s->prefix, rows);
     s->prefix_hidden = glm_arena_push(arena, encoded * C, real);
     s->prefix_rows = glm_arena_push(arena, encoded * J * KV, real);
     s->prefix_kv = glm_arena_push(arena, rows * J * KV, real);
@@ -170,16 +169,12 @@ static void layout_prefix(const struct glm_model *m, struct glm_arena *arena, st
 /* Every buffer of a step of s->N, S, M; the same order whether it plans or hands out addresses. */
 static void layout(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s)
 {
-    const size_t real = m->be->real_size, N = s->N, M = s->M, V = m->arch.vocab;
+    const size_t real = m->be->real_size, M = s->M, V = m->arch.vocab;
     const struct ranks ranks = lora_ranks(m);
 
-    s->ids = glm_arena_push(arena, N, sizeof *s->ids);
-    glm_rows_layout(arena, &s->all, N);
-    s->slot = glm_arena_push(arena, s->call.cache ? N : 0, sizeof *s->slot);
-    s->gather = glm_arena_push(arena, M, sizeof *s->gather);
-    s->target = glm_arena_push(arena, M, sizeof *s->target);
-    glm_rows_layout(arena, &s->read, M);
-    s->segments = glm_arena_push(arena, s->S, sizeof *s->segments);
+#define PUSH(name, elements) s->name = glm_arena_push(arena, (size_t)(elements), sizeof *s->name);
+    BATCH(PUSH)
+#undef PUSH
 
     layout_layers(m, arena, s, ranks.of);
     layout_work(m, arena, s, &ranks);
@@ -193,7 +188,6 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->lse = glm_arena_push(arena, M, real);
 
     layout_prefix(m, arena, s);
-    s->choices = glm_arena_push(arena, s->call.sampling ? M : 0, sizeof *s->choices);
     s->touched = glm_arena_push(arena, s->touched_room,
                                 sizeof *s->touched); /* last: what grows moves nothing */
 }
@@ -239,6 +233,8 @@ static void set_sizes(const struct glm_model *m, struct glm_step *s, int N, int 
     s->gathered = call->gather && M < N;
     s->fused_swiglu = call->cache && N <= APART;
     s->prefix_copies = call->dropout && m->prefix_dropout > 0 ? S : 1;
+    s->all.n = N;
+    s->read.n = M;
     s->prefix.n = call->cache ? 0 : s->prefix_copies * m->prefix_length;
     s->touched_room = touched_room(call->sampling, M);
 }

@@ -12,12 +12,13 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "../cuda/decode.h"
 #include "../cuda/products.h"
 #include "backend.h"
 
 #pragma GCC diagnostic ignored "-Wunused-parameter" /* an op's arguments are its specification */
 
-enum { KEPT_UPLOAD = 1 << 20, RECORDINGS = 4 };
+enum { KEPT_UPLOAD = 4 << 20, RECORDINGS = 4 };
 enum { SCRATCH_WEIGHT, SCRATCH_A, SCRATCH_B, SCRATCHES };
 
 struct region {
@@ -227,9 +228,12 @@ static void attention_forward(void *cx, void *out, void *lse, const void *qkv, s
 {
     COUNT(attention_forward, 4 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
     struct plan *plan = cx;
-    const int tiles = !heads.longest || heads.longest > 4,
+    const struct glm_decode decode = glm_decode_of(heads, n_segments);
+    const int tiles = !heads.longest || heads.longest > GLM_DECODE_TOKENS,
               narrow = plan->compute != GLM_F32 && heads.HD <= 128;
-    launch(cx, n_segments, tiles ? 2 + narrow : 1);
+    scratch(plan, SCRATCH_A, decode.scratch);
+    launch(cx, n_segments, decode.runs > 1 ? 2 : 1);
+    launch(cx, n_segments, tiles ? 1 + narrow : 0);
     if (n_segments && tiles && narrow)
         scratch(plan, SCRATCH_A, glm_pairs_bytes(heads.tokens + heads.rows, heads.KVH, heads.HD));
 }
@@ -238,10 +242,15 @@ static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const
                                struct glm_kv cache, const struct glm_segment *segments,
                                int n_segments, struct glm_heads heads)
 {
-    const struct plan *plan = cx;
-    const int factor = plan->compute == GLM_F16 && heads.HD <= 128;
+    struct plan *plan = cx;
+    const int narrow = glm_backward_narrows(plan->compute, heads);
     COUNT(attention_backward, 10 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
-    launch(cx, n_segments, factor ? 4 : 3); /* delta, its factor, keys and values, queries */
+    if (!n_segments)
+        return;
+    if (narrow)
+        scratch(plan, SCRATCH_A, glm_backward_scratch(heads));
+    launch(cx, narrow && plan->compute == GLM_F16, 2); /* the factor */
+    launch(cx, 1, 3); /* delta, keys and values, queries; in 16 bits: operands, gradients, sums */
 }
 static void sum_squares(void *cx, double *out, const void *x, size_t n)
 {

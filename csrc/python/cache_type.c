@@ -17,7 +17,7 @@ static PyObject *cache_new(struct model_object *model, int rows, int capacity, i
         return NULL;
     self->model = (struct model_object *)Py_NewRef((PyObject *)model);
     self->module = Py_NewRef(model->module);
-    if (glm_run_begin(&run, model) < 0 ||
+    if (glm_run_begin(&run, model, 0) < 0 ||
         glm_run_end(&run, glm_cache_create(&self->c, model->m, rows, capacity, shared_capacity,
                                            &run.err)) < 0)
         Py_CLEAR(self);
@@ -35,8 +35,12 @@ static int cache_traverse(PyObject *object, visitproc visit, void *arg)
 static int cache_clear(PyObject *object)
 {
     struct cache_object *self = (struct cache_object *)object;
-    glm_cache_free(self->c);
-    self->c = NULL;
+    if (self->c) {
+        const int claimed = glm_claim(glm_cache_backend(self->c));
+        glm_cache_free(self->c);
+        glm_release(claimed);
+        self->c = NULL;
+    }
     Py_CLEAR(self->model);
     Py_CLEAR(self->module);
     return 0;
@@ -64,9 +68,15 @@ static PyObject *cache_get(PyObject *object, void *which)
 {
     struct cache_object *self = (struct cache_object *)object;
     struct glm_cache_info info;
-    if (!cache_is_there(self))
+    PyObject *list = NULL;
+    if (!cache_is_there(self) || glm_take(self->model) < 0)
         return NULL;
     glm_cache_get(self->c, &info);
+    if ((intptr_t)which == 4)
+        list = PyList_New(info.rows);
+    for (int i = 0; list && i < info.rows; i++)
+        PyList_SetItem(list, i, PyLong_FromLong(info.lengths[i]));
+    glm_give(self->model);
     switch ((intptr_t)which) {
     case 0:
         return PyLong_FromLong(info.rows);
@@ -79,9 +89,6 @@ static PyObject *cache_get(PyObject *object, void *which)
     case 5:
         return PyBool_FromLong(info.current);
     }
-    PyObject *list = PyList_New(info.rows);
-    for (int i = 0; list && i < info.rows; i++)
-        PyList_SetItem(list, i, PyLong_FromLong(info.lengths[i]));
     return list;
 }
 
@@ -90,9 +97,10 @@ static PyObject *cache_rewind(struct cache_object *self, PyObject *args)
     int row, length;
     struct glm_error err;
     if (!PyArg_ParseTuple(args, "ii", &row, &length) || !cache_is_there(self) ||
-        glm_idle(self->model) < 0)
+        glm_take(self->model) < 0)
         return NULL;
     const glm_status status = glm_cache_rewind(self->c, row, length, &err);
+    glm_give(self->model);
     if (status != GLM_OK)
         return glm_raise(status, &err);
     Py_RETURN_NONE;
@@ -105,19 +113,20 @@ static PyObject *cache_reorder(struct cache_object *self, PyObject *arg)
     PyArrayObject *parents = glm_array_arg(arg, "parents", NPY_INT32, 1);
     if (!parents)
         return NULL;
-    if (!cache_is_there(self)) {
+    if (!cache_is_there(self) || glm_take(self->model) < 0) {
         Py_DECREF(parents);
         return NULL;
     }
     glm_cache_get(self->c, &info);
     if (PyArray_SIZE(parents) != info.rows) {
+        glm_give(self->model);
         PyErr_Format(PyExc_ValueError, "parents: expected %d, one for each row, got %zd", info.rows,
                      (Py_ssize_t)PyArray_SIZE(parents));
         Py_DECREF(parents);
         return NULL;
     }
     const int done =
-        glm_run_begin(&run, self->model) == 0 &&
+        glm_run_begin_taken(&run, self->model, 0) == 0 &&
         glm_run_end(&run, glm_cache_reorder(self->c, PyArray_DATA(parents), &run.err)) == 0;
     Py_DECREF(parents);
     if (!done)
@@ -131,7 +140,7 @@ static PyObject *cache_grow(struct cache_object *self, PyObject *args)
     int capacity;
     if (!PyArg_ParseTuple(args, "i", &capacity) || !cache_is_there(self))
         return NULL;
-    if (glm_run_begin(&run, self->model) < 0 ||
+    if (glm_run_begin(&run, self->model, 0) < 0 ||
         glm_run_end(&run, glm_cache_grow(self->c, capacity, &run.err)) < 0)
         return NULL;
     Py_RETURN_NONE;
@@ -190,7 +199,7 @@ PyObject *glm_py_extend(struct model_object *self, PyObject *args, PyObject *kwa
     npy_intp dims[2] = {b.in.S, glm_model_arch(self->m)->vocab};
     logits = PyArray_SimpleNew(2, dims, glm_real_type(self));
     if (logits &&
-        (glm_run_begin_reading(&run, self) < 0 ||
+        (glm_run_begin(&run, self, GLM_READS) < 0 ||
          glm_run_end(&run, glm_cache_extend(((struct cache_object *)cache)->c, b.in.rows, b.in.S,
                                             b.in.ids, b.in.lengths,
                                             PyArray_DATA((PyArrayObject *)logits), &run.err)) < 0))
@@ -281,7 +290,7 @@ PyObject *glm_py_next(struct model_object *self, PyObject *args, PyObject *kwarg
     if (!choice || sampling_args(&s, choice, b.in.S) == 0)
         next = PyArray_ZEROS(1, &n, NPY_INT32, 0);
     if (next &&
-        (glm_run_begin_reading(&run, self) < 0 ||
+        (glm_run_begin(&run, self, GLM_READS) < 0 ||
          glm_run_end(&run, glm_cache_next(((struct cache_object *)cache)->c, b.in.rows, b.in.S,
                                           b.in.ids, b.in.lengths, choice ? &s.how : NULL,
                                           PyArray_DATA((PyArrayObject *)next), &run.err)) < 0))
@@ -303,7 +312,7 @@ PyObject *glm_py_extend_shared(struct model_object *self, PyObject *args, PyObje
     const int32_t *values = NULL;
     int n = 0;
     const int done = glm_index_arg(ids_object, "ids", &ids, &values, &n) == 0 &&
-                     glm_run_begin_reading(&run, self) == 0 &&
+                     glm_run_begin(&run, self, GLM_READS) == 0 &&
                      glm_run_end(&run, glm_cache_extend_shared(((struct cache_object *)cache)->c,
                                                                values, n, &run.err)) == 0;
     Py_XDECREF(ids);

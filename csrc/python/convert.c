@@ -53,24 +53,29 @@ int glm_check(struct glm_backend *be, glm_status status, struct glm_error *err)
 struct glm_backend *glm_module_backend(struct module_state *state, const char *name)
 {
     struct glm_error err;
-    struct glm_backend *be;
+    struct glm_backend *be = NULL;
+    glm_status status = GLM_OK;
     char full[64];
     glm_backend_name(full, name);
-    for (int i = 0; i < state->n_backends; i++)
+    glm_lock_backends();
+    for (int i = 0; i < state->n_backends && !be; i++)
         if (strcmp(state->backends[i]->name, full) == 0)
-            return state->backends[i];
-    if (state->n_backends == GLM_MAX_BACKENDS) {
-        PyErr_SetString(PyExc_RuntimeError, "too many backends");
-        return NULL;
+            be = state->backends[i];
+    if (!be) {
+        status = state->n_backends == GLM_MAX_BACKENDS
+                     ? glm_fail(&err, GLM_ESTATE, "too many backends")
+                     : glm_backend_create(&be, full, &err);
+        if (status == GLM_OK) {
+            if (state->threads)
+                be->set_threads(be, state->threads);
+            state->backends[state->n_backends++] = be;
+        }
     }
-    glm_status status = glm_backend_create(&be, full, &err);
-    if (status != GLM_OK) {
-        glm_raise(status, &err);
-        return NULL;
-    }
-    if (state->threads)
-        be->set_threads(be, state->threads);
-    return state->backends[state->n_backends++] = be;
+    glm_unlock_backends();
+    if (status == GLM_OK)
+        return be;
+    glm_raise(status, &err);
+    return NULL;
 }
 
 int glm_dtype_from_name(const char *name, enum glm_dtype *out)

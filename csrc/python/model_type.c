@@ -131,7 +131,13 @@ static PyObject *model_of(PyTypeObject *type, PyObject *module, const struct glm
     self->module = Py_NewRef(module);
     self->arrays = PyDict_New();
     self->n_files = -1;
-    if (!self->arrays || glm_check(be, glm_model_create(&self->m, arch, names, be, &err), &err) < 0)
+    int done = -1;
+    if (self->arrays) {
+        const int claimed = glm_claim(be);
+        done = glm_check(be, glm_model_create(&self->m, arch, names, be, &err), &err);
+        glm_release(claimed);
+    }
+    if (done < 0)
         Py_CLEAR(self);
     return (PyObject *)self;
 }
@@ -174,8 +180,12 @@ static int model_traverse(PyObject *object, visitproc visit, void *arg)
 static int model_clear(PyObject *object)
 {
     struct model_object *self = (struct model_object *)object;
-    glm_model_free(self->m);
-    self->m = NULL;
+    if (self->m) {
+        const int claimed = glm_claim(glm_model_backend(self->m));
+        glm_model_free(self->m);
+        glm_release(claimed);
+        self->m = NULL;
+    }
     glm_forget_files(self);
     free(self->lost);
     self->lost = NULL;
@@ -202,7 +212,7 @@ static PyObject *model_plan(struct model_object *self, PyObject *args, PyObject 
     struct glm_plan p;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiip|n", names, &N, &S, &M, &training, &budget))
         return NULL;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin(&run, self, 0) < 0 ||
         glm_run_end(&run,
                     glm_model_plan(self->m, N, S, M, training, (size_t)budget, &p, &run.err)) < 0)
         return NULL;
@@ -219,14 +229,19 @@ static PyObject *model_counts(struct model_object *self, PyObject *Py_UNUSED(ign
 #include "ops.h"
     };
     struct glm_counts c;
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
+        return NULL;
     struct glm_backend *be = glm_model_backend(self->m);
+    if (be->take_counts)
+        be->take_counts(be, &c);
+    glm_give_all(self, claimed);
     if (!be->take_counts) {
         PyErr_Format(PyExc_ValueError,
                      "counts: expected a model on the backend 'plan' or on a device, got '%s'",
                      be->name);
         return NULL;
     }
-    be->take_counts(be, &c);
     PyObject *calls = PyDict_New();
     for (int i = 0; calls && i < GLM_N_OPS; i++) {
         PyObject *n = PyLong_FromUnsignedLongLong(c.calls[i]);
@@ -253,7 +268,7 @@ static PyObject *model_reserve(struct model_object *self, PyObject *args, PyObje
     Py_ssize_t budget = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiip|n", names, &N, &S, &M, &training, &budget))
         return NULL;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin(&run, self, 0) < 0 ||
         glm_run_end(&run, glm_model_reserve(self->m, N, S, M, training, (size_t)budget, &run.err)) <
             0)
         return NULL;
@@ -285,7 +300,7 @@ static PyObject *model_forward(struct model_object *self, PyObject *args, PyObje
         want_hidden ? PyArray_SimpleNew(3, hidden_dims, glm_real_type(self)) : Py_NewRef(Py_None);
     if (!logits || !hidden)
         goto done;
-    if (glm_run_begin_reading(&run, self) < 0 ||
+    if (glm_run_begin(&run, self, GLM_READS) < 0 ||
         glm_run_end(&run,
                     glm_model_forward(self->m, &b.in, PyArray_DATA((PyArrayObject *)logits),
                                       want_hidden ? PyArray_DATA((PyArrayObject *)hidden) : NULL,
@@ -312,7 +327,7 @@ static PyObject *model_loss(struct model_object *self, PyObject *args, PyObject 
     npy_intp dims[1] = {b.in.M};
     PyObject *losses = PyArray_SimpleNew(1, dims, glm_real_type(self));
     if (losses &&
-        (glm_run_begin_reading(&run, self) < 0 ||
+        (glm_run_begin(&run, self, GLM_READS) < 0 ||
          glm_run_end(&run, glm_model_loss(self->m, &b.in, PyArray_DATA((PyArrayObject *)losses),
                                           &run.err)) < 0))
         Py_CLEAR(losses);
@@ -334,7 +349,7 @@ static PyObject *model_backward(struct model_object *self, PyObject *args, PyObj
                                      &targets, &positions, &seed, &dropout) ||
         glm_batch_args(&b, ids, lengths, positions, rows, targets) < 0)
         return NULL;
-    if (glm_run_begin_reading(&run, self) < 0 ||
+    if (glm_run_begin(&run, self, GLM_READS) < 0 ||
         glm_run_end(&run, glm_model_backward(self->m, &b.in, seed, dropout, &loss, &run.err)) < 0)
         goto done;
     result = PyFloat_FromDouble(loss);
@@ -345,9 +360,11 @@ done:
 
 static PyObject *model_zero_grad(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
-    if (glm_idle(self) < 0)
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
         return NULL;
     glm_model_zero_grad(self->m);
+    glm_give_all(self, claimed);
     Py_RETURN_NONE;
 }
 
@@ -355,7 +372,7 @@ static PyObject *model_grad_norm(struct model_object *self, PyObject *Py_UNUSED(
 {
     struct run run;
     double norm;
-    if (glm_run_begin(&run, self) < 0 ||
+    if (glm_run_begin(&run, self, 0) < 0 ||
         glm_run_end(&run, glm_model_grad_norm(self->m, &norm, &run.err)) < 0)
         return NULL;
     return PyFloat_FromDouble(norm);
@@ -370,7 +387,7 @@ static PyObject *model_step(struct model_object *self, PyObject *args, PyObject 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dddddd", names, &opt.lr, &opt.beta1, &opt.beta2,
                                      &opt.eps, &opt.weight_decay, &opt.max_grad_norm))
         return NULL;
-    if (glm_run_begin_whole(&run, self, 0) < 0 ||
+    if (glm_run_begin(&run, self, GLM_WHOLE) < 0 ||
         glm_run_end(&run, glm_model_step(self->m, &opt, &norm, &run.err)) < 0)
         return NULL;
     return PyFloat_FromDouble(norm);
@@ -407,9 +424,11 @@ static int model_set_steps(PyObject *object, PyObject *value, void *Py_UNUSED(cl
                      steps);
         return -1;
     }
-    if (glm_idle((struct model_object *)object) < 0)
+    struct model_object *self = (struct model_object *)object;
+    if (glm_take(self) < 0)
         return -1;
-    glm_model_progress(((struct model_object *)object)->m)->steps = (int)steps;
+    glm_model_progress(self->m)->steps = (int)steps;
+    glm_give(self);
     return 0;
 }
 

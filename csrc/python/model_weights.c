@@ -1,6 +1,7 @@
 /* Methods of Model on its weights: base ones, adapters, and what trains. */
 #include "run.h"
 
+/* Of a model that is taken: a slot is empty, or has another shape, when adapters come and go. */
 static int find_weight(struct model_object *self, PyObject *name_object)
 {
     const char *name = PyUnicode_AsUTF8AndSize(name_object, NULL);
@@ -10,6 +11,50 @@ static int find_weight(struct model_object *self, PyObject *name_object)
     if (i < 0)
         PyErr_Format(PyExc_ValueError, "name: this model has no weight '%s'", name);
     return i;
+}
+
+/* Its number, and the model is taken then; -1 with an exception set, and it is not. */
+static int take_weight(struct model_object *self, PyObject *name, struct glm_weight_info *info)
+{
+    if (glm_take(self) < 0)
+        return -1;
+    const int i = find_weight(self, name);
+    if (i >= 0)
+        glm_model_weight(self->m, i, info);
+    else
+        glm_give(self);
+    return i;
+}
+
+/* -1 with an exception set; info is what was so a moment ago */
+static int look_up(struct model_object *self, PyObject *name, struct glm_weight_info *info)
+{
+    const int i = take_weight(self, name, info);
+    if (i >= 0)
+        glm_give(self);
+    return i;
+}
+
+/* The weights of a tuple of names, of a model that is taken then; NULL with an exception set, and it
+ * is not. PyMem_Free */
+static int *take_and_find(struct model_object *self, PyObject *names)
+{
+    const Py_ssize_t n = PyTuple_Size(names);
+    int *weights = PyMem_Calloc((size_t)n + 1, sizeof *weights);
+    if (!weights)
+        PyErr_Format(PyExc_MemoryError, "names: %zd weights: %zu bytes could not be taken", n,
+                     (size_t)n * sizeof *weights);
+    if (!weights || glm_take(self) < 0)
+        goto failed;
+    for (Py_ssize_t i = 0; i < n; i++)
+        if ((weights[i] = find_weight(self, PyTuple_GetItem(names, i))) < 0) {
+            glm_give(self);
+            goto failed;
+        }
+    return weights;
+failed:
+    PyMem_Free(weights);
+    return NULL;
 }
 
 static PyObject *shape_tuple(const struct glm_weight_info *info)
@@ -22,6 +67,10 @@ PyObject *glm_py_shapes(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     PyObject *dict = PyDict_New();
     struct glm_weight_info info;
+    if (!dict || glm_take(self) < 0) {
+        Py_XDECREF(dict);
+        return NULL;
+    }
     for (int i = 0, more; dict && (more = glm_model_weight(self->m, i, &info)) != 0; i++) {
         if (more < 0 || info.kind != GLM_BASE)
             continue;
@@ -30,6 +79,7 @@ PyObject *glm_py_shapes(struct model_object *self, PyObject *Py_UNUSED(ignored))
             Py_CLEAR(dict);
         Py_XDECREF(shape);
     }
+    glm_give(self);
     return dict;
 }
 
@@ -38,6 +88,10 @@ static PyObject *names_of(struct model_object *self, int only_missing)
 {
     PyObject *list = PyList_New(0);
     struct glm_weight_info info;
+    if (!list || glm_take(self) < 0) {
+        Py_XDECREF(list);
+        return NULL;
+    }
     for (int i = 0, more; list && (more = glm_model_weight(self->m, i, &info)) != 0; i++) {
         if (more < 0 || (only_missing && info.bound))
             continue;
@@ -46,6 +100,7 @@ static PyObject *names_of(struct model_object *self, int only_missing)
             Py_CLEAR(list);
         Py_XDECREF(name);
     }
+    glm_give(self);
     return list;
 }
 
@@ -62,21 +117,13 @@ PyObject *glm_py_names(struct model_object *self, PyObject *Py_UNUSED(ignored))
 PyObject *glm_py_shape(struct model_object *self, PyObject *name)
 {
     struct glm_weight_info info;
-    const int i = find_weight(self, name);
-    if (i < 0)
-        return NULL;
-    glm_model_weight(self->m, i, &info);
-    return shape_tuple(&info);
+    return look_up(self, name, &info) < 0 ? NULL : shape_tuple(&info);
 }
 
 PyObject *glm_py_dtype(struct model_object *self, PyObject *name)
 {
     struct glm_weight_info info;
-    const int i = find_weight(self, name);
-    if (i < 0)
-        return NULL;
-    glm_model_weight(self->m, i, &info);
-    return PyUnicode_FromString(glm_dtype_name(info.dtype));
+    return look_up(self, name, &info) < 0 ? NULL : PyUnicode_FromString(glm_dtype_name(info.dtype));
 }
 
 static glm_status check_array(PyObject *array, struct glm_error *err)
@@ -94,10 +141,10 @@ static int bind_and_keep(struct model_object *self, const char *name, const stru
     int done = -1;
     PyObject *key = PyUnicode_FromString(name); /* of a subclass might compare as it likes */
     PyObject *pair = key ? PyTuple_Pack(2, array, scale ? scale : Py_None) : NULL;
-    PyObject *before = pair ? PyDict_GetItemWithError(self->arrays, key) : NULL;
+    const int claimed = pair ? glm_take_all(self) : -1;
+    PyObject *before = claimed < 0 ? NULL : PyDict_GetItemWithError(self->arrays, key);
     Py_XINCREF(before);
-    if (pair && !PyErr_Occurred() && glm_idle(self) == 0 &&
-        PyDict_SetItem(self->arrays, key, pair) == 0) {
+    if (claimed >= 0 && !PyErr_Occurred() && PyDict_SetItem(self->arrays, key, pair) == 0) {
         struct glm_backend *be = glm_model_backend(self->m);
         const int device_before = be->enter ? be->enter(be) : -1;
         glm_guard_begin(); /* vectors are copied, and all that a device gets */
@@ -122,6 +169,8 @@ static int bind_and_keep(struct model_object *self, const char *name, const stru
             PyErr_Restore(type, value, trace);
         }
     }
+    if (claimed >= 0)
+        glm_give_all(self, claimed);
     Py_XDECREF(before);
     Py_XDECREF(pair);
     Py_XDECREF(key);
@@ -136,7 +185,7 @@ PyObject *glm_py_bind(struct model_object *self, PyObject *args, PyObject *kwarg
     struct glm_mat mat = {0};
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOs|Oi", names, &name_object, &object,
                                      &dtype_name, &scale_object, &mat.group) ||
-        glm_idle(self) < 0 || glm_dtype_from_name(dtype_name, &mat.dtype) < 0)
+        !glm_there(self) || glm_dtype_from_name(dtype_name, &mat.dtype) < 0)
         return NULL;
     const char *name = PyUnicode_AsUTF8AndSize(name_object, NULL);
     if (!name)
@@ -185,35 +234,29 @@ PyObject *glm_py_move(struct model_object *self, PyObject *args, PyObject *kwarg
     const char *backend;
     PyObject *left, *result = NULL;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO", names, &backend, &left) ||
-        glm_idle(self) < 0)
+        !glm_there(self))
         return NULL;
-    struct glm_backend *to = glm_module_backend(self->state, backend),
-                       *from = glm_model_backend(self->m);
+    struct glm_backend *to = glm_module_backend(self->state, backend);
     PyObject *list = to ? glm_tuple_arg(left, "left: expected names of weights") : NULL;
-    if (!list)
-        return NULL;
-    const Py_ssize_t n = PyTuple_Size(list);
-    int *weights = PyMem_New(int, n ? n : 1);
-    for (Py_ssize_t i = 0; weights && i < n; i++)
-        if ((weights[i] = find_weight(self, PyTuple_GetItem(list, i))) < 0)
-            goto done;
-    if (!weights) {
-        PyErr_Format(PyExc_MemoryError, "names: %zd weights: %zu bytes could not be taken", n,
-                     (size_t)n * sizeof *weights);
-        goto done;
+    PyObject *arrays = list ? PyDict_New() : NULL;
+    int *weights = arrays ? take_and_find(self, list) : NULL;
+    if (weights && glm_run_begin_taken(&run, self, 0) == 0) {
+        const int n = (int)PyTuple_Size(list), moves = to != run.be;
+        run.blame = to;
+        if (glm_run_end_taken(&run, glm_model_move(self->m, to, weights, n, &run.err)) == 0) {
+            glm_forget_files(self);
+            if (moves) { /* what was not left lies there now, in memory of the core */
+                PyObject *before = self->arrays;
+                self->arrays = arrays;
+                arrays = before;
+            }
+            result = Py_NewRef(Py_None);
+        }
+        glm_give(self);
     }
-    if (glm_run_begin(&run, self) < 0)
-        goto done;
-    run.blame = to;
-    if (glm_run_end(&run, glm_model_move(self->m, to, weights, (int)n, &run.err)) < 0)
-        goto done;
-    if (to != from) /* what was not left lies there now, in memory of the core */
-        PyDict_Clear(self->arrays);
-    glm_forget_files(self);
-    result = Py_NewRef(Py_None);
-done:
     PyMem_Free(weights);
-    Py_DECREF(list);
+    Py_XDECREF(arrays); /* may run code of the caller */
+    Py_XDECREF(list);
     return result;
 }
 
@@ -227,17 +270,21 @@ PyObject *glm_py_add_lora(struct model_object *self, PyObject *args, PyObject *k
     int A_rows, A_cols, B_rows, B_cols;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sOOdd", names, &module, &A_object, &B_object,
                                      &scale, &dropout) ||
-        glm_idle(self) < 0)
+        !glm_there(self))
         return NULL;
     PyArrayObject *A = glm_real_arg(A_object, "A", glm_real_type(self), 2);
     PyArrayObject *B = A ? glm_real_arg(B_object, "B", glm_real_type(self), 2) : NULL;
-    const int done =
-        B && glm_idle(self) == 0 && /* again: a conversion may run code of the caller */
-        glm_dims_of(A, "A", &A_rows, &A_cols) == 0 && glm_dims_of(B, "B", &B_rows, &B_cols) == 0 &&
-        glm_check(glm_model_backend(self->m),
-                  glm_model_add_lora(self->m, module, PyArray_DATA(A), A_rows, A_cols,
-                                     PyArray_DATA(B), B_rows, B_cols, scale, dropout, &err),
-                  &err) == 0;
+    int done = 0, claimed = -1;
+    if (B && glm_dims_of(A, "A", &A_rows, &A_cols) == 0 &&
+        glm_dims_of(B, "B", &B_rows, &B_cols) == 0)
+        claimed = glm_take_all(self); /* not before: a conversion may run code of the caller */
+    if (claimed >= 0) {
+        done = glm_check(glm_model_backend(self->m),
+                         glm_model_add_lora(self->m, module, PyArray_DATA(A), A_rows, A_cols,
+                                            PyArray_DATA(B), B_rows, B_cols, scale, dropout, &err),
+                         &err) == 0;
+        glm_give_all(self, claimed);
+    }
     Py_XDECREF(A);
     Py_XDECREF(B);
     if (!done)
@@ -247,28 +294,34 @@ PyObject *glm_py_add_lora(struct model_object *self, PyObject *args, PyObject *k
 
 PyObject *glm_py_remove_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
-    if (glm_idle(self) < 0)
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
         return NULL;
     glm_model_remove_lora(self->m);
+    glm_give_all(self, claimed);
     Py_RETURN_NONE;
 }
 
 PyObject *glm_py_enable_lora(struct model_object *self, PyObject *arg)
 {
     const int on = PyObject_IsTrue(arg);
-    if (on < 0 || glm_idle(self) < 0)
+    if (on < 0 || glm_take(self) < 0)
         return NULL;
     glm_model_enable_lora(self->m, on);
+    glm_give(self);
     Py_RETURN_NONE;
 }
 
 PyObject *glm_py_merge_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     struct run run;
-    if (glm_run_begin_whole(&run, self, 1) < 0 ||
-        glm_run_end(&run, glm_model_merge_lora(self->m, &run.err)) < 0)
+    if (glm_run_begin(&run, self, GLM_READS | GLM_WHOLE) < 0)
         return NULL;
+    const int done = glm_run_end_taken(&run, glm_model_merge_lora(self->m, &run.err));
     glm_forget_files(self);
+    glm_give(self);
+    if (done < 0)
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -279,7 +332,7 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
     double dropout;
     struct glm_error err;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!d", names, &PyDict_Type, &dict, &dropout) ||
-        glm_idle(self) < 0)
+        !glm_there(self))
         return NULL;
     const struct glm_arch *arch = glm_model_arch(self->m);
     const int H = arch->hidden, width = 2 * arch->layers * arch->kv_heads * arch->head_dim;
@@ -321,12 +374,14 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
                      glm_model_prefix_name(self->m, 0));
         goto done;
     }
-    if (glm_idle(self) < 0)
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
         goto done;
     glm_status status = glm_model_set_prefix(self->m, (int)PyArray_DIM(a[0], 0), data[0], data[1],
                                              data[2], data[3], data[4], dropout, &err);
     if (glm_check(glm_model_backend(self->m), status, &err) == 0)
         result = Py_NewRef(Py_None);
+    glm_give_all(self, claimed);
 done:
     for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++)
         Py_XDECREF(a[i]);
@@ -336,22 +391,28 @@ done:
 
 PyObject *glm_py_remove_prefix(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
-    if (glm_idle(self) < 0)
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
         return NULL;
     glm_model_remove_prefix(self->m);
+    glm_give_all(self, claimed);
     Py_RETURN_NONE;
 }
 
 PyObject *glm_py_prefix_kv(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     struct run run;
+    if (glm_take(self) < 0)
+        return NULL;
     const struct glm_arch *arch = glm_model_arch(self->m);
     npy_intp dims[3] = {2 * arch->layers, glm_model_prefix_length(self->m),
                         arch->kv_heads * arch->head_dim};
     PyObject *out = PyArray_SimpleNew(3, dims, glm_real_type(self));
-    if (!out)
+    if (!out) {
+        glm_give(self);
         return NULL;
-    if (glm_run_begin(&run, self) < 0 ||
+    }
+    if (glm_run_begin_taken(&run, self, 0) < 0 ||
         glm_run_end(&run,
                     glm_model_prefix_kv(self->m, PyArray_DATA((PyArrayObject *)out), &run.err)) < 0)
         Py_CLEAR(out);
@@ -362,34 +423,25 @@ PyObject *glm_py_set_trainable(struct model_object *self, PyObject *arg)
 {
     struct run run;
     PyObject *list = glm_tuple_arg(arg, "names: expected a sequence of weight names");
-    if (!list)
-        return NULL;
-    const Py_ssize_t n = PyTuple_Size(list);
-    int *weights = PyMem_Calloc((size_t)n + 1, sizeof *weights);
+    int *weights = list ? take_and_find(self, list) : NULL;
     PyObject *result = NULL;
-    if (!weights) {
-        PyErr_Format(PyExc_MemoryError, "names: %zd weights: %zu bytes could not be taken", n,
-                     (size_t)n * sizeof *weights);
-        goto done;
+    if (weights && glm_run_begin_taken(&run, self, GLM_READS) == 0) {
+        const int n = (int)PyTuple_Size(list);
+        const glm_status status = glm_model_set_trainable(self->m, weights, n, &run.err);
+        if (glm_run_end_taken(&run, status) == 0)
+            result = Py_NewRef(Py_None);
+        glm_forget_files(self);
+        glm_give(self);
     }
-    for (Py_ssize_t i = 0; i < n; i++)
-        if ((weights[i] = find_weight(self, PyTuple_GetItem(list, i))) < 0)
-            goto done;
-    if (glm_run_begin_reading(&run, self) < 0 ||
-        glm_run_end(&run, glm_model_set_trainable(self->m, weights, (int)n, &run.err)) < 0)
-        goto done;
-    glm_forget_files(self);
-    result = Py_NewRef(Py_None);
-done:
     PyMem_Free(weights);
-    Py_DECREF(list);
+    Py_XDECREF(list);
     return result;
 }
 
 PyObject *glm_py_trainable(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     const int *weights;
-    if (glm_idle(self) < 0) /* they may be changing */
+    if (glm_take(self) < 0)
         return NULL;
     const int n = glm_model_trainable(self->m, &weights);
     PyObject *list = PyList_New(n);
@@ -403,6 +455,7 @@ PyObject *glm_py_trainable(struct model_object *self, PyObject *Py_UNUSED(ignore
         }
         PyList_SetItem(list, i, name);
     }
+    glm_give(self);
     return list;
 }
 
@@ -429,15 +482,16 @@ PyObject *glm_py_read(struct model_object *self, PyObject *args, PyObject *kwarg
     struct glm_weight_info info;
     int i;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U|s", names, &name, &what) ||
-        part_from_name(what, &part) < 0 || (i = find_weight(self, name)) < 0)
+        part_from_name(what, &part) < 0 || (i = take_weight(self, name, &info)) < 0)
         return NULL;
-    glm_model_weight(self->m, i, &info);
     npy_intp dims[2] = {info.rows, info.cols};
     PyObject *out = PyArray_SimpleNew(info.rank, dims, glm_real_type(self));
-    if (!out)
+    if (!out) {
+        glm_give(self);
         return NULL;
+    }
     const int lies_there = info.kind == GLM_BASE && (self->lost || glm_mapped_find(info.data));
-    if ((lies_there ? glm_run_begin_reading : glm_run_begin)(&run, self) < 0 ||
+    if (glm_run_begin_taken(&run, self, lies_there ? GLM_READS : 0) < 0 ||
         glm_run_end(&run, glm_model_read(self->m, i, part, PyArray_DATA((PyArrayObject *)out),
                                          &run.err)) < 0)
         Py_CLEAR(out);
@@ -454,26 +508,25 @@ PyObject *glm_py_write(struct model_object *self, PyObject *args, PyObject *kwar
     struct glm_weight_info info;
     int i;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UO|s", names, &name, &object, &what) ||
-        part_from_name(what, &part) < 0 || (i = find_weight(self, name)) < 0)
+        part_from_name(what, &part) < 0 || look_up(self, name, &info) < 0)
         return NULL;
-    glm_model_weight(self->m, i, &info);
     PyArrayObject *a =
         glm_real_arg(object, PyUnicode_AsUTF8AndSize(name, NULL), glm_real_type(self), info.rank);
-    if (!a)
-        return NULL;
-    int rows, cols;
-    if (glm_dims_of(a, PyUnicode_AsUTF8AndSize(name, NULL), &rows, &cols) < 0 ||
-        rows != info.rows || cols != info.cols) {
-        if (!PyErr_Occurred())
+    int rows, cols, done = 0;
+    /* looked up again, since a conversion may run code of the caller */
+    if (a && glm_dims_of(a, PyUnicode_AsUTF8AndSize(name, NULL), &rows, &cols) == 0 &&
+        (i = take_weight(self, name, &info)) >= 0) {
+        if (rows == info.rows && cols == info.cols) {
+            done = glm_run_begin_taken(&run, self, GLM_WHOLE) == 0 &&
+                   glm_run_end(&run,
+                               glm_model_write(self->m, i, part, PyArray_DATA(a), &run.err)) == 0;
+        } else {
+            glm_give(self);
             PyErr_Format(PyExc_ValueError, "%U: expected shape (%d, %d), got (%d, %d)", name,
                          info.rows, info.cols, rows, cols);
-        Py_DECREF(a);
-        return NULL;
+        }
     }
-    const int done =
-        glm_run_begin_whole(&run, self, 0) == 0 &&
-        glm_run_end(&run, glm_model_write(self->m, i, part, PyArray_DATA(a), &run.err)) == 0;
-    Py_DECREF(a);
+    Py_XDECREF(a);
     if (!done)
         return NULL;
     Py_RETURN_NONE;

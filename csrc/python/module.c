@@ -13,17 +13,22 @@ static PyObject *set_num_threads(PyObject *module, PyObject *arg)
         return NULL;
     if (n < 1 || n > 1024)
         return PyErr_Format(PyExc_ValueError, "n: expected 1 to 1024 threads, got %ld", n);
+    glm_lock_backends();
     state->threads = (int)n;
     for (int i = 0; i < state->n_backends; i++)
         state->backends[i]->set_threads(state->backends[i], (int)n);
+    glm_unlock_backends();
     Py_RETURN_NONE;
 }
 
 static PyObject *get_num_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     struct module_state *state = PyModule_GetState(module);
-    if (state->threads)
-        return PyLong_FromLong(state->threads);
+    glm_lock_backends();
+    const int threads = state->threads;
+    glm_unlock_backends();
+    if (threads)
+        return PyLong_FromLong(threads);
     struct glm_backend *be = glm_module_backend(state, "cpu");
     return be ? PyLong_FromLong(be->threads(be)) : NULL;
 }
@@ -282,7 +287,7 @@ static PyMethodDef functions[] = {
 
 static int module_exec(PyObject *module)
 {
-    if (PyArray_ImportNumPyAPI() < 0)
+    if (PyArray_ImportNumPyAPI() < 0 || glm_locks_create() < 0)
         return -1;
     struct module_state *state = PyModule_GetState(module);
     state->model_type = glm_model_type(module);
@@ -321,6 +326,9 @@ static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, module_exec},
 #ifdef Py_mod_multiple_interpreters
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+#ifdef Py_GIL_DISABLED
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
 #endif
     {0, NULL},
 };

@@ -13,20 +13,16 @@
 #include <numpy/arrayobject.h>
 #undef I /* complex.h, which NumPy includes, takes the name of the input features */
 
-#include <pthread.h>
-
 #include "glm.h"
 
 #define GLM_MAX_BACKENDS 32
 
 struct module_state {
+    /* under glm_lock_backends */
     struct glm_backend *backends[GLM_MAX_BACKENDS];
     int n_backends;
     int threads; /* 0 until set_num_threads */
     PyTypeObject *model_type, *cache_type;
-    /* one computation at a time: models share the pool, and each has its own poll */
-    pthread_mutex_t computing;
-    long computing_pid; /* a forked child makes the lock anew: its holder does not exist there */
 };
 
 /* sampling.c */
@@ -43,6 +39,12 @@ PyObject *glm_py_check_mapped(PyObject *module, PyObject *array);
 PyObject *glm_py_drop_pages(PyObject *module, PyObject *array);
 /* Whether it lies in a mapped file; -1 with OSError set where that is not as it was. */
 int glm_check_array(PyArrayObject *array);
+
+/* run.c. What threads share is locked, not left to the GIL, which a free-threaded Python has not. A
+ * thread that waits lets the others run Python. */
+int glm_locks_create(void); /* -1 with an exception set */
+void glm_lock_backends(void);
+void glm_unlock_backends(void);
 
 /* model_type.c, cache_type.c: a new reference, or NULL */
 PyTypeObject *glm_model_type(PyObject *module);

@@ -6,13 +6,15 @@
 #include "convert.h"
 #include "mapped.h"
 
+#include <stdatomic.h>
+
 struct model_object {
     PyObject ob_base; /* PyObject_HEAD */
     struct glm_model *m;
     struct module_state *state;
-    PyObject *module; /* keeps state alive */
-    PyObject *arrays; /* dict: weight name -> array in use by the core */
-    int busy;
+    PyObject *module;          /* keeps state alive */
+    PyObject *arrays;          /* dict: weight name -> array in use by the core */
+    atomic_int busy;           /* computing, or taken */
     struct glm_mapped **files; /* that weights lie in */
     int n_files;               /* -1: to be looked up again */
     char *lost;                /* why its weights can be trusted no more, else NULL */
@@ -20,7 +22,7 @@ struct model_object {
 
 /* One computation. Between begin and end there is no GIL, so only the core may be called:
  *
- *     if (glm_run_begin(&run, self) < 0 || glm_run_end(&run, glm_model_..(.., &run.err)) < 0)
+ *     if (glm_run_begin(&run, self, how) < 0 || glm_run_end(&run, glm_model_..(.., &run.err)) < 0)
  *         return NULL;
  */
 struct run {
@@ -33,20 +35,34 @@ struct run {
     int reads;  /* weights, which may lie in mapped files */
 };
 
+/* how: base weights are read: OSError, now or at the end, if a file that they lie in is not as it
+ * was; weights are changed in place: signals are heard when it has ended */
+enum { GLM_READS = 1, GLM_WHOLE = 2 };
 /* -1 with an exception set, and then nothing is to be ended. */
-int glm_run_begin(struct run *run, struct model_object *self);
-/* The same where base weights are read: OSError, now or at the end, if a file that they lie in is
- * not as it was. */
-int glm_run_begin_reading(struct run *run, struct model_object *self);
-/* The same for what changes weights in place: signals are heard when it has ended. */
-int glm_run_begin_whole(struct run *run, struct model_object *self, int reads);
+int glm_run_begin(struct run *run, struct model_object *self, int how);
+/* The same of a model that this thread has taken, which it has no more afterwards. */
+int glm_run_begin_taken(struct run *run, struct model_object *self, int how);
 /* 0, or -1 with the exception of the status set. */
 int glm_run_end(struct run *run, glm_status status);
+/* The same, and this thread has taken the model, whatever it returns. */
+int glm_run_end_taken(struct run *run, glm_status status);
 
 /* 0, with RuntimeError set, where the garbage collector has taken the model apart already. */
 int glm_there(const struct model_object *self);
-/* 0, or -1 with RuntimeError set where it is not there or while another thread computes on the model. */
-int glm_idle(const struct model_object *self);
+
+/* The model for this thread alone, for a moment without a computation: to look at its tables or to
+ * change them. -1 with RuntimeError set where it is not there or while another thread computes on it;
+ * for others that have taken it the call waits. */
+int glm_take(struct model_object *self);
+void glm_give(struct model_object *self);
+/* The same where its backend is called; what it returns, unless -1, goes to give_all. */
+int glm_take_all(struct model_object *self);
+void glm_give_all(struct model_object *self, int claimed);
+
+/* A backend is for one thread at a time; only the cpu's may be called while a model computes in
+ * another one. What claim returns goes to release. */
+int glm_claim(struct glm_backend *be);
+void glm_release(int claimed);
 
 /* From now on the model's weights are refused with this error: a file changed as it was read. */
 void glm_lose(struct model_object *self, const struct glm_error *err);

@@ -24,7 +24,7 @@ typedef uint64_t u64;
 static emu_stats S;
 static int g_dry, g_lazy, g_protect;
 static unsigned g_seed;
-static int g_limit_kb = 99;               // sm_86 opt-in
+static int g_limit_kb = 227;              // sm_90 opt-in
 static bool in_dev, in_kernel, g_checked; // g_checked: the kernels' library is instrumented
 static const char *g_kname = "host";
 static cudaError_t g_last;
@@ -1270,8 +1270,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int d)
     strcpy(p->name, "emulator");
     if (devices()[d])
         snprintf(p->name, sizeof p->name, "emulator %d", devices()[d]);
-    p->major = 8;
-    p->minor = 6;
+    const char *capability = getenv("EMU_CAPABILITY"); // 86
+    p->major = capability ? atoi(capability) / 10 : 8;
+    p->minor = capability ? atoi(capability) % 10 : 6;
     p->multiProcessorCount = 2;
     p->sharedMemPerBlockOptin = g_limit_kb << 10;
     return cudaSuccess;

@@ -34,7 +34,7 @@ def owned(folder: str | os.PathLike, shared: bool = False) -> Iterator[None]:
     folder, and the process and machine that work in it.
     """
     file = Path(folder, NAME)
-    if shared and any(same_file(file, descriptor) for descriptor in _held):
+    if shared and any(same_file(file, descriptor) for descriptor in list(_held)):
         yield
         return
     descriptor, process = _take(file, folder), os.getpid()

@@ -6,7 +6,8 @@
 The environment: CUDA_VISIBLE_DEVICES as everywhere; GLMLORA_DEVICE, the device of models for which
 none is named and the meaning of "cuda" (GLMLORA_DEVICE=emu runs an unchanged notebook there);
 GLMLORA_STRICT_DEVICE=1 makes a GPU that is not there an error; GLMLORA_CUDA_LIBRARY names the
-library in place of the one beside this package.
+library in place of the one beside this package; GLMLORA_CUDA_CHECK=1 waits for each op and names
+the one that fails.
 
 Products on the CPU are in what the processor multiplies fast: bfloat16 rounds both operands to 8
 significant bits and sums in float32; int8 does so to 8-bit integers with a scale for each 2,048

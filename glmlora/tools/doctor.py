@@ -72,6 +72,9 @@ def gpu_lines() -> list[str]:
     lines = []
     for index in range(first["count"]):
         found = device.info(f"cuda:{index}")
+        if not found["count"]:
+            lines.append(f"gpu {index}         {found['why']}")
+            continue
         major, minor = found["capability"]
         lines.append(
             f"gpu {index}         {found['name']}, capability {major}.{minor}, "

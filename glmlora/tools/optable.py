@@ -78,7 +78,9 @@ class _KV(ctypes.Structure):
 class Heads(ctypes.Structure):
     """struct glm_heads."""
 
-    _fields_ = [(name, c_int) for name in ("NH", "KVH", "HD", "longest", "tokens", "rows")]
+    _fields_ = [
+        (name, c_int) for name in ("NH", "KVH", "HD", "longest", "tokens", "rows", "before")
+    ]
 
 
 class _Dropout(ctypes.Structure):
@@ -207,6 +209,16 @@ _TYPES = {
 }
 
 
+def sized(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An op's arguments; attention's heads with the numbers of tokens and cache rows."""
+    if not op.startswith("attention"):
+        return args
+    *_, qkv, cache, segments, _, h = args
+    rows = len(cache[0]) if cache else 0
+    before = max((s.shared_count + s.past_count for s in segments), default=0)
+    return *args[:-1], Heads(h.NH, h.KVH, h.HD, h.longest, len(qkv), rows, before)
+
+
 class Ops:
     """The ops of one backend as methods; `real` is the NumPy type of its element."""
 
@@ -232,13 +244,8 @@ class Ops:
         signature = SIGNATURES[op]
         if len(args) != len(signature):
             raise TypeError(f"{op}: expected {len(signature)} arguments, got {len(args)}")
-        if op.startswith("attention"):
-            *_, qkv, cache, _, _, heads = args
-            rows = len(cache[0]) if cache else 0
-            sized = Heads(heads.NH, heads.KVH, heads.HD, heads.longest, len(qkv), rows)
-            args = (*args[:-1], sized)
         passed = []
-        for at, (type_, value) in enumerate(zip(signature, args, strict=True)):
+        for at, (type_, value) in enumerate(zip(signature, sized(op, args), strict=True)):
             passed.append(self._pass(type_, value, f"{op}, argument {at}"))
         self._functions[op](self._cx, *passed)
 

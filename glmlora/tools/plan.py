@@ -15,6 +15,7 @@ import copy
 import gc
 import os
 import re
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ from ..training.arguments import FinetuningArguments
 METHODS = (*methods.METHODS, "chat")
 RESERVE = 3 << 28  # 0.75 GiB of a GPU for its context and for what cuBLAS keeps: an estimate
 _THREAD_SCRATCH = 2 << 20  # GLM_SCRATCH in csrc/cpu/pool.h, on a huge page
+_counting = threading.Lock()  # the backend that counts is one for the process
 _PACKED = 32 << 20  # PACKED in csrc/cpu/kernels.h: operands of products, touched where it is used
 
 
@@ -217,15 +219,16 @@ def plan(
             result.library = before - result.weights
         return result
 
-    if memory is None:
-        return planned(budget)
-    room, least = parse_bytes(memory) - RESERVE, planned(1)
-    if least.total > room:
-        raise MemoryError(
-            f"memory: {least.total:,} bytes are needed on the GPU, and {max(0, room):,} are there "
-            f"beside {RESERVE:,} for its context; take {_SMALLER[method]}"
-        )
-    return planned(least.activations + room - least.total)
+    with _counting:
+        if memory is None:
+            return planned(budget)
+        room, least = parse_bytes(memory) - RESERVE, planned(1)
+        if least.total <= room:
+            return planned(least.activations + room - least.total)
+    raise MemoryError(
+        f"memory: {least.total:,} bytes are needed on the GPU, and {max(0, room):,} are there "
+        f"beside {RESERVE:,} for its context; take {_SMALLER[method]}"
+    )
 
 
 _COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

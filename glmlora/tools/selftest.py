@@ -109,7 +109,7 @@ def _linear(N: int, O: int, I: int, dtype: int) -> Case:  # noqa: E741, N803
     return case
 
 
-@_over({f"norm {N}x{C}": (N, C) for N, C in SHAPES})
+@_over({f"norm {N}x{C}": (N, C) for N, C in (*SHAPES, (3, 5000))})
 def _norm(N: int, C: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         x, b, w, dy = (_normal(o, rng, *s) for s in ((N, C), (N, C), (C,), (N, C)))
@@ -164,6 +164,9 @@ def _rotary(N: int, HD: int, rotary: int) -> Case:  # noqa: N803
         "attention 3 of 64": ((1, 1, 1), 4, 2, 64, 3, 9),
         "attention 3 of 32": ((13, 1, 40), 4, 2, 32, 0, 0),
         "attention 2 of 128": ((65, 9), 2, 1, 128, 5, 7),
+        "attention 32 of 128, 1,000 before": ((1, 4, 2), 32, 2, 128, 9, 1000),
+        "attention 18 of 64, 4,100 before": ((1, 3), 18, 1, 64, 0, 4100),
+        "attention 2 of 96, 300 before": ((1, 3), 2, 2, 96, 0, 300),
         "attention 0 of 16": ((), 2, 2, 16, 0, 0),
     }
 )

@@ -1,7 +1,8 @@
 """Builds the wheels that are given to others: manylinux2014, one for each processor, for every
-CPython from 3.10 on.
+CPython from 3.10 on; and one for x86-64 and each CPython without a GIL (3.13t, 3.14t) that is
+found, since those have no stable ABI yet.
 
-    python tests/portable/build.py [x86_64] [aarch64] [--out dist]
+    python tests/portable/build.py [x86_64] [aarch64] [free-threaded] [--out dist]
 
 run by `make wheels` in the environment of requirements.txt. zig is the compiler: it brings the
 headers and the C library of glibc 2.17 for both processors, so no container is needed. Two builds
@@ -26,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MACHINES = ("x86_64", "aarch64")
+FREE = "free-threaded"
 SOURCES = (
     "setup.py",
     "pyproject.toml",
@@ -51,7 +53,35 @@ def commit_time() -> int:
     return int(asked)
 
 
-def compile_wheel(machine: str, folder: Path, epoch: int, cache: str) -> Path:
+def free_threaded() -> dict[str, str]:
+    """{tag: file} of the CPythons without a GIL in PATH, ~/.pyenv and build/ (free_threaded.sh)."""
+    code = "import sys, sysconfig as s; print(s.get_config_var('Py_GIL_DISABLED') and 'cp%d%dt' % "
+    code += "sys.version_info[:2])"
+    places = [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep)]
+    places += sorted((Path.home() / ".pyenv/versions").glob("*t/bin"))
+    places += sorted((ROOT / "build").glob("python*t/bin"))
+    found: dict[str, str] = {}
+    for file in (p / f"python3.{minor}t" for p in places for minor in range(13, 30)):
+        if file.is_file():
+            done = subprocess.run([file, "-c", code], capture_output=True, text=True)
+            if done.stdout.startswith("cp"):
+                found.setdefault(done.stdout.strip(), str(file))
+    return dict(sorted(found.items()))
+
+
+def environment_of(python: str, tag: str) -> str:
+    """A Python of that kind with what setup.py needs, in the versions that are pinned."""
+    place = ROOT / f"build/wheels-env-{tag}"
+    if not (place / "bin/python").exists():
+        subprocess.run([python, "-m", "venv", place], check=True)
+    words = [place / "bin/python", "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    words += ["--only-binary", ":all:"]
+    words += [f"{name}=={version(name)}" for name in ("setuptools", "wheel", "numpy")]
+    subprocess.run(list(map(str, words)), check=True)
+    return str(place / "bin/python")
+
+
+def compile_wheel(machine: str, folder: Path, epoch: int, cache: str, python: str) -> Path:
     """The wheel as setup.py makes it from a copy of the sources, by zig for `machine`."""
     source = folder / "source"
     source.mkdir()
@@ -73,7 +103,7 @@ def compile_wheel(machine: str, folder: Path, epoch: int, cache: str) -> Path:
     words = ["wheel", "-q", "--disable-pip-version-check", "--no-build-isolation", "--no-deps"]
     words += ["--no-index", "-w", str(folder), "."]
     done = subprocess.run(
-        [sys.executable, "-m", "pip", *words], cwd=source, env=environment, stdout=subprocess.PIPE
+        [python, "-m", "pip", *words], cwd=source, env=environment, stdout=subprocess.PIPE
     )
     if done.returncode:
         sys.stdout.buffer.write(done.stdout)
@@ -215,25 +245,35 @@ def packed(wheel: Path, machine: str, out: Path, epoch: int) -> Path:
     return target
 
 
-def build(machine: str, out: Path, cache: Path = ROOT / "build/zig") -> Path:
-    """One wheel, in the folder `out`. cache: a folder where zig keeps what it compiled."""
+def build(
+    machine: str, out: Path, cache: Path = ROOT / "build/zig", python: str = sys.executable
+) -> Path:
+    """One wheel, in the folder `out`. cache: a folder where zig keeps what it compiled. python: for
+    whose ABI, with setuptools and NumPy."""
     epoch = commit_time()
     with tempfile.TemporaryDirectory() as folder:
-        wheel = compile_wheel(machine, Path(folder), epoch, str(cache))
+        wheel = compile_wheel(machine, Path(folder), epoch, str(cache), python)
         return packed(repaired(wheel, machine, Path(folder)), machine, out, epoch)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("machines", nargs="*", metavar="machine", help=", ".join(MACHINES))
+    kinds = (*MACHINES, FREE)
+    parser.add_argument("kinds", nargs="*", metavar="kind", help=", ".join(kinds))
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     args = parser.parse_args()
-    for machine in args.machines or MACHINES:
-        if machine not in MACHINES:
-            parser.error(f"machine: expected {' or '.join(MACHINES)}, got {machine!r}")
-        wheel = build(machine, args.out.resolve())
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, sha256 {digest}", flush=True)
+    for kind in args.kinds or kinds:
+        if kind not in kinds:
+            parser.error(f"kind: expected {' or '.join(kinds)}, got {kind!r}")
+        pythons = [sys.executable]
+        if kind == FREE:
+            pythons = [environment_of(file, tag) for tag, file in free_threaded().items()]
+        if not pythons:
+            print(f"NOT BUILT: {FREE}: no python3.13t or newer; sh tests/portable/free_threaded.sh")
+        for python in pythons:
+            wheel = build("x86_64" if kind == FREE else kind, args.out.resolve(), python=python)
+            digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+            print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, sha256 {digest}", flush=True)
 
 
 if __name__ == "__main__":

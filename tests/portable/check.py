@@ -9,6 +9,7 @@ pythons   the x86-64 wheel in every CPython from 3.10 on that is found (PATH, ~/
 clean     the x86-64 wheel on Debians without compiler, headers and network (clean.sh; root,
           debootstrap)
 aarch64   the other wheel passes TESTS under qemu-user (root, debootstrap, qemu-user-static)
+threads   those for CPythons without a GIL pass FREE_TESTS there, and the GIL stays off
 
 What cannot be done here is said at the end, and is no failure; --only makes it one.
 """
@@ -22,7 +23,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -30,18 +30,19 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from build import MACHINES, ROOT, build
+from build import MACHINES, ROOT, build, environment_of, free_threaded
 
 PLACE = ROOT / "build/wheels-check"
 # less what needs the tree, a compiler or the notebook's packages, and what takes minutes
 WANTED = "not (bars or compiler or notebook or jupyter or narrow)"
 TESTS = ["isa", "golden", "core", "model_gradient", "workflow", "quantization"]
+FREE_TESTS = ["threads", *TESTS]
 KERNELS = ["ops"]  # in one Python: they do not depend on it
 # a test takes thirty times as long under qemu
 ARM_WANTED = f"{WANTED} and (against_reference or gradient or forward or greedy or ptuning or "
 ARM_WANTED += "training or merge or predict or picked or system)"
 ARM_TESTS = ["isa", "golden", "model_gradient", "workflow", "ops"]
-CHECKS = ("files", "again", "pythons", "clean", "aarch64")
+CHECKS = ("files", "again", "pythons", "clean", "aarch64", "threads")
 
 
 class Absent(Exception):
@@ -53,17 +54,26 @@ def run(*words, **kwargs) -> subprocess.CompletedProcess:
 
 
 def the_wheel(dist: Path, machine: str) -> Path:
-    found = sorted(dist.glob(f"glmlora-*manylinux2014_{machine}*.whl"))
+    return one_of(dist, f"-cp310-abi3-manylinux2014_{machine}.manylinux_2_17_")
+
+
+def free_wheel(dist: Path, tag: str) -> Path:
+    return one_of(dist, f"-{tag[:-1]}-{tag}-manylinux2014_x86_64.manylinux_2_17_")
+
+
+def one_of(dist: Path, tags: str) -> Path:
+    found = sorted(dist.glob(f"glmlora-*{tags}*.whl"))
     if len(found) != 1:
-        raise SystemExit(f"{dist}: expected one wheel for {machine}, found {len(found)}")
+        raise SystemExit(f"{dist}: expected one wheel with the tags {tags}, found {len(found)}")
     return found[0]
 
 
 def check_files(dist: Path) -> None:
-    for machine in MACHINES:
-        wheel = the_wheel(dist, machine)
-        if not re.search(rf"-cp310-abi3-manylinux2014_{machine}\.manylinux_2_17_", wheel.name):
-            raise SystemExit(f"{wheel.name}: expected tags cp310-abi3-manylinux2014_{machine}")
+    wheels = [(the_wheel(dist, machine), "_core.abi3.so") for machine in MACHINES]
+    for tag in free_threaded():
+        name = f"_core.cpython-{tag[2:]}-x86_64-linux-gnu.so"
+        wheels.append((free_wheel(dist, tag), name))
+    for wheel, core in wheels:
         archive = zipfile.ZipFile(wheel)
         names = set(archive.namelist())
         [record] = [name for name in names if name.endswith(".dist-info/RECORD")]
@@ -78,22 +88,25 @@ def check_files(dist: Path) -> None:
         [bill] = [name for name in names if ".dist-info/sboms/" in name]
         stated = {c["name"] for c in json.loads(archive.read(bill))["components"]}
         modules = {name for name in names if name.endswith(".so")}
-        if modules != {"glmlora/_core.abi3.so"} or not modules <= stated:
+        if modules != {f"glmlora/{core}"} or not modules <= stated:
             raise SystemExit(f"{wheel.name}: modules {modules}, the bill of materials: {stated}")
-        text = archive.read("glmlora/_core.abi3.so")
+        text = archive.read(f"glmlora/{core}")
         for folder in (ROOT, Path.home(), Path(tempfile.gettempdir())):
             if os.fsencode(folder) + b"/" in text:
                 raise SystemExit(f"{wheel.name}: {folder} is in the module")
         tools = Path(sys.executable).parent
-        run(tools / "abi3audit", "--strict", "--summary", wheel)
+        if "abi3" in core:
+            run(tools / "abi3audit", "--strict", "--summary", wheel)
         run(tools / "auditwheel", "show", wheel, stdout=subprocess.DEVNULL)
 
 
 def check_again(dist: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for machine in MACHINES:
-            first = the_wheel(dist, machine)
-            second = build(machine, Path(folder), Path(folder) / "zig")
+        each = [(the_wheel(dist, machine), machine, sys.executable) for machine in MACHINES]
+        for tag, file in free_threaded().items():
+            each.append((free_wheel(dist, tag), "x86_64", environment_of(file, tag)))
+        for first, machine, python in each:
+            second = build(machine, Path(folder), Path(folder) / f"zig-{first.name}", python)
             if first.name != second.name or first.read_bytes() != second.read_bytes():
                 kept = shutil.copy(second, PLACE)
                 raise SystemExit(f"{first}: a second build differs, {kept}")
@@ -126,24 +139,42 @@ def test_words(tests: list[str], wanted: str) -> list[str]:
     return words + [str(ROOT / f"tests/test_{name}.py") for name in tests]
 
 
+def check_installed(wheel: Path, file: str, name: str, tests: list[str], **more: str) -> str:
+    """The wheel, installed in an environment of that Python, passes the tests. more: variables."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(file, "-m", "venv", Path(folder) / "v")
+        bin = Path(folder) / "v/bin"
+        words = ["-m", "pip", "--disable-pip-version-check", "install", "-q"]
+        run(bin / "python", *words, "--only-binary", ":all:", wheel, "pytest", "hypothesis")
+        environment = os.environ | {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}"} | more
+        environment.pop("PYTHONPATH", None)
+        code = "import sys, glmlora._core as c; g = getattr(sys, '_is_gil_enabled', lambda: True)()"
+        code += "; print(c.__file__, c.cpu_variants(), 'with a GIL' if g else 'without a GIL')"
+        done = run(bin / "python", "-c", code, cwd=folder, capture_output=True, text=True)
+        print(f"\nCPython {name}: {done.stdout}", end="", flush=True)
+        if not done.stdout.startswith(folder):
+            raise SystemExit(f"another glmlora was imported: {done.stdout}")
+        run(bin / "python", *test_words(tests, WANTED), cwd=folder, env=environment)
+        return done.stdout
+
+
 def check_pythons(dist: Path, named: list[str]) -> None:
     wheel, found = the_wheel(dist, "x86_64"), pythons(named)
     for number, file in found.items():
         tests = TESTS + (KERNELS if number == next(iter(found)) else [])
-        with tempfile.TemporaryDirectory() as folder:
-            run(file, "-m", "venv", Path(folder) / "v")
-            bin = Path(folder) / "v/bin"
-            words = ["-m", "pip", "--disable-pip-version-check", "install", "-q"]
-            run(bin / "python", *words, "--only-binary", ":all:", wheel, "pytest", "hypothesis")
-            environment = os.environ | {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}"}
-            environment.pop("PYTHONPATH", None)
-            code = "import glmlora._core as c; print(c.__file__, c.cpu_variants())"
-            done = run(bin / "python", "-c", code, cwd=folder, capture_output=True, text=True)
-            print(f"\nCPython {number}: {done.stdout}", end="", flush=True)
-            if not done.stdout.startswith(folder):
-                raise SystemExit(f"another glmlora was imported: {done.stdout}")
-            run(bin / "python", *test_words(tests, WANTED), cwd=folder, env=environment)
+        check_installed(wheel, file, number, tests)
     print(f"\nthe x86-64 wheel was tested in CPython {', '.join(found)}")
+
+
+def check_threads(dist: Path) -> None:
+    found = free_threaded()
+    if not found:
+        raise Absent("no python3.13t or newer; sh tests/portable/free_threaded.sh makes one")
+    for tag, file in found.items():
+        # PYTHON_GIL=0 is for what the tests import: the module turns nothing on by itself
+        said = check_installed(free_wheel(dist, tag), file, tag, FREE_TESTS, PYTHON_GIL="0")
+        if not said.rstrip().endswith("without a GIL"):
+            raise SystemExit(f"{tag}: importing glmlora turned the GIL on")
 
 
 def check_clean(dist: Path) -> None:
