@@ -185,29 +185,27 @@ template <> struct inp_type<false> {
     typedef unsigned word;
 };
 
-/* A block has 16 M GROUPS rows of W and 8 TILES of inp. A group of warps shares the columns of its
- * rows; with more than one the block goes over the columns as often: all have the same inp then. */
-template <int DTYPE, bool BF16, int TILES, int M, int GROUPS>
+/* A block has 16 M rows of W and 8 TILES of inp. */
+template <int DTYPE, bool BF16, int TILES, int M>
 static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
 {
     typedef typename inp_type<TILES == 1>::element element;
     typedef typename inp_type<TILES == 1>::word word;
     const few_rows &a = of.few;
-    const int OWN = 16 * M, ROWS = OWN * GROUPS, HALF = ROWS / 2; /* of a warp, of the block */
-    const int LOADS = OWN * CHUNK / 16 / 32;
-    const int SUM_ROW = OWN + 4, SUMS = 8 * SUM_ROW; /* floats; banks differ */
-    const int COLUMNS = DTYPE == GLM_I4 ? 8 : 4;     /* that a thread has of 16 bytes */
+    const int ROWS = 16 * M, HALF = ROWS / 2, LOADS = ROWS * CHUNK / 16 / 32;
+    const int SUM_ROW = ROWS + 4, SUMS = 8 * SUM_ROW; /* floats; banks differ */
+    const int COLUMNS = DTYPE == GLM_I4 ? 8 : 4;      /* that a thread has of 16 bytes */
     const int WORDS = TILES == 1 ? COLUMNS : COLUMNS / 2;
     const int STEP = 4 * COLUMNS, STEPS = CHUNK / 16;
-    const bool AHEAD = TILES < 4; /* inp is fetched so: registers are short else */
-    __shared__ __align__(16) unsigned char tiles[WARPS * OWN * TILE_ROW];
-    __shared__ __align__(16) uint2 scales[DTYPE == GLM_I4 ? WARPS * OWN * 2 : 1];
+    const bool AHEAD = TILES < 4;    /* inp is fetched so, where registers are there .. */
+    const int K = TILES < 8 ? 2 : 1; /* .. for so many steps at a time */
+    __shared__ __align__(16) unsigned char tiles[WARPS * ROWS * TILE_ROW];
+    __shared__ __align__(16) uint2 scales[DTYPE == GLM_I4 ? WARPS * ROWS * 2 : 1];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, quad = lane / 4, third = lane % 4;
     const int I = a.w.cols, bytes = (int)stored_bytes(DTYPE, I);
-    const int outs = of.gated ? a.w.rows / 2 : a.w.rows;
+    const int own = of.gated ? HALF : ROWS, outs = of.gated ? a.w.rows / 2 : a.w.rows;
     const int pieces = (a.N + 8 * TILES - 1) / (8 * TILES); /* of inp, block by block */
-    const int first = blockIdx.x / pieces * (of.gated ? HALF : ROWS);
-    const int n0 = blockIdx.x % pieces * 8 * TILES;
+    const int first = blockIdx.x / pieces * own, n0 = blockIdx.x % pieces * 8 * TILES;
     const int chunks = (bytes + CHUNK - 1) / CHUNK;
     const char *data = static_cast<const char *>(a.w.data);
     const int whole = bytes % 16 == 0 && ((size_t)data & 15) == 0;
@@ -216,37 +214,38 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
     const element *inp = TILES == 1 ? (const element *)(const void *)a.inp
                                     : (const element *)(const void *)of.narrow;
     const int whole_inp = I % COLUMNS == 0 && ((size_t)inp & 15) == 0;
-    const int begin = GROUPS == 1 ? 0 : warp % GROUPS * OWN; /* of the warp's rows in the block's */
-    unsigned char *tile = tiles + warp * OWN * TILE_ROW;
-    uint2 *scale = scales + (DTYPE == GLM_I4 ? warp * OWN * 2 : 0);
+    unsigned char *tile = tiles + warp * ROWS * TILE_ROW;
+    uint2 *scale = scales + (DTYPE == GLM_I4 ? warp * ROWS * 2 : 0);
 
-    /* the block's row r in W; -1: there is none */
+    /* row r of the block's in W */
     const auto row_of = [&](int r) {
-        const int value = of.gated && r >= HALF, at = first + (value ? r - HALF : r);
-        return at < outs ? at + (value ? outs : 0) : -1;
+        const int value = of.gated && r >= HALF;
+        return (size_t)(min(first + (value ? r - HALF : r), outs - 1) + (value ? outs : 0));
     };
-    /* a chunk of W, in flight until it is put into the tile; past a row's end nothing is read */
+    /* a chunk of W, in flight until it is put into the tile */
     uint4 q[LOADS];
     uint2 s[M];
     const auto fetch = [&](int chunk) {
-        const int c = CHUNK * chunk + 16 * (lane % 8);
+        const int begin = CHUNK * chunk + 16 * (lane % 8), row = first + lane / 8;
+        const char *at = data + (size_t)row * bytes + begin;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            const int row = row_of(begin + 4 * i + lane / 8);
-            q[i] = piece_of(data + (size_t)row * bytes + c, row < 0 ? 0 : bytes - c, whole);
+            const int there = row + (of.gated ? 4 * i % HALF : 4 * i) < outs;
+            q[i] = piece_of(at, there ? bytes - begin : 0, whole);
+            at += (size_t)bytes * (of.gated && 2 * i + 2 == LOADS ? outs - HALF + 4 : 4);
         }
         if (DTYPE == GLM_I4)
 #pragma unroll
             for (int i = 0; i < M; i++)
-                s[i] = scales_of(a.w, max(row_of(begin + (lane + 32 * i) / 2), 0),
-                                 8 * chunk + 4 * (lane % 2), whole_scales);
+                s[i] = scales_of(a.w, row_of((lane + 32 * i) / 2), 8 * chunk + 4 * (lane % 2),
+                                 whole_scales);
     };
-    /* inp of two steps, in flight while the two before are multiplied */
-    word v[2][TILES][WORDS];
+    /* inp of K steps, in flight while the ones before are multiplied */
+    word v[K][TILES][WORDS];
     const auto fetch_inp = [&](int chunk, int step) {
         const int c = STEP * (STEPS * chunk + step) + COLUMNS * third;
 #pragma unroll
-        for (int k = 0; k < 2; k++)
+        for (int k = 0; k < K; k++)
 #pragma unroll
             for (int n = 0; n < TILES; n++) {
                 const int row = n0 + 8 * n + quad;
@@ -254,194 +253,169 @@ static __device__ __forceinline__ void few_quantized(const quantized_rows &of)
                                 whole_inp);
             }
     };
-    float total[TILES][2]; /* of rows `row` and HALF more */
-    const int row = threadIdx.x % HALF, column = threadIdx.x / HALF;
+    float sum[M][TILES][4];
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
-        total[t][0] = total[t][1] = 0;
+    for (int m = 0; m < M; m++)
+        clear<TILES>(sum[m]);
 
+    fetch(warp); /* past a row's end nothing is read */
+    if (AHEAD)
+        fetch_inp(warp, 0);
+    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+            *reinterpret_cast<uint4 *>(tile + (4 * i + lane / 8) * TILE_ROW + 16 * (lane % 8)) =
+                q[i];
+        if (DTYPE == GLM_I4)
+#pragma unroll
+            for (int i = 0; i < M; i++)
+                scale[lane + 32 * i] = s[i];
+        __syncwarp();
+        fetch(chunk + WARPS);
 #pragma unroll 1
-    for (int pass = 0; pass < GROUPS; pass++) {
-        const int share = (warp + pass * WARPS) / GROUPS; /* of the columns */
-        float sum[M][TILES][4];
+        for (int step = 0; step < STEPS; step += K) {
+            unsigned x[K][TILES][COLUMNS / 2];
+            if (!AHEAD)
+                fetch_inp(chunk, step);
 #pragma unroll
-        for (int m = 0; m < M; m++)
-            clear<TILES>(sum[m]);
-        fetch(share);
-        if (AHEAD)
-            fetch_inp(share, 0);
-        for (int chunk = share; chunk < chunks; chunk += WARPS) {
+            for (int k = 0; k < K; k++)
 #pragma unroll
-            for (int i = 0; i < LOADS; i++)
-                *reinterpret_cast<uint4 *>(tile + (4 * i + lane / 8) * TILE_ROW + 16 * (lane % 8)) =
-                    q[i];
-            if (DTYPE == GLM_I4)
+                for (int n = 0; n < TILES; n++)
+                    pairs_of<COLUMNS, BF16>(x[k][n], v[k][n]);
+            if (AHEAD && step + K < STEPS)
+                fetch_inp(chunk, step + K);
+            else if (AHEAD)
+                fetch_inp(chunk + WARPS, 0);
 #pragma unroll
-                for (int i = 0; i < M; i++)
-                    scale[lane + 32 * i] = s[i];
-            __syncwarp();
-            fetch(chunk + WARPS);
-#pragma unroll 1
-            for (int step = 0; step < STEPS; step += 2) {
-                unsigned x[2][TILES][COLUMNS / 2];
-                if (!AHEAD)
-                    fetch_inp(chunk, step);
+            for (int m = 0; m < M; m++) {
+                unsigned w[4]; /* of rows quad and quad + 8: step 0, 0, 1, 1 */
+                load_fragments<false>(w, reinterpret_cast<const unsigned short *>(
+                                             tile + (16 * m + lane % 16) * TILE_ROW +
+                                             16 * (step + (K - 1) * (lane / 16))));
+                if (DTYPE == GLM_I8) {
 #pragma unroll
-                for (int k = 0; k < 2; k++)
+                    for (int k = 0; k < K; k++) {
+                        unsigned low[2], high[2];
+                        pairs_of_int8<BF16>(w[2 * k], low);
+                        pairs_of_int8<BF16>(w[2 * k + 1], high);
+                        const unsigned p[4] = {low[0], high[0], low[1], high[1]};
 #pragma unroll
-                    for (int n = 0; n < TILES; n++)
-                        pairs_of<COLUMNS, BF16>(x[k][n], v[k][n]);
-                if (AHEAD && step + 2 < STEPS)
-                    fetch_inp(chunk, step + 2);
-                else if (AHEAD)
-                    fetch_inp(chunk + WARPS, 0);
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    unsigned w[4]; /* of rows quad and quad + 8: step 0, 0, 1, 1 */
-                    load_fragments<false>(
-                        w, reinterpret_cast<const unsigned short *>(
-                               tile + (16 * m + lane % 16) * TILE_ROW + 16 * (step + lane / 16)));
-                    if (DTYPE == GLM_I8) {
-#pragma unroll
-                        for (int k = 0; k < 2; k++) {
-                            unsigned low[2], high[2];
-                            pairs_of_int8<BF16>(w[2 * k], low);
-                            pairs_of_int8<BF16>(w[2 * k + 1], high);
-                            const unsigned p[4] = {low[0], high[0], low[1], high[1]};
-#pragma unroll
-                            for (int n = 0; n < TILES; n++)
-                                mma<BF16>(sum[m][n], p, x[k][n][0], x[k][n][1]);
-                        }
-                        continue;
+                        for (int n = 0; n < TILES; n++)
+                            mma<BF16>(sum[m][n], p, x[k][n][0], x[k][n][1]);
                     }
-                    const unsigned short *of_row = reinterpret_cast<const unsigned short *>(scale) +
-                                                   8 * (16 * m + quad) + step;
-                    const unsigned s_low = *reinterpret_cast<const unsigned *>(of_row),
-                                   s_high = *reinterpret_cast<const unsigned *>(of_row + 8 * 8);
-                    unsigned p[2][2][4];
+                    continue;
+                }
+                const unsigned short *of_row =
+                    reinterpret_cast<const unsigned short *>(scale) + 8 * (16 * m + quad) + step;
+                unsigned p[K][2][4];
 #pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        unsigned low[4], high[4];
-                        pairs_of_int4<BF16>(w[2 * k], low);
-                        pairs_of_int4<BF16>(w[2 * k + 1], high);
+                for (int k = 0; k < K; k++) {
+                    unsigned low[4], high[4];
+                    pairs_of_int4<BF16>(w[2 * k], low);
+                    pairs_of_int4<BF16>(w[2 * k + 1], high);
 #pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            p[k][i][0] = low[2 * i], p[k][i][1] = high[2 * i];
-                            p[k][i][2] = low[2 * i + 1], p[k][i][3] = high[2 * i + 1];
-                        }
+                    for (int i = 0; i < 2; i++) {
+                        p[k][i][0] = low[2 * i], p[k][i][1] = high[2 * i];
+                        p[k][i][2] = low[2 * i + 1], p[k][i][3] = high[2 * i + 1];
                     }
+                }
 #pragma unroll
-                    for (int n = 0; n < TILES; n++) {
-                        float part[2][4];
-                        clear<2>(part);
+                for (int n = 0; n < TILES; n++) {
+                    float part[K][4];
+                    clear<K>(part);
 #pragma unroll
-                        for (int i = 0; i < 2; i++)
+                    for (int i = 0; i < 2; i++)
 #pragma unroll
-                            for (int k = 0; k < 2; k++)
-                                mma<BF16>(part[k], p[k][i], x[k][n][i * (COLUMNS / 2 - 2)],
-                                          x[k][n][i * (COLUMNS / 2 - 2) + 1]);
+                        for (int k = 0; k < K; k++)
+                            mma<BF16>(part[k], p[k][i], x[k][n][i * (COLUMNS / 2 - 2)],
+                                      x[k][n][i * (COLUMNS / 2 - 2) + 1]);
 #pragma unroll
-                        for (int k = 0; k < 2; k++) {
-                            const float by_low = half_value(k ? s_low >> 16 : s_low & 0xffff),
-                                        by_high = half_value(k ? s_high >> 16 : s_high & 0xffff);
+                    for (int k = 0; k < K; k++) {
+                        const float by_low = half_value(of_row[k]),
+                                    by_high = half_value(of_row[64 + k]);
 #pragma unroll
-                            for (int j = 0; j < 4; j++) /* fused in every kernel, or bits differ */
-                                sum[m][n][j] =
-                                    fmaf(j < 2 ? by_low : by_high, part[k][j], sum[m][n][j]);
-                        }
+                        for (int j = 0; j < 4; j++) /* fused in every kernel, or bits differ */
+                            sum[m][n][j] = fmaf(j < 2 ? by_low : by_high, part[k][j], sum[m][n][j]);
                     }
                 }
             }
-            __syncwarp();
         }
-        __syncthreads(); /* the sums take the tiles' place */
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            float *part = reinterpret_cast<float *>(tiles) +
-                          t % 2 * WARPS * SUMS; /* not those that others may still read */
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    part[warp * SUMS + (2 * third + j % 2) * SUM_ROW + 16 * m + quad + j / 2 * 8] =
-                        sum[m][t][j];
-            __syncthreads();
-            if (column < 8)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int r = row + half * HALF;
-                    const float *of_row = part + r / OWN * SUMS + column * SUM_ROW + r % OWN;
-#pragma unroll
-                    for (int i = 0; i < WARPS / GROUPS; i++)
-                        total[t][half] += of_row[i * GROUPS * SUMS];
-                }
-        }
-        if (GROUPS > 1)
-            __syncthreads();
+        __syncwarp();
     }
 
+    __syncthreads(); /* the sums take the tiles' place */
+    float *parts = reinterpret_cast<float *>(tiles);
+    const int row = threadIdx.x % ROWS, column = threadIdx.x / ROWS;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-        const int n = n0 + 8 * t + column;
-        float y[2];
-        if (column >= 8 || n >= a.N)
-            break;
+        float *part = parts + t % 2 * WARPS * SUMS; /* not those that others may still read */
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const size_t o = max(row_of(row + half * HALF), 0);
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                part[warp * SUMS + (2 * third + j % 2) * SUM_ROW + 16 * m + quad + j / 2 * 8] =
+                    sum[m][t][j];
+        __syncthreads();
+        if (column >= 8) /* a whole warp */
+            continue;
+        const int n = n0 + 8 * t + column;
+        const size_t o = row_of(row);
+        float y = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++)
+            y += part[i * SUMS + column * SUM_ROW + row];
+        y *= a.w.group ? a.scale : a.scale * half_value(a.w.scale[o]);
+        if (n < a.N) {
+            y += a.bias ? a.bias[o] : 0.0f;
             float more = 0;
-            y[half] = total[t][half] * (a.w.group ? a.scale : a.scale * half_value(a.w.scale[o]));
-            y[half] += a.bias ? a.bias[o] : 0.0f;
             for (int i = 0; i < a.R; i++)
                 more += a.xa[(size_t)n * a.R + i] * a.B[o * a.R + i];
-            y[half] += a.added * more;
+            y += a.added * more;
         }
         if (of.gated)
-            y[0] = y[1] * (y[0] / (1.0f + expf(-y[0])));
-#pragma unroll
-        for (int half = 0; half < (of.gated ? 1 : 2); half++)
-            if (row_of(row + half * HALF) >= 0) {
-                float *to = a.out + (size_t)n * outs + first + row + half * HALF;
-                *to = y[half] + (a.accumulate ? *to : 0.0f);
-            }
+            y *= __shfl_down_sync(0xffffffffu, y, HALF) / (1.0f + expf(-y));
+        if (n < a.N && row < own && first + row < outs) {
+            float *to = a.out + (size_t)n * outs + first + row;
+            *to = y + (a.accumulate ? *to : 0.0f);
+        }
     }
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define BLOCKS 2 /* of a multiprocessor: an mma takes more registers there */
-#else
-#define BLOCKS 3
-#endif
-/* Kernels for a dtype and a type, by the rows of inp that a block has: 8, 16, 32 */
-#define KERNELS(name, dtype, bf16)                                  \
-    GLM_TILE_KERNEL(256, BLOCKS) k_few_##name##_8(quantized_rows a) \
-    {                                                               \
-        few_quantized<dtype, bf16, 1, 1, 1>(a);                     \
-    }                                                               \
-    GLM_TILE_KERNEL(256, 2) k_few_##name##_16(quantized_rows a)     \
-    {                                                               \
-        few_quantized<dtype, bf16, 2, 1, 1>(a);                     \
-    }                                                               \
-    GLM_TILE_KERNEL(256, 1) k_few_##name##_32(quantized_rows a)     \
-    {                                                               \
-        few_quantized<dtype, bf16, 4, 2, 2>(a);                     \
+/* Kernels for a dtype and a type, by the rows of inp that a block has: 8, 16, 32 and,
+ * for int8, 64: int4 has no registers for it */
+#define KERNELS(name, dtype, bf16)                              \
+    GLM_TILE_KERNEL(256, 3) k_few_##name##_8(quantized_rows a)  \
+    {                                                           \
+        few_quantized<dtype, bf16, 1, 1>(a);                    \
+    }                                                           \
+    GLM_TILE_KERNEL(256, 2) k_few_##name##_16(quantized_rows a) \
+    {                                                           \
+        few_quantized<dtype, bf16, 2, 1>(a);                    \
+    }                                                           \
+    GLM_TILE_KERNEL(256, 1) k_few_##name##_32(quantized_rows a) \
+    {                                                           \
+        few_quantized<dtype, bf16, 4, 2>(a);                    \
     }
 KERNELS(i8_f16, GLM_I8, false)
 KERNELS(i8_bf16, GLM_I8, true)
 KERNELS(i4_f16, GLM_I4, false)
 KERNELS(i4_bf16, GLM_I4, true)
+GLM_TILE_KERNEL(256, 1) k_few_i8_f16_64(quantized_rows a) { few_quantized<GLM_I8, false, 8, 2>(a); }
+GLM_TILE_KERNEL(256, 1) k_few_i8_bf16_64(quantized_rows a) { few_quantized<GLM_I8, true, 8, 2>(a); }
 
 #ifdef GLM_HOST
-#define BY_ROWS(name) {k_few_##name##_8, k_few_##name##_16, k_few_##name##_32}
+#define BY_ROWS(name, most) \
+    {k_few_##name##_8, k_few_##name##_16, k_few_##name##_32, k_few_##name##_##most}
 
 void glm_cuda_few_quantized(struct cuda *cuda, const char *op, few_rows a, const struct glm_mat *W,
                             int gated)
 {
-    void (*const table[2][2][3])(quantized_rows) = {{BY_ROWS(i8_f16), BY_ROWS(i8_bf16)},
-                                                    {BY_ROWS(i4_f16), BY_ROWS(i4_bf16)}};
-    const int at = a.N <= 8 ? 0 : a.N <= 16 ? 1 : 2;
+    void (*const table[2][2][4])(quantized_rows) = {{BY_ROWS(i8_f16, 64), BY_ROWS(i8_bf16, 64)},
+                                                    {BY_ROWS(i4_f16, 32), BY_ROWS(i4_bf16, 32)}};
+    const int at = a.N <= 8 ? 0 : a.N <= 16 ? 1 : a.N <= 32 ? 2 : 3;
     void (*const k_few)(quantized_rows) = table[W->dtype == GLM_I4][cuda->compute == GLM_BF16][at];
-    const size_t pieces = ceil_div((size_t)a.N, 32), rows = at < 2 ? 16 : 64;
+    const size_t pieces = ceil_div((size_t)a.N, W->dtype == GLM_I8 ? 64 : 32),
+                 rows = at < 2 ? 16 : 32;
     quantized_rows of = {a, NULL, gated};
     of.few.w = matrix_of(W);
     if (a.N > GLM_FEW) {

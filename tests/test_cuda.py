@@ -238,6 +238,7 @@ def test_height_of_tiles_changes_no_bit(device):
         test_ops.same_bits(one, other, "tiles of 64 and of 128 rows")
 
 
+@on_devices
 @pytest.mark.parametrize("kind", test_ops.QUANTIZED)
 def test_a_row_over_a_quantized_weight_has_the_same_bits_in_few_rows(device, kind):
     """Whatever the kernel and the piece of inp: columns are summed in the same order."""
