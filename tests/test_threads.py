@@ -435,6 +435,10 @@ def test_ctrl_c_while_it_waits_for_another_model():
     assert model.forward([1, 2], [2])[0].shape == (2, 300)
 
 
+@pytest.mark.skipif(
+    "libtsan" in os.environ.get("LD_PRELOAD", ""),
+    reason="ThreadSanitizer allows no new threads in the child of a process with threads",
+)
 def test_children_forked_while_threads_compute():
     out = finish(
         """
