@@ -8,6 +8,14 @@
 
 typedef unsigned long long wide;
 
+/* Words that a thread of a draw has on their way (of the argmax: twice as many). One of 1,024 has
+ * 64 registers, and code for capability 7.0 takes more of them. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+enum { DRAW_WORDS = 1 };
+#else
+enum { DRAW_WORDS = 4 };
+#endif
+
 /* A row is read by words of four columns, WORDS of a thread at a time: all of them are asked for
  * before the first is looked at. The last word of a row may be short. */
 template <int WORDS>
@@ -54,7 +62,7 @@ static __device__ __forceinline__ void warp_best(float *most, int *at)
  * thread only notes in which of its words the largest is: that word is read again at the end. */
 static __device__ int argmax(const float *row, int V, bool checked, float *most)
 {
-    const int WORDS = 8;
+    const int WORDS = 2 * DRAW_WORDS;
     __shared__ float mosts[32];
     __shared__ int places[32];
     const int lane = threadIdx.x & 31, step = 4 * blockDim.x;
@@ -140,7 +148,7 @@ template <measure BY>
 static __device__ void weigh(const drawn_row &r, unsigned from, unsigned step, int turn,
                              wide found[3])
 {
-    const int WORDS = 4, warps = blockDim.x >> 5;
+    const int WORDS = DRAW_WORDS, warps = blockDim.x >> 5;
     const int busy = r.listed ? min(warps, (r.listed + 31) / 32) : warps;
     __shared__ wide part[2][3][32];
     wide sum[3] = {0, 0, 0};
@@ -220,7 +228,7 @@ static __device__ __forceinline__ float cut_of(float top, int i)
 static __device__ wide survey(float *row, float temperature, const drawn_row &r, wide (&mass)[CUTS],
                               int (&number)[CUTS])
 {
-    const int WORDS = 4, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+    const int WORDS = DRAW_WORDS, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
     __shared__ wide masses[CUTS + 1][32];
     __shared__ int numbers[CUTS][32];
     wide sum[CUTS + 1] = {0, 0, 0, 0};
@@ -281,7 +289,7 @@ static __device__ void list(drawn_row &r, float cut, int number)
 {
     __shared__ float scores[LISTED];
     __shared__ int columns[LISTED], next;
-    const int WORDS = 4;
+    const int WORDS = DRAW_WORDS;
     if (threadIdx.x == 0)
         next = 0;
     __syncthreads();
