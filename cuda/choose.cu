@@ -364,6 +364,7 @@ k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, c
     let_next_begin();
     after_previous();
     int at = argmax(row, V, true, &most);
+    __syncthreads(); /* its readers of the row */
     if (at >= 0 && c.penalised + c.banned) {
         touched += c.first;
         for (int i = threadIdx.x; i < c.penalised; i += blockDim.x) {
@@ -375,6 +376,7 @@ k_choose(int *id, float *x, int V, int column_bits, const glm_choice *choices, c
             row[touched[c.penalised + i]] = -GLM_INFINITY;
         __syncthreads();
         at = argmax(row, V, false, &most);
+        __syncthreads(); /* its readers of the row */
         at = most - most == 0 ? at : -2;
     }
     drawn_row r = {row, V, V, most / c.temperature + 0.0f, 0, 0, NULL, NULL};
