@@ -41,7 +41,7 @@ CONSTANT = re.compile(r"^[\s(]*[A-Z0-9]+(\s*[-+*/]\s*[A-Z0-9]+)*\b")
 # Lower bounds, and upper bounds that reject: wider is one less.
 LOWER = re.compile(r"(>= (begin|from|0\b)|<= begin|< begin)")
 
-# Mutants of the kernels for draws and for a token's attention of 2026-11-26 that no check notices:
+# Mutants of the kernels for draws, few rows and a token's attention of 2026-11-26 that no check notices:
 # each is told, and waits for a check of its own or for the reason why it changes nothing.
 UNNOTICED = {
     "choose.cu": (
@@ -64,6 +64,8 @@ UNNOTICED = {
         "first < runs; first += PASSES",
     ),
     "few_quantized.cu": ("chunk < chunks; chunk += WARPS",),
+    "few.cuh": ("if (d && c >= I)",),
+    "norm.cu": ("c = at + KEPT * step; c < C; c += step",),
 }
 
 # What every file includes is tested by the ops of these.
