@@ -41,8 +41,8 @@ CONSTANT = re.compile(r"^[\s(]*[A-Z0-9]+(\s*[-+*/]\s*[A-Z0-9]+)*\b")
 # Lower bounds, and upper bounds that reject: wider is one less.
 LOWER = re.compile(r"(>= (begin|from|0\b)|<= begin|< begin)")
 
-# Mutants of the kernels for draws, few rows and a token's attention of 2026-11-26 that no check notices:
-# each is told, and waits for a check of its own or for the reason why it changes nothing.
+# Mutants of the kernels for draws, few rows and a token's attention of 2026-11-26 that no check
+# notices: each is told, and waits for a check of its own or for the reason why it changes nothing.
 UNNOTICED = {
     "choose.cu": (
         "v0 < V; v0 +=",
