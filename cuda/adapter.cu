@@ -2,12 +2,9 @@
  * reads the wide operand once, which is what it costs; cuBLAS takes two to six times as long. Eight
  * ranks go by at a time. */
 #include "launch.cuh"
-
-#ifdef GLM_HOST
 #include "products.h"
-#endif
 
-enum { RANKS = 8, PART = 256 /* rows, GLM_THIN_ROWS */ };
+enum { RANKS = 8 };
 
 /* wide: columns; w (wide, R), or (R, wide) where `rows` is set */
 struct thin {
@@ -183,7 +180,7 @@ GLM_TILE_KERNEL(256, 2) k_thin_gradient(thin a, int across)
     __shared__ float part[8][RANKS][128];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int chunk = (int)blockIdx.x / across, c0 = 128 * ((int)blockIdx.x % across);
-    const int c = c0 + 4 * lane, end = min(a.N, (chunk + 1) * PART);
+    const int c = c0 + 4 * lane, end = min(a.N, (chunk + 1) * GLM_THIN_ROWS);
     float *out = a.out + (size_t)chunk * a.wide * a.R;
     for (int r0 = 0; r0 < a.R; r0 += RANKS) {
         float sum[4][RANKS];
@@ -193,7 +190,7 @@ GLM_TILE_KERNEL(256, 2) k_thin_gradient(thin a, int across)
             for (int j = 0; j < RANKS; j++)
                 sum[i][j] = 0;
 #pragma unroll 4
-        for (int n = chunk * PART + warp; n < end; n += 8) {
+        for (int n = chunk * GLM_THIN_ROWS + warp; n < end; n += 8) {
             const f4 x = load4_or_zero(a.inp + (size_t)n * a.wide, c, a.wide);
 #pragma unroll
             for (int j = 0; j < RANKS; j += 4) {

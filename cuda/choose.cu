@@ -135,6 +135,23 @@ static __device__ __forceinline__ unsigned ordered(float score)
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+/* each(score, column) for this thread's columns of a row */
+template <class F>
+static __device__ __forceinline__ void over_row(const drawn_row &r, const F &each)
+{
+    const int WORDS = DRAW_WORDS;
+    for (int v0 = 4 * threadIdx.x; v0 < r.V; v0 += WORDS * 4 * blockDim.x) {
+        f4 x[WORDS];
+        load_words(x, r.x, v0, r.V);
+#pragma unroll
+        for (int e = 0; e < 4 * WORDS; e++) {
+            const int column = v0 + e / 4 * 4 * blockDim.x + e % 4;
+            if (column < r.V)
+                each(x[e / 4].v[e % 4], column);
+        }
+    }
+}
+
 static __device__ __forceinline__ wide mass_of(const drawn_row &r, float score)
 {
     return (wide)(expf(score - r.top) * 1099511627776.0f);
@@ -148,7 +165,7 @@ template <measure BY>
 static __device__ void weigh(const drawn_row &r, unsigned from, unsigned step, int turn,
                              wide found[3])
 {
-    const int WORDS = DRAW_WORDS, warps = blockDim.x >> 5;
+    const int warps = blockDim.x >> 5;
     const int busy = r.listed ? min(warps, (r.listed + 31) / 32) : warps;
     __shared__ wide part[2][3][32];
     wide sum[3] = {0, 0, 0};
@@ -169,16 +186,7 @@ static __device__ void weigh(const drawn_row &r, unsigned from, unsigned step, i
         for (int i = threadIdx.x; i < r.listed; i += blockDim.x)
             add(r.scores[i], r.columns[i]);
     } else {
-        for (int v0 = 4 * threadIdx.x; v0 < r.V; v0 += WORDS * 4 * blockDim.x) {
-            f4 x[WORDS];
-            load_words(x, r.x, v0, r.V);
-#pragma unroll
-            for (int e = 0; e < 4 * WORDS; e++) {
-                const int column = v0 + e / 4 * 4 * blockDim.x + e % 4;
-                if (column < r.V)
-                    add(x[e / 4].v[e % 4], column);
-            }
-        }
+        over_row(r, add);
     }
     if ((int)(threadIdx.x >> 5) < busy) {
 #pragma unroll
@@ -289,23 +297,16 @@ static __device__ void list(drawn_row &r, float cut, int number)
 {
     __shared__ float scores[LISTED];
     __shared__ int columns[LISTED], next;
-    const int WORDS = DRAW_WORDS;
     if (threadIdx.x == 0)
         next = 0;
     __syncthreads();
-    for (int v0 = 4 * threadIdx.x; v0 < r.V; v0 += WORDS * 4 * blockDim.x) {
-        f4 x[WORDS];
-        load_words(x, r.x, v0, r.V);
-#pragma unroll
-        for (int e = 0; e < 4 * WORDS; e++) {
-            const int column = v0 + e / 4 * 4 * blockDim.x + e % 4;
-            if (column < r.V && x[e / 4].v[e % 4] >= cut) {
-                const int at = atomicAdd(&next, 1);
-                scores[at] = x[e / 4].v[e % 4];
-                columns[at] = column;
-            }
+    over_row(r, [&](float score, int column) {
+        if (score >= cut) {
+            const int at = atomicAdd(&next, 1);
+            scores[at] = score;
+            columns[at] = column;
         }
-    }
+    });
     __syncthreads();
     r.listed = number;
     r.scores = scores;

@@ -50,7 +50,6 @@ UNNOTICED = {
         "(threadIdx.x >> 5) < busy",
         "if (v < r.V)",
         "if (i < CUTS)",
-        "if (column < r.V && x[e / 4]",
         "for (int i = 0; i < CUTS; i++)",
         "if (number[i] <= LISTED",
         "number[i] >= c.top_k",
