@@ -9,7 +9,7 @@ hangs or takes its process down is told as such, and the rest go on in a new pro
 is written after each item. A time is the median of the repeats after one that is not counted. No
 network.
 
-    self-test       python -m glmlora.tools.selftest, in four parts
+    self-test       python -m glmlora.tools.selftest, in three parts
     ceilings        what torch's copy and products of the model's shapes reach here
     chat            ours: prefill and tokens, weights in 16 bits, int8 and int4 (groups of 32)
     train           ours: a LoRA step (rank 8 on the queries, keys and values) with its update
@@ -61,7 +61,7 @@ TOY = dict(
     seq_length=256,
 )
 LABELS = 8  # labelled tokens at a row's end
-PARTS = ("float32 l", "float32", "float16", "bfloat16")  # of the self-test
+PARTS = ("float32", "float16", "bfloat16")  # of the self-test
 
 
 class Shapes:

@@ -50,7 +50,7 @@ class Timed(DeviceOps):
         mats = [a for a in args if isinstance(a, Mat)]
         nbytes = max((m.array.nbytes for m in mats), default=AWAY)
         rounds = max(1, min(16, -(-AWAY // nbytes)))
-        calls = []
+        calls, kept = [], []
         for copy in range(rounds):
             again = [
                 Mat(a.array.copy(), a.struct.dtype, a.scale, a.struct.group)
@@ -58,7 +58,7 @@ class Timed(DeviceOps):
                 else a
                 for a in args
             ]
-            self._kept = [*getattr(self, "_kept", []), again]  # addresses are keys
+            kept.append(again)  # addresses are keys
             calls.append([self._pass(t, a, op) for t, a in zip(signature, again, strict=True)])
         word = np.empty(1, np.float32)
         some = next(iter(self._held.values()))[0]
@@ -91,7 +91,7 @@ class Timed(DeviceOps):
             self.found = {"kernels": sum(kernels.values())} | kernels | self.found
         for base, _, _ in self._held.values():
             self._free(self._be, base)
-        self._held, self._kept = {}, []
+        self._held = {}
 
 
 def normal(*shape: int) -> np.ndarray:
