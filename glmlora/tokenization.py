@@ -741,12 +741,11 @@ def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
         return families.DEFAULT  # refused with its name when it is opened
     config = directory / "config.json"
     fields = read_json(config, dict) if config.exists() else {}
-    name, known = recognition.find(fields, directory, tokenizer_config), families.with_tokenizer()
-    if name not in {family.name for family in known}:
-        choices = " or ".join(f'family="{family.name}"' for family in known)
+    name = recognition.find(fields, directory, tokenizer_config)
+    if name not in {family.name for family in families.with_tokenizer()}:
         raise ValueError(
             f"{directory}: its config.json or {CONFIG} says family {name!r}, whose tokenizer is "
-            f"another than its {VOCABULARY}; say {choices} if that is wrong"
+            f"another than its {VOCABULARY}; say {recognition.choices()} if that is wrong"
         )
     return name
 

@@ -96,6 +96,11 @@ def find(
     return family.name
 
 
+def choices() -> str:
+    """How a family that has a tokenizer is asked for."""
+    return " or ".join(f'family="{family.name}"' for family in with_tokenizer())
+
+
 def _tell_guess(fields: Mapping[str, Any], directory: Path) -> None:
     family, known = default(), with_tokenizer()
     others = " and ".join(f.title for f in known if f is not family)
@@ -106,11 +111,10 @@ def _tell_guess(fields: Mapping[str, Any], directory: Path) -> None:
             f" Its rope_ratio {ratio} then divides positions; in the others it multiplies the "
             'rotary base, which rope_mode="base" says.'
         )
-    choices = " or ".join(f'family="{f.name}"' for f in known)
     warn(
         f"{directory}: taken as {family.title}, which is a guess: no name of a published model and "
         f"nothing in its files tells it from {others}, whose prompts are others.{meaning} Say "
-        f"{choices} when it is opened"
+        f"{choices()} when it is opened"
     )
 
 

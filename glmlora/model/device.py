@@ -149,7 +149,9 @@ def _present(device: Device) -> dict[str, Any]:
 def preload_cublas(device: str = "cuda") -> Path | None:
     """Load cuBLAS from NVIDIA's wheels, unless the process has it: that comes first in the core's
     own search (in the process, beside this package, by the system's loader). Returns its file.
-    """  # asked for the device that will be used: the question makes a context there
+
+    device: the one that will be used, since the question which CUDA it needs makes a context there.
+    """
     import ctypes
 
     for major, folder in ((13, "cu13"), (12, "cublas")):
