@@ -177,8 +177,12 @@ def nvcc_library(archs: list[str]) -> Path:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # 200 MB each
         list(pool.map(compile_it, sources, objects))
-    link = ["-cudart", "static", "-ldl", "-Xlinker", "-zdefs"]
-    run(NVCC or "nvcc", "-shared", *objects, "-o", library, *link)
+    if stale(library, objects):
+        # Whole at once: somebody may have the one before it open.
+        link = ["-cudart", "static", "-ldl", "-Xlinker", "-zdefs"]
+        new = library.with_suffix(f".{os.getpid()}.so")
+        run(NVCC or "nvcc", "-shared", *objects, "-o", new, *link)
+        new.replace(library)
     return library
 
 

@@ -1,10 +1,12 @@
 """A folder has one owner: temporary names belong to a living process, or the next removes them."""
 
 import errno
+import gc
 import json
 import os
 import signal
 import socket
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,6 +23,7 @@ from glmlora.files.checkpoint import (
     write_text,
 )
 from glmlora.files.owner import NAME, owned
+from glmlora.files.regular import read_text
 from glmlora.files.staging import remove_litter
 
 
@@ -302,3 +305,51 @@ def test_without_locks_the_process_itself_is_looked_for(tmp_path, monkeypatch, w
         with pytest.warns(UserWarning, match="taken over"), owned(tmp_path):
             pass
     assert (NAME in os.listdir(tmp_path)) == (whose in ("mine", "elsewhere"))
+
+
+def interrupted(work, at: int) -> bool:
+    """Whether `work` came to step `at` of the interpreter in glmlora/files, where Ctrl-C met it."""
+    left = at
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if os.path.dirname(frame.f_code.co_filename) != os.path.dirname(owner.__file__):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.filterwarnings("ignore:.*taken over")
+def test_ctrl_c_at_every_step_leaves_no_file_open_and_no_lock(tmp_path):
+    """At each of the interpreter's steps: whoever comes next finds the folder free, and whole."""
+
+    def work():
+        with owned(tmp_path):
+            write_text(tmp_path / "a", "x")
+            assert read_text(tmp_path / "a") == "x"
+            with atomic_directory(tmp_path / "b") as inside:
+                (inside / "c").write_text("y")
+
+    work()
+    gc.collect()
+    before, steps = len(os.listdir("/proc/self/fd")), 0
+    while interrupted(work, steps):
+        assert len(os.listdir("/proc/self/fd")) == before, f"step {steps}"
+        steps += 1
+    assert steps > 500
+    work()
+    assert content(tmp_path) == {"a": b"x", "b/c": b"y"}

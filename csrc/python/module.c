@@ -269,6 +269,8 @@ static PyMethodDef functions[] = {
     {"warp_logits", (PyCFunction)(void *)glm_py_warp_logits, METH_VARARGS | METH_KEYWORDS,
      "Probabilities after temperature, top-k, top-p and softmax."},
     {"sample", (PyCFunction)(void *)glm_py_sample, METH_VARARGS | METH_KEYWORDS, "One token id."},
+    {"open_checked", glm_py_open_checked, METH_VARARGS,
+     "The number of a file that passed a check."},
     {"map_file", glm_py_map_file, METH_VARARGS, "All of an open file as a read-only array."},
     {"guard", glm_py_guard, METH_O, "Begin or end reads of mapped files in this thread."},
     {"check_mapped", glm_py_check_mapped, METH_O,
@@ -292,9 +294,12 @@ static int module_exec(PyObject *module)
     struct module_state *state = PyModule_GetState(module);
     state->model_type = glm_model_type(module);
     state->cache_type = glm_cache_type(module);
-    if (!state->model_type || !state->cache_type || PyModule_AddType(module, state->model_type) < 0)
-        return -1;
-    return PyModule_AddType(module, state->cache_type);
+    state->descriptor_type = glm_descriptor_type(module);
+    PyTypeObject *types[] = {state->model_type, state->cache_type, state->descriptor_type};
+    for (int i = 0; i < 3; i++)
+        if (!types[i] || PyModule_AddType(module, types[i]) < 0)
+            return -1;
+    return 0;
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
@@ -302,6 +307,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     struct module_state *state = PyModule_GetState(module);
     Py_VISIT(state->model_type);
     Py_VISIT(state->cache_type);
+    Py_VISIT(state->descriptor_type);
     return 0;
 }
 
@@ -310,6 +316,7 @@ static int module_clear(PyObject *module)
     struct module_state *state = PyModule_GetState(module);
     Py_CLEAR(state->model_type);
     Py_CLEAR(state->cache_type);
+    Py_CLEAR(state->descriptor_type);
     return 0;
 }
 

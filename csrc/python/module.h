@@ -22,7 +22,7 @@ struct module_state {
     struct glm_backend *backends[GLM_MAX_BACKENDS];
     int n_backends;
     int threads; /* 0 until set_num_threads */
-    PyTypeObject *model_type, *cache_type;
+    PyTypeObject *model_type, *cache_type, *descriptor_type;
 };
 
 /* sampling.c */
@@ -46,8 +46,12 @@ int glm_locks_create(void); /* -1 with an exception set */
 void glm_lock_backends(void);
 void glm_unlock_backends(void);
 
-/* model_type.c, cache_type.c: a new reference, or NULL */
+/* descriptor.c */
+PyObject *glm_py_open_checked(PyObject *module, PyObject *args);
+
+/* model_type.c, cache_type.c, descriptor.c: a new reference, or NULL */
 PyTypeObject *glm_model_type(PyObject *module);
 PyTypeObject *glm_cache_type(PyObject *module);
+PyTypeObject *glm_descriptor_type(PyObject *module);
 
 #endif

@@ -13,16 +13,18 @@ import os
 import socket
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .._core import Descriptor
 from .regular import check_regular
 from .staging import remove_litter, same_file
 
 NAME = ".glmlora-owner"
-_held: dict[int, Path] = {}  # descriptors of this process, and their files
+_held: weakref.WeakKeyDictionary[Descriptor, Path] = weakref.WeakKeyDictionary()  # of this process
 
 
 @contextmanager
@@ -34,58 +36,58 @@ def owned(folder: str | os.PathLike, shared: bool = False) -> Iterator[None]:
     folder, and the process and machine that work in it.
     """
     file = Path(folder, NAME)
-    if shared and any(same_file(file, descriptor) for descriptor in list(_held)):
+    if shared and any(same_file(file, held) for held in list(_held)):
         yield
         return
-    descriptor, process = _take(file, folder), os.getpid()
-    _held[descriptor] = file
+    held, process = _take(file, folder), os.getpid()
     try:
+        _held[held] = file
         remove_litter(folder)
         yield
     finally:
         if os.getpid() == process:  # not a child that was forked in the block
-            del _held[descriptor]
+            _held.pop(held, None)
             with suppress(OSError):
-                if same_file(file, descriptor):
+                if same_file(file, held):
                     file.unlink()
-            os.close(descriptor)
+            held.close()
 
 
-def _take(file: Path, folder: str | os.PathLike) -> int:
-    """A descriptor that holds the lock of `file`, in which this process is named."""
+def _take(file: Path, folder: str | os.PathLike) -> Descriptor:
+    """The open `file`, whose lock this process holds and in which it is named."""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        held = Descriptor(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            check_regular(file, os.fstat(descriptor).st_mode)
-            taken = _lock(descriptor, file, folder)
-            if same_file(file, descriptor):  # not removed in between by an owner that ended
+            check_regular(file, os.fstat(held.fileno()).st_mode)
+            taken = _lock(held, file, folder)
+            if same_file(file, held):  # not removed in between by an owner that ended
                 if taken is not None:
                     warnings.warn(
                         f"{os.fspath(folder)}: {_named(taken)} ended without leaving it; it is "
                         "taken over",
                         stacklevel=5,
                     )
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
-                return descriptor
+                os.ftruncate(held.fileno(), 0)
+                os.pwrite(held.fileno(), json.dumps(_this_process()).encode(), 0)
+                return held
         except OSError as error:
-            os.close(descriptor)
+            held.close()
             if error.filename is None and error.errno is not None:
                 raise OSError(error.errno, error.strerror, str(file)) from error
             raise
         except BaseException:
-            os.close(descriptor)
+            held.close()  # now, not with the traceback
             raise
-        os.close(descriptor)
+        held.close()
 
 
-def _lock(descriptor: int, file: Path, folder: str | os.PathLike) -> dict[str, Any] | None:
+def _lock(held: Descriptor, file: Path, folder: str | os.PathLike) -> dict[str, Any] | None:
     """Take the lock; who held it before and did not leave."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return _read(descriptor)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _read(held)
     except OSError as error:
-        owner = _read(descriptor)
+        owner = _read(held)
         if error.errno in (errno.EAGAIN, errno.EACCES):
             advice = "wait until it ends, or give another folder"
         elif owner is not None and _may_live(owner):  # a file system without locks
@@ -106,9 +108,9 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _read(descriptor: int) -> dict[str, Any] | None:
+def _read(held: Descriptor) -> dict[str, Any] | None:
     try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
+        owner = json.loads(os.pread(held.fileno(), 4096, 0))
     except ValueError:  # nothing yet, or somebody else's
         return None
     return owner if isinstance(owner, dict) else None
@@ -143,9 +145,9 @@ def _started(pid: int) -> str | None:
 
 def _forget() -> None:
     """In a forked child: the folder is its parent's, and free when that one ends."""
-    for descriptor in _held:
+    for held in list(_held):
         with suppress(OSError):
-            os.close(descriptor)
+            held.close()
     _held.clear()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
+
+from .._core import open_checked
 
 _KINDS = (
     (stat.S_ISFIFO, "a FIFO (named pipe)"),
@@ -25,25 +28,13 @@ def check_regular(path: str | os.PathLike, mode: int) -> None:
     raise ValueError(f"{path}: is {found}, expected a regular file")
 
 
-def regular(path: str, flags: int) -> int:
-    """An opener for open() that takes regular files only, and never waits:
-
-        open(path, "rb", opener=regular)
-
-    A file that is to be made need not be there. Raises IsADirectoryError, ValueError as
-    `check_regular`, OSError as os.open() does.
-    """
-    # Before it is opened: opening a device may already act on it.
-    if not flags & os.O_CREAT or os.path.exists(path):
-        check_regular(path, os.stat(path).st_mode)
-    # It may be another file by now. Without O_NONBLOCK, opening a FIFO waits for a writer.
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
-    try:
-        check_regular(path, os.fstat(descriptor).st_mode)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+#: An opener for open() that takes regular files only, and never waits:
+#:
+#:     open(path, "rb", opener=regular)
+#:
+#: A file that is to be made need not be there. Raises IsADirectoryError, ValueError as
+#: `check_regular`, OSError as os.open() does.
+regular = functools.partial(open_checked, check_regular)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:

@@ -18,26 +18,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .._core import Descriptor
+
 _NAME = re.compile(r"\.\d+-[0-9a-f]{12}\.tmp")
 #: In a temporary folder: what is to take its place; what stood there; name -> inode of the former.
 _NEW, _OLD, _OURS = "new", "old", "new.json"
 
 
-def lock(descriptor: int) -> bool:
+def lock(file: Descriptor) -> bool:
     """Take the lock of an open file or folder: False where another one has it. It ends with the
     process, however that ends. A file system without locks (errors other than that) gives none,
     and True.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
 
 
-def temporary(folder: Path, directory: bool = False) -> tuple[Path, int]:
-    """A new, locked file or directory in `folder`: its path, and its descriptor, open for writing
-    where it is a file. Raises OSError naming it.
+def temporary(folder: Path, directory: bool = False) -> tuple[Path, Descriptor]:
+    """A new, locked file or directory in `folder`: its path, and the open file, for writing where
+    it is no directory. Raises OSError naming it.
     """
     while True:
         path = folder / f".{os.getpid()}-{os.urandom(6).hex()}.tmp"
@@ -45,7 +47,7 @@ def temporary(folder: Path, directory: bool = False) -> tuple[Path, int]:
             path.mkdir()
         try:
             flags = os.O_DIRECTORY if directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
-            descriptor = os.open(path, flags, 0o666)
+            file = Descriptor(path, flags)
         except FileNotFoundError:
             if directory and folder.is_dir():  # taken for litter before it was locked
                 continue
@@ -54,15 +56,15 @@ def temporary(folder: Path, directory: bool = False) -> tuple[Path, int]:
             with suppress(OSError):
                 path.rmdir()
             raise
-        if lock(descriptor) and same_file(path, descriptor):
-            return path, descriptor
-        os.close(descriptor)
+        if lock(file) and same_file(path, file):
+            return path, file
+        file.close()
 
 
-def same_file(path: Path, descriptor: int) -> bool:
+def same_file(path: Path, file: Descriptor) -> bool:
     """Whether an open file is what stands under `path` (still, or by now)."""
     try:
-        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+        return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
 
@@ -78,20 +80,17 @@ def remove_litter(folder: str | os.PathLike) -> None:
         return
     for name in names:
         path = Path(folder, name)
-        with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                # Refused where it is held. Where there are no locks nobody knows whose it is.
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not same_file(path, descriptor):
-                    continue
-                if path.is_dir():
-                    _put_back(path)
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            finally:
-                os.close(descriptor)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        with suppress(OSError), Descriptor(path, flags) as file:
+            # Refused where it is held. Where there are no locks nobody knows whose it is.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not same_file(path, file):
+                continue
+            if path.is_dir():
+                _put_back(path)
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 @contextmanager
@@ -105,7 +104,7 @@ def staged(folder: Path, stale: re.Pattern[str] | None = None) -> Iterator[Path]
     """
     remove_litter(folder)
     try:
-        place, descriptor = temporary(folder, directory=True)
+        place, held = temporary(folder, directory=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
     try:
@@ -133,7 +132,7 @@ def staged(folder: Path, stale: re.Pattern[str] | None = None) -> Iterator[Path]
         raise OSError(error.errno, error.strerror, str(named)) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
-        os.close(descriptor)
+        held.close()
 
 
 def _exchange(folder: Path, place: Path, names: Sequence[str], aside: Sequence[str]) -> None:
@@ -172,21 +171,16 @@ def _sync(folder: Path) -> None:
     """Make everything below `folder` durable."""
     for path, _, names in os.walk(folder):
         for name in names:
-            descriptor = os.open(os.path.join(path, name), os.O_RDONLY)
             try:
-                os.fsync(descriptor)
+                with Descriptor(os.path.join(path, name), os.O_RDONLY) as file:
+                    os.fsync(file.fileno())
             except OSError as error:
                 raise OSError(error.errno, error.strerror, os.path.join(path, name)) from error
-            finally:
-                os.close(descriptor)
         sync_directory(path)
 
 
 def sync_directory(path: str | os.PathLike) -> None:
     """Make a rename inside `path` durable, where the file system can."""
     with suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with Descriptor(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)) as folder:
+            os.fsync(folder.fileno())

@@ -48,19 +48,22 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
         check_regular(path, target.stat().st_mode)  # a rename would replace /dev/null for everybody
     remove_litter(target.parent)
     try:
-        place, descriptor = temporary(target.parent)
+        place, held = temporary(target.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-    file = open(descriptor, mode, **text)
+    file = open(held.fileno(), mode, closefd=False, **text)
     try:
         yield file
         file.flush()
-        os.fsync(descriptor)
+        os.fsync(held.fileno())
         os.replace(place, target)
         file.close()
+        held.close()
     except BaseException as error:
         with suppress(OSError):
             file.close()
+        with suppress(OSError):
+            held.close()
         with suppress(OSError):
             os.unlink(place)
         if isinstance(error, OSError):
