@@ -11,7 +11,7 @@ for, L = layers,
 H = hidden size, V = vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Literal
 
