@@ -201,7 +201,7 @@ def _there(path: str) -> FileExistsError:
 
 
 def check_space(output: Output, rows: Sequence[Mapping[str, Any]]) -> None:
-    """OSError where the output cannot be written, e.g. for a disk without room for the rows and 64
+    """OSError where the output cannot be written, e.g. for a disk without room for the rows and 128
     bytes of answer each; ValueError naming a cell that is no text.
     """
     size = 0
@@ -215,7 +215,7 @@ def check_space(output: Output, rows: Sequence[Mapping[str, Any]]) -> None:
                     f"--columns: row {number} has half a character in column {name!r}, at "
                     f"{error.start}: it cannot be written as UTF-8"
                 ) from None
-    size += 64 * len(rows)
+    size += 128 * len(rows)  # the answer, and its line in the journal
     try:
         with atomic_file(output.path, "w") as file:
             file.write(" " * min(size, 1 << 16))

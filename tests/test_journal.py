@@ -561,7 +561,7 @@ def test_an_output_without_room_is_known_first(place, capsys, monkeypatch):
     model = Answers(monkeypatch, {})
     status, told = predict(capsys)
     assert status == 1 and "--output: cannot be written: No space left" in told
-    assert asked == [70 * (1000 + 64)] and not model.asked
+    assert asked == [70 * (1000 + 128)] and not model.asked
     assert os.listdir() == ["in.csv"]
 
 
