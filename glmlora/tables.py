@@ -408,8 +408,9 @@ def run_job(
     count = {"total": rows, "initial": rows - len(missing)}
     try:
         if missing:
+            ready = compute(missing)  # a model that it loads is no time of rows
             with bar(desc="predict", unit="row", disable=None, **count) as shown:
-                for row, result in compute(missing):
+                for row, result in ready:
                     journal.add(row, result)
                     shown.update()
     except BaseException:
