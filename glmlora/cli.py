@@ -188,8 +188,8 @@ def predict(args: argparse.Namespace) -> int:
     loaded = {n: getattr(args, n) for n in ("family", "dtype", "compute_dtype")}
     device = devices.find(args.device).type
     settings = {**sampling, **loaded, "device": device, "glmlora": glmlora.__version__}
-    folder = model_directory(args.model)
-    job = tables.describe_job(folder, args.adapter, rows, args.template, settings)
+    folders = tables.describe_folders(model_directory(args.model), args.adapter)
+    job = tables.describe_job(folders, rows, args.template, settings)
 
     def compute(missing: list[int]) -> Iterator[tuple[int, Any]]:
         model, tokenizer = _load(

@@ -48,13 +48,7 @@ def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
             f"--input: {os.fspath(path)!r}: looked for a table (from {os.getcwd()}) and found none"
             f"{near_path(path)}"
         )
-    rows = read_rows(path)
-    if not rows:
-        raise ValueError(f"{path}: the table has no rows")
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            kind = type(row).__name__
-            raise ValueError(f"{path} row {number}: expected an object of columns, got {kind}")
+    rows = rows_of(path)
     there = columns_of(rows)
     for name in names:
         if name not in there:
@@ -63,6 +57,47 @@ def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
                 f"{listed(there)}"
             )
     return rows
+
+
+def rows_of(table: Any) -> list[dict[str, Any]]:
+    """The rows of a DataFrame, of a list of dicts, or of the csv, json or jsonl file of this path;
+    a cell of a DataFrame without a value is None. ValueError without rows, for a row that is no
+    object, and for a column that stands twice; TypeError for what is no table.
+    """
+    if isinstance(table, str | os.PathLike):
+        name, rows = os.fspath(table), read_rows(table)
+    elif hasattr(table, "columns") and hasattr(table, "itertuples"):
+        name, columns = "DataFrame", [str(column) for column in table.columns]
+        twice = [column for column, count in Counter(columns).items() if count > 1]
+        if twice:
+            raise ValueError(f"DataFrame: column {twice[0]!r} stands twice")
+        # Column by column: a row of a mixed frame would turn its ints into floats.
+        cells = zip(*(list(table[column]) for column in table.columns), strict=True)
+        rows = [dict(zip(columns, map(_cell, row), strict=True)) for row in cells]
+    elif isinstance(table, Iterable) and not isinstance(table, Mapping | bytes):
+        name, rows = "table", list(table)
+    else:
+        raise TypeError(
+            f"table: expected a DataFrame, a list of dicts or a file name, got "
+            f"{type(table).__name__}"
+        )
+    if not rows:
+        raise ValueError(f"{name}: the table has no rows")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            kind = type(row).__name__
+            raise ValueError(f"{name} row {number}: expected an object of columns, got {kind}")
+    return rows
+
+
+def _cell(value: Any) -> Any:
+    """A DataFrame's cell, None for what pandas has for no value: NaN, NaT, NA."""
+    try:
+        return value if value == value else None
+    except TypeError:  # pandas.NA is neither
+        return None
+    except ValueError:  # an array
+        return value
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -168,7 +203,7 @@ def _there(path: str) -> FileExistsError:
 
 
 def check_space(output: Output, rows: Sequence[Mapping[str, Any]]) -> None:
-    """OSError where the output cannot be written, e.g. for a disk without room for the rows and 64
+    """OSError where the output cannot be written, e.g. for a disk without room for the rows and 128
     bytes of answer each; ValueError naming a cell that is no text.
     """
     size = 0
@@ -182,7 +217,7 @@ def check_space(output: Output, rows: Sequence[Mapping[str, Any]]) -> None:
                     f"--columns: row {number} has half a character in column {name!r}, at "
                     f"{error.start}: it cannot be written as UTF-8"
                 ) from None
-    size += 64 * len(rows)
+    size += 128 * len(rows)  # the answer, and its line in the journal
     try:
         with atomic_file(output.path, "w") as file:
             file.write(" " * min(size, 1 << 16))
@@ -277,27 +312,64 @@ def journal_path(path: str | os.PathLike) -> str:
     return f"{os.fspath(path)}.journal"
 
 
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|index\.json)|(adapter_|generation_)?config\.json")
-_ADAPTER = re.compile(rf"{_WEIGHTS.pattern}|prompt_template\.json")
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|index\.json)|((adapter_|generation_)?config|prompt_template)\.json"
+)
 _TOKENIZER = re.compile("|".join(map(re.escape, TOKENIZER)))
+_SAMPLE = 1 << 14  # values of a weight
+
+
+def describe_folders(model: str | os.PathLike, adapter: str | os.PathLike | None) -> dict[str, Any]:
+    """What answers depend on in the folders of a model and an adapter, before they are loaded."""
+    return {
+        "model": digests(model, _WEIGHTS),
+        "adapter": None if adapter is None else digests(adapter, _WEIGHTS),
+        "tokenizer": digests(model, _TOKENIZER),
+    }
+
+
+def describe_model(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The same of a model in memory, whatever it was loaded from or trained to since: its device
+    and types, and of each weight, adapters included, a sample of up to 16,384 values.
+    """
+    core = model.core
+    sums = {}
+    for name in sorted(core.names()):
+        values = core.read(name).reshape(-1)
+        sample = values[:: max(1, values.size // _SAMPLE)]
+        form = f"{core.dtype(name)} {core.shape(name)} "
+        sums[name] = digest(form.encode() + sample.tobytes())
+    configs = getattr(model, "peft_config", {})
+    adapters = {name: _fields_digest(config.to_dict()) for name, config in configs.items()}
+    return {
+        "model": {"weights": digest(json.dumps(sums).encode())},
+        "adapter": adapters | {"active": str(getattr(model, "active_adapter", None))},
+        "products": core.backend,
+        "prompts": {"family": str(tokenizer.family), "template": model.prompt_template},
+        "tokenizer": digests(tokenizer.name_or_path, _TOKENIZER),
+    }
+
+
+def _fields_digest(fields: Mapping[str, Any]) -> str:
+    """Of an adapter's settings, without those of where it was trained."""
+    kept = {
+        n: v for n, v in fields.items() if n not in ("base_model_name_or_path", "inference_mode")
+    }
+    return digest(json.dumps(kept, sort_keys=True, default=str).encode())
 
 
 def describe_job(
-    model: str | os.PathLike,
-    adapter: str | os.PathLike | None,
+    model: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     template: str,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What answers depend on, for a `Journal`: the files of two folders, the rows, the template,
-    and settings, which are told by name. The form of the output is none of it: one journal gives
-    any.
+    """What answers depend on, for a `Journal`. model: as `describe_folders` or `describe_model`
+    give it; settings: told by name. The form of the output is none of it: one journal gives any.
     """
     table = json.dumps(rows, default=str).encode()
     return {
-        "model": digests(model, _ADAPTER),
-        "adapter": None if adapter is None else digests(adapter, _ADAPTER),
-        "tokenizer": digests(model, _TOKENIZER),
+        **model,
         "template": template,
         "table": {"rows": len(rows), "content": digest(table)},
         "settings": dict(settings),
@@ -305,13 +377,16 @@ def describe_job(
 
 
 def open_journal(
-    output: str, job: Mapping[str, Any], rows: int, seed: int | None, overwrite: bool
+    output: str | None, job: Mapping[str, Any], rows: int, seed: int | None, overwrite: bool
 ) -> Journal:
-    """The journal beside an output, new or gone on with, which is told. seed: of sampling; None: a
+    """The journal beside an output, new or gone on with, which is told; without an output one in
+    memory. seed: of sampling; None: a
     drawn one, which the journal keeps. overwrite: begin anew where it is another job's. Raises as
     `Journal`, and FileExistsError where an output is there and rows are missing.
     """
     seed = next_seed() if seed is None else seed
+    if output is None:
+        return Journal(None, job, seed)
     journal = Journal(journal_path(output), job, seed, anew=overwrite)
     if journal.missing(rows) and os.path.exists(output) and not overwrite:
         with journal:
