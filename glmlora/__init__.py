@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .generation.streamers import BaseStreamer as BaseStreamer
     from .generation.streamers import TextIteratorStreamer as TextIteratorStreamer
     from .generation.streamers import TextStreamer as TextStreamer
+    from .inspection import Report as Report
+    from .inspection import inspect as inspect
     from .model.adapter_config import LoraConfig as LoraConfig
     from .model.adapter_config import PeftConfig as PeftConfig
     from .model.adapter_config import PeftType as PeftType
@@ -64,6 +66,7 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
         "StoppingCriteriaList"
     ),
     "generation.streamers": "BaseStreamer TextIteratorStreamer TextStreamer",
+    "inspection": "Report inspect",
     "model.adapter_config": "LoraConfig PeftConfig PeftType PrefixTuningConfig TaskType",
     "model.auto": "AutoModel AutoModelForCausalLM",
     "model.configuration": "AutoConfig ChatGLMConfig",
