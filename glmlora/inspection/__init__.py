@@ -157,7 +157,9 @@ def _check_columns(argument: str, used: Sequence[str], columns: Sequence[str]) -
 
 
 def _is_missing(value: Any) -> bool:
-    return is_missing(value) or (isinstance(value, str) and value.strip() in _MISSING)
+    if isinstance(value, str):
+        return value.isspace() or (len(value) < 20 and value.strip() in _MISSING)
+    return is_missing(value)
 
 
 def _looked_at(
