@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from .model.prefix import load_prefix as load_prefix
     from .model.prefix import save_prefix as save_prefix
     from .seeds import set_seed as set_seed
+    from .submission import Submission as Submission
+    from .submission import submit as submit
     from .tokenization import AutoTokenizer as AutoTokenizer
     from .training.arguments import TrainingArguments as TrainingArguments
     from .training.optim import AdamW as AdamW
@@ -78,6 +80,7 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     ),
     "model.prefix": "load_prefix save_prefix",
     "seeds": "set_seed",
+    "submission": "Submission submit",
     "tokenization": "AutoTokenizer",
     "training.arguments": "TrainingArguments",
     "training.optim": "AdamW",

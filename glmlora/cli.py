@@ -1,4 +1,5 @@
-"""The command `glmlora`: train, chat, predict, inspect, plan, init, run, merge, doctor, demo.
+"""The command `glmlora`: train, chat, predict, inspect, submit, plan, init, run, merge,
+doctor, demo.
 
 Each verb is one function below."""
 
@@ -200,6 +201,14 @@ def inspect(args: argparse.Namespace) -> int:
             report.plot(picture)
             written += f"; {picture}: lengths and labels"
         print(f"\n{written}")
+    return 0
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Predictions as a submission: checked against a sample, in its order and form."""
+    from glmlora import submission
+
+    print(submission.submit(args.sample, args.predictions, args.output, args.overwrite))
     return 0
 
 
@@ -415,6 +424,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _sampling_flags(p := verb("predict", predict))
     _predict_flags(p)
     _inspect_flags(verb("inspect", inspect))
+    p = verb("submit", submit)
+    _flag(p, "--sample", required=True, metavar="TABLE", help="the sample submission")
+    _flag(p, "--predictions", required=True, metavar="TABLE", help="csv, json or jsonl table")
+    _flag(p, "--output", required=True, help="csv to write")
+    _flag(p, "--overwrite", action="store_true", help="replace an output that is there")
+
     _plan_flags(verb("plan", plan))
 
     p = verb("init", init)
