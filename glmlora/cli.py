@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -154,29 +154,47 @@ def chat(args: argparse.Namespace) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     """A table in, a table out: one answer for each row."""
+    import glmlora
     from glmlora import tables
     from glmlora.training.methods import unwrapped
 
     sampling = {"temperature": 0.01, **_generation(args)}
-    choices = tables.read_choices(args.choices, args.fallback)
+    choices = tables.read_choices(args.choices)
     _check_model(args)
     tables.check_place(args.output, args.overwrite, args.input)
     rows = tables.read_table(args.input, args.template)
-    there = tables.columns_of(rows)
     output = tables.plan_output(
-        args.output, there, args.columns, args.add or [], args.answer_column
+        args.output,
+        tables.columns_of(rows),
+        args.columns,
+        args.add or [],
+        args.answer_column,
+        raw=choices is not None and args.fallback is None,
     )
+    tables.check_space(output, rows)
     prompts = tables.fill_template(args.template, rows)
-    model, tokenizer = _load(
-        args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
-    )
-    with ending_signals():
-        answers = tables.answer_all(unwrapped(model), tokenizer, rows, prompts, output, **sampling)
-    kept = tables.partial_path(args.output)
-    tables.write_table(output, rows, tables.check_choices(answers, choices, args.fallback, kept))
-    tables.discard_partial(args.output)
+    loaded = {n: getattr(args, n) for n in ("family", "dtype", "compute_dtype")}
+    device = devices.find(args.device).type
+    settings = {**sampling, **loaded, "device": device, "glmlora": glmlora.__version__}
+    folder = model_directory(args.model)
+    job = tables.describe_job(folder, args.adapter, rows, args.template, settings)
+
+    def compute(missing: list[int]) -> Iterator[tuple[int, Any]]:
+        model, tokenizer = _load(
+            args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
+        )
+        return tables.answers(unwrapped(model), tokenizer, prompts, journal, missing, **sampling)
+
+    with (
+        ending_signals(),
+        tables.open_journal(args.output, job, len(rows), args.seed, args.overwrite) as journal,
+    ):
+        results = tables.run_job(journal, len(rows), compute)
+        whole = tables.write_answers(
+            output, rows, results, choices, args.fallback, journal, args.overwrite
+        )
     print(f"{args.output}: {len(rows)} rows")
-    return 0
+    return 0 if whole else 1
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -355,8 +373,13 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     )
     _flag(parser, "--answer-column", default="label", help="name of the answers' column")
     _flag(parser, "--choices", help="the only answers allowed, e.g. 0,1")
-    _flag(parser, "--fallback", help="the answer for rows whose answer is none of --choices")
-    _flag(parser, "--overwrite", action="store_true", help="replace an output that is there")
+    _flag(parser, "--fallback", help="the answer for rows without one, or with none of --choices")
+    _flag(
+        parser,
+        "--overwrite",
+        action="store_true",
+        help="replace an output, or another job's journal",
+    )
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:

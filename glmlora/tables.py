@@ -1,27 +1,35 @@
 """A table in, a table out: prompts from the columns of its rows, an answer for each row.
 
-All that can be wrong with what was asked is found before the first row is answered, and every
-answer is on disk as soon as it is there, in a file beside the output that the whole one replaces.
+All that can be wrong with what was asked is found before the first row is answered. Every result is
+in a journal beside the output as soon as it is there, and the same command goes on from it; the
+output is written once all are there, and the journal goes.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
+import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 from . import tell
+from .files.journal import Journal, digest, digests
 from .files.rows import read_rows
+from .files.small import TOKENIZER
 from .files.write import atomic_file
 from .generation.chat import chat_rows
+from .generation.generate import ROWS
 from .names import did_you_mean, listed
+from .progress import bar
+from .seeds import next_seed, seed_of
 from .training.flags import near_path
 
 
@@ -109,27 +117,33 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Output:
-    """What is written: `columns` of each row, `constants` among them, then the answer."""
+    """What is written: `columns` of each row, `constants` among them, then the answer, and where
+    `raw_column` is not None, what the model answered.
+    """
 
     path: str
     columns: list[str]
     constants: dict[str, str]
     answer_column: str
+    raw_column: str | None = None
 
     def header(self) -> list[str]:
-        return [*self.columns, self.answer_column]
+        more = [] if self.raw_column is None else [self.raw_column]
+        return [*self.columns, self.answer_column, *more]
 
-    def cells(self, row: Mapping[str, Any], answer: str) -> list[str]:
+    def cells(self, row: Mapping[str, Any]) -> list[str]:
+        """What a row has before its answer."""
+
         def cell(name: str) -> str:
             value = self.constants.get(name, row.get(name))
             return "" if value is None else _text(value)
 
-        return [*map(cell, self.columns), answer]
+        return [*map(cell, self.columns)]
 
 
 def check_place(path: str | os.PathLike, overwrite: bool, input: str | os.PathLike) -> None:
-    """OSError or ValueError for an output that cannot be written, is there already, or is the
-    input.
+    """OSError or ValueError for an output that has no place, is the input, or is there already and
+    is none that a job with a journal may have written.
     """
     path = os.fspath(path)
     extension = os.path.splitext(path)[1].lower()
@@ -143,24 +157,46 @@ def check_place(path: str | os.PathLike, overwrite: bool, input: str | os.PathLi
     if os.path.exists(path):
         if os.path.exists(input) and os.path.samefile(path, input):
             raise ValueError(f"--output: {path} is the input; give it another name")
-        if not overwrite:
-            raise FileExistsError(f"{path} exists: pass --overwrite to replace it")
-    kept = partial_path(path)
-    if os.path.exists(kept) and not overwrite:
-        raise FileExistsError(
-            f"{kept} exists: it has the answers of a run that was stopped; move it away, or pass "
-            "--overwrite to begin anew"
-        )
+        if not overwrite and not os.path.exists(journal_path(path)):
+            raise _there(path)
+
+
+def _there(path: str) -> FileExistsError:
+    return FileExistsError(f"{path} exists: pass --overwrite to replace it")
+
+
+def check_space(output: Output, rows: Sequence[Mapping[str, Any]]) -> None:
+    """OSError where the output cannot be written, e.g. for a disk without room for the rows and 64
+    bytes of answer each; ValueError naming a cell that is no text.
+    """
+    size = 0
+    for number, row in enumerate(rows):
+        cells = output.cells(row)
+        for name, cell in zip(output.columns, cells, strict=True):
+            try:
+                size += len(cell.encode()) + 1
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"--columns: row {number} has half a character in column {name!r}, at "
+                    f"{error.start}: it cannot be written as UTF-8"
+                ) from None
+    size += 64 * len(rows)
     try:
-        with atomic_file(path, "w") as file:
-            file.write(" " * (1 << 16))  # a full disk shows here
+        with atomic_file(output.path, "w") as file:
+            file.write(" " * min(size, 1 << 16))
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # a full disk shows here, or there:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # cannot be asked there
+                    raise
             raise _NotWritten
     except _NotWritten:
         pass
     except OSError as error:
-        raise OSError(error.errno, f"--output: cannot be written: {error.strerror}", path) from None
+        what = f"--output: cannot be written: {error.strerror}"
+        raise OSError(error.errno, what, output.path) from None
 
 
 class _NotWritten(Exception):
@@ -173,10 +209,12 @@ def plan_output(
     columns: str | None,
     add: Sequence[str],
     answer_column: str,
+    raw: bool = False,
 ) -> Output:
     """The output that the flags ask for. there: the table's columns; columns: those to keep,
     separated by commas (None: all); add: COLUMN=TEXT, behind the others where `columns` does not
-    give it a place. ValueError naming a flag, what it names, and the nearest right word.
+    give it a place; raw: there may be a `raw_column`. ValueError naming a flag, what it names, and
+    the nearest right word.
     """
     constants: dict[str, str] = {}
     for pair in add:
@@ -207,72 +245,177 @@ def plan_output(
             "(--answer-column gives them another)"
         )
     kept += [name for name in constants if name not in kept]
+    if raw and raw_column(answer_column) in kept:
+        raise ValueError(
+            f"--columns: {raw_column(answer_column)!r} is the column of answers that are none of "
+            "--choices; leave it out, or pass --fallback or another --answer-column"
+        )
     return Output(
         os.fspath(path), [name for name in kept if name != answer_column], constants, answer_column
     )
 
 
-def write_table(output: Output, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> None:
-    """Write the columns of the rows and their answers, whole or not at all."""
-    with atomic_file(output.path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(output.header())
-        for row, answer in zip(rows, answers, strict=True):
-            writer.writerow(output.cells(row, answer))
+def table_text(output: Output, rows: Sequence[Mapping[str, Any]], *cells: Sequence[str]) -> str:
+    """The csv of the rows' columns and, behind them, `cells`: one sequence a further column."""
+    lines: list[str] = []
+    # What "\r\n" has in it is quoted in cells, too, which no program takes for the end of a row.
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
+    writer.writerow(output.header())
+    for row, *more in zip(rows, *cells, strict=True):
+        writer.writerow([*output.cells(row), *more])
+    return "".join(line[:-2] + "\n" for line in lines)
+
+
+# A job
+
+
+def journal_path(path: str | os.PathLike) -> str:
+    """Where the results for the output `path` are while they come."""
+    return f"{os.fspath(path)}.journal"
+
+
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|index\.json)|(adapter_|generation_)?config\.json")
+_ADAPTER = re.compile(rf"{_WEIGHTS.pattern}|prompt_template\.json")
+_TOKENIZER = re.compile("|".join(map(re.escape, TOKENIZER)))
+
+
+def describe_job(
+    model: str | os.PathLike,
+    adapter: str | os.PathLike | None,
+    rows: Sequence[Mapping[str, Any]],
+    template: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What answers depend on, for a `Journal`: the files of two folders, the rows, the template,
+    and settings, which are told by name. The form of the output is none of it: one journal gives
+    any.
+    """
+    table = json.dumps(rows, default=str).encode()
+    return {
+        "model": digests(model, _ADAPTER),
+        "adapter": None if adapter is None else digests(adapter, _ADAPTER),
+        "tokenizer": digests(model, _TOKENIZER),
+        "template": template,
+        "table": {"rows": len(rows), "content": digest(table)},
+        "settings": dict(settings),
+    }
+
+
+def open_journal(
+    output: str, job: Mapping[str, Any], rows: int, seed: int | None, overwrite: bool
+) -> Journal:
+    """The journal beside an output, new or gone on with, which is told. seed: of sampling; None: a
+    drawn one, which the journal keeps. overwrite: begin anew where it is another job's. Raises as
+    `Journal`, and FileExistsError where an output is there and rows are missing.
+    """
+    seed = next_seed() if seed is None else seed
+    journal = Journal(journal_path(output), job, seed, anew=overwrite)
+    if journal.missing(rows) and os.path.exists(output) and not overwrite:
+        with journal:
+            raise _there(output)
+    if journal.replaced:
+        print(f"{journal.path}: {journal.replaced}; begun anew", file=sys.stderr)
+    elif journal.results:
+        have = len(journal.results)
+        print(f"{journal.path}: goes on after {have} of {rows} rows", file=sys.stderr)
+    return journal
+
+
+def run_job(
+    journal: Journal, rows: int, compute: Callable[[list[int]], Iterable[tuple[int, Any]]]
+) -> list[Any]:
+    """The results of `rows` rows, in their order: those in the journal, and those that `compute`
+    yields as (row, result JSON can hold), in any order, for the rows it is given, which are added
+    as they come. A progress bar on a terminal; what stops this is told where the results so far
+    are. RuntimeError for a row that has none in the end.
+    """
+    missing = journal.missing(rows)
+    count = {"total": rows, "initial": rows - len(missing)}
+    try:
+        if missing:
+            with bar(desc="predict", unit="row", disable=None, **count) as shown:
+                for row, result in compute(missing):
+                    journal.add(row, result)
+                    shown.update()
+    except BaseException:
+        if journal.path is not None and journal.results:
+            print(
+                f"{len(journal.results)} of {rows} rows are kept in {journal.path}: the same "
+                "command goes on from there",
+                file=sys.stderr,
+            )
+        raise
+    if missing := journal.missing(rows):
+        raise RuntimeError(f"no result came for {len(missing)} rows, the first is {missing[0]}")
+    return [journal.results[row] for row in range(rows)]
 
 
 # Answers
 
-
-def partial_path(path: str | os.PathLike) -> str:
-    """Where the answers are while they come: the csv to be, its rows in the order of answers."""
-    return f"{os.fspath(path)}.partial.csv"
+TOLD = 5  # bad rows that are named
 
 
-def answer_all(
+def answers(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Mapping[str, Any]],
     prompts: Sequence[str],
-    output: Output,
+    journal: Journal,
+    rows: Sequence[int],
     **sampling: Any,
-) -> list[str]:
-    """The model's answers to the prompts, in their order, with a progress bar.
-
-    Each is in the file `partial_path(output.path)` as soon as it is there, and the file stays:
-    `discard_partial` removes it once the whole table is written. What stops this is told where
-    the answers so far are.
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(row, result) of the prompts with the numbers `rows`: {"answer": text}, or {"error": why}
+    for a row that cannot be asked or answered, which is told. A row's draws depend on the journal's
+    seed and its number alone.
     """
-    from tqdm.auto import tqdm
+    told = 0
+    for row, answer in _one_by_one_where_it_fails(
+        model, tokenizer, prompts, journal, rows, sampling
+    ):
+        if not isinstance(answer, Exception):
+            yield row, {"answer": answer_text(answer)}
+            continue
+        if told < TOLD:
+            print(f"row {row} has no answer: {answer}", file=sys.stderr)
+        told += 1
+        yield row, {"error": str(answer)}
 
-    path = partial_path(output.path)
-    answers = [""] * len(prompts)
-    done = 0
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["row", *output.header()])
-        ready = chat_rows(model, tokenizer, prompts, **sampling)
+
+def _one_by_one_where_it_fails(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    journal: Journal,
+    rows: Sequence[int],
+    sampling: Mapping[str, Any],
+) -> Iterator[tuple[int, Any]]:
+    """(row, answer or error). Where numbers that are not finite end a batch, each of its rows is
+    asked alone: it is one of them, unless all are.
+    """
+
+    def ask(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        seeds = [seed_of((journal.seed % 2**64, row)) for row in some]
+        asked = [prompts[row] for row in some]
+        ready = chat_rows(model, tokenizer, asked, seeds=seeds, keep_errors=True, **sampling)
+        return ((some[i], answer) for i, answer in ready)
+
+    waiting = dict.fromkeys(rows)
+    while waiting:
         try:
-            for i, answer in tqdm(ready, "predict", len(prompts), unit="row", file=sys.stderr):
-                answers[i] = answer_text(answer)
-                writer.writerow([str(i), *output.cells(rows[i], answers[i])])
-                file.flush()
-                done += 1
-        except BaseException:
-            if done:
-                print(f"{done} of {len(prompts)} answers are kept in {path}", file=sys.stderr)
-            raise
-        finally:
-            if not done:
-                with suppress(OSError):
-                    os.unlink(path)
-    return answers
-
-
-def discard_partial(path: str | os.PathLike) -> None:
-    """Remove the file of answers of a run that has written its output."""
-    with suppress(OSError):
-        os.unlink(partial_path(path))
+            for row, answer in ask(list(waiting)):
+                del waiting[row]
+                yield row, answer
+        except FloatingPointError as error:
+            alone: dict[int, Any] = {}
+            for row in list(waiting)[:ROWS]:
+                try:
+                    alone |= ask([row])
+                except FloatingPointError as own:
+                    alone[row] = own
+            if all(isinstance(answer, FloatingPointError) for answer in alone.values()):
+                raise error
+            for row, answer in alone.items():
+                del waiting[row]
+                yield row, answer
 
 
 def answer_text(answer: str | Mapping[str, Any]) -> str:
@@ -284,37 +427,73 @@ def answer_text(answer: str | Mapping[str, Any]) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 
-def check_choices(
-    answers: Sequence[str], choices: Sequence[str] | None, fallback: str | None, kept: str
-) -> list[str]:
-    """The answers; `fallback` stands for those that are none of the choices.
-
-    Raises ValueError where there are such answers and no fallback. kept: where the answers are.
-    """
-    if not choices:
-        return list(answers)
-    odd = [f"row {i}: {answer!r}" for i, answer in enumerate(answers) if answer not in choices]
-    if odd and fallback is None:
-        raise ValueError(
-            f"{len(odd)} of {len(answers)} answers are none of {choices}: {'; '.join(odd[:5])}. "
-            f"All answers are kept in {kept}; --fallback ANSWER takes that answer for such rows"
-        )
-    if odd:
-        print(
-            f"{len(odd)} answers were none of {choices}, {fallback!r} stands for them: "
-            f"{'; '.join(odd[:5])}",
-            file=sys.stderr,
-        )
-    return [answer if answer in choices else str(fallback) for answer in answers]
-
-
-def read_choices(choices: str | None, fallback: str | None) -> list[str] | None:
-    """The answers that `--choices` allows. ValueError for none, and for a fallback without them."""
+def read_choices(choices: str | None) -> list[str] | None:
+    """The answers that `--choices` allows. ValueError for none."""
     if choices is None:
-        if fallback is not None:
-            raise ValueError("--fallback: has no effect without --choices")
         return None
     allowed = [choice.strip() for choice in choices.split(",")]
     if "" in allowed:
         raise ValueError(f"--choices: expected answers separated by commas, got {choices!r}")
     return allowed
+
+
+def write_answers(
+    output: Output,
+    rows: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, str]],
+    choices: Sequence[str] | None,
+    fallback: str | None,
+    journal: Journal,
+    overwrite: bool,
+) -> bool:
+    """Write the table with the answers, and remove the journal; whether every row has one.
+
+    A row without an answer, or whose answer is none of the choices, has `fallback`; without one its
+    answer is empty, the model's own stands in `raw_column`, and the journal stays. All such rows
+    are counted and told. Raises ValueError where no row has an answer, FileExistsError where
+    another file stands under the output's name.
+    """
+    bad = {i: result["error"] for i, result in enumerate(results) if "error" in result}
+    if len(bad) == len(results):
+        journal.remove()
+        raise ValueError(f"no row has an answer: {bad[0]}")
+    raw = [result.get("answer", "") for result in results]
+    odd = [i for i, a in enumerate(raw) if i not in bad and choices and a not in choices]
+    without = {*bad, *odd}
+    last = "" if fallback is None else fallback
+    columns = [[last if i in without else answer for i, answer in enumerate(raw)]]
+    if odd and fallback is None:
+        output = replace(output, raw_column=raw_column(output.answer_column))
+        columns.append(raw)
+    text = table_text(output, rows, *columns)
+    if os.path.exists(output.path) and not overwrite:
+        with open(output.path, encoding="utf-8", newline="", errors="replace") as file:
+            if file.read() != text:  # else it was written, and the journal was not yet removed
+                raise _there(output.path)
+    with atomic_file(output.path, "w") as file:
+        file.write(text)
+    stands = "" if fallback is None else f", {fallback!r} stands for them"
+    if bad:
+        some = "; ".join(f"row {i}: {why}" for i, why in list(bad.items())[:TOLD])
+        print(f"{len(bad)} of {len(rows)} rows have no answer{stands}: {some}", file=sys.stderr)
+    if odd:
+        some = "; ".join(f"row {i}: {raw[i]!r}" for i in odd[:TOLD])
+        where = stands or f", they stand in the column {output.raw_column!r}"
+        print(
+            f"{len(odd)} of {len(rows)} answers are none of {list(choices or ())}{where}: {some}",
+            file=sys.stderr,
+        )
+    if without and fallback is None:
+        print(
+            f"{output.path}: {len(without)} rows are without an answer; the same command with "
+            f"--overwrite --fallback ANSWER gives them that one, from {journal.path}",
+            file=sys.stderr,
+        )
+        return False
+    journal.remove()
+    return True
+
+
+def raw_column(answer_column: str) -> str:
+    """The column of the model's own answers, beside those that are choices."""
+    return f"{answer_column}_raw"

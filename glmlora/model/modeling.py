@@ -24,7 +24,9 @@ from ..files.hub import check_keywords
 from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
+from ..generation import features as _features
 from ..generation import generate as _generate
+from ..generation import labels as _labels
 from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
 from ..progress import bar
@@ -757,6 +759,8 @@ class ChatGLMForConditionalGeneration(_Casts):
     stream_generate = _generate.stream_generate
     chat = _chat.chat
     batch_chat = _chat.batch_chat
+    classify = _labels.classify
+    features = _features.features
     stream_chat = _chat.stream_chat
 
     def __repr__(self) -> str:
