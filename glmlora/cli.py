@@ -1,4 +1,5 @@
-"""The command `glmlora`: train, chat, predict, plan, init, run, merge, doctor, demo.
+"""The command `glmlora`: train, chat, predict, inspect, submit, plan, init, run, merge,
+doctor, demo.
 
 Each verb is one function below."""
 
@@ -219,6 +220,39 @@ def predict(args: argparse.Namespace) -> int:
     return 0 if whole else 1
 
 
+def inspect(args: argparse.Namespace) -> int:
+    """Look at a table before training on it: missing, double, contradictory, leaked, cut rows."""
+    from glmlora import inspection, tables
+
+    if args.model:
+        model_directory(args.model)
+    if args.output:
+        tables.check_place(args.output, args.overwrite, args.table)
+        picture = os.path.splitext(args.output)[0] + ".png"
+        if os.path.exists(picture) and not args.overwrite:
+            raise FileExistsError(f"{picture} exists: pass --overwrite to replace it")
+    report = inspection.inspect(
+        args.table, args.test, args.label, args.template, args.model, args.max_source_length
+    )
+    print(report)
+    if args.output:
+        report.to_csv(args.output)
+        written = f"{args.output}: {len(report.findings)} findings"
+        with suppress(ImportError):
+            report.plot(picture)
+            written += f"; {picture}: lengths and labels"
+        print(f"\n{written}")
+    return 0
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Predictions as a submission: checked against a sample, in its order and form."""
+    from glmlora import submission
+
+    print(submission.submit(args.sample, args.predictions, args.output, args.overwrite))
+    return 0
+
+
 def plan(args: argparse.Namespace) -> int:
     """Memory and products of a training step or a chat, before anything is allocated."""
     from glmlora.tools.plan import plan
@@ -377,6 +411,22 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _inspect_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="csv, json or jsonl table to train on")
+    _flag(parser, "--test", metavar="TABLE", help="the table to predict: leaks, missing, lengths")
+    _flag(parser, "--label", metavar="COLUMN", help="of the answers; default: label or output")
+    _flag(
+        parser,
+        "--template",
+        help="prompt with {column} places; default: the paper workflow's, where its columns are "
+        "there, else all columns",
+    )
+    _flag(parser, "--model", help="its directory: lengths in tokens, and a forecast of the time")
+    _flag(parser, "--max-source-length", type=int, default=512, help="where prompts are cut")
+    _flag(parser, "--output", help="csv to write: every finding with its row; a picture beside it")
+    _flag(parser, "--overwrite", action="store_true", help="replace an output that is there")
+
+
 def _plan_flags(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--model", required=True, help="a directory with config.json")
     _flag(parser, "--batch", type=int, default=1, help="rows of a micro-batch, or of a chat")
@@ -425,6 +475,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _sampling_flags(verb("chat", chat))
     _sampling_flags(p := verb("predict", predict))
     _predict_flags(p)
+    _inspect_flags(verb("inspect", inspect))
+    p = verb("submit", submit)
+    _flag(p, "--sample", required=True, metavar="TABLE", help="the sample submission")
+    _flag(p, "--predictions", required=True, metavar="TABLE", help="csv, json or jsonl table")
+    _flag(p, "--output", required=True, help="csv to write")
+    _flag(p, "--overwrite", action="store_true", help="replace an output that is there")
+
     _plan_flags(verb("plan", plan))
 
     p = verb("init", init)
