@@ -96,7 +96,7 @@ class _Counts:
         return [f"{len(rows)}: {kind}" for kind, rows in kinds if f"skipped, {kind}" in self._found]
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, (float, np.floating)) and math.isnan(value)
@@ -113,7 +113,7 @@ def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
                     f"{row}: {column}: not valid text: lone surrogate at {error.start}"
                 ) from None
         return value
-    if _is_missing(value):
+    if is_missing(value):
         return ""
     if isinstance(value, np.generic):
         value = value.item()
@@ -141,7 +141,7 @@ def _history(value: Any, row: str, counts: _Counts) -> list[list[str]]:
             ) from None
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    if _is_missing(value) or (isinstance(value, str) and not value.strip()):
+    if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return []
     if not isinstance(value, (list, tuple)):
         raise ValueError(
@@ -308,7 +308,7 @@ def _unused(
 
 
 def _is_empty(value: Any) -> bool:
-    return _is_missing(value) or (isinstance(value, (str, list, tuple, dict)) and not value)
+    return is_missing(value) or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
 def _choose_columns(present: Iterable[str], source: str, more: str = "") -> dict[str, str | None]:
