@@ -70,6 +70,7 @@ class Loop:
         self.at = Progress()
         facts = decisive_facts(trainee, encoded, args, self.schedule)
         self.checkpoints = Checkpoints(trainee, args, self.schedule, facts, argument_files or {})
+        self.prints = True  # each record
         self._warned_masked = self._warned_log = False
 
     def order(self, epoch: int) -> np.ndarray:
@@ -354,11 +355,12 @@ class Loop:
         self._call("on_log")
 
     def _record(self, record: dict[str, Any]) -> None:
-        """Into log_history, and as one dict on standard output."""
+        """Into log_history, and as one dict on standard output where it `prints`."""
         record = {**record, "epoch": round(self.state.epoch, 2)}
         self.state.log_history.append({**record, "step": self.state.global_step})
-        self.bar.write(str(record), file=sys.stdout)
-        sys.stdout.flush()
+        if self.prints:
+            self.bar.write(str(record), file=sys.stdout)
+            sys.stdout.flush()
 
     def _begin_log_file(self, resume: Path | None) -> None:
         """Delete trainer_log.jsonl, or leave in it what the resumed checkpoint knows of."""

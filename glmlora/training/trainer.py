@@ -115,6 +115,7 @@ def train(
     tokenizer: Any = None,
     eval_data: Any = None,
     callbacks: Sequence[Any] = (),
+    verbose: bool = True,
     **overrides: Unpack[TrainKeywords],
 ) -> TrainResult:
     """Fine-tune a model on records; what it learns is written into `output_dir`.
@@ -130,8 +131,9 @@ def train(
 
     callbacks: functions that get each log record, or objects with some of on_train_begin,
     on_step_end, on_log, on_save, on_train_end, each called with the TrainState, whose `should_stop`
-    they may set. `resume_from_checkpoint="last"` (or a checkpoint-N folder) goes on exactly where
-    that checkpoint was written.
+    they may set. verbose: print how much is trained, and each log record.
+    `resume_from_checkpoint="last"` (or a checkpoint-N folder) goes on exactly where that checkpoint
+    was written.
 
     Raises TypeError for an unknown argument, ValueError naming argument, value and what was
     expected, OSError for an output_dir that cannot be written (before training), MemoryError with
@@ -168,10 +170,13 @@ def train(
         _place(methods.unwrapped(model), training)
         names_before = methods.unwrapped(model).core.names()
         trainee = _trainee(model, tokenizer, arguments, kind)
-        print(trainable_line(trainee.base))
+        if verbose:
+            print(trainable_line(trainee.base))
         plot = model_args.plot_loss if "plot_loss" in given else None
         try:
-            result = _run(_loop(trainee, records, held_out, arguments, callbacks), resume, plot)
+            loop = _loop(trainee, records, held_out, arguments, callbacks)
+            loop.prints = verbose
+            result = _run(loop, resume, plot)
         except BaseException:
             trainee.release()
             if (
