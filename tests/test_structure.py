@@ -26,7 +26,7 @@ FLOORS = (
     ("model",),
     ("training",),
     ("tables", "tools"),
-    ("notebook", "standins"),
+    ("classifier", "notebook", "standins"),
     ("compat",),
     ("cli",),
     ("__main__",),
