@@ -110,14 +110,14 @@ def sample(
     temperature 0: argmax, lowest id."""
 
 def open_checked(check: Callable[[str, int], None], path: str, flags: int) -> int:
-    """Open a file, and its number: check(path, st_mode), which raises, looks at what is there before
+    """Open a file: its number. check(path, st_mode), which raises, looks at what is there before
     and at what was opened. Never waits for a FIFO. OSError as `os.open`."""
 
 class Descriptor:
     """A file or folder opened by `os.open`, closed by close() or with its last reference: nothing
     stays open where Ctrl-C comes before the number has a name. OSError as `os.open`."""
 
-    def __init__(self, path: str | os.PathLike[str], flags: int, mode: int = 0o666) -> None: ...
+    def __init__(self, path: str | PathLike[str], flags: int, mode: int = 0o666) -> None: ...
     def fileno(self) -> int: ...
     def close(self) -> None: ...
     def __enter__(self) -> Descriptor: ...

@@ -31,7 +31,7 @@ from .names import did_you_mean, listed
 from .tables import columns_of, fill_template
 from .tokenization import AutoTokenizer
 from .tools.project import tiny_directory
-from .training.labels import (
+from .training.classes import (
     THRESHOLDS,
     best_threshold,
     class_weights,

@@ -1,86 +1,240 @@
-"""Rows with labels: folds, weights, scores, thresholds."""
+"""classify: the exact probabilities of answers, whatever runs beside a row."""
+
+import itertools
 
 import numpy as np
 import pytest
+from conftest import SHARED
+from emulator import built, needs_compiler
+from tiny import tiny_model_dir, tiny_tokenizer_dir
 
-from glmlora.training import labels
+import glmlora
+from glmlora.families.prompt import encode_target
+from glmlora.generation import generate, labels
+from glmlora.generation.chat import chat_family
 
-CODES = np.array([0] * 13 + [1] * 7 + [2] * 4)
-
-
-def test_folds_keep_the_shares_of_labels():
-    fold = labels.stratified_folds(CODES, 4, seed=3)
-    for code in range(3):
-        counts = np.bincount(fold[code == CODES], minlength=4)
-        assert counts.max() - counts.min() <= 1
-    assert np.ptp(np.bincount(fold)) <= 1
-    assert (fold == labels.stratified_folds(CODES, 4, seed=3)).all()
-    assert (fold != labels.stratified_folds(CODES, 4, seed=4)).any()
-    with pytest.raises(ValueError, match=r"folds: expected from 2 to the 24 rows, got 25"):
-        labels.stratified_folds(CODES, 25, seed=0)
-
-
-def test_a_split_holds_out_some_of_each_label():
-    held_out = labels.stratified_split(CODES, 0.25, seed=1)
-    assert [int(held_out[code == CODES].sum()) for code in range(3)] == [3, 2, 1]
-    assert labels.stratified_split(np.array([0, 0, 1, 1]), 0.01, 0).sum() == 2
-    assert labels.stratified_split(np.array([0, 0, 1, 1]), 0.99, 0).sum() == 2
-    with pytest.raises(ValueError, match=r"validation: a label has one row \(row 3\)"):
-        labels.stratified_split(np.array([0, 0, 0, 1]), 0.5, 0)
+GOLDEN = SHARED / "golden"
+MODELS = ["chatglm2-tiny", "chatglm2-tiny-bin", "chatglm2-tiny-int8", "chatglm2-tiny-int4"]
+MODELS += ["chatglm2-32k-tiny", "chatglm3-tiny", "glm4-9b-tiny"]
+BINARY = ["0", "1"]
+SHARING = ["paper", "paper title", "a", "a study of cells", "proteins", "0", "01"]
+QUESTIONS = [
+    f"title:A study of cells {i}, abstract:{'We measure. ' * (5 * i % 13)}" for i in range(9)
+]
 
 
-def test_weights_of_classes():
-    classes = np.array(["a", "b", "c"])
-    assert labels.class_weights(None, CODES, classes) is None
-    balanced = labels.class_weights("balanced", CODES, classes)
-    assert balanced == pytest.approx([24 / 39, 24 / 21, 2])
-    assert labels.class_weights({"b": 3}, CODES, classes).tolist() == [1, 3, 1]
-    with pytest.raises(ValueError, match=r"class_weight: 'd' is no label of y"):
-        labels.class_weights({"d": 1}, CODES, classes)
-    with pytest.raises(ValueError, match=r"class_weight: 'a': expected a number above 0, got 0"):
-        labels.class_weights({"a": 0}, CODES, classes)
-    with pytest.raises(ValueError, match=r"class_weight: expected None, 'balanced' or a dict"):
-        labels.class_weights("balance", CODES, classes)
+def model_of(family, folder, **fields):
+    fields = {"padded_vocab_size": 640, "seq_length": 512, **fields}
+    folder = tiny_model_dir(folder, _name_or_path=f"THUDM/{family}-6b", **fields)
+    tiny_tokenizer_dir(folder)
+    model = glmlora.AutoModel.from_pretrained(folder)
+    return model, glmlora.AutoTokenizer.from_pretrained(folder)
 
 
-def test_rows_of_heavy_classes_are_there_more_often():
-    rows = labels.resampled(CODES, np.array([1.0, 1.5, 13 / 4]), seed=0)
-    assert np.bincount(CODES[rows]).tolist() == [13, 10, 13]
-    assert set(rows) == set(range(24))
-    assert labels.resampled(CODES, None, seed=0).tolist() == list(range(24))
+@pytest.fixture(scope="module", params=["chatglm2", "chatglm3"])
+def loaded(request, tmp_path_factory):
+    return model_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_scores_are_those_of_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
-    rng = np.random.default_rng(5)
-    proba = rng.dirichlet(np.ones(3), size=24)
-    scores = labels.label_scores(CODES, proba)
-    predicted = proba.argmax(1)
-    assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(CODES, predicted))
-    assert scores["macro_f1"] == pytest.approx(metrics.f1_score(CODES, predicted, average="macro"))
-    assert scores["log_loss"] == pytest.approx(metrics.log_loss(CODES, proba))
-    sure = np.eye(3)[(CODES + 1) % 3]
-    assert np.isfinite(labels.label_scores(CODES, sure)["log_loss"])
+def by_brute_force(model, tokenizer, query, answers):
+    """A model call for each label: the sum of the log-probabilities of its ids."""
+    prompt = chat_family(model, tokenizer).chat_ids(tokenizer, query, [], "user")
+    ids = [encode_target(tokenizer, answer, 1 << 20, model.prompt_template) for answer in answers]
+    return np.array([ids_by_brute_force(model, prompt, answer) for answer in ids])
 
 
-@pytest.mark.parametrize("by", labels.THRESHOLDS)
-def test_a_threshold_is_the_best_of_all(by):
-    rng = np.random.default_rng(2)
-    for n in (1, 2, 5, 30):
-        truth = rng.random(n) < 0.4
-        proba = np.round(rng.random(n), 1)  # with ties, which no threshold can part
-
-        def score(at, truth=truth, proba=proba):
-            taken = proba >= at
-            return labels.f1_score(truth, taken) if by == "f1" else (taken == truth).mean()
-
-        found = labels.best_threshold(truth, proba, by)
-        most = max(score(at) for at in np.linspace(0, 1, 101))
-        assert 0 <= found <= 1 and score(found) == pytest.approx(most)
+def ids_by_brute_force(model, prompt, answer):
+    logits = model(input_ids=[[*prompt, *answer]]).logits[0].astype(np.float64)
+    chances = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return chances[np.arange(len(prompt) - 1, len(prompt) + len(answer) - 1), answer].sum()
 
 
-def test_of_equal_thresholds_it_is_the_nearest_to_one_half():
-    truth, proba = np.array([True, True, False]), np.array([0.9, 0.58, 0.5])
-    assert labels.best_threshold(truth, proba, "accuracy") == pytest.approx(0.54)
-    one_side = labels.best_threshold(np.array([True, True]), np.array([0.8, 0.7]), "f1")
-    assert one_side == pytest.approx(0.35)
+def check(model, tokenizer, questions=QUESTIONS, answers=SHARING, atol=1e-5, **options):
+    got = model.classify(tokenizer, questions, answers, **options)
+    want = np.array([by_brute_force(model, tokenizer, q, answers) for q in questions])
+    assert np.abs(got.log_likelihood - want).max() <= atol
+    return got
+
+
+@pytest.mark.parametrize("answers", [BINARY, SHARING, ["1"]], ids=["binary", "sharing", "one"])
+def test_it_equals_a_model_call_for_each_label(loaded, answers):
+    check(*loaded, answers=answers)
+
+
+def test_no_row_depends_on_what_runs_beside_it(loaded, monkeypatch):
+    model, tokenizer = loaded
+    alone = [model.classify(tokenizer, [q], SHARING).log_likelihood[0] for q in QUESTIONS]
+    for at_once, threads in itertools.product((1, 4, 64), (1, 2)):
+        before = glmlora.get_num_threads()
+        glmlora.set_num_threads(threads)
+        try:
+            got = model.classify(tokenizer, QUESTIONS[::-1], SHARING, at_once=at_once)
+        finally:
+            glmlora.set_num_threads(before)
+        assert np.abs(got.log_likelihood[::-1] - alone).max() <= 1e-6
+    monkeypatch.setattr(generate, "CACHE_BYTES", 1)
+    got = model.classify(tokenizer, QUESTIONS, SHARING[::-1])
+    assert np.abs(got.log_likelihood[:, ::-1] - alone).max() <= 1e-6
+
+
+def test_what_prompts_share_and_equal_rows_are_computed_once(loaded, monkeypatch):
+    model, tokenizer = loaded
+    fed, shared = [], []
+    extend, opening = labels.CachedRow.extend, labels.CachedRow.__init__
+
+    def counted(rows, which, choose=None):
+        fed.append(sum(len(rows.ids[i]) - rows.held[i] for i in which))
+        return extend(rows, which, choose)
+
+    def opened(self, model, rows, capacity, ids=()):
+        shared.append(len(ids))
+        opening(self, model, rows, capacity, ids)
+
+    monkeypatch.setattr(labels.CachedRow, "extend", counted)
+    monkeypatch.setattr(labels.CachedRow, "__init__", opened)
+    questions = [f"{'Is it of the medical field? ' * 5}{word}" for word in ("cells", "graphs")]
+    got = model.classify(tokenizer, questions * 3, BINARY)
+    prompts = [chat_family(model, tokenizer).chat_ids(tokenizer, q, [], "user") for q in questions]
+    assert shared == [generate.shared_length(prompts)] and shared[0] > 30
+    ids = [encode_target(tokenizer, answer, 99) for answer in BINARY]
+    inner = {tuple(i[:n]) for i in ids for n in range(1, len(i))}  # places where an answer goes on
+    assert fed == [sum(len(p) - shared[0] for p in prompts)] + [2] * len(inner)
+    assert (got.log_likelihood[:2] == got.log_likelihood[4:]).all()
+
+
+def test_labels_with_many_ids_and_many_labels(loaded):
+    model, tokenizer = loaded
+    answers = ["cells " * 40, *(str(i) for i in range(60))]
+    check(model, tokenizer, QUESTIONS[:2], answers, atol=1e-4)
+
+
+def test_what_it_returns(loaded):
+    model, tokenizer = loaded
+    got = model.classify(tokenizer, QUESTIONS, [0, 1, "01"])
+    assert len(got) == len(QUESTIONS) and got.labels == ["0", "1", "01"]
+    assert got.proba.dtype == np.float64 and got.proba.shape == (len(QUESTIONS), 3)
+    assert np.allclose(got.proba.sum(axis=1), 1)
+    assert np.allclose(np.log(got.proba), got.log_proba)
+    assert got.label == [got.labels[i] for i in got.proba.argmax(axis=1)]
+    assert np.allclose(got.margin, np.diff(np.sort(got.proba, axis=1)[:, 1:])[:, 0])
+    assert np.allclose(got.mass, np.exp(got.log_likelihood).sum(axis=1))
+    one = model.classify(tokenizer, QUESTIONS[:2], ["1"])
+    assert one.margin.tolist() == [1, 1] and one.proba.tolist() == [[1], [1]]
+    none = model.classify(tokenizer, [], BINARY)
+    assert len(none) == 0 and none.label == [] and none.proba.shape == (0, 2)
+    assert repr(got) == f"Classification({len(QUESTIONS)} rows of '0', '1', '01')"
+
+
+def test_ties_and_values_beyond_exp():
+    made = labels.Classification(["a", "b"], np.array([[-5000.0, -5000.0], [-9000.0, -8000.0]]))
+    assert made.proba.tolist() == [[0.5, 0.5], [0, 1]] and made.label == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (("x", BINARY), TypeError, "queries: expected a list of texts"),
+        ((["x", 3], BINARY), TypeError, "row 1: expected text, got int"),
+        ((["x"], "01"), TypeError, "labels: expected a list of answers"),
+        ((["x"], []), ValueError, "labels: expected at least one"),
+        ((["x"], ["1", 1]), ValueError, "labels: '1' is there twice"),
+        ((["x"], ["1", " "]), ValueError, r"labels\[1\]: expected an answer"),
+        ((["x"], [1.0, 0.0]), TypeError, r"labels\[0\]: expected text or a whole number"),
+        ((["x"], BINARY, 0), ValueError, "at_once: expected a whole number from 1"),
+        ((["a", "x " * 600], BINARY), ValueError, "row 1: a prompt of .* exceed the model's 512"),
+    ],
+)
+def test_bad_arguments(loaded, arguments, error, message):
+    model, tokenizer = loaded
+    with pytest.raises(error, match=message):
+        model.classify(tokenizer, *arguments)
+
+
+def shake(lora):
+    """Weights of the active adapter, which begins as nothing."""
+    core, rng = lora.base_model.model.core, np.random.default_rng(0)
+    for name in core.names():
+        if ".lora_" in name:
+            core.write(name, 0.2 * rng.normal(size=core.shape(name)).astype(np.float32))
+
+
+def test_adapters_prefixes_and_quantized_weights(tmp_path):
+    model, tokenizer = model_of("chatglm2", tmp_path / "model")
+    lora = glmlora.get_peft_model(model, glmlora.LoraConfig(r=4), seed=1)
+    shake(lora)
+    got = check(lora, tokenizer)
+    with lora.disable_adapter():
+        plain = check(lora, tokenizer)
+    assert np.abs(got.log_likelihood - plain.log_likelihood).max() > 1e-3
+    model, _ = model_of("chatglm2", tmp_path / "prefixed")
+    config = glmlora.PrefixTuningConfig(num_virtual_tokens=3)
+    prefixed = check(glmlora.get_peft_model(model, config, seed=0), tokenizer)
+    assert np.abs(prefixed.log_likelihood - plain.log_likelihood).max() > 1e-3
+    for bits in (8, 4):
+        model, tokenizer = model_of(
+            "chatglm2", tmp_path / f"int{bits}", kv_channels=32, hidden_size=64
+        )
+        check(model.quantize(bits), tokenizer, QUESTIONS[:3], atol=1e-4)
+
+
+def test_several_adapters_together(tmp_path):
+    """The mean of what each thinks alone; the active one stays so."""
+    model, tokenizer = model_of("chatglm2", tmp_path / "model")
+    lora = glmlora.get_peft_model(model, glmlora.LoraConfig(r=4), seed=1)
+    lora.add_adapter("other", glmlora.LoraConfig(r=2), seed=2)
+    alone = []
+    for name in ("default", "other"):
+        lora.set_adapter(name)
+        shake(lora)
+        alone.append(check(lora, tokenizer))
+    both = lora.classify(tokenizer, QUESTIONS, SHARING, adapters=["default", "other"])
+    assert lora.active_adapter == "other"
+    assert np.allclose(both.proba, (alone[0].proba + alone[1].proba) / 2, atol=1e-6)
+    assert np.allclose(both.mass, (alone[0].mass + alone[1].mass) / 2, atol=1e-6)
+    assert np.abs(alone[0].proba - alone[1].proba).max() > 1e-3
+    with pytest.raises(
+        ValueError, match="'othr' is not one of default, other .did you mean 'other'"
+    ):
+        lora.classify(tokenizer, QUESTIONS, SHARING, adapters=["othr"])
+    with pytest.raises(TypeError, match="adapters: expected a list of names"):
+        lora.classify(tokenizer, QUESTIONS, SHARING, adapters="other")
+
+
+@pytest.mark.parametrize("template", ["auto", "vendored"])
+def test_prompts_and_answers_have_the_template_of_the_training(loaded, template, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(model, "prompt_template", template)
+    check(model, tokenizer, QUESTIONS[:2], BINARY)
+
+
+@needs_compiler
+def test_on_a_device(tmp_path, monkeypatch):
+    """The emulator's answer is the processor's."""
+    monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", str(built()))
+    model, tokenizer = model_of("chatglm2", tmp_path)
+    want = model.classify(tokenizer, QUESTIONS[:4], SHARING).log_likelihood
+    model.to("emu")
+    assert model.device == "emu:0"
+    got = model.classify(tokenizer, QUESTIONS[:4], SHARING).log_likelihood
+    assert np.abs(got - want).max() <= 1e-4
+
+
+def test_equal_ids_and_beginnings_are_refused(loaded):
+    model, _ = loaded
+    for answers in ([[5, 2], [5, 2]], [[5, 2], [5, 2, 7]], [[5, 2, 7], [5, 2]]):
+        with pytest.raises(ValueError, match="labels: the ids of number .*, begin another label's"):
+            list(labels.score_ids(model, [[3, 4]], answers))
+
+
+@pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason="../shared/golden is absent: it is not the project's"
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_of_the_fixtures(name):
+    model = glmlora.AutoModel.from_pretrained(GOLDEN / name)
+    rng, most = np.random.default_rng(0), model.config.padded_vocab_size
+    prompts = [rng.integers(3, most, n).tolist() for n in (5, 17, 1, 30)]
+    answers = [[7, 2], [7, 8, 2], [9, 2], [8, 7, 9, 2], [2]]
+    for number, row in labels.score_ids(model, prompts, answers, 3):
+        want = [ids_by_brute_force(model, prompts[number], ids) for ids in answers]
+        assert np.abs(row - want).max() <= 1e-5

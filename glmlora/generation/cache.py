@@ -77,6 +77,12 @@ class CachedRow:
         self.cache.rewind(row, length - self.opening)
         self.held[row] = length
 
+    def shorten(self, row: int, length: int) -> None:
+        """Only the first `length` ids of a row stay."""
+        del self.ids[row][length:]
+        if self.held[row] > length:
+            self._hold(row, length)
+
     def forget(self) -> None:
         """Empty the cache; the ids stay, and are fed again when they are needed."""
         for row in range(len(self.held)):

@@ -244,11 +244,9 @@ def complete(
     would get alone. each: how many prompts in a row are one of the caller's; to: a streamer that
     gets the only row.
     """
-    shared = _shared_length(prompts) if len(prompts) > 1 else 0
+    shared = shared_length(prompts) if len(prompts) > 1 else 0
     room = first_room((len(p) - shared for p in prompts), limits)
-    c = model.config
-    row_bytes = 8 * c.num_layers * c.multi_query_group_num * c.kv_channels * room
-    places = max(1, min(at_once, len(prompts), CACHE_BYTES // row_bytes))
+    places = places_for(model, room, min(at_once, len(prompts)))
     rows = CachedRow(model, places, room, prompts[0][:shared])
     scheduler = Scheduler(rows, change, by_doubling)
     numbers = {
@@ -264,7 +262,14 @@ def complete(
             yield numbers.pop(request), request
 
 
-def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+def places_for(model: Model, room: int, wanted: int) -> int:
+    """How many of the rows wanted the cache may have, of `room` positions each."""
+    c = model.config
+    row_bytes = 8 * c.num_layers * c.multi_query_group_num * c.kv_channels * room
+    return max(1, min(wanted, CACHE_BYTES // row_bytes))
+
+
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """How many ids all prompts begin with, less one where one of them has no others."""
     first, last = min(prompts), max(prompts)  # of the rest, every one lies between
     most = min(map(len, prompts)) - 1

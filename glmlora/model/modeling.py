@@ -25,6 +25,7 @@ from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import generate as _generate
+from ..generation import labels as _labels
 from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
 from ..progress import bar
@@ -757,6 +758,7 @@ class ChatGLMForConditionalGeneration(_Casts):
     stream_generate = _generate.stream_generate
     chat = _chat.chat
     batch_chat = _chat.batch_chat
+    classify = _labels.classify
     stream_chat = _chat.stream_chat
 
     def __repr__(self) -> str:

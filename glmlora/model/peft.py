@@ -16,6 +16,7 @@ from .. import _core, tell
 from ..families.vendored import TEMPLATES
 from ..files.owner import owned
 from ..generation.config import GenerationConfig
+from ..generation.labels import AT_ONCE, Classification, mean_of
 from ..names import did_you_mean
 from .adapter import (
     Adapter,
@@ -476,6 +477,36 @@ class PeftModel:
         self._base.core.remove_lora()
         self._base.prompt_template = self._base_template
         return self._base
+
+    def classify(
+        self,
+        tokenizer: Any,
+        queries: Sequence[str],
+        labels: Sequence[Any],
+        at_once: int = AT_ONCE,
+        *,
+        role: str = "user",
+        adapters: Sequence[str] | None = None,
+    ) -> Classification:
+        """The probability of each label as the answer to each query: see the base's `classify`.
+
+        adapters: names of adapters, say of the folds of a training, whose probabilities are
+        averaged, in place of the active one, which is active again afterwards.
+        """
+        if adapters is None:
+            return self._base.classify(tokenizer, queries, labels, at_once, role=role)
+        if isinstance(adapters, str) or not adapters:
+            raise TypeError(f"adapters: expected a list of names, got {adapters!r}")
+        for name in adapters:
+            self._check_known(name)
+        before, found = self.active_adapter, []
+        try:
+            for name in adapters:
+                self.set_adapter(name)
+                found.append(self._base.classify(tokenizer, queries, labels, at_once, role=role))
+        finally:
+            self.set_adapter(before)
+        return mean_of(found)
 
     # The base's methods, with its signatures
 
