@@ -32,6 +32,7 @@ from .tables import columns_of, fill_template
 from .tokenization import AutoTokenizer
 from .tools.project import tiny_directory
 from .training.classes import (
+    SCORES,
     THRESHOLDS,
     best_threshold,
     class_weights,
@@ -237,17 +238,19 @@ class LoraClassifier:
         self.classes_ = classes
         self.task_ = replace(task, threshold=self.threshold_)
         self.adapters_ = [one.adapter for one in fits]
-        self.history_ = self._told([one.history for one in fits])
-        self.log_history_ = self._told([one.log_history for one in fits])
+        self.log_history_ = []
+        for number, one in enumerate(fits):
+            mark = {"fold": number} if self.folds else {}
+            self.log_history_ += [{**mark, **record} for record in one.log_history]
+        self.history_ = [
+            {**({"fold": record["fold"]} if self.folds else {}), **_scores(record)}
+            for record in self.log_history_
+            if _scores(record)
+        ]
         self._set_features(columns)
         if fold is not None:
             self._set_fold_scores(codes, proba, fold)
         return self
-
-    def _told(self, by_fold: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        if not self.folds:
-            return by_fold[0]
-        return [{"fold": n, **record} for n, records in enumerate(by_fold) for record in records]
 
     def _set_features(self, columns: list[str] | None) -> None:
         if columns is None:
@@ -443,6 +446,7 @@ _PARAMETERS = tuple(inspect.signature(LoraClassifier).parameters)
 _OURS = (
     *("output_dir", "finetuning_type", "seed", "save_strategy", "plot_loss", "disable_tqdm"),
     *("evaluation_strategy", "eval_strategy", "dev_ratio", "resume_from_checkpoint"),
+    *("load_best_model_at_end", "label_metrics", "early_stopping_patience"),
     *("save_safetensors", "checkpoint_dir", "source_prefix", "tokenizer", "callbacks", "eval_data"),
 )
 
@@ -474,16 +478,18 @@ class _Run:
         self.settings, self.task, self.seed = settings, task, seed
         self.model, self.tokenizer, self.weights = model, tokenizer, weights
         self.adapter: dict[str, bytes] = {}
-        self.history: list[dict[str, Any]] = []
         self.log_history: list[dict[str, Any]] = []
 
     def fit(self, queries: list[str], codes: np.ndarray, held_out: np.ndarray | None) -> _Run:
         """Train on the rows that are not held out (bool, rows; None: on all)."""
         s, answers = self.settings, self.task.answers
+        records = [
+            {"instruction": query, "output": answers[code]}
+            for query, code in zip(queries, codes, strict=True)
+        ]
         trained = np.arange(len(codes)) if held_out is None else np.flatnonzero(~held_out)
         trained = trained[resampled(codes[trained], self.weights, self.seed)]
-        records = [{"instruction": queries[i], "output": answers[codes[i]]} for i in trained]
-        given = {
+        given: dict[str, Any] = {
             "max_source_length": s.max_source_length,
             "lora_rank": s.lora_rank,
             "lora_alpha": s.lora_alpha,
@@ -495,26 +501,22 @@ class _Run:
             "lr_scheduler_type": s.lr_scheduler_type,
             "logging_steps": 10,
             "logging_first_step": True,
+            "save_strategy": "no",
             **(s.training_arguments or {}),
         }
+        if held_out is not None:
+            given |= self._evaluation([records[i] for i in np.flatnonzero(held_out)])
         folder = Path(tempfile.mkdtemp(prefix="glmlora-"))
         stopped = False
         try:
-            watch = []
-            if held_out is not None:
-                rows = np.flatnonzero(held_out)
-                watch.append(
-                    _Validation(self, folder / "best", [queries[i] for i in rows], codes[rows])
-                )
             result = train(
                 self.model,
-                records,
+                [records[i] for i in trained],
                 tokenizer=self.tokenizer,
-                callbacks=watch,
+                callbacks=[_print_scores] if s.verbose == 1 else [],
                 output_dir=str(folder),
                 finetuning_type="lora",
                 seed=self.seed,
-                save_strategy="no",
                 plot_loss=False,
                 disable_tqdm=not s.verbose,
                 verbose=s.verbose > 1,
@@ -522,8 +524,7 @@ class _Run:
             )
             result.model.unload()
             self.log_history = result.log_history
-            best = folder / "best" if held_out is not None else folder
-            self.adapter = {name: (best / name).read_bytes() for name in ADAPTER_FILES}
+            self.adapter = {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
         except (KeyboardInterrupt, Terminated):
             stopped = True  # what was done is in the folder, as its message says
             raise
@@ -532,38 +533,36 @@ class _Run:
                 shutil.rmtree(folder, ignore_errors=True)
         return self
 
+    def _evaluation(self, records: list[dict[str, str]]) -> dict[str, Any]:
+        """Arguments of `train` that score these records and keep the best weights."""
+        every = min(0.5, 1 / (EVALUATIONS * self.settings.num_train_epochs))
+        return {
+            "eval_data": records,
+            "label_metrics": True,
+            "evaluation_strategy": "steps",
+            "eval_steps": every,
+            "save_strategy": "steps",
+            "save_steps": every,
+            "save_total_limit": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "log_loss",
+            "early_stopping_patience": self.settings.early_stopping or None,
+        }
 
-class _Validation:
-    """A callback of `train`: scores the rows held out, keeps the best weights, ends a run that
-    finds no better ones.
-    """
 
-    def __init__(self, run: _Run, folder: Path, queries: list[str], codes: np.ndarray):
-        self.run, self.folder, self.queries, self.codes = run, folder, queries, codes
-        self.done = self.without_better = 0
-        self.best = np.inf
+def _print_scores(record: Mapping[str, Any]) -> None:
+    """A callback of `train`: one line for the scores of the rows held out."""
+    scores = _scores(record)
+    if scores:
+        print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
-    def on_step_end(self, state: Any) -> None:
-        at = int(state.epoch * EVALUATIONS + 1e-9)
-        if at == self.done and state.global_step < state.max_steps:
-            return
-        self.done = at
-        run = self.run
-        state.model.eval()
-        proba = _proba(state.model, state.tokenizer, self.queries, run.task)
-        scores = label_scores(self.codes, proba)
-        run.history.append({"epoch": round(state.epoch, 2), "step": state.global_step, **scores})
-        if run.settings.verbose:
-            print({name: round(value, 4) for name, value in run.history[-1].items()})
-        if scores["log_loss"] < self.best:
-            self.best, self.without_better = scores["log_loss"], 0
-            state.model.save_pretrained(self.folder)
-        else:
-            self.without_better += 1
-            patience = run.settings.early_stopping
-            if patience and self.without_better >= patience:
-                state.should_stop = True
-        state.model.train()
+
+def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of a log record, {} where it has none."""
+    if "eval_log_loss" not in record:
+        return {}
+    scores = {name: record[f"eval_{name}"] for name in SCORES}
+    return {**{name: record[name] for name in ("epoch", "step") if name in record}, **scores}
 
 
 class _attached:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import training
 
 from glmlora.training import classes
 
@@ -84,3 +85,72 @@ def test_of_equal_thresholds_it_is_the_nearest_to_one_half():
     assert classes.best_threshold(truth, proba, "accuracy") == pytest.approx(0.54)
     one_side = classes.best_threshold(np.array([True, True]), np.array([0.8, 0.7]), "f1")
     assert one_side == pytest.approx(0.35)
+
+
+# In `glmlora.train`
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return training.model_dir(tmp_path_factory.mktemp("base"))
+
+
+EVERY_EPOCH = {
+    "eval_data": training.records(12),
+    "evaluation_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_steps": 500,
+    "label_metrics": True,
+    "load_best_model_at_end": True,
+}
+
+
+def test_evaluations_tell_what_classify_would(base, tmp_path):
+    result = training.run(base, tmp_path, **EVERY_EPOCH, metric_for_best_model="log_loss")
+    data = EVERY_EPOCH["eval_data"]
+    queries = [record["instruction"] + record["input"] for record in data]
+    found = result.model.classify(result.tokenizer, queries, ["0", "1"])
+    expected = classes.label_scores(np.array([int(r["output"]) for r in data]), found.proba)
+    told = [r for r in result.log_history if "eval_log_loss" in r]
+    assert len(told) == 2
+    best = min(told, key=lambda record: record["eval_log_loss"])
+    assert result.best_metric == best["eval_log_loss"] == result.metrics["eval_log_loss"]
+    for name in classes.SCORES:
+        assert best[f"eval_{name}"] == pytest.approx(expected[name], abs=1e-5)
+
+
+@pytest.mark.parametrize(("metric", "steps"), [("log_loss", 20), ("accuracy", 15)])
+def test_a_run_that_finds_nothing_better_ends(base, tmp_path, monkeypatch, metric, steps):
+    values = iter([0.5, 0.3, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr(
+        "glmlora.training.evaluation.label_scores",
+        lambda *_: dict.fromkeys(classes.SCORES, next(values)),
+    )
+    result = training.run(
+        base,
+        tmp_path,
+        **EVERY_EPOCH,
+        metric_for_best_model=metric,
+        num_train_epochs=6,
+        early_stopping_patience=2,
+    )
+    assert result.global_step == steps and result.stopped_early
+    assert result.best_model_checkpoint.endswith("-10" if metric == "log_loss" else "-5")
+
+
+def test_answers_that_are_no_labels_are_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("glmlora.training.evaluation.MOST_LABELS", 1)
+    with pytest.raises(ValueError, match=r"label_metrics: expected answers that are labels, at mo"):
+        training.run(base, tmp_path, **EVERY_EPOCH)
+    with pytest.raises(ValueError, match=r"expected 'loss', which .* \(with label_metrics: accu"):
+        later = {**EVERY_EPOCH, "label_metrics": False, "metric_for_best_model": "accuracy"}
+        training.run(base, tmp_path, **later)
+
+
+def test_metrics_of_labels_change_nothing_that_is_trained(base, tmp_path):
+    adapters = []
+    for number, label_metrics in enumerate((True, False)):
+        how = {**EVERY_EPOCH, "label_metrics": label_metrics, "metric_for_best_model": "loss"}
+        training.run(base, tmp_path / str(number), **how)
+        adapters.append(training.adapter(tmp_path / str(number)))
+    assert adapters[0] == adapters[1]

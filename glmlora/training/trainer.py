@@ -40,6 +40,7 @@ from .arguments import (
     parse_train_arguments,
 )
 from .checkpoints import find_checkpoint
+from .classes import SCORES
 from .evaluation import evaluate_answers, evaluate_loss, report_metrics
 from .flags import REQUIRED, check_directory
 from .loop import Loop, checked_callbacks
@@ -306,10 +307,12 @@ def _check_evaluation(training: TrainingArguments, there: bool) -> None:
             "eval_data, or dev_ratio to hold some out"
         )
     metric = training.metric_for_best_model
-    if training.load_best_model_at_end and metric not in ("loss", "eval_loss"):
+    known = ("loss", *SCORES) if training.label_metrics else ("loss",)
+    if training.load_best_model_at_end and str(metric).removeprefix("eval_") not in known:
+        more = "" if training.label_metrics else f" (with label_metrics: {', '.join(SCORES)})"
         raise ValueError(
-            f"metric_for_best_model: expected 'loss', the only metric while training, got "
-            f"{metric!r}"
+            f"metric_for_best_model: expected {' or '.join(map(repr, known))}, which evaluations "
+            f"while training tell{more}, got {metric!r}"
         )
 
 
@@ -353,9 +356,7 @@ def _run(loop: Loop, resume: Path | None, plot: bool | None, verbose: bool = Fal
             plot_loss(loop.output_dir, state.log_history, keys)
         if args.do_eval and loop.eval_encoded is not None:
             trainee.model.eval()
-            scores = evaluate_loss(
-                loop.core, loop.eval_encoded, args.per_device_eval_batch_size, args.disable_tqdm
-            )
+            scores = loop.scores(args.disable_tqdm)
             scores["epoch"] = metrics["epoch"]
             report_metrics(loop.output_dir, "eval", scores, verbose)
             metrics = {**metrics, **scores}
