@@ -46,6 +46,9 @@ from .training.trainer import train
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 EVALUATIONS = 2  # of the rows held out, an epoch
+#: A small model has to change nearly as a whole to learn a task, a large one knows most of it.
+SMALL, SMALL_RANK, RANK = 1024, 128, 16  # SMALL: of hidden sizes, the first that is not
+RATE = 0.4  # learning rate times hidden size: 2.1e-3 for the model inside, 1e-4 for one of 4096
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -63,7 +66,9 @@ class LoraClassifier:
     base: the model's directory; None: the small model inside the package. template: the row as
     text, e.g. "title: {title}", or "{text}" where X is texts; None: all columns. instruction:
     stands before it; None: names the labels. Where both are longer than max_source_length ids, the
-    longest column is cut. training_arguments: a dict of other arguments of `glmlora.train`.
+    longest column is cut. lora_rank None: 128 for bases of a hidden size below 1024, else 16;
+    lora_alpha None: twice that; learning_rate None: 0.4 / hidden size. training_arguments: a dict
+    of other arguments of `glmlora.train`.
 
     validation: share of the rows of each label that is held out and scored EVALUATIONS times an
     epoch (`history_`); the weights with the smallest log-loss are kept. early_stopping: end after
@@ -89,12 +94,12 @@ class LoraClassifier:
         template: str | None = None,
         instruction: str | None = None,
         *,
-        max_source_length: int = 640,
-        lora_rank: int = 16,
-        lora_alpha: float = 32.0,
+        max_source_length: int = 320,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
         lora_dropout: float = 0.1,
         lora_target: str | list[str] = "all-linear",
-        learning_rate: float = 2e-3,
+        learning_rate: float | None = None,
         num_train_epochs: float = 4.0,
         per_device_train_batch_size: int = 8,
         lr_scheduler_type: str = "cosine",
@@ -489,13 +494,15 @@ class _Run:
         ]
         trained = np.arange(len(codes)) if held_out is None else np.flatnonzero(~held_out)
         trained = trained[resampled(codes[trained], self.weights, self.seed)]
+        width = self.model.config.hidden_size
+        rank = (SMALL_RANK if width < SMALL else RANK) if s.lora_rank is None else s.lora_rank
         given: dict[str, Any] = {
             "max_source_length": s.max_source_length,
-            "lora_rank": s.lora_rank,
-            "lora_alpha": s.lora_alpha,
+            "lora_rank": rank,
+            "lora_alpha": 2 * rank if s.lora_alpha is None else s.lora_alpha,
             "lora_dropout": s.lora_dropout,
             "lora_target": s.lora_target,
-            "learning_rate": s.learning_rate,
+            "learning_rate": RATE / width if s.learning_rate is None else s.learning_rate,
             "num_train_epochs": s.num_train_epochs,
             "per_device_train_batch_size": s.per_device_train_batch_size,
             "lr_scheduler_type": s.lr_scheduler_type,

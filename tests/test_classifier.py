@@ -17,7 +17,13 @@ from glmlora.classifier import task_queries
 from glmlora.model.task import Task, read_task
 
 #: Enough to learn the rows below by heart.
-QUICK = {"instruction": "", "num_train_epochs": 5, "learning_rate": 1e-2, "random_state": 0}
+QUICK = {
+    "instruction": "",
+    "lora_rank": 16,
+    "learning_rate": 1e-2,
+    "num_train_epochs": 5,
+    "random_state": 0,
+}
 TEXTS = [
     f"We measure cells {i}." if i % 2 else f"A fast algorithm for graphs {i}." for i in range(24)
 ]
@@ -261,6 +267,23 @@ def test_a_threshold_decides(base, fitted, monkeypatch):
     assert chosen.predict(TEXTS).all() and chosen.task_.threshold == 0
     quick(base, threshold="accuracy", folds=2).fit(TEXTS, LABELS)
     assert seen["truth"].tolist() == [bool(label) for label in LABELS]
+
+
+def test_usual_rank_and_rate_depend_on_the_width(base, monkeypatch):
+    given = {}
+
+    def stop(model, records, **arguments):
+        given.update(arguments)
+        raise StopIteration
+
+    monkeypatch.setattr("glmlora.classifier.train", stop)
+    for width, expected in ((32, (128, 256, 0.0125)), (4096, (16, 32, 0.4 / 4096))):
+        classifier = LoraClassifier(base)
+        vars(classifier._load_base()[0].config)["hidden_size"] = width
+        with pytest.raises(StopIteration):
+            classifier.fit(TEXTS, LABELS)
+        names = ("lora_rank", "lora_alpha", "learning_rate")
+        assert tuple(given[name] for name in names) == expected
 
 
 # What it says is wrong
