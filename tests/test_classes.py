@@ -83,6 +83,8 @@ def test_a_threshold_is_the_best_of_all(by):
 def test_of_equal_thresholds_it_is_the_nearest_to_one_half():
     truth, proba = np.array([True, True, False]), np.array([0.9, 0.58, 0.5])
     assert classes.best_threshold(truth, proba, "accuracy") == pytest.approx(0.54)
+    either = classes.best_threshold(np.array([False, True]), np.array([0.9, 0.4]), "accuracy")
+    assert either == pytest.approx(0.2)
     one_side = classes.best_threshold(np.array([True, True]), np.array([0.8, 0.7]), "f1")
     assert one_side == pytest.approx(0.35)
 

@@ -76,6 +76,7 @@ def test_labels_come_back_as_they_were(base, labels):
     y = np.asarray([labels[i] for i in LABELS], dtype=getattr(labels, "dtype", None))
     fitted = quick(base).fit(TEXTS, y)
     assert fitted.classes_.tolist() == sorted(labels) and fitted.classes_.dtype == y.dtype
+    assert fitted.task_.answers == [str(x).removesuffix(".0") for x in sorted(labels)]
     found = fitted.predict(TEXTS)
     assert found.dtype == y.dtype and found.tolist() == y.tolist()
 
@@ -110,8 +111,10 @@ def test_the_base_is_left_as_it_was(base):
     classifier = quick(base)
     model, tokenizer = classifier._load_base()
     before = model.chat(tokenizer, TEXTS[0], do_sample=False)
-    classifier.fit(TEXTS, LABELS).predict(TEXTS)
+    classifier.fit(TEXTS, LABELS)
     assert classifier._load_base()[0] is model
+    assert model.chat(tokenizer, TEXTS[0], do_sample=False) == before
+    assert classifier.score(TEXTS, LABELS) == 1
     assert model.chat(tokenizer, TEXTS[0], do_sample=False) == before
 
 
@@ -214,10 +217,11 @@ def test_validation_scores_and_keeps_the_best(base, monkeypatch):
 
 
 def test_rows_held_out_are_not_trained(base, monkeypatch):
-    trained = []
+    trained, seeds = [], []
     real = glmlora.classifier.train
 
     def spy(model, records, **given):
+        seeds.append(given["seed"])
         trained.append([record["instruction"] for record in records])
         return real(model, records, **given)
 
@@ -225,6 +229,7 @@ def test_rows_held_out_are_not_trained(base, monkeypatch):
     quick(base, validation=0.25).fit(TEXTS, LABELS)
     assert len(set(trained[0])) == 18
     classifier = quick(base, folds=3, class_weight={1: 2}).fit(TEXTS, LABELS)
+    assert len(set(seeds[1:])) == 3
     for number in range(3):
         unseen = {TEXTS[i] for i in np.flatnonzero(classifier.oof_fold_ == number)}
         assert len(unseen) == 8 and not unseen & set(trained[1 + number])
