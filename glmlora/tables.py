@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from . import tell
 from .files.journal import Journal, digest, digests
 from .files.rows import read_rows
@@ -27,6 +29,7 @@ from .files.small import TOKENIZER
 from .files.write import atomic_file
 from .generation.chat import chat_rows
 from .generation.generate import ROWS
+from .generation.labels import Classification, score_rows
 from .names import did_you_mean, listed
 from .progress import bar
 from .seeds import next_seed, seed_of
@@ -152,19 +155,18 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Output:
-    """What is written: `columns` of each row, `constants` among them, then the answer, and where
-    `raw_column` is not None, what the model answered.
+    """What is written: `columns` of each row, `constants` among them, then the answer, and behind
+    it what the columns `more` tell of it.
     """
 
     path: str
     columns: list[str]
     constants: dict[str, str]
     answer_column: str
-    raw_column: str | None = None
+    more: Sequence[str] = ()
 
     def header(self) -> list[str]:
-        more = [] if self.raw_column is None else [self.raw_column]
-        return [*self.columns, self.answer_column, *more]
+        return [*self.columns, self.answer_column, *self.more]
 
     def cells(self, row: Mapping[str, Any]) -> list[str]:
         """What a row has before its answer."""
@@ -244,12 +246,12 @@ def plan_output(
     columns: str | None,
     add: Sequence[str],
     answer_column: str,
-    raw: bool = False,
+    more: Sequence[str] = (),
 ) -> Output:
     """The output that the flags ask for. there: the table's columns; columns: those to keep,
     separated by commas (None: all); add: COLUMN=TEXT, behind the others where `columns` does not
-    give it a place; raw: there may be a `raw_column`. ValueError naming a flag, what it names, and
-    the nearest right word.
+    give it a place; more: columns that may stand behind the answer. ValueError naming a flag, what
+    it names, and the nearest right word.
     """
     constants: dict[str, str] = {}
     for pair in add:
@@ -280,11 +282,12 @@ def plan_output(
             "(--answer-column gives them another)"
         )
     kept += [name for name in constants if name not in kept]
-    if raw and raw_column(answer_column) in kept:
-        raise ValueError(
-            f"--columns: {raw_column(answer_column)!r} is the column of answers that are none of "
-            "--choices; leave it out, or pass --fallback or another --answer-column"
-        )
+    for name in more:
+        if name in kept:
+            raise ValueError(
+                f"--columns: {name!r} is a column that tells of the answers; leave it out, or pass "
+                "another --answer-column"
+            )
     return Output(
         os.fspath(path), [name for name in kept if name != answer_column], constants, answer_column
     )
@@ -438,60 +441,86 @@ def answers(
     journal: Journal,
     rows: Sequence[int],
     **sampling: Any,
-) -> Iterator[tuple[int, dict[str, str]]]:
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row, result) of the prompts with the numbers `rows`: {"answer": text}, or {"error": why}
     for a row that cannot be asked or answered, which is told. A row's draws depend on the journal's
     seed and its number alone.
-    """
-    told = 0
-    for row, answer in _one_by_one_where_it_fails(
-        model, tokenizer, prompts, journal, rows, sampling
-    ):
-        if not isinstance(answer, Exception):
-            yield row, {"answer": answer_text(answer)}
-            continue
-        if told < TOLD:
-            print(f"row {row} has no answer: {answer}", file=sys.stderr)
-        told += 1
-        yield row, {"error": str(answer)}
-
-
-def _one_by_one_where_it_fails(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    journal: Journal,
-    rows: Sequence[int],
-    sampling: Mapping[str, Any],
-) -> Iterator[tuple[int, Any]]:
-    """(row, answer or error). Where numbers that are not finite end a batch, each of its rows is
-    asked alone: it is one of them, unless all are.
     """
 
     def ask(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
         seeds = [seed_of((journal.seed % 2**64, row)) for row in some]
         asked = [prompts[row] for row in some]
-        ready = chat_rows(model, tokenizer, asked, seeds=seeds, keep_errors=True, **sampling)
-        return ((some[i], answer) for i, answer in ready)
+        return chat_rows(model, tokenizer, asked, seeds=seeds, keep_errors=True, **sampling)
+
+    for row, answer in _errors_told(ask, rows):
+        yield row, answer if _is_error(answer) else {"answer": answer_text(answer)}
+
+
+def label_scores(
+    model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], rows: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `answers`, but the most probable of the labels is the answer, and "proba" has the
+    probability of each: see `classify`.
+    """
+
+    def ask(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        asked = [prompts[row] for row in some]
+        return score_rows(model, tokenizer, asked, labels, keep_errors=True)
+
+    for row, found in _errors_told(ask, rows):
+        if _is_error(found):
+            yield row, found
+        else:
+            one = Classification(list(labels), found[None])
+            yield row, {"answer": one.label[0], "proba": one.proba[0].tolist()}
+
+
+Ask = Callable[[Sequence[int]], Iterator[tuple[int, Any]]]
+
+
+def _is_error(result: Any) -> bool:
+    return isinstance(result, dict) and set(result) == {"error"}
+
+
+def _errors_told(ask: Ask, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """(row, what was found, or {"error": why}) of the rows, the first errors told."""
+    told = 0
+    for row, found in _one_by_one_where_it_fails(ask, rows):
+        if not isinstance(found, Exception):
+            yield row, found
+            continue
+        if told < TOLD:
+            print(f"row {row} has no answer: {found}", file=sys.stderr)
+        told += 1
+        yield row, {"error": str(found)}
+
+
+def _one_by_one_where_it_fails(ask: Ask, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """(row, what was found or error). Where numbers that are not finite end a batch, each of its
+    rows is asked alone: it is one of them, unless all are.
+    """
+
+    def numbered(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        return ((some[i], found) for i, found in ask(some))
 
     waiting = dict.fromkeys(rows)
     while waiting:
         try:
-            for row, answer in ask(list(waiting)):
+            for row, found in numbered(list(waiting)):
                 del waiting[row]
-                yield row, answer
+                yield row, found
         except FloatingPointError as error:
             alone: dict[int, Any] = {}
             for row in list(waiting)[:ROWS]:
                 try:
-                    alone |= ask([row])
+                    alone |= numbered([row])
                 except FloatingPointError as own:
                     alone[row] = own
-            if all(isinstance(answer, FloatingPointError) for answer in alone.values()):
+            if all(isinstance(found, FloatingPointError) for found in alone.values()):
                 raise error
-            for row, answer in alone.items():
+            for row, found in alone.items():
                 del waiting[row]
-                yield row, answer
+                yield row, found
 
 
 def answer_text(answer: str | Mapping[str, Any]) -> str:
@@ -503,26 +532,31 @@ def answer_text(answer: str | Mapping[str, Any]) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 
-def read_choices(choices: str | None) -> list[str] | None:
-    """The answers that `--choices` allows. ValueError for none."""
-    if choices is None:
+def read_answers(flag: str, given: str | None) -> list[str] | None:
+    """The answers that a flag lists, or None. ValueError for an empty one, or one given twice."""
+    if given is None:
         return None
-    allowed = [choice.strip() for choice in choices.split(",")]
+    allowed = [answer.strip() for answer in given.split(",")]
     if "" in allowed:
-        raise ValueError(f"--choices: expected answers separated by commas, got {choices!r}")
+        raise ValueError(f"{flag}: expected answers separated by commas, got {given!r}")
+    twice = next((a for number, a in enumerate(allowed) if a in allowed[:number]), None)
+    if twice is not None:
+        raise ValueError(f"{flag}: {twice!r} is given twice")
     return allowed
 
 
 def write_answers(
     output: Output,
     rows: Sequence[Mapping[str, Any]],
-    results: Sequence[Mapping[str, str]],
+    results: Sequence[Mapping[str, Any]],
     choices: Sequence[str] | None,
     fallback: str | None,
     journal: Journal,
     overwrite: bool,
+    labels: Sequence[str] = (),
 ) -> bool:
-    """Write the table with the answers, and remove the journal; whether every row has one.
+    """Write the table with the answers, and remove the journal; whether every row has one. labels:
+    those whose probabilities stand behind the answers.
 
     A row without an answer, or whose answer is none of the choices, has `fallback`; without one its
     answer is empty, the model's own stands in `raw_column`, and the journal stays. All such rows
@@ -538,8 +572,13 @@ def write_answers(
     without = {*bad, *odd}
     last = "" if fallback is None else fallback
     columns = [[last if i in without else answer for i, answer in enumerate(raw)]]
-    if odd and fallback is None:
-        output = replace(output, raw_column=raw_column(output.answer_column))
+    output = replace(output, more=[])
+    if labels:
+        output = replace(output, more=proba_columns(labels))
+        found = np.array([result.get("proba", [np.nan] * len(labels)) for result in results])
+        columns += [["" if np.isnan(p) else f"{p:.9g}" for p in column] for column in found.T]
+    elif odd and fallback is None:
+        output = replace(output, more=[raw_column(output.answer_column)])
         columns.append(raw)
     text = table_text(output, rows, *columns)
     if os.path.exists(output.path) and not overwrite:
@@ -554,7 +593,7 @@ def write_answers(
         print(f"{len(bad)} of {len(rows)} rows have no answer{stands}: {some}", file=sys.stderr)
     if odd:
         some = "; ".join(f"row {i}: {raw[i]!r}" for i in odd[:TOLD])
-        where = stands or f", they stand in the column {output.raw_column!r}"
+        where = stands or f", they stand in the column {output.more[0]!r}"
         print(
             f"{len(odd)} of {len(rows)} answers are none of {list(choices or ())}{where}: {some}",
             file=sys.stderr,
@@ -568,6 +607,11 @@ def write_answers(
         return False
     journal.remove()
     return True
+
+
+def proba_columns(labels: Sequence[str]) -> list[str]:
+    """The columns of the labels' probabilities."""
+    return [f"proba_{label}" for label in labels]
 
 
 def raw_column(answer_column: str) -> str:

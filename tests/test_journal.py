@@ -575,7 +575,7 @@ def test_half_a_character_is_known_first(place, capsys, monkeypatch):
 def test_a_column_with_the_odd_answers_name(place, capsys, monkeypatch):
     model = Answers(monkeypatch, {})
     status, told = predict(capsys, "--add", "label_raw=1", "--choices", "0,1")
-    assert status == 1 and "'label_raw' is the column of answers that are none" in told
+    assert status == 1 and "'label_raw' is a column that tells of the answers" in told
     assert not model.asked
     assert predict(capsys, "--add", "label_raw=1", "--choices", "0", "--fallback", "0")[0] == 0
 

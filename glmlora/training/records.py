@@ -8,7 +8,6 @@ by its methods.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -21,7 +20,7 @@ from .. import tell
 from ..batch import IGNORED, Encoded
 from ..families import prompt as prompts
 from ..files.regular import read_bytes
-from ..files.rows import EXTENSIONS, read_rows
+from ..files.rows import EXTENSIONS, is_missing, read_rows
 from ..files.write import read_json
 from ..model.configuration import ChatGLMConfig
 from ..names import did_you_mean, listed
@@ -96,12 +95,6 @@ class _Counts:
         return [f"{len(rows)}: {kind}" for kind, rows in kinds if f"skipped, {kind}" in self._found]
 
 
-def _is_missing(value: Any) -> bool:
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return True
-    return isinstance(value, (float, np.floating)) and math.isnan(value)
-
-
 def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
     """A cell as text; "" for a missing one."""
     if isinstance(value, str):
@@ -113,7 +106,7 @@ def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
                     f"{row}: {column}: not valid text: lone surrogate at {error.start}"
                 ) from None
         return value
-    if _is_missing(value):
+    if is_missing(value):
         return ""
     if isinstance(value, np.generic):
         value = value.item()
@@ -141,7 +134,7 @@ def _history(value: Any, row: str, counts: _Counts) -> list[list[str]]:
             ) from None
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    if _is_missing(value) or (isinstance(value, str) and not value.strip()):
+    if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return []
     if not isinstance(value, (list, tuple)):
         raise ValueError(
@@ -308,7 +301,7 @@ def _unused(
 
 
 def _is_empty(value: Any) -> bool:
-    return _is_missing(value) or (isinstance(value, (str, list, tuple, dict)) and not value)
+    return is_missing(value) or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
 def _choose_columns(present: Iterable[str], source: str, more: str = "") -> dict[str, str | None]:
