@@ -591,6 +591,11 @@ def test_killed_and_run_again():
     assert "5 kills of 200 rows, 5 with rows kept: all equal" in killed()
 
 
+def test_killed_while_labels_are_weighed():
+    """The bits of each probability do not depend on the rows that are left."""
+    assert "3 kills of 200 rows, 3 with" in killed("--labels", "--kills", "3")
+
+
 @pytest.mark.deep
 def test_killed_at_many_moments():
     assert "50 kills of 3000 rows" in killed("--rows", "3000", "--kills", "50", "--fresh")
