@@ -350,6 +350,11 @@ def describe_model(model: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def _plain(value: Any) -> Any:
+    """What JSON cannot hold: NumPy's values as Python's, all else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 def _fields_digest(fields: Mapping[str, Any]) -> str:
     """Of an adapter's settings, without those of where it was trained."""
     kept = {
@@ -367,7 +372,7 @@ def describe_job(
     """What answers depend on, for a `Journal`. model: as `describe_folders` or `describe_model`
     give it; settings: told by name. The form of the output is none of it: one journal gives any.
     """
-    table = json.dumps(rows, default=str).encode()
+    table = json.dumps(rows, default=_plain).encode()
     return {
         **model,
         "template": template,
@@ -419,8 +424,8 @@ def run_job(
     except BaseException:
         if journal.path is not None and journal.results:
             print(
-                f"{len(journal.results)} of {rows} rows are kept in {journal.path}: the same "
-                "command goes on from there",
+                f"{len(journal.results)} of {rows} rows are kept in {journal.path}: the same job "
+                "goes on from there",
                 file=sys.stderr,
             )
         raise

@@ -1,6 +1,7 @@
 """A prediction that is stopped, however, goes on where it was, and ends with the same bytes."""
 
 import csv
+import datetime
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import tiny
 
@@ -247,7 +249,7 @@ def test_a_job_of_any_results(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt), Journal(path, JOB, 7) as kept:
         tables.run_job(kept, 4, lambda missing: compute(missing, stop=1))
     told = capsys.readouterr().err
-    assert f"2 of 4 rows are kept in {path}: the same command goes on from there" in told
+    assert f"2 of 4 rows are kept in {path}: the same job goes on from there" in told
     with Journal(path, JOB, 7) as kept:
         results = tables.run_job(kept, 4, compute)
         assert results == [{"proba": [row / 3, 1 - row / 3]} for row in range(4)]
@@ -302,6 +304,10 @@ def test_a_model_in_memory(base, tmp_path):
     config = {"task_type": glmlora.TaskType.CAUSAL_LM, "r": 2}
     tuned = glmlora.get_peft_model(model, glmlora.LoraConfig(**config), seed=1)
     seen.append(tables.describe_model(tuned, tokenizer))
+    moved = glmlora.get_peft_model(
+        glmlora.AutoModel.from_pretrained(copy), glmlora.LoraConfig(**config), seed=1
+    )
+    assert tables.describe_model(moved, tokenizer) == seen[1]
     name = next(n for n in model.core.names() if "lora_B" in n)
     model.core.write(name, model.core.read(name) + 1)
     seen.append(tables.describe_model(tuned, tokenizer))
@@ -314,6 +320,15 @@ def test_a_model_in_memory(base, tmp_path):
     keep(tmp_path / "o.journal", {0: 1}, tables.describe_job(seen[0], [{"t": "a"}], "{t}", {}))
     with pytest.raises(ValueError, match=r"model differs \(weights\)"):
         found(tmp_path / "o.journal", tables.describe_job(seen[1], [{"t": "a"}], "{t}", {}))
+
+
+def test_a_cell_that_json_has_not(tmp_path):
+    """Each of a long array's values counts, a date and NumPy's numbers do."""
+    long = numpy.arange(5000.0)
+    cells = [long, long + (long == 2500), numpy.int64(3), datetime.date(2026, 1, 2)]
+    jobs = [tables.describe_job({}, [{"t": cell}], "{t}", {}) for cell in cells]
+    assert all(a != b for i, a in enumerate(jobs) for b in jobs[:i])
+    assert tables.describe_job({}, [{"t": 3}], "{t}", {}) == jobs[2]
 
 
 def test_rows_of_any_table(tmp_path):
