@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy
@@ -107,6 +108,24 @@ def test_another_file_is_not_replaced(tmp_path, text):
         found(path)
     assert path.read_text() == text
     assert found(path, anew=True) == {}
+
+
+def line(value):
+    """A line with the right sum, whatever it says."""
+    body = json.dumps(value)[:-1].encode()
+    return body + b', "crc32": "%08x"}\n' % zlib.crc32(body)
+
+
+def test_lines_that_somebody_made(tmp_path):
+    path = tmp_path / "o.journal"
+    for first in ({"journal": 1}, {"journal": 1, "job": []}, {"journal": 1, "job": JOB}):
+        path.write_bytes(line(first))
+        with pytest.raises(ValueError, match="its first line does not say what the job is"):
+            found(path)
+    rows = [{"row": "1", "result": 1}, {"row": [1], "result": 1}, {"row": 2}, {"process": 3}]
+    first = {"journal": 1, "job": JOB, "seed": 3}
+    path.write_bytes(b"".join(map(line, [first, *rows, {"row": 5, "result": None}])))
+    assert found(path) == {5: None}
 
 
 @pytest.mark.parametrize(

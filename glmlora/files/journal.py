@@ -95,7 +95,7 @@ class Journal:
             )
         self.seed = lines[0]["seed"]  # type: ignore[index]
         for line in lines[1:]:
-            if line is not None and "row" in line:
+            if line is not None and type(line.get("row")) is int and "result" in line:
                 self.results[line["row"]] = line["result"]
         os.ftruncate(self._file.fileno(), len(whole))
         return True
@@ -192,7 +192,7 @@ def _lock(file: Descriptor) -> bool | None:
 def _last_process(data: bytes) -> dict[str, Any] | None:
     """Who wrote the last lines; None where that is not known, or it has ended in peace."""
     found = [line["process"] for line in _lines(data) if line is not None and "process" in line]
-    return found[-1] if found else None
+    return found[-1] if found and isinstance(found[-1], dict) else None
 
 
 def _lines(data: bytes) -> Iterator[dict[str, Any] | None]:
@@ -211,6 +211,8 @@ def _what_differs(first: Mapping[str, Any] | None, job: Mapping[str, Any]) -> st
         return "its first line is damaged, or it is no journal of a job"
     if first["journal"] != FORMAT:
         return f"is a journal of format {first['journal']!r}, expected {FORMAT}"
+    if not isinstance(first.get("job"), dict) or type(first.get("seed")) is not int:
+        return "its first line does not say what the job is"
     parts = [
         _difference(name, first["job"].get(name), job.get(name))
         for name in dict.fromkeys([*job, *first["job"]])
