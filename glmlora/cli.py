@@ -204,10 +204,9 @@ def inspect(args: argparse.Namespace) -> int:
     if args.model:
         model_directory(args.model)
     if args.output:
-        tables.check_place(args.output, args.overwrite, args.table)
         picture = os.path.splitext(args.output)[0] + ".png"
-        if os.path.exists(picture) and not args.overwrite:
-            raise FileExistsError(f"{picture} exists: pass --overwrite to replace it")
+        for path in (args.output, picture):
+            tables.check_new_place(path, args.overwrite, args.table)
     report = inspection.inspect(
         args.table, args.test, args.label, args.template, args.model, args.max_source_length
     )

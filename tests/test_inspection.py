@@ -211,20 +211,26 @@ def test_suggested_length():
 
 
 def test_the_forecast_is_products_over_speed(monkeypatch):
-    monkeypatch.setattr("glmlora.inspection.lengths.products_per_second", lambda model: 1e9)
+    speeds = {"lora": 1e9, "chat": 4e9}
+    where = "glmlora.inspection.lengths.products_per_second"
+    monkeypatch.setattr(where, lambda model, method: speeds[method])
     rows = [paper(i) for i in range(30)]
     report = glmlora.inspect(rows, rows[:12], tokenizer=TINY)
     mean, total = report.lengths.mean() + 3, report.lengths.sum() + 3 * 30
     counted = plan(TINY, 1, round(float(mean)), "lora")
     expected = counted.flops / counted.tokens * total / 1e9
     assert report.forecast.epoch_seconds == pytest.approx(expected)
+    asked = plan(TINY, 1, round(float(report.test.lengths.mean())), "chat")
+    expected_answers = asked.flops / asked.tokens * report.test.lengths.sum() / 4e9
+    assert report.forecast.predict_seconds == pytest.approx(expected_answers)
     cut = glmlora.inspect(rows, tokenizer=TINY, max_source_length=64)
     assert cut.forecast.epoch_seconds < 0.7 * expected
     assert report.forecast.predict_rows == 12 and cut.forecast.predict_rows == 30
 
 
 def test_the_machine_is_measured(tmp_path):
-    assert 1e6 < products_per_second(training.model_dir(tmp_path), 0.01) < 1e15
+    for method in ("chat", "lora"):
+        assert 1e5 < products_per_second(training.model_dir(tmp_path), method, 0.01) < 1e15
 
 
 def test_notes_that_a_competitor_should_read():
