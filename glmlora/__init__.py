@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._core import get_num_threads as get_num_threads
     from ._core import set_num_threads as set_num_threads
+    from .classifier import LoraClassifier as LoraClassifier
     from .files.checkpoint import load_state_dict as load_state_dict
     from .generation.config import GenerationConfig as GenerationConfig
     from .generation.processors import LogitsProcessor as LogitsProcessor
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 
 _NAMES = {  # module -> its public names; tests/test_packaging.py holds them against those above
     "_core": "get_num_threads set_num_threads",
+    "classifier": "LoraClassifier",
     "files.checkpoint": "load_state_dict",
     "generation.config": "GenerationConfig",
     "generation.processors": "LogitsProcessor LogitsProcessorList",

@@ -158,32 +158,48 @@ def predict(args: argparse.Namespace) -> int:
     from glmlora import tables
     from glmlora.training.methods import unwrapped
 
-    sampling = {"temperature": 0.01, **_generation(args)}
-    choices = tables.read_choices(args.choices)
+    given = _generation(args)
+    sampling = {"temperature": 0.01, **given}
+    choices = tables.read_answers("--choices", args.choices)
+    labels = tables.read_answers("--labels", args.labels)
+    if labels is None and args.proba:
+        raise ValueError("--proba: has no effect without --labels")
+    if labels is not None:
+        unused = [*given, *(["choices"] if choices else [])]
+        if unused:
+            flag = unused[0].replace("_", "-")
+            raise ValueError(f"--{flag}: has no effect with --labels: nothing is drawn")
+        sampling = {"labels": labels}
     _check_model(args)
     tables.check_place(args.output, args.overwrite, args.input)
     rows = tables.read_table(args.input, args.template)
+    more = tables.proba_columns(labels or []) if args.proba else []
+    if choices is not None and args.fallback is None:
+        more = [tables.raw_column(args.answer_column)]
     output = tables.plan_output(
         args.output,
         tables.columns_of(rows),
         args.columns,
         args.add or [],
         args.answer_column,
-        raw=choices is not None and args.fallback is None,
+        more=more,
     )
     tables.check_space(output, rows)
     prompts = tables.fill_template(args.template, rows)
     loaded = {n: getattr(args, n) for n in ("family", "dtype", "compute_dtype")}
     device = devices.find(args.device).type
     settings = {**sampling, **loaded, "device": device, "glmlora": glmlora.__version__}
-    folder = model_directory(args.model)
-    job = tables.describe_job(folder, args.adapter, rows, args.template, settings)
+    folders = tables.describe_folders(model_directory(args.model), args.adapter)
+    job = tables.describe_job(folders, rows, args.template, settings)
 
     def compute(missing: list[int]) -> Iterator[tuple[int, Any]]:
         model, tokenizer = _load(
             args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
         )
-        return tables.answers(unwrapped(model), tokenizer, prompts, journal, missing, **sampling)
+        model = unwrapped(model)
+        if labels is not None:
+            return tables.label_scores(model, tokenizer, prompts, labels, missing)
+        return tables.answers(model, tokenizer, prompts, journal, missing, **sampling)
 
     with (
         ending_signals(),
@@ -191,7 +207,14 @@ def predict(args: argparse.Namespace) -> int:
     ):
         results = tables.run_job(journal, len(rows), compute)
         whole = tables.write_answers(
-            output, rows, results, choices, args.fallback, journal, args.overwrite
+            output,
+            rows,
+            results,
+            choices,
+            args.fallback,
+            journal,
+            args.overwrite,
+            (labels or []) if args.proba else [],
         )
     print(f"{args.output}: {len(rows)} rows")
     return 0 if whole else 1
@@ -371,6 +394,12 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
         help="a constant column, in its place in --columns or behind them",
     )
     _flag(parser, "--answer-column", default="label", help="name of the answers' column")
+    _flag(
+        parser,
+        "--labels",
+        help="weigh these answers, e.g. 0,1, and take the most probable; nothing is drawn",
+    )
+    _flag(parser, "--proba", action="store_true", help="with --labels: a column proba_LABEL each")
     _flag(parser, "--choices", help="the only answers allowed, e.g. 0,1")
     _flag(parser, "--fallback", help="the answer for rows without one, or with none of --choices")
     _flag(

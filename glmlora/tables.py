@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from . import tell
 from .files.journal import Journal, digest, digests
 from .files.rows import read_rows
@@ -27,6 +29,7 @@ from .files.small import TOKENIZER
 from .files.write import atomic_file
 from .generation.chat import chat_rows
 from .generation.generate import ROWS
+from .generation.labels import Classification, score_rows
 from .names import did_you_mean, listed
 from .progress import bar
 from .seeds import next_seed, seed_of
@@ -45,13 +48,7 @@ def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
             f"--input: {os.fspath(path)!r}: looked for a table (from {os.getcwd()}) and found none"
             f"{near_path(path)}"
         )
-    rows = read_rows(path)
-    if not rows:
-        raise ValueError(f"{path}: the table has no rows")
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            kind = type(row).__name__
-            raise ValueError(f"{path} row {number}: expected an object of columns, got {kind}")
+    rows = rows_of(path)
     there = columns_of(rows)
     for name in names:
         if name not in there:
@@ -60,6 +57,47 @@ def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
                 f"{listed(there)}"
             )
     return rows
+
+
+def rows_of(table: Any) -> list[dict[str, Any]]:
+    """The rows of a DataFrame, of a list of dicts, or of the csv, json or jsonl file of this path;
+    a cell of a DataFrame without a value is None. ValueError without rows, for a row that is no
+    object, and for a column that stands twice; TypeError for what is no table.
+    """
+    if isinstance(table, str | os.PathLike):
+        name, rows = os.fspath(table), read_rows(table)
+    elif hasattr(table, "columns") and hasattr(table, "itertuples"):
+        name, columns = "DataFrame", [str(column) for column in table.columns]
+        twice = [column for column, count in Counter(columns).items() if count > 1]
+        if twice:
+            raise ValueError(f"DataFrame: column {twice[0]!r} stands twice")
+        # Column by column: a row of a mixed frame would turn its ints into floats.
+        cells = zip(*(list(table[column]) for column in table.columns), strict=True)
+        rows = [dict(zip(columns, map(_cell, row), strict=True)) for row in cells]
+    elif isinstance(table, Iterable) and not isinstance(table, Mapping | bytes):
+        name, rows = "table", list(table)
+    else:
+        raise TypeError(
+            f"table: expected a DataFrame, a list of dicts or a file name, got "
+            f"{type(table).__name__}"
+        )
+    if not rows:
+        raise ValueError(f"{name}: the table has no rows")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            kind = type(row).__name__
+            raise ValueError(f"{name} row {number}: expected an object of columns, got {kind}")
+    return rows
+
+
+def _cell(value: Any) -> Any:
+    """A DataFrame's cell, None for what pandas has for no value: NaN, NaT, NA."""
+    try:
+        return value if value == value else None
+    except TypeError:  # pandas.NA is neither
+        return None
+    except ValueError:  # an array
+        return value
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -117,19 +155,18 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Output:
-    """What is written: `columns` of each row, `constants` among them, then the answer, and where
-    `raw_column` is not None, what the model answered.
+    """What is written: `columns` of each row, `constants` among them, then the answer, and behind
+    it what the columns `more` tell of it.
     """
 
     path: str
     columns: list[str]
     constants: dict[str, str]
     answer_column: str
-    raw_column: str | None = None
+    more: Sequence[str] = ()
 
     def header(self) -> list[str]:
-        more = [] if self.raw_column is None else [self.raw_column]
-        return [*self.columns, self.answer_column, *more]
+        return [*self.columns, self.answer_column, *self.more]
 
     def cells(self, row: Mapping[str, Any]) -> list[str]:
         """What a row has before its answer."""
@@ -173,7 +210,7 @@ def _there(path: str) -> FileExistsError:
 
 
 def check_space(output: Output, rows: Sequence[Mapping[str, Any]]) -> None:
-    """OSError where the output cannot be written, e.g. for a disk without room for the rows and 64
+    """OSError where the output cannot be written, e.g. for a disk without room for the rows and 128
     bytes of answer each; ValueError naming a cell that is no text.
     """
     size = 0
@@ -187,7 +224,7 @@ def check_space(output: Output, rows: Sequence[Mapping[str, Any]]) -> None:
                     f"--columns: row {number} has half a character in column {name!r}, at "
                     f"{error.start}: it cannot be written as UTF-8"
                 ) from None
-    size += 64 * len(rows)
+    size += 128 * len(rows)  # the answer, and its line in the journal
     try:
         with atomic_file(output.path, "w") as file:
             file.write(" " * min(size, 1 << 16))
@@ -216,12 +253,12 @@ def plan_output(
     columns: str | None,
     add: Sequence[str],
     answer_column: str,
-    raw: bool = False,
+    more: Sequence[str] = (),
 ) -> Output:
     """The output that the flags ask for. there: the table's columns; columns: those to keep,
     separated by commas (None: all); add: COLUMN=TEXT, behind the others where `columns` does not
-    give it a place; raw: there may be a `raw_column`. ValueError naming a flag, what it names, and
-    the nearest right word.
+    give it a place; more: columns that may stand behind the answer. ValueError naming a flag, what
+    it names, and the nearest right word.
     """
     constants: dict[str, str] = {}
     for pair in add:
@@ -252,11 +289,12 @@ def plan_output(
             "(--answer-column gives them another)"
         )
     kept += [name for name in constants if name not in kept]
-    if raw and raw_column(answer_column) in kept:
-        raise ValueError(
-            f"--columns: {raw_column(answer_column)!r} is the column of answers that are none of "
-            "--choices; leave it out, or pass --fallback or another --answer-column"
-        )
+    for name in more:
+        if name in kept:
+            raise ValueError(
+                f"--columns: {name!r} is a column that tells of the answers; leave it out, or pass "
+                "another --answer-column"
+            )
     return Output(
         os.fspath(path), [name for name in kept if name != answer_column], constants, answer_column
     )
@@ -281,27 +319,64 @@ def journal_path(path: str | os.PathLike) -> str:
     return f"{os.fspath(path)}.journal"
 
 
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|index\.json)|(adapter_|generation_)?config\.json")
-_ADAPTER = re.compile(rf"{_WEIGHTS.pattern}|prompt_template\.json")
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|index\.json)|((adapter_|generation_)?config|prompt_template)\.json"
+)
 _TOKENIZER = re.compile("|".join(map(re.escape, TOKENIZER)))
+_SAMPLE = 1 << 14  # values of a weight
+
+
+def describe_folders(model: str | os.PathLike, adapter: str | os.PathLike | None) -> dict[str, Any]:
+    """What answers depend on in the folders of a model and an adapter, before they are loaded."""
+    return {
+        "model": digests(model, _WEIGHTS),
+        "adapter": None if adapter is None else digests(adapter, _WEIGHTS),
+        "tokenizer": digests(model, _TOKENIZER),
+    }
+
+
+def describe_model(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The same of a model in memory, whatever it was loaded from or trained to since: its device
+    and types, and of each weight, adapters included, a sample of up to 16,384 values.
+    """
+    core = model.core
+    sums = {}
+    for name in sorted(core.names()):
+        values = core.read(name).reshape(-1)
+        sample = values[:: max(1, values.size // _SAMPLE)]
+        form = f"{core.dtype(name)} {core.shape(name)} "
+        sums[name] = digest(form.encode() + sample.tobytes())
+    configs = getattr(model, "peft_config", {})
+    adapters = {name: _fields_digest(config.to_dict()) for name, config in configs.items()}
+    return {
+        "model": {"weights": digest(json.dumps(sums).encode())},
+        "adapter": adapters | {"active": str(getattr(model, "active_adapter", None))},
+        "products": core.backend,
+        "prompts": {"family": str(tokenizer.family), "template": model.prompt_template},
+        "tokenizer": digests(tokenizer.name_or_path, _TOKENIZER),
+    }
+
+
+def _fields_digest(fields: Mapping[str, Any]) -> str:
+    """Of an adapter's settings, without those of where it was trained."""
+    kept = {
+        n: v for n, v in fields.items() if n not in ("base_model_name_or_path", "inference_mode")
+    }
+    return digest(json.dumps(kept, sort_keys=True, default=str).encode())
 
 
 def describe_job(
-    model: str | os.PathLike,
-    adapter: str | os.PathLike | None,
+    model: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     template: str,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What answers depend on, for a `Journal`: the files of two folders, the rows, the template,
-    and settings, which are told by name. The form of the output is none of it: one journal gives
-    any.
+    """What answers depend on, for a `Journal`. model: as `describe_folders` or `describe_model`
+    give it; settings: told by name. The form of the output is none of it: one journal gives any.
     """
     table = json.dumps(rows, default=str).encode()
     return {
-        "model": digests(model, _ADAPTER),
-        "adapter": None if adapter is None else digests(adapter, _ADAPTER),
-        "tokenizer": digests(model, _TOKENIZER),
+        **model,
         "template": template,
         "table": {"rows": len(rows), "content": digest(table)},
         "settings": dict(settings),
@@ -309,13 +384,16 @@ def describe_job(
 
 
 def open_journal(
-    output: str, job: Mapping[str, Any], rows: int, seed: int | None, overwrite: bool
+    output: str | None, job: Mapping[str, Any], rows: int, seed: int | None, overwrite: bool
 ) -> Journal:
-    """The journal beside an output, new or gone on with, which is told. seed: of sampling; None: a
+    """The journal beside an output, new or gone on with, which is told; without an output one in
+    memory. seed: of sampling; None: a
     drawn one, which the journal keeps. overwrite: begin anew where it is another job's. Raises as
     `Journal`, and FileExistsError where an output is there and rows are missing.
     """
     seed = next_seed() if seed is None else seed
+    if output is None:
+        return Journal(None, job, seed)
     journal = Journal(journal_path(output), job, seed, anew=overwrite)
     if journal.missing(rows) and os.path.exists(output) and not overwrite:
         with journal:
@@ -369,60 +447,86 @@ def answers(
     journal: Journal,
     rows: Sequence[int],
     **sampling: Any,
-) -> Iterator[tuple[int, dict[str, str]]]:
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row, result) of the prompts with the numbers `rows`: {"answer": text}, or {"error": why}
     for a row that cannot be asked or answered, which is told. A row's draws depend on the journal's
     seed and its number alone.
-    """
-    told = 0
-    for row, answer in _one_by_one_where_it_fails(
-        model, tokenizer, prompts, journal, rows, sampling
-    ):
-        if not isinstance(answer, Exception):
-            yield row, {"answer": answer_text(answer)}
-            continue
-        if told < TOLD:
-            print(f"row {row} has no answer: {answer}", file=sys.stderr)
-        told += 1
-        yield row, {"error": str(answer)}
-
-
-def _one_by_one_where_it_fails(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    journal: Journal,
-    rows: Sequence[int],
-    sampling: Mapping[str, Any],
-) -> Iterator[tuple[int, Any]]:
-    """(row, answer or error). Where numbers that are not finite end a batch, each of its rows is
-    asked alone: it is one of them, unless all are.
     """
 
     def ask(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
         seeds = [seed_of((journal.seed % 2**64, row)) for row in some]
         asked = [prompts[row] for row in some]
-        ready = chat_rows(model, tokenizer, asked, seeds=seeds, keep_errors=True, **sampling)
-        return ((some[i], answer) for i, answer in ready)
+        return chat_rows(model, tokenizer, asked, seeds=seeds, keep_errors=True, **sampling)
+
+    for row, answer in _errors_told(ask, rows):
+        yield row, answer if _is_error(answer) else {"answer": answer_text(answer)}
+
+
+def label_scores(
+    model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], rows: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `answers`, but the most probable of the labels is the answer, and "proba" has the
+    probability of each: see `classify`.
+    """
+
+    def ask(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        asked = [prompts[row] for row in some]
+        return score_rows(model, tokenizer, asked, labels, keep_errors=True)
+
+    for row, found in _errors_told(ask, rows):
+        if _is_error(found):
+            yield row, found
+        else:
+            one = Classification(list(labels), found[None])
+            yield row, {"answer": one.label[0], "proba": one.proba[0].tolist()}
+
+
+Ask = Callable[[Sequence[int]], Iterator[tuple[int, Any]]]
+
+
+def _is_error(result: Any) -> bool:
+    return isinstance(result, dict) and set(result) == {"error"}
+
+
+def _errors_told(ask: Ask, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """(row, what was found, or {"error": why}) of the rows, the first errors told."""
+    told = 0
+    for row, found in _one_by_one_where_it_fails(ask, rows):
+        if not isinstance(found, Exception):
+            yield row, found
+            continue
+        if told < TOLD:
+            print(f"row {row} has no answer: {found}", file=sys.stderr)
+        told += 1
+        yield row, {"error": str(found)}
+
+
+def _one_by_one_where_it_fails(ask: Ask, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """(row, what was found or error). Where numbers that are not finite end a batch, each of its
+    rows is asked alone: it is one of them, unless all are.
+    """
+
+    def numbered(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        return ((some[i], found) for i, found in ask(some))
 
     waiting = dict.fromkeys(rows)
     while waiting:
         try:
-            for row, answer in ask(list(waiting)):
+            for row, found in numbered(list(waiting)):
                 del waiting[row]
-                yield row, answer
+                yield row, found
         except FloatingPointError as error:
             alone: dict[int, Any] = {}
             for row in list(waiting)[:ROWS]:
                 try:
-                    alone |= ask([row])
+                    alone |= numbered([row])
                 except FloatingPointError as own:
                     alone[row] = own
-            if all(isinstance(answer, FloatingPointError) for answer in alone.values()):
+            if all(isinstance(found, FloatingPointError) for found in alone.values()):
                 raise error
-            for row, answer in alone.items():
+            for row, found in alone.items():
                 del waiting[row]
-                yield row, answer
+                yield row, found
 
 
 def answer_text(answer: str | Mapping[str, Any]) -> str:
@@ -434,26 +538,31 @@ def answer_text(answer: str | Mapping[str, Any]) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 
-def read_choices(choices: str | None) -> list[str] | None:
-    """The answers that `--choices` allows. ValueError for none."""
-    if choices is None:
+def read_answers(flag: str, given: str | None) -> list[str] | None:
+    """The answers that a flag lists, or None. ValueError for an empty one, or one given twice."""
+    if given is None:
         return None
-    allowed = [choice.strip() for choice in choices.split(",")]
+    allowed = [answer.strip() for answer in given.split(",")]
     if "" in allowed:
-        raise ValueError(f"--choices: expected answers separated by commas, got {choices!r}")
+        raise ValueError(f"{flag}: expected answers separated by commas, got {given!r}")
+    twice = next((a for number, a in enumerate(allowed) if a in allowed[:number]), None)
+    if twice is not None:
+        raise ValueError(f"{flag}: {twice!r} is given twice")
     return allowed
 
 
 def write_answers(
     output: Output,
     rows: Sequence[Mapping[str, Any]],
-    results: Sequence[Mapping[str, str]],
+    results: Sequence[Mapping[str, Any]],
     choices: Sequence[str] | None,
     fallback: str | None,
     journal: Journal,
     overwrite: bool,
+    labels: Sequence[str] = (),
 ) -> bool:
-    """Write the table with the answers, and remove the journal; whether every row has one.
+    """Write the table with the answers, and remove the journal; whether every row has one. labels:
+    those whose probabilities stand behind the answers.
 
     A row without an answer, or whose answer is none of the choices, has `fallback`; without one its
     answer is empty, the model's own stands in `raw_column`, and the journal stays. All such rows
@@ -469,8 +578,13 @@ def write_answers(
     without = {*bad, *odd}
     last = "" if fallback is None else fallback
     columns = [[last if i in without else answer for i, answer in enumerate(raw)]]
-    if odd and fallback is None:
-        output = replace(output, raw_column=raw_column(output.answer_column))
+    output = replace(output, more=[])
+    if labels:
+        output = replace(output, more=proba_columns(labels))
+        found = np.array([result.get("proba", [np.nan] * len(labels)) for result in results])
+        columns += [["" if np.isnan(p) else f"{p:.9g}" for p in column] for column in found.T]
+    elif odd and fallback is None:
+        output = replace(output, more=[raw_column(output.answer_column)])
         columns.append(raw)
     text = table_text(output, rows, *columns)
     if os.path.exists(output.path) and not overwrite:
@@ -485,7 +599,7 @@ def write_answers(
         print(f"{len(bad)} of {len(rows)} rows have no answer{stands}: {some}", file=sys.stderr)
     if odd:
         some = "; ".join(f"row {i}: {raw[i]!r}" for i in odd[:TOLD])
-        where = stands or f", they stand in the column {output.raw_column!r}"
+        where = stands or f", they stand in the column {output.more[0]!r}"
         print(
             f"{len(odd)} of {len(rows)} answers are none of {list(choices or ())}{where}: {some}",
             file=sys.stderr,
@@ -499,6 +613,11 @@ def write_answers(
         return False
     journal.remove()
     return True
+
+
+def proba_columns(labels: Sequence[str]) -> list[str]:
+    """The columns of the labels' probabilities."""
+    return [f"proba_{label}" for label in labels]
 
 
 def raw_column(answer_column: str) -> str:

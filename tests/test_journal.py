@@ -74,6 +74,7 @@ def test_every_torn_end(tmp_path, monkeypatch):
             assert kept.results == {0: "a"}
             kept.add(1, "c")
         assert found(path) == {0: "a", 1: "c"}
+        assert all(json.loads(line) for line in path.read_bytes().splitlines())
     for size in range(len(lines[0])):  # killed while it began
         path.write_bytes(lines[0][:size])
         assert found(path) == {}
@@ -264,6 +265,7 @@ def base(tmp_path_factory):
 
 
 PROMPTS = [f"{word} {i}" for i, word in enumerate(" ".join(tiny.SENTENCES).split()[:40])]
+PROMPTS[3] *= 200  # too long
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -277,16 +279,61 @@ def test_an_answer_depends_on_its_row_alone(base, beams):
         sampling = {"temperature": 1.5, "max_new_tokens": 12, "max_length": None}
         kept = Journal(None, JOB, seed)
         found = tables.answers(model, tokenizer, few, kept, rows, num_beams=beams, **sampling)
-        return {row: result["answer"] for row, result in found}
+        return {row: result.get("answer", "no answer") for row, result in found}
 
     whole = ask(range(len(few)))
-    assert sorted(whole) == list(range(len(few)))
+    assert sorted(whole) == list(range(len(few))) and whole[3] == "no answer"
     for some in ([5], [0, 8], list(range(1, len(few), 2)), list(range(len(few)))[3:]):
         assert ask(some) == {row: whole[row] for row in some}
     if beams == 1:
-        assert len(set(whole.values())) > 30 and ask(range(40), seed=4) != whole
+        assert len(set(whole.values())) > 25 and ask(range(40), seed=4) != whole
         same = tables.answers(model, tokenizer, ["x"] * 8, Journal(None, JOB, 3), range(8))
         assert len({result["answer"] for _, result in same}) > 1  # a draw of its own
+
+
+def test_a_model_in_memory(base, tmp_path):
+    """What is loaded, trained or attached is told apart; what is the same is not."""
+    model = glmlora.AutoModel.from_pretrained(base)
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(base)
+    copy = shutil.copytree(base, tmp_path / "copy")
+    seen = [tables.describe_model(model, tokenizer)]
+    other = glmlora.AutoModel.from_pretrained(copy)
+    assert tables.describe_model(other, glmlora.AutoTokenizer.from_pretrained(copy)) == seen[0]
+    config = {"task_type": glmlora.TaskType.CAUSAL_LM, "r": 2}
+    tuned = glmlora.get_peft_model(model, glmlora.LoraConfig(**config), seed=1)
+    seen.append(tables.describe_model(tuned, tokenizer))
+    name = next(n for n in model.core.names() if "lora_B" in n)
+    model.core.write(name, model.core.read(name) + 1)
+    seen.append(tables.describe_model(tuned, tokenizer))
+    for how in ({"lora_alpha": 9}, {"r": 4}):
+        fresh = glmlora.AutoModel.from_pretrained(base)
+        tuned = glmlora.get_peft_model(fresh, glmlora.LoraConfig(**{**config, **how}), seed=1)
+        seen.append(tables.describe_model(tuned, tokenizer))
+    seen.append(tables.describe_model(other.half(), tokenizer))
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+    keep(tmp_path / "o.journal", {0: 1}, tables.describe_job(seen[0], [{"t": "a"}], "{t}", {}))
+    with pytest.raises(ValueError, match=r"model differs \(weights\)"):
+        found(tmp_path / "o.journal", tables.describe_job(seen[1], [{"t": "a"}], "{t}", {}))
+
+
+def test_rows_of_any_table(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / "t.csv").write_text("n,t\n1,a\n")
+    assert tables.rows_of(tmp_path / "t.csv") == [{"n": "1", "t": "a"}]
+    assert tables.rows_of(row for row in [{"n": 1}]) == [{"n": 1}]
+    columns = {"n": [1, 2, 3], "x": [0.5, float("nan"), 2], "t": ["a", None, pandas.NA]}
+    rows = tables.rows_of(pandas.DataFrame(columns, index=[7, 7, 8]))
+    assert [list(map(repr, row.values())) for row in rows] == [
+        *(["1", "0.5", "'a'"], ["2", "None", "None"], ["3", "2.0", "None"])
+    ]
+    for data, error in (
+        ({"n": [1]}, TypeError),
+        ([], ValueError),
+        (["a"], ValueError),
+        (pandas.DataFrame([[1, 2]], columns=["a", "a"]), ValueError),
+    ):
+        with pytest.raises(error):
+            tables.rows_of(data)
 
 
 def test_a_row_that_fails_alone(base, monkeypatch):
@@ -514,7 +561,7 @@ def test_an_output_without_room_is_known_first(place, capsys, monkeypatch):
     model = Answers(monkeypatch, {})
     status, told = predict(capsys)
     assert status == 1 and "--output: cannot be written: No space left" in told
-    assert asked == [70 * (1000 + 64)] and not model.asked
+    assert asked == [70 * (1000 + 128)] and not model.asked
     assert os.listdir() == ["in.csv"]
 
 
@@ -528,7 +575,7 @@ def test_half_a_character_is_known_first(place, capsys, monkeypatch):
 def test_a_column_with_the_odd_answers_name(place, capsys, monkeypatch):
     model = Answers(monkeypatch, {})
     status, told = predict(capsys, "--add", "label_raw=1", "--choices", "0,1")
-    assert status == 1 and "'label_raw' is the column of answers that are none" in told
+    assert status == 1 and "'label_raw' is a column that tells of the answers" in told
     assert not model.asked
     assert predict(capsys, "--add", "label_raw=1", "--choices", "0", "--fallback", "0")[0] == 0
 

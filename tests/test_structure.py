@@ -26,7 +26,7 @@ FLOORS = (
     ("model",),
     ("training",),
     ("tables", "tools"),
-    ("inspection", "submission"),
+    ("classifier", "inspection", "submission"),
     ("notebook", "standins"),
     ("compat",),
     ("cli",),

@@ -56,6 +56,10 @@ glmlora.save_prefix(glmlora.load_prefix(encoder, "prefix"), "prefix")
 
 arguments = glmlora.TrainingArguments(output_dir="out", learning_rate=1e-4, num_train_epochs=1)
 glmlora.train("model", "data.csv", output_dir="out", lora_rank=8, plot_loss=False)
+classifier = glmlora.LoraClassifier("model", threshold="f1", validation=0.1, folds=5)
+proba: np.ndarray = classifier.fit([{"title": "a"}], [1]).predict_proba([{"title": "a"}])
+classifier.save(Path("out"))
+print(glmlora.LoraClassifier.load("out").predict(["a"]).shape)
 """
 
 CHAT = """

@@ -294,8 +294,8 @@ class Report:
             text = (
                 f"LoRA {_time(cast.epoch_seconds)} an epoch, short answers to "
                 f"{cast.predict_rows:,} rows {_time(cast.predict_seconds)}: a forecast for this "
-                f"CPU ({cast.training_speed / 1e9:,.0f} and {cast.prediction_speed / 1e9:,.0f} GFLOP/s "
-                "as measured now)"
+                f"CPU ({cast.training_speed / 1e9:,.0f} and {cast.prediction_speed / 1e9:,.0f} "
+                "GFLOP/s as measured now)"
             )
             found.append(("time", text))
         return found

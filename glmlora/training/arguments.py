@@ -298,6 +298,10 @@ class TrainingArguments(Group):
     load_best_model_at_end: bool = option(False, "S", "end with the best checkpoint's weights")
     metric_for_best_model: str | None = option(None, "S", "what is best (default: loss)")
     greater_is_better: bool | None = option(None, "S", "direction of that (default: by its name)")
+    label_metrics: bool = option(False, "S",
+        "evaluations tell accuracy, macro_f1 and log_loss: the answers are labels")
+    early_stopping_patience: int | None = option(None, "S",
+        "end after n evaluations without a better model", bound=">=1")
     ignore_data_skip: bool = option(False, "S", "resume at the start of the epoch's data")
     label_smoothing_factor: float = option(0.0, "R",
         "the loss is plain cross-entropy; leave it at 0")
@@ -414,7 +418,7 @@ class TrainingArguments(Group):
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.greater_is_better is None:
-            self.greater_is_better = self.metric_for_best_model not in ("loss", "eval_loss")
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 
 
 #: The groups of arguments, in the order of `--help`, and their flags.
@@ -609,11 +613,12 @@ def without_effect(
         ("resume_lora_training", not model.checkpoint_dir, "checkpoint_dir"),
         ("eval_steps", t.eval_strategy != "steps", "evaluation_strategy"),
         ("eval_delay", t.eval_strategy == "no", "evaluation_strategy"),
+        ("label_metrics", not t.do_eval, "do_eval"),
         ("save_steps", t.save_strategy != "steps", "save_strategy"),
         ("save_total_limit", t.save_strategy == "no", "save_strategy"),
         ("logging_steps", t.logging_strategy != "steps", "logging_strategy"),
         (
-            "metric_for_best_model greater_is_better",
+            "metric_for_best_model greater_is_better early_stopping_patience",
             not t.load_best_model_at_end,
             "load_best_model_at_end",
         ),

@@ -142,7 +142,7 @@ class Checkpoints:
     def _write_state(self, folder: Path, s: TrainState) -> None:
         every = self.schedule.every
         content = {
-            "best_global_step": _step_of(s.best_model_checkpoint),
+            "best_global_step": step_of(s.best_model_checkpoint),
             "best_metric": s.best_metric,
             "best_model_checkpoint": s.best_model_checkpoint,
             "epoch": s.epoch,
@@ -199,9 +199,9 @@ class Checkpoints:
 
     def _before(self, path: Path) -> Path | None:
         """The newest whole checkpoint of this run beside `path` and before it."""
-        step = _step_of(path)
+        step = step_of(path)
         for other in reversed(checkpoints_in(path.parent)):
-            if step is None or (_step_of(other) or 0) < step:
+            if step is None or (step_of(other) or 0) < step:
                 with suppress(ValueError, OSError):
                     self._check(other)
                     return other
@@ -254,9 +254,7 @@ class Checkpoints:
                 f"{at.updates}"
             )
         # What lies beyond belongs to a run that ended later: it will be written anew.
-        self.saved = [
-            p for p in checkpoints_in(self.output_dir) if _step_of(p) <= state.global_step
-        ]
+        self.saved = [p for p in checkpoints_in(self.output_dir) if step_of(p) <= state.global_step]
         return at
 
     def _check_facts(self, path: Path, theirs: Mapping[str, Any]) -> None:
@@ -319,9 +317,9 @@ def checkpoints_in(directory: Path) -> list[Path]:
     found = []
     if directory.is_dir():
         for path in directory.iterdir():
-            if _step_of(path) is not None and path.is_dir() and any(path.iterdir()):
+            if step_of(path) is not None and path.is_dir() and any(path.iterdir()):
                 found.append(path)
-    return sorted(found, key=lambda p: _step_of(p) or 0)
+    return sorted(found, key=lambda p: step_of(p) or 0)
 
 
 def find_checkpoint(wanted: Any, output_dir: Path) -> Path | None:
@@ -351,7 +349,7 @@ def _age(path: Path) -> tuple[float, int]:
     is of another step counts by the times of its files, so that it is not passed over without a
     word: `restore` says what is wrong.
     """
-    step = _step_of(path) or 0
+    step = step_of(path) or 0
     try:
         stored = read_json(path / "rng_state.json", dict)
         if stored["progress"]["updates"] == step:
@@ -361,7 +359,7 @@ def _age(path: Path) -> tuple[float, int]:
     return max(file.stat().st_mtime for file in path.iterdir()), step
 
 
-def _step_of(path: str | os.PathLike | None) -> int | None:
+def step_of(path: str | os.PathLike | None) -> int | None:
     found = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.fspath(path or "")))
     return int(found[1]) if found else None
 

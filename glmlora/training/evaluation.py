@@ -17,12 +17,16 @@ from ..files.write import read_json, write_json, write_text
 from ..generation.chat import end_ids
 from ..generation.config import GenerationConfig
 from ..generation.generate import generate_rows
+from ..generation.labels import Classification, score_ids
+from ..model.modeling import ChatGLMForConditionalGeneration
 from ..progress import bar
 from ..seeds import set_seed
 from .arguments import DataArguments, TrainingArguments
+from .classes import label_scores
 from .methods import unwrapped
 from .metrics import compute_metrics
 
+MOST_LABELS = 1000
 # How the original decodes while evaluating.
 DECODING = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "top_k": 50}
 
@@ -74,6 +78,35 @@ def evaluate_loss(
     if not math.isfinite(total):
         raise FloatingPointError(f"evaluation: the loss of {tokens} tokens is {total}")
     return {"eval_loss": total / tokens, **speed("eval", started, len(encoded), n_batches)}
+
+
+def labels_of(*encoded: Encoded) -> list[tuple[int, ...]]:
+    """The different answers of some records, as ids with their end. ValueError where they are too
+    many to be labels.
+    """
+    labels = {tuple(one.target(row).tolist()) for one in encoded for row in range(len(one))}
+    if len(labels) > MOST_LABELS:
+        raise ValueError(
+            f"label_metrics: expected answers that are labels, at most {MOST_LABELS} different "
+            f"ones, the data have {len(labels)}"
+        )
+    return sorted(labels)
+
+
+def evaluate_labels(
+    base: ChatGLMForConditionalGeneration, encoded: Encoded, labels: Sequence[tuple[int, ...]]
+) -> dict[str, float]:
+    """`eval_accuracy`, `eval_macro_f1` and `eval_log_loss` (nats) by the probability of each of the
+    labels after each prompt, as `classify` has it. No prompt is cut again.
+    """
+    numbers = {label: number for number, label in enumerate(labels)}
+    rows = range(len(encoded))
+    codes = np.array([numbers[tuple(encoded.target(row).tolist())] for row in rows])
+    found = np.empty((len(encoded), len(labels)))
+    for row, likelihood in score_ids(base, [encoded.source(row).tolist() for row in rows], labels):
+        found[row] = likelihood
+    proba = Classification([str(number) for number in range(len(labels))], found).proba
+    return {f"eval_{name}": score for name, score in label_scores(codes, proba).items()}
 
 
 def predict(

@@ -147,6 +147,8 @@ class TrainKeywords(TypedDict, total=False):
     load_best_model_at_end: bool
     metric_for_best_model: str | None
     greater_is_better: bool | None
+    label_metrics: bool
+    early_stopping_patience: int | None
     ignore_data_skip: bool
     label_smoothing_factor: float
     optim: str

@@ -28,8 +28,8 @@ from ..interrupts import Shield, Terminated, signals_arrived
 from ..model.device import memory_available
 from ..model.parameters import embedding_of
 from .arguments import TrainingArguments
-from .checkpoints import Checkpoints, decisive_facts
-from .evaluation import evaluate_loss, progress, speed
+from .checkpoints import Checkpoints, decisive_facts, step_of
+from .evaluation import evaluate_labels, evaluate_loss, labels_of, progress, speed
 from .methods import Trainee
 from .state import Progress, Schedule, TrainState
 
@@ -70,6 +70,10 @@ class Loop:
         self.at = Progress()
         facts = decisive_facts(trainee, encoded, args, self.schedule)
         self.checkpoints = Checkpoints(trainee, args, self.schedule, facts, argument_files or {})
+        self.prints = True  # each record
+        self.labels: list[tuple[int, ...]] = []
+        if args.label_metrics and eval_encoded is not None:
+            self.labels = labels_of(encoded, eval_encoded)
         self._warned_masked = self._warned_log = False
 
     def order(self, epoch: int) -> np.ndarray:
@@ -354,11 +358,12 @@ class Loop:
         self._call("on_log")
 
     def _record(self, record: dict[str, Any]) -> None:
-        """Into log_history, and as one dict on standard output."""
+        """Into log_history, and as one dict on standard output where it `prints`."""
         record = {**record, "epoch": round(self.state.epoch, 2)}
         self.state.log_history.append({**record, "step": self.state.global_step})
-        self.bar.write(str(record), file=sys.stdout)
-        sys.stdout.flush()
+        if self.prints:
+            self.bar.write(str(record), file=sys.stdout)
+            sys.stdout.flush()
 
     def _begin_log_file(self, resume: Path | None) -> None:
         """Delete trainer_log.jsonl, or leave in it what the resumed checkpoint knows of."""
@@ -400,24 +405,35 @@ class Loop:
                 warnings.warn(text, stacklevel=6)
 
     def evaluate(self) -> dict[str, float]:
-        """Loss of the evaluation data, logged; keeps track of the best."""
+        """Scores of the evaluation data, logged; keeps track of the best, and ends a run that has
+        found none for early_stopping_patience evaluations.
+        """
         s, a = self.state, self.args
-        assert self.eval_encoded is not None
-        metrics = evaluate_loss(
-            self.core,
-            self.eval_encoded,
-            a.per_device_eval_batch_size,
-            disable_tqdm=True,
-        )
+        metrics = self.scores(disable_tqdm=True)
         with Shield():
             self._record(metrics)
             if a.load_best_model_at_end:
-                value = metrics["eval_loss"]
-                best = s.best_metric
+                name = f"eval_{str(a.metric_for_best_model).removeprefix('eval_')}"
+                value, best = metrics[name], s.best_metric
                 if best is None or (value > best if a.greater_is_better else value < best):
                     s.best_metric = value
                     s.best_model_checkpoint = str(self.checkpoints.path(self.state))
+                since = step_of(s.best_model_checkpoint) or 0
+                worse = sum(r["step"] > since for r in s.log_history if name in r)
+                if a.early_stopping_patience and worse >= a.early_stopping_patience:
+                    s.should_stop = True
         self._call("on_log")
+        return metrics
+
+    def scores(self, disable_tqdm: bool | None) -> dict[str, float]:
+        """Loss of the evaluation data, with label_metrics those of its labels, and the speed."""
+        encoded, size = self.eval_encoded, self.args.per_device_eval_batch_size
+        assert encoded is not None
+        metrics = evaluate_loss(self.core, encoded, size, disable_tqdm)
+        if self.args.label_metrics:
+            self.trainee.model.eval()
+            metrics |= evaluate_labels(self.trainee.base, encoded, self.labels)
+            self.trainee.model.train()
         return metrics
 
     def _call(self, event: str) -> None:

@@ -40,6 +40,7 @@ from .arguments import (
     parse_train_arguments,
 )
 from .checkpoints import find_checkpoint
+from .classes import SCORES
 from .evaluation import evaluate_answers, evaluate_loss, report_metrics
 from .flags import REQUIRED, check_directory
 from .loop import Loop, checked_callbacks
@@ -115,6 +116,7 @@ def train(
     tokenizer: Any = None,
     eval_data: Any = None,
     callbacks: Sequence[Any] = (),
+    verbose: bool = True,
     **overrides: Unpack[TrainKeywords],
 ) -> TrainResult:
     """Fine-tune a model on records; what it learns is written into `output_dir`.
@@ -130,8 +132,9 @@ def train(
 
     callbacks: functions that get each log record, or objects with some of on_train_begin,
     on_step_end, on_log, on_save, on_train_end, each called with the TrainState, whose `should_stop`
-    they may set. `resume_from_checkpoint="last"` (or a checkpoint-N folder) goes on exactly where
-    that checkpoint was written.
+    they may set. verbose: print how much is trained, and each log record.
+    `resume_from_checkpoint="last"` (or a checkpoint-N folder) goes on exactly where that checkpoint
+    was written.
 
     Raises TypeError for an unknown argument, ValueError naming argument, value and what was
     expected, OSError for an output_dir that cannot be written (before training), MemoryError with
@@ -168,10 +171,13 @@ def train(
         _place(methods.unwrapped(model), training)
         names_before = methods.unwrapped(model).core.names()
         trainee = _trainee(model, tokenizer, arguments, kind)
-        print(trainable_line(trainee.base))
+        if verbose:
+            print(trainable_line(trainee.base))
         plot = model_args.plot_loss if "plot_loss" in given else None
         try:
-            result = _run(_loop(trainee, records, held_out, arguments, callbacks), resume, plot)
+            loop = _loop(trainee, records, held_out, arguments, callbacks)
+            loop.prints = verbose
+            result = _run(loop, resume, plot)
         except BaseException:
             trainee.release()
             if (
@@ -301,10 +307,12 @@ def _check_evaluation(training: TrainingArguments, there: bool) -> None:
             "eval_data, or dev_ratio to hold some out"
         )
     metric = training.metric_for_best_model
-    if training.load_best_model_at_end and metric not in ("loss", "eval_loss"):
+    known = ("loss", *SCORES) if training.label_metrics else ("loss",)
+    if training.load_best_model_at_end and str(metric).removeprefix("eval_") not in known:
+        more = "" if training.label_metrics else f" (with label_metrics: {', '.join(SCORES)})"
         raise ValueError(
-            f"metric_for_best_model: expected 'loss', the only metric while training, got "
-            f"{metric!r}"
+            f"metric_for_best_model: expected {' or '.join(map(repr, known))}, which evaluations "
+            f"while training tell{more}, got {metric!r}"
         )
 
 
@@ -348,9 +356,7 @@ def _run(loop: Loop, resume: Path | None, plot: bool | None, verbose: bool = Fal
             plot_loss(loop.output_dir, state.log_history, keys)
         if args.do_eval and loop.eval_encoded is not None:
             trainee.model.eval()
-            scores = evaluate_loss(
-                loop.core, loop.eval_encoded, args.per_device_eval_batch_size, args.disable_tqdm
-            )
+            scores = loop.scores(args.disable_tqdm)
             scores["epoch"] = metrics["epoch"]
             report_metrics(loop.output_dir, "eval", scores, verbose)
             metrics = {**metrics, **scores}
