@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-import string
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ import numpy as np
 
 from . import tell
 from .families.prompt import chat_ids
-from .files.rows import read_rows
+from .files.rows import is_missing, table_rows
 from .files.staging import staged
 from .interrupts import Terminated
 from .model.auto import AutoModel
@@ -28,7 +27,7 @@ from .model.peft import PeftModel
 from .model.quantization import GROUP_SIZE, is_quantized
 from .model.task import FILE, Task, read_task, write_task
 from .names import did_you_mean, listed
-from .tables import columns_of, fill_template
+from .templates import check_template, columns_of, fill_template
 from .tokenization import AutoTokenizer
 from .tools.project import tiny_directory
 from .training.classes import (
@@ -41,7 +40,6 @@ from .training.classes import (
     stratified_folds,
     stratified_split,
 )
-from .training.records import is_missing
 from .training.trainer import train
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -600,15 +598,9 @@ def _rows(X: Any) -> tuple[list[dict[str, Any]], list[str] | None]:
     """The rows of X and its columns in their order; texts are rows of a column "text", and have no
     columns (None). TypeError, ValueError naming what X, or a row of it, is.
     """
-    if isinstance(X, str | os.PathLike):
-        given: list[Any] = read_rows(X)
-    elif hasattr(X, "columns") and hasattr(X, "iloc"):
-        columns = [str(name) for name in X.columns]
-        twice = next((c for c in columns if columns.count(c) > 1), None)
-        if twice is not None:
-            raise ValueError(f"X: column {twice!r} stands twice")
-        cells = zip(*(list(X.iloc[:, i]) for i in range(len(columns))), strict=True)
-        given = [dict(zip(columns, row, strict=True)) for row in cells]
+    given: list[Any]
+    if isinstance(X, str | os.PathLike) or hasattr(X, "columns"):
+        given = table_rows(X, "X")
     elif isinstance(X, Iterable) and not isinstance(X, Mapping | bytes):
         given = list(X)
     else:
@@ -672,13 +664,7 @@ def task_queries(
     without any value.
     """
     there = columns or ["text"]
-    places = [name for _, name, _, _ in string.Formatter().parse(task.template) if name]
-    for name in places:
-        if name not in there:
-            raise ValueError(
-                f"template: {name!r} is no column of X{did_you_mean(name, there)}; it has "
-                f"{listed(there)}"
-            )
+    places = check_template(task.template, there, "X")
     filled = [{name: row.get(name, "") for name in there} for row in rows]
     texts = fill_template(task.template, filled)
 

@@ -8,7 +8,6 @@ is what users see.
 from __future__ import annotations
 
 import os
-import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ..files.hub import model_directory
 from ..files.rows import is_missing, table_rows
 from ..model.configuration import ChatGLMConfig
 from ..names import did_you_mean, listed
-from ..tables import columns_of, fill_template
+from ..templates import check_template, columns_of, fill_template, places_of
 from ..tools.demo import ORDER
 from ..training.records import COLUMNS
 from .lengths import forecast, prompt_lengths, suggested_length
@@ -78,14 +77,15 @@ def inspect(
     label = _label_column(label, columns)
     id_column = next((c for c in columns if c.lower() in _ID_NAMES and c != label), None)
     template = _template(template, columns, [c for c in (label, id_column) if c])
-    used = list(dict.fromkeys(n for _, n, _, _ in string.Formatter().parse(template) if n))
-    _check_columns("table", used, columns)
+    used = list(dict.fromkeys(check_template(template, columns, "table")))
+    if not used:
+        raise ValueError("template: names no {column}: every row is asked the same question")
     if label in used:
         raise ValueError(f"template: {label!r} is the label: a prompt must not hold its answer")
     train = _looked_at(_name(table, "table"), rows, columns, id_column)
     asked = None
     if test_rows is not None:
-        _check_columns("test", used, columns_of(test_rows))
+        check_template(template, columns_of(test_rows), "test")
         asked = _looked_at(_name(test, "test"), test_rows, columns_of(test_rows), id_column)
 
     constants = _constants(train)
@@ -130,7 +130,7 @@ def _label_column(label: str | None, columns: Sequence[str]) -> str | None:
 def _template(template: str | None, columns: Sequence[str], apart: Sequence[str]) -> str:
     """The template that was given, or the one that fits the columns."""
     if template is not None:
-        fill_template(template, [])  # ValueError for braces that are none of a column
+        places_of(template)  # ValueError for braces that are none of a column
         return template
     if {"title", "abstract"} <= set(columns):
         return PAPERS
@@ -143,17 +143,6 @@ def _template(template: str | None, columns: Sequence[str], apart: Sequence[str]
             f"table: expected a column of text beside id and label, got {listed(columns)}"
         )
     return "\n".join(f"{{{c}}}" for c in plain)
-
-
-def _check_columns(argument: str, used: Sequence[str], columns: Sequence[str]) -> None:
-    if not used:
-        raise ValueError("template: names no {column}: every row is asked the same question")
-    for name in used:
-        if name not in columns:
-            near = did_you_mean(name, columns)
-            raise ValueError(
-                f"template: {name!r} is no column of {argument}{near}; it has {listed(columns)}"
-            )
 
 
 def _is_missing(value: Any) -> bool:
