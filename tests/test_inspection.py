@@ -11,9 +11,10 @@ import training
 
 import glmlora
 from glmlora import cli
-from glmlora.families.prompt import encode_source
+from glmlora.families.prompt import chat_ids, encode_source
 from glmlora.inspection import similar
 from glmlora.inspection.lengths import prompt_lengths, suggested_length
+from glmlora.model.task import Task, write_task
 from glmlora.tools.plan import plan, products_per_second
 from glmlora.tools.project import tiny_directory
 
@@ -282,6 +283,22 @@ def test_which_columns_are_the_prompt():
     assert report.text_columns == ["instruction", "input"] and report.label_column == "output"
     report = glmlora.inspect([row], template="{b}?", label="a")
     assert report.text_columns == ["b"] and report.label_column == "a"
+
+
+def test_an_adapter_says_how_it_is_asked(tmp_path):
+    """Its template, base and max_source_length, as its classifier would cut them."""
+    rows = [paper(i) for i in range(12)]
+    write_task(tmp_path, Task(None, "Is {this} medical? ", "{title}", ["title"], ["0", "1"], 30))
+    report = glmlora.inspect(rows, adapter=tmp_path)
+    asked = ["Is {this} medical? " + row["title"] for row in rows]
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(TINY)
+    whole = [len(chat_ids(tokenizer, text)) for text in asked]
+    assert report.lengths.tolist() == whole and report.max_source_length == 30
+    assert report.cut == {f"p{i}": n - 30 for i, n in enumerate(whole) if n > 30} != {}
+    other = glmlora.inspect(rows, adapter=tmp_path, template="{abstract}", max_source_length=99)
+    assert other.text_columns == ["abstract"] and other.max_source_length == 99
+    with pytest.raises(FileNotFoundError, match="task.json: not there"):
+        glmlora.inspect(rows, adapter=tmp_path / "none")
 
 
 @pytest.mark.parametrize(

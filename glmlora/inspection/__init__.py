@@ -18,9 +18,11 @@ import numpy as np
 from ..files.hub import model_directory
 from ..files.rows import is_missing, table_rows
 from ..model.configuration import ChatGLMConfig
+from ..model.task import read_task
 from ..names import did_you_mean, listed
 from ..templates import check_template, columns_of, fill_template, places_of
 from ..tools.demo import ORDER
+from ..tools.project import tiny_directory
 from ..training.records import COLUMNS
 from .lengths import forecast, prompt_lengths, suggested_length
 from .report import Alike, Leak, Report, TestPart
@@ -52,7 +54,8 @@ def inspect(
     label: str | None = None,
     template: str | None = None,
     tokenizer: Any = None,
-    max_source_length: int = 512,
+    max_source_length: int | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Report:
     """Look at a table, and at the test table that is to be predicted.
 
@@ -61,12 +64,22 @@ def inspect(
     prompt with `{column}` places; None: that of the paper workflow where its columns are there,
     else `instruction` and `input`, else all columns but id and label. tokenizer: one of this
     package, or a model directory; lengths are characters without one. max_source_length: where
-    training cuts prompts, in tokens.
+    training cuts prompts, in tokens; None: 512. adapter: the folder of one that is to predict
+    `table` or `test`: its task.json gives template, base and max_source_length where they are not
+    given.
 
     Returns a Report: its fields are plain numbers and lists of row ids (of a column named like
     `id` or `uuid` whose values differ, else row numbers from 0); printed, it is a text. Raises
     ValueError naming a column that is not there, and as the reading of a file does.
     """
+    if adapter is not None:
+        task = read_task(adapter)
+        own = task.instruction.replace("{", "{{").replace("}", "}}") + task.template
+        template = own if template is None else template
+        tokenizer = (task.base or tiny_directory()) if tokenizer is None else tokenizer
+        if max_source_length is None:
+            max_source_length = task.max_source_length
+    max_source_length = 512 if max_source_length is None else max_source_length
     if type(max_source_length) is not int or max_source_length < 3:
         raise ValueError(
             f"max_source_length: expected a whole number from 3, got {max_source_length!r}"
