@@ -44,7 +44,7 @@ class Submission:
         lines += [f"  {text}" for text in self.changed]
         for column, counts in self.values.items():
             first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:6]
-            shown = ", ".join(f"{value} {n:,} ({n / self.rows:.1%})" for value, n in first)
+            shown = ", ".join(f"{value} in {_rows(n)} ({n / self.rows:.1%})" for value, n in first)
             more = f", ... ({len(counts):,} values)" if len(counts) > len(first) else ""
             lines.append(f"  {column}: {shown}{more}")
         return "\n".join(lines)

@@ -170,6 +170,17 @@ def test_chinese_texts_are_compared_by_character():
     assert similar.similar_rows(rows).group.tolist() == [0, 0, 2]
 
 
+def test_labels_in_chinese_stand_in_line():
+    rows = [paper(i, label=("医学", "other")[i % 2]) for i in range(20)]
+    shown = [line for line in str(glmlora.inspect(rows)).splitlines() if line.endswith("50.0%")]
+    assert len(shown) == 2
+    assert [line.index("\u2588") for line in shown] == [
+        32,
+        30,
+    ]  # two characters of two columns each
+    assert [line[:26].strip() for line in shown] == ["labels", ""]
+
+
 def test_too_many_alike_are_told(monkeypatch):
     monkeypatch.setattr(similar, "MOST_COMPARED", 10)
     rows = [paper(i, abstract=text("same", 90) + f" word{i}") for i in range(40)]

@@ -42,7 +42,7 @@ def test_what_is_right_is_written_as_it_is(tmp_path):
     assert lines == GOOD
     assert not result.changed and not result.warnings
     assert result.rows == 4 and result.values["label"] == {"1": 2, "0": 2}
-    assert "label: 0 2 (50.0%), 1 2 (50.0%)" in str(result)
+    assert "label: 0 in 2 rows (50.0%), 1 in 2 rows (50.0%)" in str(result)
 
 
 def test_order_columns_and_extra_rows_are_put_right_and_told(tmp_path):
