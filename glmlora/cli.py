@@ -228,12 +228,17 @@ def inspect(args: argparse.Namespace) -> int:
     if args.model:
         model_directory(args.model)
     if args.output:
-        tables.check_place(args.output, args.overwrite, args.table)
         picture = os.path.splitext(args.output)[0] + ".png"
-        if os.path.exists(picture) and not args.overwrite:
-            raise FileExistsError(f"{picture} exists: pass --overwrite to replace it")
+        for path in (args.output, picture):
+            tables.check_new_place(path, args.overwrite, args.table)
     report = inspection.inspect(
-        args.table, args.test, args.label, args.template, args.model, args.max_source_length
+        args.table,
+        args.test,
+        args.label,
+        args.template,
+        args.model,
+        args.max_source_length,
+        args.adapter,
     )
     print(report)
     if args.output:
@@ -423,7 +428,8 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
         "there, else all columns",
     )
     _flag(parser, "--model", help="its directory: lengths in tokens, and a forecast of the time")
-    _flag(parser, "--max-source-length", type=int, default=512, help="where prompts are cut")
+    _flag(parser, "--adapter", help="its task.json has template, model and max_source_length")
+    _flag(parser, "--max-source-length", type=int, help="where prompts are cut; default: 512")
     _flag(parser, "--output", help="csv to write: every finding with its row; a picture beside it")
     _flag(parser, "--overwrite", action="store_true", help="replace an output that is there")
 

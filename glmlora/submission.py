@@ -18,7 +18,7 @@ from .files.regular import read_bytes
 from .files.rows import is_missing, table_rows
 from .files.write import atomic_file
 from .names import did_you_mean, listed
-from .tables import check_place
+from .tables import check_new_place
 from .templates import columns_of
 
 _WHOLE = re.compile(r"[+-]?\d+")
@@ -40,11 +40,11 @@ class Submission:
     values: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.rows:,} rows, in the order and form of the sample"]
+        lines = [f"{self.path}: {_rows(self.rows)}, in the order and form of the sample"]
         lines += [f"  {text}" for text in self.changed]
         for column, counts in self.values.items():
             first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:6]
-            shown = ", ".join(f"{value} {n:,} ({n / self.rows:.1%})" for value, n in first)
+            shown = ", ".join(f"{value} in {_rows(n)} ({n / self.rows:.1%})" for value, n in first)
             more = f", ... ({len(counts):,} values)" if len(counts) > len(first) else ""
             lines.append(f"  {column}: {shown}{more}")
         return "\n".join(lines)
@@ -68,7 +68,7 @@ def submit(
     """
     paths = [p for p in (sample, predictions) if isinstance(p, (str, os.PathLike))]
     for path in paths or [""]:
-        check_place(output, overwrite, path)
+        check_new_place(output, overwrite, path)
     wanted = table_rows(sample, "sample")
     given = table_rows(predictions, "predictions")
     header = columns_of(wanted)
@@ -93,6 +93,10 @@ def submit(
     for text in result.warnings:
         tell.warn(text)
     return result
+
+
+def _rows(n: int) -> str:
+    return f"{n:,} row{'' if n == 1 else 's'}"
 
 
 def _id_column(header: Sequence[str]) -> str:
@@ -144,26 +148,25 @@ def _in_order(
             named = [form.get(_plain_id(i), i) for i in have]
             changed = [f"{a} is {b}" for a, b in zip(have, named, strict=True) if a != b]
             if changed:
-                text = f"ids written as in the sample: {changed[0]} ({len(changed):,} ids)"
+                text = f"ids written as in the sample: {changed[0]} ({_rows(len(changed))})"
                 result.changed.append(text)
             have = named
     wrong = []
     twice = _twice(have)
     if twice:
-        wrong.append(f"{len(twice):,} ids stand twice: {listed(twice, 5)}")
+        wrong.append(f"ids that stand twice: {listed(twice, 5)}")
     known = set(have)
     missing = [i for i in ids if i not in known]
     if missing:
-        wrong.append(f"{len(missing):,} of {len(ids):,} ids are missing: {listed(missing, 5)}")
+        wrong.append(f"ids that are missing: {listed(missing, 5)}; the sample has {len(ids):,}")
     asked = set(ids)
     extra = [i for i in have if i not in asked]
     if wrong:
         if extra:
-            wrong.append(f"{len(extra):,} ids are not in the sample: {listed(extra, 5)}")
+            wrong.append(f"ids that the sample has not: {listed(extra, 5)}")
         raise ValueError(f"predictions: {'; '.join(wrong)} (ids are in {column!r})")
     if extra:
-        text = f"{len(extra):,} rows left out whose ids the sample has not: {listed(extra, 5)}"
-        result.changed.append(text)
+        result.changed.append(f"rows left out whose ids the sample has not: {listed(extra, 5)}")
     if [i for i in have if i in asked] != ids:
         result.changed.append("rows put into the order of the sample")
     rows = dict(zip(have, given, strict=True))
@@ -185,7 +188,7 @@ def _values(
     """The cells of a column in the form of the sample's, `shown`; what is wrong goes to `wrong`."""
     empty = [i for i, value in zip(ids, found, strict=True) if not value]
     if empty and any(shown):
-        wrong.append(f"{column}: {len(empty):,} rows have no value: ids {listed(empty, 5)}")
+        wrong.append(f"{column}: no value for the ids {listed(empty, 5)}")
         return list(found)
     examples = [value for value in shown if value]
     kind = _kind(examples)
@@ -196,12 +199,14 @@ def _values(
         if changed:
             (old, new), n = changed[0], len(changed)
             result.changed.append(
-                f"{column}: {old} written as {new}, as in the sample ({n:,} rows)"
+                f"{column}: {old} written as {new}, as in the sample ({_rows(n)})"
             )
     odd = [(i, v) for i, v in zip(ids, cells, strict=True) if not _fits(v, kind)]
     if odd:
         (first, value), n = odd[0], len(odd)
-        text = f"{column}: the sample has {kind}, {n:,} rows have not: id {first} has {value!r}"
+        text = (
+            f"{column}: expected {kind} as in the sample, got {value!r} for id {first} ({_rows(n)})"
+        )
         if kind == "whole numbers" and all(_is_share(v) for _, v in odd):
             text += ": probabilities where labels are due, choose a threshold and write labels"
         wrong.append(text)
@@ -249,7 +254,7 @@ def _warn_of(
         outside = [value for value in cells if not _is_share(value)]
         if outside:
             text = f"{column}: {outside[0]} is not between 0 and 1, as all of the sample are"
-            result.warnings.append(f"{text} ({len(outside):,} rows)")
+            result.warnings.append(f"{text} ({_rows(len(outside))})")
     few = 1 < len(known) <= max(2, len(examples) // 3)  # so the sample shows classes
     if few and kind != "numbers" and values - known:
         other = sorted(values - known)

@@ -94,6 +94,13 @@ def check_place(path: str | os.PathLike, overwrite: bool, input: str | os.PathLi
             raise _there(path)
 
 
+def check_new_place(path: str | os.PathLike, overwrite: bool, input: str | os.PathLike) -> None:
+    """`check_place` of an output that is no job's: what is there needs `overwrite`."""
+    check_place(path, overwrite, input)
+    if os.path.exists(path) and not overwrite:
+        raise _there(os.fspath(path))
+
+
 def _there(path: str) -> FileExistsError:
     return FileExistsError(f"{path} exists: pass --overwrite to replace it")
 

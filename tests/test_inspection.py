@@ -11,9 +11,10 @@ import training
 
 import glmlora
 from glmlora import cli
-from glmlora.families.prompt import encode_source
+from glmlora.families.prompt import chat_ids, encode_source
 from glmlora.inspection import similar
 from glmlora.inspection.lengths import prompt_lengths, suggested_length
+from glmlora.model.task import Task, write_task
 from glmlora.tools.plan import plan, products_per_second
 from glmlora.tools.project import tiny_directory
 
@@ -169,6 +170,17 @@ def test_chinese_texts_are_compared_by_character():
     assert similar.similar_rows(rows).group.tolist() == [0, 0, 2]
 
 
+def test_labels_in_chinese_stand_in_line():
+    rows = [paper(i, label=("医学", "other")[i % 2]) for i in range(20)]
+    shown = [line for line in str(glmlora.inspect(rows)).splitlines() if line.endswith("50.0%")]
+    assert len(shown) == 2
+    assert [line.index("\u2588") for line in shown] == [
+        32,
+        30,
+    ]  # two characters of two columns each
+    assert [line[:26].strip() for line in shown] == ["labels", ""]
+
+
 def test_too_many_alike_are_told(monkeypatch):
     monkeypatch.setattr(similar, "MOST_COMPARED", 10)
     rows = [paper(i, abstract=text("same", 90) + f" word{i}") for i in range(40)]
@@ -211,20 +223,26 @@ def test_suggested_length():
 
 
 def test_the_forecast_is_products_over_speed(monkeypatch):
-    monkeypatch.setattr("glmlora.inspection.lengths.products_per_second", lambda model: 1e9)
+    speeds = {"lora": 1e9, "chat": 4e9}
+    where = "glmlora.inspection.lengths.products_per_second"
+    monkeypatch.setattr(where, lambda model, method: speeds[method])
     rows = [paper(i) for i in range(30)]
     report = glmlora.inspect(rows, rows[:12], tokenizer=TINY)
     mean, total = report.lengths.mean() + 3, report.lengths.sum() + 3 * 30
     counted = plan(TINY, 1, round(float(mean)), "lora")
     expected = counted.flops / counted.tokens * total / 1e9
     assert report.forecast.epoch_seconds == pytest.approx(expected)
+    asked = plan(TINY, 1, round(float(report.test.lengths.mean())), "chat")
+    expected_answers = asked.flops / asked.tokens * report.test.lengths.sum() / 4e9
+    assert report.forecast.predict_seconds == pytest.approx(expected_answers)
     cut = glmlora.inspect(rows, tokenizer=TINY, max_source_length=64)
     assert cut.forecast.epoch_seconds < 0.7 * expected
     assert report.forecast.predict_rows == 12 and cut.forecast.predict_rows == 30
 
 
 def test_the_machine_is_measured(tmp_path):
-    assert 1e6 < products_per_second(training.model_dir(tmp_path), 0.01) < 1e15
+    for method in ("chat", "lora"):
+        assert 1e5 < products_per_second(training.model_dir(tmp_path), method, 0.01) < 1e15
 
 
 def test_notes_that_a_competitor_should_read():
@@ -276,6 +294,22 @@ def test_which_columns_are_the_prompt():
     assert report.text_columns == ["instruction", "input"] and report.label_column == "output"
     report = glmlora.inspect([row], template="{b}?", label="a")
     assert report.text_columns == ["b"] and report.label_column == "a"
+
+
+def test_an_adapter_says_how_it_is_asked(tmp_path):
+    """Its template, base and max_source_length, as its classifier would cut them."""
+    rows = [paper(i) for i in range(12)]
+    write_task(tmp_path, Task(None, "Is {this} medical? ", "{title}", ["title"], ["0", "1"], 30))
+    report = glmlora.inspect(rows, adapter=tmp_path)
+    asked = ["Is {this} medical? " + row["title"] for row in rows]
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(TINY)
+    whole = [len(chat_ids(tokenizer, text)) for text in asked]
+    assert report.lengths.tolist() == whole and report.max_source_length == 30
+    assert report.cut == {f"p{i}": n - 30 for i, n in enumerate(whole) if n > 30} != {}
+    other = glmlora.inspect(rows, adapter=tmp_path, template="{abstract}", max_source_length=99)
+    assert other.text_columns == ["abstract"] and other.max_source_length == 99
+    with pytest.raises(FileNotFoundError, match="task.json: not there"):
+        glmlora.inspect(rows, adapter=tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_what_is_right_is_written_as_it_is(tmp_path):
     assert lines == GOOD
     assert not result.changed and not result.warnings
     assert result.rows == 4 and result.values["label"] == {"1": 2, "0": 2}
-    assert "label: 0 2 (50.0%), 1 2 (50.0%)" in str(result)
+    assert "label: 0 in 2 rows (50.0%), 1 in 2 rows (50.0%)" in str(result)
 
 
 def test_order_columns_and_extra_rows_are_put_right_and_told(tmp_path):
@@ -59,7 +59,7 @@ def test_order_columns_and_extra_rows_are_put_right_and_told(tmp_path):
     assert lines == GOOD
     assert result.changed == [
         "columns left out, which the sample has not: title",
-        "1 rows left out whose ids the sample has not: 99",
+        "rows left out whose ids the sample has not: 99",
     ]
 
 
@@ -70,7 +70,7 @@ def test_numbers_take_the_sample_s_form(tmp_path):
     result, lines = submit(tmp_path, rows)
     assert lines == GOOD
     assert result.changed == [
-        "ids written as in the sample: 7.0 is 7 (2 ids)",
+        "ids written as in the sample: 7.0 is 7 (2 rows)",
         "label: 1.0 written as 1, as in the sample (3 rows)",
     ]
 
@@ -78,28 +78,28 @@ def test_numbers_take_the_sample_s_form(tmp_path):
 def test_ids_that_differ_only_in_form_stay_apart(tmp_path):
     """The sample itself tells 7 from 07: nothing is guessed."""
     sample = [*SAMPLE, SAMPLE[0] | {"uuid": "07"}]
-    with pytest.raises(ValueError, match=r"1 of 5 ids are missing: 07"):
+    with pytest.raises(ValueError, match="ids that are missing: 07; the sample has 5"):
         submit(tmp_path, predictions(), sample)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (predictions()[:3], "1 of 4 ids are missing: 5 (ids are in 'uuid')"),
-        ([*predictions(), predictions()[2]], "1 ids stand twice: 12"),
+        (predictions()[:3], "ids that are missing: 5; the sample has 4 (ids are in 'uuid')"),
+        ([*predictions(), predictions()[2]], "ids that stand twice: 12"),
         (
             [*predictions()[:3], predictions()[0] | {"uuid": "8"}],
-            "1 of 4 ids are missing: 5; 1 ids are not in the sample: 8",
+            "ids that are missing: 5; the sample has 4; ids that the sample has not: 8",
         ),
-        (predictions(label={"12": ""}), "label: 1 rows have no value: ids 12"),
-        (predictions(label={"12": None}), "label: 1 rows have no value: ids 12"),
-        (predictions(label={"12": float("nan")}), "label: 1 rows have no value: ids 12"),
+        (predictions(label={"12": ""}), "label: no value for the ids 12"),
+        (predictions(label={"12": None}), "label: no value for the ids 12"),
+        (predictions(label={"12": float("nan")}), "label: no value for the ids 12"),
         (
             predictions(label={"7": "0.93", "3": "0.2"}),
-            "label: the sample has whole numbers, 2 rows have not: id 7 has '0.93': probabilities "
-            "where labels are due",
+            "label: expected whole numbers as in the sample, got '0.93' for id 7 (2 rows): "
+            "probabilities where labels are due",
         ),
-        (predictions(label={"3": "yes"}), "1 rows have not: id 3 has 'yes'"),
+        (predictions(label={"3": "yes"}), "got 'yes' for id 3 (1 row)"),
         ([{"uuid": "7", "lable": "1", "Keywords": "tmp"}], "'label' (did you mean 'lable'?)"),
         ([], "predictions: the table has no rows"),
     ],
@@ -114,7 +114,7 @@ def test_what_would_be_wrong_is_refused_and_nothing_is_written(tmp_path, rows, m
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
     rows = predictions(label={"3": "yes"}, Keywords={"5": ""})
-    with pytest.raises(ValueError, match="Keywords: 1 rows .*; label: the sample has whole"):
+    with pytest.raises(ValueError, match="Keywords: no value .*; label: expected whole"):
         submit(tmp_path, rows)
 
 
@@ -140,7 +140,7 @@ CLASSES = [
         (
             SHARES,
             predictions(label={"7": "1.5", "3": "0.2"}),
-            "1.5 is not between 0 and 1, as all of the sample are (1 rows)",
+            "1.5 is not between 0 and 1, as all of the sample are (1 row)",
         ),
         (
             CLASSES,
@@ -161,7 +161,7 @@ def test_probabilities_are_written_as_they_are(tmp_path):
     rows = predictions(label={"7": "0.93", "3": 1e-05, "12": "1", "5": "0.50"})
     _, lines = submit(tmp_path, rows, SHARES)
     assert lines[1:] == ["7,tmp,0.93", "3,tmp,1e-05", "12,tmp,1", "5,tmp,0.50"]
-    with pytest.raises(ValueError, match="the sample has numbers, 1 rows have not: id 3 has 'inf'"):
+    with pytest.raises(ValueError, match="expected numbers as in the sample, got 'inf' for id 3"):
         submit(tmp_path, predictions(label={"3": "inf"}), SHARES, overwrite=True)
 
 
@@ -185,12 +185,15 @@ def test_frames(tmp_path):
     assert lines == ["uuid,label", "7,1", "3,0", "12,0", "5,1"]
     assert len(result.changed) == 2
     frame.loc[0, "label"] = None
-    with pytest.raises(ValueError, match="label: 1 rows have no value: ids 3"):
+    with pytest.raises(ValueError, match="label: no value for the ids 3"):
         submit(tmp_path, frame, sample, overwrite=True)
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "out.csv").write_text("kept")
+    with pytest.raises(FileExistsError, match="out.csv exists"):
+        submit(tmp_path, predictions())
+    (tmp_path / "out.csv.journal").write_text("of the predictions that are there")
     with pytest.raises(FileExistsError, match="out.csv exists"):
         submit(tmp_path, predictions())
     with pytest.raises(FileNotFoundError, match="no folder"):

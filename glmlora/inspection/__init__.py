@@ -8,7 +8,6 @@ is what users see.
 from __future__ import annotations
 
 import os
-import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ import numpy as np
 from ..files.hub import model_directory
 from ..files.rows import is_missing, table_rows
 from ..model.configuration import ChatGLMConfig
+from ..model.task import read_task
 from ..names import did_you_mean, listed
-from ..templates import columns_of, fill_template
+from ..templates import check_template, columns_of, fill_template, places_of
 from ..tools.demo import ORDER
+from ..tools.project import tiny_directory
 from ..training.records import COLUMNS
 from .lengths import forecast, prompt_lengths, suggested_length
 from .report import Alike, Leak, Report, TestPart
@@ -53,7 +54,8 @@ def inspect(
     label: str | None = None,
     template: str | None = None,
     tokenizer: Any = None,
-    max_source_length: int = 512,
+    max_source_length: int | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Report:
     """Look at a table, and at the test table that is to be predicted.
 
@@ -62,12 +64,22 @@ def inspect(
     prompt with `{column}` places; None: that of the paper workflow where its columns are there,
     else `instruction` and `input`, else all columns but id and label. tokenizer: one of this
     package, or a model directory; lengths are characters without one. max_source_length: where
-    training cuts prompts, in tokens.
+    training cuts prompts, in tokens; None: 512. adapter: the folder of one that is to predict
+    `table` or `test`: its task.json gives template, base and max_source_length where they are not
+    given.
 
     Returns a Report: its fields are plain numbers and lists of row ids (of a column named like
     `id` or `uuid` whose values differ, else row numbers from 0); printed, it is a text. Raises
     ValueError naming a column that is not there, and as the reading of a file does.
     """
+    if adapter is not None:
+        task = read_task(adapter)
+        own = task.instruction.replace("{", "{{").replace("}", "}}") + task.template
+        template = own if template is None else template
+        tokenizer = (task.base or tiny_directory()) if tokenizer is None else tokenizer
+        if max_source_length is None:
+            max_source_length = task.max_source_length
+    max_source_length = 512 if max_source_length is None else max_source_length
     if type(max_source_length) is not int or max_source_length < 3:
         raise ValueError(
             f"max_source_length: expected a whole number from 3, got {max_source_length!r}"
@@ -78,14 +90,15 @@ def inspect(
     label = _label_column(label, columns)
     id_column = next((c for c in columns if c.lower() in _ID_NAMES and c != label), None)
     template = _template(template, columns, [c for c in (label, id_column) if c])
-    used = list(dict.fromkeys(n for _, n, _, _ in string.Formatter().parse(template) if n))
-    _check_columns("table", used, columns)
+    used = list(dict.fromkeys(check_template(template, columns, "table")))
+    if not used:
+        raise ValueError("template: names no {column}: every row is asked the same question")
     if label in used:
         raise ValueError(f"template: {label!r} is the label: a prompt must not hold its answer")
     train = _looked_at(_name(table, "table"), rows, columns, id_column)
     asked = None
     if test_rows is not None:
-        _check_columns("test", used, columns_of(test_rows))
+        check_template(template, columns_of(test_rows), "test")
         asked = _looked_at(_name(test, "test"), test_rows, columns_of(test_rows), id_column)
 
     constants = _constants(train)
@@ -130,7 +143,7 @@ def _label_column(label: str | None, columns: Sequence[str]) -> str | None:
 def _template(template: str | None, columns: Sequence[str], apart: Sequence[str]) -> str:
     """The template that was given, or the one that fits the columns."""
     if template is not None:
-        fill_template(template, [])  # ValueError for braces that are none of a column
+        places_of(template)  # ValueError for braces that are none of a column
         return template
     if {"title", "abstract"} <= set(columns):
         return PAPERS
@@ -143,17 +156,6 @@ def _template(template: str | None, columns: Sequence[str], apart: Sequence[str]
             f"table: expected a column of text beside id and label, got {listed(columns)}"
         )
     return "\n".join(f"{{{c}}}" for c in plain)
-
-
-def _check_columns(argument: str, used: Sequence[str], columns: Sequence[str]) -> None:
-    if not used:
-        raise ValueError("template: names no {column}: every row is asked the same question")
-    for name in used:
-        if name not in columns:
-            near = did_you_mean(name, columns)
-            raise ValueError(
-                f"template: {name!r} is no column of {argument}{near}; it has {listed(columns)}"
-            )
 
 
 def _is_missing(value: Any) -> bool:

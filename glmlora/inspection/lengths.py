@@ -78,13 +78,15 @@ def suggested_length(lengths: np.ndarray, most: int) -> int:
 
 @dataclass(frozen=True)
 class Forecast:
-    """How long this machine would take: a forecast from products counted and a speed measured.
+    """How long this machine's CPU would take: a forecast, from products counted and from speeds
+    measured beside whatever else runs, in floating-point operations a second.
 
-    flops_per_second: of products at the model's shapes, on the CPU with all threads. epoch_seconds:
-    one epoch of LoRA over the table; predict_seconds: short answers to `predict_rows` rows.
+    epoch_seconds: one epoch of LoRA over the table; predict_seconds: short answers to
+    `predict_rows` rows.
     """
 
-    flops_per_second: float
+    training_speed: float
+    prediction_speed: float
     epoch_seconds: float
     predict_seconds: float
     predict_rows: int
@@ -96,20 +98,18 @@ def forecast(
     """What an epoch over prompts of `lengths` tokens and answers to those of `asked` would take,
     longer prompts being cut at max_source_length.
     """
-    speed = products_per_second(model)
 
     def flops(lengths: np.ndarray, method: str, answer: int) -> float:
         tokens = np.minimum(lengths, max_source_length) + answer
-        if not len(tokens):
-            return 0.0
-        counted = plan(
-            model, 1, max(answer + 1, round(float(tokens.mean()))), method, labels=_ANSWER
-        )
+        typical = max(answer + 1, round(float(tokens.mean())))
+        counted = plan(model, 1, typical, method, labels=_ANSWER)
         return counted.flops / counted.tokens * float(tokens.sum())
 
+    training, prediction = (products_per_second(model, method) for method in ("lora", "chat"))
     return Forecast(
-        speed,
-        flops(lengths, "lora", _ANSWER) / speed,
-        flops(asked, "chat", 0) / speed,
+        training,
+        prediction,
+        flops(lengths, "lora", _ANSWER) / training,
+        flops(asked, "chat", 0) / prediction,
         len(asked),
     )

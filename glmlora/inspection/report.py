@@ -8,6 +8,7 @@ import csv
 import math
 import os
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -293,8 +294,9 @@ class Report:
             cast = self.forecast
             text = (
                 f"LoRA {_time(cast.epoch_seconds)} an epoch, short answers to "
-                f"{cast.predict_rows:,} rows {_time(cast.predict_seconds)}, on this CPU with "
-                f"{cast.flops_per_second / 1e9:,.0f} GFLOP/s as measured now: a forecast"
+                f"{cast.predict_rows:,} rows {_time(cast.predict_seconds)}: a forecast for this "
+                f"CPU ({cast.training_speed / 1e9:,.0f} and {cast.prediction_speed / 1e9:,.0f} "
+                "GFLOP/s as measured now)"
             )
             found.append(("time", text))
         return found
@@ -370,15 +372,20 @@ def _entry(name: str, text: str) -> list[str]:
 def _chart(name: str, bars: Sequence[tuple[str, int]], total: int) -> list[str]:
     """Bars of text, the name before the first of them."""
     widest = max(max((count for _, count in bars), default=1), 1)
-    wide = min(24, max((len(text) for text, _ in bars), default=0))
+    names = [text if len(text) <= 24 else text[:21] + "..." for text, _ in bars]
+    room = max(map(_columns, names), default=0)
     lines = []
-    for text, count in bars:
+    for text, (_, count) in zip(names, bars, strict=True):
         bar = "\u2588" * round(36 * count / widest) or ("\u258f" if count else "")
-        shown = text if len(text) <= wide else text[: wide - 3] + "..."
-        line = f"{name:<26}{shown:>{wide}} {bar:<36} {count:>7,} {count / max(1, total):>6.1%}"
-        lines.append(line.rstrip())
+        before = " " * (room - _columns(text)) + text
+        lines.append(f"{name:<26}{before} {bar:<36} {count:>7,} {count / max(1, total):>6.1%}")
         name = ""
     return lines
+
+
+def _columns(text: str) -> int:
+    """Columns of a terminal that a text takes: two for a Chinese character."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _count(things: Sequence[Any], name: str) -> str:

@@ -16,6 +16,7 @@ import gc
 import os
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,32 +232,42 @@ def plan(
     )
 
 
-def products_per_second(model: str | os.PathLike, seconds: float = 0.5) -> float:
-    """Floating-point operations a second of this machine's CPU over a prompt at the model's shapes:
-    one layer with made-up weights, timed for about `seconds`. Errors as in `plan`.
+def products_per_second(
+    model: str | os.PathLike, method: str = "chat", seconds: float = 0.5
+) -> float:
+    """Floating-point operations a second of this machine's CPU at the model's shapes, as `plan`
+    counts them, over a prompt (method "chat") or in a training step: one layer with made-up
+    weights, timed for about `seconds` beside whatever else runs. Errors as in `plan`.
     """
-    import time
-
     config = copy.copy(ChatGLMConfig.from_pretrained(model_directory(model)))
     tokens = min(256, config.seq_length)
-    flops = plan(model, 1, tokens, "chat").flops / config.num_layers
+    flops = plan(model, 1, tokens, method, labels=1).flops / config.num_layers
     config.num_layers, config.padded_vocab_size = 1, min(256, config.padded_vocab_size)
     kind = parse_dtype(config.get("torch_dtype") or "float16") or "F16"
     products = compute_dtype(None, [kind])
     backend = "cpu" if products == "float32" else f"cpu/{products}"
     built, _ = _build(config, kind, 0, 0, backend, filled=True)
-    cache, ids = built.core.cache(1, tokens, 0), np.zeros(tokens, np.int32)
-    best, end = 0.0, 0.0
-    while not end or time.perf_counter() < end:
-        cache.rewind(0, 0)
-        start = time.perf_counter()
-        built.core.extend(cache, [0], ids, np.array([tokens], np.int32))
-        taken = time.perf_counter() - start
-        if end:
-            best = max(best, flops / taken)
-        else:  # the first one also touches memory for the first time
-            best, end = flops / taken, time.perf_counter() + seconds
-    return best
+    ids, lengths = np.zeros(tokens, np.int32), np.array([tokens], np.int32)
+    if method == "chat":
+        cache = built.core.cache(1, tokens, 0)
+
+        def once() -> None:
+            cache.rewind(0, 0)
+            built.core.extend(cache, [0], ids, lengths)
+    else:
+        arguments = FinetuningArguments(finetuning_type=method)
+        trainee = methods.prepare(built, None, arguments, method, seed=0)
+        trainee.base.prepare_training()
+        rows, targets = np.array([tokens - 2], np.int32), np.zeros(1, np.int32)
+
+        def once() -> None:
+            trainee.base.core.backward(ids, lengths, rows=rows, targets=targets)
+
+    times = []
+    while len(times) < 3 or times[-1] - times[0] < seconds:
+        once()  # the first touches its memory for the first time
+        times.append(time.perf_counter())
+    return flops * (len(times) - 1) / (times[-1] - times[0])
 
 
 _COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
