@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import math
 import os
 import re
 import sys
@@ -19,8 +20,6 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from . import tell
 from .files.journal import Journal, digest, digests
 from .files.rows import table_rows
@@ -28,11 +27,12 @@ from .files.small import TOKENIZER
 from .files.write import atomic_file
 from .generation.chat import chat_rows
 from .generation.generate import ROWS
-from .generation.labels import Classification, score_rows
+from .generation.labels import Classification, check_labels, score_rows
+from .interrupts import ending_signals
 from .names import did_you_mean, listed
 from .progress import bar
 from .seeds import next_seed, seed_of
-from .templates import as_text, check_template, columns_of, places_of
+from .templates import as_text, check_template, columns_of, fill_template, places_of
 
 
 def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
@@ -471,24 +471,12 @@ def write_answers(
     are counted and told. Raises ValueError where no row has an answer, FileExistsError where
     another file stands under the output's name.
     """
-    bad = {i: result["error"] for i, result in enumerate(results) if "error" in result}
+    columns, bad, odd = answer_columns(results, output.answer_column, choices, fallback, labels)
     if len(bad) == len(results):
         journal.remove()
         raise ValueError(f"no row has an answer: {bad[0]}")
-    raw = [result.get("answer", "") for result in results]
-    odd = [i for i, a in enumerate(raw) if i not in bad and choices and a not in choices]
-    without = {*bad, *odd}
-    last = "" if fallback is None else fallback
-    columns = [[last if i in without else answer for i, answer in enumerate(raw)]]
-    output = replace(output, more=[])
-    if labels:
-        output = replace(output, more=proba_columns(labels))
-        found = np.array([result.get("proba", [np.nan] * len(labels)) for result in results])
-        columns += [["" if np.isnan(p) else f"{p:.9g}" for p in column] for column in found.T]
-    elif odd and fallback is None:
-        output = replace(output, more=[raw_column(output.answer_column)])
-        columns.append(raw)
-    text = table_text(output, rows, *columns)
+    output = replace(output, more=list(columns)[1:])
+    text = table_text(output, rows, *(map(_as_cell, column) for column in columns.values()))
     if os.path.exists(output.path) and not overwrite:
         with open(output.path, encoding="utf-8", newline="", errors="replace") as file:
             if file.read() != text:  # else it was written, and the journal was not yet removed
@@ -500,21 +488,129 @@ def write_answers(
         some = "; ".join(f"row {i}: {why}" for i, why in list(bad.items())[:TOLD])
         print(f"{len(bad)} of {len(rows)} rows have no answer{stands}: {some}", file=sys.stderr)
     if odd:
-        some = "; ".join(f"row {i}: {raw[i]!r}" for i in odd[:TOLD])
+        some = "; ".join(f"row {i}: {results[i]['answer']!r}" for i in odd[:TOLD])
         where = stands or f", they stand in the column {output.more[0]!r}"
         print(
             f"{len(odd)} of {len(rows)} answers are none of {list(choices or ())}{where}: {some}",
             file=sys.stderr,
         )
-    if without and fallback is None:
+    if (bad or odd) and fallback is None:
         print(
-            f"{output.path}: {len(without)} rows are without an answer; the same command with "
-            f"--overwrite --fallback ANSWER gives them that one, from {journal.path}",
+            f"{output.path}: {len(bad) + len(odd)} rows are without an answer; the same command "
+            f"with --overwrite --fallback ANSWER gives them that one, from {journal.path}",
             file=sys.stderr,
         )
         return False
     journal.remove()
     return True
+
+
+def answer_columns(
+    results: Sequence[Mapping[str, Any]],
+    answer_column: str,
+    choices: Sequence[str] | None,
+    fallback: str | None,
+    labels: Sequence[str],
+) -> tuple[dict[str, list[Any]], dict[int, str], list[int]]:
+    """(columns by name, the answers' first; row -> why it has no answer; rows whose answers are
+    none of the choices). labels: those whose probabilities are columns.
+    """
+    bad = {i: result["error"] for i, result in enumerate(results) if "error" in result}
+    raw = [result.get("answer", "") for result in results]
+    odd = [i for i, a in enumerate(raw) if i not in bad and choices and a not in choices]
+    last = "" if fallback is None else fallback
+    without = {*bad, *odd}
+    columns: dict[str, list[Any]] = {
+        answer_column: [last if i in without else answer for i, answer in enumerate(raw)]
+    }
+    if labels:
+        none = [math.nan] * len(labels)
+        found = zip(*(result.get("proba", none) for result in results), strict=True)
+        columns |= {n: list(c) for n, c in zip(proba_columns(labels), found, strict=True)}
+    elif odd and fallback is None:
+        columns[raw_column(answer_column)] = raw
+    return columns, bad, odd
+
+
+def _as_cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.9g}"
+    return str(value)
+
+
+def predict_table(
+    model: Any,
+    tokenizer: Any,
+    table: Any,
+    template: str,
+    *,
+    labels: Sequence[Any] | None = None,
+    choices: Sequence[Any] | None = None,
+    fallback: str | None = None,
+    proba: bool = False,
+    answer_column: str = "label",
+    output: str | os.PathLike | None = None,
+    overwrite: bool = False,
+    seed: int | None = None,
+    **sampling: Any,
+) -> Any:
+    """The table with an answer for each row: a new DataFrame where it is one, else a list of dicts.
+
+    table: a DataFrame, a list of dicts, or the path of a csv, json or jsonl file. template: the
+    question, with `{column}` where a value stands. labels: the answers are weighed, the most
+    probable one is taken, as in `classify`, and with `proba` a column proba_LABEL holds each one's
+    probability; without labels the model writes its answers, as in `chat`, near to greedy
+    (temperature 0.01) unless `sampling` says otherwise. choices: the only answers allowed. A row
+    without an answer, or with another one, has `fallback`, or "" and its raw answer in a column of
+    its own; both are told, and counted.
+
+    output: a csv to write. Beside it every result is kept in a journal as soon as it is there: the
+    same call after an interruption goes on from it and gives the same answers. Errors as those of
+    `glmlora predict`, before the first row.
+    """
+    rows = table_rows(table, "table")
+    check_template(template, columns_of(rows), "the table")
+    texts = [] if labels is None else check_labels(labels)
+    allowed = None if choices is None else [str(choice) for choice in choices]
+    if proba and not texts:
+        raise ValueError("proba: has no effect without labels")
+    if texts and (sampling or allowed):
+        name = next(iter(sampling), "choices")
+        raise ValueError(f"{name}: has no effect with labels: nothing is drawn")
+    sampling = {"labels": texts} if texts else {"temperature": 0.01, **sampling}
+    shown = texts if proba else []
+    more = proba_columns(shown)
+    if allowed is not None and fallback is None:
+        more = [raw_column(answer_column)]
+    place = "" if output is None else os.fspath(output)
+    planned = plan_output(place, columns_of(rows), None, [], answer_column, more)
+    job: dict[str, Any] = {}
+    if output is not None:
+        check_place(output, overwrite, table if isinstance(table, str | os.PathLike) else "")
+        check_space(planned, rows)
+        job = describe_job(describe_model(model, tokenizer), rows, template, sampling)
+    prompts = fill_template(template, rows)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def compute(missing: list[int]) -> Iterator[tuple[int, Any]]:
+        if texts:
+            return label_scores(base, tokenizer, prompts, texts, missing)
+        return answers(base, tokenizer, prompts, journal, missing, **sampling)
+
+    with (
+        ending_signals(),
+        open_journal(place or None, job, len(rows), seed, overwrite) as journal,
+    ):
+        results = run_job(journal, len(rows), compute)
+        if output is not None:
+            write_answers(planned, rows, results, allowed, fallback, journal, overwrite, shown)
+    found, _, _ = answer_columns(results, answer_column, allowed, fallback, shown)
+    if hasattr(table, "assign"):
+        return table.assign(**found)
+    return [
+        {**row, **dict(zip(found, cells, strict=True))}
+        for row, cells in zip(rows, zip(*found.values(), strict=True), strict=True)
+    ]
 
 
 def proba_columns(labels: Sequence[str]) -> list[str]:

@@ -634,3 +634,77 @@ def test_killed_while_labels_are_weighed():
 @pytest.mark.deep
 def test_killed_at_many_moments():
     assert "50 kills of 3000 rows" in killed("--rows", "3000", "--kills", "50", "--fresh")
+
+
+# From Python
+
+
+@pytest.fixture(scope="module")
+def loaded(base):
+    model = glmlora.AutoModel.from_pretrained(base)
+    return model, glmlora.AutoTokenizer.from_pretrained(base)
+
+
+@pytest.fixture
+def titles(place):
+    return [{"uuid": i, "title": f"t{i}"} for i in range(6)]
+
+
+def test_a_table_from_python(loaded, titles, monkeypatch):
+    model, tokenizer = loaded
+    asked = Answers(monkeypatch, {"t1": "1", "t4": "odd", "t5": ValueError("too long")})
+    got = model.predict_table(tokenizer, titles, "{title}", choices=[0, 1], answer_column="a")
+    assert [row["a"] for row in got] == ["0", "1", "0", "0", "", ""]
+    assert [row["a_raw"] for row in got] == ["0", "1", "0", "0", "odd", ""]
+    assert got[3] == {**titles[3], "a": "0", "a_raw": "0"} and len(asked.asked) == 1
+    got = model.predict_table(tokenizer, titles, "{title}", choices=[0, 1], fallback="1")
+    assert [row["label"] for row in got] == list("010011") and "label_raw" not in got[0]
+    assert os.listdir() == ["in.csv"]
+
+
+def test_a_frame_of_labels_with_probabilities(loaded, titles):
+    pandas = pytest.importorskip("pandas")
+    model, tokenizer = loaded
+    frame = pandas.DataFrame(titles, index=list("abcdef"))
+    got = model.predict_table(tokenizer, frame, "Is it? {title}", labels=[0, 1], proba=True)
+    want = model.classify(tokenizer, frame, [0, 1], template="Is it? {title}")
+    assert list(got.columns) == ["uuid", "title", "label", "proba_0", "proba_1"]
+    assert list(got.index) == list("abcdef") and list(got["label"]) == want.label
+    assert abs(got[["proba_0", "proba_1"]].to_numpy() - want.proba).max() <= 1e-6
+    assert list(frame.columns) == ["uuid", "title"]
+
+
+def test_a_table_from_python_goes_on(loaded, titles, monkeypatch):
+    model, tokenizer = loaded
+    Answers(monkeypatch, {"t3": KeyboardInterrupt()})
+    call = [tokenizer, titles, "{title}"]
+    with pytest.raises(KeyboardInterrupt):
+        model.predict_table(*call, output="o.csv")
+    assert sorted(os.listdir()) == ["in.csv", "o.csv.journal"]
+    with pytest.raises(ValueError, match="settings differs"):
+        model.predict_table(*call, output="o.csv", temperature=0.5)
+    asked = Answers(monkeypatch, {})
+    got = model.predict_table(*call, output="o.csv")
+    assert asked.asked == [["t3", "t4", "t5"]] and [row["label"] for row in got] == ["0"] * 6
+    assert [row[-1] for row in read("o.csv")] == ["label", *"000000"]
+    assert sorted(os.listdir()) == ["in.csv", "o.csv"]
+    with pytest.raises(FileExistsError, match=r"o\.csv exists"):
+        model.predict_table(*call, output="o.csv")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"template": "{titel}"}, "template: 'titel' is no column of the table"),
+        ({"proba": True}, "proba: has no effect without labels"),
+        ({"labels": [0], "temperature": 1}, "temperature: has no effect with labels"),
+        ({"labels": [0], "choices": [0]}, "choices: has no effect with labels"),
+        ({"labels": ["a", "a"]}, "labels: 'a' is there twice"),
+        ({"table": []}, "table: the table has no rows"),
+        ({"answer_column": " "}, "answer-column: expected a name"),
+    ],
+)
+def test_what_a_table_from_python_refuses(loaded, titles, given, message):
+    model, tokenizer = loaded
+    with pytest.raises(ValueError, match=message):
+        model.predict_table(tokenizer, **{"table": titles, "template": "{title}", **given})

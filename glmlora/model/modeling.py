@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _core, seeds
+from .. import tables as _tables
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
 from ..files.hub import check_keywords
@@ -761,6 +762,7 @@ class ChatGLMForConditionalGeneration(_Casts):
     batch_chat = _chat.batch_chat
     classify = _labels.classify
     features = _features.features
+    predict_table = _tables.predict_table
     stream_chat = _chat.stream_chat
 
     def __repr__(self) -> str:

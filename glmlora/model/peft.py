@@ -18,6 +18,7 @@ from ..files.owner import owned
 from ..generation.config import GenerationConfig
 from ..generation.labels import AT_ONCE, Classification, mean_of, queries_of
 from ..names import did_you_mean
+from ..tables import predict_table
 from .adapter import (
     Adapter,
     checked_merge,
@@ -523,6 +524,7 @@ class PeftModel:
     chat = _FromBase(Base.chat)
     batch_chat = _FromBase(Base.batch_chat)
     features = _FromBase(Base.features)
+    predict_table = predict_table
     stream_chat = _FromBase(Base.stream_chat)
     parameters = _FromBase(Base.parameters)
     num_parameters = _FromBase(Base.num_parameters)
