@@ -254,6 +254,8 @@ def test_notes_that_a_competitor_should_read():
     shown = str(report)
     for part in ("shuffle", "Keywords (always 'tmp')", "'1', '1.0'", "1.0: fewer than 5 rows"):
         assert part in shown
+    floats = [row | {"label": float(i % 2)} for i, row in enumerate(rows)]
+    assert "! label form" in str(glmlora.inspect(floats)) and "! label form" not in shown
     rows[3]["uuid"] = "p4"
     report = glmlora.inspect(rows)
     assert report.repeated_ids == ["p4"] and report.cut == {}

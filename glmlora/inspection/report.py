@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -232,6 +233,11 @@ class Report:
         if self.label_spellings:
             both = _some([repr(value) for value in self.label_spellings])
             notes.append(("label spellings", f"{both} differ in case, spaces or .0 alone"))
+        if self.labels and all(re.fullmatch(r"-?\d+\.0", value) for value in self.labels):
+            text = (
+                "whole numbers as 1.0, as a missing label makes of them: a model learns to say so"
+            )
+            notes.append(("label form", text))
         if len(self.labels) == 1:
             notes.append(("one label", "every row has the same: there is nothing to tell apart"))
         rare = [value for value, count in self.labels.items() if count < 5]
