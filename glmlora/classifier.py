@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shutil
 import string
 import tempfile
@@ -45,6 +46,7 @@ from .training.records import is_missing
 from .training.trainer import train
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_REPLACED = re.compile(r"fold-\d+|adapter_(config\.json|model\.(safetensors|bin))")
 EVALUATIONS = 2  # of the rows held out, an epoch
 #: A small model has to change nearly as a whole to learn a task, a large one knows most of it.
 SMALL, SMALL_RANK, RANK = 1024, 128, 16  # SMALL: of hidden sizes, the first that is not
@@ -376,16 +378,18 @@ class LoraClassifier:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the adapter as peft does, and task.json beside it; with folds, each adapter into a
-        folder of its own. What else is in `folder` stays. OSError naming the file.
+        folder of its own: all of it or nothing. An adapter that was there goes, all else stays.
+        OSError naming the file.
         """
         if not hasattr(self, "adapters_"):
             raise _not_fitted()
-        for place, adapter in zip(self.task_.folders(folder), self.adapters_, strict=True):
-            place.mkdir(parents=True, exist_ok=True)
-            with staged(place) as new:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with staged(Path(folder), stale=_REPLACED) as new:
+            for place, adapter in zip(self.task_.folders(new), self.adapters_, strict=True):
+                place.mkdir(exist_ok=True)
                 for name, content in adapter.items():
-                    (new / name).write_bytes(content)
-        write_task(folder, self.task_)
+                    (place / name).write_bytes(content)
+            write_task(new, self.task_)
 
     @classmethod
     def load(

@@ -399,6 +399,26 @@ def test_save_and_load(base, tmp_path, folds):
         LoraClassifier.load(folder)
 
 
+def test_a_save_is_whole_and_takes_the_place_of_another(fitted, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "fold-0").mkdir()
+    (tmp_path / "adapter_model.bin").write_bytes(b"old")
+    fitted.save(tmp_path)
+    written = ["adapter_config.json", "adapter_model.safetensors", "notes.txt", "task.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("glmlora.classifier.write_task", fail)
+    other = copy.copy(fitted)
+    other.adapters_ = [dict.fromkeys(fitted.adapters_[0], b"other")]
+    with pytest.raises(OSError, match="No space left"):
+        other.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_damaged_task_is_named(fitted, tmp_path):
     fitted.save(tmp_path)
     file = tmp_path / "task.json"
@@ -446,6 +466,23 @@ def test_parameters_and_clone(base, fitted):
         validation.check_is_fitted(fresh)
     with pytest.raises(exceptions.NotFittedError):
         fresh.predict(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "check_estimator_repr",
+        "check_get_params_invariance",
+        "check_no_attributes_set_in_init",
+        "check_parameters_default_constructible",
+        "check_set_params",
+    ],
+)
+def test_scikit_learns_own_checks(check):
+    checks = pytest.importorskip("sklearn.utils.estimator_checks", reason="no scikit-learn")
+    if not hasattr(checks, check):
+        pytest.skip(f"this scikit-learn has no {check}")
+    getattr(checks, check)("LoraClassifier", LoraClassifier())
 
 
 def test_cross_validation_and_searches(base):
