@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .generation.streamers import BaseStreamer as BaseStreamer
     from .generation.streamers import TextIteratorStreamer as TextIteratorStreamer
     from .generation.streamers import TextStreamer as TextStreamer
+    from .inspection import Report as Report
+    from .inspection import inspect as inspect
     from .model.adapter_config import LoraConfig as LoraConfig
     from .model.adapter_config import PeftConfig as PeftConfig
     from .model.adapter_config import PeftType as PeftType
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from .model.prefix import load_prefix as load_prefix
     from .model.prefix import save_prefix as save_prefix
     from .seeds import set_seed as set_seed
+    from .submission import Submission as Submission
+    from .submission import submit as submit
     from .tokenization import AutoTokenizer as AutoTokenizer
     from .training.arguments import TrainingArguments as TrainingArguments
     from .training.optim import AdamW as AdamW
@@ -66,6 +70,7 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
         "StoppingCriteriaList"
     ),
     "generation.streamers": "BaseStreamer TextIteratorStreamer TextStreamer",
+    "inspection": "Report inspect",
     "model.adapter_config": "LoraConfig PeftConfig PeftType PrefixTuningConfig TaskType",
     "model.auto": "AutoModel AutoModelForCausalLM",
     "model.configuration": "AutoConfig ChatGLMConfig",
@@ -77,6 +82,7 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     ),
     "model.prefix": "load_prefix save_prefix",
     "seeds": "set_seed",
+    "submission": "Submission submit",
     "tokenization": "AutoTokenizer",
     "training.arguments": "TrainingArguments",
     "training.optim": "AdamW",

@@ -1,4 +1,5 @@
-"""The command `glmlora`: train, chat, predict, plan, init, run, merge, doctor, demo.
+"""The command `glmlora`: train, chat, predict, inspect, submit, plan, init, run, merge,
+doctor, demo.
 
 Each verb is one function below."""
 
@@ -11,7 +12,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -153,28 +154,102 @@ def chat(args: argparse.Namespace) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     """A table in, a table out: one answer for each row."""
+    import glmlora
     from glmlora import tables
     from glmlora.training.methods import unwrapped
 
-    sampling = {"temperature": 0.01, **_generation(args)}
-    choices = tables.read_choices(args.choices, args.fallback)
+    given = _generation(args)
+    sampling = {"temperature": 0.01, **given}
+    choices = tables.read_answers("--choices", args.choices)
+    labels = tables.read_answers("--labels", args.labels)
+    if labels is None and args.proba:
+        raise ValueError("--proba: has no effect without --labels")
+    if labels is not None:
+        unused = [*given, *(["choices"] if choices else [])]
+        if unused:
+            flag = unused[0].replace("_", "-")
+            raise ValueError(f"--{flag}: has no effect with --labels: nothing is drawn")
+        sampling = {"labels": labels}
     _check_model(args)
     tables.check_place(args.output, args.overwrite, args.input)
     rows = tables.read_table(args.input, args.template)
-    there = tables.columns_of(rows)
+    more = tables.proba_columns(labels or []) if args.proba else []
+    if choices is not None and args.fallback is None:
+        more = [tables.raw_column(args.answer_column)]
     output = tables.plan_output(
-        args.output, there, args.columns, args.add or [], args.answer_column
+        args.output,
+        tables.columns_of(rows),
+        args.columns,
+        args.add or [],
+        args.answer_column,
+        more=more,
     )
+    tables.check_space(output, rows)
     prompts = tables.fill_template(args.template, rows)
-    model, tokenizer = _load(
-        args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
-    )
-    with ending_signals():
-        answers = tables.answer_all(unwrapped(model), tokenizer, rows, prompts, output, **sampling)
-    kept = tables.partial_path(args.output)
-    tables.write_table(output, rows, tables.check_choices(answers, choices, args.fallback, kept))
-    tables.discard_partial(args.output)
+    loaded = {n: getattr(args, n) for n in ("family", "dtype", "compute_dtype")}
+    device = devices.find(args.device).type
+    settings = {**sampling, **loaded, "device": device, "glmlora": glmlora.__version__}
+    folders = tables.describe_folders(model_directory(args.model), args.adapter)
+    job = tables.describe_job(folders, rows, args.template, settings)
+
+    def compute(missing: list[int]) -> Iterator[tuple[int, Any]]:
+        model, tokenizer = _load(
+            args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
+        )
+        model = unwrapped(model)
+        if labels is not None:
+            return tables.label_scores(model, tokenizer, prompts, labels, missing)
+        return tables.answers(model, tokenizer, prompts, journal, missing, **sampling)
+
+    with (
+        ending_signals(),
+        tables.open_journal(args.output, job, len(rows), args.seed, args.overwrite) as journal,
+    ):
+        results = tables.run_job(journal, len(rows), compute)
+        whole = tables.write_answers(
+            output,
+            rows,
+            results,
+            choices,
+            args.fallback,
+            journal,
+            args.overwrite,
+            (labels or []) if args.proba else [],
+        )
     print(f"{args.output}: {len(rows)} rows")
+    return 0 if whole else 1
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Look at a table before training on it: missing, double, contradictory, leaked, cut rows."""
+    from glmlora import inspection, tables
+
+    if args.model:
+        model_directory(args.model)
+    if args.output:
+        tables.check_place(args.output, args.overwrite, args.table)
+        picture = os.path.splitext(args.output)[0] + ".png"
+        if os.path.exists(picture) and not args.overwrite:
+            raise FileExistsError(f"{picture} exists: pass --overwrite to replace it")
+    report = inspection.inspect(
+        args.table, args.test, args.label, args.template, args.model, args.max_source_length
+    )
+    print(report)
+    if args.output:
+        report.to_csv(args.output)
+        written = f"{args.output}: {len(report.findings)} findings"
+        with suppress(ImportError):
+            report.plot(picture)
+            written += f"; {picture}: lengths and labels"
+        print(f"\n{written}")
+    return 0
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Predictions as a submission: checked against a sample, in its order and form."""
+    from glmlora import submission
+
+    print(submission.submit(args.sample, args.predictions, args.output, args.overwrite))
     return 0
 
 
@@ -320,8 +395,35 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
         help="a constant column, in its place in --columns or behind them",
     )
     _flag(parser, "--answer-column", default="label", help="name of the answers' column")
+    _flag(
+        parser,
+        "--labels",
+        help="weigh these answers, e.g. 0,1, and take the most probable; nothing is drawn",
+    )
+    _flag(parser, "--proba", action="store_true", help="with --labels: a column proba_LABEL each")
     _flag(parser, "--choices", help="the only answers allowed, e.g. 0,1")
-    _flag(parser, "--fallback", help="the answer for rows whose answer is none of --choices")
+    _flag(parser, "--fallback", help="the answer for rows without one, or with none of --choices")
+    _flag(
+        parser,
+        "--overwrite",
+        action="store_true",
+        help="replace an output, or another job's journal",
+    )
+
+
+def _inspect_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="csv, json or jsonl table to train on")
+    _flag(parser, "--test", metavar="TABLE", help="the table to predict: leaks, missing, lengths")
+    _flag(parser, "--label", metavar="COLUMN", help="of the answers; default: label or output")
+    _flag(
+        parser,
+        "--template",
+        help="prompt with {column} places; default: the paper workflow's, where its columns are "
+        "there, else all columns",
+    )
+    _flag(parser, "--model", help="its directory: lengths in tokens, and a forecast of the time")
+    _flag(parser, "--max-source-length", type=int, default=512, help="where prompts are cut")
+    _flag(parser, "--output", help="csv to write: every finding with its row; a picture beside it")
     _flag(parser, "--overwrite", action="store_true", help="replace an output that is there")
 
 
@@ -373,6 +475,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _sampling_flags(verb("chat", chat))
     _sampling_flags(p := verb("predict", predict))
     _predict_flags(p)
+    _inspect_flags(verb("inspect", inspect))
+    p = verb("submit", submit)
+    _flag(p, "--sample", required=True, metavar="TABLE", help="the sample submission")
+    _flag(p, "--predictions", required=True, metavar="TABLE", help="csv, json or jsonl table")
+    _flag(p, "--output", required=True, help="csv to write")
+    _flag(p, "--overwrite", action="store_true", help="replace an output that is there")
+
     _plan_flags(verb("plan", plan))
 
     p = verb("init", init)

@@ -1,27 +1,38 @@
 """A table in, a table out: prompts from the columns of its rows, an answer for each row.
 
-All that can be wrong with what was asked is found before the first row is answered, and every
-answer is on disk as soon as it is there, in a file beside the output that the whole one replaces.
+All that can be wrong with what was asked is found before the first row is answered. Every result is
+in a journal beside the output as soon as it is there, and the same command goes on from it; the
+output is written once all are there, and the journal goes.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
+import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from . import tell
+from .files.journal import Journal, digest, digests
 from .files.rows import read_rows
+from .files.small import TOKENIZER
 from .files.write import atomic_file
 from .generation.chat import chat_rows
+from .generation.generate import ROWS
+from .generation.labels import Classification, score_rows
 from .names import did_you_mean, listed
+from .progress import bar
+from .seeds import next_seed, seed_of
 from .training.flags import near_path
 
 
@@ -37,13 +48,7 @@ def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
             f"--input: {os.fspath(path)!r}: looked for a table (from {os.getcwd()}) and found none"
             f"{near_path(path)}"
         )
-    rows = read_rows(path)
-    if not rows:
-        raise ValueError(f"{path}: the table has no rows")
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            kind = type(row).__name__
-            raise ValueError(f"{path} row {number}: expected an object of columns, got {kind}")
+    rows = rows_of(path)
     there = columns_of(rows)
     for name in names:
         if name not in there:
@@ -52,6 +57,47 @@ def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
                 f"{listed(there)}"
             )
     return rows
+
+
+def rows_of(table: Any) -> list[dict[str, Any]]:
+    """The rows of a DataFrame, of a list of dicts, or of the csv, json or jsonl file of this path;
+    a cell of a DataFrame without a value is None. ValueError without rows, for a row that is no
+    object, and for a column that stands twice; TypeError for what is no table.
+    """
+    if isinstance(table, str | os.PathLike):
+        name, rows = os.fspath(table), read_rows(table)
+    elif hasattr(table, "columns") and hasattr(table, "itertuples"):
+        name, columns = "DataFrame", [str(column) for column in table.columns]
+        twice = [column for column, count in Counter(columns).items() if count > 1]
+        if twice:
+            raise ValueError(f"DataFrame: column {twice[0]!r} stands twice")
+        # Column by column: a row of a mixed frame would turn its ints into floats.
+        cells = zip(*(list(table[column]) for column in table.columns), strict=True)
+        rows = [dict(zip(columns, map(_cell, row), strict=True)) for row in cells]
+    elif isinstance(table, Iterable) and not isinstance(table, Mapping | bytes):
+        name, rows = "table", list(table)
+    else:
+        raise TypeError(
+            f"table: expected a DataFrame, a list of dicts or a file name, got "
+            f"{type(table).__name__}"
+        )
+    if not rows:
+        raise ValueError(f"{name}: the table has no rows")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            kind = type(row).__name__
+            raise ValueError(f"{name} row {number}: expected an object of columns, got {kind}")
+    return rows
+
+
+def _cell(value: Any) -> Any:
+    """A DataFrame's cell, None for what pandas has for no value: NaN, NaT, NA."""
+    try:
+        return value if value == value else None
+    except TypeError:  # pandas.NA is neither
+        return None
+    except ValueError:  # an array
+        return value
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -109,27 +155,32 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Output:
-    """What is written: `columns` of each row, `constants` among them, then the answer."""
+    """What is written: `columns` of each row, `constants` among them, then the answer, and behind
+    it what the columns `more` tell of it.
+    """
 
     path: str
     columns: list[str]
     constants: dict[str, str]
     answer_column: str
+    more: Sequence[str] = ()
 
     def header(self) -> list[str]:
-        return [*self.columns, self.answer_column]
+        return [*self.columns, self.answer_column, *self.more]
 
-    def cells(self, row: Mapping[str, Any], answer: str) -> list[str]:
+    def cells(self, row: Mapping[str, Any]) -> list[str]:
+        """What a row has before its answer."""
+
         def cell(name: str) -> str:
             value = self.constants.get(name, row.get(name))
             return "" if value is None else _text(value)
 
-        return [*map(cell, self.columns), answer]
+        return [*map(cell, self.columns)]
 
 
 def check_place(path: str | os.PathLike, overwrite: bool, input: str | os.PathLike) -> None:
-    """OSError or ValueError for an output that cannot be written, is there already, or is the
-    input.
+    """OSError or ValueError for an output that has no place, is the input, or is there already and
+    is none that a job with a journal may have written.
     """
     path = os.fspath(path)
     extension = os.path.splitext(path)[1].lower()
@@ -143,24 +194,46 @@ def check_place(path: str | os.PathLike, overwrite: bool, input: str | os.PathLi
     if os.path.exists(path):
         if os.path.exists(input) and os.path.samefile(path, input):
             raise ValueError(f"--output: {path} is the input; give it another name")
-        if not overwrite:
-            raise FileExistsError(f"{path} exists: pass --overwrite to replace it")
-    kept = partial_path(path)
-    if os.path.exists(kept) and not overwrite:
-        raise FileExistsError(
-            f"{kept} exists: it has the answers of a run that was stopped; move it away, or pass "
-            "--overwrite to begin anew"
-        )
+        if not overwrite and not os.path.exists(journal_path(path)):
+            raise _there(path)
+
+
+def _there(path: str) -> FileExistsError:
+    return FileExistsError(f"{path} exists: pass --overwrite to replace it")
+
+
+def check_space(output: Output, rows: Sequence[Mapping[str, Any]]) -> None:
+    """OSError where the output cannot be written, e.g. for a disk without room for the rows and 128
+    bytes of answer each; ValueError naming a cell that is no text.
+    """
+    size = 0
+    for number, row in enumerate(rows):
+        cells = output.cells(row)
+        for name, cell in zip(output.columns, cells, strict=True):
+            try:
+                size += len(cell.encode()) + 1
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"--columns: row {number} has half a character in column {name!r}, at "
+                    f"{error.start}: it cannot be written as UTF-8"
+                ) from None
+    size += 128 * len(rows)  # the answer, and its line in the journal
     try:
-        with atomic_file(path, "w") as file:
-            file.write(" " * (1 << 16))  # a full disk shows here
+        with atomic_file(output.path, "w") as file:
+            file.write(" " * min(size, 1 << 16))
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # a full disk shows here, or there:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # cannot be asked there
+                    raise
             raise _NotWritten
     except _NotWritten:
         pass
     except OSError as error:
-        raise OSError(error.errno, f"--output: cannot be written: {error.strerror}", path) from None
+        what = f"--output: cannot be written: {error.strerror}"
+        raise OSError(error.errno, what, output.path) from None
 
 
 class _NotWritten(Exception):
@@ -173,10 +246,12 @@ def plan_output(
     columns: str | None,
     add: Sequence[str],
     answer_column: str,
+    more: Sequence[str] = (),
 ) -> Output:
     """The output that the flags ask for. there: the table's columns; columns: those to keep,
     separated by commas (None: all); add: COLUMN=TEXT, behind the others where `columns` does not
-    give it a place. ValueError naming a flag, what it names, and the nearest right word.
+    give it a place; more: columns that may stand behind the answer. ValueError naming a flag, what
+    it names, and the nearest right word.
     """
     constants: dict[str, str] = {}
     for pair in add:
@@ -207,72 +282,244 @@ def plan_output(
             "(--answer-column gives them another)"
         )
     kept += [name for name in constants if name not in kept]
+    for name in more:
+        if name in kept:
+            raise ValueError(
+                f"--columns: {name!r} is a column that tells of the answers; leave it out, or pass "
+                "another --answer-column"
+            )
     return Output(
         os.fspath(path), [name for name in kept if name != answer_column], constants, answer_column
     )
 
 
-def write_table(output: Output, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> None:
-    """Write the columns of the rows and their answers, whole or not at all."""
-    with atomic_file(output.path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(output.header())
-        for row, answer in zip(rows, answers, strict=True):
-            writer.writerow(output.cells(row, answer))
+def table_text(output: Output, rows: Sequence[Mapping[str, Any]], *cells: Sequence[str]) -> str:
+    """The csv of the rows' columns and, behind them, `cells`: one sequence a further column."""
+    lines: list[str] = []
+    # What "\r\n" has in it is quoted in cells, too, which no program takes for the end of a row.
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
+    writer.writerow(output.header())
+    for row, *more in zip(rows, *cells, strict=True):
+        writer.writerow([*output.cells(row), *more])
+    return "".join(line[:-2] + "\n" for line in lines)
+
+
+# A job
+
+
+def journal_path(path: str | os.PathLike) -> str:
+    """Where the results for the output `path` are while they come."""
+    return f"{os.fspath(path)}.journal"
+
+
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|index\.json)|((adapter_|generation_)?config|prompt_template)\.json"
+)
+_TOKENIZER = re.compile("|".join(map(re.escape, TOKENIZER)))
+_SAMPLE = 1 << 14  # values of a weight
+
+
+def describe_folders(model: str | os.PathLike, adapter: str | os.PathLike | None) -> dict[str, Any]:
+    """What answers depend on in the folders of a model and an adapter, before they are loaded."""
+    return {
+        "model": digests(model, _WEIGHTS),
+        "adapter": None if adapter is None else digests(adapter, _WEIGHTS),
+        "tokenizer": digests(model, _TOKENIZER),
+    }
+
+
+def describe_model(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The same of a model in memory, whatever it was loaded from or trained to since: its device
+    and types, and of each weight, adapters included, a sample of up to 16,384 values.
+    """
+    core = model.core
+    sums = {}
+    for name in sorted(core.names()):
+        values = core.read(name).reshape(-1)
+        sample = values[:: max(1, values.size // _SAMPLE)]
+        form = f"{core.dtype(name)} {core.shape(name)} "
+        sums[name] = digest(form.encode() + sample.tobytes())
+    configs = getattr(model, "peft_config", {})
+    adapters = {name: _fields_digest(config.to_dict()) for name, config in configs.items()}
+    return {
+        "model": {"weights": digest(json.dumps(sums).encode())},
+        "adapter": adapters | {"active": str(getattr(model, "active_adapter", None))},
+        "products": core.backend,
+        "prompts": {"family": str(tokenizer.family), "template": model.prompt_template},
+        "tokenizer": digests(tokenizer.name_or_path, _TOKENIZER),
+    }
+
+
+def _fields_digest(fields: Mapping[str, Any]) -> str:
+    """Of an adapter's settings, without those of where it was trained."""
+    kept = {
+        n: v for n, v in fields.items() if n not in ("base_model_name_or_path", "inference_mode")
+    }
+    return digest(json.dumps(kept, sort_keys=True, default=str).encode())
+
+
+def describe_job(
+    model: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    template: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What answers depend on, for a `Journal`. model: as `describe_folders` or `describe_model`
+    give it; settings: told by name. The form of the output is none of it: one journal gives any.
+    """
+    table = json.dumps(rows, default=str).encode()
+    return {
+        **model,
+        "template": template,
+        "table": {"rows": len(rows), "content": digest(table)},
+        "settings": dict(settings),
+    }
+
+
+def open_journal(
+    output: str | None, job: Mapping[str, Any], rows: int, seed: int | None, overwrite: bool
+) -> Journal:
+    """The journal beside an output, new or gone on with, which is told; without an output one in
+    memory. seed: of sampling; None: a
+    drawn one, which the journal keeps. overwrite: begin anew where it is another job's. Raises as
+    `Journal`, and FileExistsError where an output is there and rows are missing.
+    """
+    seed = next_seed() if seed is None else seed
+    if output is None:
+        return Journal(None, job, seed)
+    journal = Journal(journal_path(output), job, seed, anew=overwrite)
+    if journal.missing(rows) and os.path.exists(output) and not overwrite:
+        with journal:
+            raise _there(output)
+    if journal.replaced:
+        print(f"{journal.path}: {journal.replaced}; begun anew", file=sys.stderr)
+    elif journal.results:
+        have = len(journal.results)
+        print(f"{journal.path}: goes on after {have} of {rows} rows", file=sys.stderr)
+    return journal
+
+
+def run_job(
+    journal: Journal, rows: int, compute: Callable[[list[int]], Iterable[tuple[int, Any]]]
+) -> list[Any]:
+    """The results of `rows` rows, in their order: those in the journal, and those that `compute`
+    yields as (row, result JSON can hold), in any order, for the rows it is given, which are added
+    as they come. A progress bar on a terminal; what stops this is told where the results so far
+    are. RuntimeError for a row that has none in the end.
+    """
+    missing = journal.missing(rows)
+    count = {"total": rows, "initial": rows - len(missing)}
+    try:
+        if missing:
+            with bar(desc="predict", unit="row", disable=None, **count) as shown:
+                for row, result in compute(missing):
+                    journal.add(row, result)
+                    shown.update()
+    except BaseException:
+        if journal.path is not None and journal.results:
+            print(
+                f"{len(journal.results)} of {rows} rows are kept in {journal.path}: the same "
+                "command goes on from there",
+                file=sys.stderr,
+            )
+        raise
+    if missing := journal.missing(rows):
+        raise RuntimeError(f"no result came for {len(missing)} rows, the first is {missing[0]}")
+    return [journal.results[row] for row in range(rows)]
 
 
 # Answers
 
-
-def partial_path(path: str | os.PathLike) -> str:
-    """Where the answers are while they come: the csv to be, its rows in the order of answers."""
-    return f"{os.fspath(path)}.partial.csv"
+TOLD = 5  # bad rows that are named
 
 
-def answer_all(
+def answers(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Mapping[str, Any]],
     prompts: Sequence[str],
-    output: Output,
+    journal: Journal,
+    rows: Sequence[int],
     **sampling: Any,
-) -> list[str]:
-    """The model's answers to the prompts, in their order, with a progress bar.
-
-    Each is in the file `partial_path(output.path)` as soon as it is there, and the file stays:
-    `discard_partial` removes it once the whole table is written. What stops this is told where
-    the answers so far are.
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row, result) of the prompts with the numbers `rows`: {"answer": text}, or {"error": why}
+    for a row that cannot be asked or answered, which is told. A row's draws depend on the journal's
+    seed and its number alone.
     """
-    from tqdm.auto import tqdm
 
-    path = partial_path(output.path)
-    answers = [""] * len(prompts)
-    done = 0
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["row", *output.header()])
-        ready = chat_rows(model, tokenizer, prompts, **sampling)
+    def ask(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        seeds = [seed_of((journal.seed % 2**64, row)) for row in some]
+        asked = [prompts[row] for row in some]
+        return chat_rows(model, tokenizer, asked, seeds=seeds, keep_errors=True, **sampling)
+
+    for row, answer in _errors_told(ask, rows):
+        yield row, answer if _is_error(answer) else {"answer": answer_text(answer)}
+
+
+def label_scores(
+    model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], rows: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `answers`, but the most probable of the labels is the answer, and "proba" has the
+    probability of each: see `classify`.
+    """
+
+    def ask(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        asked = [prompts[row] for row in some]
+        return score_rows(model, tokenizer, asked, labels, keep_errors=True)
+
+    for row, found in _errors_told(ask, rows):
+        if _is_error(found):
+            yield row, found
+        else:
+            one = Classification(list(labels), found[None])
+            yield row, {"answer": one.label[0], "proba": one.proba[0].tolist()}
+
+
+Ask = Callable[[Sequence[int]], Iterator[tuple[int, Any]]]
+
+
+def _is_error(result: Any) -> bool:
+    return isinstance(result, dict) and set(result) == {"error"}
+
+
+def _errors_told(ask: Ask, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """(row, what was found, or {"error": why}) of the rows, the first errors told."""
+    told = 0
+    for row, found in _one_by_one_where_it_fails(ask, rows):
+        if not isinstance(found, Exception):
+            yield row, found
+            continue
+        if told < TOLD:
+            print(f"row {row} has no answer: {found}", file=sys.stderr)
+        told += 1
+        yield row, {"error": str(found)}
+
+
+def _one_by_one_where_it_fails(ask: Ask, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """(row, what was found or error). Where numbers that are not finite end a batch, each of its
+    rows is asked alone: it is one of them, unless all are.
+    """
+
+    def numbered(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        return ((some[i], found) for i, found in ask(some))
+
+    waiting = dict.fromkeys(rows)
+    while waiting:
         try:
-            for i, answer in tqdm(ready, "predict", len(prompts), unit="row", file=sys.stderr):
-                answers[i] = answer_text(answer)
-                writer.writerow([str(i), *output.cells(rows[i], answers[i])])
-                file.flush()
-                done += 1
-        except BaseException:
-            if done:
-                print(f"{done} of {len(prompts)} answers are kept in {path}", file=sys.stderr)
-            raise
-        finally:
-            if not done:
-                with suppress(OSError):
-                    os.unlink(path)
-    return answers
-
-
-def discard_partial(path: str | os.PathLike) -> None:
-    """Remove the file of answers of a run that has written its output."""
-    with suppress(OSError):
-        os.unlink(partial_path(path))
+            for row, found in numbered(list(waiting)):
+                del waiting[row]
+                yield row, found
+        except FloatingPointError as error:
+            alone: dict[int, Any] = {}
+            for row in list(waiting)[:ROWS]:
+                try:
+                    alone |= numbered([row])
+                except FloatingPointError as own:
+                    alone[row] = own
+            if all(isinstance(found, FloatingPointError) for found in alone.values()):
+                raise error
+            for row, found in alone.items():
+                del waiting[row]
+                yield row, found
 
 
 def answer_text(answer: str | Mapping[str, Any]) -> str:
@@ -284,37 +531,88 @@ def answer_text(answer: str | Mapping[str, Any]) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 
-def check_choices(
-    answers: Sequence[str], choices: Sequence[str] | None, fallback: str | None, kept: str
-) -> list[str]:
-    """The answers; `fallback` stands for those that are none of the choices.
+def read_answers(flag: str, given: str | None) -> list[str] | None:
+    """The answers that a flag lists, or None. ValueError for an empty one, or one given twice."""
+    if given is None:
+        return None
+    allowed = [answer.strip() for answer in given.split(",")]
+    if "" in allowed:
+        raise ValueError(f"{flag}: expected answers separated by commas, got {given!r}")
+    twice = next((a for number, a in enumerate(allowed) if a in allowed[:number]), None)
+    if twice is not None:
+        raise ValueError(f"{flag}: {twice!r} is given twice")
+    return allowed
 
-    Raises ValueError where there are such answers and no fallback. kept: where the answers are.
+
+def write_answers(
+    output: Output,
+    rows: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    choices: Sequence[str] | None,
+    fallback: str | None,
+    journal: Journal,
+    overwrite: bool,
+    labels: Sequence[str] = (),
+) -> bool:
+    """Write the table with the answers, and remove the journal; whether every row has one. labels:
+    those whose probabilities stand behind the answers.
+
+    A row without an answer, or whose answer is none of the choices, has `fallback`; without one its
+    answer is empty, the model's own stands in `raw_column`, and the journal stays. All such rows
+    are counted and told. Raises ValueError where no row has an answer, FileExistsError where
+    another file stands under the output's name.
     """
-    if not choices:
-        return list(answers)
-    odd = [f"row {i}: {answer!r}" for i, answer in enumerate(answers) if answer not in choices]
-    if odd and fallback is None:
-        raise ValueError(
-            f"{len(odd)} of {len(answers)} answers are none of {choices}: {'; '.join(odd[:5])}. "
-            f"All answers are kept in {kept}; --fallback ANSWER takes that answer for such rows"
-        )
+    bad = {i: result["error"] for i, result in enumerate(results) if "error" in result}
+    if len(bad) == len(results):
+        journal.remove()
+        raise ValueError(f"no row has an answer: {bad[0]}")
+    raw = [result.get("answer", "") for result in results]
+    odd = [i for i, a in enumerate(raw) if i not in bad and choices and a not in choices]
+    without = {*bad, *odd}
+    last = "" if fallback is None else fallback
+    columns = [[last if i in without else answer for i, answer in enumerate(raw)]]
+    output = replace(output, more=[])
+    if labels:
+        output = replace(output, more=proba_columns(labels))
+        found = np.array([result.get("proba", [np.nan] * len(labels)) for result in results])
+        columns += [["" if np.isnan(p) else f"{p:.9g}" for p in column] for column in found.T]
+    elif odd and fallback is None:
+        output = replace(output, more=[raw_column(output.answer_column)])
+        columns.append(raw)
+    text = table_text(output, rows, *columns)
+    if os.path.exists(output.path) and not overwrite:
+        with open(output.path, encoding="utf-8", newline="", errors="replace") as file:
+            if file.read() != text:  # else it was written, and the journal was not yet removed
+                raise _there(output.path)
+    with atomic_file(output.path, "w") as file:
+        file.write(text)
+    stands = "" if fallback is None else f", {fallback!r} stands for them"
+    if bad:
+        some = "; ".join(f"row {i}: {why}" for i, why in list(bad.items())[:TOLD])
+        print(f"{len(bad)} of {len(rows)} rows have no answer{stands}: {some}", file=sys.stderr)
     if odd:
+        some = "; ".join(f"row {i}: {raw[i]!r}" for i in odd[:TOLD])
+        where = stands or f", they stand in the column {output.more[0]!r}"
         print(
-            f"{len(odd)} answers were none of {choices}, {fallback!r} stands for them: "
-            f"{'; '.join(odd[:5])}",
+            f"{len(odd)} of {len(rows)} answers are none of {list(choices or ())}{where}: {some}",
             file=sys.stderr,
         )
-    return [answer if answer in choices else str(fallback) for answer in answers]
+    if without and fallback is None:
+        print(
+            f"{output.path}: {len(without)} rows are without an answer; the same command with "
+            f"--overwrite --fallback ANSWER gives them that one, from {journal.path}",
+            file=sys.stderr,
+        )
+        return False
+    journal.remove()
+    return True
 
 
-def read_choices(choices: str | None, fallback: str | None) -> list[str] | None:
-    """The answers that `--choices` allows. ValueError for none, and for a fallback without them."""
-    if choices is None:
-        if fallback is not None:
-            raise ValueError("--fallback: has no effect without --choices")
-        return None
-    allowed = [choice.strip() for choice in choices.split(",")]
-    if "" in allowed:
-        raise ValueError(f"--choices: expected answers separated by commas, got {choices!r}")
-    return allowed
+def proba_columns(labels: Sequence[str]) -> list[str]:
+    """The columns of the labels' probabilities."""
+    return [f"proba_{label}" for label in labels]
+
+
+def raw_column(answer_column: str) -> str:
+    """The column of the model's own answers, beside those that are choices."""
+    return f"{answer_column}_raw"

@@ -1,5 +1,6 @@
 """classify: the exact probabilities of answers, whatever runs beside a row."""
 
+import csv
 import itertools
 
 import numpy as np
@@ -9,6 +10,7 @@ from emulator import built, needs_compiler
 from tiny import tiny_model_dir, tiny_tokenizer_dir
 
 import glmlora
+from glmlora import cli, tables
 from glmlora.families.prompt import encode_target
 from glmlora.generation import generate, labels
 from glmlora.generation.chat import chat_family
@@ -192,9 +194,7 @@ def test_several_adapters_together(tmp_path):
     assert np.allclose(both.proba, (alone[0].proba + alone[1].proba) / 2, atol=1e-6)
     assert np.allclose(both.mass, (alone[0].mass + alone[1].mass) / 2, atol=1e-6)
     assert np.abs(alone[0].proba - alone[1].proba).max() > 1e-3
-    with pytest.raises(
-        ValueError, match="'othr' is not one of default, other .did you mean 'other'"
-    ):
+    with pytest.raises(ValueError, match="'othr' is not one of .*did you mean 'other'"):
         lora.classify(tokenizer, QUESTIONS, SHARING, adapters=["othr"])
     with pytest.raises(TypeError, match="adapters: expected a list of names"):
         lora.classify(tokenizer, QUESTIONS, SHARING, adapters="other")
@@ -238,3 +238,86 @@ def test_every_family_of_the_fixtures(name):
     for number, row in labels.score_ids(model, prompts, answers, 3):
         want = [ids_by_brute_force(model, prompts[number], ids) for ids in answers]
         assert np.abs(row - want).max() <= 1e-5
+
+
+# A table
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A table, and the words of a prediction that weighs labels."""
+    table = tmp_path / "t.csv"
+    rows = "\n".join(f"{i},{q.split(',')[0]}" for i, q in enumerate(QUESTIONS))
+    table.write_text(f"id,title\n{rows}\n", encoding="utf-8")
+    model = model_of("chatglm2", tmp_path / "model")
+    words = ["predict", "--model", model[0].name_or_path, "--template", "Is it? {title}"]
+    words += ["--input", str(table), "--output", str(tmp_path / "o.csv"), "--labels", "0,1"]
+    return words, model, tmp_path / "o.csv"
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_table_of_labels_with_probabilities(place, capsys):
+    words, (model, tokenizer), output = place
+    assert cli.main([*words, "--proba"]) == 0
+    got = model.classify(tokenizer, [f"Is it? {q.split(',')[0]}" for q in QUESTIONS], BINARY)
+    rows = rows_of(output)
+    assert list(rows[0]) == ["id", "title", "label", "proba_0", "proba_1"]
+    assert [row["label"] for row in rows] == got.label
+    found = np.array([[float(row["proba_0"]), float(row["proba_1"])] for row in rows])
+    assert np.abs(found - got.proba).max() <= 1e-6
+    assert cli.main([*words, "--overwrite", "--columns", "id"]) == 0
+    assert [*rows_of(output)[0]] == ["id", "label"]
+
+
+def test_weighed_labels_go_on_from_the_journal(place, capsys, monkeypatch):
+    words, _, output = place
+    assert cli.main([*words, "--proba"]) == 0
+    whole = output.read_bytes()
+    output.unlink()
+    monkeypatch.setattr(labels, "AT_ONCE", 2)
+    asked, score = [], tables.score_rows
+
+    def stopped(model, tokenizer, queries, *args, **options):
+        asked.append(len(queries))
+        for count, found in enumerate(score(model, tokenizer, queries, *args, 2, **options)):
+            if len(asked) == 1 and count == 4:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(tables, "score_rows", stopped)
+    assert cli.main([*words, "--proba"]) == 130
+    other = [word.replace("0,1", "0,1,2") for word in words]
+    assert cli.main(other) == 1 and "settings" in capsys.readouterr().err
+    assert cli.main([*words, "--proba"]) == 0
+    assert asked == [9, 5] and output.read_bytes() == whole
+
+
+def test_a_row_that_cannot_be_weighed(place, capsys):
+    words, _, output = place
+    table = output.with_name("t.csv")
+    table.write_text(f"{table.read_text(encoding='utf-8')}9,{'x ' * 600}\n", encoding="utf-8")
+    assert cli.main([*words, "--proba"]) == 1
+    assert "row 9" in capsys.readouterr().err
+    rows = rows_of(output)
+    assert rows[9]["label"] == rows[9]["proba_0"] == "" and rows[8]["label"] in BINARY
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--temperature", "0.5"], "--temperature: has no effect with --labels"),
+        (["--top-p", "0.5"], "--top-p: has no effect with --labels"),
+        (["--choices", "0,1"], "--choices: has no effect with --labels"),
+        (["--labels", "0,,1"], "--labels: expected answers separated by commas"),
+        (["--labels", "0,1,0"], "--labels: '0' is given twice"),
+    ],
+)
+def test_flags_that_do_not_go_together(place, capsys, more, message):
+    words, _, output = place
+    words = words[:-2] if "--labels" in more else words
+    assert cli.main([*words, *more]) != 0
+    assert message in capsys.readouterr().err and not output.exists()

@@ -286,7 +286,7 @@ def test_without_locks_the_process_itself_is_looked_for(tmp_path, monkeypatch, w
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
-    process = owner._this_process()
+    process = owner.this_process()
     named = {
         "dead": {**process, "pid": pid},
         "mine": process,

@@ -52,7 +52,9 @@ static PyObject *descriptor_new(PyTypeObject *type, PyObject *args, PyObject *kw
 
 static int check_mode(PyObject *check, PyObject *path, const struct stat *found)
 {
-    PyObject *done = PyObject_CallFunction(check, "OI", path, (unsigned)found->st_mode);
+    PyObject *mode = PyLong_FromUnsignedLong(found->st_mode);
+    PyObject *done = mode ? PyObject_CallFunctionObjArgs(check, path, mode, NULL) : NULL;
+    Py_XDECREF(mode);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }

@@ -63,12 +63,12 @@ def _take(file: Path, folder: str | os.PathLike) -> Descriptor:
             if same_file(file, held):  # not removed in between by an owner that ended
                 if taken is not None:
                     warnings.warn(
-                        f"{os.fspath(folder)}: {_named(taken)} ended without leaving it; it is "
-                        "taken over",
+                        f"{os.fspath(folder)}: {named_process(taken)} ended without leaving it; "
+                        "it is taken over",
                         stacklevel=5,
                     )
                 os.ftruncate(held.fileno(), 0)
-                os.pwrite(held.fileno(), json.dumps(_this_process()).encode(), 0)
+                os.pwrite(held.fileno(), json.dumps(this_process()).encode(), 0)
                 return held
         except OSError as error:
             held.close()
@@ -90,16 +90,17 @@ def _lock(held: Descriptor, file: Path, folder: str | os.PathLike) -> dict[str, 
         owner = _read(held)
         if error.errno in (errno.EAGAIN, errno.EACCES):
             advice = "wait until it ends, or give another folder"
-        elif owner is not None and _may_live(owner):  # a file system without locks
+        elif owner is not None and may_live(owner):  # a file system without locks
             advice = f"give another folder, or remove {file} if that process has ended"
         else:
             return owner
         raise OSError(
-            errno.EBUSY, f"{_named(owner)} works in this folder: {advice}", os.fspath(folder)
+            errno.EBUSY, f"{named_process(owner)} works in this folder: {advice}", os.fspath(folder)
         ) from None
 
 
-def _this_process() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
+    """Which process this is, as JSON."""
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -116,13 +117,15 @@ def _read(held: Descriptor) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) else None
 
 
-def _named(owner: dict[str, Any] | None) -> str:
+def named_process(owner: dict[str, Any] | None) -> str:
+    """What `this_process` gave, for a message."""
     if owner is None:
         return "another process"
     return f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"
 
 
-def _may_live(owner: dict[str, Any]) -> bool:
+def may_live(owner: dict[str, Any]) -> bool:
+    """Whether what `this_process` gave may still run; True for one on another machine."""
     if owner.get("host") != socket.gethostname():
         return True
     try:

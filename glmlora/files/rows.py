@@ -6,11 +6,14 @@ import codecs
 import csv
 import io
 import json
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from .. import tell
 from .regular import read_bytes
@@ -324,3 +327,48 @@ def read_rows(path: str | os.PathLike) -> list[Any]:
     if extension == ".jsonl" or _has_json_lines(text):
         return _read_json_lines(path, text)
     return _rows_of(path, _parse(path, text))
+
+
+def table_rows(table: Any, name: str) -> list[dict[str, Any]]:
+    """Rows of a DataFrame, of a list of dicts, or of a file as `read_rows` reads it.
+
+    name: of the argument, for errors. Raises FileNotFoundError for a file that is not there,
+    ValueError for a table without rows, a column that stands twice or a row that is no object,
+    TypeError for other data.
+    """
+    if isinstance(table, (str, os.PathLike)):
+        if not os.path.exists(table):
+            raise FileNotFoundError(
+                f"{name}: {os.fspath(table)!r}: looked for a table (from {os.getcwd()}) and found "
+                "none"
+            )
+        name, rows = os.fspath(table), read_rows(table)
+    elif hasattr(table, "columns") and hasattr(table, "to_dict"):  # a DataFrame
+        names = list(table.columns)
+        if len(set(names)) < len(names):
+            twice = next(n for n, count in Counter(names).items() if count > 1)
+            raise ValueError(f"{name}: column {twice!r} stands twice")
+        # Column by column: a row of a mixed frame would turn its ints into floats.
+        cells = zip(*(list(table[n]) for n in names), strict=True)
+        rows = [dict(zip(map(str, names), row, strict=True)) for row in cells]
+    elif isinstance(table, Iterable) and not isinstance(table, (Mapping, bytes)):
+        rows = list(table)
+    else:
+        raise TypeError(
+            f"{name}: expected a DataFrame, a list of dicts or a file name, got "
+            f"{type(table).__name__}"
+        )
+    if not rows:
+        raise ValueError(f"{name}: the table has no rows")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            kind = type(row).__name__
+            raise ValueError(f"{name} row {number}: expected an object of columns, got {kind}")
+    return rows
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is None, or NaN, NA or NaT of a DataFrame."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, (float, np.floating)) and math.isnan(value)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+#: Errors that one query may have while the others are answered.
+OF_ONE_ROW = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
@@ -258,29 +260,59 @@ def chat_rows(
     at_once: int = ROWS,
     *,
     role: str = "user",
+    seeds: Sequence[int] | None = None,
+    keep_errors: bool = False,
     **settings: Any,
 ) -> Iterator[tuple[int, Any]]:
     """(number of a query, response) in the order in which they are ready: what `chat` gives to each
     query, in this order, with an empty history. Arguments by name as in `chat`.
+
+    seeds: of each query's random numbers, in place of `seed`. keep_errors: the error of a query
+    that cannot be asked (its prompt is too long), or whose answer cannot be read, is its response.
     """
     if not isinstance(at_once, int) or at_once < 1:
         raise ValueError(f"at_once: expected a whole number from 1, got {at_once!r:.80}")
     for query in queries:
         _check_query(query)
     turns = _Turns(batch_chat, model, tokenizer, **settings)
+    kept = OF_ONE_ROW if keep_errors else ()
+    response: Any
     if turns.settings.num_beams > 1:
         for number, query in enumerate(queries):
-            yield number, chat(model, tokenizer, query, [], role=role, **settings)[0]
+            if seeds is not None:
+                settings["seed"] = seeds[number]
+            try:
+                response = chat(model, tokenizer, query, [], role=role, **settings)[0]
+            except kept as error:
+                response = error
+            yield number, response
         return
-    asked = [turns.ask(query, [], role) for query in queries]
-    prompts = [ids for ids, _ in asked]
+    asked: list[tuple[int, list[int], list[Any]]] = []
+    for number, query in enumerate(queries):
+        try:
+            ids, turn = turns.ask(query, [], role)
+            if keep_errors:
+                turns.limits([ids])
+        except kept as error:
+            yield number, error
+        else:
+            asked.append((number, ids, turn))
+    prompts = [ids for _, ids, _ in asked]
     limits = turns.limits(prompts)
     warn_of_weights(model)
-    draws = [(call_seed(turns.settings), 0) for _ in prompts]
+    if seeds is None:
+        draws = [(call_seed(turns.settings), 0) for _ in prompts]
+    else:
+        draws = [(seeds[number], 0) for number, _, _ in asked]
     if not prompts:
         return
-    for number, request in complete(model, prompts, limits, turns.change, draws, at_once):
-        yield number, turns.answer(request.new, asked[number][1])[0]
+    for i, request in complete(model, prompts, limits, turns.change, draws, at_once):
+        number, _, turn = asked[i]
+        try:
+            response = turns.answer(request.new, turn)[0]
+        except kept as error:
+            response = error
+        yield number, response
 
 
 @spelled_out(BatchChatArguments)

@@ -17,7 +17,7 @@ from ..families import recognition
 from ..families.prompt import encode_target
 from ..progress import bar
 from .cache import CachedRow, Model
-from .chat import chat_family
+from .chat import OF_ONE_ROW, chat_family
 from .generate import places_for, shared_length, warn_of_weights
 
 AT_ONCE = 64  # rows that walk the tree together, where memory allows
@@ -144,18 +144,35 @@ def score_rows(
     labels: Sequence[Any],
     at_once: int = AT_ONCE,
     role: str = "user",
-) -> Iterator[tuple[int, np.ndarray]]:
+    keep_errors: bool = False,
+) -> Iterator[tuple[int, Any]]:
     """(number of a query, log-probabilities float64 (labels) of the answers to it) in the order in
-    which they are ready; each is what the query alone would give.
+    which they are ready; each is what the query alone would give. keep_errors: the error of a query
+    that cannot be asked stands in their place.
     """
     answers = answer_ids(model, tokenizer, check_labels(labels))
     family, config = chat_family(model, tokenizer), model.config
     recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
+    longest = max(map(len, answers))
+    kept = OF_ONE_ROW if keep_errors else ()
+    numbers, prompts = [], []
     for number, query in enumerate(queries):
-        if not isinstance(query, str):
-            raise TypeError(f"row {number}: expected text, got {type(query).__name__}")
-    prompts = [family.chat_ids(tokenizer, query, [], role) for query in queries]
-    yield from score_ids(model, prompts, answers, at_once)
+        try:
+            if not isinstance(query, str):
+                raise TypeError(f"row {number}: expected text, got {type(query).__name__}")
+            ids = family.chat_ids(tokenizer, query, [], role)
+            if len(ids) + longest > config.seq_length:
+                raise ValueError(
+                    f"row {number}: a prompt of {len(ids)} tokens and a label of {longest} exceed "
+                    f"the model's {config.seq_length} positions (seq_length)"
+                )
+        except kept as error:
+            yield number, error
+        else:
+            numbers.append(number)
+            prompts.append(ids)
+    for at, row in score_ids(model, prompts, answers, at_once):
+        yield numbers[at], row
 
 
 def score_ids(
@@ -164,19 +181,12 @@ def score_ids(
     answers: Sequence[Sequence[int]],
     at_once: int = AT_ONCE,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """As `score_rows`, of ids. Equal prompts are computed once, and so is what all begin with.
-    ValueError for one that leaves no room for the longest answer.
-    """
+    """As `score_rows`, of ids. Equal prompts are computed once, and so is what all begin with."""
     if not isinstance(at_once, int) or at_once < 1:
         raise ValueError(f"at_once: expected a whole number from 1, got {at_once!r:.80}")
     tree, longest = _tree(answers), max(map(len, answers))
     numbers: dict[tuple[int, ...], list[int]] = {}
     for number, prompt in enumerate(prompts):
-        if len(prompt) + longest > model.config.seq_length:
-            raise ValueError(
-                f"row {number}: a prompt of {len(prompt)} tokens and a label of {longest} exceed "
-                f"the model's {model.config.seq_length} positions (seq_length)"
-            )
         numbers.setdefault(tuple(prompt), []).append(number)
     if not numbers:
         return

@@ -24,6 +24,7 @@ from ..files.hub import check_keywords
 from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
+from ..generation import features as _features
 from ..generation import generate as _generate
 from ..generation import labels as _labels
 from ..generation.cache import CachedRow, PastKeyValues, scores_after
@@ -759,6 +760,7 @@ class ChatGLMForConditionalGeneration(_Casts):
     chat = _chat.chat
     batch_chat = _chat.batch_chat
     classify = _labels.classify
+    features = _features.features
     stream_chat = _chat.stream_chat
 
     def __repr__(self) -> str:

@@ -518,6 +518,7 @@ class PeftModel:
     stream_generate = _FromBase(Base.stream_generate)
     chat = _FromBase(Base.chat)
     batch_chat = _FromBase(Base.batch_chat)
+    features = _FromBase(Base.features)
     stream_chat = _FromBase(Base.stream_chat)
     parameters = _FromBase(Base.parameters)
     num_parameters = _FromBase(Base.num_parameters)

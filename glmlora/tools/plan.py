@@ -231,6 +231,34 @@ def plan(
     )
 
 
+def products_per_second(model: str | os.PathLike, seconds: float = 0.5) -> float:
+    """Floating-point operations a second of this machine's CPU over a prompt at the model's shapes:
+    one layer with made-up weights, timed for about `seconds`. Errors as in `plan`.
+    """
+    import time
+
+    config = copy.copy(ChatGLMConfig.from_pretrained(model_directory(model)))
+    tokens = min(256, config.seq_length)
+    flops = plan(model, 1, tokens, "chat").flops / config.num_layers
+    config.num_layers, config.padded_vocab_size = 1, min(256, config.padded_vocab_size)
+    kind = parse_dtype(config.get("torch_dtype") or "float16") or "F16"
+    products = compute_dtype(None, [kind])
+    backend = "cpu" if products == "float32" else f"cpu/{products}"
+    built, _ = _build(config, kind, 0, 0, backend, filled=True)
+    cache, ids = built.core.cache(1, tokens, 0), np.zeros(tokens, np.int32)
+    best, end = 0.0, 0.0
+    while not end or time.perf_counter() < end:
+        cache.rewind(0, 0)
+        start = time.perf_counter()
+        built.core.extend(cache, [0], ids, np.array([tokens], np.int32))
+        taken = time.perf_counter() - start
+        if end:
+            best = max(best, flops / taken)
+        else:  # the first one also touches memory for the first time
+            best, end = flops / taken, time.perf_counter() + seconds
+    return best
+
+
 _COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SMALLER = {
     "lora": "quantization_bit 8 or 4, or fewer or shorter rows",
@@ -251,15 +279,20 @@ def parse_bytes(value: int | str) -> int:
 
 
 def _build(
-    config: ChatGLMConfig, kind: str, bits: int, group: int, backend: str
+    config: ChatGLMConfig, kind: str, bits: int, group: int, backend: str, filled: bool = False
 ) -> tuple[_PlanModel, int]:
-    """The model with weights of zeros that nobody touches, and the bytes of its quantized ones."""
+    """The model with weights of zeros that nobody touches, and the bytes of its quantized ones.
+    filled: with weights of a small number in memory of their own, to compute with.
+    """
     form = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind]
     config = copy.copy(config)
     config.quantization_bit, config.pre_seq_len = 0, None
     shapes = _core.Model(config.arch(), backend, names=config.tensor_names).shapes()
     on_backend = type("_PlanModel", (_PlanModel,), {"backend": backend})
-    model = on_backend(config, {n: Tensor(np.zeros(s, form), kind) for n, s in shapes.items()})
+    made = {n: np.zeros(s, form) for n, s in shapes.items()}
+    for array in made.values() if filled else ():
+        array.view(f"u{array.itemsize}").fill({"F32": 0x3C000000, "F16": 0x2000}.get(kind, 0x3C00))
+    model = on_backend(config, {n: Tensor(array, kind) for n, array in made.items()})
     nbytes = 0
     for name, (rows, columns) in model._linear_shapes().items() if bits else ():
         scales = (rows, -(-columns // group)) if group else (rows,)

@@ -8,7 +8,6 @@ by its methods.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -21,7 +20,7 @@ from .. import tell
 from ..batch import IGNORED, Encoded
 from ..families import prompt as prompts
 from ..files.regular import read_bytes
-from ..files.rows import EXTENSIONS, read_rows
+from ..files.rows import EXTENSIONS, is_missing, read_rows
 from ..files.write import read_json
 from ..model.configuration import ChatGLMConfig
 from ..names import did_you_mean, listed
@@ -94,12 +93,6 @@ class _Counts:
         """Why rows were left out, with how many."""
         kinds = ((kind.removeprefix("skipped, "), rows) for kind, rows in self._found.items())
         return [f"{len(rows)}: {kind}" for kind, rows in kinds if f"skipped, {kind}" in self._found]
-
-
-def is_missing(value: Any) -> bool:
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return True
-    return isinstance(value, (float, np.floating)) and math.isnan(value)
 
 
 def _text(value: Any, column: str, row: str, counts: _Counts) -> str:
