@@ -50,7 +50,7 @@ _REPLACED = re.compile(r"fold-\d+|adapter_(config\.json|model\.(safetensors|bin)
 EVALUATIONS = 2  # of the rows held out, an epoch
 #: A small model has to change nearly as a whole to learn a task, a large one knows most of it.
 SMALL, SMALL_RANK, RANK = 1024, 128, 16  # SMALL: of hidden sizes, the first that is not
-RATE = 0.4  # learning rate times hidden size: 2.1e-3 for the model inside, 1e-4 for one of 4096
+RATE = 0.2  # learning rate times hidden size: 1e-3 for the model inside, 5e-5 for one of 4096
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -69,7 +69,7 @@ class LoraClassifier:
     text, e.g. "title: {title}", or "{text}" where X is texts; None: all columns. instruction:
     stands before it; None: names the labels. Where both are longer than max_source_length ids, the
     longest column is cut. lora_rank None: 128 for bases of a hidden size below 1024, else 16;
-    lora_alpha None: twice that; learning_rate None: 0.4 / hidden size. training_arguments: a dict
+    lora_alpha None: twice that; learning_rate None: 0.2 / hidden size. training_arguments: a dict
     of other arguments of `glmlora.train`.
 
     validation: share of the rows of each label that is held out and scored EVALUATIONS times an
@@ -96,13 +96,13 @@ class LoraClassifier:
         template: str | None = None,
         instruction: str | None = None,
         *,
-        max_source_length: int = 320,
+        max_source_length: int = 640,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
         lora_dropout: float = 0.1,
         lora_target: str | list[str] = "all-linear",
         learning_rate: float | None = None,
-        num_train_epochs: float = 4.0,
+        num_train_epochs: float = 2.0,
         per_device_train_batch_size: int = 8,
         lr_scheduler_type: str = "cosine",
         quantization_bit: int | None = None,
@@ -215,10 +215,11 @@ class LoraClassifier:
             template=template,
             columns=columns or [],
             labels=labels,
-            max_source_length=self.max_source_length,
+            max_source_length=int(self.max_source_length),
             quantization_bit=self.quantization_bit,
-            folds=self.folds,
+            folds=int(self.folds),
         )
+        _check_no_answer(task, rows, labels, codes)
         if self.folds:
             fold = stratified_folds(codes, self.folds, seed)
             parts = [np.flatnonzero(fold != number) for number in range(self.folds)]
@@ -255,8 +256,7 @@ class LoraClassifier:
             if _scores(record)
         ]
         self._set_features(columns)
-        if fold is not None:
-            self._set_fold_scores(codes, proba, fold)
+        self._set_fold_scores(codes, proba, fold)
         return self
 
     def _set_features(self, columns: list[str] | None) -> None:
@@ -267,7 +267,13 @@ class LoraClassifier:
             self.feature_names_in_ = np.array(columns, object)
             self.n_features_in_ = len(columns)
 
-    def _set_fold_scores(self, codes: np.ndarray, proba: np.ndarray, fold: np.ndarray) -> None:
+    def _set_fold_scores(
+        self, codes: np.ndarray, proba: np.ndarray, fold: np.ndarray | None
+    ) -> None:
+        for name in ("oof_proba_", "oof_fold_", "fold_scores_", "mean_scores_"):
+            vars(self).pop(name, None)  # of an earlier fit
+        if fold is None:
+            return
         self.oof_proba_, self.oof_fold_ = proba, fold
         self.fold_scores_ = [
             label_scores(codes[fold == number], proba[fold == number])
@@ -510,6 +516,7 @@ class _Run:
             "num_train_epochs": s.num_train_epochs,
             "per_device_train_batch_size": s.per_device_train_batch_size,
             "lr_scheduler_type": s.lr_scheduler_type,
+            "warmup_ratio": 0.05,
             "logging_steps": 10,
             "logging_first_step": True,
             "save_strategy": "no",
@@ -660,6 +667,24 @@ def _coded(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     return classes, codes.reshape(-1)
 
 
+def _check_no_answer(
+    task: Task, rows: list[dict[str, Any]], labels: list[Any], codes: np.ndarray
+) -> None:
+    """ValueError for a column in the template that says every row's label."""
+    for name in _places(task.template):
+        if all(row.get(name) == labels[code] for row, code in zip(rows, codes, strict=True)):
+            raise ValueError(
+                f"template: column {name!r} of X is y itself; leave it out of X, or give a "
+                "template without it"
+            )
+
+
+def _places(template: str) -> list[str]:
+    """The columns that a template names, whose form `fill_template` checks."""
+    fill_template(template, [])
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+
+
 def _usual_instruction(labels: list[Any]) -> str:
     """The instruction where nobody gives one: it names the labels where they are few."""
     named = f"Answer with one of: {', '.join(map(str, labels))}.\n"
@@ -676,7 +701,7 @@ def task_queries(
     without any value.
     """
     there = columns or ["text"]
-    places = [name for _, name, _, _ in string.Formatter().parse(task.template) if name]
+    places = _places(task.template)
     for name in places:
         if name not in there:
             raise ValueError(

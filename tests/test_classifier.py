@@ -21,7 +21,7 @@ QUICK = {
     "instruction": "",
     "lora_rank": 16,
     "learning_rate": 1e-2,
-    "num_train_epochs": 5,
+    "num_train_epochs": 7,
     "random_state": 0,
 }
 TEXTS = [
@@ -253,6 +253,7 @@ def test_folds_give_unseen_probabilities_and_their_mean(base):
     assert classifier.mean_scores_["accuracy"] == pytest.approx(
         (np.mean(accuracies), np.std(accuracies))
     )
+    assert not hasattr(classifier.set_params(folds=0).fit(TEXTS, LABELS), "oof_proba_")
 
 
 def test_a_threshold_decides(base, fitted, monkeypatch):
@@ -282,7 +283,7 @@ def test_usual_rank_and_rate_depend_on_the_width(base, monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr("glmlora.classifier.train", stop)
-    for width, expected in ((32, (128, 256, 0.0125)), (4096, (16, 32, 0.4 / 4096))):
+    for width, expected in ((32, (128, 256, 0.2 / 32)), (4096, (16, 32, 0.2 / 4096))):
         classifier = LoraClassifier(base)
         vars(classifier._load_base()[0].config)["hidden_size"] = width
         with pytest.raises(StopIteration):
@@ -336,6 +337,13 @@ def test_wrong_parameters_are_named_before_the_training(base, monkeypatch, param
 def test_wrong_rows_and_labels_are_named(base, X, y, error, said):
     with pytest.raises(error, match=re.escape(said)):
         quick(base).fit(X, y)
+
+
+def test_a_table_with_its_own_labels_is_refused(base, monkeypatch):
+    rows = [{"title": t, "label": y} for t, y in zip(TEXTS, LABELS, strict=True)]
+    with pytest.raises(ValueError, match=r"template: column 'label' of X is y itself"):
+        quick(base).fit(rows, LABELS)
+    quick(base, template="{title}", num_train_epochs=1).fit(rows, LABELS)
 
 
 def test_a_wrong_base_is_named(base, tmp_path):
