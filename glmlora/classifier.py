@@ -10,9 +10,8 @@ import inspect
 import os
 import re
 import shutil
-import string
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from typing import Any
 import numpy as np
 
 from . import tell
-from .families.prompt import chat_ids
-from .files.rows import read_rows
 from .files.staging import staged
 from .interrupts import Terminated
 from .model.auto import AutoModel
@@ -29,7 +26,7 @@ from .model.peft import PeftModel
 from .model.quantization import GROUP_SIZE, is_quantized
 from .model.task import FILE, Task, read_task, write_task
 from .names import did_you_mean, listed
-from .tables import columns_of, fill_template
+from .questions import table_rows, task_queries, template_columns, usual_instruction
 from .tokenization import AutoTokenizer
 from .tools.project import tiny_directory
 from .training.classes import (
@@ -199,7 +196,7 @@ class LoraClassifier:
         """
         self._check_parameters()
         place = self._base_directory()
-        rows, columns = _rows(X)
+        rows, columns = table_rows(X)
         classes, codes = _coded(y, len(rows))
         self._check_classes(classes)
         weights = class_weights(self.class_weight, codes, classes)
@@ -211,7 +208,7 @@ class LoraClassifier:
         instruction = self.instruction
         task = Task(
             base=None if self.base is None else os.path.abspath(place),
-            instruction=_usual_instruction(labels) if instruction is None else instruction,
+            instruction=usual_instruction(labels) if instruction is None else instruction,
             template=template,
             columns=columns or [],
             labels=labels,
@@ -355,7 +352,7 @@ class LoraClassifier:
         """The probabilities of the labels, float64 (rows, labels) in the order of `classes_`."""
         if not hasattr(self, "adapters_"):
             raise _not_fitted()
-        rows, columns = _rows(X)
+        rows, columns = table_rows(X)
         model, tokenizer = self._load_base()
         queries = task_queries(self.task_, rows, columns, tokenizer)
         total = np.zeros((len(rows), len(self.classes_)))
@@ -604,43 +601,7 @@ def _proba(model: Any, tokenizer: Any, queries: list[str], task: Task) -> np.nda
     return model.classify(tokenizer, queries, labels=task.answers).proba
 
 
-# Rows, labels, prompts
-
-
-def _rows(X: Any) -> tuple[list[dict[str, Any]], list[str] | None]:
-    """The rows of X and its columns in their order; texts are rows of a column "text", and have no
-    columns (None). TypeError, ValueError naming what X, or a row of it, is.
-    """
-    if isinstance(X, str | os.PathLike):
-        given: list[Any] = read_rows(X)
-    elif hasattr(X, "columns") and hasattr(X, "iloc"):
-        columns = [str(name) for name in X.columns]
-        twice = next((c for c in columns if columns.count(c) > 1), None)
-        if twice is not None:
-            raise ValueError(f"X: column {twice!r} stands twice")
-        cells = zip(*(list(X.iloc[:, i]) for i in range(len(columns))), strict=True)
-        given = [dict(zip(columns, row, strict=True)) for row in cells]
-    elif isinstance(X, Iterable) and not isinstance(X, Mapping | bytes):
-        given = list(X)
-    else:
-        raise TypeError(
-            f"X: expected a DataFrame, a list of dicts or texts, or the path of a table, got "
-            f"{type(X).__name__}"
-        )
-    if not given:
-        raise ValueError("X: expected at least one row, got none")
-    are_texts = not isinstance(given[0], Mapping)
-    rows = []
-    for number, row in enumerate(given):
-        if not are_texts and isinstance(row, Mapping):
-            rows.append({str(k): "" if is_missing(v) else v for k, v in row.items()})
-        elif are_texts and (isinstance(row, str) or is_missing(row)):
-            rows.append({"text": row if isinstance(row, str) else ""})
-        else:
-            wanted = "text, as row 0 is" if are_texts and number else "a dict or text"
-            wanted = wanted if are_texts else "a dict, as row 0 is"
-            raise TypeError(f"X: row {number}: expected {wanted}, got {type(row).__name__}")
-    return rows, None if are_texts else columns_of(rows)
+# Labels
 
 
 def _coded(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -671,75 +632,9 @@ def _check_no_answer(
     task: Task, rows: list[dict[str, Any]], labels: list[Any], codes: np.ndarray
 ) -> None:
     """ValueError for a column in the template that says every row's label."""
-    for name in _places(task.template):
+    for name in template_columns(task.template):
         if all(row.get(name) == labels[code] for row, code in zip(rows, codes, strict=True)):
             raise ValueError(
                 f"template: column {name!r} of X is y itself; leave it out of X, or give a "
                 "template without it"
             )
-
-
-def _places(template: str) -> list[str]:
-    """The columns that a template names, whose form `fill_template` checks."""
-    fill_template(template, [])
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
-
-
-def _usual_instruction(labels: list[Any]) -> str:
-    """The instruction where nobody gives one: it names the labels where they are few."""
-    named = f"Answer with one of: {', '.join(map(str, labels))}.\n"
-    return named if len(named) <= 200 else "Answer with the label.\n"
-
-
-def task_queries(
-    task: Task, rows: list[dict[str, Any]], columns: list[str] | None, tokenizer: Any
-) -> list[str]:
-    """The question that a task asks about each row, at most max_source_length ids as a prompt: the
-    longest column is cut at its end, then the next one.
-
-    ValueError for a column that the template names and no row has, or where the prompt is too long
-    without any value.
-    """
-    there = columns or ["text"]
-    places = _places(task.template)
-    for name in places:
-        if name not in there:
-            raise ValueError(
-                f"template: {name!r} is no column of X{did_you_mean(name, there)}; it has "
-                f"{listed(there)}"
-            )
-    filled = [{name: row.get(name, "") for name in there} for row in rows]
-    texts = fill_template(task.template, filled)
-
-    def fits(text: str) -> bool:
-        return len(chat_ids(tokenizer, task.instruction + text)) <= task.max_source_length
-
-    queries = []
-    for row, text in zip(filled, texts, strict=True):
-        if not fits(text):
-            values = {name: fill_template(f"{{{name}}}", [row])[0] for name in places}
-            text = _shortened(task.template, values, fits)
-        queries.append(task.instruction + text)
-    return queries
-
-
-def _shortened(template: str, values: dict[str, str], fits: Callable[[str], bool]) -> str:
-    """The template filled with as much of the values as fits, the longest one cut first."""
-    values = dict(values)
-
-    def filled() -> str:
-        return fill_template(template, [values])[0]
-
-    for name in sorted(values, key=lambda name: -len(values[name])):
-        whole, low, high = values[name], 0, len(values[name])
-        while low < high:  # the most characters that fit
-            middle = (low + high + 1) // 2
-            values[name] = whole[:middle]
-            low, high = (middle, high) if fits(filled()) else (low, middle - 1)
-        values[name] = whole[:low]
-        if fits(filled()):
-            return filled()
-    raise ValueError(
-        "max_source_length: instruction and template alone are longer; make them shorter, or it "
-        "larger"
-    )

@@ -13,8 +13,8 @@ import training
 
 import glmlora
 from glmlora import LoraClassifier
-from glmlora.classifier import task_queries
 from glmlora.model.task import Task, read_task
+from glmlora.questions import task_queries, usual_instruction
 
 #: Enough to learn the rows below by heart.
 QUICK = {
@@ -183,8 +183,8 @@ def test_training_and_prediction_ask_the_same(base, monkeypatch):
 
 
 def test_the_usual_instruction_names_the_labels():
-    assert glmlora.classifier._usual_instruction([0, 1]) == "Answer with one of: 0, 1.\n"
-    assert glmlora.classifier._usual_instruction(list(range(999))) == "Answer with the label.\n"
+    assert usual_instruction([0, 1]) == "Answer with one of: 0, 1.\n"
+    assert usual_instruction(list(range(999))) == "Answer with the label.\n"
 
 
 # Validation, weights, thresholds, folds

@@ -26,6 +26,7 @@ FLOORS = (
     ("model",),
     ("training",),
     ("tables", "tools"),
+    ("questions",),
     ("classifier", "inspection", "submission"),
     ("notebook", "standins"),
     ("compat",),
