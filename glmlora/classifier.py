@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import tell
+from .files.rows import is_missing
 from .files.staging import staged
 from .interrupts import Terminated
 from .model.auto import AutoModel
@@ -26,7 +27,8 @@ from .model.peft import PeftModel
 from .model.quantization import GROUP_SIZE, is_quantized
 from .model.task import FILE, Task, read_task, write_task
 from .names import did_you_mean, listed
-from .questions import table_rows, task_queries, template_columns, usual_instruction
+from .questions import rows_and_columns, task_queries, usual_instruction
+from .templates import places_of
 from .tokenization import AutoTokenizer
 from .tools.project import tiny_directory
 from .training.classes import (
@@ -39,7 +41,6 @@ from .training.classes import (
     stratified_folds,
     stratified_split,
 )
-from .training.records import is_missing
 from .training.trainer import train
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -196,7 +197,7 @@ class LoraClassifier:
         """
         self._check_parameters()
         place = self._base_directory()
-        rows, columns = table_rows(X)
+        rows, columns = rows_and_columns(X)
         classes, codes = _coded(y, len(rows))
         self._check_classes(classes)
         weights = class_weights(self.class_weight, codes, classes)
@@ -352,7 +353,7 @@ class LoraClassifier:
         """The probabilities of the labels, float64 (rows, labels) in the order of `classes_`."""
         if not hasattr(self, "adapters_"):
             raise _not_fitted()
-        rows, columns = table_rows(X)
+        rows, columns = rows_and_columns(X)
         model, tokenizer = self._load_base()
         queries = task_queries(self.task_, rows, columns, tokenizer)
         total = np.zeros((len(rows), len(self.classes_)))
@@ -632,7 +633,7 @@ def _check_no_answer(
     task: Task, rows: list[dict[str, Any]], labels: list[Any], codes: np.ndarray
 ) -> None:
     """ValueError for a column in the template that says every row's label."""
-    for name in template_columns(task.template):
+    for name in places_of(task.template):
         if all(row.get(name) == labels[code] for row, code in zip(rows, codes, strict=True)):
             raise ValueError(
                 f"template: column {name!r} of X is y itself; leave it out of X, or give a "

@@ -22,6 +22,7 @@ from .generation.config import GenerationConfig
 from .interrupts import Terminated, end_now, ending_signals
 from .model import device as devices
 from .names import did_you_mean
+from .templates import columns_of, fill_template
 from .tools.demo import ORDER
 from .training.flags import check_directory, given_twice
 
@@ -178,14 +179,14 @@ def predict(args: argparse.Namespace) -> int:
         more = [tables.raw_column(args.answer_column)]
     output = tables.plan_output(
         args.output,
-        tables.columns_of(rows),
+        columns_of(rows),
         args.columns,
         args.add or [],
         args.answer_column,
         more=more,
     )
     tables.check_space(output, rows)
-    prompts = tables.fill_template(args.template, rows)
+    prompts = fill_template(args.template, rows)
     loaded = {n: getattr(args, n) for n in ("family", "dtype", "compute_dtype")}
     device = devices.find(args.device).type
     settings = {**sampling, **loaded, "device": device, "glmlora": glmlora.__version__}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -35,3 +36,11 @@ def listed(names: Iterable[object], most: int = 10) -> str:
     there = [str(name) for name in names]
     more = f", ... ({len(there)} in all)" if len(there) > most else ""
     return (", ".join(there[:most]) or "none") + more
+
+
+def near_path(path: str | os.PathLike[str]) -> str:
+    """`did_you_mean` of what stands in the same folder; where there is none, of the folder."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if os.path.isdir(folder):
+        return did_you_mean(name, os.listdir(folder))
+    return f": there is no {folder}{near_path(folder)}"

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import os
-import string
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .families.prompt import chat_ids
-from .files.rows import read_rows
+from .files.rows import is_missing, table_rows
 from .model.task import Task
-from .names import did_you_mean, listed
-from .tables import columns_of, fill_template
-from .training.records import is_missing
+from .templates import check_template, columns_of, fill_template
 
 
-def table_rows(X: Any) -> tuple[list[dict[str, Any]], list[str] | None]:
+def rows_and_columns(X: Any) -> tuple[list[dict[str, Any]], list[str] | None]:
     """The rows of X and its columns in their order; texts are rows of a column "text", and have no
     columns (None). TypeError, ValueError naming what X, or a row of it, is.
     """
-    if isinstance(X, str | os.PathLike):
-        given: list[Any] = read_rows(X)
-    elif hasattr(X, "columns") and hasattr(X, "iloc"):
-        columns = [str(name) for name in X.columns]
-        twice = next((c for c in columns if columns.count(c) > 1), None)
-        if twice is not None:
-            raise ValueError(f"X: column {twice!r} stands twice")
-        cells = zip(*(list(X.iloc[:, i]) for i in range(len(columns))), strict=True)
-        given = [dict(zip(columns, row, strict=True)) for row in cells]
+    given: list[Any]
+    if isinstance(X, str | os.PathLike) or hasattr(X, "columns"):
+        given = table_rows(X, "X")
     elif isinstance(X, Iterable) and not isinstance(X, Mapping | bytes):
         given = list(X)
     else:
@@ -57,12 +48,6 @@ def usual_instruction(labels: list[Any]) -> str:
     return named if len(named) <= 200 else "Answer with the label.\n"
 
 
-def template_columns(template: str) -> list[str]:
-    """The columns that a template names, whose form `fill_template` checks."""
-    fill_template(template, [])
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
-
-
 def task_queries(
     task: Task, rows: list[dict[str, Any]], columns: list[str] | None, tokenizer: Any
 ) -> list[str]:
@@ -73,13 +58,7 @@ def task_queries(
     without any value.
     """
     there = columns or ["text"]
-    places = template_columns(task.template)
-    for name in places:
-        if name not in there:
-            raise ValueError(
-                f"template: {name!r} is no column of X{did_you_mean(name, there)}; it has "
-                f"{listed(there)}"
-            )
+    places = check_template(task.template, there, "X")
     filled = [{name: row.get(name, "") for name in there} for row in rows]
     texts = fill_template(task.template, filled)
 

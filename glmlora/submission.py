@@ -18,7 +18,8 @@ from .files.regular import read_bytes
 from .files.rows import is_missing, table_rows
 from .files.write import atomic_file
 from .names import did_you_mean, listed
-from .tables import check_place, columns_of
+from .tables import check_place
+from .templates import columns_of
 
 _WHOLE = re.compile(r"[+-]?\d+")
 _ZEROS = re.compile(r"([+-]?\d+)\.0+")

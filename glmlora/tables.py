@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import re
-import string
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 
 from . import tell
 from .files.journal import Journal, digest, digests
-from .files.rows import read_rows
+from .files.rows import table_rows
 from .files.small import TOKENIZER
 from .files.write import atomic_file
 from .generation.chat import chat_rows
@@ -33,121 +32,18 @@ from .generation.labels import Classification, score_rows
 from .names import did_you_mean, listed
 from .progress import bar
 from .seeds import next_seed, seed_of
-from .training.flags import near_path
+from .templates import as_text, check_template, columns_of, places_of
 
 
 def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
     """The rows of a csv, json or jsonl table. ValueError without rows, for a row that is no object,
     for a template that cannot be filled, and for a column that it names and the table has not.
     """
-    names = _places(template)
-    if not names:
+    if not places_of(template):
         tell.warn("--template names no {column}: every row is asked the same question")
-    if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"--input: {os.fspath(path)!r}: looked for a table (from {os.getcwd()}) and found none"
-            f"{near_path(path)}"
-        )
-    rows = rows_of(path)
-    there = columns_of(rows)
-    for name in names:
-        if name not in there:
-            raise ValueError(
-                f"--template: {name!r} is no column of {path}{did_you_mean(name, there)}; it has "
-                f"{listed(there)}"
-            )
+    rows = table_rows(path, "--input")
+    check_template(template, columns_of(rows), str(path))
     return rows
-
-
-def rows_of(table: Any) -> list[dict[str, Any]]:
-    """The rows of a DataFrame, of a list of dicts, or of the csv, json or jsonl file of this path;
-    a cell of a DataFrame without a value is None. ValueError without rows, for a row that is no
-    object, and for a column that stands twice; TypeError for what is no table.
-    """
-    if isinstance(table, str | os.PathLike):
-        name, rows = os.fspath(table), read_rows(table)
-    elif hasattr(table, "columns") and hasattr(table, "itertuples"):
-        name, columns = "DataFrame", [str(column) for column in table.columns]
-        twice = [column for column, count in Counter(columns).items() if count > 1]
-        if twice:
-            raise ValueError(f"DataFrame: column {twice[0]!r} stands twice")
-        # Column by column: a row of a mixed frame would turn its ints into floats.
-        cells = zip(*(list(table[column]) for column in table.columns), strict=True)
-        rows = [dict(zip(columns, map(_cell, row), strict=True)) for row in cells]
-    elif isinstance(table, Iterable) and not isinstance(table, Mapping | bytes):
-        name, rows = "table", list(table)
-    else:
-        raise TypeError(
-            f"table: expected a DataFrame, a list of dicts or a file name, got "
-            f"{type(table).__name__}"
-        )
-    if not rows:
-        raise ValueError(f"{name}: the table has no rows")
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            kind = type(row).__name__
-            raise ValueError(f"{name} row {number}: expected an object of columns, got {kind}")
-    return rows
-
-
-def _cell(value: Any) -> Any:
-    """A DataFrame's cell, None for what pandas has for no value: NaN, NaT, NA."""
-    try:
-        return value if value == value else None
-    except TypeError:  # pandas.NA is neither
-        return None
-    except ValueError:  # an array
-        return value
-
-
-def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The columns of all rows, in the order in which they are met."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def fill_template(template: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The template with the values of each row in place of its `{column}`. ValueError naming a row
-    without a value.
-    """
-    names = _places(template)
-    prompts = []
-    for number, row in enumerate(rows):
-        for name in names:
-            if row.get(name) is None:
-                raise ValueError(
-                    f"template: row {number} has no value in column '{name}'; columns are "
-                    f"{listed(row)}"
-                )
-        prompts.append(template.format(**{name: _text(row[name]) for name in names}))
-    return prompts
-
-
-def _places(template: str) -> list[str]:
-    """The columns that a template names; ValueError for one that is not written as such."""
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(
-            f"--template: {error} (a brace of its own is written twice: {{{{ or }}}})"
-        ) from None
-    names = []
-    for _, name, how, conversion in parts:
-        if name is None:
-            continue
-        if not name or how or conversion or name.isdigit() or set(name) & set("{}[]."):
-            more = f"{'!' + conversion if conversion else ''}{':' + how if how else ''}"
-            raise ValueError(
-                f"--template: expected the name of a column between braces, got '{{{name}{more}}}'"
-            )
-        names.append(name)
-    return names
-
-
-def _text(value: Any) -> str:
-    """A value of a table as text: lists and objects as JSON."""
-    if isinstance(value, (list, dict)):
-        return json.dumps(value, ensure_ascii=False)
-    return str(value)
 
 
 # The output
@@ -173,7 +69,7 @@ class Output:
 
         def cell(name: str) -> str:
             value = self.constants.get(name, row.get(name))
-            return "" if value is None else _text(value)
+            return "" if value is None else as_text(value)
 
         return [*map(cell, self.columns)]
 

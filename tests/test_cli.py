@@ -18,6 +18,7 @@ import tiny
 
 from glmlora import cli, tables
 from glmlora.files.checkpoint import write_safetensors
+from glmlora.templates import fill_template
 from glmlora.tools.project import tiny_directory
 
 TINY = str(tiny_directory())
@@ -339,9 +340,9 @@ def table(tmp_path):
         (["--columns", "uuid,uuid"], "--columns: 'uuid' is named twice"),
         (["--columns", "uuid,,"], "--columns: '' is no column"),
         (["--template", "{tilte}"], "'tilte' is no column of in.csv (did you mean 'title'?)"),
-        (["--template", "{title"], "--template: expected '}'"),
-        (["--template", "{}"], "--template: expected the name of a column between braces"),
-        (["--template", "{title.x}"], "--template: expected the name of a column"),
+        (["--template", "{title"], "template: expected '}'"),
+        (["--template", "{}"], "template: expected the name of a column between braces"),
+        (["--template", "{title.x}"], "template: expected the name of a column"),
         (["--choices", "0,,1"], "--choices: expected answers separated by commas"),
         (["--answer-column", " "], "--answer-column: expected a name"),
         (["--input", "none.csv"], "--input: 'none.csv': looked for a table"),
@@ -363,7 +364,7 @@ def test_predict_checks_first(words, text, table, capsys, monkeypatch):
 def test_a_template_without_columns_is_told_once(table):
     with pytest.warns(UserWarning, match="names no {column}") as told:
         rows = tables.read_table(table, "which?")
-        assert tables.fill_template("which?", rows) == ["which?"] * len(rows)
+        assert fill_template("which?", rows) == ["which?"] * len(rows)
     assert len(told) == 1
 
 

@@ -52,7 +52,7 @@ def test_fewer_layers_of_a_large_model(loaded, monkeypatch):
 def test_bad_queries(loaded):
     model, tokenizer = loaded
     for queries, error, message in (
-        ("x", TypeError, "queries: expected a list"),
+        ("x", TypeError, "table_or_texts: expected a list"),
         (["x", 1], TypeError, "row 1: expected text"),
         (["x " * 600], ValueError, "row 0: a prompt of .* exceeds the model's 512"),
     ):

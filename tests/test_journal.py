@@ -17,6 +17,7 @@ import glmlora
 from glmlora import cli, tables
 from glmlora.files import journal
 from glmlora.files.journal import Journal, digests
+from glmlora.files.rows import table_rows
 from glmlora.generation.generate import ROWS
 from glmlora.tools.project import tiny_directory
 
@@ -319,10 +320,10 @@ def test_a_model_in_memory(base, tmp_path):
 def test_rows_of_any_table(tmp_path):
     pandas = pytest.importorskip("pandas")
     (tmp_path / "t.csv").write_text("n,t\n1,a\n")
-    assert tables.rows_of(tmp_path / "t.csv") == [{"n": "1", "t": "a"}]
-    assert tables.rows_of(row for row in [{"n": 1}]) == [{"n": 1}]
+    assert table_rows(tmp_path / "t.csv", "table") == [{"n": "1", "t": "a"}]
+    assert table_rows((row for row in [{"n": 1}]), "table") == [{"n": 1}]
     columns = {"n": [1, 2, 3], "x": [0.5, float("nan"), 2], "t": ["a", None, pandas.NA]}
-    rows = tables.rows_of(pandas.DataFrame(columns, index=[7, 7, 8]))
+    rows = table_rows(pandas.DataFrame(columns, index=[7, 7, 8]), "table")
     assert [list(map(repr, row.values())) for row in rows] == [
         *(["1", "0.5", "'a'"], ["2", "None", "None"], ["3", "2.0", "None"])
     ]
@@ -333,7 +334,7 @@ def test_rows_of_any_table(tmp_path):
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), ValueError),
     ):
         with pytest.raises(error):
-            tables.rows_of(data)
+            table_rows(data, "table")
 
 
 def test_a_row_that_fails_alone(base, monkeypatch):

@@ -1,5 +1,6 @@
 """classify: the exact probabilities of answers, whatever runs beside a row."""
 
+import contextlib
 import csv
 import itertools
 
@@ -135,7 +136,7 @@ def test_ties_and_values_beyond_exp():
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        (("x", BINARY), TypeError, "queries: expected a list of texts"),
+        (("x", BINARY), TypeError, "table_or_texts: expected a list of texts"),
         ((["x", 3], BINARY), TypeError, "row 1: expected text, got int"),
         ((["x"], "01"), TypeError, "labels: expected a list of answers"),
         ((["x"], []), ValueError, "labels: expected at least one"),
@@ -241,6 +242,27 @@ def test_every_family_of_the_fixtures(name):
 
 
 # A table
+
+
+def test_rows_of_a_table(loaded):
+    model, tokenizer = loaded
+    rows = [{"n": i, "title": question} for i, question in enumerate(QUESTIONS)]
+    texts = [f"{row['n']}: {row['title']}" for row in rows]
+    want = model.classify(tokenizer, texts, BINARY).log_likelihood
+    tables = [rows]
+    with contextlib.suppress(ImportError):
+        import pandas
+
+        tables.append(pandas.DataFrame(rows))
+        with pytest.raises(TypeError, match="template: a table needs one"):
+            model.classify(tokenizer, tables[1], BINARY)
+    for table in tables:
+        got = model.classify(tokenizer, table, BINARY, template="{n}: {title}")
+        assert (got.log_likelihood == want).all()
+        vectors = model.features(tokenizer, table, template="{n}: {title}")
+        assert (vectors == model.features(tokenizer, texts)).all()
+    with pytest.raises(ValueError, match="template: 'titel' is no column of the table .did you"):
+        model.classify(tokenizer, rows, BINARY, template="{titel}")
 
 
 @pytest.fixture

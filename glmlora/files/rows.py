@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import tell
+from ..names import near_path
 from .regular import read_bytes
 from .write import no_key_twice, refuse_lfs_pointer
 
@@ -330,7 +331,8 @@ def read_rows(path: str | os.PathLike) -> list[Any]:
 
 
 def table_rows(table: Any, name: str) -> list[dict[str, Any]]:
-    """Rows of a DataFrame, of a list of dicts, or of a file as `read_rows` reads it.
+    """Rows of a DataFrame, of a list of dicts, or of a file as `read_rows` reads it; a cell of a
+    DataFrame without a value is None.
 
     name: of the argument, for errors. Raises FileNotFoundError for a file that is not there,
     ValueError for a table without rows, a column that stands twice or a row that is no object,
@@ -340,7 +342,7 @@ def table_rows(table: Any, name: str) -> list[dict[str, Any]]:
         if not os.path.exists(table):
             raise FileNotFoundError(
                 f"{name}: {os.fspath(table)!r}: looked for a table (from {os.getcwd()}) and found "
-                "none"
+                f"none{near_path(table)}"
             )
         name, rows = os.fspath(table), read_rows(table)
     elif hasattr(table, "columns") and hasattr(table, "to_dict"):  # a DataFrame
@@ -350,7 +352,10 @@ def table_rows(table: Any, name: str) -> list[dict[str, Any]]:
             raise ValueError(f"{name}: column {twice!r} stands twice")
         # Column by column: a row of a mixed frame would turn its ints into floats.
         cells = zip(*(list(table[n]) for n in names), strict=True)
-        rows = [dict(zip(map(str, names), row, strict=True)) for row in cells]
+        rows = [
+            {str(n): None if is_missing(v) else v for n, v in zip(names, row, strict=True)}
+            for row in cells
+        ]
     elif isinstance(table, Iterable) and not isinstance(table, (Mapping, bytes)):
         rows = list(table)
     else:

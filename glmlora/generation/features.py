@@ -12,6 +12,7 @@ from ..progress import bar
 from .cache import Model
 from .chat import chat_family
 from .generate import warn_of_weights
+from .labels import queries_of
 
 HELD_BYTES = 1 << 28  # of hidden states, which the core hands out for all tokens of a call
 MOST = 16384  # features of a row; of a larger model fewer layers are taken
@@ -25,16 +26,21 @@ def layers_taken(model: Model) -> list[int]:
 
 
 def features(
-    model: Model, tokenizer: Any, queries: Sequence[str], *, role: str = "user"
+    model: Model,
+    tokenizer: Any,
+    table_or_texts: Any,
+    *,
+    template: str | None = None,
+    role: str = "user",
 ) -> np.ndarray:
     """float32 (rows, layers taken * hidden size): the mean over the tokens of each query's prompt,
     which `chat` would ask, of the hidden states that go into the layers and out of the last.
 
-    No row depends on the others. Shows a progress bar on a terminal. ValueError for a prompt that
-    is longer than the model's positions, naming the row.
+    table_or_texts, template: as in `classify`. No row depends on the others. Shows a progress bar
+    on a terminal. ValueError for a prompt that is longer than the model's positions, naming the
+    row.
     """
-    if isinstance(queries, str):
-        raise TypeError("queries: expected a list of texts, got one text")
+    queries = queries_of(table_or_texts, template)
     family, config = chat_family(model, tokenizer), model.config
     recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
     prompts = []

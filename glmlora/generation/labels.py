@@ -15,7 +15,9 @@ import numpy as np
 
 from ..families import recognition
 from ..families.prompt import encode_target
+from ..files.rows import table_rows
 from ..progress import bar
+from ..templates import check_template, columns_of, fill_template
 from .cache import CachedRow, Model
 from .chat import OF_ONE_ROW, chat_family
 from .generate import places_for, shared_length, warn_of_weights
@@ -230,24 +232,40 @@ def _walk(
     return found
 
 
+def queries_of(table_or_texts: Any, template: str | None) -> list[str]:
+    """Texts as they are, or those that a template makes of the rows of a table. TypeError,
+    ValueError naming what is neither.
+    """
+    if template is not None:
+        rows = table_rows(table_or_texts, "table_or_texts")
+        check_template(template, columns_of(rows), "the table")
+        return fill_template(template, rows)
+    if isinstance(table_or_texts, str):
+        raise TypeError("table_or_texts: expected a list of texts, got one text")
+    if hasattr(table_or_texts, "columns"):
+        raise TypeError("template: a table needs one, which makes a text of each row")
+    return list(table_or_texts)
+
+
 def classify(
     model: Model,
     tokenizer: Any,
-    queries: Sequence[str],
+    table_or_texts: Any,
     labels: Sequence[Any],
     at_once: int = AT_ONCE,
     *,
+    template: str | None = None,
     role: str = "user",
 ) -> Classification:
-    """The probability of each label as the answer to each query, which `chat` would ask.
+    """The probability of each label as the answer to each query, which `chat` would ask: a text,
+    or with `template`, which has `{column}` where a value stands, a row of a DataFrame, of a list
+    of dicts, or of a csv, json or jsonl file.
 
     labels: the answers, texts or whole numbers; each counts with its end, as training encodes it.
     at_once: rows that are computed together; no result depends on it. Shows a progress bar on a
     terminal. Raises ValueError, TypeError naming the argument or row.
     """
-    if isinstance(queries, str):
-        raise TypeError("queries: expected a list of texts, got one text")
-    queries = list(queries)
+    queries = queries_of(table_or_texts, template)
     found = np.empty((len(queries), len(labels)))
     ready = score_rows(model, tokenizer, queries, labels, at_once, role)
     for number, row in bar(ready, desc="classify", unit="row", total=len(queries), disable=None):

@@ -20,7 +20,7 @@ from ..files.hub import model_directory
 from ..files.rows import is_missing, table_rows
 from ..model.configuration import ChatGLMConfig
 from ..names import did_you_mean, listed
-from ..tables import columns_of, fill_template
+from ..templates import columns_of, fill_template
 from ..tools.demo import ORDER
 from ..training.records import COLUMNS
 from .lengths import forecast, prompt_lengths, suggested_length

@@ -16,7 +16,7 @@ from .. import _core, tell
 from ..families.vendored import TEMPLATES
 from ..files.owner import owned
 from ..generation.config import GenerationConfig
-from ..generation.labels import AT_ONCE, Classification, mean_of
+from ..generation.labels import AT_ONCE, Classification, mean_of, queries_of
 from ..names import did_you_mean
 from .adapter import (
     Adapter,
@@ -481,25 +481,29 @@ class PeftModel:
     def classify(
         self,
         tokenizer: Any,
-        queries: Sequence[str],
+        table_or_texts: Any,
         labels: Sequence[Any],
         at_once: int = AT_ONCE,
         *,
+        template: str | None = None,
         role: str = "user",
         adapters: Sequence[str] | None = None,
     ) -> Classification:
-        """The probability of each label as the answer to each query: see the base's `classify`.
+        """The probability of each label as the answer to each row: see the base's `classify`.
 
         adapters: names of adapters, say of the folds of a training, whose probabilities are
         averaged, in place of the active one, which is active again afterwards.
         """
         if adapters is None:
-            return self._base.classify(tokenizer, queries, labels, at_once, role=role)
+            return self._base.classify(
+                tokenizer, table_or_texts, labels, at_once, template=template, role=role
+            )
         if isinstance(adapters, str) or not adapters:
             raise TypeError(f"adapters: expected a list of names, got {adapters!r}")
         for name in adapters:
             self._check_known(name)
         before, found = self.active_adapter, []
+        queries = queries_of(table_or_texts, template)
         try:
             for name in adapters:
                 self.set_adapter(name)

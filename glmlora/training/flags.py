@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache, wraps
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from ..names import did_you_mean
+from ..names import did_you_mean, near_path
 
 Kind = TypeVar("Kind", bound=type)
 StrPath = str | os.PathLike[str]
@@ -210,14 +210,6 @@ def check_directory(name: str, path: str | os.PathLike[str]) -> None:
         f"{name}: {os.fspath(path)!r}: looked for a directory (from {os.getcwd()}) and found none"
         f"{near}"
     )
-
-
-def near_path(path: str | os.PathLike[str]) -> str:
-    """`did_you_mean` of what stands in the same folder; where there is none, of the folder."""
-    folder, name = os.path.split(os.path.abspath(path))
-    if os.path.isdir(folder):
-        return did_you_mean(name, os.listdir(folder))
-    return f": there is no {folder}{near_path(folder)}"
 
 
 def given_twice(words: Sequence[str], names: Mapping[str, str]) -> list[str]:

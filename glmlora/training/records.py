@@ -23,10 +23,9 @@ from ..files.regular import read_bytes
 from ..files.rows import EXTENSIONS, is_missing, read_rows
 from ..files.write import read_json
 from ..model.configuration import ChatGLMConfig
-from ..names import did_you_mean, listed
+from ..names import did_you_mean, listed, near_path
 from .arguments import DataArguments
 from .conversations import MESSAGES, Tags, Unusable, read_conversation, read_tags
-from .flags import near_path
 
 #: Fields of a record and the column names they are looked for where nobody names the columns.
 COLUMNS = {
