@@ -48,7 +48,7 @@ _REPLACED = re.compile(r"fold-\d+|adapter_(config\.json|model\.(safetensors|bin)
 EVALUATIONS = 2  # of the rows held out, an epoch
 #: A small model has to change nearly as a whole to learn a task, a large one knows most of it.
 SMALL, SMALL_RANK, RANK = 1024, 128, 16  # SMALL: of hidden sizes, the first that is not
-RATE = 0.2  # learning rate times hidden size: 1e-3 for the model inside, 5e-5 for one of 4096
+RATE = 0.192  # learning rate times hidden size: 1e-3 for the model inside, 5e-5 for one of 4096
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -67,7 +67,7 @@ class LoraClassifier:
     text, e.g. "title: {title}", or "{text}" where X is texts; None: all columns. instruction:
     stands before it; None: names the labels. Where both are longer than max_source_length ids, the
     longest column is cut. lora_rank None: 128 for bases of a hidden size below 1024, else 16;
-    lora_alpha None: twice that; learning_rate None: 0.2 / hidden size. training_arguments: a dict
+    lora_alpha None: twice that; learning_rate None: 0.192 / hidden size. training_arguments: a dict
     of other arguments of `glmlora.train`.
 
     validation: share of the rows of each label that is held out and scored EVALUATIONS times an

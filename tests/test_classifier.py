@@ -283,7 +283,7 @@ def test_usual_rank_and_rate_depend_on_the_width(base, monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr("glmlora.classifier.train", stop)
-    for width, expected in ((32, (128, 256, 0.2 / 32)), (4096, (16, 32, 0.2 / 4096))):
+    for width, expected in ((32, (128, 256, 0.192 / 32)), (4096, (16, 32, 0.192 / 4096))):
         classifier = LoraClassifier(base)
         vars(classifier._load_base()[0].config)["hidden_size"] = width
         with pytest.raises(StopIteration):
