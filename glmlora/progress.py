@@ -37,3 +37,10 @@ def bar(iterable: Any = None, *, disable: bool | None = False, **settings: Any) 
     is no terminal.
     """
     return _kind()(iterable, disable=disable, file=sys.stderr, dynamic_ncols=True, **settings)
+
+
+def in_notebook() -> bool:
+    """Whether this runs in a kernel of Jupyter."""
+    shell = sys.modules.get("IPython")
+    found = None if shell is None else shell.get_ipython()
+    return getattr(found, "kernel", None) is not None

@@ -126,7 +126,8 @@ def test_our_notebook(folder, monkeypatch):
     check_submission(folder / "submit.csv", 40)
     assert (folder / "output/label_xfg/training_loss.png").read_bytes().startswith(b"\x89PNG")
     shown = json.dumps(book)
-    assert "accuracy" in shown and "predicted" in shown
+    assert "accuracy" in shown and "predicted" in shown and "log-loss" in shown
+    assert "trainable params" in shown and "'grad_norm'" not in shown
 
 
 def test_init_refuses_and_leaves_nothing(tmp_path):

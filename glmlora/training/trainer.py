@@ -27,6 +27,7 @@ from ..model.configuration import ChatGLMConfig
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.peft import PeftModel, trainable_line
 from ..model.quantization import GROUP_SIZE, is_quantized
+from ..progress import in_notebook
 from ..seeds import set_seed
 from ..tokenization import AutoTokenizer
 from . import methods
@@ -116,7 +117,7 @@ def train(
     tokenizer: Any = None,
     eval_data: Any = None,
     callbacks: Sequence[Any] = (),
-    verbose: bool = True,
+    verbose: bool | None = None,
     **overrides: Unpack[TrainKeywords],
 ) -> TrainResult:
     """Fine-tune a model on records; what it learns is written into `output_dir`.
@@ -132,7 +133,8 @@ def train(
 
     callbacks: functions that get each log record, or objects with some of on_train_begin,
     on_step_end, on_log, on_save, on_train_end, each called with the TrainState, whose `should_stop`
-    they may set. verbose: print how much is trained, and each log record.
+    they may set. verbose: print how much is trained, and each log record; None: those not in
+    Jupyter, where the bar shows the loss.
     `resume_from_checkpoint="last"` (or a checkpoint-N folder) goes on exactly where that checkpoint
     was written.
 
@@ -171,12 +173,12 @@ def train(
         _place(methods.unwrapped(model), training)
         names_before = methods.unwrapped(model).core.names()
         trainee = _trainee(model, tokenizer, arguments, kind)
-        if verbose:
+        if verbose is not False:
             print(trainable_line(trainee.base))
         plot = model_args.plot_loss if "plot_loss" in given else None
         try:
             loop = _loop(trainee, records, held_out, arguments, callbacks)
-            loop.prints = verbose
+            loop.prints = not in_notebook() if verbose is None else verbose
             result = _run(loop, resume, plot)
         except BaseException:
             trainee.release()
