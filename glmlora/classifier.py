@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import tell
-from .families.prompt import chat_ids
-from .files.rows import is_missing, table_rows
+from .files.rows import is_missing
 from .files.staging import staged
 from .interrupts import Terminated
 from .model.auto import AutoModel
@@ -27,7 +27,8 @@ from .model.peft import PeftModel
 from .model.quantization import GROUP_SIZE, is_quantized
 from .model.task import FILE, Task, read_task, write_task
 from .names import did_you_mean, listed
-from .templates import check_template, columns_of, fill_template
+from .questions import rows_and_columns, task_queries, usual_instruction
+from .templates import places_of
 from .tokenization import AutoTokenizer
 from .tools.project import tiny_directory
 from .training.classes import (
@@ -43,10 +44,11 @@ from .training.classes import (
 from .training.trainer import train
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_REPLACED = re.compile(r"fold-\d+|adapter_(config\.json|model\.(safetensors|bin))")
 EVALUATIONS = 2  # of the rows held out, an epoch
 #: A small model has to change nearly as a whole to learn a task, a large one knows most of it.
 SMALL, SMALL_RANK, RANK = 1024, 128, 16  # SMALL: of hidden sizes, the first that is not
-RATE = 0.4  # learning rate times hidden size: 2.1e-3 for the model inside, 1e-4 for one of 4096
+RATE = 0.192  # learning rate times hidden size: 1e-3 for the model inside, 5e-5 for one of 4096
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -65,7 +67,7 @@ class LoraClassifier:
     text, e.g. "title: {title}", or "{text}" where X is texts; None: all columns. instruction:
     stands before it; None: names the labels. Where both are longer than max_source_length ids, the
     longest column is cut. lora_rank None: 128 for bases of a hidden size below 1024, else 16;
-    lora_alpha None: twice that; learning_rate None: 0.4 / hidden size. training_arguments: a dict
+    lora_alpha None: twice that; learning_rate None: 0.192 / hidden size. training_arguments: a dict
     of other arguments of `glmlora.train`.
 
     validation: share of the rows of each label that is held out and scored EVALUATIONS times an
@@ -92,13 +94,13 @@ class LoraClassifier:
         template: str | None = None,
         instruction: str | None = None,
         *,
-        max_source_length: int = 320,
+        max_source_length: int = 640,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
         lora_dropout: float = 0.1,
         lora_target: str | list[str] = "all-linear",
         learning_rate: float | None = None,
-        num_train_epochs: float = 4.0,
+        num_train_epochs: float = 2.0,
         per_device_train_batch_size: int = 8,
         lr_scheduler_type: str = "cosine",
         quantization_bit: int | None = None,
@@ -195,7 +197,7 @@ class LoraClassifier:
         """
         self._check_parameters()
         place = self._base_directory()
-        rows, columns = _rows(X)
+        rows, columns = rows_and_columns(X)
         classes, codes = _coded(y, len(rows))
         self._check_classes(classes)
         weights = class_weights(self.class_weight, codes, classes)
@@ -207,14 +209,15 @@ class LoraClassifier:
         instruction = self.instruction
         task = Task(
             base=None if self.base is None else os.path.abspath(place),
-            instruction=_usual_instruction(labels) if instruction is None else instruction,
+            instruction=usual_instruction(labels) if instruction is None else instruction,
             template=template,
             columns=columns or [],
             labels=labels,
-            max_source_length=self.max_source_length,
+            max_source_length=int(self.max_source_length),
             quantization_bit=self.quantization_bit,
-            folds=self.folds,
+            folds=int(self.folds),
         )
+        _check_no_answer(task, rows, labels, codes)
         if self.folds:
             fold = stratified_folds(codes, self.folds, seed)
             parts = [np.flatnonzero(fold != number) for number in range(self.folds)]
@@ -251,8 +254,7 @@ class LoraClassifier:
             if _scores(record)
         ]
         self._set_features(columns)
-        if fold is not None:
-            self._set_fold_scores(codes, proba, fold)
+        self._set_fold_scores(codes, proba, fold)
         return self
 
     def _set_features(self, columns: list[str] | None) -> None:
@@ -263,7 +265,13 @@ class LoraClassifier:
             self.feature_names_in_ = np.array(columns, object)
             self.n_features_in_ = len(columns)
 
-    def _set_fold_scores(self, codes: np.ndarray, proba: np.ndarray, fold: np.ndarray) -> None:
+    def _set_fold_scores(
+        self, codes: np.ndarray, proba: np.ndarray, fold: np.ndarray | None
+    ) -> None:
+        for name in ("oof_proba_", "oof_fold_", "fold_scores_", "mean_scores_"):
+            vars(self).pop(name, None)  # of an earlier fit
+        if fold is None:
+            return
         self.oof_proba_, self.oof_fold_ = proba, fold
         self.fold_scores_ = [
             label_scores(codes[fold == number], proba[fold == number])
@@ -345,7 +353,7 @@ class LoraClassifier:
         """The probabilities of the labels, float64 (rows, labels) in the order of `classes_`."""
         if not hasattr(self, "adapters_"):
             raise _not_fitted()
-        rows, columns = _rows(X)
+        rows, columns = rows_and_columns(X)
         model, tokenizer = self._load_base()
         queries = task_queries(self.task_, rows, columns, tokenizer)
         total = np.zeros((len(rows), len(self.classes_)))
@@ -374,16 +382,18 @@ class LoraClassifier:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the adapter as peft does, and task.json beside it; with folds, each adapter into a
-        folder of its own. What else is in `folder` stays. OSError naming the file.
+        folder of its own: all of it or nothing. An adapter that was there goes, all else stays.
+        OSError naming the file.
         """
         if not hasattr(self, "adapters_"):
             raise _not_fitted()
-        for place, adapter in zip(self.task_.folders(folder), self.adapters_, strict=True):
-            place.mkdir(parents=True, exist_ok=True)
-            with staged(place) as new:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with staged(Path(folder), stale=_REPLACED) as new:
+            for place, adapter in zip(self.task_.folders(new), self.adapters_, strict=True):
+                place.mkdir(exist_ok=True)
                 for name, content in adapter.items():
-                    (new / name).write_bytes(content)
-        write_task(folder, self.task_)
+                    (place / name).write_bytes(content)
+            write_task(new, self.task_)
 
     @classmethod
     def load(
@@ -504,6 +514,7 @@ class _Run:
             "num_train_epochs": s.num_train_epochs,
             "per_device_train_batch_size": s.per_device_train_batch_size,
             "lr_scheduler_type": s.lr_scheduler_type,
+            "warmup_ratio": 0.05,
             "logging_steps": 10,
             "logging_first_step": True,
             "save_strategy": "no",
@@ -591,37 +602,7 @@ def _proba(model: Any, tokenizer: Any, queries: list[str], task: Task) -> np.nda
     return model.classify(tokenizer, queries, labels=task.answers).proba
 
 
-# Rows, labels, prompts
-
-
-def _rows(X: Any) -> tuple[list[dict[str, Any]], list[str] | None]:
-    """The rows of X and its columns in their order; texts are rows of a column "text", and have no
-    columns (None). TypeError, ValueError naming what X, or a row of it, is.
-    """
-    given: list[Any]
-    if isinstance(X, str | os.PathLike) or hasattr(X, "columns"):
-        given = table_rows(X, "X")
-    elif isinstance(X, Iterable) and not isinstance(X, Mapping | bytes):
-        given = list(X)
-    else:
-        raise TypeError(
-            f"X: expected a DataFrame, a list of dicts or texts, or the path of a table, got "
-            f"{type(X).__name__}"
-        )
-    if not given:
-        raise ValueError("X: expected at least one row, got none")
-    are_texts = not isinstance(given[0], Mapping)
-    rows = []
-    for number, row in enumerate(given):
-        if not are_texts and isinstance(row, Mapping):
-            rows.append({str(k): "" if is_missing(v) else v for k, v in row.items()})
-        elif are_texts and (isinstance(row, str) or is_missing(row)):
-            rows.append({"text": row if isinstance(row, str) else ""})
-        else:
-            wanted = "text, as row 0 is" if are_texts and number else "a dict or text"
-            wanted = wanted if are_texts else "a dict, as row 0 is"
-            raise TypeError(f"X: row {number}: expected {wanted}, got {type(row).__name__}")
-    return rows, None if are_texts else columns_of(rows)
+# Labels
 
 
 def _coded(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -648,55 +629,13 @@ def _coded(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     return classes, codes.reshape(-1)
 
 
-def _usual_instruction(labels: list[Any]) -> str:
-    """The instruction where nobody gives one: it names the labels where they are few."""
-    named = f"Answer with one of: {', '.join(map(str, labels))}.\n"
-    return named if len(named) <= 200 else "Answer with the label.\n"
-
-
-def task_queries(
-    task: Task, rows: list[dict[str, Any]], columns: list[str] | None, tokenizer: Any
-) -> list[str]:
-    """The question that a task asks about each row, at most max_source_length ids as a prompt: the
-    longest column is cut at its end, then the next one.
-
-    ValueError for a column that the template names and no row has, or where the prompt is too long
-    without any value.
-    """
-    there = columns or ["text"]
-    places = check_template(task.template, there, "X")
-    filled = [{name: row.get(name, "") for name in there} for row in rows]
-    texts = fill_template(task.template, filled)
-
-    def fits(text: str) -> bool:
-        return len(chat_ids(tokenizer, task.instruction + text)) <= task.max_source_length
-
-    queries = []
-    for row, text in zip(filled, texts, strict=True):
-        if not fits(text):
-            values = {name: fill_template(f"{{{name}}}", [row])[0] for name in places}
-            text = _shortened(task.template, values, fits)
-        queries.append(task.instruction + text)
-    return queries
-
-
-def _shortened(template: str, values: dict[str, str], fits: Callable[[str], bool]) -> str:
-    """The template filled with as much of the values as fits, the longest one cut first."""
-    values = dict(values)
-
-    def filled() -> str:
-        return fill_template(template, [values])[0]
-
-    for name in sorted(values, key=lambda name: -len(values[name])):
-        whole, low, high = values[name], 0, len(values[name])
-        while low < high:  # the most characters that fit
-            middle = (low + high + 1) // 2
-            values[name] = whole[:middle]
-            low, high = (middle, high) if fits(filled()) else (low, middle - 1)
-        values[name] = whole[:low]
-        if fits(filled()):
-            return filled()
-    raise ValueError(
-        "max_source_length: instruction and template alone are longer; make them shorter, or it "
-        "larger"
-    )
+def _check_no_answer(
+    task: Task, rows: list[dict[str, Any]], labels: list[Any], codes: np.ndarray
+) -> None:
+    """ValueError for a column in the template that says every row's label."""
+    for name in places_of(task.template):
+        if all(row.get(name) == labels[code] for row, code in zip(rows, codes, strict=True)):
+            raise ValueError(
+                f"template: column {name!r} of X is y itself; leave it out of X, or give a "
+                "template without it"
+            )

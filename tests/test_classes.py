@@ -107,8 +107,10 @@ EVERY_EPOCH = {
 }
 
 
-def test_evaluations_tell_what_classify_would(base, tmp_path):
-    result = training.run(base, tmp_path, **EVERY_EPOCH, metric_for_best_model="log_loss")
+@pytest.mark.parametrize("kind", ["lora", "p_tuning", "full"])
+def test_evaluations_tell_what_classify_would(base, tmp_path, kind):
+    how = {**EVERY_EPOCH, "metric_for_best_model": "log_loss", "finetuning_type": kind}
+    result = training.run(base, tmp_path, **how)
     data = EVERY_EPOCH["eval_data"]
     queries = [record["instruction"] + record["input"] for record in data]
     found = result.model.classify(result.tokenizer, queries, ["0", "1"])
@@ -156,3 +158,23 @@ def test_metrics_of_labels_change_nothing_that_is_trained(base, tmp_path):
         training.run(base, tmp_path / str(number), **how)
         adapters.append(training.adapter(tmp_path / str(number)))
     assert adapters[0] == adapters[1]
+
+
+def test_a_resumed_run_ends_where_the_whole_one_does(base, tmp_path, monkeypatch):
+    at_the_end = 9.0  # of each of the two runs
+    values = iter([0.5, 0.3, 0.4, at_the_end, 0.35, at_the_end])
+    monkeypatch.setattr(
+        "glmlora.training.evaluation.label_scores",
+        lambda *_: dict.fromkeys(classes.SCORES, next(values)),
+    )
+    how = {**EVERY_EPOCH, "metric_for_best_model": "log_loss", "early_stopping_patience": 2}
+
+    class Stop:
+        def on_step_end(self, state):
+            state.should_stop = state.global_step == 16
+
+    training.run(base, tmp_path, **how, num_train_epochs=6, callbacks=[Stop()])
+    result = training.run(
+        base, tmp_path, **how, num_train_epochs=6, resume_from_checkpoint=tmp_path / "checkpoint-15"
+    )
+    assert result.global_step == 20 and result.best_model_checkpoint.endswith("-10")

@@ -13,15 +13,15 @@ import training
 
 import glmlora
 from glmlora import LoraClassifier
-from glmlora.classifier import task_queries
 from glmlora.model.task import Task, read_task
+from glmlora.questions import task_queries, usual_instruction
 
 #: Enough to learn the rows below by heart.
 QUICK = {
     "instruction": "",
     "lora_rank": 16,
     "learning_rate": 1e-2,
-    "num_train_epochs": 5,
+    "num_train_epochs": 7,
     "random_state": 0,
 }
 TEXTS = [
@@ -183,8 +183,8 @@ def test_training_and_prediction_ask_the_same(base, monkeypatch):
 
 
 def test_the_usual_instruction_names_the_labels():
-    assert glmlora.classifier._usual_instruction([0, 1]) == "Answer with one of: 0, 1.\n"
-    assert glmlora.classifier._usual_instruction(list(range(999))) == "Answer with the label.\n"
+    assert usual_instruction([0, 1]) == "Answer with one of: 0, 1.\n"
+    assert usual_instruction(list(range(999))) == "Answer with the label.\n"
 
 
 # Validation, weights, thresholds, folds
@@ -253,6 +253,7 @@ def test_folds_give_unseen_probabilities_and_their_mean(base):
     assert classifier.mean_scores_["accuracy"] == pytest.approx(
         (np.mean(accuracies), np.std(accuracies))
     )
+    assert not hasattr(classifier.set_params(folds=0).fit(TEXTS, LABELS), "oof_proba_")
 
 
 def test_a_threshold_decides(base, fitted, monkeypatch):
@@ -282,7 +283,7 @@ def test_usual_rank_and_rate_depend_on_the_width(base, monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr("glmlora.classifier.train", stop)
-    for width, expected in ((32, (128, 256, 0.0125)), (4096, (16, 32, 0.4 / 4096))):
+    for width, expected in ((32, (128, 256, 0.192 / 32)), (4096, (16, 32, 0.192 / 4096))):
         classifier = LoraClassifier(base)
         vars(classifier._load_base()[0].config)["hidden_size"] = width
         with pytest.raises(StopIteration):
@@ -336,6 +337,13 @@ def test_wrong_parameters_are_named_before_the_training(base, monkeypatch, param
 def test_wrong_rows_and_labels_are_named(base, X, y, error, said):
     with pytest.raises(error, match=re.escape(said)):
         quick(base).fit(X, y)
+
+
+def test_a_table_with_its_own_labels_is_refused(base, monkeypatch):
+    rows = [{"title": t, "label": y} for t, y in zip(TEXTS, LABELS, strict=True)]
+    with pytest.raises(ValueError, match=r"template: column 'label' of X is y itself"):
+        quick(base).fit(rows, LABELS)
+    quick(base, template="{title}", num_train_epochs=1).fit(rows, LABELS)
 
 
 def test_a_wrong_base_is_named(base, tmp_path):
@@ -399,6 +407,26 @@ def test_save_and_load(base, tmp_path, folds):
         LoraClassifier.load(folder)
 
 
+def test_a_save_is_whole_and_takes_the_place_of_another(fitted, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "fold-0").mkdir()
+    (tmp_path / "adapter_model.bin").write_bytes(b"old")
+    fitted.save(tmp_path)
+    written = ["adapter_config.json", "adapter_model.safetensors", "notes.txt", "task.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("glmlora.classifier.write_task", fail)
+    other = copy.copy(fitted)
+    other.adapters_ = [dict.fromkeys(fitted.adapters_[0], b"other")]
+    with pytest.raises(OSError, match="No space left"):
+        other.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_damaged_task_is_named(fitted, tmp_path):
     fitted.save(tmp_path)
     file = tmp_path / "task.json"
@@ -446,6 +474,23 @@ def test_parameters_and_clone(base, fitted):
         validation.check_is_fitted(fresh)
     with pytest.raises(exceptions.NotFittedError):
         fresh.predict(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "check_estimator_repr",
+        "check_get_params_invariance",
+        "check_no_attributes_set_in_init",
+        "check_parameters_default_constructible",
+        "check_set_params",
+    ],
+)
+def test_scikit_learns_own_checks(check):
+    checks = pytest.importorskip("sklearn.utils.estimator_checks", reason="no scikit-learn")
+    if not hasattr(checks, check):
+        pytest.skip(f"this scikit-learn has no {check}")
+    getattr(checks, check)("LoraClassifier", LoraClassifier())
 
 
 def test_cross_validation_and_searches(base):

@@ -25,7 +25,7 @@ FLOORS = (
     ("generation",),
     ("tables",),
     ("model",),
-    ("training",),
+    ("questions", "training"),
     ("tools",),
     ("classifier", "inspection", "submission"),
     ("notebook", "standins"),
