@@ -20,7 +20,10 @@ import numpy as np
 
 from . import tell
 from .files.rows import is_missing
+from .files.safetensors import read_safetensors, write_safetensors
 from .files.staging import staged
+from .files.tensor import to_arrays
+from .head import Head, fit_head
 from .interrupts import Terminated
 from .model.auto import AutoModel
 from .model.peft import PeftModel
@@ -44,7 +47,15 @@ from .training.classes import (
 from .training.trainer import train
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_REPLACED = re.compile(r"fold-\d+|adapter_(config\.json|model\.(safetensors|bin))")
+HEAD_FILE = "head.safetensors"
+METHODS = {  # what is trained -> the files that it is in
+    "lora": ADAPTER_FILES,
+    "head": (HEAD_FILE,),
+    "lora+head": (*ADAPTER_FILES, HEAD_FILE),
+}
+_REPLACED = re.compile(
+    r"fold-\d+|adapter_(config\.json|model\.(safetensors|bin))|head\.safetensors"
+)
 EVALUATIONS = 2  # of the rows held out, an epoch
 #: A small model has to change nearly as a whole to learn a task, a large one knows most of it.
 SMALL, SMALL_RANK, RANK = 1024, 128, 16  # SMALL: of hidden sizes, the first that is not
@@ -62,6 +73,10 @@ class LoraClassifier:
     ensembles. X is a DataFrame, a list of dicts, a list or an array of texts, or the path of a csv,
     json or jsonl table; y has a label a row: text, whole numbers or booleans, which come back as
     they were.
+
+    method: "lora"; "head": a linear head over the prompts' features of the base as it is
+    (`model.features`), trained in seconds; "lora+head": one over those of the trained model. A head
+    gives the probabilities in the place of the model's answer.
 
     base: the model's directory; None: the small model inside the package. template: the row as
     text, e.g. "title: {title}", or "{text}" where X is texts; None: all columns. instruction:
@@ -94,6 +109,7 @@ class LoraClassifier:
         template: str | None = None,
         instruction: str | None = None,
         *,
+        method: str = "lora",
         max_source_length: int = 640,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
@@ -116,6 +132,7 @@ class LoraClassifier:
         self.base = base
         self.template = template
         self.instruction = instruction
+        self.method = method
         self.max_source_length = max_source_length
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha
@@ -216,6 +233,7 @@ class LoraClassifier:
             max_source_length=int(self.max_source_length),
             quantization_bit=self.quantization_bit,
             folds=int(self.folds),
+            method=self.method,
         )
         _check_no_answer(task, rows, labels, codes)
         if self.folds:
@@ -229,16 +247,27 @@ class LoraClassifier:
         ]
         model, tokenizer = self._load_base()
         queries = task_queries(task, rows, columns, tokenizer)
+        frozen = model.features(tokenizer, queries) if self.method == "head" else None
         fits = []
         proba = np.zeros((len(codes), len(classes)))
         for number, (part, held) in enumerate(zip(parts, held_out, strict=True)):
             run = _Run(self, task, model, tokenizer, weights, seed + number)
-            fits.append(run.fit([queries[i] for i in part], codes[part], held))
+            fits.append(run)
+            if frozen is None:
+                run.fit([queries[i] for i in part], codes[part], held)
+            trained = part if held is None else part[~held]
             seen = part[held] if held is not None else part[:0]
             rest = np.flatnonzero(fold == number) if fold is not None else seen
-            if len(rest):
-                with _attached(model, fits[-1].adapter) as tuned:
-                    proba[rest] = _proba(tuned, tokenizer, [queries[i] for i in rest], task)
+            with _attached(model, run.adapter) as tuned:
+                if self.method == "lora":
+                    if len(rest):
+                        proba[rest] = _proba(tuned, tokenizer, [queries[i] for i in rest], task)
+                    continue
+                vectors = tuned.features(tokenizer, queries) if frozen is None else frozen
+            head = run.fit_head(vectors[trained], codes[trained])
+            proba[rest] = np.exp(head.log_proba(vectors[rest]))
+            if len(seen):
+                run.log_scores(label_scores(codes[seen], np.exp(head.log_proba(vectors[seen]))))
         unseen = np.arange(len(codes)) if fold is not None else seen
         self.threshold_ = self._threshold(codes[unseen], proba[unseen])
         self.classes_ = classes
@@ -296,6 +325,10 @@ class LoraClassifier:
                 upto = f" to below {below}" if below == 1 else ""
                 two = " (0, or 2 or more)" if name == "folds" else ""
                 raise ValueError(f"{name}: expected {what} from {least}{upto}{two}, got {value!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.early_stopping and self.method == "head":
+            raise ValueError("early_stopping: has no effect with method='head': no epochs are run")
         if self.early_stopping and not self.validation:
             raise ValueError("early_stopping: needs rows held out: validation=0.1, for example")
         chosen = self.threshold
@@ -359,7 +392,11 @@ class LoraClassifier:
         total = np.zeros((len(rows), len(self.classes_)))
         for adapter in self.adapters_:
             with _attached(model, adapter) as tuned:
-                total += _proba(tuned, tokenizer, queries, self.task_)
+                if HEAD_FILE in adapter:
+                    vectors = tuned.features(tokenizer, queries)
+                    total += np.exp(_stored_head(adapter).log_proba(vectors))
+                else:
+                    total += _proba(tuned, tokenizer, queries, self.task_)
         return total / len(self.adapters_)
 
     def predict(self, X: Any) -> np.ndarray:
@@ -403,17 +440,24 @@ class LoraClassifier:
         the one that task.json names. FileNotFoundError, ValueError naming file and field.
         """
         task = read_task(folder)
+        if task.method not in METHODS:
+            raise ValueError(
+                f"{Path(folder) / FILE}: method: expected one of {', '.join(METHODS)}, got "
+                f"{task.method!r}"
+            )
         adapters = []
         for place in task.folders(folder):
-            missing = [name for name in ADAPTER_FILES if not (place / name).is_file()]
+            files = METHODS[task.method]
+            missing = [name for name in files if not (place / name).is_file()]
             if missing:
                 raise FileNotFoundError(f"{place / missing[0]}: not there, {FILE} says it is")
-            adapters.append({name: (place / name).read_bytes() for name in ADAPTER_FILES})
+            adapters.append({name: (place / name).read_bytes() for name in files})
         self = cls(
             base=task.base if base is None else base,
             template=task.template,
             instruction=task.instruction,
             max_source_length=task.max_source_length,
+            method=task.method,
             quantization_bit=task.quantization_bit,
             threshold=task.threshold,
             folds=task.folds,
@@ -549,6 +593,22 @@ class _Run:
                 shutil.rmtree(folder, ignore_errors=True)
         return self
 
+    def fit_head(self, vectors: np.ndarray, codes: np.ndarray) -> Head:
+        """Train a head over the rows' features, and keep it beside the adapter."""
+        rows = None if self.weights is None else self.weights[codes]
+        head = fit_head(vectors, codes, len(self.task.labels), rows, seed=self.seed)
+        with tempfile.TemporaryDirectory(prefix="glmlora-") as folder:
+            write_safetensors(Path(folder, HEAD_FILE), {"weight": head.weight, "bias": head.bias})
+            self.adapter[HEAD_FILE] = Path(folder, HEAD_FILE).read_bytes()
+        return head
+
+    def log_scores(self, scores: Mapping[str, float]) -> None:
+        """Add scores of the rows held out to the log."""
+        record = {f"eval_{name}": value for name, value in scores.items()}
+        self.log_history.append(record)
+        if self.settings.verbose:
+            _print_scores(record)
+
     def _evaluation(self, records: list[dict[str, str]]) -> dict[str, Any]:
         """Arguments of `train` that score these records and keep the best weights."""
         every = min(0.5, 1 / (EVALUATIONS * self.settings.num_train_epochs))
@@ -582,12 +642,17 @@ def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _attached:
-    """`with _attached(base, adapter) as model`: the base with an adapter, taken off at the end."""
+    """`with _attached(base, adapter) as model`: the base with an adapter, if there is one, taken
+    off at the end.
+    """
 
     def __init__(self, base: Any, adapter: Mapping[str, bytes]):
         self.base, self.adapter = base, adapter
 
-    def __enter__(self) -> PeftModel:
+    def __enter__(self) -> Any:
+        self.model = None
+        if ADAPTER_FILES[0] not in self.adapter:
+            return self.base
         with tempfile.TemporaryDirectory(prefix="glmlora-") as folder:
             for name, content in self.adapter.items():
                 Path(folder, name).write_bytes(content)
@@ -595,11 +660,19 @@ class _attached:
         return self.model
 
     def __exit__(self, *error: Any) -> None:
-        self.model.unload()
+        if self.model is not None:
+            self.model.unload()
 
 
 def _proba(model: Any, tokenizer: Any, queries: list[str], task: Task) -> np.ndarray:
     return model.classify(tokenizer, queries, labels=task.answers).proba
+
+
+def _stored_head(adapter: Mapping[str, bytes]) -> Head:
+    with tempfile.TemporaryDirectory(prefix="glmlora-") as folder:
+        Path(folder, HEAD_FILE).write_bytes(adapter[HEAD_FILE])
+        tensors = to_arrays(read_safetensors(Path(folder, HEAD_FILE)), "a head")
+        return Head(np.array(tensors["weight"]), np.array(tensors["bias"]))
 
 
 # Labels

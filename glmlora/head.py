@@ -8,11 +8,13 @@ Nesterov's momentum and its restart (O'Donoghue and Candes 2015).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from .training.classes import stratified_folds
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)  # of the weights' prior, for a row of one unit length
 _STEPS = 2000
@@ -22,12 +24,12 @@ _SMALL = 1e-7  # of the gradient, a row: then the head is done
 @dataclass(frozen=True)
 class Head:
     """weight float32 (features, classes), bias float32 (classes), of features as they come.
-    strength: the one that was chosen of STRENGTHS.
+    strength: that of the prior it was trained with, nan where that is not known.
     """
 
     weight: np.ndarray
     bias: np.ndarray
-    strength: float
+    strength: float = math.nan
 
     def log_proba(self, features: np.ndarray) -> np.ndarray:
         """Logarithms float64 (rows, classes) of the probabilities. ValueError for another number of
@@ -132,9 +134,9 @@ def fit_head(
     weights = np.ones(len(classes)) if sample_weight is None else np.asarray(sample_weight, float)
     wanted: np.ndarray = np.eye(number)[classes]
     chosen = strengths[0]
-    if len(strengths) > 1:
+    if len(strengths) > 1 and len(classes) > 1:
         loss = np.zeros(len(strengths))
-        fold = parts(classes, min(folds, len(classes)), seed)
+        fold = stratified_folds(classes, min(folds, len(classes)), seed)
         for part in range(fold.max() + 1):
             kept, out = fold != part, fold == part
             axes = _Axes(features[kept])
@@ -146,15 +148,3 @@ def fit_head(
         chosen = strengths[int(loss.argmin())]
     axes = _Axes(features)
     return axes.head(*_solve(axes.rows, wanted, weights, chosen), chosen)
-
-
-def parts(classes: Any, number: int, seed: int) -> np.ndarray:
-    """To which of `number` parts each row belongs: each class is spread over all of them, in an
-    order that the seed gives.
-    """
-    classes = np.asarray(classes)
-    order = np.random.default_rng(seed).permutation(len(classes))
-    by_class = order[np.argsort(classes[order], kind="stable")]
-    part = np.empty(len(classes), int)
-    part[by_class] = np.arange(len(classes)) % number
-    return part

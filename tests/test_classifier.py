@@ -398,6 +398,7 @@ def test_save_and_load(base, tmp_path, folds):
         "instruction": "Judge: ",
         "labels": ["cells", "graph"],
         "max_source_length": 90,
+        "method": "lora",
         "quantization_bit": None,
         "template": "title: {title}",
         "threshold": 0.3,
@@ -433,6 +434,7 @@ def test_a_damaged_task_is_named(fitted, tmp_path):
     good = json.loads(file.read_text(encoding="utf-8"))
     for changed, said in (
         ({"labels": 5}, "labels: expected list, got 5"),
+        ({"method": "trees"}, "task.json: method: expected one of lora, head"),
         ({"labels": [[1]]}, "labels: expected text or whole numbers, got [1]"),
         ({"base": str(tmp_path / "gone")}, "its base .*gone is not there; .*base=.."),
     ):

@@ -1,7 +1,11 @@
 """Features of prompts, and linear heads over them."""
 
+import os
+import pickle
+
 import numpy as np
 import pytest
+import training
 from test_labels import QUESTIONS, model_of, shake
 
 import glmlora
@@ -128,10 +132,72 @@ def test_what_it_refuses():
         made.log_proba(x[:, :19])
 
 
-def test_parts_hold_each_class_alike():
-    y = np.array([0] * 50 + [1] * 11 + [2] * 3)
-    part = head.parts(y, 5, 0)
-    for one in range(3):
-        counts = np.bincount(part[y == one], minlength=5)
-        assert counts.max() - counts.min() <= 1
-    assert (head.parts(y, 5, 0) == part).all() and (head.parts(y, 5, 1) != part).any()
+# The estimator
+
+
+TEXTS = [
+    f"We measure cells {i}." if i % 2 else f"A fast algorithm for graphs {i}." for i in range(24)
+]
+TOPICS = ["cells" if i % 2 else "graphs" for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return training.model_dir(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("method", ["head", "lora+head"])
+@pytest.mark.parametrize("folds", [0, 3])
+def test_a_classifier_with_a_head(base, tmp_path, method, folds):
+    classifier = glmlora.LoraClassifier(
+        base, method=method, folds=folds, validation=0.25, random_state=0, num_train_epochs=1
+    )
+    classifier.fit(TEXTS, TOPICS)
+    assert classifier.score(TEXTS, TOPICS) == 1
+    proba = classifier.predict_proba(TEXTS)
+    assert np.allclose(proba.sum(axis=1), 1) and proba.shape == (24, 2)
+    assert {"accuracy", "macro_f1", "log_loss"} <= set(classifier.history_[-1])
+    if folds:
+        assert (classifier.oof_proba_.argmax(axis=1) == [i % 2 == 0 for i in range(24)]).all()
+    assert len(classifier.adapters_) == max(folds, 1)
+    has_adapter = "adapter_config.json" in classifier.adapters_[0]
+    assert has_adapter == (method == "lora+head") and "head.safetensors" in classifier.adapters_[0]
+    classifier.save(tmp_path)
+    loaded = glmlora.LoraClassifier.load(tmp_path)
+    assert loaded.method == method and (loaded.predict_proba(TEXTS) == proba).all()
+    assert (pickle.loads(pickle.dumps(classifier)).predict_proba(TEXTS) == proba).all()
+    glmlora.LoraClassifier(base, method="head", random_state=0).fit(TEXTS, TOPICS).save(tmp_path)
+    assert ("adapter_config.json" in os.listdir(tmp_path)) is False
+
+
+def test_a_head_is_that_of_the_rows_not_held_out(base):
+    """Features of all rows are computed once; the head sees those that train it."""
+    wrong = ["graphs" if topic == "cells" else "cells" for topic in TOPICS]
+    classifier = glmlora.LoraClassifier(base, method="head", folds=2, random_state=0)
+    classifier.fit(TEXTS, TOPICS)
+    for number in range(2):
+        rows = np.flatnonzero(classifier.oof_fold_ != number)
+        alone = glmlora.LoraClassifier(base, method="head", random_state=number)
+        alone.fit([TEXTS[i] for i in rows], [TOPICS[i] for i in rows])
+        left_out = np.flatnonzero(classifier.oof_fold_ == number)
+        proba = alone.predict_proba([TEXTS[i] for i in left_out])
+        assert np.abs(classifier.oof_proba_[left_out] - proba).max() <= 1e-5
+    assert glmlora.LoraClassifier(base, method="head").fit(TEXTS, wrong).score(TEXTS, wrong) == 1
+
+
+@pytest.mark.parametrize("weight, expected", [(None, 0.25), ({"cells": 9}, 0.75)])
+def test_weights_of_classes_move_a_head(base, weight, expected):
+    """Rows that say nothing: the shares of the classes are all there is."""
+    topics = [*["cells"] * 6, *["graphs"] * 18]
+    classifier = glmlora.LoraClassifier(base, method="head", class_weight=weight, random_state=0)
+    proba = classifier.fit(["We measure."] * 24, topics).predict_proba(["We measure."])
+    assert proba[0, 0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_methods_that_there_are_not(base):
+    with pytest.raises(ValueError, match="method: expected one of lora, head, lora.head, got 'x'"):
+        glmlora.LoraClassifier(base, method="x").fit(TEXTS, TOPICS)
+    with pytest.raises(ValueError, match="early_stopping: has no effect with method='head'"):
+        glmlora.LoraClassifier(base, method="head", validation=0.2, early_stopping=2).fit(
+            TEXTS, TOPICS
+        )

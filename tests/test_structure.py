@@ -26,7 +26,7 @@ FLOORS = (
     ("tables",),
     ("model",),
     ("questions", "training"),
-    ("tools",),
+    ("head", "tools"),
     ("classifier", "inspection", "submission"),
     ("notebook", "standins"),
     ("compat",),
