@@ -1,6 +1,6 @@
 """Accuracy on the real papers of the competition, beside a linear model on TF-IDF.
 
-    python benchmarks/real_papers.py DATA_DIR [--methods lora,full,tfidf,classifier] [--seeds 5]
+    python benchmarks/real_papers.py DATA_DIR [--methods lora,full,tfidf,classifier,head] [--seeds 5]
 
 DATA_DIR holds train.csv, testB.csv and testB_labels.csv (not part of the project). Starts from
 glm-tiny, trains on train.csv, asks for each paper of testB.csv through `model.chat`, and prints one
@@ -62,24 +62,24 @@ def fine_tuned(method, train, test, base):
     return labels, odd
 
 
-def classifier(train, test, truth, base, seeds):
+def classifier(name, train, test, truth, base, seeds, **parameters):
     def columns(rows):
         return [{name: r[name] for name in ("title", "abstract")} for r in rows]
 
     shares = []
     for seed in range(seeds):
         start = time.process_time()
-        model = glmlora.LoraClassifier(base, random_state=seed)
+        model = glmlora.LoraClassifier(base, random_state=seed, **parameters)
         model.fit(columns(train), [int(r["label"]) for r in train])
         trained = time.process_time()
         shares.append(model.score(columns(test), truth))
         print(
-            f"classifier, seed {seed}: accuracy {shares[-1]:.4f}, processor: fit "
+            f"{name}, seed {seed}: accuracy {shares[-1]:.4f}, processor: fit "
             f"{trained - start:.0f} s, predict {time.process_time() - trained:.1f} s",
             flush=True,
         )
     spread = max(shares) - min(shares)
-    print(f"classifier, mean of {seeds}: accuracy {sum(shares) / seeds:.4f}, spread {spread:.4f}")
+    print(f"{name}, mean of {seeds}: accuracy {sum(shares) / seeds:.4f}, spread {spread:.4f}")
 
 
 def main():
@@ -94,8 +94,10 @@ def main():
     truth = {r["uuid"]: int(r["label"]) for r in read(data / "testB_labels.csv")}
     for method in args.methods.split(","):
         start, odd = time.perf_counter(), 0
-        if method == "classifier":
-            classifier(train, test, [truth[r["uuid"]] for r in test], args.base, args.seeds)
+        if method in ("classifier", "head"):
+            parameters = {"method": "head"} if method == "head" else {}
+            right = [truth[r["uuid"]] for r in test]
+            classifier(method, train, test, right, args.base, args.seeds, **parameters)
             continue
         if method == "tfidf":
             labels = tfidf(train, test)
