@@ -1,12 +1,12 @@
 """Accuracy on the real papers of the competition, beside a linear model on TF-IDF.
 
-    python benchmarks/real_papers.py DATA_DIR [--methods lora,full,tfidf,classifier,head] [--seeds 5]
+    python benchmarks/real_papers.py DATA [--methods lora,full,tfidf,classifier,head] [--seeds 5]
 
-DATA_DIR holds train.csv, testB.csv and testB_labels.csv (not part of the project). Starts from
+DATA holds train.csv, testB.csv and testB_labels.csv (not part of the project). Starts from
 glm-tiny, trains on train.csv, asks for each paper of testB.csv through `model.chat`, and prints one
 line a method. TF-IDF needs scikit-learn. "classifier" is LoraClassifier with nothing but its
 defaults over title and abstract, once a seed: a line each, with the processor's seconds, and the
-mean.
+mean; "head" the same with method="head".
 """
 
 import argparse
