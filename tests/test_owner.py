@@ -24,7 +24,7 @@ from glmlora.files.checkpoint import (
 )
 from glmlora.files.owner import NAME, owned
 from glmlora.files.regular import read_text
-from glmlora.files.staging import remove_litter
+from glmlora.files.staging import remove_litter, remove_tree
 
 
 def in_child(function):
@@ -308,12 +308,15 @@ def test_without_locks_the_process_itself_is_looked_for(tmp_path, monkeypatch, w
 
 
 def interrupted(work, at: int) -> bool:
-    """Whether `work` came to step `at` of the interpreter in glmlora/files, where Ctrl-C met it."""
+    """Whether `work` came to step `at` of the interpreter in glmlora/files, or in the os module
+    that walks folders for it, where Ctrl-C met it.
+    """
     left = at
 
     def trace(frame, event, arg):
         nonlocal left
-        if os.path.dirname(frame.f_code.co_filename) != os.path.dirname(owner.__file__):
+        file = frame.f_code.co_filename
+        if os.path.dirname(file) != os.path.dirname(owner.__file__) and file != os.__file__:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
@@ -353,3 +356,16 @@ def test_ctrl_c_at_every_step_leaves_no_file_open_and_no_lock(tmp_path):
     assert steps > 500
     work()
     assert content(tmp_path) == {"a": b"x", "b/c": b"y"}
+
+
+def test_a_tree_is_removed_and_links_are_not_followed(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/file").write_text("x", encoding="utf-8")
+    (tmp_path / "gone/a/b").mkdir(parents=True)
+    (tmp_path / "gone/a/file").write_text("y", encoding="utf-8")
+    (tmp_path / "gone/a/folder").symlink_to(tmp_path / "kept")
+    (tmp_path / "gone/link").symlink_to(tmp_path / "kept/file")
+    remove_tree(tmp_path / "gone")
+    assert content(tmp_path) == {"kept/file": b"x"} and os.listdir(tmp_path) == ["kept"]
+    with pytest.raises(FileNotFoundError):
+        remove_tree(tmp_path / "gone")

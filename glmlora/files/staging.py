@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,6 +68,23 @@ def same_file(path: Path, file: Descriptor) -> bool:
         return False
 
 
+def remove_tree(folder: str | os.PathLike) -> None:
+    """Remove a folder and all below it; links are not followed. Raises OSError naming what stays.
+
+    shutil.rmtree holds folders open by numbers, one of which Ctrl-C may lose: see `Descriptor`.
+    """
+    for path, folders, files in os.walk(folder, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(path, name))
+        for name in folders:
+            below = os.path.join(path, name)
+            if os.path.islink(below):
+                os.unlink(below)
+            else:
+                os.rmdir(below)
+    os.rmdir(folder)
+
+
 def remove_litter(folder: str | os.PathLike) -> None:
     """Remove from `folder` the temporary names of processes that no longer live, after putting
     back what they had moved aside. What cannot be read or removed stays.
@@ -88,7 +104,7 @@ def remove_litter(folder: str | os.PathLike) -> None:
                 continue
             if path.is_dir():
                 _put_back(path)
-                shutil.rmtree(path)
+                remove_tree(path)
             else:
                 path.unlink()
 
@@ -131,7 +147,8 @@ def staged(folder: Path, stale: re.Pattern[str] | None = None) -> Iterator[Path]
             named = folder.joinpath(*named.relative_to(place).parts[1:])
         raise OSError(error.errno, error.strerror, str(named)) from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):
+            remove_tree(place)
         held.close()
 
 

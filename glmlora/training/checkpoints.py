@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,6 +30,7 @@ from ..batch import Encoded
 from ..files.checkpoint import atomic_directory
 from ..files.regular import regular
 from ..files.safetensors import read_safetensors, write_safetensors
+from ..files.staging import remove_tree
 from ..files.write import read_json, write_json, write_text
 from .arguments import TrainingArguments
 from .methods import Trainee
@@ -176,7 +176,8 @@ class Checkpoints:
             if best in self.saved and best not in keep:
                 keep = {best, *(self.saved[-limit + 1 :] if limit > 1 else self.saved[-1:])}
         for path in [p for p in self.saved if p not in keep]:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                remove_tree(path)
             self.saved.remove(path)
 
     def restore(self, path: Path, state: TrainState) -> Progress:
