@@ -360,8 +360,7 @@ def answers(
         asked = [prompts[row] for row in some]
         return chat_rows(model, tokenizer, asked, seeds=seeds, keep_errors=True, **sampling)
 
-    for row, answer in _errors_told(ask, rows):
-        yield row, answer if _is_error(answer) else {"answer": answer_text(answer)}
+    return _results(ask, rows, lambda answer: {"answer": answer_text(answer)})
 
 
 def label_scores(
@@ -375,27 +374,24 @@ def label_scores(
         asked = [prompts[row] for row in some]
         return score_rows(model, tokenizer, asked, labels, keep_errors=True)
 
-    for row, found in _errors_told(ask, rows):
-        if _is_error(found):
-            yield row, found
-        else:
-            one = Classification(list(labels), found[None])
-            yield row, {"answer": one.label[0], "proba": one.proba[0].tolist()}
+    def result(found: Any) -> dict[str, Any]:
+        one = Classification(list(labels), found[None])
+        return {"answer": one.label[0], "proba": one.proba[0].tolist()}
+
+    return _results(ask, rows, result)
 
 
 Ask = Callable[[Sequence[int]], Iterator[tuple[int, Any]]]
 
 
-def _is_error(result: Any) -> bool:
-    return isinstance(result, dict) and set(result) == {"error"}
-
-
-def _errors_told(ask: Ask, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
-    """(row, what was found, or {"error": why}) of the rows, the first errors told."""
+def _results(
+    ask: Ask, rows: Sequence[int], result: Callable[[Any], dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row, the result of what was found, or {"error": why}) of the rows, the first errors told."""
     told = 0
     for row, found in _one_by_one_where_it_fails(ask, rows):
         if not isinstance(found, Exception):
-            yield row, found
+            yield row, result(found)
             continue
         if told < TOLD:
             print(f"row {row} has no answer: {found}", file=sys.stderr)

@@ -143,16 +143,17 @@ def score_rows(
     model: Model,
     tokenizer: Any,
     queries: Sequence[str],
-    labels: Sequence[Any],
+    labels: Sequence[str],
     at_once: int = AT_ONCE,
     role: str = "user",
     keep_errors: bool = False,
 ) -> Iterator[tuple[int, Any]]:
     """(number of a query, log-probabilities float64 (labels) of the answers to it) in the order in
-    which they are ready; each is what the query alone would give. keep_errors: the error of a query
+    which they are ready; each is what the query alone would give. labels: as `check_labels` gives
+    them. keep_errors: the error of a query
     that cannot be asked stands in their place.
     """
-    answers = answer_ids(model, tokenizer, check_labels(labels))
+    answers = answer_ids(model, tokenizer, labels)
     family, config = chat_family(model, tokenizer), model.config
     recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
     longest = max(map(len, answers))
@@ -265,9 +266,9 @@ def classify(
     at_once: rows that are computed together; no result depends on it. Shows a progress bar on a
     terminal. Raises ValueError, TypeError naming the argument or row.
     """
-    queries = queries_of(table_or_texts, template)
-    found = np.empty((len(queries), len(labels)))
-    ready = score_rows(model, tokenizer, queries, labels, at_once, role)
+    queries, texts = queries_of(table_or_texts, template), check_labels(labels)
+    found = np.empty((len(queries), len(texts)))
+    ready = score_rows(model, tokenizer, queries, texts, at_once, role)
     for number, row in bar(ready, desc="classify", unit="row", total=len(queries), disable=None):
         found[number] = row
-    return Classification(check_labels(labels), found)
+    return Classification(texts, found)
