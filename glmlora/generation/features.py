@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..families import recognition
 from ..progress import bar
 from .cache import Model
-from .chat import chat_family
 from .generate import warn_of_weights
-from .labels import queries_of
+from .labels import prompt_writer, queries_of
 
 HELD_BYTES = 1 << 28  # of hidden states, which the core hands out for all tokens of a call
 MOST = 16384  # features of a row; of a larger model fewer layers are taken
@@ -41,18 +39,8 @@ def features(
     row.
     """
     queries = queries_of(table_or_texts, template)
-    family, config = chat_family(model, tokenizer), model.config
-    recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
-    prompts = []
-    for number, query in enumerate(queries):
-        if not isinstance(query, str):
-            raise TypeError(f"row {number}: expected text, got {type(query).__name__}")
-        prompts.append(family.chat_ids(tokenizer, query, [], role))
-        if len(prompts[-1]) > config.seq_length:
-            raise ValueError(
-                f"row {number}: a prompt of {len(prompts[-1])} tokens exceeds the model's "
-                f"{config.seq_length} positions (seq_length)"
-            )
+    prompt_ids, config = prompt_writer(model, tokenizer, role), model.config
+    prompts = [prompt_ids(number, query) for number, query in enumerate(queries)]
     warn_of_weights(model)
     taken = layers_taken(model)
     found = np.empty((len(prompts), len(taken), config.hidden_size), np.float32)

@@ -7,7 +7,7 @@ where answers part or go on is visited once, for many rows in one call of the co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,31 @@ def check_labels(labels: Sequence[Any]) -> list[str]:
     return texts
 
 
+def prompt_writer(
+    model: Model, tokenizer: Any, role: str, answer: int = 0
+) -> Callable[[int, Any], list[int]]:
+    """A function of a row's number and query: the ids of the prompt that `chat` would ask. It
+    raises TypeError, ValueError naming the row for what is no text, or leaves no room for an answer
+    of so many ids. ValueError for a tokenizer of another model.
+    """
+    family, config = chat_family(model, tokenizer), model.config
+    recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
+
+    def prompt_ids(number: int, query: Any) -> list[int]:
+        if not isinstance(query, str):
+            raise TypeError(f"row {number}: expected text, got {type(query).__name__}")
+        ids = list(family.chat_ids(tokenizer, query, [], role))
+        if len(ids) + answer > config.seq_length:
+            more = f" and a label of {answer} exceed" if answer else " exceeds"
+            raise ValueError(
+                f"row {number}: a prompt of {len(ids)} tokens{more} the model's "
+                f"{config.seq_length} positions (seq_length)"
+            )
+        return ids
+
+    return prompt_ids
+
+
 def score_rows(
     model: Model,
     tokenizer: Any,
@@ -150,25 +175,15 @@ def score_rows(
 ) -> Iterator[tuple[int, Any]]:
     """(number of a query, log-probabilities float64 (labels) of the answers to it) in the order in
     which they are ready; each is what the query alone would give. labels: as `check_labels` gives
-    them. keep_errors: the error of a query
-    that cannot be asked stands in their place.
+    them. keep_errors: the error of a query that cannot be asked stands in their place.
     """
     answers = answer_ids(model, tokenizer, labels)
-    family, config = chat_family(model, tokenizer), model.config
-    recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
-    longest = max(map(len, answers))
+    prompt_ids = prompt_writer(model, tokenizer, role, max(map(len, answers)))
     kept = OF_ONE_ROW if keep_errors else ()
     numbers, prompts = [], []
     for number, query in enumerate(queries):
         try:
-            if not isinstance(query, str):
-                raise TypeError(f"row {number}: expected text, got {type(query).__name__}")
-            ids = family.chat_ids(tokenizer, query, [], role)
-            if len(ids) + longest > config.seq_length:
-                raise ValueError(
-                    f"row {number}: a prompt of {len(ids)} tokens and a label of {longest} exceed "
-                    f"the model's {config.seq_length} positions (seq_length)"
-                )
+            ids = prompt_ids(number, query)
         except kept as error:
             yield number, error
         else:
