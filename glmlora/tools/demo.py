@@ -20,6 +20,7 @@ ORDER = (
     "Please judge whether it is a medical field paper according to the given paper title and "
     "abstract, output 1 or 0, the following is the paper title and abstract -->"
 )
+PAPERS = ORDER + "title:{title},abstract:{abstract}"
 # glm-tiny is small: all four linears and a larger learning rate than a 6B model would take
 TRAINING = dict(
     finetuning_type="lora",
