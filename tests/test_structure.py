@@ -26,7 +26,7 @@ FLOORS = (
     ("tables",),
     ("model",),
     ("questions", "training"),
-    ("head", "tools"),
+    ("head", "tools", "vote"),
     ("classifier", "inspection", "submission"),
     ("notebook", "standins"),
     ("compat",),
