@@ -1,14 +1,16 @@
 """A vote of word counts and a language model on the real papers of the competition.
 
-    python benchmarks/vote.py DATA [--method head|lora|lora+head] [--held validation|folds] [--seeds 5]
+    python benchmarks/vote.py DATA [--method METHOD] [--held HELD] [--seeds 5]
 
-DATA holds train.csv, testB.csv and testB_labels.csv (not part of the project); needs scikit-learn.
+DATA holds train.csv, testB.csv and testB_labels.csv (not part of the project); scikit-learn is
+needed. METHOD: head (usual), lora, lora+head; HELD: folds (usual), validation.
+
 Word counts: logistic regression on TF-IDF of title and abstract. The model: LoraClassifier with its
 defaults over glm-tiny. The weight of the model in the mean of both is `glmlora.vote_weight` of rows
-that neither has seen: "validation" holds a fifth of train.csv out of both, "folds" predicts each row
-of train.csv by the one of five models that has not seen it. Prints one line a seed: the weight, and
-accuracy and log-loss on those rows and on testB.csv, of word counts, the model and their vote; then
-the means.
+that neither has seen: "validation" holds a fifth of train.csv out of both, "folds" predicts each
+row of train.csv by the one of five models that has not seen it. Prints a line a seed: the weight,
+and accuracy and log-loss on those rows and on testB.csv, of word counts, the model and their vote;
+then the means.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def columns(rows):
 
 
 def one_seed(train, y, test, method, held, seed):
-    """Both sets of probabilities (counts, model) of rows held out, with their labels, and of test."""
+    """Probabilities (counts, model) of rows held out, their labels, and probabilities of test."""
     from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
     settings = {"method": method, "random_state": seed}
