@@ -139,7 +139,7 @@ def test_our_notebook(folder, monkeypatch):
         os.listdir(folder / "output/label_xfg")
     )
     shown, kinds = outputs(book)
-    story = ["papers to learn", "epoch 0.5", "weight of the model: ", "in the order", "of 40 papers"]
+    story = ["papers to learn", "epoch 0.5", "weight of the model", "in the order", "of 40 papers"]
     places = [shown.index(words) for words in story]
     assert places == sorted(places), shown
     assert kinds["image/png"] == 2 and kinds["text/html"] == 3, kinds  # report, scores, answers
