@@ -268,7 +268,8 @@ class Model:
         self, ids: np.ndarray, lengths: np.ndarray, layers: Sequence[int] | np.ndarray
     ) -> np.ndarray:
         """Float32 (len(layers), N, H): what goes into these layers, ascending numbers; L: what
-        comes out of the last, before the final norm. No layer runs that none of these needs. Dropout is off."""
+        comes out of the last, before the final norm. No layer runs that none of these needs.
+        Dropout is off."""
     def loss(
         self,
         ids: np.ndarray,
