@@ -10,6 +10,7 @@ import training
 from test_labels import QUESTIONS, model_of, shake
 
 import glmlora
+from glmlora import classifier as classifier_module
 from glmlora import head
 from glmlora.files.vectors import VectorFile
 from glmlora.generation import features
@@ -336,6 +337,43 @@ def test_weights_of_classes_move_a_head(base, weight, expected):
     classifier = glmlora.LoraClassifier(base, method="head", class_weight=weight, random_state=0)
     proba = classifier.fit(["We measure."] * 24, topics).predict_proba(["We measure."])
     assert proba[0, 0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_second_fit_reads_the_base_for_new_rows_only(base, tmp_path, computed):
+    """Folds, parameters of the head and predictions share what is kept."""
+    cache = {"method": "head", "features_cache": tmp_path / "cache"}
+    classifier = glmlora.LoraClassifier(base, folds=2, random_state=0, **cache).fit(TEXTS, TOPICS)
+    assert len(computed) == 24
+    plain = glmlora.LoraClassifier(base, method="head", folds=2, random_state=0).fit(TEXTS, TOPICS)
+    computed.clear()
+    weighed = glmlora.LoraClassifier(base, class_weight="balanced", **cache).fit(TEXTS, TOPICS)
+    assert (classifier.predict_proba(TEXTS) == plain.predict_proba(TEXTS)).all()
+    assert len(computed) == 24  # by the one without a folder
+    computed.clear()
+    assert weighed.score([*TEXTS, "We measure graphs."], [*TOPICS, "graphs"]) >= 24 / 25
+    assert len(computed) == 1
+    classifier.set_params(method="lora+head", folds=0, num_train_epochs=0.2).fit(TEXTS, TOPICS)
+    assert len(os.listdir(tmp_path / "cache")) == 1
+
+
+@pytest.mark.parametrize("method", ["head", "lora+head"])
+def test_a_head_over_fewer_layers(base, tmp_path, method):
+    classifier = glmlora.LoraClassifier(base, method=method, depth=1, num_train_epochs=0.2)
+    proba = classifier.fit(TEXTS, TOPICS).predict_proba(TEXTS)
+    assert head_width(classifier) == 2 * 32
+    classifier.save(tmp_path)
+    loaded = glmlora.LoraClassifier.load(tmp_path)
+    assert loaded.depth == 1 and (loaded.predict_proba(TEXTS) == proba).all()
+    with pytest.raises(ValueError, match="depth: expected a whole number .* 1 to 2, or None"):
+        classifier.set_params(depth=9).fit(TEXTS, TOPICS)
+    with pytest.raises(ValueError, match="depth: has no effect with method='lora'"):
+        classifier.set_params(method="lora").fit(TEXTS, TOPICS)
+
+
+def head_width(classifier):
+    """The features that a fitted classifier's head reads."""
+    [files] = classifier.adapters_
+    return len(classifier_module._stored_head(files).weight)
 
 
 def test_methods_that_there_are_not(base):
