@@ -99,7 +99,9 @@ class ChatGLM2(Family):
         text = messages_as_rounds(messages, add_generation_prompt)
         return tokenizer.get_prefix_tokens() + tokenizer.text_ids(text)
 
-    def template_text(self, messages: Any, add_generation_prompt: bool) -> str:
+    def template_text(
+        self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
+    ) -> str:
         return messages_as_rounds(messages, add_generation_prompt)
 
     def asked(self, query: str, history: Any, role: str | None) -> list[Any]:
