@@ -69,6 +69,7 @@ class ChatGLM2(Family):
     name, alias, title = "v2", "chatglm2", "ChatGLM2"
     named = re.compile(r"chatglm[-_ ]?2(?!\d)|codegeex[-_ ]?2(?!\d)")
     checkpoint = "THUDM/chatglm2-6b"
+    base = re.compile(r"codegeex2-6b(-int[48])?")
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
     template_mark = "[Round"
     takes_role = False

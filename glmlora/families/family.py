@@ -38,6 +38,7 @@ class Family:
     title: str  # what messages call it
     named: re.Pattern[str]  # finds it in the lower-case name of a model
     checkpoint: str  # a published model of it
+    base: re.Pattern[str] | None = None  # whole lower-case names of models that only continue texts
 
     # Tensors. `layer` has the layer's number in place of {}; linears and norms stand below it,
     # each with .weight (and .bias where there is one); the core and adapters use these names.

@@ -60,6 +60,7 @@ class GLM4(ChatGLM3):
     name, alias, title = "g4", "glm4", "GLM-4"
     named = re.compile(r"(glm|codegeex)[-_ ]?4(?!\d|-?bit)")
     checkpoint = "THUDM/glm-4-9b-chat"
+    base = re.compile(r"glm-4-9b(-base)?")
     special_tokens = (
         *(END, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *ROLE_TOKENS),
         *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),

@@ -6,12 +6,13 @@ have to tell.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..tell import warn
+from ..tell import once, warn
 from . import all_families, default, of, refuse_others, with_tokenizer
 from .family import Family
 
@@ -118,6 +119,18 @@ def _tell_guess(fields: Mapping[str, Any], directory: Path) -> None:
         f"nothing in its files tells it from {others}, whose prompts are others.{meaning} Say "
         f"{choices(known)} when it is opened"
     )
+
+
+def tell_base(family: str, *names: Any) -> None:
+    """A warning, once, where a model's own name is that of one that only continues texts."""
+    pattern = of(family).base
+    for name in names:
+        own = own_part(os.fspath(name)) if isinstance(name, str | os.PathLike) else ""
+        if pattern is not None and pattern.fullmatch(own.lower()):
+            once(
+                f"{own} is a base model, which continues texts: it has not learnt to answer in "
+                "chats, unless somebody trained it to; model.generate gives the continuation"
+            )
 
 
 def tells(fields: Mapping[str, Any], family: str) -> bool:
