@@ -12,17 +12,17 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from . import families
 from .files.hub import model_directory
 from .generation.config import GenerationConfig
-from .interrupts import Terminated, end_now, ending_signals
+from .interrupts import Terminated, end_now
 from .model import device as devices
 from .names import did_you_mean
-from .templates import columns_of, fill_template
+from .templates import columns_of
 from .tools.demo import ORDER
 from .training.flags import check_directory, given_twice
 
@@ -156,81 +156,63 @@ def chat(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     """A table in, a table out: one answer for each row."""
     import glmlora
-    from glmlora import tables
+    from glmlora.tables import output as table
+    from glmlora.tables.answers import ask, split_answers
+    from glmlora.tables.job import describe_folders, predict_rows
     from glmlora.training.methods import unwrapped
 
-    given = _generation(args)
-    sampling = {"temperature": 0.01, **given}
-    choices = tables.read_answers("--choices", args.choices)
-    labels = tables.read_answers("--labels", args.labels)
-    if labels is None and args.proba:
-        raise ValueError("--proba: has no effect without --labels")
-    if labels is not None:
-        unused = [*given, *(["choices"] if choices else [])]
-        if unused:
-            flag = unused[0].replace("_", "-")
-            raise ValueError(f"--{flag}: has no effect with --labels: nothing is drawn")
-        sampling = {"labels": labels}
-    _check_model(args)
-    tables.check_place(args.output, args.overwrite, args.input)
-    rows = tables.read_table(args.input, args.template)
-    more = tables.proba_columns(labels or []) if args.proba else []
-    if choices is not None and args.fallback is None:
-        more = [tables.raw_column(args.answer_column)]
-    output = tables.plan_output(
-        args.output,
-        columns_of(rows),
-        args.columns,
-        args.add or [],
-        args.answer_column,
-        more=more,
+    asked = ask(
+        args.template,
+        labels=split_answers(args.labels),
+        proba=args.proba,
+        choices=split_answers(args.choices),
+        pattern=args.pattern,
+        between=split_answers(args.between),
+        fallback=args.fallback,
+        answer_column=args.answer_column,
+        sampling=_generation(args),
+        spelled=lambda name: "--" + name.replace("_", "-"),
     )
-    tables.check_space(output, rows)
-    prompts = fill_template(args.template, rows)
-    loaded = {n: getattr(args, n) for n in ("family", "dtype", "compute_dtype")}
-    device = devices.find(args.device).type
-    settings = {**sampling, **loaded, "device": device, "glmlora": glmlora.__version__}
-    folders = tables.describe_folders(model_directory(args.model), args.adapter)
-    job = tables.describe_job(folders, rows, args.template, settings)
+    _check_model(args)
+    table.check_place(args.output, args.overwrite, args.input)
+    rows = table.read_table(args.input, args.template)
+    output = table.plan_output(
+        args.output, columns_of(rows), args.columns, args.add or [], args.answer_column, asked.more
+    )
 
-    def compute(missing: list[int]) -> Iterator[tuple[int, Any]]:
+    def load() -> tuple[Any, Any]:
         model, tokenizer = _load(
             args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
         )
-        model = unwrapped(model)
-        if labels is not None:
-            return tables.label_scores(model, tokenizer, prompts, labels, missing)
-        return tables.answers(model, tokenizer, prompts, journal, missing, **sampling)
+        return unwrapped(model), tokenizer
 
-    with (
-        ending_signals(),
-        tables.open_journal(args.output, job, len(rows), args.seed, args.overwrite) as journal,
-    ):
-        results = tables.run_job(journal, len(rows), compute)
-        whole = tables.write_answers(
-            output,
-            rows,
-            results,
-            choices,
-            args.fallback,
-            journal,
-            args.overwrite,
-            (labels or []) if args.proba else [],
-        )
+    loaded = {n: getattr(args, n) for n in ("family", "dtype", "compute_dtype")}
+    device = devices.find(args.device).type
+    _, whole = predict_rows(
+        rows,
+        asked,
+        load,
+        output=output,
+        describe=lambda: describe_folders(model_directory(args.model), args.adapter),
+        settings={**loaded, "device": device, "glmlora": glmlora.__version__},
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
     print(f"{args.output}: {len(rows)} rows")
     return 0 if whole else 1
 
 
 def inspect(args: argparse.Namespace) -> int:
     """Look at a table before training on it: missing, double, contradictory, leaked, cut rows."""
-    from glmlora import inspection, tables
+    from glmlora import inspection
+    from glmlora.tables.output import check_new_place
 
     if args.model:
         model_directory(args.model)
     if args.output:
         picture = os.path.splitext(args.output)[0] + ".png"
         for path in (args.output, picture):
-            tables.check_new_place(path, args.overwrite, args.table)
+            check_new_place(path, args.overwrite, args.table)
     report = inspection.inspect(
         args.table,
         args.test,
@@ -408,7 +390,9 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     )
     _flag(parser, "--proba", action="store_true", help="with --labels: a column proba_LABEL each")
     _flag(parser, "--choices", help="the only answers allowed, e.g. 0,1")
-    _flag(parser, "--fallback", help="the answer for rows without one, or with none of --choices")
+    _flag(parser, "--pattern", metavar="REGEX", help="what a whole answer has to match")
+    _flag(parser, "--between", metavar="LOW,HIGH", help="answers are whole numbers from .. to")
+    _flag(parser, "--fallback", help="the answer for rows without one, or with one that is none")
     _flag(
         parser,
         "--overwrite",

@@ -18,7 +18,7 @@ from .files.regular import read_bytes
 from .files.rows import is_missing, table_rows
 from .files.write import atomic_file
 from .names import did_you_mean, listed
-from .tables import check_new_place
+from .tables.output import check_new_place
 from .templates import columns_of
 
 _WHOLE = re.compile(r"[+-]?\d+")

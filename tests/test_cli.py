@@ -16,8 +16,10 @@ import time
 import pytest
 import tiny
 
-from glmlora import cli, tables
+from glmlora import cli
 from glmlora.files.checkpoint import write_safetensors
+from glmlora.tables import answers as table_answers
+from glmlora.tables import output
 from glmlora.templates import fill_template
 from glmlora.tools.project import tiny_directory
 
@@ -343,7 +345,7 @@ def table(tmp_path):
         (["--template", "{title"], "template: expected '}'"),
         (["--template", "{}"], "template: expected the name of a column between braces"),
         (["--template", "{title.x}"], "template: expected the name of a column"),
-        (["--choices", "0,,1"], "--choices: expected answers separated by commas"),
+        (["--choices", "0,,1"], "--choices[1]: expected an answer"),
         (["--answer-column", " "], "--answer-column: expected a name"),
         (["--input", "none.csv"], "--input: 'none.csv': looked for a table"),
         (["--input", "inn.csv"], "found none (did you mean 'in.csv'?)"),
@@ -363,7 +365,7 @@ def test_predict_checks_first(words, text, table, capsys, monkeypatch):
 
 def test_a_template_without_columns_is_told_once(table):
     with pytest.warns(UserWarning, match="names no {column}") as told:
-        rows = tables.read_table(table, "which?")
+        rows = output.read_table(table, "which?")
         assert fill_template("which?", rows) == ["which?"] * len(rows)
     assert len(told) == 1
 
@@ -373,7 +375,7 @@ class Answers:
 
     def __init__(self, monkeypatch, *answers):
         monkeypatch.setattr(cli, "_load", lambda *a: (None, None))
-        monkeypatch.setattr(tables, "chat_rows", self.rows)
+        monkeypatch.setattr(table_answers, "chat_rows", self.rows)
         monkeypatch.setattr("glmlora.training.methods.unwrapped", lambda model: None)
         self.answers = answers
 

@@ -17,11 +17,13 @@ import pytest
 import tiny
 
 import glmlora
-from glmlora import cli, tables
+from glmlora import cli
 from glmlora.files import journal
 from glmlora.files.journal import Journal, digests
 from glmlora.files.rows import table_rows
 from glmlora.generation.generate import ROWS
+from glmlora.tables import answers as table_answers
+from glmlora.tables import job, output
 from glmlora.tools.project import tiny_directory
 
 JOB = {"model": {"a.bin": journal.digest(b"a")}, "template": "{t}", "settings": {"top_p": 0.5}}
@@ -267,16 +269,16 @@ def test_a_job_of_any_results(tmp_path, capsys):
 
     path = tmp_path / "o.journal"
     with pytest.raises(KeyboardInterrupt), Journal(path, JOB, 7) as kept:
-        tables.run_job(kept, 4, lambda missing: compute(missing, stop=1))
+        job.run_job(kept, 4, lambda missing: compute(missing, stop=1))
     told = capsys.readouterr().err
     assert f"2 of 4 rows are kept in {path}: the same job goes on from there" in told
     with Journal(path, JOB, 7) as kept:
-        results = tables.run_job(kept, 4, compute)
+        results = job.run_job(kept, 4, compute)
         assert results == [{"proba": [row / 3, 1 - row / 3]} for row in range(4)]
-        assert tables.run_job(kept, 4, None) == results  # nothing is computed
+        assert job.run_job(kept, 4, None) == results  # nothing is computed
     assert asked == [[0, 1, 2, 3], [0, 1]]
     with pytest.raises(RuntimeError, match="no result came for 1 rows, the first is 1"):
-        tables.run_job(Journal(None, JOB, 7), 2, lambda missing: [(0, "x")])
+        job.run_job(Journal(None, JOB, 7), 2, lambda missing: [(0, "x")])
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +302,9 @@ def test_an_answer_depends_on_its_row_alone(base, beams):
     def ask(rows, seed=3):
         sampling = {"temperature": 1.5, "max_new_tokens": 12, "max_length": None}
         kept = Journal(None, JOB, seed)
-        found = tables.answers(model, tokenizer, few, kept, rows, num_beams=beams, **sampling)
+        found = table_answers.answers(
+            model, tokenizer, few, kept, rows, num_beams=beams, **sampling
+        )
         return {row: result.get("answer", "no answer") for row, result in found}
 
     whole = ask(range(len(few)))
@@ -309,7 +313,7 @@ def test_an_answer_depends_on_its_row_alone(base, beams):
         assert ask(some) == {row: whole[row] for row in some}
     if beams == 1:
         assert len(set(whole.values())) > 25 and ask(range(40), seed=4) != whole
-        same = tables.answers(model, tokenizer, ["x"] * 8, Journal(None, JOB, 3), range(8))
+        same = table_answers.answers(model, tokenizer, ["x"] * 8, Journal(None, JOB, 3), range(8))
         assert len({result["answer"] for _, result in same}) > 1  # a draw of its own
 
 
@@ -318,37 +322,37 @@ def test_a_model_in_memory(base, tmp_path):
     model = glmlora.AutoModel.from_pretrained(base)
     tokenizer = glmlora.AutoTokenizer.from_pretrained(base)
     copy = shutil.copytree(base, tmp_path / "copy")
-    seen = [tables.describe_model(model, tokenizer)]
+    seen = [job.describe_model(model, tokenizer)]
     other = glmlora.AutoModel.from_pretrained(copy)
-    assert tables.describe_model(other, glmlora.AutoTokenizer.from_pretrained(copy)) == seen[0]
+    assert job.describe_model(other, glmlora.AutoTokenizer.from_pretrained(copy)) == seen[0]
     config = {"task_type": glmlora.TaskType.CAUSAL_LM, "r": 2}
     tuned = glmlora.get_peft_model(model, glmlora.LoraConfig(**config), seed=1)
-    seen.append(tables.describe_model(tuned, tokenizer))
+    seen.append(job.describe_model(tuned, tokenizer))
     moved = glmlora.get_peft_model(
         glmlora.AutoModel.from_pretrained(copy), glmlora.LoraConfig(**config), seed=1
     )
-    assert tables.describe_model(moved, tokenizer) == seen[1]
+    assert job.describe_model(moved, tokenizer) == seen[1]
     name = next(n for n in model.core.names() if "lora_B" in n)
     model.core.write(name, model.core.read(name) + 1)
-    seen.append(tables.describe_model(tuned, tokenizer))
+    seen.append(job.describe_model(tuned, tokenizer))
     for how in ({"lora_alpha": 9}, {"r": 4}):
         fresh = glmlora.AutoModel.from_pretrained(base)
         tuned = glmlora.get_peft_model(fresh, glmlora.LoraConfig(**{**config, **how}), seed=1)
-        seen.append(tables.describe_model(tuned, tokenizer))
-    seen.append(tables.describe_model(other.half(), tokenizer))
+        seen.append(job.describe_model(tuned, tokenizer))
+    seen.append(job.describe_model(other.half(), tokenizer))
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
-    keep(tmp_path / "o.journal", {0: 1}, tables.describe_job(seen[0], [{"t": "a"}], "{t}", {}))
+    keep(tmp_path / "o.journal", {0: 1}, job.describe_job(seen[0], [{"t": "a"}], "{t}", {}))
     with pytest.raises(ValueError, match=r"model differs \(weights\)"):
-        found(tmp_path / "o.journal", tables.describe_job(seen[1], [{"t": "a"}], "{t}", {}))
+        found(tmp_path / "o.journal", job.describe_job(seen[1], [{"t": "a"}], "{t}", {}))
 
 
 def test_a_cell_that_json_has_not(tmp_path):
     """Each of a long array's values counts, a date and NumPy's numbers do."""
     long = numpy.arange(5000.0)
     cells = [long, long + (long == 2500), numpy.int64(3), datetime.date(2026, 1, 2)]
-    jobs = [tables.describe_job({}, [{"t": cell}], "{t}", {}) for cell in cells]
+    jobs = [job.describe_job({}, [{"t": cell}], "{t}", {}) for cell in cells]
     assert all(a != b for i, a in enumerate(jobs) for b in jobs[:i])
-    assert tables.describe_job({}, [{"t": 3}], "{t}", {}) == jobs[2]
+    assert job.describe_job({}, [{"t": 3}], "{t}", {}) == jobs[2]
 
 
 def test_rows_of_any_table(tmp_path):
@@ -384,15 +388,15 @@ def test_a_row_that_fails_alone(base, monkeypatch):
                     raise FloatingPointError("layer 3 row 1")
             yield i, prompt.upper()
 
-    monkeypatch.setattr(tables, "chat_rows", rows)
+    monkeypatch.setattr(table_answers, "chat_rows", rows)
     kept = Journal(None, JOB, 3)
     prompts = ["a", "b", "c", "d", "bad", *"efghijklmnopqrstuv"]
-    found = dict(tables.answers(None, None, prompts, kept, range(len(prompts))))
+    found = dict(table_answers.answers(None, None, prompts, kept, range(len(prompts))))
     assert found.pop(4) == {"error": "layer 3 row 1"}
     assert found == {i: {"answer": p.upper()} for i, p in enumerate(prompts) if i != 4}
     assert asked == [23, *[1] * ROWS, 23 - 3 - ROWS]
     with pytest.raises(FloatingPointError):  # a model whose weights are not finite
-        list(tables.answers(None, None, ["bad"] * 20, kept, range(20)))
+        list(table_answers.answers(None, None, ["bad"] * 20, kept, range(20)))
 
 
 # The command
@@ -417,7 +421,7 @@ class Answers:
         self.asked, self.seeds, self.answers = [], [], answers
         monkeypatch.setattr(cli, "_load", lambda *a: (None, None))
         monkeypatch.setattr("glmlora.training.methods.unwrapped", lambda model: None)
-        monkeypatch.setattr(tables, "chat_rows", self.rows)
+        monkeypatch.setattr(table_answers, "chat_rows", self.rows)
 
     def rows(self, model, tokenizer, prompts, seeds, keep_errors, **sampling):
         self.asked.append(list(prompts))
@@ -451,7 +455,7 @@ def test_the_same_command_goes_on(place, capsys, monkeypatch):
     status, told = predict(capsys)
     assert status == 0 and "o.csv.journal: goes on after 3 of 6 rows" in told
     assert model.asked == [["t3", "t4", "t5"]]
-    assert model.seeds == [[tables.seed_of((first["seed"], row)) for row in (3, 4, 5)]]
+    assert model.seeds == [[table_answers.seed_of((first["seed"], row)) for row in (3, 4, 5)]]
     assert [row[1] for row in read("o.csv")] == ["label", *"010000"]
     assert sorted(os.listdir()) == ["in.csv", "o.csv"]
 
@@ -531,6 +535,27 @@ def test_odd_answers_have_a_column_of_their_own(place, capsys, monkeypatch):
     assert sorted(os.listdir()) == ["in.csv", "o.csv"]
 
 
+@pytest.mark.parametrize(
+    ("words", "odd", "text"),
+    [
+        (["--pattern", "[a-z]+(, [a-z]+)*"], "1248", "no match of '[a-z]+(, [a-z]+)*'"),
+        (["--pattern", "(?i).*B.*"], "2345678", "no match of '(?i).*B.*'"),
+        (["--between", "-3, 10"], "0134678", "no whole number from -3 to 10"),
+    ],
+)
+def test_answers_that_do_not_count(place, capsys, monkeypatch, words, odd, text):
+    lines = "".join(f"{i},t{i}\n" for i in range(9))
+    Path("in.csv").write_text("uuid,title\n" + lines)
+    given = ["a, b", "A, b", "10", "no", "10 of", "-3", "x", "one\ntwo", "11"]
+    if "--pattern" in words and odd == "1248":
+        given[5], given[7] = "c", "d, e"
+    Answers(monkeypatch, {f"t{i}": answer for i, answer in enumerate(given)})
+    status, told = predict(capsys, *words)
+    assert status == 1 and f"{len(odd)} of 9 answers are {text}, they stand in" in told
+    wanted = ["" if str(i) in odd else answer for i, answer in enumerate(given)]
+    assert read("o.csv")[1:] == [[str(i), wanted[i], given[i]] for i in range(9)]
+
+
 def test_bad_rows_stay_in_the_table(place, capsys, monkeypatch):
     Answers(monkeypatch, {"t1": ValueError("too long"), "t2": "1"})
     status, told = predict(capsys)
@@ -551,7 +576,7 @@ def test_no_row_has_an_answer(place, capsys, monkeypatch):
     Answers(monkeypatch, {f"t{i}": ValueError(f"too long {i}") for i in range(6)})
     status, told = predict(capsys)
     assert status == 1 and "ValueError: no row has an answer: too long 0" in told
-    assert told.count("row") == 1 + tables.TOLD
+    assert told.count("row") == 1 + table_answers.TOLD
     assert os.listdir() == ["in.csv"]
 
 
@@ -592,7 +617,7 @@ def test_an_output_without_room_is_known_first(place, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     Path("in.csv").write_text("uuid,title\n" + f"{'1' * 999},t\n" * 70)
-    monkeypatch.setattr(tables.os, "posix_fallocate", full)
+    monkeypatch.setattr(output.os, "posix_fallocate", full)
     model = Answers(monkeypatch, {})
     status, told = predict(capsys)
     assert status == 1 and "--output: cannot be written: No space left" in told
@@ -700,11 +725,22 @@ def test_a_table_from_python_goes_on(loaded, titles, monkeypatch):
         ({"labels": [0], "temperature": 1}, "temperature: has no effect with labels"),
         ({"labels": [0], "choices": [0]}, "choices: has no effect with labels"),
         ({"labels": ["a", "a"]}, "labels: 'a' is there twice"),
+        ({"labels": [0], "between": [0, 1]}, "between: has no effect with labels"),
+        ({"choices": []}, "choices: expected at least one answer"),
+        ({"choices": [0], "pattern": "0"}, "pattern: expected one of choices or pattern, got both"),
+        ({"pattern": "(0"}, r"pattern: '\(0' is no regular expression: missing \)"),
+        ({"pattern": 0}, "pattern: 0 is no regular expression"),
+        ({"between": [3, 1]}, r"between: expected the smallest and the largest .*got \[3, 1\]"),
+        ({"between": [0, 1.5]}, "between: expected the smallest"),
+        ({"between": [0, 1, 2]}, "between: expected the smallest"),
+        ({"between": "ab"}, "between: expected the smallest"),
         ({"table": []}, "table: the table has no rows"),
-        ({"answer_column": " "}, "answer-column: expected a name"),
+        ({"answer_column": " "}, "answer_column: expected a name"),
     ],
 )
 def test_what_a_table_from_python_refuses(loaded, titles, given, message):
     model, tokenizer = loaded
+    with pytest.raises(TypeError, match="predict_table: unknown argument 'choice'.*'choices'"):
+        model.predict_table(tokenizer, titles, "{title}", choice=[0])
     with pytest.raises(ValueError, match=message):
         model.predict_table(tokenizer, **{"table": titles, "template": "{title}", **given})

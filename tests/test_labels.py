@@ -11,10 +11,11 @@ from emulator import built, needs_compiler
 from tiny import tiny_model_dir, tiny_tokenizer_dir
 
 import glmlora
-from glmlora import cli, tables
+from glmlora import cli
 from glmlora.families.prompt import encode_target
 from glmlora.generation import generate, labels
 from glmlora.generation.chat import chat_family
+from glmlora.tables import answers as table_answers
 
 GOLDEN = SHARED / "golden"
 MODELS = ["chatglm2-tiny", "chatglm2-tiny-bin", "chatglm2-tiny-int8", "chatglm2-tiny-int4"]
@@ -301,7 +302,7 @@ def test_weighed_labels_go_on_from_the_journal(place, capsys, monkeypatch):
     whole = output.read_bytes()
     output.unlink()
     monkeypatch.setattr(labels, "AT_ONCE", 2)
-    asked, score = [], tables.score_rows
+    asked, score = [], table_answers.score_rows
 
     def stopped(model, tokenizer, queries, *args, **options):
         asked.append(len(queries))
@@ -310,7 +311,7 @@ def test_weighed_labels_go_on_from_the_journal(place, capsys, monkeypatch):
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(tables, "score_rows", stopped)
+    monkeypatch.setattr(table_answers, "score_rows", stopped)
     assert cli.main([*words, "--proba"]) == 130
     other = [word.replace("0,1", "0,1,2") for word in words]
     assert cli.main(other) == 1 and "settings" in capsys.readouterr().err
@@ -334,8 +335,8 @@ def test_a_row_that_cannot_be_weighed(place, capsys):
         (["--temperature", "0.5"], "--temperature: has no effect with --labels"),
         (["--top-p", "0.5"], "--top-p: has no effect with --labels"),
         (["--choices", "0,1"], "--choices: has no effect with --labels"),
-        (["--labels", "0,,1"], "--labels: expected answers separated by commas"),
-        (["--labels", "0,1,0"], "--labels: '0' is given twice"),
+        (["--labels", "0,,1"], "--labels[1]: expected an answer"),
+        (["--labels", "0,1,0"], "--labels: '0' is there twice"),
     ],
 )
 def test_flags_that_do_not_go_together(place, capsys, more, message):

@@ -117,25 +117,27 @@ def _tree(answers: Sequence[Sequence[int]]) -> Tree:
     return tree
 
 
-def check_labels(labels: Sequence[Any]) -> list[str]:
-    """The labels as texts. TypeError, ValueError naming what is none, empty or there twice."""
+def check_labels(labels: Sequence[Any], name: str = "labels") -> list[str]:
+    """The labels as texts. TypeError, ValueError naming what is none, empty or there twice; name:
+    what a message calls them.
+    """
     if isinstance(labels, str) or not isinstance(labels, Sequence | np.ndarray):
-        raise TypeError(f"labels: expected a list of answers, got {labels!r:.80}")
+        raise TypeError(f"{name}: expected a list of answers, got {labels!r:.80}")
     texts = []
     for number, label in enumerate(labels):
         if isinstance(label, float | np.floating) or label is None:
             raise TypeError(
-                f"labels[{number}]: expected text or a whole number, as the answers were trained, "
+                f"{name}[{number}]: expected text or a whole number, as the answers were trained, "
                 f"got {label!r}"
             )
         texts.append(str(label))
         if not texts[-1].strip():
-            raise ValueError(f"labels[{number}]: expected an answer, got {label!r}")
+            raise ValueError(f"{name}[{number}]: expected an answer, got {label!r}")
     if not texts:
-        raise ValueError("labels: expected at least one answer, got none")
+        raise ValueError(f"{name}: expected at least one answer, got none")
     twice = next((t for number, t in enumerate(texts) if t in texts[:number]), None)
     if twice is not None:
-        raise ValueError(f"labels: {twice!r} is there twice")
+        raise ValueError(f"{name}: {twice!r} is there twice")
     return texts
 
 

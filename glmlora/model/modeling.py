@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _core, seeds
-from .. import tables as _tables
 from ..batch import Batch, as_rows, check_ids, padded
 from ..files.checkpoint import save_sharded
 from ..files.hub import check_keywords
@@ -31,6 +30,7 @@ from ..generation import labels as _labels
 from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
 from ..progress import bar
+from ..tables import job as _job
 from ..tell import warn
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
@@ -762,7 +762,7 @@ class ChatGLMForConditionalGeneration(_Casts):
     batch_chat = _chat.batch_chat
     classify = _labels.classify
     features = _features.features
-    predict_table = _tables.predict_table
+    predict_table = _job.predict_table
     stream_chat = _chat.stream_chat
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ from ..files.owner import owned
 from ..generation.config import GenerationConfig
 from ..generation.labels import AT_ONCE, Classification, mean_of, queries_of
 from ..names import did_you_mean
-from ..tables import predict_table
+from ..tables.job import predict_table
 from .adapter import (
     Adapter,
     checked_merge,

@@ -1,0 +1,324 @@
+"""A question about each row of a table, as a job: every result is in a journal beside the output as
+soon as it is there, and the same call or command goes on from it; the output is written once all
+are there, and the journal goes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..files.journal import Journal, digest, digests
+from ..files.rows import table_rows
+from ..files.small import TOKENIZER
+from ..files.write import atomic_file
+from ..generation.config import BatchChatArguments, check_names, spelled_out
+from ..interrupts import ending_signals
+from ..progress import bar
+from ..seeds import next_seed
+from ..templates import check_template, columns_of, fill_template
+from .answers import TOLD, Asked, answer_columns, answers, ask, label_scores
+from .output import (
+    Output,
+    already_there,
+    check_place,
+    check_space,
+    journal_path,
+    plan_output,
+    table_text,
+)
+
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|index\.json)|((adapter_|generation_)?config|prompt_template)\.json"
+)
+_TOKENIZER = re.compile("|".join(map(re.escape, TOKENIZER)))
+_SAMPLE = 1 << 14  # values of a weight
+
+
+def describe_folders(model: str | os.PathLike, adapter: str | os.PathLike | None) -> dict[str, Any]:
+    """What answers depend on in the folders of a model and an adapter, before they are loaded."""
+    return {
+        "model": digests(model, _WEIGHTS),
+        "adapter": None if adapter is None else digests(adapter, _WEIGHTS),
+        "tokenizer": digests(model, _TOKENIZER),
+    }
+
+
+def describe_model(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The same of a model in memory, whatever it was loaded from or trained to since: its device
+    and types, and of each weight, adapters included, a sample of up to 16,384 values.
+    """
+    core = model.core
+    sums = {}
+    for name in sorted(core.names()):
+        values = core.read(name).reshape(-1)
+        sample = values[:: max(1, values.size // _SAMPLE)]
+        form = f"{core.dtype(name)} {core.shape(name)} "
+        sums[name] = digest(form.encode() + sample.tobytes())
+    configs = getattr(model, "peft_config", {})
+    adapters = {name: _fields_digest(config.to_dict()) for name, config in configs.items()}
+    return {
+        "model": {"weights": digest(json.dumps(sums).encode())},
+        "adapter": adapters | {"active": str(getattr(model, "active_adapter", None))},
+        "products": core.backend,
+        "prompts": {"family": str(tokenizer.family), "template": model.prompt_template},
+        "tokenizer": digests(tokenizer.name_or_path, _TOKENIZER),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """What JSON cannot hold: NumPy's values as Python's, all else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _fields_digest(fields: Mapping[str, Any]) -> str:
+    """Of an adapter's settings, without those of where it was trained."""
+    kept = {
+        n: v for n, v in fields.items() if n not in ("base_model_name_or_path", "inference_mode")
+    }
+    return digest(json.dumps(kept, sort_keys=True, default=str).encode())
+
+
+def describe_job(
+    model: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    template: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What answers depend on, for a `Journal`. model: as `describe_folders` or `describe_model`
+    give it; settings: told by name. The form of the output is none of it: one journal gives any.
+    """
+    table = json.dumps(rows, default=_plain).encode()
+    return {
+        **model,
+        "template": template,
+        "table": {"rows": len(rows), "content": digest(table)},
+        "settings": dict(settings),
+    }
+
+
+def open_journal(
+    output: str | None, job: Mapping[str, Any], rows: int, seed: int | None, overwrite: bool
+) -> Journal:
+    """The journal beside an output, new or gone on with, which is told; without an output one in
+    memory. seed: of sampling; None: a
+    drawn one, which the journal keeps. overwrite: begin anew where it is another job's. Raises as
+    `Journal`, and FileExistsError where an output is there and rows are missing.
+    """
+    seed = next_seed() if seed is None else seed
+    if output is None:
+        return Journal(None, job, seed)
+    journal = Journal(journal_path(output), job, seed, anew=overwrite)
+    if journal.missing(rows) and os.path.exists(output) and not overwrite:
+        with journal:
+            raise already_there(output)
+    if journal.replaced:
+        print(f"{journal.path}: {journal.replaced}; begun anew", file=sys.stderr)
+    elif journal.results:
+        have = len(journal.results)
+        print(f"{journal.path}: goes on after {have} of {rows} rows", file=sys.stderr)
+    return journal
+
+
+def run_job(
+    journal: Journal, rows: int, compute: Callable[[list[int]], Iterable[tuple[int, Any]]]
+) -> list[Any]:
+    """The results of `rows` rows, in their order: those in the journal, and those that `compute`
+    yields as (row, result JSON can hold), in any order, for the rows it is given, which are added
+    as they come. A progress bar on a terminal; what stops this is told where the results so far
+    are. RuntimeError for a row that has none in the end.
+    """
+    missing = journal.missing(rows)
+    count = {"total": rows, "initial": rows - len(missing)}
+    try:
+        if missing:
+            ready = compute(missing)  # a model that it loads is no time of rows
+            with bar(desc="predict", unit="row", disable=None, **count) as shown:
+                for row, result in ready:
+                    journal.add(row, result)
+                    shown.update()
+    except BaseException:
+        if journal.path is not None and journal.results:
+            print(
+                f"{len(journal.results)} of {rows} rows are kept in {journal.path}: the same job "
+                "goes on from there",
+                file=sys.stderr,
+            )
+        raise
+    if missing := journal.missing(rows):
+        raise RuntimeError(f"no result came for {len(missing)} rows, the first is {missing[0]}")
+    return [journal.results[row] for row in range(rows)]
+
+
+def predict_rows(
+    rows: Sequence[Mapping[str, Any]],
+    asked: Asked,
+    load: Callable[[], tuple[Any, Any]],
+    *,
+    output: Output | None,
+    describe: Callable[[], Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    seed: int | None,
+    overwrite: bool,
+) -> tuple[dict[str, list[Any]], bool]:
+    """(columns of answers by name, whether every row has one that counts) of what is asked; written
+    to `output` where there is one, beside which a journal keeps each row as it comes.
+
+    load: gives the model and its tokenizer, if a row is missing. describe, settings: the model, and
+    what else answers depend on, for the journal.
+    """
+    prompts = fill_template(asked.template, rows)
+    job: dict[str, Any] = {}
+    if output is not None:
+        check_space(output, rows)
+        chosen = {"labels": list(asked.labels)} if asked.labels else asked.sampling
+        settings = {**chosen, **settings}
+        job = describe_job(describe(), rows, asked.template, settings)
+
+    def compute(missing: list[int]) -> Iterator[tuple[int, Any]]:
+        model, tokenizer = load()
+        if asked.labels:
+            return label_scores(model, tokenizer, prompts, asked.labels, missing)
+        return answers(model, tokenizer, prompts, journal, missing, **asked.sampling)
+
+    path = None if output is None else output.path
+    with ending_signals(), open_journal(path, job, len(rows), seed, overwrite) as journal:
+        results = run_job(journal, len(rows), compute)
+        whole = True
+        if output is not None:
+            whole = write_answers(output, rows, results, asked, journal, overwrite)
+    return answer_columns(results, asked)[0], whole
+
+
+def write_answers(
+    output: Output,
+    rows: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    asked: Asked,
+    journal: Journal,
+    overwrite: bool,
+) -> bool:
+    """Write the table with the answers, and remove the journal; whether every row has one.
+
+    A row without an answer, or whose answer does not count, has the fallback; without one its
+    answer is empty, the model's own stands in `raw_column`, and the journal stays. All such rows
+    are counted and told. Raises ValueError where no row has an answer, FileExistsError where
+    another file stands under the output's name.
+    """
+    columns, bad, odd = answer_columns(results, asked)
+    if len(bad) == len(results):
+        journal.remove()
+        raise ValueError(f"no row has an answer: {bad[0]}")
+    output = replace(output, more=list(columns)[1:])
+    text = table_text(output, rows, *(map(_as_cell, column) for column in columns.values()))
+    if os.path.exists(output.path) and not overwrite:
+        with open(output.path, encoding="utf-8", newline="", errors="replace") as file:
+            if file.read() != text:  # else it was written, and the journal was not yet removed
+                raise already_there(output.path)
+    with atomic_file(output.path, "w") as file:
+        file.write(text)
+    fallback = asked.fallback
+    stands = "" if fallback is None else f", {fallback!r} stands for them"
+    if bad:
+        some = "; ".join(f"row {i}: {why}" for i, why in list(bad.items())[:TOLD])
+        print(f"{len(bad)} of {len(rows)} rows have no answer{stands}: {some}", file=sys.stderr)
+    if odd:
+        some = "; ".join(f"row {i}: {results[i]['answer']!r}" for i in odd[:TOLD])
+        where = stands or f", they stand in the column {output.more[0]!r}"
+        print(
+            f"{len(odd)} of {len(rows)} answers are {asked.allowed}{where}: {some}",
+            file=sys.stderr,
+        )
+    if (bad or odd) and fallback is None:
+        print(
+            f"{output.path}: {len(bad) + len(odd)} rows are without an answer; the same command "
+            f"with --overwrite --fallback ANSWER gives them that one, from {journal.path}",
+            file=sys.stderr,
+        )
+        return False
+    journal.remove()
+    return True
+
+
+def _as_cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.9g}"
+    return str(value)
+
+
+@spelled_out(BatchChatArguments)
+def predict_table(
+    model: Any,
+    tokenizer: Any,
+    table: Any,
+    template: str,
+    *,
+    labels: Sequence[Any] | None = None,
+    proba: bool = False,
+    choices: Sequence[Any] | None = None,
+    pattern: str | None = None,
+    between: Sequence[int] | None = None,
+    fallback: str | None = None,
+    answer_column: str = "label",
+    output: str | os.PathLike | None = None,
+    overwrite: bool = False,
+    seed: int | None = None,
+    **sampling: Any,
+) -> Any:
+    """The table with an answer for each row: a new DataFrame where it is one, else a list of dicts.
+
+    table: a DataFrame, a list of dicts, or the path of a csv, json or jsonl file. template: the
+    question, with `{column}` where a value stands. labels: the answers are weighed, the most
+    probable one is taken, as in `classify`, and with `proba` a column proba_LABEL holds each one's
+    probability; without labels the model writes its answers, as in `chat`, near to greedy
+    (temperature 0.01) unless `sampling` says otherwise.
+
+    choices: the only answers allowed; or pattern: a regular expression that a whole answer matches;
+    or between: the smallest and the largest whole number. A row without an answer, or with another
+    one, has `fallback`, or "" and its raw answer in a column of its own; both are told, and
+    counted.
+
+    output: a csv to write. Beside it every result is kept in a journal as soon as it is there: the
+    same call after an interruption goes on from it and gives the same answers. Errors as those of
+    `glmlora predict`, before the first row.
+    """
+    check_names(predict_table, sampling)
+    rows = table_rows(table, "table")
+    check_template(template, columns_of(rows), "the table")
+    asked = ask(
+        template,
+        labels=labels,
+        proba=proba,
+        choices=choices,
+        pattern=pattern,
+        between=between,
+        fallback=fallback,
+        answer_column=answer_column,
+        sampling=sampling,
+    )
+    planned = plan_output(output or "", columns_of(rows), None, [], answer_column, asked.more)
+    if output is not None:
+        check_place(output, overwrite, table if isinstance(table, str | os.PathLike) else "")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found, _ = predict_rows(
+        rows,
+        asked,
+        lambda: (base, tokenizer),
+        output=None if output is None else planned,
+        describe=lambda: describe_model(model, tokenizer),
+        settings={},
+        seed=seed,
+        overwrite=overwrite,
+    )
+    if hasattr(table, "assign"):
+        return table.assign(**found)
+    return [
+        {**row, **dict(zip(found, cells, strict=True))}
+        for row, cells in zip(rows, zip(*found.values(), strict=True), strict=True)
+    ]
