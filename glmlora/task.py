@@ -1,8 +1,9 @@
 """What an adapter was trained for, in its folder: `task.json`, and for people `README.md`.
 
-    {"base": null, "base_digest": null, "columns": ["title"], "folds": 0,
-     "instruction": "Medical? ", "labels": [0, 1], "max_source_length": 640, "method": "lora",
-     "quantization_bit": null, "scores": {}, "template": "{title}", "threshold": null}
+    {"base": null, "base_digest": null, "columns": ["title"], "depth": null,
+     "folds": 0, "instruction": "Medical? ", "labels": [0, 1], "max_source_length": 640,
+     "method": "lora", "quantization_bit": null, "scores": {}, "template": "{title}",
+     "threshold": null}
 
 Other programs do not look at the former; peft and model hubs read the head of the latter.
 """
@@ -42,8 +43,9 @@ class Task:
     labels from which on it is the answer; None: the likelier one. base: the model's directory, None
     for the one inside the package, "" where it is not known; base_digest: as `base_digest` has it.
     quantization_bit: its form while training. method: what was trained: lora, p_tuning, freeze,
-    full, or a key of `glmlora.classifier.METHODS`. folds: adapters in folders fold-0, fold-1, ..;
-    0: one, in the folder itself. scores: of rows held out while training.
+    full, or a key of `glmlora.classifier.METHODS`. depth: the layers that a head reads, None: all.
+    folds: adapters in folders fold-0, fold-1, ..; 0: one, in the folder itself. scores: of rows
+    held out while training.
     """
 
     base: str | None
@@ -56,6 +58,7 @@ class Task:
     quantization_bit: int | None = None
     folds: int = 0
     method: str = "lora"
+    depth: int | None = None
     base_digest: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
@@ -110,6 +113,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "quantization_bit": (int, type(None)),
     "folds": (int,),
     "method": (str,),
+    "depth": (int, type(None)),
     "base_digest": (str, type(None)),
     "scores": (dict,),
 }

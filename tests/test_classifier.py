@@ -396,6 +396,7 @@ def test_save_and_load(base, tmp_path, folds):
         "base": base,
         "base_digest": base_digest(base),
         "columns": ["title"],
+        "depth": None,
         "folds": folds,
         "instruction": "Judge: ",
         "labels": ["cells", "graph"],
