@@ -141,6 +141,7 @@ glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
 
 struct glm_adamw {
     double lr, beta1, beta2, eps, weight_decay, max_grad_norm;
+    double lora_B_ratio; /* of the rates of lora_B and of all else: LoRA+, Hayou et al. 2024 */
 };
 struct glm_progress {
     int64_t tokens, rows; /* labelled tokens and segments since zero_grad */

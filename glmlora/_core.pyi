@@ -308,9 +308,10 @@ class Model:
         eps: float,
         weight_decay: float,
         max_grad_norm: float,
+        lora_B_ratio: float = 1.0,
     ) -> float:
         """Clip (max_grad_norm 0 = off; factor max / (norm + 1e-6)), AdamW, zero_grad. Returns
-        the norm before clipping.
+        the norm before clipping. Weights lora_B have lora_B_ratio times the rate.
         Weight decay is not applied to biases and norm weights. Non-finite norm:
         FloatingPointError, nothing changed."""
     steps: int  # finished updates; settable, for resuming

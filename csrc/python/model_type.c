@@ -407,12 +407,14 @@ static PyObject *model_grad_norm(struct model_object *self, PyObject *Py_UNUSED(
 
 static PyObject *model_step(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"lr", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm", NULL};
+    static char *names[] = {"lr",           "beta1",         "beta2",        "eps",
+                            "weight_decay", "max_grad_norm", "lora_B_ratio", NULL};
     struct run run;
-    struct glm_adamw opt;
+    struct glm_adamw opt = {.lora_B_ratio = 1};
     double norm;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dddddd", names, &opt.lr, &opt.beta1, &opt.beta2,
-                                     &opt.eps, &opt.weight_decay, &opt.max_grad_norm))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dddddd|d", names, &opt.lr, &opt.beta1,
+                                     &opt.beta2, &opt.eps, &opt.weight_decay, &opt.max_grad_norm,
+                                     &opt.lora_B_ratio))
         return NULL;
     if (glm_run_begin(&run, self, GLM_WHOLE) < 0 ||
         glm_run_end(&run, glm_model_step(self->m, &opt, &norm, &run.err)) < 0)
