@@ -18,8 +18,8 @@ import numpy as np
 from ..files.hub import model_directory
 from ..files.rows import is_missing, table_rows
 from ..model.configuration import ChatGLMConfig
-from ..model.task import read_task
 from ..names import did_you_mean, listed
+from ..task import read_task
 from ..templates import check_template, columns_of, fill_template, places_of
 from ..tools.demo import ORDER
 from ..tools.project import tiny_directory
@@ -74,8 +74,7 @@ def inspect(
     """
     if adapter is not None:
         task = read_task(adapter)
-        own = task.instruction.replace("{", "{{").replace("}", "}}") + task.template
-        template = own if template is None else template
+        template = task.question if template is None else template
         tokenizer = (task.base or tiny_directory()) if tokenizer is None else tokenizer
         if max_source_length is None:
             max_source_length = task.max_source_length
