@@ -8,6 +8,8 @@ from pathlib import Path
 
 OTHERS = {  # vocabularies of other names, and what to say of them
     "ice_text.model": "ice_text.model is the vocabulary of ChatGLM-6B, which is not supported",
+    "tokenizer.json": "tokenizer.json is of the transformers layout, which is not supported: get "
+    "the model in its original layout (THUDM/glm-4-9b-chat, without -hf)",
 }
 TOKENIZER_FILES = (
     "tokenization_chatglm.py",
