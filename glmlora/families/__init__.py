@@ -5,14 +5,13 @@ A module of this folder that has a `FAMILY` is one; nothing else lists them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
 
 from ..names import did_you_mean
 from .family import Family as Family
+from .refused import refuse_others as refuse_others
 
 UNNAMED = "THUDM/chatglm-6b"  # the base of the original training script where none is named
 DEFAULT = "v2"  # where nothing tells; its text is also what the original training code writes
@@ -49,19 +48,3 @@ def choices() -> tuple[str, ...]:
 def default() -> Family:
     """The family of models that nothing tells apart from it."""
     return of(DEFAULT)
-
-
-def refuse_others(fields: Mapping[str, Any]) -> None:
-    """ValueError for a config.json of a model that is of none of the families."""
-    kind = fields.get("model_type")
-    if kind in ("glm", "glm4"):
-        raise ValueError(
-            f"model_type {kind!r} (the transformers layout of GLM-4) is not supported by this "
-            "release; ChatGLM2, ChatGLM3 and GLM-4-9B in their original layout are"
-        )
-    if kind != "chatglm":
-        raise ValueError(f"model_type {kind!r} is not supported by this release, only 'chatglm'")
-    if "inner_hidden_size" in fields or "position_encoding_2d" in fields:
-        raise ValueError(
-            "ChatGLM-6B (the first generation) is not supported by this release; ChatGLM2 and 3 are"
-        )

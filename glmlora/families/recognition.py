@@ -97,9 +97,8 @@ def find(
     return family.name
 
 
-def choices(known: Iterable[Family] | None = None) -> str:
-    """How one of the families is asked for; None: of those that have a tokenizer."""
-    known = with_tokenizer() if known is None else known
+def choices(known: Iterable[Family]) -> str:
+    """How one of the families is asked for."""
     return " or ".join(f'family="{family.name}"' for family in known)
 
 
