@@ -116,7 +116,7 @@ def test_no_code_of_the_directory_runs(directory):
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection"),
         ({"add_bias_linear": True}, "add_bias_linear"),
         ({"post_layer_norm": False}, "post_layer_norm"),
-        ({"model_type": "glm4"}, "glm4"),
+        ({"model_type": "glm4_moe"}, "glm4_moe"),
         ({"model_type": "llama"}, "llama"),
         ({"inner_hidden_size": 8}, "ChatGLM-6B"),
         ({"num_layers": 0}, "num_layers"),

@@ -116,7 +116,9 @@ class GLM(Family):
     def file_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         owns = {own: key for key, own in self.config_keys.items()}
         nested = _ROTARY if fields.get("rope_parameters") else ()
-        kept = {k: v for k, v in fields.items() if k not in (*_OTHERS, *nested, *owns)}
+        nulls = [k for k in ("quantization_group_size", "_name_or_path") if not fields.get(k)]
+        dropped = {*_OTHERS, *nested, *owns, *nulls}
+        kept = {k: v for k, v in fields.items() if k not in dropped}
         return {**kept, **{key: fields[own] for own, key in owns.items()}}
 
     def check_config(self, config: Any) -> None:
