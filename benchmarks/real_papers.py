@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import glmlora
-from glmlora.tools.demo import ORDER, paper_text, predict_labels
+from glmlora.tools.demo import ORDER, PAPER
 from glmlora.tools.project import tiny_directory
 
 COMMON = dict(
@@ -44,6 +44,19 @@ def read(path):
         return list(csv.DictReader(f))
 
 
+def predict_labels(model, tokenizer, rows):
+    """Labels of the papers, and how many answers were neither 0 nor 1 (taken as 0)."""
+    from tqdm.auto import tqdm
+
+    labels, odd = [], 0
+    for row in tqdm(rows, desc="predict", unit="paper"):
+        question = ORDER + PAPER.format(**row)
+        answer, _ = model.chat(tokenizer, question, history=[], temperature=0.01)
+        odd += answer not in ("0", "1")
+        labels.append(int(answer == "1"))
+    return labels, odd
+
+
 def tfidf(train, test):
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -55,7 +68,9 @@ def tfidf(train, test):
 
 
 def fine_tuned(method, train, test, base):
-    records = [{"instruction": ORDER, "input": paper_text(r), "output": r["label"]} for r in train]
+    records = [
+        {"instruction": ORDER, "input": PAPER.format(**r), "output": r["label"]} for r in train
+    ]
     with tempfile.TemporaryDirectory() as output:
         result = glmlora.train(str(base), records, output_dir=output, **COMMON, **METHODS[method])
         labels, odd = predict_labels(result.model, result.tokenizer, test)

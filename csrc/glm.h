@@ -132,6 +132,10 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
 /* logits (M, V) real, hidden (layers + 1, N, hidden) real or NULL; both on the host. */
 glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, void *logits,
                              void *hidden, struct glm_error *err);
+/* out (n, N, hidden) real on the host: what goes into the layers `layers`, ascending numbers;
+ * `arch.layers`: what comes out of the last. No layer runs that none of these needs. */
+glm_status glm_model_hidden_states(struct glm_model *m, const struct glm_input *in,
+                                   const int32_t *layers, int n, void *out, struct glm_error *err);
 /* losses (M) real on the host, of targets; no gradient, no dropout */
 glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void *losses,
                           struct glm_error *err);
@@ -143,6 +147,7 @@ glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
 
 struct glm_adamw {
     double lr, beta1, beta2, eps, weight_decay, max_grad_norm;
+    double lora_B_ratio; /* of the rates of lora_B and of all else: LoRA+, Hayou et al. 2024 */
 };
 struct glm_progress {
     int64_t tokens, rows; /* labelled tokens and segments since zero_grad */

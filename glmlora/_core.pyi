@@ -268,6 +268,12 @@ class Model:
         """Logits float32 (M, V) at flat indices `rows` (default: all tokens), and hidden states
         (L+1, N, H), before the final
         norm, or None. Dropout is off."""
+    def hidden_states(
+        self, ids: np.ndarray, lengths: np.ndarray, layers: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
+        """Float32 (len(layers), N, H): what goes into these layers, ascending numbers; L: what
+        comes out of the last, before the final norm. No layer runs that none of these needs.
+        Dropout is off."""
     def loss(
         self,
         ids: np.ndarray,
@@ -306,9 +312,10 @@ class Model:
         eps: float,
         weight_decay: float,
         max_grad_norm: float,
+        lora_B_ratio: float = 1.0,
     ) -> float:
         """Clip (max_grad_norm 0 = off; factor max / (norm + 1e-6)), AdamW, zero_grad. Returns
-        the norm before clipping.
+        the norm before clipping. Weights lora_B have lora_B_ratio times the rate.
         Weight decay is not applied to biases and norm weights. Non-finite norm:
         FloatingPointError, nothing changed."""
     steps: int  # finished updates; settable, for resuming

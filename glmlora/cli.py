@@ -331,7 +331,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """csv -> LoRA -> chat -> predictions -> submit.csv, with pictures."""
+    """csv -> a look at it -> LoRA -> probabilities -> submit.csv, with pictures."""
     from glmlora.tools.demo import run_demo
 
     return run_demo(args.directory)

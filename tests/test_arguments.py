@@ -474,6 +474,7 @@ NEEDS = [
     ("lora_alpha", 16, {"finetuning_type": "freeze"}, {}),
     ("lora_dropout", 0.0, {"finetuning_type": "p_tuning"}, {}),
     ("lora_target", "dense", {"checkpoint_dir": "a"}, {}),
+    ("loraplus_lr_ratio", 4, {"finetuning_type": "p_tuning"}, {}),
     ("pre_seq_len", 8, {"finetuning_type": "p_tuning", "checkpoint_dir": "a"},
      {"finetuning_type": "p_tuning"}),
     ("lora_rank", 4, {"checkpoint_dir": "a"},

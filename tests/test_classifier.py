@@ -394,6 +394,7 @@ def test_save_and_load(base, tmp_path, folds):
     assert task == {
         "base": base,
         "columns": ["title"],
+        "depth": None,
         "folds": folds,
         "instruction": "Judge: ",
         "labels": ["cells", "graph"],

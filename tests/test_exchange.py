@@ -213,6 +213,38 @@ def glm_names(state, config):
     return {n: torch.tensor(np.ascontiguousarray(a, np.float32)) for n, a in out.items()}
 
 
+def test_lora_plus_as_peft_has_it(reference, directory, tmp_path):
+    """Three updates by peft's optimiser and by ours from the same adapter: the same weights."""
+    peft = pytest.importorskip("peft")
+    from peft.optimizers import create_loraplus_optimizer
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False)
+    model = get_peft_model(load(directory), config, seed=1)
+    model.save_pretrained(tmp_path / "a")
+    other = peft.PeftModel.from_pretrained(
+        reference.load(directory), str(tmp_path / "a"), is_trainable=True
+    )
+    settings = {"lr": 1e-3, "loraplus_lr_ratio": 16}
+    their_step = create_loraplus_optimizer(
+        other, torch.optim.AdamW, loraplus_weight_decay=0.1, **settings
+    )
+    our_step = glmlora.AdamW(model, weight_decay=0.1, **settings)
+    tensors = {n: torch.tensor(v) for n, v in batch().items()}
+    for _ in range(3):
+        logits = other.get_base_model()(tensors["input_ids"]).logits[:, :-1]
+        labels = tensors["labels"][:, 1:]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        their_step.step()
+        their_step.zero_grad()
+        model.backward(**batch())
+        our_step.step()
+    found = model.state_dict()
+    for n, value in other.named_parameters():
+        if ".lora_" in n:
+            same = found[n.replace(".default", "")]
+            assert np.abs(same - value.detach().numpy()).max() < 1e-4, n
+
+
 def test_a_merged_directory_loads_in_transformers(directory, tmp_path):
     transformers = pytest.importorskip("transformers")
     adapter = LoraConfig(r=4, lora_alpha=16, target_modules=list(Family.linears))

@@ -527,6 +527,23 @@ def test_one_step_of_adamw(model):
         assert np.abs(after[n] - want).max() < 2e-5, n
 
 
+@pytest.mark.parametrize("ratio", [1, 16])
+def test_lora_plus(model, ratio):
+    """LoRA+ (Hayou et al. 2024): B has `ratio` times A's rate."""
+    x, mask, labels = left_padded([5, 8])
+    config = glmlora.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    peft = glmlora.get_peft_model(model, config, seed=1)
+    before = {n: model.core.read(n) for n in peft.trainable_names}
+    peft.backward(x, mask, labels)
+    gradients = {n: model.core.read(n, "grad").astype(np.float64) for n in before}
+    glmlora.AdamW(peft, lr=0.01, weight_decay=0.1, loraplus_lr_ratio=ratio).step()
+    assert len({n.split(".lora_")[0] for n in before}) == len(before) / 2 == 8
+    for n, g in gradients.items():
+        lr = 0.01 * ratio if n.endswith(".lora_B.weight") else 0.01
+        want = before[n] * (1 - lr * 0.1) - lr * g / (np.abs(g) + 1e-8)
+        assert np.abs(model.core.read(n) - want).max() < 2e-5, n
+
+
 def test_dropout_only_in_train_mode(model, directory):
     x, mask, labels = left_padded([9, 4])
     config = glmlora.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, init_lora_weights=False)

@@ -92,7 +92,7 @@ def test_responses_as_published(shared):
         assert chatglm2.process_response(case["in"]) == case["out"]
     for case in load(shared, "golden/tokenizer-chatglm2/golden-chatglm3.json")["process_response"]:
         given_history = json.loads(json.dumps(case["history"]))
-        answer, history = chatglm3.process_response(case["in"], given_history)
+        answer, history = chatglm3.FAMILY.answer(case["in"], given_history)
         assert answer == case["content"]
         assert history == case["history"] + case["new_history"]
         assert given_history == case["history"]
@@ -251,7 +251,7 @@ TOOLS = [{"role": "system", "content": "s", "tools": [{"name": "f"}]}]
 )
 def test_tool_calls_are_read_never_run(code, parameters):
     content = f"```python\n{code}\n```"
-    answer, history = chatglm3.process_response(f"f\n{content}", TOOLS)
+    answer, history = chatglm3.FAMILY.answer(f"f\n{content}", TOOLS)
     assert history[-1] == {"role": "assistant", "metadata": "f", "content": content}
     if parameters == "refused":
         assert answer == {"name": "f", "content": content}
@@ -270,8 +270,8 @@ def test_tool_calls_are_read_never_run(code, parameters):
 
 
 def test_response_without_tools():
-    assert chatglm3.process_response("run\ncode", [])[0] == {"name": "run", "content": "code"}
-    answer, history = chatglm3.process_response(" \n hi ", [])
+    assert chatglm3.FAMILY.answer("run\ncode", [])[0] == {"name": "run", "content": "code"}
+    answer, history = chatglm3.FAMILY.answer(" \n hi ", [])
     assert answer == "hi" and history == [{"role": "assistant", "metadata": "", "content": "hi"}]
 
 

@@ -551,7 +551,9 @@ def test_from_pretrained_errors(tiny_dir, tmp_path, monkeypatch):
         load(tmp_path)
     with pytest.raises(TypeError, match="bogus"):
         load(tiny_dir, bogus=1)
-    with pytest.raises(ValueError, match="family.*g4"):
+    with pytest.raises(ValueError, match="family: expected v2 or v3 or g4.*'v9'"):
+        load(tiny_dir, family="v9")
+    with pytest.raises(ValueError, match=r"line \d+: expected a new token in base64"):
         load(tiny_dir, family="g4")
     with pytest.raises(ValueError, match="padding_side"):
         load(tiny_dir, padding_side="right")
@@ -562,7 +564,7 @@ def test_from_pretrained_errors(tiny_dir, tmp_path, monkeypatch):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1018370\n", "git-lfs"),
         (b"", "empty"),
         (b"not a model", "not a SentencePiece model"),
-        (b"IQ== 0\nIg== 1\n", "GLM-4"),
+        (b"IQ== 0\nIg== 1\n", "no token of the byte 0x00"),
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=match):
@@ -590,7 +592,7 @@ def test_ctrl_c_ends_the_encoding_of_a_long_text(tiny, monkeypatch):
         assert begun.wait(60)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(tiny, "_sp", Slow())
+    monkeypatch.setattr(tiny._vocabulary, "_sp", Slow())
     threading.Thread(target=interrupt).start()
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -601,6 +603,6 @@ def test_ctrl_c_ends_the_encoding_of_a_long_text(tiny, monkeypatch):
 
 def test_a_long_text_has_the_ids_of_its_library(tiny):
     text = "We measure cells. " * 10_000
-    assert tiny.text_ids(text) == tiny._sp.encode_as_ids(text)
+    assert tiny.text_ids(text) == tiny._vocabulary._sp.encode_as_ids(text)
     with pytest.raises(ZeroDivisionError):
         interruptible(lambda: 1 / 0)

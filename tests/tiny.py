@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from base64 import b64encode
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +131,80 @@ def tiny_model_dir(tmp: Path, seed: int = 0, dtype: str = "F32", **overrides: An
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_safetensors(directory / "model.safetensors", weights)
     return directory
+
+
+def tiny_byte_pairs_dir(directory: str | Path, merges: int = 120) -> Path:
+    """Write a small `tokenizer.model` of GLM-4's kind (256 bytes and `merges` pairs, most frequent
+    first) and its tokenizer_config.json into `directory` and return it. The same bytes on every
+    call.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    words = Counter(word for s in SENTENCES for word in re.findall(r" ?[^\W\d]+|\d| ?[^\w\s]+", s))
+    split = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
+    tokens = [bytes([b]) for b in range(256)]
+    for _ in range(merges):
+        pairs = Counter()
+        for word, n in split.items():
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += n
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        tokens.append(b"".join(best))
+        split = {_merged(word, best): n for word, n in split.items()}
+    lines = [f"{b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    (directory / "tokenizer.model").write_text("".join(lines))
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {
+        str(len(tokens) + i): {"content": token, **flags, "special": True}
+        for i, token in enumerate(GLM4_TOKENS)
+    }
+    config = {
+        "added_tokens_decoder": added,
+        "additional_special_tokens": GLM4_TOKENS,
+        "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]},
+        "clean_up_tokenization_spaces": False,
+        "do_lower_case": False,
+        "eos_token": "<|endoftext|>",
+        "model_max_length": 128000,
+        "pad_token": "<|endoftext|>",
+        "padding_side": "left",
+        "remove_space": False,
+        "tokenizer_class": "ChatGLM4Tokenizer",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+GLM4_TOKENS = [
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
+]
+
+
+def _merged(word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> tuple[bytes, ...]:
+    new: list[bytes] = []
+    for token in word:
+        if new and (new[-1], token) == pair:
+            new[-1] += token
+        else:
+            new.append(token)
+    return tuple(new)
+
+
+def tiny_glm4_dir(tmp: Path, seed: int = 0, merges: int = 120, **overrides: Any) -> Path:
+    """A directory as `tiny_model_dir` writes it, of a tiny random GLM-4-9B with its tokenizer."""
+    end = 256 + merges
+    own = {
+        "_name_or_path": "THUDM/glm-4-9b-chat",
+        "architectures": ["ChatGLMModel"],
+        "layernorm_epsilon": 1.5625e-07,
+        "rope_ratio": 500,
+        "eos_token_id": [end, end + 7, end + 9],
+        "pad_token_id": end,
+        "padded_vocab_size": 400,
+        "seq_length": 512,
+        "tie_word_embeddings": False,
+    }
+    directory = tiny_model_dir(tmp, seed, **{**own, **overrides})
+    return tiny_byte_pairs_dir(directory, merges)

@@ -249,23 +249,39 @@ glm_status glm_model_grad_norm(struct glm_model *m, double *norm, struct glm_err
                     m->progress.steps + 1);
 }
 
+/* AdamW over n elements of the block from `from` on. */
+static void update(struct glm_model *m, const struct glm_adamw *opt, size_t from, size_t n,
+                   double lr, double gscale)
+{
+    const size_t part = m->block_size * m->be->real_size;
+    char *at = m->block + from * m->be->real_size;
+    const double decay = from < m->decaying ? opt->weight_decay : 0; /* no biases, norm weights */
+    if (n)
+        m->be->ops->adamw(m->be->cx, at, at + part, at + 2 * part, at + 3 * part, n, lr, opt->beta1,
+                          opt->beta2, opt->eps, decay, m->progress.steps + 1, gscale);
+}
+
+static int is_lora_B(const struct glm_model *m, const struct glm_weight *w)
+{
+    return w->kind == GLM_LORA && (w - m->weights - m->n_base) % 2; /* slots are A, B, A, .. */
+}
+
 glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, double *norm,
                           struct glm_error *err)
 {
-    struct glm_backend *be = m->be;
-    const size_t size = be->real_size;
     GLM_TRY(glm_model_grad_norm(m, norm, err));
     double gscale = 1.0 / (double)m->progress.tokens;
     if (opt->max_grad_norm > 0 && opt->max_grad_norm / (*norm + 1e-6) < 1)
         gscale *= opt->max_grad_norm / (*norm + 1e-6);
-    const size_t bounds[] = {0, m->decaying, m->block_size};
-    for (int part = 0; part < 2; part++) { /* biases and norm weights do not decay */
-        char *at = m->block + bounds[part] * size;
-        const size_t n = bounds[part + 1] - bounds[part];
-        if (n)
-            be->ops->adamw(be->cx, at, at + m->block_size * size, at + 2 * m->block_size * size,
-                           at + 3 * m->block_size * size, n, opt->lr, opt->beta1, opt->beta2,
-                           opt->eps, part ? 0 : opt->weight_decay, m->progress.steps + 1, gscale);
+    if (opt->lora_B_ratio == 1) {
+        update(m, opt, 0, m->decaying, opt->lr, gscale);
+        update(m, opt, m->decaying, m->block_size - m->decaying, opt->lr, gscale);
+    } else {
+        for (int i = 0; i < m->n_trainable; i++) {
+            const struct glm_weight *w = &m->weights[m->trainable[i]];
+            const double ratio = is_lora_B(m, w) ? opt->lora_B_ratio : 1;
+            update(m, opt, w->offset, glm_count(w), opt->lr * ratio, gscale);
+        }
     }
     m->progress.steps++;
     m->version++;

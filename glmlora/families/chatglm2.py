@@ -69,6 +69,7 @@ class ChatGLM2(Family):
     name, alias, title = "v2", "chatglm2", "ChatGLM2"
     named = re.compile(r"chatglm[-_ ]?2(?!\d)|codegeex[-_ ]?2(?!\d)")
     checkpoint = "THUDM/chatglm2-6b"
+    base = re.compile(r"codegeex2-6b(-int[48])?")
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
     template_mark = "[Round"
     takes_role = False
@@ -99,7 +100,9 @@ class ChatGLM2(Family):
         text = messages_as_rounds(messages, add_generation_prompt)
         return tokenizer.get_prefix_tokens() + tokenizer.text_ids(text)
 
-    def template_text(self, messages: Any, add_generation_prompt: bool) -> str:
+    def template_text(
+        self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
+    ) -> str:
         return messages_as_rounds(messages, add_generation_prompt)
 
     def asked(self, query: str, history: Any, role: str | None) -> list[Any]:

@@ -7,72 +7,17 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .family import Family, Tokenizer
-from .messages import TRAINING_TIME, check_messages, check_role, fit, rounds_to_drop
+from .messages import ROLES, TRAINING_TIME, check_messages, check_role, fit, rounds_to_drop
 from .vocabulary import TOKENIZER_FILES, has_text
 
-ROLE_TOKEN = re.compile(r"<\|(?:system|user|assistant|observation)\|>")
+ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
+ROLE_TOKEN = re.compile("|".join(map(re.escape, ROLE_TOKENS)))
 TOOL_CALL_MAX = 1 << 16  # characters of a tool call that are parsed
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    content = str(message["content"])
-    if message["role"] == "system" and "tools" in message:
-        content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
-    return content
-
-
-def message_ids(tokenizer: Tokenizer, role: str, metadata: str, content: str) -> list[int]:
-    """Ids of one message: role id, metadata with its newline, content, encoded separately.
-
-    Role markers inside the texts stay plain text.
-    """
-    check_role(role)
-    header = tokenizer.text_ids(f"{metadata}\n")
-    return [tokenizer.get_command(f"<|{role}|>"), *header, *tokenizer.text_ids(content)]
-
-
-def _messages_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    ids: list[int] = []
-    for message in messages:
-        metadata = message.get("metadata") or ""
-        ids += message_ids(tokenizer, message["role"], metadata, _content(message))
-    return ids
-
-
-def process_response(
-    output: str, history: Sequence[Mapping[str, Any]]
-) -> tuple[str | dict[str, Any], list[dict[str, Any]]]:
-    """The answer and the history with it: a deep copy, the caller's list stays as it is.
-
-    output: decoded text with role markers, end id removed. The answer is a string; or, where the
-    model names a tool, {"name", "parameters"} if the history starts with a system message with
-    `tools` and the text is one `tool_call(name=literal, ...)`; else {"name", "content"}.
-    """
-    history = copy.deepcopy(list(history))
-    answer: str | dict[str, Any] = ""
-    for part in output.split("<|assistant|>"):
-        metadata, newline, content = part.partition("\n")
-        if not newline:
-            metadata, content = "", part
-        name = metadata.strip()
-        if not name:
-            content = content.strip()
-            history.append({"role": "assistant", "metadata": "", "content": content})
-            answer = content.replace(*TRAINING_TIME)
-            continue
-        has_tools = history and history[0].get("role") == "system" and "tools" in history[0]
-        history.append({"role": "assistant", "metadata": metadata, "content": content})
-        parameters = _tool_call(content) if has_tools else None
-        if parameters is None:
-            answer = {"name": name, "content": content}
-        else:
-            answer = {"name": name, "parameters": parameters}
-    return answer, history
 
 
 def _tool_call(content: str) -> dict[str, Any] | None:
@@ -100,13 +45,13 @@ class ChatGLM3(Family):
     name, alias, title = "v3", "chatglm3", "ChatGLM3"
     named = re.compile(r"chatglm[-_ ]?3(?!\d)")
     checkpoint = "THUDM/chatglm3-6b"
-    special_tokens = (
-        *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
-        *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
-    )
+    base = re.compile(r"chatglm3-6b-base")
+    special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *ROLE_TOKENS)
+    in_texts = ("[gMASK]", *ROLE_TOKENS)
     template_mark = "<|assistant|>"
     role_tokens = shows_special_tokens = True
     end_tokens = ("<|user|>", "<|observation|>")
+    before_content = " "  # in the template's text: the dummy space of a content encoded apart
 
     def in_directory(self, directory: Path) -> bool:
         return has_text(directory, TOKENIZER_FILES, b"<|assistant|>")
@@ -114,40 +59,101 @@ class ChatGLM3(Family):
     def in_tokenizer(self, config: Mapping[str, Any]) -> bool:
         return ROLE_TOKEN.search(repr(config)) is not None
 
-    def chat_ids(self, tokenizer: Tokenizer, query: str, history: Any, role: str) -> list[int]:
-        past = _messages_ids(tokenizer, check_messages(history))
-        return tokenizer.get_prefix_tokens() + past + self.stream_ids(tokenizer, query, 1, role)
+    # Messages
 
-    def stream_ids(self, tokenizer: Tokenizer, query: str, number: int, role: str) -> list[int]:
-        ids = message_ids(tokenizer, role, "", str(query))
-        return [*ids, tokenizer.get_command("<|assistant|>")]
+    def check(self, messages: Any, name: str = "history") -> list[dict[str, Any]]:
+        """See `check_messages`."""
+        return check_messages(messages, name)
+
+    def parts(
+        self, tokenizer: Tokenizer, message: Mapping[str, Any]
+    ) -> Iterator[tuple[str, str, str]]:
+        """(role, metadata, content) of what a message is in a prompt."""
+        content = str(message["content"])
+        if message["role"] == "system" and "tools" in message:
+            content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+        yield message["role"], message.get("metadata") or "", content
+
+    def messages_ids(
+        self, tokenizer: Tokenizer, messages: Iterable[Mapping[str, Any]]
+    ) -> list[int]:
+        """Ids of messages that are checked."""
+        parts = (part for message in messages for part in self.parts(tokenizer, message))
+        return [i for part in parts for i in self.message_ids(tokenizer, *part)]
 
     def message_ids(
         self, tokenizer: Tokenizer, role: str, metadata: str, content: str
     ) -> list[int]:
-        return message_ids(tokenizer, role, metadata, content)
+        """Role id, metadata with its newline, content, encoded separately. Role markers inside the
+        texts stay plain text.
+        """
+        check_role(role)
+        header = tokenizer.text_ids(f"{metadata}\n")
+        return [tokenizer.get_command(f"<|{role}|>"), *header, *tokenizer.text_ids(content)]
+
+    def chat_ids(self, tokenizer: Tokenizer, query: str, history: Any, role: str) -> list[int]:
+        past = self.messages_ids(tokenizer, self.check(history))
+        return tokenizer.get_prefix_tokens() + past + self.stream_ids(tokenizer, query, 1, role)
+
+    def stream_ids(self, tokenizer: Tokenizer, query: str, number: int, role: str) -> list[int]:
+        check_role(role)
+        ids = self.messages_ids(tokenizer, [{"role": role, "content": query}])
+        return [*ids, tokenizer.get_command("<|assistant|>")]
 
     def template_ids(
         self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
     ) -> list[int]:
-        ids = _messages_ids(tokenizer, check_messages(messages, "messages"))
+        ids = self.messages_ids(tokenizer, self.check(messages, "messages"))
         if add_generation_prompt:
             ids.append(tokenizer.get_command("<|assistant|>"))
         return tokenizer.get_prefix_tokens() + ids
 
-    def template_text(self, messages: Any, add_generation_prompt: bool) -> str:
+    def template_text(
+        self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
+    ) -> str:
         """The published template's text."""
-        parts = ["[gMASK]sop"]
-        for message in check_messages(messages, "messages"):
-            metadata = message.get("metadata") or ""
-            parts.append(f"<|{message['role']}|>{metadata}\n {_content(message)}")
-        return "".join(parts) + ("<|assistant|>" if add_generation_prompt else "")
+        text = "".join(self.prefix_tokens)
+        for message in self.check(messages, "messages"):
+            for role, metadata, content in self.parts(tokenizer, message):
+                text += f"<|{role}|>{metadata}\n{self.before_content}{content}"
+        return text + ("<|assistant|>" if add_generation_prompt else "")
+
+    # Answers
 
     def asked(self, query: str, history: Any, role: str | None) -> list[Any]:
         return [*copy.deepcopy(list(history or [])), {"role": role, "content": query}]
 
     def answer(self, text: str, asked: list[Any]) -> tuple[Any, list[Any]]:
-        return process_response(text, asked)
+        """The answer is a string; or, where the model names a tool, {"name", "parameters"} if the
+        history starts with a system message with `tools` and the call can be read; else {"name",
+        "content"}. The history is a deep copy.
+        """
+        history = copy.deepcopy(list(asked))
+        answer: str | dict[str, Any] = ""
+        for part in text.split("<|assistant|>"):
+            metadata, newline, content = part.partition("\n")
+            if not newline:
+                metadata, content = "", part
+            name = metadata.strip()
+            if not name:
+                content = content.strip()
+                history.append({"role": "assistant", "metadata": "", "content": content})
+                answer = content.replace(*TRAINING_TIME)
+                continue
+            has_tools = history and history[0].get("role") == "system" and "tools" in history[0]
+            history.append({"role": "assistant", "metadata": metadata, "content": content})
+            parameters = self.tool_parameters(content) if has_tools else None
+            if parameters is None:
+                answer = {"name": name, "content": content}
+            else:
+                answer = {"name": name, "parameters": parameters}
+        return answer, history
+
+    def tool_parameters(self, content: str) -> dict[str, Any] | None:
+        """Arguments of the call of a tool; None where they cannot be read."""
+        return _tool_call(content)
+
+    # Training
 
     def source_ids(
         self,
@@ -161,11 +167,12 @@ class ChatGLM3(Family):
     ) -> tuple[list[int], bool]:
         def frame(dropped: int) -> list[int]:
             """Everything but the query's own text, up to where that text goes."""
-            ids = message_ids(tokenizer, "system", "", system) if system else []
+            said = [("system", system)] if system else []
             for i, (q, a) in enumerate(rounds[dropped:]):
-                ids += message_ids(tokenizer, "user", "", first + q if i == 0 else q)
-                ids += message_ids(tokenizer, "assistant", "", a)
-            return ids + message_ids(tokenizer, "user", "", "")
+                said += [("user", first + q if i == 0 else q), ("assistant", a)]
+            messages = [{"role": role, "content": content} for role, content in said]
+            ids = self.messages_ids(tokenizer, messages)
+            return ids + self.message_ids(tokenizer, "user", "", "")
 
         def before(dropped: int) -> str:
             return first if dropped == len(rounds) else ""

@@ -19,6 +19,9 @@ class Tokenizer(Protocol):
     eos_token_id: int
     dummy_space_id: int | None
 
+    @property
+    def chat_template(self) -> str | None: ...
+
     def get_command(self, token: str) -> int: ...
     def get_prefix_tokens(self) -> list[int]: ...
     def text_ids(self, text: str) -> list[int]: ...
@@ -35,6 +38,7 @@ class Family:
     title: str  # what messages call it
     named: re.Pattern[str]  # finds it in the lower-case name of a model
     checkpoint: str  # a published model of it
+    base: re.Pattern[str] | None = None  # whole lower-case names of models that only continue texts
 
     # The layout of config.json, which its model_type names. config_keys: of its keys those that
     # this package calls otherwise, with its own word. ties_head: the output layer may be the
@@ -64,13 +68,19 @@ class Family:
     linears: tuple[str, ...] = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     targets: tuple[str, ...] = ("query_key_value",)
 
-    # Tokens. special_tokens: the names behind the vocabulary's pieces, in order; None: this release
-    # has no tokenizer of the family.
+    # Tokens. special_tokens: the names behind the vocabulary, in order; None: this release has no
+    # tokenizer of the family.
     special_tokens: tuple[str, ...] | None = None
+    byte_pairs = False  # tokenizer.model has base64 and rank per line, else it is SentencePiece's
+    named_tokens: Mapping[str, str] = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}
+    prefix_tokens: tuple[str, ...] = ("[gMASK]", "sop")  # in front of every prompt
+    in_texts: tuple[str, ...] = ()  # those that texts may name where that is asked for; (): all
+    tokenizer_class = "ChatGLMTokenizer"  # what the published files call it
     role_tokens = False  # <|user|> and the like are among them, and texts may be encoded with them
     shows_special_tokens = False  # decoding writes their names
     end_tokens: tuple[str, ...] = ()  # end an answer as the end id does
     template_mark = ""  # stands in every chat template (of tokenizer_config.json) of this form
+    template_marks: tuple[str, ...] = ()  # stand, all of them, in one that `template_text` equals
     takes_role = True  # chat(query, history, role, ..) rather than chat(query, history, ..)
 
     # Which family it is
@@ -163,7 +173,9 @@ class Family:
         """Ids of a list of role messages, `[gMASK] sop` in front."""
         raise NotImplementedError
 
-    def template_text(self, messages: Any, add_generation_prompt: bool) -> str:
+    def template_text(
+        self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
+    ) -> str:
         """The text of `template_ids`."""
         raise NotImplementedError
 
@@ -185,6 +197,10 @@ class Family:
         raise NotImplementedError
 
     # Training
+
+    def end_id(self, tokenizer: Tokenizer) -> int:
+        """The id that ends a record's answer."""
+        return int(tokenizer.eos_token_id)
 
     def source_ids(
         self,

@@ -39,8 +39,12 @@ def check_rounds(history: Any) -> list[tuple[str, str]]:
     return rounds
 
 
-def check_messages(history: Any, name: str = "history") -> list[dict[str, Any]]:
-    """A list of role messages, checked; None is []. ValueError naming a malformed item."""
+def check_messages(
+    history: Any, name: str = "history", with_tools: Sequence[str] = ("system",)
+) -> list[dict[str, Any]]:
+    """A list of role messages, checked; None is []. with_tools: roles whose messages may have them.
+    ValueError naming a malformed item.
+    """
     if history is None:
         return []
     if isinstance(history, str | Mapping) or not isinstance(history, Sequence):
@@ -58,7 +62,7 @@ def check_messages(history: Any, name: str = "history") -> list[dict[str, Any]]:
             kind = type(content).__name__
             raise ValueError(f"{name}[{i}]: content: expected text, got a {kind}")
         unused = [k for k, v in item.items() if k not in _MESSAGE and v not in (None, "", [], {})]
-        if item["role"] != "system" and item.get("tools"):
+        if item["role"] not in with_tools and item.get("tools"):
             unused.append("tools, which a system message holds,")
         if unused:
             left_out = " and ".join(map(str, unused))

@@ -82,7 +82,7 @@ def encode_target(
     if max_target_length < 1:
         raise ValueError(f"max_target_length: expected at least 1, got {max_target_length}")
     ids = _answer_ids(tokenizer, response, template)
-    return ids[: max_target_length - 1] + [tokenizer.eos_token_id]
+    return ids[: max_target_length - 1] + [_writer(tokenizer, template).end_id(tokenizer)]
 
 
 def encode_label(

@@ -6,12 +6,13 @@ have to tell.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..tell import warn
+from ..tell import once, warn
 from . import all_families, default, of, of_layout, refuse_others, with_tokenizer
 from .family import Family
 
@@ -105,13 +106,15 @@ def _of_its_layout(fields: Mapping[str, Any]) -> Family | None:
     return families[0] if len(families) == 1 else None
 
 
-def choices() -> str:
-    """How a family that has a tokenizer is asked for."""
-    return " or ".join(f'family="{family.name}"' for family in with_tokenizer())
+def choices(known: Iterable[Family] | None = None) -> str:
+    """How one of the families is asked for; None: of those that have a tokenizer."""
+    known = with_tokenizer() if known is None else known
+    return " or ".join(f'family="{family.name}"' for family in known)
 
 
 def _tell_guess(fields: Mapping[str, Any], directory: Path) -> None:
-    family, known = default(), with_tokenizer()
+    family = default()
+    known = [f for f in with_tokenizer() if f.byte_pairs == family.byte_pairs]
     others = " and ".join(f.title for f in known if f is not family)
     ratio = fields.get("rope_ratio") or 1
     meaning = ""
@@ -123,8 +126,20 @@ def _tell_guess(fields: Mapping[str, Any], directory: Path) -> None:
     warn(
         f"{directory}: taken as {family.title}, which is a guess: no name of a published model and "
         f"nothing in its files tells it from {others}, whose prompts are others.{meaning} Say "
-        f"{choices()} when it is opened"
+        f"{choices(known)} when it is opened"
     )
+
+
+def tell_base(family: str, *names: Any) -> None:
+    """A warning, once, where a model's own name is that of one that only continues texts."""
+    pattern = of(family).base
+    for name in names:
+        own = own_part(os.fspath(name)) if isinstance(name, str | os.PathLike) else ""
+        if pattern is not None and pattern.fullmatch(own.lower()):
+            once(
+                f"{own} is a base model, which continues texts: it has not learnt to answer in "
+                "chats, unless somebody trained it to; model.generate gives the continuation"
+            )
 
 
 def tells(fields: Mapping[str, Any], family: str) -> bool:

@@ -6,10 +6,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-TIKTOKEN = (
-    "is a GLM-4 vocabulary (base64 and rank per line); this release has the tokenizers of "
-    "ChatGLM2 and ChatGLM3"
-)
 OTHERS = {  # vocabularies of other names, and what to say of them
     "ice_text.model": "ice_text.model is the vocabulary of ChatGLM-6B, which is not supported",
 }
@@ -30,15 +26,15 @@ def has_text(directory: Path, names: Iterable[str], text: bytes) -> bool:
     return False
 
 
-def is_tiktoken(data: bytes) -> bool:
+def is_byte_pairs(data: bytes) -> bool:
     """Whether a file begins with lines of base64 and rank, which no SentencePiece model does."""
     return re.match(rb"[A-Za-z0-9+/]+=* \d+\n", data) is not None
 
 
-def has_tiktoken(directory: Path) -> bool:
+def has_byte_pairs(directory: Path) -> bool:
     """Whether a model directory has such a vocabulary."""
     file = directory / "tokenizer.model"
     if not file.is_file():
         return False
     with open(file, "rb") as f:
-        return is_tiktoken(f.read(200))
+        return is_byte_pairs(f.read(200))

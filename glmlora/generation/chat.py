@@ -112,6 +112,9 @@ class _Turns:
         self.family = chat_family(model, tokenizer)
         config = model.config
         recognition.check_tokenizer(tokenizer, config.family, config.padded_vocab_size)
+        if model.core.names() == list(model.core.shapes()):  # no adapter, no prefix
+            name = getattr(config, "_name_or_path", None)
+            recognition.tell_base(config.family, name, getattr(model, "name_or_path", None))
         named = {n for n, v in settings.items() if v is not None}
         named |= {"max_length"} if max_length not in (8192, None) else set()
         named |= {"top_p"} if top_p not in (0.8, None) else set()

@@ -1,8 +1,8 @@
 """What an adapter was trained for, beside it in its folder as `task.json`.
 
-    {"base": null, "columns": ["title"], "folds": 0, "instruction": "Medical? ", "labels": [0, 1],
-     "max_source_length": 640, "method": "lora", "quantization_bit": null, "template": "{title}",
-     "threshold": null}
+    {"base": null, "columns": ["title"], "depth": null, "folds": 0, "instruction": "Medical? ",
+     "labels": [0, 1], "max_source_length": 640, "method": "lora", "quantization_bit": null,
+     "template": "{title}", "threshold": null}
 
 Other programs do not look at it.
 """
@@ -29,7 +29,8 @@ class Task:
     answers, as they stood in that table: text, whole numbers or booleans. threshold: the
     probability of the second of two labels from which on it is the answer; None: the likelier one.
     base: the model's directory, None for the one inside the package; quantization_bit: its form
-    while training. method: what was trained, a key of `glmlora.classifier.METHODS`. folds: adapters
+    while training. method: what was trained, a key of `glmlora.classifier.METHODS`. depth: the
+    layers that a head reads, None: all. folds: adapters
     in folders fold-0, fold-1, ..; 0: one, in the folder itself.
     """
 
@@ -43,6 +44,7 @@ class Task:
     quantization_bit: int | None = None
     folds: int = 0
     method: str = "lora"
+    depth: int | None = None
 
     @property
     def answers(self) -> list[str]:
@@ -67,6 +69,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "quantization_bit": (int, type(None)),
     "folds": (int,),
     "method": (str,),
+    "depth": (int, type(None)),
 }
 
 

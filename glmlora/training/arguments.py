@@ -227,6 +227,7 @@ class TrainingArguments(Group):
     gradient_accumulation_steps: int = option(1, "W", "micro-batches per update", bound=">=1")
     eval_accumulation_steps: int | None = option(None, "A", "nothing is accumulated on a device")
     learning_rate: float = option(5e-5, "W", "peak rate of AdamW", bound=">=0")
+    loraplus_lr_ratio: float = option(1.0, "S", "lora_B has so many times the rate", bound=">0")
     weight_decay: float = option(0.0, "D", "decoupled decay, not on biases and norms", bound=">=0")
     adam_beta1: float = option(0.9, "D", "decay of the first moment", bound="[0,1)")
     adam_beta2: float = option(0.999, "D", "decay of the second moment", bound="[0,1)")
@@ -603,7 +604,7 @@ def without_effect(
     rules: tuple[tuple[str, Any, str], ...] = (
         ("num_layer_trainable name_module_trainable", kind != "freeze", "finetuning_type"),
         ("pre_seq_len prefix_projection", kind != "p_tuning", "finetuning_type"),
-        (f"{lora} resume_lora_training", kind != "lora", "finetuning_type"),
+        (f"{lora} loraplus_lr_ratio resume_lora_training", kind != "lora", "finetuning_type"),
         (lora, continued, "the adapter in checkpoint_dir has its own"),
         (
             "pre_seq_len prefix_projection",

@@ -79,6 +79,7 @@ class TrainKeywords(TypedDict, total=False):
     gradient_accumulation_steps: int
     eval_accumulation_steps: int | None
     learning_rate: float
+    loraplus_lr_ratio: float
     weight_decay: float
     adam_beta1: float
     adam_beta2: float

@@ -272,6 +272,7 @@ class Loop:
                         a.adam_epsilon,
                         a.weight_decay,
                         a.max_grad_norm,
+                        a.loraplus_lr_ratio,
                     )
                     loss /= labelled
                 at.adam_steps = core.steps

@@ -14,6 +14,7 @@ class AdamW:
 
     model: a model or PeftModel with something to train. lr may be set between steps; weight_decay
     is not applied to biases and norm weights; max_grad_norm clips the global norm (0: no clipping).
+    loraplus_lr_ratio: lora_B has so many times the rate (Hayou et al. 2024, "LoRA+").
     Moments are float32 and live in the model's core; another choice of trainable weights starts
     them anew. Raises ValueError naming the argument.
     """
@@ -26,6 +27,7 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float = 0.0,
+        loraplus_lr_ratio: float = 1.0,
     ):
         self.model = model
         self.lr = lr
@@ -38,6 +40,7 @@ class AdamW:
         self.eps = _number("eps", eps)
         self.weight_decay = _number("weight_decay", weight_decay)
         self.max_grad_norm = _number("max_grad_norm", max_grad_norm)
+        self.loraplus_lr_ratio = _number("loraplus_lr_ratio", loraplus_lr_ratio)
         if not model.trainable_names:
             raise ValueError(
                 "model: nothing is trainable: use get_peft_model, is_trainable=True or "
@@ -63,7 +66,8 @@ class AdamW:
         core = self.model.core
         if not core.accumulated_tokens:
             raise RuntimeError("step: no gradient was accumulated: call model.backward(...) first")
-        return core.step(self.lr, *self.betas, self.eps, self.weight_decay, self.max_grad_norm)
+        more = self.eps, self.weight_decay, self.max_grad_norm, self.loraplus_lr_ratio
+        return core.step(self.lr, *self.betas, *more)
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradients."""

@@ -1,8 +1,7 @@
-"""Tokenizers over a SentencePiece `tokenizer.model`; names as transformers'.
+"""The tokenizer of every family, over a vocabulary of either form; names as transformers'.
 
-Families share the vocabulary file; the special ids of each follow its pieces. Arrays come back as
-`Array`, NumPy with the few torch methods that callers of these tokenizers use. Only this file
-touches the sentencepiece library, imported when a tokenizer is made.
+A family's special ids follow the vocabulary's. Arrays come back as `Array`, NumPy with the few
+torch methods that callers of these tokenizers use.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import families, tell
-from .encoding import (
+from .. import families, tell
+from ..encoding import (
     NO_LIMIT,
     BatchEncoding,
     DecodeOptions,
@@ -28,55 +27,49 @@ from .encoding import (
     refuse_options,
     row_of,
 )
-from .encoding import Array as Array
-from .families import prompt as prompts
-from .families import recognition
-from .families.vocabulary import OTHERS, TIKTOKEN, has_tiktoken, is_tiktoken
-from .files import tokenizer_keywords as keywords
-from .files.hub import check_keywords, model_directory
-from .files.regular import read_bytes
-from .files.small import TEMPLATES, copy, copy_code, whole_references
-from .files.staging import staged
-from .files.write import read_json, refuse_lfs_pointer, write_json
-from .interrupts import interruptible
-from .names import did_you_mean
+from ..families import prompt as prompts
+from ..families import recognition
+from ..families.vocabulary import OTHERS, is_byte_pairs
+from ..files import tokenizer_keywords as keywords
+from ..files.hub import check_keywords, model_directory
+from ..files.regular import read_bytes
+from ..files.small import TEMPLATES, copy, copy_code, whole_references
+from ..files.staging import staged
+from ..files.write import read_json, refuse_lfs_pointer, write_json
+from ..interrupts import interruptible
+from ..names import did_you_mean
+from .byte_pairs import BytePairs
+from .pieces import Pieces
+from .special import content_of, special_ids
+from .vocabulary import Token, Vocabulary
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Special tokens in texts, where `encode_special_tokens` is on. A lone "sop" may be part of a word.
-SPECIAL_TEXT = re.compile(r"\[gMASK\](?:sop)?|<\|(?:system|user|assistant|observation)\|>")
 VOCABULARY = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
-DUMMY_SPACE = "\u2581"
 LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
 _ADDED = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")
 _FIXED = {
     **dict.fromkeys(("eos_token", "eos_token_id"), "generate(eos_token_id=..) ends with other ids"),
     **dict.fromkeys(("bos_token", "bos_token_id"), "prompts begin with get_prefix_tokens()"),
     **dict.fromkeys(("unk_token", "unk_token_id", "special_tokens"), "the vocabulary has it"),
+    "chat_template": "prompts have the family's own form",
     "family": "AutoTokenizer.from_pretrained(.., family=..) chooses it",
 }
-GUARD = "\x00"  # stands for earlier text when a later part is decoded alone; no piece is called so
-
-
-# The tokenizer
 
 
 class ChatGLMTokenizer(Encoder):
     """Text to ids and back; `family` is the name of one in glmlora/families.
 
-    Ids 0 `<unk>` (also padding), 1 `<s>`, 2 `</s>`, then the pieces of the vocabulary, then the
-    family's special tokens. Text never encodes to special ids, except role markers and
-    `[gMASK]sop` with `encode_special_tokens=True` in a family that has them. Ids beyond the
-    vocabulary (models are padded) decode to "".
+    Ids of the vocabulary, then the family's special tokens. A SentencePiece vocabulary begins with
+    0 `<unk>` (also padding), 1 `<s>`, 2 `</s>`; one of byte pairs has none of these, its tokens are
+    bytes, and special ids are those that tokenizer_config.json lists. Text never encodes to special
+    ids, except where it names them with `encode_special_tokens=True` in a family that has roles.
+    Ids beyond the vocabulary (models are padded) decode to "".
     Instances can be pickled and copied; the vocabulary file is not needed after construction.
     """
-
-    unk_token = "<unk>"
-    bos_token = "<s>"
-    eos_token = "</s>"
 
     def __init__(
         self,
@@ -87,14 +80,14 @@ class ChatGLMTokenizer(Encoder):
         config: Mapping[str, Any] | None = None,
         tokens_map: Mapping[str, Any] | None = None,
     ):
-        """Read a SentencePiece vocabulary.
+        """Read a vocabulary of the form that the family has.
 
         config, tokens_map: contents of tokenizer_config.json and special_tokens_map.json, which are
         kept when saving; model_max_length, truncation_side, pad_token, encode_special_tokens and
         clean_up_tokenization_spaces hold, other settings are named by one warning. Raises
-        ValueError for a file that is no SentencePiece model (a git-lfs pointer is named as one) or
-        an argument that the family does not have, OSError as open() does, ImportError without
-        sentencepiece.
+        ValueError for a file of another form (a git-lfs pointer is named as one) or an argument
+        that the family does not have, OSError as open() does, ImportError without the library that
+        reads the form (sentencepiece or tiktoken).
         """
         self._family = _family(family)
         self.family = self._family.name
@@ -128,13 +121,13 @@ class ChatGLMTokenizer(Encoder):
                 listed = value.values() if isinstance(value, dict) else value
                 if not isinstance(listed, Iterable) or isinstance(listed, str):
                     listed = [] if value is None else [value]
-                if new := [t for t in map(_content, listed) if self._unknown(t)]:
+                if new := [t for t in map(content_of, listed) if self._unknown(t)]:
                     unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
                 continue
             if name == "chat_template" and value and self._family.template_mark not in str(value):
                 unused.append(f"chat_template, prompts have {self._family.title}'s own form")
                 continue
-            value = _content(value) if isinstance(value, dict) else value
+            value = content_of(value) if isinstance(value, dict) else value
             if name in settings and value is not None:
                 try:
                     setattr(self, name, value)
@@ -149,39 +142,36 @@ class ChatGLMTokenizer(Encoder):
             tell.warn(f"{self.name_or_path}: {CONFIG}: is not used: {'; '.join(unused)}")
 
     def _open_model(self) -> None:
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "the tokenizer needs the sentencepiece package: pip install sentencepiece"
-            ) from error
+        family = self._family
         refuse_lfs_pointer(self.vocab_file, self._model)
-        if is_tiktoken(self._model):
-            raise ValueError(f"{self.vocab_file}: {TIKTOKEN}")
-        try:
-            if not self._model:
-                raise ValueError("file is empty")
-            self._sp = SentencePieceProcessor(model_proto=self._model)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"{self.vocab_file}: is not a SentencePiece model: {error}") from error
-        sp = self._sp
-        self._n_pieces = sp.get_piece_size()
-        self.unk_token_id = sp.unk_id()
-        self.__dict__.setdefault("pad_token_id", self.unk_token_id)
-        self.bos_token_id = sp.bos_id()
-        self.eos_token_id = sp.eos_id()
-        for name in ("unk", "bos", "eos"):
-            if not 0 <= getattr(self, f"{name}_token_id") < self._n_pieces:
-                raise ValueError(f"{self.vocab_file}: has no {name} piece")
-        names = self._family.special_tokens or ()
-        self.special_tokens = {name: self._n_pieces + i for i, name in enumerate(names)}
+        if is_byte_pairs(self._model) and not family.byte_pairs:
+            others = [f for f in families.with_tokenizer() if f.byte_pairs]
+            raise ValueError(
+                f"{self.vocab_file}: is a vocabulary of byte pairs (base64 and rank per line), "
+                f"which {' and '.join(f.title for f in others)} have, not {family.title}"
+            )
+        form = BytePairs if family.byte_pairs else Pieces
+        self._vocabulary: Vocabulary = form(self._model, self.vocab_file)
+        where = f"{self.name_or_path}: {CONFIG}"
+        self.special_tokens = special_ids(family, self._vocabulary.size, self._config, where)
         self._special_names = {i: name for name, i in self.special_tokens.items()}
-        self._silent_ids = {self.unk_token_id, self.bos_token_id, self.eos_token_id}
-        self._silent = {self.unk_token, self.bos_token, self.eos_token, ""}
-        if not self._family.shows_special_tokens:
-            self._silent.update(names)
-        dummy = sp.piece_to_id(DUMMY_SPACE)
-        self.dummy_space_id = dummy if dummy != self.unk_token_id else None
+        ids = {**self.special_tokens, **self._vocabulary.named}
+        called: dict[str, str] = {**family.named_tokens}
+        self.unk_token, self.unk_token_id = called.get("unk"), ids.get("unk")
+        self.bos_token, self.bos_token_id = called.get("bos"), ids.get("bos")
+        self.eos_token = called["eos"]
+        self.eos_token_id = ids["eos"] if "eos" in ids else ids[self.eos_token]
+        self._default_pad_id = self.eos_token_id if self.unk_token_id is None else self.unk_token_id
+        self.__dict__.setdefault("pad_token_id", self._default_pad_id)
+        self._silent_ids = set(self._vocabulary.named.values())
+        self._silent: set[Token] = {"", *(called[name] for name in self._vocabulary.named)}
+        if not family.shows_special_tokens:
+            self._silent.update(self.special_tokens)
+        self.dummy_space_id = self._vocabulary.dummy_space_id
+        # A lone "sop" may be part of a word.
+        names = sorted(family.in_texts or self.special_tokens, key=len, reverse=True)
+        names.insert(0, "".join(family.prefix_tokens))
+        self._special_text = re.compile("|".join(map(re.escape, names)))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> ChatGLMTokenizer:
@@ -189,7 +179,9 @@ class ChatGLMTokenizer(Encoder):
         return AutoTokenizer.from_pretrained(path, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {n: value for n, value in self.__dict__.items() if n not in ("_sp", "_family")}
+        return {
+            n: value for n, value in self.__dict__.items() if n not in ("_vocabulary", "_family")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -250,8 +242,10 @@ class ChatGLMTokenizer(Encoder):
 
     @property
     def pad_token(self) -> str:
-        """The token of `pad_token_id`: `<unk>` unless it is set to another of the vocabulary."""
-        return self._token(self.pad_token_id)
+        """The token of `pad_token_id`: `<unk>`, or the end token where there is none, unless it is
+        set to another of the vocabulary.
+        """
+        return str(self._token(self.pad_token_id))
 
     @pad_token.setter
     def pad_token(self, token: str) -> None:
@@ -282,7 +276,7 @@ class ChatGLMTokenizer(Encoder):
 
     @property
     def additional_special_tokens(self) -> list[str]:
-        """Names of the special tokens behind the vocabulary's pieces."""
+        """Names of the special tokens behind the vocabulary."""
         return list(self.special_tokens)
 
     @property
@@ -295,13 +289,15 @@ class ChatGLMTokenizer(Encoder):
         """Special tokens by what they are for."""
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         found: dict[str, Any] = {name: getattr(self, name) for name in names}
+        found = {name: token for name, token in found.items() if token is not None}
         return {**found, "additional_special_tokens": self.additional_special_tokens}
 
     @property
     def all_special_tokens(self) -> list[str]:
         """Every special token, once."""
-        names = (self.bos_token, self.eos_token, self.unk_token, self.pad_token)
-        return list(dict.fromkeys([*names, *self.special_tokens]))
+        named = self.special_tokens_map
+        others = named.pop("additional_special_tokens")
+        return list(dict.fromkeys([*named.values(), *others]))
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -337,53 +333,47 @@ class ChatGLMTokenizer(Encoder):
 
     def _unknown(self, token: Any) -> bool:
         """Whether the vocabulary lacks a token."""
-        try:
-            if token in self._silent or token in self.special_tokens:
-                return False
-            return self._sp.piece_to_id(str(token)) == self.unk_token_id
-        except TypeError:  # no text, or one that UTF-8 cannot hold
+        if not isinstance(token, str | bytes):
             return True
+        in_it = token in self._silent or token in self.special_tokens
+        return not in_it and self._vocabulary.id_of(token) in (None, self.unk_token_id)
 
     @property
     def vocab_size(self) -> int:
-        """Pieces and special tokens; the model's padded vocabulary is larger."""
-        return self._n_pieces + len(self.special_tokens)
+        """Ids, those of special tokens among them; the model's padded vocabulary is larger."""
+        return max([self._vocabulary.size - 1, *self._special_names]) + 1
 
     def __len__(self) -> int:
         return self.vocab_size
 
-    def get_vocab(self) -> dict[str, int]:
+    def get_vocab(self) -> dict[Token, int]:
         """Token to id, all of them."""
-        vocab = {self._sp.id_to_piece(i): i for i in range(self._n_pieces)}
+        vocab = {self._vocabulary.token(i): i for i in range(self._vocabulary.size)}
         return {**vocab, **self.special_tokens}
 
     def get_command(self, token: str) -> int:
         """Id of a special token by name: `[gMASK]`, `<|user|>`, `<eos>`, ...; else ValueError."""
-        named = {
-            "<bos>": self.bos_token_id,
-            "<eos>": self.eos_token_id,
-            "<unk>": self.unk_token_id,
-            "<pad>": self.pad_token_id,
-            **self.special_tokens,
-        }
+        named = {"<bos>": self.bos_token_id, "<eos>": self.eos_token_id}
+        named |= {"<unk>": self.unk_token_id, "<pad>": self.pad_token_id, **self.special_tokens}
+        named = {name: i for name, i in named.items() if i is not None}
         if token not in named:
             raise ValueError(f"token: expected one of {' '.join(named)}, got {token!r}")
         return named[token]
 
     def get_prefix_tokens(self) -> list[int]:
         """The two ids in front of every prompt, `[gMASK] sop`."""
-        return [self.special_tokens["[gMASK]"], self.special_tokens["sop"]]
+        return [self.special_tokens[token] for token in self._family.prefix_tokens]
 
-    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
-        """Id of a token, or list of ids; special tokens by name, an unknown token is `<unk>`."""
-        if not isinstance(tokens, str):
+    def convert_tokens_to_ids(self, tokens: Token | Iterable[Token]) -> Any:
+        """Id of a token, or list of ids; special tokens by name; an unknown token is `<unk>`, and
+        None where there is none.
+        """
+        if not isinstance(tokens, str | bytes):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         if tokens in self.special_tokens:
-            return self.special_tokens[tokens]
-        try:
-            return self._sp.piece_to_id(tokens)
-        except TypeError:  # a lone surrogate, which no vocabulary has
-            return self.unk_token_id
+            return self.special_tokens[tokens]  # type: ignore[index]
+        i = self._vocabulary.id_of(tokens)
+        return self.unk_token_id if i is None else i
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """Token of an id, or list of tokens; special ids by name, ids beyond the vocabulary ""."""
@@ -392,13 +382,13 @@ class ChatGLMTokenizer(Encoder):
         ids = checked_ids(ids)
         return [self._token(i) for i in ids if not (skip_special_tokens and self._is_special(i))]
 
-    def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
+    def convert_tokens_to_string(self, tokens: Iterable[Token]) -> str:
         """Text of tokens, as `decode` of their ids."""
         return self._text(["" if token in self._silent else token for token in tokens])
 
-    def _token(self, i: int) -> str:
-        if i < self._n_pieces:
-            return self._sp.id_to_piece(i)
+    def _token(self, i: int) -> Token:
+        if i < self._vocabulary.size:
+            return self._vocabulary.token(i)
         return self._special_names.get(i, "")
 
     def _is_special(self, i: int) -> bool:
@@ -418,40 +408,29 @@ class ChatGLMTokenizer(Encoder):
         except AttributeError:
             raise TypeError(f"text: expected str, got {type(text).__name__}") from None
         if len(text) < LONG_TEXT:
-            return self._sp.encode_as_ids(text)
-        return interruptible(self._sp.encode_as_ids, text)
+            return self._vocabulary.encode(text)
+        return interruptible(self._vocabulary.encode, text)
 
     def text_offsets(self, text: str) -> list[int]:
         """For every id of `text_ids(text)` the index of the character where it begins."""
-        offsets, position = [], -1  # the dummy space stands one before the text
-        for i in self.text_ids(text):
-            piece = self._sp.id_to_piece(i)
-            if self._sp.is_byte(i):
-                begins_character = int(piece[3:5], 16) & 0xC0 != 0x80
-                offsets.append(position if begins_character else position - 1)
-                position += begins_character
-            else:
-                offsets.append(max(position, 0))
-                position += len(piece)
-        return offsets
+        return self._vocabulary.starts(self.text_ids(text))
 
     def _ids(self, text: str) -> list[int]:
         """As `text_ids`, with special tokens recognised if the tokenizer was made so."""
         if not self.encode_special_tokens:
             return self.text_ids(text)
         ids, last = [], 0
-        for match in SPECIAL_TEXT.finditer(text):
+        for match in self._special_text.finditer(text):
             ids += self.text_ids(text[last : match.start()])
-            found = match.group()
-            names = ["[gMASK]", "sop"] if found == "[gMASK]sop" else [found]
-            ids += [self.special_tokens[name] for name in names]
+            i = self.special_tokens.get(match.group())
+            ids += self.get_prefix_tokens() if i is None else [i]
             last = match.end()
         return ids + self.text_ids(text[last:])
 
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False
-    ) -> list[str]:
-        """Pieces of text (and of its pair), without special tokens around them unless asked for."""
+    ) -> list[Token]:
+        """Tokens of text (and of its pair), without special tokens around them unless asked for."""
         a, b = self._ids(text), None if pair is None else self._ids(pair)
         whole = self.build_inputs_with_special_tokens(a, b) if add_special_tokens else a + (b or [])
         return [self._token(i) for i in whole]
@@ -472,7 +451,8 @@ class ChatGLMTokenizer(Encoder):
 
         Special tokens are shown by name, unless they are skipped, in families that show them.
         `<unk>`, `<s>`, `</s>` and ids beyond the vocabulary are "". Bytes that are not UTF-8 give
-        one U+FFFD each. Raises ValueError for a negative id or what is no id.
+        U+FFFD: one each, or one for each cut-off character where tokens are bytes. Raises
+        ValueError for a negative id or what is no id.
         """
         if isinstance(token_ids, int | np.integer):
             token_ids = [token_ids]
@@ -496,16 +476,20 @@ class ChatGLMTokenizer(Encoder):
         clean = clean_up_tokenization_spaces
         return [self.decode(ids, skip_special_tokens, clean, **others) for ids in sequences]
 
-    def _shown(self, i: int) -> str:
-        """The piece that an id adds to the text."""
-        if i >= self._n_pieces:
+    def _shown(self, i: int) -> Token:
+        """The token that an id adds to the text."""
+        if i >= self._vocabulary.size:
             return self._special_names.get(i, "") if self._family.shows_special_tokens else ""
-        return "" if i in self._silent_ids else self._sp.id_to_piece(i)
+        return "" if i in self._silent_ids else self._vocabulary.token(i)
 
-    def _text(self, pieces: list[str]) -> str:
-        # All at once: only a dummy space at the very beginning is dropped, and bytes join to
-        # characters. A special token's name is no piece, and unknown pieces are taken as they are.
-        return self._sp.decode_pieces(pieces) if pieces else ""
+    def _text(self, tokens: Sequence[Token]) -> str:
+        return self._vocabulary.text(tokens)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's own, which is read for its texts and never run."""
+        own = self._config.get("chat_template")
+        return own if isinstance(own, str) and own else None
 
     # Chat
 
@@ -548,7 +532,8 @@ class ChatGLMTokenizer(Encoder):
         and truncation as in `__call__`. Other options of transformers are refused by name.
         """
         refuse_options(others, TemplateOptions, self.apply_chat_template)
-        if self._config.get("chat_template"):
+        own, marks = self._config.get("chat_template"), self._family.template_marks
+        if own and not (marks and all(mark in str(own) for mark in marks)):
             tell.once(
                 f"{self.name_or_path}: {CONFIG}: its chat_template is not run: "
                 f"apply_chat_template writes {self._family.title}'s own"
@@ -558,7 +543,7 @@ class ChatGLMTokenizer(Encoder):
         rows = messages if several else [messages]
         family, prompt = self._family, add_generation_prompt
         if not tokenize:
-            texts = [family.template_text(row, prompt) for row in rows]
+            texts = [family.template_text(self, row, prompt) for row in rows]
             return texts if several else texts[0]
         encoding = self._encoded(
             [(list(family.template_ids(self, row, prompt)), None) for row in rows],
@@ -581,7 +566,7 @@ class ChatGLMTokenizer(Encoder):
         values = {
             "model_max_length": (self.model_max_length, NO_LIMIT),
             "truncation_side": (self.truncation_side, "right"),
-            "pad_token": (self.pad_token, self.unk_token),
+            "pad_token": (self.pad_token, self._token(self._default_pad_id)),
             "encode_special_tokens": (self.encode_special_tokens, False),
             "clean_up_tokenization_spaces": (self.clean_up_tokenization_spaces, False),
         }
@@ -612,19 +597,19 @@ class ChatGLMTokenizer(Encoder):
         )
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        name = "tokenization_chatglm.ChatGLMTokenizer"
+        name = self._family.tokenizer_class
         defaults: dict[str, Any] = {
-            "auto_map": {"AutoTokenizer": [name, None]},
+            "auto_map": {"AutoTokenizer": [f"tokenization_chatglm.{name}", None]},
             "do_lower_case": False,
             "padding_side": "left",
             "remove_space": False,
-            "tokenizer_class": "ChatGLMTokenizer",
+            "tokenizer_class": name,
         }
         if self._family.role_tokens:
-            flags = dict.fromkeys(
-                ("lstrip", "normalized", "rstrip", "single_word", "special"), False
-            )
-            shown = [t for t in self.special_tokens if t not in ("[MASK]", "[sMASK]", "eop")]
+            flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+            flags["special"] = self._family.byte_pairs
+            hidden = () if self._family.byte_pairs else ("[MASK]", "[sMASK]", "eop")
+            shown = [token for token in self.special_tokens if token not in hidden]
             # The role tokens here are what tells the family of a saved tokenizer.
             defaults["added_tokens_decoder"] = {
                 str(self.special_tokens[token]): {"content": token, **flags} for token in shown
@@ -678,15 +663,16 @@ class AutoTokenizer:
         (`trust_remote_code`, `revision`, `cache_dir`, `token`, `local_files_only`, ...: NOTHING in
         files/hub.py), which are never done, and NEUTRAL in files/tokenizer_keywords.py.
 
-        family: a name or alias of one in glmlora/families, or None to find out. The vocabulary
-        files are the same, so names and small files have to tell: the last part of `_name_or_path`
-        in config.json; role tokens in the tokenizer's files; the last part of `name_or_path` in
+        family: a name or alias of one in glmlora/families, or None to find out. Where families have
+        the same vocabulary file, names and small files have to tell: `_name_or_path` in config.json
+        (its last part); role tokens in the tokenizer's files; the last part of `name_or_path` in
         tokenizer_config.json and of the directory. A guess, and evidence that disagrees, is told by
         a warning. The config's `seq_length` decides nothing: families have variants with 32768.
 
         Raises OSError for a missing directory or file, ValueError for a file that is no vocabulary
         of a family (a git-lfs pointer is named as one) and for a keyword of transformers that is
-        not supported, TypeError for an unknown one, ImportError without sentencepiece.
+        not supported, TypeError for an unknown one, ImportError without the library that reads the
+        vocabulary (sentencepiece or tiktoken).
         """
         what = "AutoTokenizer.from_pretrained"
         known = inspect.signature(AutoTokenizer.from_pretrained).parameters
@@ -721,24 +707,8 @@ class AutoTokenizer:
         return tokenizer
 
 
-def _content(token: Any) -> Any:
-    """The text of a token, which files may store with its flags."""
-    return token.get("content", token) if isinstance(token, dict) else token
-
-
-def _family(name: str) -> families.Family:
-    known = families.with_tokenizer()
-    for family in known:
-        if name in (family.name, family.alias):
-            return family
-    names, aliases = " or ".join(f.name for f in known), ", ".join(f.alias for f in known)
-    raise ValueError(f"family: expected {names} ({aliases}: what this release has), got {name!r}")
-
-
 def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
     """The family that the directory of a tokenizer says."""
-    if has_tiktoken(directory):
-        return families.DEFAULT  # refused with its name when it is opened
     config = directory / "config.json"
     fields = read_json(config, dict) if config.exists() else {}
     name = recognition.find(fields, directory, tokenizer_config)
@@ -750,37 +720,10 @@ def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
     return name
 
 
-# Streaming
-
-
-class TextStream:
-    """Text of ids that arrive one by one; `text` always equals `decode` of all of them.
-
-    Only the ids since the last whole character are decoded again, so a long answer costs no more
-    per id than a short one.
-    """
-
-    def __init__(self, tokenizer: ChatGLMTokenizer, skip_special_tokens: bool = False):
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._settled = ""  # decoded for good
-        self._pieces: list[str] = []  # since then
-        self.text = ""
-
-    def feed(self, *ids: int) -> str | None:
-        """Take more ids. The whole text so far, or None while it is empty or ends in U+FFFD, which
-        may be half a character. Raises ValueError as `decode`.
-        """
-        tokenizer = self._tokenizer
-        for i in checked_ids(ids):
-            if self._skip and tokenizer._is_special(i):
-                continue
-            self._pieces.append(tokenizer._shown(i))
-            if self._settled:
-                window = tokenizer._text([GUARD, *self._pieces])[len(GUARD) :]
-            else:
-                window = tokenizer._text(self._pieces)
-            self.text = self._settled + window
-            if self.text and not self.text.endswith("\ufffd"):
-                self._settled, self._pieces = self.text, []
-        return None if not self.text or self.text.endswith("\ufffd") else self.text
+def _family(name: str) -> families.Family:
+    known = families.with_tokenizer()
+    for family in known:
+        if name in (family.name, family.alias):
+            return family
+    names, aliases = " or ".join(f.name for f in known), ", ".join(f.alias for f in known)
+    raise ValueError(f"family: expected {names} ({aliases}: what this release has), got {name!r}")

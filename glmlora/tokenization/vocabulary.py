@@ -1,0 +1,32 @@
+"""What a tokenizer needs of a vocabulary, whatever file it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+#: A token as the published tokenizers show it: text, or bytes where one may be half a character.
+Token = str | bytes
+
+
+class Vocabulary(Protocol):
+    """Text to ids 0 .. size - 1 and back. Special tokens come behind, and are the tokenizer's."""
+
+    size: int
+    named: dict[str, int]  # "unk", "bos", "eos": those that are among the ids
+    dummy_space_id: int | None  # what encoding may put in front of a text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text that UTF-8 can hold; no special token is found in it."""
+
+    def starts(self, ids: Sequence[int]) -> list[int]:
+        """For every id of an encoded text the index of the character where it begins."""
+
+    def token(self, i: int) -> Token:
+        """The token of an id."""
+
+    def id_of(self, token: Token) -> int | None:
+        """The id of a token; None for one that there is not."""
+
+    def text(self, tokens: Sequence[Token]) -> str:
+        """The text of tokens, names of special ones among them; "" for none."""
