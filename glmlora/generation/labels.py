@@ -192,14 +192,14 @@ def score_rows(
             yield number, error
         else:
             numbers.append(number)
-            prompts.append(ids)
+            prompts.append(np.array(ids, np.int32))
     for at, row in score_ids(model, prompts, answers, at_once):
         yield numbers[at], row
 
 
 def score_ids(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     answers: Sequence[Sequence[int]],
     at_once: int = AT_ONCE,
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -207,24 +207,30 @@ def score_ids(
     if not isinstance(at_once, int) or at_once < 1:
         raise ValueError(f"at_once: expected a whole number from 1, got {at_once!r:.80}")
     tree, longest = _tree(answers), max(map(len, answers))
-    numbers: dict[tuple[int, ...], list[int]] = {}
+    numbers: dict[bytes, list[int]] = {}  # as bytes, a million ids take 4 MB
     for number, prompt in enumerate(prompts):
-        numbers.setdefault(tuple(prompt), []).append(number)
+        numbers.setdefault(np.asarray(prompt, np.int32).tobytes(), []).append(number)
     if not numbers:
         return
     warn_of_weights(model)
     different = list(numbers)
-    shared = shared_length(different) if len(different) > 1 else 0
-    room = max(map(len, different)) - shared + longest
+    # All others share what the first and the last in any order do.
+    extremes = min(different), max(different), min(different, key=len)
+    shared = shared_length([*map(_ids, extremes)]) if len(different) > 1 else 0
+    room = max(map(len, different)) // 4 - shared + longest
     places = places_for(model, room, min(at_once, len(different)))
-    rows = CachedRow(model, places, room, different[0][:shared])
+    rows = CachedRow(model, places, room, _ids(different[0])[:shared])
     for first in range(0, len(different), places):
         together = different[first : first + places]
-        ends = _walk(rows, together, tree)
+        ends = _walk(rows, [*map(_ids, together)], tree)
         found = np.stack([ends[tuple(ids)] for ids in answers], axis=1)
         for prompt, row in zip(together, found, strict=True):
             for number in numbers[prompt]:
                 yield number, row
+
+
+def _ids(prompt: bytes) -> list[int]:
+    return np.frombuffer(prompt, np.int32).tolist()
 
 
 def _walk(
