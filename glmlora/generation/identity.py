@@ -17,7 +17,7 @@ def model_digest(model: Model, layers: Sequence[int] | np.ndarray | None = None)
     goes into these layers (see `core.hidden_states`), or without them of the scores.
 
     It tells models apart that only a step of training, an adapter switched off or a type of numbers
-    sets apart. No weight is read but by computing: a second at 6 billion parameters.
+    sets apart. Nothing is read but by computing, which takes seconds at 6 billion parameters.
     """
     core, vocabulary = model.core, model.config.padded_vocab_size
     total = hashlib.sha256()
