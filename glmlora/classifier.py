@@ -524,10 +524,17 @@ class LoraClassifier:
                 AutoModel.from_pretrained(place),
                 AutoTokenizer.from_pretrained(place),
             )
-            if bits and not is_quantized(model.config, bits):
-                model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)
-            self._loaded = wanted, model, tokenizer
+            self.use_base(model, tokenizer)
         return self._loaded[1], self._loaded[2]
+
+    def use_base(self, model: Any, tokenizer: Any) -> None:
+        """Train and predict over a model that is loaded already from the directory `base`; it is
+        quantized where quantization_bit says so.
+        """
+        bits = self.quantization_bit
+        if bits and not is_quantized(model.config, bits):
+            model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)
+        self._loaded = (self._base_directory(), bits), model, tokenizer
 
 
 _PARAMETERS = tuple(inspect.signature(LoraClassifier).parameters)

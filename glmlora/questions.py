@@ -11,7 +11,7 @@ from . import tell
 from .families.prompt import prompt_length, shortened
 from .files.rows import is_missing, table_rows
 from .task import Task, check_asked
-from .templates import as_text, check_template, columns_of
+from .templates import as_text, check_template, columns_of, fill_template
 
 
 def rows_and_columns(X: Any) -> tuple[list[dict[str, Any]], list[str] | None]:
@@ -102,13 +102,37 @@ def _text(value: Any) -> str:
     return "" if is_missing(value) else as_text(value)
 
 
-def as_trained(task: Task | None, query: str, tokenizer: Any, prompt_template: str) -> str:
+def row_queries(
+    task: Task | None,
+    rows: list[dict[str, Any]],
+    template: str | None,
+    tokenizer: Any,
+    prompt_template: str = "auto",
+    table: str = "the table",
+) -> list[str]:
+    """The question about each row: the template with its values (None: the task's), cut as in the
+    training where it asks what was trained. Errors as `fill_template` and `task_queries`; of the
+    task's own template, a value that is missing is "", as in training.
+    """
+    if template is not None and (task is None or template != task.question):
+        filled = fill_template(template, rows)  # where a row may not lack a value
+        if task is None or not task.takes(template):
+            return filled
+        task = task.asked_by(template)
+    assert task is not None
+    return task_queries(task, rows, columns_of(rows), tokenizer, prompt_template, table)
+
+
+def fit_question(
+    task: Task | None, query: str, tokenizer: Any, prompt_template: str, strict: bool = False
+) -> str:
     """A question that a user writes, as the training of a task would have it: one that is longer
-    than those is cut in the same place, which is told, and so is one that begins otherwise.
+    than those is cut in the same place, which is told, and so is one that begins otherwise. strict:
+    the latter is a ValueError.
     """
     if task is None:
         return query
-    check_asked(task, query=query)
+    check_asked(task, strict, query=query)
     fixed = task.instruction or task.labels  # else questions of any kind were trained
     if not fixed or not query.startswith(task.instruction):
         return query

@@ -16,7 +16,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,29 @@ class Task:
     def question(self) -> str:
         """Instruction and template as one template."""
         return self.instruction.replace("{", "{{").replace("}", "}}") + self.template
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether its answers are those of folds or a head, not of one model."""
+        return bool(self.folds) or "head" in self.method
+
+    def decisive(self) -> dict[str, Any]:
+        """What of it answers depend on, beside the weights."""
+        told = ("base", "base_digest", "columns", "scores")
+        return {name: value for name, value in asdict(self).items() if name not in told}
+
+    def takes(self, template: str) -> bool:
+        """Whether a template asks what was trained: the task's own, or, where that is any text, one
+        that begins with the instruction.
+        """
+        if self.template in ANY_TEXT:
+            return template.startswith(self.question.removesuffix(self.template))
+        return template == self.question
+
+    def asked_by(self, template: str) -> Task:
+        """The task with another template that it takes."""
+        opening = self.question.removesuffix(self.template)
+        return replace(self, template=template.removeprefix(opening))
 
     def folders(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Where its adapters are."""
@@ -256,7 +279,7 @@ def check_asked(
     if task is None:
         return
     differ = []
-    if template is not None and not _takes(task, template):
+    if template is not None and not task.takes(template):
         differ.append(f"template: {task.question!r:.300} was trained, {template!r:.300} is asked")
     if query is not None and not query.startswith(task.instruction):
         differ.append(
@@ -274,10 +297,3 @@ def check_asked(
     if strict:
         raise ValueError(text)
     tell.once(text)
-
-
-def _takes(task: Task, template: str) -> bool:
-    """Whether it asks what was trained."""
-    if task.template in ANY_TEXT:
-        return template.startswith(task.question.removesuffix(task.template))
-    return template == task.question

@@ -12,6 +12,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ..names import did_you_mean
+from . import refused
 from .family import Family as Family
 
 UNNAMED = "THUDM/chatglm-6b"  # the base of the original training script where none is named
@@ -51,17 +52,13 @@ def default() -> Family:
     return of(DEFAULT)
 
 
+def of_layout(model_type: Any) -> list[Family]:
+    """The families whose config.json has this model_type."""
+    return [f for f in all_families().values() if f.model_type == model_type]
+
+
 def refuse_others(fields: Mapping[str, Any]) -> None:
-    """ValueError for a config.json of a model that is of none of the families."""
-    kind = fields.get("model_type")
-    if kind in ("glm", "glm4"):
-        raise ValueError(
-            f"model_type {kind!r} (the transformers layout of GLM-4) is not supported by this "
-            "release; ChatGLM2, ChatGLM3 and GLM-4-9B in their original layout are"
-        )
-    if kind != "chatglm":
-        raise ValueError(f"model_type {kind!r} is not supported by this release, only 'chatglm'")
-    if "inner_hidden_size" in fields or "position_encoding_2d" in fields:
-        raise ValueError(
-            "ChatGLM-6B (the first generation) is not supported by this release; ChatGLM2 and 3 are"
-        )
+    """ValueError for a config.json of a model that is of none of the families, or whose positions
+    are scaled in a way that is not there.
+    """
+    refused.check(fields, list(dict.fromkeys(f.model_type for f in all_families().values())))

@@ -120,12 +120,13 @@ def encode_target(
     """Answer ids of a training record with the end id, which is never cut away.
 
     At most `max_target_length` ids. The answer is encoded apart from the prompt. In a
-    family's own template it begins as the model has to begin in a chat.
+    family's own template it begins as the model has to begin in a chat; the end is the family's own
+    in every template.
     """
     if max_target_length < 1:
         raise ValueError(f"max_target_length: expected at least 1, got {max_target_length}")
     ids = _answer_ids(tokenizer, response, template)
-    return ids[: max_target_length - 1] + [_writer(tokenizer, template).end_id(tokenizer)]
+    return ids[: max_target_length - 1] + [of(tokenizer.family).end_id(tokenizer)]
 
 
 def encode_label(

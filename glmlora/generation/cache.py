@@ -42,6 +42,7 @@ class Model(Protocol):
     prefix_is_fresh: bool
     prompt_template: str  # "auto", or the one it was trained with
     task: Task | None  # what it was trained for
+    opened: Any  # where it came from
 
     @property
     def config(self) -> ModelConfig: ...

@@ -21,15 +21,13 @@ from ..model.configuration import ChatGLMConfig
 from ..names import did_you_mean, listed
 from ..task import read_task
 from ..templates import check_template, columns_of, fill_template, places_of
-from ..tools.demo import ORDER
+from ..tools.demo import PAPERS
 from ..tools.project import tiny_directory
 from ..training.records import COLUMNS
 from .lengths import forecast, prompt_lengths, suggested_length
 from .report import Alike, Leak, Report, TestPart
 from .similar import similar_rows
 
-#: The paper workflow's prompt, which `glmlora predict` takes where none is given.
-PAPERS = ORDER + "title:{title},abstract:{abstract}"
 _MISSING = frozenset(("", "nan", "NaN", "NAN", "null", "NULL", "<NA>", "#N/A", "NaT"))
 _ID_NAMES = ("id", "uuid", "guid", "index", "idx", "row_id")
 _ANSWER_ROOM = 8  # positions of the model kept for a label and its end

@@ -484,11 +484,12 @@ class PeftModel:
         self,
         tokenizer: Any,
         table_or_texts: Any,
-        labels: Sequence[Any],
+        labels: Sequence[Any] | None = None,
         at_once: int = AT_ONCE,
         *,
         template: str | None = None,
         role: str = "user",
+        strict: bool = False,
         adapters: Sequence[str] | None = None,
     ) -> Classification:
         """The probability of each label as the answer to each row: see the base's `classify`.
@@ -497,19 +498,22 @@ class PeftModel:
         averaged, in place of the active one, which is active again afterwards.
         """
         if adapters is None:
-            return self._base.classify(
-                tokenizer, table_or_texts, labels, at_once, template=template, role=role
-            )
+            asked = {"template": template, "role": role, "strict": strict}
+            return self._base.classify(tokenizer, table_or_texts, labels, at_once, **asked)
         if isinstance(adapters, str) or not adapters:
             raise TypeError(f"adapters: expected a list of names, got {adapters!r}")
         for name in adapters:
             self._check_known(name)
         before, found = self.active_adapter, []
-        queries = queries_of(table_or_texts, template)
+        form = self.task, tokenizer, self._base.prompt_template
+        queries = queries_of(table_or_texts, template, *form, strict)
         try:
             for name in adapters:
                 self.set_adapter(name)
-                found.append(self._base.classify(tokenizer, queries, labels, at_once, role=role))
+                one = self._base.classify(
+                    tokenizer, queries, labels, at_once, role=role, strict=strict
+                )
+                found.append(one)
         finally:
             self.set_adapter(before)
         return mean_of(found)
