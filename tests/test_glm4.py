@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import training
+from emulator import built, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_labels import check as check_labels
@@ -512,3 +513,27 @@ def test_the_documents_notebook_untouched(speaking, tmp_path, shared):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     check_submission(home / "submit.csv", 2000)
+
+
+@needs_compiler
+def test_on_the_emulator(speaking, folder, tokenizer, monkeypatch):
+    """Answers, probabilities and losses are the processor's."""
+    monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", str(built()))
+    model = glmlora.AutoModel.from_pretrained(speaking).to("emu")
+    assert model.chat(AutoTokenizer.from_pretrained(speaking), "你好", do_sample=False)[0] == "1"
+    found = []
+    for device in ("cpu", "emu"):
+        glmlora.set_seed(1)
+        model = glmlora.AutoModel.from_pretrained(folder).to(device)
+        tuned = glmlora.get_peft_model(model, glmlora.LoraConfig(r=4, target_modules="all-linear"))
+        optimizer, losses = glmlora.AdamW(tuned, lr=1e-2), []
+        rows = encode_records(
+            [{"prompt": "p", "query": "q", "response": "1", "history": []}], tokenizer
+        )
+        ids = [*rows.source(0).tolist(), *rows.target(0).tolist()]
+        labels = [-100] * len(rows.source(0)) + rows.target(0).tolist()
+        for _ in range(3):
+            losses.append(tuned.backward(input_ids=[ids], labels=[labels]))
+            optimizer.step()
+        found.append([*losses, *tuned.classify(tokenizer, ["a", "b"], ["0", "你好"]).proba.ravel()])
+    assert np.abs(np.subtract(*found)).max() <= 1e-3 and found[0][2] < found[0][0]
