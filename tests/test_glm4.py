@@ -276,6 +276,12 @@ def test_texts_of_tools_are_the_checkpoints(folder, tokenizer, tmp_path):
         '[gMASK]<sop><|system|>\nYou are X.\n\n# Tools\n## f\n\n{\n    "name": "f",\n'
         '    "description": "天"\n}\nUse JSON.\n## python\n\nSend code.<|user|>\nq<|assistant|>'
     )
+    text = own.apply_chat_template([message], True, tokenize=False)
+    config["chat_template"] = None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.apply_chat_template([message], True, tokenize=False) == text
     for tools, error in (
         ([FUNCTION, {"type": "browser"}], r"tools\[1\]: expected"),
         ([{"type": "function"}], r"tools\[0\]: function: expected"),

@@ -32,7 +32,7 @@ from ..families import recognition
 from ..families.vocabulary import OTHERS, has_byte_pairs, is_byte_pairs
 from ..files import tokenizer_keywords as keywords
 from ..files.hub import check_keywords, model_directory
-from ..files.regular import read_bytes
+from ..files.regular import read_bytes, read_text
 from ..files.small import TEMPLATES, copy, copy_code, whole_references
 from ..files.staging import staged
 from ..files.write import read_json, refuse_lfs_pointer, write_json
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 VOCABULARY = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
 LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
 _ADDED = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")
 _FIXED = {
@@ -103,6 +104,10 @@ class ChatGLMTokenizer(Encoder):
         self._directory = Path(os.path.abspath(self.vocab_file)).parent
         self._config = dict(config or {})
         self._tokens_map = dict(tokens_map or {})
+        self._template = self._config.get("chat_template")
+        template = self._directory / TEMPLATE
+        if not self._template and template.is_file():
+            self._template = read_text(template, errors="replace")
         self._model = read_bytes(vocab_file)
         self._open_model()
         self._take_config(encode_special_tokens is None)
@@ -488,8 +493,7 @@ class ChatGLMTokenizer(Encoder):
     @property
     def chat_template(self) -> str | None:
         """The checkpoint's own, which is read for its texts and never run."""
-        own = self._config.get("chat_template")
-        return own if isinstance(own, str) and own else None
+        return self._template if isinstance(self._template, str) else None
 
     # Chat
 
@@ -532,10 +536,10 @@ class ChatGLMTokenizer(Encoder):
         and truncation as in `__call__`. Other options of transformers are refused by name.
         """
         refuse_options(others, TemplateOptions, self.apply_chat_template)
-        own, marks = self._config.get("chat_template"), self._family.template_marks
+        own, marks = self._template, self._family.template_marks
         if own and not (marks and all(mark in str(own) for mark in marks)):
             tell.once(
-                f"{self.name_or_path}: {CONFIG}: its chat_template is not run: "
+                f"{self.name_or_path}: its chat_template is not run: "
                 f"apply_chat_template writes {self._family.title}'s own"
             )
         messages = conversation if messages is None else messages
