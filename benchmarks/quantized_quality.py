@@ -3,7 +3,7 @@ in bfloat16 and int8.
 
     python benchmarks/quantized_quality.py [--rows float32,int8] [--seed 42] [--keep DIR]
 
-Trains glm-tiny as `glmlora demo` does, once for each row, and predicts with the base and the
+Trains glm-tiny once for each row, and predicts with the base and the
 products it was trained with; then with the adapter that was trained in float32, as a user who
 trains once and predicts in another form. Prints, a row as soon as it is known: accuracy, odd
 answers, the difference to float32 in points; the same for float32's adapter; minutes. With --keep
@@ -23,8 +23,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import glmlora  # noqa: E402
 from glmlora.generation.chat import chat_rows  # noqa: E402
 from glmlora.tools import project  # noqa: E402
-from glmlora.tools.demo import ORDER, TRAINING, _read, paper_text  # noqa: E402
+from glmlora.tools.demo import ORDER, PAPER, _read  # noqa: E402
 from glmlora.training.methods import unwrapped  # noqa: E402
+
+# glm-tiny is small: all four linears and a larger learning rate than a 6B model would take
+TRAINING = dict(
+    finetuning_type="lora",
+    lora_rank=16,
+    lora_target="query_key_value,dense,dense_h_to_4h,dense_4h_to_h",
+    learning_rate=2e-3,
+    per_device_train_batch_size=8,
+    num_train_epochs=1.0,
+    lr_scheduler_type="cosine",
+    logging_steps=10,
+    save_strategy="no",
+    plot_loss=True,
+)
 
 # name: (bits, columns of a group, products); a base of 0 bits is float32, or as stored (float16)
 ROWS = {
@@ -45,12 +59,12 @@ class Papers:
             project.init(home)
         self.base = str(folder / project.BASE)
         self.train = [
-            {"instruction": ORDER, "input": paper_text(r), "output": r["label"]}
+            {"instruction": ORDER, "input": PAPER.format(**r), "output": r["label"]}
             for r in _read(home / "csv_data/train.csv")
         ]
         test = _read(home / "csv_data/testB.csv")[:n]
         truth = {r["uuid"]: r["label"] for r in _read(home / "csv_data/testB_labels.csv")}
-        self.prompts = [ORDER + paper_text(r) for r in test]
+        self.prompts = [ORDER + PAPER.format(**r) for r in test]
         self.truth = [truth[r["uuid"]] for r in test]
         self.tokenizer = glmlora.AutoTokenizer.from_pretrained(self.base)
 

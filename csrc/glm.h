@@ -126,6 +126,10 @@ glm_status glm_model_reserve(struct glm_model *m, int N, int S, int M, int train
 /* logits (M, V) real, hidden (layers + 1, N, hidden) real or NULL; both on the host. */
 glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, void *logits,
                              void *hidden, struct glm_error *err);
+/* out (n, N, hidden) real on the host: what goes into the layers `layers`, ascending numbers;
+ * `arch.layers`: what comes out of the last. No layer runs that none of these needs. */
+glm_status glm_model_hidden_states(struct glm_model *m, const struct glm_input *in,
+                                   const int32_t *layers, int n, void *out, struct glm_error *err);
 /* losses (M) real on the host, of targets; no gradient, no dropout */
 glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void *losses,
                           struct glm_error *err);

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .training.arguments import TrainingArguments as TrainingArguments
     from .training.optim import AdamW as AdamW
     from .training.trainer import train as train
+    from .vote import vote_weight as vote_weight
 
 __version__ = "0.1.0"
 
@@ -87,6 +88,7 @@ _NAMES = {  # module -> its public names; tests/test_packaging.py holds them aga
     "training.arguments": "TrainingArguments",
     "training.optim": "AdamW",
     "training.trainer": "train",
+    "vote": "vote_weight",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MOVED = {  # older names of modules that scripts import

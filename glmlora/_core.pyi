@@ -264,6 +264,12 @@ class Model:
         """Logits float32 (M, V) at flat indices `rows` (default: all tokens), and hidden states
         (L+1, N, H), before the final
         norm, or None. Dropout is off."""
+    def hidden_states(
+        self, ids: np.ndarray, lengths: np.ndarray, layers: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
+        """Float32 (len(layers), N, H): what goes into these layers, ascending numbers; L: what
+        comes out of the last, before the final norm. No layer runs that none of these needs.
+        Dropout is off."""
     def loss(
         self,
         ids: np.ndarray,

@@ -23,14 +23,15 @@ from .files.rows import is_missing
 from .files.safetensors import read_safetensors, write_safetensors
 from .files.staging import staged
 from .files.tensor import to_arrays
+from .generation.features import check_depth
 from .head import Head, fit_head
 from .interrupts import Terminated
 from .model.auto import AutoModel
 from .model.peft import PeftModel
 from .model.quantization import GROUP_SIZE, is_quantized
-from .model.task import FILE, Task, read_task, write_task
 from .names import did_you_mean, listed
 from .questions import rows_and_columns, task_queries, usual_instruction
+from .task import FILE, Task, base_digest, check_asked, read_task, write_task
 from .templates import places_of
 from .tokenization import AutoTokenizer
 from .tools.project import tiny_directory
@@ -76,7 +77,10 @@ class LoraClassifier:
 
     method: "lora"; "head": a linear head over the prompts' features of the base as it is
     (`model.features`), trained in seconds; "lora+head": one over those of the trained model. A head
-    gives the probabilities in the place of the model's answer.
+    gives the probabilities in the place of the model's answer. depth: a head's features are those
+    of so many layers, the first ones, and no others are run; None: all. features_cache: a folder
+    that keeps the features of rows with method="head": other fits and folds on the same base, and
+    predictions, compute those of new rows only.
 
     base: the model's directory; None: the small model inside the package. template: the row as
     text, e.g. "title: {title}", or "{text}" where X is texts; None: all columns. instruction:
@@ -110,6 +114,8 @@ class LoraClassifier:
         instruction: str | None = None,
         *,
         method: str = "lora",
+        depth: int | None = None,
+        features_cache: str | os.PathLike[str] | None = None,
         max_source_length: int = 640,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
@@ -133,6 +139,8 @@ class LoraClassifier:
         self.template = template
         self.instruction = instruction
         self.method = method
+        self.depth = depth
+        self.features_cache = features_cache
         self.max_source_length = max_source_length
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha
@@ -234,6 +242,8 @@ class LoraClassifier:
             quantization_bit=self.quantization_bit,
             folds=int(self.folds),
             method=self.method,
+            depth=self.depth,
+            base_digest=base_digest(place),
         )
         _check_no_answer(task, rows, labels, codes)
         if self.folds:
@@ -246,8 +256,11 @@ class LoraClassifier:
             for part in parts
         ]
         model, tokenizer = self._load_base()
+        check_depth(model, self.depth)
         queries = task_queries(task, rows, columns, tokenizer)
-        frozen = model.features(tokenizer, queries) if self.method == "head" else None
+        frozen = None
+        if self.method == "head":
+            frozen = self._features(task, model, tokenizer, queries)
         fits = []
         proba = np.zeros((len(codes), len(classes)))
         for number, (part, held) in enumerate(zip(parts, held_out, strict=True)):
@@ -263,7 +276,10 @@ class LoraClassifier:
                     if len(rest):
                         proba[rest] = _proba(tuned, tokenizer, [queries[i] for i in rest], task)
                     continue
-                vectors = tuned.features(tokenizer, queries) if frozen is None else frozen
+                if frozen is None:
+                    vectors = self._features(task, tuned, tokenizer, queries)
+                else:
+                    vectors = frozen
             head = run.fit_head(vectors[trained], codes[trained])
             proba[rest] = np.exp(head.log_proba(vectors[rest]))
             if len(seen):
@@ -271,7 +287,8 @@ class LoraClassifier:
         unseen = np.arange(len(codes)) if fold is not None else seen
         self.threshold_ = self._threshold(codes[unseen], proba[unseen])
         self.classes_ = classes
-        self.task_ = replace(task, threshold=self.threshold_)
+        scores = label_scores(codes[unseen], proba[unseen]) if len(unseen) else {}
+        self.task_ = replace(task, threshold=self.threshold_, scores=scores)
         self.adapters_ = [one.adapter for one in fits]
         self.log_history_ = []
         for number, one in enumerate(fits):
@@ -285,6 +302,11 @@ class LoraClassifier:
         self._set_features(columns)
         self._set_fold_scores(codes, proba, fold)
         return self
+
+    def _features(self, task: Task, model: Any, tokenizer: Any, queries: list[str]) -> np.ndarray:
+        """What heads of the task read. Those of a trained model are of no use to another fit."""
+        cache = self.features_cache if task.method == "head" else None
+        return model.features(tokenizer, queries, depth=task.depth, cache=cache)
 
     def _set_features(self, columns: list[str] | None) -> None:
         if columns is None:
@@ -329,6 +351,8 @@ class LoraClassifier:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         if self.early_stopping and self.method == "head":
             raise ValueError("early_stopping: has no effect with method='head': no epochs are run")
+        if self.depth is not None and self.method == "lora":
+            raise ValueError("depth: has no effect with method='lora': all layers give the answer")
         if self.early_stopping and not self.validation:
             raise ValueError("early_stopping: needs rows held out: validation=0.1, for example")
         chosen = self.threshold
@@ -389,11 +413,12 @@ class LoraClassifier:
         rows, columns = rows_and_columns(X)
         model, tokenizer = self._load_base()
         queries = task_queries(self.task_, rows, columns, tokenizer)
-        total = np.zeros((len(rows), len(self.classes_)))
+        total, vectors = np.zeros((len(rows), len(self.classes_))), None
         for adapter in self.adapters_:
             with _attached(model, adapter) as tuned:
                 if HEAD_FILE in adapter:
-                    vectors = tuned.features(tokenizer, queries)
+                    if vectors is None or tuned is not model:  # of the base they are the same
+                        vectors = self._features(self.task_, tuned, tokenizer, queries)
                     total += np.exp(_stored_head(adapter).log_proba(vectors))
                 else:
                     total += _proba(tuned, tokenizer, queries, self.task_)
@@ -430,7 +455,7 @@ class LoraClassifier:
                 place.mkdir(exist_ok=True)
                 for name, content in adapter.items():
                     (place / name).write_bytes(content)
-            write_task(new, self.task_)
+            write_task(new, self.task_, folder)
 
     @classmethod
     def load(
@@ -445,6 +470,11 @@ class LoraClassifier:
                 f"{Path(folder) / FILE}: method: expected one of {', '.join(METHODS)}, got "
                 f"{task.method!r}"
             )
+        if not task.labels:
+            raise ValueError(
+                f"{Path(folder) / FILE}: labels: the adapter was trained to answer with any text, "
+                "expected labels"
+            )
         adapters = []
         for place in task.folders(folder):
             files = METHODS[task.method]
@@ -458,6 +488,7 @@ class LoraClassifier:
             instruction=task.instruction,
             max_source_length=task.max_source_length,
             method=task.method,
+            depth=task.depth,
             quantization_bit=task.quantization_bit,
             threshold=task.threshold,
             folds=task.folds,
@@ -467,6 +498,7 @@ class LoraClassifier:
                 f"{Path(folder) / FILE}: its base {self._base_directory()} is not there; "
                 "LoraClassifier.load(folder, base=..) names another place"
             )
+        check_asked(task, base=self._base_directory())
         self.classes_ = np.array(task.labels)
         self.threshold_ = task.threshold
         self.task_, self.adapters_ = task, adapters
@@ -492,10 +524,17 @@ class LoraClassifier:
                 AutoModel.from_pretrained(place),
                 AutoTokenizer.from_pretrained(place),
             )
-            if bits and not is_quantized(model.config, bits):
-                model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)
-            self._loaded = wanted, model, tokenizer
+            self.use_base(model, tokenizer)
         return self._loaded[1], self._loaded[2]
+
+    def use_base(self, model: Any, tokenizer: Any) -> None:
+        """Train and predict over a model that is loaded already from the directory `base`; it is
+        quantized where quantization_bit says so.
+        """
+        bits = self.quantization_bit
+        if bits and not is_quantized(model.config, bits):
+            model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)
+        self._loaded = (self._base_directory(), bits), model, tokenizer
 
 
 _PARAMETERS = tuple(inspect.signature(LoraClassifier).parameters)

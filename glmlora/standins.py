@@ -16,6 +16,7 @@ from importlib.util import module_from_spec
 from types import ModuleType
 from typing import Any
 
+from . import old_pandas
 from .families import default
 from .names import did_you_mean, is_only_looked_for
 
@@ -250,7 +251,8 @@ _FINDERS: tuple[MetaPathFinder, ...] = (_StandInFinder(), _HintFinder())
 
 
 def install() -> None:
-    """Make `from transformers import ...` and `from peft import ...` give glmlora's names.
+    """Make `from transformers import ...` and `from peft import ...` give glmlora's names, and the
+    rows of pandas what notebooks of its older releases expect.
 
     Raises RuntimeError when the real package has been imported already.
     """
@@ -259,6 +261,7 @@ def install() -> None:
             raise RuntimeError(
                 f"{name} is imported already: restart Python (the kernel) and load glmlora first"
             )
+    old_pandas.install()
     first, last = _FINDERS
     if first not in sys.meta_path:
         sys.meta_path.insert(0, first)
@@ -272,6 +275,7 @@ def install() -> None:
 
 def uninstall() -> None:
     """Take the stand-ins away; what was imported from them stays usable."""
+    old_pandas.uninstall()
     for finder in _FINDERS:
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)

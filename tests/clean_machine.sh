@@ -83,7 +83,7 @@ $ten
 assert response == '1', response
 TEN
 python ten.py"
-[ -s "$root/root/glmlora/demo/xfg/confusion.png" ] && [ -s "$root/root/glmlora/paper/submit.csv" ]
+[ -s "$root/root/glmlora/demo/xfg/results.png" ] && [ -s "$root/root/glmlora/paper/submit.csv" ]
 
 say "make, with nothing to do"
 inside 'time make'

@@ -64,6 +64,25 @@ def batch(rng, n_segments=3, length=40):
 STEP = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
 
 
+def test_hidden_states_of_some_layers():
+    """The same bits as beside all layers' and the logits; no layer runs above the last of them."""
+    ids, lengths, _, _ = batch(np.random.default_rng(3))
+    model, counted = make_model(), make_model("plan")
+    _, every = model.forward(ids, lengths, hidden_states=True)
+    for layers in ([0, 1, 2, 3], [0], [1], [0, 2], [3], []):
+        got = model.hidden_states(ids, lengths, layers)
+        assert got.dtype == np.float32 and got.shape == (len(layers), len(ids), ARCH["hidden"])
+        np.testing.assert_array_equal(got, every[layers])
+        counted.counts()
+        counted.hidden_states(ids, lengths, layers)
+        calls = counted.counts()["calls"]
+        assert calls.get("attention_forward", 0) == (layers[-1] if layers else 0)
+    for layers, place in (([4], 0), ([-1], 0), ([1, 1], 1), ([2, 0], 1)):
+        message = rf"layers\[{place}\]: expected ascending numbers from 0 to 3, got {layers[place]}"
+        with pytest.raises(ValueError, match=message):
+            model.hidden_states(ids, lengths, layers)
+
+
 @pytest.mark.parametrize("half", (0, 1))
 def test_the_rotary_table_reaches_every_position(half):
     """Its rows are computed when they are needed: near ones first and far ones at once alike."""

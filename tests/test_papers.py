@@ -73,12 +73,15 @@ def test_length_and_authors_tell_nothing(papers):
 def test_tables(tmp_path):
     write_tables(tmp_path)
     rows = {n: list(csv.reader(open(tmp_path / n))) for n in os.listdir(tmp_path)}
-    assert sorted(rows) == ["testB.csv", "testB_labels.csv", "train.csv"]
+    assert sorted(rows) == ["sample_submit.csv", "testB.csv", "testB_labels.csv", "train.csv"]
     assert rows["train.csv"][0] == "uuid,title,author,abstract,Keywords,label".split(",")
     assert rows["testB.csv"][0] == "uuid,title,author,abstract".split(",")
     assert (len(rows["train.csv"]), len(rows["testB.csv"])) == (1201, 2001)
     assert not {r[3] for r in rows["train.csv"][1:]} & {r[3] for r in rows["testB.csv"][1:]}
     assert [r[0] for r in rows["testB.csv"]] == [r[0] for r in rows["testB_labels.csv"]]
+    ids = [r[0] for r in rows["testB.csv"][1:]]
+    sample = [["uuid", "Keywords", "label"], *([i, "tmp", "0"] for i in ids)]
+    assert rows["sample_submit.csv"] == sample
 
 
 def test_same_bytes_in_every_process(tmp_path):

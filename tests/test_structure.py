@@ -18,15 +18,16 @@ ROOT = PACKAGE.parent
 
 # Folders and top-level modules from the ground up; those on one floor do not import each other.
 FLOORS = (
-    ("_core", "interrupts", "names", "progress", "tell"),
+    ("_core", "interrupts", "names", "old_pandas", "progress", "tell"),
     ("families", "files"),
     ("batch", "encoding", "seeds", "templates"),
-    ("tokenization",),
+    ("task", "tokenization"),
+    ("questions",),
     ("generation",),
     ("tables",),
     ("model",),
-    ("questions", "training"),
-    ("head", "tools"),
+    ("training",),
+    ("head", "tools", "vote"),
     ("classifier", "inspection", "submission"),
     ("notebook", "standins"),
     ("compat",),

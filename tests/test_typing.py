@@ -60,6 +60,7 @@ classifier = glmlora.LoraClassifier("model", threshold="f1", validation=0.1, fol
 proba: np.ndarray = classifier.fit([{"title": "a"}], [1]).predict_proba([{"title": "a"}])
 classifier.save(Path("out"))
 print(glmlora.LoraClassifier.load("out").predict(["a"]).shape)
+weight: float = glmlora.vote_weight([1], proba, np.ones((1, 2)) / 2, labels=classifier.classes_)
 """
 
 CHAT = """

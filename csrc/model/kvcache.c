@@ -263,7 +263,7 @@ glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, con
     const size_t V = (size_t)m->arch.vocab;
     GLM_TRY(check_rows(c, rows, n, lengths, err));
     GLM_TRY(begin(c, rows, n, ids, lengths, NULL, err));
-    GLM_TRY(glm_layers_forward(m, NULL, err));
+    GLM_TRY(glm_layers_forward(m, err));
     struct glm_step *s = &m->step;
     for (int first = 0; first < n; first += s->logits_rows) {
         const int count = n - first < s->logits_rows ? n - first : s->logits_rows;
@@ -286,7 +286,7 @@ glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, con
 static glm_status run_to_ids(struct glm_model *m, int n, struct glm_error *err)
 {
     const struct glm_step *s = &m->step;
-    GLM_TRY(glm_layers_forward(m, NULL, err));
+    GLM_TRY(glm_layers_forward(m, err));
     for (int first = 0; first < n; first += s->logits_rows) {
         const int count = n - first < s->logits_rows ? n - first : s->logits_rows;
         glm_logits_forward(m, first, count);
@@ -372,7 +372,7 @@ glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int 
                         "shared prefix: %d more tokens do not fit: it holds %d of %d", n,
                         c->shared_length, c->shared_capacity);
     GLM_TRY(begin(c, NULL, 1, ids, &lengths, NULL, err));
-    GLM_TRY(glm_layers_forward(c->model, NULL, err));
+    GLM_TRY(glm_layers_forward(c->model, err));
     c->shared_length += n;
     return GLM_OK;
 }

@@ -100,19 +100,42 @@ static glm_status check_finite(struct glm_model *m, const void *x, int rows, int
                     segment, token - segments[segment].begin);
 }
 
-static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, struct glm_error *err)
+/* Hidden states that a caller still waits for: the inputs of the layers `layers`, ascending (NULL:
+ * of all); `arch.layers` stands for the output of the last. */
+struct wanted {
+    const int32_t *layers;
+    int n;
+    char *out; /* host (n, N, C) */
+};
+
+/* Hands out the input of layer l where it is wanted; returns whether anyone waits for more. */
+static int hand_out(struct glm_model *m, struct wanted *w, int l)
+{
+    const size_t bytes = (size_t)m->step.N * m->arch.hidden * m->be->real_size;
+    if (w->n && (!w->layers || *w->layers == l)) {
+        m->be->download(m->be, w->out, m->step.x[l], bytes);
+        w->layers += w->layers != NULL;
+        w->n--;
+        w->out += bytes;
+    }
+    return w->n > 0;
+}
+
+/* Without `wanted` all layers, else those up to the last that is wanted. */
+
+static glm_status run_layers(struct glm_model *m, struct wanted *wanted, int diagnose,
+                             struct glm_error *err)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
     struct glm_step *s = &m->step;
     const int L = m->arch.layers, C = m->arch.hidden, MR = s->gathered ? s->M : s->N;
-    const size_t bytes = (size_t)s->N * C * m->be->real_size;
     if (s->prefix.n)
         glm_prefix_forward(m);
     op->embedding_forward(cx, s->x[0], &m->word_embeddings->mat, s->ids, s->N);
     for (int l = 0; l < L; l++) {
-        if (hidden)
-            m->be->download(m->be, (char *)hidden + l * bytes, s->x[l], bytes);
+        if (wanted && !hand_out(m, wanted, l))
+            return GLM_OK;
         if (diagnose)
             GLM_TRY(check_finite(m, s->x[l], s->N, 0, l ? "layer" : "the embedding", l - 1, err));
         if (s->saved[l])
@@ -120,16 +143,16 @@ static glm_status run_layers(struct glm_model *m, void *hidden, int diagnose, st
         glm_block_forward(m, l);
         GLM_TRY(interrupted(m, err));
     }
-    if (hidden)
-        m->be->download(m->be, (char *)hidden + L * bytes, s->x[L], bytes);
+    if (wanted)
+        hand_out(m, wanted, L);
     if (diagnose)
         GLM_TRY(check_finite(m, s->x[L], MR, s->gathered, "layer", L - 1, err));
     return GLM_OK;
 }
 
-glm_status glm_layers_forward(struct glm_model *m, void *hidden, struct glm_error *err)
+glm_status glm_layers_forward(struct glm_model *m, struct glm_error *err)
 {
-    return run_layers(m, hidden, 0, err);
+    return run_layers(m, NULL, 0, err);
 }
 
 glm_status glm_layers_diagnose(struct glm_model *m, struct glm_error *err)
@@ -158,7 +181,8 @@ glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, vo
     struct glm_step *s = &m->step;
     const size_t V = (size_t)m->arch.vocab;
     GLM_TRY(glm_step_begin(m, in, &(struct glm_call){.gather = !hidden}, err));
-    GLM_TRY(glm_layers_forward(m, hidden, err));
+    struct wanted all = {NULL, m->arch.layers + 1, hidden};
+    GLM_TRY(run_layers(m, hidden ? &all : NULL, 0, err));
     for (int begin = 0; begin < s->M; begin += s->logits_rows) {
         const int count = s->M - begin < s->logits_rows ? s->M - begin : s->logits_rows;
         glm_logits_forward(m, begin, count);
@@ -167,6 +191,23 @@ glm_status glm_model_forward(struct glm_model *m, const struct glm_input *in, vo
         GLM_TRY(interrupted(m, err));
     }
     return GLM_OK;
+}
+
+glm_status glm_model_hidden_states(struct glm_model *m, const struct glm_input *in,
+                                   const int32_t *layers, int n, void *out, struct glm_error *err)
+{
+    const int32_t first = 0;
+    struct glm_input one = *in; /* row of logits, which no one reads */
+    one.rows = &first;
+    one.M = 1;
+    for (int i = 0; i < n; i++)
+        if (layers[i] < 0 || layers[i] > m->arch.layers || (i && layers[i] <= layers[i - 1]))
+            return glm_fail(err, GLM_EVALUE,
+                            "layers[%d]: expected ascending numbers from 0 to %d, got %d", i,
+                            m->arch.layers, layers[i]);
+    struct wanted wanted = {layers, n, out};
+    GLM_TRY(glm_step_begin(m, &one, &(struct glm_call){0}, err));
+    return run_layers(m, &wanted, 0, err);
 }
 
 /* ---- losses and gradients */
@@ -227,7 +268,7 @@ static glm_status begin_losses(struct glm_model *m, const struct glm_input *in,
         return glm_fail(err, GLM_EVALUE,
                         "rows: no label is left to train on or score (all are masked)");
     GLM_TRY(glm_step_begin(m, in, call, err));
-    return glm_layers_forward(m, NULL, err);
+    return glm_layers_forward(m, err);
 }
 
 glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void *losses,

@@ -285,8 +285,8 @@ void glm_block_forward(struct glm_model *m, int l);
 void glm_block_recompute(struct glm_model *m, int l);
 void glm_block_backward(struct glm_model *m, int l, int need_dx);
 
-/* model/model.c. Embedding, layers, final norm. hidden: host (layers + 1, N, C) or NULL. */
-glm_status glm_layers_forward(struct glm_model *m, void *hidden, struct glm_error *err);
+/* model/model.c. Embedding, layers, final norm. */
+glm_status glm_layers_forward(struct glm_model *m, struct glm_error *err);
 /* Runs them again and says after which numbers stop being finite. */
 glm_status glm_layers_diagnose(struct glm_model *m, struct glm_error *err);
 /* Logits of `count` rows from `begin` into step.logits. */

@@ -314,6 +314,33 @@ done:
     return result;
 }
 
+static PyObject *model_hidden_states(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"ids", "lengths", "layers", NULL};
+    struct run run;
+    PyObject *ids, *lengths, *layers, *out = NULL;
+    PyArrayObject *numbers = NULL;
+    const int32_t *of = NULL;
+    int n = 0;
+    struct batch_args b;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO", names, &ids, &lengths, &layers) ||
+        glm_batch_args(&b, ids, lengths, NULL, NULL, NULL) < 0)
+        return NULL;
+    if (glm_index_arg(layers, "layers", &numbers, &of, &n) < 0)
+        goto done;
+    npy_intp dims[3] = {n, b.in.N, glm_model_arch(self->m)->hidden};
+    out = PyArray_SimpleNew(3, dims, glm_real_type(self));
+    if (out && (glm_run_begin(&run, self, GLM_READS) < 0 ||
+                glm_run_end(&run, glm_model_hidden_states(self->m, &b.in, of, n,
+                                                          PyArray_DATA((PyArrayObject *)out),
+                                                          &run.err)) < 0))
+        Py_CLEAR(out);
+done:
+    Py_XDECREF(numbers);
+    glm_drop_batch(&b);
+    return out;
+}
+
 static PyObject *model_loss(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"ids", "lengths", "rows", "targets", "positions", NULL};
@@ -462,6 +489,7 @@ static PyMethodDef model_methods[] = {
     METHOD(model_, counts, METH_NOARGS, "What calls on the plan backend cost."),
     METHOD(model_, reserve, KEYWORDS, "Take the memory of a step now."),
     METHOD(model_, forward, KEYWORDS, "Logits, and hidden states."),
+    METHOD(model_, hidden_states, KEYWORDS, "Inputs of some layers; no later layer runs."),
     METHOD(model_, loss, KEYWORDS, "Negative log-likelihoods."),
     METHOD(model_, backward, KEYWORDS, "Loss, adding gradients."),
     METHOD(model_, zero_grad, METH_NOARGS, "Forget accumulated gradients."),

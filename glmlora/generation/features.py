@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files.vectors import KEY_BYTES, VectorFile
 from ..progress import bar
-from .cache import Model
+from .cache import CHUNK, Model
 from .generate import warn_of_weights
 from .labels import prompt_writer, queries_of
 
-HELD_BYTES = 1 << 28  # of hidden states, which the core hands out for all tokens of a call
 MOST = 16384  # features of a row; of a larger model fewer layers are taken
+_PROBE = 64  # tokens by which a model is told from others
 
 
-def layers_taken(model: Model) -> list[int]:
-    """The layers whose states are features, evenly spaced from the embeddings, 0, to the last."""
-    layers, hidden = model.config.num_layers, model.config.hidden_size
-    wanted = min(layers + 1, max(2, MOST // hidden))
-    return np.linspace(0, layers, wanted).round().astype(int).tolist()
+def check_depth(model: Model, depth: int | None) -> int:
+    """The number of layers that are run. ValueError naming what is none."""
+    layers = model.config.num_layers
+    if depth is None:
+        return layers
+    whole = isinstance(depth, int | np.integer) and not isinstance(depth, bool)
+    if not whole or not 1 <= depth <= layers:
+        raise ValueError(
+            f"depth: expected a whole number of the model's layers, 1 to {layers}, or None for "
+            f"all, got {depth!r:.80}"
+        )
+    return int(depth)
+
+
+def layers_taken(model: Model, depth: int | None = None) -> np.ndarray:
+    """The layers whose inputs are features, int32: evenly spaced from 0, which is fed the
+    embeddings, to `depth`.
+    """
+    depth = check_depth(model, depth)
+    most = max(2, MOST // model.config.hidden_size)
+    return np.linspace(0, depth, min(depth + 1, most)).round().astype(np.int32)
 
 
 def features(
@@ -30,40 +51,96 @@ def features(
     *,
     template: str | None = None,
     role: str = "user",
+    depth: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> np.ndarray:
     """float32 (rows, layers taken * hidden size): the mean over the tokens of each query's prompt,
     which `chat` would ask, of the hidden states that go into the layers and out of the last.
 
-    table_or_texts, template: as in `classify`. No row depends on the others. Shows a progress bar
-    on a terminal. ValueError for a prompt that is longer than the model's positions, naming the
-    row.
+    table_or_texts, template: as in `classify`. depth: only so many layers, the first ones, are run
+    and taken; None: all. cache: a folder that keeps the features of each prompt, in a file for each
+    model; those that are there are not computed again. What a model is, its adapters and types too,
+    is told by what it makes of some tokens.
+
+    No row depends on the others, and equal ones are computed once. Shows a progress bar on a
+    terminal. ValueError for a prompt that is longer than the model's positions, naming the row;
+    OSError naming a file or folder of the cache.
     """
-    queries = queries_of(table_or_texts, template)
-    prompt_ids, config = prompt_writer(model, tokenizer, role), model.config
-    prompts = [prompt_ids(number, query) for number, query in enumerate(queries)]
+    queries, layers = queries_of(table_or_texts, template), layers_taken(model, depth)
+    prompt_ids = prompt_writer(model, tokenizer, role)
+    numbers: dict[tuple[int, ...], list[int]] = {}
+    for number, query in enumerate(queries):
+        numbers.setdefault(tuple(prompt_ids(number, query)), []).append(number)
     warn_of_weights(model)
-    taken = layers_taken(model)
-    found = np.empty((len(prompts), len(taken), config.hidden_size), np.float32)
-    token_bytes = 4 * config.hidden_size * (config.num_layers + 1)
-    with bar(desc="features", unit="row", total=len(prompts), disable=None) as shown:
-        for first, last in _calls(prompts, max(1, HELD_BYTES // token_bytes)):
-            together = prompts[first:last]
-            lengths = np.array([len(p) for p in together], np.int32)
-            ids = np.concatenate(together).astype(np.int32)
-            _, states = model.core.forward(ids, lengths, hidden_states=True)
-            end = np.cumsum(lengths)
-            for row, (start, stop) in enumerate(zip(end - lengths, end, strict=True)):
-                found[first + row] = states[taken, start:stop].mean(axis=1, dtype=np.float64)
-            shown.update(last - first)
-    return found.reshape(len(prompts), len(taken) * config.hidden_size)
+    found = np.empty((len(queries), len(layers) * model.config.hidden_size), np.float32)
+    with nullcontext() if cache is None else _opened(model, layers, cache) as kept:
+        missing = []
+        for prompt, (first, *same) in numbers.items():
+            if kept is None or not kept.read(_key(prompt), found[first]):
+                missing.append(prompt)
+            found[same] = found[first]
+        there = len(queries) - sum(len(numbers[prompt]) for prompt in missing)
+        count = {"total": len(queries), "initial": there}
+        with bar(desc="features", unit="row", disable=None, **count) as shown:
+            for together in _calls(missing):
+                vectors = _means(model, together, layers)
+                if kept is not None:
+                    kept.add([*map(_key, together)], vectors)
+                for prompt, vector in zip(together, vectors, strict=True):
+                    found[numbers[prompt]] = vector
+                    shown.update(len(numbers[prompt]))
+    return found
 
 
-def _calls(prompts: Sequence[Sequence[int]], most: int) -> list[tuple[int, int]]:
-    """Neighbours that are computed together: at most so many tokens, or one prompt."""
-    calls, first, tokens = [], 0, 0
-    for number, prompt in enumerate(prompts):
-        if number > first and tokens + len(prompt) > most:
-            calls.append((first, number))
-            first, tokens = number, 0
+def _calls(prompts: Sequence[Sequence[int]]) -> list[list[Any]]:
+    """Neighbours that are computed together: at most CHUNK tokens, or one prompt."""
+    calls: list[list[Any]] = []
+    tokens = 0
+    for prompt in prompts:
         tokens += len(prompt)
-    return [*calls, (first, len(prompts))] if prompts else []
+        if not calls or tokens > CHUNK:
+            calls.append([])
+            tokens = len(prompt)
+        calls[-1].append(prompt)
+    return calls
+
+
+def _means(model: Model, prompts: Sequence[Sequence[int]], layers: np.ndarray) -> np.ndarray:
+    """The features of prompts, float32 (prompts, layers * hidden size)."""
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    ids = np.concatenate([np.array(p, np.int32) for p in prompts])
+    states = model.core.hidden_states(ids, lengths, layers)
+    parts = np.split(states, np.cumsum(lengths)[:-1], axis=1)
+    means = [part.mean(axis=1, dtype=np.float64).reshape(-1) for part in parts]
+    return np.array(means, np.float32)
+
+
+# What is kept
+
+
+def _key(prompt: Sequence[int]) -> bytes:
+    return hashlib.sha256(np.array(prompt, "<i4").tobytes()).digest()[:KEY_BYTES]
+
+
+def _opened(model: Model, layers: np.ndarray, folder: str | os.PathLike[str]) -> VectorFile:
+    """The file of a model's features in a folder, which is made where there is none."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise NotADirectoryError(f"cache: {os.fspath(folder)} is a file, expected a folder")
+    os.makedirs(folder, exist_ok=True)
+    name = f"features-{_model_digest(model, layers)}.bin"
+    return VectorFile(Path(folder, name), len(layers) * model.config.hidden_size)
+
+
+def _model_digest(model: Model, layers: np.ndarray) -> str:
+    """Of all embeddings, and of what the layers make of tokens from all over the vocabulary: it
+    tells models apart that only an adapter, a type of numbers or a training step sets apart.
+    """
+    vocabulary = model.config.padded_vocab_size
+    total = hashlib.sha256()
+    for start in range(0, vocabulary, CHUNK):
+        ids = np.arange(start, min(start + CHUNK, vocabulary), dtype=np.int32)
+        total.update(model.core.hidden_states(ids, np.ones_like(ids), [0]))
+    length = min(_PROBE, model.config.seq_length)
+    probe = np.linspace(0, vocabulary - 1, length).astype(np.int32)
+    total.update(model.core.hidden_states(probe, np.array([length], np.int32), layers))
+    return total.hexdigest()[:32]

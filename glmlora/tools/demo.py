@@ -1,38 +1,29 @@
-"""`glmlora demo`: the whole workflow on synthetic papers: csv -> LoRA -> chat -> predictions ->
-submit.csv."""
+"""`glmlora demo`: the whole workflow on synthetic papers: csv -> a look at them -> LoRA with papers
+held out -> probabilities -> submit.csv."""
 
 from __future__ import annotations
 
 import csv
-import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import glmlora
 
 from ..files.write import atomic_file
-from . import project
+from . import plots, project
 
 ORDER = (
     "Please judge whether it is a medical field paper according to the given paper title and "
     "abstract, output 1 or 0, the following is the paper title and abstract -->"
 )
-# glm-tiny is small: all four linears and a larger learning rate than a 6B model would take
-TRAINING = dict(
-    finetuning_type="lora",
-    lora_rank=16,
-    lora_target="query_key_value,dense,dense_h_to_4h,dense_4h_to_h",
-    learning_rate=2e-3,
-    per_device_train_batch_size=8,
-    num_train_epochs=1.0,
-    lr_scheduler_type="cosine",
-    logging_steps=10,
-    save_strategy="no",
-    plot_loss=True,
-)
+PAPER = "title:{title},abstract:{abstract}"
+PAPERS = ORDER + PAPER  # the question of the paper workflow
+NAMES = {0: "other", 1: "medical"}
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -40,52 +31,30 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def paper_text(row: dict[str, str]) -> str:
-    """The part of the prompt that is the paper; the same for training and prediction."""
-    return f"title:{row['title']},abstract:{row['abstract']}"
+def _papers(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """What the model reads of each."""
+    return [{column: row[column] for column in ("title", "abstract")} for row in rows]
 
 
-def confusion_picture(path: Path, counts: list[list[int]]) -> bool:
-    """Draws counts[truth][predicted]; False without matplotlib."""
+def _picture(path: Path, log_history: Any, truth: np.ndarray, proba: np.ndarray) -> bool:
+    """Training, confusion and calibration side by side; False without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(4, 4), dpi=100)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(title="synthetic papers, test")
-    axes.imshow(counts, cmap="Blues")
-    names = ["other", "medical"]
-    axes.set_xticks([0, 1], names)
-    axes.set_yticks([0, 1], names)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("truth")
-    top = max(max(row) for row in counts)
-    for i in range(2):
-        for j in range(2):
-            color = "white" if counts[i][j] > top / 2 else "black"
-            axes.text(j, i, str(counts[i][j]), ha="center", va="center", color=color)
-    figure.tight_layout()
-    figure.savefig(path)
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    loss, matrix, trust = figure.subplots(1, 3)
+    plots.plot_training(loss, log_history)
+    plots.plot_confusion(matrix, truth, proba.argmax(axis=1), NAMES)
+    plots.plot_calibration(trust, truth, proba[:, 1])
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=100)
     return True
 
 
-def predict_labels(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tuple[list[int], int]:
-    """Labels of the papers, and how many answers were neither 0 nor 1 (taken as 0)."""
-    from tqdm.auto import tqdm
-
-    labels, odd = [], 0
-    for row in tqdm(rows, desc="predict", unit="paper"):
-        answer, _ = model.chat(tokenizer, ORDER + paper_text(row), history=[], temperature=0.01)
-        odd += answer not in ("0", "1")
-        labels.append(int(answer == "1"))
-    return labels, odd
-
-
 def run_demo(directory: str | os.PathLike = "demo") -> int:
-    """Make the project folder `directory`/xfg (a new one), train, chat, predict 2,000 papers; 0
-    when all went well."""
+    """Make the project folder `directory`/xfg (a new one), look at its papers, train, predict 2,000
+    papers; 0 when all went well."""
     start = time.perf_counter()
     home = Path(directory) / "xfg"
     if home.exists():
@@ -96,45 +65,38 @@ def run_demo(directory: str | os.PathLike = "demo") -> int:
         return 1
     print(f"1. a project folder with synthetic papers: {home}")
     project.init(home)
-    train_rows, test_rows = _read(home / "csv_data/train.csv"), _read(home / "csv_data/testB.csv")
-    truth = {r["uuid"]: int(r["label"]) for r in _read(home / "csv_data/testB_labels.csv")}
-    records = [
-        {"instruction": ORDER, "input": paper_text(r), "output": r["label"]} for r in train_rows
+    base, tables = str(home.parent / project.BASE), home / "csv_data"
+    train, test = _read(tables / "train.csv"), _read(tables / "testB.csv")
+
+    print("\n2. a look at them: glmlora inspect csv_data/train.csv --test csv_data/testB.csv")
+    print(glmlora.inspect(train, test, template=PAPERS, tokenizer=base))
+
+    print(f"\n3. LoRA fine-tuning of glm-tiny on {len(train):,} papers, a tenth of them held out")
+    classifier = glmlora.LoraClassifier(
+        base, PAPER, ORDER, validation=0.1, random_state=0, verbose=1
+    )
+    classifier.fit(_papers(train), [int(row["label"]) for row in train])
+    classifier.save(home / "output/label_xfg")
+
+    print(f"\n4. the probability of each label for {len(test):,} papers")
+    proba = classifier.predict_proba(_papers(test))
+    labels = classifier.classes_[proba.argmax(axis=1)]
+    known = {row["uuid"]: int(row["label"]) for row in _read(tables / "testB_labels.csv")}
+    truth = np.array([known[row["uuid"]] for row in test])
+    loss = -np.log(proba[np.arange(len(truth)), truth]).mean()
+    print(f"accuracy {(labels == truth).mean():.4f}, log-loss {loss:.3f}; truth, and predicted as")
+    for label, counts in enumerate(plots.confusion(truth, labels, list(NAMES))):
+        cells = (f"{NAMES[at]} {n} ({n / counts.sum():.1%})" for at, n in enumerate(counts))
+        print(f"  {NAMES[label]}:", ", ".join(cells))
+
+    print("\n5. a submission: glmlora submit --sample csv_data/sample_submit.csv ..")
+    answers = [
+        {"uuid": row["uuid"], "Keywords": "tmp", "label": label}
+        for row, label in zip(test, labels.tolist(), strict=True)
     ]
-    with atomic_file(home / "data/paper_label.json", "w") as f:
-        json.dump(records, f, ensure_ascii=False, indent=4)
-
-    print(f"2. LoRA fine-tuning of glm-tiny on {len(records)} papers")
-    base, output = str(home.parent / project.BASE), str(home / "output/label_xfg")
-    glmlora.train(base, records, output_dir=output, **TRAINING)
-
-    print("3. base + adapter, one chat turn")
-    model = glmlora.AutoModel.from_pretrained(base, trust_remote_code=True).half()
-    tokenizer = glmlora.AutoTokenizer.from_pretrained(base, trust_remote_code=True)
-    model = glmlora.PeftModel.from_pretrained(model, output).half().eval()
-    with model.disable_adapter():
-        print("   你好 ->", model.chat(tokenizer, "你好", history=[])[0])
-    print(f"   {test_rows[0]['title']} ->", predict_labels(model, tokenizer, test_rows[:1])[0][0])
-
-    print(f"4. {len(test_rows)} predictions")
-    labels, odd = predict_labels(model, tokenizer, test_rows)
-    with atomic_file(home / "submit.csv", "w") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(["uuid", "Keywords", "label"])
-        writer.writerows(
-            (row["uuid"], "tmp", label) for row, label in zip(test_rows, labels, strict=True)
-        )
-    counts = [[0, 0], [0, 0]]
-    for row, label in zip(test_rows, labels, strict=True):
-        counts[truth[row["uuid"]]][label] += 1
-    accuracy = (counts[0][0] + counts[1][1]) / len(test_rows)
-    print(f"   accuracy {accuracy:.4f}, odd answers {odd}")
-    print(f"   truth other: {counts[0]}, truth medical: {counts[1]} (predicted other, medical)")
-    pictures = [Path(output) / "training_loss.png"]
-    if confusion_picture(home / "confusion.png", counts):
-        pictures.append(home / "confusion.png")
-    for path in [home / "submit.csv", *pictures]:
-        if path.exists():
-            print(f"   {path}")
+    print(glmlora.submit(str(tables / "sample_submit.csv"), answers, home / "submit.csv"))
+    picture = home / "results.png"
+    if _picture(picture, classifier.log_history_, truth, proba):
+        print(picture)
     print(f"done in {time.perf_counter() - start:.0f} s")
     return 0

@@ -263,8 +263,8 @@ def write_tables(
     test_rows: int = 2000,
     seed: int = 20230711,
 ) -> None:
-    """train.csv, testB.csv and testB_labels.csv in `directory`, with the columns of the workflow's
-    tables; papers of the test are not in the training table.
+    """train.csv, testB.csv, testB_labels.csv and sample_submit.csv in `directory`, with the columns
+    of the workflow's tables; papers of the test are not in the training table.
     """
     papers = make_papers(train_rows + test_rows, seed)
     train, test = papers[:train_rows], papers[train_rows:]
@@ -273,3 +273,5 @@ def write_tables(
     _write(place / "train.csv", train, ("uuid", "title", "author", "abstract", "Keywords", "label"))
     _write(place / "testB.csv", test, ("uuid", "title", "author", "abstract"))
     _write(place / "testB_labels.csv", test, ("uuid", "label"))
+    sample = [{**paper, "label": 0} for paper in test]
+    _write(place / "sample_submit.csv", sample, ("uuid", "Keywords", "label"))
