@@ -9,14 +9,17 @@
 extern "C" {
 #endif
 
-/* One family as numbers (ChatGLM2, ChatGLM3, GLM-4-9B). A family that differs in kind (norm place,
- * MLP, mask) adds a field here and one branch in model/block.c. */
+/* One family as numbers. A family that differs in kind (norm place, MLP, mask) adds a field here and
+ * one branch in model/block.c. */
 struct glm_arch {
     int layers, hidden, ffn, heads, kv_heads, head_dim, vocab;
     int max_positions, rotary_dim;
     double eps, rope_base, rope_divisor;
     int qkv_bias;
     int half_rope_table; /* cos and sin as ChatGLM2's float16 code gets them */
+    int split_qkv;       /* queries, keys and values are linears of their own */
+    int branch_norms;    /* norms of what attention and MLP yield, before it is added */
+    int tied_head;       /* the output layer's weight is that of the embeddings */
 };
 
 /* What a family's checkpoints call its modules; the names of tensors are made of them, as those of
@@ -26,7 +29,10 @@ struct glm_names {
     const char *layer; /* with one "{}" where a layer's number stands */
     /* below the layer */
     const char *input_layernorm, *post_attention_layernorm;
-    const char *query_key_value, *dense, *dense_h_to_4h, *dense_4h_to_h;
+    const char *post_self_attn_layernorm, *post_mlp_layernorm; /* NULL but for branch_norms */
+    const char *query_key_value;                               /* NULL for split_qkv .. */
+    const char *query, *key, *value;                           /* .. which has these */
+    const char *dense, *dense_h_to_4h, *dense_4h_to_h;
     const char *prefix_encoder;
 };
 

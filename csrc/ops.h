@@ -105,6 +105,14 @@ OP(attention_backward, n_segments,
    const void *qkv, struct glm_kv cache,
    const struct glm_segment *segments, int n_segments, struct glm_heads heads)
 
+/* qkv[n] = [q[n] | k[n] | v[n]], where queries, keys and values are products apart
+ *   qkv (N, (NH+2*KVH)*HD)   q (N, NH*HD)   k, v (N, KVH*HD) */
+OP(qkv_forward, N,
+   void *qkv, const void *q, const void *k, const void *v, int N, struct glm_heads heads)
+/* dq, dk, dv = their columns of dqkv */
+OP(qkv_backward, N,
+   void *dq, void *dk, void *dv, const void *dqkv, int N, struct glm_heads heads)
+
 /* cache row slot[n] = key and value of row n of qkv
  *   qkv (N, (NH+2*KVH)*HD)   slot (N) */
 OP(kv_append, N,

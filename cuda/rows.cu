@@ -1,4 +1,5 @@
-/* Rows that are copied: to and from the cache, those that someone reads, the P-Tuning prefix. */
+/* Rows that are copied: to and from the cache, those that someone reads, the P-Tuning
+ * prefix, queries, keys and values side by side. */
 #include "launch.cuh"
 
 /* keys and values of row n of qkv: one run of 2 * KV floats */
@@ -31,6 +32,32 @@ GLM_KERNEL(128) k_gather_backward(float *dinp, const float *dout, const int *row
             x.v[j] += d.v[j];
         store4(dinp + n * C, c, C, x);
     }
+}
+
+static __device__ __forceinline__ void copy_row(float *to, const float *from, int n)
+{
+    for (int i = 4 * threadIdx.x; i < n; i += 4 * blockDim.x)
+        store4(to, i, n, load4(from, i, n));
+}
+
+GLM_KERNEL(128)
+k_qkv_forward(float *qkv, const float *q, const float *k, const float *v, int Q, int KV)
+{
+    const size_t n = blockIdx.x;
+    float *row = qkv + n * (Q + 2 * KV);
+    copy_row(row, q + n * Q, Q);
+    copy_row(row + Q, k + n * KV, KV);
+    copy_row(row + Q + KV, v + n * KV, KV);
+}
+
+GLM_KERNEL(128)
+k_qkv_backward(float *dq, float *dk, float *dv, const float *dqkv, int Q, int KV)
+{
+    const size_t n = blockIdx.x;
+    const float *row = dqkv + n * (Q + 2 * KV);
+    copy_row(dq + n * Q, row, Q);
+    copy_row(dk + n * KV, row + Q, KV);
+    copy_row(dv + n * KV, row + Q + KV, KV);
 }
 
 /* An element e of row n is word e % 4 of counter e / 4. */
@@ -79,6 +106,24 @@ extern "C" void glm_cuda_kv_append(void *cx, struct glm_kv cache, const void *qk
     if (glm_cuda_begin(cuda))
         GLM_LAUNCH(cuda, "kv_append", k_kv_append, N, 128, 0, (float *)cache.k, (float *)cache.v,
                    (const float *)qkv, slot, heads.NH * heads.HD + 2 * KV, KV);
+}
+
+extern "C" void glm_cuda_qkv_forward(void *cx, void *qkv, const void *q, const void *k,
+                                     const void *v, int N, struct glm_heads heads)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "qkv_forward", k_qkv_forward, N, 128, 0, (float *)qkv, (const float *)q,
+                   (const float *)k, (const float *)v, heads.NH * heads.HD, heads.KVH * heads.HD);
+}
+
+extern "C" void glm_cuda_qkv_backward(void *cx, void *dq, void *dk, void *dv, const void *dqkv,
+                                      int N, struct glm_heads heads)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "qkv_backward", k_qkv_backward, N, 128, 0, (float *)dq, (float *)dk,
+                   (float *)dv, (const float *)dqkv, heads.NH * heads.HD, heads.KVH * heads.HD);
 }
 
 extern "C" void glm_cuda_gather_forward(void *cx, void *out, const void *inp, const int32_t *rows,

@@ -149,11 +149,15 @@ class Model:
 
     arch keys: layers, hidden, ffn, heads, kv_heads, head_dim, vocab, max_positions, rotary_dim
     (ints), eps, rope_base,
-    rope_divisor (floats), qkv_bias (bool), half_rope_table (bool, decision 13).
+    rope_divisor (floats), qkv_bias (bool), half_rope_table (bool, decision 13), split_qkv (bool:
+    queries, keys and values are linears of their own), branch_norms (bool: what attention and MLP
+    yield is normed before it is added), tied_head (bool: the output layer is the embeddings).
     names: what the checkpoint calls its modules (glmlora/families), to which ".weight", ".bias",
     ".lora_A.weight" and ".lora_B.weight" are added. Keys: word_embeddings, final_layernorm,
     output_layer; layer, with one "{}" for its number; input_layernorm, post_attention_layernorm,
-    query_key_value, dense, dense_h_to_4h, dense_4h_to_h, below the layer; prefix_encoder.
+    dense, dense_h_to_4h, dense_4h_to_h, and query_key_value, or with split_qkv query, key, value,
+    below the layer, with branch_norms post_self_attn_layernorm and post_mlp_layernorm, too;
+    prefix_encoder.
     """
 
     def __init__(

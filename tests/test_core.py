@@ -29,6 +29,9 @@ ARCH = dict(
     rope_divisor=1.0,
     qkv_bias=1,
     half_rope_table=0,
+    split_qkv=0,
+    branch_norms=0,
+    tied_head=0,
 )
 
 

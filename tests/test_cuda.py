@@ -265,6 +265,7 @@ STREAMING = [
     (test_ops.tanh_forward, 65536, 1.0, False), (test_ops.tanh_backward, 65536, False),
     (test_ops.dropout_forward, 64, 256, 0.1, False), (test_ops.dropout_backward, 64, 256, 0.1),
     (test_ops.gather, 80, 64, 256), (test_ops.kv_append, 64, 4, 2, 64),
+    (test_ops.qkv, 64, 4, 2, 64),
     (test_ops.cross_entropy_forward, 64, 1024, 1.0),
     (test_ops.cross_entropy_backward, 64, 1024, 1.0),
     (test_ops.add, 65536, "out"), (test_ops.sum_squares, 65536), (test_ops.adamw, 65536, 3, 0.1),

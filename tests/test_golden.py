@@ -17,12 +17,15 @@ pytestmark = pytest.mark.skipif(
 )
 MODELS = ["chatglm2-tiny", "chatglm2-tiny-bin", "chatglm3-tiny", "chatglm2-32k-tiny"]
 MODELS += ["glm4-9b-tiny"]
+TRANSFORMERS = ["hf-glm-tiny", "glm-edge-tiny", "glm4-0414-tiny", "glm4-32b-0414-tiny"]
+MODELS += TRANSFORMERS
 TRAINED = {  # fixture: adapters whose gradients it has
     "chatglm2-tiny": ["lora", "lora_all"],
     "chatglm2-tiny-bin": ["lora"],
     "chatglm3-tiny": ["lora"],
     "chatglm2-32k-tiny": ["lora"],
     "glm4-9b-tiny": ["lora", "lora_all"],
+    **dict.fromkeys(TRANSFORMERS, ["lora", "lora_all"]),
 }
 
 
@@ -95,7 +98,7 @@ def test_forward(name):
     final = out.hidden_states[-1]
     eps = model.config.layernorm_epsilon
     norm = final / np.sqrt(np.mean(final.astype(np.float64) ** 2, -1, keepdims=True) + eps)
-    weight = model.state_dict()["transformer.encoder.final_layernorm.weight"]
+    weight = model.state_dict()[model.config.tensor_names["final_layernorm"] + ".weight"]
     g.check("single/final_hidden", norm * weight)
     out = model(**g.batch())
     g.check("batch/logits", out.logits)
@@ -158,7 +161,10 @@ def train(g, model, prefix, micro=1):
     return np.array(losses), np.array(norms)
 
 
-@pytest.mark.parametrize("name", ["chatglm2-tiny", "chatglm3-tiny", "glm4-9b-tiny"])
+TRAINED_LONG = ["chatglm2-tiny", "chatglm3-tiny", "glm4-9b-tiny", *TRANSFORMERS]
+
+
+@pytest.mark.parametrize("name", TRAINED_LONG)
 def test_lora_training(name, tmp_path):
     g = Golden(name)
     kind = "lora"
@@ -228,6 +234,31 @@ def test_full_training():
     losses, norms = train(g, model, "full/train/")
     g.check("full/train/losses", losses)
     g.check("full/train/grad_norms", norms)
+
+
+@pytest.mark.parametrize("name", ["hf-glm-tiny", "glm-edge-tiny", "glm4-32b-0414-tiny"])
+def test_peft_adapter_of_the_transformers_layout(name, tmp_path):
+    """Read as PEFT wrote it; written again, file and names are PEFT's."""
+    g = Golden(name)
+    model = glmlora.PeftModel.from_pretrained(load(name), g.directory / "adapter")
+    g.check("lora/logits", model(**g.batch()).logits)
+    model.save_pretrained(tmp_path)
+    before = glmlora.load_state_dict(g.directory / "adapter")
+    after = glmlora.load_state_dict(tmp_path)
+    assert set(after) == set(before)
+    for n in before:
+        assert np.array_equal(after[n], before[n]), n
+    merged = model.merge_and_unload().float()
+    got = merged(**g.batch()).logits
+    assert relative(got, g["lora/logits"]) <= 0.04  # the base weights are bfloat16
+
+
+def test_both_layouts_of_a_model_have_the_same_logits():
+    g = Golden("hf-glm-tiny")
+    one, other = (load(n)(**g.batch()).logits for n in ("hf-glm-tiny", "glm4-9b-tiny"))
+    g.check("batch/logits", one)
+    g.check("batch/logits", other)
+    assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("form", ["peft-adapter", "peft-adapter-bin"])

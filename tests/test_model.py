@@ -116,8 +116,6 @@ def test_no_code_of_the_directory_runs(directory):
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection"),
         ({"add_bias_linear": True}, "add_bias_linear"),
         ({"post_layer_norm": False}, "post_layer_norm"),
-        ({"model_type": "glm"}, "transformers layout of GLM-4-9B.*glm-4-9b-chat, without -hf"),
-        ({"model_type": "glm4"}, "GLM-4-0414 and GLM-Z1"),
         ({"model_type": "glm4_moe_lite"}, "GLM-4.7-Flash, with experts.*get a dense model"),
         ({"model_type": "glm_moe_dsa"}, "GLM-5, whose smallest published copy has 91 GiB"),
         ({"model_type": "glm4v"}, "a model of images.*get a text model"),

@@ -21,49 +21,65 @@ ARCH = dict(
     rope_divisor=1.0,
     qkv_bias=1,
     half_rope_table=0,
+    split_qkv=0,
+    branch_norms=0,
+    tied_head=0,
 )
+# What a family may have otherwise, and whose names those are.
+KINDS = {
+    "fused": ({}, families.default()),
+    "split": (dict(split_qkv=1), families.of("hf")),
+    "split, no bias, tied": (dict(split_qkv=1, qkv_bias=0, tied_head=1), families.of("hf")),
+    "branch norms": (dict(split_qkv=1, branch_norms=1, rotary_dim=6), families.of("0414")),
+    "wide heads": (dict(split_qkv=1, branch_norms=1, head_dim=10), families.of("0414")),
+}
 IDS = np.array([3, 7, 1, 22, 0, 5, 9, 11, 2, 8, 4, 6], np.int32)
 LENGTHS = np.array([5, 1, 6], np.int32)
 ROWS = np.array([2, 3, 7, 9, 10], np.int32)
 TARGETS = np.array([4, 21, 0, 6, 17], np.int32)
-LINEARS = [
-    "self_attention.query_key_value",
-    "self_attention.dense",
-    "mlp.dense_h_to_4h",
-    "mlp.dense_4h_to_h",
-]
-HEAD = "transformer.output_layer"
 
 
-def make_model(backend="ref_f64"):
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def head_of(kind):
+    return KINDS[kind][1].tensor_names["output_layer"]
+
+
+def make_model(kind="fused", backend="ref_f64"):
     """A model with random weights of a size that lets every gradient be seen."""
     rng = np.random.default_rng(5)
-    model = _core.Model(ARCH, backend, names=families.default().tensor_names)
+    arch, family = KINDS[kind]
+    model = _core.Model(ARCH | arch, backend, names=family.tensor_names)
     for name, shape in model.shapes().items():
         scale = 1.0 if len(shape) == 1 else 1.5 / np.sqrt(shape[1])
         model.bind(name, rng.normal(0.3 * (len(shape) == 1), scale, shape), "F64")
     return model
 
 
-def add_lora(model, dropout):
+def add_lora(model, dropout, kind="fused"):
     """LoRA of rank 3 on all linears of both layers, and of rank 4 on the output layer; the names of
     its weights."""
     rng = np.random.default_rng(6)
-    names = []
-    layers = [f"transformer.encoder.layers.{i}." for i in range(ARCH["layers"])]
-    for module in [*(layer + linear for layer in layers for linear in LINEARS), HEAD]:
-        out, inp = model.shape(module + ".weight")
-        rank = 4 if module == HEAD else 3
+    names, head = [], head_of(kind)
+    start = KINDS[kind][1].tensor_names["layer"].partition("{}")[0]
+    layers = [n for n, s in model.shapes().items() if n.startswith(start) and len(s) == 2]
+    for module in [*(name.removesuffix(".weight") for name in layers), head]:
+        out, inp = (23, 12) if module == head else model.shape(module + ".weight")
+        rank = 4 if module == head else 3
         A, B = rng.normal(0, 0.5, (rank, inp)), rng.normal(0, 0.5, (out, rank))
         model.add_lora(module, A, B, 0.7, dropout)
         names += [module + ".lora_A.weight", module + ".lora_B.weight"]
     return names
 
 
-def add_prefix(model, projection, dropout):
+def add_prefix(model, projection, dropout, kind="fused"):
     """A P-Tuning prefix of 3 rows; the names of its weights."""
     rng = np.random.default_rng(7)
-    width, hidden = 2 * ARCH["layers"] * ARCH["kv_heads"] * ARCH["head_dim"], ARCH["hidden"]
+    arch, family = ARCH | KINDS[kind][0], KINDS[kind][1]
+    width, hidden = 2 * arch["layers"] * arch["kv_heads"] * arch["head_dim"], arch["hidden"]
     shapes = {"embedding.weight": (3, width)}
     if projection:
         shapes |= {
@@ -72,7 +88,8 @@ def add_prefix(model, projection, dropout):
             "trans.2.weight": (width, hidden),
             "trans.2.bias": (width,),
         }
-    arrays = {"transformer.prefix_encoder." + k: rng.normal(0, 0.6, s) for k, s in shapes.items()}
+    start = family.tensor_names["prefix_encoder"] + "."
+    arrays = {start + k: rng.normal(0, 0.6, s) for k, s in shapes.items()}
     model.set_prefix(arrays, dropout)
     return list(arrays)
 
@@ -111,15 +128,15 @@ def check(model, names, picks=6):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_lora(dropout):
-    model = make_model()
-    check(model, add_lora(model, dropout))
+def test_lora(kind, dropout):
+    model = make_model(kind)
+    check(model, add_lora(model, dropout, kind), picks=3)
 
 
-def test_lora_on_the_output_layer_alone():
+def test_lora_on_the_output_layer_alone(kind):
     """Nothing below it trains, so backward ends above the layers."""
-    model = make_model()
-    names = [n for n in add_lora(model, 0.3) if n.startswith(HEAD)]
+    model = make_model(kind)
+    names = [n for n in add_lora(model, 0.3, kind) if n.startswith(head_of(kind))]
     assert len(names) == 2
     check(model, names)
 
@@ -131,32 +148,40 @@ def test_prefix(projection, dropout):
     check(model, add_prefix(model, projection, dropout))
 
 
-def test_full():
-    model = make_model()
-    check(model, list(model.shapes()))
+def test_full(kind):
+    model = make_model(kind)
+    check(model, list(model.shapes()), picks=3)
 
 
-def test_everything_at_once():
-    model = make_model()
-    names = list(model.shapes()) + add_lora(model, 0.2) + add_prefix(model, True, 0.2)
+def test_everything_at_once(kind):
+    model = make_model(kind)
+    names = list(model.shapes()) + add_lora(model, 0.2, kind) + add_prefix(model, True, 0.2, kind)
     check(model, names, picks=2)
 
 
-def test_freeze_only_last_layer():
-    model = make_model()
+def test_freeze_only_last_layer(kind):
+    model = make_model(kind)
     names = [n for n in model.shapes() if ".layers.1.mlp." in n]
     check(model, names)
 
 
+@pytest.mark.parametrize("part", ["k_proj", "v_proj", "post_self_attn_layernorm", "post_mlp_layer"])
+def test_a_part_of_a_layer_alone(part):
+    """Of queries, keys and values one trains, or one norm of a branch."""
+    model = make_model("wide heads")
+    names = [n for n in model.shapes() if f".0.self_attn.{part}" in n or f".0.{part}" in n]
+    check(model, names)
+
+
 @pytest.mark.parametrize("all_rows", [False, True])
-def test_recomputed_layers_give_the_same_bits(all_rows):
+def test_recomputed_layers_give_the_same_bits(kind, all_rows):
     """A budget of one byte recomputes every layer that may be."""
     rows = np.delete(np.arange(12, dtype=np.int32), [4, 5, 11]) if all_rows else ROWS
     targets = IDS[rows + 1] if all_rows else TARGETS
     results = []
     for budget in (0, 1):
-        model = make_model()
-        names = add_lora(model, 0.2)
+        model = make_model(kind)
+        names = add_lora(model, 0.2, kind)
         model.set_trainable(names)
         plan = model.plan(12, 3, len(rows), True, budget)
         model.reserve(12, 3, len(rows), True, budget)

@@ -345,6 +345,23 @@ def test_gather_gradient(rng: np.random.Generator) -> None:
     assert_gradient(dinp - start, numeric(f, x, dout))
 
 
+def test_qkv_gradient(rng: np.random.Generator) -> None:
+    N, heads = 3, Heads(4, 2, 3)
+    parts = [rng.normal(size=(N, n)) for n in (12, 6, 6)]
+    dout = rng.normal(size=(N, 24))
+
+    def f() -> np.ndarray:
+        qkv = np.empty((N, 24))
+        REF.qkv_forward(qkv, *parts, N, heads)
+        return qkv
+
+    assert np.array_equal(f(), np.concatenate(parts, axis=1))
+    gradients = [np.empty_like(part) for part in parts]
+    REF.qkv_backward(*gradients, dout, N, heads)
+    for part, gradient in zip(parts, gradients, strict=True):
+        assert_gradient(gradient, numeric(f, part, dout))
+
+
 def test_cross_entropy_gradient(rng: np.random.Generator) -> None:
     M, V, scale, target = 3, 7, 0.3, np.array([6, 0, 3], np.int32)
     logits, loss, lse = 3 * rng.normal(size=(M, V)), np.empty(M), np.empty(M)
@@ -667,6 +684,18 @@ def attention_backward(m: Maker, kind: str, counts: tuple[int, ...], shape: tupl
     terms = keys + N * NH // KVH + HD
     tolerance = 4 * (2 * score + sum_error(terms, 1)) * largest
     return {name: (array, tolerance) for name, array in outputs.items()}
+
+
+@over(
+    (N, *shape) for N in (0, 1, 3, 17) for shape in ((1, 1, 1), (4, 2, 6), (3, 1, 33), (8, 2, 64))
+)
+def qkv(m: Maker, N: int, NH: int, KVH: int, HD: int):
+    heads, widths = Heads(NH, KVH, HD), (NH * HD, KVH * HD, KVH * HD)
+    qkv, dqkv = m.out(N, sum(widths)), m.normal(N, sum(widths))
+    gradients = [m.out(N, width) for width in widths]
+    m.ops.qkv_forward(qkv, *(m.normal(N, width) for width in widths), N, heads)
+    m.ops.qkv_backward(*gradients, dqkv, N, heads)
+    return {"qkv": (qkv, 0), **{f"d{n}": (d, 0) for n, d in zip("qkv", gradients, strict=True)}}
 
 
 @over((N, 4, 2, C) for N, C in ROWS)
@@ -1028,6 +1057,7 @@ LARGE: list[tuple[Any, ...]] = [
     (attention_backward, "shared past context", (40, 33, 1, 60), (8, 2, 32)),
     (attention_forward, "long", (1, 1, 1), (8, 2, 32)),
     (kv_append, 300, 4, 2, 64),
+    (qkv, 300, 4, 2, 64),
     (prefix_forward, 64, 8, 65, 3, 0.1),
     (prefix_backward, 64, 8, 65, 3, 0.1),
     (swiglu_forward, 200, 300, 1.0),

@@ -43,6 +43,9 @@ def random_start(directory, config, seed=1):
         rope_divisor=1.0,
         qkv_bias=1,
         half_rope_table=0,
+        split_qkv=0,
+        branch_norms=0,
+        tied_head=0,
     )
     rng = np.random.default_rng(seed)
     weights = {}

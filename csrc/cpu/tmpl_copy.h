@@ -1,4 +1,4 @@
-/* Rows that are copied: embedding, gather, the cache. */
+/* Rows that are copied: embedding, gather, queries, keys and values, the cache. */
 
 struct embedding_args {
     struct rows rows;
@@ -87,6 +87,51 @@ static void gather_backward(void *cx, void *dinp, const void *dout, const int32_
 {
     const struct gather_args a = {rows_of(M, (size_t)C), dinp, dout, rows, C};
     run_rows(cx, gather_backward_task, &a, a.rows); /* the rows are distinct */
+}
+
+struct qkv_args { /* parts: q, k, v, the columns of qkv in this order */
+    struct rows rows;
+    char *part[3], *qkv;
+    size_t bytes[3]; /* of a row */
+    int backward;
+};
+
+static void qkv_task(const void *arg, int task, char *scratch)
+{
+    const struct qkv_args *a = arg;
+    (void)scratch;
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        char *row = a->qkv + (size_t)n * (a->bytes[0] + a->bytes[1] + a->bytes[2]);
+        for (int i = 0; i < 3; row += a->bytes[i++]) {
+            char *part = a->part[i] + (size_t)n * a->bytes[i];
+            memcpy(a->backward ? part : row, a->backward ? row : part, a->bytes[i]);
+        }
+    }
+}
+
+static struct qkv_args qkv_args_of(const void *q, const void *k, const void *v, const void *qkv,
+                                   int N, struct glm_heads heads, int backward)
+{
+    const size_t Q = (size_t)heads.NH * heads.HD, KV = (size_t)heads.KVH * heads.HD;
+    return (struct qkv_args){.rows = rows_of(N, Q + 2 * KV),
+                             .part = {(char *)q, (char *)k, (char *)v},
+                             .qkv = (char *)qkv,
+                             .bytes = {Q * 4, KV * 4, KV * 4},
+                             .backward = backward};
+}
+
+static void qkv_forward(void *cx, void *qkv, const void *q, const void *k, const void *v, int N,
+                        struct glm_heads heads)
+{
+    const struct qkv_args a = qkv_args_of(q, k, v, qkv, N, heads, 0);
+    run_rows(cx, qkv_task, &a, a.rows);
+}
+
+static void qkv_backward(void *cx, void *dq, void *dk, void *dv, const void *dqkv, int N,
+                         struct glm_heads heads)
+{
+    const struct qkv_args a = qkv_args_of(dq, dk, dv, dqkv, N, heads, 1);
+    run_rows(cx, qkv_task, &a, a.rows);
 }
 
 struct append_args {

@@ -33,10 +33,12 @@ glm_status glm_model_add_lora(struct glm_model *m, const char *module, const voi
 {
     struct glm_linear *lin = NULL;
     char name[GLM_MAX_NAME];
-    snprintf(name, sizeof name, "%s.weight", module);
-    for (int i = 0; i < glm_n_linears(m) && !lin; i++)
-        if (strcmp(glm_linear_at(m, i)->weight->name, name) == 0)
-            lin = glm_linear_at(m, i);
+    snprintf(name, sizeof name, "%s.lora_A.weight", module);
+    for (int i = 0; i < glm_n_linears(m) && !lin; i++) {
+        struct glm_linear *at = glm_linear_at(m, i);
+        if (at->weight && strcmp(at->A->name, name) == 0)
+            lin = at;
+    }
     if (!lin)
         return glm_fail(err, GLM_EVALUE, "module: %s is no linear layer of this model", module);
     if (A_rows < 1 || A_cols != lin->weight->cols || B_rows != lin->weight->rows ||
@@ -85,12 +87,17 @@ static glm_status refuse_merge(struct glm_model *m, struct glm_error *err)
 {
     for (int i = 0; i < glm_n_linears(m); i++) {
         const struct glm_linear *lin = glm_linear_at(m, i);
-        if (lin->A->present)
-            GLM_TRY(glm_refuse_quantized(
-                lin->weight,
-                "merged into: keep the adapter beside it, or merge it into the "
-                "float weights",
-                err));
+        if (!glm_present(lin->A))
+            continue;
+        GLM_TRY(glm_refuse_quantized(lin->weight,
+                                     "merged into: keep the adapter beside it, or merge it into "
+                                     "the float weights",
+                                     err));
+        if (lin == m->head && m->arch.tied_head)
+            return glm_fail(err, GLM_ESTATE,
+                            "%s belongs to the output layer alone, which shares %s with the "
+                            "embeddings: keep the adapter beside it",
+                            lin->B->name, lin->weight->name);
     }
     return GLM_OK;
 }
@@ -110,7 +117,7 @@ glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
     for (int i = 0; status == GLM_OK && i < (int)n; i++) {
         struct glm_linear *lin = glm_linear_at(m, i);
         struct glm_weight *w = lin->weight;
-        if (!lin->A->present || w->owned || w->grad)
+        if (!glm_present(lin->A) || w->owned || w->grad)
             continue;
         const size_t bytes = glm_bytes(w->mat.dtype, glm_count(w));
         copies[i] = be->alloc(be, bytes);
@@ -127,7 +134,7 @@ glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
             be->free(be, copies[i]);
             continue;
         }
-        if (!lin->A->present)
+        if (!glm_present(lin->A))
             continue;
         if (copies[i])
             w->mat.data = w->owned = copies[i];

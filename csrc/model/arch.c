@@ -44,7 +44,31 @@ static glm_status check_numbers(const struct glm_arch *a, struct glm_error *err)
     return GLM_OK;
 }
 
-/* Each name is there, short enough for what is made of it, and no other's. */
+/* The names of what only some models have are there or not, as the numbers say. */
+static glm_status check_presence(const struct glm_arch *a, const struct glm_names *names,
+                                 struct glm_error *err)
+{
+    const struct {
+        const char *key, *name, *flag;
+        int wanted;
+    } all[] = {
+        {"query_key_value", names->query_key_value, "split_qkv", !a->split_qkv},
+        {"query", names->query, "split_qkv", a->split_qkv},
+        {"key", names->key, "split_qkv", a->split_qkv},
+        {"value", names->value, "split_qkv", a->split_qkv},
+        {"post_self_attn_layernorm", names->post_self_attn_layernorm, "branch_norms",
+         a->branch_norms},
+        {"post_mlp_layernorm", names->post_mlp_layernorm, "branch_norms", a->branch_norms},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+        if (!all[i].name != !all[i].wanted)
+            return glm_fail(err, GLM_EVALUE, "names: key '%s' %s, which arch %s decides",
+                            all[i].key, all[i].wanted ? "is missing" : "is one too many",
+                            all[i].flag);
+    return GLM_OK;
+}
+
+/* Each name that is there is short enough for what is made of it, and no other's. */
 static glm_status check_names(const struct glm_names *names, struct glm_error *err)
 {
     const struct {
@@ -57,6 +81,11 @@ static glm_status check_names(const struct glm_names *names, struct glm_error *e
         {"input_layernorm", names->input_layernorm},
         {"post_attention_layernorm", names->post_attention_layernorm},
         {"query_key_value", names->query_key_value},
+        {"query", names->query},
+        {"key", names->key},
+        {"value", names->value},
+        {"post_self_attn_layernorm", names->post_self_attn_layernorm},
+        {"post_mlp_layernorm", names->post_mlp_layernorm},
         {"dense", names->dense},
         {"dense_h_to_4h", names->dense_h_to_4h},
         {"dense_4h_to_h", names->dense_4h_to_h},
@@ -70,6 +99,8 @@ static glm_status check_names(const struct glm_names *names, struct glm_error *e
                         "names layer: expected one " NUMBER " for the layer's number, got '%.200s'",
                         names->layer);
     for (size_t i = 0; i < n; i++) {
+        if (!all[i].name)
+            continue;
         if (!*all[i].name)
             return glm_fail(err, GLM_EVALUE, "names %s: is empty", all[i].key);
         if (strlen(all[i].name) + (i ? strlen(names->layer) : 0) > room)
@@ -77,7 +108,7 @@ static glm_status check_names(const struct glm_names *names, struct glm_error *e
                             "names %s: with layer it is longer than %zu bytes: '%.200s'",
                             all[i].key, room, all[i].name);
         for (size_t k = 0; k < i; k++)
-            if (strcmp(all[i].name, all[k].name) == 0)
+            if (all[k].name && strcmp(all[i].name, all[k].name) == 0)
                 return glm_fail(err, GLM_EVALUE, "names %s and %s: both are '%.200s'", all[k].key,
                                 all[i].key, all[i].name);
     }
@@ -88,6 +119,7 @@ glm_status glm_arch_check(const struct glm_arch *a, const struct glm_names *name
                           struct glm_error *err)
 {
     GLM_TRY(check_numbers(a, err));
+    GLM_TRY(check_presence(a, names, err));
     return check_names(names, err);
 }
 
@@ -131,28 +163,47 @@ static struct glm_weight *add_matrix(struct glm_model *m, const struct glm_names
 
 size_t glm_arch_slots(const struct glm_arch *a)
 {
-    const int base = 2 + GLM_LINEARS + 1; /* of a layer: norms, matrices, a bias */
+    const int base = 2 + GLM_BRANCHES + GLM_LINEARS + 3; /* of a layer: norms, matrices, biases */
     return 3 + (size_t)a->layers * (base + 2 * GLM_LINEARS) + 2 + GLM_PREFIX_WEIGHTS;
+}
+
+/* query_key_value, or a part of it */
+static void add_qkv(struct glm_model *m, const struct glm_names *names, int l, int which,
+                    const char *module, int rows)
+{
+    struct glm_linear *lin = &m->layers[l].linear[which];
+    lin->weight = add_matrix(m, names, l, module, rows, m->arch.hidden);
+    if (m->arch.qkv_bias)
+        lin->bias = add_vector(m, names, l, module, "bias", rows);
 }
 
 static void add_layer(struct glm_model *m, const struct glm_names *names, int l)
 {
     const struct glm_arch *a = &m->arch;
-    const int C = a->hidden, AO = a->heads * a->head_dim;
-    const int QKV = AO + 2 * a->kv_heads * a->head_dim;
+    const int C = a->hidden, AO = a->heads * a->head_dim, KV = a->kv_heads * a->head_dim;
     struct glm_layer *layer = &m->layers[l];
     struct glm_linear *linear = layer->linear;
     layer->input_layernorm = add_vector(m, names, l, names->input_layernorm, "weight", C);
-    linear[GLM_QKV].weight = add_matrix(m, names, l, names->query_key_value, QKV, C);
-    if (a->qkv_bias)
-        linear[GLM_QKV].bias = add_vector(m, names, l, names->query_key_value, "bias", QKV);
+    if (a->split_qkv) {
+        add_qkv(m, names, l, GLM_QKV, names->query, AO);
+        add_qkv(m, names, l, GLM_K, names->key, KV);
+        add_qkv(m, names, l, GLM_V, names->value, KV);
+    } else {
+        add_qkv(m, names, l, GLM_QKV, names->query_key_value, AO + 2 * KV);
+    }
     linear[GLM_DENSE].weight = add_matrix(m, names, l, names->dense, C, AO);
+    if (a->branch_norms)
+        layer->branch_norm[GLM_ATTENTION] =
+            add_vector(m, names, l, names->post_self_attn_layernorm, "weight", C);
     layer->post_attention_layernorm =
         add_vector(m, names, l, names->post_attention_layernorm, "weight", C);
     linear[GLM_H_TO_4H].weight = add_matrix(m, names, l, names->dense_h_to_4h, 2 * a->ffn, C);
     linear[GLM_4H_TO_H].weight = add_matrix(m, names, l, names->dense_4h_to_h, C, a->ffn);
+    if (a->branch_norms)
+        layer->branch_norm[GLM_MLP] =
+            add_vector(m, names, l, names->post_mlp_layernorm, "weight", C);
     for (int which = 0; which < GLM_LINEARS; which++)
-        linear[which].site = (uint32_t)(l * GLM_LINEARS + which);
+        linear[which].site = glm_site(a, l, which);
 }
 
 /* The empty slots of adapters, and of the prefix encoder. */
@@ -161,13 +212,21 @@ static void add_slots(struct glm_model *m, const struct glm_names *names)
     static const char *const prefix[GLM_PREFIX_WEIGHTS] = {
         "embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias",
     };
-    const char *const linears[GLM_LINEARS] = {names->query_key_value, names->dense,
-                                              names->dense_h_to_4h, names->dense_4h_to_h};
+    const char *const linears[GLM_LINEARS] = {
+        [GLM_QKV] = m->arch.split_qkv ? names->query : names->query_key_value,
+        [GLM_K] = names->key,
+        [GLM_V] = names->value,
+        [GLM_DENSE] = names->dense,
+        [GLM_H_TO_4H] = names->dense_h_to_4h,
+        [GLM_4H_TO_H] = names->dense_4h_to_h,
+    };
     struct glm_weight *w = m->weights + m->n_base;
     for (int i = 0; i < glm_n_linears(m); i++) {
         struct glm_linear *lin = glm_linear_at(m, i);
         const int l = lin == m->head ? -1 : i / GLM_LINEARS;
         const char *module = l < 0 ? names->output_layer : linears[i % GLM_LINEARS];
+        if (!lin->weight)
+            continue;
         lin->A = w++;
         lin->B = w++;
         lin->A->kind = lin->B->kind = GLM_LORA;
@@ -192,7 +251,8 @@ void glm_arch_add_weights(struct glm_model *m, const struct glm_names *names)
     for (int l = 0; l < m->arch.layers; l++)
         add_layer(m, names, l);
     m->final_layernorm = add_vector(m, names, -1, names->final_layernorm, "weight", C);
-    m->output_layer = m->head->weight = add_matrix(m, names, -1, names->output_layer, V, C);
-    m->head->site = (uint32_t)(m->arch.layers * GLM_LINEARS + 1); /* after the prefix encoder's */
+    m->head->weight = m->arch.tied_head ? m->word_embeddings
+                                        : add_matrix(m, names, -1, names->output_layer, V, C);
+    m->head->site = glm_prefix_site(&m->arch) + 1;
     add_slots(m, names);
 }

@@ -1,4 +1,5 @@
-/* One layer: h += dense(attention(norm1 h)); h += mlp(norm2 h), and the way back.
+/* One layer: h += dense(attention(norm1 h)); h += mlp(norm2 h), and the way back. Where branches have
+ * norms, what is added was normed again.
  * In the last layer nothing after attention is computed for tokens whose logits no one reads
  * (step.gathered). */
 #include "state.h"
@@ -49,6 +50,79 @@ static const struct glm_rows *rows_of(const struct glm_model *m, int l)
     return gathers(m, l) ? &m->step.read : &m->step.all;
 }
 
+/* The last product of a branch: into out, by way of the branch's norm if there is one. */
+static void branch_forward(struct glm_model *m, int l, int branch, int which, void *out,
+                           const void *inp)
+{
+    const struct glm_block_acts *a = &m->step.acts[l];
+    const struct glm_layer *layer = &m->layers[l];
+    const struct glm_weight *norm = layer->branch_norm[branch];
+    const struct glm_rows *rows = rows_of(m, l);
+    glm_linear_forward(m, &layer->linear[which], norm ? a->branch[branch] : out, inp, a->xa[which],
+                       rows);
+    if (norm)
+        m->be->ops->rmsnorm_forward(m->be->cx, out, a->branch_rstd[branch], a->branch[branch],
+                                    norm->mat.data, rows->n, m->arch.hidden, m->arch.eps);
+}
+
+/* The gradient of that product, of `dout`, that of what the branch added. */
+static const void *branch_backward(struct glm_model *m, int l, int branch, const void *dout)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_block_acts *a = &s->acts[l];
+    const struct glm_weight *norm = m->layers[l].branch_norm[branch];
+    const int N = rows_of(m, l)->n, C = m->arch.hidden;
+    if (!norm)
+        return dout;
+    m->be->zero(m->be, s->dbranch, (size_t)N * C * m->be->real_size);
+    m->be->ops->rmsnorm_backward(m->be->cx, s->dbranch, norm->grad, dout, a->branch[branch],
+                                 norm->mat.data, a->branch_rstd[branch], N, C);
+    return s->dbranch;
+}
+
+/* Queries, keys and values of norm1, from one product or three. */
+static void qkv_forward(struct glm_model *m, int l, struct glm_heads heads)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_block_acts *a = &s->acts[l];
+    const struct glm_linear *linear = m->layers[l].linear;
+    const struct glm_rows *all = &s->all;
+    if (!m->arch.split_qkv) {
+        glm_linear_forward(m, &linear[GLM_QKV], a->qkv, s->ln, a->xa[GLM_QKV], all);
+        return;
+    }
+    glm_linear_forward(m, &linear[GLM_QKV], s->q, s->ln, a->xa[GLM_QKV], all);
+    glm_linear_forward(m, &linear[GLM_K], s->k, s->ln, a->xa[GLM_K], all);
+    glm_linear_forward(m, &linear[GLM_V], s->v, s->ln, a->xa[GLM_V], all);
+    m->be->ops->qkv_forward(m->be->cx, a->qkv, s->q, s->k, s->v, all->n, heads);
+}
+
+/* Of dqkv into dln1, unless nothing below trains; ln holds what was read. */
+static void qkv_backward(struct glm_model *m, int l, int need_dx, struct glm_heads heads)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_block_acts *a = &s->acts[l];
+    const struct glm_linear *linear = m->layers[l].linear;
+    const struct glm_rows *all = &s->all;
+    void *dinp = need_dx ? s->dln1 : NULL;
+    if (!m->arch.split_qkv) {
+        glm_linear_backward(m, &linear[GLM_QKV], dinp, s->dqkv, s->ln, a->xa[GLM_QKV], all, 0);
+        return;
+    }
+    m->be->ops->qkv_backward(m->be->cx, s->q, s->k, s->v, s->dqkv, all->n, heads);
+    glm_linear_backward(m, &linear[GLM_QKV], dinp, s->q, s->ln, a->xa[GLM_QKV], all, 0);
+    glm_linear_backward(m, &linear[GLM_K], dinp, s->k, s->ln, a->xa[GLM_K], all, 1);
+    glm_linear_backward(m, &linear[GLM_V], dinp, s->v, s->ln, a->xa[GLM_V], all, 1);
+}
+
+/* Whether backward reads the first norm's output. */
+static int reads_norm1(const struct glm_model *m, const struct glm_linear *linear)
+{
+    return glm_reads_input(m, &linear[GLM_QKV]) ||
+           (m->arch.split_qkv &&
+            (glm_reads_input(m, &linear[GLM_K]) || glm_reads_input(m, &linear[GLM_V])));
+}
+
 /* x[l + 1] += x1, and its norm where the next layer, or the output layer, looks for it */
 static void finish(struct glm_model *m, int l, int N)
 {
@@ -81,7 +155,7 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
     if (norm1)
         op->rmsnorm_forward(cx, s->ln, a->rstd1, x, layer->input_layernorm->mat.data, N, C,
                             m->arch.eps);
-    glm_linear_forward(m, &layer->linear[GLM_QKV], a->qkv, s->ln, a->xa[GLM_QKV], all);
+    qkv_forward(m, l, heads);
     if (s->call.cache) /* rows of the cache that no segment of this call reads */
         op->rope_append(cx, kv_of(m, l), a->qkv, m->rope_table, all->position, s->slot, N, heads,
                         m->arch.rotary_dim);
@@ -95,7 +169,7 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
         att = s->att_rows;
         x = s->x_rows;
     }
-    glm_linear_forward(m, &layer->linear[GLM_DENSE], a->x1, att, a->xa[GLM_DENSE], rows);
+    branch_forward(m, l, GLM_ATTENTION, GLM_DENSE, a->x1, att);
     op->add_rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, a->x1, x,
                             layer->post_attention_layernorm->mat.data, NR, C, m->arch.eps);
     const struct glm_linear *up = &layer->linear[GLM_H_TO_4H];
@@ -114,22 +188,23 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
 void glm_block_forward(struct glm_model *m, int l)
 {
     const struct glm_step *s = &m->step;
-    const struct glm_rows *rows = rows_of(m, l);
     to_last_linear(m, l, l == 0, 1); /* the other norms come with the layer before */
-    glm_linear_forward(m, &m->layers[l].linear[GLM_4H_TO_H], s->x[l + 1], s->act,
-                       s->acts[l].xa[GLM_4H_TO_H], rows);
-    finish(m, l, rows->n);
+    branch_forward(m, l, GLM_MLP, GLM_4H_TO_H, s->x[l + 1], s->act);
+    finish(m, l, rows_of(m, l)->n);
 }
 
-/* Backward reads neither the last product nor, unless an adapter trains, its input. */
+/* Backward reads neither the last product, unless it is normed, nor, unless an adapter trains, its
+ * input. */
 void glm_block_recompute(struct glm_model *m, int l)
 {
     const struct glm_step *s = &m->step;
     const struct glm_rows *rows = rows_of(m, l);
     const struct glm_linear *last = &m->layers[l].linear[GLM_4H_TO_H];
-    const int adapter = glm_trains(last->B);
-    to_last_linear(m, l, 1, adapter);
-    if (adapter)
+    const int adapter = glm_trains(last->B), normed = m->arch.branch_norms;
+    to_last_linear(m, l, 1, adapter || normed);
+    if (normed)
+        branch_forward(m, l, GLM_MLP, GLM_4H_TO_H, s->dbranch, s->act);
+    else if (adapter)
         glm_adapter_forward(m, last, s->act, s->acts[l].xa[GLM_4H_TO_H], rows);
 }
 
@@ -160,18 +235,19 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     }
     if (glm_reads_input(m, &linear[GLM_4H_TO_H]))
         op->swiglu_forward(cx, s->act, h, NR, F);
-    glm_linear_backward(m, &linear[GLM_4H_TO_H], s->dact, dout, s->act, a->xa[GLM_4H_TO_H], rows);
+    glm_linear_backward(m, &linear[GLM_4H_TO_H], s->dact, branch_backward(m, l, GLM_MLP, dout),
+                        s->act, a->xa[GLM_4H_TO_H], rows, 0);
     op->swiglu_backward(cx, h, s->dact, h, NR, F);
     if (glm_reads_input(m, &linear[GLM_H_TO_4H]))
         op->rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, layer->post_attention_layernorm->mat.data,
                             NR, C, m->arch.eps);
-    glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], rows);
+    glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], rows, 0);
     op->rmsnorm_backward(cx, dout, layer->post_attention_layernorm->grad, s->dnorm, a->x1,
                          layer->post_attention_layernorm->mat.data, a->rstd2, NR, C);
     if (gathered && glm_reads_input(m, &linear[GLM_DENSE]))
         op->gather_forward(cx, s->att_rows, a->att, s->gather, NR, AO);
-    glm_linear_backward(m, &linear[GLM_DENSE], datt, dout, gathered ? s->att_rows : a->att,
-                        a->xa[GLM_DENSE], rows);
+    glm_linear_backward(m, &linear[GLM_DENSE], datt, branch_backward(m, l, GLM_ATTENTION, dout),
+                        gathered ? s->att_rows : a->att, a->xa[GLM_DENSE], rows, 0);
     if (gathered) {
         m->be->zero(m->be, s->datt, (size_t)N * AO * m->be->real_size);
         op->gather_backward(cx, s->datt, datt, s->gather, NR, AO);
@@ -183,12 +259,11 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     op->rope_backward(cx, s->dqkv, m->rope_table, all->position, N, heads.NH + heads.KVH, heads.HD,
                       QKV, m->arch.rotary_dim);
     const int through_norm = need_dx || glm_trains(layer->input_layernorm);
-    if (glm_reads_input(m, &linear[GLM_QKV]))
+    if (reads_norm1(m, linear))
         op->rmsnorm_forward(cx, s->ln, a->rstd1, s->x[l], layer->input_layernorm->mat.data, N, C,
                             m->arch.eps);
-    glm_linear_backward(m, &linear[GLM_QKV], through_norm ? s->dnorm : NULL, s->dqkv, s->ln,
-                        a->xa[GLM_QKV], all);
+    qkv_backward(m, l, through_norm, heads);
     if (through_norm)
-        op->rmsnorm_backward(cx, s->dx, layer->input_layernorm->grad, s->dnorm, s->x[l],
+        op->rmsnorm_backward(cx, s->dx, layer->input_layernorm->grad, s->dln1, s->x[l],
                              layer->input_layernorm->mat.data, a->rstd1, N, C);
 }

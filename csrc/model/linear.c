@@ -62,11 +62,11 @@ int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin)
     return glm_trains(lin->weight) || (glm_adapted(m, lin) && glm_trains(lin->A));
 }
 
-/* dinp is overwritten, or NULL where nothing below trains; it may be inp itself, which is read
- * before. */
+/* dinp is overwritten, or added to (accumulate), or NULL where nothing below trains; it may be inp
+ * itself, which is read before. */
 void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
                          const void *dout, const void *inp, const void *xa,
-                         const struct glm_rows *rows)
+                         const struct glm_rows *rows, int accumulate)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
@@ -92,7 +92,7 @@ void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void
     }
     if (!dinp)
         return;
-    op->linear_backward_input(cx, dinp, dout, &W->mat, N, 1.0, 0);
+    op->linear_backward_input(cx, dinp, dout, &W->mat, N, 1.0, accumulate);
     if (adapter && mask.p > 0) {
         op->linear_backward_input(cx, x, u, &lin->A->mat, N, 1.0, 0);
         op->dropout_backward(cx, dinp, x, N, W->cols, &mask);

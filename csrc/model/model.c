@@ -230,7 +230,7 @@ static glm_status losses_of(struct glm_model *m, int training, struct glm_error 
             op->cross_entropy_backward(cx, s->logits, lse, s->target + begin, count, V, 1.0);
             const struct glm_rows rows = rows_of_chunk(s, begin, count);
             glm_linear_backward(m, m->head, glm_at(m, s->dnorm, (size_t)begin * C), s->logits,
-                                final, s->head_xa, &rows);
+                                final, s->head_xa, &rows, 0);
         }
         GLM_TRY(interrupted(m, err));
     }

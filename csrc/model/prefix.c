@@ -9,7 +9,7 @@ static struct glm_dropout prefix_mask(const struct glm_model *m)
     return (struct glm_dropout){
         .seed = s->call.dropout_seed,
         .step = (uint32_t)m->progress.steps,
-        .site = (uint32_t)(GLM_LINEARS * m->arch.layers),
+        .site = glm_prefix_site(&m->arch),
         .p = s->call.dropout ? m->prefix_dropout : 0,
         .stream = s->prefix.sequence,
         .position = s->prefix.position,

@@ -34,11 +34,16 @@ struct glm_linear {
     uint32_t site; /* names the dropout mask */
 };
 
-enum { GLM_QKV, GLM_DENSE, GLM_H_TO_4H, GLM_4H_TO_H, GLM_LINEARS };
+/* GLM_QKV: query_key_value, or the queries' where keys and values have linears of their own. */
+enum { GLM_QKV, GLM_DENSE, GLM_H_TO_4H, GLM_4H_TO_H, GLM_K, GLM_V, GLM_LINEARS };
+
+/* What is added to the residual stream, and may be normed before. */
+enum { GLM_ATTENTION, GLM_MLP, GLM_BRANCHES };
 
 struct glm_layer {
     struct glm_weight *input_layernorm, *post_attention_layernorm;
-    struct glm_linear linear[GLM_LINEARS];
+    struct glm_weight *branch_norm[GLM_BRANCHES]; /* NULL without */
+    struct glm_linear linear[GLM_LINEARS];        /* weight NULL: not of this model */
 };
 
 /* ---- one step */
@@ -51,7 +56,8 @@ struct glm_rows {
 };
 
 /* What backward needs of one layer. NR = N rows, except in the last layer, where what follows
- * attention is computed for the M rows that someone reads. Inputs of linears are not here: the
+ * attention is computed for the M rows that someone reads; NB = NR, or 0 where branches have no
+ * norm. Inputs of linears are not here: the
  * norms and the activation yield them again from x, x1 and h, bit for bit and at the memory's
  * speed. The list makes the struct and the memory plan. */
 /* clang-format off */
@@ -65,13 +71,20 @@ struct glm_rows {
     X(xa[GLM_QKV], N * rank[GLM_QKV])          \
     X(xa[GLM_DENSE], NR * rank[GLM_DENSE])     \
     X(xa[GLM_H_TO_4H], NR * rank[GLM_H_TO_4H]) \
-    X(xa[GLM_4H_TO_H], NR * rank[GLM_4H_TO_H])
+    X(xa[GLM_4H_TO_H], NR * rank[GLM_4H_TO_H]) \
+    X(xa[GLM_K], N * rank[GLM_K])              \
+    X(xa[GLM_V], N * rank[GLM_V])              \
+    X(branch[GLM_ATTENTION], NB * C)           \
+    X(branch_rstd[GLM_ATTENTION], NB)          \
+    X(branch[GLM_MLP], NB * C)                 \
+    X(branch_rstd[GLM_MLP], NB)
 /* clang-format on */
 
 struct glm_block_acts {
     void *rstd1, *qkv, *att, *lse, *x1, *rstd2;
     void *h; /* of dense_h_to_4h, (NR, 2 F), as backend.kept_h; NULL: it is in step.h */
     void *xa[GLM_LINEARS]; /* x A^T, kept for dB */
+    void *branch[GLM_BRANCHES], *branch_rstd[GLM_BRANCHES];
 };
 
 /* The arrays of a batch, in the order in which they lie on the device and, at the same distances, on
@@ -152,10 +165,13 @@ struct glm_step {
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
     /* Inputs of linears, and in their place the gradients on the way up: step.c draws when. */
     void *ln, *act, *att_rows, *x_rows; /* (N, C), (N, F), (M, AO), (M, C) */
+    void *q, *k, *v; /* split_qkv: (N, AO), (N, KV) twice, and in their place their gradients */
     int fused_swiglu; /* ln lies apart from act, so dense_h_to_4h and the activation are one op */
 
     /* backward; dx: of the residual stream; dprefix_kv NULL: the prefix is frozen */
     void *dnorm, *dact, *datt, *datt_rows, *dx_rows, *dqkv, *dx;
+    void *dln1;    /* of the first norm's output: dnorm, or where it adds up of q, k and v */
+    void *dbranch; /* (N, C), where branches have norms */
     void *dprefix_rows, *dprefix_hidden, *dprefix_kv;
     void *lora_u, *lora_x; /* (N, max rank), (N, max in) */
 
@@ -174,12 +190,12 @@ struct glm_step {
 struct glm_model {
     struct glm_arch arch;
     struct glm_backend *be;
-    /* base, then 8 LoRA slots a layer and 2 of the head, then 5 prefix slots */
+    /* base, then two LoRA slots a linear, then 5 prefix slots */
     struct glm_weight *weights;
     int n_base, n_weights;
     struct glm_layer *layers; /* and one more, whose first linear is the head */
-    struct glm_weight *word_embeddings, *final_layernorm, *output_layer;
-    struct glm_linear *head;   /* output_layer, and its adapter */
+    struct glm_weight *word_embeddings, *final_layernorm;
+    struct glm_linear *head;   /* output_layer, or where it is tied word_embeddings; its adapter */
     struct glm_weight *prefix; /* GLM_PREFIX_WEIGHTS */
     int prefix_length;
     double prefix_dropout;
@@ -213,7 +229,8 @@ struct glm_cache {
 static inline int glm_present(const struct glm_weight *w) { return w && w->present; }
 static inline int glm_trains(const struct glm_weight *w) { return w && w->grad; }
 static inline size_t glm_count(const struct glm_weight *w) { return (size_t)w->rows * w->cols; }
-/* The linears that may have an adapter: those of the layers, and the head as the last. */
+/* The places of linears that may have an adapter: in the layers, where some have no weight, and the
+ * head as the last. */
 static inline int glm_n_linears(const struct glm_model *m)
 {
     return m->arch.layers * GLM_LINEARS + 1;
@@ -221,6 +238,14 @@ static inline int glm_n_linears(const struct glm_model *m)
 static inline struct glm_linear *glm_linear_at(const struct glm_model *m, int i)
 {
     return &m->layers[i / GLM_LINEARS].linear[i % GLM_LINEARS];
+}
+/* Numbers of dropout masks, which say what is trained: those of the first four linears of every
+ * layer, of the prefix encoder, of the head, then of keys and values that are apart. */
+static inline uint32_t glm_prefix_site(const struct glm_arch *a) { return 4 * (uint32_t)a->layers; }
+static inline uint32_t glm_site(const struct glm_arch *a, int l, int which)
+{
+    return which < GLM_K ? (uint32_t)(4 * l + which)
+                         : glm_prefix_site(a) + 2 + (uint32_t)(2 * l + which - GLM_K);
 }
 static inline void *glm_at(const struct glm_model *m, const void *p, size_t element)
 {
@@ -275,7 +300,7 @@ void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void 
                         const void *inp, void *xa, const struct glm_rows *rows);
 void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void *dinp,
                          const void *dout, const void *inp, const void *xa,
-                         const struct glm_rows *rows);
+                         const struct glm_rows *rows, int accumulate);
 int glm_adapted(const struct glm_model *m, const struct glm_linear *lin);
 int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin);
 

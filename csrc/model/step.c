@@ -21,6 +21,8 @@ int glm_lowest_layer(const struct glm_model *m)
         const struct glm_layer *layer = &m->layers[l];
         int trains =
             glm_trains(layer->input_layernorm) || glm_trains(layer->post_attention_layernorm);
+        for (int b = 0; b < GLM_BRANCHES; b++)
+            trains |= glm_trains(layer->branch_norm[b]);
         for (int which = 0; which < GLM_LINEARS; which++) {
             const struct glm_linear *lin = &layer->linear[which];
             trains |= glm_trains(lin->weight) || glm_trains(lin->bias);
@@ -39,6 +41,7 @@ static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
     const struct glm_arch *arch = &m->arch;
     const size_t C = arch->hidden, F = arch->ffn, NH = arch->heads, AO = NH * arch->head_dim;
     const size_t QKV = AO + (size_t)2 * arch->kv_heads * arch->head_dim;
+    const size_t NB = arch->branch_norms ? NR : 0;
 #define PUSH(name, elements) a->name = glm_arena_push(arena, elements, m->be->real_size);
     BLOCK_ACTS(PUSH)
 #undef PUSH
@@ -59,7 +62,7 @@ static struct ranks lora_ranks(const struct glm_model *m)
     for (int i = 0; i < glm_n_linears(m); i++) {
         const struct glm_linear *lin = glm_linear_at(m, i);
         const struct glm_weight *A = lin->A;
-        if (!A->present)
+        if (!glm_present(A))
             continue;
         size_t *rank = lin == m->head ? &r.head : &r.of[i % GLM_LINEARS];
         *rank = largest(*rank, (size_t)A->rows);
@@ -108,7 +111,7 @@ static void layout_layers(const struct glm_model *m, struct glm_arena *arena, st
  * one buffer, `act`, over time from top to bottom:
  *
  *     elements   0 ..      max(C, AO) ..   + QKV ..                   read by
- *     forward    ln                        [lora_x]                   query_key_value
+ *     forward    ln        (q, k, v)       [lora_x]                   query_key_value
  *                ln                        [lora_x]                   dense_h_to_4h
  *                act, N F elements         [lora_x has its own]       dense_4h_to_h
  *     backward   dnorm                                                the final norm
@@ -117,6 +120,7 @@ static void layout_layers(const struct glm_model *m, struct glm_arena *arena, st
  *                datt                      [lora_x]                   attention
  *                datt         dqkv                                    rope
  *                ln, dnorm    dqkv         [lora_x]                   query_key_value, norm
+ *                ln           dln1, (q, k, v)  [lora_x]               where q, k, v are apart
  *
  * (dense reads att, not ln; lora_x: where there is LoRA dropout, of which lora_x is the outcome).
  * An input's gradient is written in its place, once it was read. */
@@ -129,7 +133,11 @@ static void layout_work(const struct glm_model *m, struct glm_arena *arena, stru
     const size_t gathered = s->gathered ? s->M : 0, back = s->call.training ? 1 : 0;
     const size_t unit = 64 / real;
     const size_t ln = (N * largest(AO, C) + unit - 1) / unit * unit;
-    const size_t dqkv = ln + (back * N * QKV + unit - 1) / unit * unit;
+    /* Apart: dln1, the sum of three, where dqkv was, and q, k, v behind it. */
+    const size_t apart = m->arch.split_qkv ? N * QKV : 0;
+    const size_t sum = back * N * (apart ? largest(QKV, C) : QKV);
+    const size_t parts = ln + (sum + unit - 1) / unit * unit;
+    const size_t dqkv = parts + (apart + unit - 1) / unit * unit;
     const size_t dropped = s->call.dropout ? back * N * ranks->widest : 0;
     const int lora_x_apart = ranks->of[GLM_4H_TO_H] > 0;
     s->att_rows = s->datt_rows = glm_arena_push(arena, gathered * AO, real);
@@ -138,10 +146,15 @@ static void layout_work(const struct glm_model *m, struct glm_arena *arena, stru
     s->dnorm = s->datt = s->dact = s->act;
     s->ln = s->fused_swiglu ? glm_arena_push(arena, ln, real) : s->act;
     s->dqkv = s->act ? glm_at(m, s->act, ln) : NULL;
+    s->dln1 = apart ? s->dqkv : s->dnorm;
+    s->q = s->act ? glm_at(m, s->act, parts) : NULL;
+    s->k = s->act ? glm_at(m, s->q, N * AO) : NULL;
+    s->v = s->act ? glm_at(m, s->k, apart ? (apart - N * AO) / 2 : 0) : NULL;
     s->lora_x = s->act ? glm_at(m, s->act, dqkv) : NULL;
     if (lora_x_apart)
         s->lora_x = glm_arena_push(arena, dropped, real);
     s->dx = glm_arena_push(arena, back * N * C, real);
+    s->dbranch = glm_arena_push(arena, m->arch.branch_norms ? back * N * C : 0, real);
     s->lora_u = glm_arena_push(arena, back * N * ranks->most, real);
 }
 

@@ -52,6 +52,9 @@ static int read_arch(PyObject *dict, struct glm_arch *a)
         {"rotary_dim", &a->rotary_dim},
         {"qkv_bias", &a->qkv_bias},
         {"half_rope_table", &a->half_rope_table},
+        {"split_qkv", &a->split_qkv},
+        {"branch_norms", &a->branch_norms},
+        {"tied_head", &a->tied_head},
     };
     for (size_t i = 0; i < sizeof ints / sizeof ints[0]; i++)
         if (arch_int(dict, ints[i].key, ints[i].out) < 0)
@@ -99,16 +102,36 @@ static int read_names(PyObject *dict, struct glm_names *n)
         {"layer", &n->layer},
         {"input_layernorm", &n->input_layernorm},
         {"post_attention_layernorm", &n->post_attention_layernorm},
-        {"query_key_value", &n->query_key_value},
         {"dense", &n->dense},
         {"dense_h_to_4h", &n->dense_h_to_4h},
         {"dense_4h_to_h", &n->dense_4h_to_h},
         {"prefix_encoder", &n->prefix_encoder},
     };
-    const Py_ssize_t count = sizeof texts / sizeof texts[0];
+    const struct {
+        const char *key, **out;
+    } some[] = {
+        /* which of them are there the core checks */
+        {"query_key_value", &n->query_key_value},
+        {"query", &n->query},
+        {"key", &n->key},
+        {"value", &n->value},
+        {"post_self_attn_layernorm", &n->post_self_attn_layernorm},
+        {"post_mlp_layernorm", &n->post_mlp_layernorm},
+    };
+    Py_ssize_t count = sizeof texts / sizeof texts[0];
     for (Py_ssize_t i = 0; i < count; i++)
         if (name_text(dict, texts[i].key, texts[i].out) < 0)
             return -1;
+    for (size_t i = 0; i < sizeof some / sizeof some[0]; i++) {
+        if (!glm_dict_get(dict, some[i].key)) {
+            if (PyErr_Occurred())
+                return -1;
+            continue;
+        }
+        if (name_text(dict, some[i].key, some[i].out) < 0)
+            return -1;
+        count++;
+    }
     if (PyDict_Size(dict) == count)
         return 0;
     PyErr_Format(PyExc_ValueError, "names: expected %zd keys, got %zd: %R", count,
@@ -148,7 +171,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     PyObject *arch_dict, *names_dict = NULL;
     const char *backend = "cpu";
     struct glm_arch arch = {0};
-    struct glm_names names;
+    struct glm_names names = {0};
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|s$O!", keywords, &PyDict_Type, &arch_dict,
                                      &backend, &PyDict_Type, &names_dict))
         return NULL;

@@ -577,6 +577,40 @@ static void attention_backward(void *cx, void *dqkv_, struct glm_kv dcache, cons
     }
 }
 
+static void qkv_forward(void *cx, void *qkv_, const void *q_, const void *k_, const void *v_, int N,
+                        struct glm_heads h)
+{
+    real *qkv = qkv_;
+    const real *q = q_, *k = k_, *v = v_;
+    if (stop(cx))
+        return;
+    for (int n = 0; n < N; n++) {
+        for (int i = 0; i < h.NH * h.HD; i++)
+            *qkv++ = *q++;
+        for (int i = 0; i < h.KVH * h.HD; i++)
+            *qkv++ = *k++;
+        for (int i = 0; i < h.KVH * h.HD; i++)
+            *qkv++ = *v++;
+    }
+}
+
+static void qkv_backward(void *cx, void *dq_, void *dk_, void *dv_, const void *dqkv_, int N,
+                         struct glm_heads h)
+{
+    real *dq = dq_, *dk = dk_, *dv = dv_;
+    const real *dqkv = dqkv_;
+    if (stop(cx))
+        return;
+    for (int n = 0; n < N; n++) {
+        for (int i = 0; i < h.NH * h.HD; i++)
+            *dq++ = *dqkv++;
+        for (int i = 0; i < h.KVH * h.HD; i++)
+            *dk++ = *dqkv++;
+        for (int i = 0; i < h.KVH * h.HD; i++)
+            *dv++ = *dqkv++;
+    }
+}
+
 static void kv_append(void *cx, struct glm_kv cache, const void *qkv, const int32_t *slot, int N,
                       struct glm_heads heads)
 {

@@ -5,13 +5,15 @@ A module of this folder that has a `FAMILY` is one; nothing else lists them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 from ..names import did_you_mean
+from . import refused
 from .family import Family as Family
-from .refused import refuse_others as refuse_others
 
 UNNAMED = "THUDM/chatglm-6b"  # the base of the original training script where none is named
 DEFAULT = "v2"  # where nothing tells; its text is also what the original training code writes
@@ -48,3 +50,15 @@ def choices() -> tuple[str, ...]:
 def default() -> Family:
     """The family of models that nothing tells apart from it."""
     return of(DEFAULT)
+
+
+def of_layout(model_type: Any) -> list[Family]:
+    """The families whose config.json has this model_type."""
+    return [f for f in all_families().values() if f.model_type == model_type]
+
+
+def refuse_others(fields: Mapping[str, Any]) -> None:
+    """ValueError for a config.json of a model that is of none of the families, or whose positions
+    are scaled in a way that is not there.
+    """
+    refused.check(fields, list(dict.fromkeys(f.model_type for f in all_families().values())))

@@ -40,8 +40,17 @@ class Family:
     checkpoint: str  # a published model of it
     base: re.Pattern[str] | None = None  # whole lower-case names of models that only continue texts
 
+    # The layout of config.json, which its model_type names. config_keys: of its keys those that
+    # this package calls otherwise, with its own word. ties_head: the output layer may be the
+    # embeddings.
+    model_type = "chatglm"
+    config_keys: Mapping[str, str] = {}
+    ties_head = False
+
     # Tensors. `layer` has the layer's number in place of {}; linears and norms stand below it,
     # each with .weight (and .bias where there is one); the core and adapters use these names.
+    # `query`, `key` and `value` in place of query_key_value: they are linears of their own;
+    # post_self_attn_layernorm and post_mlp_layernorm: what attention and MLP yield is normed.
     tensor_names: Mapping[str, str] = {
         "word_embeddings": "transformer.embedding.word_embeddings",
         "final_layernorm": "transformer.encoder.final_layernorm",
@@ -94,6 +103,19 @@ class Family:
 
     # Architecture
 
+    def own_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json of this layout with this package's words beside the file's,
+        and the layout's defaults. ValueError naming a field that asks for what there is not.
+        """
+        return dict(fields)
+
+    def file_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a config as a config.json of this layout has them."""
+        return dict(fields)
+
+    def check_config(self, config: Any) -> None:
+        """ValueError naming a field of the layout's own that no supported model can have."""
+
     def rope_mode(self, rope_ratio: float) -> str:
         """What `rope_ratio` means where nobody says: see `ChatGLMConfig`."""
         return "base"
@@ -116,6 +138,9 @@ class Family:
             "rope_divisor": 1.0 if mode == "base" else ratio,
             "qkv_bias": bool(config.add_qkv_bias),
             "half_rope_table": mode == "half",
+            "split_qkv": "query" in self.tensor_names,
+            "branch_norms": "post_mlp_layernorm" in self.tensor_names,
+            "tied_head": False,
         }
 
     # A chat

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tell import once, warn
-from . import all_families, default, of, refuse_others, with_tokenizer
+from . import all_families, default, of, of_layout, refuse_others, with_tokenizer
 from .family import Family
 
 OWN_KEY = "glmlora_family"  # in config.json and tokenizer_config.json that this package wrote
@@ -79,7 +79,10 @@ def find(
     The strongest evidence decides. Evidence for another family is told by a warning, and so is that
     there is none at all, unless there is no directory.
     """
-    refuse_others({"model_type": "chatglm", **fields})
+    refuse_others({"model_type": default().model_type, **fields})
+    only = _of_its_layout(fields)
+    if only is not None:
+        return only.name
     found = [(what, f) for what, f in _evidence(fields, tokenizer or {}, directory) if f]
     if not found:
         if directory is not None and own_part(str(fields.get("_name_or_path"))) != EMBEDDED:
@@ -95,6 +98,12 @@ def find(
                 )
                 break
     return family.name
+
+
+def _of_its_layout(fields: Mapping[str, Any]) -> Family | None:
+    """The family that is the only one of the layout of a config.json."""
+    families = of_layout(fields.get("model_type"))
+    return families[0] if len(families) == 1 else None
 
 
 def choices(known: Iterable[Family]) -> str:
@@ -135,7 +144,8 @@ def tell_base(family: str, *names: Any) -> None:
 def tells(fields: Mapping[str, Any], family: str) -> bool:
     """Whether a config.json or tokenizer_config.json alone says that it is of this family."""
     named = named_in(str(fields.get("_name_or_path") or fields.get("name_or_path") or ""))
-    first = named or _first("in_config", fields) or _first("in_tokenizer", fields)
+    first = _of_its_layout(fields) or named
+    first = first or _first("in_config", fields) or _first("in_tokenizer", fields)
     return first is not None and first.name == family
 
 

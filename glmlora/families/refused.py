@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _TEXT = "get a text model: THUDM/glm-4-9b-chat, chatglm3-6b or chatglm2-6b"
-_ORIGINAL = "get the model in its original layout: THUDM/glm-4-9b-chat, without -hf"
 _DENSE = "get a dense model, THUDM/glm-4-9b-chat say"
 _KINDS = {  # model_type of config.json: what it is, and what to get instead
-    "glm": ("the transformers layout of GLM-4-9B, and GLM-Edge", _ORIGINAL),
-    "glm4": ("GLM-4-0414 and GLM-Z1", "get THUDM/glm-4-9b-chat, which has about the same size"),
     "glm4_moe": ("GLM-4.5 to 4.7, with experts", _DENSE),
     "glm4_moe_lite": ("GLM-4.7-Flash, with experts", _DENSE),
     **dict.fromkeys(
@@ -25,9 +22,9 @@ _KINDS = {  # model_type of config.json: what it is, and what to get instead
 }
 
 
-def refuse_others(fields: Mapping[str, Any]) -> None:
+def check(fields: Mapping[str, Any], layouts: Sequence[str]) -> None:
     """ValueError for a config.json of a model that is of none of the families, or whose positions
-    are scaled in a way that is not there.
+    are scaled in a way that is not there. layouts: the families' model_types.
     """
     kind = fields.get("model_type")
     if isinstance(kind, str) and kind in _KINDS:
@@ -35,8 +32,9 @@ def refuse_others(fields: Mapping[str, Any]) -> None:
         raise ValueError(
             f"model_type {kind!r} ({what}) is not supported by this release; {instead}"
         )
-    if kind != "chatglm":
-        raise ValueError(f"model_type {kind!r} is not supported by this release, only 'chatglm'")
+    if kind not in layouts:
+        known = ", ".join(map(repr, layouts))
+        raise ValueError(f"model_type {kind!r} is not supported by this release, only {known}")
     if fields.get("vision_config"):
         raise ValueError(f"vision_config: a model of images is not supported; {_TEXT}")
     if "inner_hidden_size" in fields or "position_encoding_2d" in fields:

@@ -23,7 +23,7 @@ from .adapter_config import ALL_LINEAR, CONFIG, INITIALISATIONS, LoraConfig
 from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
 from .modeling import ChatGLMForConditionalGeneration
-from .parameters import PEFT_PREFIX, float_array, without_wrappers
+from .parameters import PEFT_PREFIX, float_array, weight_of, without_wrappers
 from .template import FILE as TEMPLATE
 from .template import read_template, write_template
 
@@ -86,7 +86,7 @@ def fresh_adapter(
     rng = generator(seed)
     tensors = {}
     for module, (rank, _) in targets.items():
-        out, width = model.core.shape(module + ".weight")
+        out, width = model.core.shape(weight_of(model.config, module))
         if config.init_lora_weights == "gaussian":
             A = rng.standard_normal((rank, width)) / rank
         else:
@@ -101,7 +101,7 @@ def fresh_adapter(
 def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Adapter]) -> None:
     """ValueError naming a module whose weight would not be finite with these adapters merged."""
     for module in sorted({m for adapter in adapters for m in adapter.targets}):
-        name = module + ".weight"
+        name = weight_of(model.config, module)
         weight = model.read_weight(name)
         with np.errstate(over="ignore", invalid="ignore"):
             for adapter in adapters:
@@ -187,7 +187,7 @@ def fitting(
     """
     expected = {}
     for module, (rank, _) in targets.items():
-        out, width = model.core.shape(module + ".weight")
+        out, width = model.core.shape(weight_of(model.config, module))
         expected[f"{PEFT_PREFIX}{module}.lora_A.weight"] = (rank, width)
         expected[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (out, rank)
     missing = [n for n in expected if n not in stored]

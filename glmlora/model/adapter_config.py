@@ -19,7 +19,7 @@ from ..files.checkpoint import read_json, write_json
 from ..files.hub import near
 from ..names import did_you_mean
 from .modeling import ChatGLMForConditionalGeneration
-from .parameters import layers_of, output_layer_of
+from .parameters import layers_of
 from .patterns import Pattern
 
 CONFIG = "adapter_config.json"
@@ -113,14 +113,14 @@ _OTHER_WORDS = {
     "pre_seq_len": "num_virtual_tokens",
     "prefix_length": "num_virtual_tokens",
 }
-# What other models call these linears.
-_OTHER_MODULES = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "W_pack"), "query_key_value"),
-    **dict.fromkeys(("o_proj", "out_proj", "wo"), "dense"),
-    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "fc1"), "dense_h_to_4h"),
-    **dict.fromkeys(("down_proj", "fc2"), "dense_4h_to_h"),
-    "lm_head": "output_layer",
-}
+# What models call the same linears.
+_SAME_MODULES = (
+    ("query_key_value", "q_proj", "k_proj", "v_proj", "qkv_proj", "W_pack"),
+    ("dense", "o_proj", "out_proj", "wo"),
+    ("dense_h_to_4h", "gate_up_proj", "gate_proj", "up_proj", "fc1"),
+    ("dense_4h_to_h", "down_proj", "fc2"),
+    ("output_layer", "lm_head"),
+)
 _PREFIX_MEANINGLESS = frozenset(
     """auto_mapping peft_version base_model_name_or_path revision token_dim num_layers
     num_attention_heads num_transformer_submodules""".split()
@@ -225,7 +225,8 @@ class LoraConfig(PeftConfig):
     lora_dropout on the input of A in training; target_modules: list of module names or endings
     ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "output_layer"), a regular
     expression over the whole dotted name (matched in bounded time: no back references), or
-    "all-linear", which is all but the output layer; default query_key_value. exclude_modules: not
+    "all-linear", which is all but the output layer; default query_key_value, in the transformers
+    layout q_proj, k_proj and v_proj. exclude_modules: not
     these, in the same forms. rank_pattern, alpha_pattern: overrides by module name or ending;
     layers_to_transform: only these layers. init_lora_weights: True (A uniform, B zero), "gaussian"
     (A normal, B zero) or False (both random).
@@ -365,15 +366,16 @@ class LoraConfig(PeftConfig):
     def targets(self, model: ChatGLMForConditionalGeneration) -> dict[str, tuple[int, float]]:
         """{module: (rank, scale)} of the linears of a model that this adapter changes.
 
-        Raises ValueError naming targets that match nothing, or modules other than the four linears
-        of a layer and the output layer.
+        Raises ValueError naming targets that match nothing, or modules other than the linears of a
+        layer and the output layer.
         """
         family = families.of(model.config.family)
         wanted = self.target_modules or list(family.targets)
         weights = [n.removesuffix(".weight") for n in model.base_names() if n.endswith(".weight")]
         start = layers_of(model.config)
         linear = {n for n in weights if n.startswith(start) and _leaf(n) in family.linears}
-        head = output_layer_of(model.config).removesuffix(".weight")
+        head = model.config.tensor_names["output_layer"]
+        weights += [head] if model.config.tied_head else []
         kinds = (*family.linears, _leaf(head))
         if wanted == ALL_LINEAR:
             matched = [n for n in weights if n in linear]
@@ -521,8 +523,9 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 def _near(word: str, kinds: Sequence[str]) -> str:
     """The right word for a target that there is not."""
-    own = _OTHER_MODULES.get(word.rpartition(".")[2])
-    return f" (here it is {own!r})" if own in kinds else did_you_mean(word, kinds)
+    same = next((names for names in _SAME_MODULES if word.rpartition(".")[2] in names), ())
+    own = [repr(name) for name in same if name in kinds]
+    return f" (here it is {', '.join(own)})" if own else did_you_mean(word, kinds)
 
 
 def _check_kind(config: PeftConfig, peft_type: Any) -> None:

@@ -243,6 +243,8 @@ class ChatGLMConfig:
             config = cls(family=family, rope_mode=rope_mode, **fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
+        if families.of(family).config_keys:  # a layout that reads it
+            fields.pop("rope_scaling", None)
         for text in _without_effect(fields):
             tell.once(f"{file}: {text}")
         return config
@@ -250,6 +252,15 @@ class ChatGLMConfig:
     def check(self) -> None:
         """Raise ValueError naming a field that no supported model can have."""
         families.refuse_others(self.__dict__)
+        known = families.all_families()
+        if self.family not in known:
+            raise ValueError(f"family: expected one of {' '.join(known)}, got {self.family!r}")
+        layout = known[self.family].model_type
+        if layout != self.model_type:
+            raise ValueError(
+                f"family: {self.family!r} has model_type {layout!r}, config.json says "
+                f"{self.model_type!r}"
+            )
         for name in _SIZES:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 1 << 31:
@@ -286,9 +297,7 @@ class ChatGLMConfig:
             raise ValueError(
                 f"prefix_projection: expected true or false, got {self.prefix_projection!r}"
             )
-        known = families.all_families()
-        if self.family not in known:
-            raise ValueError(f"family: expected one of {' '.join(known)}, got {self.family!r}")
+        families.of(self.family).check_config(self)
         if self._rope_mode not in (None, *ROPE_MODES):
             raise ValueError(
                 f"rope_mode: expected one of {' '.join(ROPE_MODES)}, got {self._rope_mode!r}"
@@ -324,6 +333,11 @@ class ChatGLMConfig:
         return families.of(self.family).arch(self)
 
     @property
+    def tied_head(self) -> bool:
+        """Whether the output layer's weight is that of the embeddings."""
+        return families.of(self.family).ties_head and bool(self.tie_word_embeddings)
+
+    @property
     def tensor_names(self) -> Mapping[str, str]:
         """The checkpoint's names of the modules, see `Family.tensor_names`."""
         return families.of(self.family).tensor_names
@@ -352,7 +366,7 @@ class ChatGLMConfig:
             fields[recognition.OWN_KEY] = self.family
         if self._rope_mode is not None:
             fields[OWN_ROPE_MODE] = self._rope_mode
-        return fields
+        return families.of(self.family).file_fields(fields)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], **others: Unpack[SaveKeywords]
@@ -407,8 +421,10 @@ def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a config.json in the form that this package reads, with defaults of the others.
 
     Other programs write some of them otherwise: null for the default, 28.0 for 28, another name, a
-    list around a value.
+    list around a value; other layouts have other words.
     """
+    for family in families.of_layout(fields.get("model_type"))[:1]:
+        fields = family.own_fields(fields)
     found = {
         k: v
         for k, v in fields.items()

@@ -231,7 +231,14 @@ def embedding_of(config: ChatGLMConfig) -> str:
 
 def output_layer_of(config: ChatGLMConfig) -> str:
     """Name of the output layer's weight."""
-    return config.tensor_names["output_layer"] + ".weight"
+    return weight_of(config, config.tensor_names["output_layer"])
+
+
+def weight_of(config: ChatGLMConfig, module: str) -> str:
+    """Name of a linear's weight: its own, but for an output layer that is the embeddings."""
+    if config.tied_head and module == config.tensor_names["output_layer"]:
+        return embedding_of(config)
+    return module + ".weight"
 
 
 def prefix_of(config: ChatGLMConfig) -> str:
@@ -304,18 +311,22 @@ def without_wrappers(name: str) -> str:
 
 
 def tie(tensors: dict[str, Tensor], config: ChatGLMConfig) -> None:
-    """Where config.json says `tie_word_embeddings`, let the output layer be the embeddings, with a
-    warning: they are two weights from then on. ValueError where both are there and differ.
+    """Where config.json says `tie_word_embeddings`, let the output layer be the embeddings; in a
+    layout that does not tie them it begins as a copy, with a warning. ValueError where both are
+    there and differ.
     """
     if not config.tie_word_embeddings:
         return
-    embedding, output = embedding_of(config), output_layer_of(config)
+    embedding, output = embedding_of(config), config.tensor_names["output_layer"] + ".weight"
     if embedding in tensors and output in tensors and not same(tensors[embedding], tensors[output]):
         raise ValueError(
             f"tie_word_embeddings is true, but {output} and {embedding} differ: say false in "
             "config.json if the output layer is a weight of its own, as the published models have "
             "it, or leave it out of the file"
         )
+    if config.tied_head:
+        tensors.pop(output, None)
+        return
     if embedding in tensors:
         tensors.setdefault(output, tensors[embedding])
     config.tie_word_embeddings = False

@@ -154,7 +154,10 @@ def _rotary(N: int, HD: int, rotary: int) -> Case:  # noqa: N803
         o.rope_backward(y, table, at, N, 6, HD, width, rotary)
         o.rope_append((k, v), z, table, at, slot, N, Heads(4, 2, HD), rotary)
         o.kv_append((k2, v2), x, slot, N, Heads(4, 2, HD))
-        return [x, y, z, k, v, k2, v2]
+        qkv, parts = np.empty_like(x), [np.empty((N, n), o.real) for n in (4 * HD, 2 * HD, 2 * HD)]
+        o.qkv_backward(*parts, x, N, Heads(4, 2, HD))
+        o.qkv_forward(qkv, *parts, N, Heads(4, 2, HD))
+        return [x, y, z, k, v, k2, v2, qkv, *parts]
 
     return case
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import tell
+from .. import families, tell
 from ..files.checkpoint import load_state_dict
 from ..files.small import REPLACED
 from ..files.staging import staged
@@ -195,8 +195,12 @@ def frozen_but(model: ChatGLMForConditionalGeneration, n_layers: int, part: str)
         )
     blocks = range(total - n_layers, total) if n_layers > 0 else range(-n_layers)
     names = model.config.tensor_names
-    inside = names["query_key_value"] if part == "qkv" else names["dense_h_to_4h"].split(".")[0]
-    starts = tuple(f"{names['layer'].format(i)}.{inside}." for i in blocks)
+    if part == "qkv":
+        kinds = ("query_key_value", "query", "key", "value")
+        inside = [names[kind] for kind in kinds if kind in names]
+    else:
+        inside = [names["dense_h_to_4h"].split(".")[0]]
+    starts = tuple(f"{names['layer'].format(i)}.{module}." for i in blocks for module in inside)
     return [n for n in model.base_names() if n.startswith(starts)]
 
 
@@ -298,15 +302,19 @@ def _with_lora(
         r=finetuning.lora_rank,
         lora_alpha=finetuning.lora_alpha,
         lora_dropout=finetuning.lora_dropout,
-        target_modules=_targets(finetuning.lora_target),
+        target_modules=_targets(finetuning.lora_target, families.of(base.config.family).linears),
         base_model_name_or_path=getattr(base, "name_or_path", None),
     )
     return get_peft_model(base, config, seed=seed)
 
 
-def _targets(words: str | list[str]) -> str | list[str]:
-    """Names; or one word that is none, which is a regular expression as PEFT has it."""
+def _targets(words: str | list[str], linears: Sequence[str]) -> str | list[str] | None:
+    """Names; or one word that is none, which is a regular expression as PEFT has it; None, the
+    model's own, for the flag's default in a model whose linears have other names.
+    """
     one = words[0] if isinstance(words, list) and len(words) == 1 else words
+    if one == FinetuningArguments().lora_target[0] and one not in linears:
+        return None
     return one if isinstance(one, str) and not re.fullmatch(r"[\w.]+", one) else words
 
 
