@@ -249,6 +249,9 @@ def test_a_tokenizer_json_has_the_published_ids(shared, tmp_path):
         target.write_bytes((place / name).read_bytes())
     prefixed = AutoTokenizer.from_pretrained(tmp_path)
     prefixed.save_pretrained(tmp_path / "saved")
+    saved = tmp_path / "saved/tokenizer.json"
+    assert saved.read_bytes() == (place / "tokenizer-prefix.json").read_bytes()
+    assert not saved.with_name("tokenizer.model").exists()
     for tokenizer in (prefixed, AutoTokenizer.from_pretrained(tmp_path / "saved")):
         for case in data["with_prefix"]:
             assert tokenizer.encode(case["text"]) == case["ids"]
