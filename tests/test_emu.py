@@ -22,9 +22,9 @@ pytestmark = [
 
 OPS, CUDA, GOLDEN = ["test_ops.py"], ["test_cuda.py"], ["test_golden.py", "test_quantization.py"]
 MODELS = {"GLMLORA_TEST_BACKEND": "emu"}
-# A device computes in the type of 16-bit weights, the cpu does not; two families stand for all.
+# A device computes in the type of 16-bit weights, the cpu does not; three families stand for all.
 ALL = "not other_storage"
-FEW = f"{ALL} and not 32k and not glm4"
+FEW = f"{ALL} and not (32k or 9b or hf or edge or 32b or (0414 and training))"
 
 # name: (build, words of pytest, environment)
 PARTS = {
