@@ -287,6 +287,17 @@ def test_a_tied_head_that_is_in_the_file_must_be_the_embeddings(tmp_path):
         load(write(tmp_path / "other", "tied", weights))
 
 
+def test_a_state_dict_may_have_a_tied_head_twice(tmp_path):
+    """As torch's state_dict() has it."""
+    model = load(write(tmp_path / "base", "tied"))
+    state = {name: array + 0.25 for name, array in model.state_dict().items()}
+    other = state["model.embed_tokens.weight"].copy()
+    model.load_state_dict({**state, "lm_head.weight": other})
+    assert np.array_equal(model.state_dict()["model.embed_tokens.weight"], other)
+    with pytest.raises(ValueError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ"):
+        model.load_state_dict({**state, "lm_head.weight": other + 1})
+
+
 def test_full_training_keeps_a_tied_head_one_weight(tmp_path):
     model = load(write(tmp_path / "base", "tied")).requires_grad_(True)
     optimizer = glmlora.AdamW(model, lr=1e-2)
