@@ -349,3 +349,61 @@ def test_a_prefix_trains(directory):
     model.backward(IDS, labels=IDS)
     assert list(model.core.trainable()) == ["prefix_encoder.embedding.weight"]
     assert np.abs(model.core.read("prefix_encoder.embedding.weight", "grad")).max() > 0
+
+
+@pytest.fixture
+def both(tmp_path):
+    """The two layouts of one model."""
+    fused = tiny.tiny_model_dir(tmp_path, _name_or_path="THUDM/glm-4-9b", glmlora_family="g4")
+    return fused, write(tmp_path / "split")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["query_key_value"]])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_of_one_linear_becomes_one_of_three(both, tmp_path, targets, rslora):
+    model = adapted(load(both[0]), targets, use_rslora=rslora)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="layout 'chatglm': taken for the same linears in 'glm'"):
+        other = glmlora.PeftModel.from_pretrained(load(both[1]), tmp_path / "adapter")
+    assert np.abs(other(IDS).logits - model(IDS).logits).max() <= 1e-4
+    assert np.abs(model(IDS).logits - load(both[0])(IDS).logits).max() > 0.1
+    other.save_pretrained(tmp_path / "again")  # is of this layout from now on
+    again = glmlora.PeftModel.from_pretrained(load(both[1]), tmp_path / "again")
+    assert np.array_equal(again(IDS).logits, other(IDS).logits)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["k_proj", "o_proj"]])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_of_three_linears_becomes_one_of_one(both, tmp_path, targets, rslora):
+    model = adapted(load(both[1]), targets, use_rslora=rslora)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="taken for the same linears"):
+        other = glmlora.PeftModel.from_pretrained(load(both[0]), tmp_path / "adapter")
+    assert np.abs(other(IDS).logits - model(IDS).logits).max() <= 1e-4
+    assert np.abs(model(IDS).logits - load(both[1])(IDS).logits).max() > 0.05
+    other.save_pretrained(tmp_path / "again")
+    again = glmlora.PeftModel.from_pretrained(load(both[0]), tmp_path / "again")
+    assert np.array_equal(again(IDS).logits, other(IDS).logits)
+
+
+def test_an_adapter_of_another_model_is_refused_naming_both(both, tmp_path):
+    model = adapted(load(both[0]), ["query_key_value"])
+    model.save_pretrained(tmp_path / "adapter")
+    base = load(write(tmp_path / "other", "glm4"))
+    with pytest.raises(ValueError, match="layout 'chatglm', the model's of 'glm4': they are diff"):
+        glmlora.PeftModel.from_pretrained(base, tmp_path / "adapter")
+
+
+def test_a_base_of_another_kind_is_named_by_its_adapter(both, tmp_path):
+    """The names of GLM-4-0414's modules are those of the layout that can be brought over."""
+    model = adapted(load(both[1]), ["q_proj"], base_model_name_or_path="THUDM/GLM-4-9B-0414")
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="layout 'glm4', the model's of 'chatglm': they are diff"):
+        glmlora.PeftModel.from_pretrained(load(both[0]), tmp_path / "adapter")
+
+
+def test_an_adapter_whose_ranks_are_named_is_refused(both, tmp_path):
+    model = adapted(load(both[1]), ["q_proj", "k_proj"], rank_pattern={"q_proj": 2})
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="rank_pattern names modules of the other"):
+        glmlora.PeftModel.from_pretrained(load(both[0]), tmp_path / "adapter")

@@ -1,0 +1,168 @@
+"""Adapters that were made for the other layout of the same model, where one has a linear for
+queries, keys and values together and the other has three.
+
+From one to three each part gets A, and its rows of B. From three to one the A's are stacked, and B
+has theirs on its diagonal: the rank is the sum. Both change the model as the adapter did.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .. import families, tell
+from ..families import Family
+from ..families.recognition import own_part
+from .adapter_config import LoraConfig
+from .modeling import ChatGLMForConditionalGeneration
+from .parameters import PEFT_PREFIX, float_array
+
+_TOGETHER, _PARTS = "query_key_value", ("query", "key", "value")
+Place = tuple[int, str]  # layer, -1 outside the layers; the linear's word in `tensor_names`
+
+
+def _places(modules: Iterable[str], family: Family) -> dict[Place, str] | None:
+    """Where the modules stand in a family's layout; None where one is not of it."""
+    names = family.tensor_names
+    words = {name: word for word, name in names.items()}
+    layer = re.compile(re.escape(names["layer"]).replace(r"\{\}", r"(\d+)") + r"\.(.+)")
+    found: dict[Place, str] = {}
+    for module in modules:
+        inside = layer.fullmatch(module)
+        word = words.get(inside[2] if inside else module)
+        if word is None:
+            return None
+        found[int(inside[1]) if inside else -1, word] = module
+    return found
+
+
+def _module(place: Place, family: Family) -> str:
+    names = family.tensor_names
+    name = names[place[1]]
+    return name if place[0] < 0 else f"{names['layer'].format(place[0])}.{name}"
+
+
+def in_layout(
+    source: Any,
+    model: ChatGLMForConditionalGeneration,
+    config: LoraConfig,
+    stored: Mapping[str, Any],
+) -> tuple[LoraConfig, Mapping[str, Any]]:
+    """An adapter's config and tensors as the model's layout has them: as they are where they are of
+    it, or of none. ValueError, that begins with `source`, where they are of a layout that they
+    cannot be brought from.
+    """
+    own = families.of(model.config.family)
+    modules = {n.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for n in stored}
+    if not modules or _places(modules, own) is not None:
+        return config, stored
+    other = _origin(config, own, modules)
+    if other is None:
+        return config, stored
+    reason = _hindrance(config, own, other)
+    if reason:
+        raise ValueError(
+            f"{source}: its names are of the layout {other.model_type!r}, the model's of "
+            f"{own.model_type!r}: {reason}; open the model that it was made for"
+        )
+    tell.warn(
+        f"{source}: its names are of the layout {other.model_type!r}: taken for the same linears "
+        f"in {own.model_type!r}, which is right for the same model in both"
+    )
+    pairs = {
+        place: tuple(
+            float_array(name, stored[name])
+            for name in (f"{PEFT_PREFIX}{module}.lora_{part}.weight" for part in "AB")
+            if name in stored
+        )
+        for place, module in (_places(modules, other) or {}).items()
+    }
+    if any(len(pair) < 2 for pair in pairs.values()):
+        return config, stored  # whose fault is told where it is looked at
+    parts = _cut(model, own, pairs) if "query" in own.tensor_names else _joined(model, pairs)
+    tensors = {
+        f"{PEFT_PREFIX}{_module(place, own)}.lora_{part}.weight": array
+        for place, pair in parts.items()
+        for part, array in zip("AB", pair, strict=True)
+    }
+    changed = copy.copy(config)
+    changed.target_modules = sorted({own.tensor_names[w].rpartition(".")[2] for _, w in parts})
+    ranks = {pair[0].shape[0] for (_, word), pair in parts.items() if word == _TOGETHER}
+    if ranks and ranks != {config.r}:
+        rank = max(ranks)
+        scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        changed.rank_pattern = {_TOGETHER: rank}
+        alpha = scale * (math.sqrt(rank) if config.use_rslora else rank)
+        changed.alpha_pattern = {_TOGETHER: alpha}
+    return changed, tensors
+
+
+def _origin(config: LoraConfig, own: Family, modules: Iterable[str]) -> Family | None:
+    """The family that an adapter was made for: that which its base's name says, if the modules are
+    of its layout, else one of this layout that it can be brought from, if there is one.
+    """
+    name = own_part(str(config.base_model_name_or_path or "")).lower()
+    found = [f for f in families.all_families().values() if _places(modules, f) is not None]
+    found.sort(key=lambda family: not _alike(own, family))
+    named = [family for family in found if family.named.search(name)]
+    return named[0] if len(named) == 1 else found[0] if found else None
+
+
+def _alike(own: Family, other: Family) -> bool:
+    """Whether their layers have the same weights, but for one linear in place of three."""
+    return set(own.tensor_names) ^ set(other.tensor_names) == {_TOGETHER, *_PARTS}
+
+
+def _hindrance(config: LoraConfig, own: Family, other: Family) -> str:
+    """Why an adapter cannot be brought from the other layout; empty where it can."""
+    if not _alike(own, other):
+        return "they are different models"
+    for field in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+        if getattr(config, field):
+            return f"{field} names modules of the other"
+    return ""
+
+
+def _cut(
+    model: ChatGLMForConditionalGeneration,
+    own: Family,
+    pairs: Mapping[Place, tuple[np.ndarray, ...]],
+) -> dict[Place, tuple[np.ndarray, ...]]:
+    found = {}
+    for (layer, word), (A, B) in pairs.items():
+        if word != _TOGETHER:
+            found[layer, word] = (A, B)
+            continue
+        begin = 0
+        for part in _PARTS:
+            rows = model.core.shape(_module((layer, part), own) + ".weight")[0]
+            found[layer, part] = (A.copy(), np.ascontiguousarray(B[begin : begin + rows]))
+            begin += rows
+    return found
+
+
+def _joined(
+    model: ChatGLMForConditionalGeneration, pairs: Mapping[Place, tuple[np.ndarray, ...]]
+) -> dict[Place, tuple[np.ndarray, ...]]:
+    c = model.config
+    keys = c.multi_query_group_num * c.kv_channels
+    sizes = dict(zip(_PARTS, (c.num_attention_heads * c.kv_channels, keys, keys), strict=True))
+    found = {place: pair for place, pair in pairs.items() if place[1] not in _PARTS}
+    for layer in sorted({layer for layer, word in pairs if word in _PARTS}):
+        given = {word: pairs[layer, word] for word in _PARTS if (layer, word) in pairs}
+        A = np.concatenate([a for a, _ in given.values()])
+        B = np.zeros((sum(sizes.values()), A.shape[0]), np.float32)
+        row = column = 0
+        for word in _PARTS:
+            if word in given:
+                b = given[word][1]
+                B[row : row + sizes[word], column : column + b.shape[1]] = b
+                column += b.shape[1]
+            row += sizes[word]
+        found[layer, _TOGETHER] = (A, B)
+    return found
