@@ -358,7 +358,10 @@ def both(tmp_path):
     return fused, write(tmp_path / "split")
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["query_key_value"]])
+ONE = "transformer.encoder.layers.1.self_attention.query_key_value"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["query_key_value"], [ONE], r".*\.1\.mlp\..*"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_of_one_linear_becomes_one_of_three(both, tmp_path, targets, rslora):
     model = adapted(load(both[0]), targets, use_rslora=rslora)

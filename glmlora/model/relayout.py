@@ -18,7 +18,7 @@ import numpy as np
 from .. import families, tell
 from ..families import Family
 from ..families.recognition import own_part
-from .adapter_config import LoraConfig
+from .adapter_config import ALL_LINEAR, LoraConfig
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import PEFT_PREFIX, float_array
 
@@ -91,7 +91,11 @@ def in_layout(
         for part, array in zip("AB", pair, strict=True)
     }
     changed = copy.copy(config)
-    changed.target_modules = sorted({own.tensor_names[w].rpartition(".")[2] for _, w in parts})
+    wanted = config.target_modules or ALL_LINEAR
+    targets = {_module(place, own) for place in parts}
+    if wanted == ALL_LINEAR or isinstance(wanted, list) and "." not in "".join(wanted):
+        targets = {name.rpartition(".")[2] for name in targets}  # as short as they were
+    changed.target_modules = sorted(targets)
     ranks = {pair[0].shape[0] for (_, word), pair in parts.items() if word == _TOGETHER}
     if ranks and ranks != {config.r}:
         rank = max(ranks)
@@ -122,7 +126,7 @@ def _hindrance(config: LoraConfig, own: Family, other: Family) -> str:
     """Why an adapter cannot be brought from the other layout; empty where it can."""
     if not _alike(own, other):
         return "they are different models"
-    for field in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+    for field in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"):
         if getattr(config, field):
             return f"{field} names modules of the other"
     return ""
