@@ -410,3 +410,38 @@ def test_an_adapter_whose_ranks_are_named_is_refused(both, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="rank_pattern names modules of the other"):
         glmlora.PeftModel.from_pretrained(load(both[0]), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, a: a[:-1] if ".0.self_attention.query_key_value.lora_B" in name else a,
+         r"layers\.0\.self_attention\.query_key_value: expected.*of \(64, 32\).*\(63, 4\)"),
+        (lambda name, a: a[0] if ".1.mlp.dense_h_to_4h.lora_A" in name else a,
+         r"layers\.1\.mlp\.dense_h_to_4h: expected lora_A \(r, in\)"),
+        (lambda name, a: None if ".1.mlp.dense_4h_to_h.lora_B" in name else a,
+         r"missing base_model\.model\.transformer\.encoder\.layers\.1\.mlp\.dense_4h_to_h\.lora_B"),
+        (lambda name, a: a.astype(np.int32) if ".1.mlp.dense_4h_to_h.lora_B" in name else a,
+         r"dense_4h_to_h\.lora_B\.weight: expected floating point"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_would_not_fit_is_told_before_it_is_brought_over(
+    both, tmp_path, change, message
+):
+    adapted(load(both[0]), "all-linear").save_pretrained(tmp_path / "adapter")
+    stored = glmlora.load_state_dict(tmp_path / "adapter")
+    changed = {name: change(name, array) for name, array in stored.items()}
+    kept = {n: np.ascontiguousarray(a) for n, a in changed.items() if a is not None}
+    write_safetensors(tmp_path / "adapter" / "adapter_model.safetensors", kept)
+    with pytest.raises(ValueError, match=message):
+        glmlora.PeftModel.from_pretrained(load(both[1]), tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_adapter_of_more_layers_is_refused(both, tmp_path):
+    adapted(load(both[0]), "all-linear").save_pretrained(tmp_path / "adapter")
+    stored = glmlora.load_state_dict(tmp_path / "adapter")
+    more = {n.replace("layers.1.", "layers.7."): np.asarray(a) for n, a in stored.items()}
+    write_safetensors(tmp_path / "adapter" / "adapter_model.safetensors", more)
+    with pytest.raises(ValueError, match="in one of 2 layers"):
+        glmlora.PeftModel.from_pretrained(load(both[1]), tmp_path / "adapter")

@@ -23,6 +23,7 @@ from .modeling import ChatGLMForConditionalGeneration
 from .parameters import PEFT_PREFIX, float_array
 
 _TOGETHER, _PARTS = "query_key_value", ("query", "key", "value")
+Pair = tuple[np.ndarray, np.ndarray]  # A (r, in) and B (out, r)
 Place = tuple[int, str]  # layer, -1 outside the layers; the linear's word in `tensor_names`
 
 
@@ -70,21 +71,15 @@ def in_layout(
             f"{source}: its names are of the layout {other.model_type!r}, the model's of "
             f"{own.model_type!r}: {reason}; open the model that it was made for"
         )
+    pairs = {
+        place: _pair(source, model, place, module, stored)
+        for place, module in (_places(modules, other) or {}).items()
+    }
     tell.warn(
         f"{source}: its names are of the layout {other.model_type!r}: taken for the same linears "
         f"in {own.model_type!r}, which is right for the same model in both"
     )
-    pairs = {
-        place: tuple(
-            float_array(name, stored[name])
-            for name in (f"{PEFT_PREFIX}{module}.lora_{part}.weight" for part in "AB")
-            if name in stored
-        )
-        for place, module in (_places(modules, other) or {}).items()
-    }
-    if any(len(pair) < 2 for pair in pairs.values()):
-        return config, stored  # whose fault is told where it is looked at
-    parts = _cut(model, own, pairs) if "query" in own.tensor_names else _joined(model, pairs)
+    parts = _cut(model, pairs) if "query" in own.tensor_names else _joined(model, pairs)
     tensors = {
         f"{PEFT_PREFIX}{_module(place, own)}.lora_{part}.weight": array
         for place, pair in parts.items()
@@ -132,30 +127,64 @@ def _hindrance(config: LoraConfig, own: Family, other: Family) -> str:
     return ""
 
 
-def _cut(
+def _rows(model: ChatGLMForConditionalGeneration) -> dict[str, int]:
+    """Of the weights of queries, keys and values."""
+    c = model.config
+    keys = c.multi_query_group_num * c.kv_channels
+    return dict(zip(_PARTS, (c.num_attention_heads * c.kv_channels, keys, keys), strict=True))
+
+
+def _pair(
+    source: Any,
     model: ChatGLMForConditionalGeneration,
-    own: Family,
-    pairs: Mapping[Place, tuple[np.ndarray, ...]],
-) -> dict[Place, tuple[np.ndarray, ...]]:
+    place: Place,
+    module: str,
+    stored: Mapping[str, Any],
+) -> Pair:
+    """A and B of a module of the other layout. ValueError, that begins with `source`, for one that
+    is missing, or that would not fit the model there.
+    """
+    layer, word = place
+    arrays = []
+    for part in "AB":
+        name = f"{PEFT_PREFIX}{module}.lora_{part}.weight"
+        if name not in stored:
+            raise ValueError(f"{source}: does not fit this model: missing {name}")
+        try:
+            arrays.append(float_array(name, stored[name]))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+    A, B = arrays
+    rows = {**_rows(model), _TOGETHER: sum(_rows(model).values())}.get(word)
+    fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+    if rows is not None:
+        fits = fits and (B.shape[0], A.shape[1]) == (rows, model.config.hidden_size)
+    if not fits or layer >= model.config.num_layers:
+        shape = "" if rows is None else f" of ({rows}, {model.config.hidden_size})"
+        raise ValueError(
+            f"{source}: does not fit this model: {module}: expected lora_A (r, in) and lora_B "
+            f"(out, r){shape} in one of {model.config.num_layers} layers, got {A.shape} and "
+            f"{B.shape}"
+        )
+    return A, B
+
+
+def _cut(model: ChatGLMForConditionalGeneration, pairs: Mapping[Place, Pair]) -> dict[Place, Pair]:
     found = {}
     for (layer, word), (A, B) in pairs.items():
         if word != _TOGETHER:
             found[layer, word] = (A, B)
             continue
-        begin = 0
-        for part in _PARTS:
-            rows = model.core.shape(_module((layer, part), own) + ".weight")[0]
-            found[layer, part] = (A.copy(), np.ascontiguousarray(B[begin : begin + rows]))
-            begin += rows
+        ends = np.cumsum(list(_rows(model).values()))[:-1]
+        for part, rows in zip(_PARTS, np.split(B, ends), strict=True):
+            found[layer, part] = (A.copy(), np.ascontiguousarray(rows))
     return found
 
 
 def _joined(
-    model: ChatGLMForConditionalGeneration, pairs: Mapping[Place, tuple[np.ndarray, ...]]
-) -> dict[Place, tuple[np.ndarray, ...]]:
-    c = model.config
-    keys = c.multi_query_group_num * c.kv_channels
-    sizes = dict(zip(_PARTS, (c.num_attention_heads * c.kv_channels, keys, keys), strict=True))
+    model: ChatGLMForConditionalGeneration, pairs: Mapping[Place, Pair]
+) -> dict[Place, Pair]:
+    sizes = _rows(model)
     found = {place: pair for place, pair in pairs.items() if place[1] not in _PARTS}
     for layer in sorted({layer for layer, word in pairs if word in _PARTS}):
         given = {word: pairs[layer, word] for word in _PARTS if (layer, word) in pairs}
