@@ -14,6 +14,8 @@ was spent). Any job may carry "threads". The line in and the line out are of sid
     decode   rows, context, steps        a step, with rows of `context` tokens
     predict  lengths, new, opening       greedy answers to prompts of these lengths, all at once;
                                          they begin with the same `opening` tokens
+    classify lengths, opening, memory    the probabilities of two labels after such prompts; memory:
+                                         "peak" of it, too
     lora     lengths, labelled, checkpointing, steps    forward, backward and update, one
                                          micro-batch; of many steps the mean
     generate tokens                      model.generate, greedy, one row
@@ -40,6 +42,7 @@ import glmlora  # noqa: E402
 from glmlora import _core  # noqa: E402
 from glmlora.generation.config import GenerationConfig  # noqa: E402
 from glmlora.generation.generate import generate_rows  # noqa: E402
+from glmlora.generation.labels import score_ids  # noqa: E402
 
 KEEP_ALL, KEEP_NONE = 1 << 40, 1  # budgets of activations
 
@@ -207,6 +210,23 @@ class Worker(Jobs):
             return seconds
 
         return self.line(run)
+
+    def classify(self, lengths, opening=0, memory=False):
+        first = self.ids(opening).tolist()
+        prompts = [first + self.ids(n - opening).tolist() for n in lengths]
+        labels = [[5, 6, 2], [5, 7, 2]]  # as "0" and "1": a space, a digit, the end
+
+        def run(layers):
+            model = self.kept_model(layers)
+            start = time.perf_counter()
+            assert len(list(score_ids(model, prompts, labels))) == len(lengths)
+            return time.perf_counter() - start
+
+        if not memory:
+            return self.line(run)
+        with Peak() as peak:
+            answer = self.line(run)
+        return answer | {"peak": peak.bytes}
 
     def lora(self, lengths, labelled, checkpointing, steps=1):
         ends = np.cumsum(lengths)

@@ -29,9 +29,9 @@ from .interrupts import Terminated
 from .model.auto import AutoModel
 from .model.peft import PeftModel
 from .model.quantization import GROUP_SIZE, is_quantized
-from .model.task import FILE, Task, read_task, write_task
 from .names import did_you_mean, listed
 from .questions import rows_and_columns, task_queries, usual_instruction
+from .task import FILE, Task, base_digest, check_asked, read_task, write_task
 from .templates import places_of
 from .tokenization import AutoTokenizer
 from .tools.project import tiny_directory
@@ -243,6 +243,7 @@ class LoraClassifier:
             folds=int(self.folds),
             method=self.method,
             depth=self.depth,
+            base_digest=base_digest(place),
         )
         _check_no_answer(task, rows, labels, codes)
         if self.folds:
@@ -286,7 +287,8 @@ class LoraClassifier:
         unseen = np.arange(len(codes)) if fold is not None else seen
         self.threshold_ = self._threshold(codes[unseen], proba[unseen])
         self.classes_ = classes
-        self.task_ = replace(task, threshold=self.threshold_)
+        scores = label_scores(codes[unseen], proba[unseen]) if len(unseen) else {}
+        self.task_ = replace(task, threshold=self.threshold_, scores=scores)
         self.adapters_ = [one.adapter for one in fits]
         self.log_history_ = []
         for number, one in enumerate(fits):
@@ -453,7 +455,7 @@ class LoraClassifier:
                 place.mkdir(exist_ok=True)
                 for name, content in adapter.items():
                     (place / name).write_bytes(content)
-            write_task(new, self.task_)
+            write_task(new, self.task_, folder)
 
     @classmethod
     def load(
@@ -467,6 +469,11 @@ class LoraClassifier:
             raise ValueError(
                 f"{Path(folder) / FILE}: method: expected one of {', '.join(METHODS)}, got "
                 f"{task.method!r}"
+            )
+        if not task.labels:
+            raise ValueError(
+                f"{Path(folder) / FILE}: labels: the adapter was trained to answer with any text, "
+                "expected labels"
             )
         adapters = []
         for place in task.folders(folder):
@@ -491,6 +498,7 @@ class LoraClassifier:
                 f"{Path(folder) / FILE}: its base {self._base_directory()} is not there; "
                 "LoraClassifier.load(folder, base=..) names another place"
             )
+        check_asked(task, base=self._base_directory())
         self.classes_ = np.array(task.labels)
         self.threshold_ = task.threshold
         self.task_, self.adapters_ = task, adapters
@@ -516,10 +524,17 @@ class LoraClassifier:
                 AutoModel.from_pretrained(place),
                 AutoTokenizer.from_pretrained(place),
             )
-            if bits and not is_quantized(model.config, bits):
-                model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)
-            self._loaded = wanted, model, tokenizer
+            self.use_base(model, tokenizer)
         return self._loaded[1], self._loaded[2]
+
+    def use_base(self, model: Any, tokenizer: Any) -> None:
+        """Train and predict over a model that is loaded already from the directory `base`; it is
+        quantized where quantization_bit says so.
+        """
+        bits = self.quantization_bit
+        if bits and not is_quantized(model.config, bits):
+            model.quantize(bits, group_size=GROUP_SIZE if bits == 4 else None)
+        self._loaded = (self._base_directory(), bits), model, tokenizer
 
 
 _PARAMETERS = tuple(inspect.signature(LoraClassifier).parameters)

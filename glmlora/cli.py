@@ -18,12 +18,14 @@ from typing import Any
 
 from . import families
 from .files.hub import model_directory
+from .files.rows import table_rows
 from .generation.config import GenerationConfig
 from .interrupts import Terminated, end_now
 from .model import device as devices
 from .names import did_you_mean
+from .task import ANY_TEXT, Task, check_asked, task_in
 from .templates import columns_of
-from .tools.demo import ORDER
+from .tools.demo import PAPERS
 from .training.flags import check_directory, given_twice
 
 #: What a user can put right; everything else is a fault of this program and keeps its traceback.
@@ -161,9 +163,23 @@ def predict(args: argparse.Namespace) -> int:
     from glmlora.tables.job import describe_folders, predict_rows
     from glmlora.training.methods import unwrapped
 
+    _check_model(args)
+    table.check_place(args.output, args.overwrite, args.input)
+    directory, labels = model_directory(args.model), split_answers(args.labels)
+    task = task_in(args.adapter or directory)
+    rows = table_rows(args.input, "--input")
+    template = _template(args.template, task, columns_of(rows))
+    own = task is not None and template == task.question
+    check_asked(
+        task,
+        args.strict,
+        template=None if own else template,
+        labels=labels,
+        base=directory if args.adapter else None,
+    )
     asked = ask(
-        args.template,
-        labels=split_answers(args.labels),
+        template,
+        labels=labels,
         proba=args.proba,
         choices=split_answers(args.choices),
         pattern=args.pattern,
@@ -171,20 +187,26 @@ def predict(args: argparse.Namespace) -> int:
         fallback=args.fallback,
         answer_column=args.answer_column,
         sampling=_generation(args),
+        task=task,
         spelled=lambda name: "--" + name.replace("_", "-"),
     )
-    _check_model(args)
-    table.check_place(args.output, args.overwrite, args.input)
-    rows = table.read_table(args.input, args.template)
+    table.check_question(template, rows, args.input)
     output = table.plan_output(
         args.output, columns_of(rows), args.columns, args.add or [], args.answer_column, asked.more
     )
+    several = task is not None and task.is_ensemble
+    adapter = None if several else args.adapter
+    adapters = [args.adapter] if args.adapter else []
+    if adapters and task is not None:
+        adapters = task.folders(args.adapter)
 
     def load() -> tuple[Any, Any]:
         model, tokenizer = _load(
-            args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
+            args.model, adapter, args.dtype, args.compute_dtype, args.device, args.family
         )
         return unwrapped(model), tokenizer
+
+    classify = _classify(args, asked, load) if several else None
 
     loaded = {n: getattr(args, n) for n in ("family", "dtype", "compute_dtype")}
     device = devices.find(args.device).type
@@ -193,13 +215,48 @@ def predict(args: argparse.Namespace) -> int:
         asked,
         load,
         output=output,
-        describe=lambda: describe_folders(model_directory(args.model), args.adapter),
+        describe=lambda: describe_folders(directory, adapters),
         settings={**loaded, "device": device, "glmlora": glmlora.__version__},
         seed=args.seed,
         overwrite=args.overwrite,
+        classify=classify,
     )
     print(f"{args.output}: {len(rows)} rows")
     return 0 if whole else 1
+
+
+def _template(given: str | None, task: Task | None, columns: Sequence[str]) -> str:
+    """The question of `predict`: the one that is given; else what was trained, if the table has the
+    columns; else the paper workflow's.
+    """
+    if given is not None or task is None:
+        return given or PAPERS
+    any_text = task.template in ANY_TEXT and not set(task.columns) <= set(columns)
+    return PAPERS if any_text else task.question
+
+
+def _classify(args: argparse.Namespace, asked: Any, load: Callable[[], tuple[Any, Any]]) -> Any:
+    """What weighs the labels of rows by folds or a head, over the base that `load` gives.
+    ValueError for what cannot be asked of them.
+    """
+    import glmlora
+
+    if asked.template != asked.task.question or list(asked.labels) != asked.task.answers:
+        raise ValueError(
+            f"--adapter: {args.adapter} has folds or a head, which weigh the labels "
+            f"{asked.task.answers} of the question they were trained with; leave --template, "
+            "--labels and how answers are written away"
+        )
+    classifier = glmlora.LoraClassifier.load(args.adapter, base=args.model)
+    loaded: list[Any] = []
+
+    def classify(rows: list[dict[str, Any]]) -> Any:
+        if not loaded:
+            loaded.extend(load())
+            classifier.use_base(*loaded)
+        return classifier.predict_proba(rows)
+
+    return classify
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -371,8 +428,14 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     _flag(
         parser,
         "--template",
-        default=ORDER + "title:{title},abstract:{abstract}",
-        help="prompt with {column} places; default: the paper workflow's",
+        help="prompt with {column} places; default: what the adapter was trained with, else the "
+        "paper workflow's",
+    )
+    _flag(
+        parser,
+        "--strict",
+        action="store_true",
+        help="refuse a template, labels or base that the adapter was not trained with",
     )
     _flag(parser, "--columns", help="columns to keep, comma separated; default: all")
     _flag(

@@ -159,7 +159,7 @@ class Options(EncodeOptions, total=False):
 
 
 class Encoder:
-    """The part of a tokenizer that makes rows of ids; the rest is in tokenization.py."""
+    """The part of a tokenizer that makes rows of ids; the rest is in tokenization/."""
 
     pad_token_id: int
     eos_token_id: int

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench
+import classify
 import gpu
 import make_gguf
 import numpy as np
@@ -21,6 +22,9 @@ from emulator import built
 from sides import SIX_B
 from worker import Worker
 
+import glmlora
+from glmlora import _core
+from glmlora.generation.cache import CachedRow
 from glmlora.tools.plan import plan
 from glmlora.tools.project import tiny_directory
 
@@ -58,6 +62,8 @@ def test_line_is_that_of_equal_layers():
         dict(job="decode", rows=2, context=5, steps=2, layers=[1, 2]),
         dict(job="lora", lengths=[6, 9], labelled=3, checkpointing=True),
         dict(job="predict", lengths=[6, 9], new=2, opening=3),
+        dict(job="classify", lengths=[6, 9, 12], opening=3),
+        dict(job="classify", lengths=[6, 9], memory=True),
     ):
         assert getattr(worker, job.pop("job"))(**job)["measured"] > 0
 
@@ -88,6 +94,26 @@ def test_flops_of_a_step():
     config = json.loads((tiny_directory() / "config.json").read_text())
     planned = plan_flops(config | SIX_B, 4, 512, 3)
     assert bench.step_flops([512] * 4, 3) == pytest.approx(planned, rel=0.02)
+
+
+def test_flops_of_rows_that_are_weighed(tmp_path):
+    """Against the core's own count of what it does for them."""
+    config = json.loads((tiny_directory() / "config.json").read_text()) | SIX_B
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = glmlora.AutoConfig.from_pretrained(tmp_path)
+    core = _core.Model(config.arch(), "plan", names=config.tensor_names)
+    arrays = {shape: np.empty(shape, np.float16) for shape in core.shapes().values()}
+    for name, shape in core.shapes().items():
+        core.bind(name, arrays[shape], "F16")
+    core.counts()
+    lengths, opening = bench.PROMPTS[:4], bench.OPENING
+    model = SimpleNamespace(core=core, config=config)
+    rows = CachedRow(model, 4, 1024, [5] * opening)
+    for row, length in enumerate(lengths):
+        rows.become(row, [5] * length)
+    rows.extend([0, 1, 2, 3])
+    found = core.counts()["flops"]
+    assert classify.needed_flops(lengths, opening) == pytest.approx(found, rel=0.01)
 
 
 def plan_flops(config, rows, tokens, labels):

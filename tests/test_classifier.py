@@ -13,8 +13,8 @@ import training
 
 import glmlora
 from glmlora import LoraClassifier
-from glmlora.model.task import Task, read_task
 from glmlora.questions import task_queries, usual_instruction
+from glmlora.task import Task, base_digest, read_task
 
 #: Enough to learn the rows below by heart.
 QUICK = {
@@ -387,12 +387,14 @@ def test_save_and_load(base, tmp_path, folds):
     assert loaded.classes_.tolist() == ["cells", "graph"]
     assert {name: loaded.get_params()[name] for name in parameters} == parameters
     assert loaded.task_ == fitted.task_ == read_task(folder)
+    assert set(fitted.task_.scores) == ({"accuracy", "macro_f1", "log_loss"} if folds else set())
     place = folder / "fold-1" if folds else folder
     model = glmlora.AutoModel.from_pretrained(base)
     assert glmlora.PeftModel.from_pretrained(model, place).peft_config["default"].r == 16
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     assert task == {
         "base": base,
+        "base_digest": base_digest(base),
         "columns": ["title"],
         "depth": None,
         "folds": folds,
@@ -401,6 +403,7 @@ def test_save_and_load(base, tmp_path, folds):
         "max_source_length": 90,
         "method": "lora",
         "quantization_bit": None,
+        "scores": fitted.task_.scores,
         "template": "title: {title}",
         "threshold": 0.3,
     }
@@ -414,7 +417,8 @@ def test_a_save_is_whole_and_takes_the_place_of_another(fitted, tmp_path, monkey
     (tmp_path / "fold-0").mkdir()
     (tmp_path / "adapter_model.bin").write_bytes(b"old")
     fitted.save(tmp_path)
-    written = ["adapter_config.json", "adapter_model.safetensors", "notes.txt", "task.json"]
+    written = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    written += ["notes.txt", "task.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == written
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

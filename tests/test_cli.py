@@ -18,6 +18,7 @@ import tiny
 
 from glmlora import cli
 from glmlora.files.checkpoint import write_safetensors
+from glmlora.files.rows import table_rows
 from glmlora.tables import answers as table_answers
 from glmlora.tables import output
 from glmlora.templates import fill_template
@@ -365,7 +366,8 @@ def test_predict_checks_first(words, text, table, capsys, monkeypatch):
 
 def test_a_template_without_columns_is_told_once(table):
     with pytest.warns(UserWarning, match="names no {column}") as told:
-        rows = output.read_table(table, "which?")
+        rows = table_rows(table, "--input")
+        output.check_question("which?", rows, str(table))
         assert fill_template("which?", rows) == ["which?"] * len(rows)
     assert len(told) == 1
 

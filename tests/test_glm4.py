@@ -152,6 +152,20 @@ def test_save_and_load(folder, tokenizer, tmp_path):
     assert len(saved["added_tokens_decoder"]) == 14
 
 
+def test_special_tokens_are_those_that_are_listed(folder, tmp_path):
+    """CodeGeeX4 has more of them; ids are the file's own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["395"] = {"content": "<|code_prefix|>", "special": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    more = AutoTokenizer.from_pretrained(tmp_path)
+    assert more.special_tokens == {**tokenizer.special_tokens, "<|code_prefix|>": 395}
+    assert len(more) == 396 and more.decode([97, 393, 395, 98]) == "a<|code_prefix|>b"
+    more.encode_special_tokens = True
+    assert more.encode("a<|code_prefix|>", add_special_tokens=False) == [97, 395]
+
+
 def lines(**changed):
     """A vocabulary of the 256 bytes, some of its lines changed."""
     found = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
@@ -196,9 +210,19 @@ def test_bad_special_tokens_are_named(tmp_path, added, message):
 def test_other_forms_long_blanks_and_a_missing_library(folder, tokenizer, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="byte pairs .*, which GLM-4 have, not ChatGLM3"):
         AutoTokenizer.from_pretrained(folder, family="v3")
+    (tmp_path / "g4").mkdir()
+    (tmp_path / "g4/tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "g4/config.json").write_text('{"padded_vocab_size": 151552}')
+    with pytest.raises(ValueError, match="git-lfs pointer"):
+        AutoTokenizer.from_pretrained(tmp_path / "g4")
     with pytest.raises(ValueError, match="text: has more than 500000 blanks in a row"):
         tokenizer.encode("a" + " \t" * 500_000)
     assert len(tokenizer.text_ids("a \t" * 200_000)) > 400_000
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match="no tokenizer.model; tokenizer.json is of the tran"
+    ):
+        AutoTokenizer.from_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(ImportError, match="pip install tiktoken"):
         AutoTokenizer.from_pretrained(folder)
@@ -309,6 +333,15 @@ def chained(folder, *texts):
             weights[name] *= 0.01
     write_safetensors(folder / "model.safetensors", weights)
     return folder
+
+
+def test_the_end_of_the_original_trainers_text_is_the_familys(tokenizer):
+    """Its prompts are ChatGLM2's; `<|endoftext|>`, the pad id, would be no label at all."""
+    row = {"prompt": "p", "query": "", "response": "1", "history": []}
+    data = encode_records([row], tokenizer, template="vendored")
+    assert tokenizer.decode(data.source(0).tolist()).startswith("[gMASK]<sop>[Round 1]")
+    assert data.target(0).tolist() == [*tokenizer.text_ids("1"), tokenizer.get_command(USER)]
+    assert tokenizer.pad_token_id not in data.target(0)
 
 
 @pytest.fixture(scope="module")

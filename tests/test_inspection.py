@@ -14,7 +14,7 @@ from glmlora import cli
 from glmlora.families.prompt import chat_ids, encode_source
 from glmlora.inspection import similar
 from glmlora.inspection.lengths import prompt_lengths, suggested_length
-from glmlora.model.task import Task, write_task
+from glmlora.task import Task, write_task
 from glmlora.tools.plan import plan, products_per_second
 from glmlora.tools.project import tiny_directory
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -344,3 +345,29 @@ def test_flags_that_do_not_go_together(place, capsys, more, message):
     words = words[:-2] if "--labels" in more else words
     assert cli.main([*words, *more]) != 0
     assert message in capsys.readouterr().err and not output.exists()
+
+
+def test_prompts_that_wait_take_four_bytes_an_id(loaded, monkeypatch):
+    """What grows with the rows of a table, beside the caller's own."""
+    model, tokenizer = loaded
+    ids = list(range(300, 340)) * 10
+    monkeypatch.setattr(labels, "_walk", lambda rows, prompts, tree: Ends(len(prompts)))
+    monkeypatch.setattr(labels, "prompt_writer", lambda *_: lambda row, _: [row + 300, *ids])
+    peaks = []
+    for rows in (100, 500):
+        tracemalloc.start()
+        found = dict(labels.score_rows(model, tokenizer, ["x"] * rows, BINARY))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(found) == rows
+    assert peaks[1] - peaks[0] < 400 * (len(ids) * 10 + 1000)  # lists and tuples take 16 and more
+
+
+class Ends(dict):
+    """Any end of a tree -> zeros for so many rows."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __missing__(self, end):
+        return np.zeros(self.rows)

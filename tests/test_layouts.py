@@ -191,15 +191,18 @@ def test_absent_keys_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: type 'yarn'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling: 'yarn' is not supported",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: 'yarn' is not supported"),
         ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta is 10000.0, but 5.0 in rope_param"),
         ({"rope_scaling": 4}, "rope_scaling: expected an object or null, got 4"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"partial_rotary_factor": 0.2}, "0.2 of head_dim 8 turns 1 channels"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected at most 1, got 1.5"),
         ({"rope_theta": "big"}, "rope_theta: expected a positive number, got 'big'"),
-        ({"model_type": "glm4_moe"}, "model_type 'glm4_moe' is not supported.*'glm4', 'glm'"),
+        ({"model_type": "llama"}, "model_type 'llama' is not supported.*'glm4', 'glm'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple"),
     ],
 )

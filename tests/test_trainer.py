@@ -22,7 +22,7 @@ from glmlora.training.records import encode_records, records_from
 from glmlora.training.trainer import run_train
 
 LORA_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-ARGUMENT_FILES = {"finetuning_args.json", "training_args.bin"}
+ARGUMENT_FILES = {"finetuning_args.json", "training_args.bin", "task.json", "README.md"}
 RESUME_FILES = {"optimizer.safetensors", "scheduler.json", "rng_state.json", "trainer_state.json"}
 END_FILES = {"trainer_state.json", "train_results.json", "all_results.json", "trainer_log.jsonl"}
 TOKENIZER_FILES = {"tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"}

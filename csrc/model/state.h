@@ -165,7 +165,7 @@ struct glm_step {
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
     /* Inputs of linears, and in their place the gradients on the way up: step.c draws when. */
     void *ln, *act, *att_rows, *x_rows; /* (N, C), (N, F), (M, AO), (M, C) */
-    void *q, *k, *v; /* split_qkv: (N, AO), (N, KV) twice, and in their place their gradients */
+    void *q, *k, *v;  /* split_qkv: (N, AO), (N, KV) twice, and in their place their gradients */
     int fused_swiglu; /* ln lies apart from act, so dense_h_to_4h and the activation are one op */
 
     /* backward; dx: of the residual stream; dprefix_kv NULL: the prefix is frozen */

@@ -12,6 +12,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ..names import did_you_mean
+from . import refused
 from .family import Family as Family
 
 UNNAMED = "THUDM/chatglm-6b"  # the base of the original training script where none is named
@@ -57,14 +58,7 @@ def of_layout(model_type: Any) -> list[Family]:
 
 
 def refuse_others(fields: Mapping[str, Any]) -> None:
-    """ValueError for a config.json of a model that is of none of the families."""
-    kind = fields.get("model_type")
-    if not of_layout(kind):
-        layouts = dict.fromkeys(repr(f.model_type) for f in all_families().values())
-        raise ValueError(
-            f"model_type {kind!r} is not supported by this release, only {', '.join(layouts)}"
-        )
-    if "inner_hidden_size" in fields or "position_encoding_2d" in fields:
-        raise ValueError(
-            "ChatGLM-6B (the first generation) is not supported by this release; ChatGLM2 and 3 are"
-        )
+    """ValueError for a config.json of a model that is of none of the families, or whose positions
+    are scaled in a way that is not there.
+    """
+    refused.check(fields, list(dict.fromkeys(f.model_type for f in all_families().values())))

@@ -78,7 +78,7 @@ class GLM4(ChatGLM3):
         return fields.get("padded_vocab_size") == self.ids
 
     def in_vocabulary(self, directory: Path) -> bool:
-        return has_byte_pairs(directory)
+        return has_byte_pairs(directory) is True
 
     def in_tokenizer(self, config: Mapping[str, Any]) -> bool:
         text = repr(config)

@@ -5,12 +5,15 @@ Training uses the templates of chats, so a tuned model is asked in the form it h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from . import default, of
 from .family import Family, Tokenizer
-from .messages import check_rounds
+from .messages import check_rounds, rounds_to_drop
 from .vendored import TEMPLATES
+
+NO_LIMIT = 1 << 40  # ids
 
 
 def chat_ids(
@@ -53,7 +56,8 @@ def encode_source(
     message's text, where the family's chats have it.
     At most `max_source_length` ids. truncation "vendored" cuts the end, the answer marker with it,
     id for id as the original; "template" drops the oldest rounds while the rounds alone do not fit,
-    then cuts the end of the query's text and encodes what is left: the marker stays.
+    then cuts the end of the query, or without one that of the prompt, by pieces, and encodes what
+    is left anew: the marker stays, and so does a prompt that fits.
     Raises ValueError for an unknown name or a length that the template alone exceeds.
     """
     _one_of("truncation", truncation, ("template", "vendored"))
@@ -63,12 +67,51 @@ def encode_source(
         raise ValueError(
             f"max_source_length: expected more than {len(prefix)}, got {max_source_length}"
         )
-    rounds = check_rounds(history)
-    asked, first = f"{prompt}{query or ''}", source_prefix or ""
-    body, was_cut = _writer(tokenizer, template).source_ids(
-        tokenizer, first, asked, rounds, room, truncation, system or ""
-    )
-    return prefix + body, was_cut
+    rounds, writer, query = check_rounds(history), _writer(tokenizer, template), query or ""
+
+    def ids(asked: str, dropped: int = 0) -> list[int]:
+        return writer.source_ids(
+            *(tokenizer, source_prefix or "", asked, rounds[dropped:]),
+            *(NO_LIMIT, "template", system or ""),
+        )[0]
+
+    whole = ids(f"{prompt}{query}")
+    if len(whole) <= room:
+        return prefix + whole, False
+    if truncation == "vendored":
+        return prefix + whole[:room], True
+    dropped = rounds_to_drop(lambda n: len(ids("", n)), len(rounds), room)
+
+    def excess(asked: str) -> int:
+        return len(ids(asked, dropped)) - room
+
+    if excess(prompt) <= 0:
+        prompt += shortened(tokenizer, query, lambda left: excess(prompt + left))
+    else:
+        prompt = shortened(tokenizer, prompt, excess)
+    return prefix + ids(prompt, dropped), True
+
+
+def prompt_length(tokenizer: Tokenizer, query: str, template: str = "auto") -> int:
+    """Ids of a whole prompt that asks the query, without history: as `encode_source` and chats in
+    the template have it.
+    """
+    return len(encode_source(tokenizer, query, None, None, NO_LIMIT, template=template)[0])
+
+
+def shortened(tokenizer: Tokenizer, text: str, excess: Callable[[str], int]) -> str:
+    """The text without as many of its last pieces as are too many: `excess` is how many that are of
+    a text that is left. "" where that does not suffice. All prompts are cut by this.
+    """
+    too_many = excess(text)
+    starts = tokenizer.text_offsets(text) if too_many > 0 else []
+    kept = len(starts)
+    while too_many > 0 and text:
+        # What is left may fall into other pieces than it had in the whole.
+        kept = max(kept - too_many, 0)
+        text = text[: min(starts[kept], len(text) - 1)]
+        too_many = excess(text)
+    return text
 
 
 def encode_target(
@@ -77,12 +120,13 @@ def encode_target(
     """Answer ids of a training record with the end id, which is never cut away.
 
     At most `max_target_length` ids. The answer is encoded apart from the prompt. In a
-    family's own template it begins as the model has to begin in a chat.
+    family's own template it begins as the model has to begin in a chat; the end is the family's own
+    in every template.
     """
     if max_target_length < 1:
         raise ValueError(f"max_target_length: expected at least 1, got {max_target_length}")
     ids = _answer_ids(tokenizer, response, template)
-    return ids[: max_target_length - 1] + [_writer(tokenizer, template).end_id(tokenizer)]
+    return ids[: max_target_length - 1] + [of(tokenizer.family).end_id(tokenizer)]
 
 
 def encode_label(

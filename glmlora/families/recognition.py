@@ -106,9 +106,8 @@ def _of_its_layout(fields: Mapping[str, Any]) -> Family | None:
     return families[0] if len(families) == 1 else None
 
 
-def choices(known: Iterable[Family] | None = None) -> str:
-    """How one of the families is asked for; None: of those that have a tokenizer."""
-    known = with_tokenizer() if known is None else known
+def choices(known: Iterable[Family]) -> str:
+    """How one of the families is asked for."""
     return " or ".join(f'family="{family.name}"' for family in known)
 
 

@@ -18,7 +18,7 @@ from .write import read_json
 
 GENERATION = "generation_config.json"
 #: Files that would speak of another model where a save does not write them.
-REPLACED = re.compile(r"generation_config\.json|prompt_template\.json")
+REPLACED = re.compile(r"generation_config\.json|prompt_template\.json|task\.json")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "added_tokens.json")
 TOKENIZER = (

@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import _core
 from ..batch import as_rows, check_ids
+from ..task import Task
 from .config import GenerationConfig
 
 CHUNK = 1024  # tokens fed at a time: bounds the memory of a long prompt
@@ -40,6 +41,8 @@ class Model(Protocol):
     cached_row: CachedRow | None  # kept between chats
     prefix_is_fresh: bool
     prompt_template: str  # "auto", or the one it was trained with
+    task: Task | None  # what it was trained for
+    opened: Any  # where it came from
 
     @property
     def config(self) -> ModelConfig: ...

@@ -15,6 +15,7 @@ from .. import families, tell
 from ..families import recognition
 from ..families.vendored import in_template
 from ..progress import bar
+from ..questions import fit_question
 from ..tokenization import TextStream
 from .beams import best_answers
 from .cache import CachedRow, Model, PastKeyValues, check_past
@@ -108,6 +109,7 @@ class _Turns:
         **settings: Any,
     ):
         check_names(function, settings)
+        self.as_trained = True  # first questions are cut, and checked, as those of the model's task
         self.model, self.tokenizer = model, tokenizer
         self.family = chat_family(model, tokenizer)
         config = model.config
@@ -129,6 +131,9 @@ class _Turns:
 
     def ask(self, query: str, history: Any, role: str) -> tuple[list[int], list[Any]]:
         """(ids of the whole prompt, a new history that ends in the question)."""
+        if self.as_trained and not history and role in ("user", None):
+            template = self.model.prompt_template
+            query = fit_question(self.model.task, query, self.tokenizer, template)
         asked = self.family.asked(query, history, role)
         return list(self.family.chat_ids(self.tokenizer, query, history, role)), asked
 
@@ -206,7 +211,8 @@ def chat(
     logits_processor: Processor | Sequence[Processor] | None = None,
     **settings: Unpack[ChatArguments],
 ) -> tuple[str, list[Any]]:
-    """One turn of conversation.
+    """One turn of conversation. The first question of a model with a `task` is cut as those that
+    were trained, where it is longer; that is told, and so is one that begins otherwise.
 
     max_length: prompt included. Sampling keeps the 50 best tokens unless `top_k` says otherwise (0:
     all); temperature 0 is greedy; further settings: see GenerationConfig. What is neither given nor
@@ -265,6 +271,7 @@ def chat_rows(
     role: str = "user",
     seeds: Sequence[int] | None = None,
     keep_errors: bool = False,
+    as_trained: bool = False,
     **settings: Any,
 ) -> Iterator[tuple[int, Any]]:
     """(number of a query, response) in the order in which they are ready: what `chat` gives to each
@@ -272,12 +279,14 @@ def chat_rows(
 
     seeds: of each query's random numbers, in place of `seed`. keep_errors: the error of a query
     that cannot be asked (its prompt is too long), or whose answer cannot be read, is its response.
+    as_trained: queries are cut, and checked, as `chat` does, and not taken as they are.
     """
     if not isinstance(at_once, int) or at_once < 1:
         raise ValueError(f"at_once: expected a whole number from 1, got {at_once!r:.80}")
     for query in queries:
         _check_query(query)
     turns = _Turns(batch_chat, model, tokenizer, **settings)
+    turns.as_trained = as_trained
     kept = OF_ONE_ROW if keep_errors else ()
     response: Any
     if turns.settings.num_beams > 1:
@@ -348,6 +357,7 @@ def batch_chat(
         queries,
         at_once,
         role=role,
+        as_trained=True,
         max_length=max_length,
         num_beams=num_beams,
         do_sample=do_sample,

@@ -7,7 +7,7 @@ where answers part or go on is visited once, for many rows in one call of the co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from ..families import recognition
 from ..families.prompt import encode_target
 from ..files.rows import table_rows
 from ..progress import bar
-from ..templates import check_template, columns_of, fill_template
+from ..questions import fit_question, row_queries
+from ..task import Task, check_asked
+from ..templates import check_template, columns_of
 from .cache import CachedRow, Model
 from .chat import OF_ONE_ROW, chat_family
 from .generate import places_for, shared_length, warn_of_weights
@@ -117,7 +119,7 @@ def _tree(answers: Sequence[Sequence[int]]) -> Tree:
     return tree
 
 
-def check_labels(labels: Sequence[Any], name: str = "labels") -> list[str]:
+def check_labels(labels: Sequence[Any] | None, name: str = "labels") -> list[str]:
     """The labels as texts. TypeError, ValueError naming what is none, empty or there twice; name:
     what a message calls them.
     """
@@ -190,14 +192,14 @@ def score_rows(
             yield number, error
         else:
             numbers.append(number)
-            prompts.append(ids)
+            prompts.append(np.array(ids, np.int32))
     for at, row in score_ids(model, prompts, answers, at_once):
         yield numbers[at], row
 
 
 def score_ids(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     answers: Sequence[Sequence[int]],
     at_once: int = AT_ONCE,
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -205,24 +207,30 @@ def score_ids(
     if not isinstance(at_once, int) or at_once < 1:
         raise ValueError(f"at_once: expected a whole number from 1, got {at_once!r:.80}")
     tree, longest = _tree(answers), max(map(len, answers))
-    numbers: dict[tuple[int, ...], list[int]] = {}
+    numbers: dict[bytes, list[int]] = {}  # as bytes, a million ids take 4 MB
     for number, prompt in enumerate(prompts):
-        numbers.setdefault(tuple(prompt), []).append(number)
+        numbers.setdefault(np.asarray(prompt, np.int32).tobytes(), []).append(number)
     if not numbers:
         return
     warn_of_weights(model)
     different = list(numbers)
-    shared = shared_length(different) if len(different) > 1 else 0
-    room = max(map(len, different)) - shared + longest
+    # All others share what the first and the last in any order do.
+    extremes = min(different), max(different), min(different, key=len)
+    shared = shared_length([*map(_ids, extremes)]) if len(different) > 1 else 0
+    room = max(map(len, different)) // 4 - shared + longest
     places = places_for(model, room, min(at_once, len(different)))
-    rows = CachedRow(model, places, room, different[0][:shared])
+    rows = CachedRow(model, places, room, _ids(different[0])[:shared])
     for first in range(0, len(different), places):
         together = different[first : first + places]
-        ends = _walk(rows, together, tree)
+        ends = _walk(rows, [*map(_ids, together)], tree)
         found = np.stack([ends[tuple(ids)] for ids in answers], axis=1)
         for prompt, row in zip(together, found, strict=True):
             for number in numbers[prompt]:
                 yield number, row
+
+
+def _ids(prompt: bytes) -> list[int]:
+    return np.frombuffer(prompt, np.int32).tolist()
 
 
 def _walk(
@@ -250,40 +258,64 @@ def _walk(
     return found
 
 
-def queries_of(table_or_texts: Any, template: str | None) -> list[str]:
-    """Texts as they are, or those that a template makes of the rows of a table. TypeError,
-    ValueError naming what is neither.
+def queries_of(
+    table_or_texts: Any,
+    template: str | None,
+    task: Task | None = None,
+    tokenizer: Any = None,
+    prompt_template: str = "auto",
+    strict: bool = False,
+) -> list[str]:
+    """Texts, or those that a template, or that of a task, makes of the rows of a table; with a task
+    cut as in its training. TypeError, ValueError naming what is neither. strict: see `check_asked`.
     """
     if template is not None:
         rows = table_rows(table_or_texts, "table_or_texts")
         check_template(template, columns_of(rows), "the table")
-        return fill_template(template, rows)
+        return row_queries(task, rows, template, tokenizer, prompt_template)
     if isinstance(table_or_texts, str):
         raise TypeError("table_or_texts: expected a list of texts, got one text")
-    if hasattr(table_or_texts, "columns"):
-        raise TypeError("template: a table needs one, which makes a text of each row")
-    return list(table_or_texts)
+    is_table = hasattr(table_or_texts, "columns")
+    given = table_or_texts if is_table else list(table_or_texts)
+    if is_table or (given and all(isinstance(row, Mapping) for row in given)):
+        if task is None:
+            raise TypeError("template: a table needs one, which makes a text of each row")
+        rows = table_rows(given, "table_or_texts")
+        return row_queries(task, rows, None, tokenizer, prompt_template)
+    if task is None:
+        return given
+    return [fit_question(task, text, tokenizer, prompt_template, strict) for text in given]
 
 
 def classify(
     model: Model,
     tokenizer: Any,
     table_or_texts: Any,
-    labels: Sequence[Any],
+    labels: Sequence[Any] | None = None,
     at_once: int = AT_ONCE,
     *,
     template: str | None = None,
     role: str = "user",
+    strict: bool = False,
 ) -> Classification:
     """The probability of each label as the answer to each query, which `chat` would ask: a text,
     or with `template`, which has `{column}` where a value stands, a row of a DataFrame, of a list
     of dicts, or of a csv, json or jsonl file.
 
     labels: the answers, texts or whole numbers; each counts with its end, as training encodes it.
-    at_once: rows that are computed together; no result depends on it. Shows a progress bar on a
-    terminal. Raises ValueError, TypeError naming the argument or row.
+    Of a model with a `task`, None is what was trained, as labels and as template; what is asked
+    otherwise is told, and with `strict` a ValueError. at_once: rows that are computed together; no
+    result depends on it. Shows a progress bar on a terminal. Raises ValueError, TypeError naming
+    the argument or row.
     """
-    queries, texts = queries_of(table_or_texts, template), check_labels(labels)
+    task = model.task
+    base = model.opened.directory if strict else None
+    check_asked(task, strict, template=template, labels=labels, base=base)
+    if labels is None and task is not None and task.labels:
+        labels = task.answers
+    texts = check_labels(labels)
+    form = task, tokenizer, model.prompt_template
+    queries = queries_of(table_or_texts, template, *form, strict)
     found = np.empty((len(queries), len(texts)))
     ready = score_rows(model, tokenizer, queries, texts, at_once, role)
     for number, row in bar(ready, desc="classify", unit="row", total=len(queries), disable=None):

@@ -18,18 +18,16 @@ import numpy as np
 from ..files.hub import model_directory
 from ..files.rows import is_missing, table_rows
 from ..model.configuration import ChatGLMConfig
-from ..model.task import read_task
 from ..names import did_you_mean, listed
+from ..task import read_task
 from ..templates import check_template, columns_of, fill_template, places_of
-from ..tools.demo import ORDER
+from ..tools.demo import PAPERS
 from ..tools.project import tiny_directory
 from ..training.records import COLUMNS
 from .lengths import forecast, prompt_lengths, suggested_length
 from .report import Alike, Leak, Report, TestPart
 from .similar import similar_rows
 
-#: The paper workflow's prompt, which `glmlora predict` takes where none is given.
-PAPERS = ORDER + "title:{title},abstract:{abstract}"
 _MISSING = frozenset(("", "nan", "NaN", "NAN", "null", "NULL", "<NA>", "#N/A", "NaT"))
 _ID_NAMES = ("id", "uuid", "guid", "index", "idx", "row_id")
 _ANSWER_ROOM = 8  # positions of the model kept for a label and its end
@@ -74,8 +72,7 @@ def inspect(
     """
     if adapter is not None:
         task = read_task(adapter)
-        own = task.instruction.replace("{", "{{").replace("}", "}}") + task.template
-        template = own if template is None else template
+        template = task.question if template is None else template
         tokenizer = (task.base or tiny_directory()) if tokenizer is None else tokenizer
         if max_source_length is None:
             max_source_length = task.max_source_length

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..families.prompt import encode_source
+from ..families.prompt import prompt_length
 from ..tools.plan import plan, products_per_second
 
-_NO_LIMIT = 1 << 40
 _ANSWER = 3  # tokens of a label and its end
 _CHECKED = 50  # prompts whose length is counted both ways
 
@@ -26,17 +25,13 @@ def prompt_lengths(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     every text, so each is encoded once; a few prompts are counted whole to see that it holds.
     """
     exact = range(0, len(prompts), max(1, len(prompts) // _CHECKED))
-    whole = {row: _whole(tokenizer, prompts[row]) for row in exact}
+    whole = {row: prompt_length(tokenizer, prompts[row]) for row in exact}
     if len(prompts) > 2 * _CHECKED and _ends_at_spaces(tokenizer):
         words = _Words(tokenizer)
         if all(words.prompt(prompts[row]) == length for row, length in whole.items()):
             return np.fromiter(map(words.prompt, prompts), np.int32, len(prompts))
-    lengths = (whole.get(row) or _whole(tokenizer, text) for row, text in enumerate(prompts))
+    lengths = (whole.get(row) or prompt_length(tokenizer, text) for row, text in enumerate(prompts))
     return np.fromiter(lengths, np.int32, len(prompts))
-
-
-def _whole(tokenizer: Any, prompt: str) -> int:
-    return len(encode_source(tokenizer, prompt, None, None, _NO_LIMIT)[0])
 
 
 def _ends_at_spaces(tokenizer: Any) -> bool:
@@ -63,10 +58,10 @@ class _Words(dict[str, int]):
             parts = re.findall("(?:^| ) *[^ ]*", text)
             words = [part.removeprefix(" ") if n else part for n, part in enumerate(parts)]
         if len(words) < 3:
-            return _whole(self._tokenizer, text)
+            return prompt_length(self._tokenizer, text)
         edges = words[0], words[-1]
         if edges not in self._edges:
-            self._edges[edges] = _whole(self._tokenizer, " ".join(edges))
+            self._edges[edges] = prompt_length(self._tokenizer, " ".join(edges))
         return self._edges[edges] + sum(map(self.__getitem__, words[1:-1]))
 
 

@@ -17,6 +17,8 @@ from ..families.recognition import check_adapter
 from ..files.checkpoint import read_weights, write_json, write_safetensors, write_torch
 from ..files.staging import staged
 from ..seeds import generator
+from ..task import FILE as TASK
+from ..task import Task, check_asked, task_in, write_task
 from .adapter_config import ALL_LINEAR, CONFIG, INITIALISATIONS, LoraConfig
 from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
@@ -38,6 +40,7 @@ class Adapter:
 
     tensors  {module: (A (r, in), B (out, r))} float32
     template  what it was trained with, None: not known, so the base's
+    task  what it was trained for, None: not known
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Adapter:
         self.targets = targets
         self.tensors = tensors
         self.template: str | None = None
+        self.task: Task | None = None
 
     def names(self) -> list[str]:
         """The core's names of its tensors, A before B, in the order of the modules."""
@@ -141,6 +145,8 @@ def read_adapter(
         )
     adapter.take(arrays)
     adapter.template = read_template(directory)
+    adapter.task = task_in(directory)
+    check_asked(adapter.task, base=model.opened.directory)
     return adapter
 
 
@@ -220,7 +226,9 @@ def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -
     write = write_safetensors if safe_serialization else write_torch
     file, other = (SAFETENSORS, TORCH) if safe_serialization else (TORCH, SAFETENSORS)
     # Together or not at all; readers would find an older one of the other form first.
-    with staged(directory, stale=re.compile(f"{re.escape(other)}|{re.escape(TEMPLATE)}")) as new:
+    stale = re.compile("|".join(map(re.escape, (other, TEMPLATE, TASK))))
+    with staged(directory, stale=stale) as new:
         write(new / file, adapter.state())
         write_json(new / CONFIG, fields)
         write_template(new, adapter.template)
+        write_task(new, adapter.task, directory)

@@ -15,6 +15,7 @@ from ..files.small import GENERATION
 from ..files.write import read_json
 from ..generation.config import GenerationConfig
 from ..progress import bar
+from ..task import task_in
 from . import device as devices
 from .configuration import DEFAULTS, ChatGLMConfig, is_key
 from .keywords import MODEL_NEUTRAL, MODEL_REASONS, ModelKeywords
@@ -117,6 +118,7 @@ class AutoModel:
             raise ValueError(f"{directory}: {error}") from None
         model.name_or_path = os.fspath(Path(pretrained_model_name_or_path, subfolder or ""))
         model.prompt_template = read_template(directory) or "auto"
+        model.task = task_in(directory)
         file, stored = directory / GENERATION, {}
         if file.exists():
             said = {n: v for n, v in keys.items() if n in GenerationConfig.__dataclass_fields__}

@@ -31,6 +31,7 @@ from ..generation.cache import CachedRow, PastKeyValues, scores_after
 from ..generation.config import GenerationConfig
 from ..progress import bar
 from ..tables import job as _job
+from ..task import Task
 from ..tell import warn
 from . import device as devices
 from .configuration import PREFIX_DROPOUT, ChatGLMConfig
@@ -134,6 +135,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         self.has_prefix = False
         self.prefix_is_fresh = False
         self.prompt_template = "auto"  # or what it was trained with: of its chats
+        self.task: Task | None = None  # what it was trained for, its adapter included
         self.cached_row: CachedRow | None = None  # kept between chats
         self.gradient_checkpointing = False
         self._reserved = (0, 0, 0)  # sizes of the largest training step so far

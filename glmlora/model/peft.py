@@ -19,6 +19,7 @@ from ..generation.config import GenerationConfig
 from ..generation.labels import AT_ONCE, Classification, mean_of, queries_of
 from ..names import did_you_mean
 from ..tables.job import predict_table
+from ..task import Task
 from .adapter import (
     Adapter,
     checked_merge,
@@ -182,7 +183,7 @@ class PeftModel:
     ) -> None:
         _check_adapter_name(adapter_name)
         self._base = model
-        self._base_template = model.prompt_template
+        self._base_template, self._base_task = model.prompt_template, model.task
         self._adapters: dict[str, Adapter] = {}
         self.peft_config: dict[str, LoraConfig | PrefixTuningConfig] = {adapter_name: config}
         self._active = adapter_name
@@ -388,7 +389,7 @@ class PeftModel:
             base.core.add_lora(module, A, B, scale, float(adapter.config.lora_dropout))
         base.core.enable_lora(True)
         base.active_adapter_name = self._active = name
-        base.prompt_template = adapter.template or self._base_template
+        base.prompt_template, base.task = adapter.template or self._base_template, adapter.task
         if not adapter.config.inference_mode:
             base.set_trainable(adapter.names())
 
@@ -424,14 +425,14 @@ class PeftModel:
         """Compute as the base alone until `enable_adapter_layers`."""
         self._need_lora("disable_adapter")
         self._base.core.enable_lora(False)
-        self._base.prompt_template = self._base_template
+        self._base.prompt_template, self._base.task = self._base_template, self._base_task
 
     def enable_adapter_layers(self) -> None:
         """Compute with the active adapter again."""
         self._need_lora("enable_adapter_layers")
         self._base.core.enable_lora(True)
-        adapter = self._adapters[self.active_adapter]
-        self._base.prompt_template = adapter.template or self._base_template
+        adapter, base = self._adapters[self.active_adapter], self._base
+        base.prompt_template, base.task = adapter.template or self._base_template, adapter.task
 
     def _need_lora(self, what: str) -> None:
         if not self._adapters:
@@ -477,18 +478,19 @@ class PeftModel:
         self._fetch()
         self._base.set_trainable([])
         self._base.core.remove_lora()
-        self._base.prompt_template = self._base_template
+        self._base.prompt_template, self._base.task = self._base_template, self._base_task
         return self._base
 
     def classify(
         self,
         tokenizer: Any,
         table_or_texts: Any,
-        labels: Sequence[Any],
+        labels: Sequence[Any] | None = None,
         at_once: int = AT_ONCE,
         *,
         template: str | None = None,
         role: str = "user",
+        strict: bool = False,
         adapters: Sequence[str] | None = None,
     ) -> Classification:
         """The probability of each label as the answer to each row: see the base's `classify`.
@@ -497,19 +499,22 @@ class PeftModel:
         averaged, in place of the active one, which is active again afterwards.
         """
         if adapters is None:
-            return self._base.classify(
-                tokenizer, table_or_texts, labels, at_once, template=template, role=role
-            )
+            asked = {"template": template, "role": role, "strict": strict}
+            return self._base.classify(tokenizer, table_or_texts, labels, at_once, **asked)
         if isinstance(adapters, str) or not adapters:
             raise TypeError(f"adapters: expected a list of names, got {adapters!r}")
         for name in adapters:
             self._check_known(name)
         before, found = self.active_adapter, []
-        queries = queries_of(table_or_texts, template)
+        form = self.task, tokenizer, self._base.prompt_template
+        queries = queries_of(table_or_texts, template, *form, strict)
         try:
             for name in adapters:
                 self.set_adapter(name)
-                found.append(self._base.classify(tokenizer, queries, labels, at_once, role=role))
+                one = self._base.classify(
+                    tokenizer, queries, labels, at_once, role=role, strict=strict
+                )
+                found.append(one)
         finally:
             self.set_adapter(before)
         return mean_of(found)
@@ -574,6 +579,19 @@ class PeftModel:
         self._base.prompt_template = template
         if self._adapters:
             self._adapters[self.active_adapter].template = template
+
+    @property
+    def task(self) -> Task | None:
+        """What the active adapter (or the prefix) was trained for, None where that is not known:
+        chats and predictions take it, and it is saved.
+        """
+        return self._base.task
+
+    @task.setter
+    def task(self, task: Task | None) -> None:
+        self._base.task = task
+        if self._adapters:
+            self._adapters[self.active_adapter].task = task
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The active adapter's tensors, float32, under the names that its file has."""

@@ -13,6 +13,7 @@ import numpy as np
 from ..families.recognition import OWN_KEY, check_adapter
 from ..files.checkpoint import load_state_dict, read_json, save_sharded
 from ..files.owner import owned
+from ..task import check_asked, task_in
 from .configuration import innermost
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import fresh_prefix, prefix_of, prefix_shapes, without_wrappers
@@ -105,6 +106,8 @@ def load_prefix(model: M, directory: str | os.PathLike[str]) -> M:
         config.pre_seq_len, config.prefix_projection = before
         raise ValueError(f"{directory}: {error}") from None
     base.prompt_template = read_template(directory) or base.prompt_template
+    base.task = task_in(directory)
+    check_asked(base.task, base=base.opened.directory)
     return model
 
 

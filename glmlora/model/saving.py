@@ -15,6 +15,7 @@ from ..files.small import GENERATION, copy_small_files
 from ..files.tensor import Source
 from ..files.write import write_json
 from ..generation.config import GenerationConfig
+from ..task import Task, write_task
 from ..tell import warn
 from .configuration import ChatGLMConfig
 from .keywords import SAVE_NEUTRAL, SAVE_REASONS
@@ -50,6 +51,7 @@ class _Model(Protocol):
     def dtype(self) -> str: ...
 
     prompt_template: str
+    task: Task | None
 
 
 _SAVE = ("save_directory", "is_main_process", "max_shard_size", "safe_serialization")
@@ -98,6 +100,7 @@ def write_beside(model: _Model, new: Path, target: Path) -> None:
     if fields:
         write_json(new / GENERATION, fields)
     write_template(new, model.prompt_template, usual="auto")
+    write_task(new, model.task, target)
 
 
 def generation_fields(model: _Model) -> dict[str, Any]:

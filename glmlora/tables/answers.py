@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..files.journal import Journal
 from ..generation.chat import chat_rows
 from ..generation.generate import ROWS
-from ..generation.labels import Classification, check_labels, score_rows
+from ..generation.labels import AT_ONCE, Classification, check_labels, score_rows
 from ..seeds import seed_of
+from ..task import Task
+from ..templates import columns_of
 
 TOLD = 5  # bad rows that are named
 
@@ -55,6 +59,8 @@ class Asked:
     template: with `{column}` where a value stands. labels: the answers that are weighed; none: the
     model writes its answers as `sampling` says, and `allowed`, if given, says which ones count.
     fallback: the answer of rows that have none. proba: the labels' probabilities are columns, too.
+    task: what the model was trained for: where that is asked, questions are cut as in training.
+    threshold: (number of one of two labels, the probability from which on it is the answer).
     """
 
     template: str
@@ -64,6 +70,8 @@ class Asked:
     allowed: Allowed | None
     fallback: str | None
     sampling: Mapping[str, Any]
+    task: Task | None = None
+    threshold: tuple[int, float] | None = None
 
     @property
     def more(self) -> list[str]:
@@ -89,14 +97,24 @@ def ask(
     fallback: str | None,
     answer_column: str,
     sampling: Mapping[str, Any],
+    task: Task | None = None,
     spelled: Callable[[str], str] = str,
 ) -> Asked:
-    """What the arguments ask. spelled: an argument's name as the user has written it. TypeError,
-    ValueError naming an argument that is wrong, or has no effect beside another one.
+    """What the arguments ask. task: what the model was trained for, whose labels are weighed where
+    no arguments say how answers are written. spelled: an argument's name as the user has written
+    it. TypeError, ValueError naming an argument that is wrong, or has no effect beside another one.
     """
-    texts = [] if labels is None else check_labels(labels, spelled("labels"))
     rules = {"choices": choices, "pattern": pattern, "between": between}
     given = [name for name, rule in rules.items() if rule is not None]
+    threshold = None
+    if task is not None and task.labels:
+        if labels is None and not sampling and not given:
+            labels = task.answers
+        if labels is not None and task.threshold is not None:
+            texts = [str(label) for label in labels]
+            if sorted(texts) == sorted(task.answers):
+                threshold = texts.index(task.answers[1]), float(task.threshold)
+    texts = [] if labels is None else check_labels(labels, spelled("labels"))
     if proba and not texts:
         raise ValueError(f"{spelled('proba')}: has no effect without {spelled('labels')}")
     if texts and (sampling or given):
@@ -126,6 +144,8 @@ def ask(
         allowed,
         fallback,
         {} if texts else {"temperature": 0.01, **sampling},
+        task,
+        threshold,
     )
 
 
@@ -165,21 +185,42 @@ def answers(
 
 
 def label_scores(
-    model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], rows: Sequence[int]
+    model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked, rows: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `answers`, but the most probable of the labels is the answer, and "proba" has the
-    probability of each: see `classify`.
+    """As `answers`, but the most probable of the labels is the answer, or the one that the
+    threshold says, and "proba" has the probability of each: see `classify`.
     """
 
     def ask(some: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        asked = [prompts[row] for row in some]
-        return score_rows(model, tokenizer, asked, labels, keep_errors=True)
+        some_prompts = [prompts[row] for row in some]
+        return score_rows(model, tokenizer, some_prompts, asked.labels, keep_errors=True)
 
     def result(found: Any) -> dict[str, Any]:
-        one = Classification(list(labels), found[None])
-        return {"answer": one.label[0], "proba": one.proba[0].tolist()}
+        return _label(asked, Classification(list(asked.labels), found[None]).proba[0])
 
     return _results(ask, rows, result)
+
+
+def classified(
+    classify: Callable[[list[dict[str, Any]]], np.ndarray],
+    rows: Sequence[Mapping[str, Any]],
+    asked: Asked,
+    numbers: Sequence[int],
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `label_scores`, by a function of some rows that gives probabilities (rows, labels)."""
+    columns = columns_of(rows)
+    for first in range(0, len(numbers), AT_ONCE):
+        some = numbers[first : first + AT_ONCE]
+        found = classify([{name: rows[row].get(name) for name in columns} for row in some])
+        yield from ((row, _label(asked, one)) for row, one in zip(some, found, strict=True))
+
+
+def _label(asked: Asked, proba: np.ndarray) -> dict[str, Any]:
+    number = int(proba.argmax())
+    if asked.threshold is not None:
+        at, least = asked.threshold
+        number = at if proba[at] >= least else 1 - at
+    return {"answer": asked.labels[number], "proba": proba.tolist()}
 
 
 Ask = Callable[[Sequence[int]], Iterator[tuple[int, Any]]]

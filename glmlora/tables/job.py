@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ..files.journal import Journal, digest, digests
 from ..files.rows import table_rows
 from ..files.small import TOKENIZER
@@ -21,9 +23,11 @@ from ..files.write import atomic_file
 from ..generation.config import BatchChatArguments, check_names, spelled_out
 from ..interrupts import ending_signals
 from ..progress import bar
+from ..questions import row_queries
 from ..seeds import next_seed
+from ..task import Task, check_asked
 from ..templates import check_template, columns_of, fill_template
-from .answers import TOLD, Asked, answer_columns, answers, ask, label_scores
+from .answers import TOLD, Asked, answer_columns, answers, ask, classified, label_scores
 from .output import (
     Output,
     already_there,
@@ -41,11 +45,17 @@ _TOKENIZER = re.compile("|".join(map(re.escape, TOKENIZER)))
 _SAMPLE = 1 << 14  # values of a weight
 
 
-def describe_folders(model: str | os.PathLike, adapter: str | os.PathLike | None) -> dict[str, Any]:
-    """What answers depend on in the folders of a model and an adapter, before they are loaded."""
+def describe_folders(
+    model: str | os.PathLike, adapters: Sequence[str | os.PathLike]
+) -> dict[str, Any]:
+    """What answers depend on in the folders of a model and its adapters, before they are loaded."""
+    found = {}
+    for number, folder in enumerate(adapters):
+        place = f"{os.path.basename(folder)}/" if number or len(adapters) > 1 else ""
+        found |= {place + name: value for name, value in digests(folder, _WEIGHTS).items()}
     return {
         "model": digests(model, _WEIGHTS),
-        "adapter": None if adapter is None else digests(adapter, _WEIGHTS),
+        "adapter": found if adapters else None,
         "tokenizer": digests(model, _TOKENIZER),
     }
 
@@ -90,6 +100,7 @@ def describe_job(
     rows: Sequence[Mapping[str, Any]],
     template: str,
     settings: Mapping[str, Any],
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """What answers depend on, for a `Journal`. model: as `describe_folders` or `describe_model`
     give it; settings: told by name. The form of the output is none of it: one journal gives any.
@@ -98,6 +109,7 @@ def describe_job(
     return {
         **model,
         "template": template,
+        "task": None if task is None else task.decisive(),
         "table": {"rows": len(rows), "content": digest(table)},
         "settings": dict(settings),
     }
@@ -166,25 +178,32 @@ def predict_rows(
     settings: Mapping[str, Any],
     seed: int | None,
     overwrite: bool,
+    classify: Callable[[list[dict[str, Any]]], np.ndarray] | None = None,
 ) -> tuple[dict[str, list[Any]], bool]:
     """(columns of answers by name, whether every row has one that counts) of what is asked; written
     to `output` where there is one, beside which a journal keeps each row as it comes.
 
     load: gives the model and its tokenizer, if a row is missing. describe, settings: the model, and
-    what else answers depend on, for the journal.
+    what else answers depend on, for the journal. classify: in place of the model, gives the
+    probabilities of the labels, float64 (rows, labels), of some rows.
     """
-    prompts = fill_template(asked.template, rows)
+    if asked.task is None or asked.template != asked.task.question:
+        fill_template(asked.template, rows)  # ValueError for a row without a value
     job: dict[str, Any] = {}
     if output is not None:
         check_space(output, rows)
         chosen = {"labels": list(asked.labels)} if asked.labels else asked.sampling
         settings = {**chosen, **settings}
-        job = describe_job(describe(), rows, asked.template, settings)
+        job = describe_job(describe(), rows, asked.template, settings, asked.task)
 
     def compute(missing: list[int]) -> Iterator[tuple[int, Any]]:
+        if classify is not None:
+            return classified(classify, rows, asked, missing)
         model, tokenizer = load()
+        form = tokenizer, getattr(model, "prompt_template", "auto")
+        prompts = row_queries(asked.task, rows, asked.template, *form)
         if asked.labels:
-            return label_scores(model, tokenizer, prompts, asked.labels, missing)
+            return label_scores(model, tokenizer, prompts, asked, missing)
         return answers(model, tokenizer, prompts, journal, missing, **asked.sampling)
 
     path = None if output is None else output.path
@@ -257,7 +276,7 @@ def predict_table(
     model: Any,
     tokenizer: Any,
     table: Any,
-    template: str,
+    template: str | None = None,
     *,
     labels: Sequence[Any] | None = None,
     proba: bool = False,
@@ -269,6 +288,7 @@ def predict_table(
     output: str | os.PathLike | None = None,
     overwrite: bool = False,
     seed: int | None = None,
+    strict: bool = False,
     **sampling: Any,
 ) -> Any:
     """The table with an answer for each row: a new DataFrame where it is one, else a list of dicts.
@@ -278,6 +298,10 @@ def predict_table(
     probable one is taken, as in `classify`, and with `proba` a column proba_LABEL holds each one's
     probability; without labels the model writes its answers, as in `chat`, near to greedy
     (temperature 0.01) unless `sampling` says otherwise.
+
+    Of a model with a `task`, template and labels are by default what was trained, labels by the
+    threshold that was chosen, and questions are cut as in training; what is asked otherwise is
+    told, and with `strict` a ValueError.
 
     choices: the only answers allowed; or pattern: a regular expression that a whole answer matches;
     or between: the smallest and the largest whole number. A row without an answer, or with another
@@ -289,7 +313,12 @@ def predict_table(
     `glmlora predict`, before the first row.
     """
     check_names(predict_table, sampling)
-    rows = table_rows(table, "table")
+    rows, task = table_rows(table, "table"), model.task
+    base = model.opened.directory if strict else None
+    check_asked(task, strict, template=template, labels=labels, base=base)
+    if template is None and task is None:
+        raise TypeError("template: expected the question, the model has no task that says it")
+    template = task.question if template is None else template
     check_template(template, columns_of(rows), "the table")
     asked = ask(
         template,
@@ -301,6 +330,7 @@ def predict_table(
         fallback=fallback,
         answer_column=answer_column,
         sampling=sampling,
+        task=task,
     )
     planned = plan_output(output or "", columns_of(rows), None, [], answer_column, asked.more)
     if output is not None:

@@ -12,21 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import tell
-from ..files.rows import table_rows
 from ..files.write import atomic_file
 from ..names import did_you_mean, listed
-from ..templates import as_text, check_template, columns_of, places_of
+from ..templates import as_text, check_template, columns_of
 
 
-def read_table(path: str | os.PathLike, template: str) -> list[dict[str, Any]]:
-    """The rows of a csv, json or jsonl table. ValueError without rows, for a row that is no object,
-    for a template that cannot be filled, and for a column that it names and the table has not.
+def check_question(template: str, rows: Sequence[Mapping[str, Any]], path: str) -> None:
+    """ValueError for a template that cannot be filled, and for a column that it names and the rows
+    of the table at `path` have not.
     """
-    if not places_of(template):
+    if not check_template(template, columns_of(rows), path):
         tell.warn("--template names no {column}: every row is asked the same question")
-    rows = table_rows(path, "--input")
-    check_template(template, columns_of(rows), str(path))
-    return rows
 
 
 # The output

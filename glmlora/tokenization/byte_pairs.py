@@ -13,7 +13,7 @@ CUT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BLANKS = 500_000  # in a row: from about 900,000 on the expression's stack overflows in tiktoken
+BLANKS = 500_000  # in a row: from a million on the expression overflows its stack in tiktoken
 _LONG_BLANKS = re.compile(rf"\s{{{BLANKS}}}")
 
 

@@ -29,7 +29,7 @@ from ..encoding import (
 )
 from ..families import prompt as prompts
 from ..families import recognition
-from ..families.vocabulary import OTHERS, is_byte_pairs
+from ..families.vocabulary import OTHERS, has_byte_pairs, is_byte_pairs
 from ..files import tokenizer_keywords as keywords
 from ..files.hub import check_keywords, model_directory
 from ..files.regular import read_bytes
@@ -712,10 +712,12 @@ def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
     config = directory / "config.json"
     fields = read_json(config, dict) if config.exists() else {}
     name = recognition.find(fields, directory, tokenizer_config)
-    if name not in {family.name for family in families.with_tokenizer()}:
+    form = has_byte_pairs(directory)
+    fit = [f for f in families.with_tokenizer() if form in (None, f.byte_pairs)]
+    if name not in {family.name for family in fit}:
         raise ValueError(
             f"{directory}: its config.json or {CONFIG} says family {name!r}, whose tokenizer is "
-            f"another than its {VOCABULARY}; say {recognition.choices()} if that is wrong"
+            f"another than its {VOCABULARY}; say {recognition.choices(fit)} if that is wrong"
         )
     return name
 

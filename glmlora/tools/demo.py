@@ -22,6 +22,7 @@ ORDER = (
     "abstract, output 1 or 0, the following is the paper title and abstract -->"
 )
 PAPER = "title:{title},abstract:{abstract}"
+PAPERS = ORDER + PAPER  # the question of the paper workflow
 NAMES = {0: "other", 1: "medical"}
 
 
@@ -68,7 +69,7 @@ def run_demo(directory: str | os.PathLike = "demo") -> int:
     train, test = _read(tables / "train.csv"), _read(tables / "testB.csv")
 
     print("\n2. a look at them: glmlora inspect csv_data/train.csv --test csv_data/testB.csv")
-    print(glmlora.inspect(train, test, template=ORDER + PAPER, tokenizer=base))
+    print(glmlora.inspect(train, test, template=PAPERS, tokenizer=base))
 
     print(f"\n3. LoRA fine-tuning of glm-tiny on {len(train):,} papers, a tenth of them held out")
     classifier = glmlora.LoraClassifier(

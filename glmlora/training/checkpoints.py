@@ -118,7 +118,7 @@ class Checkpoints:
             "learning_rate": self.args.learning_rate,
         }
         with atomic_directory(path) as folder:
-            self._write_weights(folder)
+            self._write_weights(folder, state, state.global_step)
             write_safetensors(folder / "optimizer.safetensors", moments)
             write_json(folder / "scheduler.json", scheduler)
             self._write_state(folder, state)
@@ -133,10 +133,14 @@ class Checkpoints:
 
     def save_end(self, state: TrainState) -> None:
         """Write the end state into the root of output_dir."""
-        self._write_weights(self.output_dir)
+        best = step_of(state.best_model_checkpoint) if self.args.load_best_model_at_end else None
+        self._write_weights(self.output_dir, state, best or state.global_step)
         self._write_state(self.output_dir, state)
 
-    def _write_weights(self, folder: Path) -> None:
+    def _write_weights(self, folder: Path, state: TrainState, step: int) -> None:
+        """step: the update that the weights are of."""
+        of_step = (record for record in state.log_history if record["step"] == step)
+        self.trainee.note_scores({n: x for record in of_step for n, x in record.items()})
         self.trainee.save(folder, self.args.save_safetensors)
         for name, text in self.argument_files.items():
             write_text(folder / name, text)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,13 @@ from ..model.peft import (
 from ..model.saving import write_beside
 from ..model.template import read_template
 from ..names import listed
+from ..task import Task, task_in
 from .arguments import FinetuningArguments
+from .classes import SCORES
 
 Model = ChatGLMForConditionalGeneration | PeftModel
 METHODS = ("lora", "p_tuning", "freeze", "full")
+EVALUATED = ("loss", *SCORES)
 
 
 class Trainee:
@@ -57,7 +61,7 @@ class Trainee:
         self.tokenizer = tokenizer
         self.names = list(names)
         self.base.set_trainable(self.names)
-        self.template_before = self.base.prompt_template
+        self.template_before, self.task_before = self.base.prompt_template, self.base.task
 
     def save(self, directory: str | os.PathLike, safetensors: bool = True) -> None:
         """Write the trained weights into `directory`, each file atomically.
@@ -93,6 +97,16 @@ class Trainee:
             if isinstance(self.model, PeftModel):
                 self.model.set_prompt_template(template)
             self.base.prompt_template = template
+
+    def set_task(self, task: Task) -> None:
+        """Say what it is trained for: saves have it beside them."""
+        self.model.task = task
+
+    def note_scores(self, record: Mapping[str, Any]) -> None:
+        """Say which scores, of a log record, the weights have as they are."""
+        scores = {name: record[f"eval_{name}"] for name in EVALUATED if f"eval_{name}" in record}
+        if self.model.task is not None:
+            self.set_task(replace(self.model.task, scores=scores))
 
     def load(self, directory: str | os.PathLike) -> None:
         """Set the trained weights to those that `save` wrote into `directory`.
@@ -131,7 +145,7 @@ class Trainee:
         elif self.kind == "p_tuning":
             self.base.core.remove_prefix()
             self.base.has_prefix, self.base.config.pre_seq_len = False, None
-            self.base.prompt_template = self.template_before
+            self.base.prompt_template, self.base.task = self.template_before, self.task_before
 
     def describe(self) -> dict[str, Any]:
         """What of the method decides the result of a run; compared when a run is resumed."""
@@ -326,6 +340,7 @@ def load_base_weights(
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     base.prompt_template = read_template(directory) or base.prompt_template
+    base.task = task_in(directory) or base.task
 
 
 def attach(base: ChatGLMForConditionalGeneration, kind: str, checkpoints: Sequence[str]) -> Model:

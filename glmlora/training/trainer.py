@@ -29,6 +29,7 @@ from ..model.peft import PeftModel, trainable_line
 from ..model.quantization import GROUP_SIZE, is_quantized
 from ..progress import in_notebook
 from ..seeds import set_seed
+from ..task import write_task
 from ..tokenization import AutoTokenizer
 from . import methods
 from .arguments import (
@@ -48,6 +49,7 @@ from .loop import Loop, checked_callbacks
 from .plot import plot_loss
 from .records import encode, load_datasets, read_records, records_from
 from .state import TrainState
+from .tasks import task_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -338,6 +340,7 @@ def _loop(
     }
     loop = Loop(trainee, encoded, training, eval_encoded, callbacks, argument_files)
     trainee.set_template(args.data.template)
+    trainee.set_task(task_of(records, args, trainee))
     return loop
 
 
@@ -362,6 +365,8 @@ def _run(loop: Loop, resume: Path | None, plot: bool | None, verbose: bool = Fal
             scores["epoch"] = metrics["epoch"]
             report_metrics(loop.output_dir, "eval", scores, verbose)
             metrics = {**metrics, **scores}
+            trainee.note_scores(scores)
+            write_task(loop.output_dir, trainee.model.task)
     finally:
         trainee.release()
     return TrainResult(
