@@ -196,6 +196,7 @@ def test_absent_keys_are_those_of_transformers():
             "rope_scaling: 'yarn' is not supported",
         ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: type 'linear' is not supported"),
         ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta is 10000.0, but 5.0 in rope_param"),
         ({"rope_scaling": 4}, "rope_scaling: expected an object or null, got 4"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
