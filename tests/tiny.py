@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -208,3 +208,84 @@ def tiny_glm4_dir(tmp: Path, seed: int = 0, merges: int = 120, **overrides: Any)
     }
     directory = tiny_model_dir(tmp, seed, **{**own, **overrides})
     return tiny_byte_pairs_dir(directory, merges)
+
+
+def tiny_transformers_dir(
+    tmp: Path, seed: int = 0, template: str | None = None, **overrides: Any
+) -> Path:
+    """The model of `tiny_glm4_dir` in the transformers layout, its vocabulary as tokenizer.json.
+
+    template: a chat_template. overrides: keys of config.json; model_type glm4 has the norms of
+    branches, and tied embeddings leave the output layer out.
+    """
+    from glmlora.tokenization import tokenizer_json
+
+    directory = tiny_glm4_dir(tmp, seed)
+    config = {
+        **{"model_type": "glm", "attention_bias": True, "head_dim": 8, "hidden_act": "silu"},
+        **{"hidden_size": 32, "intermediate_size": 40, "max_position_embeddings": 512},
+        **{"num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2},
+        **{"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+        **{"tie_word_embeddings": False, "torch_dtype": "float32", "vocab_size": 400},
+        **{"eos_token_id": [376, 383, 385], "pad_token_id": 376},
+        **overrides,
+    }
+    source = tiny_weights({**TINY_CONFIG, "padded_vocab_size": 400}, seed)
+    weights: dict[str, np.ndarray] = {}
+    for name, array in source.items():
+        new = name.replace("transformer.encoder.layers", "model.layers")
+        for old, word in (
+            ("self_attention.dense", "self_attn.o_proj"),
+            ("mlp.dense_h_to_4h", "mlp.gate_up_proj"),
+            ("mlp.dense_4h_to_h", "mlp.down_proj"),
+            ("transformer.embedding.word_embeddings", "model.embed_tokens"),
+            ("transformer.encoder.final_layernorm", "model.norm"),
+            ("transformer.output_layer", "lm_head"),
+        ):
+            new = new.replace(old, word)
+        if "query_key_value" not in name:
+            weights[new] = array
+            continue
+        for part, rows in zip("qkv", np.split(array, [32, 48]), strict=True):
+            weights[new.replace("self_attention.query_key_value", f"self_attn.{part}_proj")] = rows
+    if config["tie_word_embeddings"]:
+        del weights["lm_head.weight"]
+    for i in range(2) if config["model_type"] == "glm4" else ():
+        for norm in ("post_self_attn_layernorm", "post_mlp_layernorm"):
+            weights[f"model.layers.{i}.{norm}.weight"] = np.ones(32, np.float32)
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_safetensors(
+        directory / "model.safetensors",
+        {name: np.ascontiguousarray(array) for name, array in weights.items()},
+    )
+    file = directory / "tokenizer.model"
+    shown = {b: c for c, b in tokenizer_json._BYTES.items()}
+    ranks = {}
+    for line in file.read_bytes().splitlines():
+        token, rank = line.split()
+        ranks[b64decode(token)] = int(rank)
+    names = {token: "".join(shown[b] for b in token) for token in ranks}
+    merges = [
+        [names[token[:i]], names[token[i:]]]
+        for token in ranks
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
+    ]
+    said = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    added = [{"id": int(i), **token} for i, token in said["added_tokens_decoder"].items()]
+    vocabulary = {
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": tokenizer_json._CUTS},
+        "post_processor": None,
+        "model": {
+            **tokenizer_json._MODEL,
+            **{"vocab": {names[t]: rank for t, rank in ranks.items()}, "merges": merges},
+        },
+    }
+    file.unlink()
+    (directory / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    said |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    del said["auto_map"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
+    return directory

@@ -7,7 +7,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class ChatGLM3(Family):
     role_tokens = shows_special_tokens = True
     end_tokens = ("<|user|>", "<|observation|>")
     before_content = " "  # in the template's text: the dummy space of a content encoded apart
+    after_opening = ""  # what a prompt begins of the answer, behind <|assistant|>
+    always_opens = False  # a template's text ends in <|assistant|> even where none is asked for
 
     def in_directory(self, directory: Path) -> bool:
         return has_text(directory, TOKENIZER_FILES, b"<|assistant|>")
@@ -74,12 +76,22 @@ class ChatGLM3(Family):
             content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
         yield message["role"], message.get("metadata") or "", content
 
+    def all_parts(
+        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[str, str, str]]:
+        """The parts of messages in the order of a prompt."""
+        return (part for message in messages for part in self.parts(tokenizer, message))
+
     def messages_ids(
-        self, tokenizer: Tokenizer, messages: Iterable[Mapping[str, Any]]
+        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
     ) -> list[int]:
         """Ids of messages that are checked."""
-        parts = (part for message in messages for part in self.parts(tokenizer, message))
+        parts = self.all_parts(tokenizer, messages)
         return [i for part in parts for i in self.message_ids(tokenizer, *part)]
+
+    def opening_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Ids at a prompt's end, behind which the model answers."""
+        return [tokenizer.get_command("<|assistant|>")]
 
     def message_ids(
         self, tokenizer: Tokenizer, role: str, metadata: str, content: str
@@ -98,14 +110,14 @@ class ChatGLM3(Family):
     def stream_ids(self, tokenizer: Tokenizer, query: str, number: int, role: str) -> list[int]:
         check_role(role)
         ids = self.messages_ids(tokenizer, [{"role": role, "content": query}])
-        return [*ids, tokenizer.get_command("<|assistant|>")]
+        return [*ids, *self.opening_ids(tokenizer)]
 
     def template_ids(
         self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
     ) -> list[int]:
         ids = self.messages_ids(tokenizer, self.check(messages, "messages"))
-        if add_generation_prompt:
-            ids.append(tokenizer.get_command("<|assistant|>"))
+        if add_generation_prompt or self.always_opens:
+            ids += self.opening_ids(tokenizer)
         return tokenizer.get_prefix_tokens() + ids
 
     def template_text(
@@ -113,10 +125,11 @@ class ChatGLM3(Family):
     ) -> str:
         """The published template's text."""
         text = "".join(self.prefix_tokens)
-        for message in self.check(messages, "messages"):
-            for role, metadata, content in self.parts(tokenizer, message):
-                text += f"<|{role}|>{metadata}\n{self.before_content}{content}"
-        return text + ("<|assistant|>" if add_generation_prompt else "")
+        checked = self.check(messages, "messages")
+        for role, metadata, content in self.all_parts(tokenizer, checked):
+            text += f"<|{role}|>{metadata}\n{self.before_content}{content}"
+        opens = add_generation_prompt or self.always_opens
+        return text + (f"<|assistant|>{self.after_opening}" if opens else "")
 
     # Answers
 
@@ -168,7 +181,7 @@ class ChatGLM3(Family):
             said += [("user", first + q if i == 0 else q), ("assistant", a)]
         said.append(("user", query if rounds else first + query))
         messages = [{"role": role, "content": content} for role, content in said]
-        return [*self.messages_ids(tokenizer, messages), tokenizer.get_command("<|assistant|>")]
+        return [*self.messages_ids(tokenizer, messages), *self.opening_ids(tokenizer)]
 
     def answer_ids(self, tokenizer: Tokenizer, response: str) -> list[int]:
         """It begins with the empty line of metadata that the model has to write in a chat."""

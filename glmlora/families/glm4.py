@@ -23,20 +23,21 @@ TOOLS = (
 )
 AFTER_FUNCTION = "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
 # Where these stand in a template. Jinja drops a newline behind a tag that is a statement.
-_TOOLS = re.compile(r"<\|system\|>\n(.*?)\{%", re.DOTALL)
-_AFTER_FUNCTION = re.compile(r"tojson\(indent=4\) ?\}\}(.*?)\{%", re.DOTALL)
+_TOOLS = re.compile(r"<\|system\|>\n(.*?)(?:\s*\{%-|\{%)", re.DOTALL)
+_AFTER_FUNCTION = re.compile(r"tojson\(indent=4[^)]*\) ?\}\}(.*?)(?:\s*\{%-|\{%)", re.DOTALL)
 _OTHER_TOOL = r"tool\['type'\] == '{}' ?%\}}\n?([^{{]*)\{{%"
 
 
-def tools_text(tools: Any, template: str | None) -> str:
-    """The system message that tells of tools, as the checkpoint's template has it. ValueError for a
-    tool that is neither a function nor one of those in the template.
+def tools_text(tools: Any, template: str | None, head: str = TOOLS) -> str:
+    """The system message that tells of tools, as the checkpoint's template has it, with `head` in
+    front where there is none. ValueError for a tool that is neither a function nor one of those in
+    the template.
     """
     if not isinstance(tools, list | tuple):
         raise ValueError(f"tools: expected a list of tools, got {type(tools).__name__}")
     template = template or ""
     begin, after = _TOOLS.search(template), _AFTER_FUNCTION.search(template)
-    text = begin[1] if begin else TOOLS
+    text = begin[1] if begin else head
     for i, tool in enumerate(tools):
         kind = tool.get("type") if isinstance(tool, Mapping) else None
         function = tool.get("function") if kind == "function" else None

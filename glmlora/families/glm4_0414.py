@@ -12,6 +12,8 @@ from .glm_hf import GLM
 class GLM0414(GLM):
     """The `glm4` layout. This release has no tokenizer and no chat of it."""
 
+    special_tokens = None
+
     name, alias, title = "0414", "glm4-0414", "GLM-4-0414"
     named = re.compile(r"glm[-_ ]?(4|z1).*0414")
     checkpoint = "THUDM/GLM-4-9B-0414"

@@ -1,4 +1,4 @@
-"""The transformers layout of GLM (`model_type` glm): GLM-4-9B-chat-hf and GLM-Edge.
+"""The transformers layout of GLM (`model_type` glm): GLM-4-9B-chat-hf, with GLM-4's prompts.
 
 Queries, keys and values are linears of their own, and config.json has transformers' keys.
 """
@@ -9,7 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .family import Family, Tokenizer
+from .family import Tokenizer
+from .glm4 import GLM4
+from .messages import check_role
 
 # What transformers' GlmConfig assumes for keys that a file leaves out.
 DEFAULTS: dict[str, Any] = {
@@ -67,12 +69,14 @@ def _rotary_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-class GLM(Family):
-    """The `glm` layout. This release has no tokenizer and no chat of it."""
+class GLM(GLM4):
+    """The `glm` layout. A message is encoded whole, as transformers encodes a rendered template."""
 
     name, alias, title = "hf", "glm-hf", "GLM in the transformers layout"
-    named = re.compile(r"glm[-_ ]?4.*[-_]hf$|glm[-_ ]?edge")
+    named = re.compile(r"glm[-_ ]?4.*[-_]hf$")
     checkpoint = "THUDM/glm-4-9b-chat-hf"
+    base = re.compile(r"glm-4-9b(-base)?-hf")
+    tokenizer_class = "PreTrainedTokenizerFast"
     model_type = "glm"
     ties_head = True
     config_keys: Mapping[str, str] = {
@@ -148,8 +152,18 @@ class GLM(Family):
             "tied_head": bool(config.tie_word_embeddings),
         }
 
-    def end_ids(self, tokenizer: Tokenizer, eos_token_ids: list[int]) -> list[int]:
-        return list(eos_token_ids)
+    def message_ids(
+        self, tokenizer: Tokenizer, role: str, metadata: str, content: str
+    ) -> list[int]:
+        """Role id and the text behind it: a content that begins with a newline merges with the
+        newline in front of it.
+        """
+        check_role(role)
+        whole = tokenizer.text_ids(f"{metadata}\n{content}")
+        return [tokenizer.get_command(f"<|{role}|>"), *whole]
+
+    def answer_ids(self, tokenizer: Tokenizer, response: str) -> list[int]:
+        return tokenizer.text_ids(f"\n{response}")
 
 
 FAMILY = GLM()

@@ -18,6 +18,8 @@ from .family import Family
 
 OWN_KEY = "glmlora_family"  # in config.json and tokenizer_config.json that this package wrote
 
+_VOCABULARY = "the vocabulary"
+
 EMBEDDED = "glm-tiny"  # the model inside this package, of the default family
 
 
@@ -56,7 +58,7 @@ def _evidence(
             yield f"{OWN_KEY} in {file}", of(str(keys[OWN_KEY]))
     yield "config.json", _first("in_config", fields)
     if directory is not None:
-        yield "the vocabulary", _first("in_vocabulary", directory)
+        yield _VOCABULARY, _first("in_vocabulary", directory)
     name = str(fields.get("_name_or_path") or "")
     yield f"_name_or_path {name!r} in config.json", named_in(name)
     yield "tokenizer_config.json", _first("in_tokenizer", tokenizer)
@@ -80,15 +82,24 @@ def find(
     there is none at all, unless there is no directory.
     """
     refuse_others({"model_type": default().model_type, **fields})
-    only = _of_its_layout(fields)
-    if only is not None:
-        return only.name
-    found = [(what, f) for what, f in _evidence(fields, tokenizer or {}, directory) if f]
+    known = _of_its_layout(fields)
+    if len(known) == 1:
+        return known[0].name
+    found = [
+        (what, f)
+        for what, f in _evidence(fields, tokenizer or {}, directory)
+        if f and (f in known or not known)
+    ]
+    if not found and known:
+        return known[0].name
     if not found:
         if directory is not None and own_part(str(fields.get("_name_or_path"))) != EMBEDDED:
             _tell_guess(fields, directory)
         return default().name
     decisive, family = found[0]
+    if decisive == _VOCABULARY:  # which families that build on one another share
+        closer = (one for one in found if isinstance(one[1], type(family)) and one != found[0])
+        decisive, family = next(closer, found[0])
     if directory is not None and not decisive.startswith(OWN_KEY):
         for what, other in found[1:]:
             if not isinstance(family, type(other)):
@@ -100,10 +111,13 @@ def find(
     return family.name
 
 
-def _of_its_layout(fields: Mapping[str, Any]) -> Family | None:
-    """The family that is the only one of the layout of a config.json."""
-    families = of_layout(fields.get("model_type"))
-    return families[0] if len(families) == 1 else None
+def _of_its_layout(fields: Mapping[str, Any]) -> list[Family]:
+    """The families of the layout of a config.json, that which the others build on first: it is
+    taken where nothing tells. [] for the layout of the default family, whose names have to tell.
+    """
+    layout = fields.get("model_type")
+    known = [] if layout == default().model_type else of_layout(layout)
+    return sorted(known, key=lambda family: len(type(family).__mro__))
 
 
 def choices(known: Iterable[Family]) -> str:
@@ -144,8 +158,9 @@ def tell_base(family: str, *names: Any) -> None:
 def tells(fields: Mapping[str, Any], family: str) -> bool:
     """Whether a config.json or tokenizer_config.json alone says that it is of this family."""
     named = named_in(str(fields.get("_name_or_path") or fields.get("name_or_path") or ""))
-    first = _of_its_layout(fields) or named
-    first = first or _first("in_config", fields) or _first("in_tokenizer", fields)
+    known = _of_its_layout(fields)
+    said = (named, _first("in_config", fields), _first("in_tokenizer", fields), *known[:1])
+    first = next((f for f in said if f and (f in known or not known)), None)
     return first is not None and first.name == family
 
 

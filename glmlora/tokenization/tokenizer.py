@@ -187,7 +187,7 @@ class ChatGLMTokenizer(Encoder):
         self.dummy_space_id = self._vocabulary.dummy_space_id
         # A lone "sop" may be part of a word.
         names = sorted(family.in_texts or self.special_tokens, key=len, reverse=True)
-        names.insert(0, "".join(family.prefix_tokens))
+        names[:0] = ["".join(family.prefix_tokens)] if family.prefix_tokens else []
         self._special_text = re.compile("|".join(map(re.escape, names)))
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import tell
+from .. import families, tell
 from ..batch import IGNORED, Encoded
 from ..families import prompt as prompts
 from ..files.regular import read_bytes
@@ -674,7 +674,9 @@ def encode(
         args.template,
     )
     if args.ignore_pad_token_for_loss:
-        encoded.ignored_id = tokenizer.pad_token_id
+        # A pad that is the end as well has to be learnt.
+        pad = tokenizer.pad_token_id
+        encoded.ignored_id = None if pad == families.of(tokenizer.family).end_id(tokenizer) else pad
     if verbose:
         print(_example(encoded, tokenizer))
     if encoded.n_cut:
