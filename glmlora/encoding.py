@@ -146,6 +146,16 @@ def refuse_options(given: Mapping[str, Any], options: Any, function: Any) -> Non
             raise ValueError(f"{name}: is not supported, got {value!r:.80}; {how}")
 
 
+def tools_of(given: Mapping[str, Any], taken: bool, function: Any) -> list[dict[str, Any]]:
+    """A message that holds the tools given beside messages, where a family's template takes them
+    so; else none. Other options of a template are refused.
+    """
+    others = dict(given)
+    tools = others.pop("tools", None) if taken else None
+    refuse_options(others, TemplateOptions, function)
+    return [{"role": "system", "content": "", "tools": tools}] if tools else []
+
+
 class Options(EncodeOptions, total=False):
     """What `encode_plus` and `batch_encode_plus` take beside the texts: see `Encoder.__call__`."""
 

@@ -18,6 +18,7 @@ class Tokenizer(Protocol):
     family: str
     eos_token_id: int
     dummy_space_id: int | None
+    special_tokens: dict[str, int]
 
     @property
     def chat_template(self) -> str | None: ...
@@ -81,6 +82,7 @@ class Family:
     end_tokens: tuple[str, ...] = ()  # end an answer as the end id does
     template_mark = ""  # stands in every chat template (of tokenizer_config.json) of this form
     template_marks: tuple[str, ...] = ()  # stand, all of them, in one that `template_text` equals
+    takes_tools = False  # a template has tools beside the messages
     takes_role = True  # chat(query, history, role, ..) rather than chat(query, history, ..)
 
     # Which family it is

@@ -15,7 +15,8 @@ from .. import tell
 if TYPE_CHECKING:
     pass
 
-_MESSAGE = ("role", "content", "metadata", "tools")  # what a prompt takes from a message
+# What a prompt takes from a message, and a thought, which it leaves out on purpose.
+_MESSAGE = ("role", "content", "metadata", "tools", "thought")
 ROLES = ("system", "user", "assistant", "observation")
 TRAINING_TIME = ("[[训练时间]]", "2023年")  # a placeholder in the models' own training data
 

@@ -98,7 +98,7 @@ def find(
         return default().name
     decisive, family = found[0]
     if decisive == _VOCABULARY:  # which families that build on one another share
-        closer = (one for one in found if isinstance(one[1], type(family)) and one != found[0])
+        closer = (one for one in found if isinstance(one[1], type(family)) and one[1] != family)
         decisive, family = next(closer, found[0])
     if directory is not None and not decisive.startswith(OWN_KEY):
         for what, other in found[1:]:

@@ -26,6 +26,7 @@ from ..encoding import (
     cleaned,
     refuse_options,
     row_of,
+    tools_of,
 )
 from ..families import prompt as prompts
 from ..families import recognition
@@ -558,8 +559,8 @@ class ChatGLMTokenizer(Encoder):
         `return_tensors`; a `BatchEncoding` with `return_dict`; lists of them for several. Padding
         and truncation as in `__call__`. Other options of transformers are refused by name.
         """
-        refuse_options(others, TemplateOptions, self.apply_chat_template)
-        own, marks = self._template, self._family.template_marks
+        family, own, marks = self._family, self._template, self._family.template_marks
+        tools = tools_of(others, family.takes_tools, self.apply_chat_template)
         if own and not (marks and all(mark in str(own) for mark in marks)):
             tell.once(
                 f"{self.name_or_path}: its chat_template is not run: "
@@ -567,13 +568,12 @@ class ChatGLMTokenizer(Encoder):
             )
         messages = conversation if messages is None else messages
         several = isinstance(messages, list | tuple) and messages and _is_rows(messages[0])
-        rows = messages if several else [messages]
-        family, prompt = self._family, add_generation_prompt
+        rows = [[*tools, *row] if tools else row for row in (messages if several else [messages])]
         if not tokenize:
-            texts = [family.template_text(self, row, prompt) for row in rows]
+            texts = [family.template_text(self, row, add_generation_prompt) for row in rows]
             return texts if several else texts[0]
         encoding = self._encoded(
-            [(list(family.template_ids(self, row, prompt)), None) for row in rows],
+            [(list(family.template_ids(self, row, add_generation_prompt)), None) for row in rows],
             not several,
             {
                 "add_special_tokens": False,
