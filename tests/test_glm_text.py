@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import training
+from test_glm4 import FUNCTION
 from test_labels import check as check_labels
 from test_workflow import ENV, check_submission, shorten
 
@@ -24,10 +25,17 @@ from glmlora.training.records import encode, encode_records
 pytest.importorskip("tiktoken", reason="their vocabulary is read by tiktoken")
 
 USER = "<|user|>"
+OPENS = "{{ x }}<|assistant|>\n<think>"
 KINDS = {  # family: (changes of the config, what an answer begins with)
     "hf": ({}, "\n"),
+    "0414": ({"model_type": "glm4"}, "\n"),
+    "z1": (
+        {"model_type": "glm4", "template": OPENS, "thinks": True},
+        "</think>\n",
+    ),
+    "edge": ({"tie_word_embeddings": True}, "\n"),
 }
-GOLDEN = {"hf": "glm4_9b"}
+GOLDEN = {"hf": "glm4_9b", "0414": "glm4_0414", "z1": "glm_z1", "edge": "glm_edge"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -61,8 +69,10 @@ def speaking(kind, tmp_path_factory):
         embedding[i] = np.eye(32)[channel]
         output[following, channel] = 5
     for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")) or "post_" in name[-30:]:
-            weights[name] *= 0.01 if "post_attention" not in name else 1
+        if name.endswith(("o_proj.weight", "down_proj.weight")) or any(
+            word in name for word in ("post_self", "post_mlp")
+        ):
+            weights[name] *= 0.01
     write_safetensors(folder / "model.safetensors", weights)
     if KINDS[kind][0].get("tie_word_embeddings"):
         config = json.loads((folder / "config.json").read_text())
@@ -113,6 +123,103 @@ def test_a_directory_tells_its_family(kind, folder):
     assert sorted(ends) == sorted(model.config.eos_token_ids) == [376, 383, 385]
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "family"),
+    [
+        ("glm-4-9b-chat-hf", {}, "hf"),
+        ("GLM-4-9B-0414", {"model_type": "glm4"}, "0414"),
+        ("GLM-Z1-9B-0414", {"model_type": "glm4"}, "z1"),
+        ("GLM-Z1-Rumination-32B-0414", {"model_type": "glm4"}, "0414"),
+        ("glm-edge-4b-chat", {}, "edge"),
+        ("x", {"vocab_size": 59264}, "edge"),
+        ("x", {"model_type": "glm4", "template": OPENS}, "z1"),
+        ("x", {"model_type": "glm4", "glmlora_family": "z1"}, "z1"),
+    ],
+)
+def test_names_and_files_tell_the_family(tmp_path, name, changes, family):
+    place = tiny.tiny_transformers_dir(tmp_path, **changes).rename(tmp_path / name)
+    assert glmlora.AutoConfig.from_pretrained(place).family == family
+    assert AutoTokenizer.from_pretrained(place).family == family
+    if changes.get("template"):  # the tokenizer alone, and as a file of its own
+        config = json.loads((place / "tokenizer_config.json").read_text())
+        (place / "chat_template.jinja").write_text(config.pop("chat_template"))
+        (place / "tokenizer_config.json").write_text(json.dumps(config))
+        assert AutoTokenizer.from_pretrained(place).family == family
+        (place / "config.json").unlink()
+        assert AutoTokenizer.from_pretrained(place).family == family
+
+
+TEMPLATE = (
+    "[gMASK]<sop>\n{%- if tools -%}\n<|system|>\nYou are X.\n\n# Tools\n{%- for tool in tools %}"
+    "\n\n## {{ function.name }}\n\n"
+    "{{ function | tojson(indent=4, ensure_ascii=False) }}\nUse JSON.\n"
+    "{%- endfor %}{%- endif -%}"
+)
+
+
+def test_tools_beside_messages_are_told_in_the_checkpoints_words(tmp_path):
+    folder = tiny.tiny_transformers_dir(tmp_path, model_type="glm4", template=TEMPLATE)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}]
+    for several in (messages, [messages]):
+        text = tokenizer.apply_chat_template(several, True, tokenize=False, tools=[FUNCTION])
+        assert (text if several is messages else text[0]) == (
+            '[gMASK]<sop><|system|>\nYou are X.\n\n# Tools\n## f\n\n{\n    "name": "f",\n'
+            '    "description": "天"\n}\nUse JSON.<|system|>\ns<|user|>\nq<|assistant|>'
+        )
+    asked = tokenizer.build_chat_input("s", messages[:1], "system").input_ids[0].tolist()
+    assert asked == tokenizer.apply_chat_template(messages, True)
+    called = {"role": "assistant", "metadata": "f ", "content": "{}"}  # as an answer keeps it
+    assert tokenizer.apply_chat_template([called], tokenize=False).endswith("<|assistant|>f \n{}")
+
+
+def test_edge_has_no_observations(tmp_path):
+    folder = tiny.tiny_transformers_dir(tmp_path, tie_word_embeddings=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(ValueError, match="role: expected one of system user assistant, got 'obs"):
+        tokenizer.build_chat_input("25 C", [], "observation")
+    messages = [{"role": r, "content": r, "metadata": "m"} for r in ("user", "observation")]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<|user|>\nuser<|assistant|>"
+
+
+# Thoughts
+
+TOOLS = [{"role": "system", "content": "", "tools": [FUNCTION]}]
+
+
+@pytest.mark.parametrize(
+    ("text", "history", "answer", "thought"),
+    [
+        ("\nadd them\n</think>\n\n2", [], "2", "add them"),
+        ("\nadd th", [], "", "add th"),
+        ("</think>2\nmore", [], "2\nmore", ""),
+        ("<think>a</think>b</think>c", [], "b</think>c", "a"),
+        ('x</think>\nf \n{"a": 1}', TOOLS, {"name": "f", "parameters": {"a": 1}}, "x"),
+        ('x</think>\ng\n{"a": 1}', TOOLS, 'g\n{"a": 1}', "x"),
+    ],
+)
+def test_a_thought_is_kept_apart(text, history, answer, thought):
+    asked = [*history, {"role": "user", "content": "q"}]
+    got, after = families.of("z1").answer(text, asked)
+    assert (got, after[-1]["thought"]) == (answer, thought)
+    assert after[: len(asked)] == asked and len(after) == len(asked) + 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_thought_is_in_no_later_prompt_but_may_be_learnt(tmp_path, thinks):
+    """With tokens of its own around a thought, and as text."""
+    folder = tiny.tiny_transformers_dir(tmp_path, model_type="glm4", thinks=thinks)
+    tokenizer = AutoTokenizer.from_pretrained(folder, family="z1")
+    message = {"role": "assistant", "content": "2", "thought": "add"}
+    ids = tokenizer.build_chat_input("x", [message]).input_ids[0].tolist()
+    text = "[gMASK]<sop><|assistant|>\n2<|user|>\nx<|assistant|>\n<think>"
+    assert tokenizer.decode(ids) == text and (390 in ids) == thinks
+    row = {"prompt": "x", "query": "", "response": "<think>\nadd\n</think>\n\n2", "history": []}
+    labels = encode_records([row], tokenizer).target(0).tolist()
+    assert tokenizer.decode(labels) == f"\nadd\n</think>\n\n2{USER}" and (391 in labels) == thinks
+
+
 # Training
 
 
@@ -149,6 +256,7 @@ def test_a_conversation(kind, speaking):
     model, tokenizer = opened(speaking)
     answer, history = model.chat(tokenizer, "你好", do_sample=False, max_new_tokens=20)
     assert answer == "1" and [m["role"] for m in history] == ["user", "assistant"], kind
+    assert history[-1].get("thought") == ("" if kind == "z1" else None)
     *_, (streamed, past) = model.stream_chat(tokenizer, "你好", [], do_sample=False)
     assert (streamed, past) == (answer, history)
     assert model.chat(tokenizer, "天", history, do_sample=False, max_new_tokens=20)[0] == "1"
@@ -170,7 +278,7 @@ def test_a_trained_model_goes_on_and_answers_merged_quantized_and_in_tables(fold
     tuned = glmlora.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     assert tuned.batch_chat(tokenizer, queries, do_sample=False, max_new_tokens=20) == answers
     weighed = check_labels(tuned, tokenizer, queries, ["0", "1", "01", "你好"])
-    assert weighed.label == answers and weighed.mass.min() > 0.2
+    assert weighed.label == answers and weighed.mass.min() > 0.1
     rows = [{"title": query} for query in queries]
     tuned.predict_table(tokenizer, rows, "{title}", output=tmp_path / "o.csv")
     with open(tmp_path / "o.csv", encoding="utf-8", newline="") as f:

@@ -36,7 +36,7 @@ FLOORS = (
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 LONGEST_FILE, LONGEST_FUNCTION = 800, 130
-FAMILY_NAME = re.compile(r"chatglm-?\d|\bglm-?4|[\"'](v2|v3|g4)[\"']", re.IGNORECASE)
+FAMILY_NAME = re.compile(r"chatglm-?\d|\bglm-?4|[\"'](v2|v3|g4|0414|z1|hf)[\"']", re.IGNORECASE)
 
 
 def modules():

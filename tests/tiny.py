@@ -211,12 +211,13 @@ def tiny_glm4_dir(tmp: Path, seed: int = 0, merges: int = 120, **overrides: Any)
 
 
 def tiny_transformers_dir(
-    tmp: Path, seed: int = 0, template: str | None = None, **overrides: Any
+    tmp: Path, seed: int = 0, template: str | None = None, thinks: bool = False, **overrides: Any
 ) -> Path:
     """The model of `tiny_glm4_dir` in the transformers layout, its vocabulary as tokenizer.json.
 
-    template: a chat_template. overrides: keys of config.json; model_type glm4 has the norms of
-    branches, and tied embeddings leave the output layer out.
+    template: a chat_template. thinks: there are tokens around thoughts. overrides: keys of
+    config.json; model_type glm4 has the norms of branches, and tied embeddings leave the output
+    layer out.
     """
     from glmlora.tokenization import tokenizer_json
 
@@ -273,6 +274,8 @@ def tiny_transformers_dir(
     ]
     said = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     added = [{"id": int(i), **token} for i, token in said["added_tokens_decoder"].items()]
+    for i, token in enumerate(("<think>", "</think>") if thinks else ()):
+        added.append({"id": 390 + i, "content": token, "special": False})
     vocabulary = {
         "added_tokens": added,
         "normalizer": None,
