@@ -45,7 +45,7 @@ class ChatGLM3(Family):
     name, alias, title = "v3", "chatglm3", "ChatGLM3"
     named = re.compile(r"chatglm[-_ ]?3(?!\d)")
     checkpoint = "THUDM/chatglm3-6b"
-    base = re.compile(r"chatglm3-6b-base")
+    base: re.Pattern[str] | None = re.compile(r"chatglm3-6b-base")
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *ROLE_TOKENS)
     in_texts = ("[gMASK]", *ROLE_TOKENS)
     template_mark = "<|assistant|>"

@@ -61,17 +61,21 @@ class GLM4(ChatGLM3):
     name, alias, title = "g4", "glm4", "GLM-4"
     named = re.compile(r"(glm|codegeex)[-_ ]?4(?!\d|-?bit)")
     checkpoint = "THUDM/glm-4-9b-chat"
-    base = re.compile(r"glm-4-9b(-base)?")
+    base: re.Pattern[str] | None = re.compile(r"glm-4-9b(-base)?")
     special_tokens = (
         *(END, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *ROLE_TOKENS),
         *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
     )
     byte_pairs = True
     named_tokens = {"eos": END}
-    prefix_tokens = ("[gMASK]", "<sop>")
+    prefix_tokens: tuple[str, ...] = ("[gMASK]", "<sop>")
     in_texts = ()
     tokenizer_class = "ChatGLM4Tokenizer"
-    template_marks = ("[gMASK]<sop>{% for item in messages %}", "item['metadata']", "item['tools']")
+    template_marks: tuple[str, ...] = (
+        "[gMASK]<sop>{% for item in messages %}",
+        "item['metadata']",
+        "item['tools']",
+    )
     before_content = ""
     ids = 151552  # of the model, padding with them; no other family has as many
 

@@ -20,14 +20,18 @@ class GLM0414(GLM):
     name, alias, title = "0414", "glm4-0414", "GLM-4-0414"
     named = re.compile(r"glm[-_ ]?4.*0414")
     checkpoint = "THUDM/GLM-4-9B-0414"
-    base = re.compile(r"glm-4-32b-base-0414")
+    base: re.Pattern[str] | None = re.compile(r"glm-4-32b-base-0414")
     model_type = "glm4"
     tensor_names = {
         **GLM.tensor_names,
         "post_self_attn_layernorm": "post_self_attn_layernorm",
         "post_mlp_layernorm": "post_mlp_layernorm",
     }
-    template_marks = ("[gMASK]<sop>", "if message.role != 'system'", "<|assistant|>{{ meta }}")
+    template_marks: tuple[str, ...] = (
+        "[gMASK]<sop>",
+        "if message.role != 'system'",
+        "<|assistant|>{{ meta }}",
+    )
     takes_tools = True
     tools_head = TOOLS.replace("智谱AI", "智谱 AI 公司")
 

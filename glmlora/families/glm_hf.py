@@ -75,7 +75,7 @@ class GLM(GLM4):
     name, alias, title = "hf", "glm-hf", "GLM in the transformers layout"
     named = re.compile(r"glm[-_ ]?4.*[-_]hf$")
     checkpoint = "THUDM/glm-4-9b-chat-hf"
-    base = re.compile(r"glm-4-9b(-base)?-hf")
+    base: re.Pattern[str] | None = re.compile(r"glm-4-9b(-base)?-hf")
     tokenizer_class = "PreTrainedTokenizerFast"
     model_type = "glm"
     ties_head = True
