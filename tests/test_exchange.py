@@ -17,6 +17,7 @@ from tiny import TINY_CONFIG, tiny_model_dir
 import glmlora
 from glmlora import LoraConfig, PeftModel, get_peft_model
 from glmlora.families import Family
+from glmlora.task import Task
 
 torch = pytest.importorskip("torch", reason="torch is not installed: exchange is not tested")
 V = TINY_CONFIG["padded_vocab_size"]
@@ -504,3 +505,23 @@ def test_every_keyword_of_transformers_is_known(tmp_path):
         assert len(names) > 2
         for name in names:
             call(**{name: "5GB" if name == "max_shard_size" else None})
+
+
+def test_peft_goes_on_with_our_card(reference, directory, tmp_path):
+    """Its own save changes the head of the card that training wrote, and keeps the rest; ours then
+    leaves it alone.
+    """
+    peft = pytest.importorskip("peft")
+    task = Task("/m: x", "Judge: ", "{title}", ["title"], ["0", "1"], 60)
+    ours = get_peft_model(glmlora.AutoModel.from_pretrained(directory), LoraConfig(r=2), seed=1)
+    ours.task = task
+    ours.save_pretrained(tmp_path / "a")
+    body = (tmp_path / "a" / "README.md").read_text().partition("\n---\n")[2]
+    other = peft.PeftModel.from_pretrained(reference.load(directory), str(tmp_path / "a"))
+    other.save_pretrained(tmp_path / "a")
+    card = (tmp_path / "a" / "README.md").read_text()
+    found = pytest.importorskip("huggingface_hub").ModelCard(card)
+    assert found.data.library_name == "peft" and "lora" in found.data.tags
+    assert set(body.splitlines()) <= set(card.splitlines())
+    ours.save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a" / "README.md").read_text() == card

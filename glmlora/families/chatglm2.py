@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .family import Family, Tokenizer
-from .messages import TRAINING_TIME, check_messages, check_rounds, fit, rounds_to_drop
+from .messages import TRAINING_TIME, check_messages, check_rounds
 from .vocabulary import TOKENIZER_FILES, has_text
 
 ANSWER = "\n\n答："
@@ -118,26 +118,13 @@ class ChatGLM2(Family):
         first: str,
         query: str,
         rounds: Sequence[tuple[str, str]],
-        room: int,
-        truncation: str,
-        system: str = "",
-    ) -> tuple[list[int], bool]:
-        def text(query: str, dropped: int = 0) -> str:
-            """The whole prompt; a system message stands in front of the first query."""
-            kept = list(rounds[dropped:])
-            if kept:
-                kept[0] = (system + kept[0][0], kept[0][1])
-            return first + build_prompt(query if kept else system + query, kept)
-
-        ids = tokenizer.text_ids(text(query))
-        if len(ids) <= room:
-            return ids, False
-        if truncation == "vendored":
-            return ids[:room], True
-
-        dropped = rounds_to_drop(lambda n: len(tokenizer.text_ids(text("", n))), len(rounds), room)
-        before = text("", dropped).removesuffix(ANSWER)
-        return fit(tokenizer, before, query, ANSWER, room), True
+        system: str,
+    ) -> list[int]:
+        kept = list(rounds)
+        if kept:  # a system message stands in front of the first query
+            kept[0] = (system + kept[0][0], kept[0][1])
+        text = build_prompt(query if kept else system + query, kept)
+        return tokenizer.text_ids(first + text)
 
 
 FAMILY = ChatGLM2()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .family import Family, Tokenizer
-from .messages import ROLES, TRAINING_TIME, check_messages, check_role, fit, rounds_to_drop
+from .messages import ROLES, TRAINING_TIME, check_messages, check_role
 from .vocabulary import TOKENIZER_FILES, has_text
 
 ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
@@ -161,36 +161,14 @@ class ChatGLM3(Family):
         first: str,
         query: str,
         rounds: Sequence[tuple[str, str]],
-        room: int,
-        truncation: str,
-        system: str = "",
-    ) -> tuple[list[int], bool]:
-        def frame(dropped: int) -> list[int]:
-            """Everything but the query's own text, up to where that text goes."""
-            said = [("system", system)] if system else []
-            for i, (q, a) in enumerate(rounds[dropped:]):
-                said += [("user", first + q if i == 0 else q), ("assistant", a)]
-            messages = [{"role": role, "content": content} for role, content in said]
-            ids = self.messages_ids(tokenizer, messages)
-            return ids + self.message_ids(tokenizer, "user", "", "")
-
-        def before(dropped: int) -> str:
-            return first if dropped == len(rounds) else ""
-
-        end = [tokenizer.get_command("<|assistant|>")]
-        ids = frame(0) + tokenizer.text_ids(before(0) + query) + end
-        if len(ids) <= room:
-            return ids, False
-        if truncation == "vendored":
-            return ids[:room], True
-
-        def length(dropped: int) -> int:
-            return len(frame(dropped)) + len(tokenizer.text_ids(before(dropped))) + len(end)
-
-        dropped = rounds_to_drop(length, len(rounds), room)
-        kept = frame(dropped)
-        text = fit(tokenizer, before(dropped), query, "", room - len(kept) - len(end))
-        return kept + text + end, True
+        system: str,
+    ) -> list[int]:
+        said = [("system", system)] if system else []
+        for i, (q, a) in enumerate(rounds):
+            said += [("user", first + q if i == 0 else q), ("assistant", a)]
+        said.append(("user", query if rounds else first + query))
+        messages = [{"role": role, "content": content} for role, content in said]
+        return [*self.messages_ids(tokenizer, messages), tokenizer.get_command("<|assistant|>")]
 
     def answer_ids(self, tokenizer: Tokenizer, response: str) -> list[int]:
         """It begins with the empty line of metadata that the model has to write in a chat."""

@@ -208,12 +208,10 @@ class Family:
         first: str,
         query: str,
         rounds: Sequence[tuple[str, str]],
-        room: int,
-        truncation: str,
-        system: str = "",
-    ) -> tuple[list[int], bool]:
-        """Ids of a record's prompt without the prefix, at most `room`, and whether it was cut:
-        see `prompt.encode_source`. first: stands before everything; system: a system message.
+        system: str,
+    ) -> list[int]:
+        """Ids of a record's prompt without the prefix, of any length: see `prompt.encode_source`.
+        first: stands before everything; system: a system message, "" for none.
         """
         raise NotImplementedError
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import tell
 
 if TYPE_CHECKING:
-    from .family import Tokenizer
+    pass
 
 _MESSAGE = ("role", "content", "metadata", "tools")  # what a prompt takes from a message
 ROLES = ("system", "user", "assistant", "observation")
@@ -84,26 +84,3 @@ def rounds_to_drop(length: Any, n_rounds: int, room: int) -> int:
             f"{length(n_rounds)}"
         )
     return dropped
-
-
-def fit(tokenizer: Tokenizer, before: str, query: str, after: str, room: int) -> list[int]:
-    """Ids of before + query + after with as many last pieces of the query left out as needed.
-
-    The caller knows that before + after fit. A shortened text may fall into other pieces than the
-    whole, so the rest is encoded anew, and shortened again in the rare case that it still exceeds.
-    """
-    text = before + query + after
-    ids = tokenizer.text_ids(text)
-    if len(ids) <= room:
-        return ids
-    starts = tokenizer.text_offsets(text)
-    end = bisect_left(starts, len(before) + len(query))  # first piece after the query
-    cut = len(before) + len(query)
-    while len(ids) > room:
-        end -= len(ids) - room
-        cut = min(max(starts[end], len(before)), cut - 1) if end > 0 else len(before)
-        cut = max(cut, len(before))
-        ids = tokenizer.text_ids(text[:cut] + after)
-        if cut == len(before):
-            break
-    return ids

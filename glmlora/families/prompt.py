@@ -70,10 +70,8 @@ def encode_source(
     rounds, writer, query = check_rounds(history), _writer(tokenizer, template), query or ""
 
     def ids(asked: str, dropped: int = 0) -> list[int]:
-        return writer.source_ids(
-            *(tokenizer, source_prefix or "", asked, rounds[dropped:]),
-            *(NO_LIMIT, "template", system or ""),
-        )[0]
+        first = source_prefix or ""
+        return writer.source_ids(tokenizer, first, asked, rounds[dropped:], system or "")
 
     whole = ids(f"{prompt}{query}")
     if len(whole) <= room:
