@@ -4,13 +4,13 @@
 
 Prompts have the lengths of the competition's papers (bench.py: 16 quantiles, mean 495 tokens),
 weights are random, 2 threads; seconds are those of 28 layers, found from fewer as worker.py tells.
-Sides are run in turn, and figures are medians:
+Sides are run in turn, and a figure is the median of those of the rounds:
 
     classify      float16, two labels of three tokens
     batch_chat    the same rows, three new tokens, greedy
     transformers  the loop of the workflow's notebook: one row after the other, three new tokens;
                   in bfloat16 or in float32, whichever was faster in the first round
-    limits.c      what the processor's products do at most, between the runs
+    limits.c      what the processor's products do at most, before each round
 
 Memory is glm-tiny's over 500 and 2,000 such rows: what grows with the rows is the same for any
 model. A head's epoch is a step over the features of 1,333 rows, 16,384 numbers each, that of LoRA
@@ -82,21 +82,25 @@ def speed(bench, python, rows, runs):
         path, options = bench.folder / "six", ("--dtype", dtype)
         bench.sides[dtype] = Side(python, "peers/torch_peer.py", path, *options)
         jobs[dtype] = dtype, predict | dict(lengths=theirs, batch=1)
-    rates, peaks = {name: [] for name in jobs}, [bench.limits.now[bench.product]]
+    rates, peaks = {name: [] for name in jobs}, []
+    mean = sum(PROMPTS) / len(PROMPTS)  # a row's tokens; rates are of rows of this length
     for number in range(runs):
+        peaks.append(bench.limits.measure()[bench.product])
         for name, (side, job) in jobs.items():
-            lengths = job["lengths"]
             time.sleep(0.1)  # the last side's threads wait for more work, for some milliseconds
             seconds = bench.side(side).ask(job)["seconds"]
-            mean = sum(PROMPTS) / len(PROMPTS)
-            rates[name].append(sum(lengths) / mean / seconds)  # rows of the mean length
+            rates[name].append(sum(job["lengths"]) / mean / seconds)
             print(f"{name}: {rates[name][-1]:.4f} rows/s", file=sys.stderr, flush=True)
-        peaks.append(bench.limits.measure()[bench.product])
         if number == 0 and python:  # the better one goes on
             worse = min(("bfloat16", "float32"), key=lambda dtype: rates[dtype][0])
             bench.sides.pop(worse).close()
             del jobs[worse], rates[worse]
     return rates, peaks
+
+
+def ratio(ours, theirs):
+    """The median of the rounds' ratios, each beside its neighbour."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def memory(rows):
@@ -173,13 +177,14 @@ def main():
     gflop = needed_flops(lengths, OPENING) / 1e9 / len(lengths)
     gflop *= sum(PROMPTS) / 16 / (sum(lengths) / len(lengths))  # of a row of the mean length
     found = {
-        "times the rows/s of batch_chat": median["classify"] / median["batch_chat"],
-        "of the machine's peak of products": median["classify"] * gflop / statistics.median(peaks),
+        "times the rows/s of batch_chat": ratio(rates["classify"], rates["batch_chat"]),
+        "of the machine's peak of products": gflop * ratio(rates["classify"], peaks),
         "500 rows' memory / 2,000 rows'": peak_memory[500] / peak_memory[2000],
         "LoRA's epoch / a head's": epoch / step,
     }
     for dtype in {"bfloat16", "float32"} & set(median):
-        found["times the rows/s of transformers' row loop"] = median["classify"] / median[dtype]
+        times = ratio(rates["classify"], rates[dtype])
+        found["times the rows/s of transformers' row loop"] = times
     facts = dict(machine=processor(), seconds=round(time.perf_counter() - begun))
     facts |= dict(rows_per_second=rates, median=median, peak_gflop_s=peaks)
     facts |= dict(peak_memory=peak_memory, lora_epoch_seconds=epoch, found=found, bars=BARS)

@@ -212,8 +212,8 @@ class Worker(Jobs):
         return self.line(run)
 
     def classify(self, lengths, opening=0, memory=False):
-        first = self.ids(opening).tolist()
-        prompts = [first + self.ids(n - opening).tolist() for n in lengths]
+        first = self.ids(opening)
+        prompts = [np.concatenate([first, self.ids(n - opening)]) for n in lengths]
         labels = [[5, 6, 2], [5, 7, 2]]  # as "0" and "1": a space, a digit, the end
 
         def run(layers):

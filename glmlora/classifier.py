@@ -30,6 +30,7 @@ from .model.auto import AutoModel
 from .model.peft import PeftModel
 from .model.quantization import GROUP_SIZE, is_quantized
 from .names import did_you_mean, listed
+from .progress import say
 from .questions import rows_and_columns, task_queries, usual_instruction
 from .task import FILE, Task, base_digest, check_asked, read_task, write_task
 from .templates import places_of
@@ -669,7 +670,7 @@ def _print_scores(record: Mapping[str, Any]) -> None:
     """A callback of `train`: one line for the scores of the rows held out."""
     scores = _scores(record)
     if scores:
-        print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        say(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, Any]:

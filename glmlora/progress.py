@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from functools import lru_cache
-from typing import Any
+from typing import Any, TextIO
 
 
 @lru_cache
@@ -37,6 +37,16 @@ def bar(iterable: Any = None, *, disable: bool | None = False, **settings: Any) 
     is no terminal.
     """
     return _kind()(iterable, disable=disable, file=sys.stderr, dynamic_ncols=True, **settings)
+
+
+def say(text: str) -> None:
+    """A line on standard output, above the bars that are there."""
+    _kind().write(text, file=sys.stdout)
+
+
+def notices() -> TextIO:
+    """Where a line that is no warning goes: standard error; not in Jupyter, where that is red."""
+    return sys.stdout if in_notebook() else sys.stderr
 
 
 def in_notebook() -> bool:

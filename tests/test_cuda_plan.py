@@ -189,9 +189,8 @@ COUNTED = """
             core.extend(cache, [0, 1], np.ones(2, np.int32), np.ones(2, np.int32))
             tell()
             return told
-        targets = "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
         arguments = FinetuningArguments(
-            finetuning_type=method, lora_target=targets, pre_seq_len=64
+            finetuning_type=method, lora_target="all-linear", pre_seq_len=64
         )
         trainee = methods.prepare(model, None, arguments, method, seed=0)
         trainee.base.prepare_training()
@@ -218,10 +217,26 @@ COUNTED = """
 """
 
 
+# The same sizes with queries, keys and values apart, and norms of branches.
+SPLIT = {
+    "model_type": "glm4",
+    "hidden_size": SIX_B["hidden_size"],
+    "intermediate_size": SIX_B["ffn_hidden_size"],
+    "num_attention_heads": SIX_B["num_attention_heads"],
+    "head_dim": SIX_B["kv_channels"],
+    "num_hidden_layers": 3,
+    "vocab_size": SIX_B["padded_vocab_size"],
+    "max_position_embeddings": 2048,
+}
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     "method, bits, dtype",
     [
+        ("lora split", 0, "F16"),
+        ("full split", 0, "F32"),
+        ("adapter split", 4, "F16"),
         ("lora", 0, "F16"),
         ("lora", 4, "F16"),
         ("lora", 8, "BF16"),
@@ -237,7 +252,8 @@ COUNTED = """
 def test_the_library_does_what_the_plan_counts(method, bits, dtype, tmp_path):
     library = built()
     config = tiny.TINY_CONFIG | SIX_B | {"num_layers": 3, "seq_length": 2048}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    method, _, split = method.partition(" ")
+    (tmp_path / "config.json").write_text(json.dumps(SPLIT if split else config))
     code = COUNTED.format(runtime=str(library.parent / "libcuda_emu.so"), directory=str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), json.dumps([dtype, method, bits])],

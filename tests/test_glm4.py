@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import training
+from emulator import built, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_labels import check as check_labels
@@ -218,15 +219,71 @@ def test_other_forms_long_blanks_and_a_missing_library(folder, tokenizer, tmp_pa
     with pytest.raises(ValueError, match="text: has more than 500000 blanks in a row"):
         tokenizer.encode("a" + " \t" * 500_000)
     assert len(tokenizer.text_ids("a \t" * 200_000)) > 400_000
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(
-        FileNotFoundError, match="no tokenizer.model; tokenizer.json is of the tran"
-    ):
-        AutoTokenizer.from_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(ImportError, match="pip install tiktoken"):
         AutoTokenizer.from_pretrained(folder)
     assert AutoTokenizer.from_pretrained(tiny.tiny_tokenizer_dir(tmp_path), family="v2")
+
+
+# The same vocabulary as tokenizer.json
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_tokenizer_json_has_the_published_ids(shared, tmp_path):
+    place, data = shared / "golden/tokenizer-glm4-hf-tiny", golden(shared, "tokenizer-glm4-hf-tiny")
+    plain = AutoTokenizer.from_pretrained(place)
+    telling = AutoTokenizer.from_pretrained(place, encode_special_tokens=True)
+    assert plain.family == "g4" and plain.special_tokens == data["special"]
+    assert len(data["cases"]) == 203
+    for case in data["cases"]:
+        text, ids = case["text"], case["ids"]
+        assert telling.encode(text) == ids, text
+        assert plain.encode(text) == case.get("ids_as_plain_text", ids)
+        assert plain.decode(ids) == case["decoded"]
+        assert plain.decode(ids, skip_special_tokens=True) == case["decoded_without_special"]
+    batch = plain(data["padded"]["texts"], padding=True)
+    for name in ("input_ids", "attention_mask"):
+        assert batch[name] == data["padded"][name]
+    for name in ("tokenizer_config.json", "tokenizer-prefix.json"):
+        target = tmp_path / name.replace("-prefix", "")
+        target.write_bytes((place / name).read_bytes())
+    prefixed = AutoTokenizer.from_pretrained(tmp_path)
+    prefixed.save_pretrained(tmp_path / "saved")
+    saved = tmp_path / "saved/tokenizer.json"
+    assert saved.read_bytes() == (place / "tokenizer-prefix.json").read_bytes()
+    assert not saved.with_name("tokenizer.model").exists()
+    for tokenizer in (prefixed, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        for case in data["with_prefix"]:
+            assert tokenizer.encode(case["text"]) == case["ids"]
+        assert (
+            tokenizer(*data["pair_with_prefix"]["texts"]).input_ids
+            == data["pair_with_prefix"]["ids"]
+        )
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], True) == [
+            *(1002, 1004, 1007, 10, 430, 1008)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update(normalizer={"type": "NFC"}), "normalizer: expected none, got"),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"].pop(), "pre_tokenizer: expected the expr"),
+        (lambda t: t["model"].update(type="Unigram"), "model: type: expected 'BPE', got 'Unigram'"),
+        (lambda t: t["model"].update(ignore_merges=False), "ignore_merges: expected True"),
+        (lambda t: t["model"].update(byte_fallback=True), "byte_fallback: expected False"),
+        (lambda t: t["model"]["merges"].pop(), "merges: expected every cut .* 766 .* got 765"),
+        (lambda t: t["model"]["vocab"].update({" ": 1000}), "vocab: expected bytes and an id"),
+        (lambda t: t["added_tokens"].pop(4), "added_tokens: has no <sop>, which GLM-4 needs"),
+        (lambda t: t.pop("model"), "expected the fields of the tokenizers library's file"),
+    ],
+)
+def test_other_kinds_of_tokenizer_json_are_refused(shared, tmp_path, change, message):
+    fields = json.loads((shared / "golden/tokenizer-glm4-hf-tiny/tokenizer.json").read_bytes())
+    change(fields)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"tokenizer.json: .*{message}"):
+        AutoTokenizer.from_pretrained(tmp_path)
 
 
 # Prompts
@@ -275,6 +332,12 @@ def test_texts_of_tools_are_the_checkpoints(folder, tokenizer, tmp_path):
         '[gMASK]<sop><|system|>\nYou are X.\n\n# Tools\n## f\n\n{\n    "name": "f",\n'
         '    "description": "天"\n}\nUse JSON.\n## python\n\nSend code.<|user|>\nq<|assistant|>'
     )
+    text = own.apply_chat_template([message], True, tokenize=False)
+    config["chat_template"] = None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.apply_chat_template([message], True, tokenize=False) == text
     for tools, error in (
         ([FUNCTION, {"type": "browser"}], r"tools\[1\]: expected"),
         ([{"type": "function"}], r"tools\[0\]: function: expected"),
@@ -512,3 +575,27 @@ def test_the_documents_notebook_untouched(speaking, tmp_path, shared):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     check_submission(home / "submit.csv", 2000)
+
+
+@needs_compiler
+def test_on_the_emulator(speaking, folder, tokenizer, monkeypatch):
+    """Answers, probabilities and losses are the processor's."""
+    monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", str(built()))
+    model = glmlora.AutoModel.from_pretrained(speaking).to("emu")
+    assert model.chat(AutoTokenizer.from_pretrained(speaking), "你好", do_sample=False)[0] == "1"
+    found = []
+    for device in ("cpu", "emu"):
+        glmlora.set_seed(1)
+        model = glmlora.AutoModel.from_pretrained(folder).to(device)
+        tuned = glmlora.get_peft_model(model, glmlora.LoraConfig(r=4, target_modules="all-linear"))
+        optimizer, losses = glmlora.AdamW(tuned, lr=1e-2), []
+        rows = encode_records(
+            [{"prompt": "p", "query": "q", "response": "1", "history": []}], tokenizer
+        )
+        ids = [*rows.source(0).tolist(), *rows.target(0).tolist()]
+        labels = [-100] * len(rows.source(0)) + rows.target(0).tolist()
+        for _ in range(3):
+            losses.append(tuned.backward(input_ids=[ids], labels=[labels]))
+            optimizer.step()
+        found.append([*losses, *tuned.classify(tokenizer, ["a", "b"], ["0", "你好"]).proba.ravel()])
+    assert np.abs(np.subtract(*found)).max() <= 1e-3 and found[0][2] < found[0][0]

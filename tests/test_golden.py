@@ -253,6 +253,13 @@ def test_peft_adapter_of_the_transformers_layout(name, tmp_path):
     assert relative(got, g["lora/logits"]) <= 0.04  # the base weights are bfloat16
 
 
+def test_an_adapter_of_one_layout_on_the_other():
+    g = Golden("hf-glm-tiny")
+    with pytest.warns(UserWarning, match="taken for the same linears"):
+        model = glmlora.PeftModel.from_pretrained(load("glm4-9b-tiny"), g.directory / "adapter")
+    g.check("lora/logits", model(**g.batch()).logits)
+
+
 def test_both_layouts_of_a_model_have_the_same_logits():
     g = Golden("hf-glm-tiny")
     one, other = (load(n)(**g.batch()).logits for n in ("hf-glm-tiny", "glm4-9b-tiny"))

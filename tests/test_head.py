@@ -293,13 +293,15 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["head", "lora+head"])
 @pytest.mark.parametrize("folds", [0, 3])
-def test_a_classifier_with_a_head(base, tmp_path, method, folds):
+def test_a_classifier_with_a_head(base, tmp_path, computed, method, folds):
     classifier = glmlora.LoraClassifier(
         base, method=method, folds=folds, validation=0.25, random_state=0, num_train_epochs=1
     )
     classifier.fit(TEXTS, TOPICS)
     assert classifier.score(TEXTS, TOPICS) == 1
+    computed.clear()
     proba = classifier.predict_proba(TEXTS)
+    assert len(computed) == (24 * folds if folds and method == "lora+head" else 24)
     assert np.allclose(proba.sum(axis=1), 1) and proba.shape == (24, 2)
     assert {"accuracy", "macro_f1", "log_loss"} <= set(classifier.history_[-1])
     if folds:
@@ -352,7 +354,7 @@ def test_a_second_fit_reads_the_base_for_new_rows_only(base, tmp_path, computed)
     computed.clear()
     assert weighed.score([*TEXTS, "We measure graphs."], [*TOPICS, "graphs"]) >= 24 / 25
     assert len(computed) == 1
-    classifier.set_params(method="lora+head", folds=0, num_train_epochs=0.2).fit(TEXTS, TOPICS)
+    classifier.set_params(method="lora+head", folds=0, num_train_epochs=2).fit(TEXTS, TOPICS)
     assert len(os.listdir(tmp_path / "cache")) == 1
 
 

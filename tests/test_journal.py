@@ -335,15 +335,20 @@ def test_a_model_in_memory(base, tmp_path):
     name = next(n for n in model.core.names() if "lora_B" in n)
     model.core.write(name, model.core.read(name) + 1)
     seen.append(job.describe_model(tuned, tokenizer))
+    with tuned.disable_adapter():
+        seen.append(job.describe_model(tuned, tokenizer))
+        assert seen[-1]["model"] == seen[0]["model"] != seen[-2]["model"]
+        seen.pop()  # its adapter has a name, and so has the one of zeros before
     for how in ({"lora_alpha": 9}, {"r": 4}):
         fresh = glmlora.AutoModel.from_pretrained(base)
         tuned = glmlora.get_peft_model(fresh, glmlora.LoraConfig(**{**config, **how}), seed=1)
         seen.append(job.describe_model(tuned, tokenizer))
     seen.append(job.describe_model(other.half(), tokenizer))
+    seen.append(job.describe_model(other.quantize(8), tokenizer))
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
     keep(tmp_path / "o.journal", {0: 1}, job.describe_job(seen[0], [{"t": "a"}], "{t}", {}))
     with pytest.raises(ValueError, match=r"model differs \(weights\)"):
-        found(tmp_path / "o.journal", job.describe_job(seen[1], [{"t": "a"}], "{t}", {}))
+        found(tmp_path / "o.journal", job.describe_job(seen[2], [{"t": "a"}], "{t}", {}))
 
 
 def test_a_cell_that_json_has_not(tmp_path):

@@ -196,6 +196,7 @@ def test_absent_keys_are_those_of_transformers():
             "rope_scaling: 'yarn' is not supported",
         ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: type 'linear' is not supported"),
         ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta is 10000.0, but 5.0 in rope_param"),
         ({"rope_scaling": 4}, "rope_scaling: expected an object or null, got 4"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
@@ -290,6 +291,17 @@ def test_a_tied_head_that_is_in_the_file_must_be_the_embeddings(tmp_path):
         load(write(tmp_path / "other", "tied", weights))
 
 
+def test_a_state_dict_may_have_a_tied_head_twice(tmp_path):
+    """As torch's state_dict() has it."""
+    model = load(write(tmp_path / "base", "tied"))
+    state = {name: array + 0.25 for name, array in model.state_dict().items()}
+    other = state["model.embed_tokens.weight"].copy()
+    model.load_state_dict({**state, "lm_head.weight": other})
+    assert np.array_equal(model.state_dict()["model.embed_tokens.weight"], other)
+    with pytest.raises(ValueError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ"):
+        model.load_state_dict({**state, "lm_head.weight": other + 1})
+
+
 def test_full_training_keeps_a_tied_head_one_weight(tmp_path):
     model = load(write(tmp_path / "base", "tied")).requires_grad_(True)
     optimizer = glmlora.AdamW(model, lr=1e-2)
@@ -341,3 +353,99 @@ def test_a_prefix_trains(directory):
     model.backward(IDS, labels=IDS)
     assert list(model.core.trainable()) == ["prefix_encoder.embedding.weight"]
     assert np.abs(model.core.read("prefix_encoder.embedding.weight", "grad")).max() > 0
+
+
+@pytest.fixture
+def both(tmp_path):
+    """The two layouts of one model."""
+    fused = tiny.tiny_model_dir(tmp_path, _name_or_path="THUDM/glm-4-9b", glmlora_family="g4")
+    return fused, write(tmp_path / "split")
+
+
+ONE = "transformer.encoder.layers.1.self_attention.query_key_value"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["query_key_value"], [ONE], r".*\.1\.mlp\..*"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_of_one_linear_becomes_one_of_three(both, tmp_path, targets, rslora):
+    model = adapted(load(both[0]), targets, use_rslora=rslora)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="layout 'chatglm': taken for the same linears in 'glm'"):
+        other = glmlora.PeftModel.from_pretrained(load(both[1]), tmp_path / "adapter")
+    assert np.abs(other(IDS).logits - model(IDS).logits).max() <= 1e-4
+    assert np.abs(model(IDS).logits - load(both[0])(IDS).logits).max() > 0.1
+    other.save_pretrained(tmp_path / "again")  # is of this layout from now on
+    again = glmlora.PeftModel.from_pretrained(load(both[1]), tmp_path / "again")
+    assert np.array_equal(again(IDS).logits, other(IDS).logits)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["k_proj", "o_proj"]])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_of_three_linears_becomes_one_of_one(both, tmp_path, targets, rslora):
+    model = adapted(load(both[1]), targets, use_rslora=rslora)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="taken for the same linears"):
+        other = glmlora.PeftModel.from_pretrained(load(both[0]), tmp_path / "adapter")
+    assert np.abs(other(IDS).logits - model(IDS).logits).max() <= 1e-4
+    assert np.abs(model(IDS).logits - load(both[1])(IDS).logits).max() > 0.05
+    other.save_pretrained(tmp_path / "again")
+    again = glmlora.PeftModel.from_pretrained(load(both[0]), tmp_path / "again")
+    assert np.array_equal(again(IDS).logits, other(IDS).logits)
+
+
+def test_an_adapter_of_another_model_is_refused_naming_both(both, tmp_path):
+    model = adapted(load(both[0]), ["query_key_value"])
+    model.save_pretrained(tmp_path / "adapter")
+    base = load(write(tmp_path / "other", "glm4"))
+    with pytest.raises(ValueError, match="layout 'chatglm', the model's of 'glm4': they are diff"):
+        glmlora.PeftModel.from_pretrained(base, tmp_path / "adapter")
+
+
+def test_a_base_of_another_kind_is_named_by_its_adapter(both, tmp_path):
+    """The names of GLM-4-0414's modules are those of the layout that can be brought over."""
+    model = adapted(load(both[1]), ["q_proj"], base_model_name_or_path="THUDM/GLM-4-9B-0414")
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="layout 'glm4', the model's of 'chatglm': they are diff"):
+        glmlora.PeftModel.from_pretrained(load(both[0]), tmp_path / "adapter")
+
+
+def test_an_adapter_whose_ranks_are_named_is_refused(both, tmp_path):
+    model = adapted(load(both[1]), ["q_proj", "k_proj"], rank_pattern={"q_proj": 2})
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="rank_pattern names modules of the other"):
+        glmlora.PeftModel.from_pretrained(load(both[0]), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, a: a[:-1] if ".0.self_attention.query_key_value.lora_B" in name else a,
+         r"layers\.0\.self_attention\.query_key_value: expected.*of \(64, 32\).*\(63, 4\)"),
+        (lambda name, a: a[0] if ".1.mlp.dense_h_to_4h.lora_A" in name else a,
+         r"layers\.1\.mlp\.dense_h_to_4h: expected lora_A \(r, in\)"),
+        (lambda name, a: None if ".1.mlp.dense_4h_to_h.lora_B" in name else a,
+         r"missing base_model\.model\.transformer\.encoder\.layers\.1\.mlp\.dense_4h_to_h\.lora_B"),
+        (lambda name, a: a.astype(np.int32) if ".1.mlp.dense_4h_to_h.lora_B" in name else a,
+         r"dense_4h_to_h\.lora_B\.weight: expected floating point"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_would_not_fit_is_told_before_it_is_brought_over(
+    both, tmp_path, change, message
+):
+    adapted(load(both[0]), "all-linear").save_pretrained(tmp_path / "adapter")
+    stored = glmlora.load_state_dict(tmp_path / "adapter")
+    changed = {name: change(name, array) for name, array in stored.items()}
+    kept = {n: np.ascontiguousarray(a) for n, a in changed.items() if a is not None}
+    write_safetensors(tmp_path / "adapter" / "adapter_model.safetensors", kept)
+    with pytest.raises(ValueError, match=message):
+        glmlora.PeftModel.from_pretrained(load(both[1]), tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_adapter_of_more_layers_is_refused(both, tmp_path):
+    adapted(load(both[0]), "all-linear").save_pretrained(tmp_path / "adapter")
+    stored = glmlora.load_state_dict(tmp_path / "adapter")
+    more = {n.replace("layers.1.", "layers.7."): np.asarray(a) for n, a in stored.items()}
+    write_safetensors(tmp_path / "adapter" / "adapter_model.safetensors", more)
+    with pytest.raises(ValueError, match="in one of 2 layers"):
+        glmlora.PeftModel.from_pretrained(load(both[1]), tmp_path / "adapter")

@@ -1,10 +1,12 @@
 """Progress bars: nothing waits for a process that is gone."""
 
+import io
 import os
 import signal
+import sys
 import threading
 
-from glmlora.progress import bar
+from glmlora.progress import bar, say
 
 
 def test_a_killed_child_that_was_drawing_holds_up_nobody(capsys):
@@ -50,3 +52,34 @@ def test_no_thread_watches():
     with bar(total=3) as shown:
         shown.update()
         assert not [t for t in threading.enumerate() if "tqdm" in t.name.lower()]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_line_stands_above_the_bar(monkeypatch):
+    """Both streams are one terminal: what a bar has drawn is cleared first."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with bar(range(2), mininterval=0) as shown:
+        shown.update()
+        say("half")
+    lines = screen.getvalue().split("half\n")
+    assert len(lines) == 2 and lines[0].rpartition("\r")[2] == "" and "1/2" in lines[1]
+
+
+def test_notices_are_not_red_in_jupyter(monkeypatch, capsys):
+    from glmlora import progress
+    from glmlora.model import device
+
+    for inside, out, err in ((True, "products in int8", ""), (False, "", "products in int8")):
+        monkeypatch.setattr(progress, "in_notebook", lambda inside=inside: inside)
+        monkeypatch.setattr(device, "compute_dtype", lambda *_: "int8")
+        monkeypatch.setattr(device, "_announced", {"kernels"})
+        device.backend_of("cpu", None, [])
+        shown = capsys.readouterr()
+        assert (shown.out[: len(out)], shown.err[: len(err)]) == (out, err)
+        assert bool(shown.out) == inside

@@ -444,7 +444,7 @@ def test_templates_and_their_text(tiny3, tiny_dir, anew, recwarn):
         with pytest.raises(ValueError, match=f"{name}: is not supported"):
             tiny3.apply_chat_template(messages, **{name: ["x"]})
     other = AutoTokenizer.from_pretrained(tiny_dir, family="v3")
-    other._config["chat_template"] = "{{ messages }}"
+    other._template = "{{ messages }}"
     with pytest.warns(UserWarning, match="chat_template is not run"):
         assert other.apply_chat_template(messages[:1]) == one
 

@@ -142,10 +142,10 @@ def test_our_notebook(folder, monkeypatch):
     story = ["papers to learn", "epoch 0.5", "weight of the model", "in the order", "of 40 papers"]
     places = [shown.index(words) for words in story]
     assert places == sorted(places), shown
-    assert kinds["image/png"] == 2 and kinds["text/html"] == 3, kinds  # report, scores, answers
+    assert kinds["image/png"] == 2 and kinds["text/html"] == 4, kinds  # report, scores, vote, head
     assert "grad_norm" not in shown and "Warning" not in shown
     with_counts = importlib.util.find_spec("sklearn") is not None
-    assert ("word counts  accuracy" in shown) == with_counts != ("the model alone" in shown)
+    assert ("word counts " in shown) == with_counts != ("the model alone" in shown)
 
 
 def test_init_refuses_and_leaves_nothing(tmp_path):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 OTHERS = {  # vocabularies of other names, and what to say of them
     "ice_text.model": "ice_text.model is the vocabulary of ChatGLM-6B, which is not supported",
-    "tokenizer.json": "tokenizer.json is of the transformers layout, which is not supported: get "
-    "the model in its original layout (THUDM/glm-4-9b-chat, without -hf)",
 }
 TOKENIZER_FILES = (
     "tokenization_chatglm.py",
@@ -29,18 +27,29 @@ def has_text(directory: Path, names: Iterable[str], text: bytes) -> bool:
 
 
 def is_byte_pairs(data: bytes) -> bool | None:
-    """Whether a vocabulary begins with a line of base64 and rank; False for the beginning of a
-    SentencePiece model, None for neither.
+    """Whether a vocabulary begins with a line of base64 and rank, or as tokenizer.json does; False
+    for the beginning of a SentencePiece model, None for neither.
     """
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", data):
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", data) or is_json(data):
         return True
     return False if data.startswith(b"\n") else None
 
 
+def is_json(data: bytes) -> bool:
+    """Whether a vocabulary is a tokenizer.json."""
+    return data.lstrip()[:1] == b"{"
+
+
+def vocabulary_file(directory: Path) -> Path | None:
+    """The vocabulary of a model directory: tokenizer.model, else tokenizer.json."""
+    files = (directory / name for name in ("tokenizer.model", "tokenizer.json"))
+    return next((file for file in files if file.exists()), None)
+
+
 def has_byte_pairs(directory: Path) -> bool | None:
     """The same of the vocabulary of a model directory; None where there is none."""
-    file = directory / "tokenizer.model"
-    if not file.is_file():
+    file = vocabulary_file(directory)
+    if file is None or not file.is_file():
         return None
     with open(file, "rb") as f:
         return is_byte_pairs(f.read(200))

@@ -15,10 +15,10 @@ from ..files.vectors import KEY_BYTES, VectorFile
 from ..progress import bar
 from .cache import CHUNK, Model
 from .generate import warn_of_weights
+from .identity import model_digest
 from .labels import prompt_writer, queries_of
 
 MOST = 16384  # features of a row; of a larger model fewer layers are taken
-_PROBE = 64  # tokens by which a model is told from others
 
 
 def check_depth(model: Model, depth: int | None) -> int:
@@ -127,20 +127,5 @@ def _opened(model: Model, layers: np.ndarray, folder: str | os.PathLike[str]) ->
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise NotADirectoryError(f"cache: {os.fspath(folder)} is a file, expected a folder")
     os.makedirs(folder, exist_ok=True)
-    name = f"features-{_model_digest(model, layers)}.bin"
+    name = f"features-{model_digest(model, layers)}.bin"
     return VectorFile(Path(folder, name), len(layers) * model.config.hidden_size)
-
-
-def _model_digest(model: Model, layers: np.ndarray) -> str:
-    """Of all embeddings, and of what the layers make of tokens from all over the vocabulary: it
-    tells models apart that only an adapter, a type of numbers or a training step sets apart.
-    """
-    vocabulary = model.config.padded_vocab_size
-    total = hashlib.sha256()
-    for start in range(0, vocabulary, CHUNK):
-        ids = np.arange(start, min(start + CHUNK, vocabulary), dtype=np.int32)
-        total.update(model.core.hidden_states(ids, np.ones_like(ids), [0]))
-    length = min(_PROBE, model.config.seq_length)
-    probe = np.linspace(0, vocabulary - 1, length).astype(np.int32)
-    total.update(model.core.hidden_states(probe, np.array([length], np.int32), layers))
-    return total.hexdigest()[:32]

@@ -24,6 +24,7 @@ from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import PEFT_PREFIX, float_array, weight_of, without_wrappers
+from .relayout import in_layout
 from .template import FILE as TEMPLATE
 from .template import read_template, write_template
 
@@ -125,13 +126,16 @@ def read_adapter(
     files = [directory / name for name in (SAFETENSORS, TORCH) if (directory / name).exists()]
     if not files:
         raise ValueError(f"{directory}: found neither {SAFETENSORS} nor {TORCH}")
+    given = plain_names(files[0], read_weights(files[0]))
+    own, stored = in_layout(files[0], model, config, given)
     try:
-        targets = config.targets(model)
+        targets = own.targets(model)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from None
-    check_adapter(directory, config.base_model_name_or_path, model.config.family)
-    adapter = Adapter(config, targets, {})
-    arrays = fitting(files[0], model, targets, plain_names(files[0], read_weights(files[0])))
+    if own is config:
+        check_adapter(directory, config.base_model_name_or_path, model.config.family)
+    adapter = Adapter(own, targets, {})
+    arrays = fitting(files[0], model, targets, stored)
     zero = [n for n in arrays if n.endswith(".lora_B.weight") and not arrays[n].any()]
     if zero:
         tell.warn(

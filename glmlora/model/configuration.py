@@ -113,7 +113,8 @@ _MAY_BE_NULL = ("eos_token_id", "pad_token_id")
 
 
 class ChatGLMConfig:
-    """Configuration of a model in the `chatglm` layout.
+    """Configuration of a model in the `chatglm` layout, or in a layout of transformers, whose keys
+    are there beside this package's words for them.
 
     Every key of `config.json` is an attribute and may be changed until the model is built
     (`pre_seq_len`, `prefix_projection`). Beside them: `family`, the name of one in

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core, tell
+from ..progress import notices
 
 KINDS = ("cpu", "cuda", "emu")
 _COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -227,5 +228,5 @@ def backend_of(backend: str, asked: str | None, stored: Iterable[str]) -> str:
     kind = compute_dtype(asked, stored)
     if kind != "float32" and kind not in _announced:
         _announced.add(kind)
-        print(f'products in {kind} (compute_dtype="float32" for exact ones)', file=sys.stderr)
+        print(f'products in {kind} (compute_dtype="float32" for exact ones)', file=notices())
     return backend if kind == "float32" else f"{backend}/{kind}"

@@ -454,7 +454,9 @@ class ChatGLMForConditionalGeneration(_Casts):
         state_dict: arrays, or what NumPy can read. Raises ValueError naming every misshaped weight
         and, if `strict`, every missing and unexpected one; nothing is changed then.
         """
-        integers, floats = self._split_quantized(own_keys(state_dict, self.core.names()))
+        integers, floats = self._split_quantized(
+            own_keys(state_dict, self.core.names(), self.config)
+        )
         given = {k: float_array(k, v) for k, v in floats.items()}
         names = [n for n in self.core.names() if n not in integers]
         shapes = {n: self.core.shape(n) for n in names}

@@ -291,9 +291,11 @@ def own_names(
     return named
 
 
-def own_keys(state_dict: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A state dict under the model's `names`, without what is computed anew. ValueError where two
-    of its keys are one of them.
+def own_keys(
+    state_dict: Mapping[str, Any], names: Iterable[str], config: ChatGLMConfig
+) -> dict[str, Any]:
+    """A state dict under the model's `names`, without what is computed anew and without a tied
+    output layer. ValueError where two of its keys are one of them, or that differs.
     """
     known, given = set(names), {}
     for key, value in state_dict.items():
@@ -302,6 +304,13 @@ def own_keys(state_dict: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
             raise ValueError(f"load_state_dict: {own} is there twice, once as {key}")
         if not recomputed(key):
             given[own] = value
+    head, embedding = config.tensor_names["output_layer"] + ".weight", embedding_of(config)
+    if config.tied_head and head in given and embedding in given:
+        if not np.array_equal(given[embedding], given.pop(head)):
+            raise ValueError(
+                f"load_state_dict: {head} and {embedding} differ, but they are one weight "
+                "(tie_word_embeddings)"
+            )
     return given
 
 

@@ -272,6 +272,7 @@ class PeftModel:
         if not isinstance(config, LoraConfig):
             raise TypeError(f"config: expected a LoraConfig, got {type(config).__name__}")
         adapter = read_adapter(model, path, config)
+        config = adapter.config
         config.inference_mode = not is_trainable
         if any(is_lora(n) for n in model.core.names()):
             tell.warn(
@@ -306,8 +307,8 @@ class PeftModel:
         path = Path(model_id, subfolder or "")
         config = _lora_config(path)
         adapter = read_adapter(self._base, path, config)
-        config.inference_mode = not is_trainable
-        self._adapters[adapter_name], self.peft_config[adapter_name] = adapter, config
+        adapter.config.inference_mode = not is_trainable
+        self._adapters[adapter_name], self.peft_config[adapter_name] = adapter, adapter.config
 
     def add_adapter(
         self,

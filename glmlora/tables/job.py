@@ -21,6 +21,7 @@ from ..files.rows import table_rows
 from ..files.small import TOKENIZER
 from ..files.write import atomic_file
 from ..generation.config import BatchChatArguments, check_names, spelled_out
+from ..generation.identity import model_digest
 from ..interrupts import ending_signals
 from ..progress import bar
 from ..questions import row_queries
@@ -42,7 +43,6 @@ _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|index\.json)|((adapter_|generation_)?config|prompt_template)\.json"
 )
 _TOKENIZER = re.compile("|".join(map(re.escape, TOKENIZER)))
-_SAMPLE = 1 << 14  # values of a weight
 
 
 def describe_folders(
@@ -61,22 +61,13 @@ def describe_folders(
 
 
 def describe_model(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """The same of a model in memory, whatever it was loaded from or trained to since: its device
-    and types, and of each weight, adapters included, a sample of up to 16,384 values.
-    """
-    core = model.core
-    sums = {}
-    for name in sorted(core.names()):
-        values = core.read(name).reshape(-1)
-        sample = values[:: max(1, values.size // _SAMPLE)]
-        form = f"{core.dtype(name)} {core.shape(name)} "
-        sums[name] = digest(form.encode() + sample.tobytes())
+    """The same of a model in memory, whatever it was loaded from or trained to since."""
     configs = getattr(model, "peft_config", {})
     adapters = {name: _fields_digest(config.to_dict()) for name, config in configs.items()}
     return {
-        "model": {"weights": digest(json.dumps(sums).encode())},
+        "model": {"weights": digest(model_digest(model).encode())},
         "adapter": adapters | {"active": str(getattr(model, "active_adapter", None))},
-        "products": core.backend,
+        "products": model.core.backend,
         "prompts": {"family": str(tokenizer.family), "template": model.prompt_template},
         "tokenizer": digests(tokenizer.name_or_path, _TOKENIZER),
     }

@@ -1,18 +1,17 @@
-"""A vocabulary of bytes that are merged: base64 and rank per line, as tiktoken has it."""
+"""A vocabulary of bytes that are merged: base64 and rank per line, as tiktoken has it, or the
+tokenizer.json of the same (`tokenizer_json.py`)."""
 
 from __future__ import annotations
 
 import re
 from base64 import b64decode
 from collections.abc import Sequence
+from typing import Any
 
+from ..families.vocabulary import is_json
+from .tokenizer_json import CUT, read
 from .vocabulary import Token
 
-# How text is cut before anything is merged: the published tokenizers' own expression.
-CUT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 BLANKS = 500_000  # in a row: from a million on the expression overflows its stack in tiktoken
 _LONG_BLANKS = re.compile(rf"\s{{{BLANKS}}}")
 
@@ -34,7 +33,12 @@ class BytePairs:
             raise ImportError(
                 "this model's tokenizer needs the tiktoken package: pip install tiktoken"
             ) from error
-        self._ranks = _ranks(data, file)
+        self.added: dict[str, Any] | None = None
+        self.prefix: tuple[str, ...] | None = None
+        if is_json(data):
+            self._ranks, self.added, self.prefix = read(data, file)
+        else:
+            self._ranks = _ranks(data, file)
         self.size = len(self._ranks)
         self._tokens = sorted(self._ranks, key=self._ranks.__getitem__)
         if [*map(self._ranks.__getitem__, self._tokens)] != [*range(self.size)]:

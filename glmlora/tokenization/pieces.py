@@ -12,6 +12,8 @@ DUMMY_SPACE = "\u2581"
 class Pieces:
     """See `Vocabulary`. Text gets a dummy space in front; bytes without a piece are `<0x..>`."""
 
+    added = prefix = None
+
     def __init__(self, data: bytes, file: str):
         """data: the content of `file`. ValueError for what is no SentencePiece model or lacks a
         piece for unk, bos or eos; ImportError without sentencepiece.

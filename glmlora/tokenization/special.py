@@ -16,20 +16,16 @@ def content_of(token: Any) -> Any:
     return token.get("content", token) if isinstance(token, dict) else token
 
 
-def special_ids(
-    family: Family, first: int, config: Mapping[str, Any], where: str
-) -> dict[str, int]:
-    """Special tokens by name, ids from `first`: those that a tokenizer_config.json lists behind a
-    vocabulary of byte pairs, else the family's, one after the other.
+def special_ids(family: Family, first: int, listed: Any, where: str) -> dict[str, int]:
+    """Special tokens by name, ids from `first`: those that are listed behind a vocabulary of byte
+    pairs, else the family's, one after the other.
 
-    where: the file, for messages. ValueError for ids that cannot be, or a token that prompts need
-    and that is not listed.
+    listed: id -> token with its flags, or None; where: the file and field, for messages. ValueError
+    for ids that cannot be, or a token that prompts need and that is not listed.
     """
     names = family.special_tokens or ()
-    listed = config.get("added_tokens_decoder")
     if not family.byte_pairs or listed is None:
         return {name: first + i for i, name in enumerate(names)}
-    where += ": added_tokens_decoder"
     if not isinstance(listed, Mapping):
         raise ValueError(f"{where}: expected ids and tokens, got {listed!r:.80}")
     found: dict[str, int] = {}

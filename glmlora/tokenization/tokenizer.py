@@ -29,10 +29,16 @@ from ..encoding import (
 )
 from ..families import prompt as prompts
 from ..families import recognition
-from ..families.vocabulary import OTHERS, has_byte_pairs, is_byte_pairs
+from ..families.vocabulary import (
+    OTHERS,
+    has_byte_pairs,
+    is_byte_pairs,
+    is_json,
+    vocabulary_file,
+)
 from ..files import tokenizer_keywords as keywords
 from ..files.hub import check_keywords, model_directory
-from ..files.regular import read_bytes
+from ..files.regular import read_bytes, read_text
 from ..files.small import TEMPLATES, copy, copy_code, whole_references
 from ..files.staging import staged
 from ..files.write import read_json, refuse_lfs_pointer, write_json
@@ -46,9 +52,10 @@ from .vocabulary import Token, Vocabulary
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-VOCABULARY = "tokenizer.model"
+VOCABULARY, JSON_VOCABULARY = "tokenizer.model", "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
 LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
 _ADDED = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")
 _FIXED = {
@@ -103,6 +110,10 @@ class ChatGLMTokenizer(Encoder):
         self._directory = Path(os.path.abspath(self.vocab_file)).parent
         self._config = dict(config or {})
         self._tokens_map = dict(tokens_map or {})
+        self._template = self._config.get("chat_template")
+        template = self._directory / TEMPLATE
+        if not self._template and template.is_file():
+            self._template = read_text(template, errors="replace")
         self._model = read_bytes(vocab_file)
         self._open_model()
         self._take_config(encode_special_tokens is None)
@@ -152,9 +163,15 @@ class ChatGLMTokenizer(Encoder):
             )
         form = BytePairs if family.byte_pairs else Pieces
         self._vocabulary: Vocabulary = form(self._model, self.vocab_file)
-        where = f"{self.name_or_path}: {CONFIG}"
-        self.special_tokens = special_ids(family, self._vocabulary.size, self._config, where)
+        listed, where = self._vocabulary.added, f"{self.vocab_file}: added_tokens"
+        if listed is None:
+            listed = self._config.get("added_tokens_decoder")
+            where = f"{self.name_or_path}: {CONFIG}: added_tokens_decoder"
+        self.special_tokens = special_ids(family, self._vocabulary.size, listed, where)
         self._special_names = {i: name for name, i in self.special_tokens.items()}
+        flags = listed if family.byte_pairs and listed else {}
+        plain = (isinstance(t, dict) and t.get("special") is False for t in flags.values())
+        self._plain_ids = {int(i) for i, is_plain in zip(flags, plain, strict=True) if is_plain}
         ids = {**self.special_tokens, **self._vocabulary.named}
         called: dict[str, str] = {**family.named_tokens}
         self.unk_token, self.unk_token_id = called.get("unk"), ids.get("unk")
@@ -392,9 +409,20 @@ class ChatGLMTokenizer(Encoder):
         return self._special_names.get(i, "")
 
     def _is_special(self, i: int) -> bool:
-        return i in self._silent_ids or i in self._special_names
+        return i in self._silent_ids or (i in self._special_names and i not in self._plain_ids)
 
     # Encoding
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
+    ) -> list[int]:
+        """`[gMASK] sop` a, or `[gMASK] sop` a b and the end id; as a tokenizer.json says, where it
+        is one: with that prefix or without, no end id.
+        """
+        own = self._vocabulary.prefix
+        if own is None:
+            return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
+        return [*(self.special_tokens[name] for name in own), *token_ids_0, *(token_ids_1 or ())]
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of text alone: no special ids, whatever it says. ValueError for lone surrogates."""
@@ -488,8 +516,7 @@ class ChatGLMTokenizer(Encoder):
     @property
     def chat_template(self) -> str | None:
         """The checkpoint's own, which is read for its texts and never run."""
-        own = self._config.get("chat_template")
-        return own if isinstance(own, str) and own else None
+        return self._template if isinstance(self._template, str) else None
 
     # Chat
 
@@ -532,10 +559,10 @@ class ChatGLMTokenizer(Encoder):
         and truncation as in `__call__`. Other options of transformers are refused by name.
         """
         refuse_options(others, TemplateOptions, self.apply_chat_template)
-        own, marks = self._config.get("chat_template"), self._family.template_marks
+        own, marks = self._template, self._family.template_marks
         if own and not (marks and all(mark in str(own) for mark in marks)):
             tell.once(
-                f"{self.name_or_path}: {CONFIG}: its chat_template is not run: "
+                f"{self.name_or_path}: its chat_template is not run: "
                 f"apply_chat_template writes {self._family.title}'s own"
             )
         messages = conversation if messages is None else messages
@@ -625,7 +652,8 @@ class ChatGLMTokenizer(Encoder):
                     copy(self._directory / name, new / name)
             kept = whole_references(fields["auto_map"], (new, directory))
             fields = {**fields, "auto_map": kept} if kept else _without(fields, "auto_map")
-            (new / VOCABULARY).write_bytes(self._model)
+            name = JSON_VOCABULARY if is_json(self._model) else VOCABULARY
+            (new / name).write_bytes(self._model)
             write_json(new / CONFIG, fields)
             write_json(new / TOKENS_MAP, self._tokens_map)
             names = sorted(os.listdir(new))
@@ -678,8 +706,8 @@ class AutoTokenizer:
         known = inspect.signature(AutoTokenizer.from_pretrained).parameters
         check_keywords(what, others, known, keywords.NEUTRAL, keywords.REASONS)
         directory = model_directory(pretrained_model_name_or_path, subfolder)
-        vocabulary = directory / VOCABULARY
-        if not vocabulary.exists():
+        vocabulary = vocabulary_file(directory)
+        if vocabulary is None:
             hints = [f"; {hint}" for name, hint in OTHERS.items() if (directory / name).is_file()]
             raise FileNotFoundError(f"{directory}: has no {VOCABULARY}{''.join(hints)}")
         config, tokens_map = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 #: A token as the published tokenizers show it: text, or bytes where one may be half a character.
 Token = str | bytes
@@ -15,6 +15,8 @@ class Vocabulary(Protocol):
     size: int
     named: dict[str, int]  # "unk", "bos", "eos": those that are among the ids
     dummy_space_id: int | None  # what encoding may put in front of a text
+    added: dict[str, Any] | None  # special tokens that the file lists: id -> content, flags
+    prefix: tuple[str, ...] | None  # those that it puts in front of texts; None: it does not say
 
     def encode(self, text: str) -> list[int]:
         """Ids of text that UTF-8 can hold; no special token is found in it."""
