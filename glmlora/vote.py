@@ -12,7 +12,7 @@ from .names import listed
 _GAIN = 1e-9  # nats a row: what a mean must gain over the better of the two to be taken
 
 
-def vote_weight(y: Any, proba: Any, other: Any, labels: Sequence[Any] | None = None) -> float:
+def vote_weight(y: Any, proba: Any, other: Any, labels: Any = None) -> float:
     """The weight of `proba` in the mean `weight * proba + (1 - weight) * other` whose log-loss over
     these rows is least, from 0 to 1. Neither classifier may have been trained on these rows: take
     rows held out, or each row's probabilities by a fold that has not seen it (`oof_proba_`).
