@@ -164,7 +164,8 @@ def main():
             dict(job="lora", lengths=UNEVEN, labelled=3, checkpointing=False)
         )
         bench.close()
-        read, trained, step = head_seconds(folder)
+        with tempfile.TemporaryDirectory() as features:
+            read, trained, step = head_seconds(Path(features))
         peak_memory = {rows: memory(rows) for rows in (500, 2000)}
     finally:
         if bench:

@@ -7,6 +7,7 @@ It trains by `glmlora.train` on prompts that its template makes of the rows, and
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import tell
+from .batch import updates_per_epoch
 from .files.rows import is_missing
 from .files.safetensors import read_safetensors, write_safetensors
 from .files.staging import staged
@@ -605,7 +607,9 @@ class _Run:
             **(s.training_arguments or {}),
         }
         if held_out is not None:
-            given |= self._evaluation([records[i] for i in np.flatnonzero(held_out)])
+            given |= self._evaluation(
+                [records[i] for i in np.flatnonzero(held_out)], _updates(given, len(trained))
+            )
         folder = Path(tempfile.mkdtemp(prefix="glmlora-"))
         stopped = False
         try:
@@ -649,9 +653,12 @@ class _Run:
         if self.settings.verbose:
             _print_scores(record)
 
-    def _evaluation(self, records: list[dict[str, str]]) -> dict[str, Any]:
-        """Arguments of `train` that score these records and keep the best weights."""
-        every = min(0.5, 1 / (EVALUATIONS * self.settings.num_train_epochs))
+    def _evaluation(self, records: list[dict[str, str]], updates: int) -> dict[str, Any]:
+        """Arguments of `train` that score these records in a run of so many updates, and keep the
+        best weights. The last score is one of the last weights, or of nearly the last.
+        """
+        scores = max(2, round(EVALUATIONS * self.settings.num_train_epochs))
+        every = max(1, updates // scores)
         return {
             "eval_data": records,
             "label_metrics": True,
@@ -664,6 +671,19 @@ class _Run:
             "metric_for_best_model": "log_loss",
             "early_stopping_patience": self.settings.early_stopping or None,
         }
+
+
+def _updates(given: Mapping[str, Any], rows: int) -> int:
+    """Of a run of `train` with these arguments."""
+    if given.get("max_steps", -1) > 0:
+        return int(given["max_steps"])
+    per_epoch = updates_per_epoch(
+        rows,
+        given["per_device_train_batch_size"],
+        given.get("gradient_accumulation_steps", 1),
+        given.get("dataloader_drop_last", False),
+    )
+    return math.ceil(given["num_train_epochs"] * per_epoch)
 
 
 def _print_scores(record: Mapping[str, Any]) -> None:

@@ -216,6 +216,13 @@ def test_validation_scores_and_keeps_the_best(base, monkeypatch):
     assert kept == pytest.approx(seen[2], abs=1e-6) and kept != pytest.approx(seen[4], abs=1e-6)
 
 
+def test_the_last_weights_are_scored_too(base):
+    """5 updates in 2 parts: scored after 2 and 4, not after 3 and never again."""
+    few = {"validation": 0.25, "num_train_epochs": 1, "per_device_train_batch_size": 4}
+    classifier = quick(base, **few).fit(TEXTS, LABELS)
+    assert [record["epoch"] for record in classifier.history_] == [0.4, 0.8]
+
+
 def test_rows_held_out_are_not_trained(base, monkeypatch):
     trained, seeds = [], []
     real = glmlora.classifier.train

@@ -9,6 +9,7 @@ import os
 
 import numpy as np
 import pytest
+import test_model_gradient as model_gradient
 import test_ops
 import tiny
 from emulator import emulator
@@ -252,6 +253,29 @@ def test_a_row_over_a_quantized_weight_has_the_same_bits_in_few_rows(device, kin
         part = m.out(b - a, 40)
         m.ops.linear_forward(part, x[a:b], W, bias, b - a, 0.5, 0)
         test_ops.same_bits(part, out[a:b], f"rows {a}:{b}")
+
+
+@on_devices
+@pytest.mark.parametrize("kind", ["wide heads", pytest.param("fused", marks=pytest.mark.deep)])
+def test_layers_that_are_recomputed_from_rounded_inputs(device, kind):
+    """In bfloat16 a layer is recomputed of its input in 16 bits, in memory that others share:
+    gradients differ by the rounding alone."""
+    arch, family = model_gradient.KINDS[kind]
+    found = []
+    for budget in (1 << 30, 1):
+        rng, sizes = np.random.default_rng(5), {**model_gradient.ARCH, **arch, "layers": 4}
+        model = _core.Model(sizes, f"{device}/bfloat16", names=family.tensor_names)
+        for name, shape in model.shapes().items():
+            mean, deviation = (0.3, 1) if len(shape) == 1 else (0, 1.5 / np.sqrt(shape[1]))
+            model.bind(name, rng.normal(mean, deviation, shape).astype(np.float32), "F32")
+        names = [n for n in model.shapes() if "norm" in n or ".mlp." in n]
+        model.set_trainable(names)
+        model.reserve(12, 3, 5, True, budget)
+        batch = [model_gradient.IDS, model_gradient.LENGTHS]
+        model.backward(*batch, model_gradient.ROWS, model_gradient.TARGETS)
+        found.append([model.read(name, "grad") for name in names])
+    for kept, again in zip(*found, strict=True):
+        assert np.abs(kept - again).max() <= 0.06 * np.abs(kept).max()
 
 
 # ---- memory

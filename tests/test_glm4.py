@@ -228,6 +228,11 @@ def test_other_forms_long_blanks_and_a_missing_library(folder, tokenizer, tmp_pa
 # The same vocabulary as tokenizer.json
 
 
+def in_front(name):
+    parts = [{"SpecialToken": {"id": name}}, {"Sequence": {"id": "A"}}]
+    return {"type": "TemplateProcessing", "single": parts}
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_tokenizer_json_has_the_published_ids(shared, tmp_path):
     place, data = shared / "golden/tokenizer-glm4-hf-tiny", golden(shared, "tokenizer-glm4-hf-tiny")
@@ -275,6 +280,10 @@ def test_a_tokenizer_json_has_the_published_ids(shared, tmp_path):
         (lambda t: t["model"]["merges"].pop(), "merges: expected every cut .* 766 .* got 765"),
         (lambda t: t["model"]["vocab"].update({" ": 1000}), "vocab: expected bytes and an id"),
         (lambda t: t["added_tokens"].pop(4), "added_tokens: has no <sop>, which GLM-4 needs"),
+        (
+            lambda t: t.update(post_processor=in_front("[X]")),
+            r"post_processor: '\[X\]' is not among added_tokens",
+        ),
         (lambda t: t.pop("model"), "expected the fields of the tokenizers library's file"),
     ],
 )

@@ -66,7 +66,8 @@ def test_training_says_what_it_was_for(base, trained):
         scores={name: trained.metrics[f"eval_{name}"] for name in names},
     )
     assert read_task(folder) == trained.model.task == with_adapter(base, folder).task == expected
-    assert read_task(folder / "checkpoint-3") == replace(expected, scores={})  # evaluated at 5
+    for step in (3, 6):  # it was evaluated at 5, and at the end
+        assert read_task(folder / f"checkpoint-{step}") == replace(expected, scores={})
 
 
 def test_scores_are_those_of_the_weights(base, tmp_path):
@@ -229,6 +230,13 @@ def test_training_and_prediction_have_the_same_ids(base, trained, family, templa
         assert all(query.startswith("Judge -->") for query in queries)
         if template == "auto":
             assert [chat_ids(tokenizer, query) for query in queries] == trained_ids
+
+
+def test_no_piece_is_cut_that_has_room(base):
+    tokenizer = glmlora.AutoTokenizer.from_pretrained(base)
+    for limit in range(50, 60):  # each digit is a piece
+        ids, cut = encode_source(tokenizer, "Judge", "7" * 99, [], limit)
+        assert cut and len(ids) == limit
 
 
 def test_chat_asks_what_was_trained(base, trained, monkeypatch, anew):

@@ -87,5 +87,9 @@ def _prefix(fields: Any) -> tuple[str, ...]:
             *before, text = step["single"]
             if "Sequence" not in text:
                 raise ValueError("post_processor: expected special tokens in front of texts only")
-            return tuple(part["SpecialToken"]["id"] for part in before)
+            names = tuple(part["SpecialToken"]["id"] for part in before)
+            known = {token["content"] for token in fields["added_tokens"]}
+            if other := [name for name in names if name not in known]:
+                raise ValueError(f"post_processor: {other[0]!r:.80} is not among added_tokens")
+            return names
     return ()
