@@ -42,45 +42,11 @@ PROJECTIONS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 LINEARS = [*PROJECTIONS, "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
 
 
-def weights_of(config):
-    """The tiny ChatGLM2's, cut and renamed; with norms of branches for glm4."""
-    c = config
-    heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
-    source = tiny.tiny_weights(
-        tiny.TINY_CONFIG | {"kv_channels": c["head_dim"], "add_qkv_bias": c["attention_bias"]}
-    )
-    cuts = np.cumsum([heads * c["head_dim"], groups * c["head_dim"]])
-    found = {}
-    for name, array in source.items():
-        new = name.replace("transformer.encoder.layers", "model.layers")
-        for old, word in (
-            ("self_attention.dense", "self_attn.o_proj"),
-            ("mlp.dense_h_to_4h", "mlp.gate_up_proj"),
-            ("mlp.dense_4h_to_h", "mlp.down_proj"),
-            ("transformer.embedding.word_embeddings", "model.embed_tokens"),
-            ("transformer.encoder.final_layernorm", "model.norm"),
-            ("transformer.output_layer", "lm_head"),
-        ):
-            new = new.replace(old, word)
-        if "query_key_value" not in name:
-            found[new] = array
-            continue
-        for part, rows in zip("qkv", np.split(array, cuts), strict=True):
-            found[new.replace("self_attention.query_key_value", f"self_attn.{part}_proj")] = rows
-    if c["tie_word_embeddings"]:
-        del found["lm_head.weight"]
-    for i in range(c["num_hidden_layers"]) if c["model_type"] == "glm4" else ():
-        for norm in ("post_self_attn_layernorm", "post_mlp_layernorm"):
-            values = np.random.default_rng(i).normal(1, 0.2, c["hidden_size"])
-            found[f"model.layers.{i}.{norm}.weight"] = values.astype(np.float32)
-    return {name: np.ascontiguousarray(array) for name, array in found.items()}
-
-
 def write(directory, kind="glm", weights=None, **changes):
     """A model directory; None takes a key out."""
     config = {**CONFIG, **KINDS[kind], **changes}
     directory.mkdir(exist_ok=True)
-    tensors = weights_of({**CONFIG, **KINDS[kind]}) if weights is None else weights
+    tensors = tiny.transformers_weights({**CONFIG, **KINDS[kind]}) if weights is None else weights
     write_safetensors(directory / "model.safetensors", tensors)
     fields = {k: v for k, v in config.items() if v is not None}
     (directory / "config.json").write_text(json.dumps(fields), encoding="utf-8")
@@ -109,7 +75,7 @@ def adapted(model, targets, seed=3, **fields):
 
 
 def test_users_see_the_names_of_the_layout(directory, kind):
-    model, wanted = load(directory), weights_of({**CONFIG, **KINDS[kind]})
+    model, wanted = load(directory), tiny.transformers_weights({**CONFIG, **KINDS[kind]})
     assert set(model.state_dict()) == set(wanted)
     assert {n for n, _ in model.named_parameters()} == set(wanted)
     for name, array in model.state_dict().items():
@@ -119,7 +85,7 @@ def test_users_see_the_names_of_the_layout(directory, kind):
 
 
 def test_a_missing_tensor_is_named_as_the_layout_names_it(tmp_path):
-    weights = weights_of(CONFIG)
+    weights = tiny.transformers_weights(CONFIG)
     del weights["model.layers.1.self_attn.k_proj.weight"]
     base = write(tmp_path / "base", weights=weights)
     with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.self_attn\.k_proj\.weight"):
@@ -155,7 +121,7 @@ def test_a_saved_model_is_of_its_layout(directory, kind, tmp_path):
     assert {k: v for k, v in after.items() if k in before} == before
     assert set(after) - set(before) == set()
     stored = glmlora.load_state_dict(tmp_path / "again")
-    assert set(stored) == set(weights_of({**CONFIG, **KINDS[kind]}))
+    assert set(stored) == set(tiny.transformers_weights({**CONFIG, **KINDS[kind]}))
     assert np.array_equal(load(tmp_path / "again")(IDS).logits, model(IDS).logits)
 
 
@@ -269,7 +235,7 @@ def test_an_adapter_on_a_tied_head_trains_and_is_not_merged(tmp_path):
     assert np.abs(model.named_gradients()["base_model.model.lm_head.lora_A.weight"]).max() > 0
     with pytest.raises(RuntimeError, match=r"lm_head.*shares model\.embed_tokens\.weight"):
         model.merge_and_unload()
-    assert np.array_equal(model.core.read("model.embed_tokens.weight"), weights_of(
+    assert np.array_equal(model.core.read("model.embed_tokens.weight"), tiny.transformers_weights(
         {**CONFIG, **KINDS["tied"]})["model.embed_tokens.weight"])  # fmt: skip
     model.save_pretrained(tmp_path / "adapter")
     again = glmlora.PeftModel.from_pretrained(load(base), tmp_path / "adapter")
@@ -282,7 +248,7 @@ def test_embeddings_are_no_target(tmp_path):
 
 
 def test_a_tied_head_that_is_in_the_file_must_be_the_embeddings(tmp_path):
-    weights = weights_of({**CONFIG, **KINDS["tied"]})
+    weights = tiny.transformers_weights({**CONFIG, **KINDS["tied"]})
     wanted = load(write(tmp_path / "without", "tied"))(IDS).logits
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
     assert np.array_equal(load(write(tmp_path / "equal", "tied", weights))(IDS).logits, wanted)

@@ -7,6 +7,7 @@ import json
 import re
 from base64 import b64decode, b64encode
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,38 @@ def tiny_glm4_dir(tmp: Path, seed: int = 0, merges: int = 120, **overrides: Any)
     return tiny_byte_pairs_dir(directory, merges)
 
 
+def transformers_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Those of the tiny ChatGLM2, cut and renamed; with norms of branches for glm4."""
+    c = config
+    rows = np.array([c["num_attention_heads"], c["num_key_value_heads"]]) * c["head_dim"]
+    own = {"kv_channels": c["head_dim"], "add_qkv_bias": c["attention_bias"]}
+    own |= {"padded_vocab_size": c["vocab_size"]}
+    found: dict[str, np.ndarray] = {}
+    for name, array in tiny_weights({**TINY_CONFIG, **own}, seed).items():
+        new = name.replace("transformer.encoder.layers", "model.layers")
+        for old, word in (
+            ("self_attention.dense", "self_attn.o_proj"),
+            ("mlp.dense_h_to_4h", "mlp.gate_up_proj"),
+            ("mlp.dense_4h_to_h", "mlp.down_proj"),
+            ("transformer.embedding.word_embeddings", "model.embed_tokens"),
+            ("transformer.encoder.final_layernorm", "model.norm"),
+            ("transformer.output_layer", "lm_head"),
+        ):
+            new = new.replace(old, word)
+        if "query_key_value" not in name:
+            found[new] = array
+            continue
+        for part, cut in zip("qkv", np.split(array, np.cumsum(rows)), strict=True):
+            found[new.replace("self_attention.query_key_value", f"self_attn.{part}_proj")] = cut
+    if c["tie_word_embeddings"]:
+        del found["lm_head.weight"]
+    for i in range(c["num_hidden_layers"]) if c["model_type"] == "glm4" else ():
+        for norm in ("post_self_attn_layernorm", "post_mlp_layernorm"):
+            values = np.random.default_rng(i).normal(1, 0.2, c["hidden_size"])
+            found[f"model.layers.{i}.{norm}.weight"] = values.astype(np.float32)
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}
+
+
 def tiny_transformers_dir(
     tmp: Path, seed: int = 0, template: str | None = None, thinks: bool = False, **overrides: Any
 ) -> Path:
@@ -231,34 +264,9 @@ def tiny_transformers_dir(
         **{"eos_token_id": [376, 383, 385], "pad_token_id": 376},
         **overrides,
     }
-    source = tiny_weights({**TINY_CONFIG, "padded_vocab_size": 400}, seed)
-    weights: dict[str, np.ndarray] = {}
-    for name, array in source.items():
-        new = name.replace("transformer.encoder.layers", "model.layers")
-        for old, word in (
-            ("self_attention.dense", "self_attn.o_proj"),
-            ("mlp.dense_h_to_4h", "mlp.gate_up_proj"),
-            ("mlp.dense_4h_to_h", "mlp.down_proj"),
-            ("transformer.embedding.word_embeddings", "model.embed_tokens"),
-            ("transformer.encoder.final_layernorm", "model.norm"),
-            ("transformer.output_layer", "lm_head"),
-        ):
-            new = new.replace(old, word)
-        if "query_key_value" not in name:
-            weights[new] = array
-            continue
-        for part, rows in zip("qkv", np.split(array, [32, 48]), strict=True):
-            weights[new.replace("self_attention.query_key_value", f"self_attn.{part}_proj")] = rows
-    if config["tie_word_embeddings"]:
-        del weights["lm_head.weight"]
-    for i in range(2) if config["model_type"] == "glm4" else ():
-        for norm in ("post_self_attn_layernorm", "post_mlp_layernorm"):
-            weights[f"model.layers.{i}.{norm}.weight"] = np.ones(32, np.float32)
+    weights = transformers_weights(config, seed)
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_safetensors(
-        directory / "model.safetensors",
-        {name: np.ascontiguousarray(array) for name, array in weights.items()},
-    )
+    write_safetensors(directory / "model.safetensors", weights)
     file = directory / "tokenizer.model"
     shown = {b: c for c, b in tokenizer_json._BYTES.items()}
     ranks = {}
