@@ -393,6 +393,33 @@ def test_a_signal_ends_the_run_and_its_programs(tmp_path, child, number, status)
     assert not os.path.exists(f"/proc/{pid.read_text().strip()}")
 
 
+def test_a_signal_that_does_not_wake_is_seen(tmp_path):
+    """Ctrl-C just before the wait for a program blocks, or in another thread."""
+    program = """
+import signal, threading, time
+from glmlora.notebook import children
+
+def interrupt():
+    while not open("begun").read():
+        time.sleep(0.02)
+    time.sleep(0.2)
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+open("begun", "w")
+threading.Thread(target=interrupt).start()
+try:
+    children.run(["sh", "-c", "echo 1 > begun; sleep 10; echo 1 > ended"])
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(
+        words, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+    assert not (tmp_path / "ended").exists()
+
+
 def test_magics_that_are_not_known_are_told_first(run):
     status, out, err = run("print(1)", "if False:\n    %tmeit 1", "%%capture\n%nosuch")
     assert status == 1 and out == "1\n"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 GRACE = 10  # seconds for a program to save what it has after Ctrl-C
+WAKE = 0.2  # seconds within which a signal is seen while a program runs
 
 # A module first on the path of Python programs below a run. Another Python than the run's has its
 # own packages and keeps them.
@@ -127,7 +128,7 @@ def run(
         )
         try:
             interrupts.raise_from_now()
-            texts = child.communicate(None if script is None else script.encode())
+            texts = _communicate(child, None if script is None else script.encode())
         except BaseException:
             _end(child, apart)
             raise
@@ -137,6 +138,15 @@ def run(
             stream.write(text)
     status = child.returncode
     return Done(128 - status if status > 128 else status, *shown)
+
+
+def _communicate(child: subprocess.Popen[bytes], given: bytes | None) -> tuple[Any, Any]:
+    """As `child.communicate`, which a signal that comes just before it blocks would not wake."""
+    while True:
+        try:
+            return child.communicate(given, timeout=WAKE)
+        except subprocess.TimeoutExpired:
+            given = None  # it is being sent
 
 
 def _file_of(stream: Any) -> IO[Any] | int:
