@@ -17,14 +17,13 @@ from emulator import built, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_labels import check as check_labels
-from test_workflow import ENV, check_submission, shorten
+from test_workflow import ENV, run_the_documents_notebook
 
 import glmlora
 from glmlora import tell
 from glmlora.families import glm4
 from glmlora.files.checkpoint import write_safetensors
 from glmlora.tokenization import AutoTokenizer, ChatGLMTokenizer, TextStream
-from glmlora.tools import project
 from glmlora.tools.plan import plan
 from glmlora.training.records import encode_records
 
@@ -574,16 +573,7 @@ def test_the_command_line_and_the_plan(speaking, tmp_path):
 
 def test_the_documents_notebook_untouched(speaking, tmp_path, shared):
     """As in test_workflow.py, over this family; its last cell wants 2,000 rows."""
-    (tmp_path / "chatglm2-6b").symlink_to(speaking, target_is_directory=True)
-    home = project.init(tmp_path / "xfg", model=speaking)
-    shorten(home / "csv_data/train.csv", 16)
-    shorten(home / "csv_data/testB.csv", 2000, words=2)
-    done = subprocess.run(
-        [sys.executable, "-m", "glmlora", "run", str(shared / "seed/xfg.ipynb")],
-        **dict(cwd=home, env=ENV, capture_output=True, text=True),
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    check_submission(home / "submit.csv", 2000)
+    run_the_documents_notebook(speaking, tmp_path, shared)
 
 
 @needs_compiler

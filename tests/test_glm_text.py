@@ -3,8 +3,6 @@ and answering over a tiny model of each family. The numbers are test_golden.py's
 
 import csv
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,13 +10,12 @@ import tiny
 import training
 from test_glm4 import FUNCTION
 from test_labels import check as check_labels
-from test_workflow import ENV, check_submission, shorten
+from test_workflow import run_the_documents_notebook
 
 import glmlora
 from glmlora import families
 from glmlora.files.checkpoint import write_safetensors
 from glmlora.tokenization import AutoTokenizer
-from glmlora.tools import project
 from glmlora.training.arguments import DataArguments
 from glmlora.training.records import encode, encode_records
 
@@ -296,13 +293,4 @@ def test_a_trained_model_goes_on_and_answers_merged_quantized_and_in_tables(fold
 
 def test_the_documents_notebook_untouched(speaking, tmp_path, shared):
     """As in test_workflow.py, over each family; its last cell wants 2,000 rows."""
-    (tmp_path / "chatglm2-6b").symlink_to(speaking, target_is_directory=True)
-    home = project.init(tmp_path / "xfg", model=speaking)
-    shorten(home / "csv_data/train.csv", 16)
-    shorten(home / "csv_data/testB.csv", 2000, words=2)
-    done = subprocess.run(
-        [sys.executable, "-m", "glmlora", "run", str(shared / "seed/xfg.ipynb")],
-        **dict(cwd=home, env=ENV, capture_output=True, text=True),
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    check_submission(home / "submit.csv", 2000)
+    run_the_documents_notebook(speaking, tmp_path, shared)

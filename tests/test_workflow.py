@@ -77,6 +77,16 @@ OUTPUT = [
 ]
 
 
+def run_the_documents_notebook(model, tmp_path, shared):
+    """It as the document has it, over another model and a few papers, to its submission."""
+    (tmp_path / "chatglm2-6b").symlink_to(model, target_is_directory=True)
+    home = project.init(tmp_path / "xfg", model=model)
+    shorten(home / "csv_data/train.csv", 16)
+    shorten(home / "csv_data/testB.csv", 2000, words=2)
+    glmlora("run", shared / "seed/xfg.ipynb", cwd=home)
+    check_submission(home / "submit.csv", 2000)
+
+
 def test_the_documents_notebook_untouched(folder, shared):
     """`glmlora run` on the notebook as the document has it; its last cell wants 2,000 rows."""
     shorten(folder / "csv_data/testB.csv", 2000, words=2)
