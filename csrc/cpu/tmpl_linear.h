@@ -15,7 +15,7 @@ enum {
 #if VL == 16
     XR = 6, R1 = 1, C1 = 8, R2 = 4, C2 = 6, IN_PLACE_ROWS = 16,
 #else
-    XR = 3, R1 = 1, C1 = 8, R2 = 3, C2 = 4, IN_PLACE_ROWS = 3,
+    XR = 3, R1 = 1, C1 = 4, R2 = 3, C2 = 4, IN_PLACE_ROWS = 3,
 #endif
     IN_PLACE_COLS = 96, /* rows of W of a task in place: a multiple of each C */
     VB = 4 * VL,        /* bytes of a vector */
@@ -340,7 +340,7 @@ INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w
         for (int c = 0; c < C; c++) {
             vf v[4];
             load_chunk(v, row[c] + at, kind, dtype);
-            if (c % turns == 0)
+            if (c % turns == 0 && at % 64 == 0) /* a line once */
                 __builtin_prefetch(row[c] + at + C * stride, 0, 2);
             for (int i = 0; keep && i < chunk; i++)
                 *kept++ = v[i];
