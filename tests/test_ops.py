@@ -1155,8 +1155,9 @@ NARROW_CASES += [
 # 63 of them, a tile but one
 NARROW_CASES.append((attention_forward, "context", (95,), (2, 1, 64)))
 DEVICES = [name for name in backends() if name in ("emu", "cuda")]
-FAST = [f"cpu:avx512bf16/{kind}" for kind in ("bfloat16", "int8")]
-FAST = FAST if "avx512bf16" in _core.cpu_variants().split(",") else []
+SETS = _core.cpu_variants().split(",")
+BYTES = [f"cpu:{isa}/int8" for isa in SETS]
+FAST = [*(["cpu:avx512bf16/bfloat16"] if "avx512bf16" in SETS else []), *BYTES]
 
 
 @pytest.mark.parametrize("type_", NARROW)
@@ -1195,7 +1196,74 @@ def test_adapters_stay_in_float(backend: str) -> None:
         assert not compare(case, backend, 4)
 
 
-@pytest.mark.parametrize("backend", FAST[1:])
+def bytes_reference(x: np.ndarray, w: np.ndarray, scale: np.ndarray, factor: float) -> np.ndarray:
+    """factor * (x W^T) by int8 arithmetic, W = scale * w: runs of 2,048 columns of x have a scale,
+    and outliers, at most four, are multiplied apart (csrc/cpu/tmpl_linear.h: quantize_x)."""
+    f32 = np.float32
+
+    def squares_below(row: np.ndarray, bound: float) -> tuple:
+        kept = np.zeros(-(-len(row) // 16) * 16, f32)
+        kept[: len(row)] = np.where(np.abs(row) < bound, np.abs(row), 0)
+        lanes = np.zeros(16, f32)
+        for part in kept.reshape(-1, 16):
+            lanes += part * part
+        for width in (8, 4, 2, 1):
+            lanes[:width] += lanes[width : 2 * width]
+        return lanes[0], kept.max()
+
+    out = np.zeros((len(x), len(w)), f32)
+    for n, row in enumerate(x):
+        for b in range(0, len(row), 2048):
+            run, weights = row[b : b + 2048], w[:, b : b + 2048].astype(np.int64)
+            square, rest = squares_below(run, np.inf)
+            mean, outliers = np.sqrt(square / f32(len(run))), []
+            if rest > f32(6) * mean:
+                order = np.argsort(-np.abs(run), kind="stable")[:4]
+                outliers = [k for k in order if np.abs(run[k]) > mean]
+                square, rest = squares_below(run, np.abs(run[outliers[-1]]))
+                limit = f32(6) * np.sqrt(square / f32(len(run)))
+                while outliers and np.abs(run[outliers[-1]]) <= limit:
+                    rest = np.abs(run[outliers.pop()])
+            step = rest / f32(127)
+            inverse = f32(127) / rest if rest > 0 and step > 0 else f32(0)
+            q = np.clip(np.rint(run * inverse), -127, 127).astype(np.int64)
+            q[outliers] = 0
+            out[n] += (weights @ q).astype(f32) * step
+            for k in outliers:
+                out[n] += run[k] * weights[:, k].astype(f32)
+    return f32(factor) * (out * scale.astype(f32))
+
+
+@pytest.mark.parametrize("backend", BYTES)
+def test_int8_arithmetic_is_that_of_the_reference_bit_for_bit(backend: str) -> None:
+    ops, rng = ops_of(backend), np.random.default_rng(8)
+    for rows, O, I in ((1, 70, 5000), (5, 33, 2048), (17, 130, 2100), (40, 200, 300)):
+        data = rng.integers(-128, 128, (O, I)).astype(np.int8)
+        data[0], data[-1] = -128, 127  # the largest sums, both ways
+        scale = rng.uniform(0.001, 0.02, O).astype(np.float16)
+        x = rng.normal(size=(rows, I)).astype(np.float32)
+        x[:, ::700] *= rng.uniform(5, 300, (rows, -(-I // 700))).astype(np.float32)
+        x[0], x[-1, : I // 2] = 3, 0  # every byte 127; a run of zeros
+        out = np.empty((rows, O), np.float32)
+        ops.linear_forward(out, x, Mat(data, I8, scale), None, rows, 0.5, 0)
+        assert np.array_equal(out, bytes_reference(x, data, scale, 0.5)), (rows, O, I)
+
+
+@pytest.mark.parametrize("backend", BYTES[1:])
+def test_every_set_has_the_same_bytes_on_the_way_back(backend: str) -> None:
+    rng = np.random.default_rng(9)
+    for rows, O, I in ((1, 70, 500), (40, 2500, 300)):
+        W = quantized(rng, O, I, "I8")[0]
+        dout, found = rng.normal(size=(rows, O)).astype(np.float32), []
+        dout[0, 7] = 90
+        for name in (BYTES[0], backend):
+            dinp = np.empty((rows, I), np.float32)
+            ops_of(name).linear_backward_input(dinp, dout, W, rows, 2.0, 0)
+            found.append(dinp)
+        assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("backend", BYTES)
 def test_outliers_do_not_coarsen_a_row_of_bytes(backend: str) -> None:
     ops, rng = ops_of(backend), np.random.default_rng(8)
     N, O, I = 30, 260, 4500
@@ -1215,7 +1283,7 @@ def test_outliers_do_not_coarsen_a_row_of_bytes(backend: str) -> None:
             assert np.abs(got - want).max() <= 3e-2 * np.abs(size).max(), rows
 
 
-@pytest.mark.parametrize("backend", FAST[:1])
+@pytest.mark.parametrize("backend", [name for name in FAST if name not in BYTES])
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_the_last_groups_of_a_row_meet_no_scale_of_another(backend: str, rows: int) -> None:
     ops, rng = ops_of(backend), np.random.default_rng(8)

@@ -1,8 +1,8 @@
 /* linear_forward: out = x W^T. Both operands are contiguous along the reduction, so vectors run
  * along it and a sum is made of VL lanes.
  *
- * The arithmetic of a product is a "kind": GLM_F32, GLM_BF16 (pairs of bfloat16, summed in float)
- * or GLM_I8 (quads of bytes, summed in int). W is converted to it while it is read, x before. An
+ * The arithmetic of a product is a "kind": GLM_F32, GLM_BF16 (pairs of bfloat16, summed in float,
+ * where the set has DOT_BF16) or GLM_I8 (quads of bytes, summed in int; the same bits on every set). W is converted to it while it is read, x before. An
  * output is a sum over runs of vectors; in a run lane l adds up its products in order, then the
  * lanes are summed: the same for one row of x, which reads W where it lies at the memory's speed,
  * and for many, which pack panels of W. Only W of kind GLM_BF16 with group scales differs: few rows
@@ -51,22 +51,14 @@ INLINE vf multiply_add(enum glm_dtype kind, vf acc, vf x, vf w)
 #ifdef DOT_BF16
     if (kind == GLM_BF16)
         return DOT_BF16(acc, x, w);
-    if (kind == GLM_I8)
-        return DOT_I8(acc, w, x); /* bytes of w are unsigned: 128 too large, see finish */
 #endif
-    (void)kind;
-    return MADD(x, w, acc);
+    return kind == GLM_I8 ? DOT_I8(acc, w, x) : MADD(x, w, acc);
 }
 
 /* Four sums of lanes, as the kind sums. */
 INLINE v4 sums_of(enum glm_dtype kind, vf a, vf b, vf c, vf d)
 {
-#ifdef DOT_BF16
-    if (kind == GLM_I8)
-        return SUM4_INT(a, b, c, d);
-#endif
-    (void)kind;
-    return SUM4(a, b, c, d);
+    return kind == GLM_I8 ? SUM4_INT(a, b, c, d) : SUM4(a, b, c, d);
 }
 
 /* A chunk of a row of W at `p`. Of 4-bit columns kind GLM_F32 has the even ones first, then the
@@ -74,11 +66,11 @@ INLINE v4 sums_of(enum glm_dtype kind, vf a, vf b, vf c, vf d)
  * 16, then the others; x is packed to match. */
 INLINE void load_chunk(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype dtype)
 {
-#ifdef DOT_BF16
     if (kind == GLM_I8) {
-        v[0] = FLIP_SIGNS(load_bytes(p));
+        v[0] = BYTES_OF_W(load_bytes(p));
         return;
     }
+#ifdef DOT_BF16
     if (kind == GLM_BF16 && dtype == GLM_I4) {
         const vi raw = (vi)load_bytes(p);
         for (int j = 0; j < 4; j++)
@@ -98,7 +90,6 @@ INLINE void load_chunk(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype
         return;
     }
 #endif
-    (void)kind;
     if (dtype == GLM_I4) {
         const vi both = BYTES_TO_INT(p);
         v[0] = INT_TO_FLOAT(both >> 4);
@@ -389,21 +380,27 @@ INLINE void dot_kept(v4 *s, int R, int C, const char *x, const struct glm_mat *w
 
 /* ---- kind GLM_I8: a run of a row of x as bytes, its scale, and its outliers kept apart */
 
-#ifdef DOT_BF16
-/* Square sum of the n values at x whose size is below `bound`, and the largest of those sizes. */
+/* Square sum of the n values at x whose size is below `bound`, and the largest of those sizes. The
+ * sum is one of 16 lanes whatever a vector has, and nothing is rounded once that others round
+ * twice: every set has the same bytes. */
 INLINE float squares_below(float *largest, const float *x, int n, float bound)
 {
-    vf square = {0}, top = {0};
+    vf square[16 / VL] = {{0}}, top = {0};
     for (int k = 0; k < n; k += VL) {
         const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
         const vf size = (vf)((vi)v & 0x7fffffff), kept = (vf)((vi)size & (size < splat(bound)));
-        square = MADD(kept, kept, square);
+        square[k / VL % (16 / VL)] += kept * kept;
         top = select_lanes(kept > top, kept, top);
     }
     *largest = 0;
     for (int i = 0; i < VL; i++)
         *largest = top[i] > *largest ? top[i] : *largest;
-    return lane_sum(square);
+    float sum[16];
+    memcpy(sum, square, sizeof sum);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++)
+            sum[i] += sum[i + width];
+    return sum[0];
 }
 
 /* n <= SHORT_RUN_BYTES columns at x; columns past the end are 0. Of the OUTLIERS largest those
@@ -461,7 +458,6 @@ INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
         run->sum += sum[i];
     memset(q + k, 0, (size_t)(SHORT_RUN_BYTES - k));
 }
-#endif
 
 /* Groups of R rows of x: as vectors of the kind in rows of `vectors`, one task for each group. */
 static void pack_x_task(const void *arg, int task, char *scratch)
@@ -472,7 +468,6 @@ static void pack_x_task(const void *arg, int task, char *scratch)
     const int vectors = vectors_of(p->kind, p->dtype, p->K);
     char *to = p->to + (size_t)task * p->R * vectors * VB;
     (void)scratch;
-#ifdef DOT_BF16
     if (p->kind == GLM_I8) {
         const int in_full = run_of(GLM_I8, GLM_I8), n_runs = glm_byte_runs(p->K);
         for (int r = 0; r < p->R; r++)
@@ -491,6 +486,7 @@ static void pack_x_task(const void *arg, int task, char *scratch)
             }
         return;
     }
+#ifdef DOT_BF16
     if (p->kind == GLM_BF16) {
         if (p->dtype == GLM_I4)
             pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_I4);
@@ -507,13 +503,13 @@ static void pack_x_task(const void *arg, int task, char *scratch)
         pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_F32, GLM_F32);
 }
 
-/* Four outputs of a run added to their sums. Kind GLM_I8: w was 128 too large. */
+/* Four outputs of a run, to be added to their sums. */
 INLINE v4 run_value(v4 s, const struct x_run *run, enum glm_dtype kind)
 {
     if (kind != GLM_I8)
         return s;
     typedef int32_t i4 __attribute__((vector_size(16), aligned(4)));
-    return __builtin_convertvector((i4)s - 128 * run->sum, v4) * run->scale;
+    return __builtin_convertvector((i4)s - BYTE_BIAS * run->sum, v4) * run->scale;
 }
 
 /* tile (a->N, IN_PLACE_COLS) of few rows, W read in place: R of them at a time with C rows of W,
@@ -579,7 +575,7 @@ INLINE void add_outliers(float *out, int cols, const struct x_run *run, const ch
             int8_t *to = columns->value[columns->count];
             const char *from = wp + k / VB * 4 * VB + k % VB;
             for (int o = 0; o < NT_COLS; o++)
-                to[o] = (int8_t)(from[o / 4 * 4 * SHORT_RUN_BYTES + o % 4 * VB] ^ -128);
+                to[o] = (int8_t)(from[o / 4 * 4 * SHORT_RUN_BYTES + o % 4 * VB] ^ -BYTE_BIAS);
             columns->place[k] = (int16_t)columns->count++;
         }
         const int8_t *q = columns->value[columns->place[k]];
@@ -720,11 +716,12 @@ INLINE void finish(const struct nt_args *a, float *tile, size_t ldt, int n0, int
         call(GLM_F32, GLM_I4, 0);                              \
     else if (a->kind == GLM_F32)                               \
         call(GLM_F32, GLM_F64, 0);                             \
+    else if (a->kind == GLM_I8)                                \
+        call(GLM_I8, GLM_I8, 0);                               \
     EACH_FAST_KIND(call)
 
 #ifdef DOT_BF16
 #define EACH_FAST_KIND(call)                                        \
-    else if (a->kind == GLM_I8) call(GLM_I8, GLM_I8, 0);            \
     else if (dtype == GLM_F32) call(GLM_BF16, GLM_F32, 0);          \
     else if (dtype == GLM_F16) call(GLM_BF16, GLM_F16, 0);          \
     else if (dtype == GLM_BF16) call(GLM_BF16, GLM_BF16, 0);        \

@@ -410,8 +410,8 @@ def warn_of_products(core: _core.Model) -> None:
     """Say once that int8 products were asked for and no weight is int8: others are used."""
     if core.backend.endswith("/int8") and not any(core.dtype(n) == "I8" for n in core.names()):
         tell.once(
-            "compute_dtype 'int8' has no effect: the base is not quantized to 8 bits, its products "
-            "are in bfloat16; use quantization_bit=8, or model.quantize(8)"
+            "compute_dtype 'int8' has no effect: the base is not quantized to 8 bits; "
+            "use quantization_bit=8, or model.quantize(8)"
         )
 
 

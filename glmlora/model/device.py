@@ -190,10 +190,10 @@ def compute_dtype(asked: str | None, stored: Iterable[str]) -> str:
         raise ValueError(
             f"compute_dtype: expected auto, {', '.join(COMPUTE_DTYPES)}, got {wanted!r}"
         )
-    if wanted != "float32" and not fast:
+    if wanted == "bfloat16" and not fast:
         raise ValueError(
-            f"compute_dtype: this processor does not multiply {wanted} (that takes AVX-512 BF16, "
-            "VNNI and VBMI); expected auto or float32"
+            "compute_dtype: this processor does not multiply bfloat16 (that takes AVX-512 BF16, "
+            "VNNI and VBMI); expected auto, float32 or int8"
         )
     return wanted
 
