@@ -1234,26 +1234,31 @@ def bytes_reference(x: np.ndarray, w: np.ndarray, scale: np.ndarray, factor: flo
     return f32(factor) * (out * scale.astype(f32))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("backend", BYTES)
-def test_int8_arithmetic_is_that_of_the_reference_bit_for_bit(backend: str) -> None:
-    ops, rng = ops_of(backend), np.random.default_rng(8)
-    for rows, O, I in ((1, 70, 5000), (5, 33, 2048), (17, 130, 2100), (40, 200, 300)):
-        data = rng.integers(-128, 128, (O, I)).astype(np.int8)
-        data[0], data[-1] = -128, 127  # the largest sums, both ways
+def test_int8_arithmetic_is_that_of_the_reference_bit_for_bit(backend: str, bits: int) -> None:
+    ops, rng, most = ops_of(backend), np.random.default_rng(8), 2 ** (bits - 1)
+    for rows, O, I in ((1, 70, 5000), (5, 33, 2048), (17, 130, 2100), (40, 200, 302)):
+        data = rng.integers(-most, most, (O, I)).astype(np.int8)
+        data[0], data[-1] = -most, most - 1  # the largest sums, both ways
         scale = rng.uniform(0.001, 0.02, O).astype(np.float16)
         x = rng.normal(size=(rows, I)).astype(np.float32)
         x[:, ::700] *= rng.uniform(5, 300, (rows, -(-I // 700))).astype(np.float32)
         x[0], x[-1, : I // 2] = 3, 0  # every byte 127; a run of zeros
         out = np.empty((rows, O), np.float32)
-        ops.linear_forward(out, x, Mat(data, I8, scale), None, rows, 0.5, 0)
+        pairs = data.reshape(O, -1, 2)
+        four = (pairs[..., 0] << 4 | pairs[..., 1] & 15).astype(np.int8)
+        W = Mat(data, I8, scale) if bits == 8 else Mat(four, I4, scale)
+        ops.linear_forward(out, x, W, None, rows, 0.5, 0)
         assert np.array_equal(out, bytes_reference(x, data, scale, 0.5)), (rows, O, I)
 
 
+@pytest.mark.parametrize("kind", ["I8", "I4"])
 @pytest.mark.parametrize("backend", BYTES[1:])
-def test_every_set_has_the_same_bytes_on_the_way_back(backend: str) -> None:
+def test_every_set_has_the_same_bytes_on_the_way_back(backend: str, kind: str) -> None:
     rng = np.random.default_rng(9)
     for rows, O, I in ((1, 70, 500), (40, 2500, 300)):
-        W = quantized(rng, O, I, "I8")[0]
+        W = quantized(rng, O, I, kind)[0]
         dout, found = rng.normal(size=(rows, O)).astype(np.float32), []
         dout[0, 7] = 90
         for name in (BYTES[0], backend):

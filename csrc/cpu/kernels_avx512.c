@@ -61,6 +61,12 @@ static inline __m512i dot_i8_avx512(__m512i acc, __m512i w, __m512i x)
     const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
+#define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx512((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
+static inline __m512i dot_nibbles_avx512(__m512i acc, __m512i w, __m512i x)
+{
+    const __m512i pairs = _mm512_maddubs_epi16(w, x);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
 #endif
 #define SUM4_INT(a, b, c, d) ((v4)sum4_int((__m512i)(a), (__m512i)(b), (__m512i)(c), (__m512i)(d)))
 #define QUADS(v, rows) quads((__m512i *)(v), rows)

@@ -14,6 +14,7 @@
 #include "tmpl_copy.h"
 #include "tmpl_dropout.h"
 #include "tmpl_attention.h"
+#include "tmpl_bytes.h"
 #include "tmpl_linear.h"
 #include "tmpl_linear_backward.h"
 #include "tmpl_products.h"

@@ -36,7 +36,7 @@ INLINE void unit_tile(float *tile, size_t ldt, const float *a, const char *b, in
         for (int m = 0; m < MR; m++) {
             const vf av = splat_unit(a + m);
             for (int v = 0; v < NV; v++)
-                acc[m][v] = multiply_add(kind, acc[m][v], av, bv[v]);
+                acc[m][v] = multiply_add(kind, GLM_I8, acc[m][v], av, bv[v]);
         }
     }
     for (int m = 0; m < MR; m++)
@@ -90,12 +90,19 @@ INLINE void quantize_a(float *to, const struct pack_args *p, const float *from, 
         }
 }
 
-/* NR columns of four rows of bytes as units; of `used` rows and `width` columns. */
-INLINE void pack_quads(char *to, const char *p, size_t stride, int used, int width)
+/* NR columns of four rows of integers as units of bytes; of `used` rows and `width` columns. */
+INLINE void pack_quads(char *to, const char *p, size_t stride, enum glm_dtype dtype, int used,
+                       int width)
 {
+    typedef int8_t vb __attribute__((vector_size(VL), aligned(VL)));
     char rows[4][NR] __attribute__((aligned(32))) = {{0}};
     for (int i = 0; i < used; i++)
-        memcpy(rows[i], p + i * stride, (size_t)width);
+        memcpy(rows[i], p + i * stride, glm_bytes(dtype, (size_t)width));
+    for (int i = 0; dtype == GLM_I4 && i < used; i++) {
+        const vb both = *(vb *)rows[i], even = both >> 4, odd = both << 4 >> 4;
+        *(vb *)rows[i] = LOW(even, odd);
+        *(vb *)(rows[i] + VL) = HIGH(even, odd);
+    }
     vf v[2] __attribute__((aligned(64)));
     QUADS(v, rows[0]);
     store((float *)to, BYTES_OF_W(v[0]));
@@ -190,7 +197,7 @@ INLINE void pack_b(char *bp, const struct glm_mat *b, enum glm_dtype kind, enum 
             char *to = bp + ((size_t)n / NR * GEMM_UNITS + u) * NV * VB;
             __builtin_prefetch(p + 8 * stride);
             if (kind == GLM_I8) {
-                pack_quads(to, p, stride, used, width);
+                pack_quads(to, p, stride, dtype, used, width);
                 continue;
             }
             vf v[2][2] = {{{0}}};
@@ -262,10 +269,11 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
             for (int r = 0; kind == GLM_I8 && r < height; r++) {
                 const struct x_run *of = run + (size_t)r * n_runs;
                 for (int j = 0; j < of->count; j++) {
-                    const int8_t *q = (const int8_t *)g->b->data +
-                                      ((size_t)u * per + of->column[j]) * g->b->cols + n0;
+                    const char *q =
+                        (const char *)g->b->data +
+                        ((size_t)u * per + of->column[j]) * glm_bytes(dtype, (size_t)g->b->cols);
                     for (int n = 0; n < cols; n++)
-                        c[(m + r) * ldc + n] += of->value[j] * (float)q[n];
+                        c[(m + r) * ldc + n] += of->value[j] * load_one(q, dtype, (size_t)(n0 + n));
                 }
             }
         }

@@ -10,7 +10,7 @@ static enum glm_dtype kind_of(const struct cpu *cpu, enum glm_dtype dtype, int g
     const int thin = rows < cols ? rows : cols;
     if (cpu->compute == GLM_F32 || dtype == GLM_F64 || (dtype == GLM_F32 && thin <= THIN))
         return GLM_F32;
-    if (cpu->compute == GLM_I8 && dtype == GLM_I8 && !group)
+    if (cpu->compute == GLM_I8 && (dtype == GLM_I8 || dtype == GLM_I4) && !group)
         return GLM_I8;
 #ifdef DOT_BF16
     return GLM_BF16;

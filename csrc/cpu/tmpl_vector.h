@@ -225,45 +225,6 @@ INLINE vi bytes_to_int(const char *p)
 #define INT_TO_FLOAT(v) __builtin_convertvector(v, vf)
 #endif
 
-/* Quads of bytes: DOT_I8(acc, w, x) adds those of w times those of x to int32 lanes, exactly, where
- * w is BYTES_OF_W(bytes), which may be BYTE_BIAS too large, and x is not -128; SUM4_INT: lane sums;
- * QUADS(v, rows): four rows of 2 * VL bytes as quads of a column, in v[0] and v[1]. */
-#ifndef DOT_I8
-#define BYTE_BIAS 0
-#define BYTES_OF_W(v) (v)
-INLINE vf dot_i8(vf acc, vf w, vf x)
-{
-    vi sum = (vi)acc;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++)
-        sum += ((vi)((vu)w << (24 - 8 * j)) >> 24) * ((vi)((vu)x << (24 - 8 * j)) >> 24);
-    return (vf)sum;
-}
-#define DOT_I8 dot_i8
-INLINE v4 sum4_int(vf a, vf b, vf c, vf d)
-{
-    int32_t sum[4] = {0};
-    for (int i = 0; i < VL; i++) {
-        sum[0] += ((vi)a)[i];
-        sum[1] += ((vi)b)[i];
-        sum[2] += ((vi)c)[i];
-        sum[3] += ((vi)d)[i];
-    }
-    v4 v;
-    memcpy(&v, sum, sizeof v);
-    return v;
-}
-#define SUM4_INT sum4_int
-INLINE void quads(vf *v, const char *rows)
-{
-    char *to = (char *)v;
-    for (int n = 0; n < 2 * VL; n++)
-        for (int i = 0; i < 4; i++)
-            to[4 * n + i] = rows[i * 2 * VL + n];
-}
-#define QUADS quads
-#endif
-
 INLINE vf bfloat_to_float_vector(const uint16_t *p)
 {
     typedef uint16_t vh __attribute__((vector_size(2 * VL), aligned(2)));
