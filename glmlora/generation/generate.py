@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _core, tell
+from .. import tell
 from ..batch import Batch, as_rows, check_ids
 from .beams import best_answers
 from .cache import CachedRow, Model, PastKeyValues, check_past

@@ -12,7 +12,8 @@ the one that fails.
 Products on the CPU are in what the processor multiplies fast: bfloat16 rounds both operands to 8
 significant bits and sums in float32; int8 does so to 8-bit integers with a scale for each 2,048
 columns of a row, outliers kept apart, over weights of 8 or 4 bits with a scale a row (over others
-bfloat16 where the processor has it, else float32). Adapters, norms, attention's softmax and the optimiser stay in float32.
+bfloat16 where the processor has it, else float32). Adapters, norms, attention's softmax and the
+optimiser stay in float32.
 """
 
 from __future__ import annotations
