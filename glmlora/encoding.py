@@ -179,15 +179,17 @@ class Encoder:
 
     if TYPE_CHECKING:
 
-        def get_prefix_tokens(self) -> list[int]: ...
+        def as_prompt(self, ids: Sequence[int]) -> list[int]: ...
         def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any: ...
         def _ids(self, text: str) -> list[int]: ...
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
     ) -> list[int]:
-        """`[gMASK] sop` a, or `[gMASK] sop` a b `</s>`."""
-        ids = self.get_prefix_tokens() + list(token_ids_0)
+        """`[gMASK] sop` a, or `[gMASK] sop` a b `</s>`; in a family that has them behind prompts, a
+        `[gMASK] <sop>`, or a `[gMASK] <sop>` b `<eop>`.
+        """
+        ids = self.as_prompt(token_ids_0)
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
