@@ -11,6 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from .context import Context
+
+# What most architectures are not, under the names of `_core.Model`.
+PLAIN_ARCH: Mapping[str, Any] = {
+    "half_rope_table": False,
+    "half_rope_frequencies": False,
+    "split_qkv": False,
+    "branch_norms": False,
+    "tied_head": False,
+    "linear_bias": False,
+    "layer_norm": False,
+    "gelu": False,
+    "qkv_by_head": False,
+    "residual_scale": 0.0,
+    "rope_2d": False,
+    **dict.fromkeys(("sop", "gmask", "mask", "sop_in_place"), 0),
+}
+
 
 class Tokenizer(Protocol):
     """What prompts need of a tokenizer."""
@@ -43,10 +61,12 @@ class Family:
     checkpoint: str  # a published model of it
     base: re.Pattern[str] | None = None  # whole lower-case names of models that only continue texts
 
-    # The layout of config.json, which its model_type names. config_keys: of its keys those that
+    # The layout of config.json, which its model_type names and, where several have the same, keys
+    # that only this one has: layout_keys, any of them. config_keys: of its keys those that
     # this package calls otherwise, with its own word. ties_head: the output layer may be the
     # embeddings.
     model_type = "chatglm"
+    layout_keys: tuple[str, ...] = ()
     config_keys: Mapping[str, str] = {}
     ties_head = False
 
@@ -130,10 +150,20 @@ class Family:
         """What `rope_ratio` means where nobody says: see `ChatGLMConfig`."""
         return "base"
 
+    def context(self, config: Any) -> Context | None:
+        """The ids that cut a row into what is read in both directions and what follows; None where
+        no id sees a later one.
+        """
+        return None
+
+    def prefix_input(self, config: Any) -> int:
+        """Columns of a P-Tuning embedding that a projection reads."""
+        return config.prefix_width
+
     def arch(self, config: Any) -> dict[str, Any]:
         """What the core must know, under the names of `_core.Model`."""
         ratio, mode = float(config.rope_ratio), config.rope_mode
-        return {
+        return PLAIN_ARCH | {
             "layers": config.num_layers,
             "hidden": config.hidden_size,
             "ffn": config.ffn_hidden_size,
@@ -150,7 +180,7 @@ class Family:
             "half_rope_table": mode == "half",
             "split_qkv": "query" in self.tensor_names,
             "branch_norms": "post_mlp_layernorm" in self.tensor_names,
-            "tied_head": False,
+            "prefix_input": self.prefix_input(config),
         }
 
     # A chat

@@ -115,8 +115,9 @@ def _of_its_layout(fields: Mapping[str, Any]) -> list[Family]:
     """The families of the layout of a config.json, that which the others build on first: it is
     taken where nothing tells. [] for the layout of the default family, whose names have to tell.
     """
-    layout = fields.get("model_type")
-    known = [] if layout == default().model_type else of_layout(layout)
+    known = of_layout({"model_type": default().model_type, **fields})
+    if default() in known:
+        return []
     return sorted(known, key=lambda family: len(type(family).__mro__))
 
 
