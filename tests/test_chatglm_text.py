@@ -189,8 +189,19 @@ def test_prompts_end_in_the_special_tokens(both, folders):
         n = len(tokenizer.text_ids("1 0 1")) - 1
         assert rows.input_ids[0].tolist() == [tokenizer.pad_token_id] * n + [*a, gmask, sop]
         assert rows.attention_mask[0].tolist() == [0] * n + [1] * 3
-        assert rows.position_ids[0].tolist() == [0] * n + [0, 1, 2]
+        last = 2 if tokenizer is both[1] else 1  # the first release counts on
+        assert rows.position_ids[0].tolist() == [[0] * n + [0, 1, last], [0] * n + [0, 0, 1]]
+        assert rows.position_ids.shape == (2, 2, n + 3)
         assert rows.input_ids[1, -2:].tolist() == [gmask, sop]
+        alone = [tokenizer(text) for text in ("title", "1 0 1")]
+        assert alone[0].position_ids == [[0, 1, last], [0, 0, 1]]
+        for given in (alone, tokenizer(["title", "1 0 1"])):
+            padded = tokenizer.pad(given, return_tensors="np")
+            assert all(np.array_equal(padded[name], rows[name]) for name in rows)
+        with pytest.raises(ValueError, match=r"encoded_inputs\[0\]: fields have different lengths"):
+            tokenizer.pad([{"input_ids": [1, 2], "position_ids": [[0], [1]]}])
+        text = tokenizer("title", add_special_tokens=False)
+        assert text.position_ids == [[0], [0]]
         telling = AutoTokenizer.from_pretrained(folder, encode_special_tokens=True)
         mask = telling.special_tokens["[MASK]"]
         ids = telling.encode("1 [MASK]0")

@@ -9,7 +9,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiny
+
+from glmlora.files.checkpoint import write_safetensors
 
 SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 BLANKS = ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))]
@@ -95,4 +98,65 @@ def tiny_ice_text_dir(
     if images is not None:
         config["num_image_tokens"] = images
     (directory / "tokenizer_config.json").write_text(json.dumps({**config, **fields}))
+    return directory
+
+
+def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 weights of a ChatGLM-6B of the config's sizes, under checkpoint names."""
+    rng = np.random.default_rng(seed)
+    H, F, V = config["hidden_size"], config["inner_hidden_size"], config["vocab_size"]
+    found = {"transformer.word_embeddings.weight": rng.standard_normal((V, H))}
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        found[f"{name}.weight"] = rng.standard_normal((rows, columns)) / np.sqrt(columns)
+        found[f"{name}.bias"] = 0.1 * rng.standard_normal(rows)
+
+    def norm(name: str) -> None:
+        found[f"{name}.weight"] = 1 + 0.1 * rng.standard_normal(H)
+        found[f"{name}.bias"] = 0.1 * rng.standard_normal(H)
+
+    for i in range(config["num_layers"]):
+        layer = f"transformer.layers.{i}"
+        norm(f"{layer}.input_layernorm")
+        linear(f"{layer}.attention.query_key_value", 3 * H, H)
+        linear(f"{layer}.attention.dense", H, H)
+        norm(f"{layer}.post_attention_layernorm")
+        linear(f"{layer}.mlp.dense_h_to_4h", F, H)
+        linear(f"{layer}.mlp.dense_4h_to_h", H, F)
+    norm("transformer.final_layernorm")
+    found["lm_head.weight"] = 1.5 * rng.standard_normal((V, H)) / np.sqrt(H)
+    return {name: array.astype(np.float32) for name, array in found.items()}
+
+
+def tiny_chatglm_dir(tmp: Path, seed: int = 0, first: bool = False, **overrides: Any) -> Path:
+    """A directory of a tiny random ChatGLM-6B of the later or the first release, with its
+    tokenizer. overrides: keys of config.json.
+    """
+    images = 10 if first else 0
+    directory = tiny_ice_text_dir(Path(tmp) / "tiny-model", first, images)
+    names = [name for name, _, _ in text_pieces()]
+    mask = images + len(names)
+    config = {
+        "_name_or_path": "THUDM/chatglm-6b",
+        "architectures": ["ChatGLMModel"],
+        "bos_token_id": mask + SPECIAL.index("<sop>"),
+        "eos_token_id": mask + SPECIAL.index("<eop>"),
+        "hidden_size": 32,
+        "inner_hidden_size": 40,
+        "layernorm_epsilon": 1e-5,
+        "max_sequence_length": 512,
+        "model_type": "chatglm",
+        "num_attention_heads": 4,
+        "num_layers": 2,
+        "pad_token_id": images + names.index("<pad>"),
+        "position_encoding_2d": True,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": 448,
+    }
+    if not first:
+        config |= {"mask_token_id": mask, "gmask_token_id": mask + 1}
+    config |= overrides
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_safetensors(directory / "model.safetensors", tiny_weights(config, seed))
     return directory

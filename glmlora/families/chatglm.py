@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .context import Context
+from .context import Context, row_positions
 from .family import Family, Tokenizer
 from .rounds import Rounds, process_response
 from .vocabulary import ICE_TEXT, vocabulary_file
@@ -184,6 +184,14 @@ class ChatGLM(Rounds):
         others = {k: v for k, v in fields.items() if k not in ("eop_token", "eos_token")}
         named = {"eos_token": fields["eop_token"]}
         return {**others, **named, "end_token": fields.get("eos_token", "</s>")}
+
+    def positions(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[Any]:
+        """Position and block of each id; text that ends in no answer is all context."""
+        sop, *masks = map(tokenizer.get_command, ("<sop>", "[gMASK]", "[MASK]"))
+        if sop not in ids or not set(masks) & set(ids):
+            return [list(range(len(ids))), [0] * len(ids)]
+        context = Context(sop, *masks, sop_in_place=not tokenizer.has_special_pieces)
+        return row_positions(ids, context).tolist()
 
     def as_released(self, tokenizer: Tokenizer) -> Family:
         """The first release shows answers as they are, and has its special tokens in its code."""

@@ -191,6 +191,10 @@ class Family:
         """
         return fields
 
+    def positions(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[Any]:
+        """The `position_ids` of a row without padding."""
+        return list(range(len(ids)))
+
     def as_released(self, tokenizer: Tokenizer) -> Family:
         """The family as the release that the tokenizer is of has it."""
         return self

@@ -25,7 +25,6 @@ from ..encoding import (
     checked_ids,
     cleaned,
     refuse_options,
-    row_of,
     tools_of,
 )
 from ..families import prompt as prompts
@@ -442,6 +441,9 @@ class ChatGLMTokenizer(Encoder):
             return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         return [*(self.special_tokens[name] for name in own), *token_ids_0, *(token_ids_1 or ())]
 
+    def _positions(self, ids: list[int]) -> list[Any]:
+        return self._family.positions(self, ids)
+
     def text_ids(self, text: str) -> list[int]:
         """Ids of text alone: no special ids, whatever it says. ValueError for lone surrogates."""
         try:
@@ -548,7 +550,7 @@ class ChatGLMTokenizer(Encoder):
     ) -> BatchEncoding:
         """Arrays (1, T) of a chat prompt, see `prompt.chat_ids`."""
         ids = prompts.chat_ids(self, query, history, role)
-        return self._finish([row_of(ids)], True, False, None, "np")
+        return self._finish([self._row(ids)], True, False, None, "np")
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
         """Ids of one message: role, metadata and its newline, text. ValueError in families that
