@@ -152,7 +152,7 @@ class Model:
     rope_divisor (floats), qkv_bias (bool), half_rope_table (bool, decision 13), split_qkv (bool:
     queries, keys and values are linears of their own), branch_norms (bool: what attention and MLP
     yield is normed before it is added), tied_head (bool: the output layer is the embeddings),
-    prefix_input (int: columns of a P-Tuning embedding that a projection reads); of ChatGLM-6B
+    prefix_input (int: columns of a P-Tuning embedding that a projection reads); and
     linear_bias, layer_norm, gelu, qkv_by_head, half_rope_frequencies (bools), residual_scale
     (float, 0: none), rope_2d (bool) and with it sop, gmask, mask (ids) and sop_in_place (bool):
     struct glm_arch in csrc/glm.h. With rope_2d positions follow from the ids, a row of a cache

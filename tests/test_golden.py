@@ -9,6 +9,7 @@ from conftest import SHARED
 
 import glmlora
 from glmlora import _core
+from glmlora.families.context import row_positions
 from glmlora.model.configuration import ChatGLMConfig
 
 GOLDEN = SHARED / "golden"
@@ -228,6 +229,24 @@ def test_published_accumulation(tmp_path):
     g.check(prefix + "grad_norms", np.array(norms))
     for n, got in model.state_dict().items():
         g.check(f"{prefix}final/{n}", got)
+
+
+def test_the_first_release_of_chatglm_6b():
+    g = Golden("chatglm-v1-first-tiny")
+    config = ChatGLMConfig.from_pretrained(g.directory)
+    model, later = load(FIRST, config=config), load(FIRST)
+    ids, steps = g["prompt_ids"], g["greedy/tokens"].shape[1]
+    g.check("position_ids", row_positions(ids[0], config.context)[None])
+    out = model(ids, output_hidden_states=True)
+    g.check("hidden_states", np.stack(out.hidden_states))
+    g.check("logits", out.logits)
+    answer = model.generate(ids, max_new_tokens=steps, eos_token_id=[])
+    g.check("greedy/tokens", answer[:, ids.shape[1] :])
+    # margins: forward over the whole answer, where every token stands as it did when it came
+    top = np.sort(model(answer).logits[:, ids.shape[1] - 1 : -1], axis=-1)
+    g.check("greedy/margins", top[..., -1] - top[..., -2])
+    other = later.generate(ids, max_new_tokens=steps, eos_token_id=[])
+    g.check("greedy/tokens_later_release", other[:, ids.shape[1] :])
 
 
 def test_full_training():

@@ -26,6 +26,8 @@ def model_digest(model: Model, layers: Sequence[int] | np.ndarray | None = None)
         total.update(core.hidden_states(ids, np.ones_like(ids), [0]))
     length = min(_PROBE, model.config.seq_length)
     probe = np.linspace(0, vocabulary - 1, length).astype(np.int32)
+    if model.config.context is not None:  # none that ends a prompt: it is one as a whole
+        probe[np.isin(probe, model.config.context)] = 0
     lengths = np.array([length], np.int32)
     if layers is None:
         total.update(core.forward(probe, lengths)[0])
