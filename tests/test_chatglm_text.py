@@ -195,8 +195,8 @@ def test_prompts_end_in_the_special_tokens(both, folders):
         assert rows.input_ids[1, -2:].tolist() == [gmask, sop]
         alone = [tokenizer(text) for text in ("title", "1 0 1")]
         assert alone[0].position_ids == [[0, 1, last], [0, 0, 1]]
-        for given in (alone, tokenizer(["title", "1 0 1"])):
-            padded = tokenizer.pad(given, return_tensors="np")
+        for rows_of in (alone, tokenizer(["title", "1 0 1"])):
+            padded = tokenizer.pad(rows_of, return_tensors="np")
             assert all(np.array_equal(padded[name], rows[name]) for name in rows)
         with pytest.raises(ValueError, match=r"encoded_inputs\[0\]: fields have different lengths"):
             tokenizer.pad([{"input_ids": [1, 2], "position_ids": [[0], [1]]}])
