@@ -102,13 +102,15 @@ def tiny_ice_text_dir(
 
 
 def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights of a ChatGLM-6B of the config's sizes, under checkpoint names."""
+    """Random float32 weights of a ChatGLM-6B of the config's sizes, under checkpoint names. What a
+    layer adds is as large as what it is added to.
+    """
     rng = np.random.default_rng(seed)
     H, F, V = config["hidden_size"], config["inner_hidden_size"], config["vocab_size"]
     found = {"transformer.word_embeddings.weight": rng.standard_normal((V, H))}
 
-    def linear(name: str, rows: int, columns: int) -> None:
-        found[f"{name}.weight"] = rng.standard_normal((rows, columns)) / np.sqrt(columns)
+    def linear(name: str, rows: int, columns: int, scale: float = 1) -> None:
+        found[f"{name}.weight"] = scale * rng.standard_normal((rows, columns)) / np.sqrt(columns)
         found[f"{name}.bias"] = 0.1 * rng.standard_normal(rows)
 
     def norm(name: str) -> None:
@@ -119,10 +121,10 @@ def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]
         layer = f"transformer.layers.{i}"
         norm(f"{layer}.input_layernorm")
         linear(f"{layer}.attention.query_key_value", 3 * H, H)
-        linear(f"{layer}.attention.dense", H, H)
+        linear(f"{layer}.attention.dense", H, H, 2 * np.sqrt(56))
         norm(f"{layer}.post_attention_layernorm")
         linear(f"{layer}.mlp.dense_h_to_4h", F, H)
-        linear(f"{layer}.mlp.dense_4h_to_h", H, F)
+        linear(f"{layer}.mlp.dense_4h_to_h", H, F, np.sqrt(56))
     norm("transformer.final_layernorm")
     found["lm_head.weight"] = 1.5 * rng.standard_normal((V, H)) / np.sqrt(H)
     return {name: array.astype(np.float32) for name, array in found.items()}
