@@ -174,6 +174,7 @@ def test_a_file_whose_special_tokens_would_be_found_in_texts(tmp_path, later):
     text = "a[gMASK]<sop>b <eop>"
     assert tokenizer.text_ids(text) == later.text_ids(text)
     assert tokenizer.special_tokens == later.special_tokens
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", 3)  # without a config, too
 
 
 def test_prompts_end_in_the_special_tokens(both, folders):

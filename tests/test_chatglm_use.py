@@ -3,7 +3,6 @@ document's notebook, over tiny models of both releases. The numbers are test_cha
 texts test_chatglm_text.py's."""
 
 import csv
-import inspect
 import json
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import glmlora
 from glmlora import tell
 from glmlora.families import prompt
 from glmlora.files.checkpoint import write_safetensors
+from glmlora.generation import chat as chats
 from glmlora.tokenization import AutoTokenizer
 from glmlora.tools.plan import plan
 from glmlora.training.records import encode_records
@@ -106,40 +106,48 @@ def test_a_stream_shows_every_token_once(both):
 
 
 def test_arguments_by_position_and_the_familys_defaults(both, monkeypatch):
-    monkeypatch.setattr(tell, "_told", set())
     model, tokenizer = both[0]
-    found = []
+    real, found = chats._settings, []
 
-    def look(context, scores):
-        frame = inspect.currentframe()
-        while frame and "turns" not in frame.f_locals:
-            frame = frame.f_back
-        found.append(frame.f_locals["turns"].settings)
-        return Scripted([tokenizer.eos_token_id], 448)(context, scores)
+    def spy(*given):
+        found.append(real(*given))
+        found[-1].max_new_tokens = 1
+        return found[-1]
+
+    monkeypatch.setattr(chats, "_settings", spy)
 
     def asked(method, *given, **named):
-        for _ in method(tokenizer, "q", [], *given, logits_processor=[look], **named):
+        for _ in method(tokenizer, "q", [], *given, **named):
             pass
         g = found[-1]
         return g.max_length, g.num_beams, g.do_sample, g.top_p, g.temperature, g.top_k
 
     usual = (2048, 1, True, 0.7, 0.95, 50)
     assert asked(model.chat) == asked(model.stream_chat) == usual
-    model.batch_chat(tokenizer, ["q"], logits_processor=[look])
-    g = found[-1]
-    assert (g.max_length, g.top_p, g.temperature) == (2048, 0.7, 0.95)
-    table = model.predict_table(tokenizer, [{"a": "q"}], "{a}", max_new_tokens=1, temperature=0.5)
-    assert len(table) == 1
+    model.batch_chat(tokenizer, ["q"])
+    [*chats.chat_rows(model, tokenizer, ["q"])]
+    for g in found[-2:]:
+        assert (g.max_length, g.top_p, g.temperature) == (2048, 0.7, 0.95)
     assert asked(model.chat, 300, 1, False, 0.5, 0.25) == (300, 1, False, 0.5, 0.25, 50)
     assert asked(model.stream_chat, 300, False, 0.5, 0.25) == (300, 1, False, 0.5, 0.25, 50)
     assert asked(model.chat, top_p=0.8, max_length=8192)[:4:3] == (8192, 0.8)
     with pytest.raises(TypeError, match="positional"):
         model.stream_chat(tokenizer, "q", [], 300, False, 0.5, 0.25, None, 3)
+    assert set(model.generation_config.eos) == {tokenizer.eos_token_id}
+
+
+@pytest.mark.filterwarnings("error")
+def test_defaults_have_no_effect_that_is_told(both, monkeypatch):
+    monkeypatch.setattr(tell, "_told", set())
+    model, tokenizer = both[0]
+    settings = {"max_new_tokens": 1, "do_sample": False}
+    model.chat(tokenizer, "q", **settings)
+    model.batch_chat(tokenizer, ["q"], **settings)
+    assert len(list(model.stream_chat(tokenizer, "q", **settings))) <= 1
     with pytest.raises(ValueError, match=r"max_length: prompt of \d+ tokens.*max_length is 3"):
         model.chat(tokenizer, "q 1", max_length=3)
     with pytest.raises(ValueError, match=r"prompt of \d+ tokens: the model has positions for 512"):
         model.chat(tokenizer, "1 " * 600)
-    assert set(model.generation_config.eos) == {tokenizer.eos_token_id}
 
 
 def test_many_chats_are_each_alone(both):

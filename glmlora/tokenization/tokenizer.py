@@ -188,7 +188,6 @@ class ChatGLMTokenizer(Encoder):
         self._silent: set[Token] = {"", *map(self._vocabulary.token, self._silent_ids)}
         if not family.shows_special_tokens:
             self._silent.update(self.special_tokens)
-            self._silent_ids.update(self.special_tokens.values())
         self.dummy_space_id = self._vocabulary.dummy_space_id
         # A lone "sop" may be part of a word.
         names = sorted(family.in_texts or self.special_tokens, key=len, reverse=True)
