@@ -12,16 +12,26 @@ INLINE vf gelu_argument(vf x)
     return x * (splat(1.5957691216057f) + splat(0.0713548162726f) * x * x);
 }
 
+INLINE vf gelu_of(vf x) { return x * sigmoid(gelu_argument(x)); }
+
+INLINE vf gelu_slope(vf x)
+{
+    const vf e = exp_vector(-gelu_argument(x));
+    const vf y = splat(1.0f) / (splat(1.0f) + e); /* and e y = 1 - y, without cancelling */
+    const vf slope = splat(1.5957691216057f) + splat(0.2140644488178f) * x * x;
+    return y * (splat(1.0f) + x * slope * (e * y));
+}
+
 static void gelu_forward_task(const void *arg, int task, char *scratch)
 {
     const struct gelu_args *a = arg;
     const size_t end = end_element(a->elements, task);
+    size_t i = first_element(a->elements, task);
     (void)scratch;
-    for (size_t i = first_element(a->elements, task); i < end; i += VL) {
-        const int part = end - i < VL ? (int)(end - i) : VL;
-        const vf x = load_part(a->inp + i, part);
-        store_part(a->out + i, x * sigmoid(gelu_argument(x)), part);
-    }
+    for (; i + VL <= end; i += VL)
+        store(a->out + i, gelu_of(load(a->inp + i)));
+    if (i < end)
+        store_part(a->out + i, gelu_of(load_part(a->inp + i, (int)(end - i))), (int)(end - i));
 }
 
 static void gelu_forward(void *cx, void *out, const void *inp, size_t n)
@@ -34,14 +44,14 @@ static void gelu_backward_task(const void *arg, int task, char *scratch)
 {
     const struct gelu_args *a = arg;
     const size_t end = end_element(a->elements, task);
+    size_t i = first_element(a->elements, task);
     (void)scratch;
-    for (size_t i = first_element(a->elements, task); i < end; i += VL) {
-        const int part = end - i < VL ? (int)(end - i) : VL;
-        const vf x = load_part(a->inp + i, part), e = exp_vector(-gelu_argument(x));
-        const vf y = splat(1.0f) / (splat(1.0f) + e); /* and e y = 1 - y, without cancelling */
-        const vf slope = splat(1.5957691216057f) + splat(0.2140644488178f) * x * x;
-        store_part(a->dinp + i,
-                   load_part(a->dout + i, part) * y * (splat(1.0f) + x * slope * (e * y)), part);
+    for (; i + VL <= end; i += VL)
+        store(a->dinp + i, load(a->dout + i) * gelu_slope(load(a->inp + i)));
+    if (i < end) {
+        const int part = (int)(end - i);
+        const vf slope = gelu_slope(load_part(a->inp + i, part));
+        store_part(a->dinp + i, load_part(a->dout + i, part) * slope, part);
     }
 }
 

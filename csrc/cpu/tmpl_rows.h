@@ -158,15 +158,20 @@ static void layernorm_backward_task(const void *arg, int task, char *scratch)
         float *dinp = a->dinp + (size_t)n * C;
         const float mean = a->mean[n], rstd = a->rstd[n];
         vf along_1 = {0}, along_x = {0};
-        for (int i = 0; i < C; i += VL) {
-            const int part = C - i < VL ? C - i : VL;
-            const vf g = load_part(dout + i, part) * load_part(weight + i, part);
+        int i = 0;
+        for (; i + VL <= C; i += VL) {
+            const vf g = load(dout + i) * load(weight + i);
             along_1 += g;
-            along_x += g * (load_part(x + i, part) - splat(mean));
+            along_x += g * (load(x + i) - splat(mean));
+        }
+        if (i < C) {
+            const vf g = load_part(dout + i, C - i) * load_part(weight + i, C - i);
+            along_1 += g;
+            along_x += g * (load_part(x + i, C - i) - splat(mean));
         }
         const float g_mean = lane_sum(along_1) / (float)C;
         const float x_mean = lane_sum(along_x) / (float)C * rstd * rstd;
-        for (int i = 0; i < C; i++)
+        for (i = 0; i < C; i++)
             dinp[i] += rstd * (dout[i] * weight[i] - g_mean - (x[i] - mean) * x_mean);
     }
 }
