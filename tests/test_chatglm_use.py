@@ -211,6 +211,33 @@ def test_training_by_every_method_and_going_on(folders, tmp_path, method):
         assert opened(tmp_path / "a")[1].family == "v1"  # its tokenizer is there, too
 
 
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_trained_prefix_answers(folder, tmp_path, projection):
+    """Loaded as THUDM's scripts do, and over an int8 base."""
+    data = [{"instruction": f"paper {i}", "output": str(i % 2)} for i in range(4)]
+    words = dict(finetuning_type="p_tuning", pre_seq_len=8, max_steps=60, save_steps=100)
+    words |= dict(learning_rate=0.05 if projection else 0.2, prefix_projection=projection)
+    training.run(str(folder), tmp_path / "out", data, **words)
+    config = glmlora.AutoConfig.from_pretrained(folder, pre_seq_len=8, prefix_projection=projection)
+    model = glmlora.AutoModel.from_pretrained(folder, config=config)
+    state = glmlora.load_state_dict(tmp_path / "out/pytorch_model.bin")
+    start = "transformer.prefix_encoder."
+    state = {name.removeprefix(start): value for name, value in state.items() if start in name}
+    model.transformer.prefix_encoder.load_state_dict(state)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    queries = [row["instruction"] for row in data]
+    found = model.classify(tokenizer, queries, ["0", "1"])
+    other = glmlora.load_prefix(opened(folder)[0], tmp_path / "out")
+    again = other.classify(tokenizer, queries, ["0", "1"])
+    assert np.array_equal(found.log_likelihood, again.log_likelihood)
+    plain = opened(folder)[0].classify(tokenizer, queries, ["0", "1"])
+    assert found.mass.min() > 10 * plain.mass.max()
+    small = glmlora.load_prefix(opened(folder)[0].quantize(8), tmp_path / "out")
+    assert small.batch_chat(tokenizer, queries, do_sample=False, max_new_tokens=9) == (
+        other.batch_chat(tokenizer, queries, do_sample=False, max_new_tokens=9)
+    )
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_a_trained_model_answers_merged_quantized_and_in_tables(folders, tmp_path, first):
     folder = folders[first]
