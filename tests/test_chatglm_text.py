@@ -259,6 +259,7 @@ def test_files_of_others_are_named(both, folders, tmp_path, monkeypatch):
         (partly, "has no piece <eop>, but other special tokens"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2\n", "git-lfs"),
         (b"", "empty"),
+        (ice_text().replace(b"<unk>", b"<un\xff>"), "ice_text.model: is not a SentencePiece model"),
         (b"IQ== 0\nIg== 1\n", "is a vocabulary of byte pairs"),
     ):
         file.write_bytes(content)
