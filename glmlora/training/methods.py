@@ -24,7 +24,7 @@ from ..files.small import REPLACED
 from ..files.staging import staged
 from ..files.torchfile import write_torch
 from ..model.modeling import ChatGLMForConditionalGeneration
-from ..model.parameters import PEFT_PREFIX, is_lora, prefix_of
+from ..model.parameters import PEFT_PREFIX, prefix_of
 from ..model.peft import (
     LoraConfig,
     PeftModel,
@@ -243,7 +243,7 @@ def prepare(
             model = _with_lora(base, finetuning, checkpoints, resume_lora_training, seed)
         elif checkpoints:
             raise ValueError("checkpoint_dir: the model has an adapter already")
-        return Trainee(kind, model, tokenizer, [n for n in base.core.names() if is_lora(n)])
+        return Trainee(kind, model, tokenizer, model.adapter_names)
     if len(checkpoints) > 1:
         raise ValueError(
             f"checkpoint_dir: expected one directory for {kind}, got {', '.join(checkpoints)}"
