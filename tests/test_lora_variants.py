@@ -364,3 +364,43 @@ def test_several_with_weights_of_their_own_are_not_merged(directory):
     model.add_adapter("other", LoraConfig(r=2), seed=2)
     with pytest.raises(ValueError, match="'default' has base weights of its own"):
         model.merge_and_unload(adapter_names=["default", "other"])
+
+
+@pytest.mark.parametrize("way", ["to one", "to three"])
+@pytest.mark.parametrize("variant", ["dora", "bias", "saved", "dora saved"])
+def test_an_adapter_of_the_other_layout(tmp_path, way, variant):
+    fused = tiny_model_dir(tmp_path, _name_or_path="THUDM/glm-4-9b", glmlora_family="g4")
+    one, other = fused, write(tmp_path / "split")
+    settings = {**VARIANTS[variant], "target_modules": "all-linear"}
+    if way == "to one":
+        one, other = other, one
+    if "saved" in variant and way == "to one":
+        settings["modules_to_save"] = ["lm_head", "embed_tokens", "input_layernorm"]
+    elif "saved" in variant:
+        settings["modules_to_save"] = [*SAVED["modules_to_save"], "input_layernorm"]
+    model = trained(get_peft_model(load(one), LoraConfig(r=4, **settings), seed=1))
+    wanted = logits(model)
+    assert np.abs(wanted - logits(load(one))).max() > 0.02
+    model.save_pretrained(tmp_path / "a")
+    with pytest.warns(UserWarning, match="taken for the same linears"):
+        brought = PeftModel.from_pretrained(load(other), tmp_path / "a")
+    assert np.abs(logits(brought) - wanted).max() < 1e-4
+    brought.save_pretrained(tmp_path / "b")
+    again = PeftModel.from_pretrained(load(other), tmp_path / "b")
+    assert np.array_equal(logits(again), logits(brought))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True, "target_modules": ["q_proj"]}, "no magnitudes of key, value"),
+        ({"init_lora_weights": "pissa", "target_modules": ["q_proj"]}, "'pissa' took a part"),
+        ({"target_modules": ["o_proj"], "modules_to_save": ["k_proj"]}, "'glm' alone"),
+    ],
+)
+def test_what_is_not_brought_from_the_other_layout(tmp_path, settings, message):
+    fused = tiny_model_dir(tmp_path, _name_or_path="THUDM/glm-4-9b", glmlora_family="g4")
+    model = get_peft_model(load(write(tmp_path / "split")), LoraConfig(**settings), seed=1)
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(load(fused), tmp_path / "a")

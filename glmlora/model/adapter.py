@@ -23,7 +23,7 @@ from ..task import Task, check_asked, task_in, write_task
 from .adapter_config import ALL_LINEAR, CONFIG, LoraConfig
 from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
-from .initial import beneath_adapter, fresh_tensors, mutates, row_norms
+from .initial import MAGNITUDE, beneath_adapter, fresh_tensors, mutates, parts_of, row_norms
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
     PEFT_PREFIX,
@@ -99,16 +99,6 @@ class Adapter:
         return self.beneath | {n: Tensor(self.tensors[n]) for n in self.saved}
 
 
-# How the names of a module's tensors end, in the order of _core.Model.add_lora.
-PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
-
-
-def parts_of(config: LoraConfig) -> list[str]:
-    """Those of PARTS that such an adapter has."""
-    there = (True, True, config.lora_bias, config.use_dora)
-    return [part for part, has in zip(PARTS, there, strict=True) if has]
-
-
 def fresh_adapter(
     model: ChatGLMForConditionalGeneration, config: LoraConfig, seed: int | None
 ) -> Adapter:
@@ -133,7 +123,7 @@ def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Ada
                     norm = row_norms(weight, A, B, scale)
                     weight = weight + np.float32(scale) * (B @ A)
                     if adapter.config.use_dora:
-                        magnitude = adapter.tensors[f"{module}.lora_magnitude_vector"]
+                        magnitude = adapter.tensors[f"{module}.{MAGNITUDE}"]
                         weight = weight * (magnitude / norm)[:, None]
             if model.stored_dtype(name) == "F16":
                 weight = weight.astype(np.float16)

@@ -1,4 +1,4 @@
-"""What a fresh LoRA adapter begins with, and what PiSSA and OLoRA take out of the base for it."""
+"""What a LoRA adapter has and begins with, and what PiSSA and OLoRA take out of the base for it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from .adapter_config import INITIALISATIONS, MUTATING, LoraConfig
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import weight_of
 from .quantization import QuantizedTensor
+
+# How the names of a module's tensors end, in the order of _core.Model.add_lora.
+MAGNITUDE = "lora_magnitude_vector"
+PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", MAGNITUDE)
+
+
+def parts_of(config: LoraConfig) -> list[str]:
+    """Those of PARTS that such an adapter has."""
+    there = (True, True, config.lora_bias, config.use_dora)
+    return [part for part, has in zip(PARTS, there, strict=True) if has]
 
 
 def fresh_tensors(
@@ -54,7 +64,7 @@ def fresh_tensors(
         if config.use_dora:
             weight = beneath[name].numpy() if takes else model.read_weight(name)
             norm = row_norms(weight.astype(np.float32), A, B, scale)
-            tensors[f"{module}.lora_magnitude_vector"] = norm
+            tensors[f"{module}.{MAGNITUDE}"] = norm
     return tensors, beneath
 
 

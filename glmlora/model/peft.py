@@ -22,7 +22,6 @@ from ..names import did_you_mean
 from ..tables.job import predict_table
 from ..task import Task
 from .adapter import (
-    PARTS,
     Adapter,
     checked_merge,
     fitting,
@@ -41,6 +40,7 @@ from .adapter_config import (
 from .configuration import ChatGLMConfig
 from .converted import converted
 from .device import Device
+from .initial import PARTS
 from .keywords import NOT_IN_WRAPPER
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
