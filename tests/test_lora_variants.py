@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from test_layouts import IDS, write
 from tiny import tiny_model_dir
+from training import model_dir, records, run
 
 import glmlora
 from glmlora import LoraConfig, PeftModel, get_peft_model
 from glmlora.files.checkpoint import write_safetensors
 from glmlora.model.parameters import is_lora
+from glmlora.tools.optable import Dropout, ops_of
 
 QKV = "transformer.encoder.layers.{}.self_attention.query_key_value"
 HEAD, EMBEDDING = "transformer.output_layer", "transformer.embedding.word_embeddings"
@@ -404,3 +406,92 @@ def test_what_is_not_brought_from_the_other_layout(tmp_path, settings, message):
     model.save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(load(fused), tmp_path / "a")
+
+
+# Training by flags, and NEFTune
+
+
+def test_flags_of_training_reach_the_adapter(tmp_path):
+    result = run(
+        model_dir(tmp_path),
+        tmp_path / "out",
+        records(4),
+        max_steps=2,
+        use_dora=True,
+        init_lora_weights="gaussian",
+        modules_to_save="output_layer,word_embeddings",
+    )
+    config = result.model.peft_config["default"]
+    assert config.use_dora and config.init_lora_weights == "gaussian"
+    stored = glmlora.load_state_dict(tmp_path / "out")
+    assert {f"base_model.model.{n}.weight" for n in (HEAD, EMBEDDING)} < set(stored)
+    assert sum(n.endswith("lora_magnitude_vector") for n in stored) == 2
+    again = PeftModel.from_pretrained(load(tmp_path / "tiny-model"), tmp_path / "out")
+    assert np.array_equal(logits(again), logits(result.model))
+
+
+def test_what_the_original_does_not_know_is_written_only_where_it_is_used(tmp_path):
+    run(model_dir(tmp_path), tmp_path / "out", records(4), max_steps=1)
+    written = json.loads((tmp_path / "out" / "finetuning_args.json").read_text())
+    assert not {"use_dora", "init_lora_weights", "modules_to_save"} & set(written)
+
+
+def test_noise_follows_seed_update_row_and_position(directory):
+    """So 2 x 1, 1 x 2 and a resumed run have the same; not where nobody trains."""
+
+    def gradients(parts, alpha=5.0, seed=3, training=True, steps=0):
+        model = get_peft_model(load(directory), LoraConfig(r=4, init_lora_weights=False), seed=1)
+        base = model.train(training).get_base_model()
+        base.dropout_seed, base.neftune_noise_alpha = seed, alpha
+        base.prepare_training()
+        model.core.steps = steps
+        losses = [model.backward(IDS[rows], labels=IDS[rows]) for rows in parts]
+        return np.mean(losses), model.named_gradients()
+
+    whole, split = [slice(0, 2)], [slice(0, 1), slice(1, 2)]
+    loss, wanted = gradients(whole)
+    apart, found = gradients(split)
+    assert apart == pytest.approx(loss, rel=1e-6)
+    for name, gradient in wanted.items():
+        assert np.abs(found[name] - gradient).max() <= 2e-6 * np.abs(gradient).max(), name
+    plain, _ = gradients(whole, alpha=None)
+    for change in ({"alpha": None}, {"seed": 4}, {"steps": 1}, {"alpha": 6.0}):
+        assert abs(gradients(whole, **change)[0] - loss) > 1e-4
+    assert gradients(whole, training=False)[0] == plain
+    assert np.abs(gradients([slice(1, 2)], alpha=None)[0] - gradients([slice(1, 2)])[0]) > 1e-4
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_noise_is_that_of_the_paper(directory, budget):
+    """alpha / sqrt(L H) times numbers in [-1, 1), in both passes: as embeddings that have it."""
+    ids, H = np.arange(3, 19).reshape(2, 8), 32
+    rows = np.repeat([0, 1], 8)
+    draw = Dropout(0, rows, np.tile(np.arange(8), 2), seed=5, site=2**32 - 1)
+    drawn = np.zeros((16, H), np.float32)
+    ops_of("cpu").noise(drawn, 16, H, 7 / (8 * H) ** 0.5, draw)
+    base = load(directory).core.read(f"{EMBEDDING}.weight")
+    base[ids.ravel()] += drawn
+    found = []
+    for noise in (True, False):
+        model = load(directory)
+        if not noise:
+            model.load_state_dict({f"{EMBEDDING}.weight": base}, strict=False)
+        model = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False), seed=1).train()
+        model.get_base_model().dropout_seed = 5
+        model.get_base_model().neftune_noise_alpha = 7.0 if noise else None
+        model.get_base_model().prepare_training()
+        if budget:
+            model.core.reserve(16, 2, 16, True, budget)
+        found.append((model.backward(ids, labels=ids), model.named_gradients()))
+    (loss, gradients), (wanted, others) = found
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert np.abs(others[name] - gradient).max() <= 1e-5 * np.abs(gradient).max(), name
+
+
+@pytest.mark.parametrize("alpha", [-1.0, float("nan")])
+def test_a_size_that_is_none_is_refused(directory, alpha):
+    model = get_peft_model(load(directory), LoraConfig()).train()
+    model.get_base_model().neftune_noise_alpha = alpha
+    with pytest.raises(ValueError, match="noise: expected 0"):
+        model.backward(IDS, labels=IDS)

@@ -70,7 +70,8 @@ def fresh_tensors(
 
 def row_norms(weight: np.ndarray, A: np.ndarray, B: np.ndarray, scale: float) -> np.ndarray:  # noqa: N803
     """Of W + scale B A, float32 (out,): what DoRA's magnitudes begin with."""
-    return np.linalg.norm(weight + np.float32(scale) * (B @ A), axis=1).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # a plan reads what is not there
+        return np.linalg.norm(weight + np.float32(scale) * (B @ A), axis=1).astype(np.float32)
 
 
 def mutates(config: LoraConfig) -> bool:
