@@ -305,6 +305,8 @@ def plan(args: argparse.Namespace) -> int:
     methods = {
         "lora_rank": "lora",
         "lora_target": "lora",
+        "use_dora": "lora",
+        "modules_to_save": "lora",
         "pre_seq_len": "p_tuning",
         "num_layer_trainable": "freeze",
     }
@@ -499,6 +501,8 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--memory", help="of the GPU, e.g. 16GB: decides what is recomputed")
     _flag(parser, "--lora-rank", type=int)
     _flag(parser, "--lora-target")
+    _flag(parser, "--use-dora", action="store_true", default=None)
+    _flag(parser, "--modules-to-save")
     _flag(parser, "--pre-seq-len", type=int)
     _flag(parser, "--num-layer-trainable", type=int)
 

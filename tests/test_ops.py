@@ -200,9 +200,34 @@ def test_linear_gradient(rng: np.random.Generator, accumulate: int) -> None:
     dweight, dbias = start_weight.copy(), start_bias.copy()
     REF.linear_backward_weight(dweight, dbias, dout, inp, N, O, I, scale)
     assert_gradient(dweight - start_weight, numeric(f, weight, dout))
-    assert_gradient(dbias - start_bias, numeric(f, bias, dout))
+    assert_gradient(dbias - start_bias, scale * numeric(f, bias, dout))
     if accumulate:
         assert_gradient(dout, numeric(f, old, dout))
+
+
+def test_dora_gradient(rng: np.random.Generator) -> None:
+    """Of equation 5 with the norm held constant, and the norm itself against NumPy."""
+    N, O, I, R, scale = 4, 5, 7, 2, 0.7
+    inp, bias, magnitude = rng.normal(size=(N, O)), rng.normal(size=O), rng.normal(size=O)
+    weight, B, A = rng.normal(size=(O, I)), rng.normal(size=(O, R)), rng.normal(size=(R, I))
+    rnorm, dout = np.empty(O), rng.normal(size=(N, O))
+    REF.dora_norm(rnorm, Mat(weight, F64), B, A, R, scale)
+    assert np.allclose(rnorm, 1 / np.linalg.norm(weight + scale * B @ A, axis=1), rtol=1e-14)
+
+    def f() -> np.ndarray:
+        out = np.empty((N, O))
+        REF.dora_forward(out, inp, magnitude, rnorm, bias, N, O)
+        return out
+
+    assert np.allclose(f(), magnitude * rnorm * inp + bias, rtol=1e-14)
+    start = rng.normal(size=O)
+    dinp, dmagnitude = np.empty((N, O)), start.copy()
+    REF.dora_backward(dinp, dmagnitude, dout, inp, magnitude, rnorm, N, O)
+    assert_gradient(dinp, numeric(f, inp, dout))
+    assert_gradient(dmagnitude - start, numeric(f, magnitude, dout))
+    frozen = inp.copy()  # in its place
+    REF.dora_backward(frozen, None, dout, frozen, magnitude, rnorm, N, O)
+    assert np.array_equal(frozen, dinp)
 
 
 def rope_table(positions: int, rotary_dim: int) -> np.ndarray:
@@ -609,7 +634,7 @@ def linear_backward_weight(
 ):
     dout, x, dw, db = m.normal(N, O), m.normal(N, I), m.normal(O, I), m.normal(O)
     tol_w = sum_error(N, np.abs(dw) + abs(scale) * np.abs(dout.T) @ np.abs(x))
-    tol_b = sum_error(N, np.abs(db) + np.abs(dout).sum(0))
+    tol_b = sum_error(N, np.abs(db) + abs(scale) * np.abs(dout).sum(0))
     m.ops.linear_backward_weight(
         dw if weight else None, db if bias else None, dout, x, N, O, I, scale
     )
@@ -950,6 +975,14 @@ def dropout_backward(m: Maker, N: int, C: int, p: float):
     return {"dinp": (dinp, tolerance)}
 
 
+@over((N, C, size) for N, C in ROWS for size in (0.1, 5.0))
+def noise(m: Maker, N: int, C: int, size: float):
+    x = m.normal(N, C)
+    tolerance = 4 * EPS * (np.abs(x) + size)
+    m.ops.noise(x, N, C, size, m.dropout(N, 0))
+    return {"x": (x, tolerance)}
+
+
 @over((more + N, N, C) for N, C in ROWS for more in (4, 0))
 def gather(m: Maker, N: int, M: int, C: int):
     rows = np.sort(m.rng.permutation(N)[:M]).astype(np.int32)
@@ -1104,19 +1137,58 @@ def adamw(m: Maker, n: int, t: int, wd: float):
 
 @over(
     (*shape, dtype)
-    for shape in ((1, 1, 1), (3, 17, 8), (33, 100, 4), (64, 255, 16), (2, 1025, 64))
+    for shape in (
+        *((1, 1, 1, True), (3, 17, 8, False), (33, 100, 4, True), (64, 255, 16, False)),
+        *((2, 1025, 64, True), (2, 1025, 64, False)),
+    )
     for dtype in DTYPES
 )
-def merge(m: Maker, O: int, I: int, R: int, dtype: str):
+def merge(m: Maker, O: int, I: int, R: int, dora: bool, dtype: str):
     W, w = m.weight(O, I, dtype)
     B, A = m.normal(O, R), m.normal(R, I)
-    m.ops.merge(W.array, DTYPES[dtype], B, A, O, I, R, 0.5)
+    magnitude, rnorm = m.normal(O), m.normal(O)
+    by = [magnitude, rnorm] if dora else [None, None]
+    m.ops.merge(W.array, DTYPES[dtype], B, A, *by, O, I, R, 0.5)
     value = unstored(W.array, DTYPES[dtype])
     # a sum near a tie may round to the other neighbour: one unit in the last place
     unit = {"F32": EPS, "F16": 2.0**-10, "BF16": 2.0**-7, "F64": EPS}[dtype]
     size = np.abs(w) + 0.5 * np.abs(B) @ np.abs(A)
+    if dora:
+        size *= np.abs(magnitude * rnorm)[:, None]
     least = 2.0**-24 if dtype == "F16" else 0
     return {"data": (value, unit * np.abs(value) + sum_error(R, size) + least)}
+
+
+@over(
+    (*shape, dtype)
+    for shape in ((1, 2, 1), (3, 18, 8), (33, 100, 4), (65, 254, 16), (2, 5000, 40))
+    for dtype in (*DTYPES, *QUANTIZED)
+)
+def dora_norm(m: Maker, O: int, I: int, R: int, dtype: str):
+    W, w = m.weight(O, I, dtype)
+    B, A, rnorm = m.normal(O, R), m.normal(R, I), m.out(O)
+    m.ops.dora_norm(rnorm, W, B, A, R, 0.5)
+    # of a sum of positive squares, whose terms are off by those of R products
+    size = np.linalg.norm(np.abs(w) + 0.5 * np.abs(B) @ np.abs(A), axis=1)
+    return {"rnorm": (rnorm, sum_error(I + R, np.abs(rnorm) * size * np.abs(rnorm)))}
+
+
+@over((N, C, *how) for N, C in ROWS for how in ((True, False), (False, True)))
+def dora_forward(m: Maker, N: int, O: int, bias: bool, in_place: bool):
+    inp, magnitude, rnorm, b = m.normal(N, O), m.normal(O), m.normal(O), m.normal(O)
+    size = np.abs(magnitude * rnorm * inp) + np.abs(b)
+    out = inp if in_place else m.out(N, O)
+    m.ops.dora_forward(out, inp, magnitude, rnorm, b if bias else None, N, O)
+    return {"out": (out, 4 * EPS * size)}
+
+
+@over((N, C, *how) for N, C in ROWS for how in ((True, False), (True, True), (False, True)))
+def dora_backward(m: Maker, N: int, O: int, trained: bool, in_place: bool):
+    dout, inp, magnitude, rnorm = m.normal(N, O), m.normal(N, O), m.normal(O), m.normal(O)
+    dm, dinp = m.normal(O), inp if in_place else m.out(N, O)
+    tol_m = sum_error(N, np.abs(dm) + np.abs(rnorm) * np.abs(dout * inp).sum(0))
+    m.ops.dora_backward(dinp, dm if trained else None, dout, inp, magnitude, rnorm, N, O)
+    return {"dinp": (dinp, 4 * EPS * np.abs(dinp)), "dmagnitude": (dm, tol_m)}
 
 
 @over((n, a, b) for n in LENGTHS for a in DTYPES for b in DTYPES)
@@ -1269,7 +1341,12 @@ LARGE: list[tuple[Any, ...]] = [
     (sum_squares, 300001),
     (first_nonfinite, 500, 301, (133, 499), np.nan),
     (adamw, 100001, 3, 0.1),
-    (merge, 300, 200, 8, "F16"),
+    (merge, 300, 200, 8, True, "F16"),
+    (noise, 200, 301, 0.5),
+    (dora_norm, 300, 200, 8, "F16"),
+    (dora_norm, 300, 200, 8, "I4 by 32"),
+    (dora_forward, 200, 301, True, False),
+    (dora_backward, 200, 301, True, True),
 ]
 
 
@@ -1936,6 +2013,33 @@ def test_dropout_keep_rate(backend: str, p: float) -> None:
     assert abs((out != 0).mean() - (1 - p)) <= 4 * deviation
 
 
+@pytest.mark.parametrize("backend", ["ref_f64", *TESTED])
+def test_noise_is_uniform_and_does_not_depend_on_packing(backend: str) -> None:
+    """Each element has its own number in [-1, 1), which that of its mask also is."""
+    ops = ops_of(backend)
+    N, C = 200, 301
+    rows, total = np.arange(N), np.zeros((N, C), ops.real)
+
+    def drawn(rows: np.ndarray, **other: int) -> np.ndarray:
+        x = np.zeros((len(rows), C), ops.real)
+        ops.noise(x, len(rows), C, 2.0, Dropout(0, rows % 7, rows, **{"seed": 5, **other}))
+        return x
+
+    total = drawn(rows)
+    assert -2 <= total.min() < -1.999 and 1.999 < total.max() < 2
+    spread = 2 / 3**0.5
+    assert abs(total.mean()) < 4 * spread / total.size**0.5
+    assert total.std() == pytest.approx(spread, rel=0.01)
+    assert len(np.unique(total)) > 0.99 * total.size
+    shuffled = np.random.default_rng(1).permutation(N)
+    assert np.array_equal(drawn(shuffled), total[shuffled])
+    for other in ({"seed": 6}, {"step": 2}, {"site": 4}):
+        assert (drawn(rows, **other) != total).mean() > 0.99
+    kept = np.ones((N, C), ops.real)
+    ops.dropout_forward(kept, kept, N, C, Dropout(0.25, rows % 7, rows, seed=5))
+    assert np.array_equal(kept == 0, total < -1)  # a quarter of [-2, 2)
+
+
 # ---- stored dtypes ----
 
 
@@ -2011,7 +2115,7 @@ def test_merge_against_numpy(backend: str) -> None:
     for dtype in (F32, F16, BF16):
         data = stored(w.astype(np.float32), dtype)
         exact = want if dtype != BF16 else unstored(data, BF16) + (B.astype(np.float64) @ A) / 8
-        ops.merge(data, dtype, B, A, O, I, R, 0.125)
+        ops.merge(data, dtype, B, A, None, None, O, I, R, 0.125)
         expected = stored(exact.astype(np.float32), dtype)
         # the float sum may round before the last rounding: a tie then goes either way, rarely
         differ = data.view(np.uint16 if dtype != F32 else np.uint32) != expected.view(

@@ -13,6 +13,7 @@
 #include "tmpl_rows.h"
 #include "tmpl_copy.h"
 #include "tmpl_dropout.h"
+#include "tmpl_dora.h"
 #include "tmpl_attention.h"
 #include "tmpl_bytes.h"
 #include "tmpl_linear.h"

@@ -168,9 +168,10 @@ static void linear_backward_input(void *cx, void *dinp, const void *dout,
 }
 
 struct column_sum_args {
-    float *out; /* (C) += sum over rows of x (N, C) */
+    float *out; /* (C) += scale * sum over rows of x (N, C) */
     const float *x;
     int N, C;
+    float scale;
 };
 
 /* a task is a run of columns */
@@ -185,7 +186,7 @@ static void column_sum_task(const void *arg, int task, char *scratch)
         for (int i = begin; i < end; i++)
             sum[i - begin] += a->x[(size_t)n * a->C + i];
     for (int i = begin; i < end; i++)
-        a->out[i] += sum[i - begin];
+        a->out[i] += a->scale * sum[i - begin];
 }
 
 static void linear_backward_weight(void *cx, void *dweight, void *dbias, const void *dout,
@@ -197,7 +198,7 @@ static void linear_backward_weight(void *cx, void *dweight, void *dbias, const v
         run_gemm(cpu, dweight, dout, 1, (size_t)O, &b, kind_of(cpu, GLM_F32, 0, O, I), O, scale, 1);
     }
     if (dbias) {
-        const struct column_sum_args a = {dbias, dout, N, O};
+        const struct column_sum_args a = {dbias, dout, N, O, (float)scale};
         run(cpu, ceil_div((size_t)O, 64), (size_t)N * O, column_sum_task, &a);
     }
 }
