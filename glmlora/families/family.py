@@ -25,6 +25,7 @@ class Tokenizer(Protocol):
 
     def get_command(self, token: str) -> int: ...
     def get_prefix_tokens(self) -> list[int]: ...
+    def rendered_ids(self, messages: Any, add_generation_prompt: bool) -> list[int]: ...
     def text_ids(self, text: str) -> list[int]: ...
     def text_offsets(self, text: str) -> list[int]: ...
 
@@ -84,6 +85,8 @@ class Family:
     template_marks: tuple[str, ...] = ()  # stand, all of them, in one that `template_text` equals
     takes_tools = False  # a template has tools beside the messages
     takes_role = True  # chat(query, history, role, ..) rather than chat(query, history, ..)
+    chats_by_template = False  # chat and training follow a template of the checkpoint's own
+    thinks = False  # answers have a thought in front, always
 
     # Which family it is
 
@@ -158,6 +161,17 @@ class Family:
         round, from 1.
         """
         raise NotImplementedError
+
+    def later_ids(
+        self, tokenizer: Tokenizer, past: list[int], query: str, history: Any, role: str
+    ) -> list[int]:
+        """Ids of a conversation whose first ids, `past`, a cache holds, and a new question."""
+        number = len(history or []) + 1
+        return [*past, *self.stream_ids(tokenizer, query, number, role)]
+
+    def prefix_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Ids in front of `source_ids`."""
+        return tokenizer.get_prefix_tokens()
 
     def message_ids(
         self, tokenizer: Tokenizer, role: str, metadata: str, content: str
