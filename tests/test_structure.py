@@ -227,7 +227,7 @@ def test_a_new_family_is_one_file(tmp_path):
 
 
 # What could execute what is read, or reach the network, and who uses it: for the host's name, the
-# libraries of CUDA, chat templates in a process with limits, and tests of the core that users start.
+# libraries of CUDA, tests of the core that users start, and chat templates, in their own process.
 CALLS = {"eval", "exec", "compile", "__import__"}
 OF_OS = {"system", "popen", "execv", "execve", "execvp", "spawnv", "startfile"}
 IMPORTS = {"ctypes", "dill", "ftplib", "http", "joblib", "marshal", "pickle", "requests", "runpy"}
