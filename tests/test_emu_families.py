@@ -1,5 +1,5 @@
-"""Losses of every family on the emulated device: the golden ones within 1e-3, and those of quantized
-models as on the processor. All other golden arrays there: `make test-deep`."""
+"""Losses of every family on the emulated device: the golden ones within 1e-3, and those of
+quantized models as on the processor. All other golden arrays there: `make test-deep`."""
 
 import numpy as np
 import pytest
