@@ -156,6 +156,31 @@ def test_rmsnorm_gradient(rng: np.random.Generator) -> None:
     assert np.array_equal(frozen, dinp)
 
 
+def test_layernorm_gradient(rng: np.random.Generator) -> None:
+    N, C, eps = 3, 7, 1e-5
+    inp, dout = rng.normal(size=(N, C)) + 2, rng.normal(size=(N, C))
+    weight, bias = rng.normal(size=C), rng.normal(size=C)
+    mean, rstd = np.empty(N), np.empty(N)
+
+    def f() -> np.ndarray:
+        out = np.empty((N, C))
+        REF.layernorm_forward(out, mean, rstd, inp, weight, bias, N, C, eps)
+        return out
+
+    xhat = (inp - inp.mean(1)[:, None]) / np.sqrt(inp.var(1)[:, None] + eps)
+    assert np.allclose(f(), xhat * weight + bias, rtol=1e-13, atol=1e-14)
+    expected = numeric(f, inp, dout), numeric(f, weight, dout), numeric(f, bias, dout)
+    f()
+    start = rng.normal(size=(N, C)), rng.normal(size=C), rng.normal(size=C)
+    got = [part.copy() for part in start]
+    REF.layernorm_backward(*got, dout, inp, weight, mean, rstd, N, C)
+    for new, old, wanted in zip(got, start, expected, strict=True):
+        assert_gradient(new - old, wanted)
+    frozen = start[0].copy()
+    REF.layernorm_backward(frozen, None, None, dout, inp, weight, mean, rstd, N, C)
+    assert np.array_equal(frozen, got[0])
+
+
 @pytest.mark.parametrize("accumulate", [0, 1])
 def test_linear_gradient(rng: np.random.Generator, accumulate: int) -> None:
     N, O, I, scale = 4, 5, 3, 0.7
@@ -206,6 +231,27 @@ def test_rope_gradient(rng: np.random.Generator) -> None:
     assert np.allclose(f()[1, HD], (z * np.exp(8j)).real) and np.allclose(
         f()[1, HD + 1], (z * np.exp(8j)).imag
     )
+
+
+def test_rope_2d_gradient(rng: np.random.Generator) -> None:
+    N, heads, HD, stride = 3, 2, 8, 27
+    table = rope_table(9, HD // 2)
+    position, block = np.array([0, 8, 3], np.int32), np.array([0, 2, 7], np.int32)
+    x, dout = rng.normal(size=(N, stride)), rng.normal(size=(N, stride))
+
+    def f() -> np.ndarray:
+        out = x.copy()
+        REF.rope_2d_forward(out, table, position, block, N, heads, HD, stride)
+        return out
+
+    dx = dout.copy()
+    REF.rope_2d_backward(dx, table, position, block, N, heads, HD, stride)
+    assert_gradient(dx, numeric(f, x, dout))
+    assert np.array_equal(f()[:, heads * HD :], x[:, heads * HD :])
+    for half, angle in ((0, 8j), (1, 2j)):  # of row 1, head 1, pair 0: frequency 1
+        at = HD + half * HD // 2
+        z = (x[1, at] + 1j * x[1, at + 2]) * np.exp(angle)
+        assert np.allclose(f()[1, [at, at + 2]], [z.real, z.imag])
 
 
 # All that segments can ask for, over 13 tokens and 9 cache rows.
@@ -304,6 +350,20 @@ def test_swiglu_gradient(rng: np.random.Generator) -> None:
     assert np.array_equal(inp, dinp)
 
 
+def test_gelu_gradient(rng: np.random.Generator) -> None:
+    x, dout, out, dinp = 2 * rng.normal(size=11), rng.normal(size=11), np.empty(11), np.empty(11)
+
+    def f() -> np.ndarray:
+        REF.gelu_forward(out, x, 11)
+        return out
+
+    u = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    assert np.allclose(f(), 0.5 * x * (1 + np.tanh(u)), rtol=1e-13)
+    expected = numeric(f, x, dout)
+    REF.gelu_backward(dinp, dout, x, 11)
+    assert_gradient(dinp, expected)
+
+
 def test_tanh_gradient(rng: np.random.Generator) -> None:
     x, dout, out, dinp = rng.normal(size=11), rng.normal(size=11), np.empty(11), np.empty(11)
 
@@ -360,6 +420,21 @@ def test_qkv_gradient(rng: np.random.Generator) -> None:
     REF.qkv_backward(*gradients, dout, N, heads)
     for part, gradient in zip(parts, gradients, strict=True):
         assert_gradient(gradient, numeric(f, part, dout))
+
+
+def test_qkv_by_head_gradient(rng: np.random.Generator) -> None:
+    N, heads = 3, Heads(4, 4, 3)
+    inp, dout, dinp = rng.normal(size=(N, 36)), rng.normal(size=(N, 36)), np.empty((N, 36))
+
+    def f() -> np.ndarray:
+        qkv = np.empty((N, 36))
+        REF.qkv_by_head_forward(qkv, inp, N, heads)
+        return qkv
+
+    parts = inp.reshape(N, 4, 3, 3).transpose(0, 2, 1, 3)  # head, part -> part, head
+    assert np.array_equal(f(), parts.reshape(N, 36))
+    REF.qkv_by_head_backward(dinp, dout, N, heads)
+    assert_gradient(dinp, numeric(f, inp, dout))
 
 
 def test_cross_entropy_gradient(rng: np.random.Generator) -> None:
@@ -573,6 +648,46 @@ def rmsnorm_backward(m: Maker, N: int, C: int, weight_too: bool):
     return {"dinp": (dinp, sum_error(C, size)), "dweight": (dweight, sum_error(N, size_w))}
 
 
+@over((N, C, offset) for N, C in ROWS for offset in (0.0, 100.0))
+def layernorm_forward(m: Maker, N: int, C: int, offset: float):
+    inp = m.put(m.rng.normal(size=(N, C)) + offset)
+    weight, bias = m.normal(C), m.normal(C)
+    out, mean, rstd = m.out(N, C), m.out(N), m.out(N)
+    m.ops.layernorm_forward(out, mean, rstd, inp, weight, bias, N, C, 1e-5)
+    most = np.abs(inp).max(axis=1, initial=0)
+    off = sum_error(C, most)  # of the mean, and so of each difference and their root mean square
+    size = np.abs(out) + np.abs(bias)
+    wide = (off * rstd)[:, None] * (np.abs(weight) + size)
+    return {
+        "out": (out, sum_error(C, size) + wide),
+        "mean": (mean, off),
+        "rstd": (rstd, sum_error(C, rstd) + off * rstd * rstd),
+    }
+
+
+@over((N, C, weight, bias) for N, C in ROWS for weight, bias in ((1, 1), (1, 0), (0, 1), (0, 0)))
+def layernorm_backward(m: Maker, N: int, C: int, with_weight: int, with_bias: int):
+    inp, weight, dout = m.normal(N, C), m.normal(C), m.normal(N, C)
+    exact = inp.astype(float)
+    mean, rstd = m.put(exact.mean(1)), m.put(1 / np.sqrt(exact.var(1) + 1e-5))
+    dinp, dweight, dbias = m.normal(N, C), m.normal(C), m.normal(C)
+    g, r = np.abs(dout * weight), rstd[:, None]
+    xhat = (np.abs(inp) + np.abs(mean[:, None])) * r  # magnitudes: the difference may cancel
+    size = r * (g + g.mean(1, keepdims=True) + xhat * (g * xhat).mean(1, keepdims=True))
+    size_w, size_b = np.abs(dweight) + np.abs(dout * xhat).sum(0), np.abs(dbias)
+    m.ops.layernorm_backward(
+        dinp,
+        dweight if with_weight else None,
+        dbias if with_bias else None,
+        *(dout, inp, weight, mean, rstd, N, C),
+    )
+    return {
+        "dinp": (dinp, sum_error(C, size + np.abs(dinp))),
+        "dweight": (dweight, sum_error(N, size_w)),
+        "dbias": (dbias, sum_error(N, size_b + np.abs(dout).sum(0))),
+    }
+
+
 @over((N, C, dtype) for N, C in ROWS for dtype in DTYPES)
 def embedding_forward(m: Maker, N: int, C: int, dtype: str):
     W, _ = m.weight(11, C, dtype)
@@ -601,6 +716,20 @@ def rope(m: Maker, N: int, heads: int, HD: int, extra: int, rotary_dim: int, for
     tolerance = 4 * EPS * np.abs(x).max(initial=0)  # two products and a sum
     op = m.ops.rope_forward if forward else m.ops.rope_backward
     op(x, table, m.ints(300, N), N, heads, HD, stride, rotary_dim)
+    return {"x": (x, tolerance)}
+
+
+@over(
+    (N, heads, HD, extra, forward)
+    for N, heads, HD in ((3, 2, 8), (1, 1, 4), (17, 3, 64), (5, 2, 36), (9, 4, 128), (0, 2, 8))
+    for extra, forward in ((0, False), (11, True), (3, False))
+)
+def rope_2d(m: Maker, N: int, heads: int, HD: int, extra: int, forward: bool):
+    stride = heads * HD + extra
+    x, table = m.normal(N, stride), m.put(rope_table(300, HD // 2))
+    tolerance = 4 * EPS * np.abs(x).max(initial=0)  # two products and a sum
+    op = m.ops.rope_2d_forward if forward else m.ops.rope_2d_backward
+    op(x, table, m.ints(300, N), m.ints(300, N), N, heads, HD, stride)
     return {"x": (x, tolerance)}
 
 
@@ -698,6 +827,15 @@ def qkv(m: Maker, N: int, NH: int, KVH: int, HD: int):
     return {"qkv": (qkv, 0), **{f"d{n}": (d, 0) for n, d in zip("qkv", gradients, strict=True)}}
 
 
+@over((N, *shape) for N in (0, 1, 3, 17) for shape in ((1, 1), (4, 6), (3, 33), (8, 64), (2, 128)))
+def qkv_by_head(m: Maker, N: int, NH: int, HD: int):
+    heads, width = Heads(NH, NH, HD), 3 * NH * HD
+    qkv, dinp = m.out(N, width), m.out(N, width)
+    m.ops.qkv_by_head_forward(qkv, m.normal(N, width), N, heads)
+    m.ops.qkv_by_head_backward(dinp, m.normal(N, width), N, heads)
+    return {"qkv": (qkv, 0), "dinp": (dinp, 0)}
+
+
 @over((N, 4, 2, C) for N, C in ROWS)
 def kv_append(m: Maker, N: int, NH: int, KVH: int, HD: int):
     qkv, k, v = (
@@ -756,6 +894,25 @@ def swiglu_backward(m: Maker, N: int, F: int, scale: float, in_place: bool):
     dinp = inp if in_place else m.out(N, 2 * F)
     m.ops.swiglu_backward(dinp, dout, inp, N, F)
     return {"dinp": (dinp, 16 * EPS * size + 1e-33)}
+
+
+@over((n, *how) for n in LENGTHS for how in ((1.0, False), (50.0, True)))
+def gelu_forward(m: Maker, n: int, scale: float, in_place: bool):
+    inp = m.normal(n, scale=scale)
+    out = inp if in_place else m.out(n)
+    # exp of 2 u is off by as many roundings as its argument, at most 88, counts
+    tolerance = 16 * EPS * np.abs(inp) * np.minimum(1 + np.abs(inp) ** 3, 8) + 1e-33
+    m.ops.gelu_forward(out, inp, n)
+    return {"out": (out, tolerance)}
+
+
+@over((n, *how) for n in LENGTHS for how in ((1.0, None), (50.0, "inp"), (3.0, "dout")))
+def gelu_backward(m: Maker, n: int, scale: float, into: str | None):
+    inp, dout = m.normal(n, scale=scale), m.normal(n)
+    tolerance = 64 * EPS * np.abs(dout) + 1e-33  # |gelu'| is at most 1.13
+    dinp = {"inp": inp, "dout": dout, None: m.out(n)}[into]
+    m.ops.gelu_backward(dinp, dout, inp, n)
+    return {"dinp": (dinp, tolerance)}
 
 
 @over((n, *how) for n in LENGTHS for how in ((1.0, False), (50.0, True)))
@@ -832,6 +989,15 @@ def add(m: Maker, n: int, into: str):
     out = {"a": a, "b": b, "out": m.out(n)}[into]
     m.ops.add(out, a, b, n)
     return {"out": (out, EPS * np.abs(out))}
+
+
+@over((n, into) for n in LENGTHS for into in ("a", "b", "out"))
+def scaled_add(m: Maker, n: int, into: str):
+    a, b = m.normal(n), m.normal(n)
+    out = {"a": a, "b": b, "out": m.out(n)}[into]
+    tolerance = 2 * EPS * (7.5 * np.abs(a) + np.abs(b))
+    m.ops.scaled_add(out, a, b, n, 7.4833)
+    return {"out": (out, tolerance)}
 
 
 @over((n,) for n in LENGTHS)
@@ -1432,19 +1598,28 @@ def test_row_does_not_depend_on_others(backend: str, C: int) -> None:
     ops, weight = m.ops, m.normal(C)
     x, y, z = m.normal(40, C), m.normal(40, C), m.normal(40, 2 * C)
     target, table = m.ints(C, 40), m.put(rope_table(50, C // 2 * 2))
-    position = m.ints(50, 40)
+    position, table_2d = m.ints(50, 40), m.put(rope_table(50, C // 4 * 2))
     moments = m.put(m.normal(40, C) ** 2)
 
     def results(a: int, b: int) -> dict[str, np.ndarray]:
         N, p, q, gates = b - a, x[a:b].copy(), y[a:b].copy(), z[a:b].copy()
         r = {name: np.zeros((N, C), ops.real) for name in ("norm", "swiglu", "tanh", "sum")}
-        r |= {name: np.zeros(N, ops.real) for name in ("rstd", "loss", "lse")}
+        r |= {name: np.zeros((N, C), ops.real) for name in ("layernorm", "gelu", "dgelu", "scaled")}
+        r |= {name: np.zeros(N, ops.real) for name in ("rstd", "loss", "lse", "mean", "rstd_1")}
+        r |= {"dinp_1": q.copy(), "rope_2d": gates.copy()}
         r |= {"dinp": q.copy(), "dgates": gates.copy(), "rope": p.copy(), "dlogits": p.copy()}
         r |= {"dtanh": p.copy(), "p": p.copy(), "m": q.copy(), "v": moments[a:b].copy()}
         ops.rmsnorm_forward(r["norm"], r["rstd"], p, weight, N, C, 1e-5)
         ops.rmsnorm_backward(r["dinp"], None, q, p, weight, r["rstd"], N, C)
+        ops.layernorm_forward(r["layernorm"], r["mean"], r["rstd_1"], p, weight, weight, N, C, 1e-5)
+        ops.layernorm_backward(r["dinp_1"], None, None, q, p, weight, r["mean"], r["rstd_1"], N, C)
         ops.swiglu_forward(r["swiglu"], gates, N, C)
         ops.swiglu_backward(r["dgates"], q, gates, N, C)
+        ops.gelu_forward(r["gelu"], p, N * C)
+        ops.gelu_backward(r["dgelu"], q, p, N * C)
+        ops.scaled_add(r["scaled"], p, q, N * C, 7.5)
+        here = position[a:b].copy()
+        ops.rope_2d_forward(r["rope_2d"], table_2d, here, here, N, 1, C // 4 * 4, 2 * C)
         ops.tanh_forward(r["tanh"], p, N * C)
         ops.tanh_backward(r["dtanh"], q, r["tanh"], N * C)
         ops.add(r["sum"], p, q, N * C)

@@ -548,7 +548,7 @@ def test_from_pretrained_errors(tiny_dir, tmp_path, monkeypatch):
         load(tmp_path)
     with pytest.raises(TypeError, match="bogus"):
         load(tiny_dir, bogus=1)
-    with pytest.raises(ValueError, match="family: expected v2 or v3 or g4.*'v9'"):
+    with pytest.raises(ValueError, match="family: expected v1 or v2 or v3 or g4.*'v9'"):
         load(tiny_dir, family="v9")
     with pytest.raises(ValueError, match=r"line \d+: expected a new token in base64"):
         load(tiny_dir, family="g4")

@@ -19,7 +19,7 @@ NO_LIMIT = 1 << 40  # ids
 def chat_ids(
     tokenizer: Tokenizer, query: str, history: Any = None, role: str = "user"
 ) -> list[int]:
-    """Ids of a whole prompt, `[gMASK] sop` in front.
+    """Ids of a whole prompt, `[gMASK] sop` in front, or behind in a family that has them there.
 
     history: (query, answer) pairs or messages, as the family has them; it is not changed. Raises
     ValueError for a malformed history, or a role that the family does not have.
@@ -48,7 +48,7 @@ def encode_source(
     template: str = "auto",
     system: str | None = None,
 ) -> tuple[list[int], bool]:
-    """Prompt ids of a training record, `[gMASK] sop` in front, and whether anything was cut.
+    """Prompt ids of a training record, `[gMASK] sop` with them, and whether anything was cut.
 
     prompt, query: joined with nothing between. history: (query, answer) pairs. source_prefix: put
     before the whole text. template: "auto" is the family's own chat template; "vendored" is
@@ -62,12 +62,10 @@ def encode_source(
     """
     _one_of("truncation", truncation, ("template", "vendored"))
     writes = writer(tokenizer, template)
-    prefix = writes.prefix_ids(tokenizer)
-    room = max_source_length - len(prefix)
+    frame = len(writes.framed(tokenizer, []))
+    room = max_source_length - frame
     if room < 1:
-        raise ValueError(
-            f"max_source_length: expected more than {len(prefix)}, got {max_source_length}"
-        )
+        raise ValueError(f"max_source_length: expected more than {frame}, got {max_source_length}")
     rounds, query = check_rounds(history), query or ""
 
     def ids(asked: str, dropped: int = 0) -> list[int]:
@@ -76,9 +74,9 @@ def encode_source(
 
     whole = ids(f"{prompt}{query}")
     if len(whole) <= room:
-        return prefix + whole, False
+        return writes.framed(tokenizer, whole), False
     if truncation == "vendored":
-        return prefix + whole[:room], True
+        return writes.framed(tokenizer, whole[:room]), True
     dropped = rounds_to_drop(lambda n: len(ids("", n)), len(rounds), room)
 
     def excess(asked: str) -> int:
@@ -88,7 +86,7 @@ def encode_source(
         prompt += shortened(tokenizer, query, lambda left: excess(prompt + left))
     else:
         prompt = shortened(tokenizer, prompt, excess)
-    return prefix + ids(prompt, dropped), True
+    return writes.framed(tokenizer, ids(prompt, dropped)), True
 
 
 def prompt_length(tokenizer: Tokenizer, query: str, template: str = "auto") -> int:
@@ -139,13 +137,12 @@ def encode_label(
 ) -> list[int]:
     """Reference ids for prediction runs: `[gMASK] sop` and the answer, no end id; at most
     `max_target_length` ids, as in the original."""
-    prefix = writer(tokenizer, template).prefix_ids(tokenizer)
-    if max_target_length < len(prefix):
-        raise ValueError(
-            f"max_target_length: expected at least {len(prefix)}, got {max_target_length}"
-        )
+    writes = writer(tokenizer, template)
+    frame = len(writes.framed(tokenizer, []))
+    if max_target_length < frame:
+        raise ValueError(f"max_target_length: expected at least {frame}, got {max_target_length}")
     ids = _answer_ids(tokenizer, response, template)
-    return prefix + ids[: max_target_length - len(prefix)]
+    return writes.framed(tokenizer, ids[: max_target_length - frame])
 
 
 def _answer_ids(tokenizer: Tokenizer, response: str, template: str) -> list[int]:

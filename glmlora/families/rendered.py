@@ -62,8 +62,8 @@ class _Rendered(Thinks):
 
     # Training
 
-    def prefix_ids(self, tokenizer: Tokenizer) -> list[int]:
-        return []  # the template has it
+    def framed(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+        return list(ids)  # the template has it all
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The token that the template writes behind an answer, else the family's."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _core, seeds
-from ..batch import Batch, as_rows, check_ids, padded
+from ..batch import Batch, as_rows, check_ids, given_rows, padded
 from ..files.checkpoint import save_sharded
 from ..files.hub import check_keywords
 from ..files.owner import owned
@@ -613,16 +613,8 @@ class ChatGLMForConditionalGeneration(_Casts):
         """(ragged batch, row and column of each of its tokens, shape of the padded arrays),
         checked.
         """
-        if input_ids is None:
-            raise ValueError("input_ids: expected an array of ids (rows, tokens), got None")
-        ids = as_rows("input_ids", input_ids)
-        mask, places, labels = (
-            None if v is None else as_rows(n, v)
-            for n, v in (
-                ("attention_mask", attention_mask),
-                ("position_ids", position_ids),
-                ("labels", labels),
-            )
+        ids, mask, places, labels = given_rows(
+            input_ids, attention_mask, position_ids, labels, self.config.context
         )
         check_ids("input_ids", ids, self.config.padded_vocab_size)
         if labels is not None:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .. import families
-from ..encoding import BatchEncoding, Encoder, TemplateOptions, refuse_options, row_of
+from ..encoding import BatchEncoding, Encoder, TemplateOptions, refuse_options
 from ..families import prompt as prompts
 from ..families.rendered import rendered
 from .chat_template import MARK, ChatTemplate, marked, written_by
@@ -72,7 +72,7 @@ class Chats(Encoder):
     def writer(self) -> families.Family:
         """Who writes prompts: the family, or in front of it the checkpoint's own template."""
         if not self._family.chats_by_template or self._own is None:
-            return self._family
+            return self._family.as_released(self)  # type: ignore[arg-type]
         return rendered(self._family, self._own)
 
     def text_ids(self, text: str) -> list[int]:
@@ -111,14 +111,15 @@ class Chats(Encoder):
 
     def build_prompt(self, query: str, history: Any = None) -> str:
         """Prompt text of the families whose histories are (query, answer) pairs."""
-        return families.default().prompt_text(query, history)
+        writer = families.default() if self._family.takes_role else self._family
+        return writer.prompt_text(query, history)
 
     def build_chat_input(
         self, query: str, history: Any = None, role: str = "user"
     ) -> BatchEncoding:
         """Arrays (1, T) of a chat prompt, see `prompt.chat_ids`."""
         ids = prompts.chat_ids(self, query, history, role)  # type: ignore[arg-type]
-        return self._finish([row_of(ids)], True, False, None, "np")
+        return self._finish([self._row(ids)], True, False, None, "np")
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
         """Ids of one message: role, metadata and its newline, text. ValueError in families that
