@@ -10,7 +10,6 @@ import pytest
 
 import glmlora
 from glmlora import _core, families
-from glmlora.batch import Batch
 from glmlora.families.context import Context, row_mask, row_positions
 from glmlora.files.checkpoint import write_safetensors
 from glmlora.generation import generate as generation
@@ -395,6 +394,22 @@ def test_the_tree_of_labels_is_brute_force(directory):
             assert abs(found[number][i] - wanted) <= 1e-5
 
 
+def test_threads_change_no_bit(directory):
+    threads, found = _core.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            _core.set_num_threads(n)
+            model = adapted(load(directory))
+            loss = model.backward(**padded_rows())
+            found.append((loss, model.generate(PROMPTS, max_new_tokens=3), model.named_gradients()))
+    finally:
+        _core.set_num_threads(threads)
+    first = found[0]
+    for loss, answers, gradients in found[1:]:
+        assert loss == first[0] and np.array_equal(answers, first[1])
+        assert all(np.array_equal(gradients[name], first[2][name]) for name in first[2])
+
+
 # ---- configuration and files
 
 
@@ -462,12 +477,6 @@ def test_frequencies_in_a_file_are_ignored(directory):
 
 
 # ---- training
-
-
-def train_batch():
-    labels = [[-100] * len(p) + a for p, a in zip(PROMPTS, ANSWERS, strict=True)]
-    ids, lengths = flat(ROWS)
-    return Batch(ids, lengths, np.concatenate(labels))
 
 
 def padded_rows():

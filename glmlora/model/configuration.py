@@ -245,7 +245,7 @@ class ChatGLMConfig:
             config = cls(family=family, rope_mode=rope_mode, **fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-        if families.of(family).config_keys:  # a layout that reads it
+        if families.of(family).model_type != DEFAULTS["model_type"]:  # a layout that reads it
             fields.pop("rope_scaling", None)
         for text in _without_effect(fields):
             tell.once(f"{file}: {text}")
