@@ -104,9 +104,8 @@ class DecodeOptions(TypedDict, total=False):
 class TemplateOptions(TypedDict, total=False):
     """Of apply_chat_template."""
 
-    tools: Any
     documents: Any
-    chat_template: str | None
+    enable_thinking: bool | None
     continue_final_message: bool
     sanitize_control_tokens: bool
     return_assistant_tokens_mask: bool
@@ -118,11 +117,11 @@ _NEUTRAL: dict[str, Any] = {
     "stride": 0,
     "padding_side": "left",
     "spaces_between_special_tokens": True,
-    **dict.fromkeys(("tokenizer_kwargs", "tools", "documents", "chat_template")),
+    **dict.fromkeys(("tokenizer_kwargs", "documents", "enable_thinking")),
 }
 _INSTEAD = {
-    "tools": "a system message holds them: {'role': 'system', 'content': .., 'tools': ..}",
-    "chat_template": "the family's own template is written",
+    "documents": "the template reads none",
+    "enable_thinking": "the template has no switch for thoughts",
     "is_split_into_words": "join the words to a text",
     "return_overflowing_tokens": "cut the ids yourself",
 }
@@ -144,16 +143,6 @@ def refuse_options(given: Mapping[str, Any], options: Any, function: Any) -> Non
         if not fine and name != "verbose":
             how = _INSTEAD.get(name, f"leave it at {neutral!r}")
             raise ValueError(f"{name}: is not supported, got {value!r:.80}; {how}")
-
-
-def tools_of(given: Mapping[str, Any], taken: bool, function: Any) -> list[dict[str, Any]]:
-    """A message that holds the tools given beside messages, where a family's template takes them
-    so; else none. Other options of a template are refused.
-    """
-    others = dict(given)
-    tools = others.pop("tools", None) if taken else None
-    refuse_options(others, TemplateOptions, function)
-    return [{"role": "system", "content": "", "tools": tools}] if tools else []
 
 
 class Options(EncodeOptions, total=False):

@@ -45,6 +45,7 @@ class Tokenizer(Protocol):
     def get_command(self, token: str) -> int: ...
     def get_prefix_tokens(self) -> list[int]: ...
     def as_prompt(self, ids: Sequence[int]) -> list[int]: ...
+    def rendered_ids(self, messages: Any, add_generation_prompt: bool) -> list[int]: ...
     def text_ids(self, text: str) -> list[int]: ...
     def text_offsets(self, text: str) -> list[int]: ...
 
@@ -112,6 +113,8 @@ class Family:
     takes_past = True  # stream_chat goes on from past_key_values
     shows_end = True  # stream_chat yields the whole text once more at an end id
     chat_defaults: Mapping[str, Any] = {}  # where they are others than the signature's
+    chats_by_template = False  # chat and training follow a template of the checkpoint's own
+    thinks = False  # answers have a thought in front, always
 
     # Which family it is
 
@@ -210,6 +213,17 @@ class Family:
         round, from 1.
         """
         raise NotImplementedError
+
+    def later_ids(
+        self, tokenizer: Tokenizer, past: list[int], query: str, history: Any, role: str
+    ) -> list[int]:
+        """Ids of a conversation whose first ids, `past`, a cache holds, and a new question."""
+        number = len(history or []) + 1
+        return [*past, *self.stream_ids(tokenizer, query, number, role)]
+
+    def framed(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+        """`source_ids` with the special ids around them."""
+        return tokenizer.as_prompt(ids)
 
     def message_ids(
         self, tokenizer: Tokenizer, role: str, metadata: str, content: str

@@ -52,6 +52,8 @@ def chat_family(model: Model, tokenizer: Any) -> families.Family:
             f"tokenizer: expected what AutoTokenizer.from_pretrained returns, got {tokenizer!r:.80}"
         )
     family = families.of(getattr(tokenizer, "family", model.config.family))
+    if model.prompt_template == "auto":
+        family = getattr(tokenizer, "writer", None) or family
     if hasattr(tokenizer, "family"):
         family = family.as_released(tokenizer)
     return in_template(family, model.prompt_template)
@@ -439,9 +441,7 @@ def stream_chat(
     )
     ids, asked = turns.ask(query, history, role)
     if past is not None:
-        number = len(history or []) + 1
-        later = turns.family.stream_ids(tokenizer, query, number, role or "user")
-        ids = past.ids + list(later)
+        ids = turns.family.later_ids(tokenizer, past.ids, query, history, role or "user")
     [limit] = turns.limits([ids])
     warn_of_weights(model)
     needed = first_room([len(ids)], [limit])

@@ -16,18 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import families, tell
-from ..encoding import (
-    NO_LIMIT,
-    BatchEncoding,
-    DecodeOptions,
-    Encoder,
-    TemplateOptions,
-    checked_ids,
-    cleaned,
-    refuse_options,
-    tools_of,
-)
-from ..families import prompt as prompts
+from ..encoding import NO_LIMIT, DecodeOptions, checked_ids, cleaned, refuse_options
 from ..families import recognition
 from ..families.vocabulary import VOCABULARIES, fits, is_byte_pairs, is_json, vocabulary_file
 from ..files import tokenizer_keywords as keywords
@@ -39,6 +28,7 @@ from ..files.write import read_json, refuse_lfs_pointer, write_json
 from ..interrupts import interruptible
 from ..names import did_you_mean
 from .byte_pairs import BytePairs
+from .chats import Chats
 from .ice_text import IceText
 from .pieces import Pieces
 from .special import content_of, special_ids
@@ -58,12 +48,12 @@ _FIXED = {
     **dict.fromkeys(("eos_token", "eos_token_id"), "generate(eos_token_id=..) ends with other ids"),
     **dict.fromkeys(("bos_token", "bos_token_id"), "prompts begin with get_prefix_tokens()"),
     **dict.fromkeys(("unk_token", "unk_token_id", "special_tokens"), "the vocabulary has it"),
-    "chat_template": "prompts have the family's own form",
+    "chat_template": "apply_chat_template(chat_template=..) takes another",
     "family": "AutoTokenizer.from_pretrained(.., family=..) chooses it",
 }
 
 
-class ChatGLMTokenizer(Encoder):
+class ChatGLMTokenizer(Chats):
     """Text to ids and back; `family` is the name of one in glmlora/families.
 
     Ids of the vocabulary, then the family's special tokens. A SentencePiece vocabulary begins with
@@ -108,7 +98,7 @@ class ChatGLMTokenizer(Encoder):
         self._tokens_map = dict(tokens_map or {})
         self._template = self._config.get("chat_template")
         template = self._directory / TEMPLATE
-        if not self._template and template.is_file():
+        if template.is_file():  # is the newer way
             self._template = read_text(template, errors="replace")
         self._model = read_bytes(vocab_file)
         self._open_model()
@@ -132,8 +122,7 @@ class ChatGLMTokenizer(Encoder):
                 if new := [t for t in map(content_of, listed) if self._unknown(t)]:
                     unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
                 continue
-            if name == "chat_template" and value and self._family.template_mark not in str(value):
-                unused.append(f"chat_template, prompts have {self._family.title}'s own form")
+            if name == "chat_template" and value:
                 continue
             value = content_of(value) if isinstance(value, dict) else value
             if name in settings and value is not None:
@@ -201,9 +190,8 @@ class ChatGLMTokenizer(Encoder):
         return AutoTokenizer.from_pretrained(path, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            n: value for n, value in self.__dict__.items() if n not in ("_vocabulary", "_family")
-        }
+        made_anew = ("_vocabulary", "_family", "_own", "writer")
+        return {n: value for n, value in self.__dict__.items() if n not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -532,79 +520,6 @@ class ChatGLMTokenizer(Encoder):
     def _text(self, tokens: Sequence[Token]) -> str:
         return self._vocabulary.text(tokens)
 
-    @property
-    def chat_template(self) -> str | None:
-        """The checkpoint's own, which is read for its texts and never run."""
-        return self._template if isinstance(self._template, str) else None
-
-    # Chat
-
-    def build_prompt(self, query: str, history: Any = None) -> str:
-        """Prompt text of the families whose histories are (query, answer) pairs."""
-        writer = families.default() if self._family.takes_role else self._family
-        return writer.prompt_text(query, history)
-
-    def build_chat_input(
-        self, query: str, history: Any = None, role: str = "user"
-    ) -> BatchEncoding:
-        """Arrays (1, T) of a chat prompt, see `prompt.chat_ids`."""
-        ids = prompts.chat_ids(self, query, history, role)
-        return self._finish([self._row(ids)], True, False, None, "np")
-
-    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """Ids of one message: role, metadata and its newline, text. ValueError in families that
-        have rounds of questions and answers.
-        """
-        return self._family.message_ids(self, role, metadata, message)
-
-    def apply_chat_template(
-        self,
-        messages: Any = None,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        return_tensors: str | None = None,
-        return_dict: bool = False,
-        *,
-        conversation: Any = None,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        **others: Unpack[TemplateOptions],
-    ) -> Any:
-        """A list of messages {"role", "content"} in the family's chat template, or a list of such
-        lists. `conversation` is another name of messages.
-
-        Returns a list of ids; the text with `tokenize=False`; an `Array` (1, T) with
-        `return_tensors`; a `BatchEncoding` with `return_dict`; lists of them for several. Padding
-        and truncation as in `__call__`. Other options of transformers are refused by name.
-        """
-        family, own, marks = self._family, self._template, self._family.template_marks
-        tools = tools_of(others, family.takes_tools, self.apply_chat_template)
-        if own and not (marks and all(mark in str(own) for mark in marks)):
-            tell.once(
-                f"{self.name_or_path}: its chat_template is not run: "
-                f"apply_chat_template writes {self._family.title}'s own"
-            )
-        messages = conversation if messages is None else messages
-        several = isinstance(messages, list | tuple) and messages and _is_rows(messages[0])
-        rows = [[*tools, *row] if tools else row for row in (messages if several else [messages])]
-        if not tokenize:
-            texts = [family.template_text(self, row, add_generation_prompt) for row in rows]
-            return texts if several else texts[0]
-        encoding = self._encoded(
-            [(list(family.template_ids(self, row, add_generation_prompt)), None) for row in rows],
-            not several,
-            {
-                "add_special_tokens": False,
-                "padding": padding,
-                "truncation": truncation,
-                "max_length": max_length,
-                "return_tensors": return_tensors,
-            },
-            self.apply_chat_template,
-        )
-        return encoding if return_dict else encoding["input_ids"]
-
     # Files
 
     def _changed(self) -> dict[str, Any]:
@@ -683,10 +598,6 @@ class ChatGLMTokenizer(Encoder):
 
 def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k != name}
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list | tuple)
 
 
 class AutoTokenizer:

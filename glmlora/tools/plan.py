@@ -300,7 +300,8 @@ def _build(
     """
     form = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind]
     config = copy.copy(config)
-    config.quantization_bit, config.pre_seq_len = 0, None
+    config.quantization_bit = config.quantization_group_size = 0
+    config.pre_seq_len = None
     shapes = _core.Model(config.arch(), backend, names=config.tensor_names).shapes()
     on_backend = type("_PlanModel", (_PlanModel,), {"backend": backend})
     made = {n: np.zeros(s, form) for n, s in shapes.items()}
