@@ -752,6 +752,8 @@ def segments_of(kind: str, counts: tuple[int, ...]) -> tuple[list[Segment], int]
             s.past_begin, s.past_count = row, 70
         if "far" in kind:  # more keys than 64 runs of 64 (cuda/decode.h)
             s.past_begin, s.past_count = row, 4093 + 60 * i
+        if "keys" in kind:  # so many, and in each segment 64 more than in the one before
+            s.past_begin, s.past_count = row, int(kind.split()[-1]) + 64 * i
         if "context" in kind:
             s.context = count * 2 // 3
         row += s.past_count
@@ -1193,6 +1195,12 @@ def attention_cases() -> list[tuple[Any, ...]]:
         ("context", (48,), (2, 1, 16)),  # 32 of them, a whole tile
         ("shared apart", (33, 5, 70, 9), (4, 2, 64)),
         ("shared apart", (33, 5, 70, 9), (2, 1, 136)),
+        # a token's keys are just those of one, two and four warps, and of a run (cuda/decode.h)
+        ("keys 3", (1,), (2, 1, 16)),
+        ("keys 7", (1,), (2, 1, 16)),
+        ("keys 15", (1,), (2, 1, 16)),
+        ("keys 63", (1, 1), (2, 1, 16)),
+        ("context keys 63", (4,), (2, 1, 16)),  # one more, of the context
     ):
         cases += [(attention_forward, *args), (attention_backward, *args)]
     return cases
@@ -1202,6 +1210,16 @@ def attention_cases() -> list[tuple[Any, ...]]:
 LARGE: list[tuple[Any, ...]] = [
     (linear_forward, 37, 300, 260, "F16", True, 0.5, 1),
     (linear_forward, 1, 1030, 1030, "BF16", False, 1.0, 0),
+    (
+        linear_forward,
+        3,
+        5,
+        264,
+        "F16",
+        True,
+        1.0,
+        0,
+    ),  # the end of a row between two words of a lane
     (linear_backward_input, 37, 260, 300, "F16", 0.5, 1),
     (linear_backward_input, 1, 1030, 1030, "F32", 1.0, 0),
     (linear_backward_weight, 61, 200, 130, 0.5, True, True),
@@ -1211,10 +1229,17 @@ LARGE: list[tuple[Any, ...]] = [
     (choose, 33, 3001, "ties"),
     (choose, 3, 40001, "ties"),
     (rmsnorm_forward, 3, 5001, 1.0),
+    (rmsnorm_forward, 1, 4100, 1.0),
     (add_rmsnorm_forward, 2, 5001, "b"),
+    (layernorm_forward, 301, 255, 0.0),
+    (layernorm_forward, 2, 5001, 100.0),
+    (layernorm_forward, 1, 4100, 0.0),
+    (layernorm_backward, 301, 255, 1, 1),
     (choose_drawn, 40, 64, 1.0, 0, 0.5, "near"),
     (choose_drawn, 9, 4101, 0.9, 600, 0.9, False),
     (choose_drawn, 3, 4101, 5.0, 0, 0.99, True),
+    (choose_drawn, 3, 300, 0.8, 0, 0.7, False),  # a thread's second word begins where the row ends
+    (choose_drawn, 1, 1025, 1.0, 0, 0.5, "near"),  # one more than are listed
     (rope_append, 200, 8, 2, 64, 32),
     (embedding_forward, 300, 300, "F16"),
     (embedding_backward, 700, 129),
@@ -1228,6 +1253,10 @@ LARGE: list[tuple[Any, ...]] = [
     (prefix_backward, 64, 8, 65, 3, 0.1),
     (swiglu_forward, 200, 300, 1.0),
     (swiglu_backward, 200, 300, 1.0, True),
+    (gelu_forward, 70001, 1.0, False),
+    (gelu_backward, 70001, 1.0, None),
+    (rope_2d, 200, 4, 64, 7, True),
+    (qkv_by_head, 300, 4, 64),
     (tanh_forward, 70001, 1.0, False),
     (tanh_backward, 70001, False),
     (dropout_forward, 200, 301, 0.1, False),
@@ -1236,6 +1265,7 @@ LARGE: list[tuple[Any, ...]] = [
     (cross_entropy_forward, 33, 3001, 1.0),
     (cross_entropy_backward, 33, 3001, 1.0),
     (add, 100001, "out"),
+    (scaled_add, 100001, "out"),
     (sum_squares, 300001),
     (first_nonfinite, 500, 301, (133, 499), np.nan),
     (adamw, 100001, 3, 0.1),
