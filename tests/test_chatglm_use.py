@@ -359,21 +359,20 @@ def test_on_the_emulator(speaking, folders, monkeypatch):
     model = glmlora.AutoModel.from_pretrained(speaking).to("emu")
     tokenizer = AutoTokenizer.from_pretrained(speaking)
     assert model.chat(tokenizer, "你好", [("q", "a")], do_sample=False)[0] == "1"
-    for folder in folders:
-        found = []
-        for device in ("cpu", "emu"):
-            glmlora.set_seed(1)
-            model, tokenizer = opened(folder)
-            config = glmlora.LoraConfig(r=4, target_modules="all-linear")
-            tuned = glmlora.get_peft_model(model.to(device), config)
-            optimizer = glmlora.AdamW(tuned, lr=1e-2)
-            row = {"prompt": "p", "query": "q", "response": "1", "history": []}
-            rows = encode_records([row], tokenizer)
-            ids = [*rows.source(0).tolist(), *rows.target(0).tolist()]
-            labels = [-100] * len(rows.source(0)) + rows.target(0).tolist()
-            found.append([])
-            for _ in range(3):
-                found[-1].append(tuned.backward(input_ids=[ids], labels=[labels]))
-                optimizer.step()
-            found[-1] += [*tuned.classify(tokenizer, ["a", "b"], ["0", "你好"]).proba.ravel()]
-        assert np.abs(np.subtract(*found)).max() <= 1e-3 and found[0][2] < found[0][0]
+    found = []
+    for device in ("cpu", "emu"):
+        glmlora.set_seed(1)
+        model, tokenizer = opened(folders[1])
+        config = glmlora.LoraConfig(r=4, target_modules="all-linear")
+        tuned = glmlora.get_peft_model(model.to(device), config)
+        optimizer = glmlora.AdamW(tuned, lr=1e-2)
+        row = {"prompt": "p", "query": "q", "response": "1", "history": []}
+        rows = encode_records([row], tokenizer)
+        ids = [*rows.source(0).tolist(), *rows.target(0).tolist()]
+        labels = [-100] * len(rows.source(0)) + rows.target(0).tolist()
+        found.append([])
+        for _ in range(2):
+            found[-1].append(tuned.backward(input_ids=[ids], labels=[labels]))
+            optimizer.step()
+        found[-1] += [*tuned.classify(tokenizer, ["a", "b"], ["0", "你好"]).proba.ravel()]
+    assert np.abs(np.subtract(*found)).max() <= 1e-3 and found[0][1] < found[0][0]
