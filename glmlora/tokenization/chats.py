@@ -72,7 +72,7 @@ class Chats(Encoder):
     def writer(self) -> families.Family:
         """Who writes prompts: the family, or in front of it the checkpoint's own template."""
         if not self._family.chats_by_template or self._own is None:
-            return self._family
+            return self._family.as_released(self)  # type: ignore[arg-type]
         return rendered(self._family, self._own)
 
     def text_ids(self, text: str) -> list[int]:
