@@ -106,6 +106,7 @@ class Family:
     role_tokens = False  # <|user|> and the like are among them, and texts may be encoded with them
     shows_special_tokens = False  # decoding writes their names
     end_tokens: tuple[str, ...] = ()  # end an answer as the end id does
+    in_messages: tuple[str, ...] = ()  # those that messages may name: no roles, no ends
     template_mark = ""  # stands in every chat template (of tokenizer_config.json) of this form
     template_marks: tuple[str, ...] = ()  # stand, all of them, in one that `template_text` equals
     takes_tools = False  # a template has tools beside the messages

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from .family import Family, Tokenizer
-from .messages import record_messages
-from .thoughts import CLOSE, OPEN, Thinks, with_tokens
+from .messages import record_messages, with_tokens
+from .thoughts import CLOSE, OPEN, Thinks
 
 
 class Template(Protocol):
