@@ -240,7 +240,7 @@ def test_save_and_load(both, folders, tmp_path):
         assert again.family == "v1" and again.encode(text) == tokenizer.encode(text)
         tokenizer.save_pretrained(folder)  # into itself
         assert AutoTokenizer.from_pretrained(folder).vocab_size == tokenizer.vocab_size
-    slim = tiny_ice_text_dir(tmp_path / "slim", first=True, images=0)
+    slim = tiny_ice_text_dir(tmp_path / "slim", first=True, images=0, gmask="x")
     assert AutoTokenizer.from_pretrained(slim).encode(text) == both[0].encode(text)
 
 
@@ -259,6 +259,7 @@ def test_files_of_others_are_named(both, folders, tmp_path, monkeypatch):
         (partly, "has no piece <eop>, but other special tokens"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2\n", "git-lfs"),
         (b"", "empty"),
+        (ice_text().replace(b"<unk>", b"<un\xff>"), "ice_text.model: is not a SentencePiece model"),
         (b"IQ== 0\nIg== 1\n", "is a vocabulary of byte pairs"),
     ):
         file.write_bytes(content)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _core, tell
+from .. import tell
 from ..batch import Batch, as_rows, check_ids, given_rows
 from .beams import best_answers
 from .cache import CachedRow, Model, PastKeyValues, check_past
@@ -398,7 +398,7 @@ def warn_of_weights(model: Model) -> None:
     """Say once that a P-Tuning prefix is random, or that the weights are not those that the asked
     products are for.
     """
-    warn_of_products(model.core)
+    warn_of_products(model)
     if model.prefix_is_fresh:
         model.prefix_is_fresh = False
         tell.warn(
@@ -407,12 +407,14 @@ def warn_of_weights(model: Model) -> None:
         )
 
 
-def warn_of_products(core: _core.Model) -> None:
-    """Say once that int8 products were asked for and no weight is int8: others are used."""
-    if core.backend.endswith("/int8") and not any(core.dtype(n) == "I8" for n in core.names()):
+def warn_of_products(model: Model) -> None:
+    """Say once that int8 products were asked for and no weight is such that they are made."""
+    core, grouped = model.core, model.config.quantization_group_size
+    kinds = {core.dtype(name) for name in core.names()}
+    if core.backend.endswith("/int8") and ("I4" not in kinds or grouped) and "I8" not in kinds:
         tell.once(
-            "compute_dtype 'int8' has no effect: the base is not quantized to 8 bits, its products "
-            "are in bfloat16; use quantization_bit=8, or model.quantize(8)"
+            "compute_dtype 'int8' has no effect: the base is not quantized to integers with a "
+            "scale a row; use quantization_bit=8, model.quantize(8) or model.quantize(4)"
         )
 
 

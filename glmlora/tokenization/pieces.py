@@ -23,7 +23,9 @@ def opened(data: bytes, file: str) -> Any:
     try:
         if not data:
             raise ValueError("file is empty")
-        return SentencePieceProcessor(model_proto=data)
+        sp = SentencePieceProcessor(model_proto=data)
+        sp.id_to_piece(list(range(sp.get_piece_size())))  # every one is UTF-8
+        return sp
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{file}: is not a SentencePiece model: {error}") from error
 

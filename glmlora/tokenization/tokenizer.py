@@ -130,7 +130,7 @@ class ChatGLMTokenizer(Chats):
                     setattr(self, name, value)
                 except (ValueError, TypeError) as error:
                     unused.append(str(error))
-            elif name.removesuffix("_token") in self._family.named_tokens:
+            elif name in {f"{word}_token" for word in self._family.named_tokens}:
                 if value not in (None, getattr(self, name)):
                     unused.append(f"{name} {value!r}, it is {getattr(self, name)!r}")
             elif value not in keywords.NOT_HERE.get(name, (value,)):

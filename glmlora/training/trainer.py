@@ -423,7 +423,7 @@ def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments) -> No
     base.products = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
     place = "cpu" if args.no_cuda else "auto"
     base.to(device=place if base.device == "cpu" else base.device)
-    warn_of_products(base.core)
+    warn_of_products(base)
     _warn_of_precision(args, base.device)
 
 
