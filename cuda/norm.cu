@@ -175,21 +175,18 @@ k_layernorm_forward(float *out, float *mean, float *rstd, const float *inp, cons
     after_previous();
 #pragma unroll
     for (int k = 0; k < KEPT; k++)
-        if (at + k * step < C)
-            x[k] = load4(inp, at + k * step, C);
+        x[k] = load4_or_zero(inp, at + k * step, C);
 #pragma unroll
     for (int k = 0; k < KEPT; k++)
-        if (at + k * step < C)
-            sum += total(x[k]);
+        sum += total(x[k]);
     for (int c = at + KEPT * step; c < C; c += step)
         sum += total(load4(inp, c, C));
     const float m = block_sum(sum) / (float)C;
 #pragma unroll
-    for (int k = 0; k < KEPT; k++)
-        if (at + k * step < C) {
-            x[k] = centred(x[k], m, at + k * step, C);
-            squares += square(x[k]);
-        }
+    for (int k = 0; k < KEPT; k++) {
+        x[k] = centred(x[k], m, at + k * step, C);
+        squares += square(x[k]);
+    }
     for (int c = at + KEPT * step; c < C; c += step)
         squares += square(centred(load4(inp, c, C), m, c, C));
     const float r = 1.0f / sqrtf(second_sum(squares) / (float)C + eps);

@@ -132,13 +132,14 @@ class ChatGLM(Rounds):
             )
         if config.rope_mode == "half":
             raise ValueError("rope_mode: expected base, this model's table has no other form")
-        ids = {"bos_token_id": config.bos_token_id}
-        ids |= {k: config.get(k) for k in ("gmask_token_id", "mask_token_id") if config.get(k)}
-        for name, value in ids.items():
-            if type(value) is not int or not 4 <= value < config.padded_vocab_size:
+        for name, first in (("bos_token_id", 4), ("gmask_token_id", 0), ("mask_token_id", 0)):
+            value = config.get(name)
+            if value is None:  # counted back from that of <sop>
+                continue
+            if type(value) is not int or not first <= value < config.padded_vocab_size:
                 raise ValueError(
-                    f"{name}: expected an id from 4 to {config.padded_vocab_size - 1}, the end of "
-                    f"the vocabulary, got {value!r:.40}"
+                    f"{name}: expected an id from {first} to {config.padded_vocab_size - 1}, the "
+                    f"end of the vocabulary, got {value!r:.40}"
                 )
 
     def context(self, config: Any) -> Context:

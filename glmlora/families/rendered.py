@@ -63,7 +63,7 @@ class _Rendered(Thinks):
     # Training
 
     def framed(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-        return list(ids)  # the template has it all
+        return list(ids)  # the template has them
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The token that the template writes behind an answer, else the family's."""

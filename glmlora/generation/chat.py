@@ -52,10 +52,10 @@ def chat_family(model: Model, tokenizer: Any) -> families.Family:
             f"tokenizer: expected what AutoTokenizer.from_pretrained returns, got {tokenizer!r:.80}"
         )
     family = families.of(getattr(tokenizer, "family", model.config.family))
+    if model.prompt_template == "auto":
+        family = getattr(tokenizer, "writer", None) or family
     if hasattr(tokenizer, "family"):
         family = family.as_released(tokenizer)
-    if model.prompt_template == "auto":
-        return getattr(tokenizer, "writer", None) or family
     return in_template(family, model.prompt_template)
 
 

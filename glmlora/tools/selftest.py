@@ -1,8 +1,9 @@
 """`python -m glmlora.tools.selftest --device cuda`: does this GPU compute what the CPU computes?
 
-Every op beside the reference at odd shapes, a tiny model (logits, steps of LoRA, P-Tuning and full
-training, greedy answers with and without cache and recording), the same step twice, and what the
-plan says beside what the device counted. Needs no files. Prints a line for each item, ends with
+Every op beside the reference at odd shapes, two tiny models, one of which reads its prompts in both
+directions ("two-way"; logits, steps of LoRA, P-Tuning and full training, greedy answers with and
+without cache and recording), the same step twice, and what the plan says beside what the device
+counted. Needs no files. Prints a line for each item, ends with
 `selftest cuda: PASS` or the first item that failed, and writes a JSON file to send back.
 `--device emu` runs the same list on the emulator, which is how the list itself is tested; `--deep`
 runs the ops again under compute-sanitizer where that is installed.
@@ -402,11 +403,32 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
+# One whose prompts are read in both directions, with the ops that only it has.
+TWO_WAY = dict(
+    model_type="chatglm",
+    position_encoding_2d=True,
+    layernorm_epsilon=1e-5,
+    torch_dtype="float32",
+    hidden_size=64,
+    inner_hidden_size=96,
+    num_layers=2,
+    num_attention_heads=4,
+    vocab_size=101,
+    max_sequence_length=128,
+    mask_token_id=97,
+    gmask_token_id=98,
+    bos_token_id=99,
+    eos_token_id=100,
+    pad_token_id=0,
+)
+WORDS = 97  # ids below are words in both
 
 
-def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
+def tiny_model(
+    backend: str, stored_as: str, sizes: dict[str, Any] = SIZES, prefix: int | None = None
+) -> Any:
     """A model of random weights, the same every time, on a backend."""
-    config = ChatGLMConfig(**SIZES, pre_seq_len=prefix)
+    config = ChatGLMConfig(**sizes, pre_seq_len=prefix)
     rng = np.random.default_rng(3)
     form = {"F32": F32, "F16": F16, "BF16": BF16}[stored_as]
     tensors = {}
@@ -414,7 +436,7 @@ def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
     for name, shape in counted.shapes().items():
         w = rng.standard_normal(shape).astype(np.float32)
         if len(shape) == 1:
-            w = 1 + 0.1 * w
+            w = 0.1 * w + (not name.endswith("bias"))
         elif "embedding" not in name:
             w *= 1.5 / np.sqrt(shape[1])
         tensors[name] = Tensor(stored(w, form), stored_as)
@@ -427,9 +449,17 @@ def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
     return model
 
 
-def _batch(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(3, SIZES["padded_vocab_size"], (3, 23))
+def _prompts(seed: int, sizes: dict[str, Any], rows: int, length: int, cut: int) -> np.ndarray:
+    """Ids (rows, length) whose prompts end before place `cut`."""
+    ids = np.random.default_rng(seed).integers(3, WORDS, (rows, length))
+    context = ChatGLMConfig(**sizes).context
+    if context is not None:
+        ids[:, cut - 2 : cut] = context.gmask, context.sop
+    return ids
+
+
+def _batch(seed: int, sizes: dict[str, Any]) -> dict[str, np.ndarray]:
+    ids = _prompts(seed, sizes, 3, 23, 11)
     mask = np.ones_like(ids)
     mask[1, :7] = 0  # rows of several lengths
     labels = np.where(mask == 1, ids, -100)
@@ -437,8 +467,10 @@ def _batch(seed: int) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _trained(backend: str, stored_as: str, method: str, steps: int = 20) -> list[float]:
-    model = tiny_model(backend, stored_as, 6 if method == "p_tuning" else None)
+def _trained(
+    backend: str, stored_as: str, sizes: dict[str, Any], method: str, steps: int = 20
+) -> list[float]:
+    model = tiny_model(backend, stored_as, sizes, 6 if method == "p_tuning" else None)
     trained = model
     if method == "lora":
         names = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -446,7 +478,7 @@ def _trained(backend: str, stored_as: str, method: str, steps: int = 20) -> list
         trained = peft.get_peft_model(model, config)
     elif method == "full":
         model.requires_grad_(True)
-    batches = [_batch(1), _batch(2)]
+    batches = [_batch(1, sizes), _batch(2, sizes)]
     trained.backward(**batches[0])
     trained.zero_grad()
     rng = np.random.default_rng(5)
@@ -462,17 +494,17 @@ def _trained(backend: str, stored_as: str, method: str, steps: int = 20) -> list
     return losses
 
 
-def check_logits(backend: str, stored_as: str) -> str:
+def check_logits(backend: str, stored_as: str, sizes: dict[str, Any]) -> str:
     """Logits of rows of several lengths."""
-    inputs = {k: v for k, v in _batch(0).items() if k != "labels"}
-    got, want = (tiny_model(b, stored_as)(**inputs).logits for b in (backend, "cpu"))
+    inputs = {k: v for k, v in _batch(0, sizes).items() if k != "labels"}
+    got, want = (tiny_model(b, stored_as, sizes)(**inputs).logits for b in (backend, "cpu"))
     limit = 10 * TOLERANCE[backend.rpartition("/")[2]]  # two layers of products
     return f"{_same([got], [want], limit):.1e}"
 
 
-def check_training(backend: str, stored_as: str, method: str) -> str:
+def check_training(backend: str, stored_as: str, sizes: dict[str, Any], method: str) -> str:
     """Losses of 20 steps."""
-    got, want = (np.array(_trained(b, stored_as, method)) for b in (backend, "cpu"))
+    got, want = (np.array(_trained(b, stored_as, sizes, method)) for b in (backend, "cpu"))
     worst = float(np.abs(got / want - 1).max())
     limit = LOSS[backend.rpartition("/")[2]]
     assert worst <= limit, f"losses differ by {worst:.1e}: {got} {want}"
@@ -480,11 +512,11 @@ def check_training(backend: str, stored_as: str, method: str) -> str:
     return f"{worst:.1e}"
 
 
-def check_answers(backend: str, stored_as: str) -> str:
+def check_answers(backend: str, stored_as: str, sizes: dict[str, Any]) -> str:
     """Greedy answers: the CPU's, with the cache and recordings, with the cache alone, without; and
     drawn ones."""
-    ids, new = np.random.default_rng(6).integers(3, 101, (2, 9)), 10
-    model = tiny_model(backend, stored_as)
+    ids, new = _prompts(6, sizes, 2, 9, 9), 10
+    model = tiny_model(backend, stored_as, sizes)
     answers = [model.generate(ids, max_new_tokens=new, eos_token_id=[]) for _ in range(2)]
     # a processor wants the scores, so they come to the host, and nothing is recorded
     seen = model.generate(
@@ -494,12 +526,12 @@ def check_answers(backend: str, stored_as: str) -> str:
     for _ in range(new):
         best = model(plain).logits[:, -1].argmax(1)
         plain = np.concatenate((plain, best[:, None]), axis=1)
-    cpu = tiny_model("cpu", stored_as).generate(ids, max_new_tokens=new, eos_token_id=[])
+    cpu = tiny_model("cpu", stored_as, sizes).generate(ids, max_new_tokens=new, eos_token_id=[])
     for name, other in (("again", answers[1]), ("scores", seen), ("no cache", plain), ("cpu", cpu)):
         assert np.array_equal(answers[0], other), f"{name}: {answers[0]} {other}"
     drawn = dict(do_sample=True, temperature=1.1, top_p=0.9, repetition_penalty=1.2, seed=3)
     got, want = (
-        tiny_model(b, stored_as).generate(ids, max_new_tokens=new, eos_token_id=[], **drawn)
+        tiny_model(b, stored_as, sizes).generate(ids, max_new_tokens=new, eos_token_id=[], **drawn)
         for b in (backend, "cpu")
     )
     assert np.array_equal(got, want), f"drawn: {got} {want}"
@@ -508,18 +540,18 @@ def check_answers(backend: str, stored_as: str) -> str:
     return f"{graphs} from recordings"
 
 
-def check_bits(backend: str, stored_as: str) -> str:
+def check_bits(backend: str, stored_as: str, sizes: dict[str, Any]) -> str:
     """The same step twice is the same, bit for bit."""
-    first, second = (_trained(backend, stored_as, "lora", 3) for _ in range(2))
+    first, second = (_trained(backend, stored_as, sizes, "lora", 3) for _ in range(2))
     assert first == second, f"{first} {second}"
     return "equal"
 
 
-def check_plan(backend: str, stored_as: str) -> str:
+def check_plan(backend: str, stored_as: str, sizes: dict[str, Any]) -> str:
     """Launches, products, waits, transfers and bytes of a step and of tokens, as planned."""
 
     def counted(name: str) -> list[dict[str, int]]:
-        model, counts = tiny_model(name, stored_as), []
+        model, counts = tiny_model(name, stored_as, sizes), []
         core, one = model.core, np.ones(1, np.int32)
 
         def count() -> None:
@@ -529,11 +561,11 @@ def check_plan(backend: str, stored_as: str) -> str:
         core.counts()
         model.requires_grad_(True)
         for _ in range(2):
-            model.backward(**_batch(1))
+            model.backward(**_batch(1, sizes))
             core.step(1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
             count()
         cache = core.cache(1, 40, 0)
-        core.extend(cache, [0], np.ones(20, np.int32), 20 * one)
+        core.extend(cache, [0], _prompts(3, sizes, 1, 20, 20)[0].astype(np.int32), 20 * one)
         count()
         for _ in range(4):
             core.next(cache, [0], one, one)
@@ -587,14 +619,20 @@ def items(device: str, types: list[str]) -> Iterator[tuple[str, Callable[[], Any
                 backend = f"{device}/{type_}"
                 yield f"{type_} {name}", lambda case=case, b=backend: check_op(case, b)
     for type_ in types:
-        of = (f"{device}/{type_}", stored_as[type_])
-        yield f"{type_} logits", lambda of=of: check_logits(*of)
-        for method in ("lora", "p_tuning", "full"):
-            yield f"{type_} {method} 20 steps", lambda of=of, m=method: check_training(*of, m)
-        if type_ == "float32":
-            yield f"{type_} answers", lambda of=of: check_answers(*of)
-        yield f"{type_} twice the same bits", lambda of=of: check_bits(*of)
-        yield f"{type_} counts as planned", lambda of=of: check_plan(*of)
+        few = ("full",) if type_ == "float32" else ("lora",)  # what differs is in the layers
+        for kind, sizes, methods in (
+            ("", SIZES, ("lora", "p_tuning", "full")),
+            (" two-way", TWO_WAY, few),
+        ):
+            of, name = (f"{device}/{type_}", stored_as[type_], sizes), type_ + kind
+            yield f"{name} logits", lambda of=of: check_logits(*of)
+            for method in methods:
+                yield f"{name} {method} 20 steps", lambda of=of, m=method: check_training(*of, m)
+            if type_ == "float32":
+                yield f"{name} answers", lambda of=of: check_answers(*of)
+            if not kind:
+                yield f"{name} twice the same bits", lambda of=of: check_bits(*of)
+            yield f"{name} counts as planned", lambda of=of: check_plan(*of)
 
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
