@@ -415,6 +415,9 @@ def test_an_interrupt_ends_the_rendering_and_the_next_one_works(monkeypatch):
     assert process.returncode is not None
     monkeypatch.undo()
     assert rendering.render("{{ 2 }}", {}) == "2"
+    rendering._worker._process.kill()
+    rendering._worker._process.wait()
+    assert rendering.render("{{ 3 }}", {}) == "3"
 
 
 def test_forks_and_threads_have_answers_of_their_own():

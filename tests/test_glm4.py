@@ -166,6 +166,26 @@ def test_special_tokens_are_those_that_are_listed(folder, tmp_path):
     assert more.encode("a<|code_prefix|>", add_special_tokens=False) == [97, 395]
 
 
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<|user|>{{ m.content }}"
+                         "{% endfor %}"])  # fmt: skip
+def test_code_is_filled_in_between_tokens_that_a_message_names(folder, tmp_path, template):
+    """CodeGeeX4: what stands behind, in front, and the place to go on; no other token is meant."""
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    names = ("<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>")
+    for i, name in enumerate(names, 390):
+        config["added_tokens_decoder"][str(i)] = {"content": name, "special": True}
+    config["chat_template"] = template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    query = "###MODE:BLOCK\n<|code_suffix|>b<|code_prefix|>a<|user|><|code_middle|>"
+    ids = tokenizer.build_chat_input(query).input_ids[0].tolist()
+    assert [i for i in ids if i >= 390] == [392, 390, 391]
+    assert ids.count(tokenizer.get_command(USER)) == 1 and query in tokenizer.decode(ids)
+    plain = AutoTokenizer.from_pretrained(folder)
+    assert max(plain.build_chat_input(query).input_ids[0]) < 390  # these are text there
+
+
 def lines(**changed):
     """A vocabulary of the 256 bytes, some of its lines changed."""
     found = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]

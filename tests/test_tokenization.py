@@ -603,3 +603,14 @@ def test_a_long_text_has_the_ids_of_its_library(tiny):
     assert tiny.text_ids(text) == tiny._vocabulary._sp.encode_as_ids(text)
     with pytest.raises(ZeroDivisionError):
         interruptible(lambda: 1 / 0)
+
+
+def test_codegeex2_has_the_published_ids(shared):
+    """A comment names the language, and there is no form of a chat."""
+    folder = shared / "golden/tokenizer-codegeex2"
+    data = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(shared / "golden/tokenizer-chatglm2", family="v2")
+    assert len(data["cases"]) > 20
+    for case in data["cases"]:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert tokenizer.decode(case["ids"]) == case["decoded"]

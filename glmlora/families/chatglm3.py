@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .family import Family, Tokenizer
-from .messages import ROLES, TRAINING_TIME, check_messages, check_role, record_messages
+from .messages import ROLES, TRAINING_TIME, check_messages, check_role, record_messages, with_tokens
 from .vocabulary import TOKENIZER_FILES, has_text
 
 ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
@@ -106,7 +106,8 @@ class ChatGLM3(Family):
         """
         check_role(role)
         header = tokenizer.text_ids(f"{metadata}\n")
-        return [tokenizer.get_command(f"<|{role}|>"), *header, *tokenizer.text_ids(content)]
+        said = with_tokens(tokenizer, content, self.in_messages)
+        return [tokenizer.get_command(f"<|{role}|>"), *header, *said]
 
     def chat_ids(self, tokenizer: Tokenizer, query: str, history: Any, role: str) -> list[int]:
         past = self.messages_ids(tokenizer, self.check(history))

@@ -44,8 +44,8 @@ class Tokenizer(Protocol):
 
     def get_command(self, token: str) -> int: ...
     def get_prefix_tokens(self) -> list[int]: ...
-    def rendered_ids(self, messages: Any, add_generation_prompt: bool) -> list[int]: ...
     def as_prompt(self, ids: Sequence[int]) -> list[int]: ...
+    def rendered_ids(self, messages: Any, add_generation_prompt: bool) -> list[int]: ...
     def text_ids(self, text: str) -> list[int]: ...
     def text_offsets(self, text: str) -> list[int]: ...
 
@@ -106,15 +106,16 @@ class Family:
     role_tokens = False  # <|user|> and the like are among them, and texts may be encoded with them
     shows_special_tokens = False  # decoding writes their names
     end_tokens: tuple[str, ...] = ()  # end an answer as the end id does
+    in_messages: tuple[str, ...] = ()  # those that messages may name: no roles, no ends
     template_mark = ""  # stands in every chat template (of tokenizer_config.json) of this form
     template_marks: tuple[str, ...] = ()  # stand, all of them, in one that `template_text` equals
     takes_tools = False  # a template has tools beside the messages
     takes_role = True  # chat(query, history, role, ..) rather than chat(query, history, ..)
-    chats_by_template = False  # chat and training follow a template of the checkpoint's own
-    thinks = False  # answers have a thought in front, always
     takes_past = True  # stream_chat goes on from past_key_values
     shows_end = True  # stream_chat yields the whole text once more at an end id
     chat_defaults: Mapping[str, Any] = {}  # where they are others than the signature's
+    chats_by_template = False  # chat and training follow a template of the checkpoint's own
+    thinks = False  # answers have a thought in front, always
 
     # Which family it is
 
@@ -226,7 +227,7 @@ class Family:
         return [*past, *self.stream_ids(tokenizer, query, number, role)]
 
     def framed(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-        """A whole prompt of `source_ids`."""
+        """`source_ids` with the special ids around them."""
         return tokenizer.as_prompt(ids)
 
     def message_ids(

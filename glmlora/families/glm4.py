@@ -70,6 +70,8 @@ class GLM4(ChatGLM3):
     named_tokens = {"eos": END}
     prefix_tokens: tuple[str, ...] = ("[gMASK]", "<sop>")
     in_texts = ()
+    # CodeGeeX4's, around what is to be filled in; other vocabularies have none of them.
+    in_messages = ("<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>")
     tokenizer_class = "ChatGLM4Tokenizer"
     template_marks: tuple[str, ...] = (
         "[gMASK]<sop>{% for item in messages %}",

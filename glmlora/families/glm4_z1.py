@@ -11,7 +11,8 @@ from typing import Any
 
 from .family import Tokenizer
 from .glm4_0414 import GLM0414
-from .thoughts import CLOSE, OPEN, Thinks, with_tokens
+from .messages import with_tokens
+from .thoughts import CLOSE, OPEN, Thinks
 from .vocabulary import TOKENIZER_FILES
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from .family import Tokenizer
 from .glm4 import GLM4
-from .messages import check_role
+from .messages import check_role, with_tokens
 
 # What transformers' GlmConfig assumes for keys that a file leaves out.
 DEFAULTS: dict[str, Any] = {
@@ -159,7 +159,7 @@ class GLM(GLM4):
         newline in front of it.
         """
         check_role(role)
-        whole = tokenizer.text_ids(f"{metadata}\n{content}")
+        whole = with_tokens(tokenizer, f"{metadata}\n{content}", self.in_messages)
         return [tokenizer.get_command(f"<|{role}|>"), *whole]
 
     def answer_ids(self, tokenizer: Tokenizer, response: str) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import tell
 
 if TYPE_CHECKING:
-    pass
+    from .family import Tokenizer
 
 # What a prompt takes from a message, and a thought, which it leaves out on purpose.
 _MESSAGE = ("role", "content", "metadata", "tools", "thought")
@@ -96,3 +96,15 @@ def rounds_to_drop(length: Any, n_rounds: int, room: int) -> int:
             f"{length(n_rounds)}"
         )
     return dropped
+
+
+def with_tokens(tokenizer: Tokenizer, text: str, names: tuple[str, ...]) -> list[int]:
+    """Ids of a text in which the special tokens of `names` are meant, each once: those that there
+    are.
+    """
+    for i, name in enumerate(names):
+        before, found, after = text.partition(name)
+        if found and name in tokenizer.special_tokens:
+            parts = [with_tokens(tokenizer, part, names[i + 1 :]) for part in (before, after)]
+            return [*parts[0], tokenizer.get_command(name), *parts[1]]
+    return tokenizer.text_ids(text) if text else []

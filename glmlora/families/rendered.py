@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from .family import Family, Tokenizer
-from .messages import record_messages
-from .thoughts import CLOSE, OPEN, Thinks, with_tokens
+from .messages import record_messages, with_tokens
+from .thoughts import CLOSE, OPEN, Thinks
 
 
 class Template(Protocol):
@@ -63,7 +63,7 @@ class _Rendered(Thinks):
     # Training
 
     def framed(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-        return list(ids)  # the template has it all
+        return list(ids)  # the template has them
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The token that the template writes behind an answer, else the family's."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from .chatglm3 import ChatGLM3
 from .family import Tokenizer
+from .messages import with_tokens
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -55,18 +56,6 @@ class Thinks(ChatGLM3):
             return with_tokens(tokenizer, f"\n{response}", (OPEN, CLOSE))
         whole = response.removeprefix(OPEN) if CLOSE in response else f"{CLOSE}\n{response}"
         return with_tokens(tokenizer, whole, (CLOSE,))
-
-
-def with_tokens(tokenizer: Tokenizer, text: str, names: tuple[str, ...]) -> list[int]:
-    """Ids of a text in which the special tokens of `names` are meant, each once: those that there
-    are.
-    """
-    for i, name in enumerate(names):
-        before, found, after = text.partition(name)
-        if found and name in tokenizer.special_tokens:
-            parts = [with_tokens(tokenizer, part, names[i + 1 :]) for part in (before, after)]
-            return [*parts[0], tokenizer.get_command(name), *parts[1]]
-    return tokenizer.text_ids(text) if text else []
 
 
 def _tool_names(messages: list[Any]) -> set[str]:

@@ -43,6 +43,8 @@ class _Worker:
         """
         text = json.dumps(request).encode() + b"\n"
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self.end()  # somebody else ended it
             process = self._process or self._start()
             try:
                 answer = self._exchange(process, text)

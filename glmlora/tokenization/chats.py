@@ -88,8 +88,8 @@ class Chats(Encoder):
     ) -> str:
         """Its text. Special tokens that messages name are marked, unless they are meant."""
         if not self.encode_special_tokens:
-            plain = self._plain_ids
-            names = [name for name, i in self.special_tokens.items() if i not in plain]
+            meant = {*map(self.special_tokens.get, self._family.in_messages), *self._plain_ids}
+            names = [name for name, i in self.special_tokens.items() if i not in meant]
             names = sorted((n for n in names if not n.isalnum()), key=len, reverse=True)
             found = re.compile("|".join(map(re.escape, names)))
             messages = marked(messages, found)

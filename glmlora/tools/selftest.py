@@ -421,7 +421,34 @@ TWO_WAY = dict(
     eos_token_id=100,
     pad_token_id=0,
 )
-WORDS = 97  # ids below are words in both
+# Two with queries, keys and values apart: rotary over whole heads and embeddings for a head, and
+# norms of what attention and MLP yield.
+TIED = dict(
+    model_type="glm",
+    attention_bias=False,
+    eos_token_id=2,
+    head_dim=16,
+    hidden_size=64,
+    intermediate_size=96,
+    max_position_embeddings=128,
+    num_attention_heads=4,
+    num_hidden_layers=2,
+    num_key_value_heads=2,
+    pad_token_id=0,
+    partial_rotary_factor=1.0,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    torch_dtype="float32",
+    vocab_size=101,
+)
+BRANCHES = TIED | dict(
+    model_type="glm4",
+    attention_bias=True,
+    head_dim=24,
+    partial_rotary_factor=0.5,
+    tie_word_embeddings=False,
+)
+WORDS = 97  # ids below are words in all of them
 
 
 def tiny_model(
@@ -437,7 +464,7 @@ def tiny_model(
         w = rng.standard_normal(shape).astype(np.float32)
         if len(shape) == 1:
             w = 0.1 * w + (not name.endswith("bias"))
-        elif "embedding" not in name:
+        elif "embed" not in name:
             w *= 1.5 / np.sqrt(shape[1])
         tensors[name] = Tensor(stored(w, form), stored_as)
     kind = modeling.ChatGLMForConditionalGeneration
@@ -633,6 +660,11 @@ def items(device: str, types: list[str]) -> Iterator[tuple[str, Callable[[], Any
             if not kind:
                 yield f"{name} twice the same bits", lambda of=of: check_bits(*of)
             yield f"{name} counts as planned", lambda of=of: check_plan(*of)
+        for kind, sizes in (("tied", TIED), ("branch norms", BRANCHES)):
+            of, name = (f"{device}/{type_}", stored_as[type_], sizes), f"{type_} {kind}"
+            yield f"{name} logits", lambda of=of: check_logits(*of)
+            if type_ == "float32":
+                yield f"{name} full 20 steps", lambda of=of: check_training(*of, "full")
 
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
