@@ -29,7 +29,7 @@ OP(embedding_forward, N,
 OP(embedding_backward, N,
    void *dweight, const void *dout, const int32_t *ids, int N, int C)
 
-/* ---- norms: Zhang & Sennrich 2019, eq. 4 */
+/* ---- norms: Zhang & Sennrich 2019, eq. 4; Ba et al. 2016 */
 
 /* out = inp * rstd * weight,  rstd = (mean_C(inp^2) + eps)^-1/2
  *   out, inp (N, C)   weight (C)   rstd (N), kept for backward */
@@ -47,6 +47,19 @@ OP(rmsnorm_backward, N,
    void *dinp, void *dweight, const void *dout, const void *inp, const void *weight,
    const void *rstd, int N, int C)
 
+/* out = (inp - mean) * rstd * weight + bias,  rstd = (mean_C((inp - mean)^2) + eps)^-1/2
+ *   out, inp (N, C)   weight, bias (C)   mean, rstd (N), kept for backward */
+OP(layernorm_forward, N,
+   void *out, void *mean, void *rstd, const void *inp, const void *weight, const void *bias,
+   int N, int C, double eps)
+/* With xhat = (inp - mean) * rstd and g = dout * weight:
+ *   dinp    += rstd * (g - mean_C(g) - xhat * mean_C(g * xhat))
+ *   dweight += sum_N(dout * xhat)      either may be NULL
+ *   dbias   += sum_N(dout) */
+OP(layernorm_backward, N,
+   void *dinp, void *dweight, void *dbias, const void *dout, const void *inp, const void *weight,
+   const void *mean, const void *rstd, int N, int C)
+
 /* ---- linear. The sum over I (forward), O (input) or N (weight) is never split over threads. */
 
 /* out = scale * inp W^T + bias  (+ out when accumulate)
@@ -59,7 +72,7 @@ OP(linear_backward_input, N,
    void *dinp, const void *dout, const struct glm_mat *weight,
    int N, double scale, int accumulate)
 /* dweight += scale * dout^T inp            either may be NULL
- * dbias   += sum_N(dout)
+ * dbias   += scale * sum_N(dout)
  *   dweight (O, I)   dbias (O) */
 OP(linear_backward_weight, N,
    void *dweight, void *dbias, const void *dout, const void *inp, int N, int O, int I, double scale)
@@ -74,6 +87,25 @@ OP(adapted_forward, N,
 OP(linear_swiglu_forward, N,
    void *out, void *h, const void *inp, const struct glm_mat *weight, const void *bias, int N)
 
+/* ---- DoRA: Liu et al. 2024, eq. 5. An output of a linear layer with an adapter is divided by the
+ * norm of its row of weights, a constant to the gradient (section 4.3), and gets a magnitude that is
+ * trained. */
+
+/* rnorm[o] = 1 / sqrt(sum_I((W + scale * B A)[o]^2))
+ *   rnorm (O)   W (O, I)   B (O, R)   A (R, I), real */
+OP(dora_norm, weight->rows,
+   void *rnorm, const struct glm_mat *weight, const void *B, const void *A, int R, double scale)
+/* out = magnitude * rnorm * inp + bias
+ *   out, inp (N, O); out may be inp   magnitude, rnorm (O)   bias (O) or NULL */
+OP(dora_forward, N,
+   void *out, const void *inp, const void *magnitude, const void *rnorm, const void *bias,
+   int N, int O)
+/* dmagnitude += rnorm * sum_N(dout * inp)      skipped when NULL, and inp is not read then
+ * dinp        = magnitude * rnorm * dout       may be inp */
+OP(dora_backward, N,
+   void *dinp, void *dmagnitude, const void *dout, const void *inp, const void *magnitude,
+   const void *rnorm, int N, int O)
+
 /* ---- rotary embedding: Su et al. 2021, eq. 34, pairs adjacent */
 
 /* Of the first `heads` heads of each row the pairs (2j, 2j+1), j < rotary_dim/2, are rotated in
@@ -87,6 +119,18 @@ OP(rope_forward, N,
 OP(rope_backward, N,
    void *dx, const void *table, const int32_t *position,
    int N, int heads, int HD, int stride, int rotary_dim)
+
+/* In two dimensions (ChatGLM-6B): of the first `heads` heads of each row the pairs (j, j + HD/4),
+ * j < HD/4, are rotated in place by the angle of position[n], the pairs (HD/2 + j, HD/2 + j + HD/4)
+ * by that of block[n]; HD is a multiple of 4
+ *   x (N, stride)   table (positions, HD/4, 2): cos, sin   position, block (N) */
+OP(rope_2d_forward, N,
+   void *x, const void *table, const int32_t *position, const int32_t *block,
+   int N, int heads, int HD, int stride)
+/* The same with -sin. */
+OP(rope_2d_backward, N,
+   void *dx, const void *table, const int32_t *position, const int32_t *block,
+   int N, int heads, int HD, int stride)
 
 /* ---- attention */
 
@@ -112,6 +156,14 @@ OP(qkv_forward, N,
 /* dq, dk, dv = their columns of dqkv */
 OP(qkv_backward, N,
    void *dq, void *dk, void *dv, const void *dqkv, int N, struct glm_heads heads)
+
+/* qkv[n] = [all q | all k | all v] of a row that holds [q | k | v] of one head after the other
+ *   qkv, inp (N, 3*NH*HD)   KVH == NH */
+OP(qkv_by_head_forward, N,
+   void *qkv, const void *inp, int N, struct glm_heads heads)
+/* dinp = the columns of dqkv, each where inp had it */
+OP(qkv_by_head_backward, N,
+   void *dinp, const void *dqkv, int N, struct glm_heads heads)
 
 /* cache row slot[n] = key and value of row n of qkv
  *   qkv (N, (NH+2*KVH)*HD)   slot (N) */
@@ -148,6 +200,14 @@ OP(swiglu_forward, N,
 OP(swiglu_backward, N,
    void *dinp, const void *dout, const void *inp, int N, int F)
 
+/* out = 0.5 inp (1 + tanh(sqrt(2/pi) (inp + 0.044715 inp^3))), n elements; in place allowed
+ *                                                             Hendrycks & Gimpel 2016 */
+OP(gelu_forward, n,
+   void *out, const void *inp, size_t n)
+/* dinp = dout * gelu'(inp); dinp may be inp or dout */
+OP(gelu_backward, n,
+   void *dinp, const void *dout, const void *inp, size_t n)
+
 /* out = tanh(inp), n elements; in place allowed */
 OP(tanh_forward, n,
    void *out, const void *inp, size_t n)
@@ -162,6 +222,11 @@ OP(dropout_forward, N,
 /* dinp += dout * mask / (1 - p) */
 OP(dropout_backward, N,
    void *dinp, const void *dout, int N, int C, const struct glm_dropout *dropout)
+
+/* x += size * noise, uniform in [-1, 1): NEFTune, Jain et al. 2023
+ *   x (N, C)   noise of an element whose word for the mask is w: 2 floor(w / 256) / 2^24 - 1 */
+OP(noise, N,
+   void *x, int N, int C, double size, const struct glm_dropout *draw)
 
 /* ---- rows that someone reads, and their loss */
 
@@ -186,6 +251,9 @@ OP(cross_entropy_backward, M,
 /* out = a + b, n elements; out may be a or b */
 OP(add, n,
    void *out, const void *a, const void *b, size_t n)
+/* out = scale * a + b, n elements; out may be a or b */
+OP(scaled_add, n,
+   void *out, const void *a, const void *b, size_t n, double scale)
 /* *out, on the device, = sum of x^2 in double, over fixed parts in order: the same for any thread
  * count */
 OP(sum_squares, n,
@@ -217,11 +285,11 @@ OP(adamw, n,
 
 /* ---- stored dtypes */
 
-/* W += scale * B A, rounded to W's dtype
- *   data (O, I)   B (O, R)   A (R, I) */
+/* W = magnitude * rnorm * (W + scale * B A), rounded to W's dtype; NULL, both: ones (dora_norm)
+ *   data (O, I)   B (O, R)   A (R, I)   magnitude, rnorm (O) */
 OP(merge, O,
    glm_stored *data, enum glm_dtype dtype, const void *B, const void *A,
-   int O, int I, int R, double scale)
+   const void *magnitude, const void *rnorm, int O, int I, int R, double scale)
 /* out = inp in another dtype, n elements, rounded to nearest even: overflow gives infinity, NaN
  * stays NaN; not in place */
 OP(convert, n,

@@ -306,6 +306,8 @@ def plan(args: argparse.Namespace) -> int:
     methods = {
         "lora_rank": "lora",
         "lora_target": "lora",
+        "use_dora": "lora",
+        "modules_to_save": "lora",
         "pre_seq_len": "p_tuning",
         "num_layer_trainable": "freeze",
     }
@@ -392,7 +394,7 @@ def doctor(args: argparse.Namespace) -> int:
     """What this machine has, and what is missing."""
     from glmlora.tools.doctor import report
 
-    return report()
+    return report(args.speed)
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -507,6 +509,8 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--memory", help="of the GPU, e.g. 16GB: decides what is recomputed")
     _flag(parser, "--lora-rank", type=int)
     _flag(parser, "--lora-target")
+    _flag(parser, "--use-dora", action="store_true", default=None)
+    _flag(parser, "--modules-to-save")
     _flag(parser, "--pre-seq-len", type=int)
     _flag(parser, "--num-layer-trainable", type=int)
 
@@ -574,7 +578,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
 
-    verb("doctor", doctor)
+    p = verb("doctor", doctor)
+    p.add_argument("--speed", action="store_true", help="measure this machine, for half a second")
     p = verb("demo", demo)
     p.add_argument("directory", nargs="?", default="demo")
     return parser, parsers

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from glmlora import _core, families
+from glmlora.families.family import PLAIN_ARCH
 
-ARCH = dict(
+ARCH = PLAIN_ARCH | dict(
     layers=3,
     hidden=64,
     ffn=96,
@@ -28,10 +29,7 @@ ARCH = dict(
     rope_base=10000.0,
     rope_divisor=1.0,
     qkv_bias=1,
-    half_rope_table=0,
-    split_qkv=0,
-    branch_norms=0,
-    tied_head=0,
+    prefix_input=2 * 3 * 2 * 16,
 )
 
 
@@ -495,7 +493,7 @@ def test_a_model_has_the_names_it_was_given():
         ({"dense": None}, TypeError, "names: dense: expected a str, got NoneType"),
         ({"dense": "a\0b"}, ValueError, "names: dense: has a null character"),
         ({"dense": ""}, ValueError, "names dense: is empty"),
-        ({"dense": "a" * 90}, ValueError, "names dense: with layer it is longer than 92 bytes"),
+        ({"dense": "a" * 90}, ValueError, "names dense: with layer it is longer than 84 bytes"),
         ({"dense": "up"}, ValueError, "names dense and dense_h_to_4h: both are 'up'"),
         ({"layer": "h.0"}, ValueError, "names layer: expected one {} for the layer's number"),
         ({"layer": "{}.{}"}, ValueError, "names layer: expected one {} for the layer's number"),

@@ -24,6 +24,19 @@ from glmlora.training.arguments import FinetuningArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = dict(device="cuda", budget=1)  # every layer but the last is recomputed
+# ChatGLM-6B's, but for the vocabulary.
+FIRST = {
+    "model_type": "chatglm",
+    "position_encoding_2d": True,
+    "hidden_size": SIX_B["hidden_size"],
+    "inner_hidden_size": 4 * SIX_B["hidden_size"],
+    "num_attention_heads": SIX_B["num_attention_heads"],
+    "num_layers": 28,
+    "vocab_size": 65024,
+    "bos_token_id": 65000,
+    "eos_token_id": 65001,
+    "max_sequence_length": 2048,
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +107,14 @@ def test_a_token_with_an_adapter(six_b):
     core.counts()
     core.next(cache, [0], one, one)
     assert core.counts()["launches"] == 28 * 10 + 4
+
+
+def test_a_token_of_chatglm_6b(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(FIRST))
+    planned = plan(tmp_path, 1, 2048, "chat", device="cuda")
+    token, recorded = planned.work["a token"], planned.work["a token, recorded"]
+    assert (token.launches, token.products) == (28 * 14 + 4, 0)
+    assert (recorded.launches, recorded.products, recorded.graphs) == (0, 0, 1)
 
 
 def test_a_drawn_token(six_b):
@@ -172,7 +193,7 @@ COUNTED = """
         if method in ("chat", "adapter"):
             cache, one = core.cache(2, 1100, 0), np.ones(1, np.int32)
             tell()
-            core.extend(cache, [0], np.zeros(1024, np.int32), one * 1024)
+            core.extend(cache, [0], plan._made_up(config, [1024]), one * 1024)
             tell()
             for _ in range(4):
                 core.next(cache, [0], one, one)
@@ -183,8 +204,9 @@ COUNTED = """
             for choice in (draws, draws, draws, draws | context, draws | context, draws | context):
                 core.next(cache, [0], one, one, choice)
                 tell()
+            more = plan._made_up(config, [1, 11])
             for _ in range(3):
-                core.next(cache, [0, 1], np.ones(12, np.int32), np.array([1, 11], np.int32))
+                core.next(cache, [0, 1], more, np.array([1, 11], np.int32))
                 tell()
             core.extend(cache, [0, 1], np.ones(2, np.int32), np.ones(2, np.int32))
             tell()
@@ -199,8 +221,8 @@ COUNTED = """
         for budget in (1, 1 << 31):
             core.reserve(1200, 2, 3, True, budget)
             for _ in range(2):
-                core.backward(np.zeros(1200, np.int32), np.full(2, 600, np.int32), rows=rows,
-                              targets=rows, dropout=True)
+                ids = plan._made_up(config, [600, 600])
+                core.backward(ids, np.full(2, 600, np.int32), rows=rows, targets=rows, dropout=True)
                 tell()
                 core.step(1e-4, 0.9, 0.999, 1e-8, 0.0, 1.0)
                 tell()
@@ -234,6 +256,10 @@ SPLIT = {
 @pytest.mark.parametrize(
     "method, bits, dtype",
     [
+        ("lora first", 0, "F16"),
+        ("p_tuning first", 4, "F16"),
+        ("full first", 0, "F32"),
+        ("adapter first", 8, "F16"),
         ("lora split", 0, "F16"),
         ("full split", 0, "F32"),
         ("adapter split", 4, "F16"),
@@ -252,8 +278,9 @@ SPLIT = {
 def test_the_library_does_what_the_plan_counts(method, bits, dtype, tmp_path):
     library = built()
     config = tiny.TINY_CONFIG | SIX_B | {"num_layers": 3, "seq_length": 2048}
-    method, _, split = method.partition(" ")
-    (tmp_path / "config.json").write_text(json.dumps(SPLIT if split else config))
+    method, _, other = method.partition(" ")
+    config = {"split": SPLIT, "first": FIRST | {"num_layers": 3}}.get(other, config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     code = COUNTED.format(runtime=str(library.parent / "libcuda_emu.so"), directory=str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), json.dumps([dtype, method, bits])],

@@ -25,7 +25,9 @@ MODELS = {"GLMLORA_TEST_BACKEND": "emu"}
 # A device computes in the type of 16-bit weights, the cpu does not; two families stand for all but
 # for what a forward and a backward show of others: rotary base and eps, parts of a layer apart.
 ALL = "not other_storage"
-FEW = f"{ALL} and not (32k or hf or edge or 32b or glm4 and (greedy or training))"
+OTHER_LAYERS = "(glm4 or v1) and (greedy or training) or first_release"
+OTHER_LAYERS += " or v1 and ptuning and not projection"
+FEW = f"{ALL} and not (32k or hf or edge or 32b or {OTHER_LAYERS})"
 
 # name: (build, words of pytest, environment)
 PARTS = {

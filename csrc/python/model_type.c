@@ -55,13 +55,25 @@ static int read_arch(PyObject *dict, struct glm_arch *a)
         {"split_qkv", &a->split_qkv},
         {"branch_norms", &a->branch_norms},
         {"tied_head", &a->tied_head},
+        {"linear_bias", &a->linear_bias},
+        {"layer_norm", &a->layer_norm},
+        {"gelu", &a->gelu},
+        {"qkv_by_head", &a->qkv_by_head},
+        {"half_rope_frequencies", &a->half_rope_frequencies},
+        {"prefix_input", &a->prefix_input},
+        {"rope_2d", &a->rope_2d},
+        {"sop", &a->sop},
+        {"gmask", &a->gmask},
+        {"mask", &a->mask},
+        {"sop_in_place", &a->sop_in_place},
     };
     for (size_t i = 0; i < sizeof ints / sizeof ints[0]; i++)
         if (arch_int(dict, ints[i].key, ints[i].out) < 0)
             return -1;
     if (arch_double(dict, "eps", &a->eps) < 0 ||
         arch_double(dict, "rope_base", &a->rope_base) < 0 ||
-        arch_double(dict, "rope_divisor", &a->rope_divisor) < 0)
+        arch_double(dict, "rope_divisor", &a->rope_divisor) < 0 ||
+        arch_double(dict, "residual_scale", &a->residual_scale) < 0)
         return -1;
     return 0;
 }
@@ -387,20 +399,21 @@ static PyObject *model_loss(struct model_object *self, PyObject *args, PyObject 
 
 static PyObject *model_backward(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"ids",       "lengths",      "rows",    "targets",
-                            "positions", "dropout_seed", "dropout", NULL};
+    static char *names[] = {"ids",          "lengths", "rows",  "targets", "positions",
+                            "dropout_seed", "dropout", "noise", NULL};
     struct run run;
     PyObject *ids, *lengths, *rows, *targets, *positions = NULL, *result = NULL;
     unsigned long long seed = 0;
     int dropout = 1;
-    double loss;
+    double loss, noise = 0;
     struct batch_args b;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OKp", names, &ids, &lengths, &rows,
-                                     &targets, &positions, &seed, &dropout) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OKpd", names, &ids, &lengths, &rows,
+                                     &targets, &positions, &seed, &dropout, &noise) ||
         glm_batch_args(&b, ids, lengths, positions, rows, targets) < 0)
         return NULL;
     if (glm_run_begin(&run, self, GLM_READS) < 0 ||
-        glm_run_end(&run, glm_model_backward(self->m, &b.in, seed, dropout, &loss, &run.err)) < 0)
+        glm_run_end(&run,
+                    glm_model_backward(self->m, &b.in, seed, dropout, noise, &loss, &run.err)) < 0)
         goto done;
     result = PyFloat_FromDouble(loss);
 done:

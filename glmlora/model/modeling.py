@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _core, seeds
-from ..batch import Batch, as_rows, check_ids, padded
+from ..batch import Batch, as_rows, check_ids, given_rows, padded
 from ..files.hub import check_keywords
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
@@ -54,6 +54,7 @@ from .parameters import (
     output_layer_of,
     own_keys,
     own_names,
+    parameter_name,
     parse_dtype,
     prefix_of,
     prefix_shapes,
@@ -139,6 +140,8 @@ class ChatGLMForConditionalGeneration(_Casts):
         self._trainable: list[str] = []
         # base weights that lie where they were bound
         self._stored: dict[str, Tensor | QuantizedTensor] = {}
+        self.replaced: dict[str, Any] = {}  # the base's, where an adapter has its own (replaced.py)
+        self.neftune_noise_alpha: float | None = None  # of `backward` in train() mode
         self._shapes = self.core.shapes()
         named = own_names(tensors, self._shapes, prefix_of(config))
         tie(named, config)
@@ -242,7 +245,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         it is where it was.
         """
         first = self.core.backend
-        stored_as = self.stored_dtype(embedding_of(self.config))
+        stored_as = parse_dtype(self.dtype)
         kinds = {self.stored_dtype(n) for n, s in self._shapes.items() if len(s) == 2}
         home = "cpu" if self.backend.startswith(("cuda", "emu")) else self.backend
         cpu = backend_of(home, self.asked_compute_dtype, kinds)
@@ -353,7 +356,8 @@ class ChatGLMForConditionalGeneration(_Casts):
     @property
     def dtype(self) -> str:
         """What the base weights are stored in: "float32", "float16" or "bfloat16"."""
-        return DTYPE_NAMES[self.stored_dtype(embedding_of(self.config))]
+        name = embedding_of(self.config)
+        return DTYPE_NAMES[getattr(self.replaced.get(name), "dtype", self.stored_dtype(name))]
 
     def stored_dtype(self, name: str) -> str:
         """File type name ("F16") of a weight as it is held."""
@@ -382,18 +386,12 @@ class ChatGLMForConditionalGeneration(_Casts):
         """Names of the base weights, without adapters and prefix."""
         return list(self._shapes)
 
-    def _parameter_name(self, name: str) -> str:
-        for part in (".lora_A.", ".lora_B."):
-            if part in name:
-                return name.replace(part, part + self.active_adapter_name + ".")
-        return name
-
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(name, Parameter) of every weight; LoRA names carry the adapter's
         (`...lora_A.default.weight`).
         """
         for name in self.core.names():
-            shown = self._parameter_name(name)
+            shown = parameter_name(name, self.active_adapter_name)
             yield shown, Parameter(self, shown, name)
 
     def parameters(self) -> Iterator[Parameter]:
@@ -603,16 +601,8 @@ class ChatGLMForConditionalGeneration(_Casts):
         """(ragged batch, row and column of each of its tokens, shape of the padded arrays),
         checked.
         """
-        if input_ids is None:
-            raise ValueError("input_ids: expected an array of ids (rows, tokens), got None")
-        ids = as_rows("input_ids", input_ids)
-        mask, places, labels = (
-            None if v is None else as_rows(n, v)
-            for n, v in (
-                ("attention_mask", attention_mask),
-                ("position_ids", position_ids),
-                ("labels", labels),
-            )
+        ids, mask, places, labels = given_rows(
+            input_ids, attention_mask, position_ids, labels, self.config.context
         )
         check_ids("input_ids", ids, self.config.padded_vocab_size)
         if labels is not None:
@@ -733,6 +723,7 @@ class ChatGLMForConditionalGeneration(_Casts):
             positions=batch.positions,
             dropout_seed=self.dropout_seed,
             dropout=self.training,
+            noise=float(self.neftune_noise_alpha or 0) if self.training else 0.0,
         )
 
     def named_gradients(self) -> dict[str, np.ndarray]:

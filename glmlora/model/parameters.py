@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .. import _core, tell
+from .. import _core, families, tell
 from ..files.checkpoint import recomputed
 from ..files.foreign import refuse_quantized_names
 from ..files.tensor import Tensor, same
@@ -253,7 +253,15 @@ def layers_of(config: ChatGLMConfig) -> str:
 
 def is_lora(name: str) -> bool:
     """Whether a core name is that of a LoRA tensor."""
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+    return ".lora_" in name
+
+
+def parameter_name(name: str, adapter: str) -> str:
+    """A core name as PEFT shows it, a LoRA tensor's with its adapter's."""
+    for part in (".lora_A.", ".lora_B."):
+        if part in name:
+            return name.replace(part, f"{part}{adapter}.")
+    return f"{name}.{adapter}.weight" if name.endswith(".lora_magnitude_vector") else name
 
 
 def own_name(name: str, known: Callable[[str], bool]) -> str:
@@ -424,9 +432,10 @@ def prefix_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
     `transformer.prefix_encoder.`).
     """
     width, hidden = config.prefix_width, config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.pre_seq_len, width)}
+    first = families.of(config.family).prefix_input(config) if config.prefix_projection else width
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.pre_seq_len, first)}
     if config.prefix_projection:
-        shapes["trans.0.weight"], shapes["trans.0.bias"] = (hidden, width), (hidden,)
+        shapes["trans.0.weight"], shapes["trans.0.bias"] = (hidden, first), (hidden,)
         shapes["trans.2.weight"], shapes["trans.2.bias"] = (width, hidden), (width,)
     return shapes
 

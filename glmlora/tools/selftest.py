@@ -1,8 +1,9 @@
 """`python -m glmlora.tools.selftest --device cuda`: does this GPU compute what the CPU computes?
 
-Every op beside the reference at odd shapes, a tiny model (logits, steps of LoRA, P-Tuning and full
-training, greedy answers with and without cache and recording), the same step twice, and what the
-plan says beside what the device counted. Needs no files. Prints a line for each item, ends with
+Every op beside the reference at odd shapes, two tiny models, one of which reads its prompts in both
+directions ("two-way"; logits, steps of LoRA, P-Tuning and full training, greedy answers with and
+without cache and recording), the same step twice, and what the plan says beside what the device
+counted. Needs no files. Prints a line for each item, ends with
 `selftest cuda: PASS` or the first item that failed, and writes a JSON file to send back.
 `--device emu` runs the same list on the emulator, which is how the list itself is tested; `--deep`
 runs the ops again under compute-sanitizer where that is installed.
@@ -118,7 +119,12 @@ def _norm(N: int, C: int) -> Case:  # noqa: N803
         o.rmsnorm_forward(y, r, x, w, N, C, 1e-5)
         o.rmsnorm_backward(dx, dw, dy, x, w, r, N, C)
         o.add_rmsnorm_forward(z, r, total, x, b, w, N, C, 1e-5)
-        return [y, dx, dw, z, r, total]
+        bias, out, mean, rstd = _normal(o, rng, C), *(np.empty(s, o.real) for s in ((N, C), N, N))
+        dz, dw2, db = _normal(o, rng, N, C), _normal(o, rng, C), _normal(o, rng, C)
+        # in a row of one, rstd magnifies the roundings of differences that are 0
+        o.layernorm_forward(out, mean, rstd, x, w, bias, N, C, 0.1)
+        o.layernorm_backward(dz, dw2, db, dy, x, w, mean, rstd, N, C)
+        return [y, dx, dw, z, r, total, out, mean, rstd, dz, dw2, db]
 
     return case
 
@@ -163,6 +169,26 @@ def _rotary(N: int, HD: int, rotary: int) -> Case:  # noqa: N803
 
 
 @_over(
+    {f"rotary in 2 dimensions {N}x{HD}": (N, HD) for N, HD in ((1, 4), (7, 64), (5, 36), (3, 128))}
+)
+def _rotary_2d(N: int, HD: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        angle = rng.random((9, HD // 4))
+        table = np.stack([np.cos(angle), np.sin(angle)], -1).astype(o.real)
+        at, block = (rng.integers(0, 9, N).astype(np.int32) for _ in range(2))
+        heads, width = Heads(2, 2, HD), 6 * HD
+        inp, x, y, back = _normal(o, rng, N, width), *(np.empty((N, width), o.real) for _ in "123")
+        o.qkv_by_head_forward(x, inp, N, heads)
+        y[...] = x
+        o.rope_2d_forward(x, table, at, block, N, 4, HD, width)
+        o.rope_2d_backward(y, table, at, block, N, 4, HD, width)
+        o.qkv_by_head_backward(back, x, N, heads)
+        return [x, y, back]
+
+    return case
+
+
+@_over(
     {
         "attention 3 of 64": ((1, 1, 1), 4, 2, 64, 3, 9),
         "attention 3 of 32": ((13, 1, 40), 4, 2, 32, 0, 0),
@@ -171,13 +197,23 @@ def _rotary(N: int, HD: int, rotary: int) -> Case:  # noqa: N803
         "attention 18 of 64, 4,100 before": ((1, 3), 18, 1, 64, 0, 4100),
         "attention 2 of 96, 300 before": ((1, 3), 2, 2, 96, 0, 300),
         "attention 0 of 16": ((), 2, 2, 16, 0, 0),
+        "attention 4 of 128, 3 seen by all": ((4, 1), 2, 2, 128, 3, 0, 3),
+        "attention 70 of 64, 37 seen by all": ((70, 9), 3, 3, 64, 0, 0, 37),
     }
 )
-def _attention(counts: tuple[int, ...], NH: int, KVH: int, HD: int, shared: int, past: int) -> Case:  # noqa: N803
+def _attention(
+    counts: tuple[int, ...],
+    NH: int,  # noqa: N803
+    KVH: int,  # noqa: N803
+    HD: int,  # noqa: N803
+    shared: int,
+    past: int,
+    context: int = 0,
+) -> Case:
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         segments, begin, row = [], 0, shared
         for count in counts:
-            segments.append(Segment(begin, count, 0, shared, row, past, 0))
+            segments.append(Segment(begin, count, 0, shared, row, past, min(context, count)))
             begin, row = begin + count, row + past
         width, heads = (NH + 2 * KVH) * HD, Heads(NH, KVH, HD)
         qkv, dout = _normal(o, rng, begin, width), _normal(o, rng, begin, NH * HD)
@@ -205,15 +241,21 @@ def _elements(N: int, C: int) -> Case:  # noqa: N803
         o.tanh_forward(t, a, N * C)
         o.tanh_backward(dt, dy, t, N * C)
         o.add(s, a, b, N * C)
+        g, dg, scaled = (np.empty((N, C), o.real) for _ in range(3))
+        o.gelu_forward(g, a, N * C)
+        o.gelu_backward(dg, dy, a, N * C)
+        o.scaled_add(scaled, a, b, N * C, 7.5)
         mask = Dropout(0.3, np.arange(N), np.arange(N)[::-1].copy(), seed=7, step=2, site=3)
         dropped, back = np.empty((N, C), o.real), _normal(o, rng, N, C)
         o.dropout_forward(dropped, a, N, C, mask)
         o.dropout_backward(back, dy, N, C, mask)
+        noisy = b.copy()
+        o.noise(noisy, N, C, 0.5, mask)
         rows = np.arange(0, N, 2, dtype=np.int32)
         taken, spread = np.empty((len(rows), C), o.real), _normal(o, rng, N, C)
         o.gather_forward(taken, a, rows, len(rows), C)
         o.gather_backward(spread, taken, rows, len(rows), C)
-        return [y, dx, t, dt, s, dropped, back, taken, spread]
+        return [y, dx, t, dt, s, g, dg, scaled, dropped, back, noisy, taken, spread]
 
     return case
 
@@ -277,6 +319,24 @@ def _prefix(P: int, J: int, KV: int, copies: int) -> Case:  # noqa: N803
     return case
 
 
+@_over({f"dora {N}x{2 * C}": (N, 2 * C) for N, C in SHAPES})
+def _dora(N: int, O: int) -> Case:  # noqa: E741, N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        half, merged = stored(rng.standard_normal((O, 40)), F16), np.empty((O, 40), np.float32)
+        B, A, m = _normal(o, rng, O, 4), _normal(o, rng, 4, 40), _normal(o, rng, O)  # noqa: N806
+        rnorm, dm = np.empty(O, o.real), _normal(o, rng, O)
+        o.dora_norm(rnorm, Mat(half, F16), B, A, 4, 0.5)
+        x, dy = _normal(o, rng, N, O), _normal(o, rng, N, O)
+        y, dx = np.empty((N, O), o.real), np.empty((N, O), o.real)
+        o.dora_forward(y, x, m, rnorm, _normal(o, rng, O), N, O)
+        o.dora_backward(dx, dm, dy, x, m, rnorm, N, O)
+        merged[...] = half
+        o.merge(merged, F32, B, A, m, rnorm, O, 40, 4, 0.5)
+        return [rnorm, y, dx, dm, merged.astype(o.real)]
+
+    return case
+
+
 @_over({f"stored {N}x{2 * C}": (N, 2 * C) for N, C in SHAPES})
 def _stored(O: int, I: int) -> Case:  # noqa: E741, N803
     """Conversions, merging and quantization: what comes back is compared as it is."""
@@ -285,7 +345,8 @@ def _stored(O: int, I: int) -> Case:  # noqa: E741, N803
         w = rng.standard_normal((O, I)).astype(np.float32)
         half = np.empty((O, I), np.float16)
         o.convert(half, F16, w, F32, O * I)
-        o.merge(half, F16, _normal(o, rng, O, 4), _normal(o, rng, 4, I), O, I, 4, 0.5)
+        B, A = _normal(o, rng, O, 4), _normal(o, rng, 4, I)  # noqa: N806
+        o.merge(half, F16, B, A, None, None, O, I, 4, 0.5)
         q, s = np.empty((O, I), np.int8), np.empty(O, np.float16)
         o.quantize(q, s, I8, 0, w, F32, O, I)
         return [half.astype(o.real), q.astype(o.real), s.astype(o.real)]
@@ -342,11 +403,32 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
+# One whose prompts are read in both directions, with the ops that only it has.
+TWO_WAY = dict(
+    model_type="chatglm",
+    position_encoding_2d=True,
+    layernorm_epsilon=1e-5,
+    torch_dtype="float32",
+    hidden_size=64,
+    inner_hidden_size=96,
+    num_layers=2,
+    num_attention_heads=4,
+    vocab_size=101,
+    max_sequence_length=128,
+    mask_token_id=97,
+    gmask_token_id=98,
+    bos_token_id=99,
+    eos_token_id=100,
+    pad_token_id=0,
+)
+WORDS = 97  # ids below are words in both
 
 
-def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
+def tiny_model(
+    backend: str, stored_as: str, sizes: dict[str, Any] = SIZES, prefix: int | None = None
+) -> Any:
     """A model of random weights, the same every time, on a backend."""
-    config = ChatGLMConfig(**SIZES, pre_seq_len=prefix)
+    config = ChatGLMConfig(**sizes, pre_seq_len=prefix)
     rng = np.random.default_rng(3)
     form = {"F32": F32, "F16": F16, "BF16": BF16}[stored_as]
     tensors = {}
@@ -354,7 +436,7 @@ def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
     for name, shape in counted.shapes().items():
         w = rng.standard_normal(shape).astype(np.float32)
         if len(shape) == 1:
-            w = 1 + 0.1 * w
+            w = 0.1 * w + (not name.endswith("bias"))
         elif "embedding" not in name:
             w *= 1.5 / np.sqrt(shape[1])
         tensors[name] = Tensor(stored(w, form), stored_as)
@@ -367,9 +449,17 @@ def tiny_model(backend: str, stored_as: str, prefix: int | None = None) -> Any:
     return model
 
 
-def _batch(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(3, SIZES["padded_vocab_size"], (3, 23))
+def _prompts(seed: int, sizes: dict[str, Any], rows: int, length: int, cut: int) -> np.ndarray:
+    """Ids (rows, length) whose prompts end before place `cut`."""
+    ids = np.random.default_rng(seed).integers(3, WORDS, (rows, length))
+    context = ChatGLMConfig(**sizes).context
+    if context is not None:
+        ids[:, cut - 2 : cut] = context.gmask, context.sop
+    return ids
+
+
+def _batch(seed: int, sizes: dict[str, Any]) -> dict[str, np.ndarray]:
+    ids = _prompts(seed, sizes, 3, 23, 11)
     mask = np.ones_like(ids)
     mask[1, :7] = 0  # rows of several lengths
     labels = np.where(mask == 1, ids, -100)
@@ -377,8 +467,10 @@ def _batch(seed: int) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _trained(backend: str, stored_as: str, method: str, steps: int = 20) -> list[float]:
-    model = tiny_model(backend, stored_as, 6 if method == "p_tuning" else None)
+def _trained(
+    backend: str, stored_as: str, sizes: dict[str, Any], method: str, steps: int = 20
+) -> list[float]:
+    model = tiny_model(backend, stored_as, sizes, 6 if method == "p_tuning" else None)
     trained = model
     if method == "lora":
         names = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -386,7 +478,7 @@ def _trained(backend: str, stored_as: str, method: str, steps: int = 20) -> list
         trained = peft.get_peft_model(model, config)
     elif method == "full":
         model.requires_grad_(True)
-    batches = [_batch(1), _batch(2)]
+    batches = [_batch(1, sizes), _batch(2, sizes)]
     trained.backward(**batches[0])
     trained.zero_grad()
     rng = np.random.default_rng(5)
@@ -402,17 +494,17 @@ def _trained(backend: str, stored_as: str, method: str, steps: int = 20) -> list
     return losses
 
 
-def check_logits(backend: str, stored_as: str) -> str:
+def check_logits(backend: str, stored_as: str, sizes: dict[str, Any]) -> str:
     """Logits of rows of several lengths."""
-    inputs = {k: v for k, v in _batch(0).items() if k != "labels"}
-    got, want = (tiny_model(b, stored_as)(**inputs).logits for b in (backend, "cpu"))
+    inputs = {k: v for k, v in _batch(0, sizes).items() if k != "labels"}
+    got, want = (tiny_model(b, stored_as, sizes)(**inputs).logits for b in (backend, "cpu"))
     limit = 10 * TOLERANCE[backend.rpartition("/")[2]]  # two layers of products
     return f"{_same([got], [want], limit):.1e}"
 
 
-def check_training(backend: str, stored_as: str, method: str) -> str:
+def check_training(backend: str, stored_as: str, sizes: dict[str, Any], method: str) -> str:
     """Losses of 20 steps."""
-    got, want = (np.array(_trained(b, stored_as, method)) for b in (backend, "cpu"))
+    got, want = (np.array(_trained(b, stored_as, sizes, method)) for b in (backend, "cpu"))
     worst = float(np.abs(got / want - 1).max())
     limit = LOSS[backend.rpartition("/")[2]]
     assert worst <= limit, f"losses differ by {worst:.1e}: {got} {want}"
@@ -420,11 +512,11 @@ def check_training(backend: str, stored_as: str, method: str) -> str:
     return f"{worst:.1e}"
 
 
-def check_answers(backend: str, stored_as: str) -> str:
+def check_answers(backend: str, stored_as: str, sizes: dict[str, Any]) -> str:
     """Greedy answers: the CPU's, with the cache and recordings, with the cache alone, without; and
     drawn ones."""
-    ids, new = np.random.default_rng(6).integers(3, 101, (2, 9)), 10
-    model = tiny_model(backend, stored_as)
+    ids, new = _prompts(6, sizes, 2, 9, 9), 10
+    model = tiny_model(backend, stored_as, sizes)
     answers = [model.generate(ids, max_new_tokens=new, eos_token_id=[]) for _ in range(2)]
     # a processor wants the scores, so they come to the host, and nothing is recorded
     seen = model.generate(
@@ -434,12 +526,12 @@ def check_answers(backend: str, stored_as: str) -> str:
     for _ in range(new):
         best = model(plain).logits[:, -1].argmax(1)
         plain = np.concatenate((plain, best[:, None]), axis=1)
-    cpu = tiny_model("cpu", stored_as).generate(ids, max_new_tokens=new, eos_token_id=[])
+    cpu = tiny_model("cpu", stored_as, sizes).generate(ids, max_new_tokens=new, eos_token_id=[])
     for name, other in (("again", answers[1]), ("scores", seen), ("no cache", plain), ("cpu", cpu)):
         assert np.array_equal(answers[0], other), f"{name}: {answers[0]} {other}"
     drawn = dict(do_sample=True, temperature=1.1, top_p=0.9, repetition_penalty=1.2, seed=3)
     got, want = (
-        tiny_model(b, stored_as).generate(ids, max_new_tokens=new, eos_token_id=[], **drawn)
+        tiny_model(b, stored_as, sizes).generate(ids, max_new_tokens=new, eos_token_id=[], **drawn)
         for b in (backend, "cpu")
     )
     assert np.array_equal(got, want), f"drawn: {got} {want}"
@@ -448,18 +540,18 @@ def check_answers(backend: str, stored_as: str) -> str:
     return f"{graphs} from recordings"
 
 
-def check_bits(backend: str, stored_as: str) -> str:
+def check_bits(backend: str, stored_as: str, sizes: dict[str, Any]) -> str:
     """The same step twice is the same, bit for bit."""
-    first, second = (_trained(backend, stored_as, "lora", 3) for _ in range(2))
+    first, second = (_trained(backend, stored_as, sizes, "lora", 3) for _ in range(2))
     assert first == second, f"{first} {second}"
     return "equal"
 
 
-def check_plan(backend: str, stored_as: str) -> str:
+def check_plan(backend: str, stored_as: str, sizes: dict[str, Any]) -> str:
     """Launches, products, waits, transfers and bytes of a step and of tokens, as planned."""
 
     def counted(name: str) -> list[dict[str, int]]:
-        model, counts = tiny_model(name, stored_as), []
+        model, counts = tiny_model(name, stored_as, sizes), []
         core, one = model.core, np.ones(1, np.int32)
 
         def count() -> None:
@@ -469,11 +561,11 @@ def check_plan(backend: str, stored_as: str) -> str:
         core.counts()
         model.requires_grad_(True)
         for _ in range(2):
-            model.backward(**_batch(1))
+            model.backward(**_batch(1, sizes))
             core.step(1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
             count()
         cache = core.cache(1, 40, 0)
-        core.extend(cache, [0], np.ones(20, np.int32), 20 * one)
+        core.extend(cache, [0], _prompts(3, sizes, 1, 20, 20)[0].astype(np.int32), 20 * one)
         count()
         for _ in range(4):
             core.next(cache, [0], one, one)
@@ -527,14 +619,20 @@ def items(device: str, types: list[str]) -> Iterator[tuple[str, Callable[[], Any
                 backend = f"{device}/{type_}"
                 yield f"{type_} {name}", lambda case=case, b=backend: check_op(case, b)
     for type_ in types:
-        of = (f"{device}/{type_}", stored_as[type_])
-        yield f"{type_} logits", lambda of=of: check_logits(*of)
-        for method in ("lora", "p_tuning", "full"):
-            yield f"{type_} {method} 20 steps", lambda of=of, m=method: check_training(*of, m)
-        if type_ == "float32":
-            yield f"{type_} answers", lambda of=of: check_answers(*of)
-        yield f"{type_} twice the same bits", lambda of=of: check_bits(*of)
-        yield f"{type_} counts as planned", lambda of=of: check_plan(*of)
+        few = ("full",) if type_ == "float32" else ("lora",)  # what differs is in the layers
+        for kind, sizes, methods in (
+            ("", SIZES, ("lora", "p_tuning", "full")),
+            (" two-way", TWO_WAY, few),
+        ):
+            of, name = (f"{device}/{type_}", stored_as[type_], sizes), type_ + kind
+            yield f"{name} logits", lambda of=of: check_logits(*of)
+            for method in methods:
+                yield f"{name} {method} 20 steps", lambda of=of, m=method: check_training(*of, m)
+            if type_ == "float32":
+                yield f"{name} answers", lambda of=of: check_answers(*of)
+            if not kind:
+                yield f"{name} twice the same bits", lambda of=of: check_bits(*of)
+            yield f"{name} counts as planned", lambda of=of: check_plan(*of)
 
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
