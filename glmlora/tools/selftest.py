@@ -405,7 +405,7 @@ SIZES = dict(
 )
 # One whose prompts are read in both directions, with the ops that only it has.
 TWO_WAY = dict(
-    model_type="chatglm",
+    model_type=families.of("v1").model_type,
     position_encoding_2d=True,
     layernorm_epsilon=1e-5,
     torch_dtype="float32",
@@ -424,7 +424,7 @@ TWO_WAY = dict(
 # Two with queries, keys and values apart: rotary over whole heads and embeddings for a head, and
 # norms of what attention and MLP yield.
 TIED = dict(
-    model_type="glm",
+    model_type=families.of("edge").model_type,
     attention_bias=False,
     eos_token_id=2,
     head_dim=16,
@@ -442,7 +442,7 @@ TIED = dict(
     vocab_size=101,
 )
 BRANCHES = TIED | dict(
-    model_type="glm4",
+    model_type=families.of("0414").model_type,
     attention_bias=True,
     head_dim=24,
     partial_rotary_factor=0.5,
