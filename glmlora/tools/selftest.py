@@ -403,9 +403,17 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
+
+
+def _layout_of(module: str) -> str:
+    """model_type of the layout whose checkpoints have a module of this name."""
+    every = families.all_families().values()
+    return next(family.model_type for family in every if module in family.tensor_names)
+
+
 # One whose prompts are read in both directions, with the ops that only it has.
 TWO_WAY = dict(
-    model_type=families.of("v1").model_type,
+    model_type="chatglm",
     position_encoding_2d=True,
     layernorm_epsilon=1e-5,
     torch_dtype="float32",
@@ -424,7 +432,7 @@ TWO_WAY = dict(
 # Two with queries, keys and values apart: rotary over whole heads and embeddings for a head, and
 # norms of what attention and MLP yield.
 TIED = dict(
-    model_type=families.of("edge").model_type,
+    model_type="glm",
     attention_bias=False,
     eos_token_id=2,
     head_dim=16,
@@ -442,7 +450,7 @@ TIED = dict(
     vocab_size=101,
 )
 BRANCHES = TIED | dict(
-    model_type=families.of("0414").model_type,
+    model_type=_layout_of("post_mlp_layernorm"),
     attention_bias=True,
     head_dim=24,
     partial_rotary_factor=0.5,
