@@ -1026,7 +1026,7 @@ def add(m: Maker, n: int, into: str):
     return {"out": (out, EPS * np.abs(out))}
 
 
-@over((n, into) for n in LENGTHS for into in ("a", "b", "out"))
+@over((n, into) for into in ("a", "b", "out") for n in LENGTHS)
 def scaled_add(m: Maker, n: int, into: str):
     a, b = m.normal(n), m.normal(n)
     out = {"a": a, "b": b, "out": m.out(n)}[into]

@@ -90,7 +90,7 @@ LORA = {
     "fan_in_fan_out": Nothing(True),  # false, with a warning
     "bias": Refused("all", "none"),
     "use_rslora": True,
-    "modules_to_save": Refused(["output_layer"], []),
+    "modules_to_save": ["output_layer"],
     "init_lora_weights": "gaussian",
     "layers_to_transform": [1],
     "layers_pattern": Refused("layers", []),  # alone; works with layers_to_transform
@@ -103,7 +103,7 @@ LORA = {
     "eva_config": Nothing({"rho": 2.0}),
     "corda_config": Nothing({"a": 1}),
     "lora_ga_config": Nothing({"a": 1}),
-    "use_dora": Refused(True, False),
+    "use_dora": True,
     "velora_config": Refused({"a": 1}),
     "alora_invocation_tokens": Refused([1]),
     "use_qalora": Refused(True, False),
@@ -111,7 +111,7 @@ LORA = {
     "monteclora_config": Refused({"a": 1}),
     "layer_replication": Refused([[0, 1]]),
     "runtime_config": Nothing({"ephemeral_gpu_offload": True}),
-    "lora_bias": Refused(True, False),
+    "lora_bias": True,
     "target_parameters": Refused(["a"], []),
     "use_bdlora": Refused({"a": 1}),
     "arrow_config": Refused({"a": 1}),
