@@ -69,7 +69,8 @@ const struct glm_arch *glm_model_arch(const struct glm_model *m);
 
 /* ---- weights: base ones exist from the start, LoRA and prefix ones come and go */
 
-enum glm_weight_kind { GLM_BASE, GLM_LORA, GLM_PREFIX };
+/* GLM_DERIVED: of the core alone, under no name */
+enum glm_weight_kind { GLM_BASE, GLM_LORA, GLM_PREFIX, GLM_DERIVED };
 
 struct glm_weight_info {
     const char *name;
@@ -90,10 +91,16 @@ int glm_model_find(struct glm_model *m, const char *name);
  * vectors are copied. */
 glm_status glm_model_bind(struct glm_model *m, const char *name, const struct glm_mat *mat,
                           int rank, struct glm_error *err);
-/* A (R, in), B (out, R), real of the backend, copied. */
-glm_status glm_model_add_lora(struct glm_model *m, const char *module, const void *A, int A_rows,
-                              int A_cols, const void *B, int B_rows, int B_cols, double scale,
-                              double dropout, struct glm_error *err);
+/* A (R, in), B (out, R), and NULL or (out), one of them at most: B_bias of lora_bias, the magnitude
+ * of DoRA. Real of the backend, copied. */
+struct glm_lora {
+    const void *A, *B, *B_bias, *magnitude;
+    int A_rows, A_cols, B_rows, B_cols;
+    double scale, dropout;
+};
+
+glm_status glm_model_add_lora(struct glm_model *m, const char *module, const struct glm_lora *lora,
+                              struct glm_error *err);
 void glm_model_remove_lora(struct glm_model *m);
 void glm_model_enable_lora(struct glm_model *m, int on);
 glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err);
@@ -154,10 +161,10 @@ glm_status glm_model_hidden_states(struct glm_model *m, const struct glm_input *
 /* losses (M) real on the host, of targets; no gradient, no dropout */
 glm_status glm_model_loss(struct glm_model *m, const struct glm_input *in, void *losses,
                           struct glm_error *err);
-/* Adds gradients of the summed loss; *mean_loss of this call. On a device that fails for a loss
+/* Adds gradients of the summed loss; *mean_loss of this call. noise: NEFTune's alpha, 0: none. On a device that fails for a loss
  * that is not finite only after the gradients were added. */
 glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
-                              uint64_t dropout_seed, int dropout, double *mean_loss,
+                              uint64_t dropout_seed, int dropout, double noise, double *mean_loss,
                               struct glm_error *err);
 
 struct glm_adamw {

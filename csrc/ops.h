@@ -72,7 +72,7 @@ OP(linear_backward_input, N,
    void *dinp, const void *dout, const struct glm_mat *weight,
    int N, double scale, int accumulate)
 /* dweight += scale * dout^T inp            either may be NULL
- * dbias   += sum_N(dout)
+ * dbias   += scale * sum_N(dout)
  *   dweight (O, I)   dbias (O) */
 OP(linear_backward_weight, N,
    void *dweight, void *dbias, const void *dout, const void *inp, int N, int O, int I, double scale)
@@ -86,6 +86,25 @@ OP(adapted_forward, N,
  *   out (N, F)   W (2F, I)   h (N, 2F): its contents are undefined */
 OP(linear_swiglu_forward, N,
    void *out, void *h, const void *inp, const struct glm_mat *weight, const void *bias, int N)
+
+/* ---- DoRA: Liu et al. 2024, eq. 5. An output of a linear layer with an adapter is divided by the
+ * norm of its row of weights, a constant to the gradient (section 4.3), and gets a magnitude that is
+ * trained. */
+
+/* rnorm[o] = 1 / sqrt(sum_I((W + scale * B A)[o]^2))
+ *   rnorm (O)   W (O, I)   B (O, R)   A (R, I), real */
+OP(dora_norm, weight->rows,
+   void *rnorm, const struct glm_mat *weight, const void *B, const void *A, int R, double scale)
+/* out = magnitude * rnorm * inp + bias
+ *   out, inp (N, O); out may be inp   magnitude, rnorm (O)   bias (O) or NULL */
+OP(dora_forward, N,
+   void *out, const void *inp, const void *magnitude, const void *rnorm, const void *bias,
+   int N, int O)
+/* dmagnitude += rnorm * sum_N(dout * inp)      skipped when NULL, and inp is not read then
+ * dinp        = magnitude * rnorm * dout       may be inp */
+OP(dora_backward, N,
+   void *dinp, void *dmagnitude, const void *dout, const void *inp, const void *magnitude,
+   const void *rnorm, int N, int O)
 
 /* ---- rotary embedding: Su et al. 2021, eq. 34, pairs adjacent */
 
@@ -204,6 +223,11 @@ OP(dropout_forward, N,
 OP(dropout_backward, N,
    void *dinp, const void *dout, int N, int C, const struct glm_dropout *dropout)
 
+/* x += size * noise, uniform in [-1, 1): NEFTune, Jain et al. 2023
+ *   x (N, C)   noise of an element whose word for the mask is w: 2 floor(w / 256) / 2^24 - 1 */
+OP(noise, N,
+   void *x, int N, int C, double size, const struct glm_dropout *draw)
+
 /* ---- rows that someone reads, and their loss */
 
 /* out[m] = inp[rows[m]]
@@ -261,11 +285,11 @@ OP(adamw, n,
 
 /* ---- stored dtypes */
 
-/* W += scale * B A, rounded to W's dtype
- *   data (O, I)   B (O, R)   A (R, I) */
+/* W = magnitude * rnorm * (W + scale * B A), rounded to W's dtype; NULL, both: ones (dora_norm)
+ *   data (O, I)   B (O, R)   A (R, I)   magnitude, rnorm (O) */
 OP(merge, O,
    glm_stored *data, enum glm_dtype dtype, const void *B, const void *A,
-   int O, int I, int R, double scale)
+   const void *magnitude, const void *rnorm, int O, int I, int R, double scale)
 /* out = inp in another dtype, n elements, rounded to nearest even: overflow gives infinity, NaN
  * stays NaN; not in place */
 OP(convert, n,

@@ -126,6 +126,21 @@ GLM_KERNEL(256) k_dropout(float *out, const float *inp, int C, int blocks, int a
     store4(out + n * C, c, C, x);
 }
 
+/* x += size * noise */
+GLM_KERNEL(256) k_noise(float *x, int C, int blocks, float size, mask_of draw)
+{
+    const size_t n = blockIdx.x / blocks;
+    const int c = column4(blocks);
+    if (c >= C)
+        return;
+    const words w = mask_words(draw, (int)n, (unsigned)c / 4);
+    f4 y = load4(x + n * C, c, C);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        y.v[j] += size * ((float)(w.w[j] >> 8) * (1.0f / 8388608.0f) - 1.0f);
+    store4(x + n * C, c, C, y);
+}
+
 /* out = scale a + b; of scale 1 the product is exact */
 GLM_KERNEL(256) k_add(float *out, const float *a, const float *b, size_t n, float scale)
 {
@@ -212,6 +227,15 @@ extern "C" void glm_cuda_dropout_backward(void *cx, void *dinp, const void *dout
     if (glm_cuda_begin(cuda))
         GLM_LAUNCH(cuda, "dropout_backward", k_dropout, (size_t)N * blocks_of(C), 256, 0,
                    (float *)dinp, (const float *)dout, C, blocks_of(C), 1, mask_from(dropout));
+}
+
+extern "C" void glm_cuda_noise(void *cx, void *x, int N, int C, double size,
+                               const struct glm_dropout *draw)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "noise", k_noise, (size_t)N * blocks_of(C), 256, 0, (float *)x, C,
+                   blocks_of(C), (float)size, mask_from(draw));
 }
 
 extern "C" void glm_cuda_add(void *cx, void *out, const void *a, const void *b, size_t n)

@@ -243,8 +243,8 @@ GLM_KERNEL(256) k_bias(float *out, const float *bias, int O, int blocks, int acc
     store4(out + n * O, o, O, b);
 }
 
-/* dbias += column sums: 32 columns a block, rows by eights in a fixed order */
-GLM_KERNEL(256) k_column_sum(float *dbias, const float *dout, int N, int O)
+/* dbias += scale * column sums: 32 columns a block, rows by eights in a fixed order */
+GLM_KERNEL(256) k_column_sum(float *dbias, const float *dout, int N, int O, float scale)
 {
     __shared__ float part[8][32];
     const int lane = threadIdx.x & 31, group = threadIdx.x >> 5, c = blockIdx.x * 32 + lane;
@@ -259,17 +259,18 @@ GLM_KERNEL(256) k_column_sum(float *dbias, const float *dout, int N, int O)
 #pragma unroll
     for (int i = 0; i < 8; i++)
         sum += part[i][lane];
-    dbias[c] += sum;
+    dbias[c] += scale * sum;
 }
 
 /* ---- merge and quantize */
 
-/* W += scale * B A, four columns a thread */
+/* W = magnitude * rnorm * (W + scale * B A), four columns a thread */
 GLM_KERNEL(256)
-k_merge(void *data, int dtype, const float *B, const float *A, int I, int R, float scale,
-        int blocks)
+k_merge(void *data, int dtype, const float *B, const float *A, const float *magnitude,
+        const float *rnorm, int I, int R, float scale, int blocks)
 {
     const size_t o = blockIdx.x / blocks;
+    const float factor = magnitude ? magnitude[o] * rnorm[o] : 1.0f;
     const int i = 4 * ((int)(blockIdx.x % blocks) * (int)blockDim.x + (int)threadIdx.x);
     if (i >= I)
         return;
@@ -286,9 +287,11 @@ k_merge(void *data, int dtype, const float *B, const float *A, int I, int R, flo
         if (i + j < I) {
             const size_t at = o * I + i + j;
             if (dtype == GLM_F64)
-                static_cast<double *>(data)[at] += (double)scale * (double)sum[j];
+                static_cast<double *>(data)[at] =
+                    (double)factor *
+                    (static_cast<double *>(data)[at] + (double)scale * (double)sum[j]);
             else
-                store1(data, dtype, at, load1(data, dtype, at) + scale * sum[j]);
+                store1(data, dtype, at, factor * (load1(data, dtype, at) + scale * sum[j]));
         }
 }
 
@@ -556,17 +559,19 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
     }
     if (dbias)
         GLM_LAUNCH(cuda, "linear_backward_weight", k_column_sum, ceil_div((size_t)O, 32), 256, 0,
-                   (float *)dbias, (const float *)dout, N, O);
+                   (float *)dbias, (const float *)dout, N, O, (float)scale);
 }
 
 extern "C" void glm_cuda_merge(void *cx, void *data, enum glm_dtype dtype, const void *B,
-                               const void *A, int O, int I, int R, double scale)
+                               const void *A, const void *magnitude, const void *rnorm, int O,
+                               int I, int R, double scale)
 {
     struct cuda *cuda = cuda_of(cx);
     const int blocks = (int)ceil_div((size_t)I, 1024);
     if (glm_cuda_begin(cuda))
         GLM_LAUNCH(cuda, "merge", k_merge, (size_t)O * blocks, 256, 0, data, (int)dtype,
-                   (const float *)B, (const float *)A, I, R, (float)scale, blocks);
+                   (const float *)B, (const float *)A, (const float *)magnitude,
+                   (const float *)rnorm, I, R, (float)scale, blocks);
 }
 
 extern "C" void glm_cuda_convert(void *cx, void *out, enum glm_dtype out_dtype, const void *inp,

@@ -195,12 +195,21 @@ class Model:
         changed must be among them. Caches made before are of no more use. On failure (MemoryError
         with the bytes) nothing has changed."""
     def add_lora(
-        self, module: str, A: np.ndarray, B: np.ndarray, scale: float, dropout: float
+        self,
+        module: str,
+        A: np.ndarray,
+        B: np.ndarray,
+        scale: float,
+        dropout: float,
+        B_bias: np.ndarray | None = None,
+        magnitude: np.ndarray | None = None,
     ) -> None:
         """module: e.g. "transformer.encoder.layers.0.self_attention.query_key_value". A (R, in),
-        B (out, R) float32, copied.
+        B (out, R) float32, copied. B_bias (out,): y += scale * B_bias (lora_bias); magnitude
+        (out,): of DoRA. One of them at most.
 
-        Afterwards the weights are named module + ".lora_A.weight" and ".lora_B.weight".
+        Afterwards the weights are named module + ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+        and ".lora_magnitude_vector".
         """
     def remove_lora(self) -> None: ...
     def enable_lora(self, on: bool) -> None:
@@ -298,11 +307,13 @@ class Model:
         positions: np.ndarray | None = None,
         dropout_seed: int = 0,
         dropout: bool = True,
+        noise: float = 0.0,
     ) -> float:
         """Forward and backward; adds gradients of the summed loss and M to the token count.
         Returns the mean loss of this
-        call. Dropout masks are functions of (dropout_seed, update number, row within the update,
-        position), so they do
+        call. noise: NEFTune's alpha, of noise on the embeddings of the size alpha / sqrt(tokens of
+        the row * H). Dropout masks and noise are functions of (dropout_seed, update number, row
+        within the update, position), so they do
         not depend on how an update's rows are split into calls."""
     def zero_grad(self) -> None: ...
     accumulated_tokens: int  # labelled tokens since zero_grad

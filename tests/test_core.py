@@ -493,7 +493,7 @@ def test_a_model_has_the_names_it_was_given():
         ({"dense": None}, TypeError, "names: dense: expected a str, got NoneType"),
         ({"dense": "a\0b"}, ValueError, "names: dense: has a null character"),
         ({"dense": ""}, ValueError, "names dense: is empty"),
-        ({"dense": "a" * 90}, ValueError, "names dense: with layer it is longer than 92 bytes"),
+        ({"dense": "a" * 90}, ValueError, "names dense: with layer it is longer than 84 bytes"),
         ({"dense": "up"}, ValueError, "names dense and dense_h_to_4h: both are 'up'"),
         ({"layer": "h.0"}, ValueError, "names layer: expected one {} for the layer's number"),
         ({"layer": "{}.{}"}, ValueError, "names layer: expected one {} for the layer's number"),

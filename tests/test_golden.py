@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="../shared/golden is absent: it is not part of the project"
 )
 MODELS = ["chatglm2-tiny", "chatglm2-tiny-bin", "chatglm3-tiny", "chatglm2-32k-tiny"]
-MODELS += ["glm4-9b-tiny"]
+MODELS += ["codegeex2-tiny", "glm4-9b-tiny"]
 TRANSFORMERS = ["hf-glm-tiny", "glm-edge-tiny", "glm4-0414-tiny", "glm4-32b-0414-tiny"]
 MODELS += TRANSFORMERS
 FIRST = "chatglm-v1-tiny"  # ChatGLM-6B
@@ -27,6 +27,7 @@ TRAINED = {  # fixture: adapters whose gradients it has
     "chatglm2-tiny-bin": ["lora"],
     "chatglm3-tiny": ["lora"],
     "chatglm2-32k-tiny": ["lora"],
+    "codegeex2-tiny": ["lora"],
     "glm4-9b-tiny": ["lora", "lora_all"],
     **dict.fromkeys(TRANSFORMERS, ["lora", "lora_all"]),
     FIRST: ["lora"],
@@ -170,7 +171,8 @@ def train(g, model, prefix, micro=1):
     return np.array(losses), np.array(norms)
 
 
-TRAINED_LONG = ["chatglm2-tiny", "chatglm3-tiny", "glm4-9b-tiny", *TRANSFORMERS, FIRST]
+TRAINED_LONG = ["chatglm2-tiny", "chatglm3-tiny", "codegeex2-tiny", "glm4-9b-tiny", *TRANSFORMERS]
+TRAINED_LONG += [FIRST]
 
 
 @pytest.mark.parametrize("name", TRAINED_LONG)

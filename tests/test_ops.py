@@ -200,9 +200,34 @@ def test_linear_gradient(rng: np.random.Generator, accumulate: int) -> None:
     dweight, dbias = start_weight.copy(), start_bias.copy()
     REF.linear_backward_weight(dweight, dbias, dout, inp, N, O, I, scale)
     assert_gradient(dweight - start_weight, numeric(f, weight, dout))
-    assert_gradient(dbias - start_bias, numeric(f, bias, dout))
+    assert_gradient(dbias - start_bias, scale * numeric(f, bias, dout))
     if accumulate:
         assert_gradient(dout, numeric(f, old, dout))
+
+
+def test_dora_gradient(rng: np.random.Generator) -> None:
+    """Of equation 5 with the norm held constant, and the norm itself against NumPy."""
+    N, O, I, R, scale = 4, 5, 7, 2, 0.7
+    inp, bias, magnitude = rng.normal(size=(N, O)), rng.normal(size=O), rng.normal(size=O)
+    weight, B, A = rng.normal(size=(O, I)), rng.normal(size=(O, R)), rng.normal(size=(R, I))
+    rnorm, dout = np.empty(O), rng.normal(size=(N, O))
+    REF.dora_norm(rnorm, Mat(weight, F64), B, A, R, scale)
+    assert np.allclose(rnorm, 1 / np.linalg.norm(weight + scale * B @ A, axis=1), rtol=1e-14)
+
+    def f() -> np.ndarray:
+        out = np.empty((N, O))
+        REF.dora_forward(out, inp, magnitude, rnorm, bias, N, O)
+        return out
+
+    assert np.allclose(f(), magnitude * rnorm * inp + bias, rtol=1e-14)
+    start = rng.normal(size=O)
+    dinp, dmagnitude = np.empty((N, O)), start.copy()
+    REF.dora_backward(dinp, dmagnitude, dout, inp, magnitude, rnorm, N, O)
+    assert_gradient(dinp, numeric(f, inp, dout))
+    assert_gradient(dmagnitude - start, numeric(f, magnitude, dout))
+    frozen = inp.copy()  # in its place
+    REF.dora_backward(frozen, None, dout, frozen, magnitude, rnorm, N, O)
+    assert np.array_equal(frozen, dinp)
 
 
 def rope_table(positions: int, rotary_dim: int) -> np.ndarray:
@@ -609,7 +634,7 @@ def linear_backward_weight(
 ):
     dout, x, dw, db = m.normal(N, O), m.normal(N, I), m.normal(O, I), m.normal(O)
     tol_w = sum_error(N, np.abs(dw) + abs(scale) * np.abs(dout.T) @ np.abs(x))
-    tol_b = sum_error(N, np.abs(db) + np.abs(dout).sum(0))
+    tol_b = sum_error(N, np.abs(db) + abs(scale) * np.abs(dout).sum(0))
     m.ops.linear_backward_weight(
         dw if weight else None, db if bias else None, dout, x, N, O, I, scale
     )
@@ -950,6 +975,14 @@ def dropout_backward(m: Maker, N: int, C: int, p: float):
     return {"dinp": (dinp, tolerance)}
 
 
+@over((N, C, size) for N, C in ROWS for size in (0.1, 5.0))
+def noise(m: Maker, N: int, C: int, size: float):
+    x = m.normal(N, C)
+    tolerance = 4 * EPS * (np.abs(x) + size)
+    m.ops.noise(x, N, C, size, m.dropout(N, 0))
+    return {"x": (x, tolerance)}
+
+
 @over((more + N, N, C) for N, C in ROWS for more in (4, 0))
 def gather(m: Maker, N: int, M: int, C: int):
     rows = np.sort(m.rng.permutation(N)[:M]).astype(np.int32)
@@ -1104,19 +1137,58 @@ def adamw(m: Maker, n: int, t: int, wd: float):
 
 @over(
     (*shape, dtype)
-    for shape in ((1, 1, 1), (3, 17, 8), (33, 100, 4), (64, 255, 16), (2, 1025, 64))
+    for shape in (
+        *((1, 1, 1, True), (3, 17, 8, False), (33, 100, 4, True), (64, 255, 16, False)),
+        *((2, 1025, 64, True), (2, 1025, 64, False)),
+    )
     for dtype in DTYPES
 )
-def merge(m: Maker, O: int, I: int, R: int, dtype: str):
+def merge(m: Maker, O: int, I: int, R: int, dora: bool, dtype: str):
     W, w = m.weight(O, I, dtype)
     B, A = m.normal(O, R), m.normal(R, I)
-    m.ops.merge(W.array, DTYPES[dtype], B, A, O, I, R, 0.5)
+    magnitude, rnorm = m.normal(O), m.normal(O)
+    by = [magnitude, rnorm] if dora else [None, None]
+    m.ops.merge(W.array, DTYPES[dtype], B, A, *by, O, I, R, 0.5)
     value = unstored(W.array, DTYPES[dtype])
     # a sum near a tie may round to the other neighbour: one unit in the last place
     unit = {"F32": EPS, "F16": 2.0**-10, "BF16": 2.0**-7, "F64": EPS}[dtype]
     size = np.abs(w) + 0.5 * np.abs(B) @ np.abs(A)
+    if dora:
+        size *= np.abs(magnitude * rnorm)[:, None]
     least = 2.0**-24 if dtype == "F16" else 0
     return {"data": (value, unit * np.abs(value) + sum_error(R, size) + least)}
+
+
+@over(
+    (*shape, dtype)
+    for shape in ((1, 2, 1), (3, 18, 8), (33, 100, 4), (65, 254, 16), (2, 5000, 40))
+    for dtype in (*DTYPES, *QUANTIZED)
+)
+def dora_norm(m: Maker, O: int, I: int, R: int, dtype: str):
+    W, w = m.weight(O, I, dtype)
+    B, A, rnorm = m.normal(O, R), m.normal(R, I), m.out(O)
+    m.ops.dora_norm(rnorm, W, B, A, R, 0.5)
+    # of a sum of positive squares, whose terms are off by those of R products
+    size = np.linalg.norm(np.abs(w) + 0.5 * np.abs(B) @ np.abs(A), axis=1)
+    return {"rnorm": (rnorm, sum_error(I + R, np.abs(rnorm) * size * np.abs(rnorm)))}
+
+
+@over((N, C, *how) for N, C in ROWS for how in ((True, False), (False, True)))
+def dora_forward(m: Maker, N: int, O: int, bias: bool, in_place: bool):
+    inp, magnitude, rnorm, b = m.normal(N, O), m.normal(O), m.normal(O), m.normal(O)
+    size = np.abs(magnitude * rnorm * inp) + np.abs(b)
+    out = inp if in_place else m.out(N, O)
+    m.ops.dora_forward(out, inp, magnitude, rnorm, b if bias else None, N, O)
+    return {"out": (out, 4 * EPS * size)}
+
+
+@over((N, C, *how) for N, C in ROWS for how in ((True, False), (True, True), (False, True)))
+def dora_backward(m: Maker, N: int, O: int, trained: bool, in_place: bool):
+    dout, inp, magnitude, rnorm = m.normal(N, O), m.normal(N, O), m.normal(O), m.normal(O)
+    dm, dinp = m.normal(O), inp if in_place else m.out(N, O)
+    tol_m = sum_error(N, np.abs(dm) + np.abs(rnorm) * np.abs(dout * inp).sum(0))
+    m.ops.dora_backward(dinp, dm if trained else None, dout, inp, magnitude, rnorm, N, O)
+    return {"dinp": (dinp, 4 * EPS * np.abs(dinp)), "dmagnitude": (dm, tol_m)}
 
 
 @over((n, a, b) for n in LENGTHS for a in DTYPES for b in DTYPES)
@@ -1269,7 +1341,12 @@ LARGE: list[tuple[Any, ...]] = [
     (sum_squares, 300001),
     (first_nonfinite, 500, 301, (133, 499), np.nan),
     (adamw, 100001, 3, 0.1),
-    (merge, 300, 200, 8, "F16"),
+    (merge, 300, 200, 8, True, "F16"),
+    (noise, 200, 301, 0.5),
+    (dora_norm, 300, 200, 8, "F16"),
+    (dora_norm, 300, 200, 8, "I4 by 32"),
+    (dora_forward, 200, 301, True, False),
+    (dora_backward, 200, 301, True, True),
 ]
 
 
@@ -1351,8 +1428,9 @@ NARROW_CASES += [
 # 63 of them, a tile but one
 NARROW_CASES.append((attention_forward, "context", (95,), (2, 1, 64)))
 DEVICES = [name for name in backends() if name in ("emu", "cuda")]
-FAST = [f"cpu:avx512bf16/{kind}" for kind in ("bfloat16", "int8")]
-FAST = FAST if "avx512bf16" in _core.cpu_variants().split(",") else []
+SETS = _core.cpu_variants().split(",")
+BYTES = [f"cpu:{isa}/int8" for isa in SETS]
+FAST = [*(["cpu:avx512bf16/bfloat16"] if "avx512bf16" in SETS else []), *BYTES]
 
 
 @pytest.mark.parametrize("type_", NARROW)
@@ -1391,7 +1469,79 @@ def test_adapters_stay_in_float(backend: str) -> None:
         assert not compare(case, backend, 4)
 
 
-@pytest.mark.parametrize("backend", FAST[1:])
+def bytes_reference(x: np.ndarray, w: np.ndarray, scale: np.ndarray, factor: float) -> np.ndarray:
+    """factor * (x W^T) by int8 arithmetic, W = scale * w: runs of 2,048 columns of x have a scale,
+    and outliers, at most four, are multiplied apart (csrc/cpu/tmpl_linear.h: quantize_x)."""
+    f32 = np.float32
+
+    def squares_below(row: np.ndarray, bound: float) -> tuple:
+        kept = np.zeros(-(-len(row) // 16) * 16, f32)
+        kept[: len(row)] = np.where(np.abs(row) < bound, np.abs(row), 0)
+        lanes = np.zeros(16, f32)
+        for part in kept.reshape(-1, 16):
+            lanes += part * part
+        for width in (8, 4, 2, 1):
+            lanes[:width] += lanes[width : 2 * width]
+        return lanes[0], kept.max()
+
+    out = np.zeros((len(x), len(w)), f32)
+    for n, row in enumerate(x):
+        for b in range(0, len(row), 2048):
+            run, weights = row[b : b + 2048], w[:, b : b + 2048].astype(np.int64)
+            square, rest = squares_below(run, np.inf)
+            mean, outliers = np.sqrt(square / f32(len(run))), []
+            if rest > f32(6) * mean:
+                order = np.argsort(-np.abs(run), kind="stable")[:4]
+                outliers = [k for k in order if np.abs(run[k]) > mean]
+                square, rest = squares_below(run, np.abs(run[outliers[-1]]))
+                limit = f32(6) * np.sqrt(square / f32(len(run)))
+                while outliers and np.abs(run[outliers[-1]]) <= limit:
+                    rest = np.abs(run[outliers.pop()])
+            step = rest / f32(127)
+            inverse = f32(127) / rest if rest > 0 and step > 0 else f32(0)
+            q = np.clip(np.rint(run * inverse), -127, 127).astype(np.int64)
+            q[outliers] = 0
+            out[n] += (weights @ q).astype(f32) * step
+            for k in outliers:
+                out[n] += run[k] * weights[:, k].astype(f32)
+    return f32(factor) * (out * scale.astype(f32))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("backend", BYTES)
+def test_int8_arithmetic_is_that_of_the_reference_bit_for_bit(backend: str, bits: int) -> None:
+    ops, rng, most = ops_of(backend), np.random.default_rng(8), 2 ** (bits - 1)
+    for rows, O, I in ((1, 70, 5000), (5, 33, 2048), (17, 130, 2100), (40, 200, 302)):
+        data = rng.integers(-most, most, (O, I)).astype(np.int8)
+        data[0], data[-1] = -most, most - 1  # the largest sums, both ways
+        scale = rng.uniform(0.001, 0.02, O).astype(np.float16)
+        x = rng.normal(size=(rows, I)).astype(np.float32)
+        x[:, ::700] *= rng.uniform(5, 300, (rows, -(-I // 700))).astype(np.float32)
+        x[0], x[-1, : I // 2] = 3, 0  # every byte 127; a run of zeros
+        out = np.empty((rows, O), np.float32)
+        pairs = data.reshape(O, -1, 2)
+        four = (pairs[..., 0] << 4 | pairs[..., 1] & 15).astype(np.int8)
+        W = Mat(data, I8, scale) if bits == 8 else Mat(four, I4, scale)
+        ops.linear_forward(out, x, W, None, rows, 0.5, 0)
+        assert np.array_equal(out, bytes_reference(x, data, scale, 0.5)), (rows, O, I)
+
+
+@pytest.mark.parametrize("kind", ["I8", "I4"])
+@pytest.mark.parametrize("backend", BYTES[1:])
+def test_every_set_has_the_same_bytes_on_the_way_back(backend: str, kind: str) -> None:
+    rng = np.random.default_rng(9)
+    for rows, O, I in ((1, 70, 500), (40, 2500, 300)):
+        W = quantized(rng, O, I, kind)[0]
+        dout, found = rng.normal(size=(rows, O)).astype(np.float32), []
+        dout[0, 7] = 90
+        for name in (BYTES[0], backend):
+            dinp = np.empty((rows, I), np.float32)
+            ops_of(name).linear_backward_input(dinp, dout, W, rows, 2.0, 0)
+            found.append(dinp)
+        assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("backend", BYTES)
 def test_outliers_do_not_coarsen_a_row_of_bytes(backend: str) -> None:
     ops, rng = ops_of(backend), np.random.default_rng(8)
     N, O, I = 30, 260, 4500
@@ -1411,7 +1561,7 @@ def test_outliers_do_not_coarsen_a_row_of_bytes(backend: str) -> None:
             assert np.abs(got - want).max() <= 3e-2 * np.abs(size).max(), rows
 
 
-@pytest.mark.parametrize("backend", FAST[:1])
+@pytest.mark.parametrize("backend", [name for name in FAST if name not in BYTES])
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_the_last_groups_of_a_row_meet_no_scale_of_another(backend: str, rows: int) -> None:
     ops, rng = ops_of(backend), np.random.default_rng(8)
@@ -1863,6 +2013,33 @@ def test_dropout_keep_rate(backend: str, p: float) -> None:
     assert abs((out != 0).mean() - (1 - p)) <= 4 * deviation
 
 
+@pytest.mark.parametrize("backend", ["ref_f64", *TESTED])
+def test_noise_is_uniform_and_does_not_depend_on_packing(backend: str) -> None:
+    """Each element has its own number in [-1, 1), which that of its mask also is."""
+    ops = ops_of(backend)
+    N, C = 200, 301
+    rows, total = np.arange(N), np.zeros((N, C), ops.real)
+
+    def drawn(rows: np.ndarray, **other: int) -> np.ndarray:
+        x = np.zeros((len(rows), C), ops.real)
+        ops.noise(x, len(rows), C, 2.0, Dropout(0, rows % 7, rows, **{"seed": 5, **other}))
+        return x
+
+    total = drawn(rows)
+    assert -2 <= total.min() < -1.999 and 1.999 < total.max() < 2
+    spread = 2 / 3**0.5
+    assert abs(total.mean()) < 4 * spread / total.size**0.5
+    assert total.std() == pytest.approx(spread, rel=0.01)
+    assert len(np.unique(total)) > 0.99 * total.size
+    shuffled = np.random.default_rng(1).permutation(N)
+    assert np.array_equal(drawn(shuffled), total[shuffled])
+    for other in ({"seed": 6}, {"step": 2}, {"site": 4}):
+        assert (drawn(rows, **other) != total).mean() > 0.99
+    kept = np.ones((N, C), ops.real)
+    ops.dropout_forward(kept, kept, N, C, Dropout(0.25, rows % 7, rows, seed=5))
+    assert np.array_equal(kept == 0, total < -1)  # a quarter of [-2, 2)
+
+
 # ---- stored dtypes ----
 
 
@@ -1938,7 +2115,7 @@ def test_merge_against_numpy(backend: str) -> None:
     for dtype in (F32, F16, BF16):
         data = stored(w.astype(np.float32), dtype)
         exact = want if dtype != BF16 else unstored(data, BF16) + (B.astype(np.float64) @ A) / 8
-        ops.merge(data, dtype, B, A, O, I, R, 0.125)
+        ops.merge(data, dtype, B, A, None, None, O, I, R, 0.125)
         expected = stored(exact.astype(np.float32), dtype)
         # the float sum may round before the last rounding: a tie then goes either way, rarely
         differ = data.view(np.uint16 if dtype != F32 else np.uint32) != expected.view(

@@ -86,8 +86,10 @@ def test_killed_at_a_random_step_and_resumed(tiny_model, tmp_path):
         {"finetuning_type": "full", "learning_rate": 1e-3},
         {"group_by_length": True, "save_safetensors": False},
         {"gradient_accumulation_steps": 3, "save_steps": 2},  # in the middle of an epoch
+        {"use_dora": True, "modules_to_save": "output_layer", "neftune_noise_alpha": 5},
+        {"init_lora_weights": "pissa", "learning_rate": 1e-3},
     ],
-    ids=["p_tuning", "freeze", "full", "grouped", "uneven"],
+    ids=["p_tuning", "freeze", "full", "grouped", "uneven", "dora", "pissa"],
 )
 def test_every_method_resumes_exactly(tiny_model, tmp_path, method):
     whole = run(tiny_model, tmp_path / "whole", **method)
@@ -305,6 +307,9 @@ def test_a_refused_resume_leaves_the_log(tiny_model, tmp_path):
         ({"finetuning_type": "freeze", "num_layer_trainable": 1}, "finetuning_type 'lora'"),
         ({"data": records(21)[1:]}, "other data: data_sha256"),
         ({"lora_target": "dense"}, "lora_target"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha None, this run has 5.0"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights None, this run has 'pissa'"),
+        ({"use_dora": True}, "use_dora None, this run has True"),
     ],
 )
 def test_resuming_another_run_is_refused(tiny_model, tmp_path, changed, text):

@@ -72,7 +72,7 @@ struct merge_args {
     struct rows rows;
     void *data;
     enum glm_dtype dtype;
-    const float *B, *A;
+    const float *B, *A, *magnitude, *rnorm;
     int I, R;
     float scale;
 };
@@ -83,7 +83,8 @@ static void merge_task(const void *arg, int task, char *scratch)
     float *row = (float *)scratch;
     enum { WIDTH = 4096 };
     const size_t size = glm_bytes(m->dtype, 1);
-    for (int o = first_row(m->rows, task); o < end_row(m->rows, task); o++)
+    for (int o = first_row(m->rows, task); o < end_row(m->rows, task); o++) {
+        const float factor = m->magnitude ? m->magnitude[o] * m->rnorm[o] : 1;
         for (int begin = 0; begin < m->I; begin += WIDTH) {
             const int n = m->I - begin < WIDTH ? m->I - begin : WIDTH;
             char *at = (char *)m->data + ((size_t)o * m->I + begin) * size;
@@ -96,23 +97,33 @@ static void merge_task(const void *arg, int task, char *scratch)
                     row[i] += b * a[i];
             }
             for (int i = 0; i < n; i++) {
-                const float x = load_one(at, m->dtype, i) + m->scale * row[i];
+                const float x = factor * (load_one(at, m->dtype, i) + m->scale * row[i]);
                 if (m->dtype == GLM_F32)
                     ((float *)at)[i] = x;
                 else if (m->dtype == GLM_F64)
-                    ((double *)at)[i] += (double)m->scale * row[i];
+                    ((double *)at)[i] = factor * (((double *)at)[i] + (double)m->scale * row[i]);
                 else
                     ((uint16_t *)at)[i] =
                         m->dtype == GLM_F16 ? float_to_half(x) : float_to_bfloat(x);
             }
         }
+    }
 }
 
-static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A, int O,
-                  int I, int R, double scale)
+static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A,
+                  const void *magnitude, const void *rnorm, int O, int I, int R, double scale)
 {
     struct cpu *cpu = cx;
-    const struct merge_args a = {rows_of(O, (size_t)I * R), data, dtype, B, A, I, R, (float)scale};
+    const struct merge_args a = {.rows = rows_of(O, (size_t)I * R),
+                                 .data = data,
+                                 .dtype = dtype,
+                                 .B = B,
+                                 .A = A,
+                                 .magnitude = magnitude,
+                                 .rnorm = rnorm,
+                                 .I = I,
+                                 .R = R,
+                                 .scale = (float)scale};
     glm_pool_run(cpu->pool, ceil_div((size_t)O, (size_t)a.rows.each),
                  products_ns((size_t)O * I * R), merge_task, &a);
 }

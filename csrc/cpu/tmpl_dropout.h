@@ -10,15 +10,12 @@ INLINE void multiply_wide(vu *high, vu *low, vu x, uint32_t m)
     *low = (vu)((even & lower) | odd << 32);
 }
 
-/* Which of the 4 * VL elements from `first` (a multiple of 4) on the mask of row n drops: -1 or 0.
- * Philox4x32-10 (Salmon et al. 2011) on VL counters at once. */
-INLINE void dropped(vi *drop, const struct glm_dropout *d, int n, uint32_t first)
+/* The words of the 4 * VL elements from `first` (a multiple of 4) on of row n: of each counter the
+ * four, one in each vector. Philox4x32-10 (Salmon et al. 2011) on VL counters at once. */
+INLINE void philox(vu *x, const struct glm_dropout *d, int n, uint32_t first)
 {
-    const uint64_t threshold = (uint64_t)(d->p * 4294967296.0);
-    const uint32_t high_bit = 0x80000000u; /* compared as signed numbers */
     uint32_t k0 = (uint32_t)d->seed, k1 = (uint32_t)(d->seed >> 32) ^ d->step;
     uint32_t counter[VL];
-    vu x[4];
     for (int i = 0; i < VL; i++)
         counter[i] = first / 4 + (uint32_t)i;
     memcpy(&x[0], counter, sizeof counter);
@@ -34,14 +31,29 @@ INLINE void dropped(vi *drop, const struct glm_dropout *d, int n, uint32_t first
         x[1] = low1;
         x[3] = low0;
     }
-    for (int w = 0; w < 4; w++)
-        x[w] = (vu)((vi)(x[w] ^ high_bit) < (vi)((vu){0} + ((uint32_t)threshold ^ high_bit)));
+}
+
+/* Of four vectors that have one of each counter's four: in the order of the elements. */
+INLINE void in_order(vi *to, const vu *x)
+{
     const vf a = LOW((vf)x[0], (vf)x[2]), b = LOW((vf)x[1], (vf)x[3]);
     const vf c = HIGH((vf)x[0], (vf)x[2]), e = HIGH((vf)x[1], (vf)x[3]);
-    drop[0] = (vi)LOW(a, b);
-    drop[1] = (vi)HIGH(a, b);
-    drop[2] = (vi)LOW(c, e);
-    drop[3] = (vi)HIGH(c, e);
+    to[0] = (vi)LOW(a, b);
+    to[1] = (vi)HIGH(a, b);
+    to[2] = (vi)LOW(c, e);
+    to[3] = (vi)HIGH(c, e);
+}
+
+/* Which of these elements the mask drops: -1 or 0. */
+INLINE void dropped(vi *drop, const struct glm_dropout *d, int n, uint32_t first)
+{
+    const uint64_t threshold = (uint64_t)(d->p * 4294967296.0);
+    const uint32_t high_bit = 0x80000000u; /* compared as signed numbers */
+    vu x[4];
+    philox(x, d, n, first);
+    for (int w = 0; w < 4; w++)
+        x[w] = (vu)((vi)(x[w] ^ high_bit) < (vi)((vu){0} + ((uint32_t)threshold ^ high_bit)));
+    in_order(drop, x);
     if (threshold >> 32)
         for (int w = 0; w < 4; w++)
             drop[w] = ~(vi){0};
@@ -104,6 +116,41 @@ static void dropout_backward(void *cx, void *dinp, const void *dout, int N, int 
 {
     const struct dropout_args a = {rows_of(N, (size_t)4 * C), dinp, dout, dropout, C};
     run_rows(cx, dropout_backward_task, &a, a.rows);
+}
+
+struct noise_args {
+    struct rows rows;
+    float *x;
+    const struct glm_dropout *draw;
+    int C;
+    float size;
+};
+
+static void noise_task(const void *arg, int task, char *scratch)
+{
+    const struct noise_args *a = arg;
+    (void)scratch;
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        float *x = a->x + (size_t)n * a->C;
+        for (int i = 0; i < a->C; i += 4 * VL) {
+            vu words[4];
+            vi word[4];
+            philox(words, a->draw, n, (uint32_t)i);
+            in_order(word, words);
+            for (int w = 0, at = i; w < 4 && at < a->C; w++, at += VL) {
+                const int part = a->C - at < VL ? a->C - at : VL;
+                const vf above = __builtin_convertvector((vi)((vu)word[w] >> 8), vf);
+                const vf noise = above * splat(0x1p-23f) - splat(1.0f);
+                store_part(x + at, load_part(x + at, part) + splat(a->size) * noise, part);
+            }
+        }
+    }
+}
+
+static void noise(void *cx, void *x, int N, int C, double size, const struct glm_dropout *draw)
+{
+    const struct noise_args a = {rows_of(N, (size_t)4 * C), x, draw, C, (float)size};
+    run_rows(cx, noise_task, &a, a.rows);
 }
 
 /* x[i] = x[i] * mask of element `first` + i of row n, in place */

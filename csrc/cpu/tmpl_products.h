@@ -10,7 +10,13 @@ static enum glm_dtype kind_of(const struct cpu *cpu, enum glm_dtype dtype, int g
     const int thin = rows < cols ? rows : cols;
     if (cpu->compute == GLM_F32 || dtype == GLM_F64 || (dtype == GLM_F32 && thin <= THIN))
         return GLM_F32;
-    return cpu->compute == GLM_I8 && dtype == GLM_I8 && !group ? GLM_I8 : GLM_BF16;
+    if (cpu->compute == GLM_I8 && (dtype == GLM_I8 || dtype == GLM_I4) && !group)
+        return GLM_I8;
+#ifdef DOT_BF16
+    return GLM_BF16;
+#else
+    return GLM_F32;
+#endif
 }
 
 /* Rows of a tile, at most `most`: the other operand is packed once for each, so many; but tasks
@@ -162,9 +168,10 @@ static void linear_backward_input(void *cx, void *dinp, const void *dout,
 }
 
 struct column_sum_args {
-    float *out; /* (C) += sum over rows of x (N, C) */
+    float *out; /* (C) += scale * sum over rows of x (N, C) */
     const float *x;
     int N, C;
+    float scale;
 };
 
 /* a task is a run of columns */
@@ -179,7 +186,7 @@ static void column_sum_task(const void *arg, int task, char *scratch)
         for (int i = begin; i < end; i++)
             sum[i - begin] += a->x[(size_t)n * a->C + i];
     for (int i = begin; i < end; i++)
-        a->out[i] += sum[i - begin];
+        a->out[i] += a->scale * sum[i - begin];
 }
 
 static void linear_backward_weight(void *cx, void *dweight, void *dbias, const void *dout,
@@ -188,12 +195,10 @@ static void linear_backward_weight(void *cx, void *dweight, void *dbias, const v
     struct cpu *cpu = cx;
     if (dweight) {
         const struct glm_mat b = {.data = inp, .dtype = GLM_F32, .rows = N, .cols = I};
-        const enum glm_dtype kind = kind_of(cpu, GLM_F32, 0, O, I);
-        run_gemm(cpu, dweight, dout, 1, (size_t)O, &b, kind == GLM_I8 ? GLM_BF16 : kind, O, scale,
-                 1);
+        run_gemm(cpu, dweight, dout, 1, (size_t)O, &b, kind_of(cpu, GLM_F32, 0, O, I), O, scale, 1);
     }
     if (dbias) {
-        const struct column_sum_args a = {dbias, dout, N, O};
+        const struct column_sum_args a = {dbias, dout, N, O, (float)scale};
         run(cpu, ceil_div((size_t)O, 64), (size_t)N * O, column_sum_task, &a);
     }
 }

@@ -27,53 +27,88 @@ static void forget_trainables(struct glm_model *m, enum glm_weight_kind kind)
         }
 }
 
-glm_status glm_model_add_lora(struct glm_model *m, const char *module, const void *A, int A_rows,
-                              int A_cols, const void *B, int B_rows, int B_cols, double scale,
-                              double dropout, struct glm_error *err)
+static struct glm_linear *find_linear(struct glm_model *m, const char *module)
 {
-    struct glm_linear *lin = NULL;
     char name[GLM_MAX_NAME];
     snprintf(name, sizeof name, "%s.lora_A.weight", module);
-    for (int i = 0; i < glm_n_linears(m) && !lin; i++) {
-        struct glm_linear *at = glm_linear_at(m, i);
-        if (at->weight && strcmp(at->A->name, name) == 0)
-            lin = at;
+    for (int i = 0; i < glm_n_linears(m); i++) {
+        struct glm_linear *lin = glm_linear_at(m, i);
+        if (lin->weight && strcmp(lin->A->name, name) == 0)
+            return lin;
     }
+    return NULL;
+}
+
+/* An owned copy of (rows, cols); nothing where values are NULL. */
+static glm_status take(struct glm_model *m, struct glm_weight *w, const void *values, int rows,
+                       int cols, struct glm_error *err)
+{
+    w->rows = rows;
+    w->cols = cols;
+    w->present = values != NULL;
+    return values ? glm_weight_own(m, w, values, m->be->real, err) : GLM_OK;
+}
+
+/* Room for what is derived, and the one behind it. */
+static glm_status take_derived(struct glm_model *m, struct glm_linear *lin, struct glm_error *err)
+{
+    const size_t n = (size_t)lin->weight->rows + 1;
+    double *values = calloc(n, sizeof *values);
+    if (!values)
+        return glm_fail(err, GLM_EMEMORY, "%s: %zu bytes could not be taken", lin->derived->name,
+                        n * sizeof *values);
+    values[n - 1] = 1;
+    lin->derived->rows = (int)n;
+    lin->derived->cols = lin->derived->present = 1;
+    const glm_status status = glm_weight_own(m, lin->derived, values, GLM_F64, err);
+    free(values);
+    return status;
+}
+
+glm_status glm_model_add_lora(struct glm_model *m, const char *module, const struct glm_lora *lora,
+                              struct glm_error *err)
+{
+    struct glm_linear *lin = find_linear(m, module);
+    const int R = lora->A_rows;
     if (!lin)
         return glm_fail(err, GLM_EVALUE, "module: %s is no linear layer of this model", module);
-    if (A_rows < 1 || A_cols != lin->weight->cols || B_rows != lin->weight->rows ||
-        B_cols != A_rows)
+    const int O = lin->weight->rows, I = lin->weight->cols;
+    if (R < 1 || lora->A_cols != I || lora->B_rows != O || lora->B_cols != R)
         return glm_fail(err, GLM_EVALUE,
                         "%s: expected lora_A (r, %d) and lora_B (%d, r), got (%d, %d) and (%d, %d)",
-                        module, lin->weight->cols, lin->weight->rows, A_rows, A_cols, B_rows,
-                        B_cols);
-    if (!isfinite(scale) || !(dropout >= 0 && dropout < 1))
+                        module, I, O, R, lora->A_cols, lora->B_rows, lora->B_cols);
+    if (!isfinite(lora->scale) || !(lora->dropout >= 0 && lora->dropout < 1))
         return glm_fail(err, GLM_EVALUE, "%s: scale %g must be finite and dropout %g in [0, 1)",
-                        module, scale, dropout);
-    GLM_TRY(glm_refuse_trainable(lin->A, err));
-    GLM_TRY(glm_refuse_trainable(lin->B, err));
-    lin->A->rows = lin->B->cols = A_rows;
-    lin->A->cols = A_cols;
-    lin->B->rows = B_rows;
-    glm_status status = glm_weight_own(m, lin->A, A, m->be->real, err);
+                        module, lora->scale, lora->dropout);
+    if (lora->B_bias && lora->magnitude)
+        return glm_fail(err, GLM_EVALUE, "%s: has a magnitude and a bias of lora_B, expected one",
+                        module);
+    struct glm_weight *slots = lin->A;
+    for (int i = 0; i < GLM_LORA_SLOTS; i++)
+        GLM_TRY(glm_refuse_trainable(&slots[i], err));
+    for (int i = 2; i < GLM_LORA_SLOTS; i++)
+        empty(m, &slots[i]);
+    glm_status status = take(m, lin->A, lora->A, R, I, err);
     if (status == GLM_OK)
-        status = glm_weight_own(m, lin->B, B, m->be->real, err);
-    if (status != GLM_OK) {
-        empty(m, lin->A);
-        empty(m, lin->B);
-        return status;
-    }
-    lin->A->present = lin->B->present = 1;
-    lin->scale = scale;
-    lin->dropout = dropout;
-    return GLM_OK;
+        status = take(m, lin->B, lora->B, O, R, err);
+    if (status == GLM_OK)
+        status = take(m, lin->B_bias, lora->B_bias, O, 1, err);
+    if (status == GLM_OK)
+        status = take(m, lin->magnitude, lora->magnitude, O, 1, err);
+    if (status == GLM_OK && (lora->B_bias || lora->magnitude))
+        status = take_derived(m, lin, err);
+    for (int i = 0; status != GLM_OK && i < GLM_LORA_SLOTS; i++)
+        empty(m, &slots[i]);
+    lin->scale = lora->scale;
+    lin->dropout = lora->dropout;
+    return status;
 }
 
 void glm_model_remove_lora(struct glm_model *m)
 {
     forget_trainables(m, GLM_LORA);
     for (int i = m->n_base; i < m->n_weights; i++)
-        if (m->weights[i].kind == GLM_LORA && m->weights[i].present)
+        if (m->weights[i].kind != GLM_PREFIX && m->weights[i].present)
             empty(m, &m->weights[i]);
 }
 
@@ -93,6 +128,10 @@ static glm_status refuse_merge(struct glm_model *m, struct glm_error *err)
                                      "merged into: keep the adapter beside it, or merge it into "
                                      "the float weights",
                                      err));
+        if (glm_present(lin->B_bias) && !lin->bias)
+            return glm_fail(err, GLM_ESTATE,
+                            "%s cannot be merged: %s has no bias; keep the adapter beside it",
+                            lin->B_bias->name, lin->weight->name);
         if (lin == m->head && m->arch.tied_head)
             return glm_fail(err, GLM_ESTATE,
                             "%s belongs to the output layer alone, which shares %s with the "
@@ -107,6 +146,7 @@ glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
     struct glm_backend *be = m->be;
     GLM_TRY(glm_weights_complete(m, err));
     GLM_TRY(refuse_merge(m, err));
+    glm_adapters_derive(m);
     /* every copy first: a merge that runs out of memory leaves the model as it was */
     const size_t n = (size_t)m->arch.layers * GLM_LINEARS + 1;
     void **copies = calloc(n, sizeof *copies);
@@ -138,8 +178,14 @@ glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err)
             continue;
         if (copies[i])
             w->mat.data = w->owned = copies[i];
+        const int dora = glm_present(lin->magnitude);
         be->ops->merge(be->cx, (void *)w->mat.data, w->mat.dtype, lin->B->mat.data,
-                       lin->A->mat.data, w->rows, w->cols, lin->A->rows, lin->scale);
+                       lin->A->mat.data, dora ? lin->magnitude->mat.data : NULL,
+                       dora ? lin->derived->mat.data : NULL, w->rows, w->cols, lin->A->rows,
+                       lin->scale);
+        if (glm_present(lin->B_bias))
+            be->copy(be, (void *)lin->bias->mat.data, lin->derived->mat.data,
+                     (size_t)w->rows * be->real_size);
     }
     free(copies);
     if (status == GLM_OK)

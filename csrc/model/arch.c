@@ -128,7 +128,7 @@ static glm_status check_names(const struct glm_names *names, struct glm_error *e
         {"prefix_encoder", names->prefix_encoder},
     };
     const size_t n = sizeof all / sizeof all[0];
-    const size_t room = GLM_MAX_NAME - 1 - strlen("1000..lora_A.weight");
+    const size_t room = GLM_MAX_NAME - 1 - strlen("1000..lora_magnitude_vector");
     const char *number = strstr(names->layer, NUMBER);
     if (!number || strstr(number + strlen(NUMBER), NUMBER))
         return glm_fail(err, GLM_EVALUE,
@@ -201,7 +201,8 @@ static struct glm_weight *add_matrix(struct glm_model *m, const struct glm_names
 size_t glm_arch_slots(const struct glm_arch *a)
 {
     const int base = 2 * (2 + GLM_BRANCHES + GLM_LINEARS); /* of a layer: norms and linears */
-    return 4 + (size_t)a->layers * (base + 2 * GLM_LINEARS) + 2 + GLM_PREFIX_WEIGHTS;
+    const size_t linears = (size_t)a->layers * GLM_LINEARS + 1;
+    return 4 + (size_t)a->layers * base + linears * GLM_LORA_SLOTS + GLM_PREFIX_WEIGHTS;
 }
 
 static struct glm_norm add_norm(struct glm_model *m, const struct glm_names *names, int l,
@@ -260,6 +261,8 @@ static void add_layer(struct glm_model *m, const struct glm_names *names, int l)
 /* The empty slots of adapters, and of the prefix encoder. */
 static void add_slots(struct glm_model *m, const struct glm_names *names)
 {
+    static const char *const lora[GLM_LORA_SLOTS] = {
+        "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "derived"};
     static const char *const prefix[GLM_PREFIX_WEIGHTS] = {
         "embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias",
     };
@@ -278,12 +281,17 @@ static void add_slots(struct glm_model *m, const struct glm_names *names)
         const char *module = l < 0 ? names->output_layer : linears[i % GLM_LINEARS];
         if (!lin->weight)
             continue;
+        for (int slot = 0; slot < GLM_LORA_SLOTS; slot++) {
+            w[slot].kind = GLM_LORA;
+            w[slot].rank = slot < 2 ? 2 : 1;
+            set_name(&w[slot], names, l, module, lora[slot]);
+        }
+        w[4].kind = GLM_DERIVED;
         lin->A = w++;
         lin->B = w++;
-        lin->A->kind = lin->B->kind = GLM_LORA;
-        lin->A->rank = lin->B->rank = 2;
-        set_name(lin->A, names, l, module, "lora_A.weight");
-        set_name(lin->B, names, l, module, "lora_B.weight");
+        lin->B_bias = w++;
+        lin->magnitude = w++;
+        lin->derived = w++;
     }
     m->prefix = w;
     for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++, w++) {

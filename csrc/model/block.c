@@ -256,7 +256,7 @@ void glm_block_recompute(struct glm_model *m, int l)
     const struct glm_step *s = &m->step;
     const struct glm_rows *rows = rows_of(m, l);
     const struct glm_linear *last = &m->layers[l].linear[GLM_4H_TO_H];
-    const int adapter = glm_trains(last->B), normed = m->arch.branch_norms;
+    const int adapter = glm_reads_xa(last), normed = m->arch.branch_norms;
     to_last_linear(m, l, 1, adapter || normed);
     if (normed)
         branch_forward(m, l, GLM_MLP, GLM_4H_TO_H, s->dbranch, s->act);

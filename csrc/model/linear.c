@@ -3,7 +3,10 @@
  * y = x W^T + b + s (x A^T) B^T     x (N, in)  W (out, in)  A (R, in)  B (out, R)
  * With u = s * dy B (N, R):   dx = dy W + u A    dA += u^T x    dB += s * dy^T (x A^T)
  * With LoRA dropout the x beside A is the dropped one, and u A passes the same mask. W may be
- * frozen and 16 bit; xa = x A^T (N, R) is kept, x is the block's own input. */
+ * frozen and 16 bit; xa = x A^T (N, R) is kept, x is the block's own input.
+ *
+ * DoRA (Liu et al. 2024, eq. 5, sec. 4.3): y = b + m / |W + s B A| z,  z = x W^T + s (x A^T) B^T.
+ * Backward computes z again for dm, and goes on with the gradient of z in place of dy. */
 #include "state.h"
 
 int glm_adapted(const struct glm_model *m, const struct glm_linear *lin)
@@ -51,15 +54,60 @@ void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void 
         return;
     }
     glm_adapter_forward(m, lin, inp, xa, rows);
-    op->adapted_forward(cx, out, inp, &lin->weight->mat, bias, xa, &lin->B->mat, rows->n,
-                        lin->scale);
+    const int dora = glm_present(lin->magnitude);
+    const void *added = glm_present(lin->B_bias) ? lin->derived->mat.data : bias;
+    op->adapted_forward(cx, out, inp, &lin->weight->mat, dora ? NULL : added, xa, &lin->B->mat,
+                        rows->n, lin->scale);
+    if (dora)
+        op->dora_forward(cx, out, out, lin->magnitude->mat.data, lin->derived->mat.data, bias,
+                         rows->n, lin->weight->rows);
+}
+
+void glm_adapters_derive(struct glm_model *m)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    for (int i = 0; i < glm_n_linears(m) && m->derived_version != m->version; i++) {
+        const struct glm_linear *lin = glm_linear_at(m, i);
+        const struct glm_weight *W = lin->weight;
+        if (!glm_present(lin->derived))
+            continue;
+        void *derived = (void *)lin->derived->mat.data;
+        if (glm_present(lin->magnitude)) {
+            op->dora_norm(cx, derived, &W->mat, lin->B->mat.data, lin->A->mat.data, lin->A->rows,
+                          lin->scale);
+        } else { /* a vector is a matrix of one column, and this the product with a one */
+            op->linear_forward(cx, derived, glm_at(m, derived, (size_t)W->rows), &lin->B_bias->mat,
+                               lin->bias ? lin->bias->mat.data : NULL, 1, lin->scale, 0);
+        }
+    }
+    m->derived_version = m->version;
 }
 
 /* Whether backward reads the layer's input: for a frozen weight without a trained adapter it does
  * not. */
 int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin)
 {
-    return glm_trains(lin->weight) || (glm_adapted(m, lin) && glm_trains(lin->A));
+    return glm_trains(lin->weight) ||
+           (glm_adapted(m, lin) && (glm_trains(lin->A) || glm_trains(lin->magnitude)));
+}
+
+int glm_reads_xa(const struct glm_linear *lin)
+{
+    return glm_trains(lin->B) || glm_trains(lin->magnitude);
+}
+
+/* The gradient of z (see the head of this file) in step.dora, and the magnitude's. */
+static const void *dora_backward(struct glm_model *m, const struct glm_linear *lin,
+                                 const void *dout, const void *inp, const void *xa, int N)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx, *z = m->step.dora;
+    if (glm_trains(lin->magnitude))
+        op->adapted_forward(cx, z, inp, &lin->weight->mat, NULL, xa, &lin->B->mat, N, lin->scale);
+    op->dora_backward(cx, z, lin->magnitude->grad, dout, z, lin->magnitude->mat.data,
+                      lin->derived->mat.data, N, lin->weight->rows);
+    return z;
 }
 
 /* dinp is overwritten, or added to (accumulate), or NULL where nothing below trains; it may be inp
@@ -71,17 +119,22 @@ void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
     const struct glm_weight *W = lin->weight;
-    const int N = rows->n, trains = glm_trains(lin->A) || glm_trains(lin->B);
-    const int adapter = glm_adapted(m, lin) && (dinp || trains);
+    const int N = rows->n, trains = glm_trains(lin->A) || glm_reads_xa(lin);
+    const int adapter = glm_adapted(m, lin) && (dinp || trains || glm_trains(lin->B_bias));
     const struct glm_dropout mask = mask_of(m, lin, rows);
-    void *u = m->step.lora_u, *x = m->step.lora_x;
-    if (glm_trains(W) || glm_trains(lin->bias))
-        op->linear_backward_weight(cx, W->grad, lin->bias ? lin->bias->grad : NULL, dout, inp, N,
-                                   W->rows, W->cols, 1.0);
+    void *u = m->step.lora_u, *x = m->step.lora_x, *dbias = lin->bias ? lin->bias->grad : NULL;
+    if (glm_adapted(m, lin) && glm_present(lin->magnitude)) {
+        if (dbias)
+            op->linear_backward_weight(cx, NULL, dbias, dout, inp, N, W->rows, W->cols, 1.0);
+        dbias = NULL;
+        dout = dora_backward(m, lin, dout, inp, xa, N);
+    }
+    if (glm_trains(W) || dbias)
+        op->linear_backward_weight(cx, W->grad, dbias, dout, inp, N, W->rows, W->cols, 1.0);
     if (adapter) {
-        if (glm_trains(lin->B))
-            op->linear_backward_weight(cx, lin->B->grad, NULL, dout, xa, N, W->rows, lin->A->rows,
-                                       lin->scale);
+        if (glm_trains(lin->B) || glm_trains(lin->B_bias))
+            op->linear_backward_weight(cx, lin->B->grad, lin->B_bias->grad, dout, xa, N, W->rows,
+                                       lin->A->rows, lin->scale);
         op->linear_backward_input(cx, u, dout, &lin->B->mat, N, lin->scale, 0);
         if (glm_trains(lin->A)) {
             if (mask.p > 0)

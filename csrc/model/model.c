@@ -121,6 +121,27 @@ static int hand_out(struct glm_model *m, struct wanted *w, int l)
     return w->n > 0;
 }
 
+/* Embeddings into x[0]; in training with noise each token's gets some of size alpha / sqrt(L C), L
+ * the tokens of its sequence (NEFTune, Jain et al. 2023). */
+static void embed(struct glm_model *m)
+{
+    const struct glm_step *s = &m->step;
+    const int C = m->arch.hidden;
+    m->be->ops->embedding_forward(m->be->cx, s->x[0], &m->word_embeddings->mat, s->ids, s->N);
+    for (int i = 0; i < s->S && s->call.noise > 0; i++) {
+        const struct glm_segment *of = &s->host.segments[i];
+        const struct glm_dropout draw = {
+            .seed = s->call.dropout_seed,
+            .step = (uint32_t)m->progress.steps,
+            .site = (uint32_t)GLM_NOISE_SITE,
+            .stream = s->all.sequence + of->begin,
+            .position = s->all.position + of->begin,
+        };
+        m->be->ops->noise(m->be->cx, glm_at(m, s->x[0], (size_t)of->begin * C), of->count, C,
+                          s->call.noise / sqrt((double)of->count * C), &draw);
+    }
+}
+
 /* Without `wanted` all layers, else those up to the last that is wanted. */
 
 static glm_status run_layers(struct glm_model *m, struct wanted *wanted, int diagnose,
@@ -132,7 +153,7 @@ static glm_status run_layers(struct glm_model *m, struct wanted *wanted, int dia
     const int L = m->arch.layers, C = m->arch.hidden, MR = s->gathered ? s->M : s->N;
     if (s->prefix.n)
         glm_prefix_forward(m);
-    op->embedding_forward(cx, s->x[0], &m->word_embeddings->mat, s->ids, s->N);
+    embed(m);
     for (int l = 0; l < L; l++) {
         if (wanted && !hand_out(m, wanted, l))
             return GLM_OK;
@@ -300,7 +321,7 @@ static glm_status layers_backward(struct glm_model *m, struct glm_error *err)
     }
     for (int l = L - 1; below && l >= lowest; l--) {
         if (l == 0) /* what followed took its place */
-            op->embedding_forward(cx, s->x[0], &m->word_embeddings->mat, s->ids, s->N);
+            embed(m);
         if (s->saved[l])
             op->convert(cx, s->x[l], m->be->real, s->saved[l], m->be->kept, (size_t)s->N * C);
         if (l < L - s->kept_layers)
@@ -316,13 +337,19 @@ static glm_status layers_backward(struct glm_model *m, struct glm_error *err)
 }
 
 glm_status glm_model_backward(struct glm_model *m, const struct glm_input *in,
-                              uint64_t dropout_seed, int dropout, double *mean_loss,
+                              uint64_t dropout_seed, int dropout, double noise, double *mean_loss,
                               struct glm_error *err)
 {
     struct glm_backend *be = m->be;
     const struct glm_step *s = &m->step;
-    const struct glm_call call = {
-        .training = 1, .gather = 1, .dropout = dropout, .dropout_seed = dropout_seed};
+    const struct glm_call call = {.training = 1,
+                                  .gather = 1,
+                                  .dropout = dropout,
+                                  .dropout_seed = dropout_seed,
+                                  .noise = noise};
+    if (!(noise >= 0 && isfinite(noise)))
+        return glm_fail(err, GLM_EVALUE, "noise: expected 0 (none) or a positive number, got %g",
+                        noise);
     if (!m->n_trainable)
         return glm_fail(err, GLM_ESTATE,
                         "nothing is trainable: add an adapter or call requires_grad_(True) first");

@@ -261,9 +261,10 @@ static void update(struct glm_model *m, const struct glm_adamw *opt, size_t from
                           opt->beta2, opt->eps, decay, m->progress.steps + 1, gscale);
 }
 
+/* B, and as in PEFT's optimiser the vectors beside it */
 static int is_lora_B(const struct glm_model *m, const struct glm_weight *w)
 {
-    return w->kind == GLM_LORA && (w - m->weights - m->n_base) % 2; /* slots are A, B, A, .. */
+    return w->kind == GLM_LORA && (w - m->weights - m->n_base) % GLM_LORA_SLOTS;
 }
 
 glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, double *norm,

@@ -27,12 +27,18 @@ struct glm_weight {
     size_t offset;      /* in the trainable block, elements */
 };
 
-/* y = x W^T + b + scale (x A^T) B^T; A, B not present: no adapter */
+/* y = x W^T + b + scale (x A^T) B^T; A, B not present: no adapter. With lora_bias scale * B_bias is
+ * added, with DoRA all but b is divided by the norm of its row of W + scale B A, and multiplied by
+ * the magnitude. derived: (out + 1), b + scale * B_bias or 1 / norm, then a one; as new as the
+ * model's derived_version. */
 struct glm_linear {
-    struct glm_weight *weight, *bias, *A, *B;
+    struct glm_weight *weight, *bias, *A, *B, *B_bias, *magnitude, *derived;
     double scale, dropout;
     uint32_t site; /* names the dropout mask */
 };
+
+/* A, B, B_bias, magnitude, derived */
+enum { GLM_LORA_SLOTS = 5 };
 
 /* out = norm of inp: RMSNorm, or with a bias LayerNorm */
 struct glm_norm {
@@ -131,10 +137,11 @@ struct glm_staging {
 
 /* What a step is for. */
 struct glm_call {
-    int training; /* backward follows */
-    int gather;   /* only rows that someone reads go through the end of the last layer */
-    int dropout;  /* training only */
-    uint64_t dropout_seed;
+    int training;          /* backward follows */
+    int gather;            /* only rows that someone reads go through the end of the last layer */
+    int dropout;           /* training only */
+    uint64_t dropout_seed; /* and of the noise */
+    double noise;          /* NEFTune's alpha; 0: none */
     /* Generation, else NULL: segment i continues row cache_rows[i] of the cache, or, where that is
      * NULL, its shared prefix. */
     struct glm_cache *cache;
@@ -188,6 +195,7 @@ struct glm_step {
     void *dbranch; /* (N, C), where branches have norms */
     void *dprefix_rows, *dprefix_hidden, *dprefix_kv;
     void *lora_u, *lora_x; /* (N, max rank), (N, max in) */
+    void *dora;            /* (N, max out) of the linears with a magnitude */
 
     /* the choice of tokens: (M) ids, and where it is not argmax (M) choices and the ids whose
      * scores change */
@@ -204,7 +212,7 @@ struct glm_step {
 struct glm_model {
     struct glm_arch arch;
     struct glm_backend *be;
-    /* base, then two LoRA slots a linear, then 5 prefix slots */
+    /* base, then GLM_LORA_SLOTS a linear, then 5 prefix slots */
     struct glm_weight *weights;
     int n_base, n_weights;
     struct glm_layer *layers; /* and one more, whose first linear is the head */
@@ -224,7 +232,8 @@ struct glm_model {
     struct glm_progress progress;
     double squares; /* sum of squares of all gradients, where it is known */
     int squares_known;
-    uint64_t version; /* grows when weights change, so a cache knows it is stale */
+    uint64_t version;         /* grows when weights change, so a cache knows it is stale */
+    uint64_t derived_version; /* of the weights from which the adapters' `derived` were made */
     size_t budget; /* bytes of activations to keep rather than recompute; 0: GLM_DEFAULT_BUDGET */
     struct glm_arena arena, host; /* of the step: activations on the device, staging on the host */
     struct glm_step step;
@@ -261,6 +270,7 @@ static inline struct glm_linear *glm_linear_at(const struct glm_model *m, int i)
 }
 /* Numbers of dropout masks, which say what is trained: those of the first four linears of every
  * layer, of the prefix encoder, of the head, then of keys and values that are apart. */
+enum { GLM_NOISE_SITE = -1 }; /* far from them: of the noise on the embeddings */
 static inline uint32_t glm_prefix_site(const struct glm_arch *a) { return 4 * (uint32_t)a->layers; }
 static inline uint32_t glm_site(const struct glm_arch *a, int l, int which)
 {
@@ -338,6 +348,10 @@ void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void
                          const void *dout, const void *inp, const void *xa,
                          const struct glm_rows *rows, int accumulate);
 int glm_adapted(const struct glm_model *m, const struct glm_linear *lin);
+/* Whether backward reads xa. */
+int glm_reads_xa(const struct glm_linear *lin);
+/* Makes `derived` of every adapter anew where weights have changed. */
+void glm_adapters_derive(struct glm_model *m);
 int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin);
 
 /* model/block.c. Forward runs the layers in order: each leaves its output in x[l + 1], and that

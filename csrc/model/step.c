@@ -26,7 +26,8 @@ int glm_lowest_layer(const struct glm_model *m)
         for (int which = 0; which < GLM_LINEARS; which++) {
             const struct glm_linear *lin = &layer->linear[which];
             trains |= glm_trains(lin->weight) || glm_trains(lin->bias);
-            trains |= m->lora_on && (glm_trains(lin->A) || glm_trains(lin->B));
+            trains |= m->lora_on && (glm_trains(lin->A) || glm_trains(lin->B) ||
+                                     glm_trains(lin->B_bias) || glm_trains(lin->magnitude));
         }
         if (trains)
             return l;
@@ -52,9 +53,9 @@ static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
 static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
 /* LoRA ranks: the largest of each linear over all layers, the head's, and of all; widest: the input
- * of an adapted linear. */
+ * of an adapted linear; dora, dora_head: the output of one with a magnitude. */
 struct ranks {
-    size_t of[GLM_LINEARS], head, most, widest;
+    size_t of[GLM_LINEARS], head, most, widest, dora, dora_head;
 };
 
 static struct ranks lora_ranks(const struct glm_model *m)
@@ -69,6 +70,10 @@ static struct ranks lora_ranks(const struct glm_model *m)
         *rank = largest(*rank, (size_t)A->rows);
         r.most = largest(r.most, (size_t)A->rows);
         r.widest = largest(r.widest, (size_t)A->cols);
+        if (glm_present(lin->magnitude) && lin == m->head)
+            r.dora_head = (size_t)lin->weight->rows;
+        else if (glm_present(lin->magnitude))
+            r.dora = largest(r.dora, (size_t)lin->weight->rows);
     }
     return r;
 }
@@ -202,6 +207,10 @@ static void layout(const struct glm_model *m, struct glm_arena *arena, struct gl
     s->logits_rows = (int)(M < chunk ? M : chunk);
     s->logits = glm_arena_push(arena, s->logits_rows * V, real);
     s->head_xa = glm_arena_push(arena, s->logits_rows * ranks.head, real);
+    s->dora = glm_arena_push(
+        arena,
+        s->call.training ? largest((size_t)s->N * ranks.dora, s->logits_rows * ranks.dora_head) : 0,
+        real);
     glm_results_layout(arena, &s->squares, &s->losses, M, real);
     s->chosen = glm_arena_push(arena, s->call.cache ? M : 0, sizeof *s->chosen);
     s->lse = glm_arena_push(arena, M, real);
@@ -323,5 +332,6 @@ glm_status glm_step_begin(struct glm_model *m, const struct glm_input *in,
     GLM_TRY(glm_batch_check(m, in, err));
     set_sizes(m, &m->step, in->N, in->S, in->rows || call->cache ? in->M : in->N, call);
     GLM_TRY(take_memory(m, &m->step, m->budget, err));
+    glm_adapters_derive(m);
     return glm_batch_upload(m, in, err);
 }

@@ -16,7 +16,7 @@ int glm_model_weight(struct glm_model *m, int i, struct glm_weight_info *info)
     if (i < 0 || i >= m->n_weights)
         return 0;
     const struct glm_weight *w = &m->weights[i];
-    if (!w->present)
+    if (!w->present || w->kind == GLM_DERIVED)
         return -1;
     *info = (struct glm_weight_info){
         w->name,     w->kind,     w->rows, w->cols, w->rank, w->mat.dtype, w->mat.data != NULL,
@@ -27,7 +27,8 @@ int glm_model_weight(struct glm_model *m, int i, struct glm_weight_info *info)
 int glm_model_find(struct glm_model *m, const char *name)
 {
     for (int i = 0; i < m->n_weights; i++)
-        if (m->weights[i].present && strcmp(m->weights[i].name, name) == 0)
+        if (m->weights[i].present && m->weights[i].kind != GLM_DERIVED &&
+            strcmp(m->weights[i].name, name) == 0)
             return i;
     return -1;
 }

@@ -280,8 +280,20 @@ static void first_nonfinite(void *cx, int *row, const void *x, int N, int C)
     }
     *row = -1;
 }
-static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A, int O,
-                  int I, int R, double scale)
+static void dora_norm(void *cx, void *rnorm, const struct glm_mat *weight, const void *B,
+                      const void *A, int R, double scale)
+{
+    COUNT(dora_norm, linear_flops(weight->rows, weight->cols, R));
+    launch(cx, weight->rows, 1);
+}
+static void dora_backward(void *cx, void *dinp, void *dmagnitude, const void *dout, const void *inp,
+                          const void *magnitude, const void *rnorm, int N, int O)
+{
+    COUNT(dora_backward, 0);
+    launch(cx, N, dmagnitude ? 2 : 1);
+}
+static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A,
+                  const void *magnitude, const void *rnorm, int O, int I, int R, double scale)
 {
     COUNT(merge, linear_flops(O, I, R));
     launch(cx, O, 1);
@@ -298,6 +310,8 @@ static const struct glm_ops plan_ops = {
     .linear_swiglu_forward = linear_swiglu_forward,
     .linear_backward_input = linear_backward_input,
     .linear_backward_weight = linear_backward_weight,
+    .dora_norm = dora_norm,
+    .dora_backward = dora_backward,
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
     .sum_squares = sum_squares,

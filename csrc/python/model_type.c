@@ -399,20 +399,21 @@ static PyObject *model_loss(struct model_object *self, PyObject *args, PyObject 
 
 static PyObject *model_backward(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"ids",       "lengths",      "rows",    "targets",
-                            "positions", "dropout_seed", "dropout", NULL};
+    static char *names[] = {"ids",          "lengths", "rows",  "targets", "positions",
+                            "dropout_seed", "dropout", "noise", NULL};
     struct run run;
     PyObject *ids, *lengths, *rows, *targets, *positions = NULL, *result = NULL;
     unsigned long long seed = 0;
     int dropout = 1;
-    double loss;
+    double loss, noise = 0;
     struct batch_args b;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OKp", names, &ids, &lengths, &rows,
-                                     &targets, &positions, &seed, &dropout) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OKpd", names, &ids, &lengths, &rows,
+                                     &targets, &positions, &seed, &dropout, &noise) ||
         glm_batch_args(&b, ids, lengths, positions, rows, targets) < 0)
         return NULL;
     if (glm_run_begin(&run, self, GLM_READS) < 0 ||
-        glm_run_end(&run, glm_model_backward(self->m, &b.in, seed, dropout, &loss, &run.err)) < 0)
+        glm_run_end(&run,
+                    glm_model_backward(self->m, &b.in, seed, dropout, noise, &loss, &run.err)) < 0)
         goto done;
     result = PyFloat_FromDouble(loss);
 done:

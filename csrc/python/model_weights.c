@@ -262,31 +262,46 @@ PyObject *glm_py_move(struct model_object *self, PyObject *args, PyObject *kwarg
 
 PyObject *glm_py_add_lora(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"module", "A", "B", "scale", "dropout", NULL};
+    static char *names[] = {"module", "A", "B", "scale", "dropout", "B_bias", "magnitude", NULL};
     const char *module;
-    PyObject *A_object, *B_object;
-    double scale, dropout;
+    enum { A, B, B_BIAS, MAGNITUDE, ARRAYS };
+    PyObject *objects[ARRAYS] = {NULL, NULL, Py_None, Py_None};
+    PyArrayObject *arrays[ARRAYS] = {NULL};
+    struct glm_lora lora;
     struct glm_error err;
-    int A_rows, A_cols, B_rows, B_cols;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sOOdd", names, &module, &A_object, &B_object,
-                                     &scale, &dropout) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sOOdd|OO", names, &module, &objects[A],
+                                     &objects[B], &lora.scale, &lora.dropout, &objects[B_BIAS],
+                                     &objects[MAGNITUDE]) ||
         !glm_there(self))
         return NULL;
-    PyArrayObject *A = glm_real_arg(A_object, "A", glm_real_type(self), 2);
-    PyArrayObject *B = A ? glm_real_arg(B_object, "B", glm_real_type(self), 2) : NULL;
-    int done = 0, claimed = -1;
-    if (B && glm_dims_of(A, "A", &A_rows, &A_cols) == 0 &&
-        glm_dims_of(B, "B", &B_rows, &B_cols) == 0)
+    int done = 0, claimed = -1, good = 1;
+    for (int i = 0; i < ARRAYS && good; i++) {
+        const char *name = names[i < B_BIAS ? i + 1 : i + 3];
+        if (objects[i] == Py_None && i >= B_BIAS)
+            continue;
+        arrays[i] = glm_real_arg(objects[i], name, glm_real_type(self), i < B_BIAS ? 2 : 1);
+        good = arrays[i] != NULL;
+        if (good && i >= B_BIAS && PyArray_DIM(arrays[i], 0) != PyArray_DIM(arrays[B], 0)) {
+            PyErr_Format(PyExc_ValueError, "%s: %s: expected (%zd,) as B has rows, got (%zd,)",
+                         module, name, (Py_ssize_t)PyArray_DIM(arrays[B], 0),
+                         (Py_ssize_t)PyArray_DIM(arrays[i], 0));
+            good = 0;
+        }
+    }
+    if (good && glm_dims_of(arrays[A], "A", &lora.A_rows, &lora.A_cols) == 0 &&
+        glm_dims_of(arrays[B], "B", &lora.B_rows, &lora.B_cols) == 0)
         claimed = glm_take_all(self); /* not before: a conversion may run code of the caller */
     if (claimed >= 0) {
+        lora.A = PyArray_DATA(arrays[A]);
+        lora.B = PyArray_DATA(arrays[B]);
+        lora.B_bias = arrays[B_BIAS] ? PyArray_DATA(arrays[B_BIAS]) : NULL;
+        lora.magnitude = arrays[MAGNITUDE] ? PyArray_DATA(arrays[MAGNITUDE]) : NULL;
         done = glm_check(glm_model_backend(self->m),
-                         glm_model_add_lora(self->m, module, PyArray_DATA(A), A_rows, A_cols,
-                                            PyArray_DATA(B), B_rows, B_cols, scale, dropout, &err),
-                         &err) == 0;
+                         glm_model_add_lora(self->m, module, &lora, &err), &err) == 0;
         glm_give_all(self, claimed);
     }
-    Py_XDECREF(A);
-    Py_XDECREF(B);
+    for (int i = 0; i < ARRAYS; i++)
+        Py_XDECREF(arrays[i]);
     if (!done)
         return NULL;
     Py_RETURN_NONE;

@@ -196,10 +196,10 @@ static void convert(void *cx, void *out, enum glm_dtype out_dtype, const void *i
         store_as(out, out_dtype, i, load_as(inp, inp_dtype, i));
 }
 
-static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A, int O,
-                  int I, int R, double scale)
+static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, const void *A,
+                  const void *magnitude_, const void *rnorm_, int O, int I, int R, double scale)
 {
-    const real *b = B, *a = A;
+    const real *b = B, *a = A, *magnitude = magnitude_, *rnorm = rnorm_;
     if (stop(cx))
         return;
     for (int o = 0; o < O; o++)
@@ -208,7 +208,8 @@ static void merge(void *cx, void *data, enum glm_dtype dtype, const void *B, con
             double sum = 0;
             for (int r = 0; r < R; r++)
                 sum += (double)b[(size_t)o * R + r] * a[(size_t)r * I + i];
-            store_as(data, dtype, at, load_as(data, dtype, at) + scale * sum);
+            double merged = load_as(data, dtype, at) + scale * sum;
+            store_as(data, dtype, at, magnitude ? merged * magnitude[o] * rnorm[o] : merged);
         }
 }
 
@@ -441,9 +442,67 @@ static void linear_backward_weight(void *cx, void *dweight_, void *dbias_, const
             double sum = 0;
             for (int n = 0; n < N; n++)
                 sum += dout[(size_t)n * O + o];
-            dbias[o] = (real)(dbias[o] + sum);
+            dbias[o] = (real)(dbias[o] + scale * sum);
         }
     }
+}
+
+/* ---- DoRA ---- */
+
+static void dora_norm(void *cx, void *rnorm_, const struct glm_mat *weight, const void *B,
+                      const void *A, int R, double scale)
+{
+    real *rnorm = rnorm_;
+    const real *b = B, *a = A;
+    const int O = weight->rows, I = weight->cols;
+    if (stop(cx))
+        return;
+    for (int o = 0; o < O; o++) {
+        double squares = 0;
+        for (int i = 0; i < I; i++) {
+            double sum = 0;
+            for (int r = 0; r < R; r++)
+                sum += (double)b[(size_t)o * R + r] * a[(size_t)r * I + i];
+            const double x = load(weight, (size_t)o * I + i) + scale * sum;
+            squares += x * x;
+        }
+        rnorm[o] = (real)(1 / sqrt(squares));
+    }
+}
+
+static void dora_forward(void *cx, void *out_, const void *inp_, const void *magnitude_,
+                         const void *rnorm_, const void *bias_, int N, int O)
+{
+    real *out = out_;
+    const real *inp = inp_, *magnitude = magnitude_, *rnorm = rnorm_, *bias = bias_;
+    if (stop(cx))
+        return;
+    for (int n = 0; n < N; n++)
+        for (int o = 0; o < O; o++) {
+            const size_t at = (size_t)n * O + o;
+            out[at] = (real)((double)magnitude[o] * rnorm[o] * inp[at] + (bias ? bias[o] : 0));
+        }
+}
+
+static void dora_backward(void *cx, void *dinp_, void *dmagnitude_, const void *dout_,
+                          const void *inp_, const void *magnitude_, const void *rnorm_, int N,
+                          int O)
+{
+    real *dinp = dinp_, *dmagnitude = dmagnitude_;
+    const real *dout = dout_, *inp = inp_, *magnitude = magnitude_, *rnorm = rnorm_;
+    if (stop(cx))
+        return;
+    for (int o = 0; dmagnitude && o < O; o++) {
+        double sum = 0;
+        for (int n = 0; n < N; n++)
+            sum += (double)dout[(size_t)n * O + o] * inp[(size_t)n * O + o];
+        dmagnitude[o] = (real)(dmagnitude[o] + rnorm[o] * sum);
+    }
+    for (int n = 0; n < N; n++)
+        for (int o = 0; o < O; o++) {
+            const size_t at = (size_t)n * O + o;
+            dinp[at] = (real)((double)magnitude[o] * rnorm[o] * dout[at]);
+        }
 }
 
 /* ---- rope ---- */
@@ -766,14 +825,32 @@ static void philox(uint32_t c[4], uint32_t k0, uint32_t k1)
     }
 }
 
-/* x times the mask of (row n, element) over 1 - p. */
-static double drop(const struct glm_dropout *d, int n, size_t element, double x)
+/* The word of (row n, element) */
+static uint32_t word_of(const struct glm_dropout *d, int n, size_t element)
 {
     uint32_t c[4] = {(uint32_t)(element / 4), (uint32_t)d->position[n], (uint32_t)d->stream[n],
                      d->site};
     philox(c, (uint32_t)d->seed, (uint32_t)(d->seed >> 32) ^ d->step);
+    return c[element % 4];
+}
+
+/* x times the mask of (row n, element) over 1 - p. */
+static double drop(const struct glm_dropout *d, int n, size_t element, double x)
+{
     uint64_t threshold = (uint64_t)(d->p * 4294967296.0);
-    return c[element % 4] < threshold ? 0 : x / (1 - d->p);
+    return word_of(d, n, element) < threshold ? 0 : x / (1 - d->p);
+}
+
+static void noise(void *cx, void *x_, int N, int C, double size, const struct glm_dropout *draw)
+{
+    real *x = x_;
+    if (stop(cx))
+        return;
+    for (int n = 0; n < N; n++)
+        for (int c = 0; c < C; c++) {
+            const double u = (word_of(draw, n, c) >> 8) / 8388608.0 - 1;
+            x[(size_t)n * C + c] = (real)(x[(size_t)n * C + c] + size * u);
+        }
 }
 
 static void dropout_forward(void *cx, void *out_, const void *inp_, int N, int C,

@@ -1,4 +1,5 @@
-"""ChatGLM-6B, both releases: prompts that are read in both directions, positions in two dimensions.
+"""ChatGLM-6B, both releases: prompts that are read in both directions, positions in two dimensions,
+rounds numbered from 0, and answers with the punctuation of Chinese.
 
 Their config.json has keys of its own. The first release has no ids of [MASK] and [gMASK] in it;
 they stand four and three ids before that of <sop>, `bos_token_id`, in both.
@@ -8,11 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from .context import Context
-from .family import Family
+from .context import Context, row_positions
+from .family import Family, Tokenizer
+from .rounds import Rounds, process_response
+from .vocabulary import ICE_TEXT, vocabulary_file
 
 # What the published configuration class assumes for keys that a file leaves out.
 DEFAULTS: dict[str, Any] = {
@@ -43,9 +47,11 @@ _OTHERS = (
 # A layer of the published code is told nothing of their number and takes 28.
 _LAYERS_IN_ALPHA = 28
 _IMAGES = 20000  # ids of images, before all others in the first release
+_FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")  # noqa: RUF001
+_BESIDE_CHINESE = re.compile("(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
 
-class ChatGLM(Family):
+class ChatGLM(Rounds):
     name, alias, title = "v1", "chatglm", "ChatGLM-6B"
     named = re.compile(r"chatglm[-_ ]?6b")
     checkpoint = "THUDM/chatglm-6b"
@@ -68,6 +74,27 @@ class ChatGLM(Family):
         "dense_4h_to_h": "mlp.dense_4h_to_h",
         "prefix_encoder": "transformer.prefix_encoder",
     }
+
+    # Tokens and prompts
+
+    special_tokens = (
+        *("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"),
+    )
+    vocabulary_name = ICE_TEXT
+    blank_tokens = prefix_behind = True
+    named_tokens = {
+        **{"unk": "<unk>", "bos": "<sop>", "eos": "<eop>", "end": "</s>"},
+        **{"mask": "[MASK]", "gmask": "[gMASK]"},
+    }
+    prefix_tokens = ("[gMASK]", "<sop>")
+    in_texts = ("[MASK]", "[gMASK]", "[sMASK]")
+    template_mark = "[Round"
+    takes_past = shows_end = False
+    chat_defaults = {"max_length": 2048, "top_p": 0.7, "temperature": 0.95}
+    round_form = "[Round {}]\n问：{}\n答："
+    after_answer = "\n"
+    first_round = 0
+    bare_first = True
 
     # Architecture
 
@@ -105,13 +132,14 @@ class ChatGLM(Family):
             )
         if config.rope_mode == "half":
             raise ValueError("rope_mode: expected base, this model's table has no other form")
-        ids = {"bos_token_id": config.bos_token_id}
-        ids |= {k: config.get(k) for k in ("gmask_token_id", "mask_token_id") if config.get(k)}
-        for name, value in ids.items():
-            if type(value) is not int or not 4 <= value < config.padded_vocab_size:
+        for name, first in (("bos_token_id", 4), ("gmask_token_id", 0), ("mask_token_id", 0)):
+            value = config.get(name)
+            if value is None:  # counted back from that of <sop>
+                continue
+            if type(value) is not int or not first <= value < config.padded_vocab_size:
                 raise ValueError(
-                    f"{name}: expected an id from 4 to {config.padded_vocab_size - 1}, the end of "
-                    f"the vocabulary, got {value!r:.40}"
+                    f"{name}: expected an id from {first} to {config.padded_vocab_size - 1}, the "
+                    f"end of the vocabulary, got {value!r:.40}"
                 )
 
     def context(self, config: Any) -> Context:
@@ -123,6 +151,10 @@ class ChatGLM(Family):
             mask=sop - 4 if mask is None else mask,
             sop_in_place=gmask is None,
         )
+
+    def cut_vocabulary(self, config: Any, size: int) -> None:
+        super().cut_vocabulary(config, size)
+        config.mask_token_id, config.gmask_token_id, config.bos_token_id = range(size - 3, size)
 
     def prefix_input(self, config: Any) -> int:
         return config.hidden_size
@@ -139,5 +171,48 @@ class ChatGLM(Family):
             **self.context(config)._asdict(),
         }
 
+    # Which family it is
+
+    def in_vocabulary(self, directory: Path) -> bool:
+        file = vocabulary_file(directory)
+        return file is not None and file.name == ICE_TEXT
+
+    def in_tokenizer(self, config: Mapping[str, Any]) -> bool:
+        return "gmask_token" in config
+
+    # Text
+
+    def tokenizer_words(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The first release calls the end of a text its eos, and the end of an answer eop."""
+        if "eop_token" not in fields:
+            return fields
+        others = {k: v for k, v in fields.items() if k not in ("eop_token", "eos_token")}
+        named = {"eos_token": fields["eop_token"]}
+        return {**others, **named, "end_token": fields.get("eos_token", "</s>")}
+
+    def positions(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[Any]:
+        """Position and block of each id; text that ends in no answer is all context."""
+        sop, *masks = map(tokenizer.get_command, ("<sop>", "[gMASK]", "[MASK]"))
+        if sop not in ids or not set(masks) & set(ids):
+            return [list(range(len(ids))), [0] * len(ids)]
+        context = Context(sop, *masks, sop_in_place=not tokenizer.has_special_pieces)
+        return row_positions(ids, context).tolist()
+
+    def as_released(self, tokenizer: Tokenizer) -> Family:
+        """The first release shows answers as they are, and has its special tokens in its code."""
+        return self if tokenizer.has_special_pieces else _FIRST_RELEASE
+
+    def response(self, text: str) -> str:
+        """Punctuation beside a Chinese character is full-width."""
+        return _BESIDE_CHINESE.sub(
+            lambda mark: mark[0].translate(_FULL_WIDTH), process_response(text)
+        )
+
+
+class _FirstRelease(ChatGLM):
+    def response(self, text: str) -> str:
+        return process_response(text)
+
 
 FAMILY = ChatGLM()
+_FIRST_RELEASE = _FirstRelease()

@@ -128,7 +128,11 @@ def choices(known: Iterable[Family]) -> str:
 
 def _tell_guess(fields: Mapping[str, Any], directory: Path) -> None:
     family = default()
-    known = [f for f in with_tokenizer() if f.byte_pairs == family.byte_pairs]
+    known = [
+        f
+        for f in with_tokenizer()
+        if (f.vocabulary_name, f.byte_pairs) == (family.vocabulary_name, family.byte_pairs)
+    ]
     others = " and ".join(f.title for f in known if f is not family)
     ratio = fields.get("rope_ratio") or 1
     meaning = ""

@@ -16,14 +16,23 @@ from .. import tell
 from ..families.recognition import check_adapter
 from ..files.checkpoint import read_weights, write_json, write_safetensors, write_torch
 from ..files.staging import staged
+from ..files.tensor import Tensor
 from ..seeds import generator
 from ..task import FILE as TASK
 from ..task import Task, check_asked, task_in, write_task
-from .adapter_config import ALL_LINEAR, CONFIG, INITIALISATIONS, LoraConfig
+from .adapter_config import ALL_LINEAR, CONFIG, LoraConfig
 from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
+from .initial import MAGNITUDE, beneath_adapter, fresh_tensors, mutates, parts_of, row_norms
 from .modeling import ChatGLMForConditionalGeneration
-from .parameters import PEFT_PREFIX, float_array, weight_of, without_wrappers
+from .parameters import (
+    PEFT_PREFIX,
+    embedding_of,
+    float_array,
+    output_layer_of,
+    weight_of,
+    without_wrappers,
+)
 from .relayout import in_layout
 from .template import FILE as TEMPLATE
 from .template import read_template, write_template
@@ -31,14 +40,20 @@ from .template import read_template, write_template
 T = TypeVar("T")
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
-_ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.[^.]+\.weight$")
+# The adapter's name within a tensor's, which files leave out
+_ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.[^.]+(\.weight|\.bias)$")
+_MAGNITUDE_NAME = re.compile(r"(\.lora_magnitude_vector)(\.[^.]+)?\.weight$")
+_SAVED_NAME = re.compile(r"\.modules_to_save(\.[^.]+)?(\.weight|\.bias)$")
 _SHOWN = 6  # names in a message
 
 
 class Adapter:
     """One LoRA adapter: its config and, while it is not the active one, its tensors.
 
-    tensors  {module: (A (r, in), B (out, r))} float32
+    targets  {module: (rank, scale)} of the linears that it changes
+    saved    base weights that it has whole (modules_to_save)
+    tensors  {name in the core: array} float32, in the order in which they are trained
+    beneath  base weights that are other ones beneath it (PiSSA, OLoRA)
     template  what it was trained with, None: not known, so the base's
     task  what it was trained for, None: not known
     """
@@ -47,56 +62,52 @@ class Adapter:
         self,
         config: LoraConfig,
         targets: dict[str, tuple[int, float]],
-        tensors: dict[str, tuple[np.ndarray, np.ndarray]],
+        model: ChatGLMForConditionalGeneration,
+        tensors: dict[str, np.ndarray],
     ):
         self.config = config
         self.targets = targets
+        self.saved = config.saved(model)
         self.tensors = tensors
+        self.beneath: dict[str, Tensor] = {}
         self.template: str | None = None
         self.task: Task | None = None
+        head, embedding = model.config.tensor_names["output_layer"], embedding_of(model.config)
+        # A weight that files have under two names
+        self._twice = {embedding: head + ".weight"} if model.config.tied_head else {}
 
     def names(self) -> list[str]:
-        """The core's names of its tensors, A before B, in the order of the modules."""
-        return [f"{m}.lora_{part}.weight" for m in self.targets for part in "AB"]
+        """The core's names of its tensors: module by module, then what is saved whole."""
+        parts = parts_of(self.config)
+        return [f"{m}.{part}" for m in self.targets for part in parts] + self.saved
+
+    def file_names(self, name: str) -> list[str]:
+        """Of a tensor, in an adapter's file."""
+        names = [name, self._twice[name]] if name in self._twice else [name]
+        return [PEFT_PREFIX + n for n in names]
 
     def state(self) -> dict[str, np.ndarray]:
         """The tensors by the names of a file."""
-        parts = {m: dict(zip("AB", pair, strict=True)) for m, pair in self.tensors.items()}
-        return {
-            f"{PEFT_PREFIX}{m}.lora_{part}.weight": array
-            for m, pair in parts.items()
-            for part, array in pair.items()
-        }
+        return {f: self.tensors[n] for n in self.names() for f in self.file_names(n)}
 
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Set the tensors to those of `state`."""
-        for module in self.targets:
-            name = f"{PEFT_PREFIX}{module}.lora_"
-            self.tensors[module] = (arrays[name + "A.weight"], arrays[name + "B.weight"])
+        self.tensors = {n: arrays[self.file_names(n)[0]] for n in self.names()}
+
+    def replaced(self) -> dict[str, Tensor]:
+        """The base weights that are other ones while it is attached."""
+        return self.beneath | {n: Tensor(self.tensors[n]) for n in self.saved}
 
 
 def fresh_adapter(
     model: ChatGLMForConditionalGeneration, config: LoraConfig, seed: int | None
 ) -> Adapter:
-    if config.init_lora_weights not in INITIALISATIONS:
-        raise ValueError(
-            f"init_lora_weights {config.init_lora_weights!r} is not supported by this release for "
-            "fresh adapters, only true, false and 'gaussian'"
-        )
     targets = config.targets(model)
-    rng = generator(seed)
-    tensors = {}
-    for module, (rank, _) in targets.items():
-        out, width = model.core.shape(weight_of(model.config, module))
-        if config.init_lora_weights == "gaussian":
-            A = rng.standard_normal((rank, width)) / rank
-        else:
-            A = rng.uniform(-(width**-0.5), width**-0.5, (rank, width))
-        B = np.zeros((out, rank))
-        if config.init_lora_weights is False:
-            B = rng.uniform(-(rank**-0.5), rank**-0.5, (out, rank))
-        tensors[module] = (A.astype(np.float32), B.astype(np.float32))
-    return Adapter(config, targets, tensors)
+    adapter = Adapter(config, targets, model, {})
+    adapter.tensors, adapter.beneath = fresh_tensors(model, config, targets, generator(seed))
+    for name in adapter.saved:
+        adapter.tensors[name] = np.ascontiguousarray(model.read_weight(name), np.float32)
+    return adapter
 
 
 def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Adapter]) -> None:
@@ -107,8 +118,13 @@ def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Ada
         with np.errstate(over="ignore", invalid="ignore"):
             for adapter in adapters:
                 if module in adapter.targets:
-                    A, B = adapter.tensors[module]
-                    weight = weight + np.float32(adapter.targets[module][1]) * (B @ A)
+                    A, B = (adapter.tensors[f"{module}.lora_{p}.weight"] for p in "AB")
+                    scale = adapter.targets[module][1]
+                    norm = row_norms(weight, A, B, scale)
+                    weight = weight + np.float32(scale) * (B @ A)
+                    if adapter.config.use_dora:
+                        magnitude = adapter.tensors[f"{module}.{MAGNITUDE}"]
+                        weight = weight * (magnitude / norm)[:, None]
             if model.stored_dtype(name) == "F16":
                 weight = weight.astype(np.float16)
         if not np.isfinite(weight).all():
@@ -134,8 +150,8 @@ def read_adapter(
         raise ValueError(f"{directory / CONFIG}: {error}") from None
     if own is config:
         check_adapter(directory, config.base_model_name_or_path, model.config.family)
-    adapter = Adapter(own, targets, {})
-    arrays = fitting(files[0], model, targets, stored)
+    adapter = Adapter(own, targets, model, {})
+    arrays = fitting(files[0], model, adapter, stored)
     zero = [n for n in arrays if n.endswith(".lora_B.weight") and not arrays[n].any()]
     if zero:
         tell.warn(
@@ -144,6 +160,14 @@ def read_adapter(
             "there the adapter changes nothing, as before its first training step"
         )
     adapter.take(arrays)
+    if mutates(own):
+        if "niter" in str(own.init_lora_weights):
+            tell.warn(
+                f"{directory / CONFIG}: init_lora_weights {own.init_lora_weights!r}: what a "
+                "randomised method took out of the base is found again only nearly; PEFT's "
+                "path_initial_model_for_weight_conversion saves such an adapter exactly"
+            )
+        adapter.beneath = beneath_adapter(model, own, targets, generator(0))
     adapter.template = read_template(directory)
     adapter.task = task_in(directory)
     check_asked(adapter.task, base=model.opened.directory)
@@ -158,7 +182,10 @@ def plain_names(source: Any, stored: Mapping[str, T]) -> dict[str, T]:
     found: dict[str, T] = {}
     given: dict[str, str] = {}
     for name, tensor in stored.items():
-        plain = _ADAPTER_NAME.sub(r"\1.weight", without_wrappers(name))
+        plain = _ADAPTER_NAME.sub(r"\1\2", without_wrappers(name))
+        plain = _SAVED_NAME.sub(r"\2", _MAGNITUDE_NAME.sub(r"\1", plain))
+        if ".original_module." in plain:  # what modules_to_save stands for
+            continue
         if ".lora_" in plain:  # once, where it is missing or two wrappers gave it
             while plain.startswith(PEFT_PREFIX):
                 plain = plain.removeprefix(PEFT_PREFIX)
@@ -183,17 +210,22 @@ def _listed(names: Sequence[str], between: str = ", ") -> str:
 def fitting(
     source: Any,
     model: ChatGLMForConditionalGeneration,
-    targets: Mapping[str, tuple[int, float]],
+    adapter: Adapter,
     stored: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
     """Tensors, float32, that are all of an adapter's. ValueError, that begins with `source`, naming
     those that are missing, surplus, misshaped or not finite.
     """
-    expected = {}
-    for module, (rank, _) in targets.items():
+    expected: dict[str, tuple[int, ...]] = {}
+    for module, (rank, _) in adapter.targets.items():
         out, width = model.core.shape(weight_of(model.config, module))
-        expected[f"{PEFT_PREFIX}{module}.lora_A.weight"] = (rank, width)
-        expected[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (out, rank)
+        shapes = {"lora_A.weight": (rank, width), "lora_B.weight": (out, rank)}
+        for part in parts_of(adapter.config):
+            expected[f"{PEFT_PREFIX}{module}.{part}"] = shapes.get(part, (out,))
+    for name in adapter.saved:
+        for file_name in adapter.file_names(name):
+            expected[file_name] = model.core.shape(name)
+    stored = _without_the_bases(source, model, expected, stored)
     missing = [n for n in expected if n not in stored]
     surplus = [n for n in stored if n not in expected]
     wrong = [
@@ -214,7 +246,41 @@ def fitting(
             raise ValueError(f"{source}: {error}") from None
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{source}: {name}: holds values that are not finite")
+    for name in adapter.saved:
+        first, *others = adapter.file_names(name)
+        if any(not np.array_equal(arrays[first], arrays[other]) for other in others):
+            raise ValueError(
+                f"{source}: {first} and {others[0]} differ, but they are one weight of this model "
+                "(tie_word_embeddings)"
+            )
     return arrays
+
+
+def _without_the_bases(
+    source: Any,
+    model: ChatGLMForConditionalGeneration,
+    expected: Mapping[str, Any],
+    stored: Mapping[str, Any],
+) -> Mapping[str, Any]:
+    """The tensors without the embeddings and the output layer of the base, which PEFT writes beside
+    an adapter of one of these (save_embedding_layers). ValueError where they are not the model's.
+    """
+    kept = {}
+    for name, tensor in stored.items():
+        module = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+        own = weight_of(model.config, module)
+        ends = (embedding_of(model.config), output_layer_of(model.config))
+        if name in expected or own not in ends or ".lora_" in name:
+            kept[name] = tensor
+            continue
+        values, there = model.read_weight(own), float_array(name, tensor)
+        near = 0.01 * np.abs(values).max() if values.shape == there.shape else 0
+        if values.shape != there.shape or np.abs(values - there).max() > near:
+            raise ValueError(
+                f"{source}: {name} is a weight of the base that it was trained on, {there.shape}, "
+                f"and not that of this model, {values.shape}; expected that base"
+            )
+    return kept
 
 
 def write_adapter(directory: Path, adapter: Adapter, safe_serialization: bool) -> None:

@@ -71,6 +71,8 @@ _WRITTEN_IF_SET = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "exclude_modules": None,
+    "use_dora": False,
+    "lora_bias": False,
 }
 # Fields of later versions that say how something was made or run, not what it computes: any value.
 _MEANINGLESS = frozenset(
@@ -79,14 +81,17 @@ _MEANINGLESS = frozenset(
 )
 # Fields of later versions that change what an adapter computes: only null, false and empty ones.
 _CHANGING = frozenset(
-    """use_dora lora_bias use_qalora use_bdlora layer_replication trainable_token_indices
+    """use_qalora use_bdlora layer_replication trainable_token_indices
     target_parameters alora_invocation_tokens arrow_config kasa_config velora_config
     monteclora_config""".split()
 )
-# Ways to make fresh weights. Those that PEFT has beside ours and that leave the base as it is: an
-# adapter made so is an adapter like others. The rest subtracts something from the base's weights.
+# Ways to make fresh weights; the MUTATING ones take what they begin with out of the base's weights.
+# Those that PEFT has beside ours and that leave the base as it is: an adapter made so is an adapter
+# like others. The rest takes something out of the base that the base alone does not tell.
 INITIALISATIONS = (True, False, "gaussian")
+MUTATING = re.compile(r"pissa(_niter_(\d+))?|olora")
 _OTHER_INITIALISATIONS = ("eva", "orthogonal")
+_TOLD_INITIALISATIONS = "true, false, 'gaussian', 'pissa', 'pissa_niter_<n>' and 'olora'"
 # Tasks whose adapters have no weights beside A and B.
 _OTHER_WRAPPERS = ("SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # What other programs call the fields.
@@ -229,7 +234,12 @@ class LoraConfig(PeftConfig):
     layout q_proj, k_proj and v_proj. exclude_modules: not
     these, in the same forms. rank_pattern, alpha_pattern: overrides by module name or ending;
     layers_to_transform: only these layers. init_lora_weights: True (A uniform, B zero), "gaussian"
-    (A normal, B zero) or False (both random).
+    (A normal, B zero) or False (both random); "pissa" (of the r largest singular values, exactly;
+    "pissa_niter_4" nearly, by four rounds of a randomised method) and "olora" (of a QR
+    decomposition) begin with a part of each weight, which the frozen base is then without.
+    use_dora: outputs have a magnitude of their own (DoRA); lora_dropout stays on the input of A.
+    lora_bias: B has a bias. modules_to_save: modules, by name or its end, that are trained and
+    saved whole beside A and B, say the output layer and the embeddings.
     base_model_name_or_path, revision and auto_mapping are kept and written, no more; fan_in_fan_out
     is false with a warning, as no weight of these models is transposed. PEFT's fields that say how
     an adapter was made or run mean nothing here: peft_version, runtime_config, megatron_config,
@@ -263,6 +273,8 @@ class LoraConfig(PeftConfig):
         revision: str | None = None,
         auto_mapping: Any = None,
         exclude_modules: Sequence[str] | str | None = None,
+        use_dora: bool = False,
+        lora_bias: bool = False,
         peft_type: str | PeftType = "LORA",
         **later: Never,  # of later PEFT versions: refused, unless they say "not used"
     ):
@@ -275,7 +287,9 @@ class LoraConfig(PeftConfig):
         self.exclude_modules = _names_or_pattern(exclude_modules) or None
         self.bias = bias
         self.fan_in_fan_out = _flag("fan_in_fan_out", fan_in_fan_out)
-        self.modules_to_save = modules_to_save
+        self.modules_to_save = _names_or_pattern(modules_to_save) or None
+        self.use_dora = _flag("use_dora", use_dora)
+        self.lora_bias = _flag("lora_bias", lora_bias)
         self.init_lora_weights = init_lora_weights
         self.layers_to_transform = layers_to_transform
         self.layers_pattern = layers_pattern or None
@@ -320,22 +334,31 @@ class LoraConfig(PeftConfig):
                 "fan_in_fan_out true: these models store no transposed weights, taken as false"
             )
             self.fan_in_fan_out = False
-        if self.modules_to_save:
+        names = self.modules_to_save
+        if names is not None and not (
+            isinstance(names, list) and all(isinstance(n, str) and n for n in names)
+        ):
+            raise ValueError(f"modules_to_save: expected names in a list, got {names!r}")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias: is not supported together with use_dora")
+        if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(
-                f"modules_to_save {self.modules_to_save!r} is not supported by this release"
+                f"lora_bias: needs init_lora_weights true or false, got {self.init_lora_weights!r}"
             )
-        if self.init_lora_weights not in (*INITIALISATIONS, *_OTHER_INITIALISATIONS):
+        how = self.init_lora_weights
+        known = how in (*INITIALISATIONS, *_OTHER_INITIALISATIONS)
+        if not known and not MUTATING.fullmatch(str(how).lower()):
             raise ValueError(
-                f"init_lora_weights {self.init_lora_weights!r} is not supported by this release, "
-                "only true, false and 'gaussian'"
+                f"init_lora_weights {how!r} is not supported by this release, only "
+                f"{_TOLD_INITIALISATIONS}; adapters that PEFT converted to plain LoRA "
+                "(path_initial_model_for_weight_conversion) are read however they began"
             )
         for name, value in later.items():
             if name not in _MEANINGLESS | _CHANGING:
                 known = [n for n in inspect.signature(LoraConfig).parameters if n != "later"]
                 raise unknown_argument("LoraConfig", name, known)
             if name in _CHANGING and value:
-                kind = " (DoRA)" if name == "use_dora" else ""
-                raise ValueError(f"{name} {value!r}{kind} is not supported by this release")
+                raise ValueError(f"{name} {value!r} is not supported by this release")
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
@@ -393,6 +416,9 @@ class LoraConfig(PeftConfig):
         if self.exclude_modules:
             excluded = set(_matching("exclude_modules", self.exclude_modules, weights))
             matched = [n for n in matched if n not in excluded]
+        whole = {name.removesuffix(".weight") for name in self.saved(model)}
+        whole |= {head} if model.config.tied_head and whole & set(_tied_modules(model)) else set()
+        matched = [n for n in matched if n not in whole]
         if not matched:
             raise ValueError(self._nothing_matches(wanted, kinds))
         other = [n for n in matched if n not in linear and n != head]
@@ -412,6 +438,30 @@ class LoraConfig(PeftConfig):
                 if not any(_pattern(field, {key: True}, name, False) for name in matched):
                     tell.warn(f"{field}: {key!r} is none of the modules that this adapter changes")
         return found
+
+    def saved(self, model: ChatGLMForConditionalGeneration) -> list[str]:
+        """Names of the base weights that are trained and saved whole. ValueError naming a word of
+        modules_to_save that is no module of the model, or an output layer that is the embeddings
+        and would no longer be.
+        """
+        words = self.modules_to_save or ()
+        names = model.base_names()
+        modules = {name: name.rpartition(".")[0] for name in names}
+        tied = _tied_modules(model)
+        for word in words:
+            if not any(module.endswith(word) for module in (*modules.values(), *tied)):
+                near = did_you_mean(word, sorted({_leaf(m) for m in (*modules.values(), *tied)}))
+                raise ValueError(
+                    f"modules_to_save: no module of this model is named {word!r}{near}"
+                )
+        named = [module for module in tied if module.endswith(tuple(words))] if words else []
+        if named and len(named) < len(tied):
+            raise ValueError(
+                f"modules_to_save: {named[0]}: in this model {' and '.join(tied)} are one weight "
+                "(tie_word_embeddings), which can only be saved as both: name both"
+            )
+        ends = tuple(words)
+        return [n for n in names if words and modules[n].endswith(ends)]
 
     def _in_layers(self, module: str, start: str) -> bool:
         wanted, patterns = self.layers_to_transform, self.layers_pattern
@@ -571,6 +621,13 @@ def _endings(module: str) -> list[str]:
 
 def _leaf(module: str) -> str:
     return module.rpartition(".")[2]
+
+
+def _tied_modules(model: ChatGLMForConditionalGeneration) -> tuple[str, ...]:
+    """The embeddings and the output layer, where they are one weight."""
+    names = model.config.tensor_names
+    both = (names["word_embeddings"], names["output_layer"])
+    return both if model.config.tied_head else ()
 
 
 def _layer(module: str, start: str) -> int | None:

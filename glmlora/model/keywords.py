@@ -174,3 +174,29 @@ SAVE_REASONS = {
     "save_function": "files are written in one way only",
     "variant": "weights of a variant would not be found again",
 }
+
+# What this release lacks of PEFT's wrapper, and what stands in for it.
+NOT_IN_WRAPPER = {
+    "add_weighted_adapter": "; merge_and_unload(adapter_names=[..]) adds several",
+    "merge_adapter": "; merge_and_unload() merges, on a copy where the base is needed again",
+    "unmerge_adapter": "; load the base again",
+    "base_model_torch_dtype": "; see dtype",
+    "create_or_update_model_card": "",
+    "get_layer_status": "; see active_adapter and trainable_names",
+    "get_model_status": "; see active_adapter and trainable_names",
+    "get_prompt": "",
+    "get_model_config": "; see config",
+    "get_prompt_embedding_to_save": "; see glmlora.save_prefix",
+    "has_active_enabled_adapter": "; see active_adapter",
+    "inject_adapter": "; get_peft_model attaches",
+    "modules_to_save": "",
+    "prefix": "",
+    "prepare_model_for_gradient_checkpointing": "; see gradient_checkpointing_enable",
+    "push_to_hub": "; save_pretrained writes a folder",
+    "set_requires_grad": "; see set_adapter and set_trainable",
+    "subtract_mutated_init": "; save_pretrained(path_initial_model_for_weight_conversion=..)",
+    "supports_lora_conversion": "",
+    "target_module_mapping": "",
+    "tuner_layer_cls": "",
+    "uses_shared_state": "",
+}

@@ -12,16 +12,13 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import _core, seeds
 from ..batch import Batch, as_rows, check_ids, given_rows, padded
-from ..files.checkpoint import save_sharded
 from ..files.hub import check_keywords
-from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import features as _features
@@ -57,6 +54,7 @@ from .parameters import (
     output_layer_of,
     own_keys,
     own_names,
+    parameter_name,
     parse_dtype,
     prefix_of,
     prefix_shapes,
@@ -65,7 +63,7 @@ from .parameters import (
 )
 from .quantization import SCALE, QuantizedTensor, check_form, is_quantized, join
 from .quantization import quantize as quantize_tensor
-from .saving import Opened, check_saving, weight_sources, write_beside
+from .saving import Opened, check_saving, weight_sources, write_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -142,6 +140,8 @@ class ChatGLMForConditionalGeneration(_Casts):
         self._trainable: list[str] = []
         # base weights that lie where they were bound
         self._stored: dict[str, Tensor | QuantizedTensor] = {}
+        self.replaced: dict[str, Any] = {}  # the base's, where an adapter has its own (replaced.py)
+        self.neftune_noise_alpha: float | None = None  # of `backward` in train() mode
         self._shapes = self.core.shapes()
         named = own_names(tensors, self._shapes, prefix_of(config))
         tie(named, config)
@@ -245,7 +245,7 @@ class ChatGLMForConditionalGeneration(_Casts):
         it is where it was.
         """
         first = self.core.backend
-        stored_as = self.stored_dtype(embedding_of(self.config))
+        stored_as = parse_dtype(self.dtype)
         kinds = {self.stored_dtype(n) for n, s in self._shapes.items() if len(s) == 2}
         home = "cpu" if self.backend.startswith(("cuda", "emu")) else self.backend
         cpu = backend_of(home, self.asked_compute_dtype, kinds)
@@ -356,7 +356,8 @@ class ChatGLMForConditionalGeneration(_Casts):
     @property
     def dtype(self) -> str:
         """What the base weights are stored in: "float32", "float16" or "bfloat16"."""
-        return DTYPE_NAMES[self.stored_dtype(embedding_of(self.config))]
+        name = embedding_of(self.config)
+        return DTYPE_NAMES[getattr(self.replaced.get(name), "dtype", self.stored_dtype(name))]
 
     def stored_dtype(self, name: str) -> str:
         """File type name ("F16") of a weight as it is held."""
@@ -385,18 +386,12 @@ class ChatGLMForConditionalGeneration(_Casts):
         """Names of the base weights, without adapters and prefix."""
         return list(self._shapes)
 
-    def _parameter_name(self, name: str) -> str:
-        for part in (".lora_A.", ".lora_B."):
-            if part in name:
-                return name.replace(part, part + self.active_adapter_name + ".")
-        return name
-
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(name, Parameter) of every weight; LoRA names carry the adapter's
         (`...lora_A.default.weight`).
         """
         for name in self.core.names():
-            shown = self._parameter_name(name)
+            shown = parameter_name(name, self.active_adapter_name)
             yield shown, Parameter(self, shown, name)
 
     def parameters(self) -> Iterator[Parameter]:
@@ -515,15 +510,8 @@ class ChatGLMForConditionalGeneration(_Casts):
         check_saving("save_pretrained", others)
         if not is_main_process:
             return
-        os.makedirs(save_directory, exist_ok=True)
-        with owned(save_directory, shared=True):
-            save_sharded(
-                save_directory,
-                weight_sources(self),
-                max_shard_size,
-                safetensors=safe_serialization,
-                beside=lambda new: write_beside(self, new, Path(save_directory)),
-            )
+        weights = weight_sources(self)
+        write_model(self, save_directory, weights, max_shard_size, safe_serialization)
 
     # What is trained
 
@@ -735,6 +723,7 @@ class ChatGLMForConditionalGeneration(_Casts):
             positions=batch.positions,
             dropout_seed=self.dropout_seed,
             dropout=self.training,
+            noise=float(self.neftune_noise_alpha or 0) if self.training else 0.0,
         )
 
     def named_gradients(self) -> dict[str, np.ndarray]:

@@ -253,7 +253,15 @@ def layers_of(config: ChatGLMConfig) -> str:
 
 def is_lora(name: str) -> bool:
     """Whether a core name is that of a LoRA tensor."""
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+    return ".lora_" in name
+
+
+def parameter_name(name: str, adapter: str) -> str:
+    """A core name as PEFT shows it, a LoRA tensor's with its adapter's."""
+    for part in (".lora_A.", ".lora_B."):
+        if part in name:
+            return name.replace(part, f"{part}{adapter}.")
+    return f"{name}.{adapter}.weight" if name.endswith(".lora_magnitude_vector") else name
 
 
 def own_name(name: str, known: Callable[[str], bool]) -> str:

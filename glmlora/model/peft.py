@@ -15,6 +15,7 @@ import numpy as np
 from .. import _core, tell
 from ..families.vendored import TEMPLATES
 from ..files.owner import owned
+from ..files.tensor import Tensor
 from ..generation.config import GenerationConfig
 from ..generation.labels import AT_ONCE, Classification, mean_of, queries_of
 from ..names import did_you_mean
@@ -37,7 +38,10 @@ from .adapter_config import (
     unknown_argument,
 )
 from .configuration import ChatGLMConfig
+from .converted import converted
 from .device import Device
+from .initial import PARTS
+from .keywords import NOT_IN_WRAPPER
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
     PEFT_PREFIX,
@@ -50,37 +54,13 @@ from .parameters import (
 )
 from .prefix import load_prefix as load_prefix
 from .prefix import save_prefix as save_prefix
+from .replaced import exchange, keep, put_back, replace
 
-# Keywords with which adapters are loaded elsewhere, and what this release lacks of PEFT's wrapper.
+# Keywords with which adapters are loaded elsewhere.
 _LOADING = frozenset(
     """torch_device torch_dtype dtype device_map max_memory offload_dir offload_folder offload_index
     offload_buffers use_safetensors trust_remote_code""".split()
 )
-
-_NOT_HERE = {
-    "add_weighted_adapter": "; merge_and_unload(adapter_names=[..]) adds several",
-    "merge_adapter": "; merge_and_unload() merges, on a copy where the base is needed again",
-    "unmerge_adapter": "; load the base again",
-    "base_model_torch_dtype": "; see dtype",
-    "create_or_update_model_card": "",
-    "get_layer_status": "; see active_adapter and trainable_names",
-    "get_model_status": "; see active_adapter and trainable_names",
-    "get_prompt": "",
-    "get_model_config": "; see config",
-    "get_prompt_embedding_to_save": "; see glmlora.save_prefix",
-    "has_active_enabled_adapter": "; see active_adapter",
-    "inject_adapter": "; get_peft_model attaches",
-    "modules_to_save": "",
-    "prefix": "",
-    "prepare_model_for_gradient_checkpointing": "; see gradient_checkpointing_enable",
-    "push_to_hub": "; save_pretrained writes a folder",
-    "set_requires_grad": "; see set_adapter and set_trainable",
-    "subtract_mutated_init": "",
-    "supports_lora_conversion": "",
-    "target_module_mapping": "",
-    "tuner_layer_cls": "",
-    "uses_shared_state": "",
-}
 
 Base = ChatGLMForConditionalGeneration
 P = ParamSpec("P")
@@ -185,6 +165,7 @@ class PeftModel:
         self._base = model
         self._base_template, self._base_task = model.prompt_template, model.task
         self._adapters: dict[str, Adapter] = {}
+        self._aside: dict[str, Any] = {}  # of the active adapter while it is disabled
         self.peft_config: dict[str, LoraConfig | PrefixTuningConfig] = {adapter_name: config}
         self._active = adapter_name
 
@@ -216,9 +197,9 @@ class PeftModel:
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__") or name == "_base":
                 raise AttributeError(name)
-            if name in _NOT_HERE:
+            if name in NOT_IN_WRAPPER:
                 raise AttributeError(
-                    f"PeftModel.{name} is not supported by this release{_NOT_HERE[name]}"
+                    f"PeftModel.{name} is not supported by this release{NOT_IN_WRAPPER[name]}"
                 )
             try:
                 return getattr(self._base, name)
@@ -375,18 +356,25 @@ class PeftModel:
                     "the adapter was merged or unloaded: use the model that merge_and_unload() or "
                     "unload() returned"
                 )
-            read = self._base.core.read
-            adapter.tensors = {
-                m: (read(m + ".lora_A.weight"), read(m + ".lora_B.weight")) for m in adapter.targets
-            }
+            adapter.tensors = {n: self._read(n) for n in adapter.names()}
+
+    def _read(self, name: str) -> np.ndarray:
+        """A tensor of the active adapter."""
+        if name in self._aside:
+            return np.array(self._aside[name].numpy(), np.float32)
+        return self._base.core.read(name)
 
     def _attach(self, name: str) -> None:
         adapter, base = self._adapters[name], self._base
         base.set_trainable([])
+        base._apply_trainable()
         base.core.remove_lora()
+        replace(base, adapter.replaced())
+        self._aside = {}
         for module, (_, scale) in adapter.targets.items():
-            A, B = adapter.tensors[module]
-            base.core.add_lora(module, A, B, scale, float(adapter.config.lora_dropout))
+            parts = [adapter.tensors.get(f"{module}.{part}") for part in PARTS]
+            A, B, *more = parts
+            base.core.add_lora(module, A, B, scale, float(adapter.config.lora_dropout), *more)
         base.core.enable_lora(True)
         base.active_adapter_name = self._active = name
         base.prompt_template, base.task = adapter.template or self._base_template, adapter.task
@@ -425,12 +413,15 @@ class PeftModel:
         """Compute as the base alone until `enable_adapter_layers`."""
         self._need_lora("disable_adapter")
         self._base.core.enable_lora(False)
+        self._aside = self._aside or exchange(self._base, self._base.replaced)
         self._base.prompt_template, self._base.task = self._base_template, self._base_task
 
     def enable_adapter_layers(self) -> None:
         """Compute with the active adapter again."""
         self._need_lora("enable_adapter_layers")
         self._base.core.enable_lora(True)
+        exchange(self._base, self._aside)
+        self._aside = {}
         adapter, base = self._adapters[self.active_adapter], self._base
         base.prompt_template, base.task = adapter.template or self._base_template, adapter.task
 
@@ -445,7 +436,8 @@ class PeftModel:
         adapter_names: Sequence[str] | None = None,
     ) -> ChatGLMForConditionalGeneration:
         """Fold the active adapter (or those of `adapter_names`, one after another) into the base
-        weights, W += scale * B A in the type of W; returns the base.
+        weights, W += scale * B A in the type of W (with DoRA each row times magnitude / norm, what
+        is saved whole in its place); returns the base.
 
         safe_merge: ValueError, before anything is changed, where a merged weight would not be
         finite. `progressbar` is accepted and means nothing.
@@ -460,6 +452,13 @@ class PeftModel:
         for name in names:
             self._check_known(name)
         self._fetch()
+        if len(names) > 1:
+            for name in names:
+                if self._adapters[name].replaced():
+                    raise ValueError(
+                        f"adapter_names: {name!r} has base weights of its own (modules_to_save, or "
+                        "init_lora_weights), which cannot be merged beside others"
+                    )
         if safe_merge:
             checked_merge(self._base, [self._adapters[name] for name in names])
         for name in names:
@@ -468,8 +467,11 @@ class PeftModel:
                 self._attach(name)
             self._base.set_trainable([])
             self._base._apply_trainable()
+            self.enable_adapter_layers()
             self._base.core.merge_lora()
-            self._base.weights_changed(m + ".weight" for m in modules)
+            ends = ("weight", "bias") if self._adapters[name].config.lora_bias else ("weight",)
+            self._base.weights_changed(f"{m}.{end}" for m in modules for end in ends)
+        keep(self._base)
         return self._base
 
     def unload(self) -> ChatGLMForConditionalGeneration:
@@ -477,7 +479,9 @@ class PeftModel:
         self._need_lora("unload")
         self._fetch()
         self._base.set_trainable([])
+        self._base._apply_trainable()
         self._base.core.remove_lora()
+        put_back(self._base)
         self._base.prompt_template, self._base.task = self._base_template, self._base_task
         return self._base
 
@@ -599,7 +603,13 @@ class PeftModel:
         if not self._adapters:
             start = prefix_of(self._base.config)
             return {n: read(n) for n in self._base.core.names() if n.startswith(start)}
-        return {PEFT_PREFIX + n: read(n) for n in self._adapters[self.active_adapter].names()}
+        adapter = self._adapters[self.active_adapter]
+        return {f: self._read(n) for n in adapter.names() for f in adapter.file_names(n)}
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The core's names of the active adapter's weights, in the order in which they train."""
+        return self._adapters[self.active_adapter].names() if self._adapters else []
 
     @property
     def is_lora(self) -> bool:
@@ -620,10 +630,16 @@ class PeftModel:
         self._need_lora("set_adapter_state")
         self._check_known(adapter_name)
         adapter, core = self._adapters[adapter_name], self._base.core
-        adapter.take(fitting("state_dict", self._base, adapter.targets, tensors))
+        adapter.take(fitting("state_dict", self._base, adapter, tensors))
         if adapter_name == self.active_adapter:
-            for name, array in zip(adapter.names(), adapter.state().values(), strict=True):
-                core.write(name, array)
+            saved = {name: Tensor(adapter.tensors[name]) for name in adapter.saved}
+            if self._aside:
+                self._aside |= saved
+            else:
+                exchange(self._base, saved)
+            for name in adapter.names():
+                if name not in saved:
+                    core.write(name, adapter.tensors[name])
 
     def save_pretrained(
         self,
@@ -632,12 +648,15 @@ class PeftModel:
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         **hub: Any,
     ) -> None:
         """Write the active adapter (others: in folders of their names) or the prefix, atomically.
 
         LoRA: `adapter_config.json` and `adapter_model.safetensors`, or `.bin` with
         safe_serialization=False. Prefix: see `save_prefix`. selected_adapters: only these.
+        path_initial_model_for_weight_conversion: the folder of an adapter of "pissa" or "olora" as
+        it began: it is then written as plain LoRA of twice the rank over the base as it was.
         is_main_process=False writes nothing. `max_shard_size` and keywords of uploads mean nothing,
         save_embedding_layers=True and push_to_hub=True are refused. Raises OSError naming the file.
         """
@@ -664,9 +683,10 @@ class PeftModel:
         directory.mkdir(parents=True, exist_ok=True)
         with owned(directory, shared=True):
             for name in names:
+                adapter, initial = self._adapters[name], path_initial_model_for_weight_conversion
                 write_adapter(
                     directory if name == self.active_adapter else directory / name,
-                    self._adapters[name],
+                    adapter if initial is None else converted(self._base, adapter, initial),
                     safe_serialization,
                 )
 

@@ -1,8 +1,9 @@
 """Adapters that were made for the other layout of the same model, where one has a linear for
 queries, keys and values together and the other has three.
 
-From one to three each part gets A, and its rows of B. From three to one the A's are stacked, and B
-has theirs on its diagonal: the rank is the sum. Both change the model as the adapter did.
+From one to three each part gets A, and its rows of B, of a bias of B and of DoRA's magnitudes. From
+three to one the A's are stacked, and B has theirs on its diagonal: the rank is the sum. Both change
+the model as the adapter did. What is saved whole (modules_to_save) goes under its other name.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from .. import families, tell
 from ..families import Family
 from ..families.recognition import own_part
 from .adapter_config import ALL_LINEAR, LoraConfig
+from .initial import MAGNITUDE, PARTS, mutates, parts_of
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import PEFT_PREFIX, float_array
 
 _TOGETHER, _PARTS = "query_key_value", ("query", "key", "value")
-Pair = tuple[np.ndarray, np.ndarray]  # A (r, in) and B (out, r)
+Parts = dict[str, np.ndarray]  # of PARTS: A (r, in), B (out, r), and vectors (out)
+A_, B_ = PARTS[:2]
 Place = tuple[int, str]  # layer, -1 outside the layers; the linear's word in `tensor_names`
 
 
@@ -59,7 +62,8 @@ def in_layout(
     cannot be brought from.
     """
     own = families.of(model.config.family)
-    modules = {n.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for n in stored}
+    plain = {n.removeprefix(PEFT_PREFIX) for n in stored}
+    modules = {n.rpartition(".lora_")[0] for n in plain if ".lora_" in n}
     if not modules or _places(modules, own) is not None:
         return config, stored
     other = _origin(config, own, modules)
@@ -71,27 +75,31 @@ def in_layout(
             f"{source}: its names are of the layout {other.model_type!r}, the model's of "
             f"{own.model_type!r}: {reason}; open the model that it was made for"
         )
-    pairs = {
-        place: _pair(source, model, place, module, stored)
+    given = {
+        place: _parts(source, model, config, place, module, stored)
         for place, module in (_places(modules, other) or {}).items()
     }
+    whole = _saved(source, own, other, {n for n in plain if ".lora_" not in n})
     tell.warn(
         f"{source}: its names are of the layout {other.model_type!r}: taken for the same linears "
         f"in {own.model_type!r}, which is right for the same model in both"
     )
-    parts = _cut(model, pairs) if "query" in own.tensor_names else _joined(model, pairs)
+    parts = _cut(model, given) if "query" in own.tensor_names else _joined(source, model, given)
     tensors = {
-        f"{PEFT_PREFIX}{_module(place, own)}.lora_{part}.weight": array
-        for place, pair in parts.items()
-        for part, array in zip("AB", pair, strict=True)
+        f"{PEFT_PREFIX}{_module(place, own)}.{part}": array
+        for place, arrays in parts.items()
+        for part, array in arrays.items()
     }
+    tensors |= {PEFT_PREFIX + new: stored[PEFT_PREFIX + old] for old, new in whole.items()}
     changed = copy.copy(config)
+    if config.modules_to_save:
+        changed.modules_to_save = sorted({name.rpartition(".")[0] for name in whole.values()})
     wanted = config.target_modules or ALL_LINEAR
     targets = {_module(place, own) for place in parts}
     if wanted == ALL_LINEAR or isinstance(wanted, list) and "." not in "".join(wanted):
         targets = {name.rpartition(".")[2] for name in targets}  # as short as they were
     changed.target_modules = sorted(targets)
-    ranks = {pair[0].shape[0] for (_, word), pair in parts.items() if word == _TOGETHER}
+    ranks = {arrays[A_].shape[0] for (_, word), arrays in parts.items() if word == _TOGETHER}
     if ranks and ranks != {config.r}:
         rank = max(ranks)
         scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
@@ -125,7 +133,23 @@ def _hindrance(config: LoraConfig, own: Family, other: Family) -> str:
     for field in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"):
         if getattr(config, field):
             return f"{field} names modules of the other"
+    if mutates(config):
+        return f"init_lora_weights {config.init_lora_weights!r} took a part of its linears"
     return ""
+
+
+def _saved(source: Any, own: Family, other: Family, names: Iterable[str]) -> dict[str, str]:
+    """The names here of weights of the other layout that are saved whole. ValueError, that begins
+    with `source`, for one that is not a weight of both.
+    """
+    found = {}
+    for name in names:
+        module, _, end = name.rpartition(".")
+        place = next(iter(_places([module], other) or {(-1, "")}))
+        if place[1] not in own.tensor_names or place[1] in (_TOGETHER, *_PARTS):
+            raise ValueError(f"{source}: {name} is in the layout {other.model_type!r} alone")
+        found[name] = f"{_module(place, own)}.{end}"
+    return found
 
 
 def _rows(model: ChatGLMForConditionalGeneration) -> dict[str, int]:
@@ -135,29 +159,33 @@ def _rows(model: ChatGLMForConditionalGeneration) -> dict[str, int]:
     return dict(zip(_PARTS, (c.num_attention_heads * c.kv_channels, keys, keys), strict=True))
 
 
-def _pair(
+def _parts(
     source: Any,
     model: ChatGLMForConditionalGeneration,
+    config: LoraConfig,
     place: Place,
     module: str,
     stored: Mapping[str, Any],
-) -> Pair:
-    """A and B of a module of the other layout. ValueError, that begins with `source`, for one that
-    is missing, or that would not fit the model there.
+) -> Parts:
+    """The tensors of a module of the other layout. ValueError, that begins with `source`, for one
+    that is missing, or that would not fit the model there.
     """
     layer, word = place
-    arrays = []
-    for part in "AB":
-        name = f"{PEFT_PREFIX}{module}.lora_{part}.weight"
+    arrays = {}
+    for part in parts_of(config):
+        name = f"{PEFT_PREFIX}{module}.{part}"
         if name not in stored:
             raise ValueError(f"{source}: does not fit this model: missing {name}")
         try:
-            arrays.append(float_array(name, stored[name]))
+            arrays[part] = float_array(name, stored[name])
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
-    A, B = arrays
+    A, B = arrays[A_], arrays[B_]
     rows = {**_rows(model), _TOGETHER: sum(_rows(model).values())}.get(word)
     fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+    fits = fits and all(
+        arrays[part].shape == B.shape[:1] for part in arrays if part not in (A_, B_)
+    )
     if rows is not None:
         fits = fits and (B.shape[0], A.shape[1]) == (rows, model.config.hidden_size)
     if not fits or layer >= model.config.num_layers:
@@ -167,36 +195,50 @@ def _pair(
             f"(out, r){shape} in one of {model.config.num_layers} layers, got {A.shape} and "
             f"{B.shape}"
         )
-    return A, B
+    return arrays
 
 
-def _cut(model: ChatGLMForConditionalGeneration, pairs: Mapping[Place, Pair]) -> dict[Place, Pair]:
-    found = {}
-    for (layer, word), (A, B) in pairs.items():
+def _cut(
+    model: ChatGLMForConditionalGeneration, given: Mapping[Place, Parts]
+) -> dict[Place, Parts]:
+    found: dict[Place, Parts] = {}
+    for (layer, word), arrays in given.items():
         if word != _TOGETHER:
-            found[layer, word] = (A, B)
+            found[layer, word] = arrays
             continue
         ends = np.cumsum(list(_rows(model).values()))[:-1]
-        for part, rows in zip(_PARTS, np.split(B, ends), strict=True):
-            found[layer, part] = (A.copy(), np.ascontiguousarray(rows))
+        for part, array in arrays.items():
+            cut = [array.copy() for _ in _PARTS] if part == A_ else np.split(array, ends)
+            for own, rows in zip(_PARTS, cut, strict=True):
+                found.setdefault((layer, own), {})[part] = np.ascontiguousarray(rows)
     return found
 
 
 def _joined(
-    model: ChatGLMForConditionalGeneration, pairs: Mapping[Place, Pair]
-) -> dict[Place, Pair]:
+    source: Any, model: ChatGLMForConditionalGeneration, given: Mapping[Place, Parts]
+) -> dict[Place, Parts]:
     sizes = _rows(model)
-    found = {place: pair for place, pair in pairs.items() if place[1] not in _PARTS}
-    for layer in sorted({layer for layer, word in pairs if word in _PARTS}):
-        given = {word: pairs[layer, word] for word in _PARTS if (layer, word) in pairs}
-        A = np.concatenate([a for a, _ in given.values()])
-        B = np.zeros((sum(sizes.values()), A.shape[0]), np.float32)
+    found = {place: arrays for place, arrays in given.items() if place[1] not in _PARTS}
+    for layer in sorted({layer for layer, word in given if word in _PARTS}):
+        there = {word: given[layer, word] for word in _PARTS if (layer, word) in given}
+        A = np.concatenate([arrays[A_] for arrays in there.values()])
+        joined = {A_: A, B_: np.zeros((sum(sizes.values()), A.shape[0]), np.float32)}
         row = column = 0
         for word in _PARTS:
-            if word in given:
-                b = given[word][1]
-                B[row : row + sizes[word], column : column + b.shape[1]] = b
-                column += b.shape[1]
-            row += sizes[word]
-        found[layer, _TOGETHER] = (A, B)
+            end = row + sizes[word]
+            for part, array in there.get(word, {}).items():
+                if part == B_:
+                    joined[B_][row:end, column : column + array.shape[1]] = array
+                    column += array.shape[1]
+                elif part != A_:
+                    joined.setdefault(part, np.zeros(sum(sizes.values()), np.float32))
+                    joined[part][row:end] = array
+            row = end
+        if MAGNITUDE in joined and len(there) < len(_PARTS):
+            missing = ", ".join(word for word in _PARTS if word not in there)
+            raise ValueError(
+                f"{source}: use_dora: layer {layer} has no magnitudes of {missing}, which are one "
+                "linear with the others in this model; open the model that it was made for"
+            )
+        found[layer, _TOGETHER] = joined
     return found

@@ -249,11 +249,13 @@ def _elements(N: int, C: int) -> Case:  # noqa: N803
         dropped, back = np.empty((N, C), o.real), _normal(o, rng, N, C)
         o.dropout_forward(dropped, a, N, C, mask)
         o.dropout_backward(back, dy, N, C, mask)
+        noisy = b.copy()
+        o.noise(noisy, N, C, 0.5, mask)
         rows = np.arange(0, N, 2, dtype=np.int32)
         taken, spread = np.empty((len(rows), C), o.real), _normal(o, rng, N, C)
         o.gather_forward(taken, a, rows, len(rows), C)
         o.gather_backward(spread, taken, rows, len(rows), C)
-        return [y, dx, t, dt, s, g, dg, scaled, dropped, back, taken, spread]
+        return [y, dx, t, dt, s, g, dg, scaled, dropped, back, noisy, taken, spread]
 
     return case
 
@@ -317,6 +319,24 @@ def _prefix(P: int, J: int, KV: int, copies: int) -> Case:  # noqa: N803
     return case
 
 
+@_over({f"dora {N}x{2 * C}": (N, 2 * C) for N, C in SHAPES})
+def _dora(N: int, O: int) -> Case:  # noqa: E741, N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        half, merged = stored(rng.standard_normal((O, 40)), F16), np.empty((O, 40), np.float32)
+        B, A, m = _normal(o, rng, O, 4), _normal(o, rng, 4, 40), _normal(o, rng, O)  # noqa: N806
+        rnorm, dm = np.empty(O, o.real), _normal(o, rng, O)
+        o.dora_norm(rnorm, Mat(half, F16), B, A, 4, 0.5)
+        x, dy = _normal(o, rng, N, O), _normal(o, rng, N, O)
+        y, dx = np.empty((N, O), o.real), np.empty((N, O), o.real)
+        o.dora_forward(y, x, m, rnorm, _normal(o, rng, O), N, O)
+        o.dora_backward(dx, dm, dy, x, m, rnorm, N, O)
+        merged[...] = half
+        o.merge(merged, F32, B, A, m, rnorm, O, 40, 4, 0.5)
+        return [rnorm, y, dx, dm, merged.astype(o.real)]
+
+    return case
+
+
 @_over({f"stored {N}x{2 * C}": (N, 2 * C) for N, C in SHAPES})
 def _stored(O: int, I: int) -> Case:  # noqa: E741, N803
     """Conversions, merging and quantization: what comes back is compared as it is."""
@@ -325,7 +345,8 @@ def _stored(O: int, I: int) -> Case:  # noqa: E741, N803
         w = rng.standard_normal((O, I)).astype(np.float32)
         half = np.empty((O, I), np.float16)
         o.convert(half, F16, w, F32, O * I)
-        o.merge(half, F16, _normal(o, rng, O, 4), _normal(o, rng, 4, I), O, I, 4, 0.5)
+        B, A = _normal(o, rng, O, 4), _normal(o, rng, 4, I)  # noqa: N806
+        o.merge(half, F16, B, A, None, None, O, I, 4, 0.5)
         q, s = np.empty((O, I), np.int8), np.empty(O, np.float16)
         o.quantize(q, s, I8, 0, w, F32, O, I)
         return [half.astype(o.real), q.astype(o.real), s.astype(o.real)]

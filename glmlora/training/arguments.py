@@ -172,6 +172,7 @@ class FinetuningArguments(Group):
 
     # The original keeps the stage outside this group: its loader would not know the key.
     _hidden: ClassVar[tuple[str, ...]] = ("stage",)
+    _newer: ClassVar[tuple[str, ...]] = ("use_dora", "init_lora_weights", "modules_to_save")
 
     # fmt: off
     stage: str = option("sft", "W", "only sft is supported", ("sft", "rm", "ppo"))
@@ -187,6 +188,11 @@ class FinetuningArguments(Group):
     lora_dropout: float = option(0.1, "D", "dropout on the adapter's input", bound="[0,1)")
     lora_target: str | list[str] = option("query_key_value", "D",
         "ends of module names, separated by commas; all-linear; or a regular expression")
+    use_dora: bool = option(False, "S", "DoRA: outputs have magnitudes of their own")
+    init_lora_weights: str = option("true", "S", "what the adapter begins with, as in LoraConfig",
+        ("true", "gaussian", "pissa", "olora"))
+    modules_to_save: str | list[str] | None = option(None, "S",
+        "modules that are trained whole beside the adapter, e.g. output_layer")
     # fmt: on
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,6 +234,8 @@ class TrainingArguments(Group):
     eval_accumulation_steps: int | None = option(None, "A", "nothing is accumulated on a device")
     learning_rate: float = option(5e-5, "W", "peak rate of AdamW", bound=">=0")
     loraplus_lr_ratio: float = option(1.0, "S", "lora_B has so many times the rate", bound=">0")
+    neftune_noise_alpha: float | None = option(None, "S",
+        "NEFTune: size of the noise on the embeddings", bound=">=0")
     weight_decay: float = option(0.0, "D", "decoupled decay, not on biases and norms", bound=">=0")
     adam_beta1: float = option(0.9, "D", "decay of the first moment", bound="[0,1)")
     adam_beta2: float = option(0.999, "D", "decay of the second moment", bound="[0,1)")
@@ -598,7 +606,8 @@ def without_effect(
     groups = (model, data, training, finetuning)
     values = {flag.name: getattr(g, flag.name) for g in groups for flag in flags_of(type(g))}
     t, kind = training, finetuning.finetuning_type
-    lora = "lora_rank lora_alpha lora_dropout lora_target"
+    lora = " ".join(f.name for f in flags_of(FinetuningArguments) if f.name.startswith("lora_"))
+    lora += " " + " ".join(FinetuningArguments._newer)
     continued = kind == "lora" and model.checkpoint_dir and model.resume_lora_training
     # Names; whether they mean nothing now; because of this flag's value, or the reason in words.
     rules: tuple[tuple[str, Any, str], ...] = (

@@ -258,7 +258,8 @@ class Group:
     notices and the JSON form.
     """
 
-    _hidden: ClassVar[tuple[str, ...]] = ()
+    _hidden: ClassVar[tuple[str, ...]] = ()  # left out of the JSON form
+    _newer: ClassVar[tuple[str, ...]] = ()  # and these, that the original does not know, if default
 
     def __post_init__(self) -> None:
         self.notices: list[str] = []
@@ -280,6 +281,7 @@ class Group:
             flag.name: getattr(self, flag.name)
             for flag in flags_of(type(self))
             if flag.name not in self._hidden
+            and not (flag.name in self._newer and getattr(self, flag.name) == flag.default)
         }
 
     def to_json_string(self) -> str:

@@ -60,6 +60,9 @@ class TrainKeywords(TypedDict, total=False):
     lora_alpha: float
     lora_dropout: float
     lora_target: str | list[str]
+    use_dora: bool
+    init_lora_weights: str
+    modules_to_save: str | list[str] | None
 
     # training
     output_dir: StrPath
@@ -80,6 +83,7 @@ class TrainKeywords(TypedDict, total=False):
     eval_accumulation_steps: int | None
     learning_rate: float
     loraplus_lr_ratio: float
+    neftune_noise_alpha: float | None
     weight_decay: float
     adam_beta1: float
     adam_beta2: float

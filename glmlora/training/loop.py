@@ -259,6 +259,7 @@ class Loop:
                     targets,
                     dropout_seed=a.seed,
                     dropout=True,
+                    noise=a.neftune_noise_alpha or 0.0,
                 )
                 loss += mean * positions.size
                 labelled += positions.size

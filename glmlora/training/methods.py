@@ -1,7 +1,8 @@
 """What a run trains: LoRA, P-Tuning v2, freeze or full. How each is set up, written and read back.
 
 method     trained                       files of a save
-lora       A, B of the target linears    adapter_config.json, adapter_model.safetensors (or .bin)
+lora       A, B of the target linears,   adapter_config.json, adapter_model.safetensors (or .bin)
+           and what else the adapter has
 p_tuning   the prefix encoder            pytorch_model.bin, config.json, tokenizer
 freeze     chosen blocks                 pytorch_model.bin (trained tensors), config.json, tokenizer
 full       every base weight             a complete model directory
@@ -23,6 +24,7 @@ from ..files.checkpoint import load_state_dict
 from ..files.small import REPLACED
 from ..files.staging import staged
 from ..files.torchfile import write_torch
+from ..model.initial import mutates
 from ..model.modeling import ChatGLMForConditionalGeneration
 from ..model.parameters import PEFT_PREFIX, is_lora, prefix_of
 from ..model.peft import (
@@ -114,7 +116,9 @@ class Trainee:
         Raises ValueError naming a weight that is missing, surplus or misshaped.
         """
         stored = {n.removeprefix(PEFT_PREFIX): a for n, a in load_state_dict(directory).items()}
-        core = self.base.core
+        core, config = self.base.core, self.base.config
+        if self.kind == "lora" and config.tied_head:  # which files have under both of its names
+            stored.pop(config.tensor_names["output_layer"] + ".weight", None)
         missing = [n for n in self.names if n not in stored]
         surplus = [n for n in stored if n not in set(self.names)]
         if missing or surplus:
@@ -156,7 +160,11 @@ class Trainee:
             facts["lora_rank"] = config.r
             facts["lora_alpha"] = float(config.lora_alpha)
             facts["lora_dropout"] = float(config.lora_dropout)
-            facts["lora_target"] = sorted({n.rpartition(".lora_")[0] for n in self.names})
+            linears = {n.rpartition(".lora_")[0] for n in self.names if is_lora(n)}
+            facts["lora_target"] = sorted(linears)
+            # None is what checkpoints have that were saved before there were these
+            facts["use_dora"] = config.use_dora or None
+            facts["init_lora_weights"] = config.init_lora_weights if mutates(config) else None
         elif self.kind == "p_tuning":
             facts["pre_seq_len"] = self.base.config.pre_seq_len
             facts["prefix_projection"] = bool(self.base.config.prefix_projection)
@@ -243,7 +251,7 @@ def prepare(
             model = _with_lora(base, finetuning, checkpoints, resume_lora_training, seed)
         elif checkpoints:
             raise ValueError("checkpoint_dir: the model has an adapter already")
-        return Trainee(kind, model, tokenizer, [n for n in base.core.names() if is_lora(n)])
+        return Trainee(kind, model, tokenizer, model.adapter_names)
     if len(checkpoints) > 1:
         raise ValueError(
             f"checkpoint_dir: expected one directory for {kind}, got {', '.join(checkpoints)}"
@@ -297,6 +305,7 @@ def _with_lora(
     merge_adapters(base, merged)
     if checkpoints and resume:
         return PeftModel.from_pretrained(base, checkpoints[-1], is_trainable=True)
+    begin = finetuning.init_lora_weights
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=finetuning.lora_rank,
@@ -304,6 +313,9 @@ def _with_lora(
         lora_dropout=finetuning.lora_dropout,
         target_modules=_targets(finetuning.lora_target, families.of(base.config.family).linears),
         base_model_name_or_path=getattr(base, "name_or_path", None),
+        use_dora=finetuning.use_dora,
+        init_lora_weights=True if begin == "true" else begin,
+        modules_to_save=finetuning.modules_to_save,
     )
     return get_peft_model(base, config, seed=seed)
 
