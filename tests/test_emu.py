@@ -23,17 +23,19 @@ pytestmark = [
 OPS, CUDA, GOLDEN = ["test_ops.py"], ["test_cuda.py"], ["test_golden.py", "test_quantization.py"]
 MODELS = {"GLMLORA_TEST_BACKEND": "emu"}
 # A device computes in the type of 16-bit weights, the cpu does not; two families stand for all but
-# for what a forward and a backward show of others: rotary base and eps, parts of a layer apart.
+# for what a forward and a backward show of others: rotary base and eps, parts of a layer apart. A
+# third has ops of its own: a model of 2 layers goes through them, where its fixture has 28.
 ALL = "not other_storage"
-OTHER_LAYERS = "(glm4 or v1) and (greedy or training) or first_release"
-OTHER_LAYERS += " or v1 and ptuning and not projection"
-FEW = f"{ALL} and not (32k or hf or edge or 32b or {OTHER_LAYERS})"
+FEW = f"{ALL} and not (32k or hf or edge or 32b or glm4 and (greedy or training) or first_release"
+FEW += " or v1 and (greedy or training or gradients or ptuning))"
+TWO_WAY = "methods or quantized or takes_its_context or adapter or beams or labels"
 
 # name: (build, words of pytest, environment)
 PARTS = {
     "ops": ("emu", [*OPS, "-k", "emu"], {}),
     "cuda": ("emu", [*CUDA, "-k", "not workflow"], {}),
     "golden": ("emu", [*GOLDEN, "-k", FEW], MODELS),
+    "two-way": ("emu", ["test_chatglm_6b.py", "-k", TWO_WAY], MODELS),
     "workflow": ("emu", [*CUDA, "-k", "workflow"], {}),
 }
 DEEP = {
