@@ -4,17 +4,18 @@
 
 Random weights in bfloat16 (ChatGLM2's too), 2 threads; seconds are those of all layers, found from
 two as worker.py and the peer tell. GLM-4-9B stands there in both of its layouts: one linear for
-queries, keys and values (`chatglm`), and three (`glm`). Sides are run in turn, as in bench.py, and
-a figure is the median. Two bars a row: how many times transformers' speed (`GlmForCausalLM` in
-bfloat16 with its default attention; peft's LoRA step asks for logits at the labelled rows only and
-keeps all activations, its fastest settings), and the speed of a byte (decode) or of an operation
-(LoRA step) beside ChatGLM2-6B's in the same run. Writes families.json; parts that are not run stay
-there as they were.
+queries, keys and values (`chatglm`), and three (`glm`); int4 is in groups of 32. Sides are run in
+turn, as in bench.py, and a figure is the median. Two bars a row: how many times transformers' speed
+(`GlmForCausalLM` in bfloat16 with its default attention; peft's LoRA step has logits at the
+labelled rows only and keeps all activations, its fastest settings), and the speed of a byte
+(decode) or of an operation (LoRA step) beside ChatGLM2-6B's in the same run. Writes families.json;
+parts that are not run stay there as they were.
 """
 
 import argparse
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ from six_b import make, write_model
 
 SIX = "ChatGLM2-6B"
 CONFIGS = {SIX: SIX_B, "GLM-4-9B": NINE_B, "GLM-4-9B-hf": NINE_B_HF, "Edge-1.5B": EDGE}
-PEER = {"GLM-4-9B": "GLM-4-9B-hf"}  # has the same shapes
+PEER = {"GLM-4-9B": "GLM-4-9B-hf"}  # whose peer has the same shapes
 JOBS = {
     "decode, 1 row, context 128": dict(job="decode", rows=1, context=128, steps=6),
     "decode, 8 rows, context 128": dict(job="decode", rows=8, context=128, steps=6),
@@ -50,15 +51,17 @@ def writer(config):
 
 
 class Families(Bench):
-    """Sides by the names of CONFIGS; with " torch" behind one, the peer."""
+    """Sides by the names of CONFIGS; with " torch" behind one, the peer; with " int4", ours over
+    groups of 32 columns."""
 
     MODELS = {name: writer(config) for name, config in CONFIGS.items()}
 
     def open(self, name):
-        model = name.removesuffix(" torch")
+        model = name.removesuffix(" torch").removesuffix(" int4")
         path, whole = self.folder / model, layers(CONFIGS[model])
-        if model == name:
-            return Side(sys.executable, "worker.py", path, "--whole", whole)
+        if not name.endswith(" torch"):
+            bits = ("--bits", 4, "--group", 32) if model != name else ()
+            return Side(sys.executable, "worker.py", path, "--whole", whole, *bits)
         if not self.torch:
             return None
         side = Side(self.torch, "peers/torch_peer.py", path, "--whole", whole, *self.options)
@@ -71,21 +74,24 @@ def measure(bench, title, job):
     """A row for each model."""
     is_step = job["job"] == "lora"
     jobs = {name: (name, job) for name in CONFIGS}
-    for name in set(CONFIGS) - {SIX, *PEER}:
+    beside = [name for name in CONFIGS if name not in PEER]
+    for name in beside:
         jobs[f"{name} torch"] = f"{name} torch", job | (dict(scored=True) if is_step else {})
+    small = [] if is_step else [f"{name} int4" for name in beside]
+    jobs |= {name: (name, job) for name in small}
+    for side, first in jobs.values():  # memory is taken, code is made for these sizes
+        if bench.side(side):
+            bench.side(side).ask(dict(first))
     answers = bench.run(jobs, SECONDS[job["job"]])
-    work = {name: bench.side(name).ready["read"] for name in CONFIGS}
+    work = {name: bench.side(name).ready["read"] for name in [*CONFIGS, *small]}
     if is_step:
         work = {n: step_flops(job["lengths"], job["labelled"], c) for n, c in CONFIGS.items()}
-    first = answers[SIX]
-    for name in CONFIGS:
-        mine, ratios = answers[name], {}
-        if name != SIX:
-            speeds = [
-                work[name] / here / (work[SIX] / there)
-                for here, there in zip(mine["every"], first["every"], strict=True)
-            ]
-            ratios["ChatGLM2's"] = sorted(speeds)[len(speeds) // 2]
+    for name in [*CONFIGS, *small]:
+        mine, ratios, model = answers[name], {}, name.removesuffix(" int4")
+        if name != SIX and name == model:
+            pairs = zip(mine["every"], answers[SIX]["every"], strict=True)
+            times = statistics.median(six / own for own, six in pairs)
+            ratios["ChatGLM2's"] = times * work[name] / work[SIX]
         bench.row(
             3,
             f"{title}, {name}",
@@ -93,7 +99,7 @@ def measure(bench, title, job):
             rate=work[name] / mine["seconds"] / 1e9,
             unit="GFLOP/s" if is_step else "GB/s",
             limit=bench.product if is_step else "read_gb_s",
-            peers=those(answers, {"torch": f"{PEER.get(name, name)} torch"}),
+            peers=those(answers, {"torch": f"{PEER.get(model, model)} torch"}),
             ratios=ratios,
             bars={"torch": STEP if is_step else DECODE, "ChatGLM2's": SAME},
         )
@@ -103,7 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="decode,lora")
     parser.add_argument("--minutes", type=float, default=10, help="to plan for")
-    parser.add_argument("--torch", help="a Python with torch, transformers and peft")
+    parser.add_argument("--torch", help="a Python with torch, transformers and peft; none")
     parser.add_argument("--dtype", default="bfloat16", help="of the peer, or float32")
     parser.add_argument("--keep", type=Path, help="make the models here, and use them next time")
     parser.add_argument("--out", type=Path, default=HERE)
@@ -113,6 +119,7 @@ def main():
     try:
         bench = Families(folder, args.minutes, [])
         bench.torch = args.torch or interpreter("torch", "transformers", "peft")
+        bench.torch = None if args.torch == "none" else bench.torch
         bench.options = ("--dtype", args.dtype)
         print(processor(), "2 threads,", json.dumps(bench.limits.now))
         for title, job in JOBS.items():

@@ -31,7 +31,7 @@ def random_weights(config):
     """Sources of the weights of a ChatGLMConfig, in its type; matrices are cut from one random
     block at different places."""
     dtype = parse_dtype(config.torch_dtype)
-    block = np.random.default_rng(0).normal(0, 0.02, 1 << 26).astype(np.float32)
+    block = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(np.float32)
     block = block.astype(np.float16) if dtype == "F16" else to_bf16(block).data
 
     def values(name, shape, place):

@@ -394,7 +394,7 @@ def doctor(args: argparse.Namespace) -> int:
     """What this machine has, and what is missing."""
     from glmlora.tools.doctor import report
 
-    return report()
+    return report(args.speed)
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -578,7 +578,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
 
-    verb("doctor", doctor)
+    p = verb("doctor", doctor)
+    p.add_argument("--speed", action="store_true", help="measure this machine, for half a second")
     p = verb("demo", demo)
     p.add_argument("directory", nargs="?", default="demo")
     return parser, parsers

@@ -12,19 +12,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench
+import big
 import classify
 import gpu
 import make_gguf
 import numpy as np
 import pytest
+import six_b
 import soak
 from emulator import built
-from sides import SIX_B
+from sides import EDGE, NINE_B_HF, SIX_B
+from test_layouts import CONFIG, KINDS, write
 from worker import Worker
 
 import glmlora
 from glmlora import _core
+from glmlora.files.checkpoint import load_checkpoint
+from glmlora.files.tensor import same
 from glmlora.generation.cache import CachedRow
+from glmlora.model.saving import weight_sources
 from glmlora.tools.plan import plan
 from glmlora.tools.project import tiny_directory
 
@@ -90,10 +96,39 @@ def test_side_answers_a_line_for_a_line():
     assert "steps" in answers[1]["error"] and "bake" in answers[2]["error"]
 
 
-def test_flops_of_a_step():
-    config = json.loads((tiny_directory() / "config.json").read_text())
-    planned = plan_flops(config | SIX_B, 4, 512, 3)
-    assert bench.step_flops([512] * 4, 3) == pytest.approx(planned, rel=0.02)
+@pytest.mark.parametrize("shapes", [SIX_B, NINE_B_HF, EDGE], ids=["6B", "9B", "Edge"])
+def test_flops_of_a_step(shapes):
+    own = json.loads((tiny_directory() / "config.json").read_text()) if shapes is SIX_B else {}
+    planned = plan_flops(own | shapes, 4, 512, 3)
+    assert bench.step_flops([512] * 4, 3, shapes) == pytest.approx(planned, rel=0.02)
+
+
+def test_a_worker_of_a_model_in_the_other_layout(tmp_path):
+    """Its head is the embeddings, which a step of decoding reads whole."""
+    worker = Worker(write(tmp_path, "tied"), 5, None, 0, None)
+    assert worker.read == worker.weights
+    assert worker.lora(lengths=[6, 9], labelled=3, checkpointing=False)["tokens"] == 15
+    model = worker.trainees[next(iter(worker.trainees))][0]
+    assert {n.split(".")[-3] for n in model.core.names() if ".lora_A." in n} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_a_big_model_is_that_of_its_weights(tmp_path, monkeypatch, group):
+    """Written a matrix at a time it is what quantize() makes of the float model."""
+    monkeypatch.setattr(big, "GLM4_32B", CONFIG | KINDS["glm4"] | {"torch_dtype": "bfloat16"})
+    fields = big.GLM4_32B | dict(num_hidden_layers=3)
+    assert "in bfloat16" in big.write(tmp_path, 3, group)
+    config = glmlora.ChatGLMConfig(**fields)
+    weights = {s.name: s.get() for s in six_b.random_weights(config)}
+    model = type(big.opened(tmp_path))(config, weights, "float32").quantize(4, group_size=group)
+    made = load_checkpoint(tmp_path)
+    for source in weight_sources(model):
+        assert same(source.get(), made[source.name]), source.name
+    assert "tokens/s" in big.answer(tmp_path) and "LoRA step" in big.step(tmp_path)
 
 
 def test_flops_of_rows_that_are_weighed(tmp_path):

@@ -16,7 +16,7 @@ from glmlora.generation import generate as generation
 from glmlora.generation.cache import CachedRow
 from glmlora.generation.labels import score_ids
 from glmlora.model.configuration import ChatGLMConfig
-from glmlora.tools.plan import plan
+from glmlora.tools.plan import plan, products_per_second
 from glmlora.training import methods
 from glmlora.training.arguments import FinetuningArguments
 
@@ -573,6 +573,12 @@ def test_plan_counts_what_runs(directory, method):
         linears = 2 * tokens * (2 * 3 * H * H) + 2 * (tokens + rows) * (H * H + 2 * H * F)
         pairs = rows * (12 * 12 + 13 + 14 + 15 + 16)
         assert planned.flops == linears + 2 * rows * H * V + 2 * 4 * pairs * H
+
+
+@pytest.mark.parametrize("method", ["chat", "lora"])
+def test_a_layer_is_timed(tmp_path, method):
+    large = {"vocab_size": 1000, "bos_token_id": 904, "gmask_token_id": 901, "mask_token_id": 900}
+    assert products_per_second(write(tmp_path / "base", **large), method, 0.0) > 0
 
 
 def test_prompts_of_this_family_share_no_opening(directory):

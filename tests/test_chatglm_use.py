@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import training
+from emulator import built, needs_compiler
 from test_chat import Scripted
 from test_labels import check as check_labels
 from test_workflow import ENV, run_the_documents_notebook
@@ -349,3 +350,29 @@ def test_the_command_line_and_the_plan(speaking, tmp_path):
 def test_the_documents_notebook_untouched(speaking, tmp_path, shared):
     """As in test_workflow.py, over this family; its last cell wants 2,000 rows."""
     run_the_documents_notebook(speaking, tmp_path, shared)
+
+
+@needs_compiler
+def test_on_the_emulator(speaking, folders, monkeypatch):
+    """Answers, probabilities and losses are the processor's."""
+    monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", str(built()))
+    model = glmlora.AutoModel.from_pretrained(speaking).to("emu")
+    tokenizer = AutoTokenizer.from_pretrained(speaking)
+    assert model.chat(tokenizer, "你好", [("q", "a")], do_sample=False)[0] == "1"
+    found = []
+    for device in ("cpu", "emu"):
+        glmlora.set_seed(1)
+        model, tokenizer = opened(folders[1])
+        config = glmlora.LoraConfig(r=4, target_modules="all-linear")
+        tuned = glmlora.get_peft_model(model.to(device), config)
+        optimizer = glmlora.AdamW(tuned, lr=1e-2)
+        row = {"prompt": "p", "query": "q", "response": "1", "history": []}
+        rows = encode_records([row], tokenizer)
+        ids = [*rows.source(0).tolist(), *rows.target(0).tolist()]
+        labels = [-100] * len(rows.source(0)) + rows.target(0).tolist()
+        found.append([])
+        for _ in range(2):
+            found[-1].append(tuned.backward(input_ids=[ids], labels=[labels]))
+            optimizer.step()
+        found[-1] += [*tuned.classify(tokenizer, ["a", "b"], ["0", "你好"]).proba.ravel()]
+    assert np.abs(np.subtract(*found)).max() <= 1e-3 and found[0][1] < found[0][0]

@@ -292,6 +292,8 @@ STREAMING = [
     (test_ops.swiglu_forward, 64, 512, 1.0), (test_ops.swiglu_backward, 64, 512, 1.0, False),
     (test_ops.tanh_forward, 65536, 1.0, False), (test_ops.tanh_backward, 65536, False),
     (test_ops.dropout_forward, 64, 256, 0.1, False), (test_ops.dropout_backward, 64, 256, 0.1),
+    (test_ops.noise, 64, 256, 0.5), (test_ops.dora_forward, 64, 256, True, False),
+    (test_ops.dora_backward, 64, 256, True, False),
     (test_ops.gather, 80, 64, 256), (test_ops.kv_append, 64, 4, 2, 64),
     (test_ops.qkv, 64, 4, 2, 64),
     (test_ops.cross_entropy_forward, 64, 1024, 1.0),
@@ -316,7 +318,8 @@ OTHERS = [
     (test_ops.embedding_backward, 64, 256),
     # scales of 256 columns are half a sector: the other half is a neighbouring warp's
     (test_ops.adapted_forward, 1, 512, 512, 8, "I4 by 32", True),
-    *((test_ops.merge, 64, 256, 8, kind) for kind in test_ops.DTYPES),
+    *((test_ops.merge, 64, 256, 8, True, kind) for kind in test_ops.DTYPES),
+    *((test_ops.dora_norm, 64, 256, 8, kind) for kind in (*test_ops.DTYPES, "I8", "I4")),
     *((test_ops.quantize, 64, 256, kind, "F16", 0.02) for kind in test_ops.QUANTIZED),
     *((op, kind, counts, (4, 2, HD)) for op in (test_ops.attention_forward,
       test_ops.attention_backward) for kind, counts in (("plain", (64, 70)), ("shared", (64, 33)),

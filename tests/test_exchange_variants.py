@@ -146,6 +146,72 @@ def test_gradients_are_those_of_peft(directory, tmp_path, settings):
     assert compared == len(at)
 
 
+BEGINNINGS = {
+    "pissa": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]},
+    "olora": {"r": 4, "target_modules": ["down_proj"], "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("how", BEGINNINGS)
+def test_an_adapter_that_took_a_part_of_the_base(directory, tmp_path, how):
+    """As PEFT stores it, and converted, in both directions."""
+    model = get_peft_model(load(directory), LoraConfig(init_lora_weights=how, **BEGINNINGS[how]))
+    model.save_pretrained(tmp_path / "begun")
+    wanted = logits(trained(model))
+    model.save_pretrained(tmp_path / "ours")
+    model.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "begun"
+    )
+    assert np.abs(wanted - logits(load(directory))).max() > 0.01
+    for folder in ("ours", "plain"):
+        assert np.abs(logits(theirs(directory, tmp_path / folder)) - wanted).max() < ATOL
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=how, **BEGINNINGS[how])
+    other = peft.get_peft_model(theirs(directory), config).eval()
+    other.save_pretrained(str(tmp_path / "first"))
+    for parameter in other.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    other.save_pretrained(str(tmp_path / "theirs"))
+    wanted = logits(other)
+    other.save_pretrained(
+        str(tmp_path / "their plain"), path_initial_model_for_weight_conversion=tmp_path / "first"
+    )
+    for folder in ("theirs", "their plain"):
+        found = PeftModel.from_pretrained(load(directory), tmp_path / folder)
+        assert np.abs(logits(found) - wanted).max() < ATOL
+
+
+@pytest.mark.parametrize("settings", ["all", "dora", "bias"])
+def test_lora_plus_is_that_of_peft(directory, tmp_path, settings):
+    from peft.optimizers import create_loraplus_optimizer
+
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **SETTINGS[settings])
+    if settings == "bias":  # half of a key's bias changes nothing: its gradient is rounding
+        config.target_modules = ["q_proj", "v_proj"]
+    model = get_peft_model(load(directory), config, seed=1)
+    model.save_pretrained(tmp_path / "a")
+    other = peft.PeftModel.from_pretrained(
+        theirs(directory), str(tmp_path / "a"), is_trainable=True
+    )
+    rates = {"lr": 1e-3, "loraplus_lr_ratio": 16}
+    their_step = create_loraplus_optimizer(other, torch.optim.AdamW, **rates)
+    our_step = glmlora.AdamW(model, **rates)
+    ids = torch.tensor(IDS)
+    for _ in range(3):
+        other(input_ids=ids, labels=ids).loss.backward()
+        their_step.step()
+        their_step.zero_grad()
+        model.backward(IDS, labels=IDS)
+        our_step.step()
+    found = {n.removeprefix("base_model.model."): a for n, a in model.state_dict().items()}
+    compared = 0
+    for name, value in other.named_parameters():
+        if value.requires_grad:
+            assert np.abs(found[plain(name)] - value.detach().numpy()).max() < 2e-4, name
+            compared += 1
+    assert compared == len(found)
+
+
 def plain(name):
     for part in ("base_model.model.", ".default", ".modules_to_save"):
         name = name.replace(part, "")

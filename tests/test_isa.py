@@ -11,6 +11,7 @@ import pytest
 
 from glmlora import _core, cli
 from glmlora.model import device
+from glmlora.tools import speed
 
 BARS = ("test_golden.py", "test_model_gradient.py", "test_generation.py", "test_quantization.py")
 # the VNNI ones have the kernels of others, but for bytes (test_ops.py)
@@ -83,6 +84,22 @@ def test_doctor_says_what_is_compiled_and_picked():
     assert "instructions  generic in use (GLMLORA_ISA); this processor runs" in done.stdout
     assert "NOT compiled" not in done.stdout  # as this machine's compiler has them all
     assert [name for name, pair in _core.cpu_kernels().items() if all(pair)] == sets
+
+
+def test_doctor_measures_and_says_what_that_makes_of_models(capsys):
+    found = speed.measure(64, 8, 0)
+    assert list(found.reading) == [form.title for form in speed.FORMS]
+    assert all(1e6 < rate < 1e15 for rates in found for rate in rates.values())
+    same = speed.Speed(dict.fromkeys(found.reading, 10e9), {})
+    rates = speed.expected(same)[
+        "6B"
+    ]  # 11.96 GB in 16 bits, 5.71 + 0.54 in 8, 3.21 + 0.54 in groups
+    assert [round(rate, 2) for rate in rates.values()] == [0.84, 1.6, 2.95, 2.67]
+    assert cli.main(["doctor", "--speed"]) == 0
+    told = capsys.readouterr().out
+    assert "reading weights for a token: float16 " in told and "    9B: float16 " in told
+    assert "int8 " in told.split("products of many rows: ")[1].splitlines()[0]
+    assert cli.main(["doctor"]) == 0 and "speed" not in capsys.readouterr().out
 
 
 def test_a_build_that_lacks_a_set_tells_so(monkeypatch, capsys):

@@ -190,8 +190,9 @@ class Worker(Jobs):
         return ids, mask
 
     def lora(self, lengths, labelled, checkpointing, steps=1, scored=False):
-        """scored: logits at the labelled rows only, which a training loop of one's own can ask
-        for."""
+        """scored: logits at the labelled rows only, by a training loop of one's own. (The class's
+        own `logits_to_keep` takes longer here: torch copies the output layer's weight for each
+        row of the batch.)"""
         import peft
 
         if self.trained is None:
@@ -210,12 +211,19 @@ class Worker(Jobs):
         ids, mask = self.padded(lengths)
         labels = torch.full_like(ids, -100)
         labels[:, -labelled:] = ids[:, -labelled:]
-        rows = dict(logits_to_keep=labelled + 1 if scored else 0)  # the first is ahead of them
-        rows["labels"] = labels[:, -labelled - 1 :] if scored else labels
+
+        def loss():
+            if not scored:
+                return model(ids, attention_mask=mask, labels=labels, use_cache=False).loss
+            whole = model.get_base_model()
+            hidden = whole.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+            rows = hidden[:, -labelled - 1 : -1].reshape(-1, hidden.shape[-1])
+            targets = ids[:, -labelled:].reshape(-1)
+            return torch.nn.functional.cross_entropy(whole.lm_head(rows).float(), targets)
 
         def run():
             for _ in range(steps):
-                model(ids, attention_mask=mask, use_cache=False, **rows).loss.backward()
+                loss().backward()
                 trained = [p for p in model.parameters() if p.requires_grad]
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 self.optimizer.step()

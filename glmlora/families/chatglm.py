@@ -152,6 +152,10 @@ class ChatGLM(Rounds):
             sop_in_place=gmask is None,
         )
 
+    def cut_vocabulary(self, config: Any, size: int) -> None:
+        super().cut_vocabulary(config, size)
+        config.mask_token_id, config.gmask_token_id, config.bos_token_id = range(size - 3, size)
+
     def prefix_input(self, config: Any) -> int:
         return config.hidden_size
 

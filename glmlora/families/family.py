@@ -160,6 +160,10 @@ class Family:
         """
         return None
 
+    def cut_vocabulary(self, config: Any, size: int) -> None:
+        """Let a config have `size` ids, with what it needs of them: to measure, not to answer."""
+        config.padded_vocab_size = size
+
     def prefix_input(self, config: Any) -> int:
         """Columns of a P-Tuning embedding that a projection reads."""
         return config.prefix_width

@@ -129,8 +129,10 @@ def cpu_lines() -> list[str]:
     return lines
 
 
-def report() -> int:
-    """Print the report; 0 when glmlora can work here, 1 when something needed is missing."""
+def report(speed: bool = False) -> int:
+    """Print the report; 0 when glmlora can work here, 1 when something needed is missing.
+    speed: measure the machine, too.
+    """
     problems: list[str] = []
     print(f"python        {platform.python_version()} at {sys.executable}")
     print(f"machine       {platform.machine()}, {platform.system()} {platform.release()}")
@@ -146,6 +148,10 @@ def report() -> int:
     except ValueError as error:
         lines = []
         problems.append(str(error))
+    if speed and not problems:
+        from glmlora.tools import speed as measured
+
+        lines += measured.lines()
     for line in lines:
         print(line)
     print(f"memory        {_gib(_core.memory_available())} available")

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _core
+from .. import _core, families
 from ..files.hub import model_directory
 from ..files.tensor import Tensor
 from ..generation.cache import CHUNK
@@ -244,7 +244,8 @@ def products_per_second(
     config = copy.copy(ChatGLMConfig.from_pretrained(model_directory(model)))
     tokens = min(256, config.seq_length)
     flops = plan(model, 1, tokens, method, labels=1).flops / config.num_layers
-    config.num_layers, config.padded_vocab_size = 1, min(256, config.padded_vocab_size)
+    config.num_layers = 1
+    families.of(config.family).cut_vocabulary(config, min(256, config.padded_vocab_size))
     kind = parse_dtype(config.get("torch_dtype") or "float16") or "F16"
     products = compute_dtype(None, [kind])
     backend = "cpu" if products == "float32" else f"cpu/{products}"

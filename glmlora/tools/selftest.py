@@ -403,6 +403,14 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
+
+
+def _layout_of(module: str) -> str:
+    """model_type of the layout whose checkpoints have a module of this name."""
+    every = families.all_families().values()
+    return next(family.model_type for family in every if module in family.tensor_names)
+
+
 # One whose prompts are read in both directions, with the ops that only it has.
 TWO_WAY = dict(
     model_type="chatglm",
@@ -442,7 +450,7 @@ TIED = dict(
     vocab_size=101,
 )
 BRANCHES = TIED | dict(
-    model_type="glm4",
+    model_type=_layout_of("post_mlp_layernorm"),
     attention_bias=True,
     head_dim=24,
     partial_rotary_factor=0.5,
