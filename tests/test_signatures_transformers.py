@@ -140,7 +140,7 @@ class TestTransformers:
             *("added_tokens_encoder", "pad_token_type_id", "max_len_single_sentence"),
             *("max_len_sentences_pair", "prepare_for_tokenization", "truncate_sequences"),
             *("create_token_type_ids_from_sequences", "save_chat_templates", "save_vocabulary"),
-            *("get_chat_template", "encode_message_with_chat_template", "parse_response"),
+            *("encode_message_with_chat_template", "parse_response"),
             *("get_response_parser", "SPECIAL_TOKENS_ATTRIBUTES", "prepare_seq2seq_batch"),
             *("as_target_tokenizer", "sanitize_special_tokens", "extra_special_tokens"),
         }
