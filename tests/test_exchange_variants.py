@@ -14,12 +14,20 @@ import glmlora
 from glmlora import LoraConfig, PeftModel, get_peft_model
 
 torch = pytest.importorskip("torch", reason="torch is not installed: exchange is not tested")
-peft = pytest.importorskip("peft", reason="peft is not installed: exchange is not tested")
-transformers = pytest.importorskip("transformers")
+peft = transformers = None
 ATOL = 1e-4
 GOLDEN = SHARED / "golden"
 FIXTURES = ["hf-glm-tiny", "glm-edge-tiny", "glm4-32b-0414-tiny"]  # with an adapter of peft's
 NAMES = [module.rpartition(".")[2] for module in LINEARS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries():
+    """Imported when a test begins, not when it is collected: where they are, other tests of the
+    process cannot have this package's modules of their names."""
+    global peft, transformers
+    peft = pytest.importorskip("peft", reason="peft is not installed: exchange is not tested")
+    transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(params=KINDS)
