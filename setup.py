@@ -31,7 +31,9 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16
 SUFFIX_FLAGS = {
     "_generic.c": KERNEL,
     "_avx2.c": KERNEL + ["-mavx2", "-mfma", "-mf16c"],
+    "_avxvnni.c": KERNEL + ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
     "_avx512.c": KERNEL + AVX512,
+    "_avx512vnni.c": KERNEL + AVX512 + ["-mavx512vnni"],
     "_avx512bf16.c": KERNEL + AVX512 + ["-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"],
 }
 STRICT = [
@@ -184,7 +186,7 @@ class BuildPerFile(build_ext):
 
 sources = sorted(glob.glob("csrc/*.c") + glob.glob("csrc/*/*.c"))
 if not X86:
-    sources = [s for s in sources if not s.endswith(("_avx2.c", "_avx512.c", "_avx512bf16.c"))]
+    sources = [s for s in sources if "/kernels_avx" not in s]
 # last: the kernels at -O3, or with their variables described, take five times as long to compile
 THREADS = os.environ.get("GLMLORA_SANITIZE") == "thread"
 sanitize = ["-fsanitize=" + ("thread" if THREADS else "address,undefined")]

@@ -29,6 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE / "peers")]
 
 import make_gguf  # noqa: E402
 import six_b  # noqa: E402
+from sides import SIX_B, glm_fields  # noqa: E402
 
 LAYERS, WHOLE, REPS = 2, 28, 5  # in the file, in the model, runs at most
 QKV, DENSE, MLP = 4608 * 4096, 4096 * 4096, 3 * 4096 * 13696  # weights of a layer
@@ -116,8 +117,13 @@ class Limits:
 
 
 class Bench:
-    """Opens sides when they are first needed, runs jobs on them and keeps rows of the table."""
+    """Opens sides when they are first needed, runs jobs on them and keeps rows of the table.
+    MODELS: name -> what writes its directory."""
 
+    MODELS = {
+        "six": lambda directory: six_b.make(directory, num_layers=LAYERS),
+        "tiny": lambda directory: six_b.make(directory, **TINY),
+    }
     OURS = {
         "float16": (),
         "int8": ("--bits", 8),
@@ -130,11 +136,12 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.minutes = folder, minutes
         self.limits, self.rows, self.sides, self.curves = Limits(folder), [], {}, {}
-        for name, shapes in {"six": dict(num_layers=LAYERS), "tiny": TINY}.items():
-            if not (folder / name / "model.safetensors").exists():
+        for name, make in self.MODELS.items():
+            if not any((folder / name).glob("*.safetensors")):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-                six_b.make(folder / name, **shapes)
-                forget(folder / name / "model.safetensors")
+                make(folder / name)
+                for file in (folder / name).glob("*.safetensors"):
+                    forget(file)
         self.torch = "torch" in peers and interpreter("torch", "transformers", "peft")
         self.llama = "llama" in peers and interpreter("llama_cpp")
         self.product = "bf16_gflop_s" if "bf16_gflop_s" in self.limits.now else "fma_gflop_s"
@@ -272,14 +279,20 @@ def those(medians, names):
     return {shown: medians[n] for shown, n in names.items() if n in medians}
 
 
-def step_flops(lengths, labelled):
-    """Of a LoRA step on query_key_value: what the mathematics needs. Below the lowest adapter
-    nothing goes back, and of the last layer's rows after attention only the labelled are read."""
+def step_flops(lengths, labelled, config=SIX_B):
+    """Of a LoRA step on queries, keys and values: what the mathematics needs. Below the lowest
+    adapter nothing goes back, and of the last layer's rows after attention only the labelled are
+    read."""
+    f = glm_fields(config)
+    hidden, width = f["hidden_size"], f["num_attention_heads"] * f["head_dim"]
+    qkv = hidden * (width + 2 * f["num_key_value_heads"] * f["head_dim"])
+    rest = hidden * (width + 3 * f["intermediate_size"])
+    layers, head = f["num_hidden_layers"], f["vocab_size"] * hidden
     tokens, read = sum(lengths), labelled * len(lengths)
-    rest, square = DENSE + MLP, sum(n * n for n in lengths)
-    forward = tokens * (WHOLE * QKV + (WHOLE - 1) * rest) + read * (rest + 65024 * 4096)
-    back = tokens * (WHOLE - 1) * (QKV + rest) + read * (rest + 65024 * 4096)
-    return 2 * (forward + back) + 3 * 2 * 4096 * square * WHOLE  # attention: causal, 1 + 2 times
+    square = sum(n * n for n in lengths)
+    forward = tokens * (layers * qkv + (layers - 1) * rest) + read * (rest + head)
+    back = tokens * (layers - 1) * (qkv + rest) + read * (rest + head)
+    return 2 * (forward + back) + 3 * 2 * width * square * layers  # attention: causal, 1 + 2 times
 
 
 def prefill_flops(tokens):

@@ -7,6 +7,7 @@ weights are random, 2 threads; seconds are those of 28 layers, found from fewer 
 Sides are run in turn, and a figure is the median of those of the rounds:
 
     classify      float16, two labels of three tokens
+    classify int8 the same over int8 weights, with int8 products, where the processor has them
     batch_chat    the same rows, three new tokens, greedy
     transformers  the loop of the workflow's notebook: one row after the other, three new tokens;
                   in bfloat16 or in float32, whichever was faster in the first round
@@ -51,6 +52,7 @@ from glmlora.tools.project import tiny_directory  # noqa: E402
 ROWS, FEATURES = 1333, 16384  # of a table that trains a head
 BARS = {
     "times the rows/s of transformers' row loop": 3.0,
+    "times the rows/s of transformers' row loop, int8 products": 3.0,
     "times the rows/s of batch_chat": 1.15,
     "of the machine's peak of products": 0.85,
     "500 rows' memory / 2,000 rows'": 0.95,
@@ -78,6 +80,8 @@ def speed(bench, python, rows, runs):
         "classify": ("float16", dict(job="classify", lengths=ours, opening=OPENING)),
         "batch_chat": ("float16", predict | dict(lengths=ours, opening=OPENING)),
     }
+    if bench.side("int8 arithmetic"):
+        jobs["classify int8"] = "int8 arithmetic", jobs["classify"][1]
     for dtype in ("bfloat16", "float32") if python else ():
         path, options = bench.folder / "six", ("--dtype", dtype)
         bench.sides[dtype] = Side(python, "peers/torch_peer.py", path, *options)
@@ -184,8 +188,10 @@ def main():
         "LoRA's epoch / a head's": epoch / step,
     }
     for dtype in {"bfloat16", "float32"} & set(median):
-        times = ratio(rates["classify"], rates[dtype])
-        found["times the rows/s of transformers' row loop"] = times
+        loop = "times the rows/s of transformers' row loop"
+        found[loop] = ratio(rates["classify"], rates[dtype])
+        if "classify int8" in rates:
+            found[f"{loop}, int8 products"] = ratio(rates["classify int8"], rates[dtype])
     facts = dict(machine=processor(), seconds=round(time.perf_counter() - begun))
     facts |= dict(rows_per_second=rates, median=median, peak_gflop_s=peaks)
     facts |= dict(peak_memory=peak_memory, lora_epoch_seconds=epoch, found=found, bars=BARS)

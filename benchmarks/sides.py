@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 
-# ChatGLM2-6B's config.json, as far as it gives shapes.
+# Of published models' config.json, what gives shapes; ChatGLM2-6B's.
 SIX_B = dict(
     num_layers=28,
     hidden_size=4096,
@@ -20,8 +20,72 @@ SIX_B = dict(
 )
 
 
+# GLM-4-9B-chat, and its copy in the transformers layout.
+NINE_B = SIX_B | dict(
+    _name_or_path="THUDM/glm-4-9b-chat",
+    num_layers=40,
+    padded_vocab_size=151552,
+    seq_length=131072,
+    layernorm_epsilon=1.5625e-07,
+    rope_ratio=500,
+    torch_dtype="bfloat16",
+)
+NINE_B_HF = dict(
+    model_type="glm",
+    architectures=["GlmForCausalLM"],
+    num_hidden_layers=40,
+    hidden_size=4096,
+    intermediate_size=13696,
+    head_dim=128,
+    num_attention_heads=32,
+    num_key_value_heads=2,
+    vocab_size=151552,
+    max_position_embeddings=131072,
+    rms_norm_eps=1.5625e-07,
+    attention_bias=True,
+    partial_rotary_factor=0.5,
+    rope_theta=5000000.0,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+)
+EDGE = NINE_B_HF | dict(
+    num_hidden_layers=28,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    vocab_size=59264,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-05,
+    attention_bias=False,
+    partial_rotary_factor=1.0,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    pad_token_id=59246,
+    eos_token_id=[59246, 59253, 59255],
+)
+GLM4_32B = NINE_B_HF | dict(
+    model_type="glm4",
+    architectures=["Glm4ForCausalLM"],
+    num_hidden_layers=61,
+    hidden_size=6144,
+    intermediate_size=23040,
+    num_attention_heads=48,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-05,
+    attention_bias=False,
+    rope_theta=10000.0,
+)
+
+
 def glm_fields(c):
-    """Of a ChatGLM2 config.json: the fields of a transformers.GlmConfig of the same shapes."""
+    """The fields of a transformers.GlmConfig of the shapes of a config.json, a `glm` one's or
+    ChatGLM2's."""
+    if "num_hidden_layers" in c:
+        own = ("model_type", "architectures", "torch_dtype")
+        return {k: v for k, v in c.items() if k not in own} | dict(
+            pad_token_id=0, eos_token_id=None
+        )
     return dict(
         vocab_size=c["padded_vocab_size"],
         hidden_size=c["hidden_size"],

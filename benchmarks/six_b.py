@@ -21,49 +21,47 @@ import numpy as np
 from sides import SIX_B, Peak
 
 import glmlora
-from glmlora.files.checkpoint import Source, save_sharded
+from glmlora import _core
+from glmlora.files.checkpoint import Source, Tensor, save_sharded, to_bf16
+from glmlora.model.parameters import parse_dtype
 from glmlora.tools.project import tiny_directory
 
 
-def make(directory, **changes):
-    """The checkpoint; matrices are cut from one random block at different places. changes: of the
-    config, e.g. num_layers=2."""
-    config = json.loads((tiny_directory() / "config.json").read_text()) | SIX_B | changes
-    config["_name_or_path"] = "THUDM/chatglm2-6b"
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copyfile(tiny_directory() / name, directory / name)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
-    block = np.random.default_rng(0).normal(0, 0.02, 1 << 26).astype(np.float16)
-    C, F, V = (config[n] for n in ("hidden_size", "ffn_hidden_size", "padded_vocab_size"))  # noqa: N806
-    AO = config["num_attention_heads"] * config["kv_channels"]  # noqa: N806
-    QKV = AO + 2 * config["multi_query_group_num"] * config["kv_channels"]  # noqa: N806
-    shapes = {"transformer.embedding.word_embeddings.weight": (V, C)}
-    for i in range(config["num_layers"]):
-        layer = f"transformer.encoder.layers.{i}."
-        shapes |= {
-            layer + "input_layernorm.weight": (C,),
-            layer + "self_attention.query_key_value.weight": (QKV, C),
-            layer + "self_attention.query_key_value.bias": (QKV,),
-            layer + "self_attention.dense.weight": (C, AO),
-            layer + "post_attention_layernorm.weight": (C,),
-            layer + "mlp.dense_h_to_4h.weight": (2 * F, C),
-            layer + "mlp.dense_4h_to_h.weight": (C, F),
-        }
-    shapes["transformer.encoder.final_layernorm.weight"] = (C,)
-    shapes["transformer.output_layer.weight"] = (V, C)
+def random_weights(config):
+    """Sources of the weights of a ChatGLMConfig, in its type; matrices are cut from one random
+    block at different places."""
+    dtype = parse_dtype(config.torch_dtype)
+    block = np.random.default_rng(0).normal(0, 0.02, 1 << 26).astype(np.float32)
+    block = block.astype(np.float16) if dtype == "F16" else to_bf16(block).data
 
     def values(name, shape, place):
         if len(shape) == 1:
-            return np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float16)
-        n = shape[0] * shape[1]
-        start = place % 9973
-        return np.resize(block[start:], n).reshape(shape)
+            one = np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
+            return one.astype(np.float16) if dtype == "F16" else to_bf16(one)
+        n, start = shape[0] * shape[1], place % 9973
+        return Tensor(np.resize(block[start:], n).reshape(shape), dtype)
 
-    sources = [
-        Source(name, "F16", shape, lambda n=name, s=shape, i=i: values(n, s, 131 * i))
+    shapes = _core.Model(config.arch(), "plan", names=config.tensor_names).shapes()
+    return [
+        Source(name, dtype, shape, lambda n=name, s=shape, i=i: values(n, s, 131 * i))
         for i, (name, shape) in enumerate(shapes.items())
     ]
-    save_sharded(directory, sources, max_shard_size=1_900_000_000)
+
+
+def write_model(directory, config):
+    """A checkpoint with random weights; config: the fields of its config.json."""
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    weights = random_weights(glmlora.ChatGLMConfig.from_pretrained(directory))
+    save_sharded(directory, weights, max_shard_size=1_900_000_000)
+
+
+def make(directory, **changes):
+    """A checkpoint of ChatGLM2-6B's shapes. changes: of the config, e.g. num_layers=2."""
+    own = json.loads((tiny_directory() / "config.json").read_text())
+    config = own | SIX_B | {"_name_or_path": "THUDM/chatglm2-6b"} | changes
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(tiny_directory() / name, directory / name)
+    write_model(directory, config)
 
 
 def measure(part, directory, tokens):

@@ -39,18 +39,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from sides import Jobs, Peak, memory, serve  # noqa: E402
 
 import glmlora  # noqa: E402
-from glmlora import _core  # noqa: E402
+from glmlora import _core, families  # noqa: E402
 from glmlora.generation.config import GenerationConfig  # noqa: E402
 from glmlora.generation.generate import generate_rows  # noqa: E402
 from glmlora.generation.labels import score_ids  # noqa: E402
+from glmlora.model.parameters import embedding_of  # noqa: E402
 
 KEEP_ALL, KEEP_NONE = 1 << 40, 1  # budgets of activations
 
 
 def with_lora(model):
-    """The model with rank 8 on query_key_value, to be trained."""
+    """The model with rank 8 on queries, keys and values, to be trained."""
+    targets = families.of(model.config.family).targets
     config = glmlora.LoraConfig(
-        r=8, lora_alpha=32.0, lora_dropout=0.1, target_modules=["query_key_value"]
+        r=8, lora_alpha=32.0, lora_dropout=0.1, target_modules=list(targets)
     )
     glmlora.get_peft_model(model, config)
     model.core.set_trainable([n for n in model.core.names() if ".lora_" in n])
@@ -85,8 +87,10 @@ class Worker(Jobs):
         self.layer = sum(t.nbytes for n, t in self.bound.items() if ".layers.0." in n)
         self.weights = sum(t.nbytes for t in self.bound.values())
         self.weights += (self.whole - self.here) * self.layer
-        embedding = next(t.nbytes for n, t in self.bound.items() if "word_embeddings" in n)
-        self.read = self.weights - embedding  # by a step of decoding; of the embedding it is a row
+        # by a step of decoding; of the embedding it is a row, where that is no output layer, too
+        config = self.file.config
+        table = 0 if config.tied_head else self.bound[embedding_of(config)].nbytes
+        self.read = self.weights - table
         self.file.core.extend(self.file.core.cache(1, 8), [0], self.ids(8), np.array([8], np.int32))
         self.resident = memory("VmRSS") + (self.whole - self.here) * self.layer
         self.threads = _core.get_num_threads()

@@ -187,10 +187,9 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
         return glm_ref_f64_create(out, err);
     if (parse_device(&device, name))
         return cuda_create(out, &device, name, err);
-    return glm_fail(
-        err, GLM_EVALUE,
-        "backend '%s': expected cpu[:generic|:avx2|:avx512|:avx512bf16][/float32|/bfloat16|"
-        "/int8], ref_f32, ref_f64, cuda[:N][/float32|/float16|/bfloat16], plan[/bfloat16|/int8] or "
-        "plan:cuda..",
-        name);
+    return glm_fail(err, GLM_EVALUE,
+                    "backend '%s': expected cpu[:ISA][/float32|/bfloat16|/int8], ref_f32, ref_f64, "
+                    "cuda[:N][/float32|/float16|/bfloat16], plan[/bfloat16|/int8] or "
+                    "plan:cuda..",
+                    name);
 }

@@ -9,17 +9,32 @@
 extern "C" {
 #endif
 
-/* One family as numbers. A family that differs in kind (norm place, MLP, mask) adds a field here and
- * one branch in model/block.c. */
+/* One family as numbers. A family that differs in kind (norm, MLP, residual) adds a field here and
+ * one branch in model/norm.c or model/block.c. */
 struct glm_arch {
     int layers, hidden, ffn, heads, kv_heads, head_dim, vocab;
     int max_positions, rotary_dim;
     double eps, rope_base, rope_divisor;
     int qkv_bias;
-    int half_rope_table; /* cos and sin as ChatGLM2's float16 code gets them */
-    int split_qkv;       /* queries, keys and values are linears of their own */
-    int branch_norms;    /* norms of what attention and MLP yield, before it is added */
-    int tied_head;       /* the output layer's weight is that of the embeddings */
+    int half_rope_table;       /* cos and sin as ChatGLM2's float16 code gets them */
+    int split_qkv;             /* queries, keys and values are linears of their own */
+    int branch_norms;          /* norms of what attention and MLP yield, before it is added */
+    int tied_head;             /* the output layer's weight is that of the embeddings */
+    int linear_bias;           /* dense, dense_h_to_4h and dense_4h_to_h have biases */
+    int layer_norm;            /* LayerNorm with bias, not RMSNorm */
+    int gelu;                  /* of ffn columns of dense_h_to_4h, not SwiGLU of 2 ffn */
+    int qkv_by_head;           /* query_key_value yields [q | k | v] of one head after the other */
+    int half_rope_frequencies; /* the rotary table is exact but for frequencies in float16 */
+    /* What a branch is added to: so many times what the norm before it yields; 0: what went into
+     * that norm, as it was. */
+    double residual_scale;
+    int prefix_input; /* columns of P-Tuning's embedding where a projection reads it */
+    /* Positions in two dimensions, which follow from a row's ids. The context, all before the first
+     * `sop`, is seen from everywhere and has positions 0, 1, .. in block 0; what follows stands at
+     * the position of the first `gmask`, or where there is none of the first `mask`, in blocks 1,
+     * 2, ..; sop_in_place: but for the first sop after a gmask, whose position is its own. */
+    int rope_2d;
+    int sop, gmask, mask, sop_in_place;
 };
 
 /* What a family's checkpoints call its modules; the names of tensors are made of them, as those of
@@ -115,8 +130,8 @@ glm_status glm_model_read(struct glm_model *m, int weight, enum glm_part part, v
 glm_status glm_model_write(struct glm_model *m, int weight, enum glm_part part, const void *values,
                            struct glm_error *err);
 
-/* ---- running. Flat ids (N), lengths (S); NULL positions: 0.. in each segment; rows (M) ascending
- * flat indices. */
+/* ---- running. Flat ids (N), lengths (S); NULL positions: 0.. in each segment, and always with
+ * rope_2d; rows (M) ascending flat indices. */
 
 struct glm_input {
     const int32_t *ids, *lengths, *positions, *rows, *targets;
@@ -187,7 +202,9 @@ glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm
 glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct glm_error *err);
 /* Room for more tokens in each row; what the cache holds stays. */
 glm_status glm_cache_grow(struct glm_cache *c, int capacity, struct glm_error *err);
-/* logits (n, V) real on the host: after the last token of each of the n rows, which are distinct */
+/* logits (n, V) real on the host: after the last token of each of the n rows, which are distinct.
+ * With rope_2d the first call for a row has its whole context, and a row cannot be rewound into it;
+ * nothing can be shared. */
 glm_status glm_cache_extend(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
                             const int32_t *lengths, void *logits, struct glm_error *err);
 /* How the next tokens of n rows are chosen (struct glm_choice in backend.h): the same draw for any

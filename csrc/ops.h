@@ -29,7 +29,7 @@ OP(embedding_forward, N,
 OP(embedding_backward, N,
    void *dweight, const void *dout, const int32_t *ids, int N, int C)
 
-/* ---- norms: Zhang & Sennrich 2019, eq. 4 */
+/* ---- norms: Zhang & Sennrich 2019, eq. 4; Ba et al. 2016 */
 
 /* out = inp * rstd * weight,  rstd = (mean_C(inp^2) + eps)^-1/2
  *   out, inp (N, C)   weight (C)   rstd (N), kept for backward */
@@ -46,6 +46,19 @@ OP(add_rmsnorm_forward, N,
 OP(rmsnorm_backward, N,
    void *dinp, void *dweight, const void *dout, const void *inp, const void *weight,
    const void *rstd, int N, int C)
+
+/* out = (inp - mean) * rstd * weight + bias,  rstd = (mean_C((inp - mean)^2) + eps)^-1/2
+ *   out, inp (N, C)   weight, bias (C)   mean, rstd (N), kept for backward */
+OP(layernorm_forward, N,
+   void *out, void *mean, void *rstd, const void *inp, const void *weight, const void *bias,
+   int N, int C, double eps)
+/* With xhat = (inp - mean) * rstd and g = dout * weight:
+ *   dinp    += rstd * (g - mean_C(g) - xhat * mean_C(g * xhat))
+ *   dweight += sum_N(dout * xhat)      either may be NULL
+ *   dbias   += sum_N(dout) */
+OP(layernorm_backward, N,
+   void *dinp, void *dweight, void *dbias, const void *dout, const void *inp, const void *weight,
+   const void *mean, const void *rstd, int N, int C)
 
 /* ---- linear. The sum over I (forward), O (input) or N (weight) is never split over threads. */
 
@@ -107,6 +120,18 @@ OP(rope_backward, N,
    void *dx, const void *table, const int32_t *position,
    int N, int heads, int HD, int stride, int rotary_dim)
 
+/* In two dimensions (ChatGLM-6B): of the first `heads` heads of each row the pairs (j, j + HD/4),
+ * j < HD/4, are rotated in place by the angle of position[n], the pairs (HD/2 + j, HD/2 + j + HD/4)
+ * by that of block[n]; HD is a multiple of 4
+ *   x (N, stride)   table (positions, HD/4, 2): cos, sin   position, block (N) */
+OP(rope_2d_forward, N,
+   void *x, const void *table, const int32_t *position, const int32_t *block,
+   int N, int heads, int HD, int stride)
+/* The same with -sin. */
+OP(rope_2d_backward, N,
+   void *dx, const void *table, const int32_t *position, const int32_t *block,
+   int N, int heads, int HD, int stride)
+
 /* ---- attention */
 
 /* out = softmax(q k^T / sqrt(HD)) v over what each token's segment lets it see (glm_segment)
@@ -131,6 +156,14 @@ OP(qkv_forward, N,
 /* dq, dk, dv = their columns of dqkv */
 OP(qkv_backward, N,
    void *dq, void *dk, void *dv, const void *dqkv, int N, struct glm_heads heads)
+
+/* qkv[n] = [all q | all k | all v] of a row that holds [q | k | v] of one head after the other
+ *   qkv, inp (N, 3*NH*HD)   KVH == NH */
+OP(qkv_by_head_forward, N,
+   void *qkv, const void *inp, int N, struct glm_heads heads)
+/* dinp = the columns of dqkv, each where inp had it */
+OP(qkv_by_head_backward, N,
+   void *dinp, const void *dqkv, int N, struct glm_heads heads)
 
 /* cache row slot[n] = key and value of row n of qkv
  *   qkv (N, (NH+2*KVH)*HD)   slot (N) */
@@ -166,6 +199,14 @@ OP(swiglu_forward, N,
  *   dinp (N, 2F) may be inp itself */
 OP(swiglu_backward, N,
    void *dinp, const void *dout, const void *inp, int N, int F)
+
+/* out = 0.5 inp (1 + tanh(sqrt(2/pi) (inp + 0.044715 inp^3))), n elements; in place allowed
+ *                                                             Hendrycks & Gimpel 2016 */
+OP(gelu_forward, n,
+   void *out, const void *inp, size_t n)
+/* dinp = dout * gelu'(inp); dinp may be inp or dout */
+OP(gelu_backward, n,
+   void *dinp, const void *dout, const void *inp, size_t n)
 
 /* out = tanh(inp), n elements; in place allowed */
 OP(tanh_forward, n,
@@ -210,6 +251,9 @@ OP(cross_entropy_backward, M,
 /* out = a + b, n elements; out may be a or b */
 OP(add, n,
    void *out, const void *a, const void *b, size_t n)
+/* out = scale * a + b, n elements; out may be a or b */
+OP(scaled_add, n,
+   void *out, const void *a, const void *b, size_t n, double scale)
 /* *out, on the device, = sum of x^2 in double, over fixed parts in order: the same for any thread
  * count */
 OP(sum_squares, n,

@@ -189,6 +189,7 @@ static __device__ __forceinline__ void decode_strips(const decoding &d, const ru
     load_keys(key, d, w, k0);
     load_values(value, d, w, k0);
     for (int s = warp; s < STEPS; s += WARPS) {
+        GLM_EXPECT(s < STEPS);
         const float *from = head_query(a, w, min(r, w.heads - 1)),
                     *next = head_query(a, w, min(r + 8, w.heads - 1));
         const f4 x = quad<true>(from, 16 * s + 4 * q, HD), y = quad<true>(next, 16 * s + 4 * q, HD);

@@ -265,18 +265,19 @@ static __device__ wide survey(float *row, float temperature, const drawn_row &r,
     }
 #pragma unroll
     for (int i = 0; i <= CUTS; i++) {
-        const int at = min(i, CUTS - 1);
 #pragma unroll
-        for (int o = 16; o; o >>= 1) {
+        for (int o = 16; o; o >>= 1)
             sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], o);
-            if (i < CUTS)
-                count[at] += __shfl_xor_sync(0xffffffffu, count[at], o);
-        }
-        if (lane == 0) {
+        if (lane == 0)
             masses[i][threadIdx.x >> 5] = sum[i];
-            if (i < CUTS)
-                numbers[at][threadIdx.x >> 5] = count[at];
-        }
+    }
+#pragma unroll
+    for (int i = 0; i < CUTS; i++) {
+#pragma unroll
+        for (int o = 16; o; o >>= 1)
+            count[i] += __shfl_xor_sync(0xffffffffu, count[i], o);
+        if (lane == 0)
+            numbers[i][threadIdx.x >> 5] = count[i];
     }
     __syncthreads();
     wide total = 0;
@@ -303,6 +304,7 @@ static __device__ void list(drawn_row &r, float cut, int number)
     over_row(r, [&](float score, int column) {
         if (score >= cut) {
             const int at = atomicAdd(&next, 1);
+            GLM_EXPECT(at < LISTED);
             scores[at] = score;
             columns[at] = column;
         }
@@ -326,12 +328,15 @@ static __device__ int draw(float *row, drawn_row &r, const glm_choice &c, int co
     int turn = 0, number[CUTS];
     wide found[3], mass[CUTS], total = survey(row, c.temperature, r, mass, number);
     const bool few = c.top_k > 0 && c.top_k < r.V;
-    for (int i = 0; i < CUTS; i++)
-        if (number[i] <= LISTED &&
-            (few ? number[i] >= c.top_k : c.top_p < 1 && mass[i] >= needed(c.top_p, total))) {
+#pragma unroll
+    for (int i = 0; i < CUTS; i++) {
+        const bool enough =
+            few ? number[i] >= c.top_k : c.top_p < 1 && mass[i] >= needed(c.top_p, total);
+        if (enough && number[i] <= LISTED) {
             list(r, cut_of(r.top, i), number[i]);
             break;
         }
+    }
     if (few) {
         r.least = descend<COUNT>(r, 32, (wide)c.top_k, &turn);
         weigh<MASS>(r, 0, 1, turn++, found);

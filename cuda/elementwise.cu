@@ -1,4 +1,4 @@
-/* Element by element: SwiGLU, tanh, dropout, add. A thread has four adjacent elements of a row. */
+/* Element by element: SwiGLU, GELU, tanh, dropout, sums. A thread has four adjacent elements of a row. */
 #include "launch.cuh"
 
 static __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -41,6 +41,43 @@ k_swiglu_backward(float *dinp, const float *dout, const float *inp, int F, int b
     }
     store4(dinp + n * 2 * F, f, F, gate);
     store4(dinp + n * 2 * F + F, f, F, up);
+}
+
+/* 2 sqrt(2/pi) (x + 0.044715 x^3), of which the sigmoid is (1 + tanh(half of it)) / 2 */
+static __device__ __forceinline__ float gelu_slope(float x)
+{
+    return 1.5957691216057308f * x * (1.0f + 0.044715f * x * x);
+}
+
+GLM_KERNEL(256) k_gelu_forward(float *out, const float *inp, size_t n)
+{
+    const size_t i = flat4();
+    let_next_begin();
+    after_previous();
+    if (i >= n)
+        return;
+    f4 x = load4(inp, i, n);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        x.v[j] *= sigmoid(gelu_slope(x.v[j]));
+    store4(out, i, n, x);
+}
+
+/* dinp may be inp or dout: a thread has read what it writes */
+GLM_KERNEL(256) k_gelu_backward(float *dinp, const float *dout, const float *inp, size_t n)
+{
+    const size_t i = flat4();
+    if (i >= n)
+        return;
+    f4 d = load4(dout, i, n);
+    const f4 x = load4(inp, i, n);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float s = sigmoid(gelu_slope(x.v[j]));
+        const float steep = 1.5957691216057308f * (1.0f + 3.0f * 0.044715f * x.v[j] * x.v[j]);
+        d.v[j] *= s + x.v[j] * (s * (1.0f - s)) * steep;
+    }
+    store4(dinp, i, n, d);
 }
 
 GLM_KERNEL(256) k_tanh_forward(float *out, const float *inp, size_t n)
@@ -104,16 +141,19 @@ GLM_KERNEL(256) k_noise(float *x, int C, int blocks, float size, mask_of draw)
     store4(x + n * C, c, C, y);
 }
 
-GLM_KERNEL(256) k_add(float *out, const float *a, const float *b, size_t n)
+/* out = scale a + b; of scale 1 the product is exact */
+GLM_KERNEL(256) k_add(float *out, const float *a, const float *b, size_t n, float scale)
 {
     const size_t i = flat4();
+    let_next_begin();
+    after_previous();
     if (i >= n)
         return;
     f4 x = load4(a, i, n);
     const f4 y = load4(b, i, n);
 #pragma unroll
     for (int j = 0; j < 4; j++)
-        x.v[j] += y.v[j];
+        x.v[j] = scale * x.v[j] + y.v[j];
     store4(out, i, n, x);
 }
 
@@ -135,6 +175,23 @@ extern "C" void glm_cuda_swiglu_backward(void *cx, void *dinp, const void *dout,
     if (glm_cuda_begin(cuda))
         GLM_LAUNCH(cuda, "swiglu_backward", k_swiglu_backward, (size_t)N * blocks_of(F), 256, 0,
                    (float *)dinp, (const float *)dout, (const float *)inp, F, blocks_of(F));
+}
+
+extern "C" void glm_cuda_gelu_forward(void *cx, void *out, const void *inp, size_t n)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH_AFTER(cuda, "gelu_forward", k_gelu_forward, ceil_div(n, 1024), 256, 0,
+                         (float *)out, (const float *)inp, n);
+}
+
+extern "C" void glm_cuda_gelu_backward(void *cx, void *dinp, const void *dout, const void *inp,
+                                       size_t n)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH(cuda, "gelu_backward", k_gelu_backward, ceil_div(n, 1024), 256, 0, (float *)dinp,
+                   (const float *)dout, (const float *)inp, n);
 }
 
 extern "C" void glm_cuda_tanh_forward(void *cx, void *out, const void *inp, size_t n)
@@ -186,6 +243,15 @@ extern "C" void glm_cuda_add(void *cx, void *out, const void *a, const void *b, 
     struct cuda *cuda = cuda_of(cx);
     if (glm_cuda_begin(cuda))
         GLM_LAUNCH(cuda, "add", k_add, ceil_div(n, 1024), 256, 0, (float *)out, (const float *)a,
-                   (const float *)b, n);
+                   (const float *)b, n, 1.0f);
+}
+
+extern "C" void glm_cuda_scaled_add(void *cx, void *out, const void *a, const void *b, size_t n,
+                                    double scale)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH_AFTER(cuda, "scaled_add", k_add, ceil_div(n, 1024), 256, 0, (float *)out,
+                         (const float *)a, (const float *)b, n, (float)scale);
 }
 #endif

@@ -1,4 +1,5 @@
-/* Rotary positions, in place: a thread rotates two adjacent pairs, 16 bytes. */
+/* Rotary positions, in place: a thread rotates two adjacent pairs, 16 bytes; in two dimensions, where
+ * pairs are apart, four of them. */
 #include "launch.cuh"
 
 /* Pairs of a that lie before column rotary_dim, by the angles of a position. */
@@ -33,6 +34,34 @@ k_rope(float *x, const float *table, const int *position, int N, int heads, int 
     store4(head, i, rotary_dim,
            rotated(load4(head, i, rotary_dim), table + (size_t)position[n] * rotary_dim, i,
                    rotary_dim, sign));
+}
+
+/* Half 0 of a head turns by the angle of position[n], half 1 by that of block[n]. */
+GLM_KERNEL(256)
+k_rope_2d(float *x, const float *table, const int *position, const int *block, int N, int heads,
+          int HD, int stride, float sign)
+{
+    const int Q = HD / 4, quads = (Q + 3) / 4, in_row = 2 * heads * quads;
+    const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = at / in_row;
+    let_next_begin();
+    after_previous();
+    if (n >= (size_t)N)
+        return;
+    const int of_row = (int)(at % in_row), half = of_row / quads, i = of_row % quads * 4;
+    float *low = x + n * stride + (size_t)half * (2 * Q), *high = low + Q;
+    const float *angles = table + (size_t)(half % 2 ? block : position)[n] * (2 * Q);
+    const f4 first = load4(angles, 2 * i, 2 * Q), second = load4_or_zero(angles, 2 * i + 4, 2 * Q);
+    const f4 a = load4(low, i, Q), b = load4(high, i, Q);
+    f4 turned_a, turned_b;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const f4 angle = j < 2 ? first : second;
+        const float c = angle.v[2 * (j % 2)], s = sign * angle.v[2 * (j % 2) + 1];
+        turned_a.v[j] = a.v[j] * c - b.v[j] * s;
+        turned_b.v[j] = b.v[j] * c + a.v[j] * s;
+    }
+    store4(low, i, Q, turned_a);
+    store4(high, i, Q, turned_b);
 }
 
 /* Queries and keys of a token are rotated in place; keys and values go to its row of the cache. */
@@ -96,5 +125,29 @@ extern "C" void glm_cuda_rope_backward(void *cx, void *dx, const void *table,
                                        int stride, int rotary_dim)
 {
     rope(cx, dx, table, position, N, heads, HD, stride, rotary_dim, -1);
+}
+
+static void rope_2d(void *cx, void *x, const void *table, const int32_t *position,
+                    const int32_t *block, int N, int heads, int HD, int stride, float sign)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const size_t threads = (size_t)N * 2 * heads * ceil_div(HD / 4, 4);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH_AFTER(cuda, "rope_2d", k_rope_2d, ceil_div(threads, 256), 256, 0, (float *)x,
+                         (const float *)table, position, block, N, heads, HD, stride, sign);
+}
+
+extern "C" void glm_cuda_rope_2d_forward(void *cx, void *x, const void *table,
+                                         const int32_t *position, const int32_t *block, int N,
+                                         int heads, int HD, int stride)
+{
+    rope_2d(cx, x, table, position, block, N, heads, HD, stride, 1);
+}
+
+extern "C" void glm_cuda_rope_2d_backward(void *cx, void *dx, const void *table,
+                                          const int32_t *position, const int32_t *block, int N,
+                                          int heads, int HD, int stride)
+{
+    rope_2d(cx, dx, table, position, block, N, heads, HD, stride, -1);
 }
 #endif

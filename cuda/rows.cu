@@ -1,5 +1,5 @@
 /* Rows that are copied: to and from the cache, those that someone reads, the P-Tuning
- * prefix, queries, keys and values side by side. */
+ * prefix, queries, keys and values side by side or by head. */
 #include "launch.cuh"
 
 /* keys and values of row n of qkv: one run of 2 * KV floats */
@@ -58,6 +58,22 @@ k_qkv_backward(float *dq, float *dk, float *dv, const float *dqkv, int Q, int KV
     copy_row(dq + n * Q, row, Q);
     copy_row(dk + n * KV, row + Q, KV);
     copy_row(dv + n * KV, row + Q + KV, KV);
+}
+
+/* Rows of [all q | all k | all v] from rows of [q | k | v] of one head after the other, or back. */
+GLM_KERNEL(256)
+k_qkv_by_head(float *to, const float *from, int N, int NH, int HD, int back)
+{
+    const int quads = (HD + 3) / 4, in_row = 3 * NH * quads;
+    const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = at / in_row;
+    let_next_begin();
+    after_previous();
+    if (n >= (size_t)N)
+        return;
+    const int of_row = (int)(at % in_row), piece = of_row / quads, i = of_row % quads * 4;
+    const size_t row = n * 3 * NH * HD, apart = row + (size_t)piece * HD,
+                 by_head = row + (size_t)(piece % NH * 3 + piece / NH) * HD;
+    store4(to + (back ? by_head : apart), i, HD, load4(from + (back ? apart : by_head), i, HD));
 }
 
 /* An element e of row n is word e % 4 of counter e / 4. */
@@ -124,6 +140,28 @@ extern "C" void glm_cuda_qkv_backward(void *cx, void *dq, void *dk, void *dv, co
     if (glm_cuda_begin(cuda))
         GLM_LAUNCH(cuda, "qkv_backward", k_qkv_backward, N, 128, 0, (float *)dq, (float *)dk,
                    (float *)dv, (const float *)dqkv, heads.NH * heads.HD, heads.KVH * heads.HD);
+}
+
+static void qkv_by_head(void *cx, void *to, const void *from, int N, struct glm_heads heads,
+                        int back)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const size_t threads = (size_t)N * 3 * heads.NH * ceil_div(heads.HD, 4);
+    if (glm_cuda_begin(cuda))
+        GLM_LAUNCH_AFTER(cuda, "qkv_by_head", k_qkv_by_head, ceil_div(threads, 256), 256, 0,
+                         (float *)to, (const float *)from, N, heads.NH, heads.HD, back);
+}
+
+extern "C" void glm_cuda_qkv_by_head_forward(void *cx, void *qkv, const void *inp, int N,
+                                             struct glm_heads heads)
+{
+    qkv_by_head(cx, qkv, inp, N, heads, 0);
+}
+
+extern "C" void glm_cuda_qkv_by_head_backward(void *cx, void *dinp, const void *dqkv, int N,
+                                              struct glm_heads heads)
+{
+    qkv_by_head(cx, dinp, dqkv, N, heads, 1);
 }
 
 extern "C" void glm_cuda_gather_forward(void *cx, void *out, const void *inp, const int32_t *rows,

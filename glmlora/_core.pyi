@@ -151,7 +151,12 @@ class Model:
     (ints), eps, rope_base,
     rope_divisor (floats), qkv_bias (bool), half_rope_table (bool, decision 13), split_qkv (bool:
     queries, keys and values are linears of their own), branch_norms (bool: what attention and MLP
-    yield is normed before it is added), tied_head (bool: the output layer is the embeddings).
+    yield is normed before it is added), tied_head (bool: the output layer is the embeddings),
+    prefix_input (int: columns of a P-Tuning embedding that a projection reads); and
+    linear_bias, layer_norm, gelu, qkv_by_head, half_rope_frequencies (bools), residual_scale
+    (float, 0: none), rope_2d (bool) and with it sop, gmask, mask (ids) and sop_in_place (bool):
+    struct glm_arch in csrc/glm.h. With rope_2d positions follow from the ids, a row of a cache
+    begins with its whole context in one call and keeps it whole, and nothing is shared.
     names: what the checkpoint calls its modules (glmlora/families), to which ".weight", ".bias",
     ".lora_A.weight" and ".lora_B.weight" are added. Keys: word_embeddings, final_layernorm,
     output_layer; layer, with one "{}" for its number; input_layernorm, post_attention_layernorm,

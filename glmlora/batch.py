@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .families.context import Context, row_mask, row_positions
+
 #: Label of a position that is not trained.
 IGNORED = -100
 
@@ -302,6 +304,67 @@ def as_rows(name: str, value: Any) -> np.ndarray:
     if array.dtype.kind not in "iub":
         raise ValueError(f"{name}: expected integers, got {array.dtype}")
     return array
+
+
+def given_rows(
+    input_ids: Any, attention_mask: Any, position_ids: Any, labels: Any, context: Context | None
+) -> tuple[np.ndarray, ...]:
+    """(input_ids, attention_mask, position_ids, labels) as `Batch.from_padded` takes them, None
+    where they are None.
+
+    Of a model with a context (families/context.py) attention_mask may also be bool (rows, 1,
+    tokens, tokens), True where one id may not see another, as its tokenizer gives it, and
+    position_ids (rows, 2, tokens): checked, and left out, since the core derives both. ValueError
+    for others than that.
+    """
+    if input_ids is None:
+        raise ValueError("input_ids: expected an array of ids (rows, tokens), got None")
+    ids = as_rows("input_ids", input_ids)
+    labels = None if labels is None else as_rows("labels", labels)
+    if context is None:
+        mask, places = (
+            None if value is None else as_rows(name, value)
+            for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids))
+        )
+        return ids, mask, places, labels
+    mask = None if attention_mask is None else np.asarray(attention_mask)
+    hidden = mask if mask is not None and mask.ndim == 4 else None
+    if hidden is not None:
+        if hidden.shape != (len(ids), 1, ids.shape[1], ids.shape[1]):
+            raise ValueError(
+                f"attention_mask: expected shape {(len(ids), 1, ids.shape[1], ids.shape[1])} or "
+                f"{ids.shape}, got {hidden.shape}"
+            )
+        hidden = hidden.astype(bool)
+        mask = ~hidden[:, 0, -1]
+    elif mask is not None:
+        mask = as_rows("attention_mask", mask)
+    keep = _real_tokens(mask, ids.shape)
+    given = None if position_ids is None else np.asarray(position_ids)
+    if given is not None and given.shape != (len(ids), 2, ids.shape[1]):
+        raise ValueError(
+            f"position_ids: expected shape {(len(ids), 2, ids.shape[1])}, position and block of "
+            f"each id, got {given.shape}"
+        )
+    for row, line in enumerate(ids):
+        real = np.flatnonzero(keep[row]) if keep is not None else np.arange(ids.shape[1])
+        try:
+            positions = row_positions(line[real].tolist(), context)
+        except ValueError as error:
+            raise ValueError(f"input_ids: row {row} has {error}") from None
+        if given is not None and not np.array_equal(given[row][:, real], positions):
+            raise ValueError(
+                f"position_ids: row {row} has others than those that follow from its ids: leave "
+                "them out"
+            )
+        if hidden is not None:
+            wanted = row_mask(line[real].tolist(), context)
+            if not np.array_equal(hidden[row, 0][np.ix_(real, real)], wanted):
+                raise ValueError(
+                    f"attention_mask: row {row} hides others than this model does, which reads all "
+                    f"before id {context.sop} (<sop>) in both directions: leave it out"
+                )
+    return ids, mask, None, labels
 
 
 def check_ids(name: str, ids: np.ndarray, vocabulary: int, ignored: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The command `glmlora`: train, chat, predict, inspect, submit, plan, init, run, merge,
+"""The command `glmlora`: train, chat, predict, inspect, submit, plan, init, run, merge, quantize,
 doctor, demo.
 
 Each verb is one function below."""
@@ -19,6 +19,7 @@ from typing import Any
 from . import families
 from .files.hub import model_directory
 from .files.rows import table_rows
+from .files.write import check_new_directory
 from .generation.config import GenerationConfig
 from .interrupts import Terminated, end_now
 from .model import device as devices
@@ -358,10 +359,7 @@ def run(args: argparse.Namespace) -> int:
 def merge(args: argparse.Namespace) -> int:
     """Base + adapter -> one model directory."""
     _check_model(args)
-    if os.path.exists(args.output) and not os.path.isdir(args.output):
-        raise FileExistsError(f"--output: {args.output} is a file, expected a new directory")
-    if os.path.exists(args.output) and os.listdir(args.output):
-        raise FileExistsError(f"--output: {args.output} exists and is not empty")
+    check_new_directory(args.output)
     if not os.path.exists(os.path.join(args.adapter, "adapter_config.json")):
         raise ValueError(
             f"--adapter: {args.adapter} has no adapter_config.json: a P-Tuning prefix cannot be "
@@ -371,6 +369,16 @@ def merge(args: argparse.Namespace) -> int:
     model.merge_and_unload().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"{args.output}: merged model and tokenizer")
+    return 0
+
+
+def quantize(args: argparse.Namespace) -> int:
+    """A model directory -> one with 8 or 4 bits a weight, in the memory of one matrix."""
+    from glmlora.tools.quantize import quantize
+
+    family = None if args.family == "auto" else args.family
+    nbytes = quantize(args.model, args.output, args.bits, args.group_size, family)
+    print(f"{args.output}: {nbytes / 1e9:.2f} GB of weights")
     return 0
 
 
@@ -558,6 +566,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
     _flag(p, "--dtype", choices=DTYPES)
 
+    p = verb("quantize", quantize)
+    _flag(p, "--model", required=True)
+    _flag(p, "--output", required=True, help="a new directory")
+    _flag(p, "--bits", required=True, type=int, choices=[4, 8])
+    _flag(
+        p,
+        "--group-size",
+        type=int,
+        help="columns that share a scale, e.g. 32: nearer to the float weights; default: a row",
+    )
+    _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
+
     verb("doctor", doctor)
     p = verb("demo", demo)
     p.add_argument("directory", nargs="?", default="demo")
@@ -570,6 +590,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("--checkpoint_dir", "--adapter_name_or_path", "--lora_path"), "--adapter"),
     **dict.fromkeys(("--ptuning_checkpoint", "--peft_path", "--adapter_path"), "--adapter"),
     **dict.fromkeys(("--output_dir", "--export_dir", "--output_path"), "--output"),
+    **dict.fromkeys(("--quantization_bit", "--quant_bits", "--w_bit"), "--bits"),
     **dict.fromkeys(("--input_file", "--test_file", "--csv"), "--input"),
 }
 _TEMPLATE = ": prompts have the form of the model's family, or the one the adapter was trained with"

@@ -104,9 +104,8 @@ class DecodeOptions(TypedDict, total=False):
 class TemplateOptions(TypedDict, total=False):
     """Of apply_chat_template."""
 
-    tools: Any
     documents: Any
-    chat_template: str | None
+    enable_thinking: bool | None
     continue_final_message: bool
     sanitize_control_tokens: bool
     return_assistant_tokens_mask: bool
@@ -118,11 +117,11 @@ _NEUTRAL: dict[str, Any] = {
     "stride": 0,
     "padding_side": "left",
     "spaces_between_special_tokens": True,
-    **dict.fromkeys(("tokenizer_kwargs", "tools", "documents", "chat_template")),
+    **dict.fromkeys(("tokenizer_kwargs", "documents", "enable_thinking")),
 }
 _INSTEAD = {
-    "tools": "a system message holds them: {'role': 'system', 'content': .., 'tools': ..}",
-    "chat_template": "the family's own template is written",
+    "documents": "the template reads none",
+    "enable_thinking": "the template has no switch for thoughts",
     "is_split_into_words": "join the words to a text",
     "return_overflowing_tokens": "cut the ids yourself",
 }
@@ -144,16 +143,6 @@ def refuse_options(given: Mapping[str, Any], options: Any, function: Any) -> Non
         if not fine and name != "verbose":
             how = _INSTEAD.get(name, f"leave it at {neutral!r}")
             raise ValueError(f"{name}: is not supported, got {value!r:.80}; {how}")
-
-
-def tools_of(given: Mapping[str, Any], taken: bool, function: Any) -> list[dict[str, Any]]:
-    """A message that holds the tools given beside messages, where a family's template takes them
-    so; else none. Other options of a template are refused.
-    """
-    others = dict(given)
-    tools = others.pop("tools", None) if taken else None
-    refuse_options(others, TemplateOptions, function)
-    return [{"role": "system", "content": "", "tools": tools}] if tools else []
 
 
 class Options(EncodeOptions, total=False):
@@ -179,15 +168,17 @@ class Encoder:
 
     if TYPE_CHECKING:
 
-        def get_prefix_tokens(self) -> list[int]: ...
+        def as_prompt(self, ids: Sequence[int]) -> list[int]: ...
         def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any: ...
         def _ids(self, text: str) -> list[int]: ...
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
     ) -> list[int]:
-        """`[gMASK] sop` a, or `[gMASK] sop` a b `</s>`."""
-        ids = self.get_prefix_tokens() + list(token_ids_0)
+        """`[gMASK] sop` a, or `[gMASK] sop` a b `</s>`; in a family that has them behind prompts, a
+        `[gMASK] <sop>`, or a `[gMASK] <sop>` b `<eop>`.
+        """
+        ids = self.as_prompt(token_ids_0)
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
@@ -277,6 +268,7 @@ class Encoder:
         """Encode a text, or a list of texts (or of ids, or of pairs of texts).
 
         padding: True or "longest", "max_length", False; on the left, mask and positions 0 there.
+        Positions are two lines, position and block, in a family that has both: (2, T).
         truncation: True cuts to `max_length` ids (else `model_max_length`), special ids included,
         at the `truncation_side`; of a pair the longer text loses ids first, or as "only_first" and
         "only_second" say; None cuts where `max_length` is given and padding is not.
@@ -398,7 +390,7 @@ class Encoder:
         add_special_tokens: bool,
         limit: int | None,
         strategy: Any,
-    ) -> dict[str, list[int]]:
+    ) -> dict[str, list[Any]]:
         if limit is not None:
             specials = self.num_special_tokens_to_add(b is not None) if add_special_tokens else 0
             if limit < specials:
@@ -407,12 +399,21 @@ class Encoder:
                 )
             a, b = _truncate_pair(a, b, limit - specials, strategy, self.truncation_side)
         if add_special_tokens:
-            return row_of(self.build_inputs_with_special_tokens(a, b))
-        return row_of(a + (b or []))
+            return self._row(self.build_inputs_with_special_tokens(a, b))
+        return self._row(a + (b or []))
+
+    def _row(self, ids: list[int]) -> dict[str, list[Any]]:
+        """The fields of one row without padding."""
+        positions = self._positions(ids)
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": positions}
+
+    def _positions(self, ids: list[int]) -> list[Any]:
+        """The positions of a row, or lines of them where a model has several."""
+        return list(range(len(ids)))
 
     def _finish(
         self,
-        rows: list[dict[str, list[int]]],
+        rows: list[dict[str, list[Any]]],
         single: bool,
         padding: bool | str,
         max_length: int | None,
@@ -441,7 +442,7 @@ class Encoder:
 
     def _pad_rows(
         self,
-        rows: list[dict[str, list[int]]],
+        rows: list[dict[str, list[Any]]],
         length: int | None,
         padding: bool | str,
         multiple: int | None,
@@ -458,7 +459,9 @@ class Encoder:
             n = max(length - len(row["input_ids"]), 0)
             row["input_ids"] = [self.pad_token_id] * n + row["input_ids"]
             row["attention_mask"] = [0] * n + row["attention_mask"]
-            row["position_ids"] = [0] * n + row["position_ids"]
+            places = row["position_ids"]
+            lines = [[0] * n + line for line in (places if _are_lines(places) else [places])]
+            row["position_ids"] = lines if _are_lines(places) else lines[0]
 
     def pad(
         self,
@@ -492,9 +495,13 @@ class Encoder:
                     f"encoded_inputs[{i}]: expected input_ids, attention_mask, position_ids, "
                     f"got {', '.join(row) or 'nothing'}"
                 )
-            given = {name: checked_ids(values) for name, values in row.items()}
-            rows[i] = {**row_of(given["input_ids"]), **given}
-            if len({len(values) for values in rows[i].values()}) > 1:
+            given = {
+                name: [*map(checked_ids, values)] if _are_lines(values) else checked_ids(values)
+                for name, values in row.items()
+            }
+            rows[i] = {**self._row(given["input_ids"]), **given}
+            flat = (v if _are_lines(v) else [v] for v in rows[i].values())
+            if len({len(line) for lines in flat for line in lines}) > 1:
                 raise ValueError(f"encoded_inputs[{i}]: fields have different lengths")
         return self._finish(
             rows,
@@ -507,16 +514,14 @@ class Encoder:
         )
 
 
-def row_of(ids: list[int]) -> dict[str, list[int]]:
-    return {
-        "input_ids": ids,
-        "attention_mask": [1] * len(ids),
-        "position_ids": list(range(len(ids))),
-    }
+def _are_lines(values: Any) -> bool:
+    """Whether the values of a row are several lines of them."""
+    return len(values) > 0 and not isinstance(values, str) and np.ndim(values[0]) == 1
 
 
-def _array(rows: list[list[int]]) -> Array:
-    return np.array(rows, dtype=np.int64).reshape(len(rows), -1).view(Array)
+def _array(rows: list[list[Any]]) -> Array:
+    array = np.array(rows, dtype=np.int64)
+    return (array if array.ndim == 3 else array.reshape(len(rows), -1)).view(Array)
 
 
 def _unzip(encoding: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -494,6 +494,24 @@ def tokenizer(place: Path) -> Target:
     return Target(files, [*sorted(files), "tokenizer_config.json"], _plain(read))
 
 
+def ice_text(place: Path) -> Target:
+    """ChatGLM-6B's vocabulary, to whose first release pieces are added."""
+    import tiny_chatglm
+
+    import glmlora
+
+    folder = tiny_chatglm.tiny_ice_text_dir(place / "ice", first=True)
+    names = ["ice_text.model", "tokenizer_config.json"]
+
+    def read(folder: Path) -> None:
+        tokenizer = glmlora.AutoTokenizer.from_pretrained(folder)
+        tokenizer.decode(tokenizer("title:  深度学习\n")["input_ids"])
+        tokenizer.text_offsets("title:  深度学习\n")
+
+    files = {name: (folder / name).read_bytes() for name in names}
+    return Target(files, [*names, names[0]], _plain(read))
+
+
 def adapter(place: Path) -> Target:
     """An adapter's settings and tensors, and those of a prefix beside them."""
     import glmlora
@@ -597,7 +615,9 @@ def checkpoint(place: Path) -> Target:
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     f.__name__: f
-    for f in (safetensors, torch, index, config, tokenizer, adapter, tables, checkpoint)
+    for f in (
+        *(safetensors, torch, index, config, tokenizer, ice_text, adapter, tables, checkpoint),
+    )
 }
 
 

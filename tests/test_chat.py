@@ -11,7 +11,7 @@ from tiny import tiny_model_dir, tiny_tokenizer_dir
 
 import glmlora
 from glmlora import tell
-from glmlora.families import chatglm2, prompt
+from glmlora.families import prompt, rounds
 from glmlora.generation import cache, scheduler
 from glmlora.generation import chat as chats
 from glmlora.generation.cache import CachedRow
@@ -147,7 +147,7 @@ def test_greedy_chat_is_generate(v2):
     model, tokenizer = v2
     ids = prompt.chat_ids(tokenizer, "你好")
     out = model.generate([ids], max_new_tokens=30, eos_token_id=2)[0, len(ids) :]
-    want = chatglm2.process_response(tokenizer.decode(out))
+    want = rounds.process_response(tokenizer.decode(out))
     assert model.chat(tokenizer, "你好", max_new_tokens=30, temperature=0)[0] == want
     assert model.chat(tokenizer, "你好", max_new_tokens=30, do_sample=False)[0] == want
     cold = model.chat(tokenizer, "你好", max_new_tokens=30, temperature=0.001)[0]

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from glmlora import _core, families
+from glmlora.families.family import PLAIN_ARCH
 
-ARCH = dict(
+ARCH = PLAIN_ARCH | dict(
     layers=3,
     hidden=64,
     ffn=96,
@@ -28,10 +29,7 @@ ARCH = dict(
     rope_base=10000.0,
     rope_divisor=1.0,
     qkv_bias=1,
-    half_rope_table=0,
-    split_qkv=0,
-    branch_norms=0,
-    tied_head=0,
+    prefix_input=2 * 3 * 2 * 16,
 )
 
 

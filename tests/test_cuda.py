@@ -29,7 +29,7 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 
 # Where a result is a difference of numbers nearly equal, or was rounded to 16 bits or to integers,
 # the error is what test_ops.py derives for it, not 1e-5 of the result.
-BY_CASE = ("cross_entropy_backward", "merge", "quantize", "rmsnorm_backward")
+BY_CASE = ("cross_entropy_backward", "merge", "quantize", "rmsnorm_backward", "layernorm_backward")
 SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.deep) for seed in (1, 2)))
 
 
@@ -283,6 +283,10 @@ def test_layers_that_are_recomputed_from_rounded_inputs(device, kind):
 # What a kernel moves over what it asks for, in a model (see the test).
 STREAMING = [
     (test_ops.rmsnorm_forward, 64, 256, 1.0), (test_ops.rmsnorm_backward, 64, 256, True),
+    (test_ops.layernorm_forward, 64, 256, 0.0), (test_ops.layernorm_backward, 64, 256, 1, 1),
+    (test_ops.rope_2d, 64, 4, 64, 256, True), (test_ops.rope_2d, 64, 2, 128, 0, False),
+    (test_ops.gelu_forward, 65536, 1.0, False), (test_ops.gelu_backward, 65536, 1.0, None),
+    (test_ops.qkv_by_head, 64, 4, 64), (test_ops.scaled_add, 65536, "out"),
     (test_ops.embedding_forward, 64, 256, "F16"), (test_ops.embedding_forward, 64, 256, "F32"),
     (test_ops.rope, 64, 4, 64, 0, 32, True), (test_ops.rope, 64, 2, 128, 256, 64, False),
     (test_ops.swiglu_forward, 64, 512, 1.0), (test_ops.swiglu_backward, 64, 512, 1.0, False),

@@ -355,9 +355,9 @@ def test_evidence_that_disagrees_is_told(folder):
     assert family == "v2" and len(told) == 1
     assert "'THUDM/chatglm2-6b' in config.json says ChatGLM2" in told[0]
     assert "tokenizer_config.json says ChatGLM3: taken as ChatGLM2" in told[0]
-    with pytest.raises(ValueError, match=r"one of v2 v3 g4.*did you mean 'chatglm3'"):
+    with pytest.raises(ValueError, match=r"one of v1 v2 v3 g4.*did you mean 'chatglm3'"):
         glmlora.AutoConfig.from_pretrained(folder, family="chatgml3")
-    with pytest.raises(ValueError, match="one of v2 v3 g4 0414 z1 edge hf, got 'v9'"):
+    with pytest.raises(ValueError, match="one of v1 v2 v3 g4 0414 rumination z1 edge hf, got 'v9'"):
         load(folder, family="v9")
 
 

@@ -230,7 +230,7 @@ def test_code_of_a_folder_is_not_run(tmp_path):
     assert not mark.exists()
 
 
-def test_a_template_of_a_folder_is_not_run(tmp_path):
+def test_a_template_of_a_folder_does_nothing(tmp_path):
     """A chat template that leaves its sandbox: CVE-2024-34359."""
     mark = tmp_path / "mark"
     folder = _model(tmp_path)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tiny
 import training
+from chat_templates import KNOWN
 from test_glm4 import FUNCTION
 from test_labels import check as check_labels
 from test_workflow import run_the_documents_notebook
 
 import glmlora
 from glmlora import families
-from glmlora.files.checkpoint import write_safetensors
 from glmlora.tokenization import AutoTokenizer
 from glmlora.training.arguments import DataArguments
 from glmlora.training.records import encode, encode_records
@@ -22,12 +22,11 @@ from glmlora.training.records import encode, encode_records
 pytest.importorskip("tiktoken", reason="their vocabulary is read by tiktoken")
 
 USER = "<|user|>"
-OPENS = "{{ x }}<|assistant|>\n<think>"
 KINDS = {  # family: (changes of the config, what an answer begins with)
     "hf": ({}, "\n"),
     "0414": ({"model_type": "glm4"}, "\n"),
     "z1": (
-        {"model_type": "glm4", "template": OPENS, "thinks": True},
+        {"model_type": "glm4", "template": KNOWN["z1"], "thinks": True},
         "</think>\n",
     ),
     "edge": ({"tie_word_embeddings": True}, "\n"),
@@ -57,25 +56,7 @@ def speaking(kind, tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     family = families.of(kind)
     ids = [*family.opening_ids(tokenizer)[-1:], *family.answer_ids(tokenizer, "1")]
-    ids.append(tokenizer.get_command(USER))
-    weights = {name: np.array(a) for name, a in glmlora.load_state_dict(folder).items()}
-    embedding = weights["model.embed_tokens.weight"]
-    output = weights.setdefault("lm_head.weight", np.zeros_like(embedding))
-    embedding[:, : len(ids)] = output[:, : len(ids)] = 0
-    for channel, (i, following) in enumerate(zip(ids, ids[1:], strict=False)):
-        embedding[i] = np.eye(32)[channel]
-        output[following, channel] = 5
-    for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")) or any(
-            word in name for word in ("post_self", "post_mlp")
-        ):
-            weights[name] *= 0.01
-    write_safetensors(folder / "model.safetensors", weights)
-    if KINDS[kind][0].get("tie_word_embeddings"):
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"tie_word_embeddings": False, "glmlora_family": kind}
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return tiny.speak(folder, [*ids, tokenizer.get_command(USER)], kind)
 
 
 def opened(folder, **words):
@@ -126,10 +107,11 @@ def test_a_directory_tells_its_family(kind, folder):
         ("glm-4-9b-chat-hf", {}, "hf"),
         ("GLM-4-9B-0414", {"model_type": "glm4"}, "0414"),
         ("GLM-Z1-9B-0414", {"model_type": "glm4"}, "z1"),
-        ("GLM-Z1-Rumination-32B-0414", {"model_type": "glm4"}, "0414"),
+        ("GLM-Z1-Rumination-32B-0414", {"model_type": "glm4"}, "rumination"),
         ("glm-edge-4b-chat", {}, "edge"),
         ("x", {"vocab_size": 59264}, "edge"),
-        ("x", {"model_type": "glm4", "template": OPENS}, "z1"),
+        ("x", {"model_type": "glm4", "template": KNOWN["z1"]}, "z1"),
+        ("x", {"model_type": "glm4", "template": KNOWN["rumination"]}, "rumination"),
         ("x", {"model_type": "glm4", "glmlora_family": "z1"}, "z1"),
     ],
 )
@@ -146,12 +128,7 @@ def test_names_and_files_tell_the_family(tmp_path, name, changes, family):
         assert AutoTokenizer.from_pretrained(place).family == family
 
 
-TEMPLATE = (
-    "[gMASK]<sop>\n{%- if tools -%}\n<|system|>\nYou are X.\n\n# Tools\n{%- for tool in tools %}"
-    "\n\n## {{ function.name }}\n\n"
-    "{{ function | tojson(indent=4, ensure_ascii=False) }}\nUse JSON.\n"
-    "{%- endfor %}{%- endif -%}"
-)
+TEMPLATE = KNOWN["0414"]
 
 
 def test_tools_beside_messages_are_told_in_the_checkpoints_words(tmp_path):
@@ -161,8 +138,8 @@ def test_tools_beside_messages_are_told_in_the_checkpoints_words(tmp_path):
     for several in (messages, [messages]):
         text = tokenizer.apply_chat_template(several, True, tokenize=False, tools=[FUNCTION])
         assert (text if several is messages else text[0]) == (
-            '[gMASK]<sop><|system|>\nYou are X.\n\n# Tools\n## f\n\n{\n    "name": "f",\n'
-            '    "description": "天"\n}\nUse JSON.<|system|>\ns<|user|>\nq<|assistant|>'
+            '[gMASK]<sop><|system|>\nYou have tools.\n\n# Tools\n## f\n\n{\n    "name": "f",\n'
+            '    "description": "天"\n}\nAnswer with JSON.<|system|>\ns<|user|>\nq<|assistant|>'
         )
     asked = tokenizer.build_chat_input("s", messages[:1], "system").input_ids[0].tolist()
     assert asked == tokenizer.apply_chat_template(messages, True)

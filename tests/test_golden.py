@@ -9,6 +9,7 @@ from conftest import SHARED
 
 import glmlora
 from glmlora import _core
+from glmlora.families.context import row_positions
 from glmlora.model.configuration import ChatGLMConfig
 
 GOLDEN = SHARED / "golden"
@@ -16,16 +17,20 @@ pytestmark = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="../shared/golden is absent: it is not part of the project"
 )
 MODELS = ["chatglm2-tiny", "chatglm2-tiny-bin", "chatglm3-tiny", "chatglm2-32k-tiny"]
-MODELS += ["glm4-9b-tiny"]
+MODELS += ["codegeex2-tiny", "glm4-9b-tiny"]
 TRANSFORMERS = ["hf-glm-tiny", "glm-edge-tiny", "glm4-0414-tiny", "glm4-32b-0414-tiny"]
 MODELS += TRANSFORMERS
+FIRST = "chatglm-v1-tiny"  # ChatGLM-6B
+MODELS += [FIRST]
 TRAINED = {  # fixture: adapters whose gradients it has
     "chatglm2-tiny": ["lora", "lora_all"],
     "chatglm2-tiny-bin": ["lora"],
     "chatglm3-tiny": ["lora"],
     "chatglm2-32k-tiny": ["lora"],
+    "codegeex2-tiny": ["lora"],
     "glm4-9b-tiny": ["lora", "lora_all"],
     **dict.fromkeys(TRANSFORMERS, ["lora", "lora_all"]),
+    FIRST: ["lora"],
 }
 
 
@@ -97,9 +102,14 @@ def test_forward(name):
     g.check("single/loss", out.loss)
     final = out.hidden_states[-1]
     eps = model.config.layernorm_epsilon
-    norm = final / np.sqrt(np.mean(final.astype(np.float64) ** 2, -1, keepdims=True) + eps)
-    weight = model.state_dict()[model.config.tensor_names["final_layernorm"] + ".weight"]
-    g.check("single/final_hidden", norm * weight)
+    state, module = model.state_dict(), model.config.tensor_names["final_layernorm"]
+    bias = state.get(module + ".bias")
+    final = final.astype(np.float64)
+    if bias is not None:
+        final = final - final.mean(-1, keepdims=True)
+    norm = final / np.sqrt(np.mean(final**2, -1, keepdims=True) + eps)
+    norm = norm * state[module + ".weight"] + (0 if bias is None else bias)
+    g.check("single/final_hidden", norm)
     out = model(**g.batch())
     g.check("batch/logits", out.logits)
     g.check("batch/loss", out.loss)
@@ -161,7 +171,8 @@ def train(g, model, prefix, micro=1):
     return np.array(losses), np.array(norms)
 
 
-TRAINED_LONG = ["chatglm2-tiny", "chatglm3-tiny", "glm4-9b-tiny", *TRANSFORMERS]
+TRAINED_LONG = ["chatglm2-tiny", "chatglm3-tiny", "codegeex2-tiny", "glm4-9b-tiny", *TRANSFORMERS]
+TRAINED_LONG += [FIRST]
 
 
 @pytest.mark.parametrize("name", TRAINED_LONG)
@@ -222,6 +233,24 @@ def test_published_accumulation(tmp_path):
         g.check(f"{prefix}final/{n}", got)
 
 
+def test_the_first_release_of_chatglm_6b():
+    g = Golden("chatglm-v1-first-tiny")
+    config = ChatGLMConfig.from_pretrained(g.directory)
+    model, later = load(FIRST, config=config), load(FIRST)
+    ids, steps = g["prompt_ids"], g["greedy/tokens"].shape[1]
+    g.check("position_ids", row_positions(ids[0], config.context)[None])
+    out = model(ids, output_hidden_states=True)
+    g.check("hidden_states", np.stack(out.hidden_states))
+    g.check("logits", out.logits)
+    answer = model.generate(ids, max_new_tokens=steps, eos_token_id=[])
+    g.check("greedy/tokens", answer[:, ids.shape[1] :])
+    # margins: forward over the whole answer, where every token stands as it did when it came
+    top = np.sort(model(answer).logits[:, ids.shape[1] - 1 : -1], axis=-1)
+    g.check("greedy/margins", top[..., -1] - top[..., -2])
+    other = later.generate(ids, max_new_tokens=steps, eos_token_id=[])
+    g.check("greedy/tokens_later_release", other[:, ids.shape[1] :])
+
+
 def test_full_training():
     g, model = Golden("chatglm2-tiny"), load("chatglm2-tiny").requires_grad_(True)
     model.backward(**g.batch())
@@ -280,16 +309,17 @@ def test_peft_adapter(form):
         g.check(f"merged/{n}", state[n])
 
 
-@pytest.mark.parametrize("name", ["ptuning-tiny", "ptuning-projection-tiny"])
-def test_ptuning(name):
-    g = Golden(name)
+@pytest.mark.parametrize("kind", ["ptuning", "ptuning-projection"])
+@pytest.mark.parametrize("base", ["chatglm2-tiny", FIRST])
+def test_ptuning(base, kind):
+    g = Golden(f"{kind}-tiny" if base != FIRST else f"{kind}-tiny".replace("ptuning", "ptuning-v1"))
     # The way that THUDM's documentation shows.
     info = json.loads((g.directory / "config.json").read_text(encoding="utf-8"))
     config = glmlora.AutoConfig.from_pretrained(
-        GOLDEN / "chatglm2-tiny", trust_remote_code=True, pre_seq_len=info["pre_seq_len"]
+        GOLDEN / base, trust_remote_code=True, pre_seq_len=info["pre_seq_len"]
     )
     config.prefix_projection = info["prefix_projection"]
-    model = load("chatglm2-tiny", config=config, trust_remote_code=True)
+    model = load(base, config=config, trust_remote_code=True)
     prefix = "transformer.prefix_encoder."
     state = glmlora.load_state_dict(g.directory / "pytorch_model.bin")
     new = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
@@ -318,7 +348,7 @@ def test_ptuning(name):
     g.check("train/grad_norms", norms)
     for n in g.under("train/final/"):
         g.check(f"train/final/{n}", model.state_dict()[n])
-    other = glmlora.load_prefix(load("chatglm2-tiny"), g.directory)
+    other = glmlora.load_prefix(load(base), g.directory)
     assert np.array_equal(other(**g.batch()).logits, out.logits)
 
 

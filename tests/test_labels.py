@@ -100,7 +100,7 @@ def test_what_prompts_share_and_equal_rows_are_computed_once(loaded, monkeypatch
     questions = [f"{'Is it of the medical field? ' * 5}{word}" for word in ("cells", "graphs")]
     got = model.classify(tokenizer, questions * 3, BINARY)
     prompts = [chat_family(model, tokenizer).chat_ids(tokenizer, q, [], "user") for q in questions]
-    assert shared == [generate.shared_length(prompts)] and shared[0] > 30
+    assert shared == [generate.shared_length(model, prompts)] and shared[0] > 30
     ids = [encode_target(tokenizer, answer, 99) for answer in BINARY]
     inner = {tuple(i[:n]) for i in ids for n in range(1, len(i))}  # places where an answer goes on
     assert fed == [sum(len(p) - shared[0] for p in prompts)] + [2] * len(inner)

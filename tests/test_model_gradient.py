@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from glmlora import _core, families
+from glmlora.families.family import PLAIN_ARCH
 
-ARCH = dict(
+ARCH = PLAIN_ARCH | dict(
     layers=2,
     hidden=12,
     ffn=10,
@@ -20,10 +21,7 @@ ARCH = dict(
     rope_base=10000.0,
     rope_divisor=1.0,
     qkv_bias=1,
-    half_rope_table=0,
-    split_qkv=0,
-    branch_norms=0,
-    tied_head=0,
+    prefix_input=2 * 2 * 2 * 6,
 )
 # What a family may have otherwise, and whose names those are.
 KINDS = {
@@ -31,7 +29,28 @@ KINDS = {
     "split": (dict(split_qkv=1), families.of("hf")),
     "split, no bias, tied": (dict(split_qkv=1, qkv_bias=0, tied_head=1), families.of("hf")),
     "branch norms": (dict(split_qkv=1, branch_norms=1, rotary_dim=6), families.of("0414")),
-    "wide heads": (dict(split_qkv=1, branch_norms=1, head_dim=10), families.of("0414")),
+    "wide heads": (
+        dict(split_qkv=1, branch_norms=1, head_dim=10, prefix_input=2 * 2 * 2 * 10),
+        families.of("0414"),
+    ),
+    "ChatGLM-6B": (
+        dict(
+            kv_heads=4,
+            head_dim=8,
+            layer_norm=1,
+            linear_bias=1,
+            gelu=1,
+            qkv_by_head=1,
+            residual_scale=2.5,
+            half_rope_frequencies=1,
+            prefix_input=12,
+            rope_2d=1,
+            sop=2,
+            gmask=9,
+            mask=22,
+        ),
+        families.of("v1"),
+    ),
 }
 IDS = np.array([3, 7, 1, 22, 0, 5, 9, 11, 2, 8, 4, 6], np.int32)
 LENGTHS = np.array([5, 1, 6], np.int32)
@@ -80,10 +99,11 @@ def add_prefix(model, projection, dropout, kind="fused"):
     rng = np.random.default_rng(7)
     arch, family = ARCH | KINDS[kind][0], KINDS[kind][1]
     width, hidden = 2 * arch["layers"] * arch["kv_heads"] * arch["head_dim"], arch["hidden"]
-    shapes = {"embedding.weight": (3, width)}
+    first = arch["prefix_input"] if projection else width
+    shapes = {"embedding.weight": (3, first)}
     if projection:
         shapes |= {
-            "trans.0.weight": (hidden, width),
+            "trans.0.weight": (hidden, first),
             "trans.0.bias": (hidden,),
             "trans.2.weight": (width, hidden),
             "trans.2.bias": (width,),
@@ -143,9 +163,10 @@ def test_lora_on_the_output_layer_alone(kind):
 
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_prefix(projection, dropout):
-    model = make_model()
-    check(model, add_prefix(model, projection, dropout))
+@pytest.mark.parametrize("kind", ["fused", "ChatGLM-6B"])
+def test_prefix(kind, projection, dropout):
+    model = make_model(kind)
+    check(model, add_prefix(model, projection, dropout, kind))
 
 
 def test_full(kind):

@@ -156,6 +156,31 @@ def test_rmsnorm_gradient(rng: np.random.Generator) -> None:
     assert np.array_equal(frozen, dinp)
 
 
+def test_layernorm_gradient(rng: np.random.Generator) -> None:
+    N, C, eps = 3, 7, 1e-5
+    inp, dout = rng.normal(size=(N, C)) + 2, rng.normal(size=(N, C))
+    weight, bias = rng.normal(size=C), rng.normal(size=C)
+    mean, rstd = np.empty(N), np.empty(N)
+
+    def f() -> np.ndarray:
+        out = np.empty((N, C))
+        REF.layernorm_forward(out, mean, rstd, inp, weight, bias, N, C, eps)
+        return out
+
+    xhat = (inp - inp.mean(1)[:, None]) / np.sqrt(inp.var(1)[:, None] + eps)
+    assert np.allclose(f(), xhat * weight + bias, rtol=1e-13, atol=1e-14)
+    expected = numeric(f, inp, dout), numeric(f, weight, dout), numeric(f, bias, dout)
+    f()
+    start = rng.normal(size=(N, C)), rng.normal(size=C), rng.normal(size=C)
+    got = [part.copy() for part in start]
+    REF.layernorm_backward(*got, dout, inp, weight, mean, rstd, N, C)
+    for new, old, wanted in zip(got, start, expected, strict=True):
+        assert_gradient(new - old, wanted)
+    frozen = start[0].copy()
+    REF.layernorm_backward(frozen, None, None, dout, inp, weight, mean, rstd, N, C)
+    assert np.array_equal(frozen, got[0])
+
+
 @pytest.mark.parametrize("accumulate", [0, 1])
 def test_linear_gradient(rng: np.random.Generator, accumulate: int) -> None:
     N, O, I, scale = 4, 5, 3, 0.7
@@ -231,6 +256,27 @@ def test_rope_gradient(rng: np.random.Generator) -> None:
     assert np.allclose(f()[1, HD], (z * np.exp(8j)).real) and np.allclose(
         f()[1, HD + 1], (z * np.exp(8j)).imag
     )
+
+
+def test_rope_2d_gradient(rng: np.random.Generator) -> None:
+    N, heads, HD, stride = 3, 2, 8, 27
+    table = rope_table(9, HD // 2)
+    position, block = np.array([0, 8, 3], np.int32), np.array([0, 2, 7], np.int32)
+    x, dout = rng.normal(size=(N, stride)), rng.normal(size=(N, stride))
+
+    def f() -> np.ndarray:
+        out = x.copy()
+        REF.rope_2d_forward(out, table, position, block, N, heads, HD, stride)
+        return out
+
+    dx = dout.copy()
+    REF.rope_2d_backward(dx, table, position, block, N, heads, HD, stride)
+    assert_gradient(dx, numeric(f, x, dout))
+    assert np.array_equal(f()[:, heads * HD :], x[:, heads * HD :])
+    for half, angle in ((0, 8j), (1, 2j)):  # of row 1, head 1, pair 0: frequency 1
+        at = HD + half * HD // 2
+        z = (x[1, at] + 1j * x[1, at + 2]) * np.exp(angle)
+        assert np.allclose(f()[1, [at, at + 2]], [z.real, z.imag])
 
 
 # All that segments can ask for, over 13 tokens and 9 cache rows.
@@ -329,6 +375,20 @@ def test_swiglu_gradient(rng: np.random.Generator) -> None:
     assert np.array_equal(inp, dinp)
 
 
+def test_gelu_gradient(rng: np.random.Generator) -> None:
+    x, dout, out, dinp = 2 * rng.normal(size=11), rng.normal(size=11), np.empty(11), np.empty(11)
+
+    def f() -> np.ndarray:
+        REF.gelu_forward(out, x, 11)
+        return out
+
+    u = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    assert np.allclose(f(), 0.5 * x * (1 + np.tanh(u)), rtol=1e-13)
+    expected = numeric(f, x, dout)
+    REF.gelu_backward(dinp, dout, x, 11)
+    assert_gradient(dinp, expected)
+
+
 def test_tanh_gradient(rng: np.random.Generator) -> None:
     x, dout, out, dinp = rng.normal(size=11), rng.normal(size=11), np.empty(11), np.empty(11)
 
@@ -385,6 +445,21 @@ def test_qkv_gradient(rng: np.random.Generator) -> None:
     REF.qkv_backward(*gradients, dout, N, heads)
     for part, gradient in zip(parts, gradients, strict=True):
         assert_gradient(gradient, numeric(f, part, dout))
+
+
+def test_qkv_by_head_gradient(rng: np.random.Generator) -> None:
+    N, heads = 3, Heads(4, 4, 3)
+    inp, dout, dinp = rng.normal(size=(N, 36)), rng.normal(size=(N, 36)), np.empty((N, 36))
+
+    def f() -> np.ndarray:
+        qkv = np.empty((N, 36))
+        REF.qkv_by_head_forward(qkv, inp, N, heads)
+        return qkv
+
+    parts = inp.reshape(N, 4, 3, 3).transpose(0, 2, 1, 3)  # head, part -> part, head
+    assert np.array_equal(f(), parts.reshape(N, 36))
+    REF.qkv_by_head_backward(dinp, dout, N, heads)
+    assert_gradient(dinp, numeric(f, inp, dout))
 
 
 def test_cross_entropy_gradient(rng: np.random.Generator) -> None:
@@ -598,6 +673,46 @@ def rmsnorm_backward(m: Maker, N: int, C: int, weight_too: bool):
     return {"dinp": (dinp, sum_error(C, size)), "dweight": (dweight, sum_error(N, size_w))}
 
 
+@over((N, C, offset) for N, C in ROWS for offset in (0.0, 100.0))
+def layernorm_forward(m: Maker, N: int, C: int, offset: float):
+    inp = m.put(m.rng.normal(size=(N, C)) + offset)
+    weight, bias = m.normal(C), m.normal(C)
+    out, mean, rstd = m.out(N, C), m.out(N), m.out(N)
+    m.ops.layernorm_forward(out, mean, rstd, inp, weight, bias, N, C, 1e-5)
+    most = np.abs(inp).max(axis=1, initial=0)
+    off = sum_error(C, most)  # of the mean, and so of each difference and their root mean square
+    size = np.abs(out) + np.abs(bias)
+    wide = (off * rstd)[:, None] * (np.abs(weight) + size)
+    return {
+        "out": (out, sum_error(C, size) + wide),
+        "mean": (mean, off),
+        "rstd": (rstd, sum_error(C, rstd) + off * rstd * rstd),
+    }
+
+
+@over((N, C, weight, bias) for N, C in ROWS for weight, bias in ((1, 1), (1, 0), (0, 1), (0, 0)))
+def layernorm_backward(m: Maker, N: int, C: int, with_weight: int, with_bias: int):
+    inp, weight, dout = m.normal(N, C), m.normal(C), m.normal(N, C)
+    exact = inp.astype(float)
+    mean, rstd = m.put(exact.mean(1)), m.put(1 / np.sqrt(exact.var(1) + 1e-5))
+    dinp, dweight, dbias = m.normal(N, C), m.normal(C), m.normal(C)
+    g, r = np.abs(dout * weight), rstd[:, None]
+    xhat = (np.abs(inp) + np.abs(mean[:, None])) * r  # magnitudes: the difference may cancel
+    size = r * (g + g.mean(1, keepdims=True) + xhat * (g * xhat).mean(1, keepdims=True))
+    size_w, size_b = np.abs(dweight) + np.abs(dout * xhat).sum(0), np.abs(dbias)
+    m.ops.layernorm_backward(
+        dinp,
+        dweight if with_weight else None,
+        dbias if with_bias else None,
+        *(dout, inp, weight, mean, rstd, N, C),
+    )
+    return {
+        "dinp": (dinp, sum_error(C, size + np.abs(dinp))),
+        "dweight": (dweight, sum_error(N, size_w)),
+        "dbias": (dbias, sum_error(N, size_b + np.abs(dout).sum(0))),
+    }
+
+
 @over((N, C, dtype) for N, C in ROWS for dtype in DTYPES)
 def embedding_forward(m: Maker, N: int, C: int, dtype: str):
     W, _ = m.weight(11, C, dtype)
@@ -629,6 +744,20 @@ def rope(m: Maker, N: int, heads: int, HD: int, extra: int, rotary_dim: int, for
     return {"x": (x, tolerance)}
 
 
+@over(
+    (N, heads, HD, extra, forward)
+    for N, heads, HD in ((3, 2, 8), (1, 1, 4), (17, 3, 64), (5, 2, 36), (9, 4, 128), (0, 2, 8))
+    for extra, forward in ((0, False), (11, True), (3, False))
+)
+def rope_2d(m: Maker, N: int, heads: int, HD: int, extra: int, forward: bool):
+    stride = heads * HD + extra
+    x, table = m.normal(N, stride), m.put(rope_table(300, HD // 2))
+    tolerance = 4 * EPS * np.abs(x).max(initial=0)  # two products and a sum
+    op = m.ops.rope_2d_forward if forward else m.ops.rope_2d_backward
+    op(x, table, m.ints(300, N), m.ints(300, N), N, heads, HD, stride)
+    return {"x": (x, tolerance)}
+
+
 def segments_of(kind: str, counts: tuple[int, ...]) -> tuple[list[Segment], int]:
     """Segments over the counts, in order, and the cache rows they need."""
     segments, begin, row = [], 0, 9
@@ -648,6 +777,8 @@ def segments_of(kind: str, counts: tuple[int, ...]) -> tuple[list[Segment], int]
             s.past_begin, s.past_count = row, 70
         if "far" in kind:  # more keys than 64 runs of 64 (cuda/decode.h)
             s.past_begin, s.past_count = row, 4093 + 60 * i
+        if "keys" in kind:  # so many, and in each segment 64 more than in the one before
+            s.past_begin, s.past_count = row, int(kind.split()[-1]) + 64 * i
         if "context" in kind:
             s.context = count * 2 // 3
         row += s.past_count
@@ -723,6 +854,15 @@ def qkv(m: Maker, N: int, NH: int, KVH: int, HD: int):
     return {"qkv": (qkv, 0), **{f"d{n}": (d, 0) for n, d in zip("qkv", gradients, strict=True)}}
 
 
+@over((N, *shape) for N in (0, 1, 3, 17) for shape in ((1, 1), (4, 6), (3, 33), (8, 64), (2, 128)))
+def qkv_by_head(m: Maker, N: int, NH: int, HD: int):
+    heads, width = Heads(NH, NH, HD), 3 * NH * HD
+    qkv, dinp = m.out(N, width), m.out(N, width)
+    m.ops.qkv_by_head_forward(qkv, m.normal(N, width), N, heads)
+    m.ops.qkv_by_head_backward(dinp, m.normal(N, width), N, heads)
+    return {"qkv": (qkv, 0), "dinp": (dinp, 0)}
+
+
 @over((N, 4, 2, C) for N, C in ROWS)
 def kv_append(m: Maker, N: int, NH: int, KVH: int, HD: int):
     qkv, k, v = (
@@ -781,6 +921,25 @@ def swiglu_backward(m: Maker, N: int, F: int, scale: float, in_place: bool):
     dinp = inp if in_place else m.out(N, 2 * F)
     m.ops.swiglu_backward(dinp, dout, inp, N, F)
     return {"dinp": (dinp, 16 * EPS * size + 1e-33)}
+
+
+@over((n, *how) for n in LENGTHS for how in ((1.0, False), (50.0, True)))
+def gelu_forward(m: Maker, n: int, scale: float, in_place: bool):
+    inp = m.normal(n, scale=scale)
+    out = inp if in_place else m.out(n)
+    # exp of 2 u is off by as many roundings as its argument, at most 88, counts
+    tolerance = 16 * EPS * np.abs(inp) * np.minimum(1 + np.abs(inp) ** 3, 8) + 1e-33
+    m.ops.gelu_forward(out, inp, n)
+    return {"out": (out, tolerance)}
+
+
+@over((n, *how) for n in LENGTHS for how in ((1.0, None), (50.0, "inp"), (3.0, "dout")))
+def gelu_backward(m: Maker, n: int, scale: float, into: str | None):
+    inp, dout = m.normal(n, scale=scale), m.normal(n)
+    tolerance = 64 * EPS * np.abs(dout) + 1e-33  # |gelu'| is at most 1.13
+    dinp = {"inp": inp, "dout": dout, None: m.out(n)}[into]
+    m.ops.gelu_backward(dinp, dout, inp, n)
+    return {"dinp": (dinp, tolerance)}
 
 
 @over((n, *how) for n in LENGTHS for how in ((1.0, False), (50.0, True)))
@@ -865,6 +1024,15 @@ def add(m: Maker, n: int, into: str):
     out = {"a": a, "b": b, "out": m.out(n)}[into]
     m.ops.add(out, a, b, n)
     return {"out": (out, EPS * np.abs(out))}
+
+
+@over((n, into) for n in LENGTHS for into in ("a", "b", "out"))
+def scaled_add(m: Maker, n: int, into: str):
+    a, b = m.normal(n), m.normal(n)
+    out = {"a": a, "b": b, "out": m.out(n)}[into]
+    tolerance = 2 * EPS * (7.5 * np.abs(a) + np.abs(b))
+    m.ops.scaled_add(out, a, b, n, 7.4833)
+    return {"out": (out, tolerance)}
 
 
 @over((n,) for n in LENGTHS)
@@ -1099,6 +1267,12 @@ def attention_cases() -> list[tuple[Any, ...]]:
         ("context", (48,), (2, 1, 16)),  # 32 of them, a whole tile
         ("shared apart", (33, 5, 70, 9), (4, 2, 64)),
         ("shared apart", (33, 5, 70, 9), (2, 1, 136)),
+        # a token's keys are just those of one, two and four warps, and of a run (cuda/decode.h)
+        ("keys 3", (1,), (2, 1, 16)),
+        ("keys 7", (1,), (2, 1, 16)),
+        ("keys 15", (1,), (2, 1, 16)),
+        ("keys 63", (1, 1), (2, 1, 16)),
+        ("context keys 63", (4,), (2, 1, 16)),  # one more, of the context
     ):
         cases += [(attention_forward, *args), (attention_backward, *args)]
     return cases
@@ -1108,6 +1282,16 @@ def attention_cases() -> list[tuple[Any, ...]]:
 LARGE: list[tuple[Any, ...]] = [
     (linear_forward, 37, 300, 260, "F16", True, 0.5, 1),
     (linear_forward, 1, 1030, 1030, "BF16", False, 1.0, 0),
+    (
+        linear_forward,
+        3,
+        5,
+        264,
+        "F16",
+        True,
+        1.0,
+        0,
+    ),  # the end of a row between two words of a lane
     (linear_backward_input, 37, 260, 300, "F16", 0.5, 1),
     (linear_backward_input, 1, 1030, 1030, "F32", 1.0, 0),
     (linear_backward_weight, 61, 200, 130, 0.5, True, True),
@@ -1117,10 +1301,17 @@ LARGE: list[tuple[Any, ...]] = [
     (choose, 33, 3001, "ties"),
     (choose, 3, 40001, "ties"),
     (rmsnorm_forward, 3, 5001, 1.0),
+    (rmsnorm_forward, 1, 4100, 1.0),
     (add_rmsnorm_forward, 2, 5001, "b"),
+    (layernorm_forward, 301, 255, 0.0),
+    (layernorm_forward, 2, 5001, 100.0),
+    (layernorm_forward, 1, 4100, 0.0),
+    (layernorm_backward, 301, 255, 1, 1),
     (choose_drawn, 40, 64, 1.0, 0, 0.5, "near"),
     (choose_drawn, 9, 4101, 0.9, 600, 0.9, False),
     (choose_drawn, 3, 4101, 5.0, 0, 0.99, True),
+    (choose_drawn, 3, 300, 0.8, 0, 0.7, False),  # a thread's second word begins where the row ends
+    (choose_drawn, 1, 1025, 1.0, 0, 0.5, "near"),  # one more than are listed
     (rope_append, 200, 8, 2, 64, 32),
     (embedding_forward, 300, 300, "F16"),
     (embedding_backward, 700, 129),
@@ -1134,6 +1325,10 @@ LARGE: list[tuple[Any, ...]] = [
     (prefix_backward, 64, 8, 65, 3, 0.1),
     (swiglu_forward, 200, 300, 1.0),
     (swiglu_backward, 200, 300, 1.0, True),
+    (gelu_forward, 70001, 1.0, False),
+    (gelu_backward, 70001, 1.0, None),
+    (rope_2d, 200, 4, 64, 7, True),
+    (qkv_by_head, 300, 4, 64),
     (tanh_forward, 70001, 1.0, False),
     (tanh_backward, 70001, False),
     (dropout_forward, 200, 301, 0.1, False),
@@ -1142,6 +1337,7 @@ LARGE: list[tuple[Any, ...]] = [
     (cross_entropy_forward, 33, 3001, 1.0),
     (cross_entropy_backward, 33, 3001, 1.0),
     (add, 100001, "out"),
+    (scaled_add, 100001, "out"),
     (sum_squares, 300001),
     (first_nonfinite, 500, 301, (133, 499), np.nan),
     (adamw, 100001, 3, 0.1),
@@ -1232,8 +1428,9 @@ NARROW_CASES += [
 # 63 of them, a tile but one
 NARROW_CASES.append((attention_forward, "context", (95,), (2, 1, 64)))
 DEVICES = [name for name in backends() if name in ("emu", "cuda")]
-FAST = [f"cpu:avx512bf16/{kind}" for kind in ("bfloat16", "int8")]
-FAST = FAST if "avx512bf16" in _core.cpu_variants().split(",") else []
+SETS = _core.cpu_variants().split(",")
+BYTES = [f"cpu:{isa}/int8" for isa in SETS]
+FAST = [*(["cpu:avx512bf16/bfloat16"] if "avx512bf16" in SETS else []), *BYTES]
 
 
 @pytest.mark.parametrize("type_", NARROW)
@@ -1272,7 +1469,79 @@ def test_adapters_stay_in_float(backend: str) -> None:
         assert not compare(case, backend, 4)
 
 
-@pytest.mark.parametrize("backend", FAST[1:])
+def bytes_reference(x: np.ndarray, w: np.ndarray, scale: np.ndarray, factor: float) -> np.ndarray:
+    """factor * (x W^T) by int8 arithmetic, W = scale * w: runs of 2,048 columns of x have a scale,
+    and outliers, at most four, are multiplied apart (csrc/cpu/tmpl_linear.h: quantize_x)."""
+    f32 = np.float32
+
+    def squares_below(row: np.ndarray, bound: float) -> tuple:
+        kept = np.zeros(-(-len(row) // 16) * 16, f32)
+        kept[: len(row)] = np.where(np.abs(row) < bound, np.abs(row), 0)
+        lanes = np.zeros(16, f32)
+        for part in kept.reshape(-1, 16):
+            lanes += part * part
+        for width in (8, 4, 2, 1):
+            lanes[:width] += lanes[width : 2 * width]
+        return lanes[0], kept.max()
+
+    out = np.zeros((len(x), len(w)), f32)
+    for n, row in enumerate(x):
+        for b in range(0, len(row), 2048):
+            run, weights = row[b : b + 2048], w[:, b : b + 2048].astype(np.int64)
+            square, rest = squares_below(run, np.inf)
+            mean, outliers = np.sqrt(square / f32(len(run))), []
+            if rest > f32(6) * mean:
+                order = np.argsort(-np.abs(run), kind="stable")[:4]
+                outliers = [k for k in order if np.abs(run[k]) > mean]
+                square, rest = squares_below(run, np.abs(run[outliers[-1]]))
+                limit = f32(6) * np.sqrt(square / f32(len(run)))
+                while outliers and np.abs(run[outliers[-1]]) <= limit:
+                    rest = np.abs(run[outliers.pop()])
+            step = rest / f32(127)
+            inverse = f32(127) / rest if rest > 0 and step > 0 else f32(0)
+            q = np.clip(np.rint(run * inverse), -127, 127).astype(np.int64)
+            q[outliers] = 0
+            out[n] += (weights @ q).astype(f32) * step
+            for k in outliers:
+                out[n] += run[k] * weights[:, k].astype(f32)
+    return f32(factor) * (out * scale.astype(f32))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("backend", BYTES)
+def test_int8_arithmetic_is_that_of_the_reference_bit_for_bit(backend: str, bits: int) -> None:
+    ops, rng, most = ops_of(backend), np.random.default_rng(8), 2 ** (bits - 1)
+    for rows, O, I in ((1, 70, 5000), (5, 33, 2048), (17, 130, 2100), (40, 200, 302)):
+        data = rng.integers(-most, most, (O, I)).astype(np.int8)
+        data[0], data[-1] = -most, most - 1  # the largest sums, both ways
+        scale = rng.uniform(0.001, 0.02, O).astype(np.float16)
+        x = rng.normal(size=(rows, I)).astype(np.float32)
+        x[:, ::700] *= rng.uniform(5, 300, (rows, -(-I // 700))).astype(np.float32)
+        x[0], x[-1, : I // 2] = 3, 0  # every byte 127; a run of zeros
+        out = np.empty((rows, O), np.float32)
+        pairs = data.reshape(O, -1, 2)
+        four = (pairs[..., 0] << 4 | pairs[..., 1] & 15).astype(np.int8)
+        W = Mat(data, I8, scale) if bits == 8 else Mat(four, I4, scale)
+        ops.linear_forward(out, x, W, None, rows, 0.5, 0)
+        assert np.array_equal(out, bytes_reference(x, data, scale, 0.5)), (rows, O, I)
+
+
+@pytest.mark.parametrize("kind", ["I8", "I4"])
+@pytest.mark.parametrize("backend", BYTES[1:])
+def test_every_set_has_the_same_bytes_on_the_way_back(backend: str, kind: str) -> None:
+    rng = np.random.default_rng(9)
+    for rows, O, I in ((1, 70, 500), (40, 2500, 300)):
+        W = quantized(rng, O, I, kind)[0]
+        dout, found = rng.normal(size=(rows, O)).astype(np.float32), []
+        dout[0, 7] = 90
+        for name in (BYTES[0], backend):
+            dinp = np.empty((rows, I), np.float32)
+            ops_of(name).linear_backward_input(dinp, dout, W, rows, 2.0, 0)
+            found.append(dinp)
+        assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("backend", BYTES)
 def test_outliers_do_not_coarsen_a_row_of_bytes(backend: str) -> None:
     ops, rng = ops_of(backend), np.random.default_rng(8)
     N, O, I = 30, 260, 4500
@@ -1292,7 +1561,7 @@ def test_outliers_do_not_coarsen_a_row_of_bytes(backend: str) -> None:
             assert np.abs(got - want).max() <= 3e-2 * np.abs(size).max(), rows
 
 
-@pytest.mark.parametrize("backend", FAST[:1])
+@pytest.mark.parametrize("backend", [name for name in FAST if name not in BYTES])
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_the_last_groups_of_a_row_meet_no_scale_of_another(backend: str, rows: int) -> None:
     ops, rng = ops_of(backend), np.random.default_rng(8)
@@ -1509,19 +1778,28 @@ def test_row_does_not_depend_on_others(backend: str, C: int) -> None:
     ops, weight = m.ops, m.normal(C)
     x, y, z = m.normal(40, C), m.normal(40, C), m.normal(40, 2 * C)
     target, table = m.ints(C, 40), m.put(rope_table(50, C // 2 * 2))
-    position = m.ints(50, 40)
+    position, table_2d = m.ints(50, 40), m.put(rope_table(50, C // 4 * 2))
     moments = m.put(m.normal(40, C) ** 2)
 
     def results(a: int, b: int) -> dict[str, np.ndarray]:
         N, p, q, gates = b - a, x[a:b].copy(), y[a:b].copy(), z[a:b].copy()
         r = {name: np.zeros((N, C), ops.real) for name in ("norm", "swiglu", "tanh", "sum")}
-        r |= {name: np.zeros(N, ops.real) for name in ("rstd", "loss", "lse")}
+        r |= {name: np.zeros((N, C), ops.real) for name in ("layernorm", "gelu", "dgelu", "scaled")}
+        r |= {name: np.zeros(N, ops.real) for name in ("rstd", "loss", "lse", "mean", "rstd_1")}
+        r |= {"dinp_1": q.copy(), "rope_2d": gates.copy()}
         r |= {"dinp": q.copy(), "dgates": gates.copy(), "rope": p.copy(), "dlogits": p.copy()}
         r |= {"dtanh": p.copy(), "p": p.copy(), "m": q.copy(), "v": moments[a:b].copy()}
         ops.rmsnorm_forward(r["norm"], r["rstd"], p, weight, N, C, 1e-5)
         ops.rmsnorm_backward(r["dinp"], None, q, p, weight, r["rstd"], N, C)
+        ops.layernorm_forward(r["layernorm"], r["mean"], r["rstd_1"], p, weight, weight, N, C, 1e-5)
+        ops.layernorm_backward(r["dinp_1"], None, None, q, p, weight, r["mean"], r["rstd_1"], N, C)
         ops.swiglu_forward(r["swiglu"], gates, N, C)
         ops.swiglu_backward(r["dgates"], q, gates, N, C)
+        ops.gelu_forward(r["gelu"], p, N * C)
+        ops.gelu_backward(r["dgelu"], q, p, N * C)
+        ops.scaled_add(r["scaled"], p, q, N * C, 7.5)
+        here = position[a:b].copy()
+        ops.rope_2d_forward(r["rope_2d"], table_2d, here, here, N, 1, C // 4 * 4, 2 * C)
         ops.tanh_forward(r["tanh"], p, N * C)
         ops.tanh_backward(r["dtanh"], q, r["tanh"], N * C)
         ops.add(r["sum"], p, q, N * C)

@@ -216,3 +216,100 @@ def test_every_op_can_be_counted():
     out, x = np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)
     ops.add(out, x, x, 6)
     assert (out == 1).all()  # nothing is computed
+
+
+# Published models, by their configs: parameters in memory
+
+_GLM = {
+    "model_type": "glm",
+    "attention_bias": True,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "intermediate_size": 13696,
+    "hidden_size": 4096,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151552,
+}
+_EDGE = {"vocab_size": 59264, "attention_bias": False, "partial_rotary_factor": 1.0}
+_LARGE = {
+    "model_type": "glm4",
+    "num_hidden_layers": 61,
+    "hidden_size": 6144,
+    "intermediate_size": 23040,
+    "num_attention_heads": 48,
+    "attention_bias": False,
+}
+_CHATGLM = {
+    **SIX_B,
+    "model_type": "chatglm",
+    "multi_query_attention": True,
+    "add_qkv_bias": True,
+    "rmsnorm": True,
+    "layernorm_epsilon": 1e-5,
+}
+PUBLISHED = {  # name: (config, GiB of 2^30 in 16, 8 and 4 bits, KiB a position in 16 bits)
+    "GLM-Edge-1.5B": (
+        {**_GLM, **_EDGE, "num_hidden_layers": 28, "hidden_size": 2048, "intermediate_size": 6144}
+        | {"num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": True},
+        (2.7, 1.5, 0.9),
+        56,
+    ),
+    "GLM-Edge-4B": (
+        {**_GLM, **_EDGE, "hidden_size": 3072, "intermediate_size": 8192}
+        | {"num_attention_heads": 24, "num_key_value_heads": 6},
+        (8.1, 4.4, 2.6),
+        120,
+    ),
+    "chatglm2-6b": ({**_CHATGLM, "_name_or_path": "THUDM/chatglm2-6b"}, (11.6, 6.3, 3.8), 28),
+    "chatglm3-6b": ({**_CHATGLM, "_name_or_path": "THUDM/chatglm3-6b"}, (11.6, 6.3, 3.8), 28),
+    "codegeex2-6b": ({**_CHATGLM, "_name_or_path": "THUDM/codegeex2-6b"}, (11.6, 6.3, 3.8), 28),
+    "chatglm3-6b-base": (
+        {**_CHATGLM, "_name_or_path": "THUDM/chatglm3-6b-base"},
+        (11.6, 6.3, 3.8),
+        28,
+    ),
+    "glm-4-9b-chat": (
+        {**_CHATGLM, "num_layers": 40, "padded_vocab_size": 151552, "torch_dtype": "bfloat16"},
+        (17.5, 9.9, 6.3),
+        40,
+    ),
+    "glm-4-9b-chat-1m": (
+        {**_CHATGLM, "num_layers": 40, "padded_vocab_size": 151552, "torch_dtype": "bfloat16"}
+        | {"multi_query_group_num": 4, "seq_length": 1048576, "rope_ratio": 10000},
+        (17.9, 10.3, 6.65),  # with the rotary table of a million positions: 0.25 GiB
+        80,
+    ),
+    "glm-4-9b-chat-hf": (_GLM, (17.5, 9.9, 6.3), 40),
+    "GLM-4-9B-0414": ({**_GLM, "model_type": "glm4"}, (17.5, 9.9, 6.3), 40),
+    "GLM-4-32B-0414": ({**_GLM, **_LARGE}, (60.7, 32.1, 18.7), 61),
+    "GLM-Z1-Rumination-32B-0414": (
+        {**_GLM, **_LARGE, "num_key_value_heads": 8},
+        (61.8, 32.6, 19.0),
+        244,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_take_what_their_parameters_take(tmp_path, name):
+    """Within 3 % (and the last digit). int4 with a float16 scale for 64 columns; keys and values
+    are kept in 32 bits.
+    """
+    config, gib, kib = PUBLISHED[name]
+    place = tmp_path / name
+    place.mkdir()
+    for bits, wanted in zip((None, 8, 4), gib, strict=True):
+        form = {"quantization_bit": bits or 0, "quantization_group_size": 64 if bits == 4 else None}
+        (place / "config.json").write_text(json.dumps({**config, **form}))
+        planned = plan(place, 1, 1024, "chat")
+        found = (planned.mapped + planned.weights) / 2**30
+        assert abs(found - wanted) <= 0.03 * wanted + 0.05, f"{name}: {bits} bits: {found:.2f} GiB"
+    assert abs(planned.cache / 1024 / (2 * 1024 * kib) - 1) <= 0.03, f"{name}: keys and values"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer_dir
 
 from glmlora import tell
-from glmlora.families import chatglm2, chatglm3, of, prompt
+from glmlora.families import chatglm2, chatglm3, of, prompt, rounds
 from glmlora.families.vendored import in_template
 from glmlora.tokenization import AutoTokenizer
 
@@ -48,7 +48,7 @@ def load(shared, name):
 def test_chatglm2_prompts(shared, real):
     for case in load(shared, "golden/tokenizer-chatglm2/golden.json")["prompts"]:
         query, history = case["query"], case["history"]
-        assert chatglm2.build_prompt(query, history) == case["prompt"]
+        assert chatglm2.FAMILY.prompt_text(query, history) == case["prompt"]
         assert real.build_prompt(query, history) == case["prompt"]
         assert prompt.chat_ids(real, query, history) == case["input_ids"]
         inputs = real.build_chat_input(query, [tuple(pair) for pair in history])
@@ -63,7 +63,7 @@ def test_chatglm2_prompts(shared, real):
 def test_vectors(shared, real, real3):
     vectors = load(shared, "spec/vectors.json")
     for case in vectors["build_prompt_v2"]:
-        assert chatglm2.build_prompt(case["query"], case["history"]) == case["text"]
+        assert chatglm2.FAMILY.prompt_text(case["query"], case["history"]) == case["text"]
         assert prompt.chat_ids(real, case["query"], case["history"]) == case["ids"]
     case = vectors["stream_second_round_v2"]
     assert prompt.stream_ids(real, case["query"], 2) == case["ids"]
@@ -89,7 +89,7 @@ def test_chatglm3_prompts(shared, real3):
 
 def test_responses_as_published(shared):
     for case in load(shared, "golden/tokenizer-chatglm2/golden.json")["process_response"]:
-        assert chatglm2.process_response(case["in"]) == case["out"]
+        assert rounds.process_response(case["in"]) == case["out"]
     for case in load(shared, "golden/tokenizer-chatglm2/golden-chatglm3.json")["process_response"]:
         given_history = json.loads(json.dumps(case["history"]))
         answer, history = chatglm3.FAMILY.answer(case["in"], given_history)
@@ -158,7 +158,7 @@ def test_training_rows_as_published(shared, real):
 
 
 def test_histories_are_checked(tiny, tiny3):
-    assert chatglm2.build_prompt(1, [(2, None)]) == (
+    assert chatglm2.FAMILY.prompt_text(1, [(2, None)]) == (
         "[Round 1]\n\n问：2\n\n答：None\n\n[Round 2]\n\n问：1\n\n答："
     )
     for history in ("ab", 5, [("a",)], ["ab"], [{"role": "user", "content": "a"}]):
@@ -198,7 +198,7 @@ def test_chat_template_of_rounds(tiny):
         {"role": "assistant", "content": "a"},
         {"role": "user", "content": "b"},
     ]
-    text = chatglm2.build_prompt("b", [("S.q", "a")])
+    text = chatglm2.FAMILY.prompt_text("b", [("S.q", "a")])
     assert tiny.apply_chat_template(messages, True, tokenize=False) == text
     assert tiny.apply_chat_template(messages, add_generation_prompt=True) == tiny.encode(text)
     assert tiny.apply_chat_template(messages, tokenize=False) == text[:-2]
@@ -322,7 +322,8 @@ def test_template_cut_keeps_the_frame(tiny, tiny3, query, history, limit, first)
             text = tokenizer.decode(ids)
             assert tokenizer.encode(text) == ids and text.startswith(first or "")
             assert any(
-                text == (first or "") + chatglm2.build_prompt(("Judge" + query)[:n], history[k:])
+                text
+                == (first or "") + chatglm2.FAMILY.prompt_text(("Judge" + query)[:n], history[k:])
                 for k in range(len(history) + 1)
                 for n in range(len("Judge" + query) + 1)
             )

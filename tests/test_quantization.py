@@ -299,9 +299,16 @@ GOLDEN = SHARED / "golden"
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not part of the project")
-@pytest.mark.parametrize("bits", [8, 4])
-def test_golden(bits, tmp_path):
-    place = GOLDEN / f"chatglm2-tiny-int{bits}"
+@pytest.mark.parametrize(
+    ("name", "base_name", "bits"),
+    [
+        ("chatglm2-tiny-int8", "chatglm2-tiny-bin", 8),
+        ("chatglm2-tiny-int4", "chatglm2-tiny-bin", 4),
+        ("chatglm-v1-tiny-int4", "chatglm-v1-tiny", 4),
+    ],
+)
+def test_golden(name, base_name, bits, tmp_path):
+    place = GOLDEN / name
     arrays = np.load(place / "golden.npz")
     info = json.loads((place / "golden.json").read_text(encoding="utf-8"))["arrays"]
     model = glmlora.AutoModel.from_pretrained(place)
@@ -319,7 +326,7 @@ def test_golden(bits, tmp_path):
             tensor = model._stored[weight]
             ones = Tensor(np.ones(tensor.shape[0], np.float16))
             check(name, QuantizedTensor(tensor.integers, ones, bits).numpy())
-    base = glmlora.AutoModel.from_pretrained(GOLDEN / "chatglm2-tiny-bin").quantize(bits)
+    base = glmlora.AutoModel.from_pretrained(GOLDEN / base_name).quantize(bits)
     ours, theirs = base.state_dict(), model.state_dict()
     assert set(ours) == set(theirs)
     assert all(np.array_equal(ours[n], theirs[n]) for n in ours)  # bit for bit

@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 FLOORS = (
     ("_core", "interrupts", "names", "old_pandas", "progress", "tell"),
     ("families", "files"),
-    ("batch", "encoding", "seeds", "templates"),
+    ("batch", "encoding", "rendering", "seeds", "templates"),
     ("task", "tokenization"),
     ("questions",),
     ("generation",),
@@ -227,7 +227,7 @@ def test_a_new_family_is_one_file(tmp_path):
 
 
 # What could execute what is read, or reach the network, and who uses it: for the host's name, the
-# libraries of CUDA, and tests of the core that users start.
+# libraries of CUDA, tests of the core that users start, and chat templates, in their own process.
 CALLS = {"eval", "exec", "compile", "__import__"}
 OF_OS = {"system", "popen", "execv", "execve", "execvp", "spawnv", "startfile"}
 IMPORTS = {"ctypes", "dill", "ftplib", "http", "joblib", "marshal", "pickle", "requests", "runpy"}
@@ -235,6 +235,8 @@ IMPORTS |= {"shelve", "socket", "ssl", "subprocess", "urllib", "code", "cloudpic
 USED = {
     ("files.owner", "socket"),
     ("model.device", "ctypes"),
+    ("rendering", "subprocess"),
+    ("rendering.worker", "jinja2"),
     ("tools.optable", "ctypes"),
     ("tools.selftest", "subprocess"),
 }

@@ -283,12 +283,18 @@ def tiny_transformers_dir(
     said = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     added = [{"id": int(i), **token} for i, token in said["added_tokens_decoder"].items()]
     for i, token in enumerate(("<think>", "</think>") if thinks else ()):
-        added.append({"id": 390 + i, "content": token, "special": False})
+        added.append({**added[0], "id": 390 + i, "content": token, "special": False})
+    bytes_of = {"type": "ByteLevel", "trim_offsets": True, "use_regex": False}
     vocabulary = {
+        "version": "1.0",
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": tokenizer_json._CUTS},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{**bytes_of, **cut} for cut in tokenizer_json._CUTS],
+        },
         "post_processor": None,
+        "decoder": {**bytes_of, "add_prefix_space": False},
         "model": {
             **tokenizer_json._MODEL,
             **{"vocab": {names[t]: rank for t, rank in ranks.items()}, "merges": merges},
@@ -300,3 +306,29 @@ def tiny_transformers_dir(
     del said["auto_map"]
     (directory / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
     return directory
+
+
+def speak(folder: Path, ids: list[int], family: str) -> Path:
+    """The model of `tiny_transformers_dir` with weights that say what follows each of the ids: a
+    token's own channel, and the next one's score.
+    """
+    from glmlora import load_state_dict
+
+    weights = {name: np.array(a) for name, a in load_state_dict(folder).items()}
+    embedding = weights["model.embed_tokens.weight"]
+    output = weights.setdefault("lm_head.weight", np.zeros_like(embedding))
+    embedding[:, : len(ids)] = output[:, : len(ids)] = 0
+    for channel, (i, following) in enumerate(zip(ids, ids[1:], strict=False)):
+        embedding[i] = np.eye(32)[channel]
+        output[following, channel] = 5
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")) or any(
+            word in name for word in ("post_self", "post_mlp")
+        ):
+            weights[name] *= 0.01
+    write_safetensors(folder / "model.safetensors", weights)
+    config = json.loads((folder / "config.json").read_text())
+    if config["tie_word_embeddings"]:
+        config |= {"tie_word_embeddings": False, "glmlora_family": family}
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder

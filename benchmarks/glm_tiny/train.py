@@ -21,6 +21,7 @@ import numpy as np
 
 import glmlora
 from glmlora import _core, families
+from glmlora.families.family import PLAIN_ARCH
 from glmlora.files.checkpoint import Tensor, read_safetensors, write_safetensors
 
 
@@ -28,7 +29,7 @@ def random_start(directory, config, seed=1):
     """Weights as GPT-2 starts: normal(0, 0.02), branches' last linears smaller by sqrt(2 *
     layers), norms 1, biases 0."""
     kv = config["kv_channels"]
-    arch = dict(
+    arch = PLAIN_ARCH | dict(
         layers=config["num_layers"],
         hidden=config["hidden_size"],
         ffn=config["ffn_hidden_size"],
@@ -42,10 +43,7 @@ def random_start(directory, config, seed=1):
         rope_base=10000.0,
         rope_divisor=1.0,
         qkv_bias=1,
-        half_rope_table=0,
-        split_qkv=0,
-        branch_norms=0,
-        tied_head=0,
+        prefix_input=1,
     )
     rng = np.random.default_rng(seed)
     weights = {}

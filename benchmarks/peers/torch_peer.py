@@ -3,12 +3,12 @@
     python benchmarks/peers/torch_peer.py DIRECTORY [--whole 28] [--dtype bfloat16] [--threads N]
     python benchmarks/peers/torch_peer.py --cold DIRECTORY
 
-DIRECTORY: a ChatGLM2 config.json gives the shapes; weights are random. A job's "seconds" are those
-of `--whole` layers: the last layer is timed on its own inside the run, forward and backward, and
-counted for each layer that the directory lacks; the same for memory. LoRA: rank 8 on q_proj, k_proj
-and v_proj, which the fused query_key_value is in this class; batches are padded on the left, as the
-model's generation wants it. --cold: of a directory that the job `save` wrote: open it and feed 8
-tokens.
+DIRECTORY: a config.json, ChatGLM2's or one of `model_type` glm, gives the shapes; weights are
+random. A job's "seconds" are those of `--whole` layers: the last layer is timed on its own inside
+the run, forward and backward, and counted for each layer that the directory lacks; the same for
+memory. LoRA: rank 8 on q_proj, k_proj and v_proj, which the fused query_key_value is in this class;
+batches are padded on the left, as the model's generation wants it. --cold: of a directory that the
+job `save` wrote: open it and feed 8 tokens.
 """
 
 import argparse
@@ -38,6 +38,7 @@ def build(directory, dtype):
     with torch.device("meta"):
         model = transformers.GlmForCausalLM(config).to(dtype)
     model = model.to_empty(device="cpu")
+    model.tie_weights()
     block = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -188,7 +189,9 @@ class Worker(Jobs):
             mask[row, : width - n] = 0
         return ids, mask
 
-    def lora(self, lengths, labelled, checkpointing, steps=1):
+    def lora(self, lengths, labelled, checkpointing, steps=1, scored=False):
+        """scored: logits at the labelled rows only, which a training loop of one's own can ask
+        for."""
         import peft
 
         if self.trained is None:
@@ -207,10 +210,12 @@ class Worker(Jobs):
         ids, mask = self.padded(lengths)
         labels = torch.full_like(ids, -100)
         labels[:, -labelled:] = ids[:, -labelled:]
+        rows = dict(logits_to_keep=labelled + 1 if scored else 0)  # the first is ahead of them
+        rows["labels"] = labels[:, -labelled - 1 :] if scored else labels
 
         def run():
             for _ in range(steps):
-                model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+                model(ids, attention_mask=mask, use_cache=False, **rows).loss.backward()
                 trained = [p for p in model.parameters() if p.requires_grad]
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 self.optimizer.step()

@@ -90,10 +90,17 @@ static int runs_avx512(void)
            has(7, 0, EBX, bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ);
 }
 
+static int runs_avxvnni(void)
+{
+    const unsigned avxvnni = 1u << 4;
+    return runs_avx2() && has(7, 1, EAX, avxvnni);
+}
+
+static int runs_avx512vnni(void) { return runs_avx512() && has(7, 0, ECX, bit_AVX512VNNI); }
+
 static int runs_avx512bf16(void)
 {
-    return runs_avx512() && has(7, 0, ECX, bit_AVX512VNNI | bit_AVX512VBMI) &&
-           has(7, 1, EAX, bit_AVX512BF16);
+    return runs_avx512vnni() && has(7, 0, ECX, bit_AVX512VBMI) && has(7, 1, EAX, bit_AVX512BF16);
 }
 #endif
 
@@ -103,11 +110,13 @@ static const struct isa {
     const char *name;
     const struct glm_ops *ops;
     int (*runs)(void);
-    int narrow; /* multiplies in bfloat16 and int8 as well */
+    int bfloat16; /* multiplies in it as well; in float32 and int8 all do */
 } isas[] = {
 #if defined(__x86_64__)
     {"avx512bf16", &glm_cpu_ops_avx512bf16, runs_avx512bf16, 1},
+    {"avx512vnni", &glm_cpu_ops_avx512vnni, runs_avx512vnni, 0},
     {"avx512", &glm_cpu_ops_avx512, runs_avx512, 0},
+    {"avxvnni", &glm_cpu_ops_avxvnni, runs_avxvnni, 0},
     {"avx2", &glm_cpu_ops_avx2, runs_avx2, 0},
 #endif
     {"generic", &glm_cpu_ops_generic, runs_generic, 0},
@@ -158,9 +167,9 @@ glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm
     if (compute == GLM_F64)
         return glm_fail(err, GLM_EVALUE, "backend '%s': expected /float32, /bfloat16 or /int8",
                         name);
-    if (compute != GLM_F32 && !isa->narrow)
+    if (compute == GLM_BF16 && !isa->bfloat16)
         return glm_fail(err, GLM_EVALUE,
-                        "backend '%s': these kernels multiply in float32; bfloat16 and int8 need "
+                        "backend '%s': these kernels multiply in float32 and int8; bfloat16 needs "
                         "avx512bf16, this processor runs %s",
                         name, glm_cpu_variants(sets));
     struct cpu *cpu = calloc(1, sizeof *cpu);

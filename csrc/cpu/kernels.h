@@ -81,7 +81,9 @@ struct gemm_args { /* C (M, N) = A B (+ C) */
 /* Weak: the address is NULL where the compiler lacked the set and setup.py left its file out. */
 extern const struct glm_ops glm_cpu_ops_generic;
 extern const struct glm_ops glm_cpu_ops_avx2 __attribute__((weak));
+extern const struct glm_ops glm_cpu_ops_avxvnni __attribute__((weak));
 extern const struct glm_ops glm_cpu_ops_avx512 __attribute__((weak));
+extern const struct glm_ops glm_cpu_ops_avx512vnni __attribute__((weak));
 extern const struct glm_ops glm_cpu_ops_avx512bf16 __attribute__((weak));
 
 struct cpu {

@@ -1,9 +1,11 @@
-/* x86-64 with AVX2, FMA and F16C. */
+/* x86-64 with AVX2, FMA and F16C; kernels_avxvnni.c adds to it. */
 #ifdef __AVX2__
 #include <immintrin.h>
 
 #define VL 8
+#ifndef NAME
 #define NAME avx2
+#endif
 #define HALF_TO_FLOAT(p) ((vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #define BYTES_TO_INT(p) ((vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
 #define INT_TO_FLOAT(v) ((vf)_mm256_cvtepi32_ps((__m256i)(v)))
@@ -19,5 +21,49 @@ static inline __m128 sum4_avx2(__m256 a, __m256 b, __m256 c, __m256 d)
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 }
 #define SUM4(a, b, c, d) ((v4)sum4_avx2((__m256)(a), (__m256)(b), (__m256)(c), (__m256)(d)))
+
+#ifdef __AVXVNNI__ /* bytes of w are unsigned */
+#define BYTE_BIAS 128
+#define BYTES_OF_W(v) ((vf)_mm256_xor_si256((__m256i)(v), _mm256_set1_epi8(-128)))
+#define DOT_I8(acc, w, x)                                                                 \
+    ({ /* gcc 12 leaves the sums of the intrinsic in memory */                            \
+       vf sum_ = (acc);                                                                   \
+       __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum_) : "x"((vf)(w)), "xm"((vf)(x))); \
+       sum_;                                                                              \
+    })
+#else
+#define BYTE_BIAS 0
+#define BYTES_OF_W(v) (v)
+#define DOT_I8(acc, w, x) ((vf)dot_i8_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
+/* |w| times x with the sign of w: two of them, 2 * 128 * 127 at most, do not overflow 16 bits */
+static inline __m256i dot_i8_avx2(__m256i acc, __m256i w, __m256i x)
+{
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
+static inline __m256i dot_nibbles_avx2(__m256i acc, __m256i w, __m256i x)
+{
+    const __m256i pairs = _mm256_maddubs_epi16(w, x);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
+#define SUM4_INT(a, b, c, d) ((v4)sum4_int((__m256i)(a), (__m256i)(b), (__m256i)(c), (__m256i)(d)))
+#define QUADS(v, rows) quads((__m256i *)(v), rows)
+
+static inline __m128i sum4_int(__m256i a, __m256i b, __m256i c, __m256i d)
+{
+    const __m256i t = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    return _mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1));
+}
+
+static inline void quads(__m256i *v, const char *rows)
+{
+    const __m128i *r = (const __m128i *)rows;
+    const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpackhi_epi8(r[0], r[1]);
+    const __m128i c = _mm_unpacklo_epi8(r[2], r[3]), d = _mm_unpackhi_epi8(r[2], r[3]);
+    v[0] = _mm256_set_m128i(_mm_unpackhi_epi16(a, c), _mm_unpacklo_epi16(a, c));
+    v[1] = _mm256_set_m128i(_mm_unpackhi_epi16(b, d), _mm_unpacklo_epi16(b, d));
+}
 #include "kernels_tmpl.h"
 #endif

@@ -1,4 +1,4 @@
-/* x86-64 with AVX-512 F, BW, VL, DQ; kernels_avx512bf16.c adds to it. */
+/* x86-64 with AVX-512 F, BW, VL, DQ; kernels_avx512vnni.c and kernels_avx512bf16.c add to it. */
 #ifdef __AVX512F__
 #include <immintrin.h>
 
@@ -38,6 +38,63 @@ static inline void copy_part(char *to, const char *from, size_t bytes)
         const __mmask64 there = left < 64 ? ((__mmask64)1 << left) - 1 : ~(__mmask64)0;
         _mm512_store_si512(to + at, _mm512_maskz_loadu_epi8(there, from + at));
     }
+}
+
+#ifdef __AVX512VNNI__ /* bytes of w are unsigned */
+#define BYTE_BIAS 128
+#define BYTES_OF_W(v) ((vf)_mm512_xor_si512((__m512i)(v), _mm512_set1_epi8(-128)))
+#define DOT_I8(acc, w, x)                                                         \
+    ({                                                                            \
+        vf sum_ = (acc);                                                          \
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum_) : "v"((vf)(w)), "v"((vf)(x))); \
+        sum_;                                                                     \
+    })
+#else
+#define BYTE_BIAS 0
+#define BYTES_OF_W(v) (v)
+#define DOT_I8(acc, w, x) ((vf)dot_i8_avx512((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
+/* |w| times x with the sign of w: two of them, 2 * 128 * 127 at most, do not overflow 16 bits */
+static inline __m512i dot_i8_avx512(__m512i acc, __m512i w, __m512i x)
+{
+    const __m512i minus = _mm512_sub_epi8(_mm512_setzero_si512(), x);
+    const __m512i turned = _mm512_mask_mov_epi8(x, _mm512_movepi8_mask(w), minus);
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx512((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
+static inline __m512i dot_nibbles_avx512(__m512i acc, __m512i w, __m512i x)
+{
+    const __m512i pairs = _mm512_maddubs_epi16(w, x);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#endif
+#define SUM4_INT(a, b, c, d) ((v4)sum4_int((__m512i)(a), (__m512i)(b), (__m512i)(c), (__m512i)(d)))
+#define QUADS(v, rows) quads((__m512i *)(v), rows)
+
+static inline void quads(__m512i *v, const char *rows)
+{
+    const __m256i *r = (const __m256i *)rows;
+    const __m256i a = _mm256_unpacklo_epi8(r[0], r[1]), b = _mm256_unpackhi_epi8(r[0], r[1]);
+    const __m256i c = _mm256_unpacklo_epi8(r[2], r[3]), d = _mm256_unpackhi_epi8(r[2], r[3]);
+    const __m256i e = _mm256_unpacklo_epi16(a, c), f = _mm256_unpackhi_epi16(a, c);
+    const __m256i g = _mm256_unpacklo_epi16(b, d), h = _mm256_unpackhi_epi16(b, d);
+    const __m256i ef = _mm256_permute2x128_si256(e, f, 0x20),
+                  gh = _mm256_permute2x128_si256(g, h, 0x20);
+    const __m256i ef2 = _mm256_permute2x128_si256(e, f, 0x31),
+                  gh2 = _mm256_permute2x128_si256(g, h, 0x31);
+    v[0] = _mm512_inserti64x4(_mm512_castsi256_si512(ef), gh, 1);
+    v[1] = _mm512_inserti64x4(_mm512_castsi256_si512(ef2), gh2, 1);
+}
+
+static inline __m128 sum4_int(__m512i a, __m512i b, __m512i c, __m512i d)
+{
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const __m512i t =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i h = _mm256_add_epi32(_mm512_castsi512_si256(t), _mm512_extracti64x4_epi64(t, 1));
+    return _mm_castsi128_ps(
+        _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
 }
 #include "kernels_tmpl.h"
 #endif

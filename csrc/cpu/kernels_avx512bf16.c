@@ -6,16 +6,8 @@
 #define NAME avx512bf16
 #define DOT_BF16(acc, x, w) \
     ((vf)_mm512_dpbf16_ps((__m512)(acc), (__m512bh)(__m512)(x), (__m512bh)(__m512)(w)))
-/* acc + quads of unsigned u times signed s, in int32 lanes */
-#define DOT_I8(acc, u, s)                                                         \
-    ({                                                                            \
-        vf sum_ = (acc);                                                          \
-        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum_) : "v"((vf)(u)), "v"((vf)(s))); \
-        sum_;                                                                     \
-    })
 /* 32 bfloat16: of `low`, then of `high`; rounded to nearest even */
 #define TO_BF16(low, high) ((vf)(__m512)_mm512_cvtne2ps_pbh((__m512)(high), (__m512)(low)))
-#define FLIP_SIGNS(v) ((vf)_mm512_xor_si512((__m512i)(v), _mm512_set1_epi8(-128)))
 /* floats: the first, the last eight of a, then of b */
 #define FIRST_HALVES(a, b) ((vf)_mm512_shuffle_f32x4((__m512)(a), (__m512)(b), 0x44))
 #define LAST_HALVES(a, b) ((vf)_mm512_shuffle_f32x4((__m512)(a), (__m512)(b), 0xee))
@@ -29,9 +21,6 @@
 #define HALVES_TO_PAIRS(v) ((vf)_mm512_permutexvar_epi16(pairs(0, 16), (__m512i)(v)))
 #define PAIRS_LOW(a, b) ((vf)_mm512_permutex2var_epi16((__m512i)(a), pairs(0, 32), (__m512i)(b)))
 #define PAIRS_HIGH(a, b) ((vf)_mm512_permutex2var_epi16((__m512i)(a), pairs(16, 48), (__m512i)(b)))
-/* v[0], v[1]: bytes of four rows of 32 columns as quads */
-#define QUADS(v, rows) quads((__m512i *)(v), rows)
-#define SUM4_INT(a, b, c, d) ((v4)sum4_int((__m512i)(a), (__m512i)(b), (__m512i)(c), (__m512i)(d)))
 
 /* words first, second, first + 1, second + 1, .. */
 static inline __m512i pairs(int first, int second)
@@ -101,30 +90,5 @@ static inline __m512i scale_bf16(__m512i v, __m512 scale)
     return _mm512_permutexvar_epi16(pairs(0, 16), (__m512i)both);
 }
 
-static inline void quads(__m512i *v, const char *rows)
-{
-    const __m256i *r = (const __m256i *)rows;
-    const __m256i a = _mm256_unpacklo_epi8(r[0], r[1]), b = _mm256_unpackhi_epi8(r[0], r[1]);
-    const __m256i c = _mm256_unpacklo_epi8(r[2], r[3]), d = _mm256_unpackhi_epi8(r[2], r[3]);
-    const __m256i e = _mm256_unpacklo_epi16(a, c), f = _mm256_unpackhi_epi16(a, c);
-    const __m256i g = _mm256_unpacklo_epi16(b, d), h = _mm256_unpackhi_epi16(b, d);
-    const __m256i ef = _mm256_permute2x128_si256(e, f, 0x20),
-                  gh = _mm256_permute2x128_si256(g, h, 0x20);
-    const __m256i ef2 = _mm256_permute2x128_si256(e, f, 0x31),
-                  gh2 = _mm256_permute2x128_si256(g, h, 0x31);
-    v[0] = _mm512_inserti64x4(_mm512_castsi256_si512(ef), gh, 1);
-    v[1] = _mm512_inserti64x4(_mm512_castsi256_si512(ef2), gh2, 1);
-}
-
-static inline __m128 sum4_int(__m512i a, __m512i b, __m512i c, __m512i d)
-{
-    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    const __m512i t =
-        _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    const __m256i h = _mm256_add_epi32(_mm512_castsi512_si256(t), _mm512_extracti64x4_epi64(t, 1));
-    return _mm_castsi128_ps(
-        _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
-}
 #include "kernels_avx512.c"
 #endif

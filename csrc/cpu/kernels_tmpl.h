@@ -15,6 +15,7 @@
 #include "tmpl_dropout.h"
 #include "tmpl_dora.h"
 #include "tmpl_attention.h"
+#include "tmpl_bytes.h"
 #include "tmpl_linear.h"
 #include "tmpl_linear_backward.h"
 #include "tmpl_products.h"

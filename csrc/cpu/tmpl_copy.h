@@ -134,6 +134,50 @@ static void qkv_backward(void *cx, void *dq, void *dk, void *dv, const void *dqk
     run_rows(cx, qkv_task, &a, a.rows);
 }
 
+struct by_head_args {
+    struct rows rows;
+    char *grouped, *by_head; /* [all q | all k | all v] and [q | k | v] of each head */
+    int NH, backward;
+    size_t bytes; /* of a head */
+};
+
+static void qkv_by_head_task(const void *arg, int task, char *scratch)
+{
+    const struct by_head_args *a = arg;
+    const size_t NH = (size_t)a->NH;
+    (void)scratch;
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        const size_t row = 3 * NH * n;
+        for (size_t i = 0; i < 3 * NH; i++) {
+            char *grouped = a->grouped + (row + i % 3 * NH + i / 3) * a->bytes;
+            char *by_head = a->by_head + (row + i) * a->bytes;
+            memcpy(a->backward ? by_head : grouped, a->backward ? grouped : by_head, a->bytes);
+        }
+    }
+}
+
+static void qkv_by_head_forward(void *cx, void *qkv, const void *inp, int N, struct glm_heads heads)
+{
+    const struct by_head_args a = {.rows = rows_of(N, (size_t)3 * heads.NH * heads.HD),
+                                   .grouped = qkv,
+                                   .by_head = (char *)inp,
+                                   .NH = heads.NH,
+                                   .bytes = (size_t)heads.HD * 4};
+    run_rows(cx, qkv_by_head_task, &a, a.rows);
+}
+
+static void qkv_by_head_backward(void *cx, void *dinp, const void *dqkv, int N,
+                                 struct glm_heads heads)
+{
+    const struct by_head_args a = {.rows = rows_of(N, (size_t)3 * heads.NH * heads.HD),
+                                   .grouped = (char *)dqkv,
+                                   .by_head = dinp,
+                                   .NH = heads.NH,
+                                   .backward = 1,
+                                   .bytes = (size_t)heads.HD * 4};
+    run_rows(cx, qkv_by_head_task, &a, a.rows);
+}
+
 struct append_args {
     struct rows rows;
     float *k, *v;

@@ -1,4 +1,65 @@
-/* Whatever goes element by element: tanh, sums, the optimiser. */
+/* Whatever goes element by element: GELU, tanh, sums, the optimiser. */
+
+struct gelu_args {
+    struct elements elements;
+    const float *inp, *dout;
+    float *out, *dinp;
+};
+
+/* 2 u: (1 + tanh u) / 2 is its logistic function */
+INLINE vf gelu_argument(vf x)
+{
+    return x * (splat(1.5957691216057f) + splat(0.0713548162726f) * x * x);
+}
+
+INLINE vf gelu_of(vf x) { return x * sigmoid(gelu_argument(x)); }
+
+INLINE vf gelu_slope(vf x)
+{
+    const vf e = exp_vector(-gelu_argument(x));
+    const vf y = splat(1.0f) / (splat(1.0f) + e); /* and e y = 1 - y, without cancelling */
+    const vf slope = splat(1.5957691216057f) + splat(0.2140644488178f) * x * x;
+    return y * (splat(1.0f) + x * slope * (e * y));
+}
+
+static void gelu_forward_task(const void *arg, int task, char *scratch)
+{
+    const struct gelu_args *a = arg;
+    const size_t end = end_element(a->elements, task);
+    size_t i = first_element(a->elements, task);
+    (void)scratch;
+    for (; i + VL <= end; i += VL)
+        store(a->out + i, gelu_of(load(a->inp + i)));
+    if (i < end)
+        store_part(a->out + i, gelu_of(load_part(a->inp + i, (int)(end - i))), (int)(end - i));
+}
+
+static void gelu_forward(void *cx, void *out, const void *inp, size_t n)
+{
+    const struct gelu_args a = {.elements = elements_of(n), .inp = inp, .out = out};
+    run_elements(cx, gelu_forward_task, &a, a.elements);
+}
+
+static void gelu_backward_task(const void *arg, int task, char *scratch)
+{
+    const struct gelu_args *a = arg;
+    const size_t end = end_element(a->elements, task);
+    size_t i = first_element(a->elements, task);
+    (void)scratch;
+    for (; i + VL <= end; i += VL)
+        store(a->dinp + i, load(a->dout + i) * gelu_slope(load(a->inp + i)));
+    if (i < end) {
+        const int part = (int)(end - i);
+        const vf slope = gelu_slope(load_part(a->inp + i, part));
+        store_part(a->dinp + i, load_part(a->dout + i, part) * slope, part);
+    }
+}
+
+static void gelu_backward(void *cx, void *dinp, const void *dout, const void *inp, size_t n)
+{
+    const struct gelu_args a = {elements_of(n), .dout = dout, .inp = inp, .dinp = dinp};
+    run_elements(cx, gelu_backward_task, &a, a.elements);
+}
 
 struct tanh_args {
     struct elements elements;
@@ -55,6 +116,29 @@ static void add(void *cx, void *out, const void *a, const void *b, size_t n)
 {
     const struct add_args s = {elements_of(n), out, a, b};
     run_elements(cx, add_task, &s, s.elements);
+}
+
+struct scaled_add_args {
+    struct elements elements;
+    float *out;
+    const float *a, *b;
+    float scale;
+};
+
+static void scaled_add_task(const void *arg, int task, char *scratch)
+{
+    const struct scaled_add_args *s = arg;
+    const float *a = s->a, *b = s->b, scale = s->scale;
+    float *out = s->out;
+    (void)scratch;
+    for (size_t i = first_element(s->elements, task); i < end_element(s->elements, task); i++)
+        out[i] = scale * a[i] + b[i];
+}
+
+static void scaled_add(void *cx, void *out, const void *a, const void *b, size_t n, double scale)
+{
+    const struct scaled_add_args s = {elements_of(n), out, a, b, (float)scale};
+    run_elements(cx, scaled_add_task, &s, s.elements);
 }
 
 struct sum_args {

@@ -1,8 +1,8 @@
 /* linear_forward: out = x W^T. Both operands are contiguous along the reduction, so vectors run
  * along it and a sum is made of VL lanes.
  *
- * The arithmetic of a product is a "kind": GLM_F32, GLM_BF16 (pairs of bfloat16, summed in float)
- * or GLM_I8 (quads of bytes, summed in int). W is converted to it while it is read, x before. An
+ * The arithmetic of a product is a "kind": GLM_F32, GLM_BF16 (pairs of bfloat16, summed in float,
+ * where the set has DOT_BF16) or GLM_I8 (quads of bytes, summed in int; the same bits on every set). W is converted to it while it is read, x before. An
  * output is a sum over runs of vectors; in a run lane l adds up its products in order, then the
  * lanes are summed: the same for one row of x, which reads W where it lies at the memory's speed,
  * and for many, which pack panels of W. Only W of kind GLM_BF16 with group scales differs: few rows
@@ -15,7 +15,7 @@ enum {
 #if VL == 16
     XR = 6, R1 = 1, C1 = 8, R2 = 4, C2 = 6, IN_PLACE_ROWS = 16,
 #else
-    XR = 3, R1 = 1, C1 = 8, R2 = 3, C2 = 4, IN_PLACE_ROWS = 3,
+    XR = 3, R1 = 1, C1 = 4, R2 = 3, C2 = 4, IN_PLACE_ROWS = 3,
 #endif
     IN_PLACE_COLS = 96, /* rows of W of a task in place: a multiple of each C */
     VB = 4 * VL,        /* bytes of a vector */
@@ -34,9 +34,9 @@ INLINE int run_of(enum glm_dtype kind, enum glm_dtype dtype)
 /* Vectors that are converted together: as many columns of W as make whole vectors. */
 INLINE int chunk_of(enum glm_dtype kind, enum glm_dtype dtype)
 {
-    if (kind == GLM_F32)
-        return 2;
-    return kind == GLM_BF16 && dtype == GLM_I4 ? 4 : kind == GLM_BF16 && dtype == GLM_I8 ? 2 : 1;
+    if (kind == GLM_BF16)
+        return dtype == GLM_I4 ? 4 : dtype == GLM_I8 ? 2 : 1;
+    return kind == GLM_F32 || dtype == GLM_I4 ? 2 : 1;
 }
 
 /* Vectors of a packed row. */
@@ -46,39 +46,42 @@ INLINE int vectors_of(enum glm_dtype kind, enum glm_dtype dtype, int columns)
     return (columns + width - 1) / width * chunk;
 }
 
-INLINE vf multiply_add(enum glm_dtype kind, vf acc, vf x, vf w)
+INLINE vf multiply_add(enum glm_dtype kind, enum glm_dtype dtype, vf acc, vf x, vf w)
 {
 #ifdef DOT_BF16
     if (kind == GLM_BF16)
         return DOT_BF16(acc, x, w);
-    if (kind == GLM_I8)
-        return DOT_I8(acc, w, x); /* bytes of w are unsigned: 128 too large, see finish */
 #endif
-    (void)kind;
+    if (kind == GLM_I8)
+        return dtype == GLM_I4 ? DOT_NIBBLES(acc, w, x) : DOT_I8(acc, w, x);
     return MADD(x, w, acc);
 }
+
+/* By how much the integers of W are too large in products of bytes. */
+INLINE int bias_of(enum glm_dtype dtype) { return dtype == GLM_I4 ? 8 : BYTE_BIAS; }
 
 /* Four sums of lanes, as the kind sums. */
 INLINE v4 sums_of(enum glm_dtype kind, vf a, vf b, vf c, vf d)
 {
-#ifdef DOT_BF16
-    if (kind == GLM_I8)
-        return SUM4_INT(a, b, c, d);
-#endif
-    (void)kind;
-    return SUM4(a, b, c, d);
+    return kind == GLM_I8 ? SUM4_INT(a, b, c, d) : SUM4(a, b, c, d);
 }
 
-/* A chunk of a row of W at `p`. Of 4-bit columns kind GLM_F32 has the even ones first, then the
- * odd ones; kind GLM_BF16 has columns 4i + 1, 4i, 4i + 3, 4i + 2, and of bytes the first 8 of each
+/* A chunk of a row of W at `p`. Of 4-bit columns kinds GLM_F32 and GLM_I8 have the even ones first,
+ * then the odd ones; kind GLM_BF16 has columns 4i + 1, 4i, 4i + 3, 4i + 2, and of bytes the first 8 of each
  * 16, then the others; x is packed to match. */
 INLINE void load_chunk(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype dtype)
 {
-#ifdef DOT_BF16
-    if (kind == GLM_I8) {
-        v[0] = FLIP_SIGNS(load_bytes(p));
+    if (kind == GLM_I8 && dtype == GLM_I4) {
+        const vu both = (vu)load_bytes(p) ^ 0x88888888u;
+        v[0] = (vf)(both >> 4 & 0x0f0f0f0fu);
+        v[1] = (vf)(both & 0x0f0f0f0fu);
         return;
     }
+    if (kind == GLM_I8) {
+        v[0] = BYTES_OF_W(load_bytes(p));
+        return;
+    }
+#ifdef DOT_BF16
     if (kind == GLM_BF16 && dtype == GLM_I4) {
         const vi raw = (vi)load_bytes(p);
         for (int j = 0; j < 4; j++)
@@ -98,7 +101,6 @@ INLINE void load_chunk(vf *v, const char *p, enum glm_dtype kind, enum glm_dtype
         return;
     }
 #endif
-    (void)kind;
     if (dtype == GLM_I4) {
         const vi both = BYTES_TO_INT(p);
         v[0] = INT_TO_FLOAT(both >> 4);
@@ -244,7 +246,8 @@ INLINE void pack_w(char *to, const struct glm_mat *w, enum glm_dtype kind, enum 
 }
 
 /* s[r] = dot products of row r of packed x with four rows of packed w, `vectors` vectors long */
-INLINE void dot_panel(v4 *s, const char *x, const char *w, int vectors, enum glm_dtype kind)
+INLINE void dot_panel(v4 *s, const char *x, const char *w, int vectors, enum glm_dtype kind,
+                      enum glm_dtype dtype)
 {
     vf acc[XR][4];
     for (int r = 0; r < XR; r++)
@@ -260,7 +263,7 @@ INLINE void dot_panel(v4 *s, const char *x, const char *w, int vectors, enum glm
         for (int c = 0; c < 4; c++) {
             const vf wv = load((const float *)(w + c * VB));
             for (int r = 0; r < XR; r++)
-                acc[r][c] = multiply_add(kind, acc[r][c], xv[r], wv);
+                acc[r][c] = multiply_add(kind, dtype, acc[r][c], xv[r], wv);
         }
     }
     for (int r = 0; r < XR; r++)
@@ -280,7 +283,8 @@ INLINE void add_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v, 
             vf sum = {0};
 #pragma GCC unroll 4
             for (int j = 0; j < chunk; j++)
-                sum = multiply_add(kind, sum, load((const float *)(x + (j * R + r) * VB)), v[j]);
+                sum = multiply_add(kind, dtype, sum, load((const float *)(x + (j * R + r) * VB)),
+                                   v[j]);
             acc[r * C + c] = MADD(lanes, sum, acc[r * C + c]);
         }
         return;
@@ -293,7 +297,7 @@ INLINE void add_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v, 
     for (int j = 0; j < chunk; j++)
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
-            acc[r * C + c] = multiply_add(kind, acc[r * C + c],
+            acc[r * C + c] = multiply_add(kind, dtype, acc[r * C + c],
                                           load((const float *)(x + (j * R + r) * VB)), w[j]);
 }
 
@@ -340,7 +344,7 @@ INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w
         for (int c = 0; c < C; c++) {
             vf v[4];
             load_chunk(v, row[c] + at, kind, dtype);
-            if (c % turns == 0)
+            if (c % turns == 0 && at % 64 == 0) /* a line once */
                 __builtin_prefetch(row[c] + at + C * stride, 0, 2);
             for (int i = 0; keep && i < chunk; i++)
                 *kept++ = v[i];
@@ -387,82 +391,6 @@ INLINE void dot_kept(v4 *s, int R, int C, const char *x, const struct glm_mat *w
     sum_lanes(s, acc, R * C, kind);
 }
 
-/* ---- kind GLM_I8: a run of a row of x as bytes, its scale, and its outliers kept apart */
-
-#ifdef DOT_BF16
-/* Square sum of the n values at x whose size is below `bound`, and the largest of those sizes. */
-INLINE float squares_below(float *largest, const float *x, int n, float bound)
-{
-    vf square = {0}, top = {0};
-    for (int k = 0; k < n; k += VL) {
-        const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
-        const vf size = (vf)((vi)v & 0x7fffffff), kept = (vf)((vi)size & (size < splat(bound)));
-        square = MADD(kept, kept, square);
-        top = select_lanes(kept > top, kept, top);
-    }
-    *largest = 0;
-    for (int i = 0; i < VL; i++)
-        *largest = top[i] > *largest ? top[i] : *largest;
-    return lane_sum(square);
-}
-
-/* n <= SHORT_RUN_BYTES columns at x; columns past the end are 0. Of the OUTLIERS largest those
- * beyond six times the root mean square of the others do not share the scale: their products are
- * made in float. A run that is not finite gets the scale NaN. */
-INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
-{
-    typedef int8_t vb __attribute__((vector_size(VL), aligned(1)));
-    float rest;
-    vf bad = {0};
-    int k = 0;
-    *run = (struct x_run){0};
-    for (; k + VL <= n; k += VL)
-        bad += load(x + k) - load(x + k);
-    if (k < n)
-        bad += load_part(x + k, n - k) - load_part(x + k, n - k);
-    const float mean = sqrtf(squares_below(&rest, x, n, INFINITY) / (float)n);
-    if (rest > 6.0f * mean && lane_sum(bad) == 0) {
-        float least = mean;
-        for (k = 0; k < n; k++) {
-            if (!(fabsf(x[k]) > least))
-                continue;
-            int at = run->count < OUTLIERS ? run->count++ : OUTLIERS - 1;
-            for (; at > 0 && fabsf(run->value[at - 1]) < fabsf(x[k]); at--) {
-                run->value[at] = run->value[at - 1];
-                run->column[at] = run->column[at - 1];
-            }
-            run->value[at] = x[k];
-            run->column[at] = k;
-            if (run->count == OUTLIERS)
-                least = fabsf(run->value[OUTLIERS - 1]);
-        }
-        const float limit =
-            6.0f * sqrtf(squares_below(&rest, x, n, fabsf(run->value[run->count - 1])) / (float)n);
-        for (; run->count && fabsf(run->value[run->count - 1]) <= limit; run->count--)
-            rest = fabsf(run->value[run->count - 1]);
-    }
-    run->scale = lane_sum(bad) == 0 ? rest / 127.0f : NAN;
-    const vf inverse = splat(rest > 0 && run->scale > 0 ? 127.0f / rest : 0);
-    vi sum = {0};
-    for (k = 0; k < n; k += VL) {
-        const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
-        const vf shift = splat(12582912.0f), most = splat(127.0f);
-        vf rounded = v * inverse + shift - shift;
-        rounded = select_lanes(rounded > most, most, select_lanes(rounded < -most, -most, rounded));
-        const vi whole = __builtin_convertvector(rounded, vi);
-        *(vb *)(q + k) = __builtin_convertvector(whole, vb);
-        sum += whole;
-    }
-    for (int i = 0; i < run->count; i++) {
-        sum[0] -= q[run->column[i]];
-        q[run->column[i]] = 0;
-    }
-    for (int i = 0; i < VL; i++)
-        run->sum += sum[i];
-    memset(q + k, 0, (size_t)(SHORT_RUN_BYTES - k));
-}
-#endif
-
 /* Groups of R rows of x: as vectors of the kind in rows of `vectors`, one task for each group. */
 static void pack_x_task(const void *arg, int task, char *scratch)
 {
@@ -472,9 +400,8 @@ static void pack_x_task(const void *arg, int task, char *scratch)
     const int vectors = vectors_of(p->kind, p->dtype, p->K);
     char *to = p->to + (size_t)task * p->R * vectors * VB;
     (void)scratch;
-#ifdef DOT_BF16
     if (p->kind == GLM_I8) {
-        const int in_full = run_of(GLM_I8, GLM_I8), n_runs = glm_byte_runs(p->K);
+        const int in_full = run_of(GLM_I8, p->dtype), n_runs = glm_byte_runs(p->K);
         for (int r = 0; r < p->R; r++)
             for (int b = 0; b < n_runs; b++) {
                 const int left = p->K - b * SHORT_RUN_BYTES, in_run = vectors - b * in_full;
@@ -485,12 +412,15 @@ static void pack_x_task(const void *arg, int task, char *scratch)
                                left < SHORT_RUN_BYTES ? left : SHORT_RUN_BYTES);
                 else /* multiplied with the others, and dropped */
                     run->sum = 0, run->scale = 0;
+                if (p->dtype == GLM_I4)
+                    evens_first(q);
                 for (int v = 0; v < (in_run < in_full ? in_run : in_full); v++)
                     store((float *)(to + (((size_t)b * in_full + v) * p->R + r) * VB),
                           load((float *)(q + v * VB)));
             }
         return;
     }
+#ifdef DOT_BF16
     if (p->kind == GLM_BF16) {
         if (p->dtype == GLM_I4)
             pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_I4);
@@ -507,13 +437,13 @@ static void pack_x_task(const void *arg, int task, char *scratch)
         pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_F32, GLM_F32);
 }
 
-/* Four outputs of a run added to their sums. Kind GLM_I8: w was 128 too large. */
-INLINE v4 run_value(v4 s, const struct x_run *run, enum glm_dtype kind)
+/* Four outputs of a run, to be added to their sums. */
+INLINE v4 run_value(v4 s, const struct x_run *run, enum glm_dtype kind, enum glm_dtype dtype)
 {
     if (kind != GLM_I8)
         return s;
     typedef int32_t i4 __attribute__((vector_size(16), aligned(4)));
-    return __builtin_convertvector((i4)s - 128 * run->sum, v4) * run->scale;
+    return __builtin_convertvector((i4)s - bias_of(dtype) * run->sum, v4) * run->scale;
 }
 
 /* tile (a->N, IN_PLACE_COLS) of few rows, W read in place: R of them at a time with C rows of W,
@@ -548,12 +478,12 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
                     const int n = g * R + i / C < a->N ? g * R + i / C : a->N - 1;
                     const int row = o + i % C < a->w->rows ? o + i % C : a->w->rows - 1;
                     const struct x_run *run = a->runs + n * n_runs + b;
-                    const int8_t *q =
-                        (const int8_t *)a->w->data + (size_t)row * I + (size_t)b * width;
+                    const char *q = (const char *)a->w->data + row * glm_bytes(dtype, (size_t)I) +
+                                    glm_bytes(dtype, (size_t)b * width);
                     float *sum = (float *)at + i;
-                    *sum += run_value((v4){s[i / 4][i % 4]}, run, kind)[0];
+                    *sum += run_value((v4){s[i / 4][i % 4]}, run, kind, dtype)[0];
                     for (int j = 0; j < run->count; j++)
-                        *sum += run->value[j] * (float)q[run->column[j]];
+                        *sum += run->value[j] * load_one(q, dtype, (size_t)run->column[j]);
                 }
             }
     for (int g = 0; g < groups; g++)
@@ -571,15 +501,17 @@ struct panel_columns {
 };
 
 INLINE void add_outliers(float *out, int cols, const struct x_run *run, const char *wp,
-                         struct panel_columns *columns)
+                         enum glm_dtype dtype, struct panel_columns *columns)
 {
     for (int j = 0; j < run->count; j++) {
         const int k = run->column[j];
         if (columns->place[k] < 0) {
             int8_t *to = columns->value[columns->count];
-            const char *from = wp + k / VB * 4 * VB + k % VB;
-            for (int o = 0; o < NT_COLS; o++)
-                to[o] = (int8_t)(from[o / 4 * 4 * SHORT_RUN_BYTES + o % 4 * VB] ^ -128);
+            const int at =
+                dtype == GLM_I4 ? k / (2 * VB) * 2 * VB + k % 2 * VB + k % (2 * VB) / 2 : k;
+            const char *from = wp + at / VB * 4 * VB + at % VB;
+            for (int o = 0; o < NT_COLS; o++) /* as bytes: the difference is one, too */
+                to[o] = (int8_t)(from[o / 4 * 4 * SHORT_RUN_BYTES + o % 4 * VB] - bias_of(dtype));
             columns->place[k] = (int16_t)columns->count++;
         }
         const int8_t *q = columns->value[columns->place[k]];
@@ -655,9 +587,10 @@ INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum g
                 for (int i = 0; i * ((cols + 3) / 4) < XR * in_full * VB / 64; i++, next += 64)
                     __builtin_prefetch(next, 0, 2);
                 fetch_ahead(&ahead);
-                dot_panel(s, xp, wp + (size_t)o * in_full * VB, in_run, kind);
+                dot_panel(s, xp, wp + (size_t)o * in_full * VB, in_run, kind, dtype);
                 for (int r = 0; r < XR; r++)
-                    s[r] = run_value(s[r], kind == GLM_I8 ? run + (size_t)r * n_runs : NULL, kind);
+                    s[r] = run_value(s[r], kind == GLM_I8 ? run + (size_t)r * n_runs : NULL, kind,
+                                     dtype);
                 if (end == XR && cols - o >= 4) {
 #pragma GCC unroll 6
                     for (int r = 0; r < XR; r++)
@@ -669,7 +602,8 @@ INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum g
                         at[r * ldt + c] = b ? at[r * ldt + c] + s[r][c] : s[r][c];
             }
             for (int r = 0; kind == GLM_I8 && r < end; r++)
-                add_outliers(tile + (n + r) * ldt, cols, run + (size_t)r * n_runs, wp, columns);
+                add_outliers(tile + (n + r) * ldt, cols, run + (size_t)r * n_runs, wp, dtype,
+                             columns);
         }
     }
 }
@@ -720,11 +654,14 @@ INLINE void finish(const struct nt_args *a, float *tile, size_t ldt, int n0, int
         call(GLM_F32, GLM_I4, 0);                              \
     else if (a->kind == GLM_F32)                               \
         call(GLM_F32, GLM_F64, 0);                             \
+    else if (a->kind == GLM_I8 && dtype == GLM_I8)             \
+        call(GLM_I8, GLM_I8, 0);                               \
+    else if (a->kind == GLM_I8)                                \
+        call(GLM_I8, GLM_I4, 0);                               \
     EACH_FAST_KIND(call)
 
 #ifdef DOT_BF16
 #define EACH_FAST_KIND(call)                                        \
-    else if (a->kind == GLM_I8) call(GLM_I8, GLM_I8, 0);            \
     else if (dtype == GLM_F32) call(GLM_BF16, GLM_F32, 0);          \
     else if (dtype == GLM_F16) call(GLM_BF16, GLM_F16, 0);          \
     else if (dtype == GLM_BF16) call(GLM_BF16, GLM_BF16, 0);        \

@@ -36,15 +36,15 @@ INLINE void unit_tile(float *tile, size_t ldt, const float *a, const char *b, in
         for (int m = 0; m < MR; m++) {
             const vf av = splat_unit(a + m);
             for (int v = 0; v < NV; v++)
-                acc[m][v] = multiply_add(kind, acc[m][v], av, bv[v]);
+                acc[m][v] = multiply_add(kind, GLM_I8, acc[m][v], av, bv[v]);
         }
     }
     for (int m = 0; m < MR; m++)
         for (int v = 0; v < NV; v++) {
             float *at = tile + m * ldt + v * VL;
-            if (kind == GLM_I8) { /* b was 128 too large */
+            if (kind == GLM_I8) {
                 const struct x_run *of = run + m * runs;
-                acc[m][v] = INT_TO_FLOAT((vi)acc[m][v] - 128 * of->sum) * splat(of->scale);
+                acc[m][v] = INT_TO_FLOAT((vi)acc[m][v] - BYTE_BIAS * of->sum) * splat(of->scale);
                 if (add)
                     acc[m][v] += load(at);
             }
@@ -66,7 +66,6 @@ INLINE void load_natural(vf *v, const char *p, enum glm_dtype dtype, int n)
     }
 }
 
-#ifdef DOT_BF16
 /* MR rows of A as bytes, in runs of SHORT_RUN_BYTES terms with their scales; see quantize_x. */
 INLINE void quantize_a(float *to, const struct pack_args *p, const float *from, int task, int rows,
                        int units)
@@ -91,18 +90,24 @@ INLINE void quantize_a(float *to, const struct pack_args *p, const float *from, 
         }
 }
 
-/* NR columns of four rows of bytes as units, 128 added; of `used` rows and `width` columns. */
-INLINE void pack_quads(char *to, const char *p, size_t stride, int used, int width)
+/* NR columns of four rows of integers as units of bytes; of `used` rows and `width` columns. */
+INLINE void pack_quads(char *to, const char *p, size_t stride, enum glm_dtype dtype, int used,
+                       int width)
 {
+    typedef int8_t vb __attribute__((vector_size(VL), aligned(VL)));
     char rows[4][NR] __attribute__((aligned(32))) = {{0}};
     for (int i = 0; i < used; i++)
-        memcpy(rows[i], p + i * stride, (size_t)width);
+        memcpy(rows[i], p + i * stride, glm_bytes(dtype, (size_t)width));
+    for (int i = 0; dtype == GLM_I4 && i < used; i++) {
+        const vb both = *(vb *)rows[i], even = both >> 4, odd = both << 4 >> 4;
+        *(vb *)rows[i] = LOW(even, odd);
+        *(vb *)(rows[i] + VL) = HIGH(even, odd);
+    }
     vf v[2] __attribute__((aligned(64)));
     QUADS(v, rows[0]);
-    store((float *)to, FLIP_SIGNS(v[0]));
-    store((float *)(to + VB), FLIP_SIGNS(v[1]));
+    store((float *)to, BYTES_OF_W(v[0]));
+    store((float *)(to + VB), BYTES_OF_W(v[1]));
 }
-#endif
 
 /* Units of A for MR rows from row m0 on: (units, MR); rows and terms past the end are 0. am, ak:
  * strides of a(m, k); one of them is 1. */
@@ -113,11 +118,11 @@ static void pack_a_task(const void *arg, int task, char *scratch)
     const float *from = p->x + (size_t)task * MR * p->am;
     float *to = (float *)p->to + (size_t)task * MR * units;
     (void)scratch;
-#ifdef DOT_BF16
     if (p->kind == GLM_I8) {
         quantize_a(to, p, from, task, rows, units);
         return;
     }
+#ifdef DOT_BF16
     if (p->kind == GLM_BF16 && p->ak == 1) {
         for (int k = 0; k < p->K; k += 2 * VL) {
             const int n = p->K - k < 2 * VL ? p->K - k : 2 * VL;
@@ -191,12 +196,10 @@ INLINE void pack_b(char *bp, const struct glm_mat *b, enum glm_dtype kind, enum 
             const char *p = row + glm_bytes(dtype, (size_t)(n0 + n));
             char *to = bp + ((size_t)n / NR * GEMM_UNITS + u) * NV * VB;
             __builtin_prefetch(p + 8 * stride);
-#ifdef DOT_BF16
             if (kind == GLM_I8) {
-                pack_quads(to, p, stride, used, width);
+                pack_quads(to, p, stride, dtype, used, width);
                 continue;
             }
-#endif
             vf v[2][2] = {{{0}}};
             for (int i = 0; i < used; i++) {
                 load_natural(v[i], p + i * stride, dtype, width);
@@ -266,10 +269,11 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
             for (int r = 0; kind == GLM_I8 && r < height; r++) {
                 const struct x_run *of = run + (size_t)r * n_runs;
                 for (int j = 0; j < of->count; j++) {
-                    const int8_t *q = (const int8_t *)g->b->data +
-                                      ((size_t)u * per + of->column[j]) * g->b->cols + n0;
+                    const char *q =
+                        (const char *)g->b->data +
+                        ((size_t)u * per + of->column[j]) * glm_bytes(dtype, (size_t)g->b->cols);
                     for (int n = 0; n < cols; n++)
-                        c[(m + r) * ldc + n] += of->value[j] * (float)q[n];
+                        c[(m + r) * ldc + n] += of->value[j] * load_one(q, dtype, (size_t)(n0 + n));
                 }
             }
         }

@@ -10,7 +10,13 @@ static enum glm_dtype kind_of(const struct cpu *cpu, enum glm_dtype dtype, int g
     const int thin = rows < cols ? rows : cols;
     if (cpu->compute == GLM_F32 || dtype == GLM_F64 || (dtype == GLM_F32 && thin <= THIN))
         return GLM_F32;
-    return cpu->compute == GLM_I8 && dtype == GLM_I8 && !group ? GLM_I8 : GLM_BF16;
+    if (cpu->compute == GLM_I8 && (dtype == GLM_I8 || dtype == GLM_I4) && !group)
+        return GLM_I8;
+#ifdef DOT_BF16
+    return GLM_BF16;
+#else
+    return GLM_F32;
+#endif
 }
 
 /* Rows of a tile, at most `most`: the other operand is packed once for each, so many; but tasks
@@ -189,9 +195,7 @@ static void linear_backward_weight(void *cx, void *dweight, void *dbias, const v
     struct cpu *cpu = cx;
     if (dweight) {
         const struct glm_mat b = {.data = inp, .dtype = GLM_F32, .rows = N, .cols = I};
-        const enum glm_dtype kind = kind_of(cpu, GLM_F32, 0, O, I);
-        run_gemm(cpu, dweight, dout, 1, (size_t)O, &b, kind == GLM_I8 ? GLM_BF16 : kind, O, scale,
-                 1);
+        run_gemm(cpu, dweight, dout, 1, (size_t)O, &b, kind_of(cpu, GLM_F32, 0, O, I), O, scale, 1);
     }
     if (dbias) {
         const struct column_sum_args a = {dbias, dout, N, O, (float)scale};

@@ -103,6 +103,120 @@ static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *do
         run(cx, ceil_div((size_t)C, 64), (size_t)N * C, rmsnorm_dweight_task, &a);
 }
 
+struct layernorm_args {
+    struct rows rows;
+    const float *inp, *weight, *bias, *dout;
+    float *out, *mean, *rstd, *dinp, *dweight, *dbias;
+    int C;
+    float eps;
+};
+
+/* The squares are those of what the mean leaves: the difference of two large sums would cancel. */
+static void layernorm_forward_task(const void *arg, int task, char *scratch)
+{
+    const struct layernorm_args *a = arg;
+    const int C = a->C;
+    const float *weight = a->weight, *bias = a->bias;
+    (void)scratch;
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        const float *x = a->inp + (size_t)n * C;
+        float *out = a->out + (size_t)n * C;
+        const float mean = sum_row(x, C) / (float)C;
+        for (int i = 0; i < C; i++)
+            out[i] = x[i] - mean;
+        const float rstd = 1.0f / sqrtf(dot_row(out, out, C) / (float)C + a->eps);
+        a->mean[n] = mean;
+        a->rstd[n] = rstd;
+        for (int i = 0; i < C; i++)
+            out[i] = out[i] * rstd * weight[i] + bias[i];
+    }
+}
+
+static void layernorm_forward(void *cx, void *out, void *mean, void *rstd, const void *inp,
+                              const void *weight, const void *bias, int N, int C, double eps)
+{
+    const struct layernorm_args a = {.rows = rows_of(N, (size_t)2 * C),
+                                     .inp = inp,
+                                     .weight = weight,
+                                     .bias = bias,
+                                     .out = out,
+                                     .mean = mean,
+                                     .rstd = rstd,
+                                     .C = C,
+                                     .eps = (float)eps};
+    run_rows(cx, layernorm_forward_task, &a, a.rows);
+}
+
+static void layernorm_backward_task(const void *arg, int task, char *scratch)
+{
+    const struct layernorm_args *a = arg;
+    const int C = a->C;
+    const float *weight = a->weight;
+    (void)scratch;
+    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
+        const float *dout = a->dout + (size_t)n * C, *x = a->inp + (size_t)n * C;
+        float *dinp = a->dinp + (size_t)n * C;
+        const float mean = a->mean[n], rstd = a->rstd[n];
+        vf along_1 = {0}, along_x = {0};
+        int i = 0;
+        for (; i + VL <= C; i += VL) {
+            const vf g = load(dout + i) * load(weight + i);
+            along_1 += g;
+            along_x += g * (load(x + i) - splat(mean));
+        }
+        if (i < C) {
+            const vf g = load_part(dout + i, C - i) * load_part(weight + i, C - i);
+            along_1 += g;
+            along_x += g * (load_part(x + i, C - i) - splat(mean));
+        }
+        const float g_mean = lane_sum(along_1) / (float)C;
+        const float x_mean = lane_sum(along_x) / (float)C * rstd * rstd;
+        for (i = 0; i < C; i++)
+            dinp[i] += rstd * (dout[i] * weight[i] - g_mean - (x[i] - mean) * x_mean);
+    }
+}
+
+/* a task is a run of columns: the sum over rows is never split */
+static void layernorm_dweight_task(const void *arg, int task, char *scratch)
+{
+    const struct layernorm_args *a = arg;
+    const int C = a->C, begin = task * 64, end = begin + 64 < C ? begin + 64 : C;
+    float *sum = (float *)scratch, *along_xhat = sum + 64;
+    for (int i = 0; i < end - begin; i++)
+        sum[i] = along_xhat[i] = 0;
+    for (int n = 0; n < a->rows.N; n++) {
+        const float *dout = a->dout + (size_t)n * C + begin, *x = a->inp + (size_t)n * C + begin;
+        const float mean = a->mean[n], rstd = a->rstd[n];
+        for (int i = 0; i < end - begin; i++) {
+            sum[i] += dout[i];
+            along_xhat[i] += dout[i] * (x[i] - mean) * rstd;
+        }
+    }
+    if (a->dweight)
+        add_row(a->dweight + begin, along_xhat, end - begin);
+    if (a->dbias)
+        add_row(a->dbias + begin, sum, end - begin);
+}
+
+static void layernorm_backward(void *cx, void *dinp, void *dweight, void *dbias, const void *dout,
+                               const void *inp, const void *weight, const void *mean,
+                               const void *rstd, int N, int C)
+{
+    const struct layernorm_args a = {.rows = rows_of(N, (size_t)2 * C),
+                                     .inp = inp,
+                                     .weight = weight,
+                                     .dout = dout,
+                                     .mean = (float *)mean,
+                                     .rstd = (float *)rstd,
+                                     .dinp = dinp,
+                                     .dweight = dweight,
+                                     .dbias = dbias,
+                                     .C = C};
+    run_rows(cx, layernorm_backward_task, &a, a.rows);
+    if (dweight || dbias)
+        run(cx, ceil_div((size_t)C, 64), (size_t)2 * N * C, layernorm_dweight_task, &a);
+}
+
 /* ---- rotary embedding */
 
 struct rope_args {
@@ -158,6 +272,62 @@ static void rope_backward(void *cx, void *dx, const void *table, const int32_t *
                           int heads, int HD, int stride, int rotary_dim)
 {
     rope(cx, dx, table, position, N, heads, HD, stride, rotary_dim, -1);
+}
+
+struct rope_2d_args {
+    struct rows rows;
+    float *x;
+    const float *table;
+    const int32_t *position, *block;
+    int heads, HD, stride;
+    float sign;
+};
+
+static void rope_2d_task(const void *arg, int task, char *scratch)
+{
+    const struct rope_2d_args *r = arg;
+    const int quarter = r->HD / 4;
+    (void)scratch;
+    for (int n = first_row(r->rows, task); n < end_row(r->rows, task); n++) {
+        for (int h = 0; h < 2 * r->heads; h++) { /* halves of heads */
+            const size_t at = h % 2 ? r->block[n] : r->position[n];
+            const float *angle = r->table + at * 2 * quarter;
+            float *x = r->x + (size_t)n * r->stride + (size_t)h * 2 * quarter;
+            for (int j = 0; j < quarter; j++) {
+                const float c = angle[2 * j], s = r->sign * angle[2 * j + 1], x0 = x[j],
+                            x1 = x[quarter + j];
+                x[j] = x0 * c - x1 * s;
+                x[quarter + j] = x1 * c + x0 * s;
+            }
+        }
+    }
+}
+
+static void rope_2d(void *cx, void *x, const void *table, const int32_t *position,
+                    const int32_t *block, int N, int heads, int HD, int stride, float sign)
+{
+    const struct rope_2d_args r = {.rows = rows_of(N, (size_t)2 * heads * HD),
+                                   .x = x,
+                                   .table = table,
+                                   .position = position,
+                                   .block = block,
+                                   .heads = heads,
+                                   .HD = HD,
+                                   .stride = stride,
+                                   .sign = sign};
+    run_rows(cx, rope_2d_task, &r, r.rows);
+}
+
+static void rope_2d_forward(void *cx, void *x, const void *table, const int32_t *position,
+                            const int32_t *block, int N, int heads, int HD, int stride)
+{
+    rope_2d(cx, x, table, position, block, N, heads, HD, stride, 1);
+}
+
+static void rope_2d_backward(void *cx, void *dx, const void *table, const int32_t *position,
+                             const int32_t *block, int N, int heads, int HD, int stride)
+{
+    rope_2d(cx, dx, table, position, block, N, heads, HD, stride, -1);
 }
 
 /* ---- SwiGLU */

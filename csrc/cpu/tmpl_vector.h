@@ -307,6 +307,17 @@ INLINE vf exp2_vector(vf x)
 /* x * sigmoid(x) is at most 4 ulp off */
 INLINE vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp_vector(-x)); }
 
+INLINE float sum_row(const float *a, int n)
+{
+    vf s = {0};
+    int i = 0;
+    for (; i + VL <= n; i += VL)
+        s += load(a + i);
+    if (i < n)
+        s += load_part(a + i, n - i);
+    return lane_sum(s);
+}
+
 INLINE float dot_row(const float *a, const float *b, int n)
 {
     vf s = {0};

@@ -199,10 +199,11 @@ glm_status glm_model_set_prefix(struct glm_model *m, int P, const void *embeddin
                                 const void *b0, const void *w2, const void *b2, double dropout,
                                 struct glm_error *err)
 {
-    const int width = 2 * m->arch.layers * m->arch.kv_heads * m->arch.head_dim;
+    const int kv = 2 * m->arch.layers * m->arch.kv_heads * m->arch.head_dim;
     const int H = m->arch.hidden, projection = w0 != NULL;
+    const int width = projection ? m->arch.prefix_input : kv;
     const void *values[GLM_PREFIX_WEIGHTS] = {embedding, w0, b0, w2, b2};
-    const int rows[GLM_PREFIX_WEIGHTS] = {P, H, H, width, width},
+    const int rows[GLM_PREFIX_WEIGHTS] = {P, H, H, kv, kv},
               cols[GLM_PREFIX_WEIGHTS] = {width, width, 1, H, 1};
     if (P < 1 || P > 1 << 16)
         return glm_fail(err, GLM_EVALUE, "pre_seq_len: expected 1 to 65536, got %d", P);

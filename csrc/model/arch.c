@@ -24,6 +24,7 @@ static glm_status check_numbers(const struct glm_arch *a, struct glm_error *err)
         {"vocab", a->vocab, 2, 1 << 24},
         {"max_positions", a->max_positions, 1, 1 << 24},
         {"rotary_dim", a->rotary_dim, 2, a->head_dim},
+        {"prefix_input", a->prefix_input, 1, INT32_MAX},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++)
         if (ranges[i].value < ranges[i].low || ranges[i].value > ranges[i].high)
@@ -35,12 +36,47 @@ static glm_status check_numbers(const struct glm_arch *a, struct glm_error *err)
     if (a->rotary_dim % 2)
         return glm_fail(err, GLM_EVALUE, "arch rotary_dim: expected an even number, got %d",
                         a->rotary_dim);
+    if (a->qkv_by_head && (a->split_qkv || a->kv_heads != a->heads))
+        return glm_fail(
+            err, GLM_EVALUE,
+            "arch qkv_by_head: needs one query_key_value and kv_heads %d equal to heads %d",
+            a->kv_heads, a->heads);
+    if (!(a->residual_scale >= 0) || !isfinite(a->residual_scale))
+        return glm_fail(err, GLM_EVALUE, "arch residual_scale: %g must be finite and not negative",
+                        a->residual_scale);
     if (!(a->eps > 0) || !(a->rope_base > 0) || !(a->rope_divisor > 0) || !isfinite(a->rope_base) ||
         !isfinite(a->rope_divisor) || !isfinite(a->eps))
         return glm_fail(
             err, GLM_EVALUE,
             "arch: eps %g, rope_base %g and rope_divisor %g must be positive and finite", a->eps,
             a->rope_base, a->rope_divisor);
+    return GLM_OK;
+}
+
+/* What positions in two dimensions need. */
+static glm_status check_rope_2d(const struct glm_arch *a, struct glm_error *err)
+{
+    const struct {
+        const char *name;
+        int id;
+    } ids[] = {{"sop", a->sop}, {"gmask", a->gmask}, {"mask", a->mask}};
+    if (!a->rope_2d)
+        return GLM_OK;
+    if (a->head_dim % 4 || a->rotary_dim != a->head_dim / 2)
+        return glm_fail(
+            err, GLM_EVALUE,
+            "arch rope_2d: expected head_dim a multiple of 4 and rotary_dim half of it, "
+            "got %d and %d",
+            a->head_dim, a->rotary_dim);
+    for (size_t i = 0; i < sizeof ids / sizeof ids[0]; i++) {
+        if (ids[i].id < 0 || ids[i].id >= a->vocab)
+            return glm_fail(err, GLM_EVALUE, "arch %s: id %d is outside the vocabulary of %d",
+                            ids[i].name, ids[i].id, a->vocab);
+        for (size_t k = 0; k < i; k++)
+            if (ids[i].id == ids[k].id)
+                return glm_fail(err, GLM_EVALUE, "arch %s and %s: both are id %d", ids[k].name,
+                                ids[i].name, ids[i].id);
+    }
     return GLM_OK;
 }
 
@@ -119,6 +155,7 @@ glm_status glm_arch_check(const struct glm_arch *a, const struct glm_names *name
                           struct glm_error *err)
 {
     GLM_TRY(check_numbers(a, err));
+    GLM_TRY(check_rope_2d(a, err));
     GLM_TRY(check_presence(a, names, err));
     return check_names(names, err);
 }
@@ -163,19 +200,35 @@ static struct glm_weight *add_matrix(struct glm_model *m, const struct glm_names
 
 size_t glm_arch_slots(const struct glm_arch *a)
 {
-    const int base = 2 + GLM_BRANCHES + GLM_LINEARS + 3; /* of a layer: norms, matrices, biases */
+    const int base = 2 * (2 + GLM_BRANCHES + GLM_LINEARS); /* of a layer: norms and linears */
     const size_t linears = (size_t)a->layers * GLM_LINEARS + 1;
-    return 3 + (size_t)a->layers * base + linears * GLM_LORA_SLOTS + GLM_PREFIX_WEIGHTS;
+    return 4 + (size_t)a->layers * base + linears * GLM_LORA_SLOTS + GLM_PREFIX_WEIGHTS;
+}
+
+static struct glm_norm add_norm(struct glm_model *m, const struct glm_names *names, int l,
+                                const char *module)
+{
+    const int C = m->arch.hidden;
+    struct glm_norm norm = {.weight = add_vector(m, names, l, module, "weight", C)};
+    if (m->arch.layer_norm)
+        norm.bias = add_vector(m, names, l, module, "bias", C);
+    return norm;
+}
+
+static void add_linear(struct glm_model *m, const struct glm_names *names, int l, int which,
+                       const char *module, int rows, int cols, int bias)
+{
+    struct glm_linear *lin = &m->layers[l].linear[which];
+    lin->weight = add_matrix(m, names, l, module, rows, cols);
+    if (bias)
+        lin->bias = add_vector(m, names, l, module, "bias", rows);
 }
 
 /* query_key_value, or a part of it */
 static void add_qkv(struct glm_model *m, const struct glm_names *names, int l, int which,
                     const char *module, int rows)
 {
-    struct glm_linear *lin = &m->layers[l].linear[which];
-    lin->weight = add_matrix(m, names, l, module, rows, m->arch.hidden);
-    if (m->arch.qkv_bias)
-        lin->bias = add_vector(m, names, l, module, "bias", rows);
+    add_linear(m, names, l, which, module, rows, m->arch.hidden, m->arch.qkv_bias);
 }
 
 static void add_layer(struct glm_model *m, const struct glm_names *names, int l)
@@ -184,7 +237,7 @@ static void add_layer(struct glm_model *m, const struct glm_names *names, int l)
     const int C = a->hidden, AO = a->heads * a->head_dim, KV = a->kv_heads * a->head_dim;
     struct glm_layer *layer = &m->layers[l];
     struct glm_linear *linear = layer->linear;
-    layer->input_layernorm = add_vector(m, names, l, names->input_layernorm, "weight", C);
+    layer->input_layernorm = add_norm(m, names, l, names->input_layernorm);
     if (a->split_qkv) {
         add_qkv(m, names, l, GLM_QKV, names->query, AO);
         add_qkv(m, names, l, GLM_K, names->key, KV);
@@ -192,17 +245,15 @@ static void add_layer(struct glm_model *m, const struct glm_names *names, int l)
     } else {
         add_qkv(m, names, l, GLM_QKV, names->query_key_value, AO + 2 * KV);
     }
-    linear[GLM_DENSE].weight = add_matrix(m, names, l, names->dense, C, AO);
+    add_linear(m, names, l, GLM_DENSE, names->dense, C, AO, a->linear_bias);
     if (a->branch_norms)
-        layer->branch_norm[GLM_ATTENTION] =
-            add_vector(m, names, l, names->post_self_attn_layernorm, "weight", C);
-    layer->post_attention_layernorm =
-        add_vector(m, names, l, names->post_attention_layernorm, "weight", C);
-    linear[GLM_H_TO_4H].weight = add_matrix(m, names, l, names->dense_h_to_4h, 2 * a->ffn, C);
-    linear[GLM_4H_TO_H].weight = add_matrix(m, names, l, names->dense_4h_to_h, C, a->ffn);
+        layer->branch_norm[GLM_ATTENTION] = add_norm(m, names, l, names->post_self_attn_layernorm);
+    layer->post_attention_layernorm = add_norm(m, names, l, names->post_attention_layernorm);
+    add_linear(m, names, l, GLM_H_TO_4H, names->dense_h_to_4h, glm_up_columns(a), C,
+               a->linear_bias);
+    add_linear(m, names, l, GLM_4H_TO_H, names->dense_4h_to_h, C, a->ffn, a->linear_bias);
     if (a->branch_norms)
-        layer->branch_norm[GLM_MLP] =
-            add_vector(m, names, l, names->post_mlp_layernorm, "weight", C);
+        layer->branch_norm[GLM_MLP] = add_norm(m, names, l, names->post_mlp_layernorm);
     for (int which = 0; which < GLM_LINEARS; which++)
         linear[which].site = glm_site(a, l, which);
 }
@@ -258,7 +309,7 @@ void glm_arch_add_weights(struct glm_model *m, const struct glm_names *names)
     m->word_embeddings = add_matrix(m, names, -1, names->word_embeddings, V, C);
     for (int l = 0; l < m->arch.layers; l++)
         add_layer(m, names, l);
-    m->final_layernorm = add_vector(m, names, -1, names->final_layernorm, "weight", C);
+    m->final_layernorm = add_norm(m, names, -1, names->final_layernorm);
     m->head->weight = m->arch.tied_head ? m->word_embeddings
                                         : add_matrix(m, names, -1, names->output_layer, V, C);
     m->head->site = glm_prefix_site(&m->arch) + 1;

@@ -18,6 +18,9 @@ glm_status glm_batch_check(const struct glm_model *m, const struct glm_input *in
                             in->lengths[s]);
         sum += in->lengths[s];
     }
+    if (in->positions && m->arch.rope_2d)
+        return glm_fail(err, GLM_EVALUE,
+                        "positions: this model's follow from the ids: leave them out");
     if (sum != in->N)
         return glm_fail(err, GLM_EVALUE, "lengths: sum is %lld but there are %d ids",
                         (long long)sum, in->N);
@@ -92,6 +95,71 @@ static struct glm_segment segment_of(const struct glm_model *m, int i, int begin
     return segment;
 }
 
+/* A row's context, of `count` tokens: how many there are, and the position of what follows (glm_arch,
+ * rope_2d). Where nothing follows, all of a row is its context, but in generation. */
+static glm_status find_context(const struct glm_arch *a, const int32_t *ids, int count, int i,
+                               int generates, int32_t *context, int32_t *mask,
+                               struct glm_error *err)
+{
+    int32_t sop = -1, gmask = -1, other = -1;
+    for (int32_t t = count - 1; t >= 0; t--) {
+        sop = ids[t] == a->sop ? t : sop;
+        gmask = ids[t] == a->gmask ? t : gmask;
+        other = ids[t] == a->mask ? t : other;
+    }
+    *context = count;
+    *mask = 0;
+    if (sop < 0 && !generates)
+        return GLM_OK;
+    if (sop < 0)
+        return glm_fail(err, GLM_EVALUE,
+                        "ids: row %d has no id %d (<sop>), which ends what is read in both "
+                        "directions; a row begins with all of that in one call",
+                        i, a->sop);
+    if (gmask < 0 && other < 0)
+        return glm_fail(err, GLM_EVALUE,
+                        "ids: row %d has neither id %d ([gMASK]) nor %d ([MASK]), where the answer "
+                        "stands",
+                        i, a->gmask, a->mask);
+    *context = sop;
+    *mask = gmask < 0 ? other : gmask;
+    return GLM_OK;
+}
+
+/* The two positions of the tokens of segment i, of which `before` are in the cache; its context. */
+static glm_status stage_blocks(struct glm_model *m, const int32_t *ids, int i,
+                               struct glm_segment *segment, int before, int64_t *end,
+                               struct glm_error *err)
+{
+    const struct glm_arch *a = &m->arch;
+    const struct glm_step *s = &m->step;
+    const struct glm_staging *h = &s->host;
+    const struct glm_cache *c = s->call.cache;
+    const int row = c ? s->call.cache_rows[i] : 0;
+    int32_t context, mask;
+    if (before) {
+        context = c->contexts[row];
+        mask = c->masks[row];
+    } else {
+        GLM_TRY(find_context(a, ids, segment->count, i, c != NULL, &context, &mask, err));
+        segment->context = context;
+        if (c) { /* of no meaning until it holds the tokens */
+            c->contexts[row] = context;
+            c->masks[row] = mask;
+        }
+    }
+    for (int t = 0; t < segment->count; t++) {
+        const int place = before + t, n = segment->begin + t;
+        const int in_place = place < context || (place == context && a->sop_in_place && !before &&
+                                                 ids[mask] == a->gmask);
+        h->at[n] = in_place ? place : mask;
+        h->block[n] = place < context ? 0 : place - context + 1;
+        *end = h->at[n] >= *end ? (int64_t)h->at[n] + 1 : *end;
+        *end = h->block[n] >= *end ? (int64_t)h->block[n] + 1 : *end;
+    }
+    return GLM_OK;
+}
+
 /* Segments, positions, sequences and cache slots of all tokens; *end: one more than the largest
  * position. */
 static glm_status stage_tokens(struct glm_model *m, const struct glm_input *in, int64_t *end,
@@ -120,6 +188,8 @@ static glm_status stage_tokens(struct glm_model *m, const struct glm_input *in, 
                 h->slot[n] = segment.past_begin + segment.past_count + t;
             *end = h->all.position[n] >= *end ? (int64_t)h->all.position[n] + 1 : *end;
         }
+        if (s->in_blocks)
+            GLM_TRY(stage_blocks(m, in->ids + n - count, i, &h->segments[i], start, end, err));
     }
     return GLM_OK;
 }

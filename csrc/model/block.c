@@ -1,5 +1,5 @@
 /* One layer: h += dense(attention(norm1 h)); h += mlp(norm2 h), and the way back. Where branches have
- * norms, what is added was normed again.
+ * norms, what is added was normed again; what it is added to is norm.c's.
  * In the last layer nothing after attention is computed for tokens whose logits no one reads
  * (step.gathered). */
 #include "state.h"
@@ -56,13 +56,13 @@ static void branch_forward(struct glm_model *m, int l, int branch, int which, vo
 {
     const struct glm_block_acts *a = &m->step.acts[l];
     const struct glm_layer *layer = &m->layers[l];
-    const struct glm_weight *norm = layer->branch_norm[branch];
+    const struct glm_norm *norm = &layer->branch_norm[branch];
     const struct glm_rows *rows = rows_of(m, l);
-    glm_linear_forward(m, &layer->linear[which], norm ? a->branch[branch] : out, inp, a->xa[which],
-                       rows);
-    if (norm)
-        m->be->ops->rmsnorm_forward(m->be->cx, out, a->branch_rstd[branch], a->branch[branch],
-                                    norm->mat.data, rows->n, m->arch.hidden, m->arch.eps);
+    glm_linear_forward(m, &layer->linear[which], norm->weight ? a->branch[branch] : out, inp,
+                       a->xa[which], rows);
+    if (norm->weight)
+        glm_norm_forward(m, norm, out, a->branch_mean[branch], a->branch_rstd[branch],
+                         a->branch[branch], rows->n);
 }
 
 /* The gradient of that product, of `dout`, that of what the branch added. */
@@ -70,13 +70,13 @@ static const void *branch_backward(struct glm_model *m, int l, int branch, const
 {
     const struct glm_step *s = &m->step;
     const struct glm_block_acts *a = &s->acts[l];
-    const struct glm_weight *norm = m->layers[l].branch_norm[branch];
+    const struct glm_norm *norm = &m->layers[l].branch_norm[branch];
     const int N = rows_of(m, l)->n, C = m->arch.hidden;
-    if (!norm)
+    if (!norm->weight)
         return dout;
     m->be->zero(m->be, s->dbranch, (size_t)N * C * m->be->real_size);
-    m->be->ops->rmsnorm_backward(m->be->cx, s->dbranch, norm->grad, dout, a->branch[branch],
-                                 norm->mat.data, a->branch_rstd[branch], N, C);
+    glm_norm_backward(m, norm, s->dbranch, dout, a->branch[branch], a->branch_mean[branch],
+                      a->branch_rstd[branch], N);
     return s->dbranch;
 }
 
@@ -88,7 +88,10 @@ static void qkv_forward(struct glm_model *m, int l, struct glm_heads heads)
     const struct glm_linear *linear = m->layers[l].linear;
     const struct glm_rows *all = &s->all;
     if (!m->arch.split_qkv) {
-        glm_linear_forward(m, &linear[GLM_QKV], a->qkv, s->ln, a->xa[GLM_QKV], all);
+        void *out = m->arch.qkv_by_head ? s->q : a->qkv;
+        glm_linear_forward(m, &linear[GLM_QKV], out, s->ln, a->xa[GLM_QKV], all);
+        if (m->arch.qkv_by_head)
+            m->be->ops->qkv_by_head_forward(m->be->cx, a->qkv, s->q, all->n, heads);
         return;
     }
     glm_linear_forward(m, &linear[GLM_QKV], s->q, s->ln, a->xa[GLM_QKV], all);
@@ -106,7 +109,10 @@ static void qkv_backward(struct glm_model *m, int l, int need_dx, struct glm_hea
     const struct glm_rows *all = &s->all;
     void *dinp = need_dx ? s->dln1 : NULL;
     if (!m->arch.split_qkv) {
-        glm_linear_backward(m, &linear[GLM_QKV], dinp, s->dqkv, s->ln, a->xa[GLM_QKV], all, 0);
+        const void *dout = m->arch.qkv_by_head ? s->q : s->dqkv;
+        if (m->arch.qkv_by_head)
+            m->be->ops->qkv_by_head_backward(m->be->cx, s->q, s->dqkv, all->n, heads);
+        glm_linear_backward(m, &linear[GLM_QKV], dinp, dout, s->ln, a->xa[GLM_QKV], all, 0);
         return;
     }
     m->be->ops->qkv_backward(m->be->cx, s->q, s->k, s->v, s->dqkv, all->n, heads);
@@ -123,20 +129,77 @@ static int reads_norm1(const struct glm_model *m, const struct glm_linear *linea
             (glm_reads_input(m, &linear[GLM_K]) || glm_reads_input(m, &linear[GLM_V])));
 }
 
+/* Queries and keys of qkv are rotated; in generation they go into the cache with their values, in
+ * rows that no segment of this call reads. */
+static void rope_forward(struct glm_model *m, int l, struct glm_heads heads)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    const struct glm_step *s = &m->step;
+    void *qkv = s->acts[l].qkv;
+    const int32_t *position = s->all.position;
+    const int N = s->N, rotated = heads.NH + heads.KVH;
+    const int QKV = (heads.NH + 2 * heads.KVH) * heads.HD;
+    if (m->arch.rope_2d) {
+        op->rope_2d_forward(cx, qkv, m->rope_table, s->at, s->block, N, rotated, heads.HD, QKV);
+        if (s->call.cache)
+            op->kv_append(cx, kv_of(m, l), qkv, s->slot, N, heads);
+    } else if (s->call.cache) {
+        op->rope_append(cx, kv_of(m, l), qkv, m->rope_table, position, s->slot, N, heads,
+                        m->arch.rotary_dim);
+    } else {
+        op->rope_forward(cx, qkv, m->rope_table, position, N, rotated, heads.HD, QKV,
+                         m->arch.rotary_dim);
+    }
+}
+
+static void rope_backward(struct glm_model *m, struct glm_heads heads)
+{
+    const struct glm_ops *op = m->be->ops;
+    const struct glm_step *s = &m->step;
+    const int rotated = heads.NH + heads.KVH, QKV = (heads.NH + 2 * heads.KVH) * heads.HD;
+    if (m->arch.rope_2d)
+        op->rope_2d_backward(m->be->cx, s->dqkv, m->rope_table, s->at, s->block, s->N, rotated,
+                             heads.HD, QKV);
+    else
+        op->rope_backward(m->be->cx, s->dqkv, m->rope_table, s->all.position, s->N, rotated,
+                          heads.HD, QKV, m->arch.rotary_dim);
+}
+
+static void activation_forward(struct glm_model *m, void *act, const void *h, int N)
+{
+    const int F = m->arch.ffn;
+    if (m->arch.gelu)
+        m->be->ops->gelu_forward(m->be->cx, act, h, (size_t)N * F);
+    else
+        m->be->ops->swiglu_forward(m->be->cx, act, h, N, F);
+}
+
+/* h becomes its gradient */
+static void activation_backward(struct glm_model *m, void *h, const void *dact, int N)
+{
+    const int F = m->arch.ffn;
+    if (m->arch.gelu)
+        m->be->ops->gelu_backward(m->be->cx, h, dact, h, (size_t)N * F);
+    else
+        m->be->ops->swiglu_backward(m->be->cx, h, dact, h, N, F);
+}
+
 /* x[l + 1] += x1, and its norm where the next layer, or the output layer, looks for it */
 static void finish(struct glm_model *m, int l, int N)
 {
     const struct glm_step *s = &m->step;
-    void *x_out = s->x[l + 1];
-    const int last = l == m->arch.layers - 1;
-    const struct glm_weight *norm = last ? m->final_layernorm : m->layers[l + 1].input_layernorm;
-    m->be->ops->add_rmsnorm_forward(m->be->cx, last ? s->final : s->ln,
-                                    last ? s->final_rstd : s->acts[l + 1].rstd1, x_out, x_out,
-                                    s->acts[l].x1, norm->mat.data, N, m->arch.hidden, m->arch.eps);
+    const void *residual = m->arch.residual_scale ? s->ln : s->acts[l].x1;
+    if (l == m->arch.layers - 1)
+        glm_residual_forward(m, &m->final_layernorm, s->final, s->final_mean, s->final_rstd,
+                             s->x[l + 1], residual, N);
+    else
+        glm_residual_forward(m, &m->layers[l + 1].input_layernorm, s->ln, s->acts[l + 1].mean1,
+                             s->acts[l + 1].rstd1, s->x[l + 1], residual, N);
 }
 
 /* The layer up to the input of its last linear, as both passes need it. norm1: its input's norm is
- * not in ln yet; act: swiglu(h) is wanted. */
+ * not in ln yet; act: the activation of h is wanted. */
 static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
 {
     const struct glm_ops *op = m->be->ops;
@@ -145,33 +208,26 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
     const struct glm_step *s = &m->step;
     const struct glm_block_acts *a = &s->acts[l];
     const struct glm_heads heads = heads_of(m);
-    const int N = s->N, C = m->arch.hidden, F = m->arch.ffn, AO = heads.NH * heads.HD;
-    const int QKV = (heads.NH + 2 * heads.KVH) * heads.HD;
-    const struct glm_rows *all = &s->all, *rows = rows_of(m, l);
+    const int N = s->N, C = m->arch.hidden, AO = heads.NH * heads.HD;
+    const struct glm_rows *rows = rows_of(m, l);
     const int gathered = gathers(m, l), NR = rows->n;
-    const void *att = a->att, *x = s->x[l];
+    const void *att = a->att, *residual = m->arch.residual_scale ? s->ln : s->x[l];
     void *h = s->h ? s->h : a->h;
 
     if (norm1)
-        op->rmsnorm_forward(cx, s->ln, a->rstd1, x, layer->input_layernorm->mat.data, N, C,
-                            m->arch.eps);
+        glm_norm_forward(m, &layer->input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l], N);
     qkv_forward(m, l, heads);
-    if (s->call.cache) /* rows of the cache that no segment of this call reads */
-        op->rope_append(cx, kv_of(m, l), a->qkv, m->rope_table, all->position, s->slot, N, heads,
-                        m->arch.rotary_dim);
-    else
-        op->rope_forward(cx, a->qkv, m->rope_table, all->position, N, heads.NH + heads.KVH,
-                         heads.HD, QKV, m->arch.rotary_dim);
+    rope_forward(m, l, heads);
     op->attention_forward(cx, a->att, a->lse, a->qkv, kv_of(m, l), s->segments, s->S, heads);
     if (gathered) {
         op->gather_forward(cx, s->att_rows, a->att, s->gather, NR, AO);
-        op->gather_forward(cx, s->x_rows, x, s->gather, NR, C);
+        op->gather_forward(cx, s->x_rows, residual, s->gather, NR, C);
         att = s->att_rows;
-        x = s->x_rows;
+        residual = s->x_rows;
     }
     branch_forward(m, l, GLM_ATTENTION, GLM_DENSE, a->x1, att);
-    op->add_rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, a->x1, x,
-                            layer->post_attention_layernorm->mat.data, NR, C, m->arch.eps);
+    glm_residual_forward(m, &layer->post_attention_layernorm, s->ln, a->mean2, a->rstd2, a->x1,
+                         residual, NR);
     const struct glm_linear *up = &layer->linear[GLM_H_TO_4H];
     if (s->fused_swiglu && !glm_adapted(m, up)) {
         op->linear_swiglu_forward(cx, s->act, h, s->ln, &up->weight->mat,
@@ -179,10 +235,10 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
     } else {
         glm_linear_forward(m, up, h, s->ln, a->xa[GLM_H_TO_4H], rows);
         if (act)
-            op->swiglu_forward(cx, s->act, h, NR, F);
+            activation_forward(m, s->act, h, NR);
     }
     if (s->h && a->h)
-        op->convert(cx, a->h, m->be->kept_h, h, m->be->real, (size_t)NR * 2 * F);
+        op->convert(cx, a->h, m->be->kept_h, h, m->be->real, (size_t)NR * glm_up_columns(&m->arch));
 }
 
 void glm_block_forward(struct glm_model *m, int l)
@@ -218,9 +274,8 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     const struct glm_step *s = &m->step;
     const struct glm_block_acts *a = &s->acts[l];
     const struct glm_heads heads = heads_of(m);
-    const int N = s->N, C = m->arch.hidden, F = m->arch.ffn, AO = heads.NH * heads.HD;
-    const int QKV = (heads.NH + 2 * heads.KVH) * heads.HD;
-    const struct glm_rows *all = &s->all, *rows = rows_of(m, l);
+    const int N = s->N, C = m->arch.hidden, AO = heads.NH * heads.HD;
+    const struct glm_rows *rows = rows_of(m, l);
     const int gathered = gathers(m, l), NR = rows->n;
     void *dout = gathered ? s->dx_rows : s->dx;
     void *datt = gathered ? s->datt_rows : s->datt;
@@ -228,22 +283,21 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     void *h = s->h ? s->h : a->h;
 
     if (s->h) { /* rounded, whether it was kept or recomputed: the same gradients */
-        const size_t n = (size_t)NR * 2 * F;
+        const size_t n = (size_t)NR * glm_up_columns(&m->arch);
         if (!a->h)
             op->convert(cx, s->act, m->be->kept_h, h, m->be->real, n);
         op->convert(cx, h, m->be->real, a->h ? a->h : s->act, m->be->kept_h, n);
     }
     if (glm_reads_input(m, &linear[GLM_4H_TO_H]))
-        op->swiglu_forward(cx, s->act, h, NR, F);
+        activation_forward(m, s->act, h, NR);
     glm_linear_backward(m, &linear[GLM_4H_TO_H], s->dact, branch_backward(m, l, GLM_MLP, dout),
                         s->act, a->xa[GLM_4H_TO_H], rows, 0);
-    op->swiglu_backward(cx, h, s->dact, h, NR, F);
+    activation_backward(m, h, s->dact, NR);
     if (glm_reads_input(m, &linear[GLM_H_TO_4H]))
-        op->rmsnorm_forward(cx, s->ln, a->rstd2, a->x1, layer->post_attention_layernorm->mat.data,
-                            NR, C, m->arch.eps);
+        glm_norm_forward(m, &layer->post_attention_layernorm, s->ln, a->mean2, a->rstd2, a->x1, NR);
     glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], rows, 0);
-    op->rmsnorm_backward(cx, dout, layer->post_attention_layernorm->grad, s->dnorm, a->x1,
-                         layer->post_attention_layernorm->mat.data, a->rstd2, NR, C);
+    glm_residual_backward(m, &layer->post_attention_layernorm, dout, s->dnorm, a->x1, a->mean2,
+                          a->rstd2, NR);
     if (gathered && glm_reads_input(m, &linear[GLM_DENSE]))
         op->gather_forward(cx, s->att_rows, a->att, s->gather, NR, AO);
     glm_linear_backward(m, &linear[GLM_DENSE], datt, branch_backward(m, l, GLM_ATTENTION, dout),
@@ -256,14 +310,12 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     }
     op->attention_backward(cx, s->dqkv, dkv_of(m, l), s->datt, a->att, a->lse, a->qkv, kv_of(m, l),
                            s->segments, s->S, heads);
-    op->rope_backward(cx, s->dqkv, m->rope_table, all->position, N, heads.NH + heads.KVH, heads.HD,
-                      QKV, m->arch.rotary_dim);
-    const int through_norm = need_dx || glm_trains(layer->input_layernorm);
+    rope_backward(m, heads);
+    const int through_norm = need_dx || glm_norm_trains(&layer->input_layernorm);
     if (reads_norm1(m, linear))
-        op->rmsnorm_forward(cx, s->ln, a->rstd1, s->x[l], layer->input_layernorm->mat.data, N, C,
-                            m->arch.eps);
+        glm_norm_forward(m, &layer->input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l], N);
     qkv_backward(m, l, through_norm, heads);
     if (through_norm)
-        op->rmsnorm_backward(cx, s->dx, layer->input_layernorm->grad, s->dln1, s->x[l],
-                             layer->input_layernorm->mat.data, a->rstd1, N, C);
+        glm_residual_backward(m, &layer->input_layernorm, s->dx, s->dln1, s->x[l], a->mean1,
+                              a->rstd1, N);
 }

@@ -64,7 +64,7 @@ glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int row
     GLM_TRY(glm_weights_complete(m, err));
     GLM_TRY(glm_rope_reach(m, (int64_t)shared_capacity + capacity, err));
     struct glm_cache *c = calloc(1, sizeof *c);
-    int32_t *lengths = calloc((size_t)rows, sizeof *lengths);
+    int32_t *lengths = calloc(3 * (size_t)rows, sizeof *lengths); /* and contexts, and masks */
     const int64_t slots = (int64_t)m->prefix_length + shared_capacity + (int64_t)rows * capacity;
     size_t bytes = 0;
     int fits =
@@ -83,6 +83,8 @@ glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int row
     c->shared_capacity = shared_capacity;
     c->prefix_length = m->prefix_length;
     c->lengths = lengths;
+    c->contexts = lengths + rows;
+    c->masks = lengths + 2 * (size_t)rows;
     c->slots = (int)slots;
     c->bytes = bytes;
     glm_status status = fill_prefix(c, err);
@@ -119,6 +121,12 @@ glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm
     if (length < 0 || length > c->lengths[row])
         return glm_fail(err, GLM_EVALUE, "length: row %d holds %d tokens, cannot rewind to %d", row,
                         c->lengths[row], length);
+    if (c->model->arch.rope_2d && length && length <= c->contexts[row])
+        return glm_fail(
+            err, GLM_EVALUE,
+            "length: the first %d tokens of row %d, its context and <sop>, stay together "
+            "or go together, cannot rewind to %d",
+            c->contexts[row] + 1, row, length);
     c->lengths[row] = length;
     return GLM_OK;
 }
@@ -138,7 +146,8 @@ glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct
     /* one layer's rows aside at a time: parents may point anywhere */
     const size_t row = (size_t)longest * slot;
     char *aside = be->alloc(be, row * c->rows + 1);
-    int32_t *lengths = malloc((size_t)c->rows * sizeof *lengths);
+    const size_t numbers = 3 * (size_t)c->rows * sizeof *c->lengths;
+    int32_t *lengths = malloc(numbers);
     if (!aside || !lengths) {
         be->free(be, aside);
         free(lengths);
@@ -153,9 +162,10 @@ glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct
             be->copy(be, kv + (size_t)i * c->capacity * slot, aside + i * row,
                      (size_t)c->lengths[parents[i]] * slot);
     }
-    for (int i = 0; i < c->rows; i++)
-        lengths[i] = c->lengths[parents[i]];
-    memcpy(c->lengths, lengths, (size_t)c->rows * sizeof *lengths);
+    for (int k = 0; k < 3; k++)
+        for (int i = 0; i < c->rows; i++)
+            lengths[k * c->rows + i] = c->lengths[k * c->rows + parents[i]];
+    memcpy(c->lengths, lengths, numbers);
     free(lengths);
     be->free(be, aside);
     return GLM_OK;
@@ -363,6 +373,11 @@ glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int 
                                    struct glm_error *err)
 {
     const int32_t lengths = n;
+    if (c->model->arch.rope_2d)
+        return glm_fail(
+            err, GLM_ESTATE,
+            "shared prefix: this model reads a prompt in both directions, so what comes "
+            "later changes what came before: nothing can be shared");
     for (int i = 0; i < c->rows; i++)
         if (c->lengths[i])
             return glm_fail(err, GLM_ESTATE, "shared prefix: row %d already holds %d tokens", i,

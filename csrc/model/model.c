@@ -313,8 +313,8 @@ static glm_status layers_backward(struct glm_model *m, struct glm_error *err)
     const int below = lowest < L || through;
     void *dx = s->gathered ? s->dx_rows : s->dx;
     m->be->zero(m->be, dx, (size_t)MR * C * m->be->real_size);
-    op->rmsnorm_backward(cx, dx, m->final_layernorm->grad, s->dnorm, s->x[L],
-                         m->final_layernorm->mat.data, s->final_rstd, MR, C);
+    glm_norm_backward(m, &m->final_layernorm, dx, s->dnorm, s->x[L], s->final_mean, s->final_rstd,
+                      MR);
     if (s->dprefix_kv) {
         const size_t KV = (size_t)m->arch.kv_heads * m->arch.head_dim;
         m->be->zero(m->be, s->dprefix_kv, 2 * L * KV * s->prefix.n * m->be->real_size);

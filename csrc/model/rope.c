@@ -17,12 +17,14 @@ static float round_half(float x)
 }
 
 /* base^(-2j / rotary_dim); the float16 code rounds exponent, power and reciprocal (golden
- * long/half_*) */
+ * long/half_*), ChatGLM-6B the outcome alone */
 static float frequency_of(const struct glm_arch *a, int j)
 {
     const float exponent = (float)(2 * j) / (float)a->rotary_dim;
-    if (!a->half_rope_table)
-        return 1.0f / powf((float)a->rope_base, exponent);
+    if (!a->half_rope_table) {
+        const float frequency = 1.0f / powf((float)a->rope_base, exponent);
+        return a->half_rope_frequencies ? round_half(frequency) : frequency;
+    }
     return round_half(1.0f / round_half(powf((float)a->rope_base, round_half(exponent))));
 }
 
@@ -56,8 +58,10 @@ static void fill_doubles(const struct glm_arch *a, double *table, int first, int
 {
     const int pairs = a->rotary_dim / 2;
     for (int j = 0; j < pairs; j++) {
-        const double frequency = pow(a->rope_base, -2.0 * j / a->rotary_dim);
         const float rounded = frequency_of(a, j);
+        const double frequency = a->half_rope_frequencies
+                                     ? (double)rounded
+                                     : pow(a->rope_base, -2.0 * j / a->rotary_dim);
         for (int p = 0; p < T; p++) {
             double *pair = table + 2 * ((size_t)p * pairs + j);
             const double t = (first + p) / a->rope_divisor * frequency;

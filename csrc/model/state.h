@@ -40,6 +40,11 @@ struct glm_linear {
 /* A, B, B_bias, magnitude, derived */
 enum { GLM_LORA_SLOTS = 5 };
 
+/* out = norm of inp: RMSNorm, or with a bias LayerNorm */
+struct glm_norm {
+    struct glm_weight *weight, *bias;
+};
+
 /* GLM_QKV: query_key_value, or the queries' where keys and values have linears of their own. */
 enum { GLM_QKV, GLM_DENSE, GLM_H_TO_4H, GLM_4H_TO_H, GLM_K, GLM_V, GLM_LINEARS };
 
@@ -47,9 +52,9 @@ enum { GLM_QKV, GLM_DENSE, GLM_H_TO_4H, GLM_4H_TO_H, GLM_K, GLM_V, GLM_LINEARS }
 enum { GLM_ATTENTION, GLM_MLP, GLM_BRANCHES };
 
 struct glm_layer {
-    struct glm_weight *input_layernorm, *post_attention_layernorm;
-    struct glm_weight *branch_norm[GLM_BRANCHES]; /* NULL without */
-    struct glm_linear linear[GLM_LINEARS];        /* weight NULL: not of this model */
+    struct glm_norm input_layernorm, post_attention_layernorm;
+    struct glm_norm branch_norm[GLM_BRANCHES]; /* weight NULL: without */
+    struct glm_linear linear[GLM_LINEARS];     /* weight NULL: not of this model */
 };
 
 /* ---- one step */
@@ -63,16 +68,18 @@ struct glm_rows {
 
 /* What backward needs of one layer. NR = N rows, except in the last layer, where what follows
  * attention is computed for the M rows that someone reads; NB = NR, or 0 where branches have no
- * norm. Inputs of linears are not here: the
- * norms and the activation yield them again from x, x1 and h, bit for bit and at the memory's
- * speed. The list makes the struct and the memory plan. */
+ * norm; NM, NRM and NBM = N, NR and NB with LayerNorm, else 0; UP: columns of h. Inputs of linears
+ * are not here: the norms and the activation yield them again from x, x1 and h, bit for bit and at
+ * the memory's speed. The list makes the struct and the memory plan. */
 /* clang-format off */
 #define BLOCK_ACTS(X) /* name, elements */     \
+    X(mean1, NM)                               \
     X(rstd1, N)                                \
     X(qkv, N * QKV)                            \
     X(att, N * AO)                             \
     X(lse, N * NH)                             \
     X(x1, NR * C)                              \
+    X(mean2, NRM)                              \
     X(rstd2, NR)                               \
     X(xa[GLM_QKV], N * rank[GLM_QKV])          \
     X(xa[GLM_DENSE], NR * rank[GLM_DENSE])     \
@@ -81,16 +88,18 @@ struct glm_rows {
     X(xa[GLM_K], N * rank[GLM_K])              \
     X(xa[GLM_V], N * rank[GLM_V])              \
     X(branch[GLM_ATTENTION], NB * C)           \
+    X(branch_mean[GLM_ATTENTION], NBM)         \
     X(branch_rstd[GLM_ATTENTION], NB)          \
     X(branch[GLM_MLP], NB * C)                 \
+    X(branch_mean[GLM_MLP], NBM)               \
     X(branch_rstd[GLM_MLP], NB)
 /* clang-format on */
 
 struct glm_block_acts {
-    void *rstd1, *qkv, *att, *lse, *x1, *rstd2;
-    void *h; /* of dense_h_to_4h, (NR, 2 F), as backend.kept_h; NULL: it is in step.h */
+    void *mean1, *rstd1, *qkv, *att, *lse, *x1, *mean2, *rstd2;
+    void *h; /* of dense_h_to_4h, (NR, UP), as backend.kept_h; NULL: it is in step.h */
     void *xa[GLM_LINEARS]; /* x A^T, kept for dB */
-    void *branch[GLM_BRANCHES], *branch_rstd[GLM_BRANCHES];
+    void *branch[GLM_BRANCHES], *branch_mean[GLM_BRANCHES], *branch_rstd[GLM_BRANCHES];
 };
 
 /* The arrays of a batch, in the order in which they lie on the device and, at the same distances, on
@@ -101,6 +110,8 @@ struct glm_block_acts {
     X(ids, s->N)                                        \
     X(all.position, s->N)                               \
     X(all.sequence, s->N)                               \
+    X(at, s->in_blocks ? s->N : 0)                      \
+    X(block, s->in_blocks ? s->N : 0)                   \
     X(slot, s->call.cache ? s->N : 0)                   \
     X(gather, s->M)                                     \
     X(read.position, s->M)                              \
@@ -116,7 +127,7 @@ struct glm_block_acts {
 struct glm_staging {
     struct glm_segment *segments; /* (S) */
     struct glm_rows all, read, prefix;
-    int32_t *ids, *slot, *gather, *target;
+    int32_t *ids, *at, *block, *slot, *gather, *target;
     double *squares; /* results, see glm_results_layout */
     void *losses;
     struct glm_choice *choices;
@@ -142,13 +153,15 @@ struct glm_call {
 struct glm_step {
     int N, S, M;
     struct glm_call call;
-    int gathered; /* M < N rows go through the end of the last layer */
+    int gathered;  /* M < N rows go through the end of the last layer */
+    int in_blocks; /* rope_2d */
     int kept_layers;
     int longest; /* tokens of the longest segment */
     int prefix_copies;
 
     /* the batch */
     int32_t *ids, *slot;      /* (N); slot: cache row of each token's key and value */
+    int32_t *at, *block;      /* (N) with rope_2d: its two positions; of all, below, its place */
     struct glm_rows all;      /* the N tokens */
     struct glm_rows read;     /* the M rows whose logits someone reads */
     int32_t *gather, *target; /* (M) their places in the batch, and labels */
@@ -162,8 +175,8 @@ struct glm_step {
     /* (layers), on the host; the last layer and those that are recomputed share one set: in it
      * the last one's are still there when backward begins */
     struct glm_block_acts *acts;
-    void *final, *final_rstd; /* after the final norm (MR, C) */
-    void *h; /* (N, 2 F) of the layer at work where the layers keep it rounded, else NULL */
+    void *final, *final_mean, *final_rstd; /* after the final norm (MR, C) */
+    void *h; /* (N, UP) of the layer at work where the layers keep it rounded, else NULL */
     void *logits, *lse; /* a chunk of at most logits_rows rows; (M) */
     double *squares;    /* results: of all gradients together .. */
     void *losses;       /* .. and (M), see glm_results_layout */
@@ -172,7 +185,8 @@ struct glm_step {
     void *prefix_hidden, *prefix_rows, *prefix_kv; /* (P, H), (P, J*KV), (J, copies*P, KV) */
     /* Inputs of linears, and in their place the gradients on the way up: step.c draws when. */
     void *ln, *act, *att_rows, *x_rows; /* (N, C), (N, F), (M, AO), (M, C) */
-    void *q, *k, *v;  /* split_qkv: (N, AO), (N, KV) twice, and in their place their gradients */
+    /* split_qkv: (N, AO), (N, KV) twice; qkv_by_head: q (N, QKV); and in their place gradients */
+    void *q, *k, *v;
     int fused_swiglu; /* ln lies apart from act, so dense_h_to_4h and the activation are one op */
 
     /* backward; dx: of the residual stream; dprefix_kv NULL: the prefix is frozen */
@@ -202,7 +216,8 @@ struct glm_model {
     struct glm_weight *weights;
     int n_base, n_weights;
     struct glm_layer *layers; /* and one more, whose first linear is the head */
-    struct glm_weight *word_embeddings, *final_layernorm;
+    struct glm_weight *word_embeddings;
+    struct glm_norm final_layernorm;
     struct glm_linear *head;   /* output_layer, or where it is tied word_embeddings; its adapter */
     struct glm_weight *prefix; /* GLM_PREFIX_WEIGHTS */
     int prefix_length;
@@ -228,15 +243,20 @@ struct glm_cache {
     struct glm_model *model;
     struct glm_backend *be; /* outlives the model, so a cache can always be freed */
     int rows, capacity, shared_capacity, shared_length, prefix_length;
-    int32_t *lengths; /* (rows) own tokens */
-    int slots;        /* prefix, shared prefix, then capacity per row */
-    char *kv;         /* (2 * layers, slots, KV) real */
+    int32_t *lengths; /* (rows) own tokens; contexts and masks, one block with it, go along */
+    /* With rope_2d, of each row that holds any: tokens of its context, and the position of what
+     * follows. */
+    int32_t *contexts, *masks;
+    int slots; /* prefix, shared prefix, then capacity per row */
+    char *kv;  /* (2 * layers, slots, KV) real */
     size_t bytes;
     uint64_t version; /* of the model's weights when it was last empty */
 };
 
 static inline int glm_present(const struct glm_weight *w) { return w && w->present; }
 static inline int glm_trains(const struct glm_weight *w) { return w && w->grad; }
+/* Columns that dense_h_to_4h yields */
+static inline int glm_up_columns(const struct glm_arch *a) { return a->gelu ? a->ffn : 2 * a->ffn; }
 static inline size_t glm_count(const struct glm_weight *w) { return (size_t)w->rows * w->cols; }
 /* The places of linears that may have an adapter: in the layers, where some have no weight, and the
  * head as the last. */
@@ -302,6 +322,22 @@ int glm_lowest_layer(const struct glm_model *m);
 /* model/prefix.c */
 void glm_prefix_forward(struct glm_model *m);
 void glm_prefix_backward(struct glm_model *m);
+
+/* model/norm.c; mean NULL but for LayerNorm. Backward adds to dinp. */
+void glm_norm_forward(struct glm_model *m, const struct glm_norm *norm, void *out, void *mean,
+                      void *rstd, const void *inp, int N);
+void glm_norm_backward(struct glm_model *m, const struct glm_norm *norm, void *dinp,
+                       const void *dout, const void *inp, const void *mean, const void *rstd,
+                       int N);
+int glm_norm_trains(const struct glm_norm *norm);
+/* sum, which holds what a branch yields, plus the residual, and the norm of that. The residual is
+ * what went into the branch's norm, or with residual_scale what that yielded. */
+void glm_residual_forward(struct glm_model *m, const struct glm_norm *norm, void *out, void *mean,
+                          void *rstd, void *sum, const void *residual, int N);
+/* Of dout, the gradient of that sum, into the gradient dinp of the branch's norm's input, which is
+ * dout's memory; dnorm: that of what the norm yields, by way of the branch. */
+void glm_residual_backward(struct glm_model *m, const struct glm_norm *norm, void *dout,
+                           void *dnorm, const void *inp, const void *mean, const void *rstd, int N);
 
 /* model/linear.c; xa = x A^T, of the dropped x where there is dropout */
 void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, const void *inp,

@@ -19,10 +19,10 @@ int glm_lowest_layer(const struct glm_model *m)
             return 0;
     for (int l = 0; l < m->arch.layers; l++) {
         const struct glm_layer *layer = &m->layers[l];
-        int trains =
-            glm_trains(layer->input_layernorm) || glm_trains(layer->post_attention_layernorm);
+        int trains = glm_norm_trains(&layer->input_layernorm) ||
+                     glm_norm_trains(&layer->post_attention_layernorm);
         for (int b = 0; b < GLM_BRANCHES; b++)
-            trains |= glm_trains(layer->branch_norm[b]);
+            trains |= glm_norm_trains(&layer->branch_norm[b]);
         for (int which = 0; which < GLM_LINEARS; which++) {
             const struct glm_linear *lin = &layer->linear[which];
             trains |= glm_trains(lin->weight) || glm_trains(lin->bias);
@@ -40,13 +40,14 @@ static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
                         size_t h_size)
 {
     const struct glm_arch *arch = &m->arch;
-    const size_t C = arch->hidden, F = arch->ffn, NH = arch->heads, AO = NH * arch->head_dim;
+    const size_t C = arch->hidden, NH = arch->heads, AO = NH * arch->head_dim;
     const size_t QKV = AO + (size_t)2 * arch->kv_heads * arch->head_dim;
-    const size_t NB = arch->branch_norms ? NR : 0;
+    const size_t NB = arch->branch_norms ? NR : 0, means = arch->layer_norm ? 1 : 0;
+    const size_t NM = means * N, NRM = means * NR, NBM = means * NB;
 #define PUSH(name, elements) a->name = glm_arena_push(arena, elements, m->be->real_size);
     BLOCK_ACTS(PUSH)
 #undef PUSH
-    a->h = h_size ? glm_arena_push(arena, NR * 2 * F, h_size) : NULL;
+    a->h = h_size ? glm_arena_push(arena, NR * glm_up_columns(arch), h_size) : NULL;
 }
 
 static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
@@ -84,7 +85,7 @@ static void layout_layers(const struct glm_model *m, struct glm_arena *arena, st
     const int L = m->arch.layers, training = s->call.training, first_kept = L - s->kept_layers;
     const int lowest = training ? glm_lowest_layer(m) : L;
     const int narrow = training && m->be->kept != GLM_F32;
-    const size_t real = m->be->real_size, N = s->N, M = s->M, C = m->arch.hidden, F = m->arch.ffn;
+    const size_t real = m->be->real_size, N = s->N, M = s->M, C = m->arch.hidden;
     const size_t MR = s->gathered ? M : N;
     /* The first layer's input is looked up again in backward, so the second's may take its place.
      */
@@ -98,12 +99,13 @@ static void layout_layers(const struct glm_model *m, struct glm_arena *arena, st
     }
     s->x[L] = training || s->gathered ? glm_arena_push(arena, MR * C, real) : shared_x;
     s->final = glm_arena_push(arena, MR * C, real);
+    s->final_mean = glm_arena_push(arena, m->arch.layer_norm ? MR : 0, real);
     s->final_rstd = glm_arena_push(arena, MR, real);
 
     const size_t NR = s->gathered && first_kept == 0 ? M : N;
     /* Where h is rounded the last layer and those recomputed have it in the one of its size. */
     const int rounds = training && m->be->kept_h != GLM_F32;
-    s->h = rounds ? glm_arena_push(arena, N * 2 * F, real) : NULL;
+    s->h = rounds ? glm_arena_push(arena, N * glm_up_columns(&m->arch), real) : NULL;
     layout_acts(m, arena, &s->acts[L - 1], N, NR, rank, rounds ? 0 : real);
     for (int l = 0; l < L - 1; l++)
         if (l < first_kept)
@@ -127,8 +129,10 @@ static void layout_layers(const struct glm_model *m, struct glm_arena *arena, st
  *                ln, dnorm    dqkv         [lora_x]                   query_key_value, norm
  *                ln           dln1, (q, k, v)  [lora_x]               where q, k, v are apart
  *
- * (dense reads att, not ln; lora_x: where there is LoRA dropout, of which lora_x is the outcome).
- * An input's gradient is written in its place, once it was read. */
+ * (dense reads att, not ln; q, k, v: where they are three products or come head by head; lora_x:
+ * where there is LoRA dropout, of which lora_x is the outcome; with a residual_scale branches are
+ * added to ln, which then has memory of its own, as it has where a product and its activation are
+ * one op). An input's gradient is written in its place, once it was read. */
 static void layout_work(const struct glm_model *m, struct glm_arena *arena, struct glm_step *s,
                         const struct ranks *ranks)
 {
@@ -138,9 +142,10 @@ static void layout_work(const struct glm_model *m, struct glm_arena *arena, stru
     const size_t gathered = s->gathered ? s->M : 0, back = s->call.training ? 1 : 0;
     const size_t unit = 64 / real;
     const size_t ln = (N * largest(AO, C) + unit - 1) / unit * unit;
-    /* Apart: dln1, the sum of three, where dqkv was, and q, k, v behind it. */
-    const size_t apart = m->arch.split_qkv ? N * QKV : 0;
-    const size_t sum = back * N * (apart ? largest(QKV, C) : QKV);
+    /* Apart: q, k, v lie behind dqkv, and of three dln1, a sum, lies where that was. */
+    const int three = m->arch.split_qkv;
+    const size_t apart = three || m->arch.qkv_by_head ? N * QKV : 0;
+    const size_t sum = back * N * (three ? largest(QKV, C) : QKV);
     const size_t parts = ln + (sum + unit - 1) / unit * unit;
     const size_t dqkv = parts + (apart + unit - 1) / unit * unit;
     const size_t dropped = s->call.dropout ? back * N * ranks->widest : 0;
@@ -149,9 +154,10 @@ static void layout_work(const struct glm_model *m, struct glm_arena *arena, stru
     s->x_rows = s->dx_rows = glm_arena_push(arena, gathered * C, real);
     s->act = glm_arena_push(arena, largest(N * F, dqkv + (lora_x_apart ? 0 : dropped)), real);
     s->dnorm = s->datt = s->dact = s->act;
-    s->ln = s->fused_swiglu ? glm_arena_push(arena, ln, real) : s->act;
+    const int ln_apart = s->fused_swiglu || m->arch.residual_scale;
+    s->ln = ln_apart ? glm_arena_push(arena, ln, real) : s->act;
     s->dqkv = s->act ? glm_at(m, s->act, ln) : NULL;
-    s->dln1 = apart ? s->dqkv : s->dnorm;
+    s->dln1 = three ? s->dqkv : s->dnorm;
     s->q = s->act ? glm_at(m, s->act, parts) : NULL;
     s->k = s->act ? glm_at(m, s->q, N * AO) : NULL;
     s->v = s->act ? glm_at(m, s->k, apart ? (apart - N * AO) / 2 : 0) : NULL;
@@ -253,7 +259,8 @@ static void set_sizes(const struct glm_model *m, struct glm_step *s, int N, int 
     s->M = M;
     s->call = *call;
     s->gathered = call->gather && M < N;
-    s->fused_swiglu = call->cache && N <= APART;
+    s->in_blocks = m->arch.rope_2d;
+    s->fused_swiglu = call->cache && N <= APART && !m->arch.gelu;
     s->prefix_copies = call->dropout && m->prefix_dropout > 0 ? S : 1;
     s->all.n = N;
     s->read.n = M;

@@ -186,6 +186,14 @@ static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *do
     launch(cx, N, 1);
     launch(cx, dweight != NULL, 1);
 }
+static void layernorm_backward(void *cx, void *dinp, void *dweight, void *dbias, const void *dout,
+                               const void *inp, const void *weight, const void *mean,
+                               const void *rstd, int N, int C)
+{
+    COUNT(layernorm_backward, 0);
+    launch(cx, N, 1);
+    launch(cx, dweight || dbias, 1);
+}
 static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
                            const void *bias, int N, double scale, int accumulate)
 {
@@ -296,6 +304,7 @@ static const struct glm_ops plan_ops = {
 #define OP(op, extent, ...) .op = launch_of_##op,
 #include "ops.h"
     .rmsnorm_backward = rmsnorm_backward,
+    .layernorm_backward = layernorm_backward,
     .linear_forward = linear_forward,
     .adapted_forward = adapted_forward,
     .linear_swiglu_forward = linear_swiglu_forward,

@@ -55,13 +55,25 @@ static int read_arch(PyObject *dict, struct glm_arch *a)
         {"split_qkv", &a->split_qkv},
         {"branch_norms", &a->branch_norms},
         {"tied_head", &a->tied_head},
+        {"linear_bias", &a->linear_bias},
+        {"layer_norm", &a->layer_norm},
+        {"gelu", &a->gelu},
+        {"qkv_by_head", &a->qkv_by_head},
+        {"half_rope_frequencies", &a->half_rope_frequencies},
+        {"prefix_input", &a->prefix_input},
+        {"rope_2d", &a->rope_2d},
+        {"sop", &a->sop},
+        {"gmask", &a->gmask},
+        {"mask", &a->mask},
+        {"sop_in_place", &a->sop_in_place},
     };
     for (size_t i = 0; i < sizeof ints / sizeof ints[0]; i++)
         if (arch_int(dict, ints[i].key, ints[i].out) < 0)
             return -1;
     if (arch_double(dict, "eps", &a->eps) < 0 ||
         arch_double(dict, "rope_base", &a->rope_base) < 0 ||
-        arch_double(dict, "rope_divisor", &a->rope_divisor) < 0)
+        arch_double(dict, "rope_divisor", &a->rope_divisor) < 0 ||
+        arch_double(dict, "residual_scale", &a->residual_scale) < 0)
         return -1;
     return 0;
 }

@@ -350,9 +350,7 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
         !glm_there(self))
         return NULL;
     const struct glm_arch *arch = glm_model_arch(self->m);
-    const int H = arch->hidden, width = 2 * arch->layers * arch->kv_heads * arch->head_dim;
-    const npy_intp shapes[GLM_PREFIX_WEIGHTS][2] = {
-        {-1, width}, {H, width}, {H, 0}, {width, H}, {width, 0}};
+    const int H = arch->hidden, KV = 2 * arch->layers * arch->kv_heads * arch->head_dim;
     PyArrayObject *a[GLM_PREFIX_WEIGHTS] = {NULL};
     const void *data[GLM_PREFIX_WEIGHTS] = {NULL};
     PyObject *result = NULL;
@@ -360,6 +358,12 @@ PyObject *glm_py_set_prefix(struct model_object *self, PyObject *args, PyObject 
     dict = PyDict_Copy(dict); /* a conversion may run code that changes the caller's */
     if (!dict)
         return NULL;
+    const int projection = glm_dict_get(dict, glm_model_prefix_name(self->m, 1)) != NULL;
+    const int width = projection ? arch->prefix_input : KV;
+    const npy_intp shapes[GLM_PREFIX_WEIGHTS][2] = {
+        {-1, width}, {H, width}, {H, 0}, {KV, H}, {KV, 0}};
+    if (PyErr_Occurred())
+        goto done;
     for (int i = 0; i < GLM_PREFIX_WEIGHTS; i++) {
         const char *key = glm_model_prefix_name(self->m, i);
         PyObject *value = glm_dict_get(dict, key);

@@ -318,6 +318,65 @@ static void rmsnorm_backward(void *cx, void *dinp_, void *dweight_, const void *
     }
 }
 
+/* ---- layernorm ---- */
+
+static void layernorm_forward(void *cx, void *out_, void *mean_, void *rstd_, const void *inp_,
+                              const void *weight_, const void *bias_, int N, int C, double eps)
+{
+    real *out = out_, *mean = mean_, *rstd = rstd_;
+    const real *inp = inp_, *weight = weight_, *bias = bias_;
+    if (stop(cx))
+        return;
+    for (int n = 0; n < N; n++, inp += C, out += C) {
+        double sum = 0, squares = 0;
+        for (int c = 0; c < C; c++)
+            sum += inp[c];
+        double m = sum / C;
+        for (int c = 0; c < C; c++)
+            squares += (inp[c] - m) * (inp[c] - m);
+        double r = 1 / sqrt(squares / C + eps);
+        mean[n] = (real)m;
+        rstd[n] = (real)r;
+        for (int c = 0; c < C; c++)
+            out[c] = (real)((inp[c] - m) * r * weight[c] + bias[c]);
+    }
+}
+
+static void layernorm_backward(void *cx, void *dinp_, void *dweight_, void *dbias_,
+                               const void *dout_, const void *inp_, const void *weight_,
+                               const void *mean_, const void *rstd_, int N, int C)
+{
+    real *dinp = dinp_, *dweight = dweight_, *dbias = dbias_;
+    const real *dout = dout_, *inp = inp_, *weight = weight_, *mean = mean_, *rstd = rstd_;
+    if (stop(cx))
+        return;
+    for (int n = 0; n < N; n++) {
+        size_t row = (size_t)n * C;
+        double m = mean[n], r = rstd[n], along_1 = 0, along_xhat = 0;
+        for (int c = 0; c < C; c++) {
+            double g = (double)dout[row + c] * weight[c];
+            along_1 += g / C;
+            along_xhat += g * (inp[row + c] - m) * r / C;
+        }
+        for (int c = 0; c < C; c++) {
+            double g = (double)dout[row + c] * weight[c], xhat = (inp[row + c] - m) * r;
+            dinp[row + c] = (real)(dinp[row + c] + r * (g - along_1 - xhat * along_xhat));
+        }
+    }
+    for (int c = 0; c < C; c++) {
+        double sum = 0, sum_xhat = 0;
+        for (int n = 0; n < N; n++) {
+            double dy = dout[(size_t)n * C + c];
+            sum += dy;
+            sum_xhat += dy * ((double)inp[(size_t)n * C + c] - mean[n]) * rstd[n];
+        }
+        if (dweight)
+            dweight[c] = (real)(dweight[c] + sum_xhat);
+        if (dbias)
+            dbias[c] = (real)(dbias[c] + sum);
+    }
+}
+
 /* ---- linear ---- */
 
 static void linear_forward(void *cx, void *out_, const void *inp_, const struct glm_mat *weight,
@@ -475,6 +534,38 @@ static void rope_backward(void *cx, void *dx, const void *table, const int32_t *
 {
     if (!stop(cx))
         rotate(dx, table, position, N, heads, HD, stride, rotary_dim, -1);
+}
+
+/* direction: 1 forward, -1 back */
+static void rotate_2d(real *x, const real *table, const int32_t *position, const int32_t *block,
+                      int N, int heads, int HD, int stride, int direction)
+{
+    const int quarter = HD / 4;
+    for (int n = 0; n < N; n++)
+        for (int h = 0; h < 2 * heads; h++) /* halves of heads */
+            for (int j = 0; j < quarter; j++) {
+                size_t at = h % 2 ? block[n] : position[n];
+                const real *angle = table + (at * quarter + j) * 2;
+                real *half_head = x + (size_t)n * stride + (size_t)h * (HD / 2);
+                double c = angle[0], s = direction * (double)angle[1];
+                double x0 = half_head[j], x1 = half_head[quarter + j];
+                half_head[j] = (real)(x0 * c - x1 * s);
+                half_head[quarter + j] = (real)(x1 * c + x0 * s);
+            }
+}
+
+static void rope_2d_forward(void *cx, void *x, const void *table, const int32_t *position,
+                            const int32_t *block, int N, int heads, int HD, int stride)
+{
+    if (!stop(cx))
+        rotate_2d(x, table, position, block, N, heads, HD, stride, 1);
+}
+
+static void rope_2d_backward(void *cx, void *dx, const void *table, const int32_t *position,
+                             const int32_t *block, int N, int heads, int HD, int stride)
+{
+    if (!stop(cx))
+        rotate_2d(dx, table, position, block, N, heads, HD, stride, -1);
 }
 
 /* ---- attention ---- */
@@ -670,6 +761,33 @@ static void qkv_backward(void *cx, void *dq_, void *dk_, void *dv_, const void *
     }
 }
 
+static void qkv_by_head_forward(void *cx, void *qkv_, const void *inp_, int N, struct glm_heads h)
+{
+    real *qkv = qkv_;
+    const real *inp = inp_;
+    if (stop(cx))
+        return;
+    for (int n = 0; n < N; n++, qkv += 3 * h.NH * h.HD)
+        for (int head = 0; head < h.NH; head++)
+            for (int part = 0; part < 3; part++)
+                for (int i = 0; i < h.HD; i++)
+                    qkv[(part * h.NH + head) * h.HD + i] = *inp++;
+}
+
+static void qkv_by_head_backward(void *cx, void *dinp_, const void *dqkv_, int N,
+                                 struct glm_heads h)
+{
+    real *dinp = dinp_;
+    const real *dqkv = dqkv_;
+    if (stop(cx))
+        return;
+    for (int n = 0; n < N; n++, dqkv += 3 * h.NH * h.HD)
+        for (int head = 0; head < h.NH; head++)
+            for (int part = 0; part < 3; part++)
+                for (int i = 0; i < h.HD; i++)
+                    *dinp++ = dqkv[(part * h.NH + head) * h.HD + i];
+}
+
 static void kv_append(void *cx, struct glm_kv cache, const void *qkv, const int32_t *slot, int N,
                       struct glm_heads heads)
 {
@@ -842,6 +960,31 @@ static void swiglu_backward(void *cx, void *dinp_, const void *dout_, const void
         }
 }
 
+static void gelu_forward(void *cx, void *out_, const void *inp_, size_t n)
+{
+    real *out = out_;
+    const real *inp = inp_;
+    if (stop(cx))
+        return;
+    for (size_t i = 0; i < n; i++) {
+        double x = inp[i], u = sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x);
+        out[i] = (real)(0.5 * x * (1 + tanh(u)));
+    }
+}
+
+static void gelu_backward(void *cx, void *dinp_, const void *dout_, const void *inp_, size_t n)
+{
+    real *dinp = dinp_;
+    const real *dout = dout_, *inp = inp_;
+    if (stop(cx))
+        return;
+    for (size_t i = 0; i < n; i++) {
+        double x = inp[i], k = sqrt(2 / 3.14159265358979323846);
+        double t = tanh(k * (x + 0.044715 * x * x * x)), du = k * (1 + 3 * 0.044715 * x * x);
+        dinp[i] = (real)(dout[i] * 0.5 * (1 + t + x * (1 - t * t) * du));
+    }
+}
+
 static void tanh_forward(void *cx, void *out_, const void *inp_, size_t n)
 {
     real *out = out_;
@@ -904,6 +1047,16 @@ static void add(void *cx, void *out_, const void *a_, const void *b_, size_t n)
         return;
     for (size_t i = 0; i < n; i++)
         out[i] = a[i] + b[i];
+}
+
+static void scaled_add(void *cx, void *out_, const void *a_, const void *b_, size_t n, double scale)
+{
+    real *out = out_;
+    const real *a = a_, *b = b_;
+    if (stop(cx))
+        return;
+    for (size_t i = 0; i < n; i++)
+        out[i] = (real)(scale * a[i] + b[i]);
 }
 
 static void sum_squares(void *cx, double *out, const void *x_, size_t n)

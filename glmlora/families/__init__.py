@@ -52,9 +52,12 @@ def default() -> Family:
     return of(DEFAULT)
 
 
-def of_layout(model_type: Any) -> list[Family]:
-    """The families whose config.json has this model_type."""
-    return [f for f in all_families().values() if f.model_type == model_type]
+def of_layout(fields: Mapping[str, Any]) -> list[Family]:
+    """The families whose config.json has the layout of this one, [] where none has."""
+    kind = fields.get("model_type")
+    found = [f for f in all_families().values() if f.model_type == kind]
+    marked = [f for f in found if any(key in fields for key in f.layout_keys)]
+    return marked or [f for f in found if not f.layout_keys]
 
 
 def refuse_others(fields: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .family import Family, Tokenizer
-from .messages import ROLES, TRAINING_TIME, check_messages, check_role
+from .messages import ROLES, TRAINING_TIME, check_messages, check_role, record_messages
 from .vocabulary import TOKENIZER_FILES, has_text
 
 ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
@@ -48,7 +48,12 @@ class ChatGLM3(Family):
     base: re.Pattern[str] | None = re.compile(r"chatglm3-6b-base")
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *ROLE_TOKENS)
     in_texts = ("[gMASK]", *ROLE_TOKENS)
+    chats_by_template = True
     template_mark = "<|assistant|>"
+    template_marks: tuple[str, ...] = (
+        "{% if loop.first %}[gMASK]sop<|{{ message['role'] }}|>\n {{ message['content'] }}",
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    )
     role_tokens = shows_special_tokens = True
     end_tokens = ("<|user|>", "<|observation|>")
     before_content = " "  # in the template's text: the dummy space of a content encoded apart
@@ -176,11 +181,7 @@ class ChatGLM3(Family):
         rounds: Sequence[tuple[str, str]],
         system: str,
     ) -> list[int]:
-        said = [("system", system)] if system else []
-        for i, (q, a) in enumerate(rounds):
-            said += [("user", first + q if i == 0 else q), ("assistant", a)]
-        said.append(("user", query if rounds else first + query))
-        messages = [{"role": role, "content": content} for role, content in said]
+        messages = record_messages(first, query, rounds, system)
         return [*self.messages_ids(tokenizer, messages), *self.opening_ids(tokenizer)]
 
     def answer_ids(self, tokenizer: Tokenizer, response: str) -> list[int]:

@@ -11,6 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from .context import Context
+
+# What most architectures are not, under the names of `_core.Model`.
+PLAIN_ARCH: Mapping[str, Any] = {
+    "half_rope_table": False,
+    "half_rope_frequencies": False,
+    "split_qkv": False,
+    "branch_norms": False,
+    "tied_head": False,
+    "linear_bias": False,
+    "layer_norm": False,
+    "gelu": False,
+    "qkv_by_head": False,
+    "residual_scale": 0.0,
+    "rope_2d": False,
+    **dict.fromkeys(("sop", "gmask", "mask", "sop_in_place"), 0),
+}
+
 
 class Tokenizer(Protocol):
     """What prompts need of a tokenizer."""
@@ -19,12 +37,15 @@ class Tokenizer(Protocol):
     eos_token_id: int
     dummy_space_id: int | None
     special_tokens: dict[str, int]
+    has_special_pieces: bool
 
     @property
     def chat_template(self) -> str | None: ...
 
     def get_command(self, token: str) -> int: ...
     def get_prefix_tokens(self) -> list[int]: ...
+    def rendered_ids(self, messages: Any, add_generation_prompt: bool) -> list[int]: ...
+    def as_prompt(self, ids: Sequence[int]) -> list[int]: ...
     def text_ids(self, text: str) -> list[int]: ...
     def text_offsets(self, text: str) -> list[int]: ...
 
@@ -41,10 +62,12 @@ class Family:
     checkpoint: str  # a published model of it
     base: re.Pattern[str] | None = None  # whole lower-case names of models that only continue texts
 
-    # The layout of config.json, which its model_type names. config_keys: of its keys those that
+    # The layout of config.json, which its model_type names and, where several have the same, keys
+    # that only this one has: layout_keys, any of them. config_keys: of its keys those that
     # this package calls otherwise, with its own word. ties_head: the output layer may be the
     # embeddings.
     model_type = "chatglm"
+    layout_keys: tuple[str, ...] = ()
     config_keys: Mapping[str, str] = {}
     ties_head = False
 
@@ -72,9 +95,12 @@ class Family:
     # Tokens. special_tokens: the names behind the vocabulary, in order; None: this release has no
     # tokenizer of the family.
     special_tokens: tuple[str, ...] | None = None
+    vocabulary_name = "tokenizer.model"
     byte_pairs = False  # tokenizer.model has base64 and rank per line, else it is SentencePiece's
+    blank_tokens = False  # line breaks and runs of blanks are tokens: see tokenization/ice_text.py
     named_tokens: Mapping[str, str] = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}
     prefix_tokens: tuple[str, ...] = ("[gMASK]", "sop")  # in front of every prompt
+    prefix_behind = False  # they stand behind it
     in_texts: tuple[str, ...] = ()  # those that texts may name where that is asked for; (): all
     tokenizer_class = "ChatGLMTokenizer"  # what the published files call it
     role_tokens = False  # <|user|> and the like are among them, and texts may be encoded with them
@@ -84,6 +110,11 @@ class Family:
     template_marks: tuple[str, ...] = ()  # stand, all of them, in one that `template_text` equals
     takes_tools = False  # a template has tools beside the messages
     takes_role = True  # chat(query, history, role, ..) rather than chat(query, history, ..)
+    chats_by_template = False  # chat and training follow a template of the checkpoint's own
+    thinks = False  # answers have a thought in front, always
+    takes_past = True  # stream_chat goes on from past_key_values
+    shows_end = True  # stream_chat yields the whole text once more at an end id
+    chat_defaults: Mapping[str, Any] = {}  # where they are others than the signature's
 
     # Which family it is
 
@@ -122,10 +153,20 @@ class Family:
         """What `rope_ratio` means where nobody says: see `ChatGLMConfig`."""
         return "base"
 
+    def context(self, config: Any) -> Context | None:
+        """The ids that cut a row into what is read in both directions and what follows; None where
+        no id sees a later one.
+        """
+        return None
+
+    def prefix_input(self, config: Any) -> int:
+        """Columns of a P-Tuning embedding that a projection reads."""
+        return config.prefix_width
+
     def arch(self, config: Any) -> dict[str, Any]:
         """What the core must know, under the names of `_core.Model`."""
         ratio, mode = float(config.rope_ratio), config.rope_mode
-        return {
+        return PLAIN_ARCH | {
             "layers": config.num_layers,
             "hidden": config.hidden_size,
             "ffn": config.ffn_hidden_size,
@@ -142,10 +183,24 @@ class Family:
             "half_rope_table": mode == "half",
             "split_qkv": "query" in self.tensor_names,
             "branch_norms": "post_mlp_layernorm" in self.tensor_names,
-            "tied_head": False,
+            "prefix_input": self.prefix_input(config),
         }
 
     # A chat
+
+    def tokenizer_words(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The keys of a tokenizer_config.json with this package's words for those that a release
+        calls otherwise.
+        """
+        return fields
+
+    def positions(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[Any]:
+        """The `position_ids` of a row without padding."""
+        return list(range(len(ids)))
+
+    def as_released(self, tokenizer: Tokenizer) -> Family:
+        """The family as the release that the tokenizer is of has it."""
+        return self
 
     def chat_ids(self, tokenizer: Tokenizer, query: str, history: Any, role: str) -> list[int]:
         """Ids of a whole prompt, `[gMASK] sop` in front. The history is not changed. ValueError for
@@ -158,6 +213,17 @@ class Family:
         round, from 1.
         """
         raise NotImplementedError
+
+    def later_ids(
+        self, tokenizer: Tokenizer, past: list[int], query: str, history: Any, role: str
+    ) -> list[int]:
+        """Ids of a conversation whose first ids, `past`, a cache holds, and a new question."""
+        number = len(history or []) + 1
+        return [*past, *self.stream_ids(tokenizer, query, number, role)]
+
+    def framed(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+        """A whole prompt of `source_ids`."""
+        return tokenizer.as_prompt(ids)
 
     def message_ids(
         self, tokenizer: Tokenizer, role: str, metadata: str, content: str

@@ -71,6 +71,17 @@ def check_messages(
     return list(history)
 
 
+def record_messages(
+    first: str, query: str, rounds: Sequence[tuple[str, str]], system: str
+) -> list[dict[str, Any]]:
+    """The messages of a training record's prompt: see `Family.source_ids`."""
+    said = [("system", system)] if system else []
+    for i, (question, answer) in enumerate(rounds):
+        said += [("user", first + question if i == 0 else question), ("assistant", answer)]
+    said.append(("user", query if rounds else first + query))
+    return [{"role": role, "content": content} for role, content in said]
+
+
 def check_role(role: Any, name: str = "role") -> None:
     if role not in ROLES:
         raise ValueError(f"{name}: expected one of {' '.join(ROLES)}, got {role!r}")

@@ -19,12 +19,12 @@ NO_LIMIT = 1 << 40  # ids
 def chat_ids(
     tokenizer: Tokenizer, query: str, history: Any = None, role: str = "user"
 ) -> list[int]:
-    """Ids of a whole prompt, `[gMASK] sop` in front.
+    """Ids of a whole prompt, `[gMASK] sop` in front, or behind in a family that has them there.
 
     history: (query, answer) pairs or messages, as the family has them; it is not changed. Raises
     ValueError for a malformed history, or a role that the family does not have.
     """
-    return of(tokenizer.family).chat_ids(tokenizer, query, history, role)
+    return writer(tokenizer).chat_ids(tokenizer, query, history, role)
 
 
 def stream_ids(
@@ -34,7 +34,7 @@ def stream_ids(
 
     round_number: number of this round, from 1 (for families that number them).
     """
-    return of(tokenizer.family).stream_ids(tokenizer, query, round_number, role)
+    return writer(tokenizer).stream_ids(tokenizer, query, round_number, role)
 
 
 def encode_source(
@@ -48,7 +48,7 @@ def encode_source(
     template: str = "auto",
     system: str | None = None,
 ) -> tuple[list[int], bool]:
-    """Prompt ids of a training record, `[gMASK] sop` in front, and whether anything was cut.
+    """Prompt ids of a training record, `[gMASK] sop` with them, and whether anything was cut.
 
     prompt, query: joined with nothing between. history: (query, answer) pairs. source_prefix: put
     before the whole text. template: "auto" is the family's own chat template; "vendored" is
@@ -61,23 +61,22 @@ def encode_source(
     Raises ValueError for an unknown name or a length that the template alone exceeds.
     """
     _one_of("truncation", truncation, ("template", "vendored"))
-    prefix = tokenizer.get_prefix_tokens()
-    room = max_source_length - len(prefix)
+    writes = writer(tokenizer, template)
+    frame = len(writes.framed(tokenizer, []))
+    room = max_source_length - frame
     if room < 1:
-        raise ValueError(
-            f"max_source_length: expected more than {len(prefix)}, got {max_source_length}"
-        )
-    rounds, writer, query = check_rounds(history), _writer(tokenizer, template), query or ""
+        raise ValueError(f"max_source_length: expected more than {frame}, got {max_source_length}")
+    rounds, query = check_rounds(history), query or ""
 
     def ids(asked: str, dropped: int = 0) -> list[int]:
         first = source_prefix or ""
-        return writer.source_ids(tokenizer, first, asked, rounds[dropped:], system or "")
+        return writes.source_ids(tokenizer, first, asked, rounds[dropped:], system or "")
 
     whole = ids(f"{prompt}{query}")
     if len(whole) <= room:
-        return prefix + whole, False
+        return writes.framed(tokenizer, whole), False
     if truncation == "vendored":
-        return prefix + whole[:room], True
+        return writes.framed(tokenizer, whole[:room]), True
     dropped = rounds_to_drop(lambda n: len(ids("", n)), len(rounds), room)
 
     def excess(asked: str) -> int:
@@ -87,7 +86,7 @@ def encode_source(
         prompt += shortened(tokenizer, query, lambda left: excess(prompt + left))
     else:
         prompt = shortened(tokenizer, prompt, excess)
-    return prefix + ids(prompt, dropped), True
+    return writes.framed(tokenizer, ids(prompt, dropped)), True
 
 
 def prompt_length(tokenizer: Tokenizer, query: str, template: str = "auto") -> int:
@@ -124,7 +123,13 @@ def encode_target(
     if max_target_length < 1:
         raise ValueError(f"max_target_length: expected at least 1, got {max_target_length}")
     ids = _answer_ids(tokenizer, response, template)
-    return ids[: max_target_length - 1] + [of(tokenizer.family).end_id(tokenizer)]
+    return ids[: max_target_length - 1] + [end_id(tokenizer, template)]
+
+
+def end_id(tokenizer: Tokenizer, template: str = "auto") -> int:
+    """The id that ends a record's answer."""
+    family = of(tokenizer.family) if template == "vendored" else writer(tokenizer)
+    return family.end_id(tokenizer)
 
 
 def encode_label(
@@ -132,22 +137,26 @@ def encode_label(
 ) -> list[int]:
     """Reference ids for prediction runs: `[gMASK] sop` and the answer, no end id; at most
     `max_target_length` ids, as in the original."""
-    prefix = tokenizer.get_prefix_tokens()
-    if max_target_length < len(prefix):
-        raise ValueError(
-            f"max_target_length: expected at least {len(prefix)}, got {max_target_length}"
-        )
+    writes = writer(tokenizer, template)
+    frame = len(writes.framed(tokenizer, []))
+    if max_target_length < frame:
+        raise ValueError(f"max_target_length: expected at least {frame}, got {max_target_length}")
     ids = _answer_ids(tokenizer, response, template)
-    return prefix + ids[: max_target_length - len(prefix)]
+    return writes.framed(tokenizer, ids[: max_target_length - frame])
 
 
 def _answer_ids(tokenizer: Tokenizer, response: str, template: str) -> list[int]:
-    return _writer(tokenizer, template).answer_ids(tokenizer, str(response))
+    return writer(tokenizer, template).answer_ids(tokenizer, str(response))
 
 
-def _writer(tokenizer: Tokenizer, template: str) -> Family:
+def writer(tokenizer: Tokenizer, template: str = "auto") -> Family:
+    """Who writes prompts and answers: the tokenizer's family, in the checkpoint's own template
+    where it has one; in the template "vendored" the oldest family.
+    """
     _one_of("template", template, TEMPLATES)
-    return of(tokenizer.family) if template == "auto" else default()
+    if template == "vendored":
+        return default()
+    return getattr(tokenizer, "writer", None) or of(tokenizer.family)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -115,8 +115,9 @@ def _of_its_layout(fields: Mapping[str, Any]) -> list[Family]:
     """The families of the layout of a config.json, that which the others build on first: it is
     taken where nothing tells. [] for the layout of the default family, whose names have to tell.
     """
-    layout = fields.get("model_type")
-    known = [] if layout == default().model_type else of_layout(layout)
+    known = of_layout({"model_type": default().model_type, **fields})
+    if default() in known:
+        return []
     return sorted(known, key=lambda family: len(type(family).__mro__))
 
 
@@ -127,7 +128,11 @@ def choices(known: Iterable[Family]) -> str:
 
 def _tell_guess(fields: Mapping[str, Any], directory: Path) -> None:
     family = default()
-    known = [f for f in with_tokenizer() if f.byte_pairs == family.byte_pairs]
+    known = [
+        f
+        for f in with_tokenizer()
+        if (f.vocabulary_name, f.byte_pairs) == (family.vocabulary_name, family.byte_pairs)
+    ]
     others = " and ".join(f.title for f in known if f is not family)
     ratio = fields.get("rope_ratio") or 1
     meaning = ""

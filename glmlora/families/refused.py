@@ -37,10 +37,6 @@ def check(fields: Mapping[str, Any], layouts: Sequence[str]) -> None:
         raise ValueError(f"model_type {kind!r} is not supported by this release, only {known}")
     if fields.get("vision_config"):
         raise ValueError(f"vision_config: a model of images is not supported; {_TEXT}")
-    if "inner_hidden_size" in fields or "position_encoding_2d" in fields:
-        raise ValueError(
-            "ChatGLM-6B (the first generation) is not supported by this release; ChatGLM2 and 3 are"
-        )
     for key in ("rope_scaling", "rope_parameters"):
         scaling = fields.get(key)
         if isinstance(scaling, Mapping):

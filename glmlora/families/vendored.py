@@ -41,7 +41,7 @@ class _Vendored(Family):
 
     def answer(self, text: str, asked: list[Any]) -> tuple[Any, list[Any]]:
         if not _are_messages(asked):
-            return default().answer(text, asked)
+            return super().answer(text, asked)
         response, _ = default().answer(text, [""])
         return response, [*asked, {"role": "assistant", "metadata": "", "content": response}]
 

@@ -1,4 +1,6 @@
-"""What the tokenizer's files say of a family. A `tokenizer.model` is one of two formats."""
+"""What the tokenizer's files say of a family. A `tokenizer.model` is one of two formats; that of
+`ice_text.model` is the second one.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-OTHERS = {  # vocabularies of other names, and what to say of them
-    "ice_text.model": "ice_text.model is the vocabulary of ChatGLM-6B, which is not supported",
-}
+ICE_TEXT = "ice_text.model"
+VOCABULARIES = ("tokenizer.model", "tokenizer.json", ICE_TEXT)
 TOKENIZER_FILES = (
     "tokenization_chatglm.py",
     "chat_template.jinja",
@@ -40,16 +41,28 @@ def is_json(data: bytes) -> bool:
     return data.lstrip()[:1] == b"{"
 
 
-def vocabulary_file(directory: Path) -> Path | None:
-    """The vocabulary of a model directory: tokenizer.model, else tokenizer.json."""
-    files = (directory / name for name in ("tokenizer.model", "tokenizer.json"))
+def vocabulary_file(directory: Path, name: str = VOCABULARIES[0]) -> Path | None:
+    """The vocabulary of a model directory: that of this name, else the first one that is there."""
+    files = (directory / other for other in (name, *VOCABULARIES))
     return next((file for file in files if file.exists()), None)
 
 
 def has_byte_pairs(directory: Path) -> bool | None:
-    """The same of the vocabulary of a model directory; None where there is none."""
+    """`is_byte_pairs` of the vocabulary of a model directory; None where there is none."""
     file = vocabulary_file(directory)
     if file is None or not file.is_file():
         return None
+    if file.name == ICE_TEXT:
+        return False
     with open(file, "rb") as f:
         return is_byte_pairs(f.read(200))
+
+
+def fits(directory: Path, name: str, byte_pairs: bool) -> bool:
+    """Whether the vocabulary of a model directory, where there is one, may be of this name and
+    form.
+    """
+    file = vocabulary_file(directory, name)
+    if file is None or ICE_TEXT in (name, file.name):
+        return file is None or file.name == name
+    return has_byte_pairs(directory) in (None, byte_pairs)

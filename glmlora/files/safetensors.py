@@ -137,19 +137,22 @@ def write_safetensors(
     """Write a safetensors file atomically, one tensor in memory at a time.
 
     `tensors` maps names to arrays or Tensors, or lists (name, dtype, shape, get) whose values
-    `get()` makes when they are due. `metadata` maps strings to strings, {"format": "pt"} by
-    default. Raises ValueError naming a tensor that cannot be stored, OSError naming `path`; then
-    neither a new nor a temporary file is left.
+    `get()` makes when they are due, in the order of the list. `metadata` maps strings to strings,
+    {"format": "pt"} by default. Raises ValueError naming a tensor that cannot be stored, OSError
+    naming `path`; then neither a new nor a temporary file is left.
     """
     metadata = {"format": "pt"} if metadata is None else dict(metadata)
     # Largest items first keeps every tensor aligned, since the header is padded to 8 bytes.
-    ordered = sorted(sources(tensors), key=lambda s: (-NUMPY_TYPES[s.dtype].itemsize, s.name))
+    listed = sources(tensors)
+    ordered = sorted(listed, key=lambda s: (-NUMPY_TYPES[s.dtype].itemsize, s.name))
     header: dict[str, object] = {METADATA: metadata} if metadata else {}
+    places: dict[str, int] = {}
     end = 0
     for source in ordered:
         if source.name == METADATA:
             raise ValueError(f"tensor name {METADATA!r} is reserved by the format")
         begin, end = end, end + source.nbytes
+        places[source.name] = begin
         header[source.name] = {
             "dtype": source.dtype,
             "shape": list(source.shape),
@@ -161,6 +164,7 @@ def write_safetensors(
         raise ValueError(f"{path}: header of {len(text)} bytes, the format allows {MAX_HEADER}")
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for source in ordered:
+        for source in listed:
+            file.seek(8 + len(text) + places[source.name])
             for chunk in source.chunks():
                 file.write(chunk)

@@ -23,7 +23,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "added_tokens.json")
 TOKENIZER = (
     *(TOKENIZER_CONFIG, "tokenizer.model", "tokenizer.json", "special_tokens_map.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", *TEMPLATES),
+    *("ice_text.model", "vocab.txt", "vocab.json", "merges.txt", *TEMPLATES),
 )
 _OTHERS = re.compile(r"(MODEL_)?LICEN[SC]E(\..{1,8})?|NOTICE(\..{1,8})?|configuration\.json")
 _LARGEST = 64 << 20  # bytes; a tokenizer.json has about 20 MB

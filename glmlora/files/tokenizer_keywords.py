@@ -79,6 +79,6 @@ NEUTRAL: dict[str, tuple[Any, ...] | None] = {
 REASONS = {
     **dict.fromkeys(NOT_HERE, "has no effect on this tokenizer"),
     **dict.fromkeys(("eos_token", "bos_token", "unk_token"), "the vocabulary has it"),
-    "chat_template": "prompts have the family's own form, which is not exchanged",
+    "chat_template": "apply_chat_template(chat_template=..) takes another",
     "gguf_file": "GGUF files are not read: get the model's own tokenizer.model",
 }

@@ -93,6 +93,14 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
             raise _named(error, path) from error
 
 
+def check_new_directory(path: str | os.PathLike) -> None:
+    """FileExistsError unless nothing is there, or an empty directory."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise FileExistsError(f"{path} is a file, expected a new directory")
+    if os.path.exists(path) and os.listdir(path):
+        raise FileExistsError(f"{path} exists and is not empty, expected a new directory")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_file(path, "w") as file:

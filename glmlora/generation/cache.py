@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import _core
 from ..batch import as_rows, check_ids
+from ..families.context import Context
 from ..task import Task
 from .config import GenerationConfig
 
@@ -32,6 +33,8 @@ class ModelConfig(Protocol):
 
     @property
     def eos_token_ids(self) -> list[int]: ...
+    @property
+    def context(self) -> Context | None: ...
 
 
 class Model(Protocol):
@@ -57,11 +60,16 @@ Choose = Callable[[Sequence[int]], "dict[str, Any] | None"]
 class CachedRow:
     """Rows of ids, and the core's cache of a leading part of each. One row in chat, many in
     generate. All rows begin with the ids of `opening`, which are computed once.
+
+    Where a model reads a prompt in both directions (`Family.context`), all of that is one piece:
+    fed in one call, kept whole or not at all, and there is no opening.
     """
 
     def __init__(self, model: Model, rows: int, capacity: int, opening: Sequence[int] = ()):
         self.model = model
         self.opening = len(opening)
+        context = model.config.context
+        self._context_end = None if context is None else context.sop
         self.ids: list[list[int]] = [list(opening) for _ in range(rows)]
         self.held = [self.opening] * rows  # ids of each row that the cache holds
         self._ones = np.ones(rows, np.int32)
@@ -76,7 +84,9 @@ class CachedRow:
         return min(rounded, self.model.config.seq_length)
 
     def _hold(self, row: int, length: int) -> None:
-        """Forget what the cache holds of a row after its first `length` ids."""
+        """Forget what the cache holds of a row after its first `length` ids, or those too."""
+        if self._context_end is not None and self._context_end not in self.ids[row][:length]:
+            length = 0
         self.cache.rewind(row, length - self.opening)
         self.held[row] = length
 
@@ -161,7 +171,10 @@ class CachedRow:
         """The next ids of a row that the cache lacks, up to the next multiple of CHUNK."""
         held = self.held[row]
         cut = self.opening + ((held - self.opening) // CHUNK + 1) * CHUNK
-        return self.ids[row][held:cut]
+        ids = self.ids[row]
+        if self._context_end in ids[cut:] and self._context_end not in ids[:cut]:
+            cut = ids.index(self._context_end) + 1
+        return ids[held:cut]
 
     def _feed(
         self,

@@ -40,6 +40,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 #: Errors that one query may have while the others are answered.
 OF_ONE_ROW = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
+DEFAULTS = {"max_length": 8192, "num_beams": 1, "do_sample": True, "top_p": 0.8, "temperature": 0.8}
 
 
 def chat_family(model: Model, tokenizer: Any) -> families.Family:
@@ -51,6 +52,10 @@ def chat_family(model: Model, tokenizer: Any) -> families.Family:
             f"tokenizer: expected what AutoTokenizer.from_pretrained returns, got {tokenizer!r:.80}"
         )
     family = families.of(getattr(tokenizer, "family", model.config.family))
+    if hasattr(tokenizer, "family"):
+        family = family.as_released(tokenizer)
+    if model.prompt_template == "auto":
+        return getattr(tokenizer, "writer", None) or family
     return in_template(family, model.prompt_template)
 
 
@@ -61,7 +66,8 @@ def end_ids(model: Model, tokenizer: Any) -> list[int]:
 
 def by_position(function: Function) -> Function:
     """Let the keywords of a chat function be given by position too, after the history, as in the
-    published models: in the order of its signature, without `role` in families that have none.
+    published models: in the order of its signature, without `role` or a cache in families that
+    have none.
     """
     keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is KEYWORD]
     names = [p.name for p in keywords]
@@ -71,7 +77,11 @@ def by_position(function: Function) -> Function:
         model: Model, tokenizer: Any, query: str, history: Any = None, *args: Any, **given: Any
     ) -> Any:
         if args:
-            order = names if chat_family(model, tokenizer).takes_role else names[1:]
+            family = chat_family(model, tokenizer)
+            left_out = set() if family.takes_role else {"role"}
+            if not family.takes_past:
+                left_out |= {"past_key_values", "return_past_key_values"}
+            order = [name for name in names if name not in left_out]
             if len(args) > len(order):
                 raise TypeError(
                     f"{function.__name__}: at most {len(order) + 3} positional arguments, got "
@@ -82,6 +92,19 @@ def by_position(function: Function) -> Function:
                     raise TypeError(f"{function.__name__}: got {name!r} twice")
                 given[name] = value
         return function(model, tokenizer, query, history, **given)
+
+    return cast(Function, call)
+
+
+def with_family_defaults(function: Function) -> Function:
+    """Let a chat function begin from the settings of the tokenizer's family, where these are others
+    than its signature's.
+    """
+
+    @wraps(function)
+    def call(model: Model, tokenizer: Any, *args: Any, **given: Any) -> Any:
+        given = {**chat_family(model, tokenizer).chat_defaults, **given}
+        return function(model, tokenizer, *args, **given)
 
     return cast(Function, call)
 
@@ -97,11 +120,6 @@ class _Turns:
         model: Model,
         tokenizer: Any,
         *,
-        max_length: int | None = 8192,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.8,
-        temperature: float = 0.8,
         logits_processor: Any = None,
         generation_config: GenerationConfig | None = None,
         stopping_criteria: Any = None,
@@ -117,12 +135,10 @@ class _Turns:
         if model.core.names() == list(model.core.shapes()):  # no adapter, no prefix
             name = getattr(config, "_name_or_path", None)
             recognition.tell_base(config.family, name, getattr(model, "name_or_path", None))
+        usual = {**DEFAULTS, **self.family.chat_defaults}
         named = {n for n, v in settings.items() if v is not None}
-        named |= {"max_length"} if max_length not in (8192, None) else set()
-        named |= {"top_p"} if top_p not in (0.8, None) else set()
-        named |= {"temperature"} if temperature not in (0.8, None) else set()
-        settings |= {"max_length": max_length, "num_beams": num_beams, "do_sample": do_sample}
-        settings |= {"top_p": top_p, "temperature": temperature}
+        named -= {n for n in usual if settings.get(n) == usual[n]}
+        settings = {**usual, **settings}
         self.settings = _settings(model, tokenizer, settings, generation_config)
         tell_without_effect(function, self.settings, named)
         self.change = Scores(
@@ -196,6 +212,7 @@ def _take_row(model: Model, needed: int) -> CachedRow:
 
 @spelled_out(ChatArguments)
 @by_position
+@with_family_defaults
 def chat(
     model: Model,
     tokenizer: Any,
@@ -328,6 +345,7 @@ def chat_rows(
 
 
 @spelled_out(BatchChatArguments)
+@with_family_defaults
 def batch_chat(
     model: Model,
     tokenizer: Any,
@@ -373,6 +391,7 @@ def batch_chat(
 
 @spelled_out(StreamChatArguments)
 @by_position
+@with_family_defaults
 def stream_chat(
     model: Model,
     tokenizer: Any,
@@ -398,6 +417,13 @@ def stream_chat(
     """
     _check_query(query)
     past = past_key_values
+    wants_past = past is not None or return_past_key_values
+    if wants_past and not chat_family(model, tokenizer).takes_past:
+        title = families.of(tokenizer.family).title
+        raise ValueError(
+            f"past_key_values: {title} reads every prompt anew, in both directions; leave it out, "
+            "the history says what came before"
+        )
     if past is not None:
         check_past(past, model, 1)
     if settings.get("num_beams") not in (None, 1):
@@ -415,11 +441,9 @@ def stream_chat(
     )
     ids, asked = turns.ask(query, history, role)
     if past is not None:
-        number = len(history or []) + 1
-        later = turns.family.stream_ids(tokenizer, query, number, role or "user")
-        ids = past.ids + list(later)
+        ids = turns.family.later_ids(tokenizer, past.ids, query, history, role or "user")
     [limit] = turns.limits([ids])
-    warn_of_weights(model, stacklevel=3)
+    warn_of_weights(model)
     needed = first_room([len(ids)], [limit])
     kept = past is None and not return_past_key_values
     if past is not None:
@@ -435,7 +459,7 @@ def stream_chat(
         for _, token, _ in scheduler.run():
             is_end = token in turns.change.eos
             text = decoded.feed(*([] if is_end else [token]))
-            if text is None:
+            if text is None or (is_end and not turns.family.shows_end):
                 continue
             response, so_far = turns.family.answer(text, asked)
             if return_past_key_values:

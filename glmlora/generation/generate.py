@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _core, tell
-from ..batch import Batch, as_rows, check_ids
+from .. import tell
+from ..batch import Batch, as_rows, check_ids, given_rows
 from .beams import best_answers
 from .cache import CachedRow, Model, PastKeyValues, check_past
 from .config import GenerationConfig, Settings, check_names, spelled_out, tell_without_effect
@@ -101,7 +100,7 @@ def generate(
         check_streamer(streamer, len(prompts) * n, g.num_beams)
         if g.num_beams > 1:
             return _by_beams(model, padded, prompts, limits, change)
-        warn_of_weights(model, stacklevel=3)
+        warn_of_weights(model)
         seed = call_seed(g)
         done: list[Any] = [None] * (len(prompts) * n)
         many = [p for p in prompts for _ in range(n)]
@@ -183,7 +182,7 @@ def stream_generate(
     n = int(g.num_return_sequences)
     lengths = [len(p) for p in prompts]
     limits = limits_of(model, lengths, g)
-    warn_of_weights(model, stacklevel=3)
+    warn_of_weights(model)
 
     def run() -> Iterator[np.ndarray]:
         rows = CachedRow(model, len(prompts) * n, first_room(lengths, limits))
@@ -244,7 +243,7 @@ def complete(
     would get alone. each: how many prompts in a row are one of the caller's; to: a streamer that
     gets the only row.
     """
-    shared = shared_length(prompts) if len(prompts) > 1 else 0
+    shared = shared_length(model, prompts) if len(prompts) > 1 else 0
     room = first_room((len(p) - shared for p in prompts), limits)
     places = places_for(model, room, min(at_once, len(prompts)))
     rows = CachedRow(model, places, room, prompts[0][:shared])
@@ -269,8 +268,12 @@ def places_for(model: Model, room: int, wanted: int) -> int:
     return max(1, min(wanted, CACHE_BYTES // row_bytes))
 
 
-def shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many ids all prompts begin with, less one where one of them has no others."""
+def shared_length(model: Model, prompts: Sequence[Sequence[int]]) -> int:
+    """How many ids all prompts begin with, less one where one of them has no others; 0 where what
+    follows changes them.
+    """
+    if model.config.context is not None:
+        return 0
     first, last = min(prompts), max(prompts)  # of the rest, every one lies between
     most = min(map(len, prompts)) - 1
     return next((i for i in range(most) if first[i] != last[i]), most)
@@ -336,8 +339,7 @@ def _prompts(
         attention_mask = _inferred_mask(ids, g)
     if attention_mask is None and position_ids is None and ids.dtype.kind != "b":
         return ids.astype(np.int64), ids.tolist()
-    mask = None if attention_mask is None else as_rows("attention_mask", attention_mask)
-    places = None if position_ids is None else as_rows("position_ids", position_ids)
+    ids, mask, places, _ = given_rows(ids, attention_mask, position_ids, None, model.config.context)
     batch, _, _ = Batch.from_padded(ids, mask, position_ids=places)
     if batch.positions is not None:
         raise ValueError("position_ids: expected 0, 1, .. from each row's first token on")
@@ -392,26 +394,27 @@ def warn_of_padding(ids: np.ndarray, pad: int | None) -> None:
         )
 
 
-def warn_of_weights(model: Model, stacklevel: int = 4) -> None:
+def warn_of_weights(model: Model) -> None:
     """Say once that a P-Tuning prefix is random, or that the weights are not those that the asked
-    products are for. stacklevel: of the user's line.
+    products are for.
     """
-    warn_of_products(model.core)
+    warn_of_products(model)
     if model.prefix_is_fresh:
         model.prefix_is_fresh = False
-        warnings.warn(
+        tell.warn(
             "the P-Tuning prefix is neither trained nor loaded: use "
-            "model.transformer.prefix_encoder.load_state_dict or glmlora.load_prefix",
-            stacklevel=stacklevel,
+            "model.transformer.prefix_encoder.load_state_dict or glmlora.load_prefix"
         )
 
 
-def warn_of_products(core: _core.Model) -> None:
-    """Say once that int8 products were asked for and no weight is int8: others are used."""
-    if core.backend.endswith("/int8") and not any(core.dtype(n) == "I8" for n in core.names()):
+def warn_of_products(model: Model) -> None:
+    """Say once that int8 products were asked for and no weight is such that they are made."""
+    core, grouped = model.core, model.config.quantization_group_size
+    kinds = {core.dtype(name) for name in core.names()}
+    if core.backend.endswith("/int8") and ("I4" not in kinds or grouped) and "I8" not in kinds:
         tell.once(
-            "compute_dtype 'int8' has no effect: the base is not quantized to 8 bits, its products "
-            "are in bfloat16; use quantization_bit=8, or model.quantize(8)"
+            "compute_dtype 'int8' has no effect: the base is not quantized to integers with a "
+            "scale a row; use quantization_bit=8, model.quantize(8) or model.quantize(4)"
         )
 
 

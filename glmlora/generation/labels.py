@@ -216,7 +216,7 @@ def score_ids(
     different = list(numbers)
     # All others share what the first and the last in any order do.
     extremes = min(different), max(different), min(different, key=len)
-    shared = shared_length([*map(_ids, extremes)]) if len(different) > 1 else 0
+    shared = shared_length(model, [*map(_ids, extremes)]) if len(different) > 1 else 0
     room = max(map(len, different)) // 4 - shared + longest
     places = places_for(model, room, min(at_once, len(different)))
     rows = CachedRow(model, places, room, _ids(different[0])[:shared])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import families, tell
 from ..families import recognition
+from ..families.context import Context
 from ..files.foreign import folder_kind, refuse_quantization
 from ..files.hub import check_keywords, model_directory
 from ..files.small import whole_references
@@ -244,7 +245,7 @@ class ChatGLMConfig:
             config = cls(family=family, rope_mode=rope_mode, **fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-        if families.of(family).config_keys:  # a layout that reads it
+        if families.of(family).model_type != DEFAULTS["model_type"]:  # a layout that reads it
             fields.pop("rope_scaling", None)
         for text in _without_effect(fields):
             tell.once(f"{file}: {text}")
@@ -261,6 +262,11 @@ class ChatGLMConfig:
             raise ValueError(
                 f"family: {self.family!r} has model_type {layout!r}, config.json says "
                 f"{self.model_type!r}"
+            )
+        alike = families.of_layout(self.__dict__)
+        if known[self.family] not in alike:
+            raise ValueError(
+                f"family: config.json has the keys of {alike[0].name!r}, got {self.family!r}"
             )
         for name in _SIZES:
             value = getattr(self, name)
@@ -332,6 +338,11 @@ class ChatGLMConfig:
         """What the core must know, under the names of `_core.Model`."""
         self.check()
         return families.of(self.family).arch(self)
+
+    @property
+    def context(self) -> Context | None:
+        """See `Family.context`."""
+        return families.of(self.family).context(self)
 
     @property
     def tied_head(self) -> bool:
@@ -424,7 +435,7 @@ def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
     Other programs write some of them otherwise: null for the default, 28.0 for 28, another name, a
     list around a value; other layouts have other words.
     """
-    for family in families.of_layout(fields.get("model_type"))[:1]:
+    for family in families.of_layout({"model_type": DEFAULTS["model_type"], **fields})[:1]:
         fields = family.own_fields(fields)
     found = {
         k: v

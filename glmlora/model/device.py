@@ -11,8 +11,9 @@ the one that fails.
 
 Products on the CPU are in what the processor multiplies fast: bfloat16 rounds both operands to 8
 significant bits and sums in float32; int8 does so to 8-bit integers with a scale for each 2,048
-columns of a row, outliers kept apart, over int8 weights (bfloat16 over others). Adapters, norms,
-attention's softmax and the optimiser stay in float32.
+columns of a row, outliers kept apart, over weights of 8 or 4 bits with a scale a row (over others
+bfloat16 where the processor has it, else float32). Adapters, norms, attention's softmax and the
+optimiser stay in float32.
 """
 
 from __future__ import annotations
@@ -190,10 +191,10 @@ def compute_dtype(asked: str | None, stored: Iterable[str]) -> str:
         raise ValueError(
             f"compute_dtype: expected auto, {', '.join(COMPUTE_DTYPES)}, got {wanted!r}"
         )
-    if wanted != "float32" and not fast:
+    if wanted == "bfloat16" and not fast:
         raise ValueError(
-            f"compute_dtype: this processor does not multiply {wanted} (that takes AVX-512 BF16, "
-            "VNNI and VBMI); expected auto or float32"
+            "compute_dtype: this processor does not multiply bfloat16 (that takes AVX-512 BF16, "
+            "VNNI and VBMI); expected auto, float32 or int8"
         )
     return wanted
 

@@ -12,16 +12,13 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import _core, seeds
-from ..batch import Batch, as_rows, check_ids, padded
-from ..files.checkpoint import save_sharded
+from ..batch import Batch, as_rows, check_ids, given_rows, padded
 from ..files.hub import check_keywords
-from ..files.owner import owned
 from ..files.tensor import Tensor, to_arrays
 from ..generation import chat as _chat
 from ..generation import features as _features
@@ -66,7 +63,7 @@ from .parameters import (
 )
 from .quantization import SCALE, QuantizedTensor, check_form, is_quantized, join
 from .quantization import quantize as quantize_tensor
-from .saving import Opened, check_saving, weight_sources, write_beside
+from .saving import Opened, check_saving, weight_sources, write_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -513,15 +510,8 @@ class ChatGLMForConditionalGeneration(_Casts):
         check_saving("save_pretrained", others)
         if not is_main_process:
             return
-        os.makedirs(save_directory, exist_ok=True)
-        with owned(save_directory, shared=True):
-            save_sharded(
-                save_directory,
-                weight_sources(self),
-                max_shard_size,
-                safetensors=safe_serialization,
-                beside=lambda new: write_beside(self, new, Path(save_directory)),
-            )
+        weights = weight_sources(self)
+        write_model(self, save_directory, weights, max_shard_size, safe_serialization)
 
     # What is trained
 
@@ -611,16 +601,8 @@ class ChatGLMForConditionalGeneration(_Casts):
         """(ragged batch, row and column of each of its tokens, shape of the padded arrays),
         checked.
         """
-        if input_ids is None:
-            raise ValueError("input_ids: expected an array of ids (rows, tokens), got None")
-        ids = as_rows("input_ids", input_ids)
-        mask, places, labels = (
-            None if v is None else as_rows(n, v)
-            for n, v in (
-                ("attention_mask", attention_mask),
-                ("position_ids", position_ids),
-                ("labels", labels),
-            )
+        ids, mask, places, labels = given_rows(
+            input_ids, attention_mask, position_ids, labels, self.config.context
         )
         check_ids("input_ids", ids, self.config.padded_vocab_size)
         if labels is not None:

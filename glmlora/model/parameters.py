@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .. import _core, tell
+from .. import _core, families, tell
 from ..files.checkpoint import recomputed
 from ..files.foreign import refuse_quantized_names
 from ..files.tensor import Tensor, same
@@ -432,9 +432,10 @@ def prefix_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
     `transformer.prefix_encoder.`).
     """
     width, hidden = config.prefix_width, config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.pre_seq_len, width)}
+    first = families.of(config.family).prefix_input(config) if config.prefix_projection else width
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.pre_seq_len, first)}
     if config.prefix_projection:
-        shapes["trans.0.weight"], shapes["trans.0.bias"] = (hidden, width), (hidden,)
+        shapes["trans.0.weight"], shapes["trans.0.bias"] = (hidden, first), (hidden,)
         shapes["trans.2.weight"], shapes["trans.2.bias"] = (width, hidden), (width,)
     return shapes
 

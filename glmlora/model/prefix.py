@@ -11,13 +11,12 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from ..families.recognition import OWN_KEY, check_adapter
-from ..files.checkpoint import load_state_dict, read_json, save_sharded
-from ..files.owner import owned
+from ..files.checkpoint import load_state_dict, read_json
 from ..task import check_asked, task_in
 from .configuration import innermost
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import fresh_prefix, prefix_of, prefix_shapes, without_wrappers
-from .saving import write_beside
+from .saving import write_model
 from .template import read_template
 
 
@@ -43,14 +42,7 @@ def save_prefix(
         raise ValueError("save_prefix: this model has no P-Tuning prefix")
     read = model.core.read
     names = [n for n in model.core.names() if n.startswith(prefix_of(model.config))]
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    with owned(directory, shared=True):
-        save_sharded(
-            directory,
-            {n: read(n) for n in names},
-            safetensors=False,
-            beside=lambda new: write_beside(model, new, Path(directory)),
-        )
+    write_model(model, directory, {n: read(n) for n in names}, safetensors=False)
 
 
 def load_prefix(model: M, directory: str | os.PathLike[str]) -> M:

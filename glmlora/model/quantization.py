@@ -9,13 +9,13 @@ by the core (`quantize` in csrc/ops.h).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from .. import _core
-from ..files.tensor import Tensor
+from ..files.tensor import Source, Tensor
 
 GROUP_SIZE = 32  # where nobody says: 4.5 bits a weight
 SCALE = "_scale"  # `weight_scale` stands beside `weight`
@@ -69,8 +69,7 @@ def quantize(name: str, tensor: Tensor, bits: int, group: int = 0) -> QuantizedT
     Raises ValueError naming the tensor where a value is not finite or float16 cannot hold a scale,
     and for 4 bits of an odd number of columns.
     """
-    if bits == 4 and tensor.shape[1] % 2:
-        raise ValueError(f"{name}: 4 bits need an even number of columns, got {tensor.shape}")
+    _check_columns(name, tensor.shape, bits)
     integers, scale = _core.quantize(tensor.data, tensor.dtype, bits, group)
     if not np.isfinite(scale).all():
         row = int(np.argwhere(~np.isfinite(scale.reshape(len(scale), -1)).all(1))[0, 0])
@@ -79,6 +78,45 @@ def quantize(name: str, tensor: Tensor, bits: int, group: int = 0) -> QuantizedT
             "cannot be quantized"
         )
     return QuantizedTensor(Tensor(integers), Tensor(scale), bits, group)
+
+
+def _check_columns(name: str, shape: tuple[int, ...], bits: int) -> None:
+    if bits == 4 and shape[1] % 2:
+        raise ValueError(f"{name}: 4 bits need an even number of columns, got {shape}")
+
+
+def quantized_sources(
+    sources: Iterable[Source], names: Container[str], bits: int, group: int = 0
+) -> list[Source]:
+    """What is written of a float model that is to be quantized: the matrices `names` as integers
+    and their scales, the others as they are.
+
+    A matrix is read and quantized when its integers are due, and its scales are due next: a writer
+    that takes the sources in this order has one matrix in memory at a time. Raises ValueError as
+    `quantize` does, for an odd number of columns now, else when the matrix is due.
+    """
+    found: list[Source] = []
+    for source in sources:
+        if source.name not in names:
+            found.append(source)
+            continue
+        _check_columns(source.name, source.shape, bits)
+        rows, columns = source.shape
+        made: list[Tensor] = []
+
+        def due(source: Source = source, made: list[Tensor] = made) -> Tensor:
+            if not made:
+                tensor = source.get()
+                tensor = tensor if isinstance(tensor, Tensor) else Tensor(tensor, source.dtype)
+                result = quantize(source.name, tensor, bits, group)
+                made[:] = result.scale, result.integers
+                _core.drop_pages(tensor.data)
+            return made.pop()
+
+        scales = (rows, -(-columns // group)) if group else (rows,)
+        found.append(Source(source.name, "I8", (rows, columns * bits // 8), due))
+        found.append(Source(source.name + SCALE, "F16", scales, due))
+    return found
 
 
 def check_form(bits: object, group: object) -> tuple[int, int]:

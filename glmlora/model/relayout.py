@@ -122,7 +122,8 @@ def _origin(config: LoraConfig, own: Family, modules: Iterable[str]) -> Family |
 
 def _alike(own: Family, other: Family) -> bool:
     """Whether their layers have the same weights, but for one linear in place of three."""
-    return set(own.tensor_names) ^ set(other.tensor_names) == {_TOGETHER, *_PARTS}
+    plain = not (own.layout_keys or other.layout_keys)
+    return plain and set(own.tensor_names) ^ set(other.tensor_names) == {_TOGETHER, *_PARTS}
 
 
 def _hindrance(config: LoraConfig, own: Family, other: Family) -> str:

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..files.checkpoint import save_sharded
 from ..files.hub import check_keywords
+from ..files.owner import owned
 from ..files.small import GENERATION, copy_small_files
-from ..files.tensor import Source
+from ..files.tensor import Source, Tensors
 from ..files.write import write_json
 from ..generation.config import GenerationConfig
 from ..task import Task, write_task
@@ -80,6 +82,27 @@ def weight_sources(model: Any) -> list[Source]:
             get = partial(model.core.read, name)
             listed.append(Source(name, "F32", model.core.shape(name), get))
     return listed
+
+
+def write_model(
+    model: _Model,
+    directory: str | os.PathLike[str],
+    weights: Tensors,
+    max_shard_size: int | str = "10GB",
+    safetensors: bool = True,
+) -> None:
+    """Write `weights` and what stands beside them as a whole model directory, all of it or nothing.
+    The directory is made where it is not there. Raises OSError naming the file.
+    """
+    os.makedirs(directory, exist_ok=True)
+    with owned(directory, shared=True):
+        save_sharded(
+            directory,
+            weights,
+            max_shard_size,
+            safetensors=safetensors,
+            beside=lambda new: write_beside(model, new, Path(directory)),
+        )
 
 
 def write_beside(model: _Model, new: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers; names as transformers'. `tokenizer.py` is the class. A vocabulary has one of two
+"""Tokenizers; names as transformers'. `tokenizer.py` is the class. A vocabulary has one of three
 forms on disk, a file each: only these touch a library, imported when a tokenizer is made.
 """
 

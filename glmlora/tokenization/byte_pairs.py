@@ -56,7 +56,7 @@ class BytePairs:
             raise ValueError(f"text: has more than {BLANKS} blanks in a row, which is not encoded")
         return self._encoding.encode_ordinary(text)
 
-    def starts(self, ids: Sequence[int]) -> list[int]:
+    def starts(self, ids: Sequence[int], text: str) -> list[int]:
         offsets, characters = [], 0
         for i in ids:
             token = self._tokens[i]

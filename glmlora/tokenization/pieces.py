@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .vocabulary import Token
 
 DUMMY_SPACE = "\u2581"
+
+
+def opened(data: bytes, file: str) -> Any:
+    """A processor of SentencePiece over the content of `file`. ValueError naming it for what is no
+    model of it, ImportError without the library.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "the tokenizer needs the sentencepiece package: pip install sentencepiece"
+        ) from error
+    try:
+        if not data:
+            raise ValueError("file is empty")
+        sp = SentencePieceProcessor(model_proto=data)
+        sp.id_to_piece(list(range(sp.get_piece_size())))  # every one is UTF-8
+        return sp
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{file}: is not a SentencePiece model: {error}") from error
+
+
+def piece_id(sp: Any, token: Token) -> int | None:
+    """The id of a piece of a processor; None where there is none."""
+    try:
+        i = sp.piece_to_id(token)
+    except TypeError:  # no text, or one that UTF-8 cannot hold
+        return None
+    return i if i != sp.unk_id() or token == sp.id_to_piece(i) else None
 
 
 class Pieces:
@@ -15,24 +45,17 @@ class Pieces:
     added = prefix = None
 
     def __init__(self, data: bytes, file: str):
-        """data: the content of `file`. ValueError for what is no SentencePiece model or lacks a
-        piece for unk, bos or eos; ImportError without sentencepiece.
+        """data: the content of `file`. ValueError for what is no SentencePiece model, lacks a piece
+        for unk, bos or eos, or is an ice_text.model; ImportError without sentencepiece.
         """
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "the tokenizer needs the sentencepiece package: pip install sentencepiece"
-            ) from error
-        try:
-            if not data:
-                raise ValueError("file is empty")
-            self._sp = SentencePieceProcessor(model_proto=data)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"{file}: is not a SentencePiece model: {error}") from error
-        sp = self._sp
+        self._sp = sp = opened(data, file)
         self.size = sp.get_piece_size()
         self.named = {"unk": sp.unk_id(), "bos": sp.bos_id(), "eos": sp.eos_id()}
+        if None not in (self.id_of("<pad>"), self.id_of("<n>")):
+            raise ValueError(
+                f"{file}: has the pieces <pad> and <n> of an ice_text.model: it is the vocabulary "
+                "of another model"
+            )
         for name, i in self.named.items():
             if not 0 <= i < self.size:
                 raise ValueError(f"{file}: has no {name} piece")
@@ -41,7 +64,7 @@ class Pieces:
     def encode(self, text: str) -> list[int]:
         return self._sp.encode_as_ids(text)
 
-    def starts(self, ids: Sequence[int]) -> list[int]:
+    def starts(self, ids: Sequence[int], text: str) -> list[int]:
         offsets, position = [], -1  # the dummy space stands one before the text
         for i in ids:
             piece = self._sp.id_to_piece(i)
@@ -58,12 +81,7 @@ class Pieces:
         return self._sp.id_to_piece(i)
 
     def id_of(self, token: Token) -> int | None:
-        try:
-            i = self._sp.piece_to_id(token)
-        except TypeError:  # no text, or one that UTF-8 cannot hold
-            return None
-        named_so = i != self.named["unk"] or token == self._sp.id_to_piece(i)
-        return i if named_so else None
+        return piece_id(self._sp, token)
 
     def text(self, tokens: Sequence[Token]) -> str:
         # All at once: only a dummy space at the very beginning is dropped, and bytes join to

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..families import Family
 from ..families.messages import ROLES
+from .vocabulary import Vocabulary
 
 _MOST_ADDED = 4096  # ids of special tokens behind a vocabulary
 
@@ -16,14 +17,17 @@ def content_of(token: Any) -> Any:
     return token.get("content", token) if isinstance(token, dict) else token
 
 
-def special_ids(family: Family, first: int, listed: Any, where: str) -> dict[str, int]:
-    """Special tokens by name, ids from `first`: those that are listed behind a vocabulary of byte
-    pairs, else the family's, one after the other.
+def special_ids(family: Family, vocabulary: Vocabulary, listed: Any, where: str) -> dict[str, int]:
+    """Special tokens by name: those that are listed behind a vocabulary of byte pairs; those among
+    the pieces; else the family's, one after the other behind them.
 
     listed: id -> token with its flags, or None; where: the file and field, for messages. ValueError
     for ids that cannot be, or a token that prompts need and that is not listed.
     """
-    names = family.special_tokens or ()
+    names, first = family.special_tokens or (), vocabulary.size
+    if family.blank_tokens:
+        found_ids = {name: vocabulary.id_of(name) for name in names}
+        return {name: i for name, i in found_ids.items() if i is not None}
     if not family.byte_pairs or listed is None:
         return {name: first + i for i, name in enumerate(names)}
     if not isinstance(listed, Mapping):

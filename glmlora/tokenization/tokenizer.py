@@ -16,27 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import families, tell
-from ..encoding import (
-    NO_LIMIT,
-    BatchEncoding,
-    DecodeOptions,
-    Encoder,
-    TemplateOptions,
-    checked_ids,
-    cleaned,
-    refuse_options,
-    row_of,
-    tools_of,
-)
-from ..families import prompt as prompts
+from ..encoding import NO_LIMIT, DecodeOptions, checked_ids, cleaned, refuse_options
 from ..families import recognition
-from ..families.vocabulary import (
-    OTHERS,
-    has_byte_pairs,
-    is_byte_pairs,
-    is_json,
-    vocabulary_file,
-)
+from ..families.vocabulary import VOCABULARIES, fits, is_byte_pairs, is_json, vocabulary_file
 from ..files import tokenizer_keywords as keywords
 from ..files.hub import check_keywords, model_directory
 from ..files.regular import read_bytes, read_text
@@ -46,6 +28,8 @@ from ..files.write import read_json, refuse_lfs_pointer, write_json
 from ..interrupts import interruptible
 from ..names import did_you_mean
 from .byte_pairs import BytePairs
+from .chats import Chats
+from .ice_text import IceText
 from .pieces import Pieces
 from .special import content_of, special_ids
 from .vocabulary import Token, Vocabulary
@@ -53,9 +37,10 @@ from .vocabulary import Token, Vocabulary
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-VOCABULARY, JSON_VOCABULARY = "tokenizer.model", "tokenizer.json"
+JSON_VOCABULARY = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
+IMAGES = "num_image_tokens"
 TEMPLATE = "chat_template.jinja"
 LONG_TEXT = 100_000  # characters; from here on encoding takes longer than Ctrl-C should wait
 _ADDED = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")
@@ -63,12 +48,12 @@ _FIXED = {
     **dict.fromkeys(("eos_token", "eos_token_id"), "generate(eos_token_id=..) ends with other ids"),
     **dict.fromkeys(("bos_token", "bos_token_id"), "prompts begin with get_prefix_tokens()"),
     **dict.fromkeys(("unk_token", "unk_token_id", "special_tokens"), "the vocabulary has it"),
-    "chat_template": "prompts have the family's own form",
+    "chat_template": "apply_chat_template(chat_template=..) takes another",
     "family": "AutoTokenizer.from_pretrained(.., family=..) chooses it",
 }
 
 
-class ChatGLMTokenizer(Encoder):
+class ChatGLMTokenizer(Chats):
     """Text to ids and back; `family` is the name of one in glmlora/families.
 
     Ids of the vocabulary, then the family's special tokens. A SentencePiece vocabulary begins with
@@ -113,7 +98,7 @@ class ChatGLMTokenizer(Encoder):
         self._tokens_map = dict(tokens_map or {})
         self._template = self._config.get("chat_template")
         template = self._directory / TEMPLATE
-        if not self._template and template.is_file():
+        if template.is_file():  # is the newer way
             self._template = read_text(template, errors="replace")
         self._model = read_bytes(vocab_file)
         self._open_model()
@@ -128,7 +113,8 @@ class ChatGLMTokenizer(Encoder):
         settings = ["model_max_length", "truncation_side", "pad_token"]
         settings += ["clean_up_tokenization_spaces"]
         settings += ["encode_special_tokens"] if encode_special_tokens else []
-        for name, value in {**self._tokens_map, **self._config}.items():
+        fields = self._family.tokenizer_words({**self._tokens_map, **self._config})
+        for name, value in fields.items():
             if name in _ADDED:
                 listed = value.values() if isinstance(value, dict) else value
                 if not isinstance(listed, Iterable) or isinstance(listed, str):
@@ -136,8 +122,7 @@ class ChatGLMTokenizer(Encoder):
                 if new := [t for t in map(content_of, listed) if self._unknown(t)]:
                     unused.append(f"{name} {', '.join(map(repr, new[:5]))}, not in the vocabulary")
                 continue
-            if name == "chat_template" and value and self._family.template_mark not in str(value):
-                unused.append(f"chat_template, prompts have {self._family.title}'s own form")
+            if name == "chat_template" and value:
                 continue
             value = content_of(value) if isinstance(value, dict) else value
             if name in settings and value is not None:
@@ -145,7 +130,7 @@ class ChatGLMTokenizer(Encoder):
                     setattr(self, name, value)
                 except (ValueError, TypeError) as error:
                     unused.append(str(error))
-            elif name in ("unk_token", "bos_token", "eos_token"):
+            elif name in {f"{word}_token" for word in self._family.named_tokens}:
                 if value not in (None, getattr(self, name)):
                     unused.append(f"{name} {value!r}, it is {getattr(self, name)!r}")
             elif value not in keywords.NOT_HERE.get(name, (value,)):
@@ -162,33 +147,41 @@ class ChatGLMTokenizer(Encoder):
                 f"{self.vocab_file}: is a vocabulary of byte pairs (base64 and rank per line), "
                 f"which {' and '.join(f.title for f in others)} have, not {family.title}"
             )
-        form = BytePairs if family.byte_pairs else Pieces
-        self._vocabulary: Vocabulary = form(self._model, self.vocab_file)
+        self._vocabulary: Vocabulary
+        self.has_special_pieces = False
+        if family.blank_tokens:
+            where, images = f"{self.name_or_path}: {CONFIG}: {IMAGES}", self._config.get(IMAGES)
+            names = family.special_tokens or ()
+            ice_text = IceText(self._model, self.vocab_file, names, images, where)
+            self.has_special_pieces = ice_text.has_special_pieces
+            self._vocabulary = ice_text
+        else:
+            form = BytePairs if family.byte_pairs else Pieces
+            self._vocabulary = form(self._model, self.vocab_file)
         listed, where = self._vocabulary.added, f"{self.vocab_file}: added_tokens"
         if listed is None:
             listed = self._config.get("added_tokens_decoder")
             where = f"{self.name_or_path}: {CONFIG}: added_tokens_decoder"
-        self.special_tokens = special_ids(family, self._vocabulary.size, listed, where)
+        self.special_tokens = special_ids(family, self._vocabulary, listed, where)
         self._special_names = {i: name for name, i in self.special_tokens.items()}
         flags = listed if family.byte_pairs and listed else {}
         plain = (isinstance(t, dict) and t.get("special") is False for t in flags.values())
         self._plain_ids = {int(i) for i, is_plain in zip(flags, plain, strict=True) if is_plain}
-        ids = {**self.special_tokens, **self._vocabulary.named}
-        called: dict[str, str] = {**family.named_tokens}
-        self.unk_token, self.unk_token_id = called.get("unk"), ids.get("unk")
-        self.bos_token, self.bos_token_id = called.get("bos"), ids.get("bos")
-        self.eos_token = called["eos"]
-        self.eos_token_id = ids["eos"] if "eos" in ids else ids[self.eos_token]
-        self._default_pad_id = self.eos_token_id if self.unk_token_id is None else self.unk_token_id
+        ids, called = {**self._vocabulary.named}, family.named_tokens
+        for word, name in called.items():
+            i = ids.setdefault(word, self.special_tokens.get(name, -1))
+            self.__dict__ |= {f"{word}_token": name, f"{word}_token_id": i}
+        self._default_pad_id = ids.get("pad", ids.get("unk", ids["eos"]))
         self.__dict__.setdefault("pad_token_id", self._default_pad_id)
         self._silent_ids = set(self._vocabulary.named.values())
-        self._silent: set[Token] = {"", *(called[name] for name in self._vocabulary.named)}
+        self._silent: set[Token] = {"", *map(self._vocabulary.token, self._silent_ids)}
         if not family.shows_special_tokens:
             self._silent.update(self.special_tokens)
         self.dummy_space_id = self._vocabulary.dummy_space_id
         # A lone "sop" may be part of a word.
         names = sorted(family.in_texts or self.special_tokens, key=len, reverse=True)
-        names[:0] = ["".join(family.prefix_tokens)] if family.prefix_tokens else []
+        if family.prefix_tokens and not family.prefix_behind:
+            names.insert(0, "".join(family.prefix_tokens))
         self._special_text = re.compile("|".join(map(re.escape, names)))
 
     @classmethod
@@ -197,9 +190,8 @@ class ChatGLMTokenizer(Encoder):
         return AutoTokenizer.from_pretrained(path, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            n: value for n, value in self.__dict__.items() if n not in ("_vocabulary", "_family")
-        }
+        made_anew = ("_vocabulary", "_family", "_own", "writer")
+        return {n: value for n, value in self.__dict__.items() if n not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -252,7 +244,7 @@ class ChatGLMTokenizer(Encoder):
 
     @encode_special_tokens.setter
     def encode_special_tokens(self, on: bool) -> None:
-        if on and not self._family.role_tokens:
+        if on and not (self._family.role_tokens or self._family.in_texts):
             raise ValueError(
                 f"encode_special_tokens: {self._family.title} has no role tokens to recognise"
             )
@@ -289,8 +281,9 @@ class ChatGLMTokenizer(Encoder):
     # Vocabulary
 
     is_fast = False
-    cls_token = sep_token = mask_token = None
-    cls_token_id = sep_token_id = mask_token_id = None
+    eos_token: str
+    unk_token = bos_token = cls_token = sep_token = mask_token = None
+    unk_token_id = bos_token_id = cls_token_id = sep_token_id = mask_token_id = None
 
     @property
     def additional_special_tokens(self) -> list[str]:
@@ -379,8 +372,18 @@ class ChatGLMTokenizer(Encoder):
         return named[token]
 
     def get_prefix_tokens(self) -> list[int]:
-        """The two ids in front of every prompt, `[gMASK] sop`."""
+        """The two ids in front of every prompt, or behind it, `[gMASK] sop`."""
         return [self.special_tokens[token] for token in self._family.prefix_tokens]
+
+    def as_prompt(self, ids: Sequence[int]) -> list[int]:
+        """Ids with `get_prefix_tokens` in front, or behind them in families that have them there:
+        without `[gMASK]` where they have a mask themselves.
+        """
+        prefix = self.get_prefix_tokens()
+        if not self._family.prefix_behind:
+            return [*prefix, *ids]
+        masks = {i for i in map(self.special_tokens.get, ("[MASK]", "[gMASK]")) if i in ids}
+        return [*ids, *(prefix[1:] if masks else prefix)]
 
     def convert_tokens_to_ids(self, tokens: Token | Iterable[Token]) -> Any:
         """Id of a token, or list of ids; special tokens by name; an unknown token is `<unk>`, and
@@ -425,6 +428,9 @@ class ChatGLMTokenizer(Encoder):
             return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         return [*(self.special_tokens[name] for name in own), *token_ids_0, *(token_ids_1 or ())]
 
+    def _positions(self, ids: list[int]) -> list[Any]:
+        return self._family.positions(self, ids)
+
     def text_ids(self, text: str) -> list[int]:
         """Ids of text alone: no special ids, whatever it says. ValueError for lone surrogates."""
         try:
@@ -442,7 +448,7 @@ class ChatGLMTokenizer(Encoder):
 
     def text_offsets(self, text: str) -> list[int]:
         """For every id of `text_ids(text)` the index of the character where it begins."""
-        return self._vocabulary.starts(self.text_ids(text))
+        return self._vocabulary.starts(self.text_ids(text), text)
 
     def _ids(self, text: str) -> list[int]:
         """As `text_ids`, with special tokens recognised if the tokenizer was made so."""
@@ -514,78 +520,6 @@ class ChatGLMTokenizer(Encoder):
     def _text(self, tokens: Sequence[Token]) -> str:
         return self._vocabulary.text(tokens)
 
-    @property
-    def chat_template(self) -> str | None:
-        """The checkpoint's own, which is read for its texts and never run."""
-        return self._template if isinstance(self._template, str) else None
-
-    # Chat
-
-    def build_prompt(self, query: str, history: Any = None) -> str:
-        """Prompt text of the families whose histories are (query, answer) pairs."""
-        return families.default().prompt_text(query, history)
-
-    def build_chat_input(
-        self, query: str, history: Any = None, role: str = "user"
-    ) -> BatchEncoding:
-        """Arrays (1, T) of a chat prompt, see `prompt.chat_ids`."""
-        ids = prompts.chat_ids(self, query, history, role)
-        return self._finish([row_of(ids)], True, False, None, "np")
-
-    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """Ids of one message: role, metadata and its newline, text. ValueError in families that
-        have rounds of questions and answers.
-        """
-        return self._family.message_ids(self, role, metadata, message)
-
-    def apply_chat_template(
-        self,
-        messages: Any = None,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        return_tensors: str | None = None,
-        return_dict: bool = False,
-        *,
-        conversation: Any = None,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        **others: Unpack[TemplateOptions],
-    ) -> Any:
-        """A list of messages {"role", "content"} in the family's chat template, or a list of such
-        lists. `conversation` is another name of messages.
-
-        Returns a list of ids; the text with `tokenize=False`; an `Array` (1, T) with
-        `return_tensors`; a `BatchEncoding` with `return_dict`; lists of them for several. Padding
-        and truncation as in `__call__`. Other options of transformers are refused by name.
-        """
-        family, own, marks = self._family, self._template, self._family.template_marks
-        tools = tools_of(others, family.takes_tools, self.apply_chat_template)
-        if own and not (marks and all(mark in str(own) for mark in marks)):
-            tell.once(
-                f"{self.name_or_path}: its chat_template is not run: "
-                f"apply_chat_template writes {self._family.title}'s own"
-            )
-        messages = conversation if messages is None else messages
-        several = isinstance(messages, list | tuple) and messages and _is_rows(messages[0])
-        rows = [[*tools, *row] if tools else row for row in (messages if several else [messages])]
-        if not tokenize:
-            texts = [family.template_text(self, row, add_generation_prompt) for row in rows]
-            return texts if several else texts[0]
-        encoding = self._encoded(
-            [(list(family.template_ids(self, row, add_generation_prompt)), None) for row in rows],
-            not several,
-            {
-                "add_special_tokens": False,
-                "padding": padding,
-                "truncation": truncation,
-                "max_length": max_length,
-                "return_tensors": return_tensors,
-            },
-            self.apply_chat_template,
-        )
-        return encoding if return_dict else encoding["input_ids"]
-
     # Files
 
     def _changed(self) -> dict[str, Any]:
@@ -641,6 +575,8 @@ class ChatGLMTokenizer(Encoder):
             defaults["added_tokens_decoder"] = {
                 str(self.special_tokens[token]): {"content": token, **flags} for token in shown
             }
+        if isinstance(self._vocabulary, IceText):
+            defaults[IMAGES] = self._vocabulary.image_tokens
         fields = {**defaults, **self._config, **self._changed()}
         fields.pop(recognition.OWN_KEY, None)
         if not recognition.tells(fields, self.family):
@@ -652,7 +588,7 @@ class ChatGLMTokenizer(Encoder):
                     copy(self._directory / name, new / name)
             kept = whole_references(fields["auto_map"], (new, directory))
             fields = {**fields, "auto_map": kept} if kept else _without(fields, "auto_map")
-            name = JSON_VOCABULARY if is_json(self._model) else VOCABULARY
+            name = JSON_VOCABULARY if is_json(self._model) else self._family.vocabulary_name
             (new / name).write_bytes(self._model)
             write_json(new / CONFIG, fields)
             write_json(new / TOKENS_MAP, self._tokens_map)
@@ -662,10 +598,6 @@ class ChatGLMTokenizer(Encoder):
 
 def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k != name}
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list | tuple)
 
 
 class AutoTokenizer:
@@ -706,19 +638,19 @@ class AutoTokenizer:
         known = inspect.signature(AutoTokenizer.from_pretrained).parameters
         check_keywords(what, others, known, keywords.NEUTRAL, keywords.REASONS)
         directory = model_directory(pretrained_model_name_or_path, subfolder)
-        vocabulary = vocabulary_file(directory)
-        if vocabulary is None:
-            hints = [f"; {hint}" for name, hint in OTHERS.items() if (directory / name).is_file()]
-            raise FileNotFoundError(f"{directory}: has no {VOCABULARY}{''.join(hints)}")
+        if vocabulary_file(directory) is None:
+            raise FileNotFoundError(f"{directory}: has no {' or '.join(VOCABULARIES)}")
         config, tokens_map = (
             read_json(directory / name, dict) if (directory / name).exists() else {}
             for name in (CONFIG, TOKENS_MAP)
         )
+        name = _found_family(directory, config) if family is None else _family(family).name
+        own = _family(name).vocabulary_name
         tokenizer = ChatGLMTokenizer(
-            vocabulary,
+            vocabulary_file(directory, own) or directory / own,
             padding_side=padding_side,
             encode_special_tokens=encode_special_tokens,
-            family=_found_family(directory, config) if family is None else family,
+            family=name,
             config=config,
             tokens_map=tokens_map,
         )
@@ -740,12 +672,14 @@ def _found_family(directory: Path, tokenizer_config: dict[str, Any]) -> str:
     config = directory / "config.json"
     fields = read_json(config, dict) if config.exists() else {}
     name = recognition.find(fields, directory, tokenizer_config)
-    form = has_byte_pairs(directory)
-    fit = [f for f in families.with_tokenizer() if form in (None, f.byte_pairs)]
+    known = families.with_tokenizer()
+    fit = [f for f in known if fits(directory, f.vocabulary_name, f.byte_pairs)]
     if name not in {family.name for family in fit}:
+        file = vocabulary_file(directory)
         raise ValueError(
             f"{directory}: its config.json or {CONFIG} says family {name!r}, whose tokenizer is "
-            f"another than its {VOCABULARY}; say {recognition.choices(fit)} if that is wrong"
+            f"another than its {file and file.name}; say {recognition.choices(fit)} if that is "
+            "wrong"
         )
     return name
 

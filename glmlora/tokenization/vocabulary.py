@@ -10,10 +10,12 @@ Token = str | bytes
 
 
 class Vocabulary(Protocol):
-    """Text to ids 0 .. size - 1 and back. Special tokens come behind, and are the tokenizer's."""
+    """Text to ids 0 .. size - 1 and back. Special tokens come behind, and are the tokenizer's, but
+    for those that are pieces.
+    """
 
     size: int
-    named: dict[str, int]  # "unk", "bos", "eos": those that are among the ids
+    named: dict[str, int]  # "unk", "bos", "eos", ..: those that are among the ids
     dummy_space_id: int | None  # what encoding may put in front of a text
     added: dict[str, Any] | None  # special tokens that the file lists: id -> content, flags
     prefix: tuple[str, ...] | None  # those that it puts in front of texts; None: it does not say
@@ -21,8 +23,8 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of text that UTF-8 can hold; no special token is found in it."""
 
-    def starts(self, ids: Sequence[int]) -> list[int]:
-        """For every id of an encoded text the index of the character where it begins."""
+    def starts(self, ids: Sequence[int], text: str) -> list[int]:
+        """For every id of the encoded text the index of the character where it begins."""
 
     def token(self, i: int) -> Token:
         """The token of an id."""

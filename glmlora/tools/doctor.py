@@ -15,6 +15,7 @@ LIBRARIES = [  # name, needed?, what for, how to get it
     ("tqdm", True, "progress bars", "pip install tqdm"),
     ("sentencepiece", True, "the tokenizer", "pip install sentencepiece"),
     ("tiktoken", False, "tokenizers of byte pairs", 'pip install "glmlora[tiktoken]"'),
+    ("jinja2", False, "other chat templates", 'pip install "glmlora[templates]"'),
     ("pandas", False, "tables in your notebook", "pip install pandas"),
     ("matplotlib", False, "loss plots", 'pip install "glmlora[plot]"'),
     ("nbclient", False, "running notebooks in tests", 'pip install "glmlora[notebook]"'),

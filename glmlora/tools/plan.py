@@ -17,6 +17,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,7 +213,8 @@ def plan(
         if device == "cpu":
             result.process = _process()
             form = compute_dtype(None, [f"I{bits}" if bits else kind])
-            widest = result.tokens * 2 * config.ffn_hidden_size * (4 if form == "float32" else 2)
+            columns = max(max(shape) for shape in model._linear_shapes().values())
+            widest = result.tokens * columns * (4 if form == "float32" else 2)
             result.scratch = _core.get_num_threads() * _THREAD_SCRATCH + min(_PACKED, widest)
             result.mapped = sizes["weights"] - (0 if stored else quantized)
             result.weights -= result.mapped
@@ -247,7 +249,8 @@ def products_per_second(
     products = compute_dtype(None, [kind])
     backend = "cpu" if products == "float32" else f"cpu/{products}"
     built, _ = _build(config, kind, 0, 0, backend, filled=True)
-    ids, lengths = np.zeros(tokens, np.int32), np.array([tokens], np.int32)
+    lengths = np.array([tokens], np.int32)
+    ids = _made_up(config, lengths)
     if method == "chat":
         cache = built.core.cache(1, tokens, 0)
 
@@ -297,7 +300,8 @@ def _build(
     """
     form = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind]
     config = copy.copy(config)
-    config.quantization_bit, config.pre_seq_len = 0, None
+    config.quantization_bit = config.quantization_group_size = 0
+    config.pre_seq_len = None
     shapes = _core.Model(config.arch(), backend, names=config.tensor_names).shapes()
     on_backend = type("_PlanModel", (_PlanModel,), {"backend": backend})
     made = {n: np.zeros(s, form) for n, s in shapes.items()}
@@ -318,13 +322,28 @@ def _build(
     return model, nbytes
 
 
+def _made_up(
+    config: ChatGLMConfig, lengths: Sequence[int] | np.ndarray, answer: int = 3
+) -> np.ndarray:
+    """Ids int32 of rows: zeros, and where a model reads a prompt in both directions what ends one,
+    before the last `answer` ids.
+    """
+    ids, context = np.zeros(sum(lengths), np.int32), config.context
+    if context is not None:
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            at = end - length + max(1, length - answer - 1)
+            ids[at - 1 : min(at + 1, end)] = [context.gmask, context.sop][: min(2, length)]
+    return ids
+
+
 def _chat(result: Plan, model: _PlanModel, rows: int, tokens: int) -> None:
     core = model.core
     cache = core.cache(rows, tokens, 0)
     result.cache = cache.nbytes
-    step = min(rows * tokens, CHUNK)  # what is fed at a time, rows together
+    chunk = CHUNK if model.config.context is None else max(CHUNK, tokens)
+    step = min(rows * tokens, chunk)  # what is fed at a time, rows together
     lengths = [min(tokens, step - start) for start in range(0, step, tokens)]
-    ids = np.zeros(step, np.int32)
+    ids = _made_up(model.config, lengths)
     before = core.counts()["live"]
     core.extend(cache, list(range(len(lengths))), ids, np.array(lengths, np.int32))
     counted = core.counts()
@@ -359,7 +378,7 @@ def _train(
     for _ in range(1 if result.device == "cpu" else 2):  # the first step also takes scratch
         core.counts()
         core.backward(
-            np.zeros(tokens, np.int32),
+            _made_up(trainee.base.config, [seq] * batch, labels),
             np.full(batch, seq, np.int32),
             rows=rows.astype(np.int32),
             targets=np.zeros(len(rows), np.int32),

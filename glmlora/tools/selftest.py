@@ -118,7 +118,12 @@ def _norm(N: int, C: int) -> Case:  # noqa: N803
         o.rmsnorm_forward(y, r, x, w, N, C, 1e-5)
         o.rmsnorm_backward(dx, dw, dy, x, w, r, N, C)
         o.add_rmsnorm_forward(z, r, total, x, b, w, N, C, 1e-5)
-        return [y, dx, dw, z, r, total]
+        bias, out, mean, rstd = _normal(o, rng, C), *(np.empty(s, o.real) for s in ((N, C), N, N))
+        dz, dw2, db = _normal(o, rng, N, C), _normal(o, rng, C), _normal(o, rng, C)
+        # in a row of one, rstd magnifies the roundings of differences that are 0
+        o.layernorm_forward(out, mean, rstd, x, w, bias, N, C, 0.1)
+        o.layernorm_backward(dz, dw2, db, dy, x, w, mean, rstd, N, C)
+        return [y, dx, dw, z, r, total, out, mean, rstd, dz, dw2, db]
 
     return case
 
@@ -163,6 +168,26 @@ def _rotary(N: int, HD: int, rotary: int) -> Case:  # noqa: N803
 
 
 @_over(
+    {f"rotary in 2 dimensions {N}x{HD}": (N, HD) for N, HD in ((1, 4), (7, 64), (5, 36), (3, 128))}
+)
+def _rotary_2d(N: int, HD: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        angle = rng.random((9, HD // 4))
+        table = np.stack([np.cos(angle), np.sin(angle)], -1).astype(o.real)
+        at, block = (rng.integers(0, 9, N).astype(np.int32) for _ in range(2))
+        heads, width = Heads(2, 2, HD), 6 * HD
+        inp, x, y, back = _normal(o, rng, N, width), *(np.empty((N, width), o.real) for _ in "123")
+        o.qkv_by_head_forward(x, inp, N, heads)
+        y[...] = x
+        o.rope_2d_forward(x, table, at, block, N, 4, HD, width)
+        o.rope_2d_backward(y, table, at, block, N, 4, HD, width)
+        o.qkv_by_head_backward(back, x, N, heads)
+        return [x, y, back]
+
+    return case
+
+
+@_over(
     {
         "attention 3 of 64": ((1, 1, 1), 4, 2, 64, 3, 9),
         "attention 3 of 32": ((13, 1, 40), 4, 2, 32, 0, 0),
@@ -171,13 +196,23 @@ def _rotary(N: int, HD: int, rotary: int) -> Case:  # noqa: N803
         "attention 18 of 64, 4,100 before": ((1, 3), 18, 1, 64, 0, 4100),
         "attention 2 of 96, 300 before": ((1, 3), 2, 2, 96, 0, 300),
         "attention 0 of 16": ((), 2, 2, 16, 0, 0),
+        "attention 4 of 128, 3 seen by all": ((4, 1), 2, 2, 128, 3, 0, 3),
+        "attention 70 of 64, 37 seen by all": ((70, 9), 3, 3, 64, 0, 0, 37),
     }
 )
-def _attention(counts: tuple[int, ...], NH: int, KVH: int, HD: int, shared: int, past: int) -> Case:  # noqa: N803
+def _attention(
+    counts: tuple[int, ...],
+    NH: int,  # noqa: N803
+    KVH: int,  # noqa: N803
+    HD: int,  # noqa: N803
+    shared: int,
+    past: int,
+    context: int = 0,
+) -> Case:
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
         segments, begin, row = [], 0, shared
         for count in counts:
-            segments.append(Segment(begin, count, 0, shared, row, past, 0))
+            segments.append(Segment(begin, count, 0, shared, row, past, min(context, count)))
             begin, row = begin + count, row + past
         width, heads = (NH + 2 * KVH) * HD, Heads(NH, KVH, HD)
         qkv, dout = _normal(o, rng, begin, width), _normal(o, rng, begin, NH * HD)
@@ -205,6 +240,10 @@ def _elements(N: int, C: int) -> Case:  # noqa: N803
         o.tanh_forward(t, a, N * C)
         o.tanh_backward(dt, dy, t, N * C)
         o.add(s, a, b, N * C)
+        g, dg, scaled = (np.empty((N, C), o.real) for _ in range(3))
+        o.gelu_forward(g, a, N * C)
+        o.gelu_backward(dg, dy, a, N * C)
+        o.scaled_add(scaled, a, b, N * C, 7.5)
         mask = Dropout(0.3, np.arange(N), np.arange(N)[::-1].copy(), seed=7, step=2, site=3)
         dropped, back = np.empty((N, C), o.real), _normal(o, rng, N, C)
         o.dropout_forward(dropped, a, N, C, mask)
@@ -215,7 +254,7 @@ def _elements(N: int, C: int) -> Case:  # noqa: N803
         taken, spread = np.empty((len(rows), C), o.real), _normal(o, rng, N, C)
         o.gather_forward(taken, a, rows, len(rows), C)
         o.gather_backward(spread, taken, rows, len(rows), C)
-        return [y, dx, t, dt, s, dropped, back, noisy, taken, spread]
+        return [y, dx, t, dt, s, g, dg, scaled, dropped, back, noisy, taken, spread]
 
     return case
 

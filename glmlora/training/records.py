@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import families, tell
+from .. import tell
 from ..batch import IGNORED, Encoded
 from ..families import prompt as prompts
 from ..files.regular import read_bytes
@@ -676,7 +676,7 @@ def encode(
     if args.ignore_pad_token_for_loss:
         # A pad that is the end as well has to be learnt.
         pad = tokenizer.pad_token_id
-        encoded.ignored_id = None if pad == families.of(tokenizer.family).end_id(tokenizer) else pad
+        encoded.ignored_id = None if pad == prompts.end_id(tokenizer, args.template) else pad
     if verbose:
         print(_example(encoded, tokenizer))
     if encoded.n_cut:

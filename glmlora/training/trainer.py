@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .. import _core, families, tell
 from ..batch import split_dev
 from ..families import recognition
+from ..families.vocabulary import vocabulary_file
 from ..files.hub import model_directory
 from ..files.owner import owned
 from ..generation.generate import warn_of_products
@@ -422,7 +423,7 @@ def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments) -> No
     base.products = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
     place = "cpu" if args.no_cuda else "auto"
     base.to(device=place if base.device == "cpu" else base.device)
-    warn_of_products(base.core)
+    warn_of_products(base)
     _warn_of_precision(args, base.device)
 
 
@@ -447,7 +448,7 @@ def _load(model_or_path: Any, tokenizer: Any, args: ModelArguments) -> tuple[Any
         base = methods.unwrapped(model)
         place = getattr(base, "name_or_path", None) or base.config.get("_name_or_path")
         if tokenizer is None and args.tokenizer_name is None:
-            if not place or not os.path.isfile(os.path.join(place, "tokenizer.model")):
+            if not place or vocabulary_file(Path(place)) is None:
                 raise TypeError(
                     "tokenizer: needed when a model object is given, e.g. "
                     "tokenizer=AutoTokenizer.from_pretrained(path)"
