@@ -32,12 +32,18 @@ def random_weights(config):
     block at different places."""
     dtype = parse_dtype(config.torch_dtype)
     block = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(np.float32)
-    block = block.astype(np.float16) if dtype == "F16" else to_bf16(block).data
+
+    def stored(array):
+        if dtype == "BF16":
+            return to_bf16(array).data
+        return array.astype(np.float16) if dtype == "F16" else array
+
+    block = stored(block)
 
     def values(name, shape, place):
         if len(shape) == 1:
             one = np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
-            return one.astype(np.float16) if dtype == "F16" else to_bf16(one)
+            return Tensor(stored(one), dtype)
         n, start = shape[0] * shape[1], place % 9973
         return Tensor(np.resize(block[start:], n).reshape(shape), dtype)
 
