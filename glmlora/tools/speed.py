@@ -50,14 +50,15 @@ class Speed(NamedTuple):
 
 def measure(rows: int = 16384, many: int = 512, seconds: float = 0.05) -> Speed:
     """Speeds with the threads that are set; each the best of what `seconds` hold, of 2 at least.
-    rows: of the matrix that one row of x meets, and an eighth of it that `many` rows meet.
+    rows: of the float16 matrix that one row of x meets, 128 MiB that no cache keeps; others have as
+    many bytes. `many` rows meet an eighth of the rows.
 
     Raises ValueError where GLMLORA_ISA forces what cannot be used.
     """
     usual = compute_dtype(None, ["F16"])
     ops = {kind: Ops(f"cpu/{kind}") for kind in (usual, "int8")}
     memory = np.full(rows * COLUMNS * 2, 17, np.uint8)  # as numbers of every type, none special
-    scales = np.full((rows, COLUMNS // 32), 0.01, np.float16)
+    scales = np.full((4 * rows, COLUMNS // 32), 0.01, np.float16)
 
     def seconds_of(kind: str, form: Stored, n: int, width: int) -> float:
         one = np.uint16 if form.dtype == F16 else np.int8
@@ -76,8 +77,9 @@ def measure(rows: int = 16384, many: int = 512, seconds: float = 0.05) -> Speed:
 
     reading = {}
     for form in FORMS:
-        read = rows * COLUMNS * form.bits / 8 + (rows * COLUMNS / 16 if form.group else 0)
-        reading[form.title] = read / seconds_of(usual, form, 1, rows)
+        width = rows * 16 // form.bits
+        read = width * COLUMNS * (form.bits / 8 + (1 / 16 if form.group else 0))
+        reading[form.title] = read / seconds_of(usual, form, 1, width)
     width = max(rows // 8, 16)
     flops = 2.0 * many * width * COLUMNS
     products = {usual: flops / seconds_of(usual, FORMS[0], many, width)}
