@@ -409,9 +409,11 @@ def warn_of_weights(model: Model) -> None:
 
 def warn_of_products(model: Model) -> None:
     """Say once that int8 products were asked for and no weight is such that they are made."""
-    core, grouped = model.core, model.config.quantization_group_size
+    core = model.core
+    if not core.backend.endswith("/int8"):
+        return
     kinds = {core.dtype(name) for name in core.names()}
-    if core.backend.endswith("/int8") and ("I4" not in kinds or grouped) and "I8" not in kinds:
+    if "I8" not in kinds and ("I4" not in kinds or model.config.quantization_group_size):
         tell.once(
             "compute_dtype 'int8' has no effect: the base is not quantized to integers with a "
             "scale a row; use quantization_bit=8, model.quantize(8) or model.quantize(4)"
