@@ -2,17 +2,17 @@
 
 /* ---- norms */
 
-struct rmsnorm_args {
+struct norm_args { /* bias, mean, dbias: LayerNorm's alone */
     struct rows rows;
-    const float *inp, *weight, *dout;
-    float *out, *rstd, *dinp, *dweight;
+    const float *inp, *weight, *bias, *dout;
+    float *out, *mean, *rstd, *dinp, *dweight, *dbias;
     int C;
     float eps;
 };
 
 static void rmsnorm_forward_task(const void *arg, int task, char *scratch)
 {
-    const struct rmsnorm_args *a = arg;
+    const struct norm_args *a = arg;
     const int C = a->C;
     const float *weight = a->weight;
     (void)scratch;
@@ -29,13 +29,13 @@ static void rmsnorm_forward_task(const void *arg, int task, char *scratch)
 static void rmsnorm_forward(void *cx, void *out, void *rstd, const void *inp, const void *weight,
                             int N, int C, double eps)
 {
-    const struct rmsnorm_args a = {.rows = rows_of(N, (size_t)C),
-                                   .inp = inp,
-                                   .weight = weight,
-                                   .out = out,
-                                   .rstd = rstd,
-                                   .C = C,
-                                   .eps = (float)eps};
+    const struct norm_args a = {.rows = rows_of(N, (size_t)C),
+                                .inp = inp,
+                                .weight = weight,
+                                .out = out,
+                                .rstd = rstd,
+                                .C = C,
+                                .eps = (float)eps};
     run_rows(cx, rmsnorm_forward_task, &a, a.rows);
 }
 
@@ -48,7 +48,7 @@ static void add_rmsnorm_forward(void *cx, void *out, void *rstd, void *sum, cons
 
 static void rmsnorm_backward_task(const void *arg, int task, char *scratch)
 {
-    const struct rmsnorm_args *a = arg;
+    const struct norm_args *a = arg;
     const int C = a->C;
     const float *weight = a->weight;
     (void)scratch;
@@ -72,7 +72,7 @@ static void rmsnorm_backward_task(const void *arg, int task, char *scratch)
 /* a task is a run of columns: the sum over rows is never split */
 static void rmsnorm_dweight_task(const void *arg, int task, char *scratch)
 {
-    const struct rmsnorm_args *a = arg;
+    const struct norm_args *a = arg;
     const int C = a->C, begin = task * 64, end = begin + 64 < C ? begin + 64 : C;
     float *sum = (float *)scratch, *dweight = a->dweight;
     for (int i = begin; i < end; i++)
@@ -90,31 +90,23 @@ static void rmsnorm_dweight_task(const void *arg, int task, char *scratch)
 static void rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout, const void *inp,
                              const void *weight, const void *rstd, int N, int C)
 {
-    const struct rmsnorm_args a = {.rows = rows_of(N, (size_t)C),
-                                   .inp = inp,
-                                   .weight = weight,
-                                   .dout = dout,
-                                   .rstd = (float *)rstd,
-                                   .dinp = dinp,
-                                   .dweight = dweight,
-                                   .C = C};
+    const struct norm_args a = {.rows = rows_of(N, (size_t)C),
+                                .inp = inp,
+                                .weight = weight,
+                                .dout = dout,
+                                .rstd = (float *)rstd,
+                                .dinp = dinp,
+                                .dweight = dweight,
+                                .C = C};
     run_rows(cx, rmsnorm_backward_task, &a, a.rows);
     if (dweight)
         run(cx, ceil_div((size_t)C, 64), (size_t)N * C, rmsnorm_dweight_task, &a);
 }
 
-struct layernorm_args {
-    struct rows rows;
-    const float *inp, *weight, *bias, *dout;
-    float *out, *mean, *rstd, *dinp, *dweight, *dbias;
-    int C;
-    float eps;
-};
-
 /* The squares are those of what the mean leaves: the difference of two large sums would cancel. */
 static void layernorm_forward_task(const void *arg, int task, char *scratch)
 {
-    const struct layernorm_args *a = arg;
+    const struct norm_args *a = arg;
     const int C = a->C;
     const float *weight = a->weight, *bias = a->bias;
     (void)scratch;
@@ -135,21 +127,21 @@ static void layernorm_forward_task(const void *arg, int task, char *scratch)
 static void layernorm_forward(void *cx, void *out, void *mean, void *rstd, const void *inp,
                               const void *weight, const void *bias, int N, int C, double eps)
 {
-    const struct layernorm_args a = {.rows = rows_of(N, (size_t)2 * C),
-                                     .inp = inp,
-                                     .weight = weight,
-                                     .bias = bias,
-                                     .out = out,
-                                     .mean = mean,
-                                     .rstd = rstd,
-                                     .C = C,
-                                     .eps = (float)eps};
+    const struct norm_args a = {.rows = rows_of(N, (size_t)2 * C),
+                                .inp = inp,
+                                .weight = weight,
+                                .bias = bias,
+                                .out = out,
+                                .mean = mean,
+                                .rstd = rstd,
+                                .C = C,
+                                .eps = (float)eps};
     run_rows(cx, layernorm_forward_task, &a, a.rows);
 }
 
 static void layernorm_backward_task(const void *arg, int task, char *scratch)
 {
-    const struct layernorm_args *a = arg;
+    const struct norm_args *a = arg;
     const int C = a->C;
     const float *weight = a->weight;
     (void)scratch;
@@ -179,7 +171,7 @@ static void layernorm_backward_task(const void *arg, int task, char *scratch)
 /* a task is a run of columns: the sum over rows is never split */
 static void layernorm_dweight_task(const void *arg, int task, char *scratch)
 {
-    const struct layernorm_args *a = arg;
+    const struct norm_args *a = arg;
     const int C = a->C, begin = task * 64, end = begin + 64 < C ? begin + 64 : C;
     float *sum = (float *)scratch, *along_xhat = sum + 64;
     for (int i = 0; i < end - begin; i++)
@@ -202,16 +194,16 @@ static void layernorm_backward(void *cx, void *dinp, void *dweight, void *dbias,
                                const void *inp, const void *weight, const void *mean,
                                const void *rstd, int N, int C)
 {
-    const struct layernorm_args a = {.rows = rows_of(N, (size_t)2 * C),
-                                     .inp = inp,
-                                     .weight = weight,
-                                     .dout = dout,
-                                     .mean = (float *)mean,
-                                     .rstd = (float *)rstd,
-                                     .dinp = dinp,
-                                     .dweight = dweight,
-                                     .dbias = dbias,
-                                     .C = C};
+    const struct norm_args a = {.rows = rows_of(N, (size_t)2 * C),
+                                .inp = inp,
+                                .weight = weight,
+                                .dout = dout,
+                                .mean = (float *)mean,
+                                .rstd = (float *)rstd,
+                                .dinp = dinp,
+                                .dweight = dweight,
+                                .dbias = dbias,
+                                .C = C};
     run_rows(cx, layernorm_backward_task, &a, a.rows);
     if (dweight || dbias)
         run(cx, ceil_div((size_t)C, 64), (size_t)2 * N * C, layernorm_dweight_task, &a);
