@@ -35,17 +35,17 @@ static inline __m128 sum4_avx2(__m256 a, __m256 b, __m256 c, __m256 d)
 #define BYTE_BIAS 0
 #define BYTES_OF_W(v) (v)
 #define DOT_I8(acc, w, x) ((vf)dot_i8_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
-/* |w| times x with the sign of w: two of them, 2 * 128 * 127 at most, do not overflow 16 bits */
-static inline __m256i dot_i8_avx2(__m256i acc, __m256i w, __m256i x)
-{
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
 #define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
+/* w unsigned: two products may not overflow 16 bits */
 static inline __m256i dot_nibbles_avx2(__m256i acc, __m256i w, __m256i x)
 {
     const __m256i pairs = _mm256_maddubs_epi16(w, x);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+/* |w| times x with the sign of w: two of them are 2 * 128 * 127 at most */
+static inline __m256i dot_i8_avx2(__m256i acc, __m256i w, __m256i x)
+{
+    return dot_nibbles_avx2(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 }
 #endif
 #define SUM4_INT(a, b, c, d) ((v4)sum4_int((__m256i)(a), (__m256i)(b), (__m256i)(c), (__m256i)(d)))

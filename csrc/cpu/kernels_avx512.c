@@ -53,19 +53,19 @@ static inline void copy_part(char *to, const char *from, size_t bytes)
 #define BYTE_BIAS 0
 #define BYTES_OF_W(v) (v)
 #define DOT_I8(acc, w, x) ((vf)dot_i8_avx512((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
-/* |w| times x with the sign of w: two of them, 2 * 128 * 127 at most, do not overflow 16 bits */
-static inline __m512i dot_i8_avx512(__m512i acc, __m512i w, __m512i x)
-{
-    const __m512i minus = _mm512_sub_epi8(_mm512_setzero_si512(), x);
-    const __m512i turned = _mm512_mask_mov_epi8(x, _mm512_movepi8_mask(w), minus);
-    const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
 #define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx512((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
+/* w unsigned: two products may not overflow 16 bits */
 static inline __m512i dot_nibbles_avx512(__m512i acc, __m512i w, __m512i x)
 {
     const __m512i pairs = _mm512_maddubs_epi16(w, x);
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+/* |w| times x with the sign of w: two of them are 2 * 128 * 127 at most */
+static inline __m512i dot_i8_avx512(__m512i acc, __m512i w, __m512i x)
+{
+    const __m512i minus = _mm512_sub_epi8(_mm512_setzero_si512(), x);
+    const __m512i turned = _mm512_mask_mov_epi8(x, _mm512_movepi8_mask(w), minus);
+    return dot_nibbles_avx512(acc, _mm512_abs_epi8(w), turned);
 }
 #endif
 #define SUM4_INT(a, b, c, d) ((v4)sum4_int((__m512i)(a), (__m512i)(b), (__m512i)(c), (__m512i)(d)))
