@@ -120,11 +120,10 @@ def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Ada
                 if module in adapter.targets:
                     A, B = (adapter.tensors[f"{module}.lora_{p}.weight"] for p in "AB")
                     scale = adapter.targets[module][1]
-                    norm = row_norms(weight, A, B, scale)
                     weight = weight + np.float32(scale) * (B @ A)
                     if adapter.config.use_dora:
                         magnitude = adapter.tensors[f"{module}.{MAGNITUDE}"]
-                        weight = weight * (magnitude / norm)[:, None]
+                        weight = weight * (magnitude / row_norms(weight))[:, None]
             if model.stored_dtype(name) == "F16":
                 weight = weight.astype(np.float16)
         if not np.isfinite(weight).all():
@@ -136,14 +135,20 @@ def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Ada
 # Adapter files
 
 
+def adapter_file(directory: Path) -> Path:
+    """The file of an adapter's tensors; ValueError where there is none."""
+    for name in (SAFETENSORS, TORCH):
+        if (directory / name).exists():
+            return directory / name
+    raise ValueError(f"{directory}: found neither {SAFETENSORS} nor {TORCH}")
+
+
 def read_adapter(
     model: ChatGLMForConditionalGeneration, directory: Path, config: LoraConfig
 ) -> Adapter:
-    files = [directory / name for name in (SAFETENSORS, TORCH) if (directory / name).exists()]
-    if not files:
-        raise ValueError(f"{directory}: found neither {SAFETENSORS} nor {TORCH}")
-    given = plain_names(files[0], read_weights(files[0]))
-    own, stored = in_layout(files[0], model, config, given)
+    file = adapter_file(directory)
+    given = plain_names(file, read_weights(file))
+    own, stored = in_layout(file, model, config, given)
     try:
         targets = own.targets(model)
     except ValueError as error:
@@ -151,11 +156,11 @@ def read_adapter(
     if own is config:
         check_adapter(directory, config.base_model_name_or_path, model.config.family)
     adapter = Adapter(own, targets, model, {})
-    arrays = fitting(files[0], model, adapter, stored)
+    arrays = fitting(file, model, adapter, stored)
     zero = [n for n in arrays if n.endswith(".lora_B.weight") and not arrays[n].any()]
     if zero:
         tell.warn(
-            f"{files[0]}: B is all zero in {len(zero)} of {len(targets)} modules (the first is "
+            f"{file}: B is all zero in {len(zero)} of {len(targets)} modules (the first is "
             f"{zero[0]}): "
             "there the adapter changes nothing, as before its first training step"
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files.checkpoint import read_weights
-from .adapter import SAFETENSORS, TORCH, Adapter, fitting, plain_names
+from .adapter import Adapter, adapter_file, fitting, plain_names
 from .initial import mutates
 from .modeling import ChatGLMForConditionalGeneration
 
@@ -34,10 +34,7 @@ def converted(
         raise ValueError(
             "path_initial_model_for_weight_conversion: a DoRA adapter has no such form"
         )
-    files = [Path(initial) / name for name in (SAFETENSORS, TORCH)]
-    file = next((f for f in files if f.exists()), None)
-    if file is None:
-        raise ValueError(f"{initial}: found neither {SAFETENSORS} nor {TORCH}")
+    file = adapter_file(Path(initial))
     first = copy.copy(adapter)
     first.take(fitting(file, model, adapter, plain_names(file, read_weights(file))))
     plain = copy.copy(config)

@@ -63,15 +63,15 @@ def fresh_tensors(
             tensors[f"{module}.lora_B.bias"] = rng.uniform(-bound, bound, out).astype(np.float32)
         if config.use_dora:
             weight = beneath[name].numpy() if takes else model.read_weight(name)
-            norm = row_norms(weight.astype(np.float32), A, B, scale)
-            tensors[f"{module}.{MAGNITUDE}"] = norm
+            with np.errstate(over="ignore", invalid="ignore"):  # a plan reads what is not there
+                whole = weight.astype(np.float32) + np.float32(scale) * (B @ A)
+                tensors[f"{module}.{MAGNITUDE}"] = row_norms(whole)
     return tensors, beneath
 
 
-def row_norms(weight: np.ndarray, A: np.ndarray, B: np.ndarray, scale: float) -> np.ndarray:  # noqa: N803
+def row_norms(weight: np.ndarray) -> np.ndarray:
     """Of W + scale B A, float32 (out,): what DoRA's magnitudes begin with."""
-    with np.errstate(over="ignore", invalid="ignore"):  # a plan reads what is not there
-        return np.linalg.norm(weight + np.float32(scale) * (B @ A), axis=1).astype(np.float32)
+    return np.linalg.norm(weight, axis=1).astype(np.float32)
 
 
 def mutates(config: LoraConfig) -> bool:
