@@ -30,7 +30,15 @@ from .tools.demo import PAPERS
 from .training.flags import check_directory, given_twice
 
 #: What a user can put right; everything else is a fault of this program and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ArithmeticError)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    RuntimeError,
+    MemoryError,
+    ArithmeticError,
+    ImportError,
+)
 
 
 def _check_model(args: argparse.Namespace) -> None:
@@ -138,20 +146,34 @@ def predict(args: argparse.Namespace) -> int:
 
     _check_model(args)
     part = None if args.shard is None else shards.part_of(args.shard, "--shard")
-    if part is None:
+    if args.engine and part is not None:
+        raise ValueError("--engine: has no effect with --shard, which is one process's part")
+    if args.workers is not None and not args.engine:
+        raise ValueError("--workers: has no effect without --engine ray")
+    if args.engine:
+        from glmlora import scale
+
+        scale.check_engine(args.workers)
+        table.check_place(args.output, args.overwrite, args.input, scale.job_file(args.output))
+    elif part is None:
         table.check_place(args.output, args.overwrite, args.input)
     elif args.overwrite:
         raise ValueError("--overwrite: has no effect with --shard; remove the folder of the shards")
     else:
         shards.check_folder(args.output)
     loaded = ("model", "adapter", "family", "dtype", "compute_dtype", "device")
-    source = Source(**{name: getattr(args, name) for name in loaded})
+    source = Source(**{name: getattr(args, name) for name in loaded}).absolute()
     task, rows = source.task, table_rows(args.input, "--input")
     asked = _asked(args, source.directory, task, rows)
     columns = columns_of(rows)
     output = table.plan_output(
         args.output, columns, args.columns, args.add or [], args.answer_column, asked.more
     )
+    if args.engine:
+        given = {"output": output, "seed": args.seed, "overwrite": args.overwrite}
+        whole = scale.predict_rows(rows, asked, source, workers=args.workers, **given)
+        print(f"{args.output}: {len(rows)} rows")
+        return 0 if whole else 1
     answering = source.answering(asked, columns)
     job = {"describe": source.describe, "settings": source.settings(), "seed": args.seed}
     if part is not None:
@@ -433,6 +455,8 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an output, or another job's journal",
     )
+    _flag(parser, "--engine", choices=["ray"], help="processes by Ray, on one machine or many")
+    _flag(parser, "--workers", type=int, help="with --engine: how many; default: one a node or GPU")
     _flag(
         parser,
         "--shard",

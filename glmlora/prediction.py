@@ -4,8 +4,9 @@ another one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import __version__
@@ -35,6 +36,11 @@ class Source:
     def directory(self) -> str:
         """The model's. OSError where it is not there."""
         return model_directory(self.model)
+
+    def absolute(self) -> Source:
+        """The same for a process in another working directory."""
+        adapter = None if self.adapter is None else os.path.abspath(self.adapter)
+        return replace(self, model=os.path.abspath(self.directory), adapter=adapter)
 
     @property
     def task(self) -> Task | None:

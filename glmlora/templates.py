@@ -51,13 +51,13 @@ def check_template(template: str, columns: Sequence[str], table: str) -> list[st
     return names
 
 
-def fill_template(template: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def fill_template(template: str, rows: Sequence[Mapping[str, Any]], first: int = 0) -> list[str]:
     """The template with the values of each row in place of its `{column}`. ValueError naming a row
-    without a value.
+    without a value, counted from `first`.
     """
     names = places_of(template)
     prompts = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, first):
         for name in names:
             if is_missing(row.get(name)):
                 raise ValueError(

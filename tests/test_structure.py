@@ -30,6 +30,7 @@ FLOORS = (
     ("head", "tools", "vote"),
     ("classifier", "inspection", "submission"),
     ("prediction",),
+    ("scale",),
     ("notebook", "standins"),
     ("compat",),
     ("cli",),

@@ -73,7 +73,7 @@ def describe_model(model: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """What JSON cannot hold: NumPy's values as Python's, all else as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
@@ -107,7 +107,7 @@ def describe_job(
 
 def table_digest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many rows a table has, and a sum of what is in them."""
-    table = json.dumps(rows, default=_plain).encode()
+    table = json.dumps(rows, default=plain_value).encode()
     return {"rows": len(rows), "content": digest(table)}
 
 
@@ -204,10 +204,12 @@ class Answering:
         return answers(model, tokenizer, prompts, journal, list(rows), **asked.sampling)
 
 
-def check_rows(asked: Asked, rows: Sequence[Mapping[str, Any]]) -> None:
-    """ValueError for a row that cannot be asked."""
+def check_rows(asked: Asked, rows: Sequence[Mapping[str, Any]], first: int = 0) -> None:
+    """ValueError for a row that cannot be asked. first: the number of the first one."""
     if asked.task is None or asked.template != asked.task.question:
-        fill_template(asked.template, rows)  # of the task's own, a value that is missing is ""
+        fill_template(
+            asked.template, rows, first
+        )  # of the task's own, a value that is missing is ""
 
 
 def job_settings(asked: Asked, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,19 +292,8 @@ def write_answers(
                 raise already_there(output.path)
     with atomic_file(output.path, "w") as file:
         file.write(text)
-    fallback = asked.fallback
-    stands = "" if fallback is None else f", {fallback!r} stands for them"
-    if bad:
-        some = "; ".join(f"row {i}: {why}" for i, why in list(bad.items())[:TOLD])
-        print(f"{len(bad)} of {len(rows)} rows have no answer{stands}: {some}", file=sys.stderr)
-    if odd:
-        some = "; ".join(f"row {i}: {results[i]['answer']!r}" for i in odd[:TOLD])
-        where = stands or f", they stand in the column {output.more[0]!r}"
-        print(
-            f"{len(odd)} of {len(rows)} answers are {asked.allowed}{where}: {some}",
-            file=sys.stderr,
-        )
-    if (bad or odd) and fallback is None:
+    tell_of_answers(len(rows), bad, {i: results[i]["answer"] for i in odd}, asked)
+    if (bad or odd) and asked.fallback is None:
         print(
             f"{output.path}: {len(bad) + len(odd)} rows are without an answer; the same command "
             f"with --overwrite --fallback ANSWER gives them that one, from {journal.path}",
@@ -311,6 +302,22 @@ def write_answers(
         return False
     journal.remove()
     return True
+
+
+def tell_of_answers(
+    rows: int, bad: Mapping[int, str], odd: Mapping[int, str], asked: Asked
+) -> None:
+    """Tell how many of so many rows have no answer (bad: row -> why), or one that does not count
+    (odd: row -> answer), and the first ones.
+    """
+    stands = "" if asked.fallback is None else f", {asked.fallback!r} stands for them"
+    if bad:
+        some = "; ".join(f"row {i}: {why}" for i, why in list(bad.items())[:TOLD])
+        print(f"{len(bad)} of {rows} rows have no answer{stands}: {some}", file=sys.stderr)
+    if odd:
+        some = "; ".join(f"row {i}: {answer!r}" for i, answer in list(odd.items())[:TOLD])
+        where = stands or f", they stand in the column {asked.raw_column!r}"
+        print(f"{len(odd)} of {rows} answers are {asked.allowed}{where}: {some}", file=sys.stderr)
 
 
 def _as_cell(value: Any) -> str:
@@ -394,6 +401,13 @@ def predict_table(
         seed=seed,
         overwrite=overwrite,
     )
+    return with_columns(table, rows, found)
+
+
+def with_columns(
+    table: Any, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Sequence[Any]]
+) -> Any:
+    """A table with the columns `found`: a new DataFrame where it is one, else a list of dicts."""
     if hasattr(table, "assign"):
         return table.assign(**found)
     return [

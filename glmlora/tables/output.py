@@ -58,9 +58,12 @@ def journal_path(path: str | os.PathLike) -> str:
     return f"{os.fspath(path)}.journal"
 
 
-def check_place(path: str | os.PathLike, overwrite: bool, input: str | os.PathLike) -> None:
+def check_place(
+    path: str | os.PathLike, overwrite: bool, input: str | os.PathLike, kept: str | None = None
+) -> None:
     """OSError or ValueError for an output that has no place, is the input, or is there already and
-    is none that a job with a journal may have written.
+    is none that a job may have written whose results are kept in the file `kept` (None: in the
+    journal beside it).
     """
     path = os.fspath(path)
     extension = os.path.splitext(path)[1].lower()
@@ -74,7 +77,7 @@ def check_place(path: str | os.PathLike, overwrite: bool, input: str | os.PathLi
     if os.path.exists(path):
         if os.path.exists(input) and os.path.samefile(path, input):
             raise ValueError(f"--output: {path} is the input; give it another name")
-        if not overwrite and not os.path.exists(journal_path(path)):
+        if not overwrite and not os.path.exists(kept or journal_path(path)):
             raise already_there(path)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ class Shards:
         return self.folder
 
     @property
+    def numbers(self) -> range:
+        """Of the shards."""
+        return range(1, len(self.ranges) + 1)
+
+    @property
     def rows(self) -> int:
         """Of all shards."""
         return sum(map(len, self.ranges))
@@ -96,10 +102,13 @@ class Shards:
             raise ValueError(f"{path}: has the seed {seed}, {FILE} says {self.seed}")
         return results, writer
 
+    def kept(self) -> int:
+        """How many rows have a result."""
+        return sum(len(self.results_of(n)[0]) for n in self.numbers)
+
     def missing(self) -> list[int]:
         """The shards that lack a result."""
-        numbers = range(1, len(self.ranges) + 1)
-        return [n for n in numbers if len(self.results_of(n)[0]) < len(self.ranges[n - 1])]
+        return [n for n in self.numbers if len(self.results_of(n)[0]) < len(self.ranges[n - 1])]
 
     def results(self) -> list[Any]:
         """The results of all rows, in their order. ValueError naming the shards that lack some, and
@@ -123,13 +132,19 @@ class Shards:
 
     def remove(self) -> None:
         """Remove the folder: its results are elsewhere by now."""
-        for number in range(1, len(self.ranges) + 1):
-            with suppress(FileNotFoundError):
-                os.unlink(self.journal_path(number))
-        os.unlink(os.path.join(self.folder, FILE))
-        remove_litter(self.folder)
+        with suppress(FileNotFoundError):  # first: without it they are none
+            os.unlink(os.path.join(self.folder, FILE))
+        remove_journals(self.folder)
         with suppress(OSError):  # somebody's own file is in it
             os.rmdir(self.folder)
+
+
+def remove_journals(folder: str) -> None:
+    """Remove the journals of shards in a folder, and what killed processes left there."""
+    for name in os.listdir(folder):
+        if re.fullmatch("[0-9]+-of-[0-9]+[.]journal", name):
+            os.unlink(os.path.join(folder, name))
+    remove_litter(folder)
 
 
 def part_of(text: str, flag: str) -> tuple[int, int]:
@@ -181,10 +196,12 @@ def open_shards(
     seed: int | None,
     ranges: Sequence[range],
     form: Mapping[str, Any],
+    anew: bool = False,
 ) -> Shards:
     """The shards in a folder, which is made where it is not there: whoever comes first says what
-    the seed is (None: a drawn one), and which rows each shard has. ValueError naming what differs
-    where it has another job; OSError naming the folder.
+    the seed is (None: a drawn one), and which rows each shard has. anew: another job's are removed,
+    which is told. ValueError naming what differs where it has another job; OSError naming the
+    folder.
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, FILE)
@@ -202,6 +219,10 @@ def open_shards(
     found = differences(shards.job, json.loads(json.dumps(stored["job"])))
     if not found:
         found = differences(shards.form, json.loads(json.dumps(stored["form"])))
+    if found and anew:
+        print(f"{path}: the shards there are of another job: {found}; begun anew", file=sys.stderr)
+        shards.remove()
+        return open_shards(folder, job, seed, ranges, form)
     if found:
         raise ValueError(
             f"{path}: the shards there are of another job: {found}; give another folder, or remove "
