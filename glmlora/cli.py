@@ -416,8 +416,8 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict_flags(parser: argparse.ArgumentParser) -> None:
-    _flag(parser, "--input", required=True, help="csv, json or jsonl table")
-    _flag(parser, "--output", required=True, help="csv to write")
+    _flag(parser, "--input", required=True, help="csv, json, jsonl or parquet table")
+    _flag(parser, "--output", required=True, help="csv, jsonl or parquet table to write")
     _flag(
         parser,
         "--template",

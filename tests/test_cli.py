@@ -334,7 +334,7 @@ def table(tmp_path):
     ("words", "text"),
     [
         (["--output", "none/o.csv"], "--output: there is no folder"),
-        (["--output", "o.jsonl"], "--output: csv is written"),
+        (["--output", "o.json"], "--output: csv, jsonl or parquet is written"),
         (["--output", "."], "--output: . is a directory"),
         (["--output", "in.csv", "--overwrite"], "--output: in.csv is the input"),
         (["--add", "nonsense"], "--add: expected COLUMN=TEXT, got 'nonsense'"),

@@ -203,8 +203,12 @@ def test_unknown_names_and_files(tmp_path):
         ({"a.csv": "a,b\n1\n"}, "a.csv", "line 2: expected 2 cells as in the header, got 1"),
         ({"a.csv": 'a,b\n1,"2\n'}, "a.csv", "not csv"),
         ({"a.csv": "a,a\n1,2\n"}, "a.csv", "column 'a' stands twice"),
-        ({"a.txt": "x"}, "a.txt", "csv, json or jsonl; got .txt"),
-        ({"f/a.json": [], "f/a.csv": ""}, "f", "one kind: csv, json or jsonl; got .csv, .json"),
+        ({"a.txt": "x"}, "a.txt", "csv, json, jsonl or parquet; got .txt"),
+        (
+            {"f/a.json": [], "f/a.csv": ""},
+            "f",
+            "one kind: csv, json, jsonl or parquet; got .csv, .json",
+        ),
         ({"f/.x": ""}, "f", "got none"),
         ({"a.json": []}, "a.json", "at least one row"),
         ({"a.json": [1]}, "a.json", "d row 0: expected an object of columns, got int"),
@@ -655,7 +659,7 @@ def test_pandas_stays_out(tmp_path):
 def test_rows_stand_as_they_are(tmp_path):
     (tmp_path / "a.csv").write_text("a,b\n0,1.0\n")
     assert read_rows(tmp_path / "a.csv") == [{"a": "0", "b": "1.0"}]
-    with pytest.raises(ValueError, match="ending in .csv, .json or .jsonl"):
+    with pytest.raises(ValueError, match="ending in .csv, .json, .jsonl or .parquet"):
         read_rows("a.xlsx")
 
 

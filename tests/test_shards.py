@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import tiny
 
 from glmlora import cli
 from glmlora.files.journal import Journal
+from glmlora.files.parquet import parquet_bytes
+from glmlora.files.rows import table_rows
 from glmlora.model import loading
 from glmlora.tables import answers as table_answers
 from glmlora.tables import shards
@@ -211,3 +214,77 @@ def test_a_job_that_somebody_edited(tmp_path, change, text):
     (tmp_path / "job.json").write_text(json.dumps({**stored, **change}))
     with pytest.raises(ValueError, match=text.replace("(", r"\(")):
         shards.gather(str(tmp_path), str(tmp_path / "o.csv"))
+
+
+# Parquet and json lines
+
+
+def test_json_lines_out_and_in(base, place):
+    rows = [{"uuid": 1, "title": "a 好", "x": [1, None]}, {"uuid": 2.5, "title": "b", "y": None}]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert predict(base, *WEIGHED, table="in.jsonl", output="o.jsonl") == 0
+    found = [json.loads(line) for line in Path("o.jsonl").read_text("utf-8").splitlines()]
+    assert list(found[0]) == ["uuid", "title", "x", "y", "label"] + [
+        f"proba_{label}" for label in ("0", "1", "medicine")
+    ]
+    for row, given in zip(found, rows, strict=True):
+        assert {name: row[name] for name in ("uuid", "title", "x", "y")} == {
+            **{"x": None, "y": None},
+            **given,
+        }
+        assert abs(sum(row[name] for name in row if name.startswith("proba")) - 1) < 1e-12
+    assert "好" in Path("o.jsonl").read_text("utf-8")
+    for part in (2, 1):
+        words = [*WEIGHED, "--shard", f"{part}/2"]
+        assert predict(base, *words, table="in.jsonl", output="parts") == 0
+    assert gather(output="g.jsonl") == 0
+    assert Path("g.jsonl").read_bytes() == Path("o.jsonl").read_bytes()
+
+
+def test_parquet_out_and_in(base, place):
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet files are read by pyarrow")
+    import pyarrow.parquet as parquet
+
+    columns = {"uuid": [1, None, 3], "title": ["a 好", "b", "c"], "x": [0.5, float("nan"), None]}
+    parquet.write_table(pyarrow.table(columns), "in.parquet")
+    rows = table_rows("in.parquet", "--input")
+    assert rows[1] == {"uuid": None, "title": "b", "x": None} and rows[0]["x"] == 0.5
+    for table, output in (("in.parquet", "o.parquet"), ("in.parquet", "o.csv")):
+        assert predict(base, *WEIGHED, table=table, output=output) == 0
+    found = parquet.read_table("o.parquet")
+    assert [str(field.type) for field in found.schema][:4] == [
+        *("int64", "string", "double", "string")
+    ]
+    assert found.column("uuid").to_pylist() == [1, None, 3]
+    for part in (1, 2):
+        words = [*WEIGHED, "--shard", f"{part}/2"]
+        assert predict(base, *words, table="in.parquet", output="parts") == 0
+    assert gather(output="g.parquet") == 0 and gather(output="g.csv") == 0
+    for name in ("parquet", "csv"):
+        assert Path(f"g.{name}").read_bytes() == Path(f"o.{name}").read_bytes()
+    Path("torn.parquet").write_bytes(Path("in.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"torn\.parquet: not a parquet file"):
+        table_rows("torn.parquet", "--input")
+    twice = pyarrow.table([[1], [2]], names=["a", "a"])
+    parquet.write_table(twice, "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet: column 'a' stands twice"):
+        table_rows("twice.parquet", "--input")
+    assert len(parquet_bytes({"a": [1, "x", None]})) > 0  # values of several kinds are text
+
+
+@pytest.mark.parametrize("version", [None, "14.0.0"])
+def test_parquet_without_pyarrow(base, place, capsys, monkeypatch, version):
+    """Or with one that may execute what a file says: both are known before the model is loaded."""
+    modules = {"pyarrow": None}
+    if version is not None:
+        found = types.ModuleType("pyarrow")
+        found.__version__, found.parquet = version, types.ModuleType("pyarrow.parquet")
+        modules = {"pyarrow": found, "pyarrow.parquet": found.parquet}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(loading, "load_model", lambda *a: pytest.fail("the model is loaded"))
+    told = error_of(capsys, predict(base, *WEIGHED, output="o.parquet"))
+    assert 'pip install "glmlora[parquet]"' in told
+    Path("in.parquet").write_bytes(b"PAR1")
+    told = error_of(capsys, predict(base, *WEIGHED, table="in.parquet"))
+    assert 'pip install "glmlora[parquet]"' in told

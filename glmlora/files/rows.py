@@ -1,4 +1,4 @@
-"""Rows of a table: csv, json (an array, or one object per line) and jsonl."""
+"""Rows of a table: csv, json (an array, or one object per line), jsonl and parquet."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ import numpy as np
 
 from .. import tell
 from ..names import near_path
+from .parquet import read_parquet
 from .regular import read_bytes
 from .write import no_key_twice, refuse_lfs_pointer
 
-EXTENSIONS = (".csv", ".json", ".jsonl")
+EXTENSIONS = (".csv", ".json", ".jsonl", ".parquet")
 
 # First bytes of files that are often renamed to .csv, and what to do with them.
 _OTHER_FORMATS = (
     (b"PK\x03\x04", "a zip file or an Excel workbook; save it as CSV UTF-8"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook; save it as CSV UTF-8"),
-    (b"PAR1", "a parquet file; write it with pandas' to_csv or to_json"),
+    (b"PAR1", "a parquet file; give it a name ending in .parquet"),
     (b"\x1f\x8b", "compressed by gzip; unpack it first"),
 )
 _MARKS = (  # the longer ones first: UTF-32 begins as UTF-16 does
@@ -305,7 +306,8 @@ def _is_json(text: str) -> bool:
 
 
 def read_rows(path: str | os.PathLike) -> list[Any]:
-    """Rows of a .csv, .json (an array, or one object per line) or .jsonl file, as they stand there.
+    """Rows of a .csv, .json (an array, or one object per line), .jsonl or .parquet file, as they
+    stand there.
 
     A file whose content is of the other kind than its name says, that is not UTF-8, or whose cells
     are not separated by commas is read where that is certain, with a warning. Raises ValueError
@@ -315,7 +317,12 @@ def read_rows(path: str | os.PathLike) -> list[Any]:
     extension = os.path.splitext(path)[1].lower()
     if extension not in EXTENSIONS:
         more = "; save the workbook as CSV UTF-8" if extension in (".xls", ".xlsx") else ""
-        raise ValueError(f"{path}: expected a file ending in .csv, .json or .jsonl{more}")
+        raise ValueError(f"{path}: expected a file ending in .csv, .json, .jsonl or .parquet{more}")
+    if extension == ".parquet":
+        return [
+            {name: None if is_missing(value) else value for name, value in row.items()}
+            for row in read_parquet(path)
+        ]
     text = _read_text(path)
     if extension == ".csv":
         if not _is_json(text):

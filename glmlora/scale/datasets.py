@@ -24,7 +24,7 @@ def is_dataset(table: Any) -> bool:
 
 
 def _rows(table: Any) -> list[dict[str, Any]]:
-    """The rows of a table of pyarrow, as `table_rows` gives those of others."""
+    """The rows of a table of pyarrow, as `read_rows` gives those of a file."""
     return [
         {name: None if is_missing(value) else value for name, value in row.items()}
         for row in table.to_pylist()

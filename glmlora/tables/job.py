@@ -6,7 +6,6 @@ are there, and the journal goes.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..files.journal import Journal, digest, digests
+from ..files.regular import read_bytes
 from ..files.rows import table_rows
 from ..files.small import TOKENIZER
 from ..files.write import atomic_file
@@ -36,7 +36,7 @@ from .output import (
     check_space,
     journal_path,
     plan_output,
-    table_text,
+    table_bytes,
 )
 
 _WEIGHTS = re.compile(
@@ -285,13 +285,12 @@ def write_answers(
         journal.remove()
         raise ValueError(f"no row has an answer: {bad[0]}")
     output = replace(output, more=list(columns)[1:])
-    text = table_text(output, rows, *(map(_as_cell, column) for column in columns.values()))
+    data = table_bytes(output, rows, columns)
     if os.path.exists(output.path) and not overwrite:
-        with open(output.path, encoding="utf-8", newline="", errors="replace") as file:
-            if file.read() != text:  # else it was written, and the journal was not yet removed
-                raise already_there(output.path)
-    with atomic_file(output.path, "w") as file:
-        file.write(text)
+        if read_bytes(output.path) != data:  # else it was written, and the journal not yet removed
+            raise already_there(output.path)
+    with atomic_file(output.path) as file:
+        file.write(data)
     tell_of_answers(len(rows), bad, {i: results[i]["answer"] for i in odd}, asked)
     if (bad or odd) and asked.fallback is None:
         print(
@@ -320,12 +319,6 @@ def tell_of_answers(
         print(f"{len(odd)} of {rows} answers are {asked.allowed}{where}: {some}", file=sys.stderr)
 
 
-def _as_cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.9g}"
-    return str(value)
-
-
 @spelled_out(BatchChatArguments)
 def predict_table(
     model: Any,
@@ -348,11 +341,11 @@ def predict_table(
 ) -> Any:
     """The table with an answer for each row: a new DataFrame where it is one, else a list of dicts.
 
-    table: a DataFrame, a list of dicts, or the path of a csv, json or jsonl file. template: the
-    question, with `{column}` where a value stands. labels: the answers are weighed, the most
-    probable one is taken, as in `classify`, and with `proba` a column proba_LABEL holds each one's
-    probability; without labels the model writes its answers, as in `chat`, near to greedy
-    (temperature 0.01) unless `sampling` says otherwise.
+    table: a DataFrame, a list of dicts, or the path of a csv, json, jsonl or parquet file.
+    template: the question, with `{column}` where a value stands. labels: the answers are weighed,
+    the most probable one is taken, as in `classify`, and with `proba` a column proba_LABEL holds
+    each one's probability; without labels the model writes its answers, as in `chat`, near to
+    greedy (temperature 0.01) unless `sampling` says otherwise.
 
     Of a model with a `task`, template and labels are by default what was trained, labels by the
     threshold that was chosen, and questions are cut as in training; what is asked otherwise is
@@ -363,9 +356,9 @@ def predict_table(
     one, has `fallback`, or "" and its raw answer in a column of its own; both are told, and
     counted.
 
-    output: a csv to write. Beside it every result is kept in a journal as soon as it is there: the
-    same call after an interruption goes on from it and gives the same answers. Errors as those of
-    `glmlora predict`, before the first row.
+    output: a csv, jsonl or parquet file to write. Beside it every result is kept in a journal as
+    soon as it is there: the same call after an interruption goes on from it and gives the same
+    answers. Errors as those of `glmlora predict`, before the first row.
     """
     check_names(predict_table, sampling)
     rows, task = table_rows(table, "table"), model.task

@@ -1,9 +1,11 @@
-"""Tables on disk: what is read, and the csv that is written, checked before the work."""
+"""Tables on disk: what is read, and what is written, checked before the work."""
 
 from __future__ import annotations
 
 import csv
 import errno
+import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import tell
+from ..files.parquet import import_pyarrow, parquet_bytes
+from ..files.rows import is_missing
 from ..files.write import atomic_file
 from ..names import did_you_mean, listed
 from ..templates import as_text, check_template, columns_of
@@ -63,12 +67,17 @@ def check_place(
 ) -> None:
     """OSError or ValueError for an output that has no place, is the input, or is there already and
     is none that a job may have written whose results are kept in the file `kept` (None: in the
-    journal beside it).
+    journal beside it); ImportError for parquet without pyarrow.
     """
     path = os.fspath(path)
     extension = os.path.splitext(path)[1].lower()
-    if extension in (".json", ".jsonl", ".xls", ".xlsx", ".parquet"):
-        raise ValueError(f"--output: csv is written, expected a name ending in .csv, got {path}")
+    if extension in (".json", ".xls", ".xlsx"):
+        raise ValueError(
+            "--output: csv, jsonl or parquet is written, expected a name that ends in one of them, "
+            f"got {path}"
+        )
+    if extension == ".parquet":
+        import_pyarrow()
     if os.path.isdir(path):
         raise IsADirectoryError(f"--output: {path} is a directory, expected the name of a csv file")
     folder = os.path.dirname(os.path.realpath(path))
@@ -82,7 +91,9 @@ def check_place(
 
 
 def check_new_place(path: str | os.PathLike, overwrite: bool, input: str | os.PathLike) -> None:
-    """`check_place` of an output that is no job's: what is there needs `overwrite`."""
+    """`check_place` of a csv that is no job's: what is there needs `overwrite`."""
+    if os.path.splitext(path)[1].lower() in (".jsonl", ".parquet"):
+        raise ValueError(f"--output: csv is written, expected a name ending in .csv, got {path}")
     check_place(path, overwrite, input)
     if os.path.exists(path) and not overwrite:
         raise already_there(os.fspath(path))
@@ -179,6 +190,33 @@ def plan_output(
     return Output(
         os.fspath(path), [name for name in kept if name != answer_column], constants, answer_column
     )
+
+
+def table_bytes(
+    output: Output, rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Sequence[Any]]
+) -> bytes:
+    """The table of the rows' columns and, behind them, `answers` by name: parquet or one object a
+    line, whose values are the rows' own, where the output's name says so, else csv.
+    """
+    extension = os.path.splitext(output.path)[1].lower()
+    if extension not in (".jsonl", ".parquet"):
+        cells = ([_as_cell(value) for value in column] for column in answers.values())
+        return table_text(output, rows, *cells).encode()
+    columns: dict[str, Sequence[Any]] = {
+        name: [output.constants.get(name, row.get(name)) for row in rows] for name in output.columns
+    }
+    columns |= {n: [None if is_missing(x) else x for x in cells] for n, cells in answers.items()}
+    if extension == ".parquet":
+        return parquet_bytes(columns)
+    lines = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    write = json.JSONEncoder(ensure_ascii=False, default=str).encode
+    return "".join(write(line) + "\n" for line in lines).encode()
+
+
+def _as_cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.9g}"
+    return str(value)
 
 
 def table_text(output: Output, rows: Sequence[Mapping[str, Any]], *cells: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ from .job import (
     table_digest,
     write_answers,
 )
-from .output import check_new_place, plan_output
+from .output import already_there, check_place, plan_output
 
 FILE, FORMAT = "job.json", 1
 #: Of the form, as `glmlora predict` is given it: the table, and what its answers become.
@@ -328,13 +328,15 @@ def gather(
     the shards were given. The folder stays.
 
     ValueError naming the shards that lack rows, and how many; what a journal differs in; a table
-    that is another one by now. OSError as `check_new_place`.
+    that is another one by now. OSError as `check_place`.
     """
     shards = read_shards(folder)
     form = dict(shards.form)
     if lack := [name for name in (*FORM, "labels") if name not in form]:
         raise ValueError(f"{os.path.join(folder, FILE)}: form: has no {lack[0]!r}")
-    check_new_place(output, overwrite, form["input"])
+    check_place(output, True, form["input"])
+    if os.path.exists(output) and not overwrite:
+        raise already_there(output)
     rows = table_rows(form["input"], folder)
     if found := differences({"table": shards.job["table"]}, {"table": table_digest(rows)}):
         raise ValueError(f"{form['input']}: is another table by now: {found}")

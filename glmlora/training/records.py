@@ -579,7 +579,7 @@ def _data_files(path: str, where: str) -> list[str]:
     kinds = sorted({os.path.splitext(file)[1].lower() for file in files})
     if len(kinds) != 1 or kinds[0] not in EXTENSIONS:
         raise ValueError(
-            f"{path}: expected files of one kind: csv, json or jsonl; got "
+            f"{path}: expected files of one kind: csv, json, jsonl or parquet; got "
             f"{', '.join(kinds) or 'none'}"
         )
     return files
