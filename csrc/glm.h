@@ -246,6 +246,16 @@ void glm_warp_logits(float *probs, const float *logits, int n, double temperatur
 int glm_draw(const float *probs, int n, uint64_t seed, uint32_t stream, uint32_t index);
 int glm_argmax(const float *logits, int n);
 
+/* ---- weights as ggml stores them: blocks of 32 values, a float16 scale and integers */
+
+#define GLM_GGML_BLOCK 32
+/* Of a block in 8 bits (Q8_0) or 4 (Q4_0). */
+static inline size_t glm_ggml_block_bytes(int bits) { return (size_t)(2 + 4 * bits); }
+/* out (blocks, glm_ggml_block_bytes), x (blocks, 32). The first two bytes of a block, its scale in
+ * float16, stay as they are: scale (blocks) has them. 0 where a value is not finite or a scale is
+ * beyond float16: out is then not whole. */
+int glm_ggml_blocks(uint8_t *out, float *scale, const float *x, size_t blocks, int bits);
+
 #ifdef __cplusplus
 }
 #endif

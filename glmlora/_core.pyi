@@ -81,6 +81,11 @@ def quantize(
     """Integers int8 and scales float16 of a matrix (see glmlora/model/quantization.py). A row or
     group that cannot be quantized has a scale that is not finite."""
 
+def ggml_blocks(array: np.ndarray, bits: int) -> np.ndarray:
+    """A float32 matrix (rows, columns) as ggml's Q8_0 (bits 8) or Q4_0 (4): bytes uint8 (rows,
+    columns / 32 * 34 or 18). ValueError where the columns are no multiple of 32, a value is not
+    finite, or a scale is beyond float16."""
+
 def adjust_logits(
     logits: np.ndarray,
     context: np.ndarray,

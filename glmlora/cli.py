@@ -1,5 +1,4 @@
-"""The command `glmlora`: train, chat, predict, gather, inspect, submit, plan, init, run, merge,
-quantize, doctor, demo.
+"""The command `glmlora`, whose verbs `glmlora --help` lists.
 
 Each verb is one function below."""
 
@@ -343,6 +342,28 @@ def quantize(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """A model directory, or an adapter -> a GGUF file, for llama.cpp and what is built on it."""
+    from glmlora.tools.gguf_export import export
+
+    family = None if args.family == "auto" else args.family
+    if args.gguf is None and not args.adapter_only:
+        raise ValueError("--gguf: expected f16, q8_0 or q4_0")
+    nbytes = export(args.model, args.output, args.gguf, args.adapter, args.adapter_only, family)
+    print(f"{args.output}: {nbytes / 1e9:.2f} GB of tensors")
+    return 0
+
+
+def import_(args: argparse.Namespace) -> int:
+    """A GGUF file -> a model directory."""
+    from glmlora.tools.gguf_import import import_gguf
+
+    family = None if args.family == "auto" else args.family
+    config = import_gguf(args.file, args.output, family)
+    print(f"{args.output}: {families.of(config.family).title}")
+    return 0
+
+
 def train(argv: Sequence[str]) -> int:
     """All flags of the training script; see `glmlora train --help`."""
     from glmlora.training.trainer import run_train
@@ -549,6 +570,19 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         type=int,
         help="columns that share a scale, e.g. 32: nearer to the float weights; default: a row",
     )
+    _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
+
+    p = verb("export", export)
+    _flag(p, "--model", required=True)
+    _flag(p, "--gguf", choices=["f16", "q8_0", "q4_0"], help="the type of linear layers")
+    _flag(p, "--output", required=True, metavar="FILE.gguf", help="a new file")
+    _flag(p, "--adapter", metavar="DIR", help="a LoRA adapter, which is merged into the model")
+    _flag(p, "--adapter-only", action="store_true", help="it alone, for llama.cpp's --lora")
+    _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
+
+    p = verb("import", import_)
+    p.add_argument("file", metavar="FILE.gguf")
+    p.add_argument("output", metavar="DIR", help="a new directory")
     _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
 
     p = verb("doctor", doctor)
