@@ -343,7 +343,8 @@ class Scheduler:
             request = self.waiting.popleft()
             row = self.rows.best(self._free, request.ids, request.adapter)
             self._free.remove(row)
-            request.reused = self.rows.become(row, request.ids, request.adapter)
+            held = self.rows.become(row, request.ids, request.adapter)
+            request.reused = min(held, request.start - 1)
             request.ids, request.row = self.rows.ids[row], row
             request.turn = self._turns = self._turns + 1
             placed.append(request)
