@@ -31,7 +31,7 @@ FLOORS = (
     ("classifier", "inspection", "submission"),
     ("prediction",),
     ("notebook", "standins"),
-    ("compat",),
+    ("compat", "serving"),
     ("cli",),
     ("__main__",),
 )
