@@ -373,7 +373,7 @@ def serve(args: argparse.Namespace) -> int:
     adapters = command.adapters_of(args.adapter or [])
     devices.parse(args.device)
     directory = model_directory(args.model)
-    base, tokenizer = load_model(
+    base, tokenizer = loading.load_model(
         args.model, None, args.dtype, args.compute_dtype, args.device, args.family
     )
     return command.run(
