@@ -32,7 +32,7 @@ FLOORS = (
     ("prediction",),
     ("scale",),
     ("notebook", "standins"),
-    ("compat",),
+    ("compat", "serving"),
     ("cli",),
     ("__main__",),
 )
