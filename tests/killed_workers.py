@@ -2,7 +2,7 @@
 and then: the output must be that of one process that nobody stopped, byte for byte, and no row may
 be kept twice.
 
-    python tests/killed_workers.py --rows 10000 --workers 3 --every 3
+    python tests/killed_workers.py --rows 10000 --workers 3 --every 3 --layers 40
 
 Needs Ray. Over a tiny model with random weights that samples; with --labels, that weighs labels.
 Prints what was killed, and how long the command took to end after a signal; exit status 1 for what
@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import killed
+import tiny
 from killed import STATUS
 
 
@@ -107,12 +108,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--labels", action="store_true", help="weighed, in place of drawn answers")
     parser.add_argument("--length", type=int, default=400, help="tokens of a prompt and its answer")
+    parser.add_argument("--layers", type=int, default=2, help="of the model: more take longer")
     parser.add_argument("--stops", type=int, default=0, help="signals to the command itself")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         words = killed.job(place, args.rows, rng, args.labels)
+        tiny.tiny_model_dir(place, padded_vocab_size=480, num_layers=args.layers)
         if not args.labels:
             words[words.index("--max-length") + 1] = str(args.length)
         plain, output = place / "plain.csv", place / "ray.csv"

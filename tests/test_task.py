@@ -417,7 +417,7 @@ def test_a_table_of_papers_is_asked_the_papers_question(base, trained, tmp_path,
         yield from ((i, np.zeros(len(labels))) for i in range(len(queries)))
 
     monkeypatch.setattr("glmlora.tables.answers.score_rows", rows)
-    monkeypatch.setattr(cli, "PAPERS", PROMPT + "title:{title},abstract:{abstract}")
+    monkeypatch.setattr(cli.verbs, "PAPERS", PROMPT + "title:{title},abstract:{abstract}")
     assert predict(base, trained.output_dir, table, "--strict")[0] == 0
     assert asked == [PROMPT + "title:a,abstract:b"]
 
