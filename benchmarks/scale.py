@@ -3,8 +3,8 @@
     python benchmarks/scale.py [--rows 1500] [--workers 2]
 
 Over a model of random weights whose products take the time (4 layers, 1024 wide), labels weighed
-and answers drawn. Counted are the rows in the journals, from the first that is there to the last: not
-how long Python, Ray and the model take to start, which stands beside it. Needs Ray.
+and answers drawn. Counted are the rows in the journals, from the first that is there to the last:
+not how long Python, Ray and the model take to start, which stands beside it. Needs Ray.
 """
 
 from __future__ import annotations

@@ -126,7 +126,9 @@ def main() -> int:
         words += ["--output", str(output), "--engine", "ray", "--workers", str(args.workers)]
         total = 0
         for number in range(args.stops + 1):
-            stop = killed.SIGNALS[number % len(killed.SIGNALS)] if number < args.stops else None
+            stop = (
+                killed.SIGNALS[(number + 1) % len(killed.SIGNALS)] if number < args.stops else None
+            )
             status, count, seconds = run(words, watch, args.every, rng, stop)
             total += count
             if output.exists() and not watch.folder.exists():
