@@ -73,15 +73,17 @@ class Limited:
             await self.app(scope, receive, send)
             return
         stated = dict(scope["headers"]).get(b"content-length", b"0")
-        body, more = bytearray(), not (stated.isdigit() and int(stated) > self.most)
-        too_long = not more
-        while more:
+        too_long = stated.isdigit() and int(stated) > self.most
+        body, read, more = bytearray(), 0, True
+        # One who still sends would not see the answer: what is too long is read, too, and dropped.
+        while more and read <= 4 * self.most:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message.get("body", b"")
-            too_long = len(body) > self.most
-            more = bool(message.get("more_body")) and not too_long
+            read += len(message.get("body", b""))
+            too_long = too_long or read > self.most
+            body = body if too_long else body + message.get("body", b"")
+            more = bool(message.get("more_body"))
         if too_long:
             error = Refused(413, f"the body is longer than {self.most} bytes", None, "too_large")
             response = JSONResponse(error.body(), 413, {"Connection": "close"})
