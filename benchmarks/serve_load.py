@@ -56,7 +56,10 @@ class Serving:
 
     def _read(self):
         for line in self.process.stderr:
-            (self.lines if line.startswith("{") else self.other).append(line)
+            if line.startswith("{"):
+                self.lines.append(line)
+            elif not line.startswith("glmlora serve: ending"):
+                self.other.append(line)
 
     def resident(self):
         """Megabytes of anonymous memory."""
