@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import tiny
 
-from glmlora import load_state_dict
+import glmlora
+from glmlora import families, load_state_dict
 from glmlora.files.checkpoint import write_safetensors
 from glmlora.tools.project import tiny_directory
 
@@ -65,4 +66,17 @@ def made(folder, family):
     write_safetensors(file, {name: a.astype(np.float16) for name, a in weights.items()})
     fields = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps({**fields, "torch_dtype": "float16"}))
+    return place
+
+
+def adapter_of(folder, place, **options):
+    """An adapter with random tensors beside a model."""
+    model = glmlora.AutoModel.from_pretrained(folder, compute_dtype="float32")
+    names = list(families.of(model.config.family).linears)
+    config = glmlora.LoraConfig(target_modules=names, r=4, lora_alpha=8, **options)
+    peft = glmlora.get_peft_model(model, config)
+    rng = np.random.default_rng(0)
+    state = {n: rng.normal(0, 0.05, a.shape) for n, a in peft.adapter_state("default").items()}
+    peft.set_adapter_state("default", {n: a.astype(np.float32) for n, a in state.items()})
+    peft.save_pretrained(place)
     return place

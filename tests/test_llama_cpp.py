@@ -134,25 +134,12 @@ def test_published_vocabularies_cut_texts_alike(tmp_path, shared, name):
     check(folder, tmp_path / "model.gguf", texts=[t for t in texts if "\0" not in t][:60])
 
 
-def adapter_of(folder, place, **options):
-    """An adapter with random tensors beside a model."""
-    model = model_of(folder)
-    names = list(families.of(model.config.family).linears)
-    config = glmlora.LoraConfig(target_modules=names, r=4, lora_alpha=8, **options)
-    peft = glmlora.get_peft_model(model, config)
-    rng = np.random.default_rng(0)
-    state = {n: rng.normal(0, 0.05, a.shape) for n, a in peft.adapter_state("default").items()}
-    peft.set_adapter_state("default", {n: a.astype(np.float32) for n, a in state.items()})
-    peft.save_pretrained(place)
-    return place
-
-
 @pytest.mark.parametrize("family", ["v2", "0414"])
 def test_adapters_merged_and_beside_the_model(tmp_path, family):
     folder = gguf_models.made(tmp_path, family)
     first = families.of(family).linears[0]
     patterns = {"rank_pattern": {first: 2}, "alpha_pattern": {first: 16}}
-    adapter = adapter_of(folder, tmp_path / "adapter", **patterns)
+    adapter = gguf_models.adapter_of(folder, tmp_path / "adapter", **patterns)
     files = [tmp_path / name for name in ("base.gguf", "merged.gguf", "adapter.gguf")]
     export(folder, files[0], "f16")
     export(folder, files[1], "f16", adapter=adapter)

@@ -176,7 +176,8 @@ def _config(
     rope = {name: _shortest(value) for name, value in rope.items()}
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight: is missing")
-    ends = vocabulary.ends
+    # Published files with byte pairs list every end; the others leave those of turns to the family.
+    ends = vocabulary.ends if family.byte_pairs else vocabulary.ends[:1]
     fields: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.architecture],
