@@ -2,7 +2,7 @@
 
 Writing, names and types are those of the `gguf` package, which is imported here alone. The header
 is read here, with every size checked against the file first: `gguf.GGUFReader` takes 68 seconds and
-0.8 GB for the vocabulary of a GLM-4. Specification: ggml/docs/gguf.md.
+0.8 GB for a vocabulary of 151,552 tokens. Specification: ggml/docs/gguf.md.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ columns, which are the same numbers. Others (Q8_0, K-quants) become float16, the
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -27,7 +29,7 @@ from ..model.parameters import DTYPE_NAMES, embedding_of, layers_of
 from ..model.quantization import SCALE
 from ..progress import bar
 from ..tell import warn
-from ..tokenization.gguf_vocabulary import PREFIX, Vocabulary
+from ..tokenization.gguf_vocabulary import PREFIX, GGUFVocabulary
 from .gguf_export import FAMILY
 
 _GROUP = 32  # columns of a block of Q4_0
@@ -49,7 +51,7 @@ def import_gguf(
     check_new_directory(target)
     metadata, tensors = gguf.read_gguf(file)
     try:
-        vocabulary = Vocabulary(metadata)
+        vocabulary = GGUFVocabulary(metadata)
         own = _family(metadata, tensors, vocabulary, family)
         config = _config(metadata, tensors, vocabulary, own)
         weights = _sources(config, tensors)
@@ -57,14 +59,36 @@ def import_gguf(
         raise ValueError(f"{file}: {error}") from None
     total = sum(source.nbytes for source in weights)
     check_room(target, total + _BESIDE)
+    with tempfile.TemporaryDirectory() as small:
+        if vocabulary.byte_pairs is None:
+            warn(f"{file}: has no tokenizer, and so has {target}")
+        else:
+            _write_tokenizer(file, vocabulary, Path(small), own)
+        _write(target, config, weights, total, Path(small))
+    return config
+
+
+def _write_tokenizer(
+    file: str | os.PathLike[str], vocabulary: GGUFVocabulary, directory: Path, family: Family
+) -> None:
+    try:
+        vocabulary.write(directory, family)
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: its tokenizer would be none of {family.title}: {error}"
+        ) from None
+
+
+def _write(
+    target: Path, config: ChatGLMConfig, weights: list[Source], total: int, small: Path
+) -> None:
+    """Write a model directory with the files in `small`, all of it or nothing."""
     was_there = target.exists()
     shown: dict[str, Any] = {"desc": "Importing", "unit": "B", "unit_scale": True}
 
     def beside(new: Path) -> None:
-        if vocabulary.byte_pairs is None:
-            warn(f"{file}: has no tokenizer, and so has {target}")
-        else:
-            vocabulary.write(new, own)
+        for file in small.iterdir():
+            shutil.copyfile(file, new / file.name)
         write_json(new / "config.json", config.file_fields(new, target))
 
     try:
@@ -78,7 +102,6 @@ def import_gguf(
             with suppress(OSError):
                 target.rmdir()
         raise
-    return config
 
 
 def _counted(source: Source, progress: Any) -> Source:
@@ -110,7 +133,7 @@ class _Keys:
 def _family(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Any],
-    vocabulary: Vocabulary,
+    vocabulary: GGUFVocabulary,
     given: str | None,
 ) -> Family:
     """The family that was asked for, or the file says; else the one that its layout, tokens,
@@ -156,7 +179,7 @@ def _family(
 def _config(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, gguf.GGUFTensor],
-    vocabulary: Vocabulary,
+    vocabulary: GGUFVocabulary,
     family: Family,
 ) -> ChatGLMConfig:
     assert family.gguf_arch is not None
@@ -176,13 +199,16 @@ def _config(
     rope = {name: _shortest(value) for name, value in rope.items()}
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight: is missing")
+    layers = keys.get("block_count", int)
+    if layers > len(tensors):  # before anything of that many is made
+        raise ValueError(f"{keys.arch}.block_count: {layers} of {len(tensors)} tensors")
     # Published files with byte pairs list every end; the others leave those of turns to the family.
     ends = vocabulary.ends if family.byte_pairs else vocabulary.ends[:1]
     fields: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.architecture],
         "_name_or_path": str(metadata.get("general.name") or ""),
-        "num_layers": keys.get("block_count", int),
+        "num_layers": layers,
         "hidden_size": hidden,
         "ffn_hidden_size": keys.get("feed_forward_length", int),
         "num_attention_heads": heads,
