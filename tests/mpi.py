@@ -76,6 +76,21 @@ def start(n: int, words: Sequence[str], **env: str) -> Launched:
     return process
 
 
+def ranks_of(process: Launched) -> dict[int, int]:
+    """Process numbers of the ranks of `glmlora train`, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environ = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        ranks = [x for x in environ if x.startswith((b"PMI_RANK=", b"OMPI_COMM_WORLD_RANK="))]
+        if ranks and b"glmlora\0train" in command and process.mark in environ:
+            found[int(ranks[0].partition(b"=")[2])] = int(folder.name)
+    return found
+
+
 def train_together(n: int, place: Path, runs: Sequence[Any], **env: str) -> list[Any]:
     """For each (model, output_dir, data, settings) of `training.run`: what the updates were, and
     the log.
