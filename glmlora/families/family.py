@@ -71,7 +71,10 @@ class Family:
     config_keys: Mapping[str, str] = {}
     ties_head = False
     architecture = "ChatGLMModel"  # the class that other programs open it with
-    gguf_arch: str | None = None  # what llama.cpp calls the architecture; None: it has none
+    # What llama.cpp calls the architecture, None where it has none, and in files for it the kind of
+    # vocabulary and how texts are cut.
+    gguf_arch: str | None = None
+    gguf_vocabulary = ("llama", "chatglm-spm")
 
     # Tensors. `layer` has the layer's number in place of {}; linears and norms stand below it,
     # each with .weight (and .bias where there is one); the core and adapters use these names.

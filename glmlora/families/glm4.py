@@ -67,6 +67,7 @@ class GLM4(ChatGLM3):
         *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
     )
     byte_pairs = True
+    gguf_vocabulary = ("gpt2", "glm4")
     named_tokens = {"eos": END}
     prefix_tokens: tuple[str, ...] = ("[gMASK]", "<sop>")
     in_texts = ()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ..names import did_you_mean
+from .foreign import IMPORT
 
 
 class DownloadKeywords(TypedDict, total=False):
@@ -46,9 +47,10 @@ def model_directory(path: str | os.PathLike, subfolder: str = "") -> Path:
         return directory
     given = os.fspath(directory if subfolder else path)
     if directory.exists():
+        how = f"; {IMPORT}" if directory.suffix == ".gguf" else ""
         raise NotADirectoryError(
             f"{given!r}: is a file, expected the directory of a model (config.json, weights, "
-            "tokenizer)"
+            f"tokenizer){how}"
         )
     name = str(directory)
     if name.startswith("~") and Path(name).expanduser().is_dir():

@@ -142,8 +142,8 @@ def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Ada
 def merged(
     model: ChatGLMForConditionalGeneration, adapter: Adapter, module: str
 ) -> dict[str, Tensor]:
-    """{name: tensor} of a linear's weight (and bias, with lora_bias) with an adapter merged, as
-    `merge_and_unload` makes them. Other linears and, at the end, this one are as they were. The
+    """{name: tensor} of a linear's weight (and bias, with lora_bias) with an adapter merged: the
+    numbers that `merge_and_unload` makes, in float32. The model is as it was at the end. The
     adapter's weights are in place of the base's, its A and B are not attached.
     """
     ends = ("weight", "bias") if adapter.config.lora_bias else ("weight",)
@@ -156,7 +156,7 @@ def merged(
         model.core.enable_lora(True)
         model.core.merge_lora()
         model.weights_changed(names)
-        return {name: model._tensor(name) for name in names}
+        return {name: Tensor(model.core.read(name)) for name in names}
     finally:
         model.core.remove_lora()
         for name, tensor in before.items():

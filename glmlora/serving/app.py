@@ -62,7 +62,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class Limited:
-    """In front of the app: bodies of at most so many bytes, else 413."""
+    """In front of the app: bodies of at most so many bytes, read whole, else 413."""
 
     def __init__(self, app: ASGIApp, most: int):
         self.app, self.most = app, most
@@ -72,38 +72,56 @@ class Limited:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        read = 0
-        headers = dict(scope["headers"])
-        stated = headers.get(b"content-length", b"0")
-        if stated.isdigit() and int(stated) > self.most:
-            await self._refuse(scope, receive, send)
-            return
-
-        async def limited() -> Message:
-            nonlocal read
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        too_long = stated.isdigit() and int(stated) > self.most
+        body, read, more = bytearray(), 0, True
+        # One who still sends would not see the answer: what is too long is read, too, and dropped.
+        while more and read <= 4 * self.most:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                return
             read += len(message.get("body", b""))
-            if read > self.most:
-                raise Refused(413, f"the body is longer than {self.most} bytes", None, "too_large")
-            return message
+            too_long = too_long or read > self.most
+            body = body if too_long else body + message.get("body", b"")
+            more = bool(message.get("more_body"))
+        if too_long:
+            error = Refused(413, f"the body is longer than {self.most} bytes", None, "too_large")
+            response = JSONResponse(error.body(), 413, {"Connection": "close"})
+            await response(scope, receive, send)
+            return
+        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
 
-        await self.app(scope, limited, send)
+        async def replay() -> Message:
+            nonlocal whole
+            message, whole = whole, None
+            return await receive() if message is None else message
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = Refused(413, f"the body is longer than {self.most} bytes", None, "too_large")
-        response = JSONResponse(error.body(), 413, {"Connection": "close"})
-        await response(scope, receive, send)
+        await self.app(scope, replay, send)
 
 
-def _field(error: dict[str, Any]) -> str:
-    """Where a request is wrong: `messages[0].content`."""
-    text = ""
-    for part in error["loc"][1:]:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif part.isidentifier() and part[:1].islower() and not part.startswith("function-"):
-            text += f".{part}" if text else part
-    return text
+def _wrong(error: Any, body: Any) -> tuple[str, str]:
+    """(field, what is wrong) of one of pydantic's errors: `messages[0].content`, without the names
+    of alternatives that stand in its path.
+    """
+    field, at = "", body
+    path = error["loc"][1:]
+    for number, part in enumerate(path):
+        if isinstance(at, list) and isinstance(part, int) and part < len(at):
+            at, field = at[part], f"{field}[{part}]"
+        elif isinstance(at, dict) and isinstance(part, str):
+            last = number == len(path) - 1 and error["type"] in ("missing", "extra_forbidden")
+            if part in at or last:
+                at, field = at.get(part), f"{field}.{part}" if field else part
+    said = error["msg"].replace("Input should be", "expected").replace("Input should", "should")
+    if error["type"] == "extra_forbidden":
+        said = "is not supported"
+    elif error["type"] == "missing":
+        said = "is missing"
+    elif error["type"] == "json_invalid":
+        said, field = f"expected JSON: {error.get('ctx', {}).get('error', said)}", ""
+    else:
+        said += f", got {error.get('input')!r:.60}"
+    return field, said
 
 
 def create_app(
@@ -169,13 +187,13 @@ def create_app(
         """One of them."""
         return card(model)
 
-    @app.post("/v1/chat/completions", **guarded)
+    @app.post("/v1/chat/completions", **_streams(guarded))
     async def chat(request: Request, body: ChatRequest) -> Response:
         """A conversation's next message, whole or, with `stream`, as it comes."""
         asked = await run_in_threadpool(server.chat, body, _caller(request))
         return await respond(request, body, [asked], "chat.completion")
 
-    @app.post("/v1/completions", **guarded)
+    @app.post("/v1/completions", **_streams(guarded))
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """How a text goes on."""
         asked = await run_in_threadpool(server.complete, body, _caller(request))
@@ -234,12 +252,19 @@ def create_app(
 
     app.add_middleware(Logged, server=server)
     app.add_middleware(Limited, most=body_bytes)
-    _describe(app)
+    _describe(app, bool(keys))
     return app
 
 
 def _only(guarded: dict[str, Any], *statuses: int) -> dict[str, Any]:
     return {**guarded, "responses": {status: ERRORS[status] for status in statuses}}
+
+
+def _streams(guarded: dict[str, Any]) -> dict[str, Any]:
+    about = "Whole, or with `stream` as server-sent events"
+    content = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
+    found = {200: {"description": about, "content": content}}
+    return {**guarded, "responses": {**guarded["responses"], **found}}
 
 
 def _caller(request: Request) -> str:
@@ -412,13 +437,9 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        field = _field(first)
-        said = first["msg"]
-        if first["type"] == "extra_forbidden":
-            said = "is not supported"
-        elif first["type"] == "json_invalid":
-            said, field = f"expected JSON: {first.get('ctx', {}).get('error', said)}", ""
+        # Of what is wrong with each alternative, that which got furthest.
+        found = [_wrong(one, error.body) for one in error.errors()]
+        field, said = max(found, key=lambda one: len(one[0]))
         message = f"{field}: {said}" if field else f"the body: {said}"
         return JSONResponse(Refused(400, message, field or None).body(), 400)
 
@@ -505,7 +526,7 @@ class Logged:
         LOG.info(json.dumps(line, ensure_ascii=False))
 
 
-def _describe(app: FastAPI) -> None:
+def _describe(app: FastAPI, keys: bool) -> None:
     """`/openapi.json` as it is: what is wrong about a request is 400, not FastAPI's 422."""
     make = app.openapi
 
@@ -515,8 +536,12 @@ def _describe(app: FastAPI) -> None:
             for path in found["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
+                    if not keys:
+                        operation.pop("security", None)
             for name in ("HTTPValidationError", "ValidationError"):
                 found["components"]["schemas"].pop(name, None)
+            if not keys:
+                found["components"].pop("securitySchemes", None)
             app.openapi_schema = found
         return app.openapi_schema
 

@@ -1,8 +1,8 @@
 """A tokenizer as the keys of a GGUF file, and the files of a tokenizer of such keys.
 
 llama.cpp has both forms: `llama` merges pieces by their scores, as SentencePiece does, and `gpt2`
-with the cuts of GLM-4 (`glm4`, which takes a token that is there before it merges, as tiktoken
-does).
+pairs of bytes by their order; what a family says of the cuts also says there that a token which is
+there is taken before anything is merged, as tiktoken does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import tell
+from .. import families, tell
 from ..families import Family
 from .protobuf import FIXED32, VARINT, fields, key, sized, varint
 from .tokenizer import ChatGLMTokenizer
@@ -26,7 +26,6 @@ TEMPLATE = "tokenizer.chat_template"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of SentencePiece's file
 _BPE = 2  # its kind of model
-_FORMS = {True: ("gpt2", "glm4"), False: ("llama", "chatglm-spm")}  # by `Family.byte_pairs`
 _FLAGS = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
 
 
@@ -75,7 +74,7 @@ def gguf_fields(tokenizer: ChatGLMTokenizer, family: Family, size: int) -> dict[
     if len(set(texts)) < len(texts):
         twice = next(text for i, text in enumerate(texts) if text in texts[:i])
         raise ValueError(f"{where}: token {twice!r:.60} stands twice, which llama.cpp refuses")
-    model, cuts = _FORMS[family.byte_pairs]
+    model, cuts = family.gguf_vocabulary
     found |= {"model": model, "pre": cuts, "tokens": texts, "token_type": kinds}
     if not family.byte_pairs:
         found["scores"] = scores
@@ -94,7 +93,7 @@ def gguf_fields(tokenizer: ChatGLMTokenizer, family: Family, size: int) -> dict[
 # Back
 
 
-class Vocabulary:
+class GGUFVocabulary:
     """The tokenizer of a GGUF file.
 
     byte_pairs: its form, None where it has none. texts, kinds, scores: of every id. ends: ids that
@@ -105,7 +104,8 @@ class Vocabulary:
         """ValueError naming a key with another kind of value, and a form that no family has."""
         self.metadata = metadata
         model = metadata.get(PREFIX + "model")
-        forms = {form[0]: byte_pairs for byte_pairs, form in _FORMS.items()} | {"none": None}
+        known = [f for f in families.all_families().values() if f.gguf_arch]
+        forms = {f.gguf_vocabulary[0]: f.byte_pairs for f in known} | {"none": None}
         if model not in forms:
             raise ValueError(f"{PREFIX}model: expected one of {' '.join(forms)}, got {model!r:.60}")
         self.byte_pairs = forms[model]

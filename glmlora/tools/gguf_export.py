@@ -28,6 +28,7 @@ from ..model.configuration import ChatGLMConfig
 from ..model.parameters import PEFT_PREFIX, weight_of
 from ..model.peft import PeftModel
 from ..model.quantization import QuantizedTensor
+from ..model.replaced import keep
 from ..names import did_you_mean
 from ..progress import bar
 from ..tell import warn
@@ -102,6 +103,7 @@ def export(
         metadata |= _tokenizer_fields(directory, opened.config)
         if tuned is not None:
             opened.core.remove_lora()
+            keep(opened)
         tensors = _model_sources(opened, tuned, form, name)
     total = sum(gguf.nbytes(source.kind, source.shape) for source in tensors)
     check_room(target, total + _BESIDE)

@@ -37,6 +37,7 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+TRACKERS = ("tensorboard", "mlflow", "swanlab")
 STRATEGIES = ("no", "steps", "epoch")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 
@@ -248,7 +249,7 @@ class TrainingArguments(Group):
     log_level: str = option("passive", "A", "there is no logger to set", LOG_LEVELS)
     log_level_replica: str = option("warning", "A", "there are no replicas", LOG_LEVELS)
     log_on_each_node: bool = option(True, "A", "there is one node")
-    logging_dir: StrPath | None = option(None, "A", "logs stand in output_dir")
+    logging_dir: StrPath | None = option(None, "S", "tensorboard's folder (default: runs)")
     logging_strategy: str = option("steps", "S", "when to log", STRATEGIES)
     logging_first_step: bool = option(False, "S", "log the first update too")
     logging_steps: float = option(500, "W", "updates between logs; below 1: part of all")
@@ -319,9 +320,9 @@ class TrainingArguments(Group):
     adafactor: bool = option(False, "R", "the optimizer is AdamW; leave it out")
     group_by_length: bool = option(False, "S", "put rows of like length into one batch")
     length_column_name: str = option("length", "A", "lengths are counted in ids")
-    report_to: str | list[str] | None = option(None, "A",
-        "logs go to trainer_log.jsonl and trainer_state.json", kind="words")
-    run_name: str | None = option(None, "A", "there are no external loggers")
+    report_to: str | list[str] | None = option(None, "S",
+        "tell tensorboard, mlflow or swanlab what is logged, too", kind="words")
+    run_name: str | None = option(None, "S", "what trackers call the run (default: output_dir's)")
     push_to_hub: bool = option(False, "R", _HUB)
     hub_model_id: str | None = option(None, "R", _HUB)
     hub_strategy: str = option("every_save", "R", _HUB)
@@ -367,6 +368,11 @@ class TrainingArguments(Group):
         self.no_cuda = self.use_cpu = self.no_cuda or self.use_cpu
         self._settle_intervals()
         self._settle_best_model()
+
+    @property
+    def trackers(self) -> list[str]:
+        """Of `report_to` those that there are."""
+        return [name for name in self.report_to or () if name in TRACKERS]
 
     @property
     def order_seed(self) -> int:
@@ -636,6 +642,13 @@ def without_effect(
         ("warmup_ratio", t.warmup_steps > 0, "warmup_steps"),
         ("warmup_ratio warmup_steps", t.lr_scheduler_type == "constant", "lr_scheduler_type"),
         ("num_train_epochs", t.max_steps > 0, "max_steps"),
+        (
+            "report_to",
+            set(t.report_to or ()) - {*TRACKERS, "none"},
+            f"{' '.join(t.report_to or ())}: expected some of {', '.join(TRACKERS)}",
+        ),
+        ("run_name", not t.trackers, "report_to names no tracker"),
+        ("logging_dir", "tensorboard" not in t.trackers, "report_to does not name tensorboard"),
         ("max_steps", t.max_steps < 1, "updates are counted from 1, num_train_epochs decides"),
         ("ignore_data_skip", t.resume_from_checkpoint is None, "resume_from_checkpoint"),
         (

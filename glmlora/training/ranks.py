@@ -311,13 +311,15 @@ class Ranks(Alone):
     # What the ranks of a machine share
 
     def settle_threads(self, asked: int | None) -> None:
+        self.agree()
         mine = sorted(os.sched_getaffinity(0))
         others = self._node.allgather(mine)
         if asked or not os.environ.get("OMP_NUM_THREADS"):
             _core.set_num_threads(asked or max(1, len(mine) // others.count(mine)))
 
     def device(self, kind: str) -> str:
-        found = devices.find(kind)
+        found = self.share(lambda: devices.find(kind))
+        self.agree()
         seen = self._node.allgather(os.environ.get("CUDA_VISIBLE_DEVICES"))
         if found.type == "cpu":
             return "cpu"

@@ -53,6 +53,7 @@ from .ranks import ALONE, Alone, world
 from .records import encode, load_datasets, read_records, records_from
 from .state import TrainState
 from .tasks import task_of
+from .trackers import trackers_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -352,6 +353,10 @@ def _loop(
 ) -> Loop:
     """Encode the records, and those held out where they are evaluated; the loop over them."""
     training, config = args.training, trainee.base.config
+    if ranks.rank == 0:
+        settings = {n: x for group in args[:4] for n, x in group.to_dict().items()}
+        more = training.output_dir, training.logging_dir, training.run_name
+        callbacks = [*callbacks, *trackers_of(training.trackers, *more, settings)]
     encoded = encode(records, trainee.tokenizer, args.data, config, "data", verbose)
     eval_encoded = None
     if held_out and (training.do_eval or training.eval_strategy != "no"):
