@@ -109,21 +109,21 @@ def predict(table, base, folder, **more):
     return scale.predict(table, base, "{title}", folder=folder, **given)
 
 
-@pytest.mark.parametrize("how", [{"choices": [0, 1]}, {"labels": [0, 1], "proba": True}])
+@pytest.mark.parametrize("how", [{"choices": None}, {"labels": [0, 1], "proba": True}])
 def test_a_dataset_comes_back_in_order(running, loaded, base, tmp_path, capsys, how):
     import ray.data
 
-    given = {**how} if "labels" in how else {**how, **DRAWN}
     model, tokenizer = loaded
+    given = {**how} if "labels" in how else {**how, **DRAWN}
+    if "choices" in how:  # the answer of the last row does not count: one shard has such a one
+        answers = [row["label"] for row in model.predict_table(tokenizer, ROWS, "{title}", **DRAWN)]
+        given["choices"] = sorted({*answers} - {answers[-1], ""})
     want = model.predict_table(tokenizer, ROWS, "{title}", **given)
-    if "labels" in how:
-        how = {**how, "temperature": None, "max_length": None}
-    how = {name: value for name, value in how.items() if value is not None}
     blocks = ray.data.from_items(ROWS, override_num_blocks=3)
     found = scale.predict(blocks, base, "{title}", folder=tmp_path / "f", workers=2, **given)
     assert found.take_all() == want
     told = capsys.readouterr().err
-    assert ("150 of 150 answers are none of ['0', '1']" in told) == ("choices" in how)
+    assert ("of 150 answers are none of" in told) == ("choices" in how)
     other = ray.data.from_items(ROWS, override_num_blocks=7)  # the same rows, cut otherwise
     again = scale.predict(other, base, "{title}", folder=tmp_path / "f", **given)
     assert again.take_all() == want and "goes on after 150 of 150" in capsys.readouterr().err
