@@ -421,7 +421,7 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     _flag(
         parser,
         "--compute-dtype",
-        choices=["auto", "float32", "bfloat16", "int8"],
+        choices=["auto", *devices.COMPUTE_DTYPES],
         help="type of the large products; default: what the processor multiplies fast",
     )
     _flag(parser, "--temperature", type=float, help="0 is greedy")
