@@ -30,8 +30,9 @@ sys.path[:0] = [str(HERE), str(HERE / "peers")]
 
 import make_gguf  # noqa: E402
 import six_b  # noqa: E402
-from glmlora import _core  # noqa: E402
 from sides import SIX_B, glm_fields  # noqa: E402
+
+from glmlora import _core  # noqa: E402
 
 LAYERS, WHOLE, REPS = 2, 28, 5  # in the file, in the model, runs at most
 QKV, DENSE, MLP = 4608 * 4096, 4096 * 4096, 3 * 4096 * 13696  # weights of a layer
