@@ -5,12 +5,12 @@
 ChatGLM2-6B's shapes with random weights, 2 threads. Seconds are those of 28 layers; worker.py and
 the peers tell how they are found from fewer. GLMLORA_ISA=avx2 measures another set than the best:
 the limits are that set's, and llama.cpp is the one that `make peers SET=avx2` built. Sides are run
-in turn, again and again, at most 5 times (`x5`), fewer where `--minutes` do not allow; a figure is the median. limits.c is run between
-the runs, and a limit is the median of those. Peers (benchmarks/peers) are torch +
-transformers + peft, in bfloat16 where the processor multiplies it, and llama.cpp; rows stand
-without them where they are not installed. A bar is what the row has to reach: a share of the limit,
-or how many times a peer's speed. Rows go to stderr as they come; the table, results.json and
-bench.png (where matplotlib is installed) are written at the end.
+in turn, again and again, at most 5 times (`x5`), fewer where `--minutes` do not allow; a figure is
+the median. limits.c is run between the runs, and a limit is the median of those. Peers
+(benchmarks/peers) are torch + transformers + peft, in bfloat16 where the processor multiplies it,
+and llama.cpp; rows stand without them where they are not installed. A bar is what the row has to
+reach: a share of the limit, or how many times a peer's speed. Rows go to stderr as they come; the
+table, results.json and bench.png (where matplotlib is installed) are written at the end.
 """
 
 import argparse
