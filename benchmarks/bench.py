@@ -3,13 +3,14 @@
     make bench          (python benchmarks/bench.py [--minutes 6] [--only decode,prefill])
 
 ChatGLM2-6B's shapes with random weights, 2 threads. Seconds are those of 28 layers; worker.py and
-the peers tell how they are found from fewer. Sides are run in turn, again and again, at most 5
-times (`x5`), fewer where `--minutes` do not allow; a figure is the median. limits.c is run between
-the runs, and a limit is the median of those. Peers (benchmarks/peers) are torch +
-transformers + peft, in bfloat16 where the processor multiplies it, and llama.cpp; rows stand
-without them where they are not installed. A bar is what the row has to reach: a share of the limit,
-or how many times a peer's speed. Rows go to stderr as they come; the table, results.json and
-bench.png (where matplotlib is installed) are written at the end.
+the peers tell how they are found from fewer. GLMLORA_ISA=avx2 measures another set than the best:
+the limits are that set's, and llama.cpp is the one that `make peers SET=avx2` built. Sides are run
+in turn, again and again, at most 5 times (`x5`), fewer where `--minutes` do not allow; a figure is
+the median. limits.c is run between the runs, and a limit is the median of those. Peers
+(benchmarks/peers) are torch + transformers + peft, in bfloat16 where the processor multiplies it,
+and llama.cpp; rows stand without them where they are not installed. A bar is what the row has to
+reach: a share of the limit, or how many times a peer's speed. Rows go to stderr as they come; the
+table, results.json and bench.png (where matplotlib is installed) are written at the end.
 """
 
 import argparse
@@ -30,6 +31,8 @@ sys.path[:0] = [str(HERE), str(HERE / "peers")]
 import make_gguf  # noqa: E402
 import six_b  # noqa: E402
 from sides import SIX_B, glm_fields  # noqa: E402
+
+from glmlora import _core  # noqa: E402
 
 LAYERS, WHOLE, REPS = 2, 28, 5  # in the file, in the model, runs at most
 QKV, DENSE, MLP = 4608 * 4096, 4096 * 4096, 3 * 4096 * 13696  # weights of a layer
@@ -57,6 +60,7 @@ PROMPTS = [268, 430, 533, 792, 410, 513, 684, 389, 491, 632, 367, 473, 592, 331,
 UNEVEN, OPENING = [349, 441, 523, 654], 41
 SHORTER = [n * 440 // 496 for n in PROMPTS]
 FORECAST_ROWS = 2000
+FORCED = os.environ.get("GLMLORA_ISA", "")  # of ours, the limits and llama.cpp alike
 
 
 class Side:
@@ -98,7 +102,8 @@ def forget(path):
 
 
 class Limits:
-    """What the machine does at most, by limits.c: `now`."""
+    """What the machine does at most with the instruction set that GLMLORA_ISA forces, by limits.c:
+    `now`."""
 
     def __init__(self, folder, threads=2):
         self.threads = str(threads)
@@ -110,7 +115,7 @@ class Limits:
 
     def measure(self):
         out = subprocess.run(
-            [self.program, self.threads], capture_output=True, text=True, check=True
+            [self.program, self.threads, FORCED], capture_output=True, text=True, check=True
         )
         self.now = json.loads(out.stdout)
         return self.now
@@ -143,7 +148,7 @@ class Bench:
                 for file in (folder / name).glob("*.safetensors"):
                     forget(file)
         self.torch = "torch" in peers and interpreter("torch", "transformers", "peft")
-        self.llama = "llama" in peers and interpreter("llama_cpp")
+        self.llama = "llama" in peers and interpreter("llama_cpp", among=LLAMA_PEERS)
         self.product = "bf16_gflop_s" if "bf16_gflop_s" in self.limits.now else "fma_gflop_s"
 
     def side(self, name):
@@ -307,8 +312,6 @@ def gemm(b):
         "float32": ("F32", "fma_gflop_s", "F32", {"limit": 0.85, "torch": 1.05}),
         "int8": ("I8", "int8_gop_s", None, {"limit": 0.75}),
     }
-    if os.environ.get("GLMLORA_ISA", "avx512bf16") != "avx512bf16":
-        del kinds["bfloat16"]  # the set that is forced has none
     for rows, seconds in ((512, 15), (2048, 40)):
         jobs = {}
         for compute, (kind, limit, peer, _) in kinds.items():
@@ -562,10 +565,14 @@ def draw(found, path):
     print(path)
 
 
-def interpreter(*modules):
-    """A Python that has these: this one, or that of .peers; None without."""
+PEERS = [sys.executable, str(HERE.parent / ".peers/bin/python")]
+LLAMA_PEERS = [str(HERE.parent / f".peers-{FORCED}/bin/python")] if FORCED else PEERS
+
+
+def interpreter(*modules, among=PEERS):
+    """The first Python of these that has the modules; None without."""
     find = f"import importlib.util as u; assert all(map(u.find_spec, {modules!r}))"
-    for python in (sys.executable, str(HERE.parent / ".peers/bin/python")):
+    for python in among:
         if Path(python).exists():
             if subprocess.run([python, "-c", find], capture_output=True).returncode == 0:
                 return python
@@ -578,7 +585,8 @@ def processor():
     name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
     flags = next((x.split() for x in lines if x.startswith("flags")), [])
     sets = [s for s in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if s in flags]
-    return f"{name or platform.processor()} ({', '.join(sets)})"
+    used = _core.backend_name("cpu") + (", forced" if FORCED else "")
+    return f"{name or platform.processor()} ({', '.join(sets)}), {used}"
 
 
 # in this order; after `cold` and `curves` the sides are closed, which gives their memory back

@@ -1,9 +1,10 @@
-/* What this machine can do at most, measured: `limits THREADS` prints one line of JSON.
+/* What this machine can do at most, measured: `limits THREADS [SET]` prints one line of JSON. SET, an
+ * instruction set as GLMLORA_ISA names them: as if the processor had no more.
  *
  * read_gb_s: reading memory that no cache holds, summed with vector loads. fma_gflop_s: float32
  * multiply-adds in registers. bf16_gflop_s, int8_gop_s: the dot products of 16-bit and 8-bit
- * numbers that the processor has (AVX-512 BF16, VNNI, else AVX2's vpmaddubsw + vpmaddwd);
- * left out where it has none. Each is the median of several runs, as the figures beside it are: a
+ * numbers that the processor has (AVX-512 BF16, VNNI, else AVX2's or AVX-512's vpmaddubsw +
+ * vpmaddwd); left out where it has none. Each is the median of several runs, as the figures beside it are: a
  * shared machine reaches its best for moments only. */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -108,6 +109,26 @@ AVX2 static double read_memory(void *arg)
 
 enum { LOOPS = 8000000 };
 
+/* Without FMA, as the generic kernels: a product and a sum. */
+static double multiply_and_add(void *arg)
+{
+    typedef float v4 __attribute__((vector_size(16)));
+    v4 a[12], x = {1, 1, 1, 1}, y = x * 1e-9f;
+    (void)arg;
+    for (int j = 0; j < 12; j++)
+        a[j] = x * (float)j;
+    for (int i = 0; i < LOOPS; i++)
+        for (int j = 0; j < 12; j++) {
+            __asm__ volatile("" : "+m"(x)); /* not the same product again */
+            a[j] += x * y;
+        }
+    float s = 0;
+    for (int j = 0; j < 12; j++)
+        s += a[j][0];
+    sink = s;
+    return 12.0 * 4 * 2 * LOOPS;
+}
+
 AVX2 static double multiply_add(void *arg)
 {
     v8 a[12], x = {1, 1, 1, 1, 1, 1, 1, 1}, y = x * 1e-9f;
@@ -200,6 +221,64 @@ __attribute__((target("avx2"))) static double dot_int8_256(void *arg)
     sink = (float)_mm256_extract_epi32(s, 0);
     return 8.0 * 32 * 2 * LOOPS;
 }
+
+__attribute__((target("avx512f,avx512bw"))) static double dot_int8_512_pairs(void *arg)
+{
+    __m512i a[16], x = _mm512_set1_epi8(1), y = x, one = _mm512_set1_epi16(1);
+    (void)arg;
+    for (int j = 0; j < 16; j++)
+        a[j] = _mm512_set1_epi32(j);
+    for (int i = 0; i < LOOPS; i++) {
+        for (int j = 0; j < 16; j++) {
+            __asm__ volatile("" : "+v"(x), "+v"(y));
+            a[j] = _mm512_add_epi32(a[j], _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), one));
+        }
+    }
+    __m512i s = a[0];
+    for (int j = 1; j < 16; j++)
+        s = _mm512_add_epi32(s, a[j]);
+    sink = (float)_mm512_reduce_add_epi32(s);
+    return 16.0 * 64 * 2 * LOOPS;
+}
+
+__attribute__((target("avxvnni"))) static double dot_int8_256_vnni(void *arg)
+{
+    __m256i a[12], x = _mm256_set1_epi8(1), y = x;
+    (void)arg;
+    for (int j = 0; j < 12; j++)
+        a[j] = _mm256_set1_epi32(j);
+    for (int i = 0; i < LOOPS; i++) {
+        __asm__ volatile("" : "+x"(x), "+x"(y));
+        for (int j = 0; j < 12; j++)
+            a[j] = _mm256_dpbusd_avx_epi32(a[j], x, y);
+    }
+    __m256i s = a[0];
+    for (int j = 1; j < 12; j++)
+        s = _mm256_add_epi32(s, a[j]);
+    sink = (float)_mm256_extract_epi32(s, 0);
+    return 12.0 * 32 * 2 * LOOPS;
+}
+
+/* Whether a set may be used: it is part of the one that is named. */
+static int within(const char *set, const char *named)
+{
+    static const char *const parts[][6] = {
+        {"generic"},
+        {"avx2", "generic"},
+        {"avxvnni", "avx2", "generic"},
+        {"avx512", "avx2", "generic"},
+        {"avx512vnni", "avx512", "avx2", "generic"},
+        {"avx512bf16", "avx512vnni", "avx512", "avx2", "generic"},
+    };
+    for (size_t i = 0; named && i < sizeof parts / sizeof *parts; i++)
+        if (strcmp(parts[i][0], named) == 0) {
+            for (int j = 0; j < 6 && parts[i][j]; j++)
+                if (strcmp(parts[i][j], set) == 0)
+                    return 1;
+            return 0;
+        }
+    return 1;
+}
 #endif
 
 int main(int argc, char **argv)
@@ -222,12 +301,21 @@ int main(int argc, char **argv)
            1e-9 * rate(read_memory, memory, threads));
     work fma = multiply_add;
 #if defined(__x86_64__)
-    work int8 = __builtin_cpu_supports("avx2") ? dot_int8_256 : NULL, bf16 = NULL;
-    if (__builtin_cpu_supports("avx512f"))
+    const char *set = argc > 2 && *argv[2] ? argv[2] : NULL;
+    work int8 = NULL, bf16 = NULL;
+    if (!within("avx2", set) || !__builtin_cpu_supports("avx2"))
+        fma = multiply_and_add;
+    else
+        int8 = dot_int8_256;
+    if (within("avxvnni", set) && __builtin_cpu_supports("avxvnni"))
+        int8 = dot_int8_256_vnni;
+    if (within("avx512", set) && __builtin_cpu_supports("avx512bw")) {
         fma = multiply_add_512;
-    if (__builtin_cpu_supports("avx512vnni"))
+        int8 = dot_int8_512_pairs;
+    }
+    if (within("avx512vnni", set) && __builtin_cpu_supports("avx512vnni"))
         int8 = dot_int8_512;
-    if (__builtin_cpu_supports("avx512bf16"))
+    if (within("avx512bf16", set) && __builtin_cpu_supports("avx512bf16"))
         bf16 = dot_bf16;
     if (bf16)
         printf(", \"bf16_gflop_s\": %.1f", 1e-9 * rate(bf16, NULL, threads));

@@ -175,7 +175,7 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
     *out = NULL;
     if (strncmp(name, "cpu:", 4) == 0)
         return glm_cpu_create(out, name, err);
-    if (strcmp(name, "plan") == 0)
+    if (strcmp(name, "plan") == 0 || strcmp(name, "plan/int16") == 0)
         return glm_plan_create(out, name, 0, GLM_F32, err);
     if (strcmp(name, "plan/bfloat16") == 0 || strcmp(name, "plan/int8") == 0)
         return glm_plan_create(out, name, 0, GLM_BF16, err);
@@ -188,8 +188,9 @@ glm_status glm_backend_create(struct glm_backend **out, const char *name, struct
     if (parse_device(&device, name))
         return cuda_create(out, &device, name, err);
     return glm_fail(err, GLM_EVALUE,
-                    "backend '%s': expected cpu[:ISA][/float32|/bfloat16|/int8], ref_f32, ref_f64, "
-                    "cuda[:N][/float32|/float16|/bfloat16], plan[/bfloat16|/int8] or "
+                    "backend '%s': expected cpu[:ISA][/float32|/bfloat16|/int16|/int8], ref_f32, "
+                    "ref_f64, cuda[:N][/float32|/float16|/bfloat16], "
+                    "plan[/bfloat16|/int16|/int8] or "
                     "plan:cuda..",
                     name);
 }

@@ -20,15 +20,16 @@ fast = pytest.mark.skipif(
 def test_auto_is_bfloat16_where_it_is_fast_and_the_weights_are_narrow(monkeypatch):
     monkeypatch.delenv("GLMLORA_COMPUTE_DTYPE")
     monkeypatch.delenv("GLMLORA_ISA", raising=False)
-    narrow = "bfloat16" if HAS else "float32"
-    assert compute_dtype(None, {"F16", "F32"}) == compute_dtype("auto", {"I4"}) == narrow
+    narrow = "bfloat16" if HAS else "int16"
+    assert compute_dtype("auto", {"I4"}) == narrow
+    assert compute_dtype(None, {"F16", "F32"}) == ("bfloat16" if HAS else "float32")
     assert compute_dtype(None, {"F32"}) == compute_dtype("float32", {"F16"}) == "float32"
     monkeypatch.setenv("GLMLORA_ISA", "generic")
     assert compute_dtype(None, {"F16"}) == "float32"
     with pytest.raises(ValueError, match="this processor does not multiply bfloat16"):
         compute_dtype("bfloat16", {"F16"})
     assert compute_dtype("int8", {"I8"}) == "int8"  # every set has bytes
-    with pytest.raises(ValueError, match="expected auto, float32, bfloat16, int8, got 'half'"):
+    with pytest.raises(ValueError, match="bfloat16, int16, int8, got 'half'"):
         compute_dtype("half", {"F16"})
 
 

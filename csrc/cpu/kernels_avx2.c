@@ -47,8 +47,14 @@ static inline __m256i group_sums(__m256i a, __m256i b, __m256i c, __m256i d)
         sum_;                                                                              \
     })
 #else
-#define DOT_I16(acc, a, b) \
-    ((vf)_mm256_add_epi32((__m256i)(acc), _mm256_madd_epi16((__m256i)(a), (__m256i)(b))))
+#define DOT_I16(acc, a, b)                                     \
+    ({ /* the compiler would hold all products before a sum */ \
+       vf sum_ = (acc), pairs_;                                \
+       __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"      \
+               : "+x"(sum_), "=&x"(pairs_)                     \
+               : "x"((vf)(a)), "xm"((vf)(b)));                 \
+       sum_;                                                   \
+    })
 #define BYTE_BIAS 0
 #define BYTES_OF_W(v) (v)
 #define DOT_I8(acc, w, x) ((vf)dot_i8_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))

@@ -58,8 +58,14 @@ static inline void copy_part(char *to, const char *from, size_t bytes)
         sum_;                                                                      \
     })
 #else
-#define DOT_I16(acc, a, b) \
-    ((vf)_mm512_add_epi32((__m512i)(acc), _mm512_madd_epi16((__m512i)(a), (__m512i)(b))))
+#define DOT_I16(acc, a, b)                                     \
+    ({ /* the compiler would hold all products before a sum */ \
+       vf sum_ = (acc), pairs_;                                \
+       __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"      \
+               : "+v"(sum_), "=&v"(pairs_)                     \
+               : "v"((vf)(a)), "vm"((vf)(b)));                 \
+       sum_;                                                   \
+    })
 #define BYTE_BIAS 0
 #define BYTES_OF_W(v) (v)
 #define DOT_I8(acc, w, x) ((vf)dot_i8_avx512((__m512i)(acc), (__m512i)(w), (__m512i)(x)))

@@ -64,7 +64,8 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
 static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
 {
     const int K = p->K, O = a->w->rows, few = N <= WORDS_IN_PLACE;
-    const size_t bytes = (size_t)word_chunks(K) * 4 * VB, runs = (size_t)word_runs(K, p->grouped);
+    const size_t bytes = (size_t)word_chunks(K, p->grouped) * 4 * VB,
+                 runs = (size_t)word_runs(K, p->grouped);
     const int R = few ? N > 1 ? WORD_ROWS : 1 : MR, columns = ceil_div((size_t)O, NT_COLS);
     const float *x = p->x;
     float *out = a->out;

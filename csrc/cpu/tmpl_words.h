@@ -1,5 +1,5 @@
-/* linear_forward over W of 8 or 4 bits with x in 16-bit integers (kind GLM_I16): at the memory's
- * speed where there are no products of bfloat16, and 3e-5 (relative RMS) from float32.
+/* linear_forward over W of 8 or 4 bits with x in 16-bit integers, "words": at the memory's speed
+ * where there are no products of bfloat16, and 3e-5 (relative RMS) from float32.
  *
  * A row of x is cut into runs of 256 columns, or of 32 where W has group scales, and a run has the
  * scale max |x| / 32767. The sum of a run times a row of W is exact in 32 bits: 256 * 128 * 32767 <
@@ -60,9 +60,14 @@ INLINE size_t run_at(int r, int R, int run, int runs, int grouped)
     return grouped ? (size_t)r * (size_t)runs + (size_t)run : (size_t)run * (size_t)R + (size_t)r;
 }
 
-INLINE int word_chunks(int K) { return (K + CHUNK - 1) / CHUNK; }
+/* Chunks of a packed row of x, of groups as many as word_runs has room for. */
+INLINE int word_chunks(int K, int grouped)
+{
+    return grouped ? word_runs(K, 1) * WORD_GROUP / CHUNK : (K + CHUNK - 1) / CHUNK;
+}
 
-/* n <= run columns at x as words, then zeros; a run that is not finite gets the scale NaN. */
+/* n <= run columns at x as words, then zeros, and 8 times their sum, by which masked 4-bit columns
+ * are too large; a run that is not finite gets the scale NaN. */
 INLINE void words_of(int16_t *q, float *scale, int32_t *sum, const float *x, int n, int run)
 {
     typedef int16_t vh __attribute__((vector_size(2 * VL), aligned(2)));
@@ -93,7 +98,7 @@ INLINE void words_of(int16_t *q, float *scale, int32_t *sum, const float *x, int
     *scale = finite ? most / 32767.0f : NAN;
     *sum = 0;
     for (int i = 0; i < VL; i++)
-        *sum += total[i];
+        *sum += 8 * total[i];
 }
 
 /* A chunk of natural columns in the order of 4-bit ones. */
@@ -119,7 +124,7 @@ static void pack_words_task(const void *arg, int task, char *scratch)
     const struct pack_args *p = arg;
     const int R = p->R, rows = p->N - task * R < R ? p->N - task * R : R;
     const int grouped = p->grouped, run = grouped ? WORD_GROUP : WORD_RUN;
-    const int runs = word_runs(p->K, grouped), chunks = word_chunks(p->K);
+    const int runs = word_runs(p->K, grouped), chunks = word_chunks(p->K, grouped);
     int32_t *to = (int32_t *)p->to + (size_t)task * R * chunks * 4 * VL;
     float *scale = p->word_scale + (size_t)task * R * runs;
     int32_t *sum = p->word_sum + (size_t)task * R * runs;
@@ -134,7 +139,7 @@ static void pack_words_task(const void *arg, int task, char *scratch)
                 const int there = r >= rows || K < k ? 0 : K - k < run ? K - k : run;
                 words_of(q + k, scale + at, sum + at, x + k, there, run);
             }
-            for (int c = 0; c * CHUNK < K; c++) {
+            for (int c = 0; c < WORD_BLOCK / CHUNK && k0 / CHUNK + c < chunks; c++) {
                 const int chunk = k0 / CHUNK + c;
                 int16_t *from = q + c * CHUNK;
                 if (p->dtype == GLM_I4)
@@ -204,7 +209,7 @@ INLINE void word_rows(float *sums, int R, int C, const char *x, const float *sca
         char end[4][RUN_BYTES] __attribute__((aligned(64)));
         const char *p[4];
         vf acc[16], high[4];
-        const int left = K - k0, chunks = left < WORD_RUN ? word_chunks(left) : WORD_RUN / CHUNK;
+        const int left = K - k0, chunks = left < WORD_RUN ? word_chunks(left, 0) : WORD_RUN / CHUNK;
         for (int c = 0; c < C; c++)
             p[c] = row[c] + glm_bytes(dtype, (size_t)k0);
         if (left < WORD_RUN)
@@ -230,7 +235,7 @@ INLINE void word_rows(float *sums, int R, int C, const char *x, const float *sca
             for (int c = 0; c < 4; c++)
                 acc[c] = whole_words(acc[c], high[c], R, dtype);
             const v4i s = (v4i)SUM4_INT(acc[0], acc[1], acc[2], acc[3]);
-            const int32_t bias = dtype == GLM_I4 ? 8 * sum[run] : 0;
+            const int32_t bias = dtype == GLM_I4 ? sum[run] : 0;
             y[0] += __builtin_convertvector(s - bias, v4) * scale[run];
             continue;
         }
@@ -250,57 +255,62 @@ INLINE void word_rows(float *sums, int R, int C, const char *x, const float *sca
     ((v4)__builtin_shufflevector(v, v, 4 * (q), 4 * (q) + 1, 4 * (q) + 2, 4 * (q) + 3))
 #endif
 
-/* The same for one row of W with group scales; sums[r]. */
+/* y[r] += the products of four chunks of W at p, as many groups as a vector has lanes; of_w: their
+ * scales; scale, sum: of x, `runs` from one row to the next; `from` is fetched into the cache. */
+INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char *x,
+                       const float *scale, const int32_t *sum, int runs, const float *of_w)
+{
+    vf t[4][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        vf acc[4] = {{0}}, high = {0};
+        if (i * VB % 64 == 0) /* a line once */
+            __builtin_prefetch(from + i * VB, 0, 2);
+        add_words(acc, &high, R, p + i * VB, x + i * 4 * R * VB, GLM_I4);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+            t[r][i] = whole_words(acc[r], high, R, GLM_I4);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        vi s = GROUP_SUMS(t[r][0], t[r][1], t[r][2], t[r][3]);
+        if (R == 1)
+            s -= *(const vi *)sum;
+        const vf v = INT_TO_FLOAT(s) * (load(scale + (size_t)r * (size_t)runs) * load(of_w));
+        y[r] += QUARTER(v, 0);
+#if VL > 4
+        y[r] += QUARTER(v, 1);
+#endif
+#if VL > 8
+        y[r] += QUARTER(v, 2);
+        y[r] += QUARTER(v, 3);
+#endif
+    }
+}
+
+/* The same as word_rows for one row of W with group scales; sums[r]. */
 INLINE void word_groups(float *sums, int R, const char *x, const float *scale, const int32_t *sum,
                         const struct glm_mat *w, int o, size_t ahead)
 {
     const int K = w->cols, runs = word_runs(K, 1);
-    const char *row = (const char *)w->data + (size_t)o * glm_bytes(GLM_I4, (size_t)K);
+    const char *p = (const char *)w->data + (size_t)o * glm_bytes(GLM_I4, (size_t)K);
     for (int r = 0; r < R; r++)
         sums[r] = 0;
     for (int k0 = 0; k0 < K; k0 += WORD_BLOCK) {
         const int in_block = K - k0 < WORD_BLOCK ? K - k0 : WORD_BLOCK;
         float of_w[BLOCK_GROUPS] = {0};
+        const float *next = of_w;
         v4 y[4] = {{0}};
+        int left = in_block;
         run_scales(of_w, w, o, k0, in_block);
-        for (int k = 0; k < in_block; k += 4 * CHUNK) { /* as many groups as lanes */
-            const int left = in_block - k, g = (k0 + k) / WORD_GROUP;
-            const char *p = row + (k0 + k) / 2, *from = p + ahead;
-            char end[4 * VB];
-            vf t[4][4];
-            if (left < 4 * CHUNK) {
-                COPY_PART(end, p, (size_t)left / 2);
-                p = end;
-            }
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++, p += VB) {
-                vf acc[4] = {{0}}, high = {0};
-                if (i * VB % 64 == 0) /* a line once */
-                    __builtin_prefetch(from + i * VB, 0, 2);
-                if (left > i * CHUNK) {
-                    add_words(acc, &high, R, p, x, GLM_I4);
-                    x += 4 * R * VB;
-                }
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++)
-                    t[r][i] = whole_words(acc[r], high, R, GLM_I4);
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                vi s = GROUP_SUMS(t[r][0], t[r][1], t[r][2], t[r][3]);
-                const size_t at = run_at(r, R, g, runs, 1);
-                if (R == 1)
-                    s -= *(const vi *)(sum + at) << 3;
-                const vf v = INT_TO_FLOAT(s) * (load(scale + at) * load(of_w + k / WORD_GROUP));
-                y[r] += QUARTER(v, 0);
-#if VL > 4
-                y[r] += QUARTER(v, 1);
-#endif
-#if VL > 8
-                y[r] += QUARTER(v, 2);
-                y[r] += QUARTER(v, 3);
-#endif
-            }
+        for (; left >= 4 * CHUNK; left -= 4 * CHUNK, p += 4 * VB, x += 16 * R * VB) {
+            add_groups(y, R, p, p + ahead, x, scale, sum, runs, next);
+            scale += VL, sum += VL, next += VL;
+        }
+        if (left > 0) { /* x has zeros there */
+            char end[4 * VB] __attribute__((aligned(64)));
+            COPY_PART(end, p, (size_t)left / 2);
+            add_groups(y, R, end, p, x, scale, sum, runs, next);
         }
         for (int r = 0; r < R; r++)
             sums[r] += (y[r][0] + y[r][1]) + (y[r][2] + y[r][3]);
@@ -320,7 +330,7 @@ INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype 
             row[c] = (const char *)w->data +
                      (size_t)(o0 + o + c < w->rows ? o0 + o + c : w->rows - 1) * stride;
         for (int g = 0; g * R < a->N; g++) {
-            const char *x = a->x + (size_t)g * R * (size_t)word_chunks(K) * 4 * VB;
+            const char *x = a->x + (size_t)g * R * (size_t)word_chunks(K, grouped) * 4 * VB;
             const float *scale = a->word_scale + (size_t)g * R * runs;
             const int32_t *sum = a->word_sum + (size_t)g * R * runs;
             float sums[16] = {0};
@@ -395,19 +405,24 @@ INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype dtype
         }
 }
 
+/* Of a tile in registers, which the compiler leaves there where the loops are unrolled. */
+#define EACH_SUM                                          \
+    _Pragma("GCC unroll 12") for (int m = 0; m < MR; m++) \
+        _Pragma("GCC unroll 2") for (int v = 0; v < NV; v++)
+
 /* acc (MR, NV) = sum over `pairs` of those of x (pairs, MR) times those of w (pairs, NR) */
 INLINE void dot_words(vf acc[MR][NV], const float *x, const char *w, int pairs)
 {
-    for (int m = 0; m < MR; m++)
-        for (int v = 0; v < NV; v++)
-            acc[m][v] = (vf){0};
-#pragma GCC unroll 2
+    EACH_SUM acc[m][v] = (vf){0};
     for (int k = 0; k < pairs; k++, x += MR, w += NV * VB) {
         vf wv[NV];
+#pragma GCC unroll 2
         for (int v = 0; v < NV; v++)
             wv[v] = load((const float *)(w + v * VB));
+#pragma GCC unroll 12
         for (int m = 0; m < MR; m++) {
             const vf xv = splat_unit(x + m);
+#pragma GCC unroll 2
             for (int v = 0; v < NV; v++)
                 acc[m][v] = DOT_I16(acc[m][v], wv[v], xv);
         }
@@ -422,11 +437,11 @@ INLINE void word_tile(float *tile, size_t ldt, const float *x, const char *w, in
         vf acc[MR][NV];
         dot_words(acc, x + (size_t)k * MR, w + (size_t)k * NV * VB,
                   pairs - k < WORD_RUN / 2 ? pairs - k : WORD_RUN / 2);
-        for (int m = 0; m < MR; m++)
-            for (int v = 0; v < NV; v++) {
-                float *at = tile + m * ldt + v * VL;
-                store(at, load(at) + INT_TO_FLOAT((vi)acc[m][v]) * splat(scale[m]));
-            }
+        EACH_SUM
+        {
+            float *at = tile + m * ldt + v * VL;
+            store(at, load(at) + INT_TO_FLOAT((vi)acc[m][v]) * splat(scale[m]));
+        }
     }
 }
 
@@ -440,17 +455,14 @@ INLINE void word_group_tile(float *tile, size_t ldt, const float *x, const char 
         vf acc[MR][NV];
         dot_words(acc, x + (size_t)g * WORD_GROUP / 2 * MR,
                   w + (size_t)g * WORD_GROUP / 2 * NV * VB, WORD_GROUP / 2);
-        for (int m = 0; m < MR; m++)
-            for (int v = 0; v < NV; v++)
-                part[g % 4][m][v] += INT_TO_FLOAT((vi)acc[m][v]) *
-                                     (splat(scale[m * runs + g]) * load(of_w + g * NR + v * VL));
+        EACH_SUM part[g % 4][m][v] += INT_TO_FLOAT((vi)acc[m][v]) *
+                                      (splat(scale[m * runs + g]) * load(of_w + g * NR + v * VL));
     }
-    for (int m = 0; m < MR; m++)
-        for (int v = 0; v < NV; v++) {
-            float *at = tile + m * ldt + v * VL;
-            store(at,
-                  load(at) + ((part[0][m][v] + part[1][m][v]) + (part[2][m][v] + part[3][m][v])));
-        }
+    EACH_SUM
+    {
+        float *at = tile + m * ldt + v * VL;
+        store(at, load(at) + ((part[0][m][v] + part[1][m][v]) + (part[2][m][v] + part[3][m][v])));
+    }
 }
 
 /* tile (rows, ldt) of many rows: blocks of W are packed a panel at a time, x is packed already */
@@ -459,13 +471,13 @@ INLINE void words_packed(float *tile, size_t ldt, const struct nt_args *a, enum 
 {
     const int K = a->w->cols, runs = word_runs(K, grouped), panels = (cols + NR - 1) / NR;
     const int tiles = (rows + MR - 1) / MR * panels;
-    const size_t units = (size_t)word_chunks(K) * 4 * VL;
+    const size_t units = (size_t)word_chunks(K, grouped) * 4 * VL;
     float *of_w = (float *)(wp + (size_t)NT_COLS / NR * WORD_PANEL), edge[MR * NR] = {0};
     for (int n = 0; n < rows; n++)
         memset(tile + n * ldt, 0, (size_t)cols * 4);
     for (int k0 = 0; k0 < K; k0 += WORD_BLOCK) {
         const int in_block = K - k0 < WORD_BLOCK ? K - k0 : WORD_BLOCK, next = K - k0 - WORD_BLOCK;
-        const int pairs = word_chunks(in_block) * 4 * VL;
+        const int pairs = word_chunks(in_block, 0) * 4 * VL;
         for (int o = 0; o < cols; o += NR)
             pack_w_words(wp + (size_t)o / NR * WORD_PANEL, a->w, dtype, o0 + o, cols - o, k0,
                          in_block);

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import families
+from ..model import device as devices
 from . import verbs
 
 
@@ -26,7 +27,7 @@ def _loading_flags(parser: argparse.ArgumentParser) -> None:
     _flag(
         parser,
         "--compute-dtype",
-        choices=["auto", "float32", "bfloat16", "int8"],
+        choices=["auto", *devices.COMPUTE_DTYPES],
         help="type of the large products; default: what the processor multiplies fast",
     )
 

@@ -30,7 +30,7 @@ from ..progress import notices
 
 KINDS = ("cpu", "cuda", "emu")
 _COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-COMPUTE_DTYPES = ("float32", "bfloat16", "int8")
+COMPUTE_DTYPES = ("float32", "bfloat16", "int16", "int8")
 
 _warned: set[str] = set()
 _announced: set[str] = set()
@@ -179,14 +179,18 @@ def memory_available(device: Device) -> int:
 def compute_dtype(asked: str | None, stored: Iterable[str]) -> str:
     """The type for a model whose matrices are stored as `stored` ("F32", "F16", "I8", ..): the one
     asked for, else the environment variable GLMLORA_COMPUTE_DTYPE's, else ("auto") bfloat16 where
-    the processor has such products and the weights are of 16 bits or less, float32 elsewhere.
+    the processor has such products and the weights are of 16 bits or less; elsewhere int16 where
+    there are weights of 8 or 4 bits, and float32.
 
     Raises ValueError for a type that is unknown or that this processor does not multiply.
     """
     wanted = asked or os.environ.get("GLMLORA_COMPUTE_DTYPE") or "auto"
     fast = "avx512bf16" in (os.environ.get("GLMLORA_ISA") or _core.cpu_variants()).split(",")
     if wanted == "auto":
-        return "bfloat16" if fast and any(s not in ("F32", "F64") for s in stored) else "float32"
+        kinds = set(stored)
+        if fast and kinds - {"F32", "F64"}:
+            return "bfloat16"
+        return "int16" if kinds & {"I8", "I4"} else "float32"
     if wanted not in COMPUTE_DTYPES:
         raise ValueError(
             f"compute_dtype: expected auto, {', '.join(COMPUTE_DTYPES)}, got {wanted!r}"
@@ -194,7 +198,7 @@ def compute_dtype(asked: str | None, stored: Iterable[str]) -> str:
     if wanted == "bfloat16" and not fast:
         raise ValueError(
             "compute_dtype: this processor does not multiply bfloat16 (that takes AVX-512 BF16, "
-            "VNNI and VBMI); expected auto, float32 or int8"
+            "VNNI and VBMI); expected auto, float32, int16 or int8"
         )
     return wanted
 

@@ -349,7 +349,7 @@ class ChatGLMForConditionalGeneration(_Casts):
             raise
         self.config.quantization_bit = bits
         self.config.quantization_group_size = group or None
-        return self
+        return self._move(self.device)  # for its products' type
 
     # Weights
 

@@ -214,7 +214,7 @@ def plan(
             result.process = _process()
             form = compute_dtype(None, [f"I{bits}" if bits else kind])
             columns = max(max(shape) for shape in model._linear_shapes().values())
-            widest = result.tokens * columns * (4 if form == "float32" else 2)
+            widest = result.tokens * columns * (4 if form in ("float32", "int16") else 2)
             result.scratch = _core.get_num_threads() * _THREAD_SCRATCH + min(_PACKED, widest)
             result.mapped = sizes["weights"] - (0 if stored else quantized)
             result.weights -= result.mapped

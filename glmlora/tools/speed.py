@@ -42,7 +42,7 @@ MODELS = {"1.5B": (1.35e9, 0.12e9), "6B": (5.71e9, 0.27e9), "9B": (8.16e9, 0.62e
 
 class Speed(NamedTuple):
     """Bytes a second of one-row products by form; operations a second of many rows by the type of
-    products: that of models of 16 bits, and int8 over int8."""
+    products: those of models of 16 bits and, over int8, of models of 8 bits, and int8."""
 
     reading: dict[str, float]
     products: dict[str, float]
@@ -55,8 +55,8 @@ def measure(rows: int = 16384, many: int = 512, seconds: float = 0.05) -> Speed:
 
     Raises ValueError where GLMLORA_ISA forces what cannot be used.
     """
-    usual = compute_dtype(None, ["F16"])
-    ops = {kind: Ops(f"cpu/{kind}") for kind in (usual, "int8")}
+    usual, narrow = compute_dtype(None, ["F16"]), compute_dtype(None, ["I8"])
+    ops = {kind: Ops(f"cpu/{kind}") for kind in (usual, narrow, "int8")}
     memory = np.full(rows * COLUMNS * 2, 17, np.uint8)  # as numbers of every type, none special
     scales = np.full((4 * rows, COLUMNS // 32), 0.01, np.float16)
 
@@ -79,11 +79,13 @@ def measure(rows: int = 16384, many: int = 512, seconds: float = 0.05) -> Speed:
     for form in FORMS:
         width = rows * 16 // form.bits
         read = width * COLUMNS * (form.bits / 8 + (1 / 16 if form.group else 0))
-        reading[form.title] = read / seconds_of(usual, form, 1, width)
+        kind = usual if form.group is None else narrow
+        reading[form.title] = read / seconds_of(kind, form, 1, width)
     width = max(rows // 8, 16)
     flops = 2.0 * many * width * COLUMNS
     products = {usual: flops / seconds_of(usual, FORMS[0], many, width)}
-    products["int8"] = flops / seconds_of("int8", FORMS[1], many, width)
+    for kind in sorted({narrow, "int8"} - {usual}):
+        products[kind] = flops / seconds_of(kind, FORMS[1], many, width)
     return Speed(reading, products)
 
 

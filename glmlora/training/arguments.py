@@ -104,7 +104,7 @@ class ModelArguments(Group):
     double_quantization: bool = option(True, "A", "the scales of a 4-bit base are float16")
     compute_dtype: str | None = option(None, "S",
         "type of the large products; int8: over an int8 base",
-        ("auto", "float32", "bfloat16", "int8"))
+        ("auto", "float32", "bfloat16", "int16", "int8"))
     checkpoint_dir: str | list[str] | None = option(None, "S",
         "trained checkpoints, separated by commas")
     reward_model: str | None = option(None, "R",
