@@ -175,6 +175,13 @@ OP(rope_append, N,
    struct glm_kv cache, void *qkv, const void *table, const int32_t *position,
    const int32_t *slot, int N, struct glm_heads heads, int rotary_dim)
 
+/* qkv = inp W^T + bias as `linear_forward` gives it, then rope_append of it
+ *   inp (N, I)   W ((NH+2*KVH)*HD, I)   bias or NULL */
+OP(linear_rope_append, N,
+   struct glm_kv cache, void *qkv, const void *inp, const struct glm_mat *weight, const void *bias,
+   const void *table, const int32_t *position, const int32_t *slot, int N, struct glm_heads heads,
+   int rotary_dim)
+
 /* ---- P-Tuning v2: Liu et al. 2021. Rows of the prefix encoder become cache rows of every layer,
  * `copies` times. */
 
@@ -199,6 +206,16 @@ OP(swiglu_forward, N,
  *   dinp (N, 2F) may be inp itself */
 OP(swiglu_backward, N,
    void *dinp, const void *dout, const void *inp, int N, int F)
+
+/* out = a W^T + bias as `linear_forward` gives it of a, the swiglu_forward of h
+ *   out (N, O)   h (N, 2F)   W (O, F)   bias (O) or NULL   act (N, F): its contents are undefined */
+OP(swiglu_linear_forward, N,
+   void *out, void *act, const void *h, const struct glm_mat *weight, const void *bias, int N)
+/* dinp = dh W as `linear_backward_input` gives it of dh, the swiglu_backward of dact and h
+ *   dinp (N, I), may be dact's memory   dact (N, F)   h (N, 2F): its contents are undefined
+ *   W (2F, I), I at most F */
+OP(swiglu_linear_backward, N,
+   void *dinp, const void *dact, void *h, const struct glm_mat *weight, int N)
 
 /* out = 0.5 inp (1 + tanh(sqrt(2/pi) (inp + 0.044715 inp^3))), n elements; in place allowed
  *                                                             Hendrycks & Gimpel 2016 */

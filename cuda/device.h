@@ -109,6 +109,14 @@ void glm_cuda_multiplied(struct cuda *cx, int status, int m, int n, int k);
  * them comes near 2^exponent. scale / factor is left in small->alpha. NULL: none is needed. */
 const float *glm_cuda_factor(struct cuda *cuda, const void *x, size_t n, enum glm_dtype type,
                              int exponent, double scale);
+/* The same of so many elements of small->largest. */
+const float *glm_cuda_factor_of(struct cuda *cuda, int n, int exponent, double scale);
+/* elementwise.cu: swiglu of h (N, 2F) in a 16-bit type, out (N, F); and the gradient of h, of dact
+ * (N, F), times the factor that is returned, at the beginning of each row of h. */
+void glm_cuda_swiglu_narrow(struct cuda *cuda, void *out, enum glm_dtype type, const void *h, int N,
+                            int F);
+const float *glm_cuda_swiglu_backward_narrow(struct cuda *cuda, void *h, enum glm_dtype type,
+                                             const void *dact, int N, int F);
 /* At least `bytes` of a scratch buffer, or NULL after keeping the error. */
 void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
 /* Products of an adapter's matrix W (adapter.cu): out = scale * inp W^T, or inp W where it is

@@ -1,5 +1,6 @@
 /* Element by element: SwiGLU, GELU, tanh, dropout, sums. A thread has four adjacent elements of a row. */
 #include "launch.cuh"
+#include "products.h"
 
 static __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -23,6 +24,95 @@ GLM_KERNEL(256) k_swiglu_forward(float *out, const float *inp, int F, int blocks
     store4(out + n * F, f, F, gate);
 }
 
+/* The same in 16 bits, eight columns a thread */
+GLM_KERNEL(256)
+k_swiglu_narrow(unsigned short *out, int type, const float *inp, int F, int blocks)
+{
+    const size_t n = blockIdx.x / blocks;
+    const int f = 2 * column4(blocks);
+    float v[8];
+    if (f >= F)
+        return;
+#pragma unroll
+    for (int half = 0; half < 8; half += 4) {
+        const f4 gate = load4(inp + n * 2 * F, f + half, F),
+                 up = load4(inp + n * 2 * F + F, f + half, F);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            v[half + j] = gate.v[j] * sigmoid(gate.v[j]) * up.v[j];
+    }
+    *reinterpret_cast<uint4 *>(out + n * F + f) = narrow8(v, type);
+}
+
+/* Gate and value become their gradients. */
+static __device__ __forceinline__ void swiglu_gradient(f4 &gate, f4 &up, const f4 dy)
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float x = gate.v[j], s = sigmoid(x);
+        gate.v[j] = dy.v[j] * up.v[j] * s * (1.0f + x * (1.0f - s));
+        up.v[j] = dy.v[j] * x * s;
+    }
+}
+
+/* The same times *factor (NULL: 1) in 16 bits, at the beginning of the row of h that it is of: a
+ * block has read the row. */
+GLM_KERNEL(512)
+k_swiglu_backward_narrow(float *h, int type, const float *dact, int F, const float *factor)
+{
+    enum { TURNS = GLM_SWIGLU_ROW / 8 / 512 };
+    const size_t n = blockIdx.x;
+    const float by = factor ? *factor : 1.0f;
+    uint4 gates[TURNS], ups[TURNS];
+    h += n * 2 * F, dact += n * F;
+#pragma unroll
+    for (int t = 0; t < TURNS; t++) {
+        const int f = 8 * (t * (int)blockDim.x + (int)threadIdx.x);
+        float v[8], w[8];
+        if (f >= F)
+            break;
+#pragma unroll
+        for (int half = 0; half < 8; half += 4) {
+            f4 gate = load4(h, f + half, F), up = load4(h + F, f + half, F);
+            swiglu_gradient(gate, up, load4(dact, f + half, F));
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                v[half + j] = by * gate.v[j], w[half + j] = by * up.v[j];
+        }
+        gates[t] = narrow8(v, type), ups[t] = narrow8(w, type);
+    }
+    __syncthreads();
+    unsigned short *to = reinterpret_cast<unsigned short *>(h);
+#pragma unroll
+    for (int t = 0; t < TURNS; t++) {
+        const int f = 8 * (t * (int)blockDim.x + (int)threadIdx.x);
+        if (f >= F)
+            break;
+        *reinterpret_cast<uint4 *>(to + f) = gates[t];
+        *reinterpret_cast<uint4 *>(to + F + f) = ups[t];
+    }
+}
+
+GLM_BLOCK_REDUCTION(block_max, float, warp_max, 0)
+
+/* Of a block's rows of that gradient the largest element */
+GLM_KERNEL(256)
+k_swiglu_largest(float *largest, const float *dact, const float *h, int N, int F)
+{
+    float most = 0;
+    for (size_t n = blockIdx.x; n < (size_t)N; n += gridDim.x)
+        for (int f = 4 * threadIdx.x; f < F; f += 4 * blockDim.x) {
+            f4 gate = load4(h + n * 2 * F, f, F), up = load4(h + n * 2 * F + F, f, F);
+            swiglu_gradient(gate, up, load4(dact + n * F, f, F));
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                most = fmaxf(most, fmaxf(fabsf(gate.v[j]), fabsf(up.v[j])));
+        }
+    most = block_max(most);
+    if (threadIdx.x == 0)
+        largest[blockIdx.x] = most;
+}
+
 /* dinp may be inp: a thread has read what it writes */
 GLM_KERNEL(256)
 k_swiglu_backward(float *dinp, const float *dout, const float *inp, int F, int blocks)
@@ -32,13 +122,7 @@ k_swiglu_backward(float *dinp, const float *dout, const float *inp, int F, int b
     if (f >= F)
         return;
     f4 gate = load4(inp + n * 2 * F, f, F), up = load4(inp + n * 2 * F + F, f, F);
-    const f4 dy = load4(dout + n * F, f, F);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float x = gate.v[j], s = sigmoid(x);
-        gate.v[j] = dy.v[j] * up.v[j] * s * (1.0f + x * (1.0f - s));
-        up.v[j] = dy.v[j] * x * s;
-    }
+    swiglu_gradient(gate, up, load4(dout + n * F, f, F));
     store4(dinp + n * 2 * F, f, F, gate);
     store4(dinp + n * 2 * F + F, f, F, up);
 }
@@ -175,6 +259,30 @@ extern "C" void glm_cuda_swiglu_backward(void *cx, void *dinp, const void *dout,
     if (glm_cuda_begin(cuda))
         GLM_LAUNCH(cuda, "swiglu_backward", k_swiglu_backward, (size_t)N * blocks_of(F), 256, 0,
                    (float *)dinp, (const float *)dout, (const float *)inp, F, blocks_of(F));
+}
+
+void glm_cuda_swiglu_narrow(struct cuda *cuda, void *out, enum glm_dtype type, const void *h, int N,
+                            int F)
+{
+    const int blocks = (int)ceil_div((size_t)F, 2048);
+    GLM_LAUNCH(cuda, "swiglu_linear_forward", k_swiglu_narrow, (size_t)N * blocks, 256, 0,
+               (unsigned short *)out, (int)type, (const float *)h, F, blocks);
+}
+
+const float *glm_cuda_swiglu_backward_narrow(struct cuda *cuda, void *h, enum glm_dtype type,
+                                             const void *dact, int N, int F)
+{
+    struct glm_small *small = cuda->small;
+    const int blocks = N < 512 ? N : 512;
+    const float *factor = NULL;
+    if (type == GLM_F16) {
+        GLM_LAUNCH(cuda, "swiglu_linear_backward", k_swiglu_largest, blocks, 256, 0, small->largest,
+                   (const float *)dact, (const float *)h, N, F);
+        factor = glm_cuda_factor_of(cuda, blocks, 13, 1);
+    }
+    GLM_LAUNCH(cuda, "swiglu_linear_backward", k_swiglu_backward_narrow, N, 512, 0, (float *)h,
+               (int)type, (const float *)dact, F, factor);
+    return factor;
 }
 
 extern "C" void glm_cuda_gelu_forward(void *cx, void *out, const void *inp, size_t n)

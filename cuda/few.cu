@@ -21,4 +21,25 @@ void glm_cuda_few(struct cuda *cuda, const char *op, few_rows a, const struct gl
     a.w = matrix_of(W);
     GLM_LAUNCH_AFTER(cuda, op, k_few, ceil_div((size_t)W->rows, of_block), 256, 0, a);
 }
+
+extern "C" void glm_cuda_linear_rope_append(void *cx, struct glm_kv cache, void *qkv,
+                                            const void *inp, const struct glm_mat *weight,
+                                            const void *bias, const void *table,
+                                            const int32_t *position, const int32_t *slot, int N,
+                                            struct glm_heads heads, int rotary_dim)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (!glm_few_turns(cuda->compute, weight, N, heads)) {
+        glm_cuda_linear_forward(cx, qkv, inp, weight, bias, N, 1, 0);
+        glm_cuda_rope_append(cx, cache, qkv, table, position, slot, N, heads, rotary_dim);
+    } else if (N && glm_cuda_begin(cuda)) {
+        few_rows a = {(float *)qkv, (const float *)inp, (const float *)bias};
+        a.N = N, a.scale = 1;
+        a.turn.table = (const float *)table, a.turn.position = position, a.turn.slot = slot;
+        a.turn.k = (float *)cache.k, a.turn.v = (float *)cache.v;
+        a.turn.NH = heads.NH, a.turn.KVH = heads.KVH, a.turn.HD = heads.HD;
+        a.turn.rotary_dim = rotary_dim;
+        glm_cuda_few(cuda, "linear_rope_append", a, weight);
+    }
+}
 #endif

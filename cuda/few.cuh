@@ -45,6 +45,15 @@ static __device__ __forceinline__ float scale_at(const stored_matrix &w, size_t 
 
 /* ---- a warp has ROWS rows of W and all NB rows of inp */
 
+/* Rows of W are heads: queries and keys turn, as k_rope_append has it, and keys and values go into
+ * the cache, too. table NULL: not so. */
+struct turned_heads {
+    const float *table;
+    const int *position, *slot;
+    float *k, *v;
+    int NH, KVH, HD, rotary_dim;
+};
+
 struct few_rows {
     float *out;
     const float *inp, *bias;
@@ -54,7 +63,28 @@ struct few_rows {
     const float *xa, *B; /* an adapter's (N, R) and (O, R), times added; NULL: none */
     int R;
     float added;
+    turned_heads turn;
 };
+
+/* Elements o and o + 1, o even, of row n: out, and where they belong in the cache. */
+static __device__ __forceinline__ void put_turned(const few_rows &a, int n, int o, float x, float y)
+{
+    const turned_heads &t = a.turn;
+    const int h = o / t.HD, i = o % t.HD, kv = h - t.NH;
+    float *to = a.out + (size_t)n * a.w.rows + o;
+    if (kv < t.KVH && i < t.rotary_dim) {
+        const float *angle = t.table + (size_t)t.position[n] * t.rotary_dim + i;
+        const float was = x;
+        x = was * angle[0] - y * angle[1];
+        y = y * angle[0] + was * angle[1];
+    }
+    to[0] = x, to[1] = y;
+    if (kv < 0)
+        return;
+    const size_t at = ((size_t)t.slot[n] * t.KVH + kv % t.KVH) * t.HD + i;
+    to = (kv < t.KVH ? t.k : t.v) + at;
+    to[0] = x, to[1] = y;
+}
 
 /* Rows of W of a warp: neighbours; GATED: as many of the second half as of the first. */
 template <bool GATED, int ROWS>
@@ -253,6 +283,13 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
                 const int at = (r + own) % ROWS; /* its value */
                 y *= total_of<GATED>(a, row_at<GATED, ROWS>(first, at, O), n, sum[at][n]) /
                      (1.0f + expf(-y));
+            }
+            if (!GATED && ROWS > 1 && a.turn.table) {
+                const float other = sum[r ^ 1][n];
+                sum[r][n] = y;
+                if (r % 2 && !lane && first + r < outs && n < a.N)
+                    put_turned(a, n, first + r - 1, other, y);
+                continue;
             }
             if (lane || first + r >= outs || n >= a.N)
                 continue;

@@ -407,8 +407,14 @@ const float *glm_cuda_factor(struct cuda *cuda, const void *x, size_t n, enum gl
     if (type != GLM_F16)
         return NULL;
     GLM_LAUNCH(cuda, "gradient", k_largest, blocks, 256, 0, small->largest, (const float *)x, n);
+    return glm_cuda_factor_of(cuda, (int)blocks, exponent, scale);
+}
+
+const float *glm_cuda_factor_of(struct cuda *cuda, int n, int exponent, double scale)
+{
+    struct glm_small *small = cuda->small;
     GLM_LAUNCH(cuda, "gradient", k_factor, 1, 256, 0, &small->factor, &small->alpha,
-               (const float *)small->largest, (int)blocks, exponent, (float)scale);
+               (const float *)small->largest, n, exponent, (float)scale);
     return &small->factor;
 }
 
@@ -448,6 +454,33 @@ static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, doub
     glm_cuda_multiplied(cuda, status, m, n, k);
 }
 
+/* As all that the model has. */
+static int on_grid(const void *p) { return (size_t)p % 16 == 0; }
+
+static void put_bias(struct cuda *cuda, void *out, const void *bias, int N, int O, int accumulate)
+{
+    const int blocks = (int)ceil_div((size_t)O, 1024);
+    if (bias)
+        GLM_LAUNCH(cuda, "linear_forward", k_bias, (size_t)N * blocks, 256, 0, (float *)out,
+                   (const float *)bias, O, blocks, accumulate);
+}
+
+/* out (N, O) = scale * x W^T (+ out) of an operand, some rows of W at a time; 0 after an error */
+static int multiplied(struct cuda *cuda, float *out, const void *x, const struct glm_mat *W,
+                      enum glm_dtype type, int N, double scale, int accumulate)
+{
+    const int O = W->rows, I = W->cols, rows = glm_forward_rows(cuda->piece, W, type);
+    for (int o = 0; o < O; o += rows) {
+        const int count = O - o < rows ? O - o : rows;
+        const void *w = widened(cuda, W, type, o, count, rows);
+        if (!w)
+            return 0;
+        product(cuda, BLAS_T, BLAS_N, count, N, I, scale, 0, w, I, x, I, type, accumulate, out + o,
+                O);
+    }
+    return 1;
+}
+
 extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
                                         const struct glm_mat *weight, const void *bias, int N,
                                         double scale, int accumulate)
@@ -467,23 +500,54 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
         return;
     }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
-    const int rows = glm_forward_rows(cuda->piece, weight, type),
-              blocks = (int)ceil_div((size_t)O, 1024);
     const int tokens = glm_piece_rows(cuda->piece, N, type == GLM_F32 ? 0 : (size_t)I);
-    if (bias)
-        GLM_LAUNCH(cuda, "linear_forward", k_bias, (size_t)N * blocks, 256, 0, (float *)out,
-                   (const float *)bias, O, blocks, accumulate);
+    put_bias(cuda, out, bias, N, O, accumulate);
     for (int n = 0; n < N; n += tokens) {
         const int some = N - n < tokens ? N - n : tokens;
         const void *x = glm_cuda_operand(cuda, SCRATCH_A, (const float *)inp + (size_t)n * I,
                                          (size_t)some * I, type, NULL);
-        for (int o = 0; x && o < O; o += rows) {
+        if (!x || !multiplied(cuda, (float *)out + (size_t)n * O, x, weight, type, some, scale,
+                              bias || accumulate))
+            return;
+    }
+}
+
+extern "C" void glm_cuda_swiglu_linear_forward(void *cx, void *out, void *act, const void *h,
+                                               const struct glm_mat *weight, const void *bias,
+                                               int N)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const int O = weight->rows, F = weight->cols;
+    const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, F);
+    if (!N || is_few(cuda, weight, N) || !glm_swiglu_narrows(type, F) || !on_grid(act)) {
+        glm_cuda_swiglu_forward(cx, act, h, N, F);
+        glm_cuda_linear_forward(cx, out, act, weight, bias, N, 1, 0);
+    } else if (glm_cuda_begin(cuda)) {
+        put_bias(cuda, out, bias, N, O, 0);
+        glm_cuda_swiglu_narrow(cuda, act, type, h, N, F);
+        multiplied(cuda, (float *)out, act, weight, type, N, 1, bias != NULL);
+    }
+}
+
+extern "C" void glm_cuda_swiglu_linear_backward(void *cx, void *dinp, const void *dact, void *h,
+                                                const struct glm_mat *weight, int N)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const int O = weight->rows, I = weight->cols, F = O / 2;
+    const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
+    if (!N || !glm_swiglu_backward_narrows(type, F) || !on_grid(h)) {
+        glm_cuda_swiglu_backward(cx, h, dact, h, N, F);
+        glm_cuda_linear_backward_input(cx, dinp, h, weight, N, 1, 0);
+    } else if (glm_cuda_begin(cuda)) {
+        const int rows = glm_forward_rows(cuda->piece, weight, type);
+        const float *factor = glm_cuda_swiglu_backward_narrow(cuda, h, type, dact, N, F);
+        for (int o = 0; o < O; o += rows) {
             const int count = O - o < rows ? O - o : rows;
             const void *w = widened(cuda, weight, type, o, count, rows);
             if (!w)
                 return;
-            product(cuda, BLAS_T, BLAS_N, count, some, I, scale, 0, w, I, x, I, type,
-                    bias || accumulate, (float *)out + (size_t)n * O + o, O);
+            product(cuda, BLAS_N, BLAS_N, I, N, count, 1, factor != NULL, w, I,
+                    (const unsigned short *)h + o, 2 * O, type, o > 0, dinp, I);
         }
     }
 }

@@ -8,7 +8,9 @@
 
 enum {
     GLM_FEW = 8,            /* rows that one kernel of ours takes, reading the weights once .. */
+    GLM_FEW_TURNED = 4,     /* .. with a rotation after it, where weights are floats .. */
     GLM_FEW_QUANTIZED = 64, /* .. and with quantized weights and operands in 16 bits */
+    GLM_SWIGLU_ROW = 16384, /* elements of a row that a block holds */
     GLM_THIN = 256,         /* float matrices with a side up to this are multiplied in float */
     GLM_RANK = 64,          /* and up to this by kernels of ours (adapter.cu) */
     GLM_THIN_ROWS = 256,    /* rows of one part of its gradient */
@@ -39,6 +41,14 @@ static inline int glm_few_rows(enum glm_dtype compute, const struct glm_mat *W)
     return glm_few_quantized(compute, W) ? GLM_FEW_QUANTIZED : W->dtype == GLM_F64 ? 0 : GLM_FEW;
 }
 
+/* Whether that kernel turns heads, too, and puts them into the cache: it has both of a pair. */
+static inline int glm_few_turns(enum glm_dtype compute, const struct glm_mat *W, int N,
+                                struct glm_heads heads)
+{
+    return N <= GLM_FEW_TURNED && N <= glm_few_rows(compute, W) && heads.HD % 2 == 0 &&
+           !glm_few_quantized(compute, W); /* it has no registers left */
+}
+
 /* Whether it is a product of an adapter. */
 static inline int glm_is_adapter(enum glm_dtype dtype, int rows, int cols)
 {
@@ -59,6 +69,17 @@ static inline int glm_piece_rows(size_t piece, int rows, size_t width)
 static inline int glm_forward_rows(size_t piece, const struct glm_mat *W, enum glm_dtype type)
 {
     return glm_piece_rows(piece, W->rows, W->dtype == type ? 0 : (size_t)W->cols);
+}
+
+/* Whether swiglu writes the operand of a product of `type` itself, F elements in 16 bits; and its
+ * gradient, where a block has a row, that of the one before. */
+static inline int glm_swiglu_narrows(enum glm_dtype type, int F)
+{
+    return type != GLM_F32 && F % 8 == 0;
+}
+static inline int glm_swiglu_backward_narrows(enum glm_dtype type, int F)
+{
+    return glm_swiglu_narrows(type, F) && F <= GLM_SWIGLU_ROW;
 }
 
 /* Gradient of the input: for each row of W a column of the N gradients is narrowed, too. */

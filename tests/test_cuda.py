@@ -182,15 +182,20 @@ def checks(op, type_="float32"):
         cold = [(test_ops.attention_backward, "cold", (33, 2), (2, 1, 64))]
         narrow = [c for c in test_ops.NARROW_CASES + cold if c[0].__name__ == op]
         found += [Check(case, seed, type_) for seed, case in enumerate(narrow)]
-        if op == "attention_forward":  # every other call's arrays are on the 16-byte grid
+        if op in ON_GRID:  # every other call's arrays are on the 16-byte grid
             found = [Check(c.case, c.seed, type_) for c in found for _ in range(2)]
     return found
 
 
+# Whose kernels of 16-byte words are for such arrays.
+ON_GRID = ("attention_forward", "swiglu_linear_forward", "swiglu_linear_backward")
 NARROW_OPS = (
     *test_ops.NARROW_OPS,
     test_ops.adapted_forward,
     test_ops.linear_swiglu_forward,
+    test_ops.linear_rope_append,
+    test_ops.swiglu_linear_forward,
+    test_ops.swiglu_linear_backward,
 )
 
 
@@ -310,6 +315,8 @@ STREAMING = [
     *((test_ops.adapted_forward, n, 512, 512, 8, kind, True) for n, kind in ((1, "F16"),
       (8, "F16"), (8, "I4 by 32"))),
     *((test_ops.linear_swiglu_forward, n, 256, 512, kind, False) for n in (1, 8)
+      for kind in ("F16", "I4 by 32")),
+    *((test_ops.linear_rope_append, n, 4, 2, 64, 32, kind) for n in (1, 4)
       for kind in ("F16", "I4 by 32")),
     (test_ops.choose, 8, 4096, "plain"), (test_ops.choose_drawn, 4, 4096, 0.8, 50, 0.8, False),
     (test_ops.linear_backward_weight, 64, 288, 384, 1.0, True, True),

@@ -887,6 +887,29 @@ def rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int):
     return {"qkv": (qkv, most), "k": (k, most), "v": (v, 0)}
 
 
+@over(
+    (N, *heads, dtype)
+    for dtype in (*DTYPES, *QUANTIZED)
+    for N, *heads in ((1, 4, 2, 8, 4), (3, 2, 1, 16, 16), (4, 2, 2, 2, 2), (5, 2, 1, 10, 6),
+                      (2, 2, 1, 33, 10), (9, 2, 1, 8, 8), (33, 4, 2, 8, 4), (0, 2, 1, 8, 4))
+    if dtype != "I4 by 96"
+)  # fmt: skip
+def linear_rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int, dtype: str):
+    """Each element is a product's, or of two of them, turned."""
+    O, I = (NH + 2 * KVH) * HD, 64  # noqa: E741, N806
+    W, w = m.weight(O, I, dtype)
+    x, b = m.normal(N, I, scale=0.3), m.normal(O)
+    k, v, table = m.normal(N + 5, KVH * HD), m.normal(N + 5, KVH * HD), m.normal(7, rotary_dim)
+    slot = m.rng.permutation(N + 5)[:N].astype(np.int32)
+    position = m.rng.integers(0, 7, N).astype(np.int32)
+    error = sum_error(I, np.abs(x) @ np.abs(w.T) + np.abs(b)).max(initial=0)
+    most = 2 * error * max(np.abs(table).max(initial=0), 1) + 8 * EPS * 10
+    qkv = m.out(N, O)
+    heads = Heads(NH, KVH, HD)
+    m.ops.linear_rope_append((k, v), qkv, x, W, b, table, position, slot, N, heads, rotary_dim)
+    return {"qkv": (qkv, most), "k": (k, most), "v": (v, most)}
+
+
 @over((*shape, p) for shape in PREFIXES for p in (None, 0.1))
 def prefix_forward(m: Maker, P: int, J: int, KV: int, copies: int, p: float | None):
     inp, out = m.normal(P, J, KV), m.out(J, copies * P, KV)
@@ -921,6 +944,43 @@ def swiglu_backward(m: Maker, N: int, F: int, scale: float, in_place: bool):
     dinp = inp if in_place else m.out(N, 2 * F)
     m.ops.swiglu_backward(dinp, dout, inp, N, F)
     return {"dinp": (dinp, 16 * EPS * size + 1e-33)}
+
+
+ACTIVATED = [
+    (0, 8, 16),
+    (1, 5, 8),
+    (3, 33, 24),
+    (8, 16, 96),
+    (9, 64, 128),
+    (11, 7, 42),
+    (70, 96, 192),
+]
+
+
+@over((*shape, dtype, bias) for shape in ACTIVATED for dtype in (*DTYPES, "I8", "I4 by 32")
+      for bias in (False, True) if shape[1] % 2 or not bias)  # fmt: skip
+def swiglu_linear_forward(m: Maker, N: int, O: int, F: int, dtype: str, bias: bool):
+    W, w = m.weight(O, F, dtype)
+    h, b = m.normal(N, 2 * F), m.normal(O) if bias else None
+    gate, up = np.split(h.astype(np.float64), 2, axis=1)
+    size = np.abs(gate / (1 + np.exp(-gate)) * up) @ np.abs(w.T) + (np.abs(b) if bias else 0)
+    out = m.out(N, O)
+    m.ops.swiglu_linear_forward(out, m.out(N, F), h, W, b, N)
+    return {"out": (out, sum_error(F, 2 * size))}
+
+
+@over((*shape, dtype, in_place) for shape in ACTIVATED for dtype in (*DTYPES, "I8", "I4 by 32")
+      for in_place in (False, True) if usable(dtype, shape[2 if in_place else 1]))  # fmt: skip
+def swiglu_linear_backward(m: Maker, N: int, I: int, F: int, dtype: str, in_place: bool):
+    I = F if in_place else I  # noqa: E741, N806
+    W, w = m.weight(2 * F, I, dtype)
+    h, dact = m.normal(N, 2 * F), m.normal(N, F)
+    gate, up = np.split(h.astype(np.float64), 2, axis=1)
+    s = 1 / (1 + np.exp(-gate))
+    size = np.abs(np.hstack([dact * up * s * (1 + np.abs(gate)), dact * gate * s])) @ np.abs(w)
+    dinp = dact if in_place else m.out(N, I)
+    m.ops.swiglu_linear_backward(dinp, dact, h, W, N)
+    return {"dinp": (dinp, sum_error(2 * F, 2 * size))}
 
 
 @over((n, *how) for n in LENGTHS for how in ((1.0, False), (50.0, True)))

@@ -249,3 +249,25 @@ static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
     linear_forward(cx, h, inp, weight, bias, N, 1, 0);
     swiglu_forward(cx, out, h, N, weight->rows / 2);
 }
+
+static void linear_rope_append(void *cx, struct glm_kv cache, void *qkv, const void *inp,
+                               const struct glm_mat *weight, const void *bias, const void *table,
+                               const int32_t *position, const int32_t *slot, int N,
+                               struct glm_heads heads, int rotary_dim)
+{
+    linear_forward(cx, qkv, inp, weight, bias, N, 1, 0);
+    rope_append(cx, cache, qkv, table, position, slot, N, heads, rotary_dim);
+}
+
+static void swiglu_linear_forward(void *cx, void *out, void *act, const void *h,
+                                  const struct glm_mat *weight, const void *bias, int N)
+{
+    swiglu_forward(cx, act, h, N, weight->cols);
+    linear_forward(cx, out, act, weight, bias, N, 1, 0);
+}
+static void swiglu_linear_backward(void *cx, void *dinp, const void *dact, void *h,
+                                   const struct glm_mat *weight, int N)
+{
+    swiglu_backward(cx, h, dact, h, N, weight->rows / 2);
+    linear_backward_input(cx, dinp, h, weight, N, 1, 0);
+}

@@ -50,16 +50,36 @@ static const struct glm_rows *rows_of(const struct glm_model *m, int l)
     return gathers(m, l) ? &m->step.read : &m->step.all;
 }
 
-/* The last product of a branch: into out, by way of the branch's norm if there is one. */
-static void branch_forward(struct glm_model *m, int l, int branch, int which, void *out,
-                           const void *inp)
+/* What dense_h_to_4h of the layer at work yields */
+static void *h_of(const struct glm_model *m, int l)
+{
+    return m->step.h ? m->step.h : m->step.acts[l].h;
+}
+
+/* Whether the activation of h and dense_4h_to_h are one op. */
+static int activates(const struct glm_model *m, int l)
+{
+    const struct glm_linear *linear = m->layers[l].linear;
+    const int with_product = m->step.fused_swiglu && !glm_adapted(m, &linear[GLM_H_TO_4H]);
+    return !m->arch.gelu && !with_product && !glm_adapted(m, &linear[GLM_4H_TO_H]);
+}
+
+/* The last product of a branch: into out, by way of the branch's norm if there is one. h: not of inp
+ * but of the activation of h, for which inp has room. */
+static void branch_forward(struct glm_model *m, int l, int branch, int which, void *out, void *inp,
+                           const void *h)
 {
     const struct glm_block_acts *a = &m->step.acts[l];
     const struct glm_layer *layer = &m->layers[l];
     const struct glm_norm *norm = &layer->branch_norm[branch];
     const struct glm_rows *rows = rows_of(m, l);
-    glm_linear_forward(m, &layer->linear[which], norm->weight ? a->branch[branch] : out, inp,
-                       a->xa[which], rows);
+    const struct glm_linear *linear = &layer->linear[which];
+    void *to = norm->weight ? a->branch[branch] : out;
+    if (h)
+        m->be->ops->swiglu_linear_forward(m->be->cx, to, inp, h, &linear->weight->mat,
+                                          linear->bias ? linear->bias->mat.data : NULL, rows->n);
+    else
+        glm_linear_forward(m, linear, to, inp, a->xa[which], rows);
     if (norm->weight)
         glm_norm_forward(m, norm, out, a->branch_mean[branch], a->branch_rstd[branch],
                          a->branch[branch], rows->n);
@@ -80,6 +100,13 @@ static const void *branch_backward(struct glm_model *m, int l, int branch, const
     return s->dbranch;
 }
 
+/* Whether query_key_value, the rotation and the cache are one op. */
+static int appends(const struct glm_model *m, int l)
+{
+    return m->step.call.cache && !m->arch.split_qkv && !m->arch.qkv_by_head && !m->arch.rope_2d &&
+           !glm_adapted(m, &m->layers[l].linear[GLM_QKV]);
+}
+
 /* Queries, keys and values of norm1, from one product or three. */
 static void qkv_forward(struct glm_model *m, int l, struct glm_heads heads)
 {
@@ -87,6 +114,14 @@ static void qkv_forward(struct glm_model *m, int l, struct glm_heads heads)
     const struct glm_block_acts *a = &s->acts[l];
     const struct glm_linear *linear = m->layers[l].linear;
     const struct glm_rows *all = &s->all;
+    if (appends(m, l)) {
+        const struct glm_weight *bias = linear[GLM_QKV].bias;
+        m->be->ops->linear_rope_append(m->be->cx, kv_of(m, l), a->qkv, s->ln,
+                                       &linear[GLM_QKV].weight->mat, bias ? bias->mat.data : NULL,
+                                       m->rope_table, all->position, s->slot, all->n, heads,
+                                       m->arch.rotary_dim);
+        return;
+    }
     if (!m->arch.split_qkv) {
         void *out = m->arch.qkv_by_head ? s->q : a->qkv;
         glm_linear_forward(m, &linear[GLM_QKV], out, s->ln, a->xa[GLM_QKV], all);
@@ -140,6 +175,8 @@ static void rope_forward(struct glm_model *m, int l, struct glm_heads heads)
     const int32_t *position = s->all.position;
     const int N = s->N, rotated = heads.NH + heads.KVH;
     const int QKV = (heads.NH + 2 * heads.KVH) * heads.HD;
+    if (appends(m, l))
+        return; /* it was done with the product */
     if (m->arch.rope_2d) {
         op->rope_2d_forward(cx, qkv, m->rope_table, s->at, s->block, N, rotated, heads.HD, QKV);
         if (s->call.cache)
@@ -211,8 +248,9 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
     const int N = s->N, C = m->arch.hidden, AO = heads.NH * heads.HD;
     const struct glm_rows *rows = rows_of(m, l);
     const int gathered = gathers(m, l), NR = rows->n;
-    const void *att = a->att, *residual = m->arch.residual_scale ? s->ln : s->x[l];
-    void *h = s->h ? s->h : a->h;
+    const void *residual = m->arch.residual_scale ? s->ln : s->x[l];
+    void *att = a->att;
+    void *h = h_of(m, l);
 
     if (norm1)
         glm_norm_forward(m, &layer->input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l], N);
@@ -225,7 +263,7 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
         att = s->att_rows;
         residual = s->x_rows;
     }
-    branch_forward(m, l, GLM_ATTENTION, GLM_DENSE, a->x1, att);
+    branch_forward(m, l, GLM_ATTENTION, GLM_DENSE, a->x1, att, NULL);
     glm_residual_forward(m, &layer->post_attention_layernorm, s->ln, a->mean2, a->rstd2, a->x1,
                          residual, NR);
     const struct glm_linear *up = &layer->linear[GLM_H_TO_4H];
@@ -244,8 +282,9 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
 void glm_block_forward(struct glm_model *m, int l)
 {
     const struct glm_step *s = &m->step;
-    to_last_linear(m, l, l == 0, 1); /* the other norms come with the layer before */
-    branch_forward(m, l, GLM_MLP, GLM_4H_TO_H, s->x[l + 1], s->act);
+    const void *h = activates(m, l) ? h_of(m, l) : NULL;
+    to_last_linear(m, l, l == 0, !h); /* the other norms come with the layer before */
+    branch_forward(m, l, GLM_MLP, GLM_4H_TO_H, s->x[l + 1], s->act, h);
     finish(m, l, rows_of(m, l)->n);
 }
 
@@ -257,9 +296,10 @@ void glm_block_recompute(struct glm_model *m, int l)
     const struct glm_rows *rows = rows_of(m, l);
     const struct glm_linear *last = &m->layers[l].linear[GLM_4H_TO_H];
     const int adapter = glm_reads_xa(last), normed = m->arch.branch_norms;
-    to_last_linear(m, l, 1, adapter || normed);
+    const void *h = activates(m, l) ? h_of(m, l) : NULL;
+    to_last_linear(m, l, 1, adapter || (normed && !h));
     if (normed)
-        branch_forward(m, l, GLM_MLP, GLM_4H_TO_H, s->dbranch, s->act);
+        branch_forward(m, l, GLM_MLP, GLM_4H_TO_H, s->dbranch, s->act, h);
     else if (adapter)
         glm_adapter_forward(m, last, s->act, s->acts[l].xa[GLM_4H_TO_H], rows);
 }
@@ -280,7 +320,7 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     void *dout = gathered ? s->dx_rows : s->dx;
     void *datt = gathered ? s->datt_rows : s->datt;
     const struct glm_linear *linear = layer->linear;
-    void *h = s->h ? s->h : a->h;
+    void *h = h_of(m, l);
 
     if (s->h) { /* rounded, whether it was kept or recomputed: the same gradients */
         const size_t n = (size_t)NR * glm_up_columns(&m->arch);
@@ -292,10 +332,16 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
         activation_forward(m, s->act, h, NR);
     glm_linear_backward(m, &linear[GLM_4H_TO_H], s->dact, branch_backward(m, l, GLM_MLP, dout),
                         s->act, a->xa[GLM_4H_TO_H], rows, 0);
-    activation_backward(m, h, s->dact, NR);
-    if (glm_reads_input(m, &linear[GLM_H_TO_4H]))
-        glm_norm_forward(m, &layer->post_attention_layernorm, s->ln, a->mean2, a->rstd2, a->x1, NR);
-    glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], rows, 0);
+    if (!m->arch.gelu && glm_is_frozen(m, &linear[GLM_H_TO_4H])) {
+        op->swiglu_linear_backward(cx, s->dnorm, s->dact, h, &linear[GLM_H_TO_4H].weight->mat, NR);
+    } else {
+        activation_backward(m, h, s->dact, NR);
+        if (glm_reads_input(m, &linear[GLM_H_TO_4H]))
+            glm_norm_forward(m, &layer->post_attention_layernorm, s->ln, a->mean2, a->rstd2, a->x1,
+                             NR);
+        glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], rows,
+                            0);
+    }
     glm_residual_backward(m, &layer->post_attention_layernorm, dout, s->dnorm, a->x1, a->mean2,
                           a->rstd2, NR);
     if (gathered && glm_reads_input(m, &linear[GLM_DENSE]))

@@ -140,6 +140,11 @@ int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin)
            (glm_adapted(m, lin) && (glm_trains(lin->A) || glm_trains(lin->magnitude)));
 }
 
+int glm_is_frozen(const struct glm_model *m, const struct glm_linear *lin)
+{
+    return !glm_adapted(m, lin) && !glm_trains(lin->weight) && !glm_trains(lin->bias);
+}
+
 int glm_reads_xa(const struct glm_linear *lin)
 {
     return glm_trains(lin->B) || glm_trains(lin->magnitude);

@@ -372,6 +372,8 @@ void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void
                          const void *dout, const void *inp, const void *xa,
                          const struct glm_rows *rows, int accumulate);
 int glm_adapted(const struct glm_model *m, const struct glm_linear *lin);
+/* Whether backward is the product with the weight alone. */
+int glm_is_frozen(const struct glm_model *m, const struct glm_linear *lin);
 /* Whether backward reads xa. */
 int glm_reads_xa(const struct glm_linear *lin);
 /* Makes `derived` of every adapter anew where weights have changed. */

@@ -87,10 +87,21 @@ static void operand(struct plan *plan, int which, size_t n, enum glm_dtype type,
     launch(plan, 1, 1);
 }
 
+/* Products with so many rows of W at a time, which are widened where they have another type. */
+static void count_pieces(struct plan *plan, const struct glm_mat *W, enum glm_dtype type, int rows)
+{
+    const int pieces = (W->rows + rows - 1) / rows;
+    if (W->dtype != type) {
+        scratch(plan, SCRATCH_WEIGHT, glm_bytes(type, (size_t)rows * W->cols));
+        launch(plan, 1, pieces);
+    }
+    plan->counts.products += plan->capturing ? 0 : (uint64_t)pieces;
+}
+
 static void count_forward(struct plan *plan, const struct glm_mat *W, int bias, int N)
 {
     const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
-    const int rows = glm_forward_rows(GLM_PIECE, W, type), pieces = (W->rows + rows - 1) / rows;
+    const int rows = glm_forward_rows(GLM_PIECE, W, type);
     if (!N || !plan->cuda)
         return;
     if (N <= glm_few_rows(plan->compute, W)) {
@@ -108,11 +119,7 @@ static void count_forward(struct plan *plan, const struct glm_mat *W, int bias, 
     for (int n = 0; n < N; n += tokens) {
         const int some = N - n < tokens ? N - n : tokens;
         operand(plan, SCRATCH_A, (size_t)some * W->cols, type, 0);
-        if (W->dtype != type) {
-            scratch(plan, SCRATCH_WEIGHT, glm_bytes(type, (size_t)rows * W->cols));
-            launch(plan, 1, pieces);
-        }
-        plan->counts.products += plan->capturing ? 0 : (uint64_t)pieces;
+        count_pieces(plan, W, type, rows);
     }
 }
 
@@ -218,6 +225,43 @@ static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
     count_forward(cx, weight, bias != NULL, N);
     launch(cx, N > glm_few_rows(((struct plan *)cx)->compute, weight), 1);
 }
+static void swiglu_linear_forward(void *cx, void *out, void *act, const void *h,
+                                  const struct glm_mat *W, const void *bias, int N)
+{
+    struct plan *plan = cx;
+    const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
+    COUNT(swiglu_linear_forward, linear_flops(N, W->rows, W->cols));
+    launch(plan, N, 1);
+    if (N <= glm_few_rows(plan->compute, W) || !glm_swiglu_narrows(type, W->cols)) {
+        count_forward(plan, W, bias != NULL, N);
+    } else if (plan->cuda) {
+        launch(plan, bias != NULL, 1);
+        count_pieces(plan, W, type, glm_forward_rows(GLM_PIECE, W, type));
+    }
+}
+static void swiglu_linear_backward(void *cx, void *dinp, const void *dact, void *h,
+                                   const struct glm_mat *W, int N)
+{
+    struct plan *plan = cx;
+    const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
+    COUNT(swiglu_linear_backward, linear_flops(N, W->rows, W->cols));
+    launch(plan, N, 1);
+    if (!glm_swiglu_backward_narrows(type, W->rows / 2)) {
+        count_backward_input(plan, W, N);
+    } else if (N && plan->cuda) {
+        launch(plan, type == GLM_F16, 2);
+        count_pieces(plan, W, type, glm_forward_rows(GLM_PIECE, W, type));
+    }
+}
+static void linear_rope_append(void *cx, struct glm_kv cache, void *qkv, const void *inp,
+                               const struct glm_mat *weight, const void *bias, const void *table,
+                               const int32_t *position, const int32_t *slot, int N,
+                               struct glm_heads heads, int rotary_dim)
+{
+    COUNT(linear_rope_append, linear_flops(N, weight->rows, weight->cols));
+    count_forward(cx, weight, bias != NULL, N);
+    launch(cx, N && !glm_few_turns(((struct plan *)cx)->compute, weight, N, heads), 1);
+}
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
 {
@@ -308,6 +352,9 @@ static const struct glm_ops plan_ops = {
     .linear_forward = linear_forward,
     .adapted_forward = adapted_forward,
     .linear_swiglu_forward = linear_swiglu_forward,
+    .linear_rope_append = linear_rope_append,
+    .swiglu_linear_forward = swiglu_linear_forward,
+    .swiglu_linear_backward = swiglu_linear_backward,
     .linear_backward_input = linear_backward_input,
     .linear_backward_weight = linear_backward_weight,
     .dora_norm = dora_norm,

@@ -942,6 +942,15 @@ static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
     swiglu_forward(cx, out, h, N, weight->rows / 2);
 }
 
+static void linear_rope_append(void *cx, struct glm_kv cache, void *qkv, const void *inp,
+                               const struct glm_mat *weight, const void *bias, const void *table,
+                               const int32_t *position, const int32_t *slot, int N,
+                               struct glm_heads heads, int rotary_dim)
+{
+    linear_forward(cx, qkv, inp, weight, bias, N, 1, 0);
+    rope_append(cx, cache, qkv, table, position, slot, N, heads, rotary_dim);
+}
+
 /* silu(x) = x sigmoid(x), so silu' = sigmoid (1 + x (1 - sigmoid)) */
 static void swiglu_backward(void *cx, void *dinp_, const void *dout_, const void *inp_, int N,
                             int F)
@@ -958,6 +967,19 @@ static void swiglu_backward(void *cx, void *dinp_, const void *dout_, const void
             dinp[at] = (real)(dy * up * sigmoid * (1 + gate * (1 - sigmoid)));
             dinp[at + F] = (real)(dy * gate * sigmoid);
         }
+}
+
+static void swiglu_linear_forward(void *cx, void *out, void *act, const void *h,
+                                  const struct glm_mat *weight, const void *bias, int N)
+{
+    swiglu_forward(cx, act, h, N, weight->cols);
+    linear_forward(cx, out, act, weight, bias, N, 1, 0);
+}
+static void swiglu_linear_backward(void *cx, void *dinp, const void *dact, void *h,
+                                   const struct glm_mat *weight, int N)
+{
+    swiglu_backward(cx, h, dact, h, N, weight->rows / 2);
+    linear_backward_input(cx, dinp, h, weight, N, 1, 0);
 }
 
 static void gelu_forward(void *cx, void *out_, const void *inp_, size_t n)

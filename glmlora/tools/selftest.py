@@ -111,6 +111,31 @@ def _linear(N: int, O: int, I: int, dtype: int) -> Case:  # noqa: E741, N803
     return case
 
 
+@_over(
+    {
+        f"linear {name} into heads {N}x{HD}": (N, HD, dtype)
+        for name, dtype in TYPES.items()
+        for N, HD in ((1, 64), (4, 8), (20, 32))
+    }
+)
+def _into_heads(N: int, HD: int, dtype: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        W, x, bias = (
+            _matrix(rng, 8 * HD, 96, dtype),
+            _normal(o, rng, N, 96),
+            _normal(o, rng, 8 * HD),
+        )  # noqa: N806
+        angle, at = rng.random((9, HD // 4)), rng.integers(0, 9, N).astype(np.int32)
+        table = np.stack([np.cos(angle), np.sin(angle)], -1).astype(o.real)
+        slot = rng.permutation(N + 3)[:N].astype(np.int32)
+        qkv, k, v = (_normal(o, rng, *s) for s in ((N, 8 * HD), (N + 3, 2 * HD), (N + 3, 2 * HD)))
+        heads = Heads(4, 2, HD)
+        o.linear_rope_append((k, v), qkv, x, W, bias, table, at, slot, N, heads, HD // 2)
+        return [qkv, k, v]
+
+    return case
+
+
 @_over({f"norm {N}x{C}": (N, C) for N, C in (*SHAPES, (3, 5000))})
 def _norm(N: int, C: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
