@@ -18,7 +18,7 @@ POLICY = "default-src 'self'"
 ANSWER = """# A title
 
 Some **bold** and *slanted* text with `code`, <b>no markup</b> & [a link](https://example.org/a).
-[no link](javascript:alert(1))
+[no link](javascript:void)
 
 1. first
 2. second
@@ -156,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     """asked: (path, body) of each request. gone: a client went while it was answered. hold: what
-    classify waits for. busy: the one refusal of "busy" has been given. refused: how many requests had
+    classify waits for. busy: the one refusal of "busy" has been given. refused: requests that had
     not the key."""
 
     daemon_threads = True
