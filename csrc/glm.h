@@ -103,6 +103,9 @@ glm_status glm_model_add_lora(struct glm_model *m, const char *module, const str
                               struct glm_error *err);
 void glm_model_remove_lora(struct glm_model *m);
 void glm_model_enable_lora(struct glm_model *m, int on);
+/* What is attached goes aside, for rows of caches that are given its number, from 1 on. The model
+ * stays on its backend from then on. */
+glm_status glm_model_keep_lora(struct glm_model *m, int *number, struct glm_error *err);
 glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err);
 
 enum { GLM_PREFIX_WEIGHTS = 5 }; /* embedding, weight and bias of trans.0 and of trans.2 */
@@ -200,6 +203,11 @@ void glm_cache_get(struct glm_cache *c, struct glm_cache_info *info);
 struct glm_backend *glm_cache_backend(const struct glm_cache *c); /* whose memory it has */
 glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm_error *err);
 glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct glm_error *err);
+/* Row `to` begins with the first `length` tokens of row `from`, and has no others. */
+glm_status glm_cache_copy(struct glm_cache *c, int from, int to, int length, struct glm_error *err);
+/* An empty row, or with -1 all rows and the shared prefix, computes with an adapter that was kept; 0:
+ * with what is attached. */
+glm_status glm_cache_adapt(struct glm_cache *c, int row, int number, struct glm_error *err);
 /* Room for more tokens in each row; what the cache holds stays. */
 glm_status glm_cache_grow(struct glm_cache *c, int capacity, struct glm_error *err);
 /* logits (n, V) real on the host: after the last token of each of the n rows, which are distinct.

@@ -137,6 +137,12 @@ class Cache:
     current: bool  # filled with the weights as they are now; else only an empty one can be extended
     def rewind(self, row: int, length: int) -> None:
         """Forget everything of the row after its first `length` own tokens."""
+    def copy(self, source: int, row: int, length: int, /) -> None:
+        """`row` begins with the first `length` own tokens of row `source`, which has the same
+        adapter, and has no others."""
+    def adapt(self, row: int, adapter: int, /) -> None:
+        """An empty row, or with -1 all rows and the shared prefix, computes with an adapter that
+        `keep_lora` put aside; 0: with what is attached."""
     def grow(self, capacity: int) -> None:
         """Room for at least `capacity` tokens in each row; what is held stays. MemoryError names
         the bytes."""
@@ -214,6 +220,9 @@ class Model:
     def remove_lora(self) -> None: ...
     def enable_lora(self, on: bool) -> None:
         """off: forward as if no adapter were there (disable_adapter)."""
+    def keep_lora(self) -> int:
+        """Put what is attached aside, for rows of caches (`Cache.adapt`); its number, from 1 on.
+        RuntimeError where nothing is attached, or it is trained. The model stays on its backend."""
     def merge_lora(self) -> None:
         """W += scale * B A in the dtype of W for every adapted linear (owned copies), then
         remove_lora."""

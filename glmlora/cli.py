@@ -1,5 +1,5 @@
-"""The command `glmlora`: train, chat, predict, inspect, submit, plan, init, run, merge, quantize,
-doctor, demo.
+"""The command `glmlora`: train, chat, predict, serve, inspect, submit, plan, init, run, merge,
+quantize, doctor, demo.
 
 Each verb is one function below."""
 
@@ -382,6 +382,36 @@ def quantize(args: argparse.Namespace) -> int:
     return 0
 
 
+def serve(args: argparse.Namespace) -> int:
+    """OpenAI's endpoints for a model and its adapters, and a page to try them on."""
+    from glmlora.serving import command
+
+    command.check_extra()
+    keys = command.read_keys(args.api_key_file, args.host, args.no_key)
+    adapters = command.adapters_of(args.adapter or [])
+    devices.parse(args.device)
+    directory = model_directory(args.model)
+    base, tokenizer = _load(
+        args.model, None, args.dtype, args.compute_dtype, args.device, args.family
+    )
+    return command.run(
+        base,
+        tokenizer,
+        args.name or os.path.basename(os.path.realpath(directory)),
+        adapters,
+        host=args.host,
+        port=args.port,
+        keys=keys,
+        rows=args.rows,
+        context=args.context,
+        cache_memory=int(args.cache_memory * 1e9) if args.cache_memory else None,
+        waiting=args.waiting,
+        timeout=args.timeout,
+        body_bytes=int(args.body_limit * 1e6),
+        log_prompts=args.log_prompts,
+    )
+
+
 def train(argv: Sequence[str]) -> int:
     """All flags of the training script; see `glmlora train --help`."""
     from glmlora.training.trainer import run_train
@@ -412,9 +442,8 @@ def _flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
 DTYPES = ["float16", "bfloat16", "float32"]
 
 
-def _sampling_flags(parser: argparse.ArgumentParser) -> None:
+def _loading_flags(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--model", required=True, help="base model directory")
-    _flag(parser, "--adapter", help="LoRA or P-Tuning directory")
     _flag(parser, "--family", default="auto", choices=families.choices(), help="of the model")
     _flag(parser, "--dtype", choices=DTYPES, help="default: as stored")
     _flag(parser, "--device", default="auto", help="auto: a GPU, if any; cpu, cuda, cuda:1")
@@ -424,6 +453,11 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "bfloat16", "int8"],
         help="type of the large products; default: what the processor multiplies fast",
     )
+
+
+def _sampling_flags(parser: argparse.ArgumentParser) -> None:
+    _loading_flags(parser)
+    _flag(parser, "--adapter", help="LoRA or P-Tuning directory")
     _flag(parser, "--temperature", type=float, help="0 is greedy")
     _flag(parser, "--top-p", type=float)
     _flag(parser, "--top-k", type=int)
@@ -491,6 +525,36 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--overwrite", action="store_true", help="replace an output that is there")
 
 
+def _serve_flags(parser: argparse.ArgumentParser) -> None:
+    _loading_flags(parser)
+    _flag(
+        parser,
+        "--adapter",
+        action="append",
+        metavar="NAME=DIR",
+        help="a LoRA adapter, which callers name as their model; several may be given",
+    )
+    _flag(parser, "--name", help="what callers call the base; default: its directory's name")
+    _flag(parser, "--host", default="127.0.0.1", help="address to listen at")
+    _flag(parser, "--port", type=int, default=8000)
+    _flag(parser, "--api-key-file", metavar="FILE", help="keys that callers need, one a line")
+    _flag(parser, "--no-key", action="store_true", help="let everybody ask who reaches --host")
+    _flag(parser, "--rows", type=int, help="answers that run together; default: 8, if they fit")
+    _flag(parser, "--context", type=int, help="tokens of prompt and answer; default: 4096, if ..")
+    _flag(
+        parser,
+        "--cache-memory",
+        type=float,
+        metavar="GB",
+        help="what keys and values may take, all of it from the beginning; default: half of what "
+        "is free",
+    )
+    _flag(parser, "--waiting", type=int, default=256, help="requests that may wait for a row")
+    _flag(parser, "--timeout", type=float, default=600, help="seconds of a request, waiting too")
+    _flag(parser, "--body-limit", type=float, default=4, metavar="MB", help="of a request")
+    _flag(parser, "--log-prompts", action="store_true", help="requests in the log, whole")
+
+
 def _plan_flags(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--model", required=True, help="a directory with config.json")
     _flag(parser, "--batch", type=int, default=1, help="rows of a micro-batch, or of a chat")
@@ -548,6 +612,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _flag(p, "--output", required=True, help="csv to write")
     _flag(p, "--overwrite", action="store_true", help="replace an output that is there")
 
+    _serve_flags(verb("serve", serve))
     _plan_flags(verb("plan", plan))
 
     p = verb("init", init)

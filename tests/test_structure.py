@@ -30,7 +30,7 @@ FLOORS = (
     ("head", "tools", "vote"),
     ("classifier", "inspection", "submission"),
     ("notebook", "standins"),
-    ("compat",),
+    ("compat", "serving"),
     ("cli",),
     ("__main__",),
 )

@@ -511,6 +511,8 @@ static PyMethodDef model_methods[] = {
     METHOD(glm_py_, add_lora, KEYWORDS, "Adapt one linear layer."),
     METHOD(glm_py_, remove_lora, METH_NOARGS, "Drop the adapter."),
     METHOD(glm_py_, enable_lora, METH_O, "Whether forward applies the adapter."),
+    METHOD(glm_py_, keep_lora, METH_NOARGS,
+           "Put the adapter aside under a number, for rows of caches."),
     METHOD(glm_py_, merge_lora, METH_NOARGS,
            "W += scale * B A in the dtype of W, then drop the adapter."),
     METHOD(glm_py_, set_prefix, KEYWORDS, "P-Tuning v2 prefix encoder."),

@@ -327,6 +327,18 @@ PyObject *glm_py_enable_lora(struct model_object *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+PyObject *glm_py_keep_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
+{
+    int number = 0;
+    struct glm_error err;
+    const int claimed = glm_take_all(self);
+    if (claimed < 0)
+        return NULL;
+    const glm_status status = glm_model_keep_lora(self->m, &number, &err);
+    glm_give_all(self, claimed);
+    return status == GLM_OK ? PyLong_FromLong(number) : glm_raise(status, &err);
+}
+
 PyObject *glm_py_merge_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     struct run run;

@@ -88,7 +88,7 @@ typedef PyObject *glm_keywords_method(struct model_object *self, PyObject *args,
 
 /* model_weights.c */
 glm_method glm_py_shapes, glm_py_missing, glm_py_names, glm_py_shape, glm_py_dtype;
-glm_method glm_py_remove_lora, glm_py_enable_lora, glm_py_merge_lora;
+glm_method glm_py_remove_lora, glm_py_enable_lora, glm_py_keep_lora, glm_py_merge_lora;
 glm_method glm_py_remove_prefix, glm_py_prefix_kv, glm_py_set_trainable, glm_py_trainable;
 glm_keywords_method glm_py_bind, glm_py_move, glm_py_add_lora, glm_py_set_prefix;
 glm_keywords_method glm_py_read, glm_py_write;

@@ -56,6 +56,7 @@ class ChatGLM3(Family):
     )
     role_tokens = shows_special_tokens = True
     end_tokens = ("<|user|>", "<|observation|>")
+    calls_tools = True
     before_content = " "  # in the template's text: the dummy space of a content encoded apart
     after_opening = ""  # what a prompt begins of the answer, behind <|assistant|>
     always_opens = False  # a template's text ends in <|assistant|> even where none is asked for
@@ -167,6 +168,13 @@ class ChatGLM3(Family):
             else:
                 answer = {"name": name, "parameters": parameters}
         return answer, history
+
+    def told_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
+        return [tool["function"] for tool in tools]
+
+    def call_text(self, parameters: Mapping[str, Any]) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+        return f"```python\ntool_call({given})\n```"
 
     def tool_parameters(self, content: str) -> dict[str, Any] | None:
         """Arguments of the call of a tool; None where they cannot be read."""

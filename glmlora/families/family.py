@@ -110,6 +110,7 @@ class Family:
     template_mark = ""  # stands in every chat template (of tokenizer_config.json) of this form
     template_marks: tuple[str, ...] = ()  # stand, all of them, in one that `template_text` equals
     takes_tools = False  # a template has tools beside the messages
+    calls_tools = False  # messages tell of functions, which answers call
     takes_role = True  # chat(query, history, role, ..) rather than chat(query, history, ..)
     takes_past = True  # stream_chat goes on from past_key_values
     shows_end = True  # stream_chat yields the whole text once more at an end id
@@ -258,6 +259,14 @@ class Family:
             int(tokenizer.eos_token_id),
             *(int(tokenizer.get_command(t)) for t in self.end_tokens),
         ]
+
+    def told_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """`tools` of a system message, of functions as {"type": "function", "function": ..}."""
+        raise NotImplementedError
+
+    def call_text(self, parameters: Mapping[str, Any]) -> str:
+        """The content of a message in which the model calls a tool, named by its metadata."""
+        raise NotImplementedError
 
     def asked(self, query: str, history: Any, role: str | None) -> list[Any]:
         """A new history that ends in the question."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .. import tell
+from .. import _core, tell
 from ..families.recognition import check_adapter
 from ..files.checkpoint import read_weights, write_json, write_safetensors, write_torch
 from ..files.staging import staged
@@ -23,7 +23,7 @@ from ..task import Task, check_asked, task_in, write_task
 from .adapter_config import ALL_LINEAR, CONFIG, LoraConfig
 from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
-from .initial import MAGNITUDE, beneath_adapter, fresh_tensors, mutates, parts_of, row_norms
+from .initial import MAGNITUDE, PARTS, beneath_adapter, fresh_tensors, mutates, parts_of, row_norms
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
     PEFT_PREFIX,
@@ -93,6 +93,13 @@ class Adapter:
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Set the tensors to those of `state`."""
         self.tensors = {n: arrays[self.file_names(n)[0]] for n in self.names()}
+
+    def attach(self, core: _core.Model) -> None:
+        """Let a core compute with it, but for what is saved whole."""
+        for module, (_, scale) in self.targets.items():
+            A, B, *more = [self.tensors.get(f"{module}.{part}") for part in PARTS]
+            assert A is not None and B is not None
+            core.add_lora(module, A, B, scale, float(self.config.lora_dropout), *more)
 
     def replaced(self) -> dict[str, Tensor]:
         """The base weights that are other ones while it is attached."""
