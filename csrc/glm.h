@@ -138,6 +138,7 @@ glm_status glm_model_write(struct glm_model *m, int weight, enum glm_part part, 
 
 struct glm_input {
     const int32_t *ids, *lengths, *positions, *rows, *targets;
+    const int32_t *numbers; /* (S) which row of the update each sequence is; NULL: the next ones */
     int N, S, M;
 };
 
@@ -180,6 +181,15 @@ struct glm_progress {
 };
 struct glm_progress *glm_model_progress(struct glm_model *m);
 void glm_model_zero_grad(struct glm_model *m);
+/* The gradients since zero_grad as one run of reals: sums over the labelled tokens, of which
+ * progress.tokens tells the number. All trained weights in the core's own order, with zeros between
+ * them: the same in models that train the same weights. n reals from `first` on, to the host and
+ * back. */
+size_t glm_model_gradient_size(const struct glm_model *m);
+glm_status glm_model_read_gradients(struct glm_model *m, size_t first, size_t n, void *out,
+                                    struct glm_error *err);
+glm_status glm_model_write_gradients(struct glm_model *m, size_t first, size_t n,
+                                     const void *values, struct glm_error *err);
 glm_status glm_model_grad_norm(struct glm_model *m, double *norm, struct glm_error *err);
 glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, double *norm,
                           struct glm_error *err);
@@ -253,6 +263,16 @@ void glm_warp_logits(float *probs, const float *logits, int n, double temperatur
                      double top_p, int min_keep, struct glm_scored *scratch);
 int glm_draw(const float *probs, int n, uint64_t seed, uint32_t stream, uint32_t index);
 int glm_argmax(const float *logits, int n);
+
+/* ---- weights as ggml stores them: blocks of 32 values, a float16 scale and integers */
+
+#define GLM_GGML_BLOCK 32
+/* Of a block in 8 bits (Q8_0) or 4 (Q4_0). */
+static inline size_t glm_ggml_block_bytes(int bits) { return (size_t)(2 + 4 * bits); }
+/* out (blocks, glm_ggml_block_bytes), x (blocks, 32). The first two bytes of a block, its scale in
+ * float16, stay as they are: scale (blocks) has them. 0 where a value is not finite or a scale is
+ * beyond float16: out is then not whole. */
+int glm_ggml_blocks(uint8_t *out, float *scale, const float *x, size_t blocks, int bits);
 
 #ifdef __cplusplus
 }

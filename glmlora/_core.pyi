@@ -81,6 +81,11 @@ def quantize(
     """Integers int8 and scales float16 of a matrix (see glmlora/model/quantization.py). A row or
     group that cannot be quantized has a scale that is not finite."""
 
+def ggml_blocks(array: np.ndarray, bits: int) -> np.ndarray:
+    """A float32 matrix (rows, columns) as ggml's Q8_0 (bits 8) or Q4_0 (4): bytes uint8 (rows,
+    columns / 32 * 34 or 18). ValueError where the columns are no multiple of 32, a value is not
+    finite, or a scale is beyond float16."""
+
 def adjust_logits(
     logits: np.ndarray,
     context: np.ndarray,
@@ -317,16 +322,25 @@ class Model:
         dropout_seed: int = 0,
         dropout: bool = True,
         noise: float = 0.0,
+        numbers: np.ndarray | None = None,
     ) -> float:
         """Forward and backward; adds gradients of the summed loss and M to the token count.
         Returns the mean loss of this
         call. noise: NEFTune's alpha, of noise on the embeddings of the size alpha / sqrt(tokens of
         the row * H). Dropout masks and noise are functions of (dropout_seed, update number, row
         within the update, position), so they do
-        not depend on how an update's rows are split into calls."""
+        not depend on how an update's rows are split into calls. numbers: which row of the update
+        each segment is; default the next ones, from accumulated_rows on."""
     def zero_grad(self) -> None: ...
-    accumulated_tokens: int  # labelled tokens since zero_grad
-    accumulated_rows: int  # segments since zero_grad
+    accumulated_tokens: int  # labelled tokens since zero_grad; settable with the gradients
+    accumulated_rows: int  # segments since zero_grad; settable
+    gradient_size: int  # how many numbers the gradients of all trained weights are
+    def read_gradients(self, array: np.ndarray, first: int = 0) -> None:
+        """Gradients from number `first` on into a contiguous float32 (float64 of ref_f64) array
+        (n): sums over the labelled tokens since zero_grad. In the same order in all models that
+        train the same weights. ValueError where there are fewer."""
+    def write_gradients(self, array: np.ndarray, first: int = 0) -> None:
+        """Put such sums in their place; accumulated_tokens says of how many tokens they are."""
     def grad_norm(self) -> float:
         """Global L2 norm of the token-mean gradient."""
     def step(

@@ -1,5 +1,4 @@
-"""The command `glmlora`: train, chat, predict, serve, inspect, submit, plan, init, run, merge,
-quantize, doctor, demo.
+"""The command `glmlora`, whose verbs `glmlora --help` lists.
 
 Each verb is one function below."""
 
@@ -24,42 +23,13 @@ from .generation.config import GenerationConfig
 from .interrupts import Terminated, end_now
 from .model import device as devices
 from .names import did_you_mean
-from .task import ANY_TEXT, Task, check_asked, task_in
+from .task import ANY_TEXT, Task, check_asked
 from .templates import columns_of
 from .tools.demo import PAPERS
 from .training.flags import check_directory, given_twice
 
 #: What a user can put right; everything else is a fault of this program and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ArithmeticError)
-
-
-def _load(
-    model_path: str,
-    adapter: str | None,
-    dtype: str | None,
-    compute_dtype: str | None,
-    device: str = "cpu",
-    family: str = "auto",
-) -> tuple[Any, Any]:
-    """Model and tokenizer of a base directory and an optional adapter or P-Tuning directory."""
-    import glmlora
-    from glmlora.model.peft import load_prefix
-
-    known = None if family == "auto" else family
-    is_prefix = adapter and not os.path.exists(os.path.join(adapter, "adapter_config.json"))
-    model = glmlora.AutoModel.from_pretrained(model_path, compute_dtype=compute_dtype, family=known)
-    if dtype:
-        model = getattr(
-            model, {"float16": "half", "bfloat16": "bfloat16", "float32": "float"}[dtype]
-        )()
-    if adapter:
-        model = (
-            load_prefix(model, adapter)
-            if is_prefix
-            else glmlora.PeftModel.from_pretrained(model, adapter)
-        )
-    model.to(device=device)
-    return model.eval(), glmlora.AutoTokenizer.from_pretrained(model_path, family=known)
 
 
 def _check_model(args: argparse.Namespace) -> None:
@@ -111,9 +81,11 @@ def _stream(model: Any, tokenizer: Any, query: str, history: list[Any], **kwargs
 
 def chat(args: argparse.Namespace) -> int:
     """Talk to a model in the terminal; the answer streams."""
+    from glmlora.model import loading
+
     kwargs = _generation(args)
     _check_model(args)
-    model, tokenizer = _load(
+    model, tokenizer = loading.load_model(
         args.model, args.adapter, args.dtype, args.compute_dtype, args.device, args.family
     )
     interactive = sys.stdin.isatty()
@@ -158,17 +130,47 @@ def chat(args: argparse.Namespace) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     """A table in, a table out: one answer for each row."""
-    import glmlora
+    from glmlora.prediction import Source
     from glmlora.tables import output as table
-    from glmlora.tables.answers import ask, split_answers
-    from glmlora.tables.job import describe_folders, predict_rows
-    from glmlora.training.methods import unwrapped
+    from glmlora.tables import shards
+    from glmlora.tables.job import predict_rows
 
     _check_model(args)
-    table.check_place(args.output, args.overwrite, args.input)
-    directory, labels = model_directory(args.model), split_answers(args.labels)
-    task = task_in(args.adapter or directory)
-    rows = table_rows(args.input, "--input")
+    part = None if args.shard is None else shards.part_of(args.shard, "--shard")
+    if part is None:
+        table.check_place(args.output, args.overwrite, args.input)
+    elif args.overwrite:
+        raise ValueError("--overwrite: has no effect with --shard; remove the folder of the shards")
+    else:
+        shards.check_folder(args.output)
+    loaded = ("model", "adapter", "family", "dtype", "compute_dtype", "device")
+    source = Source(**{name: getattr(args, name) for name in loaded})
+    task, rows = source.task, table_rows(args.input, "--input")
+    asked = _asked(args, source.directory, task, rows)
+    columns = columns_of(rows)
+    output = table.plan_output(
+        args.output, columns, args.columns, args.add or [], args.answer_column, asked.more
+    )
+    answering = source.answering(asked, columns)
+    job = {"describe": source.describe, "settings": source.settings(), "seed": args.seed}
+    if part is not None:
+        form = {n: getattr(args, n) for n in shards.FORM} | {"labels": list(asked.labels)}
+        done = shards.predict_shard(rows, asked, answering, args.output, part, form, **job)
+        print(f"{done.path}: {len(done.results)} rows")
+        return 0
+    _, whole = predict_rows(rows, asked, answering, output=output, overwrite=args.overwrite, **job)
+    print(f"{args.output}: {len(rows)} rows")
+    return 0 if whole else 1
+
+
+def _asked(
+    args: argparse.Namespace, directory: str, task: Task | None, rows: Sequence[Mapping[str, Any]]
+) -> Any:
+    """What the flags of `predict` ask about each row."""
+    from glmlora.tables.answers import ask, split_answers
+    from glmlora.tables.output import check_question
+
+    labels = split_answers(args.labels)
     template = _template(args.template, task, columns_of(rows))
     own = task is not None and template == task.question
     check_asked(
@@ -191,39 +193,8 @@ def predict(args: argparse.Namespace) -> int:
         task=task,
         spelled=lambda name: "--" + name.replace("_", "-"),
     )
-    table.check_question(template, rows, args.input)
-    output = table.plan_output(
-        args.output, columns_of(rows), args.columns, args.add or [], args.answer_column, asked.more
-    )
-    several = task is not None and task.is_ensemble
-    adapter = None if several else args.adapter
-    adapters = [args.adapter] if args.adapter else []
-    if adapters and task is not None:
-        adapters = task.folders(args.adapter)
-
-    def load() -> tuple[Any, Any]:
-        model, tokenizer = _load(
-            args.model, adapter, args.dtype, args.compute_dtype, args.device, args.family
-        )
-        return unwrapped(model), tokenizer
-
-    classify = _classify(args, asked, load) if several else None
-
-    loaded = {n: getattr(args, n) for n in ("family", "dtype", "compute_dtype")}
-    device = devices.find(args.device).type
-    _, whole = predict_rows(
-        rows,
-        asked,
-        load,
-        output=output,
-        describe=lambda: describe_folders(directory, adapters),
-        settings={**loaded, "device": device, "glmlora": glmlora.__version__},
-        seed=args.seed,
-        overwrite=args.overwrite,
-        classify=classify,
-    )
-    print(f"{args.output}: {len(rows)} rows")
-    return 0 if whole else 1
+    check_question(template, rows, args.input)
+    return asked
 
 
 def _template(given: str | None, task: Task | None, columns: Sequence[str]) -> str:
@@ -236,28 +207,13 @@ def _template(given: str | None, task: Task | None, columns: Sequence[str]) -> s
     return PAPERS if any_text else task.question
 
 
-def _classify(args: argparse.Namespace, asked: Any, load: Callable[[], tuple[Any, Any]]) -> Any:
-    """What weighs the labels of rows by folds or a head, over the base that `load` gives.
-    ValueError for what cannot be asked of them.
-    """
-    import glmlora
+def gather(args: argparse.Namespace) -> int:
+    """The shards of `predict --shard` become one table: the bytes of a run without shards."""
+    from glmlora.tables import shards
 
-    if asked.template != asked.task.question or list(asked.labels) != asked.task.answers:
-        raise ValueError(
-            f"--adapter: {args.adapter} has folds or a head, which weigh the labels "
-            f"{asked.task.answers} of the question they were trained with; leave --template, "
-            "--labels and how answers are written away"
-        )
-    classifier = glmlora.LoraClassifier.load(args.adapter, base=args.model)
-    loaded: list[Any] = []
-
-    def classify(rows: list[dict[str, Any]]) -> Any:
-        if not loaded:
-            loaded.extend(load())
-            classifier.use_base(*loaded)
-        return classifier.predict_proba(rows)
-
-    return classify
+    rows, whole = shards.gather(args.folder, args.output, args.fallback, args.overwrite)
+    print(f"{args.output}: {rows} rows")
+    return 0 if whole else 1
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -358,6 +314,8 @@ def run(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """Base + adapter -> one model directory."""
+    from glmlora.model import loading
+
     _check_model(args)
     check_new_directory(args.output)
     if not os.path.exists(os.path.join(args.adapter, "adapter_config.json")):
@@ -365,7 +323,9 @@ def merge(args: argparse.Namespace) -> int:
             f"--adapter: {args.adapter} has no adapter_config.json: a P-Tuning prefix cannot be "
             "merged into the weights"
         )
-    model, tokenizer = _load(args.model, args.adapter, args.dtype, "float32", family=args.family)
+    model, tokenizer = loading.load_model(
+        args.model, args.adapter, args.dtype, "float32", family=args.family
+    )
     model.merge_and_unload().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"{args.output}: merged model and tokenizer")
@@ -382,6 +342,28 @@ def quantize(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """A model directory, or an adapter -> a GGUF file, for llama.cpp and what is built on it."""
+    from glmlora.tools.gguf_export import export
+
+    family = None if args.family == "auto" else args.family
+    if args.gguf is None and not args.adapter_only:
+        raise ValueError("--gguf: expected f16, q8_0 or q4_0")
+    nbytes = export(args.model, args.output, args.gguf, args.adapter, args.adapter_only, family)
+    print(f"{args.output}: {nbytes / 1e9:.2f} GB of tensors")
+    return 0
+
+
+def import_(args: argparse.Namespace) -> int:
+    """A GGUF file -> a model directory."""
+    from glmlora.tools.gguf_import import import_gguf
+
+    family = None if args.family == "auto" else args.family
+    config = import_gguf(args.file, args.output, family)
+    print(f"{args.output}: {families.of(config.family).title}")
+    return 0
+
+
 def serve(args: argparse.Namespace) -> int:
     """OpenAI's endpoints for a model and its adapters, and a page to try them on."""
     from glmlora.serving import command
@@ -391,7 +373,7 @@ def serve(args: argparse.Namespace) -> int:
     adapters = command.adapters_of(args.adapter or [])
     devices.parse(args.device)
     directory = model_directory(args.model)
-    base, tokenizer = _load(
+    base, tokenizer = loading.load_model(
         args.model, None, args.dtype, args.compute_dtype, args.device, args.family
     )
     return command.run(
@@ -506,6 +488,13 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an output, or another job's journal",
     )
+    _flag(
+        parser,
+        "--shard",
+        metavar="I/N",
+        help="answer the I-th of N parts of the rows (from 1/N to N/N), in the folder --output, "
+        "from which `glmlora gather` makes the table",
+    )
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:
@@ -605,6 +594,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _sampling_flags(verb("chat", chat))
     _sampling_flags(p := verb("predict", predict))
     _predict_flags(p)
+    p = verb("gather", gather)
+    p.add_argument("folder", metavar="FOLDER", help="the --output of `predict --shard`")
+    _flag(p, "--output", required=True, help="table to write")
+    _flag(p, "--fallback", help="the answer for rows without one; default: that of the shards")
+    _flag(p, "--overwrite", action="store_true", help="replace an output that is there")
     _inspect_flags(verb("inspect", inspect))
     p = verb("submit", submit)
     _flag(p, "--sample", required=True, metavar="TABLE", help="the sample submission")
@@ -641,6 +635,19 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         type=int,
         help="columns that share a scale, e.g. 32: nearer to the float weights; default: a row",
     )
+    _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
+
+    p = verb("export", export)
+    _flag(p, "--model", required=True)
+    _flag(p, "--gguf", choices=["f16", "q8_0", "q4_0"], help="the type of linear layers")
+    _flag(p, "--output", required=True, metavar="FILE.gguf", help="a new file")
+    _flag(p, "--adapter", metavar="DIR", help="a LoRA adapter, which is merged into the model")
+    _flag(p, "--adapter-only", action="store_true", help="it alone, for llama.cpp's --lora")
+    _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
+
+    p = verb("import", import_)
+    p.add_argument("file", metavar="FILE.gguf")
+    p.add_argument("output", metavar="DIR", help="a new directory")
     _flag(p, "--family", default="auto", choices=families.choices(), help="of the model")
 
     p = verb("doctor", doctor)

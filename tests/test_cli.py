@@ -19,6 +19,7 @@ import tiny
 from glmlora import cli
 from glmlora.files.checkpoint import write_safetensors
 from glmlora.files.rows import table_rows
+from glmlora.model import loading
 from glmlora.tables import answers as table_answers
 from glmlora.tables import output
 from glmlora.templates import fill_template
@@ -240,7 +241,7 @@ def test_what_stops_an_answer_does_not_end_the_conversation(capsys, monkeypatch)
                 raise stop
             yield "halfway", [*history, (query, "halfway")]
 
-    monkeypatch.setattr(cli, "_load", lambda *a: (Model(), None))
+    monkeypatch.setattr(loading, "load_model", lambda *a: (Model(), None))
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\nd\ne\n"))
     assert cli.main(["chat", "--model", TINY]) == 1
     assert [query for query, _ in asked] == list("abcde")
@@ -357,7 +358,7 @@ def table(tmp_path):
 )
 def test_predict_checks_first(words, text, table, capsys, monkeypatch):
     monkeypatch.chdir(table.parent)
-    monkeypatch.setattr(cli, "_load", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *a: pytest.fail("the model is loaded"))
     given = ["--model", TINY, "--input", "in.csv", "--output", "o.csv", *words]
     status, error = run(capsys, "predict", *given)
     assert status == 1 and text in error
@@ -376,9 +377,9 @@ class Answers:
     """Stands for the model's answers."""
 
     def __init__(self, monkeypatch, *answers):
-        monkeypatch.setattr(cli, "_load", lambda *a: (None, None))
+        monkeypatch.setattr(loading, "load_model", lambda *a: (None, None))
         monkeypatch.setattr(table_answers, "chat_rows", self.rows)
-        monkeypatch.setattr("glmlora.training.methods.unwrapped", lambda model: None)
+        monkeypatch.setattr("glmlora.prediction.unwrapped", lambda model: None)
         self.answers = answers
 
     def rows(self, model, tokenizer, prompts, **sampling):

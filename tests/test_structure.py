@@ -29,6 +29,7 @@ FLOORS = (
     ("training",),
     ("head", "tools", "vote"),
     ("classifier", "inspection", "submission"),
+    ("prediction",),
     ("notebook", "standins"),
     ("compat", "serving"),
     ("cli",),

@@ -47,6 +47,7 @@ class ChatGLM3(Family):
     checkpoint = "THUDM/chatglm3-6b"
     base: re.Pattern[str] | None = re.compile(r"chatglm3-6b-base")
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *ROLE_TOKENS)
+    gguf_arch = "chatglm"
     in_texts = ("[gMASK]", *ROLE_TOKENS)
     chats_by_template = True
     template_mark = "<|assistant|>"
@@ -137,6 +138,17 @@ class ChatGLM3(Family):
             text += f"<|{role}|>{metadata}\n{self.before_content}{content}"
         opens = add_generation_prompt or self.always_opens
         return text + (f"<|assistant|>{self.after_opening}" if opens else "")
+
+    def jinja_template(self) -> str:
+        after = self.after_opening.replace("\n", "\\n")
+        opening = f"{{{{ '<|assistant|>{after}' }}}}"
+        if not self.always_opens:
+            opening = f"{{%- if add_generation_prompt -%}}{opening}{{%- endif -%}}"
+        return (
+            "".join(self.prefix_tokens) + "{%- for m in messages -%}"
+            f"{{{{ '<|' ~ m['role'] ~ '|>\\n{self.before_content}' ~ m['content'] }}}}"
+            "{%- endfor -%}" + opening
+        )
 
     # Answers
 

@@ -70,6 +70,8 @@ class Family:
     layout_keys: tuple[str, ...] = ()
     config_keys: Mapping[str, str] = {}
     ties_head = False
+    architecture = "ChatGLMModel"  # the class that other programs open it with
+    gguf_arch: str | None = None  # what llama.cpp calls the architecture; None: it has none
 
     # Tensors. `layer` has the layer's number in place of {}; linears and norms stand below it,
     # each with .weight (and .bias where there is one); the core and adapters use these names.
@@ -192,6 +194,20 @@ class Family:
             "prefix_input": self.prefix_input(config),
         }
 
+    def rope_fields(
+        self, rope_base: float, rope_divisor: float, rotary_dim: int, head_dim: int
+    ) -> dict[str, Any]:
+        """The fields of a config.json of which `arch` makes these numbers. ValueError where there
+        are none.
+        """
+        if 2 * rotary_dim != head_dim:
+            raise ValueError(f"{rotary_dim} of {head_dim} channels turn, expected the first half")
+        if rope_divisor == 1:
+            return {"rope_ratio": rope_base / 10000.0}
+        if rope_base != 10000.0:
+            raise ValueError(f"rotary base {rope_base} beside divided positions, expected 10000")
+        return {"rope_ratio": rope_divisor}
+
     # A chat
 
     def tokenizer_words(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -251,6 +267,12 @@ class Family:
         self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
     ) -> str:
         """The text of `template_ids`."""
+        raise NotImplementedError
+
+    def jinja_template(self) -> str:
+        """What writes `template_text` of user, assistant and system messages in other programs, in
+        the language of jinja2: for checkpoints that have no chat template.
+        """
         raise NotImplementedError
 
     def end_ids(self, tokenizer: Tokenizer, eos_token_ids: list[int]) -> list[int]:

@@ -139,6 +139,30 @@ def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Ada
             )
 
 
+def merged(
+    model: ChatGLMForConditionalGeneration, adapter: Adapter, module: str
+) -> dict[str, Tensor]:
+    """{name: tensor} of a linear's weight (and bias, with lora_bias) with an adapter merged, as
+    `merge_and_unload` makes them. Other linears and, at the end, this one are as they were. The
+    adapter's weights are in place of the base's, its A and B are not attached.
+    """
+    ends = ("weight", "bias") if adapter.config.lora_bias else ("weight",)
+    names = [weight_of(model.config, module), *(f"{module}.{end}" for end in ends[1:])]
+    before = {name: model._stored[name] for name in names}
+    scale = adapter.targets[module][1]
+    A, B, *more = (adapter.tensors.get(f"{module}.{part}") for part in PARTS)
+    try:
+        model.core.add_lora(module, A, B, scale, 0.0, *more)
+        model.core.enable_lora(True)
+        model.core.merge_lora()
+        model.weights_changed(names)
+        return {name: model._tensor(name) for name in names}
+    finally:
+        model.core.remove_lora()
+        for name, tensor in before.items():
+            model._bind(name, tensor)
+
+
 # Adapter files
 
 

@@ -62,7 +62,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class Limited:
-    """In front of the app: bodies of at most so many bytes, else 413."""
+    """In front of the app: bodies of at most so many bytes, read whole, else 413."""
 
     def __init__(self, app: ASGIApp, most: int):
         self.app, self.most = app, most
@@ -72,38 +72,54 @@ class Limited:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        read = 0
-        headers = dict(scope["headers"])
-        stated = headers.get(b"content-length", b"0")
-        if stated.isdigit() and int(stated) > self.most:
-            await self._refuse(scope, receive, send)
-            return
-
-        async def limited() -> Message:
-            nonlocal read
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        body, more = bytearray(), not (stated.isdigit() and int(stated) > self.most)
+        too_long = not more
+        while more:
             message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.most:
-                raise Refused(413, f"the body is longer than {self.most} bytes", None, "too_large")
-            return message
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            too_long = len(body) > self.most
+            more = bool(message.get("more_body")) and not too_long
+        if too_long:
+            error = Refused(413, f"the body is longer than {self.most} bytes", None, "too_large")
+            response = JSONResponse(error.body(), 413, {"Connection": "close"})
+            await response(scope, receive, send)
+            return
+        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
 
-        await self.app(scope, limited, send)
+        async def replay() -> Message:
+            nonlocal whole
+            message, whole = whole, None
+            return await receive() if message is None else message
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = Refused(413, f"the body is longer than {self.most} bytes", None, "too_large")
-        response = JSONResponse(error.body(), 413, {"Connection": "close"})
-        await response(scope, receive, send)
+        await self.app(scope, replay, send)
 
 
-def _field(error: dict[str, Any]) -> str:
-    """Where a request is wrong: `messages[0].content`."""
-    text = ""
-    for part in error["loc"][1:]:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif part.isidentifier() and part[:1].islower() and not part.startswith("function-"):
-            text += f".{part}" if text else part
-    return text
+def _wrong(error: Any, body: Any) -> tuple[str, str]:
+    """(field, what is wrong) of one of pydantic's errors: `messages[0].content`, without the names
+    of alternatives that stand in its path.
+    """
+    field, at = "", body
+    path = error["loc"][1:]
+    for number, part in enumerate(path):
+        if isinstance(at, list) and isinstance(part, int) and part < len(at):
+            at, field = at[part], f"{field}[{part}]"
+        elif isinstance(at, dict) and isinstance(part, str):
+            last = number == len(path) - 1 and error["type"] in ("missing", "extra_forbidden")
+            if part in at or last:
+                at, field = at.get(part), f"{field}.{part}" if field else part
+    said = error["msg"].replace("Input should be", "expected").replace("Input should", "should")
+    if error["type"] == "extra_forbidden":
+        said = "is not supported"
+    elif error["type"] == "missing":
+        said = "is missing"
+    elif error["type"] == "json_invalid":
+        said, field = f"expected JSON: {error.get('ctx', {}).get('error', said)}", ""
+    else:
+        said += f", got {error.get('input')!r:.60}"
+    return field, said
 
 
 def create_app(
@@ -412,13 +428,9 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        field = _field(first)
-        said = first["msg"]
-        if first["type"] == "extra_forbidden":
-            said = "is not supported"
-        elif first["type"] == "json_invalid":
-            said, field = f"expected JSON: {first.get('ctx', {}).get('error', said)}", ""
+        # Of what is wrong with each alternative, that which got furthest.
+        found = [_wrong(one, error.body) for one in error.errors()]
+        field, said = max(found, key=lambda one: len(one[0]))
         message = f"{field}: {said}" if field else f"the body: {said}"
         return JSONResponse(Refused(400, message, field or None).body(), 400)
 

@@ -137,15 +137,10 @@ def run(
     )
     # What waits for the interpreter beside a thread that computes waits for less.
     sys.setswitchinterval(0.001)
-    server = Drained(config, engine)
-    engine.start()
     megabytes = places * row_bytes(base.config, length) / 1e6
-    print(
-        f"glmlora serve: {', '.join(models)} on http://{host}:{port} ({places} rows of {length} "
-        f"tokens, {megabytes:.0f} MB)",
-        file=sys.stderr,
-        flush=True,
-    )
+    about = f"{places} rows of {length} tokens, {megabytes:.0f} MB"
+    server = Drained(config, engine, f"{', '.join(models)} on http://{host}:{{port}} ({about})")
+    engine.start()
     server.run()
     engine.drain()
     engine.join(5)

@@ -19,10 +19,18 @@ class Drained(uvicorn.Server):
     the process at once, with status 128 + the signal's number.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine):
+    def __init__(self, config: uvicorn.Config, engine: Engine, ready: str):
+        """ready: what is told once it listens, with {port}."""
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._ready = engine, ready
         self._arrived = 0
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        """Listens, and says where."""
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            print(f"glmlora serve: {self._ready.format(port=port)}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
