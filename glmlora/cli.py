@@ -366,6 +366,7 @@ def import_(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """OpenAI's endpoints for a model and its adapters, and a page to try them on."""
+    from glmlora.model import loading
     from glmlora.serving import command
 
     command.check_extra()

@@ -14,7 +14,10 @@ import glmlora
 PAGE = Path(glmlora.__file__).parent / "serving" / "page"
 TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css"}
 TYPES |= {".svg": "image/svg+xml"}
-POLICY = "default-src 'self'"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 ANSWER = """# A title
 
 Some **bold** and *slanted* text with `code`, <b>no markup</b> & [a link](https://example.org/a).
@@ -66,8 +69,8 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path == "/v1/models":
             if self.allowed():
-                names = ("base", "papers")
-                entries = [{"id": n, "object": "model", "owned_by": "glmlora"} for n in names]
+                trained = {"template": "Medical? {title}", "labels": ["1", "0"]}
+                entries = [{"id": "base"}, {"id": "papers", "parent": "base", **trained}]
                 self.reply(200, {"object": "list", "data": entries})
             return
         file = PAGE / ("index.html" if path == "/" else path.removeprefix("/page/"))

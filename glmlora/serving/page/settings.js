@@ -6,7 +6,12 @@ import { t } from "./texts.js";
 
 const FIELDS = ["system", "temperature", "top_p", "max_tokens", "tools"];
 
+let cards = []; // the models' objects of /v1/models
+
 export const model = () => $("model").value;
+
+/** What the server says of the model chosen; its template and labels, where it was trained with some. */
+export const card = () => cards.find((one) => one.id === model()) ?? {};
 export const system = () => $("system").value.trim();
 
 /** temperature, top_p and max_tokens, those that are filled in. */
@@ -44,11 +49,12 @@ export function valid() {
 /** Asks the server for its models; an ApiError where it does not answer. */
 export async function loadModels() {
   $("server").textContent = t("Asking the server for its models ..");
-  const found = await models();
-  const names = found.map((entry) => entry.id);
+  cards = await models();
+  const names = cards.map((entry) => entry.id);
   const before = $("model").value || kept("model");
   $("model").replaceChildren(...names.map((name) => el("option", { value: name, text: name })));
   $("model").value = names.includes(before) ? before : names[0];
+  $("model").dispatchEvent(new Event("input"));
   $("server").textContent = t("{n} models and adapters", { n: names.length });
 }
 

@@ -17,6 +17,7 @@ let results = []; // of each row { answer, proba } or { error }, once it is ther
 let asked = ""; // the question, labels and settings that `results` answer, as JSON
 let columns = []; // of the results: their names
 let running = null; // { stop, begun, before }
+const suggested = { template: "", labels: "" }; // what was put into the fields, and may be replaced
 
 // The file
 
@@ -36,8 +37,26 @@ async function open(file) {
   asked = "";
   $("file").value = "";
   $("progress").hidden = true;
-  $("template").value ||= table.columns.map((name) => `${name}: {${name}}`).join("\n");
+  suggest();
   showTable();
+}
+
+/** Fills in the question and labels that the model was trained with, where the user has written none. */
+function suggest() {
+  const card = settings.card();
+  let template = table ? table.columns.map((name) => `${name}: {${name}}`).join("\n") : "";
+  try {
+    if (table && card.template && csv.pieces(card.template, table.columns)) template = card.template;
+  } catch {
+    // it was trained with other columns
+  }
+  const labels = (card.labels ?? []).join(", ");
+  for (const [id, value] of Object.entries({ template, labels })) {
+    if ($(id).value && $(id).value !== suggested[id]) continue;
+    $(id).value = value;
+    suggested[id] = value;
+  }
+  showQuestion();
 }
 
 function showFile() {
@@ -151,7 +170,7 @@ async function answerEach(rows, how, signal) {
   try {
     await patiently(() => answerRows(rows, how, signal), signal);
   } catch (error) {
-    if (error.status !== 400 && error.status !== 413) throw error;
+    if (![400, 408, 413].includes(error.status)) throw error;
     if (rows.length === 1) results[rows[0]] = { error: error.message };
     else for (const row of rows) await answerEach([row], how, signal);
   }
@@ -282,6 +301,7 @@ export function startTable() {
     });
   }
   $("template").addEventListener("input", showQuestion);
+  $("model").addEventListener("input", () => running || suggest());
   $("labels").addEventListener("input", () => ($("wrong").textContent = ""));
   for (const node of document.querySelectorAll("[name=kind]")) node.addEventListener("change", showQuestion);
   $("run").addEventListener("click", run);
