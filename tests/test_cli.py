@@ -139,10 +139,8 @@ def test_no_flag_is_parsed_and_forgotten():
     """Each flag of each verb is read somewhere outside the parsers (and train's: see
     test_arguments.py).
     """
-    source = inspect.getsource(cli)
-    for maker in (cli._parser, cli._sampling_flags, cli._predict_flags, cli._plan_flags):
-        source = source.replace(inspect.getsource(maker), "")
-    for verb, parser in cli._parser()[1].items():
+    source = inspect.getsource(cli.verbs)
+    for verb, parser in cli.flags.parser_of_verbs()[1].items():
         for action in parser._actions:
             name = action.dest
             used = f"args.{name}" in source or f'"{name}"' in source
@@ -447,7 +445,7 @@ def test_what_a_library_computes_does_not_hold_the_end_up(number, status):
         "def doctor(args):\n"
         "    with interrupts.ending_signals():\n"
         "        interrupts.interruptible(busy)\n"
-        "cli.doctor = doctor\n"
+        "cli.verbs.doctor = doctor\n"
         "sys.argv = ['glmlora', 'doctor']\n"
         "print('begins')\n"
         "sys.exit(cli.main())\n"

@@ -73,15 +73,17 @@ class Limited:
             await self.app(scope, receive, send)
             return
         stated = dict(scope["headers"]).get(b"content-length", b"0")
-        body, more = bytearray(), not (stated.isdigit() and int(stated) > self.most)
-        too_long = not more
-        while more:
+        too_long = stated.isdigit() and int(stated) > self.most
+        body, read, more = bytearray(), 0, True
+        # One who still sends would not see the answer: what is too long is read, too, and dropped.
+        while more and read <= 4 * self.most:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message.get("body", b"")
-            too_long = len(body) > self.most
-            more = bool(message.get("more_body")) and not too_long
+            read += len(message.get("body", b""))
+            too_long = too_long or read > self.most
+            body = body if too_long else body + message.get("body", b"")
+            more = bool(message.get("more_body"))
         if too_long:
             error = Refused(413, f"the body is longer than {self.most} bytes", None, "too_large")
             response = JSONResponse(error.body(), 413, {"Connection": "close"})
@@ -185,13 +187,13 @@ def create_app(
         """One of them."""
         return card(model)
 
-    @app.post("/v1/chat/completions", **guarded)
+    @app.post("/v1/chat/completions", **_streams(guarded))
     async def chat(request: Request, body: ChatRequest) -> Response:
         """A conversation's next message, whole or, with `stream`, as it comes."""
         asked = await run_in_threadpool(server.chat, body, _caller(request))
         return await respond(request, body, [asked], "chat.completion")
 
-    @app.post("/v1/completions", **guarded)
+    @app.post("/v1/completions", **_streams(guarded))
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """How a text goes on."""
         asked = await run_in_threadpool(server.complete, body, _caller(request))
@@ -250,12 +252,19 @@ def create_app(
 
     app.add_middleware(Logged, server=server)
     app.add_middleware(Limited, most=body_bytes)
-    _describe(app)
+    _describe(app, bool(keys))
     return app
 
 
 def _only(guarded: dict[str, Any], *statuses: int) -> dict[str, Any]:
     return {**guarded, "responses": {status: ERRORS[status] for status in statuses}}
+
+
+def _streams(guarded: dict[str, Any]) -> dict[str, Any]:
+    about = "Whole, or with `stream` as server-sent events"
+    content = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
+    found = {200: {"description": about, "content": content}}
+    return {**guarded, "responses": {**guarded["responses"], **found}}
 
 
 def _caller(request: Request) -> str:
@@ -517,7 +526,7 @@ class Logged:
         LOG.info(json.dumps(line, ensure_ascii=False))
 
 
-def _describe(app: FastAPI) -> None:
+def _describe(app: FastAPI, keys: bool) -> None:
     """`/openapi.json` as it is: what is wrong about a request is 400, not FastAPI's 422."""
     make = app.openapi
 
@@ -527,8 +536,12 @@ def _describe(app: FastAPI) -> None:
             for path in found["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
+                    if not keys:
+                        operation.pop("security", None)
             for name in ("HTTPValidationError", "ValidationError"):
                 found["components"]["schemas"].pop(name, None)
+            if not keys:
+                found["components"].pop("securitySchemes", None)
             app.openapi_schema = found
         return app.openapi_schema
 

@@ -157,3 +157,4 @@ def _log_to_stderr() -> None:
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(level)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # tells everyone who went away

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+
+def _whole(value: Any) -> Any:
+    """1.0, which JSON has for 1, too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = StrictStr
-Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
-Count = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]
+FROM_FLOAT = BeforeValidator(_whole)
+Whole = Annotated[StrictInt, FROM_FLOAT]
+Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63), FROM_FLOAT]
+Count = Annotated[int, Field(strict=True, ge=1, le=1 << 20), FROM_FLOAT]
 
 
 class Body(BaseModel):
@@ -150,17 +158,17 @@ class Sampling(Body):
     max_tokens: Count | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(strict=True, ge=1, le=8)] = 1
+    n: Annotated[int, Field(strict=True, ge=1, le=8), FROM_FLOAT] = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: Seed | None = None
     user: Text | None = Field(None, description="Accepted; means nothing.")
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
-    top_k: Annotated[int, Field(strict=True, ge=0, le=1 << 20)] | None = Field(
+    top_k: Annotated[int, Field(strict=True, ge=0, le=1 << 20), FROM_FLOAT] | None = Field(
         None, description="Not OpenAI's: keep so many of the best tokens; 0: all."
     )
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = Field(None, description="Not OpenAI's.")
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = Field(
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = Field(
         None, description="Not OpenAI's: over prompt and answer."
     )
     guided_choice: (
@@ -184,7 +192,7 @@ class ChatRequest(Sampling):
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: StrictBool | None = Field(None, description="Accepted; means nothing.")
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20), FROM_FLOAT] | None = None
     metadata: dict[str, str] | None = Field(None, description="Accepted; means nothing.")
     store: Literal[False] | None = None
 
@@ -201,9 +209,9 @@ class CompletionRequest(Sampling):
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=64)]
-        | Annotated[list[StrictInt], Field(min_length=1)]
+        | Annotated[list[Whole], Field(min_length=1)]
     )
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=5), FROM_FLOAT] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
@@ -226,7 +234,7 @@ class ClassifyRequest(Body):
         list[Text | Annotated[list[Message], Field(min_length=1)]],
         Field(min_length=1, max_length=1024),
     ]
-    labels: Annotated[list[Text | StrictInt], Field(min_length=1, max_length=256)] | None = None
+    labels: Annotated[list[Text | Whole], Field(min_length=1, max_length=256)] | None = None
 
 
 # What callers get
