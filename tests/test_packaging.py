@@ -143,6 +143,8 @@ def test_wheel(tmp_path, wheel):
         "template/xfg.ipynb",
         "template/xfg_train.sh",
         "template/train_bash.py",
+        "serving/page/index.html",
+        "serving/page/main.js",
         "_core.pyi",
         "py.typed",
     ):
