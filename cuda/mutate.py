@@ -13,6 +13,8 @@ the cases of tests/test_cuda.py for the ops of that file until one fails.
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import random
 import re
@@ -188,18 +190,29 @@ def noticed(number: int, checks: list) -> str:
     return "" if reached else "NOT REACHED"
 
 
-def reaching(numbers: list[int], checks: list) -> dict[int, list]:
-    """The checks that come by each mutant's place."""
+def reaching(numbers: list[int], checks: dict[int, list], part: slice) -> list[tuple[int, str]]:
+    """(mutant, check) for each check of a part of them all that comes by the mutant's place."""
     from emulator import emulator
 
-    found: dict[int, list] = {n: [] for n in numbers}
-    for check in checks:
+    each: dict[str, tuple] = {}
+    for n in numbers:
+        for check in checks[n]:
+            each.setdefault(str(check), (check, []))[1].append(n)
+    found = []
+    for name, (check, own) in list(each.items())[part]:
         emulator().mutant(-1)
         check.run("emu")
-        for n in numbers:
-            if emulator().reached(n):
-                found[n].append(check)
+        found += [(n, name) for n in own if emulator().reached(n)]
     return found
+
+
+def reached(numbers: list[int], checks: dict[int, list], jobs: int) -> dict[int, list]:
+    """Of the checks of each mutant those that come by its place: each check is run once, all in so
+    many processes."""
+    parts = [(numbers, checks, slice(job, None, jobs)) for job in range(jobs)]
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        pairs = set(itertools.chain(*pool.starmap(reaching, parts)))
+    return {n: [c for c in checks[n] if (n, str(c)) in pairs] for n in numbers}
 
 
 def child(number: int, checks: list, pipe: int) -> None:
@@ -215,11 +228,10 @@ def child(number: int, checks: list, pipe: int) -> None:
 
 def run(numbers: list[int], mutants: list[Mutant], jobs: int = 2) -> list[int]:
     """Survivors."""
-    checks: dict[int, list] = {}
-    for file in {mutants[n].file for n in numbers}:
-        own = [n for n in numbers if mutants[n].file == file]
-        few = len(own) < 6  # then it costs more than it saves
-        checks |= {n: cases(file) for n in own} if few else reaching(own, cases(file))
+    of = {file: cases(file) for file in {mutants[n].file for n in numbers}}
+    checks = {n: of[mutants[n].file] for n in numbers}
+    if len(numbers) > 12:  # else it costs more than it saves
+        checks = reached(numbers, checks, jobs)
     waiting, running, survivors = list(numbers), {}, []
     while waiting or running:
         while waiting and len(running) < jobs:

@@ -38,13 +38,32 @@ def test_every_op_is_in_the_list():
 
 
 @needs_compiler
-def test_it_passes_on_the_emulator(tmp_path):
-    library = str(built())
+def test_it_passes_on_the_emulator(tmp_path, monkeypatch, capsys):
+    """With short trainings: the deep one has them as they are."""
+    monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", str(built()))
+    monkeypatch.setenv("EMU_PIECE", "")  # what the run sets goes again
+    monkeypatch.delenv("EMU_PIECE")
+    monkeypatch.setattr(selftest, "STEPS", 4)
+    out = tmp_path / "told.json"
+    status = selftest.run("emu", output=str(out))
+    lines = capsys.readouterr().out.splitlines()
+    assert (status, lines[-1]) == (0, "selftest emu: PASS"), "\n".join(lines[-40:])
+    assert_told(out)
+
+
+@needs_compiler
+@pytest.mark.deep
+def test_the_command_passes_on_the_emulator(tmp_path):
     out = tmp_path / "told.json"
     status, lines, errors = run(
-        "--device", "emu", "--output", str(out), GLMLORA_CUDA_LIBRARY=library
+        "--device", "emu", "--output", str(out), GLMLORA_CUDA_LIBRARY=str(built())
     )
     assert (status, lines[-1]) == (0, "selftest emu: PASS"), errors[-2000:] + "\n".join(lines[-40:])
+    assert_told(out)
+
+
+def assert_told(out):
+    """The file of a run that passed says what was run, and where."""
     told = json.loads(out.read_text())
     assert told["result"] == "PASS" and len(told["items"]) > 100
     assert told["device"]["name"] == "emulator"

@@ -29,8 +29,9 @@ FLOORS = (
     ("training",),
     ("head", "tools", "vote"),
     ("classifier", "inspection", "submission"),
+    ("prediction",),
     ("notebook", "standins"),
-    ("compat",),
+    ("compat", "serving"),
     ("cli",),
     ("__main__",),
 )

@@ -153,6 +153,12 @@ static inline int32x4_t dot_nibbles_neon(int32x4_t acc, int8x16_t w, int8x16_t x
     return vpadalq_s16(acc, vmlal_high_s8(vmull_s8(vget_low_s8(w), vget_low_s8(x)), w, x));
 }
 #endif
+#define DOT_I16(acc, a, b) ((vf)dot_i16_neon((int32x4_t)(acc), (int16x8_t)(a), (int16x8_t)(b)))
+static inline int32x4_t dot_i16_neon(int32x4_t acc, int16x8_t a, int16x8_t b)
+{
+    const int32x4_t low = vmull_s16(vget_low_s16(a), vget_low_s16(b)), high = vmull_high_s16(a, b);
+    return vaddq_s32(acc, vpaddq_s32(low, high));
+}
 #define QUADS(v, rows) quads((int8x16_t *)(v), rows)
 
 /* four rows of 16 bytes as quads of a column */

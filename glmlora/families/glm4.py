@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,12 @@ class GLM4(ChatGLM3):
             yield "system", "", tools_text(message["tools"], tokenizer.chat_template)
         if content := str(message["content"]):
             yield message["role"], message.get("metadata") or "", content
+
+    def told_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
+        return list(tools)
+
+    def call_text(self, parameters: Mapping[str, Any]) -> str:
+        return json.dumps(parameters, ensure_ascii=False)
 
     def tool_parameters(self, content: str) -> dict[str, Any] | None:
         """The content's JSON object; None for anything else."""

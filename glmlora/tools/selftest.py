@@ -49,7 +49,8 @@ from .optable import (
 # Largest difference from the reference, over the largest element of it: float32 products, and
 # operands rounded to 16 bits.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-LOSS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}  # relative, in 20 steps
+STEPS = 20  # of a training
+LOSS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}  # relative, in STEPS
 
 Case = Callable[[Ops, np.random.Generator], list[np.ndarray]]
 
@@ -503,7 +504,7 @@ def _batch(seed: int, sizes: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _trained(
-    backend: str, stored_as: str, sizes: dict[str, Any], method: str, steps: int = 20
+    backend: str, stored_as: str, sizes: dict[str, Any], method: str, steps: int
 ) -> list[float]:
     model = tiny_model(backend, stored_as, sizes, 6 if method == "p_tuning" else None)
     trained = model
@@ -538,8 +539,8 @@ def check_logits(backend: str, stored_as: str, sizes: dict[str, Any]) -> str:
 
 
 def check_training(backend: str, stored_as: str, sizes: dict[str, Any], method: str) -> str:
-    """Losses of 20 steps."""
-    got, want = (np.array(_trained(b, stored_as, sizes, method)) for b in (backend, "cpu"))
+    """Losses of STEPS steps."""
+    got, want = (np.array(_trained(b, stored_as, sizes, method, STEPS)) for b in (backend, "cpu"))
     worst = float(np.abs(got / want - 1).max())
     limit = LOSS[backend.rpartition("/")[2]]
     assert worst <= limit, f"losses differ by {worst:.1e}: {got} {want}"
@@ -662,7 +663,8 @@ def items(device: str, types: list[str]) -> Iterator[tuple[str, Callable[[], Any
             of, name = (f"{device}/{type_}", stored_as[type_], sizes), type_ + kind
             yield f"{name} logits", lambda of=of: check_logits(*of)
             for method in methods:
-                yield f"{name} {method} 20 steps", lambda of=of, m=method: check_training(*of, m)
+                item = f"{name} {method} {STEPS} steps"
+                yield item, lambda of=of, m=method: check_training(*of, m)
             if type_ == "float32":
                 yield f"{name} answers", lambda of=of: check_answers(*of)
             if not kind:
@@ -672,7 +674,7 @@ def items(device: str, types: list[str]) -> Iterator[tuple[str, Callable[[], Any
             of, name = (f"{device}/{type_}", stored_as[type_], sizes), f"{type_} {kind}"
             yield f"{name} logits", lambda of=of: check_logits(*of)
             if type_ == "float32":
-                yield f"{name} full 20 steps", lambda of=of: check_training(*of, "full")
+                yield f"{name} full {STEPS} steps", lambda of=of: check_training(*of, "full")
 
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")

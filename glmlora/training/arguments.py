@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from .. import families
-from ..files.regular import regular
-from ..files.write import read_json
 from ..names import did_you_mean
+from .config_file import is_config, read_config
 from .flags import (
     REQUIRED,
     Flag,
@@ -338,7 +336,10 @@ class TrainingArguments(Group):
         "keep 1 GiB of activations at most; without it, what fits into memory")
     auto_find_batch_size: bool = option(False, "R",
         "memory is checked before the first step; set the batch size")
-    full_determinism: bool = option(False, "A", "runs are bit-equal on the CPU anyway")
+    full_determinism: bool = option(False, "A",
+        "runs are bit-equal on the CPU anyway; deterministic: with any number of MPI ranks, too")
+    deterministic: bool = option(False, "S",
+        "the same bits with any number of MPI ranks: micro-batches are added up in pairs")
     torchdynamo: str | None = option(None, "A", "there is nothing to compile")
     torch_compile: bool = option(False, "A", "there is nothing to compile")
     torch_compile_backend: str | None = option(None, "A", "there is nothing to compile")
@@ -472,11 +473,11 @@ def parse_train_arguments(
         source = sys.argv[1:]
     told: list[str] = []
     if isinstance(source, (str, os.PathLike)):
-        values = _read_config(os.fspath(source))
+        values = read_config(os.fspath(source))
     elif isinstance(source, Mapping):
         values = dict(source)
-    elif len(source) == 1 and _is_config(source[0]):
-        values = _read_config(source[0])
+    elif len(source) == 1 and is_config(source[0]):
+        values = read_config(source[0])
     else:
         values, told = _parse_words(list(source), prog)
     _refuse_unknown([name for name in values if name not in _ALL])
@@ -694,41 +695,6 @@ def _settle_resume(values: dict[str, Any]) -> None:
     value = values.get("resume_from_checkpoint")
     if isinstance(value, bool):
         values["resume_from_checkpoint"] = "last" if value else None
-
-
-def _is_config(word: str) -> bool:
-    return word.endswith((".json", ".yaml", ".yml"))
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    """Flags from a .json or .yaml file, whose top must be an object."""
-    if not _is_config(path):
-        raise ValueError(f"{path}: expected a file ending in .json or .yaml")
-    if path.endswith(".json"):
-        return read_json(path, dict, unique=True)
-    try:
-        import yaml
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"{path}: reading YAML needs PyYAML (pip install pyyaml); or use a .json file"
-        ) from None
-    try:
-        with open(path, encoding="utf-8-sig", opener=regular) as file:
-            text = file.read()
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
-    node = yaml.compose(text)
-    if isinstance(node, yaml.MappingNode):
-        names = [str(key.value) for key, _ in node.value]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise ValueError(f"{path}: {twice[0]!r} stands twice")
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{path}: expected a mapping of flags to values, got {type(values).__name__}"
-        )
-    return values
 
 
 def _parse_words(words: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:

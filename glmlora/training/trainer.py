@@ -10,12 +10,13 @@ import inspect
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .. import _core, families, tell
+from .. import families, tell
 from ..batch import split_dev
 from ..families import recognition
 from ..families.vocabulary import vocabulary_file
@@ -48,6 +49,7 @@ from .evaluation import evaluate_answers, evaluate_loss, report_metrics
 from .flags import REQUIRED, check_directory
 from .loop import Loop, checked_callbacks
 from .plot import plot_loss
+from .ranks import ALONE, Alone, world
 from .records import encode, load_datasets, read_records, records_from
 from .state import TrainState
 from .tasks import task_of
@@ -153,45 +155,46 @@ def train(
         tell.warn(notice)
     model_args, data_args, training, finetuning, _ = arguments
     kind = finetuning.finetuning_type if "finetuning_type" in given else None
-    _check_places(model_or_path, model_args)
-    check_output_dir(training.output_dir)
-    with ending_signals(), owned(training.output_dir):
-        resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-        _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
-        records, n_given = read_records(data, data_args.max_samples)
-        if eval_data is not None:
+    ranks = world()
+    with ending_signals(), ranks.together():
+        _check_places(model_or_path, model_args)
+        with _folder(training, ranks):
+            resume = _checkpoint(training, ranks)
+            _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
+            records, n_given = read_records(data, data_args.max_samples)
+            if eval_data is not None:
+                try:
+                    held_out = records_from(eval_data)
+                except (TypeError, ValueError, FileNotFoundError) as error:
+                    raise type(error)(f"eval_data: {error}") from None
+            else:
+                records, held_out = _split(records, data_args.dev_ratio, training)
+            _check_evaluation(training, bool(held_out))
+            callbacks = checked_callbacks(callbacks)
+            ranks.settle_threads(model_args.threads)
+            set_seed(training.seed)
+            model, tokenizer = _load(model_or_path, tokenizer, model_args)
+            base = methods.unwrapped(model)
+            _quantize(base, model_args.quantization_bit, finetuning.finetuning_type)
+            _place(base, training, ranks)
+            names_before = base.core.names()
+            trainee = _trainee(model, tokenizer, arguments, kind)
+            if verbose is not False:
+                print(trainable_line(trainee.base))
+            plot = model_args.plot_loss if "plot_loss" in given else None
             try:
-                held_out = records_from(eval_data)
-            except (TypeError, ValueError, FileNotFoundError) as error:
-                raise type(error)(f"eval_data: {error}") from None
-        else:
-            records, held_out = _split(records, data_args.dev_ratio, training)
-        _check_evaluation(training, bool(held_out))
-        callbacks = checked_callbacks(callbacks)
-        if model_args.threads:
-            _core.set_num_threads(model_args.threads)
-        set_seed(training.seed)
-        model, tokenizer = _load(model_or_path, tokenizer, model_args)
-        _quantize(methods.unwrapped(model), model_args.quantization_bit, finetuning.finetuning_type)
-        _place(methods.unwrapped(model), training)
-        names_before = methods.unwrapped(model).core.names()
-        trainee = _trainee(model, tokenizer, arguments, kind)
-        if verbose is not False:
-            print(trainable_line(trainee.base))
-        plot = model_args.plot_loss if "plot_loss" in given else None
-        try:
-            loop = _loop(trainee, records, held_out, arguments, callbacks)
-            loop.prints = not in_notebook() if verbose is None else verbose
-            result = _run(loop, resume, plot)
-        except BaseException:
-            trainee.release()
-            if (
-                trainee.base.core.names() != names_before
-            ):  # the model is the caller's: leave it as it was
-                trainee.detach()
-            raise
-        result.rows_skipped = n_given - len(records) - (len(held_out) if eval_data is None else 0)
-        return result
+                loop = _loop(trainee, records, held_out, arguments, callbacks, ranks=ranks)
+                loop.prints = not in_notebook() if verbose is None else verbose
+                result = _run(loop, resume, plot)
+            except BaseException:
+                trainee.release()
+                # the model is the caller's: leave it as it was
+                if trainee.base.core.names() != names_before:
+                    trainee.detach()
+                raise
+            n_used = len(records) + (len(held_out) if eval_data is None else 0)
+            result.rows_skipped = n_given - n_used
+            return result
 
 
 def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> TrainResult | None:
@@ -202,6 +205,20 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     parameters, the first encoded example, one dict per log, the metrics. Returns the TrainResult,
     None where nothing was trained. Raises as `train` does.
     """
+    ranks = world()
+    try:
+        with ending_signals(), ranks.together():
+            return _run_train(argv, ranks)
+    except (Exception, KeyboardInterrupt) as error:
+        if ranks.rank == 0:
+            raise
+        # rank 0 says it
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from error
+
+
+def _run_train(
+    argv: Sequence[str] | Mapping[str, Any] | str | None, ranks: Alone
+) -> TrainResult | None:
     arguments = parse_train_arguments(argv)
     model_args, data_args, args, finetuning, notices = arguments
     for name, group in (
@@ -214,11 +231,14 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     for notice in notices:
         print(f"Notice: {notice}")
     _check_places(model_args.model_name_or_path, model_args)
-    check_output_dir(args.output_dir)
-    with ending_signals(), owned(args.output_dir):
-        resume = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
-        if model_args.threads:
-            _core.set_num_threads(model_args.threads)
+    if ranks.size > 1 and not args.do_train:
+        raise ValueError(
+            f"mpiexec: {ranks.size} ranks train together, and do_train is not set: evaluate and "
+            "predict in one process"
+        )
+    with _folder(args, ranks):
+        resume = _checkpoint(args, ranks)
+        ranks.settle_threads(model_args.threads)
         records, held_out = _load_records(data_args), []
         if args.do_train:
             records, held_out = _split(records, data_args.dev_ratio, args)
@@ -227,11 +247,11 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
         base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
         kind = finetuning.finetuning_type
         _quantize(base, model_args.quantization_bit, kind)
-        _place(base, args)
+        _place(base, args, ranks)
         if args.do_train:
             trainee = _trainee(base, tokenizer, arguments, kind)
             print(trainable_line(trainee.base))
-            loop = _loop(trainee, records, held_out, arguments, verbose=True)
+            loop = _loop(trainee, records, held_out, arguments, verbose=True, ranks=ranks)
             return _run(loop, resume, model_args.plot_loss, verbose=True)
         checkpoints = model_args.checkpoint_dir or []
         if not checkpoints:
@@ -328,6 +348,7 @@ def _loop(
     args: Arguments,
     callbacks: Sequence[Any] = (),
     verbose: bool = False,
+    ranks: Alone = ALONE,
 ) -> Loop:
     """Encode the records, and those held out where they are evaluated; the loop over them."""
     training, config = args.training, trainee.base.config
@@ -339,7 +360,7 @@ def _loop(
         "training_args.bin": training.to_json_string(),
         "finetuning_args.json": args.finetuning.to_json_string(),
     }
-    loop = Loop(trainee, encoded, training, eval_encoded, callbacks, argument_files)
+    loop = Loop(trainee, encoded, training, eval_encoded, callbacks, argument_files, ranks)
     trainee.set_template(args.data.template)
     trainee.set_task(task_of(records, args, trainee))
     return loop
@@ -354,20 +375,23 @@ def _run(loop: Loop, resume: Path | None, plot: bool | None, verbose: bool = Fal
     try:
         metrics = loop.run(resume)
         loop.finish()
-        report_metrics(loop.output_dir, "train", metrics, verbose)
+        writes = loop.ranks.rank == 0
+        if writes:
+            report_metrics(loop.output_dir, "train", metrics, verbose)
         keys = ["loss"] + ["eval_loss"] * (args.eval_strategy != "no")
         if plot is None:  # nobody asked: draw what there is
             keys = [key for key in keys if any(key in r for r in state.log_history)]
-        if plot or (plot is None and keys):
+        if writes and (plot or (plot is None and keys)):
             plot_loss(loop.output_dir, state.log_history, keys)
         if args.do_eval and loop.eval_encoded is not None:
             trainee.model.eval()
             scores = loop.scores(args.disable_tqdm)
             scores["epoch"] = metrics["epoch"]
-            report_metrics(loop.output_dir, "eval", scores, verbose)
             metrics = {**metrics, **scores}
             trainee.note_scores(scores)
-            write_task(loop.output_dir, trainee.model.task)
+            if writes:
+                report_metrics(loop.output_dir, "eval", scores, verbose)
+                write_task(loop.output_dir, trainee.model.task)
     finally:
         trainee.release()
     return TrainResult(
@@ -383,6 +407,23 @@ def _run(loop: Loop, resume: Path | None, plot: bool | None, verbose: bool = Fal
         best_metric=state.best_metric,
         best_model_checkpoint=state.best_model_checkpoint,
     )
+
+
+@contextmanager
+def _folder(args: TrainingArguments, ranks: Alone) -> Iterator[None]:
+    """The output_dir while the block runs: rank 0's."""
+    if ranks.rank:
+        yield
+        return
+    check_output_dir(args.output_dir)
+    with owned(args.output_dir):
+        yield
+
+
+def _checkpoint(args: TrainingArguments, ranks: Alone) -> Path | None:
+    """What to go on from, where rank 0 finds it."""
+    wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    return ranks.from_first(lambda: find_checkpoint(wanted, folder))
 
 
 def check_output_dir(output_dir: str | os.PathLike) -> None:
@@ -415,14 +456,18 @@ def _check_places(model_or_path: Any, args: ModelArguments) -> None:
         check_directory("checkpoint_dir", path)
 
 
-def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments) -> None:
+def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments, ranks: Alone) -> None:
     """On a GPU where there is one and `no_cuda` does not say otherwise. One that is somewhere
-    stays there. With fp16 or bf16 a GPU's large products are in that type from now on, whatever the
-    weights are stored in, unless `compute_dtype` names one.
+    stays there, but each of several ranks has a GPU of its own. With fp16 or bf16 a GPU's large
+    products are in that type from now on, whatever the weights are stored in, unless
+    `compute_dtype` names one.
     """
     base.products = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
     place = "cpu" if args.no_cuda else "auto"
-    base.to(device=place if base.device == "cpu" else base.device)
+    if ranks.size > 1:
+        base.to(device=ranks.device(place if base.device == "cpu" else base.device))
+    else:
+        base.to(device=place if base.device == "cpu" else base.device)
     warn_of_products(base)
     _warn_of_precision(args, base.device)
 

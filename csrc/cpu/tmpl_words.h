@@ -1,0 +1,525 @@
+/* linear_forward over W of 8 or 4 bits with x in 16-bit integers (kind GLM_I16): at the memory's
+ * speed where there are no products of bfloat16, and 3e-5 (relative RMS) from float32.
+ *
+ * A row of x is cut into runs of 256 columns, or of 32 where W has group scales, and a run has the
+ * scale max |x| / 32767. The sum of a run times a row of W is exact in 32 bits: 256 * 128 * 32767 <
+ * 2^31; so it may be made in any order, and few rows, which read W where it lies, have the bits of
+ * many, which pack it, with any length of vector. An output is the sum over runs, in order, of
+ * float(sum) * scale, times the scale of W's row. Over groups it is the sum over blocks of 1,024
+ * columns, in order, of (s0 + s1) + (s2 + s3), where s[i] sums float(sum) * (scale of x * scale of
+ * W) of the groups i, i + 4, .. of the block. No product is added without being rounded.
+ *
+ * A chunk of 8 * VL columns is four vectors of words. Those of 4-bit columns are 4i + 1, 4i + 3, 4i
+ * and 4i + 2, so that half a mask each takes them out of 16 bits of W; x is packed to match. */
+
+/* DOT_I16(acc, a, b) adds products of pairs of words to int32 lanes, exactly; BYTES_TO_WORDS(p): 2 *
+ * VL signed bytes; GROUP_SUMS(a, b, c, d): sums of each four lanes of a, then of b .. */
+#ifndef DOT_I16
+INLINE vf dot_i16(vf acc, vf a, vf b)
+{
+    const vi x = (vi)a, y = (vi)b;
+    return (vf)((vi)acc + ((vi)((vu)x << 16) >> 16) * ((vi)((vu)y << 16) >> 16) +
+                (x >> 16) * (y >> 16));
+}
+#define DOT_I16 dot_i16
+#endif
+#ifndef BYTES_TO_WORDS
+typedef int8_t v_bytes __attribute__((vector_size(2 * VL), aligned(1)));
+#define BYTES_TO_WORDS(p) ((vf) __builtin_convertvector(*(const v_bytes *)(p), vs))
+#endif
+#ifndef GROUP_SUMS
+#define GROUP_SUMS(a, b, c, d) ((vi)SUM4_INT(a, b, c, d))
+#endif
+
+typedef int16_t vs __attribute__((vector_size(4 * VL), aligned(4)));
+typedef uint16_t vus __attribute__((vector_size(4 * VL), aligned(4)));
+typedef int32_t v4i __attribute__((vector_size(16), aligned(4)));
+
+enum {
+    WORD_RUN = 256,
+    WORD_GROUP = 32,
+    WORD_BLOCK = 1024, /* columns whose groups are summed, and which are packed, together */
+    BLOCK_GROUPS = WORD_BLOCK / WORD_GROUP,
+    CHUNK = 8 * VL,
+    WORD_ROWS = 4,                /* rows of x at a time in place, if there are several, .. */
+    WORD_COLS = VL == 16 ? 4 : 2, /* .. and rows of W then */
+    WORD_PANEL = WORD_BLOCK / 2 * 4 * NR, /* bytes of a packed panel of NR rows of W */
+    WORDS_IN_PLACE = 16,                  /* more rows of x are worth packing W */
+};
+
+/* Runs of a row, of groups as many as whole vectors hold. */
+INLINE int word_runs(int K, int grouped)
+{
+    return grouped ? (K + WORD_BLOCK / 2 - 1) / (WORD_BLOCK / 2) * (BLOCK_GROUPS / 2)
+                   : (K + WORD_RUN - 1) / WORD_RUN;
+}
+
+/* Where the scale and the sum of a run of row r of R rows lie. */
+INLINE size_t run_at(int r, int R, int run, int runs, int grouped)
+{
+    return grouped ? (size_t)r * (size_t)runs + (size_t)run : (size_t)run * (size_t)R + (size_t)r;
+}
+
+INLINE int word_chunks(int K) { return (K + CHUNK - 1) / CHUNK; }
+
+/* n <= run columns at x as words, then zeros; a run that is not finite gets the scale NaN. */
+INLINE void words_of(int16_t *q, float *scale, int32_t *sum, const float *x, int n, int run)
+{
+    typedef int16_t vh __attribute__((vector_size(2 * VL), aligned(2)));
+    vf top = {0}, bad = {0};
+    vi total = {0};
+    float most = 0;
+    for (int k = 0; k < n; k += VL) {
+        const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
+        const vf size = (vf)((vi)v & 0x7fffffff);
+        top = select_lanes(size > top, size, top);
+        bad += v - v;
+    }
+    for (int i = 0; i < VL; i++)
+        most = top[i] > most ? top[i] : most;
+    const int finite = lane_sum(bad) == 0;
+    const float inverse = 32767.0f / most;
+    const vf factor = splat(finite && inverse < INFINITY ? inverse : 0);
+    for (int k = 0; k < run; k += VL) {
+        vi whole = {0};
+        if (k < n && finite) {
+            const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
+            const vf shift = splat(12582912.0f);
+            whole = __builtin_convertvector(v * factor + shift - shift, vi);
+        }
+        total += whole;
+        *(vh *)(q + k) = __builtin_convertvector(whole, vh);
+    }
+    *scale = finite ? most / 32767.0f : NAN;
+    *sum = 0;
+    for (int i = 0; i < VL; i++)
+        *sum += total[i];
+}
+
+/* A chunk of natural columns in the order of 4-bit ones. */
+INLINE void words_as_nibbles(int16_t *q)
+{
+    static const int first[4] = {1, 3, 0, 2};
+    int16_t natural[CHUNK];
+    memcpy(natural, q, sizeof natural);
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < 2 * VL; i++)
+            q[j * 2 * VL + i] = natural[4 * i + first[j]];
+}
+
+/* Pair i of vector j of a chunk in a packed row: a group's pairs are neighbours. */
+INLINE int place_of_pair(int j, int i, enum glm_dtype dtype)
+{
+    return dtype == GLM_I4 ? i / 4 * 16 + j * 4 + i % 4 : j * VL + i;
+}
+
+/* R rows of x a task: vector by vector, R of them, or pair by pair where they meet packed W. */
+static void pack_words_task(const void *arg, int task, char *scratch)
+{
+    const struct pack_args *p = arg;
+    const int R = p->R, rows = p->N - task * R < R ? p->N - task * R : R;
+    const int grouped = p->grouped, run = grouped ? WORD_GROUP : WORD_RUN;
+    const int runs = word_runs(p->K, grouped), chunks = word_chunks(p->K);
+    int32_t *to = (int32_t *)p->to + (size_t)task * R * chunks * 4 * VL;
+    float *scale = p->word_scale + (size_t)task * R * runs;
+    int32_t *sum = p->word_sum + (size_t)task * R * runs;
+    (void)scratch;
+    for (int r = 0; r < R; r++)
+        for (int k0 = 0, n = 0; k0 < p->K; k0 += WORD_BLOCK) {
+            int16_t q[WORD_BLOCK] __attribute__((aligned(64))) = {0};
+            const int left = p->K - k0, K = left < WORD_BLOCK ? left : WORD_BLOCK;
+            const float *x = p->x + ((size_t)task * R + (size_t)r) * p->K + k0;
+            for (int k = 0; k < WORD_BLOCK && n < runs; k += run, n++) {
+                const size_t at = run_at(r, R, n, runs, grouped);
+                const int there = r >= rows || K < k ? 0 : K - k < run ? K - k : run;
+                words_of(q + k, scale + at, sum + at, x + k, there, run);
+            }
+            for (int c = 0; c * CHUNK < K; c++) {
+                const int chunk = k0 / CHUNK + c;
+                int16_t *from = q + c * CHUNK;
+                if (p->dtype == GLM_I4)
+                    words_as_nibbles(from);
+                for (int j = 0; j < 4; j++, from += 2 * VL)
+                    if (!p->pairs)
+                        memcpy(to + ((size_t)(chunk * 4 + j) * R + r) * VL, from, 4 * VL);
+                    else
+                        for (int i = 0; i < VL; i++)
+                            memcpy(to +
+                                       ((size_t)chunk * 4 * VL +
+                                        (size_t)place_of_pair(j, i, p->dtype)) *
+                                           R +
+                                       r,
+                                   from + 2 * i, 4);
+            }
+        }
+}
+
+/* Vector j of the chunk of W at p. */
+INLINE vf words_of_w(const char *p, int j, enum glm_dtype dtype)
+{
+    if (dtype == GLM_I8)
+        return BYTES_TO_WORDS(p + j * 2 * VL);
+    const vus raw = (vus)load_bytes(p);
+    return (vf)((vs)(j == 0 ? raw << 12 : j == 1 ? raw << 4 : j == 2 ? raw << 8 : raw) >> 12);
+}
+
+/* acc[r] += the chunk at p times those of R rows of x. One row meets 4-bit columns as they are
+ * masked: 8 too large, and two of the vectors, summed in `high`, 16 times as large. */
+INLINE void add_words(vf *acc, vf *high, int R, const char *p, const char *x, enum glm_dtype dtype)
+{
+#define X(i) load((const float *)(x + (i) * VB))
+    if (R == 1 && dtype == GLM_I4) {
+        const vus v = (vus)load_bytes(p) ^ 0x8888, u = v >> 8;
+        *acc = DOT_I16(*acc, (vf)(v & 15), X(0));
+        *high = DOT_I16(*high, (vf)(v & 240), X(2));
+        *acc = DOT_I16(*acc, (vf)(u & 15), X(1));
+        *high = DOT_I16(*high, (vf)(u & 240), X(3));
+        return;
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const vf w = words_of_w(p, j, dtype);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+            acc[r] = DOT_I16(acc[r], w, X(j * R + r));
+    }
+#undef X
+}
+
+/* What both halves of add_words sum to. */
+INLINE vf whole_words(vf acc, vf high, int R, enum glm_dtype dtype)
+{
+    return R == 1 && dtype == GLM_I4 ? (vf)((vi)acc + ((vi)high >> 4)) : acc;
+}
+
+/* sums[c * R + r] = row r of R (1 or 4) of packed x times row c of C (4 where R is 1) of W, before
+ * the scale of W. */
+INLINE void word_rows(float *sums, int R, int C, const char *x, const float *scale,
+                      const int32_t *sum, const char *const *row, int K, enum glm_dtype dtype,
+                      size_t ahead)
+{
+    enum { RUN_BYTES = WORD_RUN };
+    v4 y[4] = {{0}};
+    for (int k0 = 0, run = 0; k0 < K; k0 += WORD_RUN, run++) {
+        char end[4][RUN_BYTES] __attribute__((aligned(64)));
+        const char *p[4];
+        vf acc[16], high[4];
+        const int left = K - k0, chunks = left < WORD_RUN ? word_chunks(left) : WORD_RUN / CHUNK;
+        for (int c = 0; c < C; c++)
+            p[c] = row[c] + glm_bytes(dtype, (size_t)k0);
+        if (left < WORD_RUN)
+            for (int c = 0; c < C; c++) {
+                memset(end[c], 0, RUN_BYTES);
+                p[c] = memcpy(end[c], p[c], glm_bytes(dtype, (size_t)left));
+            }
+#pragma GCC unroll 16
+        for (int i = 0; i < R * C; i++)
+            acc[i] = (vf){0};
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++)
+            high[c] = (vf){0};
+        for (int i = 0; i < chunks; i++, x += 4 * R * VB)
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) {
+                const size_t at = glm_bytes(dtype, (size_t)i * CHUNK);
+                if (at % 64 == 0) /* a line once */
+                    __builtin_prefetch(row[c] + glm_bytes(dtype, (size_t)k0) + at + ahead, 0, 2);
+                add_words(acc + c * R, high + c, R, p[c] + at, x, dtype);
+            }
+        if (R == 1) {
+            for (int c = 0; c < 4; c++)
+                acc[c] = whole_words(acc[c], high[c], R, dtype);
+            const v4i s = (v4i)SUM4_INT(acc[0], acc[1], acc[2], acc[3]);
+            const int32_t bias = dtype == GLM_I4 ? 8 * sum[run] : 0;
+            y[0] += __builtin_convertvector(s - bias, v4) * scale[run];
+            continue;
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) {
+            const v4i s = (v4i)SUM4_INT(acc[c * R], acc[c * R + 1], acc[c * R + 2], acc[c * R + 3]);
+            y[c] += __builtin_convertvector(s, v4) * *(const v4 *)(scale + run * 4);
+        }
+    }
+    memcpy(sums, y, (size_t)(R * C) * 4);
+}
+
+#if VL == 4
+#define QUARTER(v, q) (v)
+#else
+#define QUARTER(v, q) \
+    ((v4)__builtin_shufflevector(v, v, 4 * (q), 4 * (q) + 1, 4 * (q) + 2, 4 * (q) + 3))
+#endif
+
+/* The same for one row of W with group scales; sums[r]. */
+INLINE void word_groups(float *sums, int R, const char *x, const float *scale, const int32_t *sum,
+                        const struct glm_mat *w, int o, size_t ahead)
+{
+    const int K = w->cols, runs = word_runs(K, 1);
+    const char *row = (const char *)w->data + (size_t)o * glm_bytes(GLM_I4, (size_t)K);
+    for (int r = 0; r < R; r++)
+        sums[r] = 0;
+    for (int k0 = 0; k0 < K; k0 += WORD_BLOCK) {
+        const int in_block = K - k0 < WORD_BLOCK ? K - k0 : WORD_BLOCK;
+        float of_w[BLOCK_GROUPS] = {0};
+        v4 y[4] = {{0}};
+        run_scales(of_w, w, o, k0, in_block);
+        for (int k = 0; k < in_block; k += 4 * CHUNK) { /* as many groups as lanes */
+            const int left = in_block - k, g = (k0 + k) / WORD_GROUP;
+            const char *p = row + (k0 + k) / 2, *from = p + ahead;
+            char end[4 * VB];
+            vf t[4][4];
+            if (left < 4 * CHUNK) {
+                COPY_PART(end, p, (size_t)left / 2);
+                p = end;
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++, p += VB) {
+                vf acc[4] = {{0}}, high = {0};
+                if (i * VB % 64 == 0) /* a line once */
+                    __builtin_prefetch(from + i * VB, 0, 2);
+                if (left > i * CHUNK) {
+                    add_words(acc, &high, R, p, x, GLM_I4);
+                    x += 4 * R * VB;
+                }
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++)
+                    t[r][i] = whole_words(acc[r], high, R, GLM_I4);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                vi s = GROUP_SUMS(t[r][0], t[r][1], t[r][2], t[r][3]);
+                const size_t at = run_at(r, R, g, runs, 1);
+                if (R == 1)
+                    s -= *(const vi *)(sum + at) << 3;
+                const vf v = INT_TO_FLOAT(s) * (load(scale + at) * load(of_w + k / WORD_GROUP));
+                y[r] += QUARTER(v, 0);
+#if VL > 4
+                y[r] += QUARTER(v, 1);
+#endif
+#if VL > 8
+                y[r] += QUARTER(v, 2);
+                y[r] += QUARTER(v, 3);
+#endif
+            }
+        }
+        for (int r = 0; r < R; r++)
+            sums[r] += (y[r][0] + y[r][1]) + (y[r][2] + y[r][3]);
+    }
+}
+
+/* tile (a->N, IN_PLACE_COLS) of few rows, R (1 or WORD_ROWS) at a time. */
+INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped,
+                           int R, int o0, int cols)
+{
+    const struct glm_mat *w = a->w;
+    const int K = w->cols, C = R == 1 ? 4 : WORD_COLS, runs = word_runs(K, grouped);
+    const size_t stride = glm_bytes(dtype, (size_t)K);
+    for (int o = 0; o < cols; o += C) {
+        const char *row[4];
+        for (int c = 0; c < C; c++) /* where W ends its last row repeats */
+            row[c] = (const char *)w->data +
+                     (size_t)(o0 + o + c < w->rows ? o0 + o + c : w->rows - 1) * stride;
+        for (int g = 0; g * R < a->N; g++) {
+            const char *x = a->x + (size_t)g * R * (size_t)word_chunks(K) * 4 * VB;
+            const float *scale = a->word_scale + (size_t)g * R * runs;
+            const int32_t *sum = a->word_sum + (size_t)g * R * runs;
+            float sums[16] = {0};
+            if (!grouped)
+                word_rows(sums, R, C, x, scale, sum, row, K, dtype,
+                          dtype == GLM_I4 ? 1024 : C * stride);
+            for (int c = 0; grouped && c < C && o + c < cols; c++)
+                word_groups(sums + c * R, R, x, scale, sum, w, o0 + o + c, 1024);
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < C; c++)
+                    tile[(g * R + r) * IN_PLACE_COLS + o + c] = sums[c * R + r];
+        }
+    }
+}
+
+static void words_in_place_task(const void *arg, int task, char *scratch)
+{
+    const struct nt_args *a = arg;
+    const int o0 = task * IN_PLACE_COLS, left = a->w->rows - o0;
+    const int cols = left < IN_PLACE_COLS ? left : IN_PLACE_COLS;
+    float *tile = (float *)scratch;
+#define CALL(stored, by_group)                                              \
+    do {                                                                    \
+        if (a->R == 1)                                                      \
+            words_in_place(tile, a, stored, by_group, 1, o0, cols);         \
+        else                                                                \
+            words_in_place(tile, a, stored, by_group, WORD_ROWS, o0, cols); \
+    } while (0)
+#define EACH_STORED(call)      \
+    if (a->w->dtype == GLM_I8) \
+        call(GLM_I8, 0);       \
+    else if (a->w->group)      \
+        call(GLM_I4, 1);       \
+    else                       \
+        call(GLM_I4, 0)
+    EACH_STORED(CALL);
+#undef CALL
+    finish(a, tile, IN_PLACE_COLS, 0, a->N, o0, cols);
+}
+
+/* NR rows of W from row o on, of which `rows` are there, columns k0 .. k0 + K - 1: (pairs, NR). */
+INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype dtype, int o, int rows,
+                         int k0, int K)
+{
+    const size_t stride = glm_bytes(dtype, (size_t)w->cols);
+    const char *first = (const char *)w->data + (size_t)o * stride;
+    for (int k = 0; k < K; k += CHUNK)
+        for (int v = 0; v < NV; v++) {
+            char end[VL][8 * VL] __attribute__((aligned(64)));
+            const char *p[VL];
+            const int left = K - k < CHUNK ? K - k : CHUNK;
+            for (int r = 0; r < VL; r++) {
+                p[r] = first + (size_t)(v * VL + r) * stride + glm_bytes(dtype, (size_t)(k0 + k));
+                if (v * VL + r < rows && left == CHUNK)
+                    continue;
+                memset(end[r], 0, sizeof end[r]);
+                if (v * VL + r < rows)
+                    memcpy(end[r], p[r], glm_bytes(dtype, (size_t)left));
+                p[r] = end[r];
+            }
+            for (int j = 0; j < 4; j++) {
+                vf x[VL];
+                for (int r = 0; r < VL; r++)
+                    x[r] = words_of_w(p[r], j, dtype);
+                transpose(x);
+                for (int i = 0; i < VL; i++)
+                    store((float *)(to + ((size_t)(k / 2 + place_of_pair(j, i, dtype)) * NV +
+                                          (size_t)v) *
+                                             VB),
+                          x[i]);
+            }
+        }
+}
+
+/* acc (MR, NV) = sum over `pairs` of those of x (pairs, MR) times those of w (pairs, NR) */
+INLINE void dot_words(vf acc[MR][NV], const float *x, const char *w, int pairs)
+{
+    for (int m = 0; m < MR; m++)
+        for (int v = 0; v < NV; v++)
+            acc[m][v] = (vf){0};
+#pragma GCC unroll 2
+    for (int k = 0; k < pairs; k++, x += MR, w += NV * VB) {
+        vf wv[NV];
+        for (int v = 0; v < NV; v++)
+            wv[v] = load((const float *)(w + v * VB));
+        for (int m = 0; m < MR; m++) {
+            const vf xv = splat_unit(x + m);
+            for (int v = 0; v < NV; v++)
+                acc[m][v] = DOT_I16(acc[m][v], wv[v], xv);
+        }
+    }
+}
+
+/* tile (MR, NR; ldt) += the products of `pairs` pairs; scale: of the first run of x */
+INLINE void word_tile(float *tile, size_t ldt, const float *x, const char *w, int pairs,
+                      const float *scale)
+{
+    for (int k = 0; k < pairs; k += WORD_RUN / 2, scale += MR) {
+        vf acc[MR][NV];
+        dot_words(acc, x + (size_t)k * MR, w + (size_t)k * NV * VB,
+                  pairs - k < WORD_RUN / 2 ? pairs - k : WORD_RUN / 2);
+        for (int m = 0; m < MR; m++)
+            for (int v = 0; v < NV; v++) {
+                float *at = tile + m * ldt + v * VL;
+                store(at, load(at) + INT_TO_FLOAT((vi)acc[m][v]) * splat(scale[m]));
+            }
+    }
+}
+
+/* The same with the scales of W's groups, (groups, NR); `runs` from one row's scales to the next */
+INLINE void word_group_tile(float *tile, size_t ldt, const float *x, const char *w, int pairs,
+                            const float *scale, int runs, const float *of_w)
+{
+    vf part[4][MR][NV];
+    memset(part, 0, sizeof part);
+    for (int g = 0; g * WORD_GROUP / 2 < pairs; g++) {
+        vf acc[MR][NV];
+        dot_words(acc, x + (size_t)g * WORD_GROUP / 2 * MR,
+                  w + (size_t)g * WORD_GROUP / 2 * NV * VB, WORD_GROUP / 2);
+        for (int m = 0; m < MR; m++)
+            for (int v = 0; v < NV; v++)
+                part[g % 4][m][v] += INT_TO_FLOAT((vi)acc[m][v]) *
+                                     (splat(scale[m * runs + g]) * load(of_w + g * NR + v * VL));
+    }
+    for (int m = 0; m < MR; m++)
+        for (int v = 0; v < NV; v++) {
+            float *at = tile + m * ldt + v * VL;
+            store(at,
+                  load(at) + ((part[0][m][v] + part[1][m][v]) + (part[2][m][v] + part[3][m][v])));
+        }
+}
+
+/* tile (rows, ldt) of many rows: blocks of W are packed a panel at a time, x is packed already */
+INLINE void words_packed(float *tile, size_t ldt, const struct nt_args *a, enum glm_dtype dtype,
+                         int grouped, int n0, int rows, int o0, int cols, char *wp)
+{
+    const int K = a->w->cols, runs = word_runs(K, grouped), panels = (cols + NR - 1) / NR;
+    const int tiles = (rows + MR - 1) / MR * panels;
+    const size_t units = (size_t)word_chunks(K) * 4 * VL;
+    float *of_w = (float *)(wp + (size_t)NT_COLS / NR * WORD_PANEL), edge[MR * NR] = {0};
+    for (int n = 0; n < rows; n++)
+        memset(tile + n * ldt, 0, (size_t)cols * 4);
+    for (int k0 = 0; k0 < K; k0 += WORD_BLOCK) {
+        const int in_block = K - k0 < WORD_BLOCK ? K - k0 : WORD_BLOCK, next = K - k0 - WORD_BLOCK;
+        const int pairs = word_chunks(in_block) * 4 * VL;
+        for (int o = 0; o < cols; o += NR)
+            pack_w_words(wp + (size_t)o / NR * WORD_PANEL, a->w, dtype, o0 + o, cols - o, k0,
+                         in_block);
+        for (int o = 0; grouped && o < panels * NR; o++) {
+            float scale[BLOCK_GROUPS] = {0};
+            if (o < cols)
+                run_scales(scale, a->w, o0 + o, k0, in_block);
+            for (int g = 0; g < BLOCK_GROUPS; g++)
+                of_w[((size_t)o / NR * BLOCK_GROUPS + g) * NR + o % NR] = scale[g];
+        }
+        struct ahead ahead = start_ahead(a->w, dtype, o0, cols, k0 + WORD_BLOCK,
+                                         next < WORD_BLOCK ? next & ~1 : WORD_BLOCK, tiles);
+        for (int n = 0; n < rows; n += MR) {
+            const size_t group = (size_t)(n0 + n) * runs;
+            const float *x = (const float *)a->x + (size_t)(n0 + n) * units + (size_t)k0 / 2 * MR;
+            const float *scale =
+                a->word_scale + group + (grouped ? k0 / WORD_GROUP : k0 / WORD_RUN * MR);
+            const int height = rows - n < MR ? rows - n : MR;
+            for (int o = 0; o < cols; o += NR) {
+                const int width = cols - o < NR ? cols - o : NR;
+                const char *w = wp + (size_t)o / NR * WORD_PANEL;
+                float *at = tile + n * ldt + o, *to = at;
+                size_t ld = ldt;
+                fetch_ahead(&ahead);
+                if (height < MR || width < NR) {
+                    for (int r = 0; r < height; r++)
+                        memcpy(edge + r * NR, at + r * ldt, (size_t)width * 4);
+                    to = edge;
+                    ld = NR;
+                }
+                if (grouped)
+                    word_group_tile(to, ld, x, w, pairs, scale, runs,
+                                    of_w + (size_t)o * BLOCK_GROUPS);
+                else
+                    word_tile(to, ld, x, w, pairs, scale);
+                for (int r = 0; to == edge && r < height; r++)
+                    memcpy(at + r * ldt, edge + r * NR, (size_t)width * 4);
+            }
+        }
+    }
+}
+
+static void words_task(const void *arg, int task, char *scratch)
+{
+    const struct nt_args *a = arg;
+    const int O = a->w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
+    const int n0 = task / o_tiles * a->rows, o0 = task % o_tiles * NT_COLS;
+    const int rows = a->N - n0 < a->rows ? a->N - n0 : a->rows,
+              cols = O - o0 < NT_COLS ? O - o0 : NT_COLS;
+    float *tile = a->accumulate ? (float *)scratch : a->out + (size_t)n0 * a->ldo + o0;
+    const size_t ldt = a->accumulate ? NT_COLS : a->ldo;
+    char *wp = scratch + NT_ROWS_ADDED * NT_COLS * 4;
+#define CALL(stored, by_group) words_packed(tile, ldt, a, stored, by_group, n0, rows, o0, cols, wp)
+    EACH_STORED(CALL);
+#undef CALL
+    finish(a, tile, ldt, n0, rows, o0, cols);
+}
