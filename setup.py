@@ -23,7 +23,8 @@ from setuptools.errors import CompileError
 # what is built for, which _PYTHON_HOST_PLATFORM names where another machine builds
 PLATFORM = sysconfig.get_platform()
 X86 = PLATFORM.endswith(("x86_64", "amd64"))
-ARM64 = PLATFORM.endswith(("aarch64", "arm64"))
+# a Python of both processors of macOS builds for those that ARCHFLAGS names
+ARM64 = PLATFORM.endswith(("aarch64", "arm64")) or os.environ.get("ARCHFLAGS") == "-arch arm64"
 # One module for every CPython from 3.10 on; the free-threaded ones have no stable ABI yet.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # -std=c11 turns contraction off and -O2 leaves loops scalar: kernel files say what they need.
