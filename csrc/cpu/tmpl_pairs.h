@@ -92,3 +92,55 @@ INLINE void sum_pairs(v4 *s, const vf *acc, int R, int C)
         }
 }
 #endif
+
+/* add_chunk where C rows of W are met one after the other: v[0] and v[1] hold an even and an odd one.
+ * Where pairs are multiplied, that is done with the odd ones. They are kept as they are multiplied. */
+INLINE void add_row_chunk(vf *acc, int R, int C, int c, const char *x, vf (*v)[4],
+                          float (*scale)[RUN_GROUPS], int g, enum glm_dtype kind,
+                          enum glm_dtype dtype, vf **kept)
+{
+    const int chunk = chunk_of(kind, dtype);
+#ifdef MULTIPLY_PAIRS
+    if (pairs_in_place(kind)) {
+        if (c % 2 == 0)
+            return;
+        join_pair(v[0], v[1], chunk);
+        for (int i = 0; kept && i < 2 * chunk; i++)
+            *(*kept)++ = v[i / chunk][i % chunk];
+        add_pair(acc, R, C, c - 1, x, v[0], v[1], scale ? scale[c - 1] : NULL,
+                 scale ? scale[c] : NULL, g, kind, chunk);
+        return;
+    }
+#endif
+    for (int i = 0; kept && i < chunk; i++)
+        *(*kept)++ = v[c % 2][i];
+    add_chunk(acc, R, C, c, x, v[c % 2], scale ? scale[c] : NULL, g, kind, dtype);
+}
+
+/* The same of such a chunk that was kept. */
+INLINE void add_kept_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v,
+                           float (*scale)[RUN_GROUPS], int g, enum glm_dtype kind,
+                           enum glm_dtype dtype)
+{
+#ifdef MULTIPLY_PAIRS
+    const int chunk = chunk_of(kind, dtype);
+    if (pairs_in_place(kind)) {
+        if (c % 2)
+            add_pair(acc, R, C, c - 1, x, v - chunk, v, scale ? scale[c - 1] : NULL,
+                     scale ? scale[c] : NULL, g, kind, chunk);
+        return;
+    }
+#endif
+    add_chunk(acc, R, C, c, x, v, scale ? scale[c] : NULL, g, kind, dtype);
+}
+
+INLINE void sum_rows(v4 *s, vf *acc, int R, int C, enum glm_dtype kind)
+{
+#ifdef MULTIPLY_PAIRS
+    if (pairs_in_place(kind)) {
+        sum_pairs(s, acc, R, C);
+        return;
+    }
+#endif
+    sum_lanes(s, acc, R * C, kind);
+}
