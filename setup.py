@@ -23,6 +23,8 @@ from setuptools.errors import CompileError
 # what is built for, which _PYTHON_HOST_PLATFORM names where another machine builds
 PLATFORM = sysconfig.get_platform()
 X86 = PLATFORM.endswith(("x86_64", "amd64"))
+# a Python of both processors of macOS builds for those that ARCHFLAGS names
+ARM64 = PLATFORM.endswith(("aarch64", "arm64")) or os.environ.get("ARCHFLAGS") == "-arch arm64"
 # One module for every CPython from 3.10 on; the free-threaded ones have no stable ABI yet.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # -std=c11 turns contraction off and -O2 leaves loops scalar: kernel files say what they need.
@@ -35,6 +37,10 @@ SUFFIX_FLAGS = {
     "_avx512.c": KERNEL + AVX512,
     "_avx512vnni.c": KERNEL + AVX512 + ["-mavx512vnni"],
     "_avx512bf16.c": KERNEL + AVX512 + ["-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"],
+    "_neon.c": KERNEL,
+    "_neon_dotprod.c": KERNEL + ["-march=armv8.2-a+dotprod"],
+    "_neon_i8mm.c": KERNEL + ["-march=armv8.2-a+dotprod+i8mm"],
+    "_neon_bf16.c": KERNEL + ["-march=armv8.2-a+dotprod+i8mm+bf16"],
 }
 STRICT = [
     "-std=c11",
@@ -91,14 +97,25 @@ def up_to_date(target, words):
         return False
 
 
+def takes(compiler, flags):
+    words = [*compiler, *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
+    return subprocess.run(words).returncode == 0
+
+
+def as_zig_has_it(flags):
+    """-march=armv8.2-a+.. is gcc's and clang's."""
+    return [f.replace("-march=armv8.2-a", "-mcpu=generic") for f in flags]
+
+
 def without_what_the_compiler_lacks(sources, compiler):
     """The sources less the kernels of instruction sets that the compiler does not know, which is
     told; the module tells it too (`glmlora doctor`, and when a model is loaded)."""
     kept = list(sources)
+    if any("zig" in word for word in compiler):
+        SUFFIX_FLAGS.update({suffix: as_zig_has_it(f) for suffix, f in SUFFIX_FLAGS.items()})
     for suffix, flags in SUFFIX_FLAGS.items():
-        words = [*compiler, *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
         left = [source for source in sources if source.endswith(suffix)]
-        if suffix == "_generic.c" or not left or not subprocess.run(words).returncode:
+        if suffix == "_generic.c" or not left or takes(compiler, flags):
             continue
         kept = [source for source in kept if source not in left]
         print(
@@ -185,8 +202,8 @@ class BuildPerFile(build_ext):
 
 
 sources = sorted(glob.glob("csrc/*.c") + glob.glob("csrc/*/*.c"))
-if not X86:
-    sources = [s for s in sources if "/kernels_avx" not in s]
+sources = [s for s in sources if X86 or "/kernels_avx" not in s]
+sources = [s for s in sources if ARM64 or "/kernels_neon" not in s]
 # last: the kernels at -O3, or with their variables described, take five times as long to compile
 THREADS = os.environ.get("GLMLORA_SANITIZE") == "thread"
 sanitize = ["-fsanitize=" + ("thread" if THREADS else "address,undefined")]

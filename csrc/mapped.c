@@ -1,6 +1,8 @@
 /* Mapped files and the handler of faults in them: see mapped.h. */
 #include "mapped.h"
 
+#include "platform.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -195,9 +197,7 @@ glm_status glm_mapped_open(struct glm_mapped **out, int fd, const char *path, st
                         "%s: the address space for its %zu bytes could not be taken", shown(path),
                         size);
     }
-#ifdef MADV_HUGEPAGE
-    madvise(data, size, MADV_HUGEPAGE);
-#endif
+    glm_huge_pages(data, size);
     *out = file;
     return GLM_OK;
 }
@@ -221,16 +221,6 @@ const void *glm_mapped_data(const struct glm_mapped *file, size_t *size)
     return (const void *)atomic_load(&file->begin);
 }
 
-static int same_time(const struct stat *a, const struct stat *b)
-{
-#ifdef __APPLE__
-    return a->st_mtimespec.tv_sec == b->st_mtimespec.tv_sec &&
-           a->st_mtimespec.tv_nsec == b->st_mtimespec.tv_nsec;
-#else
-    return a->st_mtim.tv_sec == b->st_mtim.tv_sec && a->st_mtim.tv_nsec == b->st_mtim.tv_nsec;
-#endif
-}
-
 glm_status glm_mapped_check(struct glm_mapped *file, struct glm_error *err)
 {
     struct stat now;
@@ -241,7 +231,7 @@ glm_status glm_mapped_check(struct glm_mapped *file, struct glm_error *err)
                         "%s: had %lld bytes when it was opened and has %lld now: it is in use and "
                         "must not change; load it again",
                         shown(file->path), (long long)file->was.st_size, (long long)now.st_size);
-    if (!same_time(&now, &file->was))
+    if (glm_change_time(&now) != glm_change_time(&file->was))
         return glm_fail(err, GLM_EFILE,
                         "%s: was written to since it was opened: it is in use and must not change; "
                         "load it again",

@@ -44,6 +44,7 @@ from ops import (
 )
 
 from glmlora import _core
+from glmlora.model.device import BFLOAT16_SETS
 
 EPS = 2.0**-23
 REF = Ops("ref_f64")
@@ -1490,7 +1491,7 @@ NARROW_CASES.append((attention_forward, "context", (95,), (2, 1, 64)))
 DEVICES = [name for name in backends() if name in ("emu", "cuda")]
 SETS = _core.cpu_variants().split(",")
 BYTES = [f"cpu:{isa}/int8" for isa in SETS]
-FAST = [*(["cpu:avx512bf16/bfloat16"] if "avx512bf16" in SETS else []), *BYTES]
+FAST = [*(f"cpu:{isa}/bfloat16" for isa in SETS if isa in BFLOAT16_SETS), *BYTES]
 
 
 @pytest.mark.parametrize("type_", NARROW)

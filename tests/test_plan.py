@@ -11,7 +11,7 @@ import pytest
 from sides import SIX_B
 
 from glmlora import _core, cli, families
-from glmlora.model import modeling
+from glmlora.model import device, modeling
 from glmlora.model.configuration import ChatGLMConfig
 from glmlora.tools.plan import plan
 from glmlora.tools.project import tiny_directory
@@ -68,7 +68,7 @@ measured = pytest.mark.skipif(
     reason="reads /proc; the sanitizer keeps freed memory",
 )
 fast = pytest.mark.skipif(
-    "avx512bf16" not in _core.cpu_variants().split(","),
+    not set(device.BFLOAT16_SETS) & set(_core.cpu_variants().split(",")),
     reason="this processor multiplies float32 only",
 )
 BUILD = """

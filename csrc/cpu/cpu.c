@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "platform.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -102,6 +103,14 @@ static int runs_avx512bf16(void)
 {
     return runs_avx512vnni() && has(7, 0, ECX, bit_AVX512VBMI) && has(7, 1, EAX, bit_AVX512BF16);
 }
+#elif defined(__aarch64__)
+static int runs_neon(void) { return 1; }
+
+static int has(unsigned features) { return (glm_arm_features() & features) == features; }
+
+static int runs_neon_dotprod(void) { return has(GLM_ARM_DOTPROD); }
+static int runs_neon_i8mm(void) { return has(GLM_ARM_DOTPROD | GLM_ARM_I8MM); }
+static int runs_neon_bf16(void) { return has(GLM_ARM_DOTPROD | GLM_ARM_I8MM | GLM_ARM_BF16); }
 #endif
 
 static int runs_generic(void) { return 1; }
@@ -118,6 +127,11 @@ static const struct isa {
     {"avx512", &glm_cpu_ops_avx512, runs_avx512, 0},
     {"avxvnni", &glm_cpu_ops_avxvnni, runs_avxvnni, 0},
     {"avx2", &glm_cpu_ops_avx2, runs_avx2, 0},
+#elif defined(__aarch64__)
+    {"neon_bf16", &glm_cpu_ops_neon_bf16, runs_neon_bf16, 1},
+    {"neon_i8mm", &glm_cpu_ops_neon_i8mm, runs_neon_i8mm, 0},
+    {"neon_dotprod", &glm_cpu_ops_neon_dotprod, runs_neon_dotprod, 0},
+    {"neon", &glm_cpu_ops_neon, runs_neon, 0},
 #endif
     {"generic", &glm_cpu_ops_generic, runs_generic, 0},
 };

@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include "mapped.h"
+#include "platform.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -8,9 +9,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
 
 enum {
     MAX_THREADS = 256,
@@ -21,12 +19,6 @@ enum {
     WOKEN = 20000,
     TAKEN = 1000,
 };
-
-#ifdef CLOCK_MONOTONIC_COARSE
-#define POLL_CLOCK CLOCK_MONOTONIC_COARSE /* read before every task */
-#else
-#define POLL_CLOCK CLOCK_MONOTONIC
-#endif
 
 /* Tasks that a thread begins with; the others take from it when theirs are done. What it computes
  * for neighbouring rows stays in its own cache from op to op. */
@@ -55,7 +47,7 @@ struct glm_pool {
     const void *arg;
     int (*poll)(void *arg);
     void *poll_arg;
-    struct timespec polled;
+    int64_t polled;        /* when, in milliseconds */
     struct glm_pool *next; /* of all there are */
 };
 
@@ -126,6 +118,8 @@ static void relax(void)
 {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb" ::: "memory"); /* waits some cycles, as yield does nowhere */
 #endif
 }
 
@@ -201,15 +195,8 @@ static int default_threads(void)
     const long asked = omp ? strtol(omp, NULL, 10) : 0; /* "4,2": the outer level counts */
     if (asked >= 1)
         return asked > MAX_THREADS ? MAX_THREADS : (int)asked;
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) {
-        const int n = CPU_COUNT(&set);
-        return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
-    }
-#endif
-    const long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online < 1 ? 1 : online > MAX_THREADS ? MAX_THREADS : (int)online;
+    const int here = glm_processors();
+    return here > MAX_THREADS ? MAX_THREADS : here;
 }
 
 /* On huge pages where the system has them: panels of 4 KiB pages meet in the caches by chance (up
@@ -218,10 +205,8 @@ void *glm_aligned(size_t bytes)
 {
     const size_t huge = (size_t)2 << 20, size = (bytes + huge - 1) / huge * huge;
     void *p = aligned_alloc(huge, size);
-#ifdef MADV_HUGEPAGE
     if (p)
-        madvise(p, size, MADV_HUGEPAGE);
-#endif
+        glm_huge_pages(p, size);
     return p;
 }
 
@@ -320,7 +305,7 @@ void glm_pool_set_poll(struct glm_pool *pool, int (*poll)(void *arg), void *arg)
     pool->poll = poll;
     pool->poll_arg = arg;
     atomic_store(&pool->stop, 0);
-    clock_gettime(POLL_CLOCK, &pool->polled);
+    pool->polled = glm_milliseconds();
 }
 
 int glm_pool_stopped(const struct glm_pool *pool)
@@ -330,13 +315,10 @@ int glm_pool_stopped(const struct glm_pool *pool)
 
 static void poll_now_and_then(struct glm_pool *pool)
 {
-    struct timespec now;
     if (!pool->polls || !pool->poll || atomic_load_explicit(&pool->stop, memory_order_relaxed))
         return;
-    clock_gettime(POLL_CLOCK, &now);
-    const double ms = (double)(now.tv_sec - pool->polled.tv_sec) * 1e3 +
-                      (double)(now.tv_nsec - pool->polled.tv_nsec) / 1e6;
-    if (ms < 50)
+    const int64_t now = glm_milliseconds();
+    if (now - pool->polled < 50)
         return;
     pool->polled = now;
     if (pool->poll(pool->poll_arg))

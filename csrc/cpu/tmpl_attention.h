@@ -23,7 +23,7 @@ struct att_args {
 
 /* clang-format off */
 enum {
-    AR = VL == 16 ? 12 : VL == 8 ? 6 : 4, /* rows of a register tile, by 2 vectors, */
+    AR = REGISTERS == 32 ? 12 : VL == 8 ? 6 : 4, /* rows of a register tile, by 2 vectors, */
     AREST = VL == 8 ? 2 : 4,              /* and of the tiles that end a product */
     LD = ATT_BLOCK                        /* lanes from one key's scores to the next */
 };

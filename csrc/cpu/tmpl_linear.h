@@ -12,8 +12,8 @@
  * of one row of x, R2 times C2 of several. More rows of x than IN_PLACE_ROWS are worth packing W. */
 /* clang-format off */
 enum {
-#if VL == 16
-    XR = 6, R1 = 1, C1 = 8, R2 = 4, C2 = 6, IN_PLACE_ROWS = 16,
+#if REGISTERS == 32
+    XR = 6, R1 = 1, C1 = 8, R2 = 4, C2 = VL == 4 ? 4 : 6, IN_PLACE_ROWS = 16,
 #else
     XR = 3, R1 = 1, C1 = 4, R2 = 3, C2 = 4, IN_PLACE_ROWS = 3,
 #endif
@@ -147,8 +147,13 @@ INLINE void load_x(vf *v, const float *p, int n, enum glm_dtype kind, enum glm_d
     }
     if (kind == GLM_BF16 && dtype == GLM_I8) {
         const vf a = load(p), b = load(p + VL), c = load(p + 2 * VL), d = load(p + 3 * VL);
+#if VL == 4 /* one run of 16 */
+        v[0] = TO_BF16(a, b);
+        v[1] = TO_BF16(c, d);
+#else
         v[0] = TO_BF16(FIRST_HALVES(a, b), FIRST_HALVES(c, d));
         v[1] = TO_BF16(LAST_HALVES(a, b), LAST_HALVES(c, d));
+#endif
         return;
     }
     if (kind == GLM_BF16) {
@@ -165,19 +170,62 @@ INLINE void load_x(vf *v, const float *p, int n, enum glm_dtype kind, enum glm_d
     }
 }
 
+/* Whether pairs of rows are multiplied (tmpl_pairs.h): packed rows, or W in place. */
+INLINE int pairs_in_place(enum glm_dtype kind)
+{
+    (void)kind;
+#ifdef MULTIPLY_PAIRS
+    return PAIRS_IN_PLACE(kind);
+#else
+    return 0;
+#endif
+}
+
+/* Whether rows that lie together, R of x or four of W (R is XR), are packed in pairs: of two rows
+ * first halves of their vectors, then second halves. */
+INLINE int paired(enum glm_dtype kind, int R)
+{
+    (void)kind, (void)R;
+#ifdef MULTIPLY_PAIRS
+    return HAS_PAIRS(kind) && (R == XR || (R != R1 && PAIRS_IN_PLACE(kind)));
+#else
+    return 0;
+#endif
+}
+
+/* Stores a vector of row r of those that lie together. */
+INLINE void store_packed(char *to, int r, vf v, int in_pairs)
+{
+    if (!in_pairs) {
+        store((float *)(to + r * VB), v);
+        return;
+    }
+    char *at = to + r / 2 * 2 * VB + r % 2 * (VB / 2);
+    memcpy(at, &v, VB / 2);
+    memcpy(at + VB, (const char *)&v + VB / 2, VB / 2);
+}
+
+/* Where a byte of row c of four packed rows lies. */
+INLINE size_t packed_byte(size_t byte, int c, int in_pairs)
+{
+    const size_t vector = byte / VB * 4 * VB, at = byte % VB, half = VB / 2;
+    return in_pairs ? vector + c / 2 * 2 * VB + at / half * VB + c % 2 * half + at % half
+                    : vector + c * VB + at;
+}
+
 /* Rows of x, vector by vector, R of them; rows past the end are 0. */
 INLINE void pack_x(char *to, int R, const float *x, size_t ldx, int rows, int K,
                    enum glm_dtype kind, enum glm_dtype dtype)
 {
     const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
     for (int r = 0; r < R; r++) {
-        char *at = to + (size_t)r * VB;
+        char *at = to;
         for (int k = 0; k < K; k += width, at += (size_t)chunk * R * VB) {
             vf v[4] = {{0}};
             if (r < rows)
                 load_x(v, x + r * ldx + k, K - k, kind, dtype);
             for (int j = 0; j < chunk; j++)
-                store((float *)(at + (size_t)j * R * VB), v[j]);
+                store_packed(at + (size_t)j * R * VB, r, v[j], paired(kind, R));
         }
     }
 }
@@ -240,7 +288,7 @@ INLINE void pack_w(char *to, const struct glm_mat *w, enum glm_dtype kind, enum 
                     scale_chunk(v, scale[c], k / 32, kind);
             }
             for (int j = 0; j < chunk; j++)
-                store((float *)(to + (j * 4 + c) * VB), v[j]);
+                store_packed(to + j * 4 * VB, c, v[j], paired(kind, XR));
         }
     }
 }
@@ -257,8 +305,13 @@ INLINE void dot_panel(v4 *s, const char *x, const char *w, int vectors, enum glm
         vf xv[XR];
         for (int r = 0; r < XR; r++)
             xv[r] = load((const float *)(x + r * VB));
-#if VL == 16 /* in registers: the compiler would load them again with every row of W */
-        __asm__("" : "+v"(xv[0]), "+v"(xv[1]), "+v"(xv[2]), "+v"(xv[3]), "+v"(xv[4]), "+v"(xv[5]));
+#if REGISTERS == 32 /* in registers: the compiler would load them again with every row of W */
+#ifdef __aarch64__
+#define KEPT "+w"
+#else
+#define KEPT "+v"
+#endif
+        __asm__("" : KEPT(xv[0]), KEPT(xv[1]), KEPT(xv[2]), KEPT(xv[3]), KEPT(xv[4]), KEPT(xv[5]));
 #endif
         for (int c = 0; c < 4; c++) {
             const vf wv = load((const float *)(w + c * VB));
@@ -312,6 +365,8 @@ INLINE void sum_lanes(v4 *s, vf *acc, int n, enum glm_dtype kind)
         s[i / 4] = sums_of(kind, acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
 }
 
+#include "tmpl_pairs.h"
+
 /* s[r * C + c] = dot product of row r of packed x with row o + c of W where it lies, columns k0 ..
  * k0 + K - 1. Where W ends its last row repeats. The next C rows of W, every turns-th of
  * them here, and their scales are fetched into the cache. With `keep` the converted run is left in
@@ -324,7 +379,7 @@ INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
     const char *row[8];
     float scale[8][RUN_GROUPS];
-    vf acc[24 + 8];
+    vf acc[24 + 8], v[2][4];
     int k = 0;
     for (int c = 0; c < C; c++) {
         const int at = o + c < w->rows ? o + c : w->rows - 1;
@@ -342,25 +397,21 @@ INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w
         const size_t at = glm_bytes(dtype, (size_t)k);
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
-            vf v[4];
-            load_chunk(v, row[c] + at, kind, dtype);
+            load_chunk(v[c % 2], row[c] + at, kind, dtype);
             if (c % turns == 0 && at % 64 == 0) /* a line once */
                 __builtin_prefetch(row[c] + at + C * stride, 0, 2);
-            for (int i = 0; keep && i < chunk; i++)
-                *kept++ = v[i];
-            add_chunk(acc, R, C, c, x, v, grouped ? scale[c] : NULL, k / 32, kind, dtype);
+            add_row_chunk(acc, R, C, c, x, v, grouped ? scale : NULL, k / 32, kind, dtype,
+                          keep ? &kept : NULL);
         }
     }
     if (k < K)
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
-            vf v[4];
-            load_last(v, row[c] + glm_bytes(dtype, (size_t)k), kind, dtype, K - k);
-            for (int i = 0; keep && i < chunk; i++)
-                *kept++ = v[i];
-            add_chunk(acc, R, C, c, x, v, grouped ? scale[c] : NULL, k / 32, kind, dtype);
+            load_last(v[c % 2], row[c] + glm_bytes(dtype, (size_t)k), kind, dtype, K - k);
+            add_row_chunk(acc, R, C, c, x, v, grouped ? scale : NULL, k / 32, kind, dtype,
+                          keep ? &kept : NULL);
         }
-    sum_lanes(s, acc, R * C, kind);
+    sum_rows(s, acc, R, C, kind);
 }
 
 /* The same of the run that dot_rows kept, for the group of rows of x that has this turn. */
@@ -385,10 +436,10 @@ INLINE void dot_kept(v4 *s, int R, int C, const char *x, const struct glm_mat *w
                     row + (size_t)(C + c) * stride + glm_bytes(dtype, (size_t)k) + i * 64, 0, 2);
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++)
-            add_chunk(acc, R, C, c, x, kept + c * chunk, grouped ? scale[c] : NULL, k / 32, kind,
-                      dtype);
+            add_kept_chunk(acc, R, C, c, x, kept + c * chunk, grouped ? scale : NULL, k / 32, kind,
+                           dtype);
     }
-    sum_lanes(s, acc, R * C, kind);
+    sum_rows(s, acc, R, C, kind);
 }
 
 /* Groups of R rows of x: as vectors of the kind in rows of `vectors`, one task for each group. */
@@ -415,8 +466,8 @@ static void pack_x_task(const void *arg, int task, char *scratch)
                 if (p->dtype == GLM_I4)
                     evens_first(q);
                 for (int v = 0; v < (in_run < in_full ? in_run : in_full); v++)
-                    store((float *)(to + (((size_t)b * in_full + v) * p->R + r) * VB),
-                          load((float *)(q + v * VB)));
+                    store_packed(to + ((size_t)b * in_full + v) * p->R * VB, r,
+                                 load((float *)(q + v * VB)), paired(GLM_I8, p->R));
             }
         return;
     }
@@ -509,9 +560,11 @@ INLINE void add_outliers(float *out, int cols, const struct x_run *run, const ch
             int8_t *to = columns->value[columns->count];
             const int at =
                 dtype == GLM_I4 ? k / (2 * VB) * 2 * VB + k % 2 * VB + k % (2 * VB) / 2 : k;
-            const char *from = wp + at / VB * 4 * VB + at % VB;
-            for (int o = 0; o < NT_COLS; o++) /* as bytes: the difference is one, too */
-                to[o] = (int8_t)(from[o / 4 * 4 * SHORT_RUN_BYTES + o % 4 * VB] - bias_of(dtype));
+            for (int o = 0; o < NT_COLS; o++) { /* as bytes: the difference is one, too */
+                const char *four = wp + o / 4 * 4 * SHORT_RUN_BYTES;
+                to[o] = (int8_t)(four[packed_byte((size_t)at, o % 4, paired(GLM_I8, XR))] -
+                                 bias_of(dtype));
+            }
             columns->place[k] = (int16_t)columns->count++;
         }
         const int8_t *q = columns->value[columns->place[k]];
@@ -551,6 +604,25 @@ INLINE void fetch_ahead(struct ahead *f)
     }
 }
 
+/* (XR, 4; ldt) at `to`, of which (rows, cols) are there, (+)= s */
+INLINE void add_panel(float *to, size_t ldt, const v4 *s, int rows, int cols, int add,
+                      const struct x_run *run, size_t n_runs, enum glm_dtype kind,
+                      enum glm_dtype dtype)
+{
+    v4 v[XR];
+    for (int r = 0; r < XR; r++)
+        v[r] = run_value(s[r], kind == GLM_I8 ? run + r * n_runs : NULL, kind, dtype);
+    if (rows == XR && cols >= 4) {
+#pragma GCC unroll 6
+        for (int r = 0; r < XR; r++)
+            *(v4 *)(to + r * ldt) = add ? *(v4 *)(to + r * ldt) + v[r] : v[r];
+        return;
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 4 && c < cols; c++)
+            to[r * ldt + c] = add ? to[r * ldt + c] + v[r][c] : v[r][c];
+}
+
 /* tile (rows, ldt) of many rows: a panel of W is packed once, x is packed already */
 INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum glm_dtype kind,
                         enum glm_dtype dtype, int grouped, int n0, int rows, int o0, int cols,
@@ -559,12 +631,13 @@ INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum g
     const int I = a->w->cols, vectors = vectors_of(kind, dtype, I);
     const int in_full = run_of(kind, dtype), width = in_full * per_vector(kind);
     const int n_runs = (vectors + in_full - 1) / in_full;
-    const int tiles = (rows + XR - 1) / XR * ((cols + 3) / 4);
+    const int wide = paired(kind, XR) ? 8 : 4, panels = (cols + wide - 1) / wide;
+    const int tiles = (rows + XR - 1) / XR * panels;
     struct panel_columns *columns = (struct panel_columns *)(wp + NT_COLS * NT_RUN_BYTES);
     for (int b = 0; b < n_runs; b++) {
         const int K = I - b * width < width ? I - b * width : width;
         const int rest = vectors - b * in_full, in_run = rest < in_full ? rest : in_full;
-        for (int o = 0; o < cols; o += 4)
+        for (int o = 0; o < panels * wide; o += 4)
             pack_w(wp + (size_t)o * in_full * VB, a->w, kind, dtype, grouped, o0 + o, cols - o,
                    b * width, K);
         if (kind == GLM_I8) {
@@ -579,27 +652,24 @@ INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum g
             const struct x_run *run = a->runs + (size_t)(n0 + n) * n_runs + b;
             const int end = rows - n < XR ? rows - n : XR;
             const char *next = n + XR < rows ? xp + (size_t)vectors * XR * VB : xp;
-            for (int o = 0; o < cols; o += 4) {
-                v4 s[XR];
+            for (int o = 0; o < cols; o += wide) {
+                v4 s[2][XR];
+                const char *panel = wp + (size_t)o * in_full * VB;
                 float *at = tile + n * ldt + o;
                 for (int r = 0; r < end; r++)
                     __builtin_prefetch(at + r * ldt, 1, 3);
-                for (int i = 0; i * ((cols + 3) / 4) < XR * in_full * VB / 64; i++, next += 64)
+                for (int i = 0; i * panels < XR * in_full * VB / 64; i++, next += 64)
                     __builtin_prefetch(next, 0, 2);
                 fetch_ahead(&ahead);
-                dot_panel(s, xp, wp + (size_t)o * in_full * VB, in_run, kind, dtype);
-                for (int r = 0; r < XR; r++)
-                    s[r] = run_value(s[r], kind == GLM_I8 ? run + (size_t)r * n_runs : NULL, kind,
-                                     dtype);
-                if (end == XR && cols - o >= 4) {
-#pragma GCC unroll 6
-                    for (int r = 0; r < XR; r++)
-                        *(v4 *)(at + r * ldt) = b ? *(v4 *)(at + r * ldt) + s[r] : s[r];
-                    continue;
-                }
-                for (int r = 0; r < end; r++)
-                    for (int c = 0; c < 4 && o + c < cols; c++)
-                        at[r * ldt + c] = b ? at[r * ldt + c] + s[r][c] : s[r][c];
+#ifdef MULTIPLY_PAIRS
+                if (paired(kind, XR))
+                    dot_pairs(s, xp, panel, (size_t)4 * in_full * VB, in_run, kind);
+                else
+#endif
+                    dot_panel(s[0], xp, panel, in_run, kind, dtype);
+                for (int i = 0; i < wide / 4; i++)
+                    add_panel(at + 4 * i, ldt, s[i], end, cols - o - 4 * i, b, run, (size_t)n_runs,
+                              kind, dtype);
             }
             for (int r = 0; kind == GLM_I8 && r < end; r++)
                 add_outliers(tile + (n + r) * ldt, cols, run + (size_t)r * n_runs, wp, dtype,

@@ -5,7 +5,13 @@
  * the reduction. A is packed before, as units of MR rows; panels of B here, as units of NR
  * columns. */
 
-enum { MR = VL == 16 ? 12 : VL == 8 ? 6 : 4, NV = 2, NR = NV * VL };
+enum {
+    MR = VL == 16  ? 12
+         : VL == 8 ? 6
+                   : 4,
+    NV = VL == 4 && REGISTERS == 32 ? 4 : 2,
+    NR = NV * VL
+};
 
 INLINE int units_of(enum glm_dtype kind, int K)
 {
@@ -20,6 +26,18 @@ INLINE vf splat_unit(const float *p)
     return (vf)((vi){0} + bits);
 }
 
+#ifdef MADD_LANE
+/* acc + lane m of a's units times the units b */
+INLINE vf add_lane(enum glm_dtype kind, vf acc, vf b, vf a, int m)
+{
+#ifdef DOT_BF16_LANE
+    if (kind == GLM_BF16)
+        return DOT_BF16_LANE(acc, b, a, m);
+#endif
+    return kind == GLM_I8 ? DOT_I8_LANE(acc, b, a, m) : MADD_LANE(acc, b, a, m);
+}
+#endif
+
 /* tile (MR, NR; ldt) (+)= sum over `units` of a (units, MR) times b (units, NR) */
 INLINE void unit_tile(float *tile, size_t ldt, const float *a, const char *b, int units, int add,
                       enum glm_dtype kind, const struct x_run *run, size_t runs)
@@ -33,11 +51,19 @@ INLINE void unit_tile(float *tile, size_t ldt, const float *a, const char *b, in
         vf bv[NV];
         for (int v = 0; v < NV; v++)
             bv[v] = load((const float *)(b + v * VB));
+#ifdef MADD_LANE
+        const vf lanes = load(a);
+#pragma GCC unroll 4
+        for (int m = 0; m < MR; m++)
+            for (int v = 0; v < NV; v++)
+                acc[m][v] = add_lane(kind, acc[m][v], bv[v], lanes, m);
+#else
         for (int m = 0; m < MR; m++) {
             const vf av = splat_unit(a + m);
             for (int v = 0; v < NV; v++)
                 acc[m][v] = multiply_add(kind, GLM_I8, acc[m][v], av, bv[v]);
         }
+#endif
     }
     for (int m = 0; m < MR; m++)
         for (int v = 0; v < NV; v++) {
@@ -98,15 +124,16 @@ INLINE void pack_quads(char *to, const char *p, size_t stride, enum glm_dtype dt
     char rows[4][NR] __attribute__((aligned(32))) = {{0}};
     for (int i = 0; i < used; i++)
         memcpy(rows[i], p + i * stride, glm_bytes(dtype, (size_t)width));
-    for (int i = 0; dtype == GLM_I4 && i < used; i++) {
-        const vb both = *(vb *)rows[i], even = both >> 4, odd = both << 4 >> 4;
-        *(vb *)rows[i] = LOW(even, odd);
-        *(vb *)(rows[i] + VL) = HIGH(even, odd);
-    }
-    vf v[2] __attribute__((aligned(64)));
+    for (int i = 0; dtype == GLM_I4 && i < used; i++)
+        for (int n = NR - 2 * VL; n >= 0; n -= 2 * VL) { /* what lies first is overwritten last */
+            const vb both = *(vb *)(rows[i] + n / 2), even = both >> 4, odd = both << 4 >> 4;
+            *(vb *)(rows[i] + n) = LOW(even, odd);
+            *(vb *)(rows[i] + n + VL) = HIGH(even, odd);
+        }
+    vf v[NV] __attribute__((aligned(64)));
     QUADS(v, rows[0]);
-    store((float *)to, BYTES_OF_W(v[0]));
-    store((float *)(to + VB), BYTES_OF_W(v[1]));
+    for (int i = 0; i < NV; i++)
+        store((float *)(to + i * VB), BYTES_OF_W(v[i]));
 }
 
 /* Units of A for MR rows from row m0 on: (units, MR); rows and terms past the end are 0. am, ak:
@@ -200,26 +227,30 @@ INLINE void pack_b(char *bp, const struct glm_mat *b, enum glm_dtype kind, enum 
                 pack_quads(to, p, stride, dtype, used, width);
                 continue;
             }
-            vf v[2][2] = {{{0}}};
-            for (int i = 0; i < used; i++) {
-                load_natural(v[i], p + i * stride, dtype, width);
-                if (grouped) {
-                    const float scale = half_to_float(
-                        b->scale[(size_t)(k + i) * glm_scale_cols(b) + (n0 + n) / b->group]);
-                    v[i][0] *= splat(scale);
-                    v[i][1] *= splat(scale);
+            for (int at = 0; at < NR; at += 2 * VL, to += 2 * VB) {
+                vf v[2][2] = {{{0}}};
+                for (int i = 0; i < used && at < width; i++) {
+                    load_natural(v[i], p + i * stride + glm_bytes(dtype, (size_t)at), dtype,
+                                 width - at);
+                    if (grouped) {
+                        const size_t first = (size_t)(k + i) * glm_scale_cols(b);
+                        const float scale =
+                            half_to_float(b->scale[first + (n0 + n + at) / b->group]);
+                        v[i][0] *= splat(scale);
+                        v[i][1] *= splat(scale);
+                    }
                 }
-            }
 #ifdef DOT_BF16
-            if (kind == GLM_BF16) {
-                const vf first = TO_BF16(v[0][0], v[0][1]), second = TO_BF16(v[1][0], v[1][1]);
-                store((float *)to, PAIRS_LOW(first, second));
-                store((float *)(to + VB), PAIRS_HIGH(first, second));
-                continue;
-            }
+                if (kind == GLM_BF16) {
+                    const vf first = TO_BF16(v[0][0], v[0][1]), second = TO_BF16(v[1][0], v[1][1]);
+                    store((float *)to, PAIRS_LOW(first, second));
+                    store((float *)(to + VB), PAIRS_HIGH(first, second));
+                    continue;
+                }
 #endif
-            store((float *)to, v[0][0]);
-            store((float *)(to + VB), v[0][1]);
+                store((float *)to, v[0][0]);
+                store((float *)(to + VB), v[0][1]);
+            }
         }
     }
 }

@@ -12,6 +12,11 @@ typedef uint32_t vu __attribute__((vector_size(4 * VL), aligned(4)));
 typedef uint64_t vw __attribute__((vector_size(4 * VL), aligned(4)));
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
 
+/* Vector registers, which tiles are cut for. */
+#ifndef REGISTERS
+#define REGISTERS (VL == 16 ? 32 : 16)
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vf load(const float *p) { return *(const vf *)p; }

@@ -2,6 +2,7 @@
 #define GLM_IMPORTS_NUMPY
 #include "convert.h"
 #include "mapped.h"
+#include "platform.h"
 
 #include <stddef.h>
 #include <string.h>

@@ -29,8 +29,6 @@ struct module_state {
 PyObject *glm_py_adjust_logits(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *glm_py_warp_logits(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *glm_py_sample(PyObject *module, PyObject *args, PyObject *kwargs);
-/* Bytes the process could still get: MemAvailable, and what the control group's limit leaves. */
-unsigned long long glm_memory_available(void);
 
 /* map_file.c */
 PyObject *glm_py_map_file(PyObject *module, PyObject *args);

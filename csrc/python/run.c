@@ -10,7 +10,8 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+
+#include "platform.h"
 
 /* ---- locks */
 
@@ -205,12 +206,7 @@ static int wait_for_others(struct run *run)
 {
     while (pthread_mutex_trylock(&computing) != 0) {
         /* Ctrl-C must work while another model computes */
-        struct timespec until;
-        clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_nsec += 100000000;
-        until.tv_sec += until.tv_nsec / 1000000000;
-        until.tv_nsec %= 1000000000;
-        if (pthread_mutex_timedlock(&computing, &until) == 0)
+        if (glm_lock_within(&computing, 100))
             break;
         if (poll(run))
             return -1;

@@ -1,8 +1,6 @@
-/* Scores to tokens, on NumPy arrays, and how much memory there is. */
+/* Scores to tokens, on NumPy arrays. */
 #include "convert.h" /* Python.h before any header of the system */
 
-#include <limits.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -159,79 +157,4 @@ PyObject *glm_py_sample(PyObject *Py_UNUSED(module), PyObject *args, PyObject *k
     return id < 0 ? PyErr_Format(PyExc_MemoryError, "sample: %zu bytes could not be taken",
                                  (size_t)n * (sizeof(float) + sizeof(struct glm_scored)))
                   : PyLong_FromLong(id);
-}
-
-/* A number from a one-line file, or of its first line that begins with `key`; else `otherwise`
- * ("max" and absent files included). */
-static unsigned long long number_in(const char *path, const char *key, unsigned long long otherwise)
-{
-    unsigned long long value = otherwise;
-    char line[256];
-    const size_t n = strlen(key);
-    FILE *f = fopen(path, "r");
-    while (f && fgets(line, sizeof line, f))
-        if (strncmp(line, key, n) == 0) {
-            if (sscanf(line + n, "%llu", &value) != 1)
-                value = otherwise;
-            break;
-        }
-    if (f)
-        fclose(f);
-    return value;
-}
-
-/* What the control group in `folder` and those around it leave: limit - used, where pages of files
- * count as free, since the system drops them when others need the memory. */
-static unsigned long long group_leaves(char *folder, const char *root, const char *limit_name,
-                                       const char *used_name)
-{
-    unsigned long long least = ~0ull;
-    char path[PATH_MAX + 64];
-    for (;;) {
-        snprintf(path, sizeof path, "%s/%s", folder, limit_name);
-        const unsigned long long limit = number_in(path, "", ~0ull);
-        snprintf(path, sizeof path, "%s/%s", folder, used_name);
-        unsigned long long used = number_in(path, "", 0);
-        snprintf(path, sizeof path, "%s/memory.stat", folder);
-        for (int i = 0; i < 2; i++) { /* version 1 adds up the groups within under total_ */
-            const char *v1 = i ? "total_active_file " : "total_inactive_file ";
-            const unsigned long long files = number_in(path, v1, number_in(path, v1 + 6, 0));
-            used = used > files ? used - files : 0;
-        }
-        if (limit != ~0ull && (limit > used ? limit - used : 0) < least)
-            least = limit > used ? limit - used : 0;
-        char *slash = strrchr(folder, '/');
-        if (strlen(folder) <= strlen(root) || !slash)
-            return least;
-        *slash = 0;
-    }
-}
-
-unsigned long long glm_memory_available(void)
-{
-    unsigned long long available = number_in("/proc/meminfo", "MemAvailable:", ~0ull);
-    if (available != ~0ull)
-        available *= 1024;
-    char line[PATH_MAX], folder[PATH_MAX + 32];
-    FILE *f = fopen("/proc/self/cgroup", "r");
-    while (f && fgets(line, sizeof line, f)) { /* id:controllers:/path */
-        char *controllers = strchr(line, ':'),
-             *path = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!path)
-            continue;
-        *path++ = 0;
-        path[strcspn(path, "\n")] = 0;
-        const int v1 = strstr(controllers, "memory") != NULL, v2 = strcmp(controllers, ":") == 0;
-        if (!v1 && !v2)
-            continue;
-        const char *root = v1 ? "/sys/fs/cgroup/memory" : "/sys/fs/cgroup";
-        snprintf(folder, sizeof folder, "%s%s", root, strcmp(path, "/") == 0 ? "" : path);
-        const unsigned long long left =
-            group_leaves(folder, root, v1 ? "memory.limit_in_bytes" : "memory.max",
-                         v1 ? "memory.usage_in_bytes" : "memory.current");
-        available = left < available ? left : available;
-    }
-    if (f)
-        fclose(f);
-    return available;
 }

@@ -31,6 +31,7 @@ from ..progress import notices
 KINDS = ("cpu", "cuda", "emu")
 _COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 COMPUTE_DTYPES = ("float32", "bfloat16", "int16", "int8")
+BFLOAT16_SETS = ("avx512bf16", "neon_bf16")  # the core's instruction sets that multiply it
 
 _warned: set[str] = set()
 _announced: set[str] = set()
@@ -185,7 +186,8 @@ def compute_dtype(asked: str | None, stored: Iterable[str]) -> str:
     Raises ValueError for a type that is unknown or that this processor does not multiply.
     """
     wanted = asked or os.environ.get("GLMLORA_COMPUTE_DTYPE") or "auto"
-    fast = "avx512bf16" in (os.environ.get("GLMLORA_ISA") or _core.cpu_variants()).split(",")
+    sets = (os.environ.get("GLMLORA_ISA") or _core.cpu_variants()).split(",")
+    fast = any(name in BFLOAT16_SETS for name in sets)
     if wanted == "auto":
         kinds = set(stored)
         if fast and kinds - {"F32", "F64"}:
@@ -198,7 +200,7 @@ def compute_dtype(asked: str | None, stored: Iterable[str]) -> str:
     if wanted == "bfloat16" and not fast:
         raise ValueError(
             "compute_dtype: this processor does not multiply bfloat16 (that takes AVX-512 BF16, "
-            "VNNI and VBMI); expected auto, float32, int16 or int8"
+            "VNNI and VBMI, or BF16 and I8MM on aarch64); expected auto, float32, int16 or int8"
         )
     return wanted
 

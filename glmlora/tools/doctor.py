@@ -117,6 +117,9 @@ def cpu_lines() -> list[str]:
         f"this processor runs {', '.join(name for name, (_, runs) in kernels if runs)}",
         f"              compiled are {', '.join(name for name, (there, _) in kernels if there)}",
     ]
+    lacking = [name for name, (_, runs) in kernels if not runs]
+    if lacking:
+        lines.append(f"              it lacks what these take: {', '.join(lacking)}")
     missing = device.missing_kernels()
     if missing:
         lines.append(

@@ -42,6 +42,8 @@ KERNELS = ["ops"]  # in one Python: they do not depend on it
 ARM_WANTED = f"{WANTED} and (against_reference or gradient or forward or greedy or ptuning or "
 ARM_WANTED += "training or merge or predict or picked or system)"
 ARM_TESTS = ["isa", "golden", "model_gradient", "workflow", "ops"]
+ARM_SETS = ("neon_bf16", "neon_i8mm", "neon_dotprod", "neon")
+ARM_PROCESSORS = {"cortex-a72": "neon,generic", "neoverse-n1": "neon_dotprod,neon,generic"}
 CHECKS = ("files", "again", "pythons", "clean", "aarch64", "threads")
 
 
@@ -228,6 +230,15 @@ def check_aarch64(dist: Path) -> None:
         if not done.stdout.startswith(f"aarch64 {site}"):
             raise SystemExit(f"expected aarch64 and the wheel in {site}, got {done.stdout}")
         run(python, *test_words(ARM_TESTS, ARM_WANTED), cwd=folder, env=environment)
+        for isa in ARM_SETS:  # the ops above ran on each; qemu's own processor has them all
+            forced = environment | {"GLMLORA_ISA": isa}
+            run(python, *test_words(["golden"], ARM_WANTED), cwd=folder, env=forced)
+        for processor, sets in ARM_PROCESSORS.items():
+            code = "import glmlora._core as c; print(c.cpu_variants())"
+            words = [qemu, "-cpu", processor, "-L", root, f"{root}/usr/bin/python3.11", "-c", code]
+            done = run(*words, cwd=folder, env=environment, capture_output=True, text=True)
+            if done.stdout.strip() != sets:
+                raise SystemExit(f"{processor}: expected {sets}, got {done.stdout}")
 
 
 def main() -> None:
