@@ -17,6 +17,7 @@ import glmlora
 from glmlora import _core, cli
 from glmlora.model import device as devices
 from glmlora.training import trainer
+from glmlora.training.ranks import Alone
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,12 +166,12 @@ def test_fp16_and_bf16_are_the_type_of_a_gpus_products(emu, tmp_path):
     flags = {"float32": {}, "float16": {"fp16": True}, "bfloat16": {"bf16": True}}
     for name, given in flags.items():
         arguments = glmlora.TrainingArguments(output_dir=str(tmp_path / "out"), **given)
-        trainer._place(model, arguments)
+        trainer._place(model, arguments, Alone())
         assert (model.device, model.core.backend) == ("emu:0", f"emu:0/{name}")
         assert model.stored_dtype("transformer.output_layer.weight") == "F32"
         losses[name] = model.backward(**batch())
         named = load(directory, device="emu", compute_dtype="float32")
-        trainer._place(named, arguments)
+        trainer._place(named, arguments, Alone())
         assert named.core.backend == "emu:0/float32"
     assert len(set(losses.values())) == 3
     assert max(losses.values()) - min(losses.values()) < 1e-2 * losses["float32"]

@@ -349,7 +349,8 @@ class ChatGLMForConditionalGeneration(_Casts):
             raise
         self.config.quantization_bit = bits
         self.config.quantization_group_size = group or None
-        return self._move(self.device)  # for its products' type
+        # the CPU's products are in another type then; a GPU's stay in theirs
+        return self._move(self.device) if self.device == "cpu" else self
 
     # Weights
 

@@ -136,6 +136,25 @@ def _into_heads(N: int, HD: int, dtype: int) -> Case:  # noqa: N803
     return case
 
 
+@_over(
+    {
+        f"linear {name} of swiglu {N}x{C}": (N, C, dtype)
+        for name, dtype in TYPES.items()
+        for N, C in ((1, 64), (5, 96), (20, 256))
+    }
+)
+def _of_swiglu(N: int, C: int, dtype: int) -> Case:  # noqa: N803
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        down, up = _matrix(rng, 33, C, dtype), _matrix(rng, 2 * C, C, dtype)
+        h, dact, bias = _normal(o, rng, N, 2 * C), _normal(o, rng, N, C), _normal(o, rng, 33)
+        y, act, dx = (np.empty((N, n), o.real) for n in (33, C, C))
+        o.swiglu_linear_forward(y, act, h, down, bias, N)
+        o.swiglu_linear_backward(dx, dact, h, up, N)
+        return [y, dx]
+
+    return case
+
+
 @_over({f"norm {N}x{C}": (N, C) for N, C in (*SHAPES, (3, 5000))})
 def _norm(N: int, C: int) -> Case:  # noqa: N803
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
