@@ -308,6 +308,7 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     "k_thin_gradient": _thin,
     "k_few": _few,
     "k_gated": _few,
+    "k_turned": _few,
     "narrow": _narrow,
     "k_pairs": _pairs,
     "k_forward": _tiles,

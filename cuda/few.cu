@@ -7,7 +7,27 @@ FEW_KERNELS(few, bf16, GLM_BF16, false, 4, 2, 1)
 FEW_KERNELS(few, i8, GLM_I8, false, 4, 2, 1)
 FEW_KERNELS(few, i4, GLM_I4, false, 4, 2, 1)
 
+struct turned_rows {
+    few_rows few;
+    turned_heads turn;
+};
+
+#define TURNED_KERNELS(name, dtype)                                                      \
+    GLM_TILE_KERNEL(256, 2)                                                              \
+    k_turned_##name##_1(turned_rows a) { few_body<dtype, 1, 4, false>(a.few, &a.turn); } \
+    GLM_TILE_KERNEL(256, 2)                                                              \
+    k_turned_##name##_2(turned_rows a) { few_body<dtype, 2, 2, false>(a.few, &a.turn); } \
+    GLM_TILE_KERNEL(256, 2)                                                              \
+    k_turned_##name##_4(turned_rows a) { few_body<dtype, 4, 2, false>(a.few, &a.turn); }
+
+TURNED_KERNELS(f32, GLM_F32)
+TURNED_KERNELS(f16, GLM_F16)
+TURNED_KERNELS(bf16, GLM_BF16)
+
 #ifdef GLM_HOST
+#define TURNED_ROW(name) {k_turned_##name##_1, k_turned_##name##_2, k_turned_##name##_4}
+static void (*const TURNED[3][3])(turned_rows) = {TURNED_ROW(f32), TURNED_ROW(f16),
+                                                  TURNED_ROW(bf16)};
 static const few_kernel TABLE[5][4] = FEW_TABLE(few);
 
 void glm_cuda_few(struct cuda *cuda, const char *op, few_rows a, const struct glm_mat *W)
@@ -33,13 +53,16 @@ extern "C" void glm_cuda_linear_rope_append(void *cx, struct glm_kv cache, void 
         glm_cuda_linear_forward(cx, qkv, inp, weight, bias, N, 1, 0);
         glm_cuda_rope_append(cx, cache, qkv, table, position, slot, N, heads, rotary_dim);
     } else if (N && glm_cuda_begin(cuda)) {
-        few_rows a = {(float *)qkv, (const float *)inp, (const float *)bias};
-        a.N = N, a.scale = 1;
+        const size_t of_block = 8 * (N == 1 ? 4 : 2);
+        turned_rows a = {{(float *)qkv, (const float *)inp, (const float *)bias}};
+        a.few.N = N, a.few.scale = 1, a.few.w = matrix_of(weight);
         a.turn.table = (const float *)table, a.turn.position = position, a.turn.slot = slot;
         a.turn.k = (float *)cache.k, a.turn.v = (float *)cache.v;
         a.turn.NH = heads.NH, a.turn.KVH = heads.KVH, a.turn.HD = heads.HD;
         a.turn.rotary_dim = rotary_dim;
-        glm_cuda_few(cuda, "linear_rope_append", a, weight);
+        void (*const k_turned)(turned_rows) = TURNED[weight->dtype][N <= 2 ? N - 1 : 2];
+        GLM_LAUNCH_AFTER(cuda, "linear_rope_append", k_turned,
+                         ceil_div((size_t)weight->rows, of_block), 256, 0, a);
     }
 }
 #endif

@@ -45,8 +45,8 @@ static __device__ __forceinline__ float scale_at(const stored_matrix &w, size_t 
 
 /* ---- a warp has ROWS rows of W and all NB rows of inp */
 
-/* Rows of W are heads: queries and keys turn, as k_rope_append has it, and keys and values go into
- * the cache, too. table NULL: not so. */
+/* Of rows of W that are heads: queries and keys turn, as k_rope_append has it, and keys and values
+ * go into the cache, too. */
 struct turned_heads {
     const float *table;
     const int *position, *slot;
@@ -63,13 +63,12 @@ struct few_rows {
     const float *xa, *B; /* an adapter's (N, R) and (O, R), times added; NULL: none */
     int R;
     float added;
-    turned_heads turn;
 };
 
 /* Elements o and o + 1, o even, of row n: out, and where they belong in the cache. */
-static __device__ __forceinline__ void put_turned(const few_rows &a, int n, int o, float x, float y)
+static __device__ __forceinline__ void put_turned(const few_rows &a, const turned_heads &t, int n,
+                                                  int o, float x, float y)
 {
-    const turned_heads &t = a.turn;
     const int h = o / t.HD, i = o % t.HD, kv = h - t.NH;
     float *to = a.out + (size_t)n * a.w.rows + o;
     if (kv < t.KVH && i < t.rotary_dim) {
@@ -197,9 +196,9 @@ static __device__ __forceinline__ void add_words(float (&sum)[ROWS][NB], const f
     }
 }
 
-/* out = inp W^T and what is added; GATED: swiglu of it, O / 2 columns */
+/* out = inp W^T and what is added; GATED: swiglu of it, O / 2 columns; with `turn` its heads turned */
 template <int DTYPE, int NB, int ROWS, bool GATED>
-static __device__ __forceinline__ void few_body(const few_rows &a)
+static __device__ __forceinline__ void few_body(const few_rows &a, const turned_heads *turn = NULL)
 {
     const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
     const int lane = threadIdx.x & 31, O = a.w.rows, I = a.w.cols;
@@ -284,11 +283,12 @@ static __device__ __forceinline__ void few_body(const few_rows &a)
                 y *= total_of<GATED>(a, row_at<GATED, ROWS>(first, at, O), n, sum[at][n]) /
                      (1.0f + expf(-y));
             }
-            if (!GATED && ROWS > 1 && a.turn.table) {
+            if (turn) { /* the second of a pair has the first beside it; outs is even */
+                const bool second = r % 2 && !lane && first + r < outs;
                 const float other = sum[r ^ 1][n];
                 sum[r][n] = y;
-                if (r % 2 && !lane && first + r < outs && n < a.N)
-                    put_turned(a, n, first + r - 1, other, y);
+                if (second && n < a.N)
+                    put_turned(a, *turn, n, first + r - 1, other, y);
                 continue;
             }
             if (lane || first + r >= outs || n >= a.N)

@@ -38,7 +38,7 @@ VALUES = re.compile(
     r"top > most|most > 0|> fabs\(|word < m\.threshold|wq / qq > most|DECODE_TOKENS|GLM_EXPECT"
     r"|i < \*at|h < NH && i >= rotary_dim"  # the first of equals; what stays as it is
     r"|top_k < r\.V|equal \* each < total"
-    r"|r0 < a\.R|c0 (<|>=) a\.wide"  # that cut nothing off when they are equal
+    r"|r0 < a\.R|c0 (<|>=) a\.wide|bool second = "  # that cut nothing off when they are equal
     # where one more has nothing to do, or does what is not looked at
     r"|int common = |if \(next < w\.end\)|first < runs; first|chunk < chunks; chunk"
     r"|v0 < (r\.)?V; v0 \+=|threadIdx\.x >> 5\) < busy|mass\[i\] >= needed\("
@@ -49,6 +49,8 @@ LOWER = re.compile(r"(>= (begin|from|0\b|c\.top_k)|<= begin|< begin)")
 
 # What every file includes is tested by the ops of these.
 LAUNCH = ("adamw", "elementwise", "norm", "linear")
+# Ops that have kernels for products in 16 bits
+NARROW = ("attention", "linear", "adapted", "swiglu_linear")
 # What is launched under the name of its caller's op.
 FOR_OTHERS = {"few_quantized": ("linear_forward", "adapted_forward", "linear_swiglu_forward")}
 
@@ -169,7 +171,7 @@ def cases(file: Path) -> list[tuple]:
         if not called & ops:
             continue
         found += test_cuda.checks(op)
-        if op.startswith(("attention", "linear", "adapted")):  # bfloat16 has the same source
+        if op.startswith(NARROW):  # bfloat16 has the same source
             found += test_cuda.checks(op, "float16")
     return sorted(found, key=lambda check: check.cost)
 

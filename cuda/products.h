@@ -41,12 +41,13 @@ static inline int glm_few_rows(enum glm_dtype compute, const struct glm_mat *W)
     return glm_few_quantized(compute, W) ? GLM_FEW_QUANTIZED : W->dtype == GLM_F64 ? 0 : GLM_FEW;
 }
 
-/* Whether that kernel turns heads, too, and puts them into the cache: it has both of a pair. */
+/* Whether a kernel of few rows turns heads, too, and puts them into the cache: a warp has both of a
+ * pair. Of quantized weights it has no registers left. */
 static inline int glm_few_turns(enum glm_dtype compute, const struct glm_mat *W, int N,
                                 struct glm_heads heads)
 {
     return N <= GLM_FEW_TURNED && N <= glm_few_rows(compute, W) && heads.HD % 2 == 0 &&
-           !glm_few_quantized(compute, W); /* it has no registers left */
+           !glm_is_quantized(W->dtype);
 }
 
 /* Whether it is a product of an adapter. */

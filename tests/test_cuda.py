@@ -29,7 +29,10 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 
 # Where a result is a difference of numbers nearly equal, or was rounded to 16 bits or to integers,
 # the error is what test_ops.py derives for it, not 1e-5 of the result.
-BY_CASE = ("cross_entropy_backward", "merge", "quantize", "rmsnorm_backward", "layernorm_backward")
+BY_CASE = (
+    *("cross_entropy_forward", "cross_entropy_backward", "merge", "quantize"),
+    *("rmsnorm_backward", "layernorm_backward"),
+)
 SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.deep) for seed in (1, 2)))
 
 
