@@ -113,13 +113,21 @@ def test_chat(window, server, language, send, thoughts):
     assert path == "/v1/chat/completions" and body["stream"] and body["model"] == "base"
     assert body["messages"] == [{"role": "user", "content": "think in markdown"}]
     assert not {"temperature", "top_p", "max_tokens", "tools"} & set(body)  # the model's own
-    assert "12" in text(window, ".foot")  # tokens
+    assert "12" in text(window, ".foot")  # tokens, which came at once: no speed is told
+    assert not re.search("second|每秒", text(window, ".foot"))
     window.click("#language")
     assert text(window, "#send") != send and text(window, ".thought summary") != thoughts
     window.open(server.address, language)  # what was chosen holds
     window.until(IDLE)
     assert text(window, "#send") != send
     assert window.complaints == []
+
+
+def test_speed_is_told_of_answers_that_take_time(page):
+    ask(page, "steady " + "x" * 100)
+    page.until(IDLE)
+    told = re.search(r"12 tokens, ([\d.]+) a second", text(page, ".foot"))
+    assert told and 2 < float(told[1]) < 11 / 0.5  # 11 tokens behind the first
 
 
 def test_markdown_is_only_ever_text(page):
@@ -370,6 +378,22 @@ def test_narrow(page):
         assert page.evaluate("getComputedStyle(document.querySelector('aside')).display") == "none"
 
 
+def test_narrow_table(page, tmp_path):
+    """Words of a table stay whole: it is scrolled, not squeezed."""
+    page.size(400, 800, mobile=True)
+    path = tmp_path / "a.csv"
+    cells = ["Randomised examination of sleep", "胰岛素与睡眠的关系：一项随机对照试验研究"] * 3
+    path.write_text(f"{','.join('abcdef')}\n{','.join(cells)}\n", encoding="utf-8")
+    page.click("#tab-table")
+    page.choose_file("#file", path)
+    page.until("document.querySelector('#preview table')")
+    widths = "[...document.querySelectorAll('#preview td .short')].map((cell) => cell.clientWidth)"
+    assert min(page.evaluate(widths)) >= 9 * 16
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    box = "document.querySelector('#template')"
+    assert page.evaluate(f"{box}.clientHeight >= {box}.scrollHeight")  # six lines, all seen
+
+
 def test_colours(page):
     ground = "getComputedStyle(document.body).backgroundColor"
     page.dark(False)
@@ -478,7 +502,12 @@ def test_what_a_model_was_trained_with_is_suggested(page, tmp_path):
     assert page.evaluate(fields) == ["title: {title}\nn: {n}", ""]
     fill(page, "#labels", "my, own")
     choose(page, "papers")
-    assert page.evaluate(fields) == ["Medical? {title}", "my, own"]
+    assert page.evaluate(fields) == ["Medical? {title}", "my, own"] and not text(page, "#trained")
+    path.write_text("titel,n\nx,1\n")  # other columns: what was asked is told at least
+    page.choose_file("#file", path)
+    page.until("document.querySelector('#preview').innerText.includes('titel')")
+    assert page.evaluate(fields)[0] == "titel: {titel}\nn: {n}"
+    assert "trained with this question: Medical? {title}" in text(page, "#trained")
 
 
 def test_table_goes_on_where_it_was_cancelled(page, server, tmp_path):
@@ -539,6 +568,11 @@ def test_what_is_missing_is_told(page, tmp_path):
         ("{title}", "Labels: expected at least two"),
     ):
         fill(page, "#template", template)
+        beside = text(page, "#template-wrong")
+        broken = "titel" in template or "{" in template and "}" not in template
+        assert beside.startswith(told) if broken else beside == ""
+        invalid = page.evaluate("document.querySelector('#template').ariaInvalid")
+        assert invalid == str(broken).lower()
         page.click("#run")
         assert text(page, "#wrong").startswith(told)
     fill(page, "#labels", "a, a")

@@ -86,7 +86,8 @@ function insert(text) {
 
 function grid(names, rows, answers = 0) {
   const cell = (value, i) => {
-    const inner = el("div", { class: "short", text: value, title: value.length > 200 && value });
+    const wide = value.length > 16 ? "short wide" : "short";
+    const inner = el("div", { class: wide, text: value, title: value.length > 200 && value });
     return el("td", { class: i >= names.length - answers && "answer" }, inner);
   };
   const head = el("tr", {}, ...names.map((name) => el("th", { scope: "col", text: name })));
@@ -112,17 +113,23 @@ function question() {
   return { pieces, labels };
 }
 
-/** Shows the first question; what is wrong stands below it only once something was typed. */
+/** Shows the first question, or what is wrong with it, and what the model was trained with where that differs. */
 function showQuestion() {
   $("labels-row").hidden = kind() === "text";
   let text = "";
+  let wrong = "";
   try {
     if (table?.rows.length) text = csv.fill(csv.pieces($("template").value, table.columns), table.rows[0]);
-    $("wrong").textContent = "";
   } catch (error) {
-    $("wrong").textContent = error.message;
+    wrong = error.message;
   }
+  $("wrong").textContent = "";
+  $("template-wrong").textContent = wrong;
+  $("template").setAttribute("aria-invalid", Boolean(wrong));
   $("example").textContent = text;
+  const { template } = settings.card();
+  const differs = table && template && template !== $("template").value;
+  $("trained").textContent = differs ? t("The model was trained with this question: {text}", { text: template }) : "";
 }
 
 // Answers
