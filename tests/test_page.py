@@ -580,6 +580,95 @@ def test_what_is_missing_is_told(page, tmp_path):
     assert text(page, "#wrong") == "Labels: one stands there twice."
 
 
+def test_table_by_keyboard(page, server, tmp_path):
+    """A file that is dropped or chosen, and the rest without a mouse."""
+    page.click("#tab-table")
+    page.evaluate("document.activeElement.blur()")
+    tab_to(page, "file")  # where Space opens the browser's own window of files
+    went = page.evaluate(
+        """(() => {
+          const moved = new DataTransfer();
+          moved.items.add(new File(["title,n\\ninsulin,1\\nGPU,2\\n"], "b.csv"));
+          const how = { dataTransfer: moved, bubbles: true, cancelable: true };
+          const node = document.querySelector("#drop strong");
+          const events = ["dragover", "drop"].map((name) => new DragEvent(name, how));
+          return events.map((event) => node.dispatchEvent(event));
+        })()"""
+    )
+    assert went == [False, False]  # the browser does not open the file in place of the page
+    page.until("document.querySelector('#preview table')")
+    assert text(page, "#file-told") == "b.csv: 2 rows, 2 columns."
+    tab_to(page, "n")  # the column's button
+    page.press("Space")
+    assert focused(page) == "template"
+    tab_to(page, "labels")
+    page.type("1, 0")
+    tab_to(page, "run")
+    page.press("Enter")
+    page.until(FINISHED)
+    assert focused(page) == "download" and text(page, "#progress-told") == "2 of 2 rows"
+    assert [row["label"] for row in csv.DictReader(io.StringIO(saved(page)[1].decode()))] == [
+        "1",
+        "0",
+    ]
+    page.evaluate("document.querySelector('[name=kind]').focus()")
+    page.press("ArrowDown")
+    assert page.evaluate("document.querySelector('#labels-row').hidden")
+    assert len(server.asked) == 1
+
+
+CONTRAST = """(() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (rgb) => {
+    const linear = (c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = rgb.slice(0, 3).map((c) => linear(c / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!(own || node.placeholder) || !node.checkVisibility({ opacityProperty: true })) continue;
+    if (node.closest(":disabled, .hidden")) continue;
+    let under = node;
+    while (rgba(getComputedStyle(under).backgroundColor)[3] < 255) under = under.parentElement;
+    const colour = getComputedStyle(node, node.value === "" ? "::placeholder" : null).color;
+    const two = [colour, getComputedStyle(under).backgroundColor].map((c) => light(rgba(c)));
+    const ratio = (Math.max(...two) + 0.05) / (Math.min(...two) + 0.05);
+    const name = node.id || node.className || node.localName;
+    found.push([ratio, name, node.textContent.slice(0, 30)]);
+  }
+  return found;
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_text_can_be_read(page, tmp_path, dark):
+    """Contrast of 4.5 or more (WCAG AA) of all that is seen, in both tabs."""
+    page.dark(dark)
+    ask(page, "think in markdown")
+    page.until(IDLE)
+    page.click(".thought summary")
+    ask(page, "error")
+    page.until("document.querySelector('.foot .wrong')")
+    seen = page.evaluate(CONTRAST)
+    path = tmp_path / "a.csv"
+    path.write_text("title\ninsulin\n")
+    start(page, path)
+    page.until(FINISHED)
+    fill(page, "#template", "{titel}")
+    seen += page.evaluate(CONTRAST)
+    page.dark(False)
+    names = {name for _, name, _ in seen}
+    assert {"send", "wrong", "template-wrong", "hint", "th", "system", "keys"} <= names
+    assert [row for row in seen if row[0] < 4.5] == []
+
+
 # With a model
 
 
