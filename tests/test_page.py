@@ -49,8 +49,14 @@ def page(window, server):
     assert window.complaints == []
 
 
-def visit(window, server, language="en-US", tab=""):
+def leave(window):
+    """Ends the page before, which may have asked a server that has gone since."""
+    window.open("about:blank")
     window.complaints.clear()
+
+
+def visit(window, server, language="en-US", tab=""):
+    leave(window)
     window.open(server.address + tab, language)
     window.until("document.querySelector('#model').options.length")
 
@@ -197,6 +203,9 @@ def test_keyboard(page, server):
     page.press("Enter")
     page.until(f"{LAST}?.innerText.includes('word word')")
     assert text(page, "#spoken") == "The model is answering."
+    mark = "getComputedStyle(document.querySelector({}), '::after').width"
+    assert page.evaluate(mark.format("'.busy .body > p:last-child'")) == "8px"  # behind the words
+    assert page.evaluate(mark.format("'.busy .body'")) != "8px"
     assert page.evaluate("document.querySelector('#send').hidden")
     page.press("Escape")
     page.until(IDLE)
@@ -306,7 +315,10 @@ def test_an_answer_that_fails_is_asked_again(page, server):
 
 
 def test_tools(page, server):
+    before = page.evaluate("document.querySelector('#system').clientHeight")
     page.evaluate("document.querySelector('#settings details').open = true")
+    page.size(1200, 600)  # the side is scrolled, not squeezed
+    assert page.evaluate("document.querySelector('#system').clientHeight") == before > 60
     fill(page, "#tools", "{}")
     ask(page, "tool")
     page.until("document.querySelector('#tools-wrong').innerText.includes('list')")
@@ -336,7 +348,7 @@ def test_tools(page, server):
 
 def test_key(window):
     server = Server(key="secret")
-    window.complaints.clear()
+    leave(window)
     window.open(server.address)
     window.until("document.querySelector('#key-dialog').open")
     window.type("wrong")
@@ -540,7 +552,10 @@ def test_table_rows_that_are_refused_and_a_server_that_is_busy(page, server, tmp
     start(page, path)
     page.until(FINISHED)
     assert text(page, "#progress-told") == "4 of 4 rows; 1 could not be answered"
-    assert "input: too long" in text(page, "#results")
+    wrong = page.evaluate(
+        "[...document.querySelectorAll('#results .wrong')].map((td) => [td.innerText, td.colSpan])"
+    )
+    assert wrong == [["input: too long", 3]]  # in the place of label and both probabilities
     rows = [line.split(",")[1] for line in saved(page)[1].decode().splitlines()]
     assert rows == ["label", "0", "", "0", "0"]
     before = len(server.asked)
@@ -701,7 +716,7 @@ def test_page_of_the_real_server(window, serving, tmp_path):
     assert urllib.request.urlopen(serving).headers["Content-Security-Policy"] == POLICY
     model = glmlora.AutoModel.from_pretrained(tiny_directory(), compute_dtype="float32").eval()
     tokenizer = glmlora.AutoTokenizer.from_pretrained(tiny_directory())
-    window.complaints.clear()
+    leave(window)
     window.open(serving)
     window.until("document.querySelector('#model').value === 'tiny'")
     for name, value in (("temperature", "0"), ("max_tokens", "12")):

@@ -84,8 +84,10 @@ function insert(text) {
   showQuestion();
 }
 
+/** A table; the last `answers` columns are the model's. { wrong } in place of them says why there is none. */
 function grid(names, rows, answers = 0) {
   const cell = (value, i) => {
+    if (value.wrong) return el("td", { class: "wrong", colspan: answers, text: value.wrong });
     const wide = value.length > 16 ? "short wide" : "short";
     const inner = el("div", { class: wide, text: value, title: value.length > 200 && value });
     return el("td", { class: i >= names.length - answers && "answer" }, inner);
@@ -257,7 +259,9 @@ function showCounts() {
   const names = table.columns.filter((_, i) => used.has(i));
   const rows = [];
   for (let i = 0; i < table.rows.length && rows.length < SHOWN; i++) {
-    if (results[i]) rows.push([...table.rows[i].filter((_, j) => used.has(j)), ...cells(results[i], 3)]);
+    if (!results[i]) continue;
+    const answer = results[i].error ? [{ wrong: results[i].error }] : cells(results[i], 3);
+    rows.push([...table.rows[i].filter((_, j) => used.has(j)), ...answer]);
   }
   $("results").hidden = !rows.length;
   $("results").replaceChildren(grid([...names, ...columns], rows, columns.length));
@@ -265,7 +269,7 @@ function showCounts() {
 
 /** A result as cells. digits: of probabilities; all where it is not given. */
 function cells(result, digits) {
-  if (!result || result.error) return columns.map((_, i) => (i || !digits ? "" : (result?.error ?? "")));
+  if (!result || result.error) return columns.map(() => "");
   const proba = (result.proba ?? []).map((p) => (digits ? p.toFixed(digits) : String(p)));
   return [result.answer, ...proba];
 }
