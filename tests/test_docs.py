@@ -3,6 +3,8 @@ that every command in them is one."""
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from conftest import ROOT
 
 import glmlora
 from glmlora.cli.flags import parser_of_verbs
+from glmlora.tools.project import tiny_directory
 
 if not (ROOT / "docs").is_dir():
     pytest.skip("docs/ is not here: an installed package", allow_module_level=True)
@@ -214,6 +217,37 @@ def test_commands_are_commands(page):
             names = set(flags)
             known = set(verbs[verb]._option_string_actions)
         assert names <= known, f"glmlora {verb}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_can_be_read(page):
+    """Python's blocks compile, and the shell reads its own."""
+    source = page.read_text(encoding="utf-8")
+    for kind, block in re.findall(r"^```(python|sh)\n(.*?)^```$", source, re.MULTILINE | re.DOTALL):
+        if kind == "python":
+            try:
+                compile(block, str(page), "exec")
+            except SyntaxError:
+                if page != reference.PAGE:  # whose blocks are signatures
+                    raise
+        else:
+            done = subprocess.run(["sh", "-n"], input=block, text=True, capture_output=True)
+            assert done.returncode == 0, done.stderr
+
+
+def test_ten_lines(tmp_path):
+    """README's first program, in a project, as tests/clean_machine.sh takes it."""
+    script = (ROOT / "tests/clean_machine.sh").read_text()
+    [take] = re.findall(r"^ten=\$\((.*)\)$", script, re.MULTILINE)
+    done = subprocess.run(["sh", "-c", f'here="{ROOT}"; {take}'], capture_output=True, text=True)
+    program = done.stdout
+    assert program.rstrip("\n") in split(ROOT / "README.md")[1]  # one block, whole
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "chatglm2-6b").symlink_to(tiny_directory())
+    (tmp_path / "paper/ten.py").write_text(program + "\nassert response == '1', response\n")
+    words = [sys.executable, "ten.py"]
+    done = subprocess.run(words, cwd=tmp_path / "paper", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_the_checks_see(tmp_path):
