@@ -58,10 +58,10 @@ def text_of(docstring: str) -> str:
 
 def signature_of(name: str, thing: Any) -> str:
     """`name(a, b: int = 1)`, each argument on a line of its own where that is long."""
-    try:
-        parameters = [*inspect.signature(thing).parameters.values()]
-    except (TypeError, ValueError):  # a function of the core: its first line says it
-        return f"{name}()"
+    if inspect.isbuiltin(thing):  # of the core: what Python says of these depends on its version
+        stub = (Path(glmlora.__file__).parent / "_core.pyi").read_text(encoding="utf-8")
+        return re.search(rf"^def ({name}\(.*?\))", stub, re.MULTILINE)[1]
+    parameters = [*inspect.signature(thing).parameters.values()]
     words, star = [], False
     if thing is glmlora.train:  # every flag is a keyword: they stand among the commands
         parameters = [p for p in parameters if p.name not in FLAG_NAMES]
@@ -78,7 +78,8 @@ def signature_of(name: str, thing: Any) -> str:
         word = prefix + p.name
         annotation = p.annotation if isinstance(p.annotation, str) else None
         if annotation is None and p.annotation is not p.empty:
-            annotation = getattr(p.annotation, "__name__", str(p.annotation))
+            plain = getattr(p.annotation, "__name__", str(p.annotation))
+            annotation = getattr(p.annotation, "__forward_arg__", plain)
         if annotation:
             word += f": {annotation}"
         if p.default is not p.empty:
