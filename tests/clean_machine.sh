@@ -74,7 +74,7 @@ done
 
 say "README.md: Install, Try it, ten lines"
 commands Install && commands "Try it"
-ten=$(sed -n '/^```python$/,/^```$/p' "$here/README.md" | sed '/^```/d')
+ten=$(sed -n '/^## Ten lines$/,/^## /p' "$here/README.md" | sed -n '/^```python$/,/^```$/{/^```$/q; /^```/!p}')
 inside "set -x
 $(commands Install)
 $(commands "Try it")

@@ -1,7 +1,8 @@
 """A server that speaks as `glmlora serve` does and has no model: the question says what it answers.
 
 "slow" is answered without end until the client goes, "think" has thoughts, "tool" a call of a tool,
-"markdown" all that the page draws, "error" breaks off; any other question comes back."""
+"markdown" all that the page draws, "error" breaks off, "steady" takes its time; any other question
+comes back."""
 
 import json
 import threading
@@ -152,6 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = ANSWER if "markdown" in text else f"You said: {text}"
             for i in range(0, len(answer), 7):
                 delta(content=answer[i : i + 7])
+                time.sleep(0.05 * ("steady" in text))
             delta(finish="stop")
         send({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 12}})
         send("[DONE]")

@@ -143,8 +143,7 @@ def test_wheel(tmp_path, wheel):
         "template/xfg.ipynb",
         "template/xfg_train.sh",
         "template/train_bash.py",
-        "serving/page/index.html",
-        "serving/page/main.js",
+        *(f"serving/page/{path.name}" for path in (ROOT / "glmlora/serving/page").iterdir()),
         "_core.pyi",
         "py.typed",
     ):

@@ -49,8 +49,14 @@ def page(window, server):
     assert window.complaints == []
 
 
-def visit(window, server, language="en-US", tab=""):
+def leave(window):
+    """Ends the page before, which may have asked a server that has gone since."""
+    window.open("about:blank")
     window.complaints.clear()
+
+
+def visit(window, server, language="en-US", tab=""):
+    leave(window)
     window.open(server.address + tab, language)
     window.until("document.querySelector('#model').options.length")
 
@@ -113,13 +119,21 @@ def test_chat(window, server, language, send, thoughts):
     assert path == "/v1/chat/completions" and body["stream"] and body["model"] == "base"
     assert body["messages"] == [{"role": "user", "content": "think in markdown"}]
     assert not {"temperature", "top_p", "max_tokens", "tools"} & set(body)  # the model's own
-    assert "12" in text(window, ".foot")  # tokens
+    assert "12" in text(window, ".foot")  # tokens, which came at once: no speed is told
+    assert not re.search("second|每秒", text(window, ".foot"))
     window.click("#language")
     assert text(window, "#send") != send and text(window, ".thought summary") != thoughts
     window.open(server.address, language)  # what was chosen holds
     window.until(IDLE)
     assert text(window, "#send") != send
     assert window.complaints == []
+
+
+def test_speed_is_told_of_answers_that_take_time(page):
+    ask(page, "steady " + "x" * 100)
+    page.until(IDLE)
+    told = re.search(r"12 tokens, ([\d.]+) a second", text(page, ".foot"))
+    assert told and 2 < float(told[1]) < 11 / 0.5  # 11 tokens behind the first
 
 
 def test_markdown_is_only_ever_text(page):
@@ -189,6 +203,9 @@ def test_keyboard(page, server):
     page.press("Enter")
     page.until(f"{LAST}?.innerText.includes('word word')")
     assert text(page, "#spoken") == "The model is answering."
+    mark = "getComputedStyle(document.querySelector({}), '::after').width"
+    assert page.evaluate(mark.format("'.busy .body > p:last-child'")) == "8px"  # behind the words
+    assert page.evaluate(mark.format("'.busy .body'")) != "8px"
     assert page.evaluate("document.querySelector('#send').hidden")
     page.press("Escape")
     page.until(IDLE)
@@ -298,7 +315,10 @@ def test_an_answer_that_fails_is_asked_again(page, server):
 
 
 def test_tools(page, server):
+    before = page.evaluate("document.querySelector('#system').clientHeight")
     page.evaluate("document.querySelector('#settings details').open = true")
+    page.size(1200, 600)  # the side is scrolled, not squeezed
+    assert page.evaluate("document.querySelector('#system').clientHeight") == before > 60
     fill(page, "#tools", "{}")
     ask(page, "tool")
     page.until("document.querySelector('#tools-wrong').innerText.includes('list')")
@@ -328,7 +348,7 @@ def test_tools(page, server):
 
 def test_key(window):
     server = Server(key="secret")
-    window.complaints.clear()
+    leave(window)
     window.open(server.address)
     window.until("document.querySelector('#key-dialog').open")
     window.type("wrong")
@@ -368,6 +388,22 @@ def test_narrow(page):
         page.press("Escape")
         assert focused(page) == "show-settings"
         assert page.evaluate("getComputedStyle(document.querySelector('aside')).display") == "none"
+
+
+def test_narrow_table(page, tmp_path):
+    """Words of a table stay whole: it is scrolled, not squeezed."""
+    page.size(400, 800, mobile=True)
+    path = tmp_path / "a.csv"
+    cells = ["Randomised examination of sleep", "胰岛素与睡眠的关系：一项随机对照试验研究"] * 3
+    path.write_text(f"{','.join('abcdef')}\n{','.join(cells)}\n", encoding="utf-8")
+    page.click("#tab-table")
+    page.choose_file("#file", path)
+    page.until("document.querySelector('#preview table')")
+    widths = "[...document.querySelectorAll('#preview td .short')].map((cell) => cell.clientWidth)"
+    assert min(page.evaluate(widths)) >= 9 * 16
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    box = "document.querySelector('#template')"
+    assert page.evaluate(f"{box}.clientHeight >= {box}.scrollHeight")  # six lines, all seen
 
 
 def test_colours(page):
@@ -478,7 +514,12 @@ def test_what_a_model_was_trained_with_is_suggested(page, tmp_path):
     assert page.evaluate(fields) == ["title: {title}\nn: {n}", ""]
     fill(page, "#labels", "my, own")
     choose(page, "papers")
-    assert page.evaluate(fields) == ["Medical? {title}", "my, own"]
+    assert page.evaluate(fields) == ["Medical? {title}", "my, own"] and not text(page, "#trained")
+    path.write_text("titel,n\nx,1\n")  # other columns: what was asked is told at least
+    page.choose_file("#file", path)
+    page.until("document.querySelector('#preview').innerText.includes('titel')")
+    assert page.evaluate(fields)[0] == "titel: {titel}\nn: {n}"
+    assert "trained with this question: Medical? {title}" in text(page, "#trained")
 
 
 def test_table_goes_on_where_it_was_cancelled(page, server, tmp_path):
@@ -511,7 +552,10 @@ def test_table_rows_that_are_refused_and_a_server_that_is_busy(page, server, tmp
     start(page, path)
     page.until(FINISHED)
     assert text(page, "#progress-told") == "4 of 4 rows; 1 could not be answered"
-    assert "input: too long" in text(page, "#results")
+    wrong = page.evaluate(
+        "[...document.querySelectorAll('#results .wrong')].map((td) => [td.innerText, td.colSpan])"
+    )
+    assert wrong == [["input: too long", 3]]  # in the place of label and both probabilities
     rows = [line.split(",")[1] for line in saved(page)[1].decode().splitlines()]
     assert rows == ["label", "0", "", "0", "0"]
     before = len(server.asked)
@@ -539,11 +583,105 @@ def test_what_is_missing_is_told(page, tmp_path):
         ("{title}", "Labels: expected at least two"),
     ):
         fill(page, "#template", template)
+        beside = text(page, "#template-wrong")
+        broken = "titel" in template or "{" in template and "}" not in template
+        assert beside.startswith(told) if broken else beside == ""
+        invalid = page.evaluate("document.querySelector('#template').ariaInvalid")
+        assert invalid == str(broken).lower()
         page.click("#run")
         assert text(page, "#wrong").startswith(told)
     fill(page, "#labels", "a, a")
     page.click("#run")
     assert text(page, "#wrong") == "Labels: one stands there twice."
+
+
+def test_table_by_keyboard(page, server, tmp_path):
+    """A file that is dropped or chosen, and the rest without a mouse."""
+    page.click("#tab-table")
+    page.evaluate("document.activeElement.blur()")
+    tab_to(page, "file")  # where Space opens the browser's own window of files
+    went = page.evaluate(
+        """(() => {
+          const moved = new DataTransfer();
+          moved.items.add(new File(["title,n\\ninsulin,1\\nGPU,2\\n"], "b.csv"));
+          const how = { dataTransfer: moved, bubbles: true, cancelable: true };
+          const node = document.querySelector("#drop strong");
+          const events = ["dragover", "drop"].map((name) => new DragEvent(name, how));
+          return events.map((event) => node.dispatchEvent(event));
+        })()"""
+    )
+    assert went == [False, False]  # the browser does not open the file in place of the page
+    page.until("document.querySelector('#preview table')")
+    assert text(page, "#file-told") == "b.csv: 2 rows, 2 columns."
+    tab_to(page, "n")  # the column's button
+    page.press("Space")
+    assert focused(page) == "template"
+    tab_to(page, "labels")
+    page.type("1, 0")
+    tab_to(page, "run")
+    page.press("Enter")
+    page.until(FINISHED)
+    assert focused(page) == "download" and text(page, "#progress-told") == "2 of 2 rows"
+    assert [row["label"] for row in csv.DictReader(io.StringIO(saved(page)[1].decode()))] == [
+        "1",
+        "0",
+    ]
+    page.evaluate("document.querySelector('[name=kind]').focus()")
+    page.press("ArrowDown")
+    assert page.evaluate("document.querySelector('#labels-row').hidden")
+    assert len(server.asked) == 1
+
+
+CONTRAST = """(() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (rgb) => {
+    const linear = (c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = rgb.slice(0, 3).map((c) => linear(c / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!(own || node.placeholder) || !node.checkVisibility({ opacityProperty: true })) continue;
+    if (node.closest(":disabled, .hidden")) continue;
+    let under = node;
+    while (rgba(getComputedStyle(under).backgroundColor)[3] < 255) under = under.parentElement;
+    const colour = getComputedStyle(node, node.value === "" ? "::placeholder" : null).color;
+    const two = [colour, getComputedStyle(under).backgroundColor].map((c) => light(rgba(c)));
+    const ratio = (Math.max(...two) + 0.05) / (Math.min(...two) + 0.05);
+    const name = node.id || node.className || node.localName;
+    found.push([ratio, name, node.textContent.slice(0, 30)]);
+  }
+  return found;
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_text_can_be_read(page, tmp_path, dark):
+    """Contrast of 4.5 or more (WCAG AA) of all that is seen, in both tabs."""
+    page.dark(dark)
+    ask(page, "think in markdown")
+    page.until(IDLE)
+    page.click(".thought summary")
+    ask(page, "error")
+    page.until("document.querySelector('.foot .wrong')")
+    seen = page.evaluate(CONTRAST)
+    path = tmp_path / "a.csv"
+    path.write_text("title\ninsulin\n")
+    start(page, path)
+    page.until(FINISHED)
+    fill(page, "#template", "{titel}")
+    seen += page.evaluate(CONTRAST)
+    page.dark(False)
+    names = {name for _, name, _ in seen}
+    assert {"send", "wrong", "template-wrong", "hint", "th", "system", "keys"} <= names
+    assert [row for row in seen if row[0] < 4.5] == []
 
 
 # With a model
@@ -578,7 +716,7 @@ def test_page_of_the_real_server(window, serving, tmp_path):
     assert urllib.request.urlopen(serving).headers["Content-Security-Policy"] == POLICY
     model = glmlora.AutoModel.from_pretrained(tiny_directory(), compute_dtype="float32").eval()
     tokenizer = glmlora.AutoTokenizer.from_pretrained(tiny_directory())
-    window.complaints.clear()
+    leave(window)
     window.open(serving)
     window.until("document.querySelector('#model').value === 'tiny'")
     for name, value in (("temperature", "0"), ("max_tokens", "12")):

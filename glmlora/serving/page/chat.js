@@ -241,7 +241,8 @@ async function answer() {
       draw();
     }
     const seconds = (performance.now() - begun) / 1000;
-    if (message.tokens > 1 && seconds > 0) message.speed = ((message.tokens - 1) / seconds).toFixed(1);
+    // What came in one piece, or nearly, has no speed that means anything.
+    if (message.tokens > 1 && seconds >= 0.5) message.speed = ((message.tokens - 1) / seconds).toFixed(1);
   } catch (error) {
     if (error.name === "AbortError") message.stopped = true;
     else message.error = error.message;

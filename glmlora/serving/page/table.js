@@ -84,9 +84,12 @@ function insert(text) {
   showQuestion();
 }
 
+/** A table; the last `answers` columns are the model's. { wrong } in place of them says why there is none. */
 function grid(names, rows, answers = 0) {
   const cell = (value, i) => {
-    const inner = el("div", { class: "short", text: value, title: value.length > 200 && value });
+    if (value.wrong) return el("td", { class: "wrong", colspan: answers, text: value.wrong });
+    const wide = value.length > 16 ? "short wide" : "short";
+    const inner = el("div", { class: wide, text: value, title: value.length > 200 && value });
     return el("td", { class: i >= names.length - answers && "answer" }, inner);
   };
   const head = el("tr", {}, ...names.map((name) => el("th", { scope: "col", text: name })));
@@ -112,17 +115,23 @@ function question() {
   return { pieces, labels };
 }
 
-/** Shows the first question; what is wrong stands below it only once something was typed. */
+/** Shows the first question, or what is wrong with it, and what the model was trained with where that differs. */
 function showQuestion() {
   $("labels-row").hidden = kind() === "text";
   let text = "";
+  let wrong = "";
   try {
     if (table?.rows.length) text = csv.fill(csv.pieces($("template").value, table.columns), table.rows[0]);
-    $("wrong").textContent = "";
   } catch (error) {
-    $("wrong").textContent = error.message;
+    wrong = error.message;
   }
+  $("wrong").textContent = "";
+  $("template-wrong").textContent = wrong;
+  $("template").setAttribute("aria-invalid", Boolean(wrong));
   $("example").textContent = text;
+  const { template } = settings.card();
+  const differs = table && template && template !== $("template").value;
+  $("trained").textContent = differs ? t("The model was trained with this question: {text}", { text: template }) : "";
 }
 
 // Answers
@@ -250,7 +259,9 @@ function showCounts() {
   const names = table.columns.filter((_, i) => used.has(i));
   const rows = [];
   for (let i = 0; i < table.rows.length && rows.length < SHOWN; i++) {
-    if (results[i]) rows.push([...table.rows[i].filter((_, j) => used.has(j)), ...cells(results[i], 3)]);
+    if (!results[i]) continue;
+    const answer = results[i].error ? [{ wrong: results[i].error }] : cells(results[i], 3);
+    rows.push([...table.rows[i].filter((_, j) => used.has(j)), ...answer]);
   }
   $("results").hidden = !rows.length;
   $("results").replaceChildren(grid([...names, ...columns], rows, columns.length));
@@ -258,7 +269,7 @@ function showCounts() {
 
 /** A result as cells. digits: of probabilities; all where it is not given. */
 function cells(result, digits) {
-  if (!result || result.error) return columns.map((_, i) => (i || !digits ? "" : (result?.error ?? "")));
+  if (!result || result.error) return columns.map(() => "");
   const proba = (result.proba ?? []).map((p) => (digits ? p.toFixed(digits) : String(p)));
   return [result.answer, ...proba];
 }

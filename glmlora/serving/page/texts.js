@@ -100,6 +100,7 @@ const ZH = {
   "“{name}” is no column; there are: {columns}.": "没有列“{name}”；现有：{columns}。",
   " Read as {encoding}; the answers are written in UTF-8.": "按 {encoding} 读取；结果写成 UTF-8。",
   "{name}: {n} rows, {m} columns.": "{name}：{n} 行，{m} 列。",
+  "The model was trained with this question: {text}": "该模型训练时用的问题：{text}",
   "There is no table with rows yet.": "还没有含数据行的表格。",
   "The question names no column: write one as {column}.": "问题里没有列名：请写成 {列名}。",
   "Labels: expected at least two, separated by commas.": "标签：至少两个，用逗号分隔。",
