@@ -132,7 +132,7 @@ extern "C" void glm_cuda_scale_backward(void *cx, void *dinp, const void *dout, 
 """,
         ),
     ],
-    "glmlora/tools/selftest.py": [
+    "glmlora/tools/op_cases.py": [
         (
             '@_over({f"stored ',
             """\
