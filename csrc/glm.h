@@ -103,9 +103,6 @@ glm_status glm_model_add_lora(struct glm_model *m, const char *module, const str
                               struct glm_error *err);
 void glm_model_remove_lora(struct glm_model *m);
 void glm_model_enable_lora(struct glm_model *m, int on);
-/* What is attached goes aside, for rows of caches that are given its number, from 1 on. The model
- * stays on its backend from then on. */
-glm_status glm_model_keep_lora(struct glm_model *m, int *number, struct glm_error *err);
 glm_status glm_model_merge_lora(struct glm_model *m, struct glm_error *err);
 
 enum { GLM_PREFIX_WEIGHTS = 5 }; /* embedding, weight and bias of trans.0 and of trans.2 */
@@ -138,7 +135,6 @@ glm_status glm_model_write(struct glm_model *m, int weight, enum glm_part part, 
 
 struct glm_input {
     const int32_t *ids, *lengths, *positions, *rows, *targets;
-    const int32_t *numbers; /* (S) which row of the update each sequence is; NULL: the next ones */
     int N, S, M;
 };
 
@@ -181,15 +177,6 @@ struct glm_progress {
 };
 struct glm_progress *glm_model_progress(struct glm_model *m);
 void glm_model_zero_grad(struct glm_model *m);
-/* The gradients since zero_grad as one run of reals: sums over the labelled tokens, of which
- * progress.tokens tells the number. All trained weights in the core's own order, with zeros between
- * them: the same in models that train the same weights. n reals from `first` on, to the host and
- * back. */
-size_t glm_model_gradient_size(const struct glm_model *m);
-glm_status glm_model_read_gradients(struct glm_model *m, size_t first, size_t n, void *out,
-                                    struct glm_error *err);
-glm_status glm_model_write_gradients(struct glm_model *m, size_t first, size_t n,
-                                     const void *values, struct glm_error *err);
 glm_status glm_model_grad_norm(struct glm_model *m, double *norm, struct glm_error *err);
 glm_status glm_model_step(struct glm_model *m, const struct glm_adamw *opt, double *norm,
                           struct glm_error *err);
@@ -213,11 +200,6 @@ void glm_cache_get(struct glm_cache *c, struct glm_cache_info *info);
 struct glm_backend *glm_cache_backend(const struct glm_cache *c); /* whose memory it has */
 glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm_error *err);
 glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct glm_error *err);
-/* Row `to` begins with the first `length` tokens of row `from`, and has no others. */
-glm_status glm_cache_copy(struct glm_cache *c, int from, int to, int length, struct glm_error *err);
-/* An empty row, or with -1 all rows and the shared prefix, computes with an adapter that was kept; 0:
- * with what is attached. */
-glm_status glm_cache_adapt(struct glm_cache *c, int row, int number, struct glm_error *err);
 /* Room for more tokens in each row; what the cache holds stays. */
 glm_status glm_cache_grow(struct glm_cache *c, int capacity, struct glm_error *err);
 /* logits (n, V) real on the host: after the last token of each of the n rows, which are distinct.
@@ -263,16 +245,6 @@ void glm_warp_logits(float *probs, const float *logits, int n, double temperatur
                      double top_p, int min_keep, struct glm_scored *scratch);
 int glm_draw(const float *probs, int n, uint64_t seed, uint32_t stream, uint32_t index);
 int glm_argmax(const float *logits, int n);
-
-/* ---- weights as ggml stores them: blocks of 32 values, a float16 scale and integers */
-
-#define GLM_GGML_BLOCK 32
-/* Of a block in 8 bits (Q8_0) or 4 (Q4_0). */
-static inline size_t glm_ggml_block_bytes(int bits) { return (size_t)(2 + 4 * bits); }
-/* out (blocks, glm_ggml_block_bytes), x (blocks, 32). The first two bytes of a block, its scale in
- * float16, stay as they are: scale (blocks) has them. 0 where a value is not finite or a scale is
- * beyond float16: out is then not whole. */
-int glm_ggml_blocks(uint8_t *out, float *scale, const float *x, size_t blocks, int bits);
 
 #ifdef __cplusplus
 }

@@ -81,11 +81,6 @@ def quantize(
     """Integers int8 and scales float16 of a matrix (see glmlora/model/quantization.py). A row or
     group that cannot be quantized has a scale that is not finite."""
 
-def ggml_blocks(array: np.ndarray, bits: int) -> np.ndarray:
-    """A float32 matrix (rows, columns) as ggml's Q8_0 (bits 8) or Q4_0 (4): bytes uint8 (rows,
-    columns / 32 * 34 or 18). ValueError where the columns are no multiple of 32, a value is not
-    finite, or a scale is beyond float16."""
-
 def adjust_logits(
     logits: np.ndarray,
     context: np.ndarray,
@@ -142,12 +137,6 @@ class Cache:
     current: bool  # filled with the weights as they are now; else only an empty one can be extended
     def rewind(self, row: int, length: int) -> None:
         """Forget everything of the row after its first `length` own tokens."""
-    def copy(self, source: int, row: int, length: int, /) -> None:
-        """`row` begins with the first `length` own tokens of row `source`, which has the same
-        adapter, and has no others."""
-    def adapt(self, row: int, adapter: int, /) -> None:
-        """An empty row, or with -1 all rows and the shared prefix, computes with an adapter that
-        `keep_lora` put aside; 0: with what is attached."""
     def grow(self, capacity: int) -> None:
         """Room for at least `capacity` tokens in each row; what is held stays. MemoryError names
         the bytes."""
@@ -225,9 +214,6 @@ class Model:
     def remove_lora(self) -> None: ...
     def enable_lora(self, on: bool) -> None:
         """off: forward as if no adapter were there (disable_adapter)."""
-    def keep_lora(self) -> int:
-        """Put what is attached aside, for rows of caches (`Cache.adapt`); its number, from 1 on.
-        RuntimeError where nothing is attached, or it is trained. The model stays on its backend."""
     def merge_lora(self) -> None:
         """W += scale * B A in the dtype of W for every adapted linear (owned copies), then
         remove_lora."""
@@ -322,25 +308,16 @@ class Model:
         dropout_seed: int = 0,
         dropout: bool = True,
         noise: float = 0.0,
-        numbers: np.ndarray | None = None,
     ) -> float:
         """Forward and backward; adds gradients of the summed loss and M to the token count.
         Returns the mean loss of this
         call. noise: NEFTune's alpha, of noise on the embeddings of the size alpha / sqrt(tokens of
         the row * H). Dropout masks and noise are functions of (dropout_seed, update number, row
         within the update, position), so they do
-        not depend on how an update's rows are split into calls. numbers: which row of the update
-        each segment is; default the next ones, from accumulated_rows on."""
+        not depend on how an update's rows are split into calls."""
     def zero_grad(self) -> None: ...
-    accumulated_tokens: int  # labelled tokens since zero_grad; settable with the gradients
-    accumulated_rows: int  # segments since zero_grad; settable
-    gradient_size: int  # how many numbers the gradients of all trained weights are
-    def read_gradients(self, array: np.ndarray, first: int = 0) -> None:
-        """Gradients from number `first` on into a contiguous float32 (float64 of ref_f64) array
-        (n): sums over the labelled tokens since zero_grad. In the same order in all models that
-        train the same weights. ValueError where there are fewer."""
-    def write_gradients(self, array: np.ndarray, first: int = 0) -> None:
-        """Put such sums in their place; accumulated_tokens says of how many tokens they are."""
+    accumulated_tokens: int  # labelled tokens since zero_grad
+    accumulated_rows: int  # segments since zero_grad
     def grad_norm(self) -> float:
         """Global L2 norm of the token-mean gradient."""
     def step(

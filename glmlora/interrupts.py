@@ -53,14 +53,13 @@ class _Run:
         elif self.shields:
             self.pending = number
             return
-        raise ended_by(number)
+        raise _error(number)
 
 
 _run: _Run | None = None
 
 
-def ended_by(number: int) -> BaseException:
-    """What ends a run after a signal."""
+def _error(number: int) -> BaseException:
     return KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number)
 
 
@@ -87,27 +86,6 @@ def signals_arrived() -> int:
     return _run.arrived if _run is not None else 0
 
 
-def arrived_signal() -> int:
-    """The number of the first one, where it waits for the end of a `Shield`; else 0."""
-    return (_run.pending or 0) if _run is not None else 0
-
-
-@contextmanager
-def heard() -> Iterator[None]:
-    """Within a `Shield`: a block in which a first signal raises at once. It counts as waiting."""
-    run = _run
-    if run is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    shields, run.shields = run.shields, 0
-    try:
-        if run.pending is not None:
-            raise ended_by(run.pending)
-        yield
-    finally:
-        run.shields = shields
-
-
 class Shield:
     """A first signal waits until the block ends, so that the state is never between two updates."""
 
@@ -128,7 +106,7 @@ class Shield:
         if run is not None and run.pending is not None and not run.shields:
             number, run.pending = run.pending, None
             if kind is None:
-                raise ended_by(number)
+                raise _error(number)
 
 
 _computing: set[threading.Thread] = set()

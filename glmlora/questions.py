@@ -109,12 +109,10 @@ def row_queries(
     tokenizer: Any,
     prompt_template: str = "auto",
     table: str = "the table",
-    columns: list[str] | None = None,
 ) -> list[str]:
     """The question about each row: the template with its values (None: the task's), cut as in the
-    training where it asks what was trained. columns: those of the table that these rows are a part
-    of; None: theirs. Errors as `fill_template` and `task_queries`; of the task's own template, a
-    value that is missing is "", as in training.
+    training where it asks what was trained. Errors as `fill_template` and `task_queries`; of the
+    task's own template, a value that is missing is "", as in training.
     """
     if template is not None and (task is None or template != task.question):
         filled = fill_template(template, rows)  # where a row may not lack a value
@@ -122,8 +120,7 @@ def row_queries(
             return filled
         task = task.asked_by(template)
     assert task is not None
-    there = columns_of(rows) if columns is None else columns
-    return task_queries(task, rows, there, tokenizer, prompt_template, table)
+    return task_queries(task, rows, columns_of(rows), tokenizer, prompt_template, table)
 
 
 def fit_question(

@@ -19,7 +19,6 @@ import tiny
 from glmlora import cli
 from glmlora.files.checkpoint import write_safetensors
 from glmlora.files.rows import table_rows
-from glmlora.model import loading
 from glmlora.tables import answers as table_answers
 from glmlora.tables import output
 from glmlora.templates import fill_template
@@ -139,8 +138,10 @@ def test_no_flag_is_parsed_and_forgotten():
     """Each flag of each verb is read somewhere outside the parsers (and train's: see
     test_arguments.py).
     """
-    source = inspect.getsource(cli.verbs)
-    for verb, parser in cli.flags.parser_of_verbs()[1].items():
+    source = inspect.getsource(cli)
+    for maker in (cli._parser, cli._sampling_flags, cli._predict_flags, cli._plan_flags):
+        source = source.replace(inspect.getsource(maker), "")
+    for verb, parser in cli._parser()[1].items():
         for action in parser._actions:
             name = action.dest
             used = f"args.{name}" in source or f'"{name}"' in source
@@ -239,7 +240,7 @@ def test_what_stops_an_answer_does_not_end_the_conversation(capsys, monkeypatch)
                 raise stop
             yield "halfway", [*history, (query, "halfway")]
 
-    monkeypatch.setattr(loading, "load_model", lambda *a: (Model(), None))
+    monkeypatch.setattr(cli, "_load", lambda *a: (Model(), None))
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\nd\ne\n"))
     assert cli.main(["chat", "--model", TINY]) == 1
     assert [query for query, _ in asked] == list("abcde")
@@ -356,7 +357,7 @@ def table(tmp_path):
 )
 def test_predict_checks_first(words, text, table, capsys, monkeypatch):
     monkeypatch.chdir(table.parent)
-    monkeypatch.setattr(loading, "load_model", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(cli, "_load", lambda *a: pytest.fail("the model is loaded"))
     given = ["--model", TINY, "--input", "in.csv", "--output", "o.csv", *words]
     status, error = run(capsys, "predict", *given)
     assert status == 1 and text in error
@@ -375,9 +376,9 @@ class Answers:
     """Stands for the model's answers."""
 
     def __init__(self, monkeypatch, *answers):
-        monkeypatch.setattr(loading, "load_model", lambda *a: (None, None))
+        monkeypatch.setattr(cli, "_load", lambda *a: (None, None))
         monkeypatch.setattr(table_answers, "chat_rows", self.rows)
-        monkeypatch.setattr("glmlora.prediction.unwrapped", lambda model: None)
+        monkeypatch.setattr("glmlora.training.methods.unwrapped", lambda model: None)
         self.answers = answers
 
     def rows(self, model, tokenizer, prompts, **sampling):
@@ -445,7 +446,7 @@ def test_what_a_library_computes_does_not_hold_the_end_up(number, status):
         "def doctor(args):\n"
         "    with interrupts.ending_signals():\n"
         "        interrupts.interruptible(busy)\n"
-        "cli.verbs.doctor = doctor\n"
+        "cli.doctor = doctor\n"
         "sys.argv = ['glmlora', 'doctor']\n"
         "print('begins')\n"
         "sys.exit(cli.main())\n"

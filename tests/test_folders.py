@@ -443,7 +443,7 @@ def test_tensors_of_a_foreign_quantization_are_named(directory, end, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("chatglm2-q4_0.gguf", "GGUF weights.*glmlora import"),
+        ("chatglm2-q4_0.gguf", "GGUF weights.*safetensors"),
         ("chatglm2-ggml-q4_0.bin", "GGML"),
         ("consolidated.00.pth", "a training program"),
         ("adapter_model.safetensors", "an adapter .*PeftModel.from_pretrained"),
@@ -463,7 +463,7 @@ def test_weights_of_another_kind_are_named(directory, name, said):
 @pytest.mark.parametrize(
     ("head", "said"),
     [
-        (b"GGUF\x03\0\0\0", "a GGUF file.*glmlora import"),
+        (b"GGUF\x03\0\0\0", "a GGUF file"),
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"\x1f\x8b\x08\0", "packed by gzip"),
     ],
@@ -672,7 +672,7 @@ def test_keywords_that_have_an_effect(directory, tmp_path):
         ({"max_memory": {0: "10GB"}}, ValueError, "max_memory.*on one device"),
         ({"ignore_mismatched_sizes": True}, ValueError, "every weight must fit"),
         ({"attn_implementation": "fast"}, ValueError, "attn_implementation='fast': expected"),
-        ({"gguf_file": "x.gguf"}, ValueError, "GGUF.*glmlora import"),
+        ({"gguf_file": "x.gguf"}, ValueError, "GGUF"),
         ({"output_loading_info": True}, ValueError, "output_loading_info"),
         ({"output_hidden_states": True}, ValueError, "argument of the call"),
         ({"device_map": {"a": 0, "b": "cpu"}}, ValueError, "device_map: names 0, cpu"),

@@ -74,13 +74,13 @@ def test_the_variable_chooses_the_kernels():
 def test_a_set_that_the_processor_lacks_is_named():
     done = run(["-c", MODEL], "sse9")
     assert "backend 'cpu:sse9': this processor runs" in done.stderr
-    done = run(["-m", "glmlora", "doctor"], "sse9")
+    done = run(["-m", "glmlora.cli", "doctor"], "sse9")
     assert done.returncode == 1 and "PROBLEM       backend 'cpu:sse9'" in done.stdout, done.stderr
 
 
 def test_doctor_says_what_is_compiled_and_picked():
     sets = _core.cpu_variants().split(",")
-    done = run(["-m", "glmlora", "doctor"], "generic")
+    done = run(["-m", "glmlora.cli", "doctor"], "generic")
     assert "instructions  generic in use (GLMLORA_ISA); this processor runs" in done.stdout
     assert "NOT compiled" not in done.stdout  # as this machine's compiler has them all
     assert [name for name, pair in _core.cpu_kernels().items() if all(pair)] == sets

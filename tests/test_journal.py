@@ -22,7 +22,6 @@ from glmlora.files import journal
 from glmlora.files.journal import Journal, digests
 from glmlora.files.rows import table_rows
 from glmlora.generation.generate import ROWS
-from glmlora.model import loading
 from glmlora.tables import answers as table_answers
 from glmlora.tables import job, output
 from glmlora.tools.project import tiny_directory
@@ -49,7 +48,7 @@ def test_what_was_kept_is_there_again(tmp_path):
     results = {2: {"answer": "好\n\ud800"}, 0: {"proba": [0.1, 2.5e-300]}}
     keep(path, results)
     with Journal(path, JOB, seed=9) as kept:
-        assert kept.results == results and kept.missing(range(4)) == [1, 3]
+        assert kept.results == results and kept.missing(4) == [1, 3]
         assert kept.seed == 7  # the one that was drawn
         kept.add(1, None)
     assert found(path) == {**results, 1: None}
@@ -62,7 +61,7 @@ def test_a_journal_without_a_row_does_not_stay(tmp_path):
     assert os.listdir(tmp_path) == []
     with Journal(None, JOB, 7) as kept:
         kept.add(0, "x")
-        assert kept.missing(range(2)) == [1]
+        assert kept.missing(2) == [1]
     assert os.listdir(tmp_path) == []
 
 
@@ -270,16 +269,16 @@ def test_a_job_of_any_results(tmp_path, capsys):
 
     path = tmp_path / "o.journal"
     with pytest.raises(KeyboardInterrupt), Journal(path, JOB, 7) as kept:
-        job.run_job(kept, range(4), lambda missing: compute(missing, stop=1))
+        job.run_job(kept, 4, lambda missing: compute(missing, stop=1))
     told = capsys.readouterr().err
     assert f"2 of 4 rows are kept in {path}: the same job goes on from there" in told
     with Journal(path, JOB, 7) as kept:
-        results = job.run_job(kept, range(4), compute)
+        results = job.run_job(kept, 4, compute)
         assert results == [{"proba": [row / 3, 1 - row / 3]} for row in range(4)]
-        assert job.run_job(kept, range(4), None) == results  # nothing is computed
+        assert job.run_job(kept, 4, None) == results  # nothing is computed
     assert asked == [[0, 1, 2, 3], [0, 1]]
     with pytest.raises(RuntimeError, match="no result came for 1 rows, the first is 1"):
-        job.run_job(Journal(None, JOB, 7), range(2), lambda missing: [(0, "x")])
+        job.run_job(Journal(None, JOB, 7), 2, lambda missing: [(0, "x")])
 
 
 @pytest.fixture(scope="module")
@@ -425,8 +424,8 @@ class Answers:
 
     def __init__(self, monkeypatch, answers):
         self.asked, self.seeds, self.answers = [], [], answers
-        monkeypatch.setattr(loading, "load_model", lambda *a: (None, None))
-        monkeypatch.setattr("glmlora.prediction.unwrapped", lambda model: None)
+        monkeypatch.setattr(cli, "_load", lambda *a: (None, None))
+        monkeypatch.setattr("glmlora.training.methods.unwrapped", lambda model: None)
         monkeypatch.setattr(table_answers, "chat_rows", self.rows)
 
     def rows(self, model, tokenizer, prompts, seeds, keep_errors, **sampling):
@@ -486,7 +485,7 @@ def test_a_journal_of_something_else_is_refused(place, capsys, monkeypatch, chan
         file.chmod(0o644)
     stopped(capsys, monkeypatch, model=model)
     before = Path("o.csv.journal").read_bytes()
-    monkeypatch.setattr(loading, "load_model", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(cli, "_load", lambda *a: pytest.fail("the model is loaded"))
     words = change if isinstance(change, list) else []
     if change == "table":
         Path("in.csv").write_text(Path("in.csv").read_text().replace("t5", "t6"))
@@ -531,7 +530,7 @@ def test_odd_answers_have_a_column_of_their_own(place, capsys, monkeypatch):
     assert read("o.csv")[0] == ["uuid", "label", "label_raw"]
     assert read("o.csv")[2:4] == [["1", "0", "0"], ["2", "", "2"]]
     Answers(monkeypatch, {})
-    monkeypatch.setattr(loading, "load_model", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(cli, "_load", lambda *a: pytest.fail("the model is loaded"))
     assert predict(capsys, "--choices", "0,1")[0] == 1  # the same again, from the journal
     status, told = predict(capsys, "--choices", "0,1", "--fallback", "1")
     assert status == 1 and "o.csv exists: pass --overwrite" in told

@@ -91,9 +91,9 @@ def test_what_prompts_share_and_equal_rows_are_computed_once(loaded, monkeypatch
         fed.append(sum(len(rows.ids[i]) - rows.held[i] for i in which))
         return extend(rows, which, choose)
 
-    def opened(self, model, rows, capacity, ids=(), adapter=0):
+    def opened(self, model, rows, capacity, ids=()):
         shared.append(len(ids))
-        opening(self, model, rows, capacity, ids, adapter)
+        opening(self, model, rows, capacity, ids)
 
     monkeypatch.setattr(labels.CachedRow, "extend", counted)
     monkeypatch.setattr(labels.CachedRow, "__init__", opened)

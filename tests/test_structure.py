@@ -29,9 +29,8 @@ FLOORS = (
     ("training",),
     ("head", "tools", "vote"),
     ("classifier", "inspection", "submission"),
-    ("prediction",),
     ("notebook", "standins"),
-    ("compat", "serving"),
+    ("compat",),
     ("cli",),
     ("__main__",),
 )

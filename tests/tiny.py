@@ -216,7 +216,7 @@ def transformers_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, 
     c = config
     rows = np.array([c["num_attention_heads"], c["num_key_value_heads"]]) * c["head_dim"]
     own = {"kv_channels": c["head_dim"], "add_qkv_bias": c["attention_bias"]}
-    own |= {"padded_vocab_size": c["vocab_size"], "ffn_hidden_size": c["intermediate_size"]}
+    own |= {"padded_vocab_size": c["vocab_size"]}
     found: dict[str, np.ndarray] = {}
     for name, array in tiny_weights({**TINY_CONFIG, **own}, seed).items():
         new = name.replace("transformer.encoder.layers", "model.layers")

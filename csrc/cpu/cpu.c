@@ -110,7 +110,7 @@ static const struct isa {
     const char *name;
     const struct glm_ops *ops;
     int (*runs)(void);
-    int bfloat16; /* multiplies in it as well; in float32, int16 and int8 all do */
+    int bfloat16; /* multiplies in it as well; in float32 and int8 all do */
 } isas[] = {
 #if defined(__x86_64__)
     {"avx512bf16", &glm_cpu_ops_avx512bf16, runs_avx512bf16, 1},
@@ -160,20 +160,18 @@ glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm
         return glm_fail(err, GLM_EVALUE,
                         "backend '%s': this processor runs %s of what this build has", name,
                         glm_cpu_variants(sets));
-    const int words = type && strcmp(type, "/int16") == 0;
-    const enum glm_dtype compute = !type || words || strcmp(type, "/float32") == 0 ? GLM_F32
-                                   : strcmp(type, "/bfloat16") == 0                ? GLM_BF16
-                                   : strcmp(type, "/int8") == 0                    ? GLM_I8
-                                                                                   : GLM_F64;
+    const enum glm_dtype compute = !type || strcmp(type, "/float32") == 0 ? GLM_F32
+                                   : strcmp(type, "/bfloat16") == 0       ? GLM_BF16
+                                   : strcmp(type, "/int8") == 0           ? GLM_I8
+                                                                          : GLM_F64;
     if (compute == GLM_F64)
-        return glm_fail(err, GLM_EVALUE,
-                        "backend '%s': expected /float32, /bfloat16, /int16 or /int8", name);
+        return glm_fail(err, GLM_EVALUE, "backend '%s': expected /float32, /bfloat16 or /int8",
+                        name);
     if (compute == GLM_BF16 && !isa->bfloat16)
-        return glm_fail(
-            err, GLM_EVALUE,
-            "backend '%s': these kernels multiply in float32, int16 and int8; bfloat16 needs "
-            "avx512bf16, this processor runs %s",
-            name, glm_cpu_variants(sets));
+        return glm_fail(err, GLM_EVALUE,
+                        "backend '%s': these kernels multiply in float32 and int8; bfloat16 needs "
+                        "avx512bf16, this processor runs %s",
+                        name, glm_cpu_variants(sets));
     struct cpu *cpu = calloc(1, sizeof *cpu);
     if (cpu) {
         cpu->pool = glm_pool_create();
@@ -189,7 +187,6 @@ glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm
                         sizeof *cpu + GLM_SCRATCH + PACKED);
     }
     cpu->compute = compute;
-    cpu->words = words || (compute == GLM_I8 && !isa->bfloat16);
     snprintf(cpu->name, sizeof cpu->name, "%s", name);
     cpu->be = (struct glm_backend){
         .name = cpu->name,

@@ -55,9 +55,6 @@ struct pack_args { /* rows of x (N, K), or of A with strides am, ak, for the pro
     size_t am, ak;
     const uint16_t *factor; /* float16 factors of the K terms, or NULL */
     float scale;
-    float *word_scale; /* of runs of x as 16-bit integers, whose sums are word_sum: tmpl_words.h */
-    int32_t *word_sum;
-    int grouped, pairs;
 };
 
 struct nt_args { /* out[n * ldo + o * ldc] = scale * x W^T + bias (+ out) */
@@ -65,8 +62,6 @@ struct nt_args { /* out[n * ldo + o * ldc] = scale * x W^T + bias (+ out) */
     size_t ldo, ldc;
     const char *x; /* packed, R rows together */
     const struct x_run *runs;
-    const float *word_scale; /* as in pack_args */
-    const int32_t *word_sum;
     const float *bias;
     const struct glm_mat *w;
     enum glm_dtype kind;
@@ -95,7 +90,6 @@ struct cpu {
     struct glm_backend be;
     struct glm_pool *pool;
     enum glm_dtype compute; /* of the large products */
-    int words;              /* linear_forward: float32's over 8 and 4 bits take 16-bit integers */
     char *packed;           /* (PACKED), touched where it is used */
     char name[64];
     double partial[PARTIALS];

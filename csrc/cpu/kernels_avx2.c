@@ -22,15 +22,6 @@ static inline __m128 sum4_avx2(__m256 a, __m256 b, __m256 c, __m256 d)
 }
 #define SUM4(a, b, c, d) ((v4)sum4_avx2((__m256)(a), (__m256)(b), (__m256)(c), (__m256)(d)))
 
-#define BYTES_TO_WORDS(p) ((vf)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p))))
-#define GROUP_SUMS(a, b, c, d) \
-    ((vi)group_sums((__m256i)(a), (__m256i)(b), (__m256i)(c), (__m256i)(d)))
-static inline __m256i group_sums(__m256i a, __m256i b, __m256i c, __m256i d)
-{
-    const __m256i t = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-    return _mm256_permutevar8x32_epi32(t, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-}
-
 #ifdef __AVXVNNI__ /* bytes of w are unsigned */
 #define BYTE_BIAS 128
 #define BYTES_OF_W(v) ((vf)_mm256_xor_si256((__m256i)(v), _mm256_set1_epi8(-128)))
@@ -40,15 +31,7 @@ static inline __m256i group_sums(__m256i a, __m256i b, __m256i c, __m256i d)
        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum_) : "x"((vf)(w)), "xm"((vf)(x))); \
        sum_;                                                                              \
     })
-#define DOT_I16(acc, a, b)                                                                 \
-    ({                                                                                     \
-        vf sum_ = (acc);                                                                   \
-        __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum_) : "x"((vf)(a)), "xm"((vf)(b))); \
-        sum_;                                                                              \
-    })
 #else
-#define DOT_I16(acc, a, b) \
-    ((vf)_mm256_add_epi32((__m256i)(acc), _mm256_madd_epi16((__m256i)(a), (__m256i)(b))))
 #define BYTE_BIAS 0
 #define BYTES_OF_W(v) (v)
 #define DOT_I8(acc, w, x) ((vf)dot_i8_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))

@@ -40,8 +40,6 @@ static inline void copy_part(char *to, const char *from, size_t bytes)
     }
 }
 
-#define BYTES_TO_WORDS(p) ((vf)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(p))))
-
 #ifdef __AVX512VNNI__ /* bytes of w are unsigned */
 #define BYTE_BIAS 128
 #define BYTES_OF_W(v) ((vf)_mm512_xor_si512((__m512i)(v), _mm512_set1_epi8(-128)))
@@ -51,15 +49,7 @@ static inline void copy_part(char *to, const char *from, size_t bytes)
         __asm__("vpdpbusd %2, %1, %0" : "+v"(sum_) : "v"((vf)(w)), "v"((vf)(x))); \
         sum_;                                                                     \
     })
-#define DOT_I16(acc, a, b)                                                         \
-    ({                                                                             \
-        vf sum_ = (acc);                                                           \
-        __asm__("vpdpwssd %2, %1, %0" : "+v"(sum_) : "v"((vf)(a)), "vm"((vf)(b))); \
-        sum_;                                                                      \
-    })
 #else
-#define DOT_I16(acc, a, b) \
-    ((vf)_mm512_add_epi32((__m512i)(acc), _mm512_madd_epi16((__m512i)(a), (__m512i)(b))))
 #define BYTE_BIAS 0
 #define BYTES_OF_W(v) (v)
 #define DOT_I8(acc, w, x) ((vf)dot_i8_avx512((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
@@ -105,18 +95,6 @@ static inline __m128 sum4_int(__m512i a, __m512i b, __m512i c, __m512i d)
     const __m256i h = _mm256_add_epi32(_mm512_castsi512_si256(t), _mm512_extracti64x4_epi64(t, 1));
     return _mm_castsi128_ps(
         _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
-}
-
-#define GROUP_SUMS(a, b, c, d) \
-    ((vi)group_sums((__m512i)(a), (__m512i)(b), (__m512i)(c), (__m512i)(d)))
-static inline __m512i group_sums(__m512i a, __m512i b, __m512i c, __m512i d)
-{
-    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    const __m512i t =
-        _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    const __m512i natural = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_epi32(natural, t);
 }
 #include "kernels_tmpl.h"
 #endif

@@ -18,7 +18,6 @@
 #include "tmpl_bytes.h"
 #include "tmpl_linear.h"
 #include "tmpl_linear_backward.h"
-#include "tmpl_words.h"
 #include "tmpl_products.h"
 
 #define TABLE2(name) glm_cpu_ops_##name

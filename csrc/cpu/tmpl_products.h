@@ -61,40 +61,6 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
                  products_ns((size_t)a->w->rows * a->w->cols * (N + 1)), nt_in_place_task, a);
 }
 
-static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
-{
-    const int K = p->K, O = a->w->rows, few = N <= WORDS_IN_PLACE;
-    const size_t bytes = (size_t)word_chunks(K) * 4 * VB, runs = (size_t)word_runs(K, p->grouped);
-    const int R = few ? N > 1 ? WORD_ROWS : 1 : MR, columns = ceil_div((size_t)O, NT_COLS);
-    const float *x = p->x;
-    float *out = a->out;
-    int most = (int)(PACKED / (bytes + 8 * runs)) / R * R;
-    if (most > (N + R - 1) / R * R)
-        most = (N + R - 1) / R * R;
-    p->to = cpu->packed;
-    p->word_scale = (float *)(cpu->packed + (size_t)most * bytes);
-    p->word_sum = (int32_t *)(p->word_scale + (size_t)most * runs);
-    p->R = a->R = R;
-    p->pairs = !few;
-    a->x = p->to;
-    a->word_scale = p->word_scale;
-    a->word_sum = p->word_sum;
-    for (int n = 0; n < N; n += most) {
-        p->N = a->N = N - n < most ? N - n : most;
-        p->x = x + (size_t)n * K;
-        a->out = out + (size_t)n * a->ldo;
-        run(cpu, ceil_div((size_t)a->N, (size_t)R), (size_t)a->N * K, pack_words_task, p);
-        if (few) {
-            glm_pool_run(cpu->pool, ceil_div((size_t)O, IN_PLACE_COLS),
-                         products_ns((size_t)O * K * (a->N + 1)), words_in_place_task, a);
-            continue;
-        }
-        a->rows = tile_rows(cpu, a->N, a->accumulate ? NT_ROWS_ADDED : NT_ROWS, columns);
-        glm_pool_run(cpu->pool, ceil_div((size_t)a->N, (size_t)a->rows) * columns,
-                     products_ns((size_t)a->N * O * K), words_task, a);
-    }
-}
-
 static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
                            const void *bias, int N, double scale, int accumulate)
 {
@@ -110,11 +76,6 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
                         .kind = kind,
                         .accumulate = accumulate,
                         .scale = (float)scale};
-    if (cpu->words && kind == GLM_F32 && glm_is_quantized(weight->dtype)) {
-        p.grouped = weight->group != 0;
-        words_forward(cpu, &a, &p, N);
-        return;
-    }
     if (N <= IN_PLACE_ROWS) {
         if (N)
             in_place(cpu, &a, &p, N);

@@ -16,9 +16,6 @@ glm_status glm_batch_check(const struct glm_model *m, const struct glm_input *in
         if (in->lengths[s] < 1)
             return glm_fail(err, GLM_EVALUE, "lengths[%d]: expected at least 1 token, got %d", s,
                             in->lengths[s]);
-        if (in->numbers && in->numbers[s] < 0)
-            return glm_fail(err, GLM_EVALUE, "numbers[%d]: expected 0 or more, got %d", s,
-                            in->numbers[s]);
         sum += in->lengths[s];
     }
     if (in->positions && m->arch.rope_2d)
@@ -70,10 +67,8 @@ void glm_staging_layout(const struct glm_model *m, struct glm_arena *host, struc
 }
 
 /* Of sequence i of this call: its number in the update. */
-static int32_t sequence_number(const struct glm_model *m, const struct glm_input *in, int i)
+static int32_t sequence_number(const struct glm_model *m, int i)
 {
-    if (in->numbers)
-        return in->numbers[i];
     return (int32_t)((uint64_t)(m->progress.rows + i) & 0x7fffffff);
 }
 
@@ -188,7 +183,7 @@ static glm_status stage_tokens(struct glm_model *m, const struct glm_input *in, 
         s->longest = count > s->longest ? count : s->longest;
         for (int t = 0; t < count; t++, n++) {
             h->all.position[n] = in->positions ? in->positions[n] : start + t;
-            h->all.sequence[n] = sequence_number(m, in, i);
+            h->all.sequence[n] = sequence_number(m, i);
             if (c)
                 h->slot[n] = segment.past_begin + segment.past_count + t;
             *end = h->all.position[n] >= *end ? (int64_t)h->all.position[n] + 1 : *end;
@@ -215,12 +210,12 @@ static void stage_read(struct glm_model *m, const struct glm_input *in)
     }
 }
 
-static void stage_prefix(struct glm_model *m, const struct glm_input *in)
+static void stage_prefix(struct glm_model *m)
 {
     const struct glm_rows *rows = &m->step.host.prefix;
     for (int i = 0; i < rows->n; i++) {
         rows->position[i] = i % m->prefix_length;
-        rows->sequence[i] = sequence_number(m, in, i / m->prefix_length);
+        rows->sequence[i] = sequence_number(m, i / m->prefix_length);
     }
 }
 
@@ -262,7 +257,7 @@ glm_status glm_batch_upload(struct glm_model *m, const struct glm_input *in, str
     int64_t end;
     GLM_TRY(stage_tokens(m, in, &end, err));
     stage_read(m, in);
-    stage_prefix(m, in);
+    stage_prefix(m);
     GLM_TRY(glm_rope_reach(m, end, err));
     memcpy(h->ids, in->ids, (size_t)s->N * sizeof *h->ids);
     if (in->targets)

@@ -64,7 +64,7 @@ glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int row
     GLM_TRY(glm_weights_complete(m, err));
     GLM_TRY(glm_rope_reach(m, (int64_t)shared_capacity + capacity, err));
     struct glm_cache *c = calloc(1, sizeof *c);
-    int32_t *lengths = calloc(4 * (size_t)rows, sizeof *lengths); /* contexts, masks, adapters */
+    int32_t *lengths = calloc(3 * (size_t)rows, sizeof *lengths); /* and contexts, and masks */
     const int64_t slots = (int64_t)m->prefix_length + shared_capacity + (int64_t)rows * capacity;
     size_t bytes = 0;
     int fits =
@@ -85,7 +85,6 @@ glm_status glm_cache_create(struct glm_cache **out, struct glm_model *m, int row
     c->lengths = lengths;
     c->contexts = lengths + rows;
     c->masks = lengths + 2 * (size_t)rows;
-    c->adapters = lengths + 3 * (size_t)rows;
     c->slots = (int)slots;
     c->bytes = bytes;
     glm_status status = fill_prefix(c, err);
@@ -132,55 +131,6 @@ glm_status glm_cache_rewind(struct glm_cache *c, int row, int length, struct glm
     return GLM_OK;
 }
 
-glm_status glm_cache_copy(struct glm_cache *c, int from, int to, int length, struct glm_error *err)
-{
-    struct glm_backend *be = c->be;
-    const size_t slot = (size_t)c->model->arch.kv_heads * c->model->arch.head_dim * be->real_size;
-    const int J = 2 * c->model->arch.layers, first = c->prefix_length + c->shared_capacity;
-    if (from < 0 || from >= c->rows || to < 0 || to >= c->rows || from == to)
-        return glm_fail(err, GLM_EVALUE, "copy: expected two of the %d rows, got %d and %d",
-                        c->rows, from, to);
-    if (length < 0 || length > c->lengths[from])
-        return glm_fail(err, GLM_EVALUE, "length: row %d holds %d tokens, cannot copy %d", from,
-                        c->lengths[from], length);
-    if (c->adapters[from] != c->adapters[to])
-        return glm_fail(err, GLM_ESTATE, "copy: row %d has adapter %d, row %d has %d", from,
-                        c->adapters[from], to, c->adapters[to]);
-    if (c->model->arch.rope_2d)
-        return glm_fail(err, GLM_ESTATE,
-                        "copy: this model reads a prompt in both directions: nothing of it is "
-                        "another one's");
-    for (int j = 0; j < J; j++) {
-        char *kv = c->kv + ((size_t)j * c->slots + first) * slot;
-        be->copy(be, kv + (size_t)to * c->capacity * slot, kv + (size_t)from * c->capacity * slot,
-                 (size_t)length * slot);
-    }
-    c->lengths[to] = length;
-    return GLM_OK;
-}
-
-glm_status glm_cache_adapt(struct glm_cache *c, int row, int number, struct glm_error *err)
-{
-    if (row < -1 || row >= c->rows)
-        return glm_fail(err, GLM_EVALUE, "row: expected 0 to %d, or -1 for all, got %d",
-                        c->rows - 1, row);
-    if (number < 0 || number > c->model->n_kept)
-        return glm_fail(err, GLM_EVALUE, "adapter: expected 0 to %d, those that are kept, got %d",
-                        c->model->n_kept, number);
-    if (c->shared_length && number != c->shared_adapter)
-        return glm_fail(err, GLM_ESTATE, "adapter: the shared prefix was made with number %d",
-                        c->shared_adapter);
-    for (int i = 0; i < c->rows; i++)
-        if ((row < 0 || row == i) && c->lengths[i])
-            return glm_fail(err, GLM_ESTATE, "adapter: row %d already holds %d tokens", i,
-                            c->lengths[i]);
-    for (int i = 0; i < c->rows; i++)
-        if (row < 0 || row == i)
-            c->adapters[i] = number;
-    c->shared_adapter = row < 0 ? number : c->shared_adapter;
-    return GLM_OK;
-}
-
 glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct glm_error *err)
 {
     struct glm_backend *be = c->be;
@@ -196,7 +146,7 @@ glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct
     /* one layer's rows aside at a time: parents may point anywhere */
     const size_t row = (size_t)longest * slot;
     char *aside = be->alloc(be, row * c->rows + 1);
-    const size_t numbers = 4 * (size_t)c->rows * sizeof *c->lengths;
+    const size_t numbers = 3 * (size_t)c->rows * sizeof *c->lengths;
     int32_t *lengths = malloc(numbers);
     if (!aside || !lengths) {
         be->free(be, aside);
@@ -212,7 +162,7 @@ glm_status glm_cache_reorder(struct glm_cache *c, const int32_t *parents, struct
             be->copy(be, kv + (size_t)i * c->capacity * slot, aside + i * row,
                      (size_t)c->lengths[parents[i]] * slot);
     }
-    for (int k = 0; k < 4; k++)
+    for (int k = 0; k < 3; k++)
         for (int i = 0; i < c->rows; i++)
             lengths[k * c->rows + i] = c->lengths[k * c->rows + parents[i]];
     memcpy(c->lengths, lengths, numbers);
@@ -366,7 +316,7 @@ static glm_status replay_to_ids(struct glm_model *m, int n, struct glm_error *er
                                  (uintptr_t)s->call.cache->kv, (uint64_t)s->call.cache->slots,
                                  (uint64_t)s->N, (uint64_t)n,
                                  (uint64_t)s->kept_layers << 1 | (s->call.sampling != NULL)}};
-    if (!be->replay || s->longest > 1 || s->several)
+    if (!be->replay || s->longest > 1)
         return run_to_ids(m, n, err);
     if (be->replay(be, &key))
         return GLM_OK;

@@ -9,17 +9,9 @@
  * Backward computes z again for dm, and goes on with the gradient of z in place of dy. */
 #include "state.h"
 
-static int adapted(const struct glm_model *m, const struct glm_linear *lin)
-{
-    return m->lora_on && lin->A->present;
-}
-
 int glm_adapted(const struct glm_model *m, const struct glm_linear *lin)
 {
-    int found = adapted(m, lin);
-    for (int k = 1; m->step.several && k <= m->n_kept; k++)
-        found |= adapted(m, glm_kept_linear(m, lin, k));
-    return found;
+    return m->lora_on && lin->A->present;
 }
 
 static struct glm_dropout mask_of(const struct glm_model *m, const struct glm_linear *lin,
@@ -41,7 +33,7 @@ void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, cons
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
-    if (!adapted(m, lin))
+    if (!glm_adapted(m, lin))
         return;
     const struct glm_dropout mask = mask_of(m, lin, rows);
     if (mask.p > 0) {
@@ -51,14 +43,13 @@ void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, cons
     op->linear_forward(cx, xa, inp, &lin->A->mat, NULL, rows->n, 1.0, 0);
 }
 
-/* Rows of one adapter */
-static void one_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
+void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
                         const void *inp, void *xa, const struct glm_rows *rows)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
     const void *bias = lin->bias ? lin->bias->mat.data : NULL;
-    if (!adapted(m, lin)) {
+    if (!glm_adapted(m, lin)) {
         op->linear_forward(cx, out, inp, &lin->weight->mat, bias, rows->n, 1.0, 0);
         return;
     }
@@ -72,63 +63,24 @@ static void one_forward(struct glm_model *m, const struct glm_linear *lin, void 
                          rows->n, lin->weight->rows);
 }
 
-/* Rows of several: x W^T + b once, as adapted_forward begins, then what each adds. One that changes
- * more than that (DoRA, lora_bias) has all of its rows' products to itself. */
-static void several_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
-                            const void *inp, void *xa, const struct glm_rows *rows)
-{
-    const struct glm_ops *op = m->be->ops;
-    void *cx = m->be->cx;
-    const size_t I = (size_t)lin->weight->cols, O = (size_t)lin->weight->rows;
-    int plain = 1;
-    for (struct glm_run_of_rows r = {0}; glm_next_run(m, rows, &r);) {
-        const struct glm_linear *of = glm_kept_linear(m, lin, r.adapter);
-        plain &= !glm_present(of->magnitude) && !glm_present(of->B_bias);
-    }
-    if (plain)
-        op->linear_forward(cx, out, inp, &lin->weight->mat, lin->bias ? lin->bias->mat.data : NULL,
-                           rows->n, 1.0, 0);
-    for (struct glm_run_of_rows r = {0}; glm_next_run(m, rows, &r);) {
-        const struct glm_linear *of = glm_kept_linear(m, lin, r.adapter);
-        const void *x = glm_at(m, inp, (size_t)r.begin * I);
-        void *y = glm_at(m, out, (size_t)r.begin * O);
-        if (!plain) {
-            one_forward(m, of, y, x, xa, &(struct glm_rows){.n = r.count});
-        } else if (adapted(m, of)) {
-            op->linear_forward(cx, xa, x, &of->A->mat, NULL, r.count, 1.0, 0);
-            op->linear_forward(cx, y, xa, &of->B->mat, NULL, r.count, of->scale, 1);
-        }
-    }
-}
-
-void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
-                        const void *inp, void *xa, const struct glm_rows *rows)
-{
-    (m->step.several ? several_forward : one_forward)(m, lin, out, inp, xa, rows);
-}
-
-static void derive(struct glm_model *m, const struct glm_linear *lin)
-{
-    const struct glm_ops *op = m->be->ops;
-    void *cx = m->be->cx;
-    const struct glm_weight *W = lin->weight;
-    if (!W || !glm_present(lin->derived))
-        return;
-    void *derived = (void *)lin->derived->mat.data;
-    if (glm_present(lin->magnitude)) {
-        op->dora_norm(cx, derived, &W->mat, lin->B->mat.data, lin->A->mat.data, lin->A->rows,
-                      lin->scale);
-    } else { /* a vector is a matrix of one column, and this the product with a one */
-        op->linear_forward(cx, derived, glm_at(m, derived, (size_t)W->rows), &lin->B_bias->mat,
-                           lin->bias ? lin->bias->mat.data : NULL, 1, lin->scale, 0);
-    }
-}
-
 void glm_adapters_derive(struct glm_model *m)
 {
-    for (int i = 0; i < glm_n_linears(m) && m->derived_version != m->version; i++)
-        for (int k = 0; k <= m->n_kept; k++)
-            derive(m, glm_kept_linear(m, glm_linear_at(m, i), k));
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    for (int i = 0; i < glm_n_linears(m) && m->derived_version != m->version; i++) {
+        const struct glm_linear *lin = glm_linear_at(m, i);
+        const struct glm_weight *W = lin->weight;
+        if (!glm_present(lin->derived))
+            continue;
+        void *derived = (void *)lin->derived->mat.data;
+        if (glm_present(lin->magnitude)) {
+            op->dora_norm(cx, derived, &W->mat, lin->B->mat.data, lin->A->mat.data, lin->A->rows,
+                          lin->scale);
+        } else { /* a vector is a matrix of one column, and this the product with a one */
+            op->linear_forward(cx, derived, glm_at(m, derived, (size_t)W->rows), &lin->B_bias->mat,
+                               lin->bias ? lin->bias->mat.data : NULL, 1, lin->scale, 0);
+        }
+    }
     m->derived_version = m->version;
 }
 

@@ -55,7 +55,6 @@ void glm_model_free(struct glm_model *m)
     m->be->free(m->be, m->block);
     glm_arena_free(&m->arena, m->be);
     glm_arena_free(&m->host, m->be);
-    glm_kept_free(m);
     free(m->layers);
     free(m->weights);
     free(m->trainable);

@@ -52,9 +52,6 @@ glm_status glm_model_move(struct glm_model *m, struct glm_backend *to, const int
     if (to->real != from->real)
         return glm_fail(err, GLM_EVALUE, "move: %s and %s do not compute in the same type",
                         from->name, to->name);
-    if (m->n_kept)
-        return glm_fail(err, GLM_ESTATE, "move: %d adapters are kept: move the model before",
-                        m->n_kept);
     /* one for each weight, the trainable block, the rotary table */
     const int n = m->n_weights + 2;
     struct moved *all = calloc((size_t)n, sizeof *all), *block = all + m->n_weights,

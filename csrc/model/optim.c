@@ -206,41 +206,6 @@ void glm_model_zero_grad(struct glm_model *m)
     m->squares_known = 0;
 }
 
-size_t glm_model_gradient_size(const struct glm_model *m) { return m->block_size; }
-
-static glm_status check_range(const struct glm_model *m, size_t first, size_t n,
-                              struct glm_error *err)
-{
-    if (first > m->block_size || n > m->block_size - first)
-        return glm_fail(err, GLM_EVALUE, "gradients: %zu from %zu on are not among the %zu there",
-                        n, first, m->block_size);
-    return GLM_OK;
-}
-
-static char *gradients_from(const struct glm_model *m, size_t first)
-{
-    return m->block + (m->block_size + first) * m->be->real_size;
-}
-
-glm_status glm_model_read_gradients(struct glm_model *m, size_t first, size_t n, void *out,
-                                    struct glm_error *err)
-{
-    GLM_TRY(check_range(m, first, n, err));
-    if (n)
-        m->be->download(m->be, out, gradients_from(m, first), n * m->be->real_size);
-    return GLM_OK;
-}
-
-glm_status glm_model_write_gradients(struct glm_model *m, size_t first, size_t n,
-                                     const void *values, struct glm_error *err)
-{
-    GLM_TRY(check_range(m, first, n, err));
-    if (n)
-        m->be->upload(m->be, gradients_from(m, first), values, n * m->be->real_size);
-    m->squares_known = 0;
-    return GLM_OK;
-}
-
 /* Sum of squares of n elements of the device, on the host. */
 static double squares_of(struct glm_model *m, const void *x, size_t n)
 {

@@ -158,7 +158,6 @@ struct glm_step {
     int kept_layers;
     int longest; /* tokens of the longest segment */
     int prefix_copies;
-    int several; /* some rows have adapters that are kept (model/kept.c) */
 
     /* the batch */
     int32_t *ids, *slot;      /* (N); slot: cache row of each token's key and value */
@@ -224,8 +223,6 @@ struct glm_model {
     int prefix_length;
     double prefix_dropout;
     int lora_on;
-    struct glm_kept *kept; /* (n_kept); number k of glm_model_keep_lora is kept[k - 1] */
-    int n_kept;
     void *rope_table; /* (max_positions, rotary_dim / 2, 2) real; rope_rows of them are there */
     int rope_rows;
     int *trainable, n_trainable;
@@ -242,25 +239,16 @@ struct glm_model {
     struct glm_step step;
 };
 
-/* An adapter that is not attached: its linears, as numbered by glm_linear_at, and their slots. */
-struct glm_kept {
-    struct glm_linear *linears;
-    struct glm_weight *slots;
-};
-
 struct glm_cache {
     struct glm_model *model;
     struct glm_backend *be; /* outlives the model, so a cache can always be freed */
     int rows, capacity, shared_capacity, shared_length, prefix_length;
-    int32_t
-        *lengths; /* (rows) own tokens; contexts, masks, adapters, one block with it, go along */
+    int32_t *lengths; /* (rows) own tokens; contexts and masks, one block with it, go along */
     /* With rope_2d, of each row that holds any: tokens of its context, and the position of what
      * follows. */
     int32_t *contexts, *masks;
-    int32_t *adapters;  /* of each row, 0: the one that is attached, if any .. */
-    int shared_adapter; /* .. and of the shared prefix */
-    int slots;          /* prefix, shared prefix, then capacity per row */
-    char *kv;           /* (2 * layers, slots, KV) real */
+    int slots; /* prefix, shared prefix, then capacity per row */
+    char *kv;  /* (2 * layers, slots, KV) real */
     size_t bytes;
     uint64_t version; /* of the model's weights when it was last empty */
 };
@@ -350,18 +338,6 @@ void glm_residual_forward(struct glm_model *m, const struct glm_norm *norm, void
  * dout's memory; dnorm: that of what the norm yields, by way of the branch. */
 void glm_residual_backward(struct glm_model *m, const struct glm_norm *norm, void *dout,
                            void *dnorm, const void *inp, const void *mean, const void *rstd, int N);
-
-/* model/kept.c: adapters of rows. The linear with the adapter of a number in place of its own. */
-void glm_kept_free(struct glm_model *m);
-const struct glm_linear *glm_kept_linear(const struct glm_model *m, const struct glm_linear *lin,
-                                         int number);
-/* Whether a call has rows of adapters that are kept. */
-int glm_several_adapters(const struct glm_step *s);
-/* Rows `begin` .. + count of one adapter; from {0} on the next such run of `rows`, 0 past the end. */
-struct glm_run_of_rows {
-    int begin, count, adapter, next;
-};
-int glm_next_run(const struct glm_model *m, const struct glm_rows *rows, struct glm_run_of_rows *r);
 
 /* model/linear.c; xa = x A^T, of the dropped x where there is dropout */
 void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, const void *inp,

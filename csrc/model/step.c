@@ -61,18 +61,16 @@ struct ranks {
 static struct ranks lora_ranks(const struct glm_model *m)
 {
     struct ranks r = {0};
-    for (int j = 0; j < glm_n_linears(m) * (m->n_kept + 1); j++) {
-        const int i = j % glm_n_linears(m);
-        const struct glm_linear *own = glm_linear_at(m, i),
-                                *lin = glm_kept_linear(m, own, j / glm_n_linears(m));
+    for (int i = 0; i < glm_n_linears(m); i++) {
+        const struct glm_linear *lin = glm_linear_at(m, i);
         const struct glm_weight *A = lin->A;
         if (!glm_present(A))
             continue;
-        size_t *rank = own == m->head ? &r.head : &r.of[i % GLM_LINEARS];
+        size_t *rank = lin == m->head ? &r.head : &r.of[i % GLM_LINEARS];
         *rank = largest(*rank, (size_t)A->rows);
         r.most = largest(r.most, (size_t)A->rows);
         r.widest = largest(r.widest, (size_t)A->cols);
-        if (glm_present(lin->magnitude) && own == m->head)
+        if (glm_present(lin->magnitude) && lin == m->head)
             r.dora_head = (size_t)lin->weight->rows;
         else if (glm_present(lin->magnitude))
             r.dora = largest(r.dora, (size_t)lin->weight->rows);
@@ -268,7 +266,6 @@ static void set_sizes(const struct glm_model *m, struct glm_step *s, int N, int 
     s->read.n = M;
     s->prefix.n = call->cache ? 0 : s->prefix_copies * m->prefix_length;
     s->touched_room = touched_room(call->sampling, M);
-    s->several = glm_several_adapters(s);
 }
 
 /* Memory for the step that `s` describes; kept where it suffices. */

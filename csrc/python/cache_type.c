@@ -106,32 +106,6 @@ static PyObject *cache_rewind(struct cache_object *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static PyObject *cache_adapt(struct cache_object *self, PyObject *args)
-{
-    int row, number;
-    struct glm_error err;
-    if (!PyArg_ParseTuple(args, "ii", &row, &number) || !cache_is_there(self) ||
-        glm_take(self->model) < 0)
-        return NULL;
-    const glm_status status = glm_cache_adapt(self->c, row, number, &err);
-    glm_give(self->model);
-    if (status != GLM_OK)
-        return glm_raise(status, &err);
-    Py_RETURN_NONE;
-}
-
-static PyObject *cache_copy(struct cache_object *self, PyObject *args)
-{
-    struct run run;
-    int from, to, length;
-    if (!PyArg_ParseTuple(args, "iii", &from, &to, &length) || !cache_is_there(self))
-        return NULL;
-    if (glm_run_begin(&run, self->model, 0) < 0 ||
-        glm_run_end(&run, glm_cache_copy(self->c, from, to, length, &run.err)) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
 static PyObject *cache_reorder(struct cache_object *self, PyObject *arg)
 {
     struct run run;
@@ -350,10 +324,6 @@ PyObject *glm_py_extend_shared(struct model_object *self, PyObject *args, PyObje
 static PyMethodDef cache_methods[] = {
     {"rewind", (PyCFunction)(void *)cache_rewind, METH_VARARGS,
      "Forget a row's tokens after the first `length`."},
-    {"copy", (PyCFunction)(void *)cache_copy, METH_VARARGS,
-     "Row `to` begins with the first `length` tokens of row `from`, and has no others."},
-    {"adapt", (PyCFunction)(void *)cache_adapt, METH_VARARGS,
-     "An empty row (-1: all, and the shared prefix) computes with an adapter that was kept."},
     {"grow", (PyCFunction)(void *)cache_grow, METH_VARARGS,
      "Room for `capacity` tokens in each row; what is held stays."},
     {"reorder", (PyCFunction)(void *)cache_reorder, METH_O,

@@ -400,17 +400,16 @@ static PyObject *model_loss(struct model_object *self, PyObject *args, PyObject 
 static PyObject *model_backward(struct model_object *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"ids",          "lengths", "rows",  "targets", "positions",
-                            "dropout_seed", "dropout", "noise", "numbers", NULL};
+                            "dropout_seed", "dropout", "noise", NULL};
     struct run run;
-    PyObject *ids, *lengths, *rows, *targets, *positions = NULL, *numbers = NULL, *result = NULL;
+    PyObject *ids, *lengths, *rows, *targets, *positions = NULL, *result = NULL;
     unsigned long long seed = 0;
     int dropout = 1;
     double loss, noise = 0;
     struct batch_args b;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OKpdO", names, &ids, &lengths, &rows,
-                                     &targets, &positions, &seed, &dropout, &noise, &numbers) ||
-        glm_batch_args(&b, ids, lengths, positions, rows, targets) < 0 ||
-        glm_number_args(&b, numbers) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OKpd", names, &ids, &lengths, &rows,
+                                     &targets, &positions, &seed, &dropout, &noise) ||
+        glm_batch_args(&b, ids, lengths, positions, rows, targets) < 0)
         return NULL;
     if (glm_run_begin(&run, self, GLM_READS) < 0 ||
         glm_run_end(&run,
@@ -475,10 +474,8 @@ static PyObject *model_get(PyObject *object, void *which)
         return PyLong_FromLongLong(p->tokens);
     case 3:
         return PyLong_FromLongLong(p->rows);
-    case 4:
-        return PyLong_FromLong(p->steps);
     default:
-        return PyLong_FromSize_t(glm_model_gradient_size(self->m));
+        return PyLong_FromLong(p->steps);
     }
 }
 
@@ -500,26 +497,6 @@ static int model_set_steps(PyObject *object, PyObject *value, void *Py_UNUSED(cl
     return 0;
 }
 
-/* Labelled tokens that the gradients are of, rows that have been counted. */
-static int model_set_accumulated(PyObject *object, PyObject *value, void *which)
-{
-    const long long count = value ? PyLong_AsLongLong(value) : -1;
-    if (count == -1 && PyErr_Occurred())
-        return -1;
-    const char *name = (intptr_t)which == 2 ? "accumulated_tokens" : "accumulated_rows";
-    if (count < 0) {
-        PyErr_Format(PyExc_ValueError, "%s: expected 0 or more, got %lld", name, count);
-        return -1;
-    }
-    struct model_object *self = (struct model_object *)object;
-    if (glm_take(self) < 0)
-        return -1;
-    struct glm_progress *p = glm_model_progress(self->m);
-    *((intptr_t)which == 2 ? &p->tokens : &p->rows) = count;
-    glm_give(self);
-    return 0;
-}
-
 #define METHOD(prefix, name, flags, doc) {#name, (PyCFunction)(void *)prefix##name, flags, doc}
 #define KEYWORDS (METH_VARARGS | METH_KEYWORDS)
 
@@ -534,8 +511,6 @@ static PyMethodDef model_methods[] = {
     METHOD(glm_py_, add_lora, KEYWORDS, "Adapt one linear layer."),
     METHOD(glm_py_, remove_lora, METH_NOARGS, "Drop the adapter."),
     METHOD(glm_py_, enable_lora, METH_O, "Whether forward applies the adapter."),
-    METHOD(glm_py_, keep_lora, METH_NOARGS,
-           "Put the adapter aside under a number, for rows of caches."),
     METHOD(glm_py_, merge_lora, METH_NOARGS,
            "W += scale * B A in the dtype of W, then drop the adapter."),
     METHOD(glm_py_, set_prefix, KEYWORDS, "P-Tuning v2 prefix encoder."),
@@ -553,8 +528,6 @@ static PyMethodDef model_methods[] = {
     METHOD(model_, hidden_states, KEYWORDS, "Inputs of some layers; no later layer runs."),
     METHOD(model_, loss, KEYWORDS, "Negative log-likelihoods."),
     METHOD(model_, backward, KEYWORDS, "Loss, adding gradients."),
-    METHOD(glm_py_, read_gradients, KEYWORDS, "Sums of gradients, into an array."),
-    METHOD(glm_py_, write_gradients, KEYWORDS, "Sums of gradients, from an array."),
     METHOD(model_, zero_grad, METH_NOARGS, "Forget accumulated gradients."),
     METHOD(model_, grad_norm, METH_NOARGS, "Global norm of the token-mean gradient."),
     METHOD(model_, step, KEYWORDS, "Clip, AdamW, zero_grad."),
@@ -569,11 +542,9 @@ static PyMethodDef model_methods[] = {
 static PyGetSetDef model_getset[] = {
     {"backend", model_get, NULL, "Name of the backend.", (void *)0},
     {"allocations", model_get, NULL, "Calls of the backend's allocator so far.", (void *)1},
-    {"accumulated_tokens", model_get, model_set_accumulated, "Labelled tokens since zero_grad.",
-     (void *)2},
-    {"accumulated_rows", model_get, model_set_accumulated, "Segments since zero_grad.", (void *)3},
+    {"accumulated_tokens", model_get, NULL, "Labelled tokens since zero_grad.", (void *)2},
+    {"accumulated_rows", model_get, NULL, "Segments since zero_grad.", (void *)3},
     {"steps", model_get, model_set_steps, "Finished updates.", (void *)4},
-    {"gradient_size", model_get, NULL, "How many numbers all gradients are.", (void *)5},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

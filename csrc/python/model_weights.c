@@ -327,18 +327,6 @@ PyObject *glm_py_enable_lora(struct model_object *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
-PyObject *glm_py_keep_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
-{
-    int number = 0;
-    struct glm_error err;
-    const int claimed = glm_take_all(self);
-    if (claimed < 0)
-        return NULL;
-    const glm_status status = glm_model_keep_lora(self->m, &number, &err);
-    glm_give_all(self, claimed);
-    return status == GLM_OK ? PyLong_FromLong(number) : glm_raise(status, &err);
-}
-
 PyObject *glm_py_merge_lora(struct model_object *self, PyObject *Py_UNUSED(ignored))
 {
     struct run run;
@@ -561,47 +549,4 @@ PyObject *glm_py_write(struct model_object *self, PyObject *args, PyObject *kwar
     if (!done)
         return NULL;
     Py_RETURN_NONE;
-}
-
-/* Gradients from `first` on into or from an array, whose length says how many. */
-static PyObject *gradients(struct model_object *self, PyObject *args, PyObject *kwargs, int write)
-{
-    static char *names[] = {"array", "first", NULL};
-    struct run run;
-    PyObject *object;
-    Py_ssize_t first = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|n", names, &object, &first) ||
-        !glm_there(self))
-        return NULL;
-    PyArrayObject *a = glm_array_arg(object, "array", glm_real_type(self), 1);
-    if (a && !write && ((PyObject *)a != object || !PyArray_ISWRITEABLE(a))) {
-        PyErr_SetString(PyExc_ValueError, "array: expected a contiguous array that can be written");
-        Py_CLEAR(a);
-    }
-    if (a && first < 0) {
-        PyErr_Format(PyExc_ValueError, "first: expected 0 or more, got %zd", first);
-        Py_CLEAR(a);
-    }
-    int done = -1;
-    if (a && glm_run_begin(&run, self, 0) == 0) {
-        const size_t n = (size_t)PyArray_SIZE(a);
-        void *data = PyArray_DATA(a);
-        done = glm_run_end(
-            &run, write ? glm_model_write_gradients(self->m, (size_t)first, n, data, &run.err)
-                        : glm_model_read_gradients(self->m, (size_t)first, n, data, &run.err));
-    }
-    Py_XDECREF(a);
-    if (done < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-PyObject *glm_py_read_gradients(struct model_object *self, PyObject *args, PyObject *kwargs)
-{
-    return gradients(self, args, kwargs, 0);
-}
-
-PyObject *glm_py_write_gradients(struct model_object *self, PyObject *args, PyObject *kwargs)
-{
-    return gradients(self, args, kwargs, 1);
 }

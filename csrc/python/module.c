@@ -4,7 +4,6 @@
 #include "mapped.h"
 
 #include <stddef.h>
-#include <string.h>
 
 static PyObject *set_num_threads(PyObject *module, PyObject *arg)
 {
@@ -254,56 +253,6 @@ static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
     return NULL;
 }
 
-/* ggml_blocks(array, bits) -> blocks */
-static PyObject *ggml_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"array", "bits", NULL};
-    PyObject *object;
-    int bits, whole;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi", names, &object, &bits))
-        return NULL;
-    if (bits != 8 && bits != 4)
-        return PyErr_Format(PyExc_ValueError, "bits: expected 8 or 4, got %d", bits);
-    struct glm_backend *be = glm_module_backend(PyModule_GetState(module), "cpu");
-    PyArrayObject *in = be ? glm_array_arg(object, "array", NPY_FLOAT32, 2) : NULL;
-    if (!in)
-        return NULL;
-    if (PyArray_DIM(in, 1) % GLM_GGML_BLOCK) {
-        PyErr_Format(PyExc_ValueError, "array: expected rows of a multiple of %d, got %zd",
-                     GLM_GGML_BLOCK, (Py_ssize_t)PyArray_DIM(in, 1));
-        Py_DECREF(in);
-        return NULL;
-    }
-    const size_t bytes = glm_ggml_block_bytes(bits);
-    npy_intp blocks = PyArray_SIZE(in) / GLM_GGML_BLOCK;
-    npy_intp shape[2] = {PyArray_DIM(in, 0), PyArray_DIM(in, 1) / GLM_GGML_BLOCK * (npy_intp)bytes};
-    PyObject *out = PyArray_SimpleNew(2, shape, NPY_UINT8),
-             *scale = PyArray_SimpleNew(1, &blocks, NPY_FLOAT32),
-             *half = PyArray_SimpleNew(1, &blocks, NPY_FLOAT16);
-    if (out && scale && half) {
-        uint8_t *to = PyArray_DATA((PyArrayObject *)out);
-        float *scales = PyArray_DATA((PyArrayObject *)scale);
-        uint16_t *halves = PyArray_DATA((PyArrayObject *)half);
-        Py_BEGIN_ALLOW_THREADS;
-        whole = glm_ggml_blocks(to, scales, PyArray_DATA(in), (size_t)blocks, bits);
-        Py_END_ALLOW_THREADS;
-        if (whole) {
-            be->ops->convert(be->cx, halves, GLM_F16, scales, GLM_F32, (size_t)blocks);
-            for (npy_intp i = 0; i < blocks; i++)
-                memcpy(to + (size_t)i * bytes, halves + i, sizeof *halves);
-        } else {
-            PyErr_SetString(PyExc_ValueError,
-                            "array: has a value that is not finite or too large for float16");
-            Py_CLEAR(out);
-        }
-    } else
-        Py_CLEAR(out);
-    Py_DECREF(in);
-    Py_XDECREF(scale);
-    Py_XDECREF(half);
-    return out;
-}
-
 static PyMethodDef functions[] = {
     {"memory_available", memory_available, METH_NOARGS, "Bytes this process could still get."},
     {"backend_name", backend_name, METH_O, "The whole name that a short one stands for."},
@@ -313,8 +262,6 @@ static PyMethodDef functions[] = {
      "Factor on the learning rate after `step` finished updates."},
     {"quantize", (PyCFunction)(void *)quantize, METH_VARARGS | METH_KEYWORDS,
      "quantize(array, dtype, bits, group=0): (integers int8, scale float16)"},
-    {"ggml_blocks", (PyCFunction)(void *)ggml_blocks, METH_VARARGS | METH_KEYWORDS,
-     "ggml_blocks(array, bits): a float32 matrix as ggml's Q8_0 or Q4_0, bytes (rows, ..)"},
     {"convert", (PyCFunction)(void *)convert, METH_VARARGS | METH_KEYWORDS,
      "A copy in another dtype."},
     {"adjust_logits", (PyCFunction)(void *)glm_py_adjust_logits, METH_VARARGS | METH_KEYWORDS,

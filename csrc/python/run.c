@@ -316,7 +316,6 @@ void glm_drop_batch(struct batch_args *b)
     Py_XDECREF(b->positions);
     Py_XDECREF(b->rows);
     Py_XDECREF(b->targets);
-    Py_XDECREF(b->numbers);
 }
 
 int glm_batch_args(struct batch_args *b, PyObject *ids, PyObject *lengths, PyObject *positions,
@@ -342,19 +341,6 @@ int glm_batch_args(struct batch_args *b, PyObject *ids, PyObject *lengths, PyObj
     }
     return 0;
 fail:
-    glm_drop_batch(b);
-    return -1;
-}
-
-int glm_number_args(struct batch_args *b, PyObject *numbers)
-{
-    int n = b->in.S;
-    if (glm_index_arg(numbers, "numbers", &b->numbers, &b->in.numbers, &n) == 0) {
-        if (n == b->in.S)
-            return 0;
-        PyErr_Format(PyExc_ValueError, "numbers: expected %d, one for each of lengths, got %d",
-                     b->in.S, n);
-    }
     glm_drop_batch(b);
     return -1;
 }

@@ -74,15 +74,12 @@ int glm_real_type(const struct model_object *self);
 
 /* The index arrays of a batch, converted and counted; free with glm_drop_batch. */
 struct batch_args {
-    PyArrayObject *ids, *lengths, *positions, *rows, *targets, *numbers;
+    PyArrayObject *ids, *lengths, *positions, *rows, *targets;
     struct glm_input in;
 };
 
 int glm_batch_args(struct batch_args *b, PyObject *ids, PyObject *lengths, PyObject *positions,
                    PyObject *rows, PyObject *targets);
-/* And which rows of the update they are: `numbers`, which may be NULL or None. 0, or -1 with an
- * exception set and all freed. */
-int glm_number_args(struct batch_args *b, PyObject *numbers);
 void glm_drop_batch(struct batch_args *b);
 
 /* Methods of Model that are not in model_type.c, which has the table. */
@@ -91,10 +88,10 @@ typedef PyObject *glm_keywords_method(struct model_object *self, PyObject *args,
 
 /* model_weights.c */
 glm_method glm_py_shapes, glm_py_missing, glm_py_names, glm_py_shape, glm_py_dtype;
-glm_method glm_py_remove_lora, glm_py_enable_lora, glm_py_keep_lora, glm_py_merge_lora;
+glm_method glm_py_remove_lora, glm_py_enable_lora, glm_py_merge_lora;
 glm_method glm_py_remove_prefix, glm_py_prefix_kv, glm_py_set_trainable, glm_py_trainable;
 glm_keywords_method glm_py_bind, glm_py_move, glm_py_add_lora, glm_py_set_prefix;
-glm_keywords_method glm_py_read, glm_py_write, glm_py_read_gradients, glm_py_write_gradients;
+glm_keywords_method glm_py_read, glm_py_write;
 
 /* cache_type.c */
 glm_keywords_method glm_py_cache, glm_py_extend, glm_py_next, glm_py_extend_shared;

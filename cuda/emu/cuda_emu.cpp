@@ -933,13 +933,6 @@ void emu_expect_failed(const char *what, const char *file, int line)
     report(__builtin_return_address(0), "%s:%d expected %s", file, line, what);
 }
 static cudaError_t fail(cudaError_t e) { return g_last = e; }
-static int g_logging;
-static std::string g_log, g_told;
-static void log_bytes(const char *what, size_t n)
-{
-    if (g_logging)
-        g_log += std::string(what) + ' ' + std::to_string(n) + '\n';
-}
 static std::map<const void *, int> g_smem_attr;
 cudaError_t emu_func_attr(const void *f, cudaFuncAttribute, int v)
 {
@@ -950,7 +943,7 @@ cudaError_t emu_func_attr(const void *f, cudaFuncAttribute, int v)
 }
 void __attribute__((noinline)) emu_launch(const char *name, const void *id, dim3 g, dim3 b,
                                           size_t smem, cudaStream_t s, size_t argb,
-                                          std::function<void()> k, const std::string &arguments)
+                                          std::function<void()> k)
 {
     boot();
     if (str(s)->device != g_device) {
@@ -980,9 +973,6 @@ void __attribute__((noinline)) emu_launch(const char *name, const void *id, dim3
     auto run = [=]() mutable {
         S.launches++;
         g_launches[name]++;
-        if (g_logging)
-            g_log += std::string(name) + ' ' + std::to_string(g.x) + ' ' + std::to_string(n) +
-                     arguments + '\n';
         if (g_dry)
             return;
         Open o;
@@ -1151,7 +1141,6 @@ cudaError_t cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t st)
     boot();
     submit(st, [=] {
         Open o;
-        log_bytes("memset", n);
         if (range(d, n, false, true, "cudaMemset") && !g_dry)
             memset(d, v, n);
     });
@@ -1284,8 +1273,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int d)
     const char *capability = getenv("EMU_CAPABILITY"); // 86
     p->major = capability ? atoi(capability) / 10 : 8;
     p->minor = capability ? atoi(capability) % 10 : 6;
-    const char *multiprocessors = getenv("EMU_MULTIPROCESSORS"); // 2
-    p->multiProcessorCount = multiprocessors ? atoi(multiprocessors) : 2;
+    p->multiProcessorCount = 2;
     p->sharedMemPerBlockOptin = g_limit_kb << 10;
     return cudaSuccess;
 }
@@ -1330,7 +1318,7 @@ u64 emu_reports(char *text, size_t n)
 }
 void emu_forget(void *p, size_t n, cudaStream_t st)
 {
-    if (!n || g_dry)
+    if (!n)
         return;
     submit(st, [=] {
         Open o;
@@ -1359,14 +1347,6 @@ int emu_traffic(int i, char *name, size_t n, u64 *out)
     snprintf(name, n, "%s", it->first.c_str());
     memcpy(out, &it->second, sizeof it->second);
     return 1;
-}
-int emu_logging() { return g_logging; }
-const char *emu_log(int on)
-{
-    g_logging = on;
-    g_told.swap(g_log);
-    g_log.clear();
-    return g_told.c_str();
 }
 void emu_print_launches()
 {
@@ -1411,10 +1391,6 @@ static void gemm(bool ta, bool tb, int m, int n, int k, float al, const void *A,
 {
     S.gemms++;
     S.gemm_flops += 2.0 * m * n * k;
-    if (g_logging)
-        g_log += "gemm " + std::to_string(m) + ' ' + std::to_string(n) + ' ' + std::to_string(k) +
-                 ' ' + std::to_string(esz(at)) + ' ' + std::to_string(esz(ct)) + ' ' +
-                 std::to_string(be != 0) + '\n';
     if (g_dry)
         return;
     Open o;

@@ -9,8 +9,6 @@
 #include <cstring>
 #include <functional>
 #include <immintrin.h>
-#include <string>
-#include <type_traits>
 #define __CUDA_EMU__ 1
 #define __global__
 #define __device__
@@ -411,11 +409,6 @@ int emu_checked();                           // 1: the kernels' library is the c
 // 0 past the last kernel.
 void emu_metrics(int on);
 int emu_traffic(int i, char *name, size_t n, uint64_t out[5]);
-// From now on (1) or up to here (0) a line for each launch, product and fill of the device, also
-// where kernels are left out; what was written since the last call is returned. A launch is its
-// kernel, blocks, threads and arguments: a number, a pointer as 0 or 1, a struct as its bytes.
-const char *emu_log(int on);
-int emu_logging();
 // cuda/mutate.py: is mutant k in force; which it is to be (-1 none); was its place reached since
 int emu_mutant(int k);
 void emu_set_mutant(int k);
@@ -430,19 +423,7 @@ void emu_expect_failed(const char *what, const char *file, int line);
 #define GLM_EXPECT(condition) \
     ((condition) ? (void)0 : emu_expect_failed(#condition, __FILE__, __LINE__))
 void emu_launch(const char *, const void *, dim3, dim3, size_t, cudaStream_t, size_t argbytes,
-                std::function<void()>, const std::string &arguments);
-template <class T> static std::string emu_told(const T &x)
-{
-    if constexpr (std::is_arithmetic_v<T>)
-        return ' ' + std::to_string(x);
-    else if constexpr (std::is_pointer_v<T>)
-        return x ? " 1" : " 0";
-    std::string bytes = " ";
-    for (size_t i = 0; i < sizeof x; i++)
-        for (int half = 4; half >= 0; half -= 4)
-            bytes += "0123456789abcdef"[((const unsigned char *)&x)[i] >> half & 15];
-    return bytes;
-}
+                std::function<void()>);
 template <class... P, class... A>
 static inline void emu_launch_t(const char *n, void (*k)(P...), const void *id, dim3 g, dim3 b,
                                 size_t sm, cudaStream_t s, A... a)
@@ -452,8 +433,7 @@ static inline void emu_launch_t(const char *n, void (*k)(P...), const void *id, 
                    emu_cur->dev = 1;
                    k(a...);
                    emu_cur->dev = 0;
-               },
-               emu_logging() ? (emu_told<P>(a) + ... + std::string()) : std::string());
+               });
 }
 
 // ---------------------------------------------------------------- cuBLAS subset

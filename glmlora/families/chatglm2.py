@@ -15,7 +15,6 @@ class ChatGLM2(Rounds):
     named = re.compile(r"chatglm[-_ ]?2(?!\d)|codegeex[-_ ]?2(?!\d)")
     checkpoint = "THUDM/chatglm2-6b"
     base = re.compile(r"codegeex2-6b(-int[48])?")
-    gguf_arch = "chatglm"
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
     template_mark = "[Round"
     round_form = "[Round {}]\n\n问：{}\n\n答："

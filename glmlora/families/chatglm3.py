@@ -47,7 +47,6 @@ class ChatGLM3(Family):
     checkpoint = "THUDM/chatglm3-6b"
     base: re.Pattern[str] | None = re.compile(r"chatglm3-6b-base")
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *ROLE_TOKENS)
-    gguf_arch = "chatglm"
     in_texts = ("[gMASK]", *ROLE_TOKENS)
     chats_by_template = True
     template_mark = "<|assistant|>"
@@ -57,7 +56,6 @@ class ChatGLM3(Family):
     )
     role_tokens = shows_special_tokens = True
     end_tokens = ("<|user|>", "<|observation|>")
-    calls_tools = True
     before_content = " "  # in the template's text: the dummy space of a content encoded apart
     after_opening = ""  # what a prompt begins of the answer, behind <|assistant|>
     always_opens = False  # a template's text ends in <|assistant|> even where none is asked for
@@ -139,17 +137,6 @@ class ChatGLM3(Family):
         opens = add_generation_prompt or self.always_opens
         return text + (f"<|assistant|>{self.after_opening}" if opens else "")
 
-    def jinja_template(self) -> str:
-        after = self.after_opening.replace("\n", "\\n")
-        opening = f"{{{{ '<|assistant|>{after}' }}}}"
-        if not self.always_opens:
-            opening = f"{{%- if add_generation_prompt -%}}{opening}{{%- endif -%}}"
-        return (
-            "".join(self.prefix_tokens) + "{%- for m in messages -%}"
-            f"{{{{ '<|' ~ m['role'] ~ '|>\\n{self.before_content}' ~ m['content'] }}}}"
-            "{%- endfor -%}" + opening
-        )
-
     # Answers
 
     def asked(self, query: str, history: Any, role: str | None) -> list[Any]:
@@ -180,13 +167,6 @@ class ChatGLM3(Family):
             else:
                 answer = {"name": name, "parameters": parameters}
         return answer, history
-
-    def told_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
-        return [tool["function"] for tool in tools]
-
-    def call_text(self, parameters: Mapping[str, Any]) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
-        return f"```python\ntool_call({given})\n```"
 
     def tool_parameters(self, content: str) -> dict[str, Any] | None:
         """Arguments of the call of a tool; None where they cannot be read."""

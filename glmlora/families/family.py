@@ -70,11 +70,6 @@ class Family:
     layout_keys: tuple[str, ...] = ()
     config_keys: Mapping[str, str] = {}
     ties_head = False
-    architecture = "ChatGLMModel"  # the class that other programs open it with
-    # What llama.cpp calls the architecture, None where it has none, and in files for it the kind of
-    # vocabulary and how texts are cut.
-    gguf_arch: str | None = None
-    gguf_vocabulary = ("llama", "chatglm-spm")
 
     # Tensors. `layer` has the layer's number in place of {}; linears and norms stand below it,
     # each with .weight (and .bias where there is one); the core and adapters use these names.
@@ -115,7 +110,6 @@ class Family:
     template_mark = ""  # stands in every chat template (of tokenizer_config.json) of this form
     template_marks: tuple[str, ...] = ()  # stand, all of them, in one that `template_text` equals
     takes_tools = False  # a template has tools beside the messages
-    calls_tools = False  # messages tell of functions, which answers call
     takes_role = True  # chat(query, history, role, ..) rather than chat(query, history, ..)
     takes_past = True  # stream_chat goes on from past_key_values
     shows_end = True  # stream_chat yields the whole text once more at an end id
@@ -197,20 +191,6 @@ class Family:
             "prefix_input": self.prefix_input(config),
         }
 
-    def rope_fields(
-        self, rope_base: float, rope_divisor: float, rotary_dim: int, head_dim: int
-    ) -> dict[str, Any]:
-        """The fields of a config.json of which `arch` makes these numbers. ValueError where there
-        are none.
-        """
-        if 2 * rotary_dim != head_dim:
-            raise ValueError(f"{rotary_dim} of {head_dim} channels turn, expected the first half")
-        if rope_divisor == 1:
-            return {"rope_ratio": rope_base / 10000.0}
-        if rope_base != 10000.0:
-            raise ValueError(f"rotary base {rope_base} beside divided positions, expected 10000")
-        return {"rope_ratio": rope_divisor}
-
     # A chat
 
     def tokenizer_words(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -272,26 +252,12 @@ class Family:
         """The text of `template_ids`."""
         raise NotImplementedError
 
-    def jinja_template(self) -> str:
-        """What writes `template_text` of user, assistant and system messages in other programs, in
-        the language of jinja2: for checkpoints that have no chat template.
-        """
-        raise NotImplementedError
-
     def end_ids(self, tokenizer: Tokenizer, eos_token_ids: list[int]) -> list[int]:
         """Ids that end an answer. eos_token_ids: those of the model's config.json."""
         return [
             int(tokenizer.eos_token_id),
             *(int(tokenizer.get_command(t)) for t in self.end_tokens),
         ]
-
-    def told_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """`tools` of a system message, of functions as {"type": "function", "function": ..}."""
-        raise NotImplementedError
-
-    def call_text(self, parameters: Mapping[str, Any]) -> str:
-        """The content of a message in which the model calls a tool, named by its metadata."""
-        raise NotImplementedError
 
     def asked(self, query: str, history: Any, role: str | None) -> list[Any]:
         """A new history that ends in the question."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,6 @@ class GLM4(ChatGLM3):
         *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
     )
     byte_pairs = True
-    gguf_vocabulary = ("gpt2", "glm4")
     named_tokens = {"eos": END}
     prefix_tokens: tuple[str, ...] = ("[gMASK]", "<sop>")
     in_texts = ()
@@ -103,12 +102,6 @@ class GLM4(ChatGLM3):
             yield "system", "", tools_text(message["tools"], tokenizer.chat_template)
         if content := str(message["content"]):
             yield message["role"], message.get("metadata") or "", content
-
-    def told_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
-        return list(tools)
-
-    def call_text(self, parameters: Mapping[str, Any]) -> str:
-        return json.dumps(parameters, ensure_ascii=False)
 
     def tool_parameters(self, content: str) -> dict[str, Any] | None:
         """The content's JSON object; None for anything else."""

@@ -22,8 +22,6 @@ class GLM0414(GLM):
     checkpoint = "THUDM/GLM-4-9B-0414"
     base: re.Pattern[str] | None = re.compile(r"glm-4-32b-base-0414")
     model_type = "glm4"
-    architecture = "Glm4ForCausalLM"
-    gguf_arch = "glm4"
     tensor_names = {
         **GLM.tensor_names,
         "post_self_attn_layernorm": "post_self_attn_layernorm",

@@ -26,7 +26,7 @@ class GLMRumination(GLMZ1):
     template_marks = ("[gMASK]<sop><|system|>\n", "if message.role != 'system'", "</think>")
     after_opening = ""
     opens_thought = False
-    takes_tools = calls_tools = False
+    takes_tools = False
 
     def in_directory(self, directory: Path) -> bool:
         return super().in_directory(directory)

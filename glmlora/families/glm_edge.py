@@ -23,7 +23,6 @@ class GLMEdge(GLM):
     prefix_tokens = ()
     template_marks = ("<|system|>", "<|user|>", "<|assistant|>", "item['role'] == 'assistant'")
     always_opens = True
-    calls_tools = False
     ids = 59264  # of the model, padding with them
 
     def in_config(self, fields: Mapping[str, Any]) -> bool:

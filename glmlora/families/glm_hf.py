@@ -78,7 +78,6 @@ class GLM(GLM4):
     base: re.Pattern[str] | None = re.compile(r"glm-4-9b(-base)?-hf")
     tokenizer_class = "PreTrainedTokenizerFast"
     model_type = "glm"
-    architecture = "GlmForCausalLM"
     ties_head = True
     config_keys: Mapping[str, str] = {
         "num_hidden_layers": "num_layers",
@@ -152,13 +151,6 @@ class GLM(GLM4):
             "rope_divisor": 1.0,
             "tied_head": bool(config.tie_word_embeddings),
         }
-
-    def rope_fields(
-        self, rope_base: float, rope_divisor: float, rotary_dim: int, head_dim: int
-    ) -> dict[str, Any]:
-        if rope_divisor != 1:
-            raise ValueError(f"positions are divided by {rope_divisor}, expected 1")
-        return {"rope_theta": rope_base, "partial_rotary_factor": rotary_dim / head_dim}
 
     def message_ids(
         self, tokenizer: Tokenizer, role: str, metadata: str, content: str

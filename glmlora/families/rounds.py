@@ -73,19 +73,6 @@ class Rounds(Family):
             return text
         return text.removesuffix(self.answer_mark)
 
-    def jinja_template(self) -> str:
-        question = self.round_form.format("' ~ ns.round ~ '", "' ~ ns.system ~ m['content'] ~ '")
-        question, after = (text.replace("\n", "\\n") for text in (question, self.after_answer))
-        return (
-            "".join(self.prefix_tokens)
-            + f"{{%- set ns = namespace(round={self.first_round - 1}, system='') -%}}"
-            "{%- for m in messages -%}{%- if m['role'] == 'system' -%}"
-            "{%- set ns.system = ns.system ~ m['content'] -%}"
-            "{%- elif m['role'] == 'user' -%}{%- set ns.round = ns.round + 1 -%}"
-            f"{{{{ '{question}' }}}}{{%- set ns.system = '' -%}}"
-            f"{{%- else -%}}{{{{ m['content'] ~ '{after}' }}}}{{%- endif -%}}{{%- endfor -%}}"
-        )
-
     def chat_ids(self, tokenizer: Tokenizer, query: str, history: Any, role: str) -> list[int]:
         self._only_user(role)
         return tokenizer.as_prompt(tokenizer.text_ids(self.prompt_text(query, history)))

@@ -34,11 +34,6 @@ class _Vendored(Family):
             return default().chat_ids(tokenizer, query, history, role)
         return default().template_ids(tokenizer, messages, add_generation_prompt=True)
 
-    def template_ids(
-        self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool
-    ) -> list[int]:
-        return default().template_ids(tokenizer, messages, add_generation_prompt)
-
     def stream_ids(self, tokenizer: Tokenizer, query: str, number: int, role: str) -> list[int]:
         if _are_messages(self.asked(query, [], role)):  # two of which are a round
             number = (number + 1) // 2

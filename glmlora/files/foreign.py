@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 INSTEAD = "get the model's own weights, in safetensors or pytorch_model.bin form"
-IMPORT = "`glmlora import FILE.gguf DIRECTORY` makes a model directory of it"
 UNQUANTIZED = (
     "this package reads float weights and its publisher's own int4 and int8 files; get the "
     "unquantized model (float16 or bfloat16), which load_in_4bit=True, load_in_8bit=True or "
@@ -30,7 +29,7 @@ _FIRST_BYTES = (
 _FILES = (  # a pattern of names, what such files are, what to do
     (r"adapter_model\.(safetensors|bin)", "an adapter (LoRA)", "load its base model, then "
      "PeftModel.from_pretrained(base, directory)"),
-    (r".+\.gguf", "GGUF weights of llama.cpp", IMPORT),
+    (r".+\.gguf", "GGUF weights of llama.cpp", INSTEAD),
     (r".*ggml.*\.bin", "GGML weights", INSTEAD),
     (r"(pytorch_model|model)-\d+-of-\d+\.(bin|safetensors)", "shards without their index",
      "download the .index.json file that belongs to them"),
@@ -76,8 +75,7 @@ def file_kind(head: bytes) -> str | None:
 def not_weights(head: bytes) -> str | None:
     """The end of an error message about such a file."""
     kind = file_kind(head)
-    instead = IMPORT if head.startswith(b"GGUF") else INSTEAD
-    return f"is {kind}, which is not read: {instead}" if kind else None
+    return f"is {kind}, which is not read: {INSTEAD}" if kind else None
 
 
 def folder_kind(directory: Path) -> str:

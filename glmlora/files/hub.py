@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ..names import did_you_mean
-from .foreign import IMPORT
 
 
 class DownloadKeywords(TypedDict, total=False):
@@ -47,10 +46,9 @@ def model_directory(path: str | os.PathLike, subfolder: str = "") -> Path:
         return directory
     given = os.fspath(directory if subfolder else path)
     if directory.exists():
-        how = f"; {IMPORT}" if directory.suffix == ".gguf" else ""
         raise NotADirectoryError(
             f"{given!r}: is a file, expected the directory of a model (config.json, weights, "
-            f"tokenizer){how}"
+            "tokenizer)"
         )
     name = str(directory)
     if name.startswith("~") and Path(name).expanduser().is_dir():

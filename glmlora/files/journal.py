@@ -20,14 +20,14 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .._core import Descriptor
 from .owner import may_live, named_process, this_process
-from .regular import check_regular, read_bytes, regular
+from .regular import check_regular, regular
 from .staging import same_file, sync_directory
 
 FORMAT = 1
@@ -64,6 +64,8 @@ class Journal:
         self._removed = False
         if self.path is None:
             return
+        # As it is read back: tuples are lists there.
+        job = json.loads(json.dumps(dict(job)))
         self._file, data = _take(self.path)
         try:
             found = self._go_on(data, job, anew)
@@ -82,7 +84,8 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         if not whole and data.startswith(_BEGIN[: len(data)]):  # killed in its first line
             return False
-        wrong, self.seed, results = _read(whole, job, self.seed)
+        lines = list(_lines(whole))
+        wrong = _what_differs(lines[0] if lines else None, job)
         if wrong and anew:
             self.replaced = wrong
             return False
@@ -90,13 +93,16 @@ class Journal:
             raise ValueError(
                 f"{self.path}: {wrong}; move it away, or pass --overwrite to begin anew"
             )
-        self.results.update(results)
+        self.seed = lines[0]["seed"]  # type: ignore[index]
+        for line in lines[1:]:
+            if line is not None and type(line.get("row")) is int and "result" in line:
+                self.results[line["row"]] = line["result"]
         os.ftruncate(self._file.fileno(), len(whole))
         return True
 
-    def missing(self, rows: Iterable[int]) -> list[int]:
-        """The numbers among `rows` without a result, in their order."""
-        return [row for row in rows if row not in self.results]
+    def missing(self, rows: int) -> list[int]:
+        """The numbers below `rows` without a result, rising."""
+        return [row for row in range(rows) if row not in self.results]
 
     def add(self, row: int, result: Any) -> None:
         """Keep a row's result, which JSON can hold. OSError naming the file, e.g. for a full disk:
@@ -145,39 +151,6 @@ class Journal:
                 self._sync()
         finally:
             self._file.close()
-
-
-def read_results(
-    path: str | os.PathLike, job: Mapping[str, Any]
-) -> tuple[int, dict[int, Any], str]:
-    """(seed, results by row, the process that may still write it, or "") of the journal in a file,
-    which may grow meanwhile. Raises ValueError naming the parts of the job that differ, or the file
-    that is no journal; OSError as open() does.
-    """
-    data = read_bytes(os.fspath(path))
-    wrong, seed, results = _read(data[: data.rfind(b"\n") + 1], job, 0)
-    if wrong:
-        raise ValueError(f"{os.fspath(path)}: {wrong}")
-    writer = _last_process(data)
-    living = writer is not None and may_live(writer)
-    return seed, results, named_process(writer) if living else ""
-
-
-def _read(whole: bytes, job: Mapping[str, Any], seed: int) -> tuple[str, int, dict[int, Any]]:
-    """(what keeps the job from going on there or "", the seed, the results) of whole lines. seed:
-    where the journal is of no use.
-    """
-    lines = list(_lines(whole))
-    first = lines[0] if lines else None
-    wrong = _what_differs(first, json.loads(json.dumps(dict(job))))
-    if wrong or first is None:
-        return wrong, seed, {}
-    results = {
-        line["row"]: line["result"]
-        for line in lines[1:]
-        if line is not None and type(line.get("row")) is int and "result" in line
-    }
-    return "", first["seed"], results
 
 
 def _take(path: str) -> tuple[Descriptor, bytes]:
@@ -240,17 +213,14 @@ def _what_differs(first: Mapping[str, Any] | None, job: Mapping[str, Any]) -> st
         return f"is a journal of format {first['journal']!r}, expected {FORMAT}"
     if not isinstance(first.get("job"), dict) or type(first.get("seed")) is not int:
         return "its first line does not say what the job is"
-    found = differences(first["job"], job)
-    return f"is the journal of another job: {found}" if found else ""
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The parts in which two jobs differ, both as JSON has them; "" for none."""
-    return "; ".join(
-        _difference(name, there.get(name), here.get(name))
-        for name in dict.fromkeys([*here, *there])
-        if there.get(name) != here.get(name)
-    )
+    parts = [
+        _difference(name, first["job"].get(name), job.get(name))
+        for name in dict.fromkeys([*job, *first["job"]])
+        if first["job"].get(name) != job.get(name)
+    ]
+    if not parts:
+        return ""
+    return f"is the journal of another job: {'; '.join(parts)}"
 
 
 def _difference(name: str, there: Any, here: Any) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from .foreign import IMPORT
 from .hub import DownloadKeywords
 
 # Settings of transformers' tokenizers that there are not here, and the values that change nothing.
@@ -81,5 +80,5 @@ REASONS = {
     **dict.fromkeys(NOT_HERE, "has no effect on this tokenizer"),
     **dict.fromkeys(("eos_token", "bos_token", "unk_token"), "the vocabulary has it"),
     "chat_template": "apply_chat_template(chat_template=..) takes another",
-    "gguf_file": f"GGUF files are not read here: {IMPORT}",
+    "gguf_file": "GGUF files are not read: get the model's own tokenizer.model",
 }

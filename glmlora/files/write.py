@@ -6,10 +6,8 @@ reader sees the old file or the new one, never half of one.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,15 +99,6 @@ def check_new_directory(path: str | os.PathLike) -> None:
         raise FileExistsError(f"{path} is a file, expected a new directory")
     if os.path.exists(path) and os.listdir(path):
         raise FileExistsError(f"{path} exists and is not empty, expected a new directory")
-
-
-def check_room(target: Path, needed: int) -> None:
-    """OSError (ENOSPC) where the disk of a new file or directory has less room than that."""
-    place = next(p for p in (target, *target.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        what = f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-        raise OSError(errno.ENOSPC, what, os.fspath(target))
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

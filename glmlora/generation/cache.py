@@ -19,7 +19,6 @@ from .config import GenerationConfig
 
 CHUNK = 1024  # tokens fed at a time: bounds the memory of a long prompt
 CAPACITY_STEP = 256  # positions by which caches are sized
-COPIED = 32  # ids that another row must have more of a prompt's beginning to be copied from
 
 
 class ModelConfig(Protocol):
@@ -66,15 +65,7 @@ class CachedRow:
     fed in one call, kept whole or not at all, and there is no opening.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        rows: int,
-        capacity: int,
-        opening: Sequence[int] = (),
-        adapter: int = 0,
-    ):
-        """adapter: of all rows, a number of the core's (`keep_lora`); 0: none."""
+    def __init__(self, model: Model, rows: int, capacity: int, opening: Sequence[int] = ()):
         self.model = model
         self.opening = len(opening)
         context = model.config.context
@@ -85,9 +76,6 @@ class CachedRow:
         self._places = [0], np.zeros(1, np.int32)  # the rows of the last step, for the core
         shared = np.asarray(opening, np.int32)
         self.cache = model.core.cache(rows, self._capacity(capacity), shared.size)
-        self.adapters = [adapter] * rows
-        if adapter:
-            self.cache.adapt(-1, adapter)
         for start in range(0, shared.size, CHUNK):
             model.core.extend_shared(self.cache, shared[start : start + CHUNK])
 
@@ -120,46 +108,21 @@ class CachedRow:
         if self.cache.capacity < needed:
             self.cache.grow(self._capacity(needed))
 
-    def shares(self, row: int, ids: Sequence[int], adapter: int = 0) -> int:
-        """How many of the first of `ids` the cache holds of a row, as they are with an adapter."""
-        old, most = self.ids[row], min(self.held[row], len(ids))
-        if self.adapters[row] != adapter:
-            return self.opening
-        shared = self.opening
+    def become(self, row: int, ids: Sequence[int]) -> None:
+        """Make `ids` the row's, keeping what the cache holds of the beginning they share."""
+        old, held = self.ids[row], self.held[row]
+        shared, most = self.opening, min(held, len(ids))
         while shared < most and old[shared] == ids[shared]:
             shared += 1
-        return shared
-
-    def best(self, rows: Sequence[int], ids: Sequence[int], adapter: int = 0) -> int:
-        """Of some rows the one that holds most of the beginning of `ids`, the first of equals."""
-        return max(rows, key=lambda row: self.shares(row, ids, adapter))
-
-    def become(self, row: int, ids: Sequence[int], adapter: int = 0) -> int:
-        """Make `ids` the row's, keeping what the cache holds of the beginning they share, or
-        another row's where that holds much more. Returns how many ids it then holds.
-        """
-        shared = self.shares(row, ids, adapter)
-        if shared < self.held[row]:
+        if shared < held:
             self._hold(row, shared)
-        if self.adapters[row] != adapter:
-            self._hold(row, self.opening)
-            self.cache.adapt(row, adapter)
-            self.adapters[row] = adapter
-        if self._context_end is None and len(self.ids) > 1 and len(ids) - shared > COPIED:
-            other = self.best(range(len(self.ids)), ids, adapter)
-            there = self.shares(other, ids, adapter)
-            if there - shared >= COPIED:
-                self.cache.copy(other, row, there - self.opening)
-                self.held[row] = shared = there
         self.ids[row] = list(ids)
-        return self.held[row]
 
     def fork(self, parents: Sequence[int]) -> None:
         """Row i becomes a copy of what row parents[i] was."""
         self.cache.reorder(list(parents))
         self.ids = [list(self.ids[p]) for p in parents]
         self.held = [self.held[p] for p in parents]
-        self.adapters = [self.adapters[p] for p in parents]
 
     def extend(self, rows: Sequence[int], choose: Choose | None = None) -> np.ndarray:
         """Feed what the cache lacks of each row; scores float32 (len(rows), V) of each row's next
@@ -203,22 +166,6 @@ class CachedRow:
                     found[i] = of_row
                     waiting.remove(i)
         return found
-
-    def lacks(self, row: int) -> int:
-        """How many ids of a row the cache lacks."""
-        return len(self.ids[row]) - self.held[row]
-
-    def next_piece(self, row: int) -> tuple[int, bool]:
-        """(ids of the next piece of what the cache lacks of a row, whether it is the last)."""
-        piece, lacks = len(self._piece(row)), max(self.lacks(row), 1)
-        return min(max(piece, 1), CHUNK), piece >= lacks or lacks == 1
-
-    def feed_piece(self, row: int) -> None:
-        """Feed that piece."""
-        piece = self._piece(row)
-        ids, lengths = np.array(piece, np.int32), np.array([len(piece)], np.int32)
-        self._feed([0], [row], ids, lengths, lambda places: None)
-        self.held[row] += len(piece)
 
     def _piece(self, row: int) -> list[int]:
         """The next ids of a row that the cache lacks, up to the next multiple of CHUNK."""

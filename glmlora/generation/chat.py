@@ -193,14 +193,6 @@ def _settings(
     return g
 
 
-def answer_settings(model: Any, tokenizer: Any, fields: dict[str, Any]) -> GenerationConfig:
-    """Settings of one answer as `chat` has them where nobody says otherwise, but for `fields`.
-    model: its config, generation_config and prompt_template are read.
-    """
-    usual = {**DEFAULTS, **chat_family(model, tokenizer).chat_defaults}
-    return _settings(model, tokenizer, {**usual, **fields})
-
-
 def _check_query(query: Any) -> None:
     if not isinstance(query, str):
         raise TypeError(f"query: expected text, got {type(query).__name__}")

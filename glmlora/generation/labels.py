@@ -202,11 +202,8 @@ def score_ids(
     prompts: Sequence[Sequence[int] | np.ndarray],
     answers: Sequence[Sequence[int]],
     at_once: int = AT_ONCE,
-    adapter: int = 0,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """As `score_rows`, of ids. Equal prompts are computed once, and so is what all begin with.
-    adapter: see `CachedRow`.
-    """
+    """As `score_rows`, of ids. Equal prompts are computed once, and so is what all begin with."""
     if not isinstance(at_once, int) or at_once < 1:
         raise ValueError(f"at_once: expected a whole number from 1, got {at_once!r:.80}")
     tree, longest = _tree(answers), max(map(len, answers))
@@ -222,7 +219,7 @@ def score_ids(
     shared = shared_length(model, [*map(_ids, extremes)]) if len(different) > 1 else 0
     room = max(map(len, different)) // 4 - shared + longest
     places = places_for(model, room, min(at_once, len(different)))
-    rows = CachedRow(model, places, room, _ids(different[0])[:shared], adapter)
+    rows = CachedRow(model, places, room, _ids(different[0])[:shared])
     for first in range(0, len(different), places):
         together = different[first : first + places]
         ends = _walk(rows, [*map(_ids, together)], tree)
@@ -242,7 +239,7 @@ def _walk(
     """Of each end of the tree the log-probabilities float64 (len(prompts)) of what leads there."""
     places = list(range(len(prompts)))
     for place, prompt in zip(places, prompts, strict=True):
-        rows.become(place, prompt, rows.adapters[place])
+        rows.become(place, prompt)
     found: dict[tuple[int, ...], np.ndarray] = {}
     waiting: list[tuple[Tree, tuple[int, ...], np.ndarray]] = [(tree, (), np.zeros(len(prompts)))]
     while waiting:

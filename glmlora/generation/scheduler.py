@@ -2,8 +2,7 @@
 lack, in one call of the core, and gives each of them its next token.
 
 A chat is a scheduler with one row whose events are streamed; a batch has more requests than rows;
-beams look at the scores and fork the rows; a server's requests come and go while others run, each
-with settings of its own. No request's tokens depend on what runs beside it.
+beams look at the scores and fork the rows. No request's tokens depend on what runs beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import numpy as np
 
 from .. import _core
 from ..seeds import next_key, seed_of
-from .cache import CHUNK as PIECE
 from .cache import CachedRow, Model
 from .config import GenerationConfig
 from .processors import Row, changes_of, checked_processors
@@ -30,24 +28,12 @@ ROOM = (256, 1024, 4096, 16384, 65536)
 class Request:
     """A prompt, and how it goes on: `ids` are the prompt's and, behind them, the new ones."""
 
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        limit: int,
-        draw: tuple[int, int],
-        number: int = 0,
-        change: Scores | None = None,
-        adapter: int = 0,
-    ):
+    def __init__(self, prompt: Sequence[int], limit: int, draw: tuple[int, int], number: int = 0):
         self.ids = prompt if isinstance(prompt, list) else list(prompt)
         self.start = len(self.ids)
         self.end = self.start + limit  # how many ids there may be
         self.draw = draw  # (seed, stream) of its random numbers
         self.number = number  # of the prompt, for functions that ask
-        self.change = change  # in place of the scheduler's
-        self.adapter = adapter  # of the core, 0: none beside the model's own
-        self.turn = 0  # how many had a row before it
-        self.reused = 0  # ids of the prompt that a cache held already
         self.scores: list[np.ndarray] = []  # float32 (V) of each new token, where they are kept:
         self.logits: list[np.ndarray] = []  # after, and before all changes
         self.row = -1  # of the cache; from then on `ids` is that row's list
@@ -104,14 +90,6 @@ class Scores:
         self.keeps = bool(g.output_scores or g.output_logits)
         cuts = g.samples and bool(g.min_p)
         self.in_core = not (functions or self.keeps or cuts)  # the core can choose
-        self.ends = frozenset(self.eos)
-        self._how = (g.samples, g.temperature, g.top_k, g.top_p, self.eos if self.adjusts else None)
-        self._how += (g.repetition_penalty, g.no_repeat_ngram_size, g.min_length)
-
-    def alike(self, other: Scores) -> bool:
-        """Whether the core can choose for rows of both in one call."""
-        same = self.greedy if other.greedy else self._how == other._how
-        return self is other or (self.in_core and other.in_core and same)
 
     def choice(self, requests: Sequence[Request]) -> dict[str, Any]:
         """What tells the core to choose the next tokens where the scores are."""
@@ -226,22 +204,19 @@ def by_doubling(rows: CachedRow, running: Sequence[Request]) -> int:
 class Scheduler:
     """Runs requests in the rows of a cache; a row whose request has ended goes to the next one.
 
-    All prompts begin with the rows' opening. `running` is in the order of the rows. in_pieces: a
-    long prompt is fed a piece a step, while other requests get their tokens.
+    All prompts begin with the rows' opening. `running` is in the order of the rows.
     """
 
-    def __init__(
-        self, rows: CachedRow, change: Scores, grow: Growth = by_counts, in_pieces: bool = False
-    ):
+    def __init__(self, rows: CachedRow, change: Scores, grow: Growth = by_counts):
         self.rows = rows
         self.change = change
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
+        self._taken: list[int] = []  # rows of those that run
         self._free = list(range(len(rows.ids)))
+        self._ends = frozenset(change.eos)
         self._grow = grow
-        self._in_pieces = in_pieces
         self._left = 0  # steps for which the cache has room
-        self._turns = 0
 
     def submit(
         self,
@@ -249,77 +224,55 @@ class Scheduler:
         limit: int,
         draw: tuple[int, int] = (0, 0),
         number: int = 0,
-        change: Scores | None = None,
-        adapter: int = 0,
     ) -> Request:
         """Let a prompt wait for a row. limit: new ids allowed; draw: the (seed, stream) of its
-        random numbers; number: of the prompt; change: in place of the scheduler's; adapter: of the
-        core.
+        random numbers; number: of the prompt.
         """
-        request = Request(prompt, limit, draw, number, change or self.change, adapter)
+        request = Request(prompt, limit, draw, number)
         self.waiting.append(request)
         return request
 
-    @property
-    def free(self) -> int:
-        """Rows that a new request could have at once."""
-        return len(self._free) - len(self.waiting)
-
-    def cancel(self, request: Request) -> None:
-        """Let a request go, whether it waits or runs; nothing where it has ended."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-        elif request in self.running:
-            self._free.append(request.row)
-            self.running.remove(request)
-
     def step(self, scores: np.ndarray | None = None) -> list[Event]:
-        """The next token of every running request, in the order of rows; [] when all have ended,
-        or, in pieces, while only prompts were fed.
+        """The next token of every running request, in the order of rows; [] when all have ended.
 
         scores (rows, V): of these tokens, where they are known already.
         """
         if self.waiting and self._free:
             self._fill()
-        ready = self._fed_whole() if self._in_pieces else self.running
-        if not ready:
+        if not self.running:
             return []
-        first = ready[0].change or self.change
-        together = all(first.alike(r.change or self.change) for r in ready)
-        if scores is None and together and first.in_core:  # the scores stay in the core
-            return self.take(self._feed(ready, self._choice(first, ready)).tolist(), ready)
+        if scores is None and self.change.in_core:  # the scores stay in the core
+            return self.take(self._feed(self._choice).tolist())
         if scores is None:
-            scores = self._feed(ready)
-        picked = zip(scores, ready, strict=True)
-        return self.take([(r.change or self.change).pick(s, r) for s, r in picked], ready)
+            scores = self._feed()
+        return self.take([*map(self.change.pick, scores, self.running)])
 
     def run(self) -> Iterator[Event]:
         """Every step's events, until all requests have ended."""
-        while (events := self.step()) or self.running:
+        while events := self.step():
             yield from events
 
     def scores(self) -> np.ndarray:
         """In place of a step: the scores float32 (rows, V) that it would choose from."""
         if self.waiting and self._free:
             self._fill()
-        return self._feed(self.running)
+        return self._feed()
 
-    def take(self, tokens: Sequence[int], of: Sequence[Request] | None = None) -> list[Event]:
-        """Give requests, all that run or those of `of`, their next tokens."""
-        events, ended = [], False
-        for request, token in zip(self.running if of is None else of, tokens, strict=True):
-            ids, change = request.ids, request.change or self.change
+    def take(self, tokens: Sequence[int]) -> list[Event]:
+        """Give every running request its next token."""
+        ends, events, ended = self._ends, [], False
+        for request, token in zip(self.running, tokens, strict=True):
+            ids = request.ids
             ids.append(token)
             finished = (
-                token in change.ends or len(ids) == request.end or change.stops(ids, request.scores)
+                token in ends or len(ids) == request.end or self.change.stops(ids, request.scores)
             )
             if finished:
                 ended = True
             events.append(Event(request, token, finished))
         if ended:
-            gone = {e.request for e in events if e.finished}
             self._free += [e.request.row for e in events if e.finished]
-            self.running = [r for r in self.running if r not in gone]
+            self._run([e.request for e in events if not e.finished])
         return events
 
     def fork(self, parents: Sequence[int]) -> None:
@@ -330,62 +283,36 @@ class Scheduler:
         forks = []
         for row, (parent, ids) in enumerate(zip(parents, self.rows.ids, strict=True)):
             old = self.running[parent]
-            fork = Request(ids, 0, (old.draw[0], row), old.number, old.change, old.adapter)
+            fork = Request(ids, 0, (old.draw[0], row), old.number)
             fork.start, fork.end, fork.row = old.start, old.end, row
             forks.append(fork)
         self._free = []
-        self.running = forks
+        self._run(forks)
+
+    def _run(self, requests: list[Request]) -> None:
+        self.running, self._taken = requests, [r.row for r in requests]
 
     def _fill(self) -> None:
-        """Waiting requests take the free rows: each the one that holds most of its beginning."""
+        """Waiting requests take the free rows."""
         placed = list(self.running)
         while self._free and self.waiting:
-            request = self.waiting.popleft()
-            row = self.rows.best(self._free, request.ids, request.adapter)
-            self._free.remove(row)
-            held = self.rows.become(row, request.ids, request.adapter)
-            request.reused = min(held, request.start - 1)
+            request, row = self.waiting.popleft(), self._free.pop(0)
+            self.rows.become(row, request.ids)
             request.ids, request.row = self.rows.ids[row], row
-            request.turn = self._turns = self._turns + 1
             placed.append(request)
-        self.running = sorted(placed, key=lambda r: r.row)
+        self._run(sorted(placed, key=lambda r: r.row))
         self._left = 0
 
-    def _fed_whole(self) -> list[Request]:
-        """The running requests that get a token: those whose prompts are fed, and of the others, in
-        the order in which they came, those that a piece in all is enough for. A longer one is fed
-        that piece.
-        """
-        fed = {r for r in self.running if self.rows.lacks(r.row) == 1}
-        room, ready = PIECE, set(fed)
-        for request in sorted(set(self.running) - fed, key=lambda r: r.turn):
-            piece, whole = self.rows.next_piece(request.row)
-            if piece > room:
-                break
-            room -= piece
-            if whole:
-                ready.add(request)
-            else:
-                self._make_room()
-                self.rows.feed_piece(request.row)
-        return [r for r in self.running if r in ready]
-
-    def _make_room(self) -> None:
+    def _feed(self, choose: Callable[..., Any] | None = None) -> np.ndarray:
         if self._left == 0:
             self._left = self._grow(self.rows, self.running)
-
-    def _feed(self, of: Sequence[Request], choose: Callable[..., Any] | None = None) -> np.ndarray:
-        self._make_room()
         self._left -= 1
-        return self.rows.extend([r.row for r in of], choose)
+        return self.rows.extend(self._taken, choose)
 
-    def _choice(self, change: Scores, of: Sequence[Request]) -> Callable[..., Any]:
-        """What tells the core how to choose for rows of requests that are alike."""
-
-        def choose(places: Sequence[int]) -> dict[str, Any] | None:
-            return None if change.greedy else change.choice([of[i] for i in places])
-
-        return choose
+    def _choice(self, places: Sequence[int]) -> dict[str, Any] | None:
+        if self.change.greedy:
+            return None
+        return self.change.choice([self.running[i] for i in places])
 
 
 def limits_of(model: Model, lengths: Sequence[int], g: GenerationConfig) -> list[int]:

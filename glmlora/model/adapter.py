@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .. import _core, tell
+from .. import tell
 from ..families.recognition import check_adapter
 from ..files.checkpoint import read_weights, write_json, write_safetensors, write_torch
 from ..files.staging import staged
@@ -23,7 +23,7 @@ from ..task import Task, check_asked, task_in, write_task
 from .adapter_config import ALL_LINEAR, CONFIG, LoraConfig
 from .adapter_config import PrefixTuningConfig as PrefixTuningConfig
 from .adapter_config import TaskType as TaskType
-from .initial import MAGNITUDE, PARTS, beneath_adapter, fresh_tensors, mutates, parts_of, row_norms
+from .initial import MAGNITUDE, beneath_adapter, fresh_tensors, mutates, parts_of, row_norms
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
     PEFT_PREFIX,
@@ -94,13 +94,6 @@ class Adapter:
         """Set the tensors to those of `state`."""
         self.tensors = {n: arrays[self.file_names(n)[0]] for n in self.names()}
 
-    def attach(self, core: _core.Model) -> None:
-        """Let a core compute with it, but for what is saved whole."""
-        for module, (_, scale) in self.targets.items():
-            A, B, *more = [self.tensors.get(f"{module}.{part}") for part in PARTS]
-            assert A is not None and B is not None
-            core.add_lora(module, A, B, scale, float(self.config.lora_dropout), *more)
-
     def replaced(self) -> dict[str, Tensor]:
         """The base weights that are other ones while it is attached."""
         return self.beneath | {n: Tensor(self.tensors[n]) for n in self.saved}
@@ -137,30 +130,6 @@ def checked_merge(model: ChatGLMForConditionalGeneration, adapters: Sequence[Ada
             raise ValueError(
                 f"safe_merge: {name} would hold values that are not finite; nothing is merged"
             )
-
-
-def merged(
-    model: ChatGLMForConditionalGeneration, adapter: Adapter, module: str
-) -> dict[str, Tensor]:
-    """{name: tensor} of a linear's weight (and bias, with lora_bias) with an adapter merged: the
-    numbers that `merge_and_unload` makes, in float32. The model is as it was at the end. The
-    adapter's weights are in place of the base's, its A and B are not attached.
-    """
-    ends = ("weight", "bias") if adapter.config.lora_bias else ("weight",)
-    names = [weight_of(model.config, module), *(f"{module}.{end}" for end in ends[1:])]
-    before = {name: model._stored[name] for name in names}
-    scale = adapter.targets[module][1]
-    A, B, *more = (adapter.tensors.get(f"{module}.{part}") for part in PARTS)
-    try:
-        model.core.add_lora(module, A, B, scale, 0.0, *more)
-        model.core.enable_lora(True)
-        model.core.merge_lora()
-        model.weights_changed(names)
-        return {name: Tensor(model.core.read(name)) for name in names}
-    finally:
-        model.core.remove_lora()
-        for name, tensor in before.items():
-            model._bind(name, tensor)
 
 
 # Adapter files

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from ..files.foreign import IMPORT
 from ..files.hub import DownloadKeywords
 
 
@@ -140,7 +139,7 @@ CONFIG_REASONS = {
     "return_dict": "is an argument of the call: model(..., return_dict=False)",
     "output_attentions": "attention weights are never held as a whole here",
     "output_hidden_states": "is an argument of the call: model(..., output_hidden_states=True)",
-    "gguf_file": f"GGUF files are not read here: {IMPORT}",
+    "gguf_file": "GGUF files are not read: get the model's own weights",
 }
 MODEL_REASONS = {
     "quantization_config": "is not supported; load_in_8bit=True or load_in_4bit=True quantize on "

@@ -40,6 +40,7 @@ from .adapter_config import (
 from .configuration import ChatGLMConfig
 from .converted import converted
 from .device import Device
+from .initial import PARTS
 from .keywords import NOT_IN_WRAPPER
 from .modeling import ChatGLMForConditionalGeneration
 from .parameters import (
@@ -370,7 +371,10 @@ class PeftModel:
         base.core.remove_lora()
         replace(base, adapter.replaced())
         self._aside = {}
-        adapter.attach(base.core)
+        for module, (_, scale) in adapter.targets.items():
+            parts = [adapter.tensors.get(f"{module}.{part}") for part in PARTS]
+            A, B, *more = parts
+            base.core.add_lora(module, A, B, scale, float(adapter.config.lora_dropout), *more)
         base.core.enable_lora(True)
         base.active_adapter_name = self._active = name
         base.prompt_template, base.task = adapter.template or self._base_template, adapter.task

@@ -18,6 +18,7 @@ from ..generation.generate import ROWS
 from ..generation.labels import AT_ONCE, Classification, check_labels, score_rows
 from ..seeds import seed_of
 from ..task import Task
+from ..templates import columns_of
 
 TOLD = 5  # bad rows that are named
 
@@ -165,7 +166,7 @@ def _range(between: Sequence[int], name: str) -> tuple[int, int]:
 def answers(
     model: Any,
     tokenizer: Any,
-    prompts: Mapping[int, str] | Sequence[str],
+    prompts: Sequence[str],
     journal: Journal,
     rows: Sequence[int],
     **sampling: Any,
@@ -184,11 +185,7 @@ def answers(
 
 
 def label_scores(
-    model: Any,
-    tokenizer: Any,
-    prompts: Mapping[int, str] | Sequence[str],
-    asked: Asked,
-    rows: Sequence[int],
+    model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked, rows: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """As `answers`, but the most probable of the labels is the answer, or the one that the
     threshold says, and "proba" has the probability of each: see `classify`.
@@ -206,14 +203,12 @@ def label_scores(
 
 def classified(
     classify: Callable[[list[dict[str, Any]]], np.ndarray],
-    rows: Mapping[int, Mapping[str, Any]],
-    columns: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
     asked: Asked,
+    numbers: Sequence[int],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `label_scores`, by a function of some rows that gives probabilities (rows, labels). rows:
-    by their numbers; columns: of the table that they are a part of.
-    """
-    numbers = list(rows)
+    """As `label_scores`, by a function of some rows that gives probabilities (rows, labels)."""
+    columns = columns_of(rows)
     for first in range(0, len(numbers), AT_ONCE):
         some = numbers[first : first + AT_ONCE]
         found = classify([{name: rows[row].get(name) for name in columns} for row in some])

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -96,19 +96,14 @@ def describe_job(
     """What answers depend on, for a `Journal`. model: as `describe_folders` or `describe_model`
     give it; settings: told by name. The form of the output is none of it: one journal gives any.
     """
+    table = json.dumps(rows, default=_plain).encode()
     return {
         **model,
         "template": template,
         "task": None if task is None else task.decisive(),
-        "table": table_digest(rows),
+        "table": {"rows": len(rows), "content": digest(table)},
         "settings": dict(settings),
     }
-
-
-def table_digest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many rows a table has, and a sum of what is in them."""
-    table = json.dumps(rows, default=_plain).encode()
-    return {"rows": len(rows), "content": digest(table)}
 
 
 def open_journal(
@@ -123,7 +118,7 @@ def open_journal(
     if output is None:
         return Journal(None, job, seed)
     journal = Journal(journal_path(output), job, seed, anew=overwrite)
-    if journal.missing(range(rows)) and os.path.exists(output) and not overwrite:
+    if journal.missing(rows) and os.path.exists(output) and not overwrite:
         with journal:
             raise already_there(output)
     if journal.replaced:
@@ -135,17 +130,15 @@ def open_journal(
 
 
 def run_job(
-    journal: Journal,
-    rows: Sequence[int],
-    compute: Callable[[list[int]], Iterable[tuple[int, Any]]],
+    journal: Journal, rows: int, compute: Callable[[list[int]], Iterable[tuple[int, Any]]]
 ) -> list[Any]:
-    """The results of the rows with these numbers, in their order: those in the journal, and those
-    that `compute` yields as (row, result JSON can hold), in any order, for the rows it is given,
-    which are added as they come. A progress bar on a terminal; what stops this is told where the
-    results so far are. RuntimeError for a row that has none in the end.
+    """The results of `rows` rows, in their order: those in the journal, and those that `compute`
+    yields as (row, result JSON can hold), in any order, for the rows it is given, which are added
+    as they come. A progress bar on a terminal; what stops this is told where the results so far
+    are. RuntimeError for a row that has none in the end.
     """
     missing = journal.missing(rows)
-    count = {"total": len(rows), "initial": len(rows) - len(missing)}
+    count = {"total": rows, "initial": rows - len(missing)}
     try:
         if missing:
             ready = compute(missing)  # a model that it loads is no time of rows
@@ -156,111 +149,61 @@ def run_job(
     except BaseException:
         if journal.path is not None and journal.results:
             print(
-                f"{len(journal.results)} of {len(rows)} rows are kept in {journal.path}: "
-                "the same job goes on from there",
+                f"{len(journal.results)} of {rows} rows are kept in {journal.path}: the same job "
+                "goes on from there",
                 file=sys.stderr,
             )
         raise
     if missing := journal.missing(rows):
         raise RuntimeError(f"no result came for {len(missing)} rows, the first is {missing[0]}")
-    return [journal.results[row] for row in rows]
-
-
-class Answering:
-    """What answers rows of a table, a part of it at a time.
-
-    columns: those of the whole table. load: gives the model and its tokenizer, when the first row
-    is asked. classify: in place of the model, gives the probabilities of the labels, float64 (rows,
-    labels), of some rows.
-    """
-
-    def __init__(
-        self,
-        asked: Asked,
-        columns: list[str],
-        load: Callable[[], tuple[Any, Any]],
-        classify: Callable[[list[dict[str, Any]]], np.ndarray] | None = None,
-    ):
-        self._asked, self._columns = asked, columns
-        self._load, self._classify = load, classify
-        self._loaded: tuple[Any, Any] | None = None
-
-    def __call__(
-        self, rows: Mapping[int, dict[str, Any]], journal: Journal
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number, result) of the rows, by their numbers in the table, as they are ready."""
-        asked = self._asked
-        if self._classify is not None:
-            return classified(self._classify, rows, self._columns, asked)
-        if self._loaded is None:
-            self._loaded = self._load()
-        model, tokenizer = self._loaded
-        form = tokenizer, getattr(model, "prompt_template", "auto")
-        given = list(rows.values())
-        queries = row_queries(asked.task, given, asked.template, *form, columns=self._columns)
-        prompts = dict(zip(rows, queries, strict=True))
-        if asked.labels:
-            return label_scores(model, tokenizer, prompts, asked, list(rows))
-        return answers(model, tokenizer, prompts, journal, list(rows), **asked.sampling)
-
-
-def check_rows(asked: Asked, rows: Sequence[Mapping[str, Any]]) -> None:
-    """ValueError for a row that cannot be asked."""
-    if asked.task is None or asked.template != asked.task.question:
-        fill_template(asked.template, rows)  # of the task's own, a value that is missing is ""
-
-
-def job_settings(asked: Asked, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What is chosen beside the model, for a journal. settings: how the model is loaded."""
-    chosen = {"labels": list(asked.labels)} if asked.labels else asked.sampling
-    return {**chosen, **settings}
+    return [journal.results[row] for row in range(rows)]
 
 
 def predict_rows(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     asked: Asked,
-    answering: Answering,
+    load: Callable[[], tuple[Any, Any]],
     *,
     output: Output | None,
     describe: Callable[[], Mapping[str, Any]],
     settings: Mapping[str, Any],
     seed: int | None,
     overwrite: bool,
+    classify: Callable[[list[dict[str, Any]]], np.ndarray] | None = None,
 ) -> tuple[dict[str, list[Any]], bool]:
     """(columns of answers by name, whether every row has one that counts) of what is asked; written
     to `output` where there is one, beside which a journal keeps each row as it comes.
 
-    describe, settings: the model, and what else answers depend on, for the journal.
+    load: gives the model and its tokenizer, if a row is missing. describe, settings: the model, and
+    what else answers depend on, for the journal. classify: in place of the model, gives the
+    probabilities of the labels, float64 (rows, labels), of some rows.
     """
-    check_rows(asked, rows)
+    if asked.task is None or asked.template != asked.task.question:
+        fill_template(asked.template, rows)  # ValueError for a row without a value
     job: dict[str, Any] = {}
     if output is not None:
         check_space(output, rows)
-        chosen = job_settings(asked, settings)
-        job = describe_job(describe(), rows, asked.template, chosen, asked.task)
+        chosen = {"labels": list(asked.labels)} if asked.labels else asked.sampling
+        settings = {**chosen, **settings}
+        job = describe_job(describe(), rows, asked.template, settings, asked.task)
+
+    def compute(missing: list[int]) -> Iterator[tuple[int, Any]]:
+        if classify is not None:
+            return classified(classify, rows, asked, missing)
+        model, tokenizer = load()
+        form = tokenizer, getattr(model, "prompt_template", "auto")
+        prompts = row_queries(asked.task, rows, asked.template, *form)
+        if asked.labels:
+            return label_scores(model, tokenizer, prompts, asked, missing)
+        return answers(model, tokenizer, prompts, journal, missing, **asked.sampling)
 
     path = None if output is None else output.path
     with ending_signals(), open_journal(path, job, len(rows), seed, overwrite) as journal:
-        results = run_job(
-            journal,
-            range(len(rows)),
-            lambda missing: answering({row: rows[row] for row in missing}, journal),
-        )
+        results = run_job(journal, len(rows), compute)
         whole = True
         if output is not None:
             whole = write_answers(output, rows, results, asked, journal, overwrite)
     return answer_columns(results, asked)[0], whole
-
-
-class Kept(Protocol):
-    """Where results are until the output is written."""
-
-    @property
-    def path(self) -> str | None:
-        """Of the file or folder."""
-
-    def remove(self) -> None:
-        """The results are in the output by now."""
 
 
 def write_answers(
@@ -268,7 +211,7 @@ def write_answers(
     rows: Sequence[Mapping[str, Any]],
     results: Sequence[Mapping[str, Any]],
     asked: Asked,
-    journal: Kept,
+    journal: Journal,
     overwrite: bool,
 ) -> bool:
     """Write the table with the answers, and remove the journal; whether every row has one.
@@ -387,7 +330,7 @@ def predict_table(
     found, _ = predict_rows(
         rows,
         asked,
-        Answering(asked, columns_of(rows), lambda: (base, tokenizer)),
+        lambda: (base, tokenizer),
         output=None if output is None else planned,
         describe=lambda: describe_model(model, tokenizer),
         settings={},

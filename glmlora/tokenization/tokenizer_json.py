@@ -6,7 +6,6 @@ would change ids is checked and refused, never skipped.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 # How text is cut before anything is merged: the published tokenizers' own expression.
@@ -18,7 +17,6 @@ CUT = (
 _SHOWN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _HIDDEN = [b for b in range(256) if b not in _SHOWN]
 _BYTES = {chr(b): b for b in _SHOWN} | {chr(256 + i): b for i, b in enumerate(_HIDDEN)}
-_CHARACTERS = {b: c for c, b in _BYTES.items()}
 _CUTS = [
     {"type": "Split", "pattern": {"Regex": CUT}, "behavior": "Isolated", "invert": False},
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
@@ -75,77 +73,6 @@ def _ranks(fields: Any) -> dict[bytes, int]:
             f"{len(model['merges'])}"
         )
     return ranks
-
-
-def shown(token: bytes) -> str:
-    """The bytes of a token as such files have them."""
-    return "".join(map(_CHARACTERS.__getitem__, token))
-
-
-def bytes_of(text: str) -> bytes:
-    """What `shown` shows. ValueError for other characters."""
-    try:
-        return bytes(map(_BYTES.__getitem__, text))
-    except KeyError:
-        raise ValueError(f"{text!r:.60} does not stand for bytes") from None
-
-
-def merges(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
-    """Every cut of a token into two, in the order in which they are merged."""
-    found = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        there = [(ranks[a], ranks[b]) for a, b in cuts if a in ranks and b in ranks]
-        found += sorted(there)
-    texts = {rank: shown(token) for token, rank in ranks.items()}
-    return [(texts[a], texts[b]) for a, b in found]
-
-
-def written(
-    ranks: Mapping[bytes, int], added: Mapping[str, Any], prefix: Sequence[str]
-) -> dict[str, Any]:
-    """What `read` reads: the fields of a tokenizer.json."""
-    special = [{"id": int(i), **token} for i, token in added.items()]
-    ids = {token["content"]: token["id"] for token in special}
-    single: list[Any] = [{"SpecialToken": {"id": name, "type_id": 0}} for name in prefix]
-    template = {
-        "type": "TemplateProcessing",
-        "single": [*single, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [
-            *single,
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"Sequence": {"id": "B", "type_id": 1}},
-        ],
-        "special_tokens": {
-            name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in prefix
-        },
-    }
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    byte_level = {**level, "use_regex": False}
-    vocabulary = {shown(t): rank for t, rank in sorted(ranks.items(), key=lambda item: item[1])}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": special,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [_CUTS[0], {**byte_level, **_CUTS[1]}],
-        },
-        "post_processor": {
-            "type": "Sequence",
-            "processors": [{**byte_level, "trim_offsets": False}, template],
-        },
-        "decoder": byte_level,
-        "model": {
-            **_MODEL,
-            "unk_token": None,
-            "fuse_unk": False,
-            "vocab": vocabulary,
-            "merges": [list(pair) for pair in merges(ranks)],
-        },
-    }
 
 
 def _added(fields: Any) -> dict[str, Any]:

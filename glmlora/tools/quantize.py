@@ -7,14 +7,16 @@ and the disk nothing but the result.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..files.hub import model_directory
 from ..files.tensor import Source
-from ..files.write import check_new_directory, check_room
+from ..files.write import check_new_directory
 from ..model.auto import AutoModel
 from ..model.configuration import ChatGLMConfig
 from ..model.quantization import check_form, is_quantized, quantized_sources
@@ -57,7 +59,7 @@ def quantize(
     )
     weights = quantized_sources(weight_sources(opened), opened._linear_shapes(), bits, group)
     total = sum(source.nbytes for source in weights)
-    check_room(target, total + _BESIDE)
+    _check_room(target, total + _BESIDE)
     opened.config.quantization_bit = bits
     opened.config.quantization_group_size = group or None
     was_there = target.exists()
@@ -82,3 +84,12 @@ def _counted(source: Source, progress: Any) -> Source:
         return value
 
     return source._replace(get=get)
+
+
+def _check_room(target: Path, needed: int) -> None:
+    """OSError (ENOSPC) where the disk of a new directory has less room than that."""
+    place = next(p for p in (target, *target.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        what = f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        raise OSError(errno.ENOSPC, what, os.fspath(target))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from .. import families
+from ..files.regular import regular
+from ..files.write import read_json
 from ..names import did_you_mean
-from .config_file import is_config, read_config
 from .flags import (
     REQUIRED,
     Flag,
@@ -37,7 +39,6 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-TRACKERS = ("tensorboard", "mlflow", "swanlab")
 STRATEGIES = ("no", "steps", "epoch")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 
@@ -249,7 +250,7 @@ class TrainingArguments(Group):
     log_level: str = option("passive", "A", "there is no logger to set", LOG_LEVELS)
     log_level_replica: str = option("warning", "A", "there are no replicas", LOG_LEVELS)
     log_on_each_node: bool = option(True, "A", "there is one node")
-    logging_dir: StrPath | None = option(None, "S", "tensorboard's folder (default: runs)")
+    logging_dir: StrPath | None = option(None, "A", "logs stand in output_dir")
     logging_strategy: str = option("steps", "S", "when to log", STRATEGIES)
     logging_first_step: bool = option(False, "S", "log the first update too")
     logging_steps: float = option(500, "W", "updates between logs; below 1: part of all")
@@ -320,9 +321,9 @@ class TrainingArguments(Group):
     adafactor: bool = option(False, "R", "the optimizer is AdamW; leave it out")
     group_by_length: bool = option(False, "S", "put rows of like length into one batch")
     length_column_name: str = option("length", "A", "lengths are counted in ids")
-    report_to: str | list[str] | None = option(None, "S",
-        "tell tensorboard, mlflow or swanlab what is logged, too", kind="words")
-    run_name: str | None = option(None, "S", "what trackers call the run (default: output_dir's)")
+    report_to: str | list[str] | None = option(None, "A",
+        "logs go to trainer_log.jsonl and trainer_state.json", kind="words")
+    run_name: str | None = option(None, "A", "there are no external loggers")
     push_to_hub: bool = option(False, "R", _HUB)
     hub_model_id: str | None = option(None, "R", _HUB)
     hub_strategy: str = option("every_save", "R", _HUB)
@@ -337,10 +338,7 @@ class TrainingArguments(Group):
         "keep 1 GiB of activations at most; without it, what fits into memory")
     auto_find_batch_size: bool = option(False, "R",
         "memory is checked before the first step; set the batch size")
-    full_determinism: bool = option(False, "A",
-        "runs are bit-equal on the CPU anyway; deterministic: with any number of MPI ranks, too")
-    deterministic: bool = option(False, "S",
-        "the same bits with any number of MPI ranks: micro-batches are added up in pairs")
+    full_determinism: bool = option(False, "A", "runs are bit-equal on the CPU anyway")
     torchdynamo: str | None = option(None, "A", "there is nothing to compile")
     torch_compile: bool = option(False, "A", "there is nothing to compile")
     torch_compile_backend: str | None = option(None, "A", "there is nothing to compile")
@@ -368,11 +366,6 @@ class TrainingArguments(Group):
         self.no_cuda = self.use_cpu = self.no_cuda or self.use_cpu
         self._settle_intervals()
         self._settle_best_model()
-
-    @property
-    def trackers(self) -> list[str]:
-        """Of `report_to` those that there are."""
-        return [name for name in self.report_to or () if name in TRACKERS]
 
     @property
     def order_seed(self) -> int:
@@ -479,11 +472,11 @@ def parse_train_arguments(
         source = sys.argv[1:]
     told: list[str] = []
     if isinstance(source, (str, os.PathLike)):
-        values = read_config(os.fspath(source))
+        values = _read_config(os.fspath(source))
     elif isinstance(source, Mapping):
         values = dict(source)
-    elif len(source) == 1 and is_config(source[0]):
-        values = read_config(source[0])
+    elif len(source) == 1 and _is_config(source[0]):
+        values = _read_config(source[0])
     else:
         values, told = _parse_words(list(source), prog)
     _refuse_unknown([name for name in values if name not in _ALL])
@@ -642,13 +635,6 @@ def without_effect(
         ("warmup_ratio", t.warmup_steps > 0, "warmup_steps"),
         ("warmup_ratio warmup_steps", t.lr_scheduler_type == "constant", "lr_scheduler_type"),
         ("num_train_epochs", t.max_steps > 0, "max_steps"),
-        (
-            "report_to",
-            set(t.report_to or ()) - {*TRACKERS, "none"},
-            f"{' '.join(t.report_to or ())}: expected some of {', '.join(TRACKERS)}",
-        ),
-        ("run_name", not t.trackers, "report_to names no tracker"),
-        ("logging_dir", "tensorboard" not in t.trackers, "report_to does not name tensorboard"),
         ("max_steps", t.max_steps < 1, "updates are counted from 1, num_train_epochs decides"),
         ("ignore_data_skip", t.resume_from_checkpoint is None, "resume_from_checkpoint"),
         (
@@ -708,6 +694,41 @@ def _settle_resume(values: dict[str, Any]) -> None:
     value = values.get("resume_from_checkpoint")
     if isinstance(value, bool):
         values["resume_from_checkpoint"] = "last" if value else None
+
+
+def _is_config(word: str) -> bool:
+    return word.endswith((".json", ".yaml", ".yml"))
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """Flags from a .json or .yaml file, whose top must be an object."""
+    if not _is_config(path):
+        raise ValueError(f"{path}: expected a file ending in .json or .yaml")
+    if path.endswith(".json"):
+        return read_json(path, dict, unique=True)
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path}: reading YAML needs PyYAML (pip install pyyaml); or use a .json file"
+        ) from None
+    try:
+        with open(path, encoding="utf-8-sig", opener=regular) as file:
+            text = file.read()
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    node = yaml.compose(text)
+    if isinstance(node, yaml.MappingNode):
+        names = [str(key.value) for key, _ in node.value]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"{path}: {twice[0]!r} stands twice")
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path}: expected a mapping of flags to values, got {type(values).__name__}"
+        )
+    return values
 
 
 def _parse_words(words: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:

@@ -68,7 +68,6 @@ def decisive_facts(
         # None is what checkpoints have that were saved before there was another ratio
         "loraplus_lr_ratio": args.loraplus_lr_ratio if args.loraplus_lr_ratio != 1 else None,
         "neftune_noise_alpha": args.neftune_noise_alpha or None,
-        "deterministic": args.deterministic or None,
         "data_seed": args.order_seed,
         "warmup_steps": schedule.warmup,
         "max_steps": schedule.updates,

@@ -25,8 +25,6 @@ from .arguments import DataArguments, TrainingArguments
 from .classes import label_scores
 from .methods import unwrapped
 from .metrics import compute_metrics
-from .ranks import ALONE, Alone
-from .sharing import deal, sum_of
 
 MOST_LABELS = 1000
 # How the original decodes while evaluating.
@@ -56,32 +54,25 @@ def evaluate_loss(
     encoded: Encoded,
     batch_size: int,
     disable_tqdm: bool | None = None,
-    ranks: Alone = ALONE,
 ) -> dict[str, float]:
     """`eval_loss`, the mean over all labelled tokens (nats, dropout off), and the speed.
 
     Raises ValueError where no token is labelled, FloatingPointError for a loss that is not finite.
     """
     started = time.perf_counter()
-    starts = range(0, len(encoded), batch_size)
-    n_batches = len(starts)
-    batches = [np.arange(i, min(i + batch_size, len(encoded))) for i in starts]
-    mine = deal([int(encoded.lengths[rows].sum()) for rows in batches], ranks.size)[ranks.rank]
-    sums = np.zeros((2, n_batches))  # of losses, of labelled tokens
-
-    def work() -> None:
-        with progress(len(mine), disable_tqdm, desc="eval") as bar:
-            for i in mine.tolist():
-                batch = encoded.batch(batches[i])
-                at, targets = batch.rows_and_targets()
-                if at.size:
-                    losses = core.loss(batch.ids, batch.lengths, at, targets)
-                    sums[:, i] = losses.astype(np.float64).sum(), at.size
-                bar.update()
-
-    ranks.share(work)
-    ranks.add(sums)
-    total, tokens = sum_of(sums[0]), int(sums[1].sum())
+    n_batches = -(-len(encoded) // batch_size)
+    total, tokens = 0.0, 0
+    bar = progress(n_batches, disable_tqdm, desc="eval")
+    with bar:
+        for first in range(0, len(encoded), batch_size):
+            rows = np.arange(first, min(first + batch_size, len(encoded)))
+            batch = encoded.batch(rows)
+            at, targets = batch.rows_and_targets()
+            if at.size:
+                losses = core.loss(batch.ids, batch.lengths, at, targets)
+                total += float(losses.astype(np.float64).sum())
+                tokens += at.size
+            bar.update()
     if not tokens:
         raise ValueError("eval_data: no label is left: all are masked")
     if not math.isfinite(total):
@@ -103,10 +94,7 @@ def labels_of(*encoded: Encoded) -> list[tuple[int, ...]]:
 
 
 def evaluate_labels(
-    base: ChatGLMForConditionalGeneration,
-    encoded: Encoded,
-    labels: Sequence[tuple[int, ...]],
-    ranks: Alone = ALONE,
+    base: ChatGLMForConditionalGeneration, encoded: Encoded, labels: Sequence[tuple[int, ...]]
 ) -> dict[str, float]:
     """`eval_accuracy`, `eval_macro_f1` and `eval_log_loss` (nats) by the probability of each of the
     labels after each prompt, as `classify` has it. No prompt is cut again.
@@ -114,16 +102,9 @@ def evaluate_labels(
     numbers = {label: number for number, label in enumerate(labels)}
     rows = range(len(encoded))
     codes = np.array([numbers[tuple(encoded.target(row).tolist())] for row in rows])
-    mine = deal(encoded.source_lengths, ranks.size)[ranks.rank].tolist()
-    found = np.zeros((len(encoded), len(labels)))
-
-    def work() -> None:
-        prompts = [encoded.source(row).tolist() for row in mine]
-        for i, likelihood in score_ids(base, prompts, labels) if prompts else ():
-            found[mine[i]] = likelihood
-
-    ranks.share(work)
-    ranks.add(found)
+    found = np.empty((len(encoded), len(labels)))
+    for row, likelihood in score_ids(base, [encoded.source(row).tolist() for row in rows], labels):
+        found[row] = likelihood
     proba = Classification([str(number) for number in range(len(labels))], found).proba
     return {f"eval_{name}": score for name, score in label_scores(codes, proba).items()}
 

@@ -175,7 +175,6 @@ class TrainKeywords(TypedDict, total=False):
     gradient_checkpointing: bool
     auto_find_batch_size: bool
     full_determinism: bool
-    deterministic: bool
     torchdynamo: str | None
     torch_compile: bool
     torch_compile_backend: str | None

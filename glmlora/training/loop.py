@@ -2,15 +2,12 @@
 
 An update is `gradient_accumulation_steps` micro-batches: the core adds up gradients of summed
 losses (`backward`) and divides by the labelled tokens once (`step`), so that 8x1, 4x2 and 1x8 rows
-give one result. Where there are several ranks, or the run is `deterministic`, sharing.py makes the
-gradient; rank 0 writes, prints and calls the callbacks.
+give one result.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import signal
 import sys
 import time
@@ -24,24 +21,20 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from ..batch import Batch, Encoded, epoch_order, grouped_epoch_order
+from ..batch import Encoded, epoch_order, grouped_epoch_order
 from ..files.regular import read_text, regular
 from ..files.write import write_text
 from ..interrupts import Shield, Terminated, signals_arrived
 from ..model.device import memory_available
 from ..model.parameters import embedding_of
 from .arguments import TrainingArguments
-from .checkpoints import MOMENTS, Checkpoints, decisive_facts, step_of
+from .checkpoints import Checkpoints, decisive_facts, step_of
 from .evaluation import evaluate_labels, evaluate_loss, labels_of, progress, speed
 from .methods import Trainee
-from .ranks import ALONE, Alone
-from .sharing import Sharing, check_shares
 from .state import Progress, Schedule, TrainState
 
 #: Records whose micro-batches are looked at before the first update, for the memory of the largest.
 LOOK_AHEAD = 1 << 22
-#: Arguments that ranks may have otherwise: places, and what a rank of its own kind of machine has.
-OWN = ("output_dir", "logging_dir", "resume_from_checkpoint", "disable_tqdm", "no_cuda", "use_cpu")
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end")
 
 
@@ -49,7 +42,7 @@ class Loop:
     """One run over `encoded` with the arguments `args`.
 
     eval_encoded: what evaluation_strategy evaluates. argument_files: name -> text of the files that
-    go with each save. ranks: that do it together.
+    go with each save.
     """
 
     def __init__(
@@ -60,9 +53,7 @@ class Loop:
         eval_encoded: Encoded | None = None,
         callbacks: Sequence[Any] = (),
         argument_files: Mapping[str, str] | None = None,
-        ranks: Alone = ALONE,
     ):
-        self.ranks = ranks
         self.trainee, self.core = trainee, trainee.base.core
         self.encoded, self.eval_encoded = encoded, eval_encoded
         self.args = args
@@ -83,7 +74,6 @@ class Loop:
         self.labels: list[tuple[int, ...]] = []
         if args.label_metrics and eval_encoded is not None:
             self.labels = labels_of(encoded, eval_encoded)
-        self._sharing: Sharing | None = None
         self._warned_masked = self._warned_log = False
 
     def order(self, epoch: int) -> np.ndarray:
@@ -141,24 +131,17 @@ class Loop:
         base.prepare_training()
         checkpointing = self.args.gradient_checkpointing or base.gradient_checkpointing
         held = core.plan(*sizes, True)["held"]
-        # What is free on a machine is for all its ranks, which look before any of them takes some.
-        budget = base.activation_budget(checkpointing, held) // self._of_one_device
+        budget = base.activation_budget(checkpointing, held)
         planned = core.plan(*sizes, True, budget)
         self._check_room(trained, planned["activations"] - held, sizes, taken=trained)
-        self.ranks.agree()
         core.reserve(*sizes, True, budget)
         if eval_sizes is not None:
             core.reserve(*eval_sizes, False)
 
-    @property
-    def _of_one_device(self) -> int:
-        """Ranks that share this one's device."""
-        return self.ranks.local_size if self.trainee.base.device == "cpu" else 1
-
     def _check_room(
         self, trained: int, activations: int, sizes: tuple[int, int, int], taken: int = 0
     ) -> None:
-        available = memory_available(self.trainee.base.device) // self._of_one_device
+        available = memory_available(self.trainee.base.device)
         if trained + activations - taken <= available:
             return
         tokens, rows, _ = sizes
@@ -192,34 +175,25 @@ class Loop:
         """
         if not self._any_label():
             raise ValueError("data: no label is left to train on: all are masked")
-        self._check_ranks()
         self.take_memory()
         if resume is not None:
-            self._restore(resume)
+            self.at = self.checkpoints.restore(resume, self.state)
             if self.args.ignore_data_skip:
                 self.at.micro_batches = 0
-        if self.ranks.size > 1 or self.args.deterministic:
-            self._sharing = self._shared()
-        if self.ranks.rank == 0:
-            self._begin_log_file(resume)
+        self._begin_log_file(resume)
         started = time.perf_counter()
         self.started = started - self.at.elapsed
         s = self.state
         self.bar = progress(s.max_steps, self.args.disable_tqdm, s.global_step)
         try:
-            with self.ranks.shielded():
-                self.trainee.model.train()
-                self._call("on_train_begin")
-                self._epochs()
-                if self.args.load_best_model_at_end and s.best_model_checkpoint:
-                    self._load_best(s.best_model_checkpoint)
-                self.ranks.agree()
+            self.trainee.model.train()
+            self._call("on_train_begin")
+            self._epochs()
+            if self.args.load_best_model_at_end and s.best_model_checkpoint:
+                self._load_best(s.best_model_checkpoint)
         except (KeyboardInterrupt, Terminated, MemoryError) as error:
             self.bar.close()
-            self.ranks.settle(error)
-            if self.ranks.rank == 0:
-                self._keep_interrupted(error)
-            self.ranks.wait()
+            self._keep_interrupted(error)
             raise
         finally:
             self.bar.close()
@@ -234,60 +208,8 @@ class Loop:
         s.log_history.append({**summary, "step": s.global_step})
         return summary
 
-    def _check_ranks(self) -> None:
-        """ValueError for what a rank has otherwise than rank 0, and where one has nothing to do."""
-        a, n = self.args, len(self.encoded)
-        rows = a.per_device_train_batch_size * a.gradient_accumulation_steps
-        most = min(a.gradient_accumulation_steps, self.schedule.n_micro)
-        check_shares(self.ranks, min(rows, n), most, a.deterministic)
-        if self.ranks.size == 1:
-            return
-        digest = hashlib.blake2b()
-        for name in self.trainee.names:
-            digest.update(self.core.read(name).tobytes())
-        arguments = {name: x for name, x in a.to_dict().items() if name not in OWN}
-        kernels = {"backend": re.sub(r":\d+", "", self.core.backend)}
-        weights = {"trained_sha256": digest.hexdigest()}
-        self.ranks.same({**arguments, **self.checkpoints.facts, **kernels, **weights})
-
-    def _shared(self) -> Sharing:
-        a, core = self.args, self.core
-
-        def backward(batch: Batch, numbers: np.ndarray) -> float:
-            return core.backward(
-                batch.ids,
-                batch.lengths,
-                *batch.rows_and_targets(),
-                dropout_seed=a.seed,
-                dropout=True,
-                noise=a.neftune_noise_alpha or 0.0,
-                numbers=numbers,
-            )
-
-        return Sharing(self.ranks, core, self.encoded, backward, self._largest(), a.deterministic)
-
-    def _restore(self, path: Path) -> None:
-        """Go on where rank 0 finds the checkpoint `path`, on all ranks."""
-        s, core = self.state, self.core
-        self.at, steps, found = self.ranks.from_first(
-            lambda: (self.checkpoints.restore(path, s), core.steps, s.restored())
-        )
-        vars(s).update(found)
-        self._copy_trained(("value", *MOMENTS))
-        core.steps = steps
-
-    def _copy_trained(self, parts: Sequence[str]) -> None:
-        """Rank 0's trained weights, or their moments, to the others."""
-        for name in self.trainee.names if self.ranks.size > 1 else ():
-            for what in parts:
-                array = self.core.read(name, what)
-                self.ranks.copy(array)
-                self.core.write(name, array, what)
-
     def finish(self) -> None:
         """Write the end state into the root of output_dir."""
-        if self.ranks.rank:
-            return
         with Shield(), self._told_what_is_kept():
             self.checkpoints.save_end(self.state)
         self._call("on_train_end")
@@ -310,8 +232,6 @@ class Loop:
                 # The end of the run counts as the end of its last epoch.
                 ended = first + len(group) >= self.schedule.n_micro or s.global_step >= s.max_steps
                 self._after_update(ended)
-                if self.ranks.size > 1:
-                    s.should_stop = bool(self.ranks.agree(s.should_stop).any())
                 if s.global_step >= s.max_steps or s.should_stop:
                     return
 
@@ -322,15 +242,27 @@ class Loop:
             a.lr_scheduler_type, s.global_step, self.schedule.warmup, s.max_steps, a.learning_rate
         )
         lr = a.learning_rate * factor
-        self._last = group[0]
+        loss, labelled, tokens = 0.0, 0, 0
+        rows = group[0]
         try:
-            if self._sharing is None:
-                loss, labelled, tokens = self._accumulate(group)
-            else:
-                for rows in group:
-                    if not self._sharing.labelled[rows].any():
-                        self._warn_masked(rows)
-                loss, labelled, tokens = self._sharing(group, at.grad_norm)
+            for rows in group:
+                batch = self.encoded.batch(rows)
+                positions, targets = batch.rows_and_targets()
+                tokens += batch.n_tokens
+                if not positions.size:
+                    self._warn_masked(rows)
+                    continue
+                mean = core.backward(
+                    batch.ids,
+                    batch.lengths,
+                    positions,
+                    targets,
+                    dropout_seed=a.seed,
+                    dropout=True,
+                    noise=a.neftune_noise_alpha or 0.0,
+                )
+                loss += mean * positions.size
+                labelled += positions.size
             with Shield():
                 # With every label masked nothing is learnt: the step is counted, weights stay.
                 if labelled:
@@ -359,13 +291,9 @@ class Loop:
                     at.epoch, at.micro_batches = at.epoch + 1, 0
         except FloatingPointError as error:
             seen = np.concatenate([g for g in group]).tolist()
-            last = ""
-            if self._sharing is None:
-                records = self._last.tolist()
-                last = f"; its last micro-batch has the records {records}, in this order"
             raise FloatingPointError(
-                f"update {s.global_step + 1} of {s.max_steps}: {error}{last}, and the whole update "
-                f"{seen}. "
+                f"update {s.global_step + 1} of {s.max_steps}: {error}; its last micro-batch has "
+                f"the records {rows.tolist()}, in this order, and the whole update {seen}. "
                 "Nothing was saved after it; try a smaller learning_rate, or look at these records"
             ) from None
         self.bar.update()
@@ -374,32 +302,6 @@ class Loop:
         self.bar.set_postfix(
             {"loss": f"{loss:.4f}", "tok/s": f"{self._seen_now / spent:.0f}"}, refresh=False
         )
-
-    def _accumulate(self, group: Sequence[np.ndarray]) -> tuple[float, int, int]:
-        """(sum of losses, labelled tokens, tokens) of the micro-batches; the core adds up their
-        gradients.
-        """
-        loss, labelled, tokens = 0.0, 0, 0
-        for rows in group:
-            self._last = rows
-            batch = self.encoded.batch(rows)
-            positions, targets = batch.rows_and_targets()
-            tokens += batch.n_tokens
-            if not positions.size:
-                self._warn_masked(rows)
-                continue
-            mean = self.core.backward(
-                batch.ids,
-                batch.lengths,
-                positions,
-                targets,
-                dropout_seed=self.args.seed,
-                dropout=True,
-                noise=self.args.neftune_noise_alpha or 0.0,
-            )
-            loss += mean * positions.size
-            labelled += positions.size
-        return loss, labelled, tokens
 
     _seen_now = 0
 
@@ -454,8 +356,7 @@ class Loop:
             }
             at.loss_since_log, at.updates_since_log = 0.0, 0
             self._record(record)
-            if self.ranks.rank == 0:
-                self._append_log_line()
+            self._append_log_line()
         self._call("on_log")
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -530,15 +431,15 @@ class Loop:
         """Loss of the evaluation data, with label_metrics those of its labels, and the speed."""
         encoded, size = self.eval_encoded, self.args.per_device_eval_batch_size
         assert encoded is not None
-        metrics = evaluate_loss(self.core, encoded, size, disable_tqdm, self.ranks)
+        metrics = evaluate_loss(self.core, encoded, size, disable_tqdm)
         if self.args.label_metrics:
             self.trainee.model.eval()
-            metrics |= evaluate_labels(self.trainee.base, encoded, self.labels, self.ranks)
+            metrics |= evaluate_labels(self.trainee.base, encoded, self.labels)
             self.trainee.model.train()
         return metrics
 
     def _call(self, event: str) -> None:
-        for callback in self.callbacks if self.ranks.rank == 0 else ():
+        for callback in self.callbacks:
             handler = getattr(callback, event, None)
             if handler is not None:
                 handler(self.state)
@@ -547,8 +448,6 @@ class Loop:
 
     def save_checkpoint(self) -> None:
         """Raises OSError naming the file, and the checkpoint to go on from."""
-        if self.ranks.rank:
-            return
         with Shield(), self._told_what_is_kept():
             elapsed = time.perf_counter() - self.started
             self.checkpoints.save(self.state, replace(self.at, elapsed=elapsed))
@@ -571,15 +470,12 @@ class Loop:
     def _load_best(self, best: str) -> None:
         try:
             with Shield():
-                if self.ranks.rank == 0:
-                    self.trainee.load(best)
+                self.trainee.load(best)
         except (OSError, ValueError) as error:  # what was trained is worth more than no result
             warnings.warn(
                 f"load_best_model_at_end: {error}; the weights of the last update are kept",
                 stacklevel=4,
             )
-        self.ranks.agree()
-        self._copy_trained(("value",))
 
     def _keep_interrupted(self, error: BaseException) -> None:
         """Save what was done so far, and say how to go on."""

@@ -87,11 +87,6 @@ class TrainState:
     num_input_tokens_seen: int = 0
     should_stop: bool = False
 
-    def restored(self) -> dict[str, Any]:
-        """What a resumed run takes from its checkpoint, by name."""
-        fixed = ("output_dir", "model", "tokenizer", "max_steps", "num_train_epochs")
-        return {name: value for name, value in vars(self).items() if name not in fixed}
-
 
 @dataclass
 class Progress:

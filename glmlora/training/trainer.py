@@ -10,13 +10,12 @@ import inspect
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .. import families, tell
+from .. import _core, families, tell
 from ..batch import split_dev
 from ..families import recognition
 from ..families.vocabulary import vocabulary_file
@@ -49,11 +48,9 @@ from .evaluation import evaluate_answers, evaluate_loss, report_metrics
 from .flags import REQUIRED, check_directory
 from .loop import Loop, checked_callbacks
 from .plot import plot_loss
-from .ranks import ALONE, Alone, world
 from .records import encode, load_datasets, read_records, records_from
 from .state import TrainState
 from .tasks import task_of
-from .trackers import trackers_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -156,46 +153,45 @@ def train(
         tell.warn(notice)
     model_args, data_args, training, finetuning, _ = arguments
     kind = finetuning.finetuning_type if "finetuning_type" in given else None
-    ranks = world()
-    with ending_signals(), ranks.together():
-        _check_places(model_or_path, model_args)
-        with _folder(training, ranks):
-            resume = _checkpoint(training, ranks)
-            _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
-            records, n_given = read_records(data, data_args.max_samples)
-            if eval_data is not None:
-                try:
-                    held_out = records_from(eval_data)
-                except (TypeError, ValueError, FileNotFoundError) as error:
-                    raise type(error)(f"eval_data: {error}") from None
-            else:
-                records, held_out = _split(records, data_args.dev_ratio, training)
-            _check_evaluation(training, bool(held_out))
-            callbacks = checked_callbacks(callbacks)
-            ranks.settle_threads(model_args.threads)
-            set_seed(training.seed)
-            model, tokenizer = _load(model_or_path, tokenizer, model_args)
-            base = methods.unwrapped(model)
-            _quantize(base, model_args.quantization_bit, finetuning.finetuning_type)
-            _place(base, training, ranks)
-            names_before = base.core.names()
-            trainee = _trainee(model, tokenizer, arguments, kind)
-            if verbose is not False:
-                print(trainable_line(trainee.base))
-            plot = model_args.plot_loss if "plot_loss" in given else None
+    _check_places(model_or_path, model_args)
+    check_output_dir(training.output_dir)
+    with ending_signals(), owned(training.output_dir):
+        resume = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
+        _warn_of_unused(model_or_path, tokenizer, eval_data, arguments, given)
+        records, n_given = read_records(data, data_args.max_samples)
+        if eval_data is not None:
             try:
-                loop = _loop(trainee, records, held_out, arguments, callbacks, ranks=ranks)
-                loop.prints = not in_notebook() if verbose is None else verbose
-                result = _run(loop, resume, plot)
-            except BaseException:
-                trainee.release()
-                # the model is the caller's: leave it as it was
-                if trainee.base.core.names() != names_before:
-                    trainee.detach()
-                raise
-            n_used = len(records) + (len(held_out) if eval_data is None else 0)
-            result.rows_skipped = n_given - n_used
-            return result
+                held_out = records_from(eval_data)
+            except (TypeError, ValueError, FileNotFoundError) as error:
+                raise type(error)(f"eval_data: {error}") from None
+        else:
+            records, held_out = _split(records, data_args.dev_ratio, training)
+        _check_evaluation(training, bool(held_out))
+        callbacks = checked_callbacks(callbacks)
+        if model_args.threads:
+            _core.set_num_threads(model_args.threads)
+        set_seed(training.seed)
+        model, tokenizer = _load(model_or_path, tokenizer, model_args)
+        _quantize(methods.unwrapped(model), model_args.quantization_bit, finetuning.finetuning_type)
+        _place(methods.unwrapped(model), training)
+        names_before = methods.unwrapped(model).core.names()
+        trainee = _trainee(model, tokenizer, arguments, kind)
+        if verbose is not False:
+            print(trainable_line(trainee.base))
+        plot = model_args.plot_loss if "plot_loss" in given else None
+        try:
+            loop = _loop(trainee, records, held_out, arguments, callbacks)
+            loop.prints = not in_notebook() if verbose is None else verbose
+            result = _run(loop, resume, plot)
+        except BaseException:
+            trainee.release()
+            if (
+                trainee.base.core.names() != names_before
+            ):  # the model is the caller's: leave it as it was
+                trainee.detach()
+            raise
+        result.rows_skipped = n_given - len(records) - (len(held_out) if eval_data is None else 0)
+        return result
 
 
 def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> TrainResult | None:
@@ -206,20 +202,6 @@ def run_train(argv: Sequence[str] | Mapping[str, Any] | str | None = None) -> Tr
     parameters, the first encoded example, one dict per log, the metrics. Returns the TrainResult,
     None where nothing was trained. Raises as `train` does.
     """
-    ranks = world()
-    try:
-        with ending_signals(), ranks.together():
-            return _run_train(argv, ranks)
-    except (Exception, KeyboardInterrupt) as error:
-        if ranks.rank == 0:
-            raise
-        # rank 0 says it
-        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from error
-
-
-def _run_train(
-    argv: Sequence[str] | Mapping[str, Any] | str | None, ranks: Alone
-) -> TrainResult | None:
     arguments = parse_train_arguments(argv)
     model_args, data_args, args, finetuning, notices = arguments
     for name, group in (
@@ -232,14 +214,11 @@ def _run_train(
     for notice in notices:
         print(f"Notice: {notice}")
     _check_places(model_args.model_name_or_path, model_args)
-    if ranks.size > 1 and not args.do_train:
-        raise ValueError(
-            f"mpiexec: {ranks.size} ranks train together, and do_train is not set: evaluate and "
-            "predict in one process"
-        )
-    with _folder(args, ranks):
-        resume = _checkpoint(args, ranks)
-        ranks.settle_threads(model_args.threads)
+    check_output_dir(args.output_dir)
+    with ending_signals(), owned(args.output_dir):
+        resume = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+        if model_args.threads:
+            _core.set_num_threads(model_args.threads)
         records, held_out = _load_records(data_args), []
         if args.do_train:
             records, held_out = _split(records, data_args.dev_ratio, args)
@@ -248,11 +227,11 @@ def _run_train(
         base, tokenizer = _load(model_args.model_name_or_path, None, model_args)
         kind = finetuning.finetuning_type
         _quantize(base, model_args.quantization_bit, kind)
-        _place(base, args, ranks)
+        _place(base, args)
         if args.do_train:
             trainee = _trainee(base, tokenizer, arguments, kind)
             print(trainable_line(trainee.base))
-            loop = _loop(trainee, records, held_out, arguments, verbose=True, ranks=ranks)
+            loop = _loop(trainee, records, held_out, arguments, verbose=True)
             return _run(loop, resume, model_args.plot_loss, verbose=True)
         checkpoints = model_args.checkpoint_dir or []
         if not checkpoints:
@@ -349,14 +328,9 @@ def _loop(
     args: Arguments,
     callbacks: Sequence[Any] = (),
     verbose: bool = False,
-    ranks: Alone = ALONE,
 ) -> Loop:
     """Encode the records, and those held out where they are evaluated; the loop over them."""
     training, config = args.training, trainee.base.config
-    if ranks.rank == 0:
-        settings = {n: x for group in args[:4] for n, x in group.to_dict().items()}
-        more = training.output_dir, training.logging_dir, training.run_name
-        callbacks = [*callbacks, *trackers_of(training.trackers, *more, settings)]
     encoded = encode(records, trainee.tokenizer, args.data, config, "data", verbose)
     eval_encoded = None
     if held_out and (training.do_eval or training.eval_strategy != "no"):
@@ -365,7 +339,7 @@ def _loop(
         "training_args.bin": training.to_json_string(),
         "finetuning_args.json": args.finetuning.to_json_string(),
     }
-    loop = Loop(trainee, encoded, training, eval_encoded, callbacks, argument_files, ranks)
+    loop = Loop(trainee, encoded, training, eval_encoded, callbacks, argument_files)
     trainee.set_template(args.data.template)
     trainee.set_task(task_of(records, args, trainee))
     return loop
@@ -380,23 +354,20 @@ def _run(loop: Loop, resume: Path | None, plot: bool | None, verbose: bool = Fal
     try:
         metrics = loop.run(resume)
         loop.finish()
-        writes = loop.ranks.rank == 0
-        if writes:
-            report_metrics(loop.output_dir, "train", metrics, verbose)
+        report_metrics(loop.output_dir, "train", metrics, verbose)
         keys = ["loss"] + ["eval_loss"] * (args.eval_strategy != "no")
         if plot is None:  # nobody asked: draw what there is
             keys = [key for key in keys if any(key in r for r in state.log_history)]
-        if writes and (plot or (plot is None and keys)):
+        if plot or (plot is None and keys):
             plot_loss(loop.output_dir, state.log_history, keys)
         if args.do_eval and loop.eval_encoded is not None:
             trainee.model.eval()
             scores = loop.scores(args.disable_tqdm)
             scores["epoch"] = metrics["epoch"]
+            report_metrics(loop.output_dir, "eval", scores, verbose)
             metrics = {**metrics, **scores}
             trainee.note_scores(scores)
-            if writes:
-                report_metrics(loop.output_dir, "eval", scores, verbose)
-                write_task(loop.output_dir, trainee.model.task)
+            write_task(loop.output_dir, trainee.model.task)
     finally:
         trainee.release()
     return TrainResult(
@@ -412,23 +383,6 @@ def _run(loop: Loop, resume: Path | None, plot: bool | None, verbose: bool = Fal
         best_metric=state.best_metric,
         best_model_checkpoint=state.best_model_checkpoint,
     )
-
-
-@contextmanager
-def _folder(args: TrainingArguments, ranks: Alone) -> Iterator[None]:
-    """The output_dir while the block runs: rank 0's."""
-    if ranks.rank:
-        yield
-        return
-    check_output_dir(args.output_dir)
-    with owned(args.output_dir):
-        yield
-
-
-def _checkpoint(args: TrainingArguments, ranks: Alone) -> Path | None:
-    """What to go on from, where rank 0 finds it."""
-    wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
-    return ranks.from_first(lambda: find_checkpoint(wanted, folder))
 
 
 def check_output_dir(output_dir: str | os.PathLike) -> None:
@@ -461,18 +415,14 @@ def _check_places(model_or_path: Any, args: ModelArguments) -> None:
         check_directory("checkpoint_dir", path)
 
 
-def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments, ranks: Alone) -> None:
+def _place(base: ChatGLMForConditionalGeneration, args: TrainingArguments) -> None:
     """On a GPU where there is one and `no_cuda` does not say otherwise. One that is somewhere
-    stays there, but each of several ranks has a GPU of its own. With fp16 or bf16 a GPU's large
-    products are in that type from now on, whatever the weights are stored in, unless
-    `compute_dtype` names one.
+    stays there. With fp16 or bf16 a GPU's large products are in that type from now on, whatever the
+    weights are stored in, unless `compute_dtype` names one.
     """
     base.products = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
     place = "cpu" if args.no_cuda else "auto"
-    if ranks.size > 1:
-        base.to(device=ranks.device(place if base.device == "cpu" else base.device))
-    else:
-        base.to(device=place if base.device == "cpu" else base.device)
+    base.to(device=place if base.device == "cpu" else base.device)
     warn_of_products(base)
     _warn_of_precision(args, base.device)
 
