@@ -15,8 +15,12 @@ from glmlora.tools.optable import SIGNATURES
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*words, **env):
-    command = [sys.executable, "-m", "glmlora.tools.selftest", *words]
+COMMAND = ("-m", "glmlora.tools.selftest")
+SHORT = "from glmlora.tools import selftest; selftest.STEPS = 4; raise SystemExit(selftest.main())"
+
+
+def run(*words, start=COMMAND, **env):
+    command = [sys.executable, *start, *words]
     env = {k: v for k, v in os.environ.items() if k != "GLMLORA_DEVICE"} | env
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stdout.splitlines(), done.stderr
@@ -38,32 +42,20 @@ def test_every_op_is_in_the_list():
 
 
 @needs_compiler
-def test_it_passes_on_the_emulator(tmp_path, monkeypatch, capsys):
-    """With short trainings: the deep one has them as they are."""
-    monkeypatch.setenv("GLMLORA_CUDA_LIBRARY", str(built()))
-    monkeypatch.setenv("EMU_PIECE", "")  # what the run sets goes again
-    monkeypatch.delenv("EMU_PIECE")
-    monkeypatch.setattr(selftest, "STEPS", 4)
-    out = tmp_path / "told.json"
-    status = selftest.run("emu", output=str(out))
-    lines = capsys.readouterr().out.splitlines()
-    assert (status, lines[-1]) == (0, "selftest emu: PASS"), "\n".join(lines[-40:])
-    assert_told(out)
-
-
-@needs_compiler
-@pytest.mark.deep
-def test_the_command_passes_on_the_emulator(tmp_path):
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(("-c", SHORT), id="short trainings"),
+        pytest.param(COMMAND, id="as it is", marks=pytest.mark.deep),
+    ],
+)
+def test_it_passes_on_the_emulator(start, tmp_path):
+    library = str(built())
     out = tmp_path / "told.json"
     status, lines, errors = run(
-        "--device", "emu", "--output", str(out), GLMLORA_CUDA_LIBRARY=str(built())
+        "--device", "emu", "--output", str(out), start=start, GLMLORA_CUDA_LIBRARY=library
     )
     assert (status, lines[-1]) == (0, "selftest emu: PASS"), errors[-2000:] + "\n".join(lines[-40:])
-    assert_told(out)
-
-
-def assert_told(out):
-    """The file of a run that passed says what was run, and where."""
     told = json.loads(out.read_text())
     assert told["result"] == "PASS" and len(told["items"]) > 100
     assert told["device"]["name"] == "emulator"
