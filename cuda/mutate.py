@@ -13,7 +13,6 @@ the cases of tests/test_cuda.py for the ops of that file until one fails.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import random
@@ -24,6 +23,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common import CUDA, OUT, ROOT
 
@@ -190,29 +190,25 @@ def noticed(number: int, checks: list) -> str:
     return "" if reached else "NOT REACHED"
 
 
-def reaching(numbers: list[int], checks: dict[int, list], part: slice) -> list[tuple[int, str]]:
-    """(mutant, check) for each check of a part of them all that comes by the mutant's place."""
+def reaching(check: Any, numbers: list[int]) -> set[int]:
+    """The mutants whose places a check comes by."""
     from emulator import emulator
 
-    each: dict[str, tuple] = {}
-    for n in numbers:
-        for check in checks[n]:
-            each.setdefault(str(check), (check, []))[1].append(n)
-    found = []
-    for name, (check, own) in list(each.items())[part]:
-        emulator().mutant(-1)
-        check.run("emu")
-        found += [(n, name) for n in own if emulator().reached(n)]
-    return found
+    emulator().mutant(-1)
+    check.run("emu")
+    return {n for n in numbers if emulator().reached(n)}
 
 
-def reached(numbers: list[int], checks: dict[int, list], jobs: int) -> dict[int, list]:
+def reached(checks: dict[int, list], jobs: int) -> dict[int, list]:
     """Of the checks of each mutant those that come by its place: each check is run once, all in so
     many processes."""
-    parts = [(numbers, checks, slice(job, None, jobs)) for job in range(jobs)]
+    each: dict[str, tuple[Any, list[int]]] = {}
+    for n, own in checks.items():
+        for check in own:
+            each.setdefault(str(check), (check, []))[1].append(n)
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        pairs = set(itertools.chain(*pool.starmap(reaching, parts)))
-    return {n: [c for c in checks[n] if (n, str(c)) in pairs] for n in numbers}
+        found = dict(zip(each, pool.starmap(reaching, each.values()), strict=True))
+    return {n: [check for check in own if n in found[str(check)]] for n, own in checks.items()}
 
 
 def child(number: int, checks: list, pipe: int) -> None:
@@ -231,7 +227,7 @@ def run(numbers: list[int], mutants: list[Mutant], jobs: int = 2) -> list[int]:
     of = {file: cases(file) for file in {mutants[n].file for n in numbers}}
     checks = {n: of[mutants[n].file] for n in numbers}
     if len(numbers) > 12:  # else it costs more than it saves
-        checks = reached(numbers, checks, jobs)
+        checks = reached(checks, jobs)
     waiting, running, survivors = list(numbers), {}, []
     while waiting or running:
         while waiting and len(running) < jobs:
