@@ -70,7 +70,7 @@ def fresh_tensors(
 
 
 def row_norms(weight: np.ndarray) -> np.ndarray:
-    """Of W + scale B A, float32 (out,): what DoRA's magnitudes begin with."""
+    """Of W + scale B A (out, in), float32 (out,): what DoRA's magnitudes begin with."""
     return np.linalg.norm(weight, axis=1).astype(np.float32)
 
 
