@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.resources import files
+from itertools import accumulate
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -307,6 +308,7 @@ class Form:
         self.tokenizer, self.body, self.asked = server.tokenizer, body, asked
         self.chat = isinstance(body, ChatRequest)
         self.kind = kind + ".chunk" if body.stream and self.chat else kind
+        self.offsets: dict[int, int] = {}  # of a choice's next token in its text
         self.head = {
             "id": ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12),
             "object": self.kind,
@@ -345,7 +347,8 @@ class Form:
                     choice["message"] = {**message, **({"tool_calls": calls} if calls else {})}
                 else:
                     choice["text"] = answer.content
-                choices.append({**choice, "logprobs": self._logprobs(seen[index])})
+                logprobs = self._logprobs(seen[index], number * n + index)
+                choices.append({**choice, "logprobs": logprobs})
         return {**self.head, "choices": choices, "usage": self.usage}
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -366,8 +369,9 @@ class Form:
                         delta = {"role": "assistant", "content": ""}
                         yield chunk([{"index": index, "delta": delta, "finish_reason": None}])
                 async for index, what in asked.events():
-                    for choice in self._parts(asked.answers[index], what):
-                        yield chunk([{"index": number * n + index, **choice}])
+                    place = number * n + index
+                    for choice in self._parts(asked.answers[index], what, place):
+                        yield chunk([{"index": place, **choice}])
             if counts:
                 yield chunk([], usage=self.usage)
             yield b"data: [DONE]\n\n"
@@ -377,10 +381,10 @@ class Form:
             for asked in self.asked:
                 asked.cancel()
 
-    def _parts(self, answer: Any, what: dict[str, Any]) -> list[dict[str, Any]]:
-        """The choices of what came."""
+    def _parts(self, answer: Any, what: dict[str, Any], place: int) -> list[dict[str, Any]]:
+        """The choices, at a place among them, of what came."""
         end, parts = what.get("end"), []
-        logprobs = self._logprobs([what["logprobs"]]) if "logprobs" in what else None
+        logprobs = self._logprobs([what["logprobs"]], place) if "logprobs" in what else None
         if not self.chat:
             if text := what.get("content", ""):
                 parts.append({"text": text, "finish_reason": None, "logprobs": logprobs})
@@ -396,7 +400,7 @@ class Form:
             parts.append({"delta": {}, "finish_reason": end, "logprobs": None})
         return parts
 
-    def _logprobs(self, seen: list[Any]) -> dict[str, Any] | None:
+    def _logprobs(self, seen: list[Any], place: int) -> dict[str, Any] | None:
         if not seen:
             return None
         shown = [
@@ -404,11 +408,14 @@ class Form:
             for token, value, best in seen
         ]
         if not self.chat:
+            begun = self.offsets.get(place, 0)
+            ends = list(accumulate((len(text) for text, _, _ in shown), initial=begun))
+            self.offsets[place] = ends[-1]
             return {
                 "tokens": [text for text, _, _ in shown],
                 "token_logprobs": [value for _, value, _ in shown],
                 "top_logprobs": [dict(best) for _, _, best in shown],
-                "text_offset": [],
+                "text_offset": ends[:-1],
             }
 
         def one(text: str, value: float) -> dict[str, Any]:
