@@ -81,7 +81,9 @@ async def ask(url, texts, clients, tokens):
                         lengths.append(usage["completion_tokens"])
             firsts.append(first if first is not None else time.monotonic() - begun)
 
-    async with httpx.AsyncClient(base_url=url, timeout=3600) as http:
+    # a connection a request: theirs closes one that it had said it would keep
+    once = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=3600, limits=once) as http:
         begun = time.monotonic()
         await asyncio.gather(*(client(http) for _ in range(clients)))
         return sum(lengths) / (time.monotonic() - begun), float(np.median(firsts))
