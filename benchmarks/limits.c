@@ -166,42 +166,29 @@ __attribute__((target("avx512f"))) static double multiply_add_512(void *arg)
     return 16.0 * 16 * 2 * LOOPS;
 }
 
-__attribute__((target("avx512f,avx512bf16"))) static double dot_bf16(void *arg)
-{
-    __m512 a[16];
-    __m512i x = _mm512_set1_epi16(0x3f80), y = x;
-    (void)arg;
-    for (int j = 0; j < 16; j++)
-        a[j] = _mm512_set1_ps((float)j);
-    for (int i = 0; i < LOOPS; i++) {
-        __asm__ volatile("" : "+v"(x), "+v"(y));
-        for (int j = 0; j < 16; j++)
-            a[j] = _mm512_dpbf16_ps(a[j], (__m512bh)x, (__m512bh)y);
+/* LOOPS times twelve sums of one instruction that do not wait for one another, by assembly: gcc
+ * copies such sums to other registers and back. */
+#define ADD(instruction, sum) instruction " %12, %12, %" #sum "\n\t"
+#define ADD_FOUR(instruction, a, b, c, d) \
+    ADD(instruction, a) ADD(instruction, b) ADD(instruction, c) ADD(instruction, d)
+#define DOTS(name, set, vector, instruction, terms)                                              \
+    __attribute__((target(set))) static double name(void *arg)                                   \
+    {                                                                                            \
+        vector a = {0}, b = a, c = a, d = a, e = a, f = a, g = a, h = a, k = a, l = a, m = a;    \
+        vector n = a, x = a;                                                                     \
+        (void)arg;                                                                               \
+        for (int i = 0; i < LOOPS; i++)                                                          \
+            __asm__ volatile(ADD_FOUR(instruction, 0, 1, 2, 3) ADD_FOUR(instruction, 4, 5, 6, 7) \
+                                 ADD_FOUR(instruction, 8, 9, 10, 11)                             \
+                             : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g),    \
+                               "+v"(h), "+v"(k), "+v"(l), "+v"(m), "+v"(n)                       \
+                             : "v"(x));                                                          \
+        return 12.0 * (terms) * 2 * LOOPS;                                                       \
     }
-    __m512 s = a[0];
-    for (int j = 1; j < 16; j++)
-        s = _mm512_add_ps(s, a[j]);
-    sink = _mm512_reduce_add_ps(s);
-    return 16.0 * 32 * 2 * LOOPS;
-}
 
-__attribute__((target("avx512f,avx512vnni"))) static double dot_int8_512(void *arg)
-{
-    __m512i a[16], x = _mm512_set1_epi8(1), y = x;
-    (void)arg;
-    for (int j = 0; j < 16; j++)
-        a[j] = _mm512_set1_epi32(j);
-    for (int i = 0; i < LOOPS; i++) {
-        __asm__ volatile("" : "+v"(x), "+v"(y));
-        for (int j = 0; j < 16; j++)
-            a[j] = _mm512_dpbusd_epi32(a[j], x, y);
-    }
-    __m512i s = a[0];
-    for (int j = 1; j < 16; j++)
-        s = _mm512_add_epi32(s, a[j]);
-    sink = (float)_mm512_reduce_add_epi32(s);
-    return 16.0 * 64 * 2 * LOOPS;
-}
+DOTS(dot_bf16, "avx512f,avx512bf16", __m512, "vdpbf16ps", 32)
+DOTS(dot_int8_512, "avx512f,avx512vnni", __m512i, "vpdpbusd", 64)
+DOTS(dot_int8_256_vnni, "avxvnni", __m256i, "%{vex%} vpdpbusd", 32)
 
 __attribute__((target("avx2"))) static double dot_int8_256(void *arg)
 {
@@ -239,24 +226,6 @@ __attribute__((target("avx512f,avx512bw"))) static double dot_int8_512_pairs(voi
         s = _mm512_add_epi32(s, a[j]);
     sink = (float)_mm512_reduce_add_epi32(s);
     return 16.0 * 64 * 2 * LOOPS;
-}
-
-__attribute__((target("avxvnni"))) static double dot_int8_256_vnni(void *arg)
-{
-    __m256i a[12], x = _mm256_set1_epi8(1), y = x;
-    (void)arg;
-    for (int j = 0; j < 12; j++)
-        a[j] = _mm256_set1_epi32(j);
-    for (int i = 0; i < LOOPS; i++) {
-        __asm__ volatile("" : "+x"(x), "+x"(y));
-        for (int j = 0; j < 12; j++)
-            a[j] = _mm256_dpbusd_avx_epi32(a[j], x, y);
-    }
-    __m256i s = a[0];
-    for (int j = 1; j < 12; j++)
-        s = _mm256_add_epi32(s, a[j]);
-    sink = (float)_mm256_extract_epi32(s, 0);
-    return 12.0 * 32 * 2 * LOOPS;
 }
 
 /* Whether a set may be used: it is part of the one that is named. */
