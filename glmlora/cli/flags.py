@@ -126,7 +126,13 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--api-key-file", metavar="FILE", help="keys that callers need, one a line")
     _flag(parser, "--no-key", action="store_true", help="let everybody ask who reaches --host")
     _flag(parser, "--rows", type=int, help="answers that run together; default: 8, if they fit")
-    _flag(parser, "--context", type=int, help="tokens of prompt and answer; default: 4096, if ..")
+    _flag(
+        parser,
+        "--context",
+        type=int,
+        help="tokens of a prompt with its answer; default: 4096, or what the model and "
+        "--cache-memory have room for",
+    )
     _flag(
         parser,
         "--cache-memory",
