@@ -477,12 +477,13 @@ def test_the_log_has_no_prompts(server, caplog):
     with caplog.at_level(logging.INFO, "glmlora.serving"):
         logging.getLogger("glmlora.serving").propagate = True
         server.chat("a secret question", max_tokens=3)
-        for _ in range(100):
-            if caplog.records:
+        for _ in range(500):  # requests of earlier tests may end meanwhile
+            told = [json.loads(record.message) for record in caplog.records]
+            if own := [line for line in told if line.get("new_tokens") == 3]:
                 break
             time.sleep(0.01)
-    line = json.loads(caplog.records[-1].message)
-    assert (line["path"], line["status"], line["new_tokens"]) == ("/v1/chat/completions", 200, 3)
+    (line,) = own
+    assert (line["path"], line["status"]) == ("/v1/chat/completions", 200)
     assert line["model"] == "tiny" and line["first_token_ms"] >= line["queue_ms"] >= 0
     assert "secret" not in caplog.text
 
