@@ -251,14 +251,13 @@ def test_logprobs_are_those_of_the_scores(server, models, tokenizer):
     )
     parts = [c.choices[0].logprobs.content[0] for c in streamed if c.choices[0].logprobs]
     assert [p.logprob for p in parts] == [c.logprob for c in content]
-    text = server.client.completions.create(model="tiny", prompt="Hello", logprobs=2, max_tokens=3)
+    asked = {"model": "tiny", "prompt": "Hello", "logprobs": 2, "max_tokens": 3, "temperature": 0}
+    text = server.client.completions.create(**asked)
     found = text.choices[0].logprobs
     assert [len(top) for top in found.top_logprobs] == [2, 2, 2]
     starts = [len("".join(found.tokens[:i])) for i in range(3)]
     assert found.text_offset == starts and starts[2] > 0
-    streamed = server.client.completions.create(
-        model="tiny", prompt="Hello", logprobs=2, max_tokens=3, stream=True
-    )
+    streamed = server.client.completions.create(**asked, stream=True)
     offsets = [c.choices[0].logprobs.text_offset for c in streamed if c.choices[0].logprobs]
     assert sum(offsets, []) == starts
 
