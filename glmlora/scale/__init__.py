@@ -16,7 +16,14 @@ from ..generation.config import BatchChatArguments, check_names, spelled_out
 from ..interrupts import ending_signals
 from ..prediction import Source
 from ..tables.answers import Asked, answer_columns, ask
-from ..tables.job import check_rows, describe_job, job_settings, with_columns, write_answers
+from ..tables.job import (
+    check_rows,
+    describe_job,
+    job_settings,
+    question_of,
+    with_columns,
+    write_answers,
+)
 from ..tables.output import Output, already_there, check_space, plan_output
 from ..tables.shards import FILE, Shards, open_shards, remove_journals, shrinking
 from ..task import check_asked
@@ -159,9 +166,7 @@ def predict(
     directory, task, folder = source.directory, source.task, os.path.abspath(folder)
     base = directory if strict and adapter is not None else None
     check_asked(task, strict, template=template, labels=labels, base=base)
-    if template is None and task is None:
-        raise TypeError("template: expected the question, the model has no task that says it")
-    template = task.question if template is None and task is not None else str(template)
+    template = str(question_of(template, task))
     blocks = Blocks(import_ray(), table) if is_dataset(table) else None
     rows = [] if blocks is not None else table_rows(table, "table")
     columns = columns_of(rows) if blocks is None else blocks.columns

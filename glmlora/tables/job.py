@@ -319,6 +319,15 @@ def tell_of_answers(
         print(f"{len(odd)} of {rows} answers are {asked.allowed}{where}: {some}", file=sys.stderr)
 
 
+def question_of(template: str | None, task: Task | None) -> str:
+    """The template that is asked for, else the task's question. TypeError without either."""
+    if template is not None:
+        return template
+    if task is None:
+        raise TypeError("template: expected the question, the model has no task that says it")
+    return task.question
+
+
 @spelled_out(BatchChatArguments)
 def predict_table(
     model: Any,
@@ -364,9 +373,7 @@ def predict_table(
     rows, task = table_rows(table, "table"), model.task
     base = model.opened.directory if strict else None
     check_asked(task, strict, template=template, labels=labels, base=base)
-    if template is None and task is None:
-        raise TypeError("template: expected the question, the model has no task that says it")
-    template = task.question if template is None else template
+    template = question_of(template, task)
     check_template(template, columns_of(rows), "the table")
     asked = ask(
         template,
