@@ -45,27 +45,49 @@ INLINE void quads(vf *v, const char *rows)
 #define DOT_NIBBLES DOT_I8
 #endif
 
-/* Square sum of the n values at x whose size is below `bound`, and the largest of those sizes. The
- * sum is one of 16 lanes whatever a vector has, and nothing is rounded once that others round
- * twice: every set has the same bytes. */
-INLINE float squares_below(float *largest, const float *x, int n, float bound)
+/* Square sum of the n values at x whose size is below `bound`, and the largest of those sizes; how
+ * many are not below. The sum is one of 16 lanes whatever a vector has, and nothing is rounded once
+ * that others round twice: every set has the same bytes. */
+INLINE float squares_below(float *largest, int *others, const float *x, int n, float bound)
 {
     vf square[16 / VL] = {{0}}, top = {0};
+    vi below = {0};
     for (int k = 0; k < n; k += VL) {
         const vf v = n - k < VL ? load_part(x + k, n - k) : load(x + k);
-        const vf size = (vf)((vi)v & 0x7fffffff), kept = (vf)((vi)size & (size < splat(bound)));
+        const vf size = (vf)((vi)v & 0x7fffffff);
+        const vi is_below = size < splat(bound);
+        const vf kept = (vf)((vi)size & is_below);
         square[k / VL % (16 / VL)] += kept * kept;
         top = select_lanes(kept > top, kept, top);
+        below += is_below;
     }
     *largest = 0;
-    for (int i = 0; i < VL; i++)
+    *others = (n + VL - 1) / VL * VL;
+    for (int i = 0; i < VL; i++) {
         *largest = top[i] > *largest ? top[i] : *largest;
+        *others += below[i];
+    }
     float sum[16];
     memcpy(sum, square, sizeof sum);
     for (int width = 8; width; width /= 2)
         for (int i = 0; i < width; i++)
             sum[i] += sum[i + width];
     return sum[0];
+}
+
+/* Whether one of the `4 * VL` values at x is larger than `least`. */
+INLINE int any_above(const float *x, float least)
+{
+    vf top = {0};
+    float of[VL], all = 0;
+    for (int i = 0; i < 4; i++) {
+        const vf size = (vf)((vi)load(x + i * VL) & 0x7fffffff);
+        top = select_lanes(size > top, size, top);
+    }
+    memcpy(of, &top, sizeof of);
+    for (int i = 0; i < VL; i++)
+        all = of[i] > all ? of[i] : all;
+    return all > least;
 }
 
 /* n <= SHORT_RUN_BYTES columns at x; columns past the end are 0. Of the OUTLIERS largest those
@@ -75,17 +97,16 @@ INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
 {
     typedef int8_t vb __attribute__((vector_size(VL), aligned(1)));
     float rest;
-    vf bad = {0};
-    int k = 0;
+    int k = 0, bad, larger;
     *run = (struct x_run){0};
-    for (; k + VL <= n; k += VL)
-        bad += load(x + k) - load(x + k);
-    if (k < n)
-        bad += load_part(x + k, n - k) - load_part(x + k, n - k);
-    const float mean = sqrtf(squares_below(&rest, x, n, INFINITY) / (float)n);
-    if (rest > 6.0f * mean && lane_sum(bad) == 0) {
+    const float mean = sqrtf(squares_below(&rest, &bad, x, n, INFINITY) / (float)n);
+    if (rest > 6.0f * mean && !bad) {
         float least = mean;
         for (k = 0; k < n; k++) {
+            if (k % (4 * VL) == 0 && k + 4 * VL <= n && !any_above(x + k, least)) {
+                k += 4 * VL - 1;
+                continue;
+            }
             if (!(fabsf(x[k]) > least))
                 continue;
             int at = run->count < OUTLIERS ? run->count++ : OUTLIERS - 1;
@@ -99,11 +120,12 @@ INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
                 least = fabsf(run->value[OUTLIERS - 1]);
         }
         const float limit =
-            6.0f * sqrtf(squares_below(&rest, x, n, fabsf(run->value[run->count - 1])) / (float)n);
+            6.0f * sqrtf(squares_below(&rest, &larger, x, n, fabsf(run->value[run->count - 1])) /
+                         (float)n);
         for (; run->count && fabsf(run->value[run->count - 1]) <= limit; run->count--)
             rest = fabsf(run->value[run->count - 1]);
     }
-    run->scale = lane_sum(bad) == 0 ? rest / 127.0f : NAN;
+    run->scale = !bad ? rest / 127.0f : NAN;
     const vf inverse = splat(rest > 0 && run->scale > 0 ? 127.0f / rest : 0);
     vi sum = {0};
     for (k = 0; k < n; k += VL) {
