@@ -17,6 +17,8 @@ enum {
 #else
     XR = 3, R1 = 1, C1 = 4, R2 = 3, C2 = 4, IN_PLACE_ROWS = 3,
 #endif
+    MR = VL == 16 ? 12 : VL == 8 ? 6 : 4, /* of rank-1 updates: rows times .. */
+    NV = VL == 4 && REGISTERS == 32 ? 4 : 2, NR = NV * VL, /* .. columns, which lanes are */
     IN_PLACE_COLS = 96, /* rows of W of a task in place: a multiple of each C */
     VB = 4 * VL,        /* bytes of a vector */
     RUN_GROUPS = SHORT_RUN_BYTES / 2 / 32 + 4, /* most groups of 32 columns of a run */
@@ -759,22 +761,4 @@ static void nt_in_place_task(const void *arg, int task, char *scratch)
     EACH_KIND(CALL)
 #undef CALL
     finish(a, tile, IN_PLACE_COLS, 0, a->N, o0, cols);
-}
-
-static void nt_task(const void *arg, int task, char *scratch)
-{
-    const struct nt_args *a = arg;
-    const enum glm_dtype dtype = a->w->dtype;
-    const int grouped = a->w->group != 0, O = a->w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
-    const int n0 = task / o_tiles * a->rows, o0 = task % o_tiles * NT_COLS;
-    const int rows = a->N - n0 < a->rows ? a->N - n0 : a->rows,
-              cols = O - o0 < NT_COLS ? O - o0 : NT_COLS;
-    float *tile = a->accumulate ? (float *)scratch : a->out + (size_t)n0 * a->ldo + o0;
-    const size_t ldt = a->accumulate ? NT_COLS : a->ldo;
-    char *wp = scratch + NT_ROWS_ADDED * NT_COLS * 4;
-#define CALL(kind, stored, by_group) \
-    tile_packed(tile, ldt, a, kind, stored, by_group, n0, rows, o0, cols, wp)
-    EACH_KIND(CALL)
-#undef CALL
-    finish(a, tile, ldt, n0, rows, o0, cols);
 }

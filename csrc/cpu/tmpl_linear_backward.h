@@ -5,47 +5,32 @@
  * the reduction. A is packed before, as units of MR rows; panels of B here, as units of NR
  * columns. */
 
-enum {
-    MR = VL == 16  ? 12
-         : VL == 8 ? 6
-                   : 4,
-    NV = VL == 4 && REGISTERS == 32 ? 4 : 2,
-    NR = NV * VL
-};
-
 INLINE int units_of(enum glm_dtype kind, int K)
 {
     return (K + glm_per_unit(kind) - 1) / glm_per_unit(kind);
-}
-
-/* the four bytes at p in every lane */
-INLINE vf splat_unit(const float *p)
-{
-    int32_t bits;
-    memcpy(&bits, p, 4);
-    return (vf)((vi){0} + bits);
 }
 
 #ifdef MADD_LANE
 /* acc + lane m of a's units times the units b */
 INLINE vf add_lane(enum glm_dtype kind, vf acc, vf b, vf a, int m)
 {
+    (void)kind;
 #ifdef DOT_BF16_LANE
     if (kind == GLM_BF16)
         return DOT_BF16_LANE(acc, b, a, m);
 #endif
-    return kind == GLM_I8 ? DOT_I8_LANE(acc, b, a, m) : MADD_LANE(acc, b, a, m);
+    return MADD_LANE(acc, b, a, m);
 }
 #endif
 
 /* tile (MR, NR; ldt) (+)= sum over `units` of a (units, MR) times b (units, NR) */
 INLINE void unit_tile(float *tile, size_t ldt, const float *a, const char *b, int units, int add,
-                      enum glm_dtype kind, const struct x_run *run, size_t runs)
+                      enum glm_dtype kind)
 {
     vf acc[MR][NV];
     for (int m = 0; m < MR; m++)
         for (int v = 0; v < NV; v++)
-            acc[m][v] = add && kind != GLM_I8 ? load(tile + m * ldt + v * VL) : (vf){0};
+            acc[m][v] = add ? load(tile + m * ldt + v * VL) : (vf){0};
 #pragma GCC unroll 2
     for (int k = 0; k < units; k++, a += MR, b += NV * VB) {
         vf bv[NV];
@@ -61,21 +46,13 @@ INLINE void unit_tile(float *tile, size_t ldt, const float *a, const char *b, in
         for (int m = 0; m < MR; m++) {
             const vf av = splat_unit(a + m);
             for (int v = 0; v < NV; v++)
-                acc[m][v] = multiply_add(kind, GLM_I8, acc[m][v], av, bv[v]);
+                acc[m][v] = multiply_add(kind, GLM_F32, acc[m][v], av, bv[v]);
         }
 #endif
     }
     for (int m = 0; m < MR; m++)
-        for (int v = 0; v < NV; v++) {
-            float *at = tile + m * ldt + v * VL;
-            if (kind == GLM_I8) {
-                const struct x_run *of = run + m * runs;
-                acc[m][v] = INT_TO_FLOAT((vi)acc[m][v] - BYTE_BIAS * of->sum) * splat(of->scale);
-                if (add)
-                    acc[m][v] += load(at);
-            }
-            store(at, acc[m][v]);
-        }
+        for (int v = 0; v < NV; v++)
+            store(tile + m * ldt + v * VL, acc[m][v]);
 }
 
 /* VL rows (or columns) of B or W in natural order, as floats */
@@ -92,30 +69,6 @@ INLINE void load_natural(vf *v, const char *p, enum glm_dtype dtype, int n)
     }
 }
 
-/* MR rows of A as bytes, in runs of SHORT_RUN_BYTES terms with their scales; see quantize_x. */
-INLINE void quantize_a(float *to, const struct pack_args *p, const float *from, int task, int rows,
-                       int units)
-{
-    const int n_runs = glm_byte_runs(p->K);
-    for (int r = 0; r < MR; r++)
-        for (int b = 0; b < n_runs; b++) {
-            const int begin = b * SHORT_RUN_BYTES, left = p->K - begin;
-            const int n = left < SHORT_RUN_BYTES ? left : SHORT_RUN_BYTES;
-            float x[SHORT_RUN_BYTES] __attribute__((aligned(64)));
-            int8_t q[SHORT_RUN_BYTES] __attribute__((aligned(64))) = {0};
-            struct x_run *run = p->runs + ((size_t)task * MR + r) * n_runs + b;
-            *run = (struct x_run){0};
-            if (r < rows) {
-                for (int k = 0; k < n; k++)
-                    x[k] = p->scale * from[r * p->am + begin + k] *
-                           half_to_float(p->factor[begin + k]);
-                quantize_x(q, run, x, n);
-            }
-            for (int u = 0; u < SHORT_RUN_BYTES / 4 && begin / 4 + u < units; u++)
-                memcpy(to + ((size_t)begin / 4 + u) * MR + r, q + 4 * u, 4);
-        }
-}
-
 /* NR columns of four rows of integers as units of bytes; of `used` rows and `width` columns. */
 INLINE void pack_quads(char *to, const char *p, size_t stride, enum glm_dtype dtype, int used,
                        int width)
@@ -123,7 +76,10 @@ INLINE void pack_quads(char *to, const char *p, size_t stride, enum glm_dtype dt
     typedef int8_t vb __attribute__((vector_size(VL), aligned(VL)));
     char rows[4][NR] __attribute__((aligned(32))) = {{0}};
     for (int i = 0; i < used; i++)
-        memcpy(rows[i], p + i * stride, glm_bytes(dtype, (size_t)width));
+        if (width == NR) /* a vector, not a call */
+            memcpy(rows[i], p + i * stride, glm_bytes(dtype, NR));
+        else
+            memcpy(rows[i], p + i * stride, glm_bytes(dtype, (size_t)width));
     for (int i = 0; dtype == GLM_I4 && i < used; i++)
         for (int n = NR - 2 * VL; n >= 0; n -= 2 * VL) { /* what lies first is overwritten last */
             const vb both = *(vb *)(rows[i] + n / 2), even = both >> 4, odd = both << 4 >> 4;
@@ -145,10 +101,6 @@ static void pack_a_task(const void *arg, int task, char *scratch)
     const float *from = p->x + (size_t)task * MR * p->am;
     float *to = (float *)p->to + (size_t)task * MR * units;
     (void)scratch;
-    if (p->kind == GLM_I8) {
-        quantize_a(to, p, from, task, rows, units);
-        return;
-    }
 #ifdef DOT_BF16
     if (p->kind == GLM_BF16 && p->ak == 1) {
         for (int k = 0; k < p->K; k += 2 * VL) {
@@ -275,8 +227,11 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
         for (int m = 0; m < rows; m += MR) {
             const float *ap = g->a + ((size_t)(m0 + m) * units + (size_t)u * MR);
             const struct x_run *run = NULL;
-            if (kind == GLM_I8)
+            const char *xp = NULL;
+            if (kind == GLM_I8) {
                 run = g->runs + (size_t)(m0 + m) * n_runs + u / GEMM_UNITS;
+                xp = byte_rows(g->a, m0 + m, u / GEMM_UNITS, n_runs);
+            }
             const int height = rows - m < MR ? rows - m : MR;
             for (int n = 0; n < cols; n += NR) {
                 float *at = c + m * ldc + n;
@@ -287,14 +242,16 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
                 for (int r = 0; r < MR && (n + NR < cols || m + MR < rows); r++)
                     for (int i = 0; i < NV; i++) /* the tile that is added to next */
                         __builtin_prefetch(next + r * ldc + i * VL, 1, 3);
-                if (height == MR && width == NR) {
-                    unit_tile(at, ldc, ap, panel, in_block, add, kind, run, (size_t)n_runs);
-                    continue;
-                }
-                for (int r = 0; r < height; r++)
+                const int whole = height == MR && width == NR;
+                float *to = whole ? at : edge;
+                for (int r = 0; !whole && r < height; r++)
                     memcpy(edge + r * NR, at + r * ldc, (size_t)width * 4);
-                unit_tile(edge, NR, ap, panel, in_block, add, kind, run, (size_t)n_runs);
-                for (int r = 0; r < height; r++)
+                if (kind == GLM_I8)
+                    byte_tile(to, whole ? ldc : NR, xp, panel, in_block, add, GLM_I8, run,
+                              (size_t)n_runs);
+                else
+                    unit_tile(to, whole ? ldc : NR, ap, panel, in_block, add, kind);
+                for (int r = 0; !whole && r < height; r++)
                     memcpy(at + r * ldc, edge + r * NR, (size_t)width * 4);
             }
             for (int r = 0; kind == GLM_I8 && r < height; r++) {
@@ -311,14 +268,19 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
     }
 }
 
+/* Columns of a task: of bytes, whose panels are four times as long, fewer, so that a panel and the
+ * next one lie in the second cache. */
+static int gemm_cols(enum glm_dtype kind) { return kind == GLM_I8 ? GEMM_COLS / 2 : GEMM_COLS; }
+
 static void gemm_task(const void *arg, int task, char *scratch)
 {
     const struct gemm_args *a = arg;
     const enum glm_dtype dtype = a->b->dtype;
-    const int grouped = a->b->group != 0, N = a->b->cols, n_tiles = (N + GEMM_COLS - 1) / GEMM_COLS;
-    const int m0 = task / n_tiles * a->rows, n0 = task % n_tiles * GEMM_COLS;
+    const int grouped = a->b->group != 0, N = a->b->cols;
+    const int together = gemm_cols(a->kind), n_tiles = (N + together - 1) / together;
+    const int m0 = task / n_tiles * a->rows, n0 = task % n_tiles * together;
     const int rows = a->M - m0 < a->rows ? a->M - m0 : a->rows,
-              cols = N - n0 < GEMM_COLS ? N - n0 : GEMM_COLS;
+              cols = N - n0 < together ? N - n0 : together;
     float *c = a->c + (size_t)m0 * N + n0;
     char *bp = scratch + MR * NR * 4;
 #define CALL(kind, stored, by_group) \

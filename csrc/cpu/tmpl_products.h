@@ -47,6 +47,29 @@ static int packed_rows(struct pack_args *p, struct cpu *cpu, size_t bytes, int N
     return (int)rows;
 }
 
+static void nt_task(const void *arg, int task, char *scratch)
+{
+    const struct nt_args *a = arg;
+    const enum glm_dtype dtype = a->w->dtype;
+    const int grouped = a->w->group != 0, O = a->w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
+    const int n0 = task / o_tiles * a->rows, o0 = task % o_tiles * NT_COLS;
+    const int rows = a->N - n0 < a->rows ? a->N - n0 : a->rows,
+              cols = O - o0 < NT_COLS ? O - o0 : NT_COLS;
+    float *tile = a->accumulate ? (float *)scratch : a->out + (size_t)n0 * a->ldo + o0;
+    const size_t ldt = a->accumulate ? NT_COLS : a->ldo;
+    char *wp = scratch + NT_ROWS_ADDED * NT_COLS * 4;
+#define CALL(kind, stored, by_group)                                                   \
+    do {                                                                               \
+        if (kind == GLM_I8 && a->R == MR)                                              \
+            tile_bytes(tile, ldt, a, stored, n0, rows, o0, cols, wp);                  \
+        else                                                                           \
+            tile_packed(tile, ldt, a, kind, stored, by_group, n0, rows, o0, cols, wp); \
+    } while (0)
+    EACH_KIND(CALL)
+#undef CALL
+    finish(a, tile, ldt, n0, rows, o0, cols);
+}
+
 static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
 {
     const size_t bytes = (size_t)vectors_of(p->kind, p->dtype, p->K) * VB;
@@ -130,10 +153,13 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
         in_place(cpu, &a, &p, O);
         return;
     }
-    const size_t bytes = (size_t)vectors_of(kind, p.dtype, I) * VB;
-    const int rows = packed_rows(&p, cpu, bytes, N, XR);
+    const int columnwise = by_column(kind, p.dtype, N);
+    const size_t bytes = columnwise ? (size_t)glm_byte_runs(I) * SHORT_RUN_BYTES
+                                    : (size_t)vectors_of(kind, p.dtype, I) * VB;
+    p.R = a.R = columnwise ? MR : XR;
+    p.am = (size_t)I;
+    const int rows = packed_rows(&p, cpu, bytes, N, p.R);
     const int columns = ceil_div((size_t)O, NT_COLS);
-    p.R = XR;
     a.x = p.to;
     a.runs = p.runs;
     for (int n = 0; n < N; n += rows) {
@@ -141,7 +167,8 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
         p.x = (const float *)inp + (size_t)n * I;
         a.out = (float *)out + (size_t)n * O;
         a.rows = tile_rows(cpu, a.N, accumulate ? NT_ROWS_ADDED : NT_ROWS, columns);
-        run(cpu, ceil_div((size_t)a.N, (size_t)p.R), (size_t)a.N * I, pack_x_task, &p);
+        run(cpu, ceil_div((size_t)a.N, (size_t)p.R), (size_t)a.N * I,
+            columnwise ? pack_bytes_task : pack_x_task, &p);
         glm_pool_run(cpu->pool, ceil_div((size_t)a.N, (size_t)a.rows) * columns,
                      products_ns((size_t)a.N * O * I), nt_task, &a);
     }
@@ -158,7 +185,7 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
     const size_t together = (size_t)(M < GEMM_ROWS ? M : GEMM_ROWS), unit_bytes = 4;
     const int blocks = (int)(PACKED / (together + MR) / (GEMM_UNITS * unit_bytes));
     const int terms = (kind == GLM_I8 && blocks > 1 ? blocks - 1 : blocks) * block;
-    const int columns = ceil_div((size_t)b->cols, GEMM_COLS);
+    const int columns = ceil_div((size_t)b->cols, (size_t)gemm_cols(kind));
     for (int k0 = 0; k0 < b->rows; k0 += terms) { /* so many that all rows of A find room */
         struct glm_mat part = *b;
         part.rows = b->rows - k0 < terms ? b->rows - k0 : terms;
@@ -171,8 +198,9 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
                               .ak = ak,
                               .factor = b->group ? NULL : part.scale,
                               .scale = (float)scale};
-        const int rows =
-            packed_rows(&p, cpu, (size_t)ceil_div((size_t)p.K, (size_t)per) * unit_bytes, M, MR);
+        const size_t units = (size_t)(kind == GLM_I8 ? glm_byte_runs(p.K) * GEMM_UNITS
+                                                     : ceil_div((size_t)p.K, (size_t)per));
+        const int rows = packed_rows(&p, cpu, units * unit_bytes, M, MR);
         for (int m = 0; m < M; m += rows) {
             p.N = M - m < rows ? M - m : rows;
             p.x = x + (size_t)m * am + (size_t)k0 * ak;
@@ -184,7 +212,8 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
                                         .M = p.N,
                                         .accumulate = accumulate || k0,
                                         .rows = tile_rows(cpu, p.N, GEMM_ROWS, columns)};
-            run(cpu, ceil_div((size_t)p.N, MR), (size_t)p.N * p.K, pack_a_task, &p);
+            run(cpu, ceil_div((size_t)p.N, MR), (size_t)p.N * p.K,
+                kind == GLM_I8 ? pack_bytes_task : pack_a_task, &p);
             glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)g.rows) * columns,
                          products_ns((size_t)p.N * p.K * b->cols), gemm_task, &g);
         }
