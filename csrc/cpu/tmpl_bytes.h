@@ -75,19 +75,32 @@ INLINE float squares_below(float *largest, int *others, const float *x, int n, f
     return sum[0];
 }
 
-/* Whether one of the `4 * VL` values at x is larger than `least`. */
+/* Whether one of `4 * VL` values at x is larger than `least`. */
 INLINE int any_above(const float *x, float least)
 {
     vf top = {0};
-    float of[VL], all = 0;
+    uint64_t of[VL / 2], any = 0;
     for (int i = 0; i < 4; i++) {
         const vf size = (vf)((vi)load(x + i * VL) & 0x7fffffff);
         top = select_lanes(size > top, size, top);
     }
-    memcpy(of, &top, sizeof of);
-    for (int i = 0; i < VL; i++)
-        all = of[i] > all ? of[i] : all;
-    return all > least;
+    const vi above = top > splat(least);
+    memcpy(of, &above, sizeof of);
+    for (int i = 0; i < VL / 2; i++)
+        any |= of[i];
+    return any != 0;
+}
+
+/* Column k of value x among the OUTLIERS largest so far, the first of equals first. */
+INLINE void add_largest(struct x_run *run, float x, int k)
+{
+    int at = run->count < OUTLIERS ? run->count++ : OUTLIERS - 1;
+    for (; at > 0 && fabsf(run->value[at - 1]) < fabsf(x); at--) {
+        run->value[at] = run->value[at - 1];
+        run->column[at] = run->column[at - 1];
+    }
+    run->value[at] = x;
+    run->column[at] = k;
 }
 
 /* n <= SHORT_RUN_BYTES columns at x; columns past the end are 0. Of the OUTLIERS largest those
@@ -102,22 +115,15 @@ INLINE void quantize_x(int8_t *q, struct x_run *run, const float *x, int n)
     const float mean = sqrtf(squares_below(&rest, &bad, x, n, INFINITY) / (float)n);
     if (rest > 6.0f * mean && !bad) {
         float least = mean;
-        for (k = 0; k < n; k++) {
-            if (k % (4 * VL) == 0 && k + 4 * VL <= n && !any_above(x + k, least)) {
-                k += 4 * VL - 1;
+        for (int begin = 0; begin < n; begin += 4 * VL) {
+            if (begin + 4 * VL <= n && !any_above(x + begin, least))
                 continue;
-            }
-            if (!(fabsf(x[k]) > least))
-                continue;
-            int at = run->count < OUTLIERS ? run->count++ : OUTLIERS - 1;
-            for (; at > 0 && fabsf(run->value[at - 1]) < fabsf(x[k]); at--) {
-                run->value[at] = run->value[at - 1];
-                run->column[at] = run->column[at - 1];
-            }
-            run->value[at] = x[k];
-            run->column[at] = k;
-            if (run->count == OUTLIERS)
-                least = fabsf(run->value[OUTLIERS - 1]);
+            for (k = begin; k < n && k < begin + 4 * VL; k++)
+                if (fabsf(x[k]) > least) {
+                    add_largest(run, x[k], k);
+                    if (run->count == OUTLIERS)
+                        least = fabsf(run->value[OUTLIERS - 1]);
+                }
         }
         const float limit =
             6.0f * sqrtf(squares_below(&rest, &larger, x, n, fabsf(run->value[run->count - 1])) /

@@ -140,26 +140,42 @@ INLINE void pack_columns(char *to, const struct glm_mat *w, enum glm_dtype dtype
         }
 }
 
+/* Column k of a run of W as bytes, from the packed panels. */
+INLINE void column_of(int8_t *to, const char *wp, int k, enum glm_dtype dtype)
+{
+    typedef int8_t vb __attribute__((vector_size(VL), aligned(1)));
+    const int at = dtype == GLM_I4 ? k / (2 * VB) * 2 * VB + k % 2 * VB + k % (2 * VB) / 2 : k;
+    for (int o = 0; o < NT_COLS; o += VL) {
+        const vi units = (vi)load(
+            (const float *)(wp + o / NR * NR * SHORT_RUN_BYTES + at / 4 * NR * 4 + o % NR * 4));
+        const vi of_w = (units >> at % 4 * 8 & 255) - bias_of(dtype); /* a byte, or 256 more */
+        *(vb *)(to + o) = __builtin_convertvector(of_w, vb);
+    }
+}
+
 /* As add_outliers of a row, of packed columns. */
 INLINE void add_column_outliers(float *out, int cols, const struct x_run *run, const char *wp,
                                 enum glm_dtype dtype, struct panel_columns *columns)
 {
+    const int8_t *q[OUTLIERS];
     for (int j = 0; j < run->count; j++) {
         const int k = run->column[j];
         if (columns->place[k] < 0) {
-            int8_t *to = columns->value[columns->count];
-            const int at =
-                dtype == GLM_I4 ? k / (2 * VB) * 2 * VB + k % 2 * VB + k % (2 * VB) / 2 : k;
-            for (int o = 0; o < NT_COLS; o++) /* as bytes: the difference is one, too */
-                to[o] = (int8_t)(wp[o / NR * NR * SHORT_RUN_BYTES + at / 4 * NR * 4 + o % NR * 4 +
-                                    at % 4] -
-                                 bias_of(dtype));
+            column_of(columns->value[columns->count], wp, k, dtype);
             columns->place[k] = (int16_t)columns->count++;
         }
-        const int8_t *q = columns->value[columns->place[k]];
-        for (int o = 0; o < cols; o++)
-            out[o] += run->value[j] * (float)q[o];
+        q[j] = columns->value[columns->place[k]];
     }
+    int o = 0;
+    for (; run->count && o + VL <= cols; o += VL) {
+        vf sum = load(out + o);
+        for (int j = 0; j < run->count; j++)
+            sum += splat(run->value[j]) * INT_TO_FLOAT(BYTES_TO_INT((const char *)q[j] + o));
+        store(out + o, sum);
+    }
+    for (; run->count && o < cols; o++)
+        for (int j = 0; j < run->count; j++)
+            out[o] += run->value[j] * (float)q[j][o];
 }
 
 /* tile_packed of bytes by columns */
