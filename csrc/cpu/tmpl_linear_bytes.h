@@ -202,7 +202,6 @@ INLINE void tile_bytes(float *tile, size_t ldt, const struct nt_args *a, enum gl
             I - from < SHORT_RUN_BYTES ? (I - from) & ~1 : SHORT_RUN_BYTES, tiles);
         for (int n = 0; n < rows; n += MR) {
             const char *x = byte_rows(a->x, n0 + n, b, n_runs);
-            const char *next = n + MR < rows ? byte_rows(a->x, n0 + n + MR, b, n_runs) : x;
             const struct x_run *run = a->runs + (size_t)(n0 + n) * n_runs + b;
             const int height = rows - n < MR ? rows - n : MR;
             for (int o = 0; o < cols; o += NR) {
@@ -212,8 +211,6 @@ INLINE void tile_bytes(float *tile, size_t ldt, const struct nt_args *a, enum gl
                 for (int r = 0; r < height; r++)
                     for (int v = 0; v < NV; v++)
                         __builtin_prefetch(at + r * ldt + v * VL, 1, 3);
-                for (int i = 0; i * panels < MR * SHORT_RUN_BYTES / 64; i++, next += 64)
-                    __builtin_prefetch(next, 0, 2);
                 fetch_ahead(&ahead);
                 for (int r = 0; !whole && b && r < height; r++)
                     memcpy(edge + r * NR, at + r * ldt, (size_t)width * 4);
