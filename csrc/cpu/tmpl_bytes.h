@@ -58,7 +58,7 @@ INLINE float squares_below(float *largest, int *others, const float *x, int n, f
         const vi is_below = size < splat(bound);
         const vf kept = (vf)((vi)size & is_below);
         square[k / VL % (16 / VL)] += kept * kept;
-        top = select_lanes(kept > top, kept, top);
+        top = VMAX(kept, top);
         below += is_below;
     }
     *largest = 0;
@@ -82,7 +82,7 @@ INLINE int any_above(const float *x, float least)
     uint64_t of[VL / 2], any = 0;
     for (int i = 0; i < 4; i++) {
         const vf size = (vf)((vi)load(x + i * VL) & 0x7fffffff);
-        top = select_lanes(size > top, size, top);
+        top = VMAX(size, top);
     }
     const vi above = top > splat(least);
     memcpy(of, &above, sizeof of);
