@@ -274,6 +274,7 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     "k_embedding_forward": _number(lambda b, o, w, dtype, ids, C: b * C * (4 + SIZES[dtype])),
     "k_rmsnorm_forward": _number(lambda b, *a: b * a[-2] * 8),
     "k_add_rmsnorm_forward": _number(lambda b, *a: b * a[-2] * 16),
+    "k_add_rmsnorm_narrow": _number(lambda b, *a: b * a[-2] * 14),
     "k_rmsnorm_backward": _number(lambda b, *a: b * a[-1] * 16),
     "k_bias": _number(lambda b, o, bias, outs, across, add: b / across * outs * 4 * (1 + add)),
     "k_convert": _number(lambda b, o, to, i, of, n, f: n * (SIZES[to] + SIZES[of])),
@@ -286,9 +287,14 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     ),
     "k_swiglu_forward": _number(lambda b, o, i, F, across: b / across * F * 12),
     "k_swiglu_backward": _number(lambda b, o, d, i, F, across: b / across * F * 20),
-    "k_swiglu_narrow": _number(lambda b, o, to, h, F, across: b / across * F * (8 + 2)),
+    "k_swiglu_narrow": _number(
+        lambda b, o, to, h, of, F, across: b / across * F * (2 * SIZES[of] + 2)
+    ),
     "k_swiglu_backward_narrow": _number(lambda b, h, to, d, F, f: b * F * (12 + 4)),
-    "k_swiglu_largest": _number(lambda b, o, d, h, N, F: N * F * 12),
+    "k_swiglu_backward_16": _number(
+        lambda b, h, to, d, of, F, across, f: b / across * F * (8 + SIZES[of])
+    ),
+    "k_swiglu_largest": _number(lambda b, o, d, h, of, N, F: N * F * (4 + 2 * SIZES[of])),
     "k_gather_forward": _number(lambda b, *a: b * a[-1] * 8),
     "k_gather_backward": _number(lambda b, *a: b * a[-1] * 12),
     "k_first_nonfinite": _number(lambda b, o, x, N, C, rows: N * C * 4),
