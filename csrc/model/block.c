@@ -36,7 +36,8 @@ static struct glm_heads heads_of(const struct glm_model *m)
                               .longest = s->longest,
                               .tokens = s->all.n,
                               .rows = c ? c->slots : s->prefix.n,
-                              .before = before};
+                              .before = before,
+                              .shortest = s->shortest};
 }
 
 static int gathers(const struct glm_model *m, int l)

@@ -318,7 +318,7 @@ static void attention_forward(void *cx, void *out, void *lse, const void *qkv, s
     const int tiles = !heads.longest || heads.longest > GLM_DECODE_TOKENS,
               narrow = plan->compute != GLM_F32 && heads.HD <= 128;
     scratch(plan, SCRATCH_A, decode.scratch);
-    launch(cx, n_segments, decode.runs > 1 ? 2 : 1);
+    launch(cx, n_segments && heads.shortest <= GLM_DECODE_TOKENS, decode.runs > 1 ? 2 : 1);
     launch(cx, n_segments, tiles ? 1 + narrow : 0);
     if (n_segments && tiles && narrow)
         scratch(plan, SCRATCH_A, glm_pairs_bytes(heads.tokens + heads.rows, heads.KVH, heads.HD));
