@@ -53,6 +53,7 @@ class GPU:
     bandwidth: float
     flops: float
     type: str = "bfloat16"
+    rate: str = "products"  # the assumption for its products
 
     @property
     def copy(self) -> float:
@@ -62,7 +63,7 @@ class GPU:
     @property
     def products(self) -> float:
         """FLOP/s of large products, as modelled."""
-        return self.flops * ASSUMED["products"][0]
+        return self.flops * ASSUMED[self.rate][0]
 
     @property
     def launch(self) -> float:
@@ -75,7 +76,7 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         GPU("H100", 90, 132, 227, 80e9, 3.35e12, 989e12),
-        GPU("A100", 80, 108, 163, 80e9, 2.039e12, 312e12),
+        GPU("A100", 80, 108, 163, 80e9, 2.039e12, 312e12, rate="products of an A100"),
         GPU("L4", 89, 58, 99, 24e9, 0.300e12, 121e12),
         GPU("T4", 75, 40, 64, 16e9, 0.320e12, 65e12, "float16"),
     )
@@ -91,7 +92,15 @@ ASSUMED: dict[str, tuple[float, str, str]] = {
     "products": (
         0.789,
         "of nominal FLOP/s",
-        "an H100's products: 780 of 989 TFLOP/s (gpu_h100.json, ceilings); not checked on others",
+        "an H100's products: 780 of 989 TFLOP/s (gpu_h100.json, ceilings); of shapes that were "
+        "searched for an H100 SXM reached 794.5 in bfloat16 (github.com/stas00/ml-engineering, "
+        "compute/accelerator, Maximum Achievable Matmul FLOPS); not checked on an L4 and a T4",
+    ),
+    "products of an A100": (
+        0.853,
+        "of nominal FLOP/s",
+        "271.2 of 312 TFLOP/s on an A100 SXM in the same table, times 780 / 794.5: ours are not "
+        "the shapes that it found",
     ),
     "launch": (
         4.6e-6,
@@ -168,9 +177,8 @@ class Launch:
     def seconds(self, gpu: GPU) -> float:
         """Modelled; fills and products are launches, too."""
         memory = gpu.copy * (ASSUMED[self.bandwidth][0] if self.bandwidth else 1)
-        return gpu.launch + max(
-            self.bytes / memory, self.flops / (gpu.flops * ASSUMED[self.rate][0])
-        )
+        rate = gpu.rate if self.rate == "products" else self.rate
+        return gpu.launch + max(self.bytes / memory, self.flops / (gpu.flops * ASSUMED[rate][0]))
 
 
 SIZES = {0: 4, 1: 2, 2: 2, 3: 8, 4: 1, 5: 0.5}  # bytes of enum glm_dtype
@@ -274,6 +282,7 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     "k_embedding_forward": _number(lambda b, o, w, dtype, ids, C: b * C * (4 + SIZES[dtype])),
     "k_rmsnorm_forward": _number(lambda b, *a: b * a[-2] * 8),
     "k_add_rmsnorm_forward": _number(lambda b, *a: b * a[-2] * 16),
+    "k_add_rmsnorm_narrow": _number(lambda b, *a: b * a[-2] * 14),
     "k_rmsnorm_backward": _number(lambda b, *a: b * a[-1] * 16),
     "k_bias": _number(lambda b, o, bias, outs, across, add: b / across * outs * 4 * (1 + add)),
     "k_convert": _number(lambda b, o, to, i, of, n, f: n * (SIZES[to] + SIZES[of])),
@@ -286,9 +295,14 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     ),
     "k_swiglu_forward": _number(lambda b, o, i, F, across: b / across * F * 12),
     "k_swiglu_backward": _number(lambda b, o, d, i, F, across: b / across * F * 20),
-    "k_swiglu_narrow": _number(lambda b, o, to, h, F, across: b / across * F * (8 + 2)),
+    "k_swiglu_narrow": _number(
+        lambda b, o, to, h, of, F, across: b / across * F * (2 * SIZES[of] + 2)
+    ),
     "k_swiglu_backward_narrow": _number(lambda b, h, to, d, F, f: b * F * (12 + 4)),
-    "k_swiglu_largest": _number(lambda b, o, d, h, N, F: N * F * 12),
+    "k_swiglu_backward_16": _number(
+        lambda b, h, to, d, of, F, across, f: b / across * F * (8 + SIZES[of])
+    ),
+    "k_swiglu_largest": _number(lambda b, o, d, h, of, N, F: N * F * (4 + 2 * SIZES[of])),
     "k_gather_forward": _number(lambda b, *a: b * a[-1] * 8),
     "k_gather_backward": _number(lambda b, *a: b * a[-1] * 12),
     "k_first_nonfinite": _number(lambda b, o, x, N, C, rows: N * C * 4),

@@ -30,6 +30,7 @@ struct glm_heads {
     int longest;      /* tokens of the longest segment, where the caller knows; 0: not known */
     int tokens, rows; /* of the batch, each in a segment, and of the cache */
     int before;       /* cache rows that a segment sees, at most */
+    int shortest;     /* tokens of the shortest segment; 0: not known */
 };
 
 /* What a dropout mask is a function of, so that it does not depend on how rows are packed:

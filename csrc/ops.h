@@ -217,6 +217,20 @@ OP(swiglu_linear_forward, N,
 OP(swiglu_linear_backward, N,
    void *dinp, const void *dact, void *h, const struct glm_mat *weight, int N)
 
+/* The half of a layer after attention:
+ *   sum += b,  h = rmsnorm(sum) up^T,  out = swiglu_forward(h) down^T + bias; out NULL: without out
+ *   out (N, C), may be b   rstd (N)   sum, b (N, C)   weight (C)   up (2F, C)   down (C, F)
+ *   work (N, F), C at most F: its contents are undefined
+ *   h (N, 2F): for the backward alone, as a backend likes it; reals where its kept_h are not */
+OP(swiglu_mlp_forward, N,
+   void *out, void *rstd, void *sum, void *work, void *h, const void *b, const void *weight,
+   const struct glm_mat *up, const struct glm_mat *down, const void *bias, int N, double eps)
+/* dinp = dh up, the gradient of rmsnorm(sum), of dout, that of out
+ *   dinp (N, C) in memory for (N, F)   h: of the forward of these N rows, undefined then */
+OP(swiglu_mlp_backward, N,
+   void *dinp, void *h, const void *dout, const struct glm_mat *up, const struct glm_mat *down,
+   int N)
+
 /* out = 0.5 inp (1 + tanh(sqrt(2/pi) (inp + 0.044715 inp^3))), n elements; in place allowed
  *                                                             Hendrycks & Gimpel 2016 */
 OP(gelu_forward, n,

@@ -518,6 +518,8 @@ void glm_cuda_attention_decode(struct cuda *cuda, const attention &a, struct glm
             return;
         d.sums = (float2 *)(d.mixes + tokens * a.NH * cut.runs * padded(a.HD));
     }
+    if (heads.shortest > GLM_DECODE_TOKENS)
+        return; /* there is nothing to do; the memory is for the tokens that follow */
     void (*const kernels[2][2])(decoding) = {
         {k_attention_decode_f16_64, k_attention_decode_f16_128},
         {k_attention_decode_bf16_64, k_attention_decode_bf16_128}};

@@ -112,11 +112,18 @@ const float *glm_cuda_factor(struct cuda *cuda, const void *x, size_t n, enum gl
 /* The same of so many elements of small->largest. */
 const float *glm_cuda_factor_of(struct cuda *cuda, int n, int exponent, double scale);
 /* elementwise.cu: swiglu of h (N, 2F) in a 16-bit type, out (N, F); and the gradient of h, of dact
- * (N, F), times the factor that is returned, at the beginning of each row of h. */
-void glm_cuda_swiglu_narrow(struct cuda *cuda, void *out, enum glm_dtype type, const void *h, int N,
-                            int F);
+ * (N, F), times the factor that is returned, at the beginning of each row of h, or where h is of that
+ * type in its place. from: the type of h, or there of dact. */
+void glm_cuda_swiglu_narrow(struct cuda *cuda, const char *op, void *out, enum glm_dtype type,
+                            const void *h, enum glm_dtype from, int N, int F);
 const float *glm_cuda_swiglu_backward_narrow(struct cuda *cuda, void *h, enum glm_dtype type,
                                              const void *dact, int N, int F);
+const float *glm_cuda_swiglu_backward_16(struct cuda *cuda, void *h, enum glm_dtype type,
+                                         const void *dact, enum glm_dtype from, int N, int F);
+/* norm.cu: sum += b; out = rmsnorm(sum) in a 16-bit type. */
+void glm_cuda_add_rmsnorm_narrow(struct cuda *cuda, void *out, enum glm_dtype type, void *rstd,
+                                 void *sum, const void *b, const void *weight, int N, int C,
+                                 double eps);
 /* At least `bytes` of a scratch buffer, or NULL after keeping the error. */
 void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
 /* Products of an adapter's matrix W (adapter.cu): out = scale * inp W^T, or inp W where it is

@@ -24,35 +24,36 @@ GLM_KERNEL(256) k_swiglu_forward(float *out, const float *inp, int F, int blocks
     store4(out + n * F, f, F, gate);
 }
 
-/* The same in 16 bits, eight columns a thread */
+/* The same in 16 bits, of float or of 16 bits, eight columns a thread */
 GLM_KERNEL(256)
-k_swiglu_narrow(unsigned short *out, int type, const float *inp, int F, int blocks)
+k_swiglu_narrow(unsigned short *out, int type, const void *inp, int from, int F, int blocks)
 {
     const size_t n = blockIdx.x / blocks;
     const int f = 2 * column4(blocks);
-    float v[8];
+    float gate[8], up[8];
     if (f >= F)
         return;
+    load8_of(inp, from, n * 2 * F + f, gate);
+    load8_of(inp, from, n * 2 * F + F + f, up);
 #pragma unroll
-    for (int half = 0; half < 8; half += 4) {
-        const f4 gate = load4(inp + n * 2 * F, f + half, F),
-                 up = load4(inp + n * 2 * F + F, f + half, F);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            v[half + j] = gate.v[j] * sigmoid(gate.v[j]) * up.v[j];
-    }
-    *reinterpret_cast<uint4 *>(out + n * F + f) = narrow8(v, type);
+    for (int j = 0; j < 8; j++)
+        gate[j] = gate[j] * sigmoid(gate[j]) * up[j];
+    store8_narrow(out + n * F + f, type, gate);
 }
 
 /* Gate and value become their gradients. */
+static __device__ __forceinline__ void gradient_of(float &gate, float &up, float dy)
+{
+    const float x = gate, s = sigmoid(x);
+    gate = dy * up * s * (1.0f + x * (1.0f - s));
+    up = dy * x * s;
+}
+
 static __device__ __forceinline__ void swiglu_gradient(f4 &gate, f4 &up, const f4 dy)
 {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float x = gate.v[j], s = sigmoid(x);
-        gate.v[j] = dy.v[j] * up.v[j] * s * (1.0f + x * (1.0f - s));
-        up.v[j] = dy.v[j] * x * s;
-    }
+    for (int j = 0; j < 4; j++)
+        gradient_of(gate.v[j], up.v[j], dy.v[j]);
 }
 
 /* The same times *factor (NULL: 1) in 16 bits, at the beginning of the row of h that it is of: a
@@ -93,16 +94,42 @@ k_swiglu_backward_narrow(float *h, int type, const float *dact, int F, const flo
     }
 }
 
+/* The same of h in 16 bits, in its place; from: the type of dact */
+GLM_KERNEL(256)
+k_swiglu_backward_16(unsigned short *h, int type, const void *dact, int from, int F, int blocks,
+                     const float *factor)
+{
+    const size_t n = blockIdx.x / blocks;
+    const int f = 2 * column4(blocks);
+    const float by = factor ? *factor : 1.0f;
+    float gate[8], up[8], dy[8];
+    if (f >= F)
+        return;
+    h += n * 2 * F + f;
+    load8_of(h, type, 0, gate);
+    load8_of(h, type, F, up);
+    load8_of(dact, from, n * F + f, dy);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        gradient_of(gate[j], up[j], dy[j]);
+        gate[j] *= by, up[j] *= by;
+    }
+    store8_narrow(h, type, gate);
+    store8_narrow(h + F, type, up);
+}
+
 GLM_BLOCK_REDUCTION(block_max, float, warp_max, 0)
 
-/* Of a block's rows of that gradient the largest element */
+/* Of a block's rows of that gradient the largest element; from: the type of h */
 GLM_KERNEL(256)
-k_swiglu_largest(float *largest, const float *dact, const float *h, int N, int F)
+k_swiglu_largest(float *largest, const float *dact, const void *h, int from, int N, int F)
 {
     float most = 0;
     for (size_t n = blockIdx.x; n < (size_t)N; n += gridDim.x)
         for (int f = 4 * threadIdx.x; f < F; f += 4 * blockDim.x) {
-            f4 gate = load4(h + n * 2 * F, f, F), up = load4(h + n * 2 * F + F, f, F);
+            const char *gates = static_cast<const char *>(h) + stored_bytes(from, n * 2 * F),
+                       *values = gates + stored_bytes(from, F);
+            f4 gate = load4_stored(gates, from, f, F), up = load4_stored(values, from, f, F);
             swiglu_gradient(gate, up, load4(dact + n * F, f, F));
 #pragma unroll
             for (int j = 0; j < 4; j++)
@@ -261,27 +288,45 @@ extern "C" void glm_cuda_swiglu_backward(void *cx, void *dinp, const void *dout,
                    (float *)dinp, (const float *)dout, (const float *)inp, F, blocks_of(F));
 }
 
-void glm_cuda_swiglu_narrow(struct cuda *cuda, void *out, enum glm_dtype type, const void *h, int N,
-                            int F)
+void glm_cuda_swiglu_narrow(struct cuda *cuda, const char *op, void *out, enum glm_dtype type,
+                            const void *h, enum glm_dtype from, int N, int F)
 {
     const int blocks = (int)ceil_div((size_t)F, 2048);
-    GLM_LAUNCH(cuda, "swiglu_linear_forward", k_swiglu_narrow, (size_t)N * blocks, 256, 0,
-               (unsigned short *)out, (int)type, (const float *)h, F, blocks);
+    GLM_LAUNCH(cuda, op, k_swiglu_narrow, (size_t)N * blocks, 256, 0, (unsigned short *)out,
+               (int)type, h, (int)from, F, blocks);
+}
+
+/* The factor for float16, else NULL */
+static const float *swiglu_factor(struct cuda *cuda, const char *op, enum glm_dtype type,
+                                  const void *dact, const void *h, enum glm_dtype from, int N,
+                                  int F)
+{
+    const int blocks = N < 512 ? N : 512;
+    if (type != GLM_F16)
+        return NULL;
+    GLM_LAUNCH(cuda, op, k_swiglu_largest, blocks, 256, 0, cuda->small->largest,
+               (const float *)dact, h, (int)from, N, F);
+    return glm_cuda_factor_of(cuda, blocks, 13, 1);
 }
 
 const float *glm_cuda_swiglu_backward_narrow(struct cuda *cuda, void *h, enum glm_dtype type,
                                              const void *dact, int N, int F)
 {
-    struct glm_small *small = cuda->small;
-    const int blocks = N < 512 ? N : 512;
-    const float *factor = NULL;
-    if (type == GLM_F16) {
-        GLM_LAUNCH(cuda, "swiglu_linear_backward", k_swiglu_largest, blocks, 256, 0, small->largest,
-                   (const float *)dact, (const float *)h, N, F);
-        factor = glm_cuda_factor_of(cuda, blocks, 13, 1);
-    }
-    GLM_LAUNCH(cuda, "swiglu_linear_backward", k_swiglu_backward_narrow, N, 512, 0, (float *)h,
-               (int)type, (const float *)dact, F, factor);
+    const char *op = "swiglu_linear_backward";
+    const float *factor = swiglu_factor(cuda, op, type, dact, h, GLM_F32, N, F);
+    GLM_LAUNCH(cuda, op, k_swiglu_backward_narrow, N, 512, 0, (float *)h, (int)type,
+               (const float *)dact, F, factor);
+    return factor;
+}
+
+const float *glm_cuda_swiglu_backward_16(struct cuda *cuda, void *h, enum glm_dtype type,
+                                         const void *dact, enum glm_dtype from, int N, int F)
+{
+    const char *op = "swiglu_mlp_backward";
+    const int blocks = (int)ceil_div((size_t)F, 2048);
+    const float *factor = swiglu_factor(cuda, op, type, dact, h, type, N, F);
+    GLM_LAUNCH(cuda, op, k_swiglu_backward_16, (size_t)N * blocks, 256, 0, (unsigned short *)h,
+               (int)type, dact, (int)from, F, blocks, factor);
     return factor;
 }
 

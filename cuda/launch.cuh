@@ -295,6 +295,58 @@ static __device__ __forceinline__ uint4 narrow8(const float *v, int dtype)
     return q;
 }
 
+/* Four, or eight, elements from `to` on in 16 bits. */
+static __device__ __forceinline__ void store4_narrow(void *to, int dtype, const f4 x)
+{
+    unsigned w[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        w[j] = dtype == GLM_F16 ? half_bits(x.v[j]) : bf16_bits(x.v[j]);
+    if (((size_t)to & 7) == 0) {
+        uint2 q;
+        q.x = w[0] | w[1] << 16, q.y = w[2] | w[3] << 16;
+        *static_cast<uint2 *>(to) = q;
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        static_cast<unsigned short *>(to)[j] = (unsigned short)w[j];
+}
+
+static __device__ __forceinline__ void store8_narrow(void *to, int dtype, const float *v)
+{
+    if (((size_t)to & 15) == 0) {
+        *static_cast<uint4 *>(to) = narrow8(v, dtype);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        static_cast<unsigned short *>(to)[j] =
+            (unsigned short)(dtype == GLM_F16 ? half_bits(v[j]) : bf16_bits(v[j]));
+}
+
+/* Elements i .. i + 7 of an array of float or 16 bits that has them all. */
+static __device__ __forceinline__ void load8_of(const void *p, int dtype, size_t i, float *v)
+{
+    const char *at = static_cast<const char *>(p) + stored_bytes(dtype, i);
+    if (dtype == GLM_F32) {
+#pragma unroll
+        for (int half = 0; half < 8; half += 4) {
+            const f4 x = load4(static_cast<const float *>(p), i + half, i + 8);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                v[half + j] = x.v[j];
+        }
+    } else if (((size_t)at & 15) == 0) {
+        widen8(*reinterpret_cast<const uint4 *>(at), dtype, v);
+    } else {
+        const unsigned short *s = reinterpret_cast<const unsigned short *>(at);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] = dtype == GLM_F16 ? half_value(s[j]) : bf16_value(s[j]);
+    }
+}
+
 /* ---- Philox4x32-10: Salmon et al. 2011 */
 
 struct mask_of {

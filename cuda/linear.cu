@@ -430,10 +430,10 @@ const void *glm_cuda_operand(struct cuda *cuda, enum glm_scratch which, const vo
     return to;
 }
 
-/* Column-major C (m, n) = alpha op(A) op(B) + beta C, C float. */
-static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, double alpha,
-                    int on_device, const void *A, int lda, const void *B, int ldb,
-                    enum glm_dtype type, int beta, void *C, int ldc)
+/* Column-major C (m, n) = alpha op(A) op(B) + beta C, C float or as `to` says. */
+static void product_to(struct cuda *cuda, int ta, int tb, int m, int n, int k, double alpha,
+                       int on_device, const void *A, int lda, const void *B, int ldb,
+                       enum glm_dtype type, int beta, void *C, int ldc, enum glm_dtype to)
 {
     const float a = (float)alpha, b = (float)beta;
     const struct glm_small *small = cuda->small;
@@ -446,12 +446,20 @@ static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, doub
             blas->gemm(blas->handle, ta, tb, m, n, k, on_device ? (const void *)&small->alpha : &a,
                        A, blas_type(type), lda, B, blas_type(type), ldb,
                        on_device ? (const void *)(beta ? &small->one : &small->zero) : &b, C,
-                       BLAS_R_32F, ldc, BLAS_COMPUTE_32F, BLAS_DEFAULT);
+                       blas_type(to), ldc, BLAS_COMPUTE_32F, BLAS_DEFAULT);
     if (on_device) {
         const int back = blas->set_pointer_mode(blas->handle, BLAS_HOST);
         status = status ? status : back;
     }
     glm_cuda_multiplied(cuda, status, m, n, k);
+}
+
+static void product(struct cuda *cuda, int ta, int tb, int m, int n, int k, double alpha,
+                    int on_device, const void *A, int lda, const void *B, int ldb,
+                    enum glm_dtype type, int beta, void *C, int ldc)
+{
+    product_to(cuda, ta, tb, m, n, k, alpha, on_device, A, lda, B, ldb, type, beta, C, ldc,
+               GLM_F32);
 }
 
 /* As all that the model has. */
@@ -465,9 +473,11 @@ static void put_bias(struct cuda *cuda, void *out, const void *bias, int N, int 
                    (const float *)bias, O, blocks, accumulate);
 }
 
-/* out (N, O) = scale * x W^T (+ out) of an operand, some rows of W at a time; 0 after an error */
-static int multiplied(struct cuda *cuda, float *out, const void *x, const struct glm_mat *W,
-                      enum glm_dtype type, int N, double scale, int accumulate)
+/* out (N, O) of a type = scale * x W^T (+ out) of an operand, some rows of W at a time; 0 after an
+ * error */
+static int multiplied(struct cuda *cuda, void *out, enum glm_dtype to, const void *x,
+                      const struct glm_mat *W, enum glm_dtype type, int N, double scale,
+                      int accumulate)
 {
     const int O = W->rows, I = W->cols, rows = glm_forward_rows(cuda->piece, W, type);
     for (int o = 0; o < O; o += rows) {
@@ -475,8 +485,8 @@ static int multiplied(struct cuda *cuda, float *out, const void *x, const struct
         const void *w = widened(cuda, W, type, o, count, rows);
         if (!w)
             return 0;
-        product(cuda, BLAS_T, BLAS_N, count, N, I, scale, 0, w, I, x, I, type, accumulate, out + o,
-                O);
+        product_to(cuda, BLAS_T, BLAS_N, count, N, I, scale, 0, w, I, x, I, type, accumulate,
+                   (char *)out + stored_bytes(to, (size_t)o), O, to);
     }
     return 1;
 }
@@ -506,8 +516,8 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
         const int some = N - n < tokens ? N - n : tokens;
         const void *x = glm_cuda_operand(cuda, SCRATCH_A, (const float *)inp + (size_t)n * I,
                                          (size_t)some * I, type, NULL);
-        if (!x || !multiplied(cuda, (float *)out + (size_t)n * O, x, weight, type, some, scale,
-                              bias || accumulate))
+        if (!x || !multiplied(cuda, (float *)out + (size_t)n * O, GLM_F32, x, weight, type, some,
+                              scale, bias || accumulate))
             return;
     }
 }
@@ -524,8 +534,23 @@ extern "C" void glm_cuda_swiglu_linear_forward(void *cx, void *out, void *act, c
         glm_cuda_linear_forward(cx, out, act, weight, bias, N, 1, 0);
     } else if (glm_cuda_begin(cuda)) {
         put_bias(cuda, out, bias, N, O, 0);
-        glm_cuda_swiglu_narrow(cuda, act, type, h, N, F);
-        multiplied(cuda, (float *)out, act, weight, type, N, 1, bias != NULL);
+        glm_cuda_swiglu_narrow(cuda, "swiglu_linear_forward", act, type, h, GLM_F32, N, F);
+        multiplied(cuda, out, GLM_F32, act, weight, type, N, 1, bias != NULL);
+    }
+}
+
+/* dinp (N, I) = dh W of gradients in 16 bits with `stride` elements from row to row */
+static void multiplied_back(struct cuda *cuda, void *dinp, const void *dh, int stride,
+                            const struct glm_mat *W, enum glm_dtype type, int N, int scaled)
+{
+    const int O = W->rows, I = W->cols, rows = glm_forward_rows(cuda->piece, W, type);
+    for (int o = 0; o < O; o += rows) {
+        const int count = O - o < rows ? O - o : rows;
+        const void *w = widened(cuda, W, type, o, count, rows);
+        if (!w)
+            return;
+        product(cuda, BLAS_N, BLAS_N, I, N, count, 1, scaled, w, I, (const unsigned short *)dh + o,
+                stride, type, o > 0, dinp, I);
     }
 }
 
@@ -539,16 +564,30 @@ extern "C" void glm_cuda_swiglu_linear_backward(void *cx, void *dinp, const void
         glm_cuda_swiglu_backward(cx, h, dact, h, N, F);
         glm_cuda_linear_backward_input(cx, dinp, h, weight, N, 1, 0);
     } else if (glm_cuda_begin(cuda)) {
-        const int rows = glm_forward_rows(cuda->piece, weight, type);
         const float *factor = glm_cuda_swiglu_backward_narrow(cuda, h, type, dact, N, F);
-        for (int o = 0; o < O; o += rows) {
-            const int count = O - o < rows ? O - o : rows;
-            const void *w = widened(cuda, weight, type, o, count, rows);
-            if (!w)
-                return;
-            product(cuda, BLAS_N, BLAS_N, I, N, count, 1, factor != NULL, w, I,
-                    (const unsigned short *)h + o, 2 * O, type, o > 0, dinp, I);
-        }
+        multiplied_back(cuda, dinp, h, 2 * O, weight, type, N, factor != NULL);
+    }
+}
+
+extern "C" void glm_cuda_swiglu_mlp_forward(void *cx, void *out, void *rstd, void *sum, void *work,
+                                            void *h, const void *b, const void *weight,
+                                            const struct glm_mat *up, const struct glm_mat *down,
+                                            const void *bias, int N, double eps)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const enum glm_dtype type = glm_mlp_type(cuda->compute, up, down, N);
+    if (type == GLM_F32) {
+        glm_cuda_add_rmsnorm_forward(cx, work, rstd, sum, sum, b, weight, N, up->cols, eps);
+        glm_cuda_linear_forward(cx, h, work, up, NULL, N, 1, 0);
+        if (out)
+            glm_cuda_swiglu_linear_forward(cx, out, work, h, down, bias, N);
+    } else if (glm_cuda_begin(cuda)) {
+        glm_cuda_add_rmsnorm_narrow(cuda, work, type, rstd, sum, b, weight, N, up->cols, eps);
+        if (!multiplied(cuda, h, type, work, up, type, N, 1, 0) || !out)
+            return;
+        put_bias(cuda, out, bias, N, down->rows, 0);
+        glm_cuda_swiglu_narrow(cuda, "swiglu_mlp_forward", work, type, h, type, N, down->cols);
+        multiplied(cuda, out, GLM_F32, work, down, type, N, 1, bias != NULL);
     }
 }
 
@@ -573,18 +612,11 @@ extern "C" void glm_cuda_adapted_forward(void *cx, void *out, const void *inp,
     }
 }
 
-extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void *dout,
-                                               const struct glm_mat *weight, int N, double scale,
-                                               int accumulate)
+/* dinp of a type; in 16 bits of all rows of the weight at once, or their sum would be rounded */
+static void input_gradient(struct cuda *cuda, void *dinp, enum glm_dtype to, const void *dout,
+                           const struct glm_mat *weight, int N, double scale, int accumulate)
 {
-    struct cuda *cuda = cuda_of(cx);
     const int O = weight->rows, I = weight->cols;
-    if (!N || !glm_cuda_begin(cuda))
-        return;
-    if (glm_is_adapter(weight->dtype, O, I)) {
-        glm_cuda_thin(cuda, dinp, dout, weight, NULL, N, scale, accumulate, 1);
-        return;
-    }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
     const int rows = glm_backward_rows(cuda->piece, weight, type, N), narrow = type != GLM_F32;
     const float *factor = glm_cuda_factor(cuda, dout, (size_t)N * O, type, 13, scale);
@@ -597,9 +629,43 @@ extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void 
         if (narrow)
             GLM_LAUNCH(cuda, "operand", k_columns, (size_t)N * blocks, 256, 0, d, (int)type,
                        (const float *)dout, O, o, count, blocks, factor);
-        product(cuda, BLAS_N, BLAS_N, I, N, count, scale, factor != NULL, w, I,
-                narrow ? d : (const float *)dout + o, narrow ? count : O, type, accumulate || o,
-                dinp, I);
+        product_to(cuda, BLAS_N, BLAS_N, I, N, count, scale, factor != NULL, w, I,
+                   narrow ? d : (const float *)dout + o, narrow ? count : O, type, accumulate || o,
+                   dinp, I, to);
+    }
+}
+
+extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void *dout,
+                                               const struct glm_mat *weight, int N, double scale,
+                                               int accumulate)
+{
+    struct cuda *cuda = cuda_of(cx);
+    if (!N || !glm_cuda_begin(cuda))
+        return;
+    if (glm_is_adapter(weight->dtype, weight->rows, weight->cols))
+        glm_cuda_thin(cuda, dinp, dout, weight, NULL, N, scale, accumulate, 1);
+    else
+        input_gradient(cuda, dinp, GLM_F32, dout, weight, N, scale, accumulate);
+}
+
+/* The activation's gradient is bfloat16 where its products are; float16 has no room for what was not
+ * scaled to it. */
+extern "C" void glm_cuda_swiglu_mlp_backward(void *cx, void *dinp, void *h, const void *dout,
+                                             const struct glm_mat *up, const struct glm_mat *down,
+                                             int N)
+{
+    struct cuda *cuda = cuda_of(cx);
+    const int O = down->rows, F = down->cols;
+    const enum glm_dtype type = glm_mlp_type(cuda->compute, up, down, N);
+    if (type == GLM_F32) {
+        glm_cuda_linear_backward_input(cx, dinp, dout, down, N, 1, 0);
+        glm_cuda_swiglu_linear_backward(cx, dinp, dinp, h, up, N);
+    } else if (glm_cuda_begin(cuda)) {
+        const int whole = glm_backward_rows(cuda->piece, down, type, N) >= O;
+        const enum glm_dtype to = type == GLM_BF16 && whole ? type : GLM_F32;
+        input_gradient(cuda, dinp, to, dout, down, N, 1, 0);
+        const float *factor = glm_cuda_swiglu_backward_16(cuda, h, type, dinp, to, N, F);
+        multiplied_back(cuda, dinp, h, 2 * F, up, type, N, factor != NULL);
     }
 }
 

@@ -30,28 +30,32 @@ static __device__ __forceinline__ float total(const f4 x)
     return x.v[0] + x.v[1] + x.v[2] + x.v[3];
 }
 
-static __device__ __forceinline__ void put_norm(float *out, const f4 x, float r, const f4 w, int c,
-                                                int C)
+/* type: of out; in 16 bits C is a multiple of 4. */
+static __device__ __forceinline__ void put_norm(void *out, int type, const f4 x, float r,
+                                                const f4 w, int c, int C)
 {
     f4 y;
 #pragma unroll
     for (int j = 0; j < 4; j++)
         y.v[j] = x.v[j] * r * w.v[j];
-    store4(out, c, C, y);
+    if (type == GLM_F32)
+        store4(static_cast<float *>(out), c, C, y);
+    else
+        store4_narrow(static_cast<unsigned short *>(out) + c, type, y);
 }
 
 /* out = rmsnorm of a row of a + b, which goes to sum; b NULL: of a. A thread keeps its first words
  * of a row and of the weight, all that there are up to a width of 4,096; what it has beyond them it
  * reads back. */
-static __device__ __forceinline__ void norm_of(float *out, float *rstd, float *sum, const float *a,
-                                               const float *b, const float *weight, int C,
-                                               float eps)
+static __device__ __forceinline__ void norm_of(void *out, int type, float *rstd, float *sum,
+                                               const float *a, const float *b, const float *weight,
+                                               int C, float eps)
 {
     const int KEPT = 2, at = 4 * threadIdx.x, step = 4 * blockDim.x;
     const size_t row = (size_t)blockIdx.x * C;
     f4 x[KEPT], w[KEPT];
     float squares = 0;
-    out += row, sum += row, a += row;
+    out = static_cast<char *>(out) + stored_bytes(type, row), sum += row, a += row;
     b = b ? b + row : NULL;
     let_next_begin();
 #pragma unroll
@@ -75,22 +79,30 @@ static __device__ __forceinline__ void norm_of(float *out, float *rstd, float *s
 #pragma unroll
     for (int k = 0; k < KEPT; k++)
         if (at + k * step < C)
-            put_norm(out, x[k], r, w[k], at + k * step, C);
+            put_norm(out, type, x[k], r, w[k], at + k * step, C);
     for (int c = at + KEPT * step; c < C; c += step)
-        put_norm(out, load4(b ? sum : a, c, C), r, load4(weight, c, C), c, C);
+        put_norm(out, type, load4(b ? sum : a, c, C), r, load4(weight, c, C), c, C);
 }
 
 GLM_KERNEL(512)
 k_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int C, float eps)
 {
-    norm_of(out, rstd, NULL, inp, NULL, weight, C, eps);
+    norm_of(out, GLM_F32, rstd, NULL, inp, NULL, weight, C, eps);
 }
 
 GLM_KERNEL(512)
 k_add_rmsnorm_forward(float *out, float *rstd, float *sum, const float *a, const float *b,
                       const float *weight, int C, float eps)
 {
-    norm_of(out, rstd, sum, a, b, weight, C, eps);
+    norm_of(out, GLM_F32, rstd, sum, a, b, weight, C, eps);
+}
+
+/* The same with out in 16 bits, a being sum */
+GLM_KERNEL(512)
+k_add_rmsnorm_narrow(void *out, int type, float *rstd, float *sum, const float *b,
+                     const float *weight, int C, float eps)
+{
+    norm_of(out, type, rstd, sum, sum, b, weight, C, eps);
 }
 
 GLM_KERNEL(256)
@@ -281,6 +293,15 @@ extern "C" void glm_cuda_add_rmsnorm_forward(void *cx, void *out, void *rstd, vo
         GLM_LAUNCH_AFTER(cuda, "add_rmsnorm_forward", k_add_rmsnorm_forward, N, forward_threads(C),
                          0, (float *)out, (float *)rstd, (float *)sum, (const float *)a,
                          (const float *)b, (const float *)weight, C, (float)eps);
+}
+
+void glm_cuda_add_rmsnorm_narrow(struct cuda *cuda, void *out, enum glm_dtype type, void *rstd,
+                                 void *sum, const void *b, const void *weight, int N, int C,
+                                 double eps)
+{
+    GLM_LAUNCH_AFTER(cuda, "swiglu_mlp_forward", k_add_rmsnorm_narrow, N, forward_threads(C), 0,
+                     out, (int)type, (float *)rstd, (float *)sum, (const float *)b,
+                     (const float *)weight, C, (float)eps);
 }
 
 extern "C" void glm_cuda_rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout,

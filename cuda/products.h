@@ -83,6 +83,16 @@ static inline int glm_swiglu_backward_narrows(enum glm_dtype type, int F)
     return glm_swiglu_narrows(type, F) && F <= GLM_SWIGLU_ROW;
 }
 
+/* The type in which swiglu_mlp_forward keeps h of N rows: that of its products, or float. */
+static inline enum glm_dtype glm_mlp_type(enum glm_dtype compute, const struct glm_mat *up,
+                                          const struct glm_mat *down, int N)
+{
+    const enum glm_dtype type = glm_product_type(compute, up->dtype, up->rows, up->cols),
+                         after = glm_product_type(compute, down->dtype, down->rows, down->cols);
+    const int many = N > glm_few_rows(compute, up) && N > glm_few_rows(compute, down);
+    return many && type == after && up->cols % 8 == 0 && down->cols % 8 == 0 ? type : GLM_F32;
+}
+
 /* Gradient of the input: for each row of W a column of the N gradients is narrowed, too. */
 static inline int glm_backward_rows(size_t piece, const struct glm_mat *W, enum glm_dtype type,
                                     int N)

@@ -199,7 +199,12 @@ NARROW_OPS = (
     test_ops.linear_rope_append,
     test_ops.swiglu_linear_forward,
     test_ops.swiglu_linear_backward,
+    test_ops.swiglu_mlp_forward,
+    test_ops.swiglu_mlp_backward,
 )
+# Root mean square in bfloat16 where it is not that of one product: the norm, h and the activation
+# are rounded one after the other, and then gradients of the last two.
+SEVERAL = {"swiglu_mlp_forward": 4e-3, "swiglu_mlp_backward": 4e-3}
 
 
 def under(seed, found):
@@ -227,7 +232,8 @@ def test_16_bit_op_equals_the_cpu(device, op, type_, order):
     gradient, and of weights that are stored in another type. bfloat16 has 2^-9 for each of these,
     so 2e-3 holds for what has enough elements, over all cases (root mean square)."""
     errors = [error for check in under(order, checks(op, type_)) for error in check.run(device)]
-    assert np.sqrt(np.mean(np.square(errors))) <= 2e-3
+    bound = SEVERAL.get(op, 2e-3) if type_ == "bfloat16" else 2e-3
+    assert np.sqrt(np.mean(np.square(errors))) <= bound
 
 
 @on_devices

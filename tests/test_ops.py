@@ -984,6 +984,63 @@ def swiglu_linear_backward(m: Maker, N: int, I: int, F: int, dtype: str, in_plac
     return {"dinp": (dinp, sum_error(2 * F, 2 * size))}
 
 
+MLPS = [(0, 8, 16), (1, 8, 8), (3, 24, 40), (9, 16, 24), (11, 7, 9), (12, 8, 520), (70, 64, 96)]
+
+
+def mlp_of(m: Maker, N: int, C: int, F: int, dtype: str, bias: bool):
+    """Forward; its arguments, what bounds it needs of h, and what it yields."""
+    (U, up), (D, down) = m.weight(2 * F, C, dtype), m.weight(C, F, dtype)
+    total, b, weight, eps = m.normal(N, C), m.normal(N, C), m.normal(C), 1e-5
+    x = total.astype(np.float64) + b
+    ln = x / np.sqrt((x**2).mean(1, keepdims=True) + eps) * weight
+    h = ln @ up.T
+    off = sum_error(C, 2 * np.abs(ln) @ np.abs(up.T)) + (C + 8) * EPS * np.abs(ln) @ np.abs(up.T)
+    added = m.normal(C) if bias else None
+    out, rstd, kept = m.out(N, C), m.out(N), m.out(N, 2 * F)
+    m.ops.swiglu_mlp_forward(
+        out, rstd, total, m.out(N, F), kept, b, weight, U, D, added, N, eps
+    )  # fmt: skip
+    return (U, up), (D, down), kept, h, off, {"out": out, "rstd": rstd, "sum": total}, added
+
+
+@over((*shape, dtype, bias) for shape in MLPS for dtype in (*DTYPES, "I8", "I4 by 32")
+      for bias in (False, True) if usable(dtype, shape[1]) and usable(dtype, shape[2]))  # fmt: skip
+def swiglu_mlp_forward(m: Maker, N: int, C: int, F: int, dtype: str, bias: bool):
+    _, (_, down), _, h, off, found, added = mlp_of(m, N, C, F, dtype, bias)
+    (gate, up), (gate_off, up_off) = np.split(h, 2, axis=1), np.split(off, 2, axis=1)
+    silu = np.abs(gate / (1 + np.exp(-gate)))
+    act = silu * np.abs(up)
+    act_off = 1.1 * gate_off * np.abs(up) + silu * up_off + 16 * EPS * act
+    most = act @ np.abs(down.T) + (np.abs(added) if bias else 0)
+    error = sum_error(F, 2 * most) + 2 * act_off @ np.abs(down.T)
+    rstd = np.abs(found["rstd"])
+    return {
+        "out": (found["out"], error),
+        "rstd": (found["rstd"], (C + 8) * EPS * rstd),
+        "sum": (found["sum"], 2 * EPS * np.abs(found["sum"])),
+    }
+
+
+@over((*shape, dtype) for shape in MLPS for dtype in (*DTYPES, "I8", "I4 by 32")
+      if usable(dtype, shape[1]) and usable(dtype, shape[2]))  # fmt: skip
+def swiglu_mlp_backward(m: Maker, N: int, C: int, F: int, dtype: str):
+    """Of the h that its forward left."""
+    (U, u), (D, d), kept, h, off, *_ = mlp_of(m, N, C, F, dtype, False)
+    dout, room = m.normal(N, C), m.out(N * F)
+    dact = np.abs(dout) @ np.abs(d)
+    gate, up = np.split(h, 2, axis=1)
+    gate_off, up_off = np.split(off, 2, axis=1)
+    s = 1 / (1 + np.exp(-gate))
+    dgate, dup = dact * np.abs(up) * s * (1 + np.abs(gate)), dact * np.abs(gate) * s
+    dgate_off = dact * (up_off * 1.1 + np.abs(up) * gate_off) + sum_error(C, 2 * dgate)
+    dup_off = dact * 1.1 * gate_off + sum_error(C, 2 * dup)
+    size = np.abs(u)
+    error = np.hstack([dgate_off, dup_off]) @ size * 2
+    error += sum_error(2 * F, 2 * np.hstack([dgate, dup]) @ size)
+    m.ops.swiglu_mlp_backward(room, kept, dout, U, D, N)
+    return {"dinp": (room[: N * C].reshape(N, C), error)}
+
+
 @over((n, *how) for n in LENGTHS for how in ((1.0, False), (50.0, True)))
 def gelu_forward(m: Maker, n: int, scale: float, in_place: bool):
     inp = m.normal(n, scale=scale)

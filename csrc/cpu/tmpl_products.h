@@ -300,3 +300,19 @@ static void swiglu_linear_backward(void *cx, void *dinp, const void *dact, void 
     swiglu_backward(cx, h, dact, h, N, weight->rows / 2);
     linear_backward_input(cx, dinp, h, weight, N, 1, 0);
 }
+
+static void swiglu_mlp_forward(void *cx, void *out, void *rstd, void *sum, void *work, void *h,
+                               const void *b, const void *weight, const struct glm_mat *up,
+                               const struct glm_mat *down, const void *bias, int N, double eps)
+{
+    add_rmsnorm_forward(cx, work, rstd, sum, sum, b, weight, N, up->cols, eps);
+    linear_forward(cx, h, work, up, NULL, N, 1, 0);
+    if (out)
+        swiglu_linear_forward(cx, out, work, h, down, bias, N);
+}
+static void swiglu_mlp_backward(void *cx, void *dinp, void *h, const void *dout,
+                                const struct glm_mat *up, const struct glm_mat *down, int N)
+{
+    linear_backward_input(cx, dinp, dout, down, N, 1, 0);
+    swiglu_linear_backward(cx, dinp, dinp, h, up, N);
+}

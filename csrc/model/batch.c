@@ -173,7 +173,7 @@ static glm_status stage_tokens(struct glm_model *m, const struct glm_input *in, 
     struct glm_step *s = &m->step;
     const struct glm_staging *h = &s->host;
     const struct glm_cache *c = s->call.cache;
-    s->longest = 0;
+    s->longest = s->shortest = 0;
     *end = 0;
     for (int i = 0, n = 0; i < s->S; i++) {
         const int count = in->lengths[i];
@@ -186,6 +186,7 @@ static glm_status stage_tokens(struct glm_model *m, const struct glm_input *in, 
                 "positions (seq_length)",
                 i, count, start, m->arch.max_positions);
         s->longest = count > s->longest ? count : s->longest;
+        s->shortest = !i || count < s->shortest ? count : s->shortest;
         for (int t = 0; t < count; t++, n++) {
             h->all.position[n] = in->positions ? in->positions[n] : start + t;
             h->all.sequence[n] = sequence_number(m, in, i);

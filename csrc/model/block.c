@@ -36,7 +36,8 @@ static struct glm_heads heads_of(const struct glm_model *m)
                               .longest = s->longest,
                               .tokens = s->all.n,
                               .rows = c ? c->slots : s->prefix.n,
-                              .before = before};
+                              .before = before,
+                              .shortest = s->shortest};
 }
 
 static int gathers(const struct glm_model *m, int l)
@@ -64,25 +65,47 @@ static int activates(const struct glm_model *m, int l)
     return !m->arch.gelu && !with_product && !glm_adapted(m, &linear[GLM_4H_TO_H]);
 }
 
-/* The last product of a branch: into out, by way of the branch's norm if there is one. h: not of inp
- * but of the activation of h, for which inp has room. */
+/* Whether all from the second norm on is one op; its backward has no gradients but that of its input. */
+static int mlp_is_one(const struct glm_model *m, int l)
+{
+    const struct glm_layer *layer = &m->layers[l];
+    const struct glm_linear *up = &layer->linear[GLM_H_TO_4H], *down = &layer->linear[GLM_4H_TO_H];
+    return !m->arch.gelu && !m->step.fused_swiglu && !m->arch.residual_scale &&
+           !layer->post_attention_layernorm.bias && !up->bias && glm_is_frozen(m, up) &&
+           glm_is_frozen(m, down);
+}
+
+/* Where the last product of a branch puts what goes to out by way of the branch's norm, if there is
+ * one */
+static void *before_norm(const struct glm_model *m, int l, int branch, void *out)
+{
+    return m->layers[l].branch_norm[branch].weight ? m->step.acts[l].branch[branch] : out;
+}
+
+static void branch_norm_forward(struct glm_model *m, int l, int branch, void *out)
+{
+    const struct glm_block_acts *a = &m->step.acts[l];
+    const struct glm_norm *norm = &m->layers[l].branch_norm[branch];
+    if (norm->weight)
+        glm_norm_forward(m, norm, out, a->branch_mean[branch], a->branch_rstd[branch],
+                         a->branch[branch], rows_of(m, l)->n);
+}
+
+/* The last product of a branch, and its norm. h: not of inp but of the activation of h, for which
+ * inp has room. */
 static void branch_forward(struct glm_model *m, int l, int branch, int which, void *out, void *inp,
                            const void *h)
 {
     const struct glm_block_acts *a = &m->step.acts[l];
-    const struct glm_layer *layer = &m->layers[l];
-    const struct glm_norm *norm = &layer->branch_norm[branch];
     const struct glm_rows *rows = rows_of(m, l);
-    const struct glm_linear *linear = &layer->linear[which];
-    void *to = norm->weight ? a->branch[branch] : out;
+    const struct glm_linear *linear = &m->layers[l].linear[which];
+    void *to = before_norm(m, l, branch, out);
     if (h)
         m->be->ops->swiglu_linear_forward(m->be->cx, to, inp, h, &linear->weight->mat,
                                           linear->bias ? linear->bias->mat.data : NULL, rows->n);
     else
         glm_linear_forward(m, linear, to, inp, a->xa[which], rows);
-    if (norm->weight)
-        glm_norm_forward(m, norm, out, a->branch_mean[branch], a->branch_rstd[branch],
-                         a->branch[branch], rows->n);
+    branch_norm_forward(m, l, branch, out);
 }
 
 /* The gradient of that product, of `dout`, that of what the branch added. */
@@ -235,9 +258,25 @@ static void finish(struct glm_model *m, int l, int N)
                              s->acts[l + 1].rstd1, s->x[l + 1], residual, N);
 }
 
-/* The layer up to the input of its last linear, as both passes need it. norm1: its input's norm is
- * not in ln yet; act: the activation of h is wanted. */
-static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
+/* h of ln, and the activation where `act` is set */
+static void up_forward(struct glm_model *m, int l, void *h, int act)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_rows *rows = rows_of(m, l);
+    const struct glm_linear *up = &m->layers[l].linear[GLM_H_TO_4H];
+    if (s->fused_swiglu && !glm_adapted(m, up)) {
+        m->be->ops->linear_swiglu_forward(m->be->cx, s->act, h, s->ln, &up->weight->mat,
+                                          up->bias ? up->bias->mat.data : NULL, rows->n);
+        return;
+    }
+    glm_linear_forward(m, up, h, s->ln, s->acts[l].xa[GLM_H_TO_4H], rows);
+    if (act)
+        activation_forward(m, s->act, h, rows->n);
+}
+
+/* The layer up to h, as both passes need it, with the activation where `act` is set, and where MLP is
+ * one op with what it yields, unless out is NULL. norm1: its input's norm is not in ln yet. */
+static void to_last_linear(struct glm_model *m, int l, int norm1, int act, void *out)
 {
     const struct glm_ops *op = m->be->ops;
     void *cx = m->be->cx;
@@ -264,16 +303,16 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act)
         residual = s->x_rows;
     }
     branch_forward(m, l, GLM_ATTENTION, GLM_DENSE, a->x1, att, NULL);
-    glm_residual_forward(m, &layer->post_attention_layernorm, s->ln, a->mean2, a->rstd2, a->x1,
-                         residual, NR);
-    const struct glm_linear *up = &layer->linear[GLM_H_TO_4H];
-    if (s->fused_swiglu && !glm_adapted(m, up)) {
-        op->linear_swiglu_forward(cx, s->act, h, s->ln, &up->weight->mat,
-                                  up->bias ? up->bias->mat.data : NULL, NR);
+    const struct glm_linear *up = &layer->linear[GLM_H_TO_4H], *down = &layer->linear[GLM_4H_TO_H];
+    if (mlp_is_one(m, l)) {
+        op->swiglu_mlp_forward(cx, out, a->rstd2, a->x1, s->act, h, residual,
+                               layer->post_attention_layernorm.weight->mat.data, &up->weight->mat,
+                               &down->weight->mat, down->bias ? down->bias->mat.data : NULL, NR,
+                               m->arch.eps);
     } else {
-        glm_linear_forward(m, up, h, s->ln, a->xa[GLM_H_TO_4H], rows);
-        if (act)
-            activation_forward(m, s->act, h, NR);
+        glm_residual_forward(m, &layer->post_attention_layernorm, s->ln, a->mean2, a->rstd2, a->x1,
+                             residual, NR);
+        up_forward(m, l, h, act);
     }
     if (s->h && a->h)
         op->convert(cx, a->h, m->be->kept_h, h, m->be->real, (size_t)NR * glm_up_columns(&m->arch));
@@ -283,8 +322,13 @@ void glm_block_forward(struct glm_model *m, int l)
 {
     const struct glm_step *s = &m->step;
     const void *h = activates(m, l) ? h_of(m, l) : NULL;
-    to_last_linear(m, l, l == 0, !h); /* the other norms come with the layer before */
-    branch_forward(m, l, GLM_MLP, GLM_4H_TO_H, s->x[l + 1], s->act, h);
+    void *out = s->x[l + 1];
+    /* the other norms come with the layer before */
+    to_last_linear(m, l, l == 0, !h, before_norm(m, l, GLM_MLP, out));
+    if (mlp_is_one(m, l))
+        branch_norm_forward(m, l, GLM_MLP, out);
+    else
+        branch_forward(m, l, GLM_MLP, GLM_4H_TO_H, out, s->act, h);
     finish(m, l, rows_of(m, l)->n);
 }
 
@@ -297,11 +341,42 @@ void glm_block_recompute(struct glm_model *m, int l)
     const struct glm_linear *last = &m->layers[l].linear[GLM_4H_TO_H];
     const int adapter = glm_reads_xa(last), normed = m->arch.branch_norms;
     const void *h = activates(m, l) ? h_of(m, l) : NULL;
-    to_last_linear(m, l, 1, adapter || (normed && !h));
-    if (normed)
+    to_last_linear(m, l, 1, adapter || (normed && !h), before_norm(m, l, GLM_MLP, NULL));
+    if (normed && mlp_is_one(m, l))
+        branch_norm_forward(m, l, GLM_MLP, s->dbranch);
+    else if (normed)
         branch_forward(m, l, GLM_MLP, GLM_4H_TO_H, s->dbranch, s->act, h);
     else if (adapter)
         glm_adapter_forward(m, last, s->act, s->acts[l].xa[GLM_4H_TO_H], rows);
+}
+
+/* Of what MLP yields, into dnorm; h becomes its gradient. */
+static void mlp_backward(struct glm_model *m, int l, void *h, const void *dout)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    const struct glm_step *s = &m->step;
+    const struct glm_block_acts *a = &s->acts[l];
+    const struct glm_rows *rows = rows_of(m, l);
+    const struct glm_linear *linear = m->layers[l].linear;
+    const struct glm_linear *up = &linear[GLM_H_TO_4H], *down = &linear[GLM_4H_TO_H];
+    if (mlp_is_one(m, l)) {
+        op->swiglu_mlp_backward(cx, s->dnorm, h, dout, &up->weight->mat, &down->weight->mat,
+                                rows->n);
+        return;
+    }
+    if (glm_reads_input(m, down))
+        activation_forward(m, s->act, h, rows->n);
+    glm_linear_backward(m, down, s->dact, dout, s->act, a->xa[GLM_4H_TO_H], rows, 0);
+    if (!m->arch.gelu && glm_is_frozen(m, up)) {
+        op->swiglu_linear_backward(cx, s->dnorm, s->dact, h, &up->weight->mat, rows->n);
+        return;
+    }
+    activation_backward(m, h, s->dact, rows->n);
+    if (glm_reads_input(m, up))
+        glm_norm_forward(m, &m->layers[l].post_attention_layernorm, s->ln, a->mean2, a->rstd2,
+                         a->x1, rows->n);
+    glm_linear_backward(m, up, s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], rows, 0);
 }
 
 /* step.dx holds the gradient of the layer's output (dx_rows in a gathering layer) and receives that
@@ -328,20 +403,7 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
             op->convert(cx, s->act, m->be->kept_h, h, m->be->real, n);
         op->convert(cx, h, m->be->real, a->h ? a->h : s->act, m->be->kept_h, n);
     }
-    if (glm_reads_input(m, &linear[GLM_4H_TO_H]))
-        activation_forward(m, s->act, h, NR);
-    glm_linear_backward(m, &linear[GLM_4H_TO_H], s->dact, branch_backward(m, l, GLM_MLP, dout),
-                        s->act, a->xa[GLM_4H_TO_H], rows, 0);
-    if (!m->arch.gelu && glm_is_frozen(m, &linear[GLM_H_TO_4H])) {
-        op->swiglu_linear_backward(cx, s->dnorm, s->dact, h, &linear[GLM_H_TO_4H].weight->mat, NR);
-    } else {
-        activation_backward(m, h, s->dact, NR);
-        if (glm_reads_input(m, &linear[GLM_H_TO_4H]))
-            glm_norm_forward(m, &layer->post_attention_layernorm, s->ln, a->mean2, a->rstd2, a->x1,
-                             NR);
-        glm_linear_backward(m, &linear[GLM_H_TO_4H], s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], rows,
-                            0);
-    }
+    mlp_backward(m, l, h, branch_backward(m, l, GLM_MLP, dout));
     glm_residual_backward(m, &layer->post_attention_layernorm, dout, s->dnorm, a->x1, a->mean2,
                           a->rstd2, NR);
     if (gathered && glm_reads_input(m, &linear[GLM_DENSE]))

@@ -156,7 +156,7 @@ struct glm_step {
     int gathered;  /* M < N rows go through the end of the last layer */
     int in_blocks; /* rope_2d */
     int kept_layers;
-    int longest; /* tokens of the longest segment */
+    int longest, shortest; /* tokens of the longest segment and of the shortest */
     int prefix_copies;
     int several; /* some rows have adapters that are kept (model/kept.c) */
 

@@ -225,33 +225,67 @@ static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
     count_forward(cx, weight, bias != NULL, N);
     launch(cx, N > glm_few_rows(((struct plan *)cx)->compute, weight), 1);
 }
+static void count_activated(struct plan *plan, const struct glm_mat *W, int bias, int N)
+{
+    const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
+    launch(plan, N, 1);
+    if (N <= glm_few_rows(plan->compute, W) || !glm_swiglu_narrows(type, W->cols)) {
+        count_forward(plan, W, bias, N);
+    } else if (plan->cuda) {
+        launch(plan, bias, 1);
+        count_pieces(plan, W, type, glm_forward_rows(GLM_PIECE, W, type));
+    }
+}
 static void swiglu_linear_forward(void *cx, void *out, void *act, const void *h,
                                   const struct glm_mat *W, const void *bias, int N)
 {
-    struct plan *plan = cx;
-    const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
     COUNT(swiglu_linear_forward, linear_flops(N, W->rows, W->cols));
+    count_activated(cx, W, bias != NULL, N);
+}
+/* The gradient of the activation, and the product that it is an operand of; in place: of h in 16
+ * bits */
+static void count_activated_backward(struct plan *plan, const struct glm_mat *W, int N,
+                                     int in_place)
+{
+    const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
     launch(plan, N, 1);
-    if (N <= glm_few_rows(plan->compute, W) || !glm_swiglu_narrows(type, W->cols)) {
-        count_forward(plan, W, bias != NULL, N);
-    } else if (plan->cuda) {
-        launch(plan, bias != NULL, 1);
+    if (!in_place && !glm_swiglu_backward_narrows(type, W->rows / 2)) {
+        count_backward_input(plan, W, N);
+    } else if (N && plan->cuda) {
+        launch(plan, type == GLM_F16, 2);
         count_pieces(plan, W, type, glm_forward_rows(GLM_PIECE, W, type));
     }
 }
 static void swiglu_linear_backward(void *cx, void *dinp, const void *dact, void *h,
                                    const struct glm_mat *W, int N)
 {
-    struct plan *plan = cx;
-    const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
     COUNT(swiglu_linear_backward, linear_flops(N, W->rows, W->cols));
+    count_activated_backward(cx, W, N, 0);
+}
+static void swiglu_mlp_forward(void *cx, void *out, void *rstd, void *sum, void *work, void *h,
+                               const void *b, const void *weight, const struct glm_mat *up,
+                               const struct glm_mat *down, const void *bias, int N, double eps)
+{
+    struct plan *plan = cx;
+    const enum glm_dtype type = glm_mlp_type(plan->compute, up, down, N);
+    COUNT(swiglu_mlp_forward, linear_flops(N, up->rows, up->cols) +
+                                  (out ? linear_flops(N, down->rows, down->cols) : 0));
     launch(plan, N, 1);
-    if (!glm_swiglu_backward_narrows(type, W->rows / 2)) {
-        count_backward_input(plan, W, N);
-    } else if (N && plan->cuda) {
-        launch(plan, type == GLM_F16, 2);
-        count_pieces(plan, W, type, glm_forward_rows(GLM_PIECE, W, type));
-    }
+    if (type == GLM_F32)
+        count_forward(plan, up, 0, N);
+    else if (plan->cuda)
+        count_pieces(plan, up, type, glm_forward_rows(GLM_PIECE, up, type));
+    if (out)
+        count_activated(plan, down, bias != NULL, N);
+}
+static void swiglu_mlp_backward(void *cx, void *dinp, void *h, const void *dout,
+                                const struct glm_mat *up, const struct glm_mat *down, int N)
+{
+    struct plan *plan = cx;
+    COUNT(swiglu_mlp_backward,
+          linear_flops(N, up->rows, up->cols) + linear_flops(N, down->rows, down->cols));
+    count_backward_input(plan, down, N);
+    count_activated_backward(plan, up, N, glm_mlp_type(plan->compute, up, down, N) != GLM_F32);
 }
 static void linear_rope_append(void *cx, struct glm_kv cache, void *qkv, const void *inp,
                                const struct glm_mat *weight, const void *bias, const void *table,
@@ -284,7 +318,7 @@ static void attention_forward(void *cx, void *out, void *lse, const void *qkv, s
     const int tiles = !heads.longest || heads.longest > GLM_DECODE_TOKENS,
               narrow = plan->compute != GLM_F32 && heads.HD <= 128;
     scratch(plan, SCRATCH_A, decode.scratch);
-    launch(cx, n_segments, decode.runs > 1 ? 2 : 1);
+    launch(cx, n_segments && heads.shortest <= GLM_DECODE_TOKENS, decode.runs > 1 ? 2 : 1);
     launch(cx, n_segments, tiles ? 1 + narrow : 0);
     if (n_segments && tiles && narrow)
         scratch(plan, SCRATCH_A, glm_pairs_bytes(heads.tokens + heads.rows, heads.KVH, heads.HD));
@@ -355,6 +389,8 @@ static const struct glm_ops plan_ops = {
     .linear_rope_append = linear_rope_append,
     .swiglu_linear_forward = swiglu_linear_forward,
     .swiglu_linear_backward = swiglu_linear_backward,
+    .swiglu_mlp_forward = swiglu_mlp_forward,
+    .swiglu_mlp_backward = swiglu_mlp_backward,
     .linear_backward_input = linear_backward_input,
     .linear_backward_weight = linear_backward_weight,
     .dora_norm = dora_norm,

@@ -107,7 +107,12 @@ def _of_swiglu(N: int, C: int, dtype: int) -> Case:  # noqa: N803
         y, act, dx = (np.empty((N, n), o.real) for n in (33, C, C))
         o.swiglu_linear_forward(y, act, h, down, bias, N)
         o.swiglu_linear_backward(dx, dact, h, up, N)
-        return [y, dx]
+        total, b, dout = (_normal(o, rng, N, C) for _ in range(3))
+        weight, square = _normal(o, rng, C), _matrix(rng, C, C, dtype)
+        z, rstd, kept, dln = (np.empty(s, o.real) for s in ((N, C), N, (N, 2 * C), (N, C)))
+        o.swiglu_mlp_forward(z, rstd, total, act, kept, b, weight, up, square, None, N, 1e-5)
+        o.swiglu_mlp_backward(dln, kept, dout, up, square, N)
+        return [y, dx, z, rstd, total, dln]
 
     return case
 

@@ -79,7 +79,8 @@ class Heads(ctypes.Structure):
     """struct glm_heads."""
 
     _fields_ = [
-        (name, c_int) for name in ("NH", "KVH", "HD", "longest", "tokens", "rows", "before")
+        (name, c_int)
+        for name in ("NH", "KVH", "HD", "longest", "tokens", "rows", "before", "shortest")
     ]
 
 
@@ -210,13 +211,15 @@ _TYPES = {
 
 
 def sized(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """An op's arguments; attention's heads with the numbers of tokens and cache rows."""
+    """An op's arguments; attention's heads with the numbers of tokens and cache rows, and the
+    shortest segment."""
     if not op.startswith("attention"):
         return args
     *_, qkv, cache, segments, _, h = args
     rows = len(cache[0]) if cache else 0
     before = max((s.shared_count + s.past_count for s in segments), default=0)
-    return *args[:-1], Heads(h.NH, h.KVH, h.HD, h.longest, len(qkv), rows, before)
+    shortest = min((s.count for s in segments), default=0)
+    return *args[:-1], Heads(h.NH, h.KVH, h.HD, h.longest, len(qkv), rows, before, shortest)
 
 
 class Ops:
