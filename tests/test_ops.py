@@ -1827,6 +1827,33 @@ def chosen_by_shape(ops: Ops) -> None:
         pytest.skip("products on a device are summed in an order that their shape decides")
 
 
+@pytest.mark.parametrize("backend", [*TESTED, *FAST])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("columns", [1, 8, 17, 31, 64, 100, 172, 192, 193])
+def test_a_row_over_few_columns_has_the_same_bits_in_any_batch(
+    backend: str, kind: str, columns: int
+) -> None:
+    """Many rows are multiplied along the output there, few along the sum (tmpl_short.h)."""
+    ops, rng = ops_of(backend), np.random.default_rng(columns)
+    chosen_by_shape(ops)
+    for rows, added in ((5, 0), (33, 1), (130, 0), (200, 1)):
+        w = rng.normal(size=(rows, columns)).astype(np.float32)
+        W = Mat(stored(w, DTYPES[kind]), DTYPES[kind])
+        bias = rng.normal(size=rows).astype(ops.real) if added else None
+        x, dout = (rng.normal(size=(41, n)).astype(ops.real) for n in (columns, rows))
+        x[3], x[4], dout[5] = 0, -0.0, -0.0
+        whole, dwhole = (rng.normal(size=(41, n)).astype(ops.real) for n in (rows, columns))
+        out, dinp = whole.copy(), dwhole.copy()
+        ops.linear_forward(out, x, W, bias, 41, 0.5, added)
+        ops.linear_backward_input(dinp, dout, W, 41, 1.0, added)
+        for a, b in ((0, 1), (3, 5), (6, 9), (20, 37), (2, 41), (40, 41)):
+            part, dpart = whole[a:b].copy(), dwhole[a:b].copy()
+            ops.linear_forward(part, x[a:b].copy(), W, bias, b - a, 0.5, added)
+            ops.linear_backward_input(dpart, dout[a:b].copy(), W, b - a, 1.0, added)
+            same_bits(part, out[a:b], f"linear_forward {rows} x {columns}, rows {a}:{b} of 41")
+            same_bits(dpart, dinp[a:b], f"linear_backward_input {rows} x {columns}, {a}:{b} of 41")
+
+
 PARTS = [(0, 1), (5, 6), (39, 40), (3, 7), (8, 25), (1, 40)]  # of 40 rows
 
 

@@ -76,7 +76,8 @@ struct nt_args { /* out[n * ldo + o * ldc] = scale * x W^T + bias (+ out) */
 
 struct gemm_args { /* C (M, N) = A B (+ C) */
     float *c;
-    const float *a; /* packed */
+    const float *a;     /* packed */
+    const float *lying; /* rows of A as they lie; then of the packed are those after the last MR */
     const struct x_run *runs;
     const struct glm_mat *b;
     enum glm_dtype kind;

@@ -18,6 +18,7 @@
 #include "tmpl_bytes.h"
 #include "tmpl_linear.h"
 #include "tmpl_linear_bytes.h"
+#include "tmpl_short.h"
 #include "tmpl_linear_backward.h"
 #include "tmpl_words.h"
 #include "tmpl_products.h"

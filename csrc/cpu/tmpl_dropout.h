@@ -10,27 +10,32 @@ INLINE void multiply_wide(vu *high, vu *low, vu x, uint32_t m)
     *low = (vu)((even & lower) | odd << 32);
 }
 
-/* The words of the 4 * VL elements from `first` (a multiple of 4) on of row n: of each counter the
- * four, one in each vector. Philox4x32-10 (Salmon et al. 2011) on VL counters at once. */
-INLINE void philox(vu *x, const struct glm_dropout *d, int n, uint32_t first)
+/* Words x[b] of the 4 * VL elements from `first` (a multiple of 4) on of B rows from row n on: of
+ * each counter the four, one in each vector. Philox4x32-10 (Salmon et al. 2011) on VL counters at
+ * once; a round waits for the one before, and another row's does not. */
+INLINE void philox(vu (*x)[4], int B, const struct glm_dropout *d, int n, uint32_t first)
 {
     uint32_t k0 = (uint32_t)d->seed, k1 = (uint32_t)(d->seed >> 32) ^ d->step;
     uint32_t counter[VL];
     for (int i = 0; i < VL; i++)
         counter[i] = first / 4 + (uint32_t)i;
-    memcpy(&x[0], counter, sizeof counter);
-    x[1] = (vu){0} + (uint32_t)d->position[n];
-    x[2] = (vu){0} + (uint32_t)d->stream[n];
-    x[3] = (vu){0} + d->site;
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-        vu high0, low0, high1, low1;
-        multiply_wide(&high0, &low0, x[0], 0xD2511F53u);
-        multiply_wide(&high1, &low1, x[2], 0xCD9E8D57u);
-        x[0] = high1 ^ x[1] ^ k0;
-        x[2] = high0 ^ x[3] ^ k1;
-        x[1] = low1;
-        x[3] = low0;
+    for (int b = 0; b < B; b++) {
+        memcpy(&x[b][0], counter, sizeof counter);
+        x[b][1] = (vu){0} + (uint32_t)d->position[n + b];
+        x[b][2] = (vu){0} + (uint32_t)d->stream[n + b];
+        x[b][3] = (vu){0} + d->site;
     }
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+#pragma GCC unroll 2
+        for (int b = 0; b < B; b++) {
+            vu high0, low0, high1, low1;
+            multiply_wide(&high0, &low0, x[b][0], 0xD2511F53u);
+            multiply_wide(&high1, &low1, x[b][2], 0xCD9E8D57u);
+            x[b][0] = high1 ^ x[b][1] ^ k0;
+            x[b][2] = high0 ^ x[b][3] ^ k1;
+            x[b][1] = low1;
+            x[b][3] = low0;
+        }
 }
 
 /* Of four vectors that have one of each counter's four: in the order of the elements. */
@@ -44,19 +49,21 @@ INLINE void in_order(vi *to, const vu *x)
     to[3] = (vi)HIGH(c, e);
 }
 
-/* Which of these elements the mask drops: -1 or 0. */
-INLINE void dropped(vi *drop, const struct glm_dropout *d, int n, uint32_t first)
+/* Which of these elements of B rows the mask drops: -1 or 0. */
+INLINE void dropped(vi (*drop)[4], int B, const struct glm_dropout *d, int n, uint32_t first)
 {
     const uint64_t threshold = (uint64_t)(d->p * 4294967296.0);
     const uint32_t high_bit = 0x80000000u; /* compared as signed numbers */
-    vu x[4];
-    philox(x, d, n, first);
-    for (int w = 0; w < 4; w++)
-        x[w] = (vu)((vi)(x[w] ^ high_bit) < (vi)((vu){0} + ((uint32_t)threshold ^ high_bit)));
-    in_order(drop, x);
-    if (threshold >> 32)
+    vu x[2][4];
+    philox(x, B, d, n, first);
+    for (int b = 0; b < B; b++) {
         for (int w = 0; w < 4; w++)
-            drop[w] = ~(vi){0};
+            x[b][w] =
+                (vu)((vi)(x[b][w] ^ high_bit) < (vi)((vu){0} + ((uint32_t)threshold ^ high_bit)));
+        in_order(drop[b], x[b]);
+        for (int w = 0; threshold >> 32 && w < 4; w++)
+            drop[b][w] = ~(vi){0};
+    }
 }
 
 struct dropout_args {
@@ -67,29 +74,39 @@ struct dropout_args {
     int C;
 };
 
-/* out = inp * mask (+ out when add) */
-INLINE void dropout_rows(const struct dropout_args *a, int task, int add)
+/* B rows: out = inp * mask (+ out when add) */
+INLINE void dropout_together(const struct dropout_args *a, int n, int B, int add)
 {
     const vf keep = splat((float)(1.0 / (1.0 - a->dropout->p)));
     const int C = a->C;
-    for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
-        const float *inp = a->inp + (size_t)n * C;
-        float *out = a->out + (size_t)n * C;
-        for (int i = 0; i < C; i += 4 * VL) {
-            vi drop[4];
-            dropped(drop, a->dropout, n, (uint32_t)i);
+    for (int i = 0; i < C; i += 4 * VL) {
+        vi drop[2][4];
+        dropped(drop, B, a->dropout, n, (uint32_t)i);
+        for (int b = 0; b < B; b++) {
+            const float *inp = a->inp + (size_t)(n + b) * C;
+            float *out = a->out + (size_t)(n + b) * C;
             for (int w = 0, at = i; w < 4 && at < C; w++, at += VL) {
                 const int part = C - at;
                 if (part >= VL) {
-                    const vf y = select_lanes(drop[w], (vf){0}, load(inp + at) * keep);
+                    const vf y = select_lanes(drop[b][w], (vf){0}, load(inp + at) * keep);
                     store(out + at, add ? load(out + at) + y : y);
                 } else {
-                    const vf y = select_lanes(drop[w], (vf){0}, load_part(inp + at, part) * keep);
+                    const vf y =
+                        select_lanes(drop[b][w], (vf){0}, load_part(inp + at, part) * keep);
                     store_part(out + at, add ? load_part(out + at, part) + y : y, part);
                 }
             }
         }
     }
+}
+
+INLINE void dropout_rows(const struct dropout_args *a, int task, int add)
+{
+    int n = first_row(a->rows, task);
+    for (; n + 2 <= end_row(a->rows, task); n += 2)
+        dropout_together(a, n, 2, add);
+    for (; n < end_row(a->rows, task); n++)
+        dropout_together(a, n, 1, add);
 }
 
 static void dropout_forward_task(const void *arg, int task, char *scratch)
@@ -133,10 +150,10 @@ static void noise_task(const void *arg, int task, char *scratch)
     for (int n = first_row(a->rows, task); n < end_row(a->rows, task); n++) {
         float *x = a->x + (size_t)n * a->C;
         for (int i = 0; i < a->C; i += 4 * VL) {
-            vu words[4];
+            vu words[1][4];
             vi word[4];
-            philox(words, a->draw, n, (uint32_t)i);
-            in_order(word, words);
+            philox(words, 1, a->draw, n, (uint32_t)i);
+            in_order(word, words[0]);
             for (int w = 0, at = i; w < 4 && at < a->C; w++, at += VL) {
                 const int part = a->C - at < VL ? a->C - at : VL;
                 const vf above = __builtin_convertvector((vi)((vu)word[w] >> 8), vf);
@@ -159,8 +176,8 @@ static void drop_part(float *x, const struct glm_dropout *d, int n, int first, i
     const float keep = (float)(1.0 / (1.0 - d->p));
     int32_t drop[4 * VL];
     for (int i = -(first % 4); i < count; i += 4 * VL) {
-        vi v[4];
-        dropped(v, d, n, (uint32_t)(first + i));
+        vi v[1][4];
+        dropped(v, 1, d, n, (uint32_t)(first + i));
         memcpy(drop, v, sizeof drop);
         for (int at = i < 0 ? 0 : i; at < count && at < i + 4 * VL; at++)
             x[at] = drop[at - i] ? 0 : x[at] * keep;

@@ -55,6 +55,61 @@ INLINE void unit_tile(float *tile, size_t ldt, const float *a, const char *b, in
             store(tile + m * ldt + v * VL, acc[m][v]);
 }
 
+/* The same of floats in a tile of which (height, width) is there. A is packed (lda 0), or its rows
+ * lie lda floats apart; V: vectors that hold the width. */
+INLINE void float_tile(float *tile, size_t ldt, const float *a, size_t lda, const char *b,
+                       int units, int add, int height, int width, int V, int packed)
+{
+    vf acc[MR][NV];
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            const float *at = tile + m * ldt + v * VL;
+            const int left = width - v * VL;
+            acc[m][v] = (vf){0};
+            if (add && m < height && left > 0)
+                acc[m][v] = left >= VL ? load(at) : load_part(at, left);
+        }
+    for (int k = 0; k < units; k++, a += packed ? MR : 1, b += NV * VB) {
+        vf bv[NV];
+        for (int v = 0; v < V; v++)
+            bv[v] = load((const float *)(b + v * VB));
+        const float *row = a;
+#pragma GCC unroll 12
+        for (int m = 0; m < MR; m++) {
+            const vf av = splat(packed ? a[m] : row[m % 3 * lda]);
+            for (int v = 0; v < V; v++)
+                acc[m][v] = MADD(av, bv[v], acc[m][v]);
+            row += m % 3 == 2 ? 3 * lda : 0; /* few addresses: registers are few */
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V && m < height; v++) {
+            float *at = tile + m * ldt + v * VL;
+            const int left = width - v * VL;
+            if (left >= VL)
+                store(at, acc[m][v]);
+            else if (left > 0)
+                store_part(at, acc[m][v], left);
+        }
+}
+
+static void any_tile(float *tile, size_t ldt, const float *a, size_t lda, const char *b, int units,
+                     int add, int height, int width)
+{
+    if (lda && width > VL)
+        float_tile(tile, ldt, a, lda, b, units, add, height, width, NV, 0);
+    else if (lda)
+        float_tile(tile, ldt, a, lda, b, units, add, height, width, 1, 0);
+    else if (width > VL)
+        float_tile(tile, ldt, a, lda, b, units, add, height, width, NV, 1);
+    else
+        float_tile(tile, ldt, a, lda, b, units, add, height, width, 1, 1);
+}
+
 /* VL rows (or columns) of B or W in natural order, as floats */
 INLINE void load_natural(vf *v, const char *p, enum glm_dtype dtype, int n)
 {
@@ -233,10 +288,19 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
                 xp = byte_rows(g->a, m0 + m, u / GEMM_UNITS, n_runs);
             }
             const int height = rows - m < MR ? rows - m : MR;
+            const size_t lda = g->lying && height == MR ? (size_t)K : 0;
+            if (lda)
+                ap = g->lying + (size_t)(m0 + m) * lda + u;
+            else if (g->lying)
+                ap = g->a;
             for (int n = 0; n < cols; n += NR) {
                 float *at = c + m * ldc + n;
                 const char *panel = bp + (size_t)n / NR * GEMM_UNITS * NV * VB;
                 const int width = cols - n < NR ? cols - n : NR;
+                if (kind == GLM_F32 && (lda || height < MR || width < NR)) {
+                    any_tile(at, ldc, ap, lda, panel, in_block, add, height, width);
+                    continue;
+                }
                 fetch_ahead(&ahead);
                 const float *next = n + NR < cols ? at + NR : c + (m + MR) * ldc;
                 for (int r = 0; r < MR && (n + NR < cols || m + MR < rows); r++)

@@ -119,6 +119,20 @@ static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *
     }
 }
 
+/* Rows of a task: few tasks, each of which turns over its part of W. */
+static void short_forward(struct cpu *cpu, struct nt_args *a, const float *x, int N)
+{
+    const int columns = ceil_div((size_t)a->w->rows, SHORT_TASK);
+    const int least = ceil_div((size_t)N, NT_ROWS), threads = glm_pool_threads(cpu->pool);
+    const int most = ceil_div((size_t)N, 8 * ROW_GROUP);
+    const int tiles = threads < least ? least : threads < most ? threads : most;
+    a->x = (const char *)x;
+    a->N = N;
+    a->rows = ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), ROW_GROUP) * ROW_GROUP;
+    glm_pool_run(cpu->pool, ceil_div((size_t)N, (size_t)a->rows) * columns,
+                 products_ns((size_t)N * a->w->rows * a->w->cols), short_task, a);
+}
+
 static void linear_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
                            const void *bias, int N, double scale, int accumulate)
 {
@@ -153,6 +167,10 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
         in_place(cpu, &a, &p, O);
         return;
     }
+    if (is_short(weight, kind)) {
+        short_forward(cpu, &a, inp, N);
+        return;
+    }
     const int columnwise = by_column(kind, p.dtype, N);
     const size_t bytes = columnwise ? (size_t)glm_byte_runs(I) * SHORT_RUN_BYTES
                                     : (size_t)vectors_of(kind, p.dtype, I) * VB;
@@ -174,6 +192,20 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
     }
 }
 
+/* Whether A's rows are multiplied as they lie: packing them takes longer than it saves where B is
+ * narrow, and a tile's rows must not meet in the cache. Of NEON's products lanes of packed vectors
+ * are operands. */
+INLINE int lies_well(const struct glm_mat *b, enum glm_dtype kind, size_t ak)
+{
+#ifdef MADD_LANE
+    (void)b, (void)kind, (void)ak;
+    return 0;
+#else
+    return kind == GLM_F32 && ak == 1 && (b->group || !b->scale) && b->cols <= GEMM_COLS &&
+           b->rows <= GEMM_UNITS;
+#endif
+}
+
 /* c (M, b's columns) = scale * A B (+ c),  a(m, k) = x[m * am + k * ak] */
 static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_t ak,
                      const struct glm_mat *b, enum glm_dtype kind, int M, double scale,
@@ -186,6 +218,7 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
     const int blocks = (int)(PACKED / (together + MR) / (GEMM_UNITS * unit_bytes));
     const int terms = (kind == GLM_I8 && blocks > 1 ? blocks - 1 : blocks) * block;
     const int columns = ceil_div((size_t)b->cols, (size_t)gemm_cols(kind));
+    const int lies = lies_well(b, kind, ak) && scale == 1;
     for (int k0 = 0; k0 < b->rows; k0 += terms) { /* so many that all rows of A find room */
         struct glm_mat part = *b;
         part.rows = b->rows - k0 < terms ? b->rows - k0 : terms;
@@ -206,14 +239,22 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
             p.x = x + (size_t)m * am + (size_t)k0 * ak;
             const struct gemm_args g = {.c = c + (size_t)m * b->cols,
                                         .a = (const float *)p.to,
+                                        .lying = lies ? p.x : NULL,
                                         .runs = p.runs,
                                         .b = &part,
                                         .kind = kind,
                                         .M = p.N,
                                         .accumulate = accumulate || k0,
                                         .rows = tile_rows(cpu, p.N, GEMM_ROWS, columns)};
-            run(cpu, ceil_div((size_t)p.N, MR), (size_t)p.N * p.K,
-                kind == GLM_I8 ? pack_bytes_task : pack_a_task, &p);
+            if (lies && p.N % MR) {
+                struct pack_args last = p;
+                last.N = p.N % MR;
+                last.x += (size_t)(p.N - last.N) * am;
+                pack_a_task(&last, 0, NULL);
+            } else if (!lies) {
+                run(cpu, ceil_div((size_t)p.N, MR), (size_t)p.N * p.K,
+                    kind == GLM_I8 ? pack_bytes_task : pack_a_task, &p);
+            }
             glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)g.rows) * columns,
                          products_ns((size_t)p.N * p.K * b->cols), gemm_task, &g);
         }
