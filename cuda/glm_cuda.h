@@ -6,7 +6,7 @@
 
 /* Changes with the number of ops; the first number is to change with struct glm_backend, an op's
  * parameters or a struct that ops take. */
-#define GLM_CUDA_ABI (5 * 1000 + GLM_N_OPS)
+#define GLM_CUDA_ABI (6 * 1000 + GLM_N_OPS)
 
 #if defined(__GNUC__)
 #define GLM_CUDA_EXPORT __attribute__((visibility("default")))
