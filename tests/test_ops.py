@@ -1629,7 +1629,8 @@ def bytes_reference(x: np.ndarray, w: np.ndarray, scale: np.ndarray, factor: flo
 @pytest.mark.parametrize("backend", BYTES)
 def test_int8_arithmetic_is_that_of_the_reference_bit_for_bit(backend: str, bits: int) -> None:
     ops, rng, most = ops_of(backend), np.random.default_rng(8), 2 ** (bits - 1)
-    for rows, O, I in ((1, 70, 5000), (5, 33, 2048), (17, 130, 2100), (40, 200, 302)):
+    shapes = (1, 70, 5000), (5, 33, 2048), (17, 130, 2100), (40, 200, 302), (49, 30, 130)
+    for rows, O, I in (*shapes, (107, 210, 4230)):  # more rows than 48 are multiplied otherwise
         data = rng.integers(-most, most, (O, I)).astype(np.int8)
         data[0], data[-1] = -most, most - 1  # the largest sums, both ways
         scale = rng.uniform(0.001, 0.02, O).astype(np.float16)
@@ -1641,14 +1642,17 @@ def test_int8_arithmetic_is_that_of_the_reference_bit_for_bit(backend: str, bits
         four = (pairs[..., 0] << 4 | pairs[..., 1] & 15).astype(np.int8)
         W = Mat(data, I8, scale) if bits == 8 else Mat(four, I4, scale)
         ops.linear_forward(out, x, W, None, rows, 0.5, 0)
-        assert np.array_equal(out, bytes_reference(x, data, scale, 0.5)), (rows, O, I)
+        expected = bytes_reference(x, data, scale, 0.5)
+        assert np.array_equal(out, expected), (rows, O, I)
+        ops.linear_forward(out, x, W, None, rows, 0.5, 1)
+        assert np.array_equal(out, 2 * expected), (rows, O, I)
 
 
 @pytest.mark.parametrize("kind", ["I8", "I4"])
 @pytest.mark.parametrize("backend", BYTES[1:])
 def test_every_set_has_the_same_bytes_on_the_way_back(backend: str, kind: str) -> None:
     rng = np.random.default_rng(9)
-    for rows, O, I in ((1, 70, 500), (40, 2500, 300)):
+    for rows, O, I in ((1, 70, 500), (40, 2500, 300), (107, 2070, 150)):
         W = quantized(rng, O, I, kind)[0]
         dout, found = rng.normal(size=(rows, O)).astype(np.float32), []
         dout[0, 7] = 90
