@@ -30,13 +30,15 @@ STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # -std=c11 turns contraction off and -O2 leaves loops scalar: kernel files say what they need.
 KERNEL = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+AVX512_BF16 = AVX512 + ["-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"]
 SUFFIX_FLAGS = {
     "_generic.c": KERNEL,
     "_avx2.c": KERNEL + ["-mavx2", "-mfma", "-mf16c"],
     "_avxvnni.c": KERNEL + ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
     "_avx512.c": KERNEL + AVX512,
     "_avx512vnni.c": KERNEL + AVX512 + ["-mavx512vnni"],
-    "_avx512bf16.c": KERNEL + AVX512 + ["-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"],
+    "_avx512bf16.c": KERNEL + AVX512_BF16,
+    "_amx.c": KERNEL + AVX512_BF16 + ["-mamx-tile", "-mamx-int8"],
     "_neon.c": KERNEL,
     "_neon_dotprod.c": KERNEL + ["-march=armv8.2-a+dotprod"],
     "_neon_i8mm.c": KERNEL + ["-march=armv8.2-a+dotprod+i8mm"],
@@ -204,7 +206,7 @@ class BuildPerFile(build_ext):
 
 
 sources = sorted(glob.glob("csrc/*.c") + glob.glob("csrc/*/*.c"))
-sources = [s for s in sources if X86 or "/kernels_avx" not in s]
+sources = [s for s in sources if X86 or "/kernels_a" not in s]
 sources = [s for s in sources if ARM64 or "/kernels_neon" not in s]
 # last: the kernels at -O3, or with their variables described, take five times as long to compile
 THREADS = os.environ.get("GLMLORA_SANITIZE") == "thread"

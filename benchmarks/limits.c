@@ -238,6 +238,7 @@ static int within(const char *set, const char *named)
         {"avx512", "avx2", "generic"},
         {"avx512vnni", "avx512", "avx2", "generic"},
         {"avx512bf16", "avx512vnni", "avx512", "avx2", "generic"},
+        {"amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "generic"},
     };
     for (size_t i = 0; named && i < sizeof parts / sizeof *parts; i++)
         if (strcmp(parts[i][0], named) == 0) {

@@ -160,9 +160,9 @@ struct glm_backend {
 
 /* Names of backends:
  *
- *   cpu[:ISA][/TYPE]    ISA: generic, avx2, avxvnni, avx512, avx512vnni or avx512bf16, else the one
+ *   cpu[:ISA][/TYPE]    ISA: generic, avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx, else the one
  *                       that the environment variable GLMLORA_ISA names, else the best
- *                       TYPE of the large products: float32; bfloat16 (avx512bf16 alone); int16 (of
+ *                       TYPE of the large products: float32; bfloat16 (avx512bf16, amx); int16 (of
  *                       activations that meet 8 and 4 bits forward, else float32); or int8 (over 8
  *                       and 4 bits with a scale a row; else bfloat16 where it is, or int16)
  *   cuda[:N][/TYPE]     device N; TYPE float32, float16 or bfloat16. From the library that the

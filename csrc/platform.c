@@ -12,6 +12,7 @@
 #ifdef __linux__
 #include <sched.h>
 #include <sys/auxv.h>
+#include <sys/syscall.h>
 #elif defined(__APPLE__)
 #include <mach/mach.h>
 #include <sys/sysctl.h>
@@ -147,6 +148,17 @@ unsigned glm_arm_features(void)
     return found;
 }
 
+int glm_may_use_tiles(void)
+{
+#ifdef __x86_64__
+    const int ask = 0x1023,
+              tile_data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: Linux 5.16 */
+    return syscall(SYS_arch_prctl, ask, tile_data) == 0;
+#else
+    return 0;
+#endif
+}
+
 #elif defined(__APPLE__)
 
 unsigned long long glm_memory_available(void)
@@ -187,6 +199,8 @@ int glm_lock_within(pthread_mutex_t *mutex, int ms)
             return 0;
     return 1;
 }
+
+int glm_may_use_tiles(void) { return 0; }
 
 static unsigned has(const char *name, unsigned feature)
 {

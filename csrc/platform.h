@@ -21,6 +21,9 @@ int64_t glm_change_time(const struct stat *file);
 /* 1: locked; 0: it was not free for so many milliseconds, below 1000. */
 int glm_lock_within(pthread_mutex_t *mutex, int milliseconds);
 
+/* Whether the system lets this process use AMX's tiles, which it saves for those that asked: asks. */
+int glm_may_use_tiles(void);
+
 /* Instructions of aarch64 that not all of its processors have. */
 enum glm_arm_feature { GLM_ARM_DOTPROD = 1, GLM_ARM_I8MM = 2, GLM_ARM_BF16 = 4 };
 /* Those that this processor has; 0 on others. */

@@ -34,8 +34,10 @@ def test_the_bars_hold_on(isa):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
+BF16 = "avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni avx512vbmi".split()
 FLAGS = {  # as Linux names them
-    "avx512bf16": "avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni avx512vbmi".split(),
+    "amx": [*BF16, "amx_tile", "amx_int8"],
+    "avx512bf16": BF16,
     "avx512vnni": "avx512f avx512bw avx512vl avx512dq avx512_vnni".split(),
     "avx512": "avx512f avx512bw avx512vl avx512dq".split(),
     "avxvnni": "avx2 fma f16c avx_vnni".split(),
@@ -60,6 +62,36 @@ def test_the_sets_are_those_that_the_system_names():
     here = _core.cpu_kernels()
     sets = [name for name in here if set(FLAGS[name]) <= set(flags)]
     assert _core.cpu_variants().split(",") == sets
+
+
+@pytest.mark.deep
+@pytest.mark.skipif("amx" not in _core.cpu_kernels(), reason="another kind of processor")
+@pytest.mark.skipif(not _core.cpu_kernels().get("amx", (0, 0))[0], reason="the compiler lacks AMX")
+def test_tiles_of_bytes_have_the_bits_of_every_set(tmp_path):
+    """The kernels for AMX, over tiles in plain C (portable/tiles.h) and linked with what is built:
+    what the op suite says of bytes, forwards and backwards, and the golden fixtures."""
+    here = Path(__file__).parent
+    built = max(here.parent.glob("build/objects/*/csrc/cpu/kernels_amx.o"), key=os.path.getmtime)
+    others = [o for o in built.parents[1].rglob("*.o") if o.stem not in ("kernels_amx", "cpu")]
+    made = []
+    for name in ("kernels_amx", "cpu"):
+        words = built.with_name(f"{name}.o.command").read_text().split("\n")
+        words = [word.replace(str(Path("build", "objects")), str(tmp_path)) for word in words]
+        made.append(tmp_path.joinpath(*built.parts[-4:-1], f"{name}.o"))
+        made[-1].parent.mkdir(parents=True, exist_ok=True)
+        emulated = f'-DTILES_EMULATED="{here / "portable/tiles.h"}"'
+        subprocess.run([*words, emulated], check=True, cwd=here.parent)
+    for folder in ("glmlora", "tests"):
+        skipped = shutil.ignore_patterns("__pycache__", "_core*", "notebook*")
+        shutil.copytree(here.parent / folder, tmp_path / folder, ignore=skipped)
+    core = tmp_path / "glmlora" / Path(_core.__file__).name
+    words = [words[0], "-shared", "-pthread", "-o", core, *made, *others, "-lm"]
+    subprocess.run([str(word) for word in words], check=True)
+    env = dict(os.environ, PYTHONPATH=str(tmp_path), GLMLORA_ISA="amx")
+    asked = ["test_ops.py", "test_golden.py", "-k", "bit_for_bit or way_back or forward"]
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "--rootdir=.", *asked]
+    done = subprocess.run(words, env=env, cwd=tmp_path / "tests", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 MODEL = """
@@ -152,7 +184,7 @@ def test_a_compiler_that_lacks_a_set_builds_the_others(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("WARNING: ") == 4 and "built without csrc/cpu/kernels_avx512.c" in (
+    assert done.stderr.count("WARNING: ") == 5 and "built without csrc/cpu/kernels_avx512.c" in (
         done.stderr
     )
     objects = {path.name for path in tmp_path.rglob("kernels_*.o")}

@@ -60,7 +60,7 @@ static void cpu_destroy(struct glm_backend *be)
 /* Which kernels this processor runs and the system keeps the registers of, asked of both directly:
  * __builtin_cpu_supports asks the compiler's runtime library, which says "none" where zig links. */
 #if defined(__x86_64__)
-enum register_file { YMM = 0x06, ZMM = 0xe6 }; /* bits of XCR0 */
+enum register_file { YMM = 0x06, ZMM = 0xe6, TILES = 0x600e6 }; /* bits of XCR0 */
 
 static int saved(enum register_file registers)
 {
@@ -71,7 +71,7 @@ static int saved(enum register_file registers)
     return (a & registers) == registers;
 }
 
-enum answer { EAX, EBX, ECX };
+enum answer { EAX, EBX, ECX, EDX };
 
 static int has(unsigned leaf, unsigned subleaf, enum answer which, unsigned bits)
 {
@@ -103,6 +103,17 @@ static int runs_avx512bf16(void)
 {
     return runs_avx512vnni() && has(7, 0, ECX, bit_AVX512VBMI) && has(7, 1, EAX, bit_AVX512BF16);
 }
+
+static int runs_amx(void)
+{
+#ifdef TILES_EMULATED /* tests/portable/tiles.h */
+    return runs_avx512bf16();
+#else
+    const unsigned tiles = 1u << 24, of_bytes = 1u << 25;
+    return runs_avx512bf16() && saved(TILES) && has(7, 0, EDX, tiles | of_bytes) &&
+           glm_may_use_tiles();
+#endif
+}
 #elif defined(__aarch64__)
 static int runs_neon(void) { return 1; }
 
@@ -122,6 +133,7 @@ static const struct isa {
     int bfloat16; /* multiplies in it as well; in float32, int16 and int8 all do */
 } isas[] = {
 #if defined(__x86_64__)
+    {"amx", &glm_cpu_ops_amx, runs_amx, 1},
     {"avx512bf16", &glm_cpu_ops_avx512bf16, runs_avx512bf16, 1},
     {"avx512vnni", &glm_cpu_ops_avx512vnni, runs_avx512vnni, 0},
     {"avx512", &glm_cpu_ops_avx512, runs_avx512, 0},

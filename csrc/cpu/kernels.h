@@ -91,6 +91,7 @@ extern const struct glm_ops glm_cpu_ops_avxvnni __attribute__((weak));
 extern const struct glm_ops glm_cpu_ops_avx512 __attribute__((weak));
 extern const struct glm_ops glm_cpu_ops_avx512vnni __attribute__((weak));
 extern const struct glm_ops glm_cpu_ops_avx512bf16 __attribute__((weak));
+extern const struct glm_ops glm_cpu_ops_amx __attribute__((weak));
 extern const struct glm_ops glm_cpu_ops_neon __attribute__((weak));
 extern const struct glm_ops glm_cpu_ops_neon_dotprod __attribute__((weak));
 extern const struct glm_ops glm_cpu_ops_neon_i8mm __attribute__((weak));

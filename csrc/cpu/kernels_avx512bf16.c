@@ -3,7 +3,9 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#ifndef NAME
 #define NAME avx512bf16
+#endif
 #define DOT_BF16(acc, x, w) \
     ((vf)_mm512_dpbf16_ps((__m512)(acc), (__m512bh)(__m512)(x), (__m512bh)(__m512)(w)))
 /* 32 bfloat16: of `low`, then of `high`; rounded to nearest even */

@@ -19,6 +19,12 @@ enum {
 #endif
     MR = VL == 16 ? 12 : VL == 8 ? 6 : 4, /* of rank-1 updates: rows times .. */
     NV = VL == 4 && REGISTERS == 32 ? 4 : 2, NR = NV * VL, /* .. columns, which lanes are */
+#ifdef BYTE_TILES
+    BR = 32, /* the same of bytes: rows */
+#else
+    BR = MR,
+#endif
+    GROUP = BR == 32 ? 96 : ROW_GROUP, /* rows of a task: a multiple of every kernel's */
     IN_PLACE_COLS = 96, /* rows of W of a task in place: a multiple of each C */
     VB = 4 * VL,        /* bytes of a vector */
     RUN_GROUPS = SHORT_RUN_BYTES / 2 / 32 + 4, /* most groups of 32 columns of a run */

@@ -269,7 +269,10 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
 {
     const int K = g->b->rows, per = glm_per_unit(kind), units = units_of(kind, K);
     const int n_runs = glm_byte_runs(K);
-    const int tiles = (rows + MR - 1) / MR * ((cols + NR - 1) / NR);
+    const int together = kind == GLM_I8 ? BR : MR;
+    const int tiles = (rows + together - 1) / together * ((cols + NR - 1) / NR);
+    if (kind == GLM_I8)
+        START_TILES();
     for (int u = 0; u < units; u += GEMM_UNITS) {
         const int in_block = units - u < GEMM_UNITS ? units - u : GEMM_UNITS;
         const int left = K - u * per, add = u || g->accumulate;
@@ -279,7 +282,7 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
         struct ahead ahead =
             start_ahead(g->b, dtype, u * per + GEMM_UNITS * per,
                         after < GEMM_UNITS * per ? after : GEMM_UNITS * per, n0, cols, tiles);
-        for (int m = 0; m < rows; m += MR) {
+        for (int m = 0; m < rows; m += together) {
             const float *ap = g->a + ((size_t)(m0 + m) * units + (size_t)u * MR);
             const struct x_run *run = NULL;
             const char *xp = NULL;
@@ -287,7 +290,7 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
                 run = g->runs + (size_t)(m0 + m) * n_runs + u / GEMM_UNITS;
                 xp = byte_rows(g->a, m0 + m, u / GEMM_UNITS, n_runs);
             }
-            const int height = rows - m < MR ? rows - m : MR;
+            const int height = rows - m < together ? rows - m : together;
             const size_t lda = g->lying && height == MR ? (size_t)K : 0;
             if (lda)
                 ap = g->lying + (size_t)(m0 + m) * lda + u;
@@ -302,11 +305,11 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
                     continue;
                 }
                 fetch_ahead(&ahead);
-                const float *next = n + NR < cols ? at + NR : c + (m + MR) * ldc;
-                for (int r = 0; r < MR && (n + NR < cols || m + MR < rows); r++)
+                const float *next = n + NR < cols ? at + NR : c + (m + together) * ldc;
+                for (int r = 0; r < together && (n + NR < cols || m + together < rows); r++)
                     for (int i = 0; i < NV; i++) /* the tile that is added to next */
                         __builtin_prefetch(next + r * ldc + i * VL, 1, 3);
-                const int whole = height == MR && width == NR;
+                const int whole = height == together && width == NR;
                 float *to = whole ? at : edge;
                 for (int r = 0; !whole && r < height; r++)
                     memcpy(edge + r * NR, at + r * ldc, (size_t)width * 4);
@@ -330,6 +333,8 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
             }
         }
     }
+    if (kind == GLM_I8)
+        END_TILES();
 }
 
 /* Columns of a task: of bytes, whose panels are four times as long, fewer, so that a panel and the
@@ -346,7 +351,7 @@ static void gemm_task(const void *arg, int task, char *scratch)
     const int rows = a->M - m0 < a->rows ? a->M - m0 : a->rows,
               cols = N - n0 < together ? N - n0 : together;
     float *c = a->c + (size_t)m0 * N + n0;
-    char *bp = scratch + MR * NR * 4;
+    char *bp = scratch + BR * NR * 4;
 #define CALL(kind, stored, by_group) \
     gemm_tile(c, (size_t)N, a, kind, stored, by_group, m0, rows, n0, cols, bp, (float *)scratch)
     EACH_KIND(CALL)

@@ -2,7 +2,7 @@
  * (of B), four terms at a time, the unit. So no lanes are summed: linear_forward's where vectors are
  * long, and the backward products of every set. Integers: the bits are those of any other order.
  *
- * A row of x (of A) lies as it is, in runs of SHORT_RUN_BYTES; MR rows of a run lie together. */
+ * A row of x (of A) lies as it is, in runs of SHORT_RUN_BYTES; BR rows of a run lie together. */
 
 /* Whether N rows are multiplied so in linear_forward: where sums of lanes cost more than W's being
  * turned, which few rows do not pay. The bits are the same. */
@@ -19,14 +19,40 @@ INLINE vf splat_unit(const float *p)
     return (vf)((vi){0} + bits);
 }
 
-/* MR rows of packed x from row m on, a multiple of MR, of run b */
+/* Tiles of bytes are registers that a task takes and gives back: BYTE_TILES(sums, x, w, units) is what
+ * byte_tile adds up by them. */
+#ifndef BYTE_TILES
+#define START_TILES() (void)0
+#define END_TILES() (void)0
+#endif
+
+/* BR rows of packed x from row m on, a multiple of BR, of run b */
 INLINE const char *byte_rows(const void *x, int m, int b, int n_runs)
 {
-    return (const char *)x + ((size_t)m * n_runs + (size_t)b * MR) * SHORT_RUN_BYTES;
+    return (const char *)x + ((size_t)m * n_runs + (size_t)b * BR) * SHORT_RUN_BYTES;
 }
 
-/* tile (MR, NR; ldt) (+)= the run's scale of x times the sum over `units` of those of x (MR,
+/* Adds a vector of sums at `at`: their part of a run of x, less what W's bytes are too large. */
+INLINE void store_sums(float *at, vi sums, const struct x_run *run, int add, enum glm_dtype dtype)
+{
+    const vf sum = INT_TO_FLOAT(sums - bias_of(dtype) * run->sum) * splat(run->scale);
+    store(at, add ? load(at) + sum : sum);
+}
+
+/* tile (BR, NR; ldt) (+)= the run's scale of x times the sum over `units` of those of x (BR,
  * SHORT_RUN_BYTES) times those of w (units, NR); run: of the first row, `runs` to the next. */
+#ifdef BYTE_TILES
+INLINE void byte_tile(float *tile, size_t ldt, const char *x, const char *w, int units, int add,
+                      enum glm_dtype dtype, const struct x_run *run, size_t runs)
+{
+    int32_t sums[BR][NR] __attribute__((aligned(64)));
+    BYTE_TILES(sums[0], x, w, units);
+    for (int m = 0; m < BR; m++)
+        for (int v = 0; v < NV; v++)
+            store_sums(tile + m * ldt + v * VL, (vi)load((const float *)(sums[m] + v * VL)),
+                       run + m * runs, add, dtype);
+}
+#else
 static __attribute__((noinline)) void byte_tile(float *tile, size_t ldt, const char *x,
                                                 const char *w, int units, int add,
                                                 enum glm_dtype dtype, const struct x_run *run,
@@ -65,29 +91,25 @@ static __attribute__((noinline)) void byte_tile(float *tile, size_t ldt, const c
     }
 #endif
     for (int m = 0; m < MR; m++)
-        for (int v = 0; v < NV; v++) {
-            float *at = tile + m * ldt + v * VL;
-            const struct x_run *of = run + m * runs;
-            const vf sum =
-                INT_TO_FLOAT((vi)acc[m][v] - bias_of(dtype) * of->sum) * splat(of->scale);
-            store(at, add ? load(at) + sum : sum);
-        }
+        for (int v = 0; v < NV; v++)
+            store_sums(tile + m * ldt + v * VL, (vi)acc[m][v], run + m * runs, add, dtype);
 }
+#endif
 
-/* MR rows of x, or of A, as bytes in runs; rows past the end are 0. */
+/* BR rows of x, or of A, as bytes in runs; rows past the end are 0. */
 static void pack_bytes_task(const void *arg, int task, char *scratch)
 {
     const struct pack_args *p = arg;
-    const int rows = p->N - task * MR < MR ? p->N - task * MR : MR, n_runs = glm_byte_runs(p->K);
-    const float *from = p->x + (size_t)task * MR * p->am;
+    const int rows = p->N - task * BR < BR ? p->N - task * BR : BR, n_runs = glm_byte_runs(p->K);
+    const float *from = p->x + (size_t)task * BR * p->am;
     float *terms = (float *)scratch;
     for (int b = 0; b < n_runs; b++)
-        for (int r = 0; r < MR; r++) {
+        for (int r = 0; r < BR; r++) {
             const int begin = b * SHORT_RUN_BYTES, left = p->K - begin;
             const int n = left < SHORT_RUN_BYTES ? left : SHORT_RUN_BYTES;
             const float *x = from + r * p->am + begin;
-            int8_t *q = (int8_t *)byte_rows(p->to, task * MR, b, n_runs) + r * SHORT_RUN_BYTES;
-            struct x_run *run = p->runs + ((size_t)task * MR + r) * n_runs + b;
+            int8_t *q = (int8_t *)byte_rows(p->to, task * BR, b, n_runs) + r * SHORT_RUN_BYTES;
+            struct x_run *run = p->runs + ((size_t)task * BR + r) * n_runs + b;
             if (r >= rows) { /* multiplied with the others, and dropped */
                 memset(q, 0, SHORT_RUN_BYTES);
                 *run = (struct x_run){0};
@@ -183,10 +205,11 @@ INLINE void tile_bytes(float *tile, size_t ldt, const struct nt_args *a, enum gl
                        int n0, int rows, int o0, int cols, char *wp)
 {
     const int I = a->w->cols, n_runs = glm_byte_runs(I), panels = (cols + NR - 1) / NR;
-    const int tiles = (rows + MR - 1) / MR * panels;
+    const int tiles = (rows + BR - 1) / BR * panels;
     const size_t panel = (size_t)NR * SHORT_RUN_BYTES;
     struct panel_columns *columns = (struct panel_columns *)(wp + NT_COLS * NT_RUN_BYTES);
-    float edge[MR * NR] __attribute__((aligned(64))) = {0};
+    float edge[BR * NR] __attribute__((aligned(64))) = {0};
+    START_TILES();
     for (int b = 0; b < n_runs; b++) {
         const int k0 = b * SHORT_RUN_BYTES, left = I - k0;
         const int K = left < SHORT_RUN_BYTES ? left : SHORT_RUN_BYTES;
@@ -200,13 +223,13 @@ INLINE void tile_bytes(float *tile, size_t ldt, const struct nt_args *a, enum gl
         struct ahead ahead = start_ahead(
             a->w, dtype, last ? o0 + cols : o0, next_rows < NT_COLS ? next_rows : NT_COLS, from,
             I - from < SHORT_RUN_BYTES ? (I - from) & ~1 : SHORT_RUN_BYTES, tiles);
-        for (int n = 0; n < rows; n += MR) {
+        for (int n = 0; n < rows; n += BR) {
             const char *x = byte_rows(a->x, n0 + n, b, n_runs);
             const struct x_run *run = a->runs + (size_t)(n0 + n) * n_runs + b;
-            const int height = rows - n < MR ? rows - n : MR;
+            const int height = rows - n < BR ? rows - n : BR;
             for (int o = 0; o < cols; o += NR) {
                 const int width = cols - o < NR ? cols - o : NR;
-                const int whole = height == MR && width == NR;
+                const int whole = height == BR && width == NR;
                 float *at = tile + n * ldt + o;
                 for (int r = 0; r < height; r++)
                     for (int v = 0; v < NV; v++)
@@ -224,4 +247,5 @@ INLINE void tile_bytes(float *tile, size_t ldt, const struct nt_args *a, enum gl
                                     columns);
         }
     }
+    END_TILES();
 }

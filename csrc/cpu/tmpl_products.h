@@ -25,12 +25,12 @@ static int tile_rows(const struct cpu *cpu, int N, int most, int columns)
 {
     const int threads = glm_pool_threads(cpu->pool);
     int tiles = ceil_div((size_t)N, (size_t)most);
-    while (tiles * columns < 6 * threads && N > 8 * ROW_GROUP * tiles)
+    while (tiles * columns < 6 * threads && N > 8 * GROUP * tiles)
         tiles++;
     if (tiles * columns < 6 * threads) /* a few of equal size: as many for each thread */
-        while (tiles * columns % threads && N > 4 * ROW_GROUP * tiles)
+        while (tiles * columns % threads && N > 4 * GROUP * tiles)
             tiles++;
-    return tiles ? ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), ROW_GROUP) * ROW_GROUP : 1;
+    return tiles ? ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), GROUP) * GROUP : 1;
 }
 
 /* Rows, a multiple of `together`, that are packed at a time when each takes `bytes`: the runs lie
@@ -60,7 +60,7 @@ static void nt_task(const void *arg, int task, char *scratch)
     char *wp = scratch + NT_ROWS_ADDED * NT_COLS * 4;
 #define CALL(kind, stored, by_group)                                                   \
     do {                                                                               \
-        if (kind == GLM_I8 && a->R == MR)                                              \
+        if (kind == GLM_I8 && a->R == BR)                                              \
             tile_bytes(tile, ldt, a, stored, n0, rows, o0, cols, wp);                  \
         else                                                                           \
             tile_packed(tile, ldt, a, kind, stored, by_group, n0, rows, o0, cols, wp); \
@@ -124,11 +124,11 @@ static void short_forward(struct cpu *cpu, struct nt_args *a, const float *x, in
 {
     const int columns = ceil_div((size_t)a->w->rows, SHORT_TASK);
     const int least = ceil_div((size_t)N, NT_ROWS), threads = glm_pool_threads(cpu->pool);
-    const int most = ceil_div((size_t)N, 8 * ROW_GROUP);
+    const int most = ceil_div((size_t)N, 8 * GROUP);
     const int tiles = threads < least ? least : threads < most ? threads : most;
     a->x = (const char *)x;
     a->N = N;
-    a->rows = ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), ROW_GROUP) * ROW_GROUP;
+    a->rows = ceil_div((size_t)ceil_div((size_t)N, (size_t)tiles), GROUP) * GROUP;
     glm_pool_run(cpu->pool, ceil_div((size_t)N, (size_t)a->rows) * columns,
                  products_ns((size_t)N * a->w->rows * a->w->cols), short_task, a);
 }
@@ -174,7 +174,7 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
     const int columnwise = by_column(kind, p.dtype, N);
     const size_t bytes = columnwise ? (size_t)glm_byte_runs(I) * SHORT_RUN_BYTES
                                     : (size_t)vectors_of(kind, p.dtype, I) * VB;
-    p.R = a.R = columnwise ? MR : XR;
+    p.R = a.R = columnwise ? BR : XR;
     p.am = (size_t)I;
     const int rows = packed_rows(&p, cpu, bytes, N, p.R);
     const int columns = ceil_div((size_t)O, NT_COLS);
@@ -215,7 +215,7 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
         return;
     const int per = glm_per_unit(kind), block = GEMM_UNITS * per;
     const size_t together = (size_t)(M < GEMM_ROWS ? M : GEMM_ROWS), unit_bytes = 4;
-    const int blocks = (int)(PACKED / (together + MR) / (GEMM_UNITS * unit_bytes));
+    const int blocks = (int)(PACKED / (together + BR) / (GEMM_UNITS * unit_bytes));
     const int terms = (kind == GLM_I8 && blocks > 1 ? blocks - 1 : blocks) * block;
     const int columns = ceil_div((size_t)b->cols, (size_t)gemm_cols(kind));
     const int lies = lies_well(b, kind, ak) && scale == 1;
@@ -225,7 +225,7 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
         part.data = (const char *)b->data + (size_t)k0 * glm_bytes(b->dtype, (size_t)b->cols);
         part.scale = b->scale ? b->scale + (size_t)k0 * glm_scale_cols(b) : NULL;
         struct pack_args p = {.K = part.rows,
-                              .R = MR,
+                              .R = kind == GLM_I8 ? BR : MR,
                               .kind = kind,
                               .am = am,
                               .ak = ak,
@@ -233,7 +233,7 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
                               .scale = (float)scale};
         const size_t units = (size_t)(kind == GLM_I8 ? glm_byte_runs(p.K) * GEMM_UNITS
                                                      : ceil_div((size_t)p.K, (size_t)per));
-        const int rows = packed_rows(&p, cpu, units * unit_bytes, M, MR);
+        const int rows = packed_rows(&p, cpu, units * unit_bytes, M, p.R);
         for (int m = 0; m < M; m += rows) {
             p.N = M - m < rows ? M - m : rows;
             p.x = x + (size_t)m * am + (size_t)k0 * ak;
@@ -252,7 +252,7 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
                 last.x += (size_t)(p.N - last.N) * am;
                 pack_a_task(&last, 0, NULL);
             } else if (!lies) {
-                run(cpu, ceil_div((size_t)p.N, MR), (size_t)p.N * p.K,
+                run(cpu, ceil_div((size_t)p.N, (size_t)p.R), (size_t)p.N * p.K,
                     kind == GLM_I8 ? pack_bytes_task : pack_a_task, &p);
             }
             glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)g.rows) * columns,
