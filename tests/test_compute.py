@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from glmlora import AutoModel, LoraConfig, _core, get_peft_model, train
+from glmlora.model.configuration import ChatGLMConfig
 from glmlora.model.device import BFLOAT16_SETS, compute_dtype
 from glmlora.tools.project import tiny_directory
 
@@ -15,6 +16,17 @@ USED = os.environ.get("GLMLORA_ISA") or _core.cpu_variants().split(",")[0]
 fast = pytest.mark.skipif(
     not HAS or USED not in BFLOAT16_SETS, reason="this processor has no bfloat16 products"
 )
+
+
+@pytest.mark.parametrize("isa", _core.cpu_variants().split(","))
+def test_the_sets_with_bfloat16_are_those_of_the_core(isa):
+    config = ChatGLMConfig.from_pretrained(tiny_directory())
+    try:
+        _core.Model(config.arch(), f"cpu:{isa}/bfloat16", names=config.tensor_names)
+    except ValueError:
+        assert isa not in BFLOAT16_SETS
+    else:
+        assert isa in BFLOAT16_SETS
 
 
 def test_auto_is_bfloat16_where_it_is_fast_and_the_weights_are_narrow(monkeypatch):

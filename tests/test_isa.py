@@ -88,7 +88,8 @@ def test_tiles_of_bytes_have_the_bits_of_every_set(tmp_path):
     words = [words[0], "-shared", "-pthread", "-o", core, *made, *others, "-lm"]
     subprocess.run([str(word) for word in words], check=True)
     env = dict(os.environ, PYTHONPATH=str(tmp_path), GLMLORA_ISA="amx")
-    asked = ["test_ops.py", "test_golden.py", "-k", "bit_for_bit or way_back or forward"]
+    asked = ["test_ops.py", "test_compute.py", "test_int16.py", "test_golden.py", "-k"]
+    asked += ["bit_for_bit or way_back or bfloat16 or forward"]
     words = [sys.executable, "-m", "pytest", "-q", "-x", "--rootdir=.", *asked]
     done = subprocess.run(words, env=env, cwd=tmp_path / "tests", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

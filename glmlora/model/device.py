@@ -31,7 +31,7 @@ from ..progress import notices
 KINDS = ("cpu", "cuda", "emu")
 _COMPUTE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 COMPUTE_DTYPES = ("float32", "bfloat16", "int16", "int8")
-BFLOAT16_SETS = ("avx512bf16", "neon_bf16")  # the core's instruction sets that multiply it
+BFLOAT16_SETS = ("amx", "avx512bf16", "neon_bf16")  # the core's instruction sets that multiply it
 
 _warned: set[str] = set()
 _announced: set[str] = set()
