@@ -4,7 +4,8 @@
 
 /* Quads of bytes: DOT_I8(acc, w, x) adds those of w times those of x to int32 lanes, exactly, where
  * w is BYTES_OF_W(bytes), which may be BYTE_BIAS too large, and x is not -128; DOT_NIBBLES the same
- * for w of 0 to 15, in lanes of any order; SUM4_INT: lane sums; QUADS(v, rows): four rows as wide as
+ * for w of 0 to 15, on NEON in lanes of any order, else in those of DOT_I8;
+ * SUM4_INT: lane sums; QUADS(v, rows): four rows as wide as
  * a panel of tmpl_linear_backward.h (NR bytes) as quads of a column, in the vectors v. */
 #ifndef DOT_I8
 #define BYTE_BIAS 0

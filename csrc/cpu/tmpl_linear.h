@@ -716,6 +716,29 @@ INLINE void finish(const struct nt_args *a, float *tile, size_t ldt, int n0, int
     }
 }
 
+/* The output of a task of many rows, at `tile` until it is whole, and what it packs W into. */
+struct nt_tile {
+    float *tile;
+    size_t ldt;
+    int n0, rows, o0, cols;
+    char *wp;
+};
+
+INLINE struct nt_tile tile_of_task(const struct nt_args *a, int task, char *scratch)
+{
+    const int O = a->w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
+    const int n0 = task / o_tiles * a->rows, o0 = task % o_tiles * NT_COLS;
+    return (struct nt_tile){
+        .tile = a->accumulate ? (float *)scratch : a->out + (size_t)n0 * a->ldo + o0,
+        .ldt = a->accumulate ? NT_COLS : a->ldo,
+        .n0 = n0,
+        .rows = a->N - n0 < a->rows ? a->N - n0 : a->rows,
+        .o0 = o0,
+        .cols = O - o0 < NT_COLS ? O - o0 : NT_COLS,
+        .wp = scratch + NT_ROWS_ADDED * NT_COLS * 4,
+    };
+}
+
 /* What a weight is stored as and multiplied in: chosen once a task. */
 #define EACH_KIND(call)                                        \
     if (a->kind == GLM_F32 && dtype == GLM_F32)                \

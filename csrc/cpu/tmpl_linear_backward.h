@@ -2,8 +2,8 @@
  * over packed panels: vectors run along the output, so each element adds up its terms in order.
  *
  * A unit is what one lane multiplies at once: one float, two bfloat16 or four bytes, neighbours in
- * the reduction. A is packed before, as units of MR rows; panels of B here, as units of NR
- * columns. */
+ * the reduction. A is packed before, as units of MR rows, or as bytes in runs (tmpl_linear_bytes.h),
+ * or is read where it lies; panels of B are packed here, as units of NR columns. */
 
 INLINE int units_of(enum glm_dtype kind, int K)
 {

@@ -51,23 +51,19 @@ static void nt_task(const void *arg, int task, char *scratch)
 {
     const struct nt_args *a = arg;
     const enum glm_dtype dtype = a->w->dtype;
-    const int grouped = a->w->group != 0, O = a->w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
-    const int n0 = task / o_tiles * a->rows, o0 = task % o_tiles * NT_COLS;
-    const int rows = a->N - n0 < a->rows ? a->N - n0 : a->rows,
-              cols = O - o0 < NT_COLS ? O - o0 : NT_COLS;
-    float *tile = a->accumulate ? (float *)scratch : a->out + (size_t)n0 * a->ldo + o0;
-    const size_t ldt = a->accumulate ? NT_COLS : a->ldo;
-    char *wp = scratch + NT_ROWS_ADDED * NT_COLS * 4;
-#define CALL(kind, stored, by_group)                                                   \
-    do {                                                                               \
-        if (kind == GLM_I8 && a->R == BR)                                              \
-            tile_bytes(tile, ldt, a, stored, n0, rows, o0, cols, wp);                  \
-        else                                                                           \
-            tile_packed(tile, ldt, a, kind, stored, by_group, n0, rows, o0, cols, wp); \
+    const int grouped = a->w->group != 0;
+    const struct nt_tile t = tile_of_task(a, task, scratch);
+#define CALL(kind, stored, by_group)                                                          \
+    do {                                                                                      \
+        if (kind == GLM_I8 && a->R == BR)                                                     \
+            tile_bytes(t.tile, t.ldt, a, stored, t.n0, t.rows, t.o0, t.cols, t.wp);           \
+        else                                                                                  \
+            tile_packed(t.tile, t.ldt, a, kind, stored, by_group, t.n0, t.rows, t.o0, t.cols, \
+                        t.wp);                                                                \
     } while (0)
     EACH_KIND(CALL)
 #undef CALL
-    finish(a, tile, ldt, n0, rows, o0, cols);
+    finish(a, t.tile, t.ldt, t.n0, t.rows, t.o0, t.cols);
 }
 
 static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)

@@ -523,15 +523,10 @@ INLINE void words_packed(float *tile, size_t ldt, const struct nt_args *a, enum 
 static void words_task(const void *arg, int task, char *scratch)
 {
     const struct nt_args *a = arg;
-    const int O = a->w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
-    const int n0 = task / o_tiles * a->rows, o0 = task % o_tiles * NT_COLS;
-    const int rows = a->N - n0 < a->rows ? a->N - n0 : a->rows,
-              cols = O - o0 < NT_COLS ? O - o0 : NT_COLS;
-    float *tile = a->accumulate ? (float *)scratch : a->out + (size_t)n0 * a->ldo + o0;
-    const size_t ldt = a->accumulate ? NT_COLS : a->ldo;
-    char *wp = scratch + NT_ROWS_ADDED * NT_COLS * 4;
-#define CALL(stored, by_group) words_packed(tile, ldt, a, stored, by_group, n0, rows, o0, cols, wp)
+    const struct nt_tile t = tile_of_task(a, task, scratch);
+#define CALL(stored, by_group) \
+    words_packed(t.tile, t.ldt, a, stored, by_group, t.n0, t.rows, t.o0, t.cols, t.wp)
     EACH_STORED(CALL);
 #undef CALL
-    finish(a, tile, ldt, n0, rows, o0, cols);
+    finish(a, t.tile, t.ldt, t.n0, t.rows, t.o0, t.cols);
 }
