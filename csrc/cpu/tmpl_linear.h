@@ -631,11 +631,85 @@ INLINE void add_panel(float *to, size_t ldt, const v4 *s, int rows, int cols, in
             to[r * ldt + c] = add ? to[r * ldt + c] + v[r][c] : v[r][c];
 }
 
-/* tile (rows, ldt) of many rows: a panel of W is packed once, x is packed already */
-INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum glm_dtype kind,
-                        enum glm_dtype dtype, int grouped, int n0, int rows, int o0, int cols,
-                        char *wp)
+/* The output of a task, at `tile` until it is whole, and what it packs W into. */
+struct nt_tile {
+    float *tile;
+    size_t ldt;
+    int n0, rows, o0, cols;
+    char *wp;
+    float scale[NT_COLS]; /* of W's rows, 1 where they have none */
+};
+
+INLINE void row_scales(struct nt_tile *t, const struct glm_mat *w)
 {
+    for (int o = 0; o < t->cols; o++)
+        t->scale[o] = w->scale && !w->group ? half_to_float(w->scale[t->o0 + o]) : 1.0f;
+}
+
+/* Of many rows of x */
+INLINE struct nt_tile tile_of_task(const struct nt_args *a, int task, char *scratch)
+{
+    const int O = a->w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
+    const int n0 = task / o_tiles * a->rows, o0 = task % o_tiles * NT_COLS;
+    struct nt_tile t = {
+        .tile = a->accumulate ? (float *)scratch : a->out + (size_t)n0 * a->ldo + o0,
+        .ldt = a->accumulate ? NT_COLS : a->ldo,
+        .n0 = n0,
+        .rows = a->N - n0 < a->rows ? a->N - n0 : a->rows,
+        .o0 = o0,
+        .cols = O - o0 < NT_COLS ? O - o0 : NT_COLS,
+        .wp = scratch + NT_ROWS_ADDED * NT_COLS * 4,
+    };
+    row_scales(&t, a->w);
+    return t;
+}
+
+/* Of few rows, W read in place */
+INLINE struct nt_tile tile_in_scratch(const struct nt_args *a, int task, char *scratch)
+{
+    const int o0 = task * IN_PLACE_COLS, left = a->w->rows - o0;
+    struct nt_tile t = {.tile = (float *)scratch,
+                        .ldt = IN_PLACE_COLS,
+                        .rows = a->N,
+                        .o0 = o0,
+                        .cols = left < IN_PLACE_COLS ? left : IN_PLACE_COLS};
+    row_scales(&t, a->w);
+    return t;
+}
+
+/* out = scale * (the tile times the scales of W's rows) + bias (+ out), for `rows` rows from n on */
+INLINE void finish(const struct nt_args *a, const struct nt_tile *t, int n, int rows)
+{
+    const int by_row = a->w->scale && !a->w->group;
+    if (t->tile == a->out + (size_t)t->n0 * a->ldo + t->o0 && !by_row && a->scale == 1 && !a->bias)
+        return;
+    for (; rows; rows--, n++) {
+        float *out = a->out + (size_t)(t->n0 + n) * a->ldo + (size_t)t->o0 * a->ldc;
+        const float *from = t->tile + n * t->ldt;
+        int o = 0;
+        for (; a->ldc == 1 && o + VL <= t->cols; o += VL) {
+            vf v = splat(a->scale) * (load(from + o) * load(t->scale + o));
+            if (a->bias)
+                v += load(a->bias + t->o0 + o);
+            store(out + o, a->accumulate ? load(out + o) + v : v);
+        }
+        for (; o < t->cols; o++) {
+            float v = a->scale * (from[o] * t->scale[o]);
+            if (a->bias)
+                v += a->bias[t->o0 + o];
+            out[o * a->ldc] = a->accumulate ? out[o * a->ldc] + v : v;
+        }
+    }
+}
+
+/* A tile of many rows: a panel of W is packed once, x is packed already */
+INLINE void tile_packed(const struct nt_args *a, const struct nt_tile *t, enum glm_dtype kind,
+                        enum glm_dtype dtype, int grouped)
+{
+    const int n0 = t->n0, rows = t->rows, o0 = t->o0, cols = t->cols;
+    const size_t ldt = t->ldt;
+    float *tile = t->tile;
+    char *wp = t->wp;
     const int I = a->w->cols, vectors = vectors_of(kind, dtype, I);
     const int in_full = run_of(kind, dtype), width = in_full * per_vector(kind);
     const int n_runs = (vectors + in_full - 1) / in_full;
@@ -682,61 +756,10 @@ INLINE void tile_packed(float *tile, size_t ldt, const struct nt_args *a, enum g
             for (int r = 0; kind == GLM_I8 && r < end; r++)
                 add_outliers(tile + (n + r) * ldt, cols, run + (size_t)r * n_runs, wp, dtype,
                              columns);
+            if (b + 1 == n_runs) /* while the rows are in the nearest cache */
+                finish(a, t, n, end);
         }
     }
-}
-
-/* out = scale * (tile times the scales of W's rows) + bias (+ out) */
-INLINE void finish(const struct nt_args *a, float *tile, size_t ldt, int n0, int rows, int o0,
-                   int cols)
-{
-    const struct glm_mat *w = a->w;
-    const int by_row = w->scale && !w->group;
-    if (tile == a->out + (size_t)n0 * a->ldo + o0 && !by_row && a->scale == 1 && !a->bias)
-        return;
-    float factor[NT_COLS];
-    for (int o = 0; o < cols; o++)
-        factor[o] = by_row ? half_to_float(w->scale[o0 + o]) : 1.0f;
-    for (int n = 0; n < rows; n++) {
-        float *out = a->out + (size_t)(n0 + n) * a->ldo + (size_t)o0 * a->ldc;
-        const float *from = tile + n * ldt;
-        int o = 0;
-        for (; a->ldc == 1 && o + VL <= cols; o += VL) {
-            vf v = splat(a->scale) * (load(from + o) * load(factor + o));
-            if (a->bias)
-                v += load(a->bias + o0 + o);
-            store(out + o, a->accumulate ? load(out + o) + v : v);
-        }
-        for (; o < cols; o++) {
-            float v = a->scale * (from[o] * factor[o]);
-            if (a->bias)
-                v += a->bias[o0 + o];
-            out[o * a->ldc] = a->accumulate ? out[o * a->ldc] + v : v;
-        }
-    }
-}
-
-/* The output of a task of many rows, at `tile` until it is whole, and what it packs W into. */
-struct nt_tile {
-    float *tile;
-    size_t ldt;
-    int n0, rows, o0, cols;
-    char *wp;
-};
-
-INLINE struct nt_tile tile_of_task(const struct nt_args *a, int task, char *scratch)
-{
-    const int O = a->w->rows, o_tiles = (O + NT_COLS - 1) / NT_COLS;
-    const int n0 = task / o_tiles * a->rows, o0 = task % o_tiles * NT_COLS;
-    return (struct nt_tile){
-        .tile = a->accumulate ? (float *)scratch : a->out + (size_t)n0 * a->ldo + o0,
-        .ldt = a->accumulate ? NT_COLS : a->ldo,
-        .n0 = n0,
-        .rows = a->N - n0 < a->rows ? a->N - n0 : a->rows,
-        .o0 = o0,
-        .cols = O - o0 < NT_COLS ? O - o0 : NT_COLS,
-        .wp = scratch + NT_ROWS_ADDED * NT_COLS * 4,
-    };
 }
 
 /* What a weight is stored as and multiplied in: chosen once a task. */
@@ -777,17 +800,16 @@ static void nt_in_place_task(const void *arg, int task, char *scratch)
 {
     const struct nt_args *a = arg;
     const enum glm_dtype dtype = a->w->dtype;
-    const int grouped = a->w->group != 0, o0 = task * IN_PLACE_COLS;
-    const int cols = a->w->rows - o0 < IN_PLACE_COLS ? a->w->rows - o0 : IN_PLACE_COLS;
-    float *tile = (float *)scratch;
-#define CALL(kind, stored, by_group)                                          \
-    do {                                                                      \
-        if (a->R == R1)                                                       \
-            tile_in_place(tile, a, kind, stored, by_group, R1, C1, o0, cols); \
-        else                                                                  \
-            tile_in_place(tile, a, kind, stored, by_group, R2, C2, o0, cols); \
+    const int grouped = a->w->group != 0;
+    const struct nt_tile t = tile_in_scratch(a, task, scratch);
+#define CALL(kind, stored, by_group)                                                \
+    do {                                                                            \
+        if (a->R == R1)                                                             \
+            tile_in_place(t.tile, a, kind, stored, by_group, R1, C1, t.o0, t.cols); \
+        else                                                                        \
+            tile_in_place(t.tile, a, kind, stored, by_group, R2, C2, t.o0, t.cols); \
     } while (0)
     EACH_KIND(CALL)
 #undef CALL
-    finish(a, tile, IN_PLACE_COLS, 0, a->N, o0, cols);
+    finish(a, &t, 0, t.rows);
 }

@@ -285,10 +285,13 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
         for (int m = 0; m < rows; m += together) {
             const float *ap = g->a + ((size_t)(m0 + m) * units + (size_t)u * MR);
             const struct x_run *run = NULL;
-            const char *xp = NULL;
+            const char *xp = NULL, *xp_after = NULL;
             if (kind == GLM_I8) {
-                run = g->runs + (size_t)(m0 + m) * n_runs + u / GEMM_UNITS;
-                xp = byte_rows(g->a, m0 + m, u / GEMM_UNITS, n_runs);
+                const int b = u / GEMM_UNITS;
+                run = g->runs + (size_t)(m0 + m) * n_runs + b;
+                xp = byte_rows(g->a, m0 + m, b, n_runs);
+                xp_after = m + BR < rows ? byte_rows(g->a, m0 + m + BR, b, n_runs)
+                                         : byte_rows(g->a, m0, b + 1 < n_runs ? b + 1 : 0, n_runs);
             }
             const int height = rows - m < together ? rows - m : together;
             const size_t lda = g->lying && height == MR ? (size_t)K : 0;
@@ -315,7 +318,7 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
                     memcpy(edge + r * NR, at + r * ldc, (size_t)width * 4);
                 if (kind == GLM_I8)
                     byte_tile(to, whole ? ldc : NR, xp, panel, in_block, add, GLM_I8, run,
-                              (size_t)n_runs);
+                              (size_t)n_runs, xp_after + n / NR * AHEAD * in_block);
                 else
                     unit_tile(to, whole ? ldc : NR, ap, panel, in_block, add, kind);
                 for (int r = 0; !whole && r < height; r++)

@@ -26,6 +26,8 @@ INLINE vf splat_unit(const float *p)
 #define END_TILES() (void)0
 #endif
 
+enum { AHEAD = 16 };
+
 /* BR rows of packed x from row m on, a multiple of BR, of run b */
 INLINE const char *byte_rows(const void *x, int m, int b, int n_runs)
 {
@@ -40,12 +42,15 @@ INLINE void store_sums(float *at, vi sums, const struct x_run *run, int add, enu
 }
 
 /* tile (BR, NR; ldt) (+)= the run's scale of x times the sum over `units` of those of x (BR,
- * SHORT_RUN_BYTES) times those of w (units, NR); run: of the first row, `runs` to the next. */
+ * SHORT_RUN_BYTES) times those of w (units, NR); run: of the first row, `runs` to the next. Of the
+ * rows that come next, AHEAD bytes a unit are fetched from `next` on. */
 #ifdef BYTE_TILES
 INLINE void byte_tile(float *tile, size_t ldt, const char *x, const char *w, int units, int add,
-                      enum glm_dtype dtype, const struct x_run *run, size_t runs)
+                      enum glm_dtype dtype, const struct x_run *run, size_t runs, const char *next)
 {
     int32_t sums[BR][NR] __attribute__((aligned(64)));
+    for (int i = 0; i < AHEAD * units; i += 64)
+        __builtin_prefetch(next + i, 0, 2);
     BYTE_TILES(sums[0], x, w, units);
     for (int m = 0; m < BR; m++)
         for (int v = 0; v < NV; v++)
@@ -56,7 +61,7 @@ INLINE void byte_tile(float *tile, size_t ldt, const char *x, const char *w, int
 static __attribute__((noinline)) void byte_tile(float *tile, size_t ldt, const char *x,
                                                 const char *w, int units, int add,
                                                 enum glm_dtype dtype, const struct x_run *run,
-                                                size_t runs)
+                                                size_t runs, const char *next)
 {
     vf acc[MR][NV];
     for (int m = 0; m < MR; m++)
@@ -67,6 +72,7 @@ static __attribute__((noinline)) void byte_tile(float *tile, size_t ldt, const c
         vf xv[MR];
         for (int m = 0; m < MR; m++)
             xv[m] = load((const float *)(x + m * SHORT_RUN_BYTES));
+        __builtin_prefetch(next + k * AHEAD, 0, 2);
 #pragma GCC unroll 4
         for (int lane = 0; lane < 4; lane++, w += NV * VB)
             for (int v = 0; v < NV; v++) {
@@ -81,6 +87,7 @@ static __attribute__((noinline)) void byte_tile(float *tile, size_t ldt, const c
         for (int v = 0; v < NV; v++)
             wv[v] = load((const float *)(w + v * VB));
         __builtin_prefetch(x + 64 + (k & 15) * SHORT_RUN_BYTES);
+        __builtin_prefetch(next + k * AHEAD, 0, 2);
         for (int v = 0; v < NV * VB / 64; v++)
             __builtin_prefetch(w + 16 * NV * VB + v * 64);
         for (int m = 0; m < MR; m++) {
@@ -201,9 +208,12 @@ INLINE void add_column_outliers(float *out, int cols, const struct x_run *run, c
 }
 
 /* tile_packed of bytes by columns */
-INLINE void tile_bytes(float *tile, size_t ldt, const struct nt_args *a, enum glm_dtype dtype,
-                       int n0, int rows, int o0, int cols, char *wp)
+INLINE void tile_bytes(const struct nt_args *a, const struct nt_tile *t, enum glm_dtype dtype)
 {
+    const int n0 = t->n0, rows = t->rows, o0 = t->o0, cols = t->cols;
+    const size_t ldt = t->ldt;
+    float *tile = t->tile;
+    char *wp = t->wp;
     const int I = a->w->cols, n_runs = glm_byte_runs(I), panels = (cols + NR - 1) / NR;
     const int tiles = (rows + BR - 1) / BR * panels;
     const size_t panel = (size_t)NR * SHORT_RUN_BYTES;
@@ -227,6 +237,8 @@ INLINE void tile_bytes(float *tile, size_t ldt, const struct nt_args *a, enum gl
             const char *x = byte_rows(a->x, n0 + n, b, n_runs);
             const struct x_run *run = a->runs + (size_t)(n0 + n) * n_runs + b;
             const int height = rows - n < BR ? rows - n : BR;
+            const char *next = n + BR < rows ? byte_rows(a->x, n0 + n + BR, b, n_runs)
+                                             : byte_rows(a->x, n0, last ? 0 : b + 1, n_runs);
             for (int o = 0; o < cols; o += NR) {
                 const int width = cols - o < NR ? cols - o : NR;
                 const int whole = height == BR && width == NR;
@@ -238,13 +250,15 @@ INLINE void tile_bytes(float *tile, size_t ldt, const struct nt_args *a, enum gl
                 for (int r = 0; !whole && b && r < height; r++)
                     memcpy(edge + r * NR, at + r * ldt, (size_t)width * 4);
                 byte_tile(whole ? at : edge, whole ? ldt : NR, x, wp + o / NR * panel, units, b,
-                          dtype, run, (size_t)n_runs);
+                          dtype, run, (size_t)n_runs, next + o / NR * AHEAD * units);
                 for (int r = 0; !whole && r < height; r++)
                     memcpy(at + r * ldt, edge + r * NR, (size_t)width * 4);
             }
             for (int r = 0; r < height; r++)
                 add_column_outliers(tile + (n + r) * ldt, cols, run + (size_t)r * n_runs, wp, dtype,
                                     columns);
+            if (last) /* while the rows are in the nearest cache */
+                finish(a, t, n, height);
         }
     }
     END_TILES();

@@ -53,17 +53,15 @@ static void nt_task(const void *arg, int task, char *scratch)
     const enum glm_dtype dtype = a->w->dtype;
     const int grouped = a->w->group != 0;
     const struct nt_tile t = tile_of_task(a, task, scratch);
-#define CALL(kind, stored, by_group)                                                          \
-    do {                                                                                      \
-        if (kind == GLM_I8 && a->R == BR)                                                     \
-            tile_bytes(t.tile, t.ldt, a, stored, t.n0, t.rows, t.o0, t.cols, t.wp);           \
-        else                                                                                  \
-            tile_packed(t.tile, t.ldt, a, kind, stored, by_group, t.n0, t.rows, t.o0, t.cols, \
-                        t.wp);                                                                \
+#define CALL(kind, stored, by_group)                    \
+    do {                                                \
+        if (kind == GLM_I8 && a->R == BR)               \
+            tile_bytes(a, &t, stored);                  \
+        else                                            \
+            tile_packed(a, &t, kind, stored, by_group); \
     } while (0)
     EACH_KIND(CALL)
 #undef CALL
-    finish(a, t.tile, t.ldt, t.n0, t.rows, t.o0, t.cols);
 }
 
 static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)

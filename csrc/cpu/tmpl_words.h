@@ -349,15 +349,13 @@ INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype 
 static void words_in_place_task(const void *arg, int task, char *scratch)
 {
     const struct nt_args *a = arg;
-    const int o0 = task * IN_PLACE_COLS, left = a->w->rows - o0;
-    const int cols = left < IN_PLACE_COLS ? left : IN_PLACE_COLS;
-    float *tile = (float *)scratch;
-#define CALL(stored, by_group)                                              \
-    do {                                                                    \
-        if (a->R == 1)                                                      \
-            words_in_place(tile, a, stored, by_group, 1, o0, cols);         \
-        else                                                                \
-            words_in_place(tile, a, stored, by_group, WORD_ROWS, o0, cols); \
+    const struct nt_tile t = tile_in_scratch(a, task, scratch);
+#define CALL(stored, by_group)                                                    \
+    do {                                                                          \
+        if (a->R == 1)                                                            \
+            words_in_place(t.tile, a, stored, by_group, 1, t.o0, t.cols);         \
+        else                                                                      \
+            words_in_place(t.tile, a, stored, by_group, WORD_ROWS, t.o0, t.cols); \
     } while (0)
 #define EACH_STORED(call)      \
     if (a->w->dtype == GLM_I8) \
@@ -368,7 +366,7 @@ static void words_in_place_task(const void *arg, int task, char *scratch)
         call(GLM_I4, 0)
     EACH_STORED(CALL);
 #undef CALL
-    finish(a, tile, IN_PLACE_COLS, 0, a->N, o0, cols);
+    finish(a, &t, 0, t.rows);
 }
 
 /* NR rows of W from row o on, of which `rows` are there, columns k0 .. k0 + K - 1: (pairs, NR). */
@@ -528,5 +526,5 @@ static void words_task(const void *arg, int task, char *scratch)
     words_packed(t.tile, t.ldt, a, stored, by_group, t.n0, t.rows, t.o0, t.cols, t.wp)
     EACH_STORED(CALL);
 #undef CALL
-    finish(a, t.tile, t.ldt, t.n0, t.rows, t.o0, t.cols);
+    finish(a, &t, 0, t.rows);
 }
