@@ -331,6 +331,13 @@ INLINE void dot_panel(v4 *s, const char *x, const char *w, int vectors, enum glm
         s[r] = sums_of(kind, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
 }
 
+/* Of bytes, as a function: within a large one gcc keeps their sums in memory. */
+static __attribute__((noinline)) void dot_byte_panel(v4 *s, const char *x, const char *w,
+                                                     int vectors, enum glm_dtype dtype)
+{
+    dot_panel(s, x, w, vectors, GLM_I8, dtype);
+}
+
 /* acc[r][c] += products of a chunk of row r of x with the chunk v of row c of W */
 INLINE void add_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v, const float *scale,
                       int g, enum glm_dtype kind, enum glm_dtype dtype)
@@ -748,6 +755,9 @@ INLINE void tile_packed(const struct nt_args *a, const struct nt_tile *t, enum g
                     dot_pairs(s, xp, panel, (size_t)4 * in_full * VB, in_run, kind);
                 else
 #endif
+                if (kind == GLM_I8)
+                    dot_byte_panel(s[0], xp, panel, in_run, dtype);
+                else
                     dot_panel(s[0], xp, panel, in_run, kind, dtype);
                 for (int i = 0; i < wide / 4; i++)
                     add_panel(at + 4 * i, ldt, s[i], end, cols - o - 4 * i, b, run, (size_t)n_runs,

@@ -189,7 +189,7 @@ class CachedRow:
             for i in waiting:
                 piece = self._piece(rows[i])
                 if turn and len(ids) + len(piece) > CHUNK:
-                    break
+                    continue  # a shorter one may find room
                 turn.append(i)
                 ids += piece
                 lengths.append(len(piece))
