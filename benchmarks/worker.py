@@ -122,10 +122,13 @@ class Worker(Jobs):
         return self.models[layers]
 
     def line(self, run, layers=(1, 2)):
-        """Seconds of the whole model from run(number of layers) -> seconds."""
+        """Seconds of the whole model from run(number of layers) -> seconds. A first run is not
+        counted: what it waits for (memory, idle cores) would make the others' difference smaller.
+        """
         if self.whole == self.here:
             seconds = run(self.whole)
             return {"seconds": seconds, "measured": seconds}
+        run(layers[0])
         few, more = (run(n) for n in layers)
         each = (more - few) / (layers[1] - layers[0])
         return {"seconds": more + (self.whole - layers[1]) * each, "measured": few + more}

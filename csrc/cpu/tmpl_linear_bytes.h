@@ -122,6 +122,8 @@ static void pack_bytes_task(const void *arg, int task, char *scratch)
                 *run = (struct x_run){0};
                 continue;
             }
+            for (int k = 0; k < n; k += 16) /* the next row, while this one is read twice */
+                __builtin_prefetch(x + p->am + k);
             if (p->factor) {
                 for (int k = 0; k < n; k++)
                     terms[k] = p->scale * x[k] * half_to_float(p->factor[begin + k]);
