@@ -17,6 +17,7 @@
 #include "tmpl_attention.h"
 #include "tmpl_bytes.h"
 #include "tmpl_linear.h"
+#include "tmpl_few.h"
 #include "tmpl_linear_bytes.h"
 #include "tmpl_short.h"
 #include "tmpl_linear_backward.h"

@@ -1,0 +1,306 @@
+/* linear_forward over few rows of x, which reads W where it lies, at the memory's speed: R rows of x
+ * at a time with C rows of W. The sums are those of tmpl_linear.h. */
+
+/* acc[r][c] += products of a chunk of row r of x with the chunk v of row c of W */
+INLINE void add_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v, const float *scale,
+                      int g, enum glm_dtype kind, enum glm_dtype dtype)
+{
+    const int chunk = chunk_of(kind, dtype);
+#ifdef DOT_BF16
+    if (scale && kind == GLM_BF16) { /* the integers are exact, their sums times the scale */
+        const vf lanes = SCALES_TO_LANES(scale + g);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            vf sum = {0};
+#pragma GCC unroll 4
+            for (int j = 0; j < chunk; j++)
+                sum = multiply_add(kind, dtype, sum, load((const float *)(x + (j * R + r) * VB)),
+                                   v[j]);
+            acc[r * C + c] = MADD(lanes, sum, acc[r * C + c]);
+        }
+        return;
+    }
+#endif
+    vf w[4];
+    for (int j = 0; j < chunk; j++)
+        w[j] = scale ? v[j] * splat(scale[g]) : v[j];
+#pragma GCC unroll 4
+    for (int j = 0; j < chunk; j++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            acc[r * C + c] = multiply_add(kind, dtype, acc[r * C + c],
+                                          load((const float *)(x + (j * R + r) * VB)), w[j]);
+}
+
+/* What comes after the loop over a run: the sums of lanes, four by four. */
+INLINE void sum_lanes(v4 *s, vf *acc, int n, enum glm_dtype kind)
+{
+#pragma GCC unroll 8
+    for (int i = n; i < (n + 3) / 4 * 4; i++)
+        acc[i] = (vf){0};
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i += 4)
+        s[i / 4] = sums_of(kind, acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+}
+
+#ifdef MULTIPLY_PAIRS
+/* Vectors of two rows become the first halves of both, the second halves of both. */
+INLINE void join_pair(vf *a, vf *b, int chunk)
+{
+    for (int j = 0; j < chunk; j++) {
+        const vf first = __builtin_shufflevector(a[j], b[j], 0, 1, 4, 5);
+        b[j] = __builtin_shufflevector(a[j], b[j], 2, 3, 6, 7);
+        a[j] = first;
+    }
+}
+
+/* As add_chunk, of columns c and c + 1: acc[r / 2 * (C / 2) + c / 2]. first, second: joined. */
+INLINE void add_pair(vf *acc, int R, int C, int c, const char *x, const vf *first, const vf *second,
+                     const float *scale, const float *next_scale, int g, enum glm_dtype kind,
+                     int chunk)
+{
+    (void)kind;
+#pragma GCC unroll 4
+    for (int p = 0; p < (R + 1) / 2; p++) {
+        vf *to = acc + p * (C / 2) + c / 2, sum = scale ? (vf){0} : *to;
+#pragma GCC unroll 4
+        for (int j = 0; j < chunk; j++) {
+            vf low, high;
+            if (R == 1) { /* beside itself */
+                const vf both = load((const float *)(x + j * VB));
+                low = __builtin_shufflevector(both, both, 0, 1, 0, 1);
+                high = __builtin_shufflevector(both, both, 2, 3, 2, 3);
+            } else {
+                low = load((const float *)(x + (j * R + 2 * p) * VB));
+                high = load((const float *)(x + (j * R + 2 * p + 1) * VB));
+            }
+            sum = MULTIPLY_PAIRS(kind, sum, low, first[j]);
+            sum = MULTIPLY_PAIRS(kind, sum, high, second[j]);
+        }
+        if (scale) {
+            const vf lanes = {scale[g], next_scale[g], scale[g], next_scale[g]};
+            sum = MADD(lanes, sum, *to);
+        }
+        *to = sum;
+    }
+}
+
+/* As sum_lanes. */
+INLINE void sum_pairs(v4 *s, const vf *acc, int R, int C)
+{
+#pragma GCC unroll 4
+    for (int p = 0; p < (R + 1) / 2; p++)
+#pragma GCC unroll 4
+        for (int q = 0; q < C / 2; q += 2) {
+            const vf a = acc[p * (C / 2) + q], b = acc[p * (C / 2) + q + 1];
+            s[2 * p * C / 4 + q / 2] = first_row_of(a, b);
+            if (R > 1)
+                s[(2 * p + 1) * C / 4 + q / 2] = second_row_of(a, b);
+        }
+}
+#endif
+
+/* add_chunk where C rows of W are met one after the other: v[0] and v[1] hold an even and an odd one.
+ * Where pairs are multiplied, that is done with the odd ones. They are kept as they are multiplied. */
+INLINE void add_row_chunk(vf *acc, int R, int C, int c, const char *x, vf (*v)[4],
+                          float (*scale)[RUN_GROUPS], int g, enum glm_dtype kind,
+                          enum glm_dtype dtype, vf **kept)
+{
+    const int chunk = chunk_of(kind, dtype);
+#ifdef MULTIPLY_PAIRS
+    if (pairs_in_place(kind)) {
+        if (c % 2 == 0)
+            return;
+        join_pair(v[0], v[1], chunk);
+        for (int i = 0; kept && i < 2 * chunk; i++)
+            *(*kept)++ = v[i / chunk][i % chunk];
+        add_pair(acc, R, C, c - 1, x, v[0], v[1], scale ? scale[c - 1] : NULL,
+                 scale ? scale[c] : NULL, g, kind, chunk);
+        return;
+    }
+#endif
+    for (int i = 0; kept && i < chunk; i++)
+        *(*kept)++ = v[c % 2][i];
+    add_chunk(acc, R, C, c, x, v[c % 2], scale ? scale[c] : NULL, g, kind, dtype);
+}
+
+/* The same of such a chunk that was kept. */
+INLINE void add_kept_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v,
+                           float (*scale)[RUN_GROUPS], int g, enum glm_dtype kind,
+                           enum glm_dtype dtype)
+{
+#ifdef MULTIPLY_PAIRS
+    const int chunk = chunk_of(kind, dtype);
+    if (pairs_in_place(kind)) {
+        if (c % 2)
+            add_pair(acc, R, C, c - 1, x, v - chunk, v, scale ? scale[c - 1] : NULL,
+                     scale ? scale[c] : NULL, g, kind, chunk);
+        return;
+    }
+#endif
+    add_chunk(acc, R, C, c, x, v, scale ? scale[c] : NULL, g, kind, dtype);
+}
+
+INLINE void sum_rows(v4 *s, vf *acc, int R, int C, enum glm_dtype kind)
+{
+#ifdef MULTIPLY_PAIRS
+    if (pairs_in_place(kind)) {
+        sum_pairs(s, acc, R, C);
+        return;
+    }
+#endif
+    sum_lanes(s, acc, R * C, kind);
+}
+
+/* s[r * C + c] = dot product of row r of packed x with row o + c of W where it lies, columns k0 ..
+ * k0 + K - 1. Where W ends its last row repeats. The next C rows of W, every turns-th of
+ * them here, and their scales are fetched into the cache. With `keep` the converted run is left in
+ * `kept`, (vectors, C). */
+INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w,
+                     enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int k0, int K,
+                     int keep, vf *kept, int turns)
+{
+    const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
+    const size_t stride = glm_bytes(dtype, (size_t)w->cols);
+    const char *row[8];
+    float scale[8][RUN_GROUPS];
+    vf acc[24 + 8], v[2][4];
+    int k = 0;
+    for (int c = 0; c < C; c++) {
+        const int at = o + c < w->rows ? o + c : w->rows - 1;
+        row[c] = (const char *)w->data + (size_t)at * stride + glm_bytes(dtype, (size_t)k0);
+        if (grouped) {
+            run_scales(scale[c], w, at, k0, K);
+            __builtin_prefetch(w->scale + (size_t)(at + C) * glm_scale_cols(w) + k0 / w->group, 0,
+                               2);
+        }
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < R * C; i++)
+        acc[i] = (vf){0};
+    for (; k + width <= K; k += width, x += chunk * R * VB) {
+        const size_t at = glm_bytes(dtype, (size_t)k);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            load_chunk(v[c % 2], row[c] + at, kind, dtype);
+            if (c % turns == 0 && at % 64 == 0) /* a line once */
+                __builtin_prefetch(row[c] + at + C * stride, 0, 2);
+            add_row_chunk(acc, R, C, c, x, v, grouped ? scale : NULL, k / 32, kind, dtype,
+                          keep ? &kept : NULL);
+        }
+    }
+    if (k < K)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            load_last(v[c % 2], row[c] + glm_bytes(dtype, (size_t)k), kind, dtype, K - k);
+            add_row_chunk(acc, R, C, c, x, v, grouped ? scale : NULL, k / 32, kind, dtype,
+                          keep ? &kept : NULL);
+        }
+    sum_rows(s, acc, R, C, kind);
+}
+
+/* The same of the run that dot_rows kept, for the group of rows of x that has this turn. */
+INLINE void dot_kept(v4 *s, int R, int C, const char *x, const struct glm_mat *w,
+                     enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int k0, int K,
+                     const vf *kept, int turn, int turns)
+{
+    const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
+    const size_t stride = glm_bytes(dtype, (size_t)w->cols);
+    const char *row = (const char *)w->data + (size_t)o * stride + glm_bytes(dtype, (size_t)k0);
+    float scale[8][RUN_GROUPS];
+    vf acc[24 + 8];
+    for (int c = 0; grouped && c < C; c++)
+        run_scales(scale[c], w, o + c < w->rows ? o + c : w->rows - 1, k0, K);
+#pragma GCC unroll 24
+    for (int i = 0; i < R * C; i++)
+        acc[i] = (vf){0};
+    for (int k = 0; k < K; k += width, x += chunk * R * VB, kept += chunk * C) {
+        for (int c = turn; c < C; c += turns)
+            for (int i = 0; i * 64 < (int)glm_bytes(dtype, (size_t)width); i++)
+                __builtin_prefetch(
+                    row + (size_t)(C + c) * stride + glm_bytes(dtype, (size_t)k) + i * 64, 0, 2);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++)
+            add_kept_chunk(acc, R, C, c, x, kept + c * chunk, grouped ? scale : NULL, k / 32, kind,
+                           dtype);
+    }
+    sum_rows(s, acc, R, C, kind);
+}
+
+/* tile (a->N, IN_PLACE_COLS) of few rows, W read in place: R of them at a time with C rows of W,
+ * which the next R find converted. The sums of such a step lie together until the end. */
+INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype kind,
+                          enum glm_dtype dtype, int grouped, int R, int C, int o0, int cols)
+{
+    const int I = a->w->cols, vectors = vectors_of(kind, dtype, I), S = (R * C + 3) / 4;
+    const int in_full = run_of(kind, dtype), width = in_full * per_vector(kind);
+    const int n_runs = (vectors + in_full - 1) / in_full;
+    const int steps = (cols + C - 1) / C, groups = (a->N + R - 1) / R;
+    v4 *sums = (v4 *)(tile + IN_PLACE_ROWS * IN_PLACE_COLS);
+    vf kept[NT_RUN_BYTES / VB * 8];
+    memset(sums, 0, (size_t)(groups * steps * S) * sizeof *sums);
+    for (int step = 0; step < steps; step++)
+        for (int b = 0; b < n_runs; b++)
+            for (int g = 0; g < groups; g++) {
+                const int K = I - b * width < width ? I - b * width : width, o = o0 + step * C;
+                v4 s[8], *at = sums + (g * steps + step) * S;
+                const char *x = a->x + ((size_t)g * vectors + (size_t)b * in_full) * R * VB;
+                if (R == 1 || groups == 1)
+                    dot_rows(s, R, C, x, a->w, kind, dtype, grouped, o, b * width, K, 0, kept, 1);
+                else if (g == 0)
+                    dot_rows(s, R, C, x, a->w, kind, dtype, grouped, o, b * width, K, 1, kept,
+                             groups);
+                else
+                    dot_kept(s, R, C, x, a->w, kind, dtype, grouped, o, b * width, K, kept, g,
+                             groups);
+                for (int i = 0; i < S && kind != GLM_I8; i++)
+                    at[i] += s[i];
+                for (int i = 0; i < R * C && kind == GLM_I8; i++) {
+                    const int n = g * R + i / C < a->N ? g * R + i / C : a->N - 1;
+                    const int row = o + i % C < a->w->rows ? o + i % C : a->w->rows - 1;
+                    const struct x_run *run = a->runs + n * n_runs + b;
+                    const char *q = (const char *)a->w->data + row * glm_bytes(dtype, (size_t)I) +
+                                    glm_bytes(dtype, (size_t)b * width);
+                    float *sum = (float *)at + i;
+                    *sum += run_value((v4){s[i / 4][i % 4]}, run, kind, dtype)[0];
+                    for (int j = 0; j < run->count; j++)
+                        *sum += run->value[j] * load_one(q, dtype, (size_t)run->column[j]);
+                }
+            }
+    for (int g = 0; g < groups; g++)
+        for (int step = 0; step < steps; step++)
+            for (int r = 0; r < R; r++)
+                memcpy(tile + (g * R + r) * IN_PLACE_COLS + step * C,
+                       (float *)(sums + (g * steps + step) * S) + r * C, (size_t)C * 4);
+}
+
+/* Of few rows, W read in place */
+INLINE struct nt_tile tile_in_scratch(const struct nt_args *a, int task, char *scratch)
+{
+    const int o0 = task * IN_PLACE_COLS, left = a->w->rows - o0;
+    struct nt_tile t = {.tile = (float *)scratch,
+                        .ldt = IN_PLACE_COLS,
+                        .rows = a->N,
+                        .o0 = o0,
+                        .cols = left < IN_PLACE_COLS ? left : IN_PLACE_COLS};
+    row_scales(&t, a->w);
+    return t;
+}
+
+static void nt_in_place_task(const void *arg, int task, char *scratch)
+{
+    const struct nt_args *a = arg;
+    const enum glm_dtype dtype = a->w->dtype;
+    const int grouped = a->w->group != 0;
+    const struct nt_tile t = tile_in_scratch(a, task, scratch);
+#define CALL(kind, stored, by_group)                                                \
+    do {                                                                            \
+        if (a->R == R1)                                                             \
+            tile_in_place(t.tile, a, kind, stored, by_group, R1, C1, t.o0, t.cols); \
+        else                                                                        \
+            tile_in_place(t.tile, a, kind, stored, by_group, R2, C2, t.o0, t.cols); \
+    } while (0)
+    EACH_KIND(CALL)
+#undef CALL
+    finish(a, &t, 0, t.rows);
+}
