@@ -227,6 +227,51 @@ INLINE void dot_kept(v4 *s, int R, int C, const char *x, const struct glm_mat *w
     sum_rows(s, acc, R, C, kind);
 }
 
+/* What sums of bytes in a run become outputs by, four at a time: see run_value. */
+struct byte_terms {
+    v4 scale;
+    int32_t less[4];
+};
+
+/* terms (groups, runs, R * C / 4): a run's are the same for every step */
+INLINE void fill_terms(struct byte_terms *terms, const struct nt_args *a, enum glm_dtype dtype,
+                       int R, int C, int groups, int n_runs)
+{
+    for (int g = 0; g < groups; g++)
+        for (int b = 0; b < n_runs; b++, terms += R * C / 4)
+            for (int i = 0; i < R * C; i++) {
+                const int n = g * R + i / C < a->N ? g * R + i / C : a->N - 1;
+                const struct x_run *run = a->runs + (size_t)n * n_runs + b;
+                terms[i / 4].scale[i % 4] = run->scale;
+                terms[i / 4].less[i % 4] = bias_of(dtype) * run->sum;
+            }
+}
+
+INLINE void add_byte_sums(v4 *at, const v4 *s, const struct byte_terms *terms, int n)
+{
+    typedef int32_t i4 __attribute__((vector_size(16), aligned(4)));
+#pragma GCC unroll 6
+    for (int i = 0; i < n; i++)
+        at[i] +=
+            __builtin_convertvector((i4)s[i] - *(const i4 *)terms[i].less, v4) * terms[i].scale;
+}
+
+/* Outliers of R rows of x from row n on, in run b, times C rows of W from row o on */
+INLINE void add_few_outliers(float *sum, const struct nt_args *a, enum glm_dtype dtype, int R,
+                             int C, int n, int o, int b, int n_runs)
+{
+    for (int r = 0; r < R && n + r < a->N; r++) {
+        const struct x_run *run = a->runs + (size_t)(n + r) * n_runs + b;
+        for (int c = 0; run->count && c < C; c++) {
+            const int row = o + c < a->w->rows ? o + c : a->w->rows - 1;
+            const char *q = (const char *)a->w->data + row * glm_bytes(dtype, (size_t)a->w->cols) +
+                            glm_bytes(dtype, (size_t)b * SHORT_RUN_BYTES);
+            for (int j = 0; j < run->count; j++)
+                sum[r * C + c] += run->value[j] * load_one(q, dtype, (size_t)run->column[j]);
+        }
+    }
+}
+
 /* tile (a->N, IN_PLACE_COLS) of few rows, W read in place: R of them at a time with C rows of W,
  * which the next R find converted. The sums of such a step lie together until the end. */
 INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype kind,
@@ -239,6 +284,9 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
     v4 *sums = (v4 *)(tile + IN_PLACE_ROWS * IN_PLACE_COLS);
     vf kept[NT_RUN_BYTES / VB * 8];
     memset(sums, 0, (size_t)(groups * steps * S) * sizeof *sums);
+    struct byte_terms *terms = (struct byte_terms *)(sums + groups * steps * S);
+    if (kind == GLM_I8)
+        fill_terms(terms, a, dtype, R, C, groups, n_runs);
     for (int step = 0; step < steps; step++)
         for (int b = 0; b < n_runs; b++)
             for (int g = 0; g < groups; g++) {
@@ -255,16 +303,9 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
                              groups);
                 for (int i = 0; i < S && kind != GLM_I8; i++)
                     at[i] += s[i];
-                for (int i = 0; i < R * C && kind == GLM_I8; i++) {
-                    const int n = g * R + i / C < a->N ? g * R + i / C : a->N - 1;
-                    const int row = o + i % C < a->w->rows ? o + i % C : a->w->rows - 1;
-                    const struct x_run *run = a->runs + n * n_runs + b;
-                    const char *q = (const char *)a->w->data + row * glm_bytes(dtype, (size_t)I) +
-                                    glm_bytes(dtype, (size_t)b * width);
-                    float *sum = (float *)at + i;
-                    *sum += run_value((v4){s[i / 4][i % 4]}, run, kind, dtype)[0];
-                    for (int j = 0; j < run->count; j++)
-                        *sum += run->value[j] * load_one(q, dtype, (size_t)run->column[j]);
+                if (kind == GLM_I8) {
+                    add_byte_sums(at, s, terms + (g * n_runs + b) * S, S);
+                    add_few_outliers((float *)at, a, dtype, R, C, g * R, o, b, n_runs);
                 }
             }
     for (int g = 0; g < groups; g++)
@@ -287,6 +328,21 @@ INLINE struct nt_tile tile_in_scratch(const struct nt_args *a, int task, char *s
     return t;
 }
 
+/* Of bytes: a function of its own, as in a larger one gcc keeps sums in memory. */
+static __attribute__((noinline)) void bytes_in_place(const struct nt_args *a,
+                                                     const struct nt_tile *t)
+{
+    const enum glm_dtype dtype = a->w->dtype;
+    if (dtype == GLM_I8 && a->R == R1)
+        tile_in_place(t->tile, a, GLM_I8, GLM_I8, 0, R1, C1, t->o0, t->cols);
+    else if (dtype == GLM_I8)
+        tile_in_place(t->tile, a, GLM_I8, GLM_I8, 0, R2, C2, t->o0, t->cols);
+    else if (a->R == R1)
+        tile_in_place(t->tile, a, GLM_I8, GLM_I4, 0, R1, C1, t->o0, t->cols);
+    else
+        tile_in_place(t->tile, a, GLM_I8, GLM_I4, 0, R2, C2, t->o0, t->cols);
+}
+
 static void nt_in_place_task(const void *arg, int task, char *scratch)
 {
     const struct nt_args *a = arg;
@@ -295,7 +351,9 @@ static void nt_in_place_task(const void *arg, int task, char *scratch)
     const struct nt_tile t = tile_in_scratch(a, task, scratch);
 #define CALL(kind, stored, by_group)                                                \
     do {                                                                            \
-        if (a->R == R1)                                                             \
+        if (kind == GLM_I8)                                                         \
+            bytes_in_place(a, &t);                                                  \
+        else if (a->R == R1)                                                        \
             tile_in_place(t.tile, a, kind, stored, by_group, R1, C1, t.o0, t.cols); \
         else                                                                        \
             tile_in_place(t.tile, a, kind, stored, by_group, R2, C2, t.o0, t.cols); \
