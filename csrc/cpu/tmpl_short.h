@@ -182,8 +182,10 @@ INLINE void one_short_row(const struct nt_args *a, enum glm_dtype dtype, int o0,
             const vf xv = load(x + k);
             const size_t at = glm_bytes(dtype, (size_t)k);
 #pragma GCC unroll 8
-            for (int c = 0; c < C1; c++)
+            for (int c = 0; c < C1; c++) {
+                __builtin_prefetch(row[c] + at + C1 * stride, 0, 3);
                 acc[c] = MADD(xv, load_as(row[c] + at, dtype, 0), acc[c]);
+            }
         }
         if (rest) {
             const vf xv = load_part(x + whole, rest);
