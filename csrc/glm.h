@@ -244,6 +244,12 @@ struct glm_sampling {
 glm_status glm_cache_next(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
                           const int32_t *lengths, const struct glm_sampling *how, int32_t *next,
                           struct glm_error *err);
+/* As next of one token a row (lengths: ones) with how NULL, then of those that were chosen, again and
+ * again: next (most, n), of which *count, 0 before, rows are found. It ends after `most` times, after
+ * one in which an id is one of `ends`, and when the clock of glm_milliseconds has moved on. */
+glm_status glm_cache_go_on(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
+                           const int32_t *ones, int most, const int32_t *ends, int n_ends,
+                           int32_t *next, int *count, struct glm_error *err);
 glm_status glm_cache_extend_shared(struct glm_cache *c, const int32_t *ids, int n,
                                    struct glm_error *err);
 

@@ -384,5 +384,17 @@ class Model:
         before each row's next one, one row after another, context_lengths, repetition_penalty (1),
         no_repeat_ngram_size (0), suppress (ids), min_length (of context, up to which they are
         suppressed). ValueError when no token is allowed."""
+    def go_on(
+        self,
+        cache: Cache,
+        rows: Sequence[int],
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        most: int,
+        ends: Sequence[int],
+    ) -> np.ndarray:
+        """As next of one id for each row, and again of those that were chosen: int32 (times,
+        len(rows)). It ends after `most` times, after one in which an id is one of `ends`, and after
+        some milliseconds."""
     def extend_shared(self, cache: Cache, ids: np.ndarray) -> None:
         """Append ids to the prefix common to all rows; only while no row has own tokens."""

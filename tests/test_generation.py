@@ -56,6 +56,47 @@ def test_greedy_equals_repeated_forward(model):
     assert np.array_equal(model.generate(ids.tolist(), max_new_tokens=20, eos_token_id=[]), out)
 
 
+def test_many_steps_in_one_call_are_those_of_single_calls(model):
+    """They stop after an end id of any row, at the limit, and when the clock moves."""
+    core, ones = model.core, np.ones(2, np.int32)
+    ids = prompt(10)[0].astype(np.int32)
+
+    def begun():
+        cache = core.cache(2, 48)
+        return cache, core.next(cache, [0, 1], ids, [3, 7])
+
+    cache, last = begun()
+    single = [last := core.next(cache, [0, 1], last, ones) for _ in range(30)]
+    end = single[20][1]
+    cache, last = begun()
+    several = []
+    while len(several) < 30:
+        found = core.go_on(cache, [0, 1], last, ones, min(9, 30 - len(several)), [end])
+        assert 1 <= len(found) <= 9 and not (found[:-1] == end).any()
+        several += list(found)
+        last = found[-1]
+    assert np.array_equal(several, single)
+    assert cache.lengths == [33, 37]
+    with pytest.raises(ValueError, match="most, ids: expected 1 or more and an id for each"):
+        core.go_on(cache, [0, 1], last, ones, 0, [])
+    with pytest.raises(ValueError, match="an id for each of 1 rows, got 1 and 2"):
+        core.go_on(cache, [0], last, [2], 1, [])
+    with pytest.raises(ValueError, match="do not fit"):
+        for _ in range(40):
+            core.go_on(cache, [0, 1], last, ones, 40, [])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_generate_ends_where_its_stream_does(model, rows):
+    """Which takes a step at a time. The end id is one that comes on the way."""
+    ids = np.concatenate([prompt(5, seed) for seed in range(rows)])
+    free = model.generate(ids, max_new_tokens=40, eos_token_id=[])
+    for place in (5, 6, 20, 44):
+        settings = dict(max_new_tokens=40, eos_token_id=int(free[-1, place]))
+        *_, streamed = model.stream_generate(ids, **settings)
+        assert np.array_equal(model.generate(ids, **settings), streamed)
+
+
 def test_prefill_equals_decoding_one_by_one(model):
     ids = prompt(20)[0].tolist()
     at_once = CachedRow(model, 1, 40)

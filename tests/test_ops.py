@@ -1990,6 +1990,28 @@ def test_segment_does_not_depend_on_others(backend: str, kind: str) -> None:
             same_bits(got, want[tokens], f"{kind}: segment of {s.count} tokens alone")
 
 
+@every_backend
+@pytest.mark.parametrize("shape", [(4, 2, 16), (3, 1, 48), (2, 2, 33), (12, 1, 16)])
+def test_one_token_has_the_bits_of_a_prefill(backend: str, shape: tuple[int, int, int]) -> None:
+    """One token whose past is in a cache, over more than a block of keys."""
+    if not backend.startswith("cpu"):
+        pytest.skip("this is the cpu's promise")
+    (NH, KVH, HD), T = shape, 150
+    m = Maker(ops_of(backend), 14)
+    heads, KV = Heads(*shape), KVH * HD
+    qkv = m.normal(T, (NH + 2 * KVH) * HD)
+    keys = qkv[:, NH * HD : NH * HD + KV].copy(), qkv[:, NH * HD + KV :].copy()
+    out, lse = m.normal(T, NH * HD), m.normal(T, NH)
+    m.ops.attention_forward(out, lse, qkv, keys, [Segment(begin=0, count=T)], 1, heads)
+    for t in (0, 1, 15, 16, 63, 64, 65, 127, 128, 149):
+        one, one_lse, row = m.normal(1, NH * HD), m.normal(1, NH), qkv[t : t + 1].copy()
+        segment = Segment(begin=0, count=1, shared_count=t // 3, past_begin=t // 3)
+        segment.past_count = t - t // 3
+        m.ops.attention_forward(one, one_lse, row, keys, [segment], 1, heads)
+        same_bits(one[0], out[t], f"token {t} of {shape}")
+        same_bits(one_lse[0], lse[t], f"lse of token {t} of {shape}")
+
+
 @pytest.fixture
 def threads():
     """set_num_threads for the test; restores what was."""

@@ -551,6 +551,7 @@ def test_python_objects_that_cannot_be_had():
         "bind": lambda: model.bind(OUTPUT, weight, "F32"),
         "cache": lambda: model.cache(2, 10, 5),
         "next": lambda: model.next(cache, both, ids, [2, 2], choice=choice),
+        "go_on": lambda: model.go_on(cache, both, ids[:2], [1, 1], 1, [3]),
         "reorder": lambda: cache.reorder([1, 0]),
         "lengths": lambda: cache.lengths,
         "remove": lambda: model.set_trainable([]),

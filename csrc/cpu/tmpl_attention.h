@@ -334,6 +334,8 @@ INLINE int all_finite(const float *x, int n)
     return lane_sum(s) == 0;
 }
 
+#include "tmpl_attention_one.h"
+
 INLINE void attention_forward_part(int bf16, const struct att_args *a, int task, char *scratch)
 {
     const int NH = a->heads.NH, KVH = a->heads.KVH, HD = a->heads.HD, group = NH / KVH;
@@ -343,6 +345,10 @@ INLINE void attention_forward_part(int bf16, const struct att_args *a, int task,
     while (task >= att_parts(s, a->heads) * KVH)
         task -= att_parts(s++, a->heads) * KVH;
     const int part = att_parts(s, a->heads) - 1 - task / KVH, g = task % KVH; /* most first */
+    if (!bf16 && is_one_token(s, a->heads)) {
+        attention_one(a, s, g, (float *)scratch);
+        return;
+    }
 
     struct att_lanes lanes[ATT_PANELS];
     float top[ATT_PANELS][ATT_BLOCK], sum[ATT_PANELS][ATT_BLOCK], keep[ATT_BLOCK];

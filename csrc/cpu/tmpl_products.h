@@ -147,7 +147,15 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
         words_forward(cpu, &a, &p, N);
         return;
     }
-    if (N <= IN_PLACE_ROWS) {
+    /* where sums are so short that adding up their lanes takes most of the time, rows are not few */
+    const int few = is_short(weight, kind) && I <= 32 ? 1 : IN_PLACE_ROWS;
+    if (N == 1 && is_short(weight, kind)) {
+        a.x = inp;
+        glm_pool_run(cpu->pool, ceil_div((size_t)O, (size_t)IN_PLACE_COLS),
+                     products_ns((size_t)O * I * 2), one_short_row_task, &a);
+        return;
+    }
+    if (N <= few) {
         if (N)
             in_place(cpu, &a, &p, N);
         return;

@@ -2,7 +2,8 @@
  * adapters' B among them. Where a sum is short, adding up its lanes takes as long as the products.
  * So here vectors run along the output, over panels of W turned over, and the lanes of a sum are
  * made one after the other and added up in the order of SUM4: the bits are those of tmpl_linear.h,
- * which goes on to multiply few rows where W lies. */
+ * which goes on to multiply few rows where W lies. One row alone does so here, too: with nothing packed
+ * and no runs around it, it takes the time in which W comes out of the cache. */
 
 /* clang-format off */
 enum {
@@ -143,6 +144,83 @@ static void short_task(const void *arg, int task, char *scratch)
             }
         }
     }
+}
+
+/* out[0 .. n - 1], n <= 4, of one row from its sums */
+INLINE void store_one_row(const struct nt_args *a, int o, v4 s, int n)
+{
+    v4 y = a->scale * ((v4){0} + s);
+    float *out = a->out + o;
+    if (n >= 4) {
+        if (a->bias)
+            y += *(const v4 *)(a->bias + o);
+        *(v4 *)out = a->accumulate ? *(v4 *)out + y : y;
+        return;
+    }
+    for (int i = 0; i < n; i++) {
+        const float v = a->bias ? y[i] + a->bias[o + i] : y[i];
+        out[i] = a->accumulate ? out[i] + v : v;
+    }
+}
+
+/* One row of x, as it lies, by W where it lies: what tile_in_place makes, without its runs. */
+INLINE void one_short_row(const struct nt_args *a, enum glm_dtype dtype, int o0, int end)
+{
+    const int K = a->w->cols, rest = K % VL, whole = K - rest, in_chunk = K % (2 * VL);
+    const size_t stride = glm_bytes(dtype, (size_t)K), last = glm_bytes(dtype, (size_t)whole);
+    const float *x = (const float *)a->x;
+    for (int o = o0; o < end; o += C1) {
+        const char *first = (const char *)a->w->data + (size_t)o * stride, *row[C1];
+        vf acc[C1];
+        v4 s[2];
+#pragma GCC unroll 8
+        for (int c = 0; c < C1; c++) {
+            row[c] = first + (size_t)(o + c < end ? c : end - 1 - o) * stride;
+            acc[c] = (vf){0};
+        }
+        for (int k = 0; k < whole; k += VL) {
+            const vf xv = load(x + k);
+            const size_t at = glm_bytes(dtype, (size_t)k);
+#pragma GCC unroll 8
+            for (int c = 0; c < C1; c++) {
+                __builtin_prefetch(row[c] + at + C1 * stride, 0, 3);
+                acc[c] = MADD(xv, load_as(row[c] + at, dtype, 0), acc[c]);
+            }
+        }
+        if (rest) {
+            const vf xv = load_part(x + whole, rest);
+#pragma GCC unroll 8
+            for (int c = 0; c < C1; c++) {
+                vf w[2];
+                if (dtype == GLM_F32)
+                    w[0] = load_part((const float *)(row[c] + last), rest);
+                else
+                    load_last(w, row[c] + last, GLM_F32, dtype, rest);
+                acc[c] = MADD(xv, w[0], acc[c]);
+            }
+        }
+        if (in_chunk && in_chunk <= VL) /* as in short_lane */
+#pragma GCC unroll 8
+            for (int c = 0; c < C1; c++)
+                acc[c] += (vf){0};
+        sum_lanes(s, acc, C1, GLM_F32);
+        for (int c = 0; c < C1 && o + c < end; c += 4)
+            store_one_row(a, o + c, s[c / 4], end - o - c);
+    }
+}
+
+static void one_short_row_task(const void *arg, int task, char *scratch)
+{
+    const struct nt_args *a = arg;
+    const int o = task * IN_PLACE_COLS, left = a->w->rows - o;
+    const int end = o + (left < IN_PLACE_COLS ? left : IN_PLACE_COLS);
+    (void)scratch;
+    if (a->w->dtype == GLM_F32)
+        one_short_row(a, GLM_F32, o, end);
+    else if (a->w->dtype == GLM_F16)
+        one_short_row(a, GLM_F16, o, end);
+    else
+        one_short_row(a, GLM_BF16, o, end);
 }
 
 /* Whether W and its products are such. */

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "platform.h"
 #include "state.h"
 
 /* step.prefix_kv from the present weights */
@@ -416,6 +417,28 @@ glm_status glm_cache_next(struct glm_cache *c, const int32_t *rows, int n, const
                             rows[i], c->lengths[rows[i]] + lengths[i]);
     for (int i = 0; i < n; i++)
         c->lengths[rows[i]] += lengths[i];
+    return GLM_OK;
+}
+
+static int contains(const int32_t *ids, int n, int32_t id)
+{
+    for (int i = 0; i < n; i++)
+        if (ids[i] == id)
+            return 1;
+    return 0;
+}
+
+glm_status glm_cache_go_on(struct glm_cache *c, const int32_t *rows, int n, const int32_t *ids,
+                           const int32_t *ones, int most, const int32_t *ends, int n_ends,
+                           int32_t *next, int *count, struct glm_error *err)
+{
+    const int64_t begun = glm_milliseconds(); /* its clock moves every few of them */
+    for (int ended = 0; !ended; ids = next, next += n) {
+        GLM_TRY(glm_cache_next(c, rows, n, ids, ones, NULL, next, err));
+        ended = ++*count >= most || glm_milliseconds() != begun;
+        for (int i = 0; i < n; i++)
+            ended |= contains(ends, n_ends, next[i]);
+    }
     return GLM_OK;
 }
 

@@ -191,16 +191,11 @@ static int own_cache(struct model_object *self, PyObject *object)
     return cache_is_there((struct cache_object *)object) ? 0 : -1;
 }
 
-/* cache, rows, ids, lengths: what continues rows of a cache; choice: NULL where there is no such
- * argument, else a dict or left alone. -1 with an exception set */
-static int rows_args(struct model_object *self, struct batch_args *b, PyObject **cache,
-                     PyObject **choice, PyObject *args, PyObject *kwargs)
+/* What continues rows of a cache. -1 with an exception set */
+static int rows_batch(struct model_object *self, struct batch_args *b, PyObject *cache,
+                      PyObject *rows, PyObject *ids, PyObject *lengths)
 {
-    char *names[] = {"cache", "rows", "ids", "lengths", choice ? "choice" : NULL, NULL};
-    PyObject *rows, *ids, *lengths;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, choice ? "OOOO|O!" : "OOOO", names, cache, &rows,
-                                     &ids, &lengths, &PyDict_Type, choice) ||
-        own_cache(self, *cache) < 0 || glm_batch_args(b, ids, lengths, NULL, rows, NULL) < 0)
+    if (own_cache(self, cache) < 0 || glm_batch_args(b, ids, lengths, NULL, rows, NULL) < 0)
         return -1;
     int64_t sum = 0;
     for (int i = 0; i < b->in.S; i++)
@@ -213,6 +208,19 @@ static int rows_args(struct model_object *self, struct batch_args *b, PyObject *
         b->in.M, b->in.N, b->in.S, (long long)sum);
     glm_drop_batch(b);
     return -1;
+}
+
+/* cache, rows, ids, lengths; choice: NULL where there is no such argument, else a dict or left alone.
+ * -1 with an exception set */
+static int rows_args(struct model_object *self, struct batch_args *b, PyObject **cache,
+                     PyObject **choice, PyObject *args, PyObject *kwargs)
+{
+    char *names[] = {"cache", "rows", "ids", "lengths", choice ? "choice" : NULL, NULL};
+    PyObject *rows, *ids, *lengths;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, choice ? "OOOO|O!" : "OOOO", names, cache, &rows,
+                                     &ids, &lengths, &PyDict_Type, choice))
+        return -1;
+    return rows_batch(self, b, *cache, rows, ids, lengths);
 }
 
 PyObject *glm_py_extend(struct model_object *self, PyObject *args, PyObject *kwargs)
@@ -324,6 +332,48 @@ PyObject *glm_py_next(struct model_object *self, PyObject *args, PyObject *kwarg
     drop_sampling(&s);
     glm_drop_batch(&b);
     return next;
+}
+
+/* The ids that are chosen after the rows, again and again. */
+PyObject *glm_py_go_on(struct model_object *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"cache", "rows", "ids", "lengths", "most", "ends", NULL};
+    struct run run;
+    PyObject *cache, *rows, *ids, *lengths, *ends_object, *found = NULL;
+    PyArrayObject *ends = NULL;
+    struct batch_args b;
+    const int32_t *values = NULL;
+    int most, n_ends = 0, count = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOiO", names, &cache, &rows, &ids, &lengths,
+                                     &most, &ends_object) ||
+        rows_batch(self, &b, cache, rows, ids, lengths) < 0)
+        return NULL;
+    if (most < 1 || b.in.N != b.in.S) {
+        PyErr_Format(PyExc_ValueError,
+                     "most, ids: expected 1 or more and an id for each of %d rows,"
+                     " got %d and %d",
+                     b.in.S, most, b.in.N);
+        goto done;
+    }
+    npy_intp dims[2] = {most, b.in.S};
+    if (glm_index_arg(ends_object, "ends", &ends, &values, &n_ends) < 0 ||
+        !(found = PyArray_SimpleNew(2, dims, NPY_INT32)))
+        goto done;
+    if (glm_run_begin(&run, self, GLM_READS) < 0 ||
+        glm_run_end(&run, glm_cache_go_on(((struct cache_object *)cache)->c, b.in.rows, b.in.S,
+                                          b.in.ids, b.in.lengths, most, values, n_ends,
+                                          PyArray_DATA((PyArrayObject *)found), &count, &run.err)) <
+            0)
+        Py_CLEAR(found);
+    if (found && count < most) {
+        PyObject *all = found;
+        found = PySequence_GetSlice(all, 0, count);
+        Py_DECREF(all);
+    }
+done:
+    Py_XDECREF(ends);
+    glm_drop_batch(&b);
+    return found;
 }
 
 PyObject *glm_py_extend_shared(struct model_object *self, PyObject *args, PyObject *kwargs)

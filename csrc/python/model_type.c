@@ -562,6 +562,7 @@ static PyMethodDef model_methods[] = {
     METHOD(glm_py_, extend, KEYWORDS,
            "Append tokens to rows of a cache; logits after the last of each."),
     METHOD(glm_py_, next, KEYWORDS, "Append tokens to rows of a cache; the id chosen after each."),
+    METHOD(glm_py_, go_on, KEYWORDS, "The same of a token a row, and of those that were chosen."),
     METHOD(glm_py_, extend_shared, KEYWORDS, "Append tokens to the prefix common to all rows."),
     {NULL, NULL, 0, NULL},
 };

@@ -97,6 +97,7 @@ glm_keywords_method glm_py_bind, glm_py_move, glm_py_add_lora, glm_py_set_prefix
 glm_keywords_method glm_py_read, glm_py_write, glm_py_read_gradients, glm_py_write_gradients;
 
 /* cache_type.c */
-glm_keywords_method glm_py_cache, glm_py_extend, glm_py_next, glm_py_extend_shared;
+glm_keywords_method glm_py_cache, glm_py_extend, glm_py_next, glm_py_go_on;
+glm_keywords_method glm_py_extend_shared;
 
 #endif

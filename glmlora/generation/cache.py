@@ -204,6 +204,19 @@ class CachedRow:
                     waiting.remove(i)
         return found
 
+    def go_on(self, rows: Sequence[int], most: int, ends: Sequence[int]) -> tuple[list[int], int]:
+        """Several steps of decoding whose ids are those with the highest scores: (the last id of
+        each row, to be appended as after one step, how many ids each got). At least one, at most
+        `most`, and none after one of `ends`.
+        """
+        places, last = np.array(rows, np.int32), [self.ids[row][-1] for row in rows]
+        ids, ones = np.array(last, np.int32), self._ones[: len(rows)]
+        found = self.model.core.go_on(self.cache, places, ids, ones, most, ends)
+        for row, new in zip(rows, found.T.tolist(), strict=True):
+            self.held[row] += len(new)
+            self.ids[row] += new[:-1]
+        return found[-1].tolist(), len(found)
+
     def lacks(self, row: int) -> int:
         """How many ids of a row the cache lacks."""
         return len(self.ids[row]) - self.held[row]

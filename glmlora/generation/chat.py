@@ -279,7 +279,7 @@ def chat(
             request = scheduler.submit(ids, limit, draw)
             if streamer is not None:
                 streamer.put(np.array([ids], np.int64))
-            for _, token, _ in scheduler.run():
+            for _, token, _ in scheduler.run(unseen=streamer is None):
                 if streamer is not None:
                     streamer.put(np.array([token], np.int64))
             new = request.new

@@ -197,21 +197,25 @@ class GenerationConfig:
         """Put the default in place of None, and raise ValueError naming the field that is out of
         range.
         """
-        for f in fields(self):
-            if getattr(self, f.name) is None:
-                setattr(self, f.name, f.default)
+        # each call of generate comes by here: only what differs from the defaults is looked at
+        given = {n: v for n, v in vars(self).items() if v is not _DEFAULTS[n]}
+        for name, value in given.items():
+            if value is None:
+                setattr(self, name, _DEFAULTS[name])
         for name, least in _WHOLE.items():
+            if name not in given:
+                continue
             value = getattr(self, name)
             known = _is_whole(value) and (least is None or least <= value < 1 << 63)
             if value is not None and not known:
                 expected = "a whole number" + ("" if least is None else f" from {least}")
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
-        for name in _NUMBERS:
+        for name in (n for n in _NUMBERS if n in given):
             value = getattr(self, name)
             number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
             if value is not None and not (number and abs(value) <= _LARGEST):
                 raise ValueError(f"{name}: expected a number, got {value!r}")
-        for name in _SWITCHES:
+        for name in (n for n in _SWITCHES if n in given):
             value = getattr(self, name)
             if name == "early_stopping" and value == "never":
                 continue
@@ -286,6 +290,7 @@ _SWITCHES = (
     *("do_sample", "early_stopping", "renormalize_logits", "return_dict_in_generate"),
     *("output_scores", "output_logits", "use_cache"),
 )
+_DEFAULTS = {f.name: f.default for f in fields(GenerationConfig)}
 _IDS = (
     *("eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
     *("forced_bos_token_id", "forced_eos_token_id"),
@@ -378,7 +383,7 @@ def check_names(function: Function, given: Iterable[str]) -> None:
     """TypeError for a keyword that is neither an argument of the function nor a name of
     transformers that is told apart later, with the nearest argument.
     """
-    known = inspect.signature(function).parameters
+    known = (getattr(function, "__signature__", None) or inspect.signature(function)).parameters
     for name in given:
         if name not in known and name not in NOTHING and name not in REFUSED:
             near = did_you_mean(name, known)
@@ -400,8 +405,7 @@ def tell_without_effect(function: Function, g: GenerationConfig, named: set[str]
         ({"max_length"}, g.max_new_tokens is not None, "beside max_new_tokens"),
         ({"min_length"}, g.min_new_tokens is not None, "beside min_new_tokens"),
     ):
-        default = g.__dataclass_fields__
-        given = [n for n in sorted(names & named) if getattr(g, n) != default[n].default]
+        given = [n for n in sorted(names & named) if getattr(g, n) != _DEFAULTS[n]]
         if idle and given:
             tell.once(f"{function.__name__}: {', '.join(given)}: no effect {why}")
     if not g.return_dict_in_generate or g.num_beams > 1:

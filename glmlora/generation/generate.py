@@ -254,7 +254,7 @@ def complete(
     }
     if to is not None:
         to.put(np.array(prompts, np.int64))
-    for request, token, finished in scheduler.run():
+    for request, token, finished in scheduler.run(unseen=to is None):
         if to is not None:
             to.put(np.array([token], np.int64))
         if finished:

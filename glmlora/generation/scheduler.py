@@ -293,10 +293,31 @@ class Scheduler:
         picked = zip(scores, ready, strict=True)
         return self.take([(r.change or self.change).pick(s, r) for s, r in picked], ready)
 
-    def run(self) -> Iterator[Event]:
-        """Every step's events, until all requests have ended."""
-        while (events := self.step()) or self.running:
+    def run(self, unseen: bool = False) -> Iterator[Event]:
+        """Every step's events, until all requests have ended. unseen: nobody looks at a token
+        before its request has ended: only the last of several steps may have events.
+        """
+        while (events := (unseen and self._several()) or self.step()) or self.running:
             yield from events
+
+    def _several(self) -> list[Event]:
+        """The events of the last of several steps that the core takes by itself, in some
+        milliseconds; [] where it cannot.
+        """
+        of = self.running
+        most = min((r.end - len(r.ids) for r in of), default=0)
+        if min(most, self._left) < 2 or self._in_pieces or (self.waiting and self._free):
+            return []
+        changes = {r.change for r in of}
+        change = changes.pop()
+        if changes or change is None or not (change.greedy and change.in_core) or change.criteria:
+            return []
+        places = [r.row for r in of]
+        if any(self.rows.lacks(place) != 1 for place in places):
+            return []
+        tokens, steps = self.rows.go_on(places, min(most, self._left), change.eos)
+        self._left -= steps
+        return self.take(tokens, of)
 
     def scores(self) -> np.ndarray:
         """In place of a step: the scores float32 (rows, V) that it would choose from."""
