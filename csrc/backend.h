@@ -132,6 +132,13 @@ struct glm_backend {
      * yields, from which backward goes on. */
     enum glm_dtype kept, kept_h;
 
+    /* Rows of reals that have room for h of swiglu_mlp_forward, or for qkv and att of
+     * self_attention_forward, of N tokens and of fewer. NULL: N. */
+    size_t (*mlp_rows)(struct glm_backend *be, const struct glm_mat *up, const struct glm_mat *down,
+                       int N);
+    size_t (*self_attention_rows)(struct glm_backend *be, const struct glm_self_attention *of,
+                                  int N);
+
     /* Memory of the device, 64-byte aligned; NULL when there is none. refusal() is then the reason,
      * as a sentence; the function is NULL where there is no more to say. */
     void *(*alloc)(struct glm_backend *be, size_t bytes);

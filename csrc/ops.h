@@ -188,7 +188,8 @@ OP(linear_rope_append, N,
 OP(self_attention_norm, N,
    void *ln, void *rstd, void *sum, const void *b, const struct glm_self_attention *of, int N)
 /* xa = ln A^T,  qkv = ln qkv^T + bias + scale * xa B^T, its queries and keys rotated, its keys and
- * values in the cache where slots are given,  att = attention of it,  out = att dense^T + bias
+ * values in the cache where slots are given,  att = attention of it,  out = att dense^T + bias;
+ * qkv and att: in so many rows as the backend's self_attention_rows says
  *   out, ln (N, C)   att (N, NH*HD)   lse (N, NH)   qkv (N, (NH+2*KVH)*HD)   xa (N, R) */
 OP(self_attention_forward, N,
    void *out, void *att, void *lse, void *qkv, void *xa, const void *ln,
@@ -243,7 +244,8 @@ OP(swiglu_linear_backward, N,
  *   sum += b,  h = rmsnorm(sum) up^T,  out = swiglu_forward(h) down^T + bias; out NULL: without out
  *   out (N, C), may be b   rstd (N)   sum, b (N, C)   weight (C)   up (2F, C)   down (C, F)
  *   work (N, F), C at most F: its contents are undefined
- *   h (N, 2F): for the backward alone, as a backend likes it; reals where its kept_h are not */
+ *   h (N, 2F): for the backward alone, as a backend likes it, in so many rows as its mlp_rows says;
+ *   reals where its kept_h are not */
 OP(swiglu_mlp_forward, N,
    void *out, void *rstd, void *sum, void *work, void *h, const void *b, const void *weight,
    const struct glm_mat *up, const struct glm_mat *down, const void *bias, int N, double eps)

@@ -109,6 +109,27 @@ static inline enum glm_dtype glm_self_attention_type(enum glm_dtype compute,
     return type == after && many && words && thin && tiles ? type : GLM_F32;
 }
 
+/* Rows of floats that hold h of N rows and of fewer, and likewise qkv and att: half as many where 16
+ * bits are kept of them, but few rows are floats. */
+static inline size_t glm_halved(int few, int N)
+{
+    const int half = N / 2 + N % 2;
+    return (size_t)(half > few ? half : few < N ? few : N);
+}
+static inline size_t glm_mlp_rows(enum glm_dtype compute, const struct glm_mat *up,
+                                  const struct glm_mat *down, int N)
+{
+    const int a = glm_few_rows(compute, up), b = glm_few_rows(compute, down);
+    return glm_mlp_type(compute, up, down, N) == GLM_F32 ? (size_t)N : glm_halved(a > b ? a : b, N);
+}
+static inline size_t glm_self_attention_rows(enum glm_dtype compute,
+                                             const struct glm_self_attention *of, int N)
+{
+    const int a = glm_few_rows(compute, of->qkv), b = glm_few_rows(compute, of->dense);
+    return glm_self_attention_type(compute, of, N) == GLM_F32 ? (size_t)N
+                                                              : glm_halved(a > b ? a : b, N);
+}
+
 /* Gradient of the input: for each row of W a column of the N gradients is narrowed, too. */
 static inline int glm_backward_rows(size_t piece, const struct glm_mat *W, enum glm_dtype type,
                                     int N)

@@ -40,10 +40,12 @@ static struct glm_heads heads_of(const struct glm_model *m)
                               .shortest = s->shortest};
 }
 
-static int gathers(const struct glm_model *m, int l)
+static int step_gathers(const struct glm_model *m, const struct glm_step *s, int l)
 {
-    return m->step.gathered && l == m->arch.layers - 1;
+    return s->gathered && l == m->arch.layers - 1;
 }
+
+static int gathers(const struct glm_model *m, int l) { return step_gathers(m, &m->step, l); }
 
 /* After attention */
 static const struct glm_rows *rows_of(const struct glm_model *m, int l)
@@ -66,14 +68,16 @@ static int activates(const struct glm_model *m, int l)
 }
 
 /* Whether all from the second norm on is one op; its backward has no gradients but that of its input. */
-static int mlp_is_one(const struct glm_model *m, int l)
+static int step_mlp_is_one(const struct glm_model *m, const struct glm_step *s, int l)
 {
     const struct glm_layer *layer = &m->layers[l];
     const struct glm_linear *up = &layer->linear[GLM_H_TO_4H], *down = &layer->linear[GLM_4H_TO_H];
-    return !m->arch.gelu && !m->step.fused_swiglu && !m->arch.residual_scale &&
+    return !m->arch.gelu && !s->fused_swiglu && !m->arch.residual_scale &&
            !layer->post_attention_layernorm.bias && !up->bias && glm_is_frozen(m, up) &&
            glm_is_frozen(m, down);
 }
+
+static int mlp_is_one(const struct glm_model *m, int l) { return step_mlp_is_one(m, &m->step, l); }
 
 static const void *bias_of(const struct glm_linear *linear)
 {
@@ -82,20 +86,24 @@ static const void *bias_of(const struct glm_linear *linear)
 
 /* Whether all from the first norm's output to what attention adds is one op: what has adapters is
  * query_key_value alone, nothing else of it trains, and every row goes through it to the end. */
-static int attention_is_one(const struct glm_model *m, int l)
+static int step_attention_is_one(const struct glm_model *m, const struct glm_step *s, int l)
 {
     const struct glm_arch *arch = &m->arch;
-    const struct glm_step *s = &m->step;
     const struct glm_layer *layer = &m->layers[l];
     const struct glm_linear *qkv = &layer->linear[GLM_QKV];
     const int drops = s->call.dropout && qkv->dropout > 0;
     if (arch->split_qkv || arch->qkv_by_head || arch->rope_2d || arch->residual_scale ||
-        layer->input_layernorm.bias || gathers(m, l) || s->several || s->fused_swiglu ||
+        layer->input_layernorm.bias || step_gathers(m, s, l) || s->several || s->fused_swiglu ||
         !glm_is_frozen(m, &layer->linear[GLM_DENSE]))
         return 0;
     return !glm_trains(qkv->weight) && !glm_trains(qkv->bias) &&
            !(glm_adapted(m, qkv) &&
              (drops || glm_present(qkv->magnitude) || glm_present(qkv->B_bias)));
+}
+
+static int attention_is_one(const struct glm_model *m, int l)
+{
+    return step_attention_is_one(m, &m->step, l);
 }
 
 static struct glm_self_attention self_attention_of(const struct glm_model *m, int l)
@@ -122,6 +130,25 @@ static struct glm_self_attention self_attention_of(const struct glm_model *m, in
                                        .cache = kv_of(m, l),
                                        .dcache = dkv_of(m, l),
                                        .heads = heads_of(m)};
+}
+
+size_t glm_mlp_room(const struct glm_model *m, const struct glm_step *s, int l, int n)
+{
+    const struct glm_linear *linear = m->layers[l].linear;
+    struct glm_backend *be = m->be;
+    if (!s->call.training || !be->mlp_rows || !step_mlp_is_one(m, s, l))
+        return (size_t)n;
+    return be->mlp_rows(be, &linear[GLM_H_TO_4H].weight->mat, &linear[GLM_4H_TO_H].weight->mat, n);
+}
+
+size_t glm_attention_room(const struct glm_model *m, const struct glm_step *s, int l, int n)
+{
+    struct glm_backend *be = m->be;
+    if (!s->call.training || !be->self_attention_rows || !step_attention_is_one(m, s, l))
+        return (size_t)n;
+    struct glm_self_attention of = self_attention_of(m, l);
+    of.slot = NULL; /* the step before may have had a cache */
+    return be->self_attention_rows(be, &of, n);
 }
 
 /* Where the last product of a branch puts what goes to out by way of the branch's norm, if there is

@@ -548,6 +548,16 @@ static void plan_download(struct glm_backend *be, void *host, const void *device
 static void plan_copy(struct glm_backend *be, void *to, const void *from, size_t bytes) {}
 static void plan_zero(struct glm_backend *be, void *p, size_t bytes) {}
 static void plan_set_threads(struct glm_backend *be, int threads) {}
+static size_t plan_mlp_rows(struct glm_backend *be, const struct glm_mat *up,
+                            const struct glm_mat *down, int N)
+{
+    return glm_mlp_rows(plan_of(be)->compute, up, down, N);
+}
+static size_t plan_self_attention_rows(struct glm_backend *be, const struct glm_self_attention *of,
+                                       int N)
+{
+    return glm_self_attention_rows(plan_of(be)->compute, of, N);
+}
 static int plan_threads(struct glm_backend *be) { return 1; }
 static void plan_set_poll(struct glm_backend *be, int (*poll)(void *arg), void *arg) {}
 static int plan_stopped(struct glm_backend *be) { return 0; }
@@ -622,6 +632,8 @@ glm_status glm_plan_create(struct glm_backend **out, const char *name, int cuda,
     if (cuda) {
         plan->be.device_memory = 1;
         plan->be.kept = compute;
+        plan->be.mlp_rows = plan_mlp_rows;
+        plan->be.self_attention_rows = plan_self_attention_rows;
         plan->be.replay = plan_replay;
         plan->be.recorded = plan_recorded;
         live(plan, GLM_CUDA_SMALL);
