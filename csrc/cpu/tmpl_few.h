@@ -328,37 +328,16 @@ INLINE struct nt_tile tile_in_scratch(const struct nt_args *a, int task, char *s
     return t;
 }
 
-/* Of bytes: a function of its own, as in a larger one gcc keeps sums in memory. */
-static __attribute__((noinline)) void bytes_in_place(const struct nt_args *a,
-                                                     const struct nt_tile *t)
-{
-    const enum glm_dtype dtype = a->w->dtype;
-    if (dtype == GLM_I8 && a->R == R1)
-        tile_in_place(t->tile, a, GLM_I8, GLM_I8, 0, R1, C1, t->o0, t->cols);
-    else if (dtype == GLM_I8)
-        tile_in_place(t->tile, a, GLM_I8, GLM_I8, 0, R2, C2, t->o0, t->cols);
-    else if (a->R == R1)
-        tile_in_place(t->tile, a, GLM_I8, GLM_I4, 0, R1, C1, t->o0, t->cols);
-    else
-        tile_in_place(t->tile, a, GLM_I8, GLM_I4, 0, R2, C2, t->o0, t->cols);
-}
-
-static void nt_in_place_task(const void *arg, int task, char *scratch)
+INLINE void few(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const void *arg, int task,
+                char *scratch)
 {
     const struct nt_args *a = arg;
-    const enum glm_dtype dtype = a->w->dtype;
-    const int grouped = a->w->group != 0;
     const struct nt_tile t = tile_in_scratch(a, task, scratch);
-#define CALL(kind, stored, by_group)                                                \
-    do {                                                                            \
-        if (kind == GLM_I8)                                                         \
-            bytes_in_place(a, &t);                                                  \
-        else if (a->R == R1)                                                        \
-            tile_in_place(t.tile, a, kind, stored, by_group, R1, C1, t.o0, t.cols); \
-        else                                                                        \
-            tile_in_place(t.tile, a, kind, stored, by_group, R2, C2, t.o0, t.cols); \
-    } while (0)
-    EACH_KIND(CALL)
-#undef CALL
+    if (a->R == R1)
+        tile_in_place(t.tile, a, kind, dtype, grouped, R1, C1, t.o0, t.cols);
+    else
+        tile_in_place(t.tile, a, kind, dtype, grouped, R2, C2, t.o0, t.cols);
     finish(a, &t, 0, t.rows);
 }
+
+TASKS(few)

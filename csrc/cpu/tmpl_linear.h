@@ -632,36 +632,36 @@ INLINE void tile_packed(const struct nt_args *a, const struct nt_tile *t, enum g
     }
 }
 
-/* What a weight is stored as and multiplied in: chosen once a task. */
-#define EACH_KIND(call)                                        \
-    if (a->kind == GLM_F32 && dtype == GLM_F32)                \
-        call(GLM_F32, GLM_F32, 0);                             \
-    else if (a->kind == GLM_F32 && dtype == GLM_F16)           \
-        call(GLM_F32, GLM_F16, 0);                             \
-    else if (a->kind == GLM_F32 && dtype == GLM_BF16)          \
-        call(GLM_F32, GLM_BF16, 0);                            \
-    else if (a->kind == GLM_F32 && dtype == GLM_I8)            \
-        call(GLM_F32, GLM_I8, 0);                              \
-    else if (a->kind == GLM_F32 && dtype == GLM_I4 && grouped) \
-        call(GLM_F32, GLM_I4, 1);                              \
-    else if (a->kind == GLM_F32 && dtype == GLM_I4)            \
-        call(GLM_F32, GLM_I4, 0);                              \
-    else if (a->kind == GLM_F32)                               \
-        call(GLM_F32, GLM_F64, 0);                             \
-    else if (a->kind == GLM_I8 && dtype == GLM_I8)             \
-        call(GLM_I8, GLM_I8, 0);                               \
-    else if (a->kind == GLM_I8)                                \
-        call(GLM_I8, GLM_I4, 0);                               \
-    EACH_FAST_KIND(call)
-
+/* What a weight is multiplied in and stored as, and whether it has groups: a task for each. They are
+ * functions apart, since in one that holds several gcc keeps sums in memory. */
+/* clang-format off */
+#define KINDS(each, name)                                                     \
+    each(name, F32, F32, 0) each(name, F32, F16, 0) each(name, F32, BF16, 0)  \
+    each(name, F32, I8, 0) each(name, F32, I4, 0) each(name, F32, I4, 1)      \
+    each(name, F32, F64, 0) each(name, I8, I8, 0) each(name, I8, I4, 0)       \
+    FAST_KINDS(each, name)
 #ifdef DOT_BF16
-#define EACH_FAST_KIND(call)                                        \
-    else if (dtype == GLM_F32) call(GLM_BF16, GLM_F32, 0);          \
-    else if (dtype == GLM_F16) call(GLM_BF16, GLM_F16, 0);          \
-    else if (dtype == GLM_BF16) call(GLM_BF16, GLM_BF16, 0);        \
-    else if (dtype == GLM_I8) call(GLM_BF16, GLM_I8, 0);            \
-    else if (dtype == GLM_I4 && grouped) call(GLM_BF16, GLM_I4, 1); \
-    else if (dtype == GLM_I4) call(GLM_BF16, GLM_I4, 0);
+#define FAST_KINDS(each, name)                                                  \
+    each(name, BF16, F32, 0) each(name, BF16, F16, 0) each(name, BF16, BF16, 0) \
+    each(name, BF16, I8, 0) each(name, BF16, I4, 0) each(name, BF16, I4, 1)
 #else
-#define EACH_FAST_KIND(call)
+#define FAST_KINDS(each, name)
 #endif
+/* clang-format on */
+#define TASK_OF_KIND(name, kind, stored, by_group)                                              \
+    static void name##_##kind##_##stored##_##by_group(const void *arg, int task, char *scratch) \
+    {                                                                                           \
+        name(GLM_##kind, GLM_##stored, by_group, arg, task, scratch);                           \
+    }
+#define WHERE_KIND(name, of, stored, by_group)                                       \
+    if (kind == GLM_##of && w->dtype == GLM_##stored && (w->group != 0) == by_group) \
+        return name##_##of##_##stored##_##by_group;
+
+/* name_task(kind, w): a task of name(kind, dtype, grouped, arg, task, scratch), constants first */
+#define TASKS(name)                                                           \
+    KINDS(TASK_OF_KIND, name)                                                 \
+    static glm_task name##_task(enum glm_dtype kind, const struct glm_mat *w) \
+    {                                                                         \
+        KINDS(WHERE_KIND, name)                                               \
+        return NULL;                                                          \
+    }

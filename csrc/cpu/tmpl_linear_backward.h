@@ -344,19 +344,18 @@ INLINE void gemm_tile(float *c, size_t ldc, const struct gemm_args *g, enum glm_
  * next one lie in the second cache. */
 static int gemm_cols(enum glm_dtype kind) { return kind == GLM_I8 ? GEMM_COLS / 2 : GEMM_COLS; }
 
-static void gemm_task(const void *arg, int task, char *scratch)
+INLINE void gemm(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const void *arg, int task,
+                 char *scratch)
 {
     const struct gemm_args *a = arg;
-    const enum glm_dtype dtype = a->b->dtype;
-    const int grouped = a->b->group != 0, N = a->b->cols;
-    const int together = gemm_cols(a->kind), n_tiles = (N + together - 1) / together;
+    const int N = a->b->cols;
+    const int together = gemm_cols(kind), n_tiles = (N + together - 1) / together;
     const int m0 = task / n_tiles * a->rows, n0 = task % n_tiles * together;
     const int rows = a->M - m0 < a->rows ? a->M - m0 : a->rows,
               cols = N - n0 < together ? N - n0 : together;
     float *c = a->c + (size_t)m0 * N + n0;
     char *bp = scratch + BR * NR * 4;
-#define CALL(kind, stored, by_group) \
-    gemm_tile(c, (size_t)N, a, kind, stored, by_group, m0, rows, n0, cols, bp, (float *)scratch)
-    EACH_KIND(CALL)
-#undef CALL
+    gemm_tile(c, (size_t)N, a, kind, dtype, grouped, m0, rows, n0, cols, bp, (float *)scratch);
 }
+
+TASKS(gemm)

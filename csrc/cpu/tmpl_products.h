@@ -47,22 +47,18 @@ static int packed_rows(struct pack_args *p, struct cpu *cpu, size_t bytes, int N
     return (int)rows;
 }
 
-static void nt_task(const void *arg, int task, char *scratch)
+INLINE void many(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const void *arg, int task,
+                 char *scratch)
 {
     const struct nt_args *a = arg;
-    const enum glm_dtype dtype = a->w->dtype;
-    const int grouped = a->w->group != 0;
     const struct nt_tile t = tile_of_task(a, task, scratch);
-#define CALL(kind, stored, by_group)                    \
-    do {                                                \
-        if (kind == GLM_I8 && a->R == BR)               \
-            tile_bytes(a, &t, stored);                  \
-        else                                            \
-            tile_packed(a, &t, kind, stored, by_group); \
-    } while (0)
-    EACH_KIND(CALL)
-#undef CALL
+    if (kind == GLM_I8 && a->R == BR)
+        tile_bytes(a, &t, dtype);
+    else
+        tile_packed(a, &t, kind, dtype, grouped);
 }
+
+TASKS(many)
 
 static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
 {
@@ -75,7 +71,8 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
     a->runs = p->runs;
     a->R = p->R;
     glm_pool_run(cpu->pool, ceil_div((size_t)a->w->rows, (size_t)IN_PLACE_COLS),
-                 products_ns((size_t)a->w->rows * a->w->cols * (N + 1)), nt_in_place_task, a);
+                 products_ns((size_t)a->w->rows * a->w->cols * (N + 1)), few_task(p->kind, a->w),
+                 a);
 }
 
 static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
@@ -190,7 +187,7 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
         run(cpu, ceil_div((size_t)a.N, (size_t)p.R), (size_t)a.N * I,
             columnwise ? pack_bytes_task : pack_x_task, &p);
         glm_pool_run(cpu->pool, ceil_div((size_t)a.N, (size_t)a.rows) * columns,
-                     products_ns((size_t)a.N * O * I), nt_task, &a);
+                     products_ns((size_t)a.N * O * I), many_task(kind, weight), &a);
     }
 }
 
@@ -258,7 +255,7 @@ static void run_gemm(struct cpu *cpu, float *c, const float *x, size_t am, size_
                     kind == GLM_I8 ? pack_bytes_task : pack_a_task, &p);
             }
             glm_pool_run(cpu->pool, ceil_div((size_t)p.N, (size_t)g.rows) * columns,
-                         products_ns((size_t)p.N * p.K * b->cols), gemm_task, &g);
+                         products_ns((size_t)p.N * p.K * b->cols), gemm_task(kind, b), &g);
         }
     }
 }
