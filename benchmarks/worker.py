@@ -230,9 +230,9 @@ class Worker(Jobs):
             return time.perf_counter() - start
 
         if not memory:
-            return self.line(run)
+            return self.line(run, (1, 4))
         with Peak() as peak:
-            answer = self.line(run)
+            answer = self.line(run, (1, 4))
         return answer | {"peak": peak.bytes}
 
     def lora(self, lengths, labelled, checkpointing, steps=1):
