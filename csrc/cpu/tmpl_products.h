@@ -77,7 +77,7 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
 
 static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
 {
-    const int K = p->K, O = a->w->rows, few = N <= WORDS_IN_PLACE;
+    const int K = p->K, O = a->w->rows, few = N <= most_in_place(p->dtype);
     const size_t bytes = (size_t)word_chunks(K, p->grouped) * per_chunk(p->kind) * VB,
                  runs = (size_t)word_runs(K, p->grouped);
     const int R = few ? N > 1 ? WORD_ROWS : 1 : MR, columns = ceil_div((size_t)O, NT_COLS);

@@ -52,7 +52,6 @@ enum {
     WORD_ROWS = 4,                /* rows of x at a time in place, if there are several, .. */
     WORD_COLS = VL == 16 ? 4 : 2, /* .. and rows of W then */
     WORD_PANEL = WORD_BLOCK / 2 * 4 * NR, /* bytes of a packed panel of NR rows of W */
-    WORDS_IN_PLACE = 16,                  /* more rows of x are worth packing W */
 };
 
 /* Runs of a row, of groups as many as whole vectors hold. */
@@ -67,6 +66,9 @@ INLINE size_t run_at(int r, int R, int run, int runs, int grouped)
 {
     return grouped ? (size_t)r * (size_t)runs + (size_t)run : (size_t)run * (size_t)R + (size_t)r;
 }
+
+/* More rows of x are worth packing W. */
+INLINE int most_in_place(enum glm_dtype dtype) { return dtype == GLM_I4 ? 8 : 16; }
 
 /* Vectors of a chunk of x. */
 INLINE int per_chunk(enum glm_dtype kind) { return kind == GLM_I8 ? 2 : 4; }
@@ -428,6 +430,8 @@ INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype kind,
             const int left = K - k < CHUNK ? K - k : CHUNK;
             for (int r = 0; r < VL; r++) {
                 p[r] = first + (size_t)(v * VL + r) * stride + glm_bytes(dtype, (size_t)(k0 + k));
+                if (glm_bytes(dtype, (size_t)k) % 64 == 0) /* a line once */
+                    __builtin_prefetch(p[r] + NR * stride, 0, 2);
                 if (v * VL + r < rows && left == CHUNK)
                     continue;
                 memset(end[r], 0, sizeof end[r]);
@@ -448,13 +452,15 @@ INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype kind,
         }
 }
 
-/* Of a tile in registers, which the compiler leaves there where the loops are unrolled. */
-#define EACH_SUM                                          \
-    _Pragma("GCC unroll 12") for (int m = 0; m < MR; m++) \
+/* Of a tile in registers, which the compiler leaves there where the loops are unrolled: M rows, MR or
+ * half of them. */
+#define EACH_SUM                                         \
+    _Pragma("GCC unroll 12") for (int m = 0; m < M; m++) \
         _Pragma("GCC unroll 2") for (int v = 0; v < NV; v++)
 
-/* acc (MR, NV) = sum over `units` of those of x (units, MR) times those of w (units, NR) */
-INLINE void dot_words(vf acc[MR][NV], const float *x, const char *w, int units, enum glm_dtype kind)
+/* acc (M, NV) = sum over `units` of those of x (units, MR) times those of w (units, NR) */
+INLINE void dot_words(vf (*acc)[NV], int M, const float *x, const char *w, int units,
+                      enum glm_dtype kind)
 {
     EACH_SUM acc[m][v] = (vf){0};
     for (int k = 0; k < units; k++, x += MR, w += NV * VB) {
@@ -463,7 +469,7 @@ INLINE void dot_words(vf acc[MR][NV], const float *x, const char *w, int units, 
         for (int v = 0; v < NV; v++)
             wv[v] = load((const float *)(w + v * VB));
 #pragma GCC unroll 12
-        for (int m = 0; m < MR; m++) {
+        for (int m = 0; m < M; m++) {
             const vf xv = splat_unit(x + m);
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++)
@@ -473,13 +479,13 @@ INLINE void dot_words(vf acc[MR][NV], const float *x, const char *w, int units, 
     }
 }
 
-/* tile (MR, NR; ldt) += the products of `units` pairs; scale: of the first run of x */
-INLINE void word_tile(float *tile, size_t ldt, const float *x, const char *w, int units,
+/* tile (M, NR; ldt) += the products of `units` pairs; scale: of the first run of x */
+INLINE void word_tile(float *tile, size_t ldt, int M, const float *x, const char *w, int units,
                       const float *scale)
 {
     for (int k = 0; k < units; k += WORD_RUN / 2, scale += MR) {
         vf acc[MR][NV];
-        dot_words(acc, x + (size_t)k * MR, w + (size_t)k * NV * VB,
+        dot_words(acc, M, x + (size_t)k * MR, w + (size_t)k * NV * VB,
                   units - k < WORD_RUN / 2 ? units - k : WORD_RUN / 2, GLM_F32);
         EACH_SUM
         {
@@ -491,16 +497,16 @@ INLINE void word_tile(float *tile, size_t ldt, const float *x, const char *w, in
 
 /* The same with the scales of W's groups, (groups, NR); `runs` from one row's scales and sums to the
  * next */
-INLINE void word_group_tile(float *tile, size_t ldt, const float *x, const char *w, int units,
-                            const float *scale, const int32_t *sum, int runs, const float *of_w,
-                            enum glm_dtype kind)
+INLINE void word_group_tile(float *tile, size_t ldt, int M, const float *x, const char *w,
+                            int units, const float *scale, const int32_t *sum, int runs,
+                            const float *of_w, enum glm_dtype kind)
 {
     const int each = per_group(kind);
     vf part[4][MR][NV];
     memset(part, 0, sizeof part);
     for (int g = 0; g * each < units; g++) {
         vf acc[MR][NV];
-        dot_words(acc, x + (size_t)g * each * MR, w + (size_t)g * each * NV * VB, each, kind);
+        dot_words(acc, M, x + (size_t)g * each * MR, w + (size_t)g * each * NV * VB, each, kind);
         EACH_SUM
         {
             vi s = (vi)acc[m][v];
@@ -540,8 +546,12 @@ INLINE void words_packed(const struct nt_args *a, const struct nt_tile *t, enum 
                          in_block);
         for (int o = 0; grouped && o < panels * NR; o++) {
             float scale[BLOCK_GROUPS] = {0};
-            if (o < cols)
+            if (o < cols) {
+                __builtin_prefetch(a->w->scale + (size_t)(o0 + o + 8) * glm_scale_cols(a->w) +
+                                       k0 / a->w->group,
+                                   0, 2);
                 run_scales(scale, a->w, o0 + o, k0, in_block);
+            }
             for (int g = 0; g < BLOCK_GROUPS; g++)
                 of_w[((size_t)o / NR * BLOCK_GROUPS + g) * NR + o % NR] = scale[g];
         }
@@ -565,11 +575,19 @@ INLINE void words_packed(const struct nt_args *a, const struct nt_tile *t, enum 
                     to = edge;
                     ld = NR;
                 }
-                if (grouped)
-                    word_group_tile(to, ld, x, w, units, a->word_scale + run, a->word_sum + run,
-                                    runs, of_w + (size_t)o * BLOCK_GROUPS, kind);
+#define TILE(M)                                                                                   \
+    do {                                                                                          \
+        if (grouped)                                                                              \
+            word_group_tile(to, ld, M, x, w, units, a->word_scale + run, a->word_sum + run, runs, \
+                            of_w + (size_t)o * BLOCK_GROUPS, kind);                               \
+        else                                                                                      \
+            word_tile(to, ld, M, x, w, units, a->word_scale + run);                               \
+    } while (0)
+                if (height <= MR / 2)
+                    TILE(MR / 2);
                 else
-                    word_tile(to, ld, x, w, units, a->word_scale + run);
+                    TILE(MR);
+#undef TILE
                 for (int r = 0; to == edge && r < height; r++)
                     memcpy(at + r * ldt, edge + r * NR, (size_t)width * 4);
             }
