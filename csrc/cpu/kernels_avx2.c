@@ -66,7 +66,9 @@ static inline __m256i group_sums(__m256i a, __m256i b, __m256i c, __m256i d)
                : "x"((vf)(w)), "xm"((vf)(x)));              \
        sum_;                                                \
     })
-#define NIBBLE_SUMS(acc) ((vf)_mm256_madd_epi16((__m256i)(acc), _mm256_set1_epi16(1)))
+#define NIBBLES_FROM(start) ((void)(start), (vf){0})
+#define NIBBLE_SUMS(acc, start) \
+    ((vf)((vi)_mm256_madd_epi16((__m256i)(acc), _mm256_set1_epi16(1)) + (start)))
 #define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
 /* w unsigned: two products may not overflow 16 bits */
 static inline __m256i dot_nibbles_avx2(__m256i acc, __m256i w, __m256i x)

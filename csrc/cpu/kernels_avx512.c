@@ -77,7 +77,9 @@ static inline void copy_part(char *to, const char *from, size_t bytes)
                : "v"((vf)(w)), "vm"((vf)(x)));              \
        sum_;                                                \
     })
-#define NIBBLE_SUMS(acc) ((vf)_mm512_madd_epi16((__m512i)(acc), _mm512_set1_epi16(1)))
+#define NIBBLES_FROM(start) ((void)(start), (vf){0})
+#define NIBBLE_SUMS(acc, start) \
+    ((vf)((vi)_mm512_madd_epi16((__m512i)(acc), _mm512_set1_epi16(1)) + (start)))
 #define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx512((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
 /* w unsigned: two products may not overflow 16 bits */
 static inline __m512i dot_nibbles_avx512(__m512i acc, __m512i w, __m512i x)

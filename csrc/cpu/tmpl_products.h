@@ -88,12 +88,12 @@ static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *
         most = (N + R - 1) / R * R;
     p->to = cpu->packed;
     p->word_scale = (float *)(cpu->packed + (size_t)most * bytes);
-    p->word_sum = (int32_t *)(p->word_scale + (size_t)most * runs);
+    p->word_less = (int32_t *)(p->word_scale + (size_t)most * runs);
     p->R = a->R = R;
     p->pairs = !few;
     a->x = p->to;
     a->word_scale = p->word_scale;
-    a->word_sum = p->word_sum;
+    a->word_less = p->word_less;
     for (int n = 0; n < N; n += most) {
         p->N = a->N = N - n < most ? N - n : most;
         p->x = x + (size_t)n * K;

@@ -32,11 +32,13 @@ typedef int8_t v_bytes __attribute__((vector_size(2 * VL), aligned(1)));
 #ifndef GROUP_SUMS
 #define GROUP_SUMS(a, b, c, d) ((vi)SUM4_INT(a, b, c, d))
 #endif
-/* ADD_NIBBLES(acc, w, x) adds quads of bytes, w of 0 to 15, and is made eight times at most before
- * NIBBLE_SUMS(acc) is their sums as int32: 16 bits hold two of a quad's terms, 8 * 2 * 15 * 127. */
+/* ADD_NIBBLES(acc, w, x) adds quads of bytes, w of 0 to 15, from NIBBLES_FROM(start) on, and is made
+ * eight times at most before NIBBLE_SUMS(acc, start) is their sums as int32 and `start`, in each
+ * lane: 16 bits hold two of a quad's terms, 8 * 2 * 15 * 127. */
 #ifndef ADD_NIBBLES
+#define NIBBLES_FROM(start) ((vf)((vi){0} + (start)))
 #define ADD_NIBBLES DOT_I8
-#define NIBBLE_SUMS(acc) (acc)
+#define NIBBLE_SUMS(acc, start) (acc)
 #endif
 
 typedef int16_t vs __attribute__((vector_size(4 * VL), aligned(4)));
@@ -61,7 +63,7 @@ INLINE int word_runs(int K, int grouped)
                    : (K + WORD_RUN - 1) / WORD_RUN;
 }
 
-/* Where the scale and the sum of a run of row r of R rows lie. */
+/* Where the scale and `less` of a run of row r of R rows lie. */
 INLINE size_t run_at(int r, int R, int run, int runs, int grouped)
 {
     return grouped ? (size_t)r * (size_t)runs + (size_t)run : (size_t)run * (size_t)R + (size_t)r;
@@ -82,9 +84,9 @@ INLINE int word_chunks(int K, int grouped)
     return grouped ? word_runs(K, 1) * WORD_GROUP / CHUNK : (K + CHUNK - 1) / CHUNK;
 }
 
-/* n <= run columns at x as integers up to `largest`, then zeros, and 8 times their sum, by which
- * masked 4-bit columns are too large; a run that is not finite gets the scale NaN. */
-INLINE void words_of(int16_t *q, float *scale, int32_t *sum, const float *x, int n, int run,
+/* n <= run columns at x as integers up to `largest`, then zeros, and what makes up for masked 4-bit
+ * columns, which are 8 too large; a run that is not finite gets the scale NaN. */
+INLINE void words_of(int16_t *q, float *scale, int32_t *less, const float *x, int n, int run,
                      float largest)
 {
     typedef int16_t vh __attribute__((vector_size(2 * VL), aligned(2)));
@@ -113,9 +115,9 @@ INLINE void words_of(int16_t *q, float *scale, int32_t *sum, const float *x, int
         *(vh *)(q + k) = __builtin_convertvector(whole, vh);
     }
     *scale = finite ? most / largest : NAN;
-    *sum = 0;
+    *less = 0;
     for (int i = 0; i < VL; i++)
-        *sum += 8 * total[i];
+        *less -= 8 * total[i];
 }
 
 /* A chunk of natural columns in the order of 4-bit ones. */
@@ -157,7 +159,7 @@ static void pack_words_task(const void *arg, int task, char *scratch)
     const int vectors = per_chunk(p->kind);
     int32_t *to = (int32_t *)p->to + (size_t)task * R * chunks * vectors * VL;
     float *scale = p->word_scale + (size_t)task * R * runs;
-    int32_t *sum = p->word_sum + (size_t)task * R * runs;
+    int32_t *less = p->word_less + (size_t)task * R * runs;
     (void)scratch;
     for (int r = 0; r < R; r++)
         for (int k0 = 0, n = 0; k0 < p->K; k0 += WORD_BLOCK) {
@@ -167,7 +169,7 @@ static void pack_words_task(const void *arg, int task, char *scratch)
             for (int k = 0; k < WORD_BLOCK && n < runs; k += run, n++) {
                 const size_t at = run_at(r, R, n, runs, grouped);
                 const int there = r >= rows || K < k ? 0 : K - k < run ? K - k : run;
-                words_of(q + k, scale + at, sum + at, x + k, there, run,
+                words_of(q + k, scale + at, less + at, x + k, there, run,
                          p->kind == GLM_I8 ? 127.0f : 32767.0f);
             }
             for (int c = 0; c < WORD_BLOCK / CHUNK && k0 / CHUNK + c < chunks; c++) {
@@ -242,14 +244,14 @@ INLINE void add_words(vf *acc, vf *high, int R, const char *p, const char *x, en
 INLINE vf whole_words(vf acc, vf high, int R, enum glm_dtype kind, enum glm_dtype dtype)
 {
     if (kind == GLM_I8)
-        return NIBBLE_SUMS(acc);
+        return NIBBLE_SUMS(acc, 0);
     return R == 1 && dtype == GLM_I4 ? (vf)((vi)acc + ((vi)high >> 4)) : acc;
 }
 
 /* sums[c * R + r] = row r of R (1 or 4) of packed x times row c of C (4 where R is 1) of W, before
  * the scale of W. */
 INLINE void word_rows(float *sums, int R, int C, const char *x, const float *scale,
-                      const int32_t *sum, const char *const *row, int K, enum glm_dtype dtype,
+                      const int32_t *less, const char *const *row, int K, enum glm_dtype dtype,
                       size_t ahead)
 {
     enum { RUN_BYTES = WORD_RUN };
@@ -284,8 +286,8 @@ INLINE void word_rows(float *sums, int R, int C, const char *x, const float *sca
             for (int c = 0; c < 4; c++)
                 acc[c] = whole_words(acc[c], high[c], R, GLM_F32, dtype);
             const v4i s = (v4i)SUM4_INT(acc[0], acc[1], acc[2], acc[3]);
-            const int32_t bias = dtype == GLM_I4 ? sum[run] : 0;
-            y[0] += __builtin_convertvector(s - bias, v4) * scale[run];
+            const int32_t bias = dtype == GLM_I4 ? less[run] : 0;
+            y[0] += __builtin_convertvector(s + bias, v4) * scale[run];
             continue;
         }
 #pragma GCC unroll 4
@@ -305,9 +307,9 @@ INLINE void word_rows(float *sums, int R, int C, const char *x, const float *sca
 #endif
 
 /* y[r] += the products of four chunks of W at p, as many groups as a vector has lanes; of_w: their
- * scales; scale, sum: of x, `runs` from one row to the next; `from` is fetched into the cache. */
+ * scales; scale, less: of x, `runs` from one row to the next; `from` is fetched into the cache. */
 INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char *x,
-                       const float *scale, const int32_t *sum, int runs, const float *of_w,
+                       const float *scale, const int32_t *less, int runs, const float *of_w,
                        enum glm_dtype kind)
 {
     vf t[4][4];
@@ -325,7 +327,7 @@ INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char
     for (int r = 0; r < R; r++) {
         vi s = GROUP_SUMS(t[r][0], t[r][1], t[r][2], t[r][3]);
         if (R == 1 || kind == GLM_I8)
-            s -= (vi)load((const float *)(sum + (size_t)r * (size_t)runs));
+            s += (vi)load((const float *)(less + (size_t)r * (size_t)runs));
         const vf v = INT_TO_FLOAT(s) * (load(scale + (size_t)r * (size_t)runs) * load(of_w));
         y[r] += QUARTER(v, 0);
 #if VL > 4
@@ -339,7 +341,7 @@ INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char
 }
 
 /* The same as word_rows for one row of W with group scales; sums[r]. */
-INLINE void word_groups(float *sums, int R, const char *x, const float *scale, const int32_t *sum,
+INLINE void word_groups(float *sums, int R, const char *x, const float *scale, const int32_t *less,
                         const struct glm_mat *w, int o, size_t ahead, enum glm_dtype kind)
 {
     const int K = w->cols, runs = word_runs(K, 1);
@@ -355,13 +357,13 @@ INLINE void word_groups(float *sums, int R, const char *x, const float *scale, c
         run_scales(of_w, w, o, k0, in_block);
         for (; left >= 4 * CHUNK;
              left -= 4 * CHUNK, p += 4 * VB, x += 4 * per_chunk(kind) * R * VB) {
-            add_groups(y, R, p, p + ahead, x, scale, sum, runs, next, kind);
-            scale += VL, sum += VL, next += VL;
+            add_groups(y, R, p, p + ahead, x, scale, less, runs, next, kind);
+            scale += VL, less += VL, next += VL;
         }
         if (left > 0) { /* x has zeros there */
             char end[4 * VB] __attribute__((aligned(64)));
             COPY_PART(end, p, (size_t)left / 2);
-            add_groups(y, R, end, p, x, scale, sum, runs, next, kind);
+            add_groups(y, R, end, p, x, scale, less, runs, next, kind);
         }
         for (int r = 0; r < R; r++)
             sums[r] += (y[r][0] + y[r][1]) + (y[r][2] + y[r][3]);
@@ -384,13 +386,13 @@ INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype 
             const char *x =
                 a->x + (size_t)g * R * (size_t)word_chunks(K, grouped) * per_chunk(kind) * VB;
             const float *scale = a->word_scale + (size_t)g * R * runs;
-            const int32_t *sum = a->word_sum + (size_t)g * R * runs;
+            const int32_t *less = a->word_less + (size_t)g * R * runs;
             float sums[16] = {0};
             if (!grouped)
-                word_rows(sums, R, C, x, scale, sum, row, K, dtype,
+                word_rows(sums, R, C, x, scale, less, row, K, dtype,
                           dtype == GLM_I4 ? 1024 : C * stride);
             for (int c = 0; grouped && c < C && o + c < cols; c++)
-                word_groups(sums + c * R, R, x, scale, sum, w, o0 + o + c, 1024, kind);
+                word_groups(sums + c * R, R, x, scale, less, w, o0 + o + c, 1024, kind);
             for (int r = 0; r < R; r++)
                 for (int c = 0; c < C; c++)
                     tile[(g * R + r) * IN_PLACE_COLS + o + c] = sums[c * R + r];
@@ -458,11 +460,12 @@ INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype kind,
     _Pragma("GCC unroll 12") for (int m = 0; m < M; m++) \
         _Pragma("GCC unroll 2") for (int v = 0; v < NV; v++)
 
-/* acc (M, NV) = sum over `units` of those of x (units, MR) times those of w (units, NR) */
+/* acc (M, NV) = sum over `units` of those of x (units, MR) times those of w (units, NR), and of
+ * bytes the less[m * runs] */
 INLINE void dot_words(vf (*acc)[NV], int M, const float *x, const char *w, int units,
-                      enum glm_dtype kind)
+                      enum glm_dtype kind, const int32_t *less, int runs)
 {
-    EACH_SUM acc[m][v] = (vf){0};
+    EACH_SUM acc[m][v] = kind == GLM_I8 ? NIBBLES_FROM(less[m * runs]) : (vf){0};
     for (int k = 0; k < units; k++, x += MR, w += NV * VB) {
         vf wv[NV];
 #pragma GCC unroll 2
@@ -486,7 +489,7 @@ INLINE void word_tile(float *tile, size_t ldt, int M, const float *x, const char
     for (int k = 0; k < units; k += WORD_RUN / 2, scale += MR) {
         vf acc[MR][NV];
         dot_words(acc, M, x + (size_t)k * MR, w + (size_t)k * NV * VB,
-                  units - k < WORD_RUN / 2 ? units - k : WORD_RUN / 2, GLM_F32);
+                  units - k < WORD_RUN / 2 ? units - k : WORD_RUN / 2, GLM_F32, NULL, 0);
         EACH_SUM
         {
             float *at = tile + m * ldt + v * VL;
@@ -495,23 +498,24 @@ INLINE void word_tile(float *tile, size_t ldt, int M, const float *x, const char
     }
 }
 
-/* The same with the scales of W's groups, (groups, NR); `runs` from one row's scales and sums to the
- * next */
+/* The same with the scales of W's groups, (groups, NR); `runs` from one row's scale and less to the
+ * next's */
 INLINE void word_group_tile(float *tile, size_t ldt, int M, const float *x, const char *w,
-                            int units, const float *scale, const int32_t *sum, int runs,
+                            int units, const float *scale, const int32_t *less, int runs,
                             const float *of_w, enum glm_dtype kind)
 {
     const int each = per_group(kind);
     vf part[4][MR][NV];
-    memset(part, 0, sizeof part);
+    for (int i = 0; i < 4; i++)
+        EACH_SUM part[i][m][v] = (vf){0};
     for (int g = 0; g * each < units; g++) {
         vf acc[MR][NV];
-        dot_words(acc, M, x + (size_t)g * each * MR, w + (size_t)g * each * NV * VB, each, kind);
+        dot_words(acc, M, x + (size_t)g * each * MR, w + (size_t)g * each * NV * VB, each, kind,
+                  less + g, runs);
         EACH_SUM
         {
-            vi s = (vi)acc[m][v];
-            if (kind == GLM_I8)
-                s = (vi)NIBBLE_SUMS(acc[m][v]) - sum[m * runs + g];
+            const vi s =
+                (vi)(kind == GLM_I8 ? NIBBLE_SUMS(acc[m][v], less[m * runs + g]) : acc[m][v]);
             part[g % 4][m][v] +=
                 INT_TO_FLOAT(s) * (splat(scale[m * runs + g]) * load(of_w + g * NR + v * VL));
         }
@@ -575,13 +579,13 @@ INLINE void words_packed(const struct nt_args *a, const struct nt_tile *t, enum 
                     to = edge;
                     ld = NR;
                 }
-#define TILE(M)                                                                                   \
-    do {                                                                                          \
-        if (grouped)                                                                              \
-            word_group_tile(to, ld, M, x, w, units, a->word_scale + run, a->word_sum + run, runs, \
-                            of_w + (size_t)o * BLOCK_GROUPS, kind);                               \
-        else                                                                                      \
-            word_tile(to, ld, M, x, w, units, a->word_scale + run);                               \
+#define TILE(M)                                                                                    \
+    do {                                                                                           \
+        if (grouped)                                                                               \
+            word_group_tile(to, ld, M, x, w, units, a->word_scale + run, a->word_less + run, runs, \
+                            of_w + (size_t)o * BLOCK_GROUPS, kind);                                \
+        else                                                                                       \
+            word_tile(to, ld, M, x, w, units, a->word_scale + run);                                \
     } while (0)
                 if (height <= MR / 2)
                     TILE(MR / 2);
