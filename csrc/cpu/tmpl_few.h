@@ -272,6 +272,77 @@ INLINE void add_few_outliers(float *sum, const struct nt_args *a, enum glm_dtype
     }
 }
 
+/* One row of x by the rows of W one after the other: memory answers fastest where W is read from its
+ * first byte to its last, by a quarter and more beside C1 rows at a time. So it is where the sums do
+ * not wait for each other: runs of a row that are summed side by side, 0: C1 rows are. */
+INLINE int runs_together(enum glm_dtype kind, enum glm_dtype dtype)
+{
+    const size_t of_w = glm_bytes(dtype, (size_t)per_vector(kind)); /* bytes that a vector takes */
+    if (VL == 4 || pairs_in_place(kind) || of_w < 16)
+        return 0; /* VL of 4: not measured */
+    return kind != GLM_I8 && of_w == 16 ? 4 : 1;
+}
+
+/* Sums of n runs of K columns side by side, 4 at most, of one row of packed x times one row of W at
+ * `row`. scale: of the groups of each run. W is fetched in its order whatever n is. */
+INLINE v4 dot_runs(int n, const char *x, const char *row, float (*scale)[RUN_GROUPS], int K,
+                   enum glm_dtype kind, enum glm_dtype dtype)
+{
+    const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
+    const size_t of_w = glm_bytes(dtype, (size_t)(run_of(kind, dtype) * per_vector(kind)));
+    const size_t of_x = (size_t)run_of(kind, dtype) * VB;
+    const size_t of_chunk = glm_bytes(dtype, (size_t)width);
+    const char *next = row + FETCHED;
+    vf acc[4] = {{0}}, v[4];
+    int k = 0;
+    for (; k + width <= K; k += width, x += chunk * VB, next += n * of_chunk) {
+        const size_t at = glm_bytes(dtype, (size_t)k);
+#pragma GCC unroll 4
+        for (int r = 0; r < n; r++) {
+            load_chunk(v, row + at + r * of_w, kind, dtype);
+            if ((n * at + r * of_chunk) % 64 == 0) /* a line once */
+                __builtin_prefetch(next + r * of_chunk, 0, 2);
+            add_chunk(acc, 1, n, r, x + r * of_x, v, scale ? scale[r] : NULL, k / 32, kind, dtype);
+        }
+    }
+    if (k < K) { /* of the last run, which is alone */
+        load_last(v, row + glm_bytes(dtype, (size_t)k), kind, dtype, K - k);
+        add_chunk(acc, 1, n, 0, x, v, scale ? scale[0] : NULL, k / 32, kind, dtype);
+    }
+    return sums_of(kind, acc[0], acc[1], acc[2], acc[3]);
+}
+
+/* tile (IN_PLACE_COLS) of one row of x; together: see runs_together */
+INLINE void one_row(float *tile, const struct nt_args *a, enum glm_dtype kind, enum glm_dtype dtype,
+                    int grouped, int together, int o0, int cols)
+{
+    const int in_run = run_of(kind, dtype) * per_vector(kind), K = a->w->cols;
+    const size_t of_w = glm_bytes(dtype, (size_t)in_run), of_x = (size_t)run_of(kind, dtype) * VB;
+    const size_t stride = glm_bytes(dtype, (size_t)K);
+    for (int o = o0; o < o0 + cols; o++) {
+        const char *row = (const char *)a->w->data + (size_t)o * stride;
+        float sum = 0, scale[4][RUN_GROUPS];
+        for (int k = 0, b = 0, n; k < K; k += n * in_run, b += n, row += n * of_w) {
+            const int left = K - k, in_last = left < in_run ? left : in_run;
+            const char *x = a->x + b * of_x;
+            v4 s;
+            n = left < together * in_run ? 1 : together;
+            for (int r = 0; grouped && r < n; r++)
+                run_scales(scale[r], a->w, o, k + r * in_run, in_last);
+            if (n > 1)
+                s = dot_runs(together, x, row, grouped ? scale : NULL, in_run, kind, dtype);
+            else
+                s = dot_runs(1, x, row, grouped ? scale : NULL, in_last, kind, dtype);
+            for (int r = 0; r < n; r++) {
+                sum += run_value(s, a->runs + b + r, kind, dtype)[r];
+                if (kind == GLM_I8)
+                    add_few_outliers(&sum, a, dtype, 1, 1, 0, o, b + r, 0);
+            }
+        }
+        tile[o - o0] = sum;
+    }
+}
+
 /* tile (a->N, IN_PLACE_COLS) of few rows, W read in place: R of them at a time with C rows of W,
  * which the next R find converted. The sums of such a step lie together until the end. */
 INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype kind,
@@ -333,7 +404,10 @@ INLINE void few(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const vo
 {
     const struct nt_args *a = arg;
     const struct nt_tile t = tile_in_scratch(a, task, scratch);
-    if (a->R == R1)
+    const int together = runs_together(kind, dtype);
+    if (a->R == R1 && together)
+        one_row(t.tile, a, kind, dtype, grouped, together, t.o0, t.cols);
+    else if (a->R == R1)
         tile_in_place(t.tile, a, kind, dtype, grouped, R1, C1, t.o0, t.cols);
     else
         tile_in_place(t.tile, a, kind, dtype, grouped, R2, C2, t.o0, t.cols);

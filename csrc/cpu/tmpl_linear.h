@@ -27,6 +27,7 @@ enum {
     GROUP = BR == 32 ? 96 : ROW_GROUP, /* rows of a task: a multiple of every kernel's */
     IN_PLACE_COLS = 96, /* rows of W of a task in place: a multiple of each C */
     VB = 4 * VL,        /* bytes of a vector */
+    FETCHED = 4096,     /* one row of x: so far ahead in W */
     RUN_GROUPS = SHORT_RUN_BYTES / 2 / 32 + 4, /* most groups of 32 columns of a run */
 };
 /* clang-format on */

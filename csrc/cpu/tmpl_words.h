@@ -256,18 +256,66 @@ INLINE vf whole_words(vf acc, vf high, int R, enum glm_dtype kind, enum glm_dtyp
     return kind == GLM_F32 && R == 1 && dtype == GLM_I4 ? (vf)((vi)acc + ((vi)high >> 4)) : acc;
 }
 
-/* sums[c * R + r] = row r of R (1 or 4) of packed x times row c of C (4 where R is 1) of W, before
- * the scale of W. */
-INLINE void word_rows(float *sums, int R, int C, const char *x, const float *scale,
-                      const int32_t *less, const char *const *row, int K, enum glm_dtype dtype,
-                      size_t ahead)
+/* acc[r] = lanes whose sum is that of run r of n side by side, `chunks` long, of one row of packed x
+ * times one row of W: see dot_runs of tmpl_few.h. */
+INLINE void word_lanes(vf *acc, int n, const char *x, const char *p, int chunks,
+                       enum glm_dtype dtype)
 {
-    enum { RUN_BYTES = WORD_RUN };
+    const size_t of_w = glm_bytes(dtype, WORD_RUN), of_x = WORD_RUN / CHUNK * 4 * VB;
+    vf high[4] = {{0}};
+#pragma GCC unroll 4
+    for (int r = 0; r < n; r++)
+        acc[r] = (vf){0};
+    for (int i = 0; i < chunks; i++, x += 4 * VB)
+#pragma GCC unroll 4
+        for (int r = 0; r < n; r++) {
+            const char *at = p + r * of_w + glm_bytes(dtype, (size_t)i * CHUNK);
+            if (glm_bytes(dtype, (size_t)i * CHUNK) % 64 == 0) /* a line once */
+                __builtin_prefetch(at + FETCHED, 0, 2);
+            add_words(acc + r, high + r, 1, at, x + r * of_x, GLM_F32, dtype);
+        }
+#pragma GCC unroll 4
+    for (int r = 0; r < n; r++)
+        acc[r] = whole_words(acc[r], high[r], 1, GLM_F32, dtype);
+}
+
+/* One row of packed x times one row of W, before the scale of W. */
+INLINE float word_row(const char *x, const float *scale, const int32_t *less, const char *row,
+                      int K, enum glm_dtype dtype)
+{
+    const size_t of_w = glm_bytes(dtype, WORD_RUN), of_x = WORD_RUN / CHUNK * 4 * VB;
+    float sum = 0;
+    for (int k0 = 0; k0 < K; k0 += 4 * WORD_RUN, row += 4 * of_w, x += 4 * of_x) {
+        char end[WORD_RUN] __attribute__((aligned(64))) = {0};
+        vf acc[4] = {{0}};
+        const int left = K - k0, n = left < 4 * WORD_RUN ? (left + WORD_RUN - 1) / WORD_RUN : 4;
+        if (left >= 4 * WORD_RUN)
+            word_lanes(acc, 4, x, row, WORD_RUN / CHUNK, dtype);
+        else
+            for (int r = 0; r < n; r++) {
+                const int k = left - r * WORD_RUN < WORD_RUN ? left - r * WORD_RUN : WORD_RUN;
+                const char *p = row + r * of_w;
+                if (k < WORD_RUN)
+                    p = memcpy(end, p, glm_bytes(dtype, (size_t)k));
+                word_lanes(acc + r, 1, x + r * of_x, p, word_chunks(k, 0), dtype);
+            }
+        const v4i s = (v4i)SUM4_INT(acc[0], acc[1], acc[2], acc[3]);
+        for (int r = 0; r < n; r++, scale++, less++)
+            sum += (float)(s[r] + (dtype == GLM_I4 ? *less : 0)) * *scale;
+    }
+    return sum;
+}
+
+/* sums[c * 4 + r] = row r of 4 of packed x times row c of C of W, before the scale of W. */
+INLINE void word_rows(float *sums, int C, const char *x, const float *scale, const char *const *row,
+                      int K, enum glm_dtype dtype, size_t ahead)
+{
+    enum { RUN_BYTES = WORD_RUN, R = WORD_ROWS };
     v4 y[4] = {{0}};
     for (int k0 = 0, run = 0; k0 < K; k0 += WORD_RUN, run++) {
         char end[4][RUN_BYTES] __attribute__((aligned(64)));
         const char *p[4];
-        vf acc[16], high[4];
+        vf acc[16];
         const int left = K - k0, chunks = left < WORD_RUN ? word_chunks(left, 0) : WORD_RUN / CHUNK;
         for (int c = 0; c < C; c++)
             p[c] = row[c] + glm_bytes(dtype, (size_t)k0);
@@ -279,25 +327,14 @@ INLINE void word_rows(float *sums, int R, int C, const char *x, const float *sca
 #pragma GCC unroll 16
         for (int i = 0; i < R * C; i++)
             acc[i] = (vf){0};
-#pragma GCC unroll 4
-        for (int c = 0; c < C; c++)
-            high[c] = (vf){0};
         for (int i = 0; i < chunks; i++, x += 4 * R * VB)
 #pragma GCC unroll 4
             for (int c = 0; c < C; c++) {
                 const size_t at = glm_bytes(dtype, (size_t)i * CHUNK);
                 if (at % 64 == 0) /* a line once */
                     __builtin_prefetch(row[c] + glm_bytes(dtype, (size_t)k0) + at + ahead, 0, 2);
-                add_words(acc + c * R, high + c, R, p[c] + at, x, GLM_F32, dtype);
+                add_words(acc + c * R, NULL, R, p[c] + at, x, GLM_F32, dtype);
             }
-        if (R == 1) {
-            for (int c = 0; c < 4; c++)
-                acc[c] = whole_words(acc[c], high[c], R, GLM_F32, dtype);
-            const v4i s = (v4i)SUM4_INT(acc[0], acc[1], acc[2], acc[3]);
-            const int32_t bias = dtype == GLM_I4 ? less[run] : 0;
-            y[0] += __builtin_convertvector(s + bias, v4) * scale[run];
-            continue;
-        }
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
             const v4i s = (v4i)SUM4_INT(acc[c * R], acc[c * R + 1], acc[c * R + 2], acc[c * R + 3]);
@@ -349,9 +386,9 @@ INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char
     }
 }
 
-/* The same as word_rows for one row of W with group scales; sums[r]. */
+/* sums[r] = row r of R of packed x times row o of W, which has group scales. */
 INLINE void word_groups(float *sums, int R, const char *x, const float *scale, const int32_t *less,
-                        const struct glm_mat *w, int o, size_t ahead, enum glm_dtype kind)
+                        const struct glm_mat *w, int o, enum glm_dtype kind)
 {
     const int K = w->cols, runs = word_runs(K, 1);
     const char *p = (const char *)w->data + (size_t)o * glm_bytes(GLM_I4, (size_t)K);
@@ -366,7 +403,7 @@ INLINE void word_groups(float *sums, int R, const char *x, const float *scale, c
         run_scales(of_w, w, o, k0, in_block);
         for (; left >= 4 * CHUNK;
              left -= 4 * CHUNK, p += 4 * VB, x += 4 * per_chunk(kind) * R * VB) {
-            add_groups(y, R, p, p + ahead, x, scale, less, runs, next, kind);
+            add_groups(y, R, p, p + FETCHED, x, scale, less, runs, next, kind);
             scale += VL, less += VL, next += VL;
         }
         if (left > 0) { /* x has zeros there */
@@ -384,7 +421,7 @@ INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype 
                            enum glm_dtype dtype, int grouped, int R, int o0, int cols)
 {
     const struct glm_mat *w = a->w;
-    const int K = w->cols, C = R == 1 ? 4 : WORD_COLS, runs = word_runs(K, grouped);
+    const int K = w->cols, C = R == 1 ? 1 : WORD_COLS, runs = word_runs(K, grouped);
     const size_t stride = glm_bytes(dtype, (size_t)K);
     for (int o = 0; o < cols; o += C) {
         const char *row[4];
@@ -397,11 +434,12 @@ INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype 
             const float *scale = a->word_scale + (size_t)g * R * runs;
             const int32_t *less = a->word_less + (size_t)g * R * runs;
             float sums[16] = {0};
-            if (!grouped)
-                word_rows(sums, R, C, x, scale, less, row, K, dtype,
-                          dtype == GLM_I4 ? 1024 : C * stride);
+            if (!grouped && R == 1)
+                sums[0] = word_row(x, scale, less, row[0], K, dtype);
+            else if (!grouped)
+                word_rows(sums, C, x, scale, row, K, dtype, dtype == GLM_I4 ? 1024 : C * stride);
             for (int c = 0; grouped && c < C && o + c < cols; c++)
-                word_groups(sums + c * R, R, x, scale, less, w, o0 + o + c, 4096, kind);
+                word_groups(sums + c * R, R, x, scale, less, w, o0 + o + c, kind);
             for (int r = 0; r < R; r++)
                 for (int c = 0; c < C; c++)
                     tile[(g * R + r) * IN_PLACE_COLS + o + c] = sums[c * R + r];
