@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,18 @@ def _few(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     return of | ({"bandwidth": "integers"} if dtype == 5 else {})
 
 
-def _thin(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
-    n, wide, _, _, accumulate = _structure(words[0], "iiiii", 40)
-    return {"bytes": 4 * n * wide * (1 + accumulate), "bandwidth": "adapters"}
+def _thin(name: str, words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    """struct thin: the wide operand is what is written, or read in a type."""
+    n, wide, _, _, accumulate, _, dtype = _structure(words[0], "iiiiifi", 40)
+    size = 4 if name == "k_thin_out" else SIZES[dtype]
+    return {"name": name, "bytes": size * n * wide * (1 + accumulate), "bandwidth": "adapters"}
+
+
+def _turn(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    """struct turning: qkv in 16 bits there and back, keys and values into the cache."""
+    (slot,) = _structure(words[0], "P", 48)
+    _, n, NH, KVH, HD, _, _ = _structure(words[0], "iiiiiii", 72)  # noqa: N806
+    return {"bytes": n * HD * (4 * (NH + 2 * KVH) + (8 * KVH if slot else 0))}
 
 
 def _attention(words: Words, blocks: int, batch: Batch) -> tuple[int, int, int]:
@@ -221,12 +231,17 @@ def _decode(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     return {"name": "attention of few tokens", "bytes": nbytes + 8 * batch.tokens * NH * HD}
 
 
+def _sizes(words: Words) -> list[int]:
+    """Of an element of qkv, dout, out and dqkv, which are 16 bits where such a pointer is there."""
+    return [2 if p else 4 for p in _structure(words[0], "PPPP", 128)]
+
+
 def _tiles(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     NH, KVH, HD = _attention(words, blocks, batch)  # noqa: N806
     tall = max(batch.lengths) > 1024
     return {
         "name": "attention in tiles",
-        "bytes": 4 * batch.tokens * 2 * NH * HD,
+        "bytes": (_sizes(words)[0] + _sizes(words)[2]) * batch.tokens * NH * HD,
         "flops": 4 * batch.pairs * NH * HD,
         "rate": "tall attention" if tall else "attention",
     }
@@ -240,19 +255,21 @@ def _gradients(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
 
 def _narrow(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     NH, KVH, HD = _attention(words, blocks, batch)  # noqa: N806
-    wide = 4 * (3 * NH + 2 * KVH) + 2 * (2 * NH + 2 * KVH)
+    qkv, dout, out, _ = _sizes(words)
+    wide = qkv * (NH + 2 * KVH) + (dout + out) * NH + 2 * (2 * NH + 2 * KVH)
     return {"bytes": batch.tokens * HD * wide}
 
 
 def _pairs(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     _, KVH, HD = _attention(words, blocks, batch)  # noqa: N806
-    return {"bytes": (batch.tokens + batch.past) * 2 * KVH * HD * 6}
+    own = _sizes(words)[0] + 2
+    return {"bytes": (batch.tokens * own + batch.past * 6) * 2 * KVH * HD}
 
 
 def _sums(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     _, KVH, HD = _attention(words, blocks, batch)  # noqa: N806
     slots, _, _, shares = _structure(words[0], "iiii", len(words[0]) // 2 - 88 + 4)
-    return {"bytes": slots * 2 * KVH * HD * 4 * (shares + 1)}
+    return {"bytes": slots * 2 * KVH * HD * (4 * shares + _sizes(words)[3])}
 
 
 def _join(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
@@ -264,7 +281,7 @@ def _join(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
 
 def _by_variable(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     """`kernel` is a variable of two launchers: the larger struct is backward's."""
-    backward = len(words[0]) // 2 > 200
+    backward = len(words[0]) // 2 > 240
     return (_gradients if backward else _decode)(words, blocks, batch)
 
 
@@ -282,7 +299,9 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     "k_embedding_forward": _number(lambda b, o, w, dtype, ids, C: b * C * (4 + SIZES[dtype])),
     "k_rmsnorm_forward": _number(lambda b, *a: b * a[-2] * 8),
     "k_add_rmsnorm_forward": _number(lambda b, *a: b * a[-2] * 16),
-    "k_add_rmsnorm_narrow": _number(lambda b, *a: b * a[-2] * 14),
+    "k_add_rmsnorm_narrow": _number(
+        lambda b, o, to, r, x, added, w, C, eps: b * C * (14 if added else 6)
+    ),
     "k_rmsnorm_backward": _number(lambda b, *a: b * a[-1] * 16),
     "k_bias": _number(lambda b, o, bias, outs, across, add: b / across * outs * 4 * (1 + add)),
     "k_convert": _number(lambda b, o, to, i, of, n, f: n * (SIZES[to] + SIZES[of])),
@@ -317,9 +336,13 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     "k_adamw": lambda words, blocks, batch: {"bytes": 28 * float(words[4])},
     "k_widen": lambda words, blocks, batch: {"bytes": _widened(words)},
     "memset": lambda words, blocks, batch: {"bytes": blocks},
-    "k_thin_in": _thin,
-    "k_thin_out": _thin,
-    "k_thin_gradient": _thin,
+    "k_rope_narrow": _number(
+        lambda b, x, to, t, p, N, heads, HD, stride, d, sign: N * heads * d * 2 * SIZES[to]
+    ),
+    "k_turn": _turn,
+    "k_in": partial(_thin, "k_thin_in"),
+    "k_thin_out": partial(_thin, "k_thin_out"),
+    "k_gradient": partial(_thin, "k_thin_gradient"),
     "k_few": _few,
     "k_gated": _few,
     "k_turned": _few,
