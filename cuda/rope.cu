@@ -91,22 +91,34 @@ k_rope_append(float *k, float *v, float *qkv, const float *table, const int *pos
     store4(v + to, i, HD, load4(head + (size_t)KVH * HD, i, HD));
 }
 
-/* In 16 bits, of which a head has a multiple of 8 */
+/* In 16 bits, of which a head has a multiple of 8: a thread has eight columns, 16 bytes. */
 GLM_KERNEL(256)
 k_rope_narrow(unsigned short *x, int type, const float *table, const int *position, int N,
               int heads, int HD, int stride, int rotary_dim, float sign)
 {
-    const int quads = (rotary_dim + 3) / 4;
+    const int octets = (rotary_dim + 7) / 8;
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    const size_t n = at / ((size_t)heads * quads);
+    const size_t n = at / ((size_t)heads * octets);
     if (n >= (size_t)N)
         return;
-    const int in_row = (int)(at % ((size_t)heads * quads)), h = in_row / quads,
-              i = in_row % quads * 4;
+    const int in_row = (int)(at % ((size_t)heads * octets)), h = in_row / octets,
+              i = in_row % octets * 8;
     unsigned short *head = x + n * stride + (size_t)h * HD;
-    store4_narrow(head + i, type,
-                  rotated(load4_stored(head, type, i, HD), table + (size_t)position[n] * rotary_dim,
-                          i, rotary_dim, sign));
+    const float *angles = table + (size_t)position[n] * rotary_dim;
+    float v[8];
+    load8_of(head, type, i, v);
+#pragma unroll
+    for (int half = 0; half < 8; half += 4) {
+        f4 a;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            a.v[j] = v[half + j];
+        a = rotated(a, angles, i + half, rotary_dim, sign);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            v[half + j] = a.v[j];
+    }
+    store8_narrow(head + i, type, v);
 }
 
 struct turning {
@@ -260,7 +272,7 @@ void glm_cuda_turn_back(struct cuda *cuda, void *dqkv, enum glm_dtype type,
 {
     const struct glm_heads h = of->heads;
     const int heads = h.NH + h.KVH, stride = (h.NH + 2 * h.KVH) * h.HD;
-    const size_t threads = (size_t)N * heads * ((of->rotary_dim + 3) / 4);
+    const size_t threads = (size_t)N * heads * ((of->rotary_dim + 7) / 8);
     GLM_LAUNCH(cuda, "self_attention_backward", k_rope_narrow, ceil_div(threads, 256), 256, 0,
                (unsigned short *)dqkv, (int)type, (const float *)of->table, of->position, N, heads,
                h.HD, stride, of->rotary_dim, -1.0f);
