@@ -199,17 +199,19 @@ def noticed(number: int, checks: list) -> str:
 
 
 def reaching(check: Any, numbers: list[int]) -> set[int]:
-    """The mutants whose places a check comes by."""
+    """The mutants whose places a check comes by. It is run as often as their lists have it: of two
+    calls in a row one has its arrays on the 16-byte grid, where other kernels may do the work."""
     from emulator import emulator
 
     emulator().mutant(-1)
-    check.run("emu")
+    for _ in range(numbers.count(numbers[0])):
+        check.run("emu")
     return {n for n in numbers if emulator().reached(n)}
 
 
 def reached(checks: dict[int, list], jobs: int) -> dict[int, list]:
-    """Of the checks of each mutant those that come by its place: each check is run once, all in so
-    many processes."""
+    """Of the checks of each mutant those that come by its place: each check is run for all mutants
+    at once, all in so many processes."""
     each: dict[str, tuple[Any, list[int]]] = {}
     for n, own in checks.items():
         for check in own:
