@@ -2,7 +2,7 @@
 since the library's own host code runs at the shapes of published models, on the emulator, with
 kernels left out; times follow from them by the assumptions that are printed, and nothing else.
 
-    python benchmarks/gpu_model.py [--gpu H100 ..] [--model ChatGLM2-6B ..] [--kernels]
+    python benchmarks/gpu_model.py [--gpu H100 ..] [--model ChatGLM2-6B ..] [--kernels] [--dropout P]
 
 First what the model says of an H100 beside what one measured (gpu_h100.json), of the code of that
 day (gpu_h100_counts.json). Then what today's code does, each model on each GPU: launches, products
@@ -10,7 +10,8 @@ of cuBLAS, blocks, waves (times that all multiprocessors get a block), bytes tha
 FLOPs, bytes live at most, the modelled time, and its share of what the card does: of a copy's
 bandwidth for tokens (weights and cache read once), of the products' rate elsewhere. Goals: tokens
 at least 80 % of bandwidth, a LoRA step of 4 x 512 at most 1.25 times what its FLOPs take, prefill
-at most 1.15 times. --kernels adds a line a kernel.
+at most 1.15 times. --kernels adds a line a kernel; --dropout 0.1 is the trainer's default, where
+steps have none otherwise.
 
 A kernel takes as long as its bytes or its FLOPs, whichever is longer, and a launch besides.
 """
@@ -218,6 +219,11 @@ def _turn(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     return {"bytes": n * HD * (4 * (NH + 2 * KVH) + (8 * KVH if slot else 0))}
 
 
+def _dropout(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    columns, across, added = map(int, words[2:5])
+    return {"bytes": blocks / across * columns * 4 * (2 + added)}
+
+
 def _attention(words: Words, blocks: int, batch: Batch) -> tuple[int, int, int]:
     return _structure(words[0], "iii", 36)  # NH, KVH, HD
 
@@ -334,6 +340,7 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     "k_factor": _number(lambda b, *a: 0),
     "k_thin_sum": _number(lambda b, o, p, n, parts, s: 4 * n * (parts + 2)),
     "k_adamw": lambda words, blocks, batch: {"bytes": 28 * float(words[4])},
+    "k_dropout": _dropout,
     "k_widen": lambda words, blocks, batch: {"bytes": _widened(words)},
     "memset": lambda words, blocks, batch: {"bytes": blocks},
     "k_rope_narrow": _number(
@@ -414,7 +421,8 @@ for rows, context in asked["contexts"]:
     log(f"token of {rows} row{'s' * (rows > 1)} at {context}")
     before = cache  # as gpu.py, which holds the last of one row
 before = cache = None
-peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8))
+lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=asked.get("dropout", 0.0))
+peft.get_peft_model(model, lora)
 model.prepare_training()
 for name, lengths in asked["steps"].items():
     lengths = np.array(lengths, np.int32)
@@ -433,7 +441,8 @@ print(json.dumps(found))
 
 def traced(model: str, gpu: GPU, library: Path, bits: int = 0, **asked: Any) -> dict[str, Any]:
     """{item: lines of the emulator and bytes live at most} of the library with that GPU's number of
-    multiprocessors and shared memory. asked: contexts [(rows, tokens)], steps {name: lengths}."""
+    multiprocessors and shared memory. asked: contexts [(rows, tokens)], steps {name: lengths},
+    dropout (of the steps' adapters, or none)."""
     with tempfile.TemporaryDirectory() as directory:
         tiny = json.loads((ROOT / "glmlora/tiny/config.json").read_text())
         Path(directory, "config.json").write_text(json.dumps(tiny | MODELS[model]))
@@ -651,6 +660,7 @@ def main() -> None:
     parser.add_argument("--gpu", nargs="*", default=list(GPUS), choices=list(GPUS))
     parser.add_argument("--model", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--kernels", action="store_true", help="a line a kernel, too")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of the adapters")
     parser.add_argument("--record", metavar="FILE", help="only counts, as gpu_h100_counts.json has")
     args = parser.parse_args()
     emulated = library()
@@ -674,6 +684,7 @@ def main() -> None:
     for model in args.model:
         for name in args.gpu:
             asked: dict[str, Any] = {"contexts": [(1, 1024), (1, 8192)], "steps": EVEN}
+            asked["dropout"] = args.dropout
             found = costs(model, GPUS[name], emulated, **asked)
             show(model, GPUS[name], found, args.kernels)
 
