@@ -2,7 +2,7 @@
 since the library's own host code runs at the shapes of published models, on the emulator, with
 kernels left out; times follow from them by the assumptions that are printed, and nothing else.
 
-    python benchmarks/gpu_model.py [--gpu H100 ..] [--model ChatGLM2-6B ..] [--kernels] [--dropout P]
+    python benchmarks/gpu_model.py [--gpu H100 ..] [--model GLM-4-9B ..] [--kernels] [--dropout P]
 
 First what the model says of an H100 beside what one measured (gpu_h100.json), of the code of that
 day (gpu_h100_counts.json). Then what today's code does, each model on each GPU: launches, products
@@ -348,7 +348,7 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     ),
     "k_turn": _turn,
     "k_in": partial(_thin, "k_thin_in"),
-    "k_thin_out": partial(_thin, "k_thin_out"),
+    "k_out": partial(_thin, "k_thin_out"),
     "k_gradient": partial(_thin, "k_thin_gradient"),
     "k_few": _few,
     "k_gated": _few,

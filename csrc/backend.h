@@ -33,24 +33,6 @@ struct glm_heads {
     int shortest;     /* tokens of the shortest segment; 0: not known */
 };
 
-/* The half of a layer up to what attention adds to the residual stream: of a norm, the product that
- * yields queries, keys and values, with its adapter if there is one, and that of attention's output.
- * Its ops hand ln, qkv and att to each other as a backend likes them, in memory for reals. */
-struct glm_self_attention {
-    const void *norm; /* (C) */
-    double eps;
-    const struct glm_mat *qkv, *dense;
-    const void *qkv_bias, *dense_bias; /* or NULL */
-    const struct glm_mat *A, *B;       /* of qkv, real; NULL, both: none */
-    double scale;                      /* of the adapter */
-    const void *table;
-    const int32_t *position, *slot; /* slot NULL: nothing goes into the cache */
-    int rotary_dim, n_segments;
-    const struct glm_segment *segments;
-    struct glm_kv cache, dcache;
-    struct glm_heads heads;
-};
-
 /* What a dropout mask is a function of, so that it does not depend on how rows are packed:
  * Philox4x32-10 of
  *   key      (seed low, seed high ^ step)
@@ -62,6 +44,26 @@ struct glm_dropout {
     uint32_t step, site;
     double p;
     const int32_t *stream, *position; /* (N) each, >= 0 */
+};
+
+/* The half of a layer up to what attention adds to the residual stream: of a norm, the product that
+ * yields queries, keys and values, with its adapter if there is one, and that of attention's output.
+ * Its ops hand ln, qkv and att to each other as a backend likes them, in memory for reals. */
+struct glm_self_attention {
+    const void *norm; /* (C) */
+    double eps;
+    const struct glm_mat *qkv, *dense;
+    const void *qkv_bias, *dense_bias; /* or NULL */
+    const struct glm_mat *A, *B;       /* of qkv, real; NULL, both: none */
+    double scale;                      /* of the adapter */
+    struct glm_dropout dropout;        /* of what A reads; p 0: none */
+    void *dropped;                     /* (N, C) where there is some: its contents are undefined */
+    const void *table;
+    const int32_t *position, *slot; /* slot NULL: nothing goes into the cache */
+    int rotary_dim, n_segments;
+    const struct glm_segment *segments;
+    struct glm_kv cache, dcache;
+    struct glm_heads heads;
 };
 
 /* How a row's next token is chosen of its scores x (V).

@@ -187,15 +187,15 @@ OP(linear_rope_append, N,
  *   ln, sum, b (N, C)   rstd (N) */
 OP(self_attention_norm, N,
    void *ln, void *rstd, void *sum, const void *b, const struct glm_self_attention *of, int N)
-/* xa = ln A^T,  qkv = ln qkv^T + bias + scale * xa B^T, its queries and keys rotated, its keys and
- * values in the cache where slots are given,  att = attention of it,  out = att dense^T + bias;
- * qkv and att: in so many rows as the backend's self_attention_rows says
+/* x = ln * mask / (1 - p),  xa = x A^T,  qkv = ln qkv^T + bias + scale * xa B^T, its queries and keys
+ * rotated, its keys and values in the cache where slots are given,  att = attention of it,
+ * out = att dense^T + bias;  qkv and att: in so many rows as the backend's self_attention_rows says
  *   out, ln (N, C)   att (N, NH*HD)   lse (N, NH)   qkv (N, (NH+2*KVH)*HD)   xa (N, R) */
 OP(self_attention_forward, N,
    void *out, void *att, void *lse, void *qkv, void *xa, const void *ln,
    const struct glm_self_attention *of, int N)
 /* Of dout, the gradient of out:
- *   dinp    = that of ln; NULL: it is not made
+ *   dinp    = that of ln, by way of x times the mask, too; NULL: it is not made
  *   dA, dB += those of the adapter, either may be NULL;  dcache as in `attention_backward`
  *   att, lse, qkv, xa: of the forward of these N tokens   x, rstd: sum and rstd of its norm
  *   dinp, dout, x (N, C)   work (N, max(C, NH*HD)), may be dinp's memory, dqkv (N, (NH+2*KVH)*HD),

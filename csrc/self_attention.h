@@ -16,8 +16,11 @@ static void MADE(self_attention_forward)(void *cx, void *out, void *att, void *l
                                          const struct glm_self_attention *of, int N)
 {
     const struct glm_heads h = of->heads;
+    const int drops = of->A && of->dropout.p > 0;
+    if (drops)
+        ON(dropout_forward)(cx, of->dropped, ln, N, of->qkv->cols, &of->dropout);
     if (of->A) {
-        ON(linear_forward)(cx, xa, ln, of->A, NULL, N, 1, 0);
+        ON(linear_forward)(cx, xa, drops ? of->dropped : ln, of->A, NULL, N, 1, 0);
         ON(adapted_forward)(cx, qkv, ln, of->qkv, of->qkv_bias, xa, of->B, N, of->scale);
     } else {
         ON(linear_forward)(cx, qkv, ln, of->qkv, of->qkv_bias, N, 1, 0);
@@ -39,7 +42,8 @@ static void MADE(self_attention_backward)(void *cx, void *dinp, void *dA, void *
                                           const struct glm_self_attention *of, int N)
 {
     const struct glm_heads h = of->heads;
-    const int C = of->qkv->cols, O = of->qkv->rows;
+    const int C = of->qkv->cols, O = of->qkv->rows, drops = of->A && of->dropout.p > 0;
+    void *dropped = of->dropped;
     ON(linear_backward_input)(cx, work, dout, of->dense, N, 1, 0);
     ON(attention_backward)(cx, dqkv, of->dcache, work, att, lse, qkv, of->cache, of->segments,
                            of->n_segments, h);
@@ -50,11 +54,17 @@ static void MADE(self_attention_backward)(void *cx, void *dinp, void *dA, void *
         ON(linear_backward_weight)(cx, dB, NULL, dqkv, xa, N, O, of->A->rows, of->scale);
     if (of->A && (dinp || dA))
         ON(linear_backward_input)(cx, u, dqkv, of->B, N, of->scale, 0);
+    if (dA && drops)
+        ON(dropout_forward)(cx, dropped, work, N, C, &of->dropout);
     if (dA)
-        ON(linear_backward_weight)(cx, dA, NULL, u, work, N, of->A->rows, C, 1);
+        ON(linear_backward_weight)(cx, dA, NULL, u, drops ? dropped : work, N, of->A->rows, C, 1);
     if (!dinp)
         return;
     ON(linear_backward_input)(cx, dinp, dqkv, of->qkv, N, 1, 0);
-    if (of->A)
+    if (drops) {
+        ON(linear_backward_input)(cx, dropped, u, of->A, N, 1, 0);
+        ON(dropout_backward)(cx, dinp, dropped, N, C, &of->dropout);
+    } else if (of->A) {
         ON(linear_backward_input)(cx, dinp, u, of->A, N, 1, 1);
+    }
 }

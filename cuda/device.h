@@ -135,13 +135,15 @@ void glm_cuda_turn_back(struct cuda *cuda, void *dqkv, enum glm_dtype type,
 void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
 /* Products of an adapter's matrix W (adapter.cu): out = scale * inp W^T, or inp W where it is
  * transposed, + bias (+ out); and dweight += scale * dout^T inp. type: of the operand that has the
- * wide side of W. */
+ * wide side of W. drop: NULL, or the mask of the wide one of inp and out - inp, then in 16 bits, is
+ * dropped before it is multiplied, or the product before it is added - of a W with more columns than
+ * rows. */
 void glm_cuda_thin(struct cuda *cuda, const char *op, void *out, const void *inp,
                    enum glm_dtype type, const struct glm_mat *W, const void *bias, int N,
-                   double scale, int accumulate, int transposed);
+                   double scale, int accumulate, int transposed, const struct glm_dropout *drop);
 void glm_cuda_thin_gradient(struct cuda *cuda, const char *op, void *dweight, const void *dout,
-                            const void *inp, enum glm_dtype type, int N, int O, int I,
-                            double scale);
+                            const void *inp, enum glm_dtype type, int N, int O, int I, double scale,
+                            const struct glm_dropout *drop);
 /* Products of a weight with operands of its type (linear.cu): out (N, O) = x W^T + bias, which only
  * floats have; 0 after an error. dinp (N, I) = d W. And dinp = dout W of float gradients. */
 int glm_cuda_product(struct cuda *cuda, void *out, enum glm_dtype to, const void *x,

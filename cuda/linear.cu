@@ -514,7 +514,7 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
     }
     if (glm_is_adapter(weight->dtype, O, I)) {
         glm_cuda_thin(cuda, "linear_forward", out, inp, GLM_F32, weight, bias, N, scale, accumulate,
-                      0);
+                      0, NULL);
         return;
     }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
@@ -659,7 +659,7 @@ extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void 
         return;
     if (glm_is_adapter(weight->dtype, weight->rows, weight->cols))
         glm_cuda_thin(cuda, "linear_backward_input", dinp, dout, GLM_F32, weight, NULL, N, scale,
-                      accumulate, 1);
+                      accumulate, 1, NULL);
     else
         glm_cuda_input_gradient(cuda, dinp, GLM_F32, dout, weight, N, scale, accumulate);
 }
@@ -694,7 +694,7 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
         return;
     if (dweight && glm_is_adapter(GLM_F32, O, I)) {
         glm_cuda_thin_gradient(cuda, "linear_backward_weight", dweight, dout, inp, GLM_F32, N, O, I,
-                               scale);
+                               scale, NULL);
     } else if (dweight) {
         const enum glm_dtype type = glm_product_type(cuda->compute, GLM_F32, O, I);
         const float *factor = glm_cuda_factor(cuda, dout, (size_t)N * O, type, 13, scale);

@@ -104,7 +104,8 @@ static inline enum glm_dtype glm_self_attention_type(enum glm_dtype compute,
                          after = glm_product_type(compute, out->dtype, out->rows, out->cols);
     const int many = N > glm_few_rows(compute, in) && N > glm_few_rows(compute, out),
               words = in->cols % 8 == 0 && of->heads.HD % 8 == 0 && of->heads.HD <= 128,
-              thin = !of->A || glm_is_adapter(of->B->dtype, of->B->rows, of->B->cols),
+              thin = !of->A || (glm_is_adapter(of->B->dtype, of->B->rows, of->B->cols) &&
+                                of->A->rows < of->A->cols && of->B->cols < of->B->rows),
               tiles = !of->slot || of->heads.shortest > GLM_DECODE_TOKENS;
     return type == after && many && words && thin && tiles ? type : GLM_F32;
 }

@@ -15,6 +15,12 @@ static enum glm_dtype type_of(const struct cuda *cuda, const struct glm_self_att
     return glm_self_attention_type(cuda->compute, of, N);
 }
 
+/* NULL where nothing is dropped. */
+static const struct glm_dropout *drop_of(const struct glm_self_attention *of)
+{
+    return of->dropout.p > 0 ? &of->dropout : NULL;
+}
+
 /* Attention of all segments by tiles, over what is in 16 bits */
 static attention narrow_attention(const void *att, const void *lse, const void *qkv,
                                   const struct glm_self_attention *of)
@@ -53,7 +59,8 @@ extern "C" void glm_cuda_self_attention_forward(void *cx, void *out, void *att, 
     if (!glm_cuda_begin(cuda))
         return;
     if (of->A)
-        glm_cuda_thin(cuda, "self_attention_forward", xa, ln, type, of->A, NULL, N, 1, 0, 0);
+        glm_cuda_thin(cuda, "self_attention_forward", xa, ln, type, of->A, NULL, N, 1, 0, 0,
+                      drop_of(of));
     if (!glm_cuda_product(cuda, qkv, type, ln, of->qkv, NULL, type, N))
         return;
     glm_cuda_turn(cuda, qkv, type, xa, of, N);
@@ -101,11 +108,11 @@ extern "C" void glm_cuda_self_attention_backward(void *cx, void *dinp, void *dA,
         glm_cuda_add_rmsnorm_narrow(cuda, op, work, type, rstd, (void *)x, NULL, of->norm, N, C,
                                     of->eps);
     if (dB)
-        glm_cuda_thin_gradient(cuda, op, dB, dqkv, xa, back, N, O, R, of->scale);
+        glm_cuda_thin_gradient(cuda, op, dB, dqkv, xa, back, N, O, R, of->scale, NULL);
     if (of->A && (dinp || dA))
-        glm_cuda_thin(cuda, op, u, dqkv, back, of->B, NULL, N, of->scale, 0, 1);
+        glm_cuda_thin(cuda, op, u, dqkv, back, of->B, NULL, N, of->scale, 0, 1, NULL);
     if (dA)
-        glm_cuda_thin_gradient(cuda, op, dA, u, work, type, N, R, C, 1);
+        glm_cuda_thin_gradient(cuda, op, dA, u, work, type, N, R, C, 1, drop_of(of));
     if (!dinp)
         return;
     if (back != GLM_F32)
@@ -113,6 +120,6 @@ extern "C" void glm_cuda_self_attention_backward(void *cx, void *dinp, void *dA,
     else
         glm_cuda_input_gradient(cuda, dinp, GLM_F32, dqkv, of->qkv, N, 1, 0);
     if (of->A)
-        glm_cuda_thin(cuda, op, dinp, u, GLM_F32, of->A, NULL, N, 1, 1, 1);
+        glm_cuda_thin(cuda, op, dinp, u, GLM_F32, of->A, NULL, N, 1, 1, 1, drop_of(of));
 }
 #endif

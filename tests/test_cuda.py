@@ -439,12 +439,13 @@ def test_twenty_lora_steps(device, type_, stored, tmp_path, monkeypatch):
 
 
 @on_devices
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("type_", TYPES)
-def test_steps_of_layers_that_are_two_ops(device, type_, tmp_path, monkeypatch):
+def test_steps_of_layers_that_are_two_ops(device, type_, dropout, tmp_path, monkeypatch):
     """With an adapter of query_key_value alone, what is kept in 16 bits has half the room."""
     directory, targets = tiny.tiny_model_dir(tmp_path, dtype="F16"), ["query_key_value"]
-    want = losses_of(lora(load(directory, "cpu", monkeypatch), 0.0, targets), 8)
-    got = losses_of(lora(load(directory, f"{device}/{type_}", monkeypatch), 0.0, targets), 8)
+    want = losses_of(lora(load(directory, "cpu", monkeypatch), dropout, targets), 8)
+    got = losses_of(lora(load(directory, f"{device}/{type_}", monkeypatch), dropout, targets), 8)
     assert np.abs(got / want - 1).max() <= TYPES[type_], (got, want)
 
 

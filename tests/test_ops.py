@@ -912,16 +912,19 @@ def linear_rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim:
     return {"qkv": (qkv, most), "k": (k, most), "v": (v, most)}
 
 
-# kind, tokens of segments, (NH, KVH, HD), rotary_dim, C, R, dtype
+# kind, tokens of segments, (NH, KVH, HD), rotary_dim, C, R, dtype, dropout where there is some
 HALVES = [
     ("plain", (), (2, 1, 8), 4, 16, 4, "F32"),
     ("plain", (3,), (2, 1, 8), 4, 16, 4, "F16"),
-    ("plain", (12, 5), (2, 1, 8), 6, 16, 4, "F32"),
+    ("plain", (12, 5), (2, 1, 8), 6, 16, 4, "F32", 0.1),
+    ("plain", (9, 4), (2, 1, 8), 8, 264, 9, "F16", 0.25),
+    ("plain", (20,), (2, 1, 8), 4, 8, 12, "F16", 0.5),
+    ("plain", (19,), (2, 1, 8), 8, 40, 34, "BF16"),
     ("plain", (1, 5, 20), (4, 2, 32), 16, 40, 0, "BF16"),
     ("plain", (40, 9), (6, 2, 64), 32, 64, 8, "F16"),
     ("plain", (66,), (2, 1, 128), 64, 24, 9, "BF16"),
     ("context", (21, 11), (2, 2, 96), 96, 16, 1, "F32"),
-    ("shared", (9, 17), (4, 1, 64), 32, 32, 3, "F16"),
+    ("shared", (9, 17), (4, 1, 64), 32, 32, 3, "F16", 0.1),
     ("shared past", (7, 6), (4, 2, 40), 20, 32, 0, "I8"),
     ("past", (70,), (2, 1, 64), 32, 32, 5, "I4 by 32"),
     ("past", (2, 30), (2, 1, 64), 32, 32, 2, "F16"),
@@ -937,7 +940,7 @@ class Half:
     """Arguments of the ops of struct glm_self_attention, and what bounds of their outputs need."""
 
     def __init__(self, m: Maker, case: tuple[Any, ...], bias: bool) -> None:
-        kind, counts, (NH, KVH, HD), rotary_dim, C, R, dtype = case
+        kind, counts, (NH, KVH, HD), rotary_dim, C, R, dtype, *p = case
         segments, rows = segments_of(kind, counts)
         self.N, self.O, self.C, self.R = N, O, C, R = sum(counts), (NH + 2 * KVH) * HD, C, R
         (W, self.w), (D, self.d) = m.weight(O, C, dtype), m.weight(C, NH * HD, dtype)
@@ -950,7 +953,8 @@ class Half:
         self.dcache = None
         if kind == "shared":
             self.dcache = tuple(m.normal(rows + N, KVH * HD) for _ in "kv")
-        self.A, self.B = m.normal(R, C), m.normal(O, R)
+        # of any rank it adds about as much: softmax of large scores is a step
+        self.A, self.B = m.normal(R, C), m.normal(O, R, scale=min(1, (4 / max(R, 1)) ** 0.5))
         real = F64 if m.ops.real == np.float64 else F32
         self.of = SelfAttention(
             norm=weight,
@@ -967,6 +971,8 @@ class Half:
             A=Mat(self.A, real) if R else None,
             B=Mat(self.B, real) if R else None,
             scale=0.5,
+            dropout=m.dropout(N, p[0]) if p else None,
+            dropped=m.out(N, C) if p else None,
             slot=slot,
             cache=cache,
             dcache=self.dcache,
@@ -974,12 +980,16 @@ class Half:
         self.sum, self.b = m.normal(N, C), m.normal(N, C)
         x = self.sum.astype(np.float64) + self.b
         ln = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-5) * weight
-        self.xabs = np.abs(ln) @ np.abs(self.A.T)
-        self.weff = np.abs(self.w) + 0.5 * np.abs(self.B) @ np.abs(self.A)
+        self.x = ln.copy()
+        if p:
+            REF.dropout_forward(self.x, ln, N, C, self.of.dropout)
+        most = 1 / (1 - p[0]) if p else 1
+        self.xabs = np.abs(self.x) @ np.abs(self.A.T)
+        self.weff = np.abs(self.w) + 0.5 * most * np.abs(self.B) @ np.abs(self.A)
         size = (np.abs(ln) @ self.weff.T).max(initial=0) + 1
         # a sum of C terms of a norm, whose own is one of C, then turned
         off = 2 * (sum_error(C + R, 2 * size) + (C + 8) * EPS * size)
-        y = ln @ self.w.T + 0.5 * (ln @ self.A.T) @ self.B.T
+        y = ln @ self.w.T + 0.5 * (self.x @ self.A.T) @ self.B.T
         self.largest = 1.5 * np.abs(y).max(initial=0) + 2
         score = 2 * HD**0.5 * off * self.largest + 2 * sum_error(HD, HD**0.5 * self.largest)
         self.keys = max(counts, default=0) + max(
@@ -1041,7 +1051,7 @@ def self_attention_backward(m: Maker, *case: Any):
     off = off + sum_error(N + O + C + R, exact)
     found = {}
     if R:
-        lns = np.abs(h.ln).sum(0).max(initial=0)
+        lns = np.abs(h.x).sum(0).max(initial=0)
         found["dB"] = dB, off * 0.5 * h.xabs.sum(0).max(initial=0) + 8 * EPS * np.abs(dB)
         found["dA"] = dA, off * 0.5 * np.abs(h.B).sum(0).max() * lns + 8 * EPS * np.abs(dA)
     if dinp is not None:
@@ -1054,7 +1064,7 @@ def self_attention_backward(m: Maker, *case: Any):
 def dqkv_of(m: Maker, h: Half, dout: np.ndarray) -> float:
     """The largest gradient of queries, keys, values and of the cache, in double."""
     of, N = h.of, h.N
-    qkv = h.ln @ h.w.T + 0.5 * (h.ln @ h.A.astype(np.float64).T) @ h.B.T
+    qkv = h.ln @ h.w.T + 0.5 * (h.x @ h.A.astype(np.float64).T) @ h.B.T
     qkv = np.ascontiguousarray(qkv + (0 if of.qkv_bias is None else of.qkv_bias), np.float64)
     table = of.table.astype(np.float64)
     heads = of.heads

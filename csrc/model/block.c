@@ -91,14 +91,12 @@ static int step_attention_is_one(const struct glm_model *m, const struct glm_ste
     const struct glm_arch *arch = &m->arch;
     const struct glm_layer *layer = &m->layers[l];
     const struct glm_linear *qkv = &layer->linear[GLM_QKV];
-    const int drops = s->call.dropout && qkv->dropout > 0;
     if (arch->split_qkv || arch->qkv_by_head || arch->rope_2d || arch->residual_scale ||
         layer->input_layernorm.bias || step_gathers(m, s, l) || s->several || s->fused_swiglu ||
         !glm_is_frozen(m, &layer->linear[GLM_DENSE]))
         return 0;
     return !glm_trains(qkv->weight) && !glm_trains(qkv->bias) &&
-           !(glm_adapted(m, qkv) &&
-             (drops || glm_present(qkv->magnitude) || glm_present(qkv->B_bias)));
+           !(glm_adapted(m, qkv) && (glm_present(qkv->magnitude) || glm_present(qkv->B_bias)));
 }
 
 static int attention_is_one(const struct glm_model *m, int l)
@@ -121,6 +119,8 @@ static struct glm_self_attention self_attention_of(const struct glm_model *m, in
                                        .A = adapted ? &qkv->A->mat : NULL,
                                        .B = adapted ? &qkv->B->mat : NULL,
                                        .scale = qkv->scale,
+                                       .dropout = glm_mask_of(m, qkv, &s->all),
+                                       .dropped = s->lora_x,
                                        .table = m->rope_table,
                                        .position = s->all.position,
                                        .slot = s->call.cache ? s->slot : NULL,

@@ -364,7 +364,9 @@ struct glm_run_of_rows {
 };
 int glm_next_run(const struct glm_model *m, const struct glm_rows *rows, struct glm_run_of_rows *r);
 
-/* model/linear.c; xa = x A^T, of the dropped x where there is dropout */
+/* model/linear.c; xa = x A^T, of the dropped x where there is dropout, whose mask is glm_mask_of */
+struct glm_dropout glm_mask_of(const struct glm_model *m, const struct glm_linear *lin,
+                               const struct glm_rows *rows);
 void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, const void *inp,
                          void *xa, const struct glm_rows *rows);
 void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out,

@@ -365,11 +365,12 @@ static void self_attention_forward(void *cx, void *out, void *att, void *lse, vo
     struct plan *plan = cx;
     const struct glm_mat *W = of->qkv, *dense = of->dense;
     const enum glm_dtype type = glm_self_attention_type(plan->compute, of, N);
-    const int R = of->A ? of->A->rows : 0;
+    const int R = of->A ? of->A->rows : 0, drops = R && of->dropout.p > 0 && type == GLM_F32;
     COUNT(self_attention_forward, linear_flops(N, W->rows + R, W->cols) +
                                       linear_flops(N, W->rows, R) +
                                       linear_flops(N, dense->rows, dense->cols) +
                                       attention_flops(4, of->segments, of->n_segments, of->heads));
+    launch(plan, N && drops, 1);
     if (of->A)
         count_forward(plan, of->A, 0, N);
     if (type == GLM_F32) {
@@ -397,7 +398,7 @@ static void self_attention_backward(void *cx, void *dinp, void *dA, void *dB, vo
     struct plan *plan = cx;
     const struct glm_mat *W = of->qkv, *dense = of->dense;
     const enum glm_dtype type = glm_self_attention_type(plan->compute, of, N);
-    const int R = of->A ? of->A->rows : 0;
+    const int R = of->A ? of->A->rows : 0, drops = R && of->dropout.p > 0 && type == GLM_F32;
     COUNT(self_attention_backward,
           linear_flops(N, dense->rows, dense->cols) + (dB ? linear_flops(N, W->rows, R) : 0) +
               (dinp || dA ? linear_flops(N, W->rows, R) : 0) +
@@ -411,6 +412,7 @@ static void self_attention_backward(void *cx, void *dinp, void *dA, void *dB, vo
     count_backward_weight(plan, dB != NULL, 0, N, W->rows, R);
     if (of->A && (dinp || dA))
         count_backward_input(plan, of->B, N);
+    launch(plan, N && dA && drops, 1);
     count_backward_weight(plan, dA != NULL, 0, N, R, W->cols);
     if (!dinp)
         return;
@@ -420,6 +422,7 @@ static void self_attention_backward(void *cx, void *dinp, void *dA, void *dB, vo
         count_backward_input(plan, W, N);
     if (of->A)
         count_backward_input(plan, of->A, N);
+    launch(plan, N && drops, 1);
 }
 static void sum_squares(void *cx, double *out, const void *x, size_t n)
 {

@@ -254,12 +254,12 @@ def _attention(
 
 @_over(
     {
-        f"self-attention {name} {sum(counts)} of {HD}": (counts, NH, HD, dtype)
+        f"self-attention {name} {sum(counts)} of {HD}": (counts, NH, HD, dtype, p)
         for name, dtype in TYPES.items()
-        for counts, NH, HD in (((3,), 2, 8), ((21, 5), 6, 64), ((70, 1), 2, 128))
+        for counts, NH, HD, p in (((3,), 2, 8, 0.1), ((21, 5), 6, 64, 0.3), ((70, 1), 2, 128, 0))
     }
 )
-def _self_attention(counts: tuple[int, ...], NH: int, HD: int, dtype: int) -> Case:  # noqa: N803
+def _self_attention(counts: tuple[int, ...], NH: int, HD: int, dtype: int, p: float) -> Case:  # noqa: N803
     """Of a layer's half: its adapter trains, and rows that all segments share."""
 
     def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
@@ -282,6 +282,8 @@ def _self_attention(counts: tuple[int, ...], NH: int, HD: int, dtype: int) -> Ca
             A=Mat(A, F32),
             B=Mat(B, F32),
             scale=0.1,
+            dropout=Dropout(p, np.arange(N) % 3, np.arange(N), seed=7, step=2, site=3),
+            dropped=np.empty((N, C), o.real),
             cache=(kv[0], kv[1]),
             dcache=(kv[2], kv[3]),
         )

@@ -104,7 +104,8 @@ class _SelfAttention(ctypes.Structure):
         *[(name, c_void_p) for name in ("qkv_bias", "dense_bias")],
         *[(name, POINTER(_Mat)) for name in ("A", "B")],
         ("scale", c_double),
-        *[(name, c_void_p) for name in ("table", "position", "slot")],
+        ("dropout", _Dropout),
+        *[(name, c_void_p) for name in ("dropped", "table", "position", "slot")],
         ("rotary_dim", c_int),
         ("n_segments", c_int),
         ("segments", POINTER(Segment)),
@@ -132,6 +133,8 @@ class SelfAttention:
     A: Mat | None = None
     B: Mat | None = None
     scale: float = 1.0
+    dropout: Dropout | None = None
+    dropped: np.ndarray | None = None
     slot: np.ndarray | None = None
     cache: tuple[np.ndarray, np.ndarray] | None = None
     dcache: tuple[np.ndarray, np.ndarray] | None = None
@@ -342,6 +345,8 @@ class Ops:
             mat(of.A),
             mat(of.B),
             of.scale,
+            _Dropout() if of.dropout is None else self._dropout(of.dropout),
+            real(of.dropped),
             real(of.table),
             self._pointer(of.position, np.int32, what),
             self._pointer(of.slot, np.int32, what),
