@@ -191,7 +191,7 @@ struct glm_backend {
  *                       that the environment variable GLMLORA_ISA names, else the best
  *                       TYPE of the large products: float32; bfloat16 (avx512bf16, amx); int16 (of
  *                       activations that meet 8 and 4 bits forward, else float32); or int8 (over 8
- *                       and 4 bits with a scale a row; else bfloat16 where it is, or int16)
+ *                       and 4 bits, of groups forward alone; else bfloat16 where it is, or float32)
  *   cuda[:N][/TYPE]     device N; TYPE float32, float16 or bfloat16. From the library that the
  *                       environment variable GLMLORA_CUDA_LIBRARY names, or the one beside this
  *                       module

@@ -215,7 +215,7 @@ glm_status glm_cpu_create(struct glm_backend **out, const char *name, struct glm
                         sizeof *cpu + GLM_SCRATCH + PACKED);
     }
     cpu->compute = compute;
-    cpu->words = words || (compute == GLM_I8 && !isa->bfloat16);
+    cpu->words = words;
     snprintf(cpu->name, sizeof cpu->name, "%s", name);
     cpu->be = (struct glm_backend){
         .name = cpu->name,

@@ -55,8 +55,8 @@ struct pack_args { /* rows of x (N, K), or of A with strides am, ak, for the pro
     size_t am, ak;
     const uint16_t *factor; /* float16 factors of the K terms, or NULL */
     float scale;
-    float *word_scale; /* of runs of x as 16-bit integers, whose sums are word_sum: tmpl_words.h */
-    int32_t *word_sum;
+    float *word_scale; /* of runs of x as integers, and their `less`: tmpl_words.h */
+    int32_t *word_less;
     int grouped, pairs;
 };
 
@@ -66,7 +66,7 @@ struct nt_args { /* out[n * ldo + o * ldc] = scale * x W^T + bias (+ out) */
     const char *x; /* packed, R rows together */
     const struct x_run *runs;
     const float *word_scale; /* as in pack_args */
-    const int32_t *word_sum;
+    const int32_t *word_less;
     const float *bias;
     const struct glm_mat *w;
     enum glm_dtype kind;

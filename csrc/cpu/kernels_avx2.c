@@ -58,6 +58,17 @@ static inline __m256i group_sums(__m256i a, __m256i b, __m256i c, __m256i d)
 #define BYTE_BIAS 0
 #define BYTES_OF_W(v) (v)
 #define DOT_I8(acc, w, x) ((vf)dot_i8_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
+#define ADD_NIBBLES(acc, w, x)                              \
+    ({ /* as in DOT_I16 */                                  \
+       vf sum_ = (acc), pairs_;                             \
+       __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" \
+               : "+x"(sum_), "=&x"(pairs_)                  \
+               : "x"((vf)(w)), "xm"((vf)(x)));              \
+       sum_;                                                \
+    })
+#define NIBBLES_FROM(start) ((void)(start), (vf){0})
+#define NIBBLE_SUMS(acc, start) \
+    ((vf)((vi)_mm256_madd_epi16((__m256i)(acc), _mm256_set1_epi16(1)) + (start)))
 #define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
 /* w unsigned: two products may not overflow 16 bits */
 static inline __m256i dot_nibbles_avx2(__m256i acc, __m256i w, __m256i x)

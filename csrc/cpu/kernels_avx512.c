@@ -69,6 +69,17 @@ static inline void copy_part(char *to, const char *from, size_t bytes)
 #define BYTE_BIAS 0
 #define BYTES_OF_W(v) (v)
 #define DOT_I8(acc, w, x) ((vf)dot_i8_avx512((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
+#define ADD_NIBBLES(acc, w, x)                              \
+    ({ /* as in DOT_I16 */                                  \
+       vf sum_ = (acc), pairs_;                             \
+       __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" \
+               : "+v"(sum_), "=&v"(pairs_)                  \
+               : "v"((vf)(w)), "vm"((vf)(x)));              \
+       sum_;                                                \
+    })
+#define NIBBLES_FROM(start) ((void)(start), (vf){0})
+#define NIBBLE_SUMS(acc, start) \
+    ((vf)((vi)_mm512_madd_epi16((__m512i)(acc), _mm512_set1_epi16(1)) + (start)))
 #define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx512((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
 /* w unsigned: two products may not overflow 16 bits */
 static inline __m512i dot_nibbles_avx512(__m512i acc, __m512i w, __m512i x)

@@ -340,4 +340,4 @@ INLINE void few(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const vo
     finish(a, &t, 0, t.rows);
 }
 
-TASKS(few)
+TASKS(KINDS, few)

@@ -657,11 +657,14 @@ INLINE void tile_packed(const struct nt_args *a, const struct nt_tile *t, enum g
     if (kind == GLM_##of && w->dtype == GLM_##stored && (w->group != 0) == by_group) \
         return name##_##of##_##stored##_##by_group;
 
-/* name_task(kind, w): a task of name(kind, dtype, grouped, arg, task, scratch), constants first */
-#define TASKS(name)                                                           \
-    KINDS(TASK_OF_KIND, name)                                                 \
+/* name_task(kind, w): a task of name(kind, dtype, grouped, arg, task, scratch), constants first, for
+ * each of `kinds` */
+/* clang-format off */
+#define TASKS(kinds, name)                                                    \
+    kinds(TASK_OF_KIND, name)                                                 \
     static glm_task name##_task(enum glm_dtype kind, const struct glm_mat *w) \
     {                                                                         \
-        KINDS(WHERE_KIND, name)                                               \
+        kinds(WHERE_KIND, name)                                               \
         return NULL;                                                          \
     }
+/* clang-format on */

@@ -358,4 +358,4 @@ INLINE void gemm(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const v
     gemm_tile(c, (size_t)N, a, kind, dtype, grouped, m0, rows, n0, cols, bp, (float *)scratch);
 }
 
-TASKS(gemm)
+TASKS(KINDS, gemm)

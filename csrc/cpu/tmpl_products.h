@@ -58,7 +58,7 @@ INLINE void many(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const v
         tile_packed(a, &t, kind, dtype, grouped);
 }
 
-TASKS(many)
+TASKS(KINDS, many)
 
 static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
 {
@@ -77,8 +77,8 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
 
 static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
 {
-    const int K = p->K, O = a->w->rows, few = N <= WORDS_IN_PLACE;
-    const size_t bytes = (size_t)word_chunks(K, p->grouped) * 4 * VB,
+    const int K = p->K, O = a->w->rows, few = N <= most_in_place(p->dtype);
+    const size_t bytes = (size_t)word_chunks(K, p->grouped) * per_chunk(p->kind) * VB,
                  runs = (size_t)word_runs(K, p->grouped);
     const int R = few ? N > 1 ? WORD_ROWS : 1 : MR, columns = ceil_div((size_t)O, NT_COLS);
     const float *x = p->x;
@@ -88,12 +88,12 @@ static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *
         most = (N + R - 1) / R * R;
     p->to = cpu->packed;
     p->word_scale = (float *)(cpu->packed + (size_t)most * bytes);
-    p->word_sum = (int32_t *)(p->word_scale + (size_t)most * runs);
+    p->word_less = (int32_t *)(p->word_scale + (size_t)most * runs);
     p->R = a->R = R;
     p->pairs = !few;
     a->x = p->to;
     a->word_scale = p->word_scale;
-    a->word_sum = p->word_sum;
+    a->word_less = p->word_less;
     for (int n = 0; n < N; n += most) {
         p->N = a->N = N - n < most ? N - n : most;
         p->x = x + (size_t)n * K;
@@ -101,12 +101,12 @@ static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *
         run(cpu, ceil_div((size_t)a->N, (size_t)R), (size_t)a->N * K, pack_words_task, p);
         if (few) {
             glm_pool_run(cpu->pool, ceil_div((size_t)O, IN_PLACE_COLS),
-                         products_ns((size_t)O * K * (a->N + 1)), words_in_place_task, a);
+                         products_ns((size_t)O * K * (a->N + 1)), few_words_task(p->kind, a->w), a);
             continue;
         }
         a->rows = tile_rows(cpu, a->N, a->accumulate ? NT_ROWS_ADDED : NT_ROWS, columns);
         glm_pool_run(cpu->pool, ceil_div((size_t)a->N, (size_t)a->rows) * columns,
-                     products_ns((size_t)a->N * O * K), words_task, a);
+                     products_ns((size_t)a->N * O * K), many_words_task(p->kind, a->w), a);
     }
 }
 
@@ -139,7 +139,9 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
                         .kind = kind,
                         .accumulate = accumulate,
                         .scale = (float)scale};
-    if (cpu->words && kind == GLM_F32 && glm_is_quantized(weight->dtype)) {
+    const int bytes_by_group = cpu->compute == GLM_I8 && weight->group;
+    if (bytes_by_group || (cpu->words && kind == GLM_F32 && glm_is_quantized(weight->dtype))) {
+        p.kind = bytes_by_group ? GLM_I8 : kind;
         p.grouped = weight->group != 0;
         words_forward(cpu, &a, &p, N);
         return;

@@ -1,5 +1,6 @@
 /* linear_forward over W of 8 or 4 bits with x in 16-bit integers, "words": at the memory's speed
- * where there are no products of bfloat16, and 3e-5 (relative RMS) from float32.
+ * where there are no products of bfloat16, and 3e-5 (relative RMS) from float32. And, of kind GLM_I8,
+ * over groups of 4 bits with x in bytes, which are 127 at most where words are 32767.
  *
  * A row of x is cut into runs of 256 columns, or of 32 where W has group scales, and a run has the
  * scale max |x| / 32767. The sum of a run times a row of W is exact in 32 bits: 256 * 128 * 32767 <
@@ -10,7 +11,8 @@
  * W) of the groups i, i + 4, .. of the block. No product is added without being rounded.
  *
  * A chunk of 8 * VL columns is four vectors of words. Those of 4-bit columns are 4i + 1, 4i + 3, 4i
- * and 4i + 2, so that half a mask each takes them out of 16 bits of W; x is packed to match. */
+ * and 4i + 2, so that half a mask each takes them out of 16 bits of W; x is packed to match. Of
+ * bytes it is two, even columns and odd ones. 32 bits of either are a unit: two columns or four. */
 
 /* DOT_I16(acc, a, b) adds products of pairs of words to int32 lanes, exactly; BYTES_TO_WORDS(p): 2 *
  * VL signed bytes; GROUP_SUMS(a, b, c, d): sums of each four lanes of a, then of b .. */
@@ -30,6 +32,14 @@ typedef int8_t v_bytes __attribute__((vector_size(2 * VL), aligned(1)));
 #ifndef GROUP_SUMS
 #define GROUP_SUMS(a, b, c, d) ((vi)SUM4_INT(a, b, c, d))
 #endif
+/* ADD_NIBBLES(acc, w, x) adds quads of bytes, w of 0 to 15, from NIBBLES_FROM(start) on, and is made
+ * eight times at most before NIBBLE_SUMS(acc, start) is their sums as int32 and `start`, in each
+ * lane: 16 bits hold two of a quad's terms, 8 * 2 * 15 * 127. */
+#ifndef ADD_NIBBLES
+#define NIBBLES_FROM(start) ((vf)((vi){0} + (start)))
+#define ADD_NIBBLES DOT_I8
+#define NIBBLE_SUMS(acc, start) (acc)
+#endif
 
 typedef int16_t vs __attribute__((vector_size(4 * VL), aligned(4)));
 typedef uint16_t vus __attribute__((vector_size(4 * VL), aligned(4)));
@@ -44,7 +54,6 @@ enum {
     WORD_ROWS = 4,                /* rows of x at a time in place, if there are several, .. */
     WORD_COLS = VL == 16 ? 4 : 2, /* .. and rows of W then */
     WORD_PANEL = WORD_BLOCK / 2 * 4 * NR, /* bytes of a packed panel of NR rows of W */
-    WORDS_IN_PLACE = 16,                  /* more rows of x are worth packing W */
 };
 
 /* Runs of a row, of groups as many as whole vectors hold. */
@@ -54,11 +63,20 @@ INLINE int word_runs(int K, int grouped)
                    : (K + WORD_RUN - 1) / WORD_RUN;
 }
 
-/* Where the scale and the sum of a run of row r of R rows lie. */
+/* Where the scale and `less` of a run of row r of R rows lie. */
 INLINE size_t run_at(int r, int R, int run, int runs, int grouped)
 {
     return grouped ? (size_t)r * (size_t)runs + (size_t)run : (size_t)run * (size_t)R + (size_t)r;
 }
+
+/* More rows of x are worth packing W. */
+INLINE int most_in_place(enum glm_dtype dtype) { return dtype == GLM_I4 ? 8 : 16; }
+
+/* Vectors of a chunk of x. */
+INLINE int per_chunk(enum glm_dtype kind) { return kind == GLM_I8 ? 2 : 4; }
+
+/* Units of a group. */
+INLINE int per_group(enum glm_dtype kind) { return kind == GLM_I8 ? 8 : 16; }
 
 /* Chunks of a packed row of x, of groups as many as word_runs has room for. */
 INLINE int word_chunks(int K, int grouped)
@@ -66,9 +84,10 @@ INLINE int word_chunks(int K, int grouped)
     return grouped ? word_runs(K, 1) * WORD_GROUP / CHUNK : (K + CHUNK - 1) / CHUNK;
 }
 
-/* n <= run columns at x as words, then zeros, and 8 times their sum, by which masked 4-bit columns
- * are too large; a run that is not finite gets the scale NaN. */
-INLINE void words_of(int16_t *q, float *scale, int32_t *sum, const float *x, int n, int run)
+/* n <= run columns at x as integers up to `largest`, then zeros, and what makes up for masked 4-bit
+ * columns, which are 8 too large; a run that is not finite gets the scale NaN. */
+INLINE void words_of(int16_t *q, float *scale, int32_t *less, const float *x, int n, int run,
+                     float largest)
 {
     typedef int16_t vh __attribute__((vector_size(2 * VL), aligned(2)));
     vf top = {0}, bad = {0};
@@ -83,7 +102,7 @@ INLINE void words_of(int16_t *q, float *scale, int32_t *sum, const float *x, int
     for (int i = 0; i < VL; i++)
         most = top[i] > most ? top[i] : most;
     const int finite = lane_sum(bad) == 0;
-    const float inverse = 32767.0f / most;
+    const float inverse = largest / most;
     const vf factor = splat(finite && inverse < INFINITY ? inverse : 0);
     for (int k = 0; k < run; k += VL) {
         vi whole = {0};
@@ -95,10 +114,10 @@ INLINE void words_of(int16_t *q, float *scale, int32_t *sum, const float *x, int
         total += whole;
         *(vh *)(q + k) = __builtin_convertvector(whole, vh);
     }
-    *scale = finite ? most / 32767.0f : NAN;
-    *sum = 0;
+    *scale = finite ? most / largest : NAN;
+    *less = 0;
     for (int i = 0; i < VL; i++)
-        *sum += 8 * total[i];
+        *less -= 8 * total[i];
 }
 
 /* A chunk of natural columns in the order of 4-bit ones. */
@@ -112,22 +131,35 @@ INLINE void words_as_nibbles(int16_t *q)
             q[j * 2 * VL + i] = natural[4 * i + first[j]];
 }
 
-/* Pair i of vector j of a chunk in a packed row: a group's pairs are neighbours. */
-INLINE int place_of_pair(int j, int i, enum glm_dtype dtype)
+/* A chunk as bytes: the even columns, then the odd ones. */
+INLINE void bytes_as_nibbles(int16_t *q)
 {
-    return dtype == GLM_I4 ? i / 4 * 16 + j * 4 + i % 4 : j * VL + i;
+    int8_t *to = (int8_t *)q;
+    int16_t natural[CHUNK];
+    memcpy(natural, q, sizeof natural);
+    for (int i = 0; i < CHUNK / 2; i++) {
+        to[i] = (int8_t)natural[2 * i];
+        to[CHUNK / 2 + i] = (int8_t)natural[2 * i + 1];
+    }
 }
 
-/* R rows of x a task: vector by vector, R of them, or pair by pair where they meet packed W. */
+/* Unit i of vector j of a chunk in a packed row: a group's units are neighbours. */
+INLINE int place_of_unit(int j, int i, enum glm_dtype kind, enum glm_dtype dtype)
+{
+    return dtype == GLM_I4 ? i / 4 * per_group(kind) + j * 4 + i % 4 : j * VL + i;
+}
+
+/* R rows of x a task: vector by vector, R of them, or unit by unit where they meet packed W. */
 static void pack_words_task(const void *arg, int task, char *scratch)
 {
     const struct pack_args *p = arg;
     const int R = p->R, rows = p->N - task * R < R ? p->N - task * R : R;
     const int grouped = p->grouped, run = grouped ? WORD_GROUP : WORD_RUN;
     const int runs = word_runs(p->K, grouped), chunks = word_chunks(p->K, grouped);
-    int32_t *to = (int32_t *)p->to + (size_t)task * R * chunks * 4 * VL;
+    const int vectors = per_chunk(p->kind);
+    int32_t *to = (int32_t *)p->to + (size_t)task * R * chunks * vectors * VL;
     float *scale = p->word_scale + (size_t)task * R * runs;
-    int32_t *sum = p->word_sum + (size_t)task * R * runs;
+    int32_t *less = p->word_less + (size_t)task * R * runs;
     (void)scratch;
     for (int r = 0; r < R; r++)
         for (int k0 = 0, n = 0; k0 < p->K; k0 += WORD_BLOCK) {
@@ -137,22 +169,22 @@ static void pack_words_task(const void *arg, int task, char *scratch)
             for (int k = 0; k < WORD_BLOCK && n < runs; k += run, n++) {
                 const size_t at = run_at(r, R, n, runs, grouped);
                 const int there = r >= rows || K < k ? 0 : K - k < run ? K - k : run;
-                words_of(q + k, scale + at, sum + at, x + k, there, run);
+                words_of(q + k, scale + at, less + at, x + k, there, run,
+                         p->kind == GLM_I8 ? 127.0f : 32767.0f);
             }
             for (int c = 0; c < WORD_BLOCK / CHUNK && k0 / CHUNK + c < chunks; c++) {
-                const int chunk = k0 / CHUNK + c;
+                const size_t first = (size_t)(k0 / CHUNK + c) * vectors;
                 int16_t *from = q + c * CHUNK;
-                if (p->dtype == GLM_I4)
+                if (p->kind == GLM_I8)
+                    bytes_as_nibbles(from);
+                else if (p->dtype == GLM_I4)
                     words_as_nibbles(from);
-                for (int j = 0; j < 4; j++, from += 2 * VL)
+                for (int j = 0; j < vectors; j++, from += 2 * VL)
                     if (!p->pairs)
-                        memcpy(to + ((size_t)(chunk * 4 + j) * R + r) * VL, from, 4 * VL);
+                        memcpy(to + ((first + j) * R + r) * VL, from, 4 * VL);
                     else
                         for (int i = 0; i < VL; i++)
-                            memcpy(to +
-                                       ((size_t)chunk * 4 * VL +
-                                        (size_t)place_of_pair(j, i, p->dtype)) *
-                                           R +
+                            memcpy(to + (first * VL + place_of_unit(j, i, p->kind, p->dtype)) * R +
                                        r,
                                    from + 2 * i, 4);
             }
@@ -168,11 +200,28 @@ INLINE vf words_of_w(const char *p, int j, enum glm_dtype dtype)
     return (vf)((vs)(j == 0 ? raw << 12 : j == 1 ? raw << 4 : j == 2 ? raw << 8 : raw) >> 12);
 }
 
+/* Vector j of the chunk of W at p as bytes, 8 too large. */
+INLINE vf nibbles_of_w(const char *p, int j)
+{
+    const vu both = (vu)load_bytes(p) ^ 0x88888888u;
+    return (vf)((j ? both : both >> 4) & 0x0f0f0f0fu);
+}
+
 /* acc[r] += the chunk at p times those of R rows of x. One row meets 4-bit columns as they are
  * masked: 8 too large, and two of the vectors, summed in `high`, 16 times as large. */
-INLINE void add_words(vf *acc, vf *high, int R, const char *p, const char *x, enum glm_dtype dtype)
+INLINE void add_words(vf *acc, vf *high, int R, const char *p, const char *x, enum glm_dtype kind,
+                      enum glm_dtype dtype)
 {
 #define X(i) load((const float *)(x + (i) * VB))
+    if (kind == GLM_I8) {
+        const vf even = nibbles_of_w(p, 0), odd = nibbles_of_w(p, 1);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            acc[r] = ADD_NIBBLES(acc[r], even, X(r));
+            acc[r] = ADD_NIBBLES(acc[r], odd, X(R + r));
+        }
+        return;
+    }
     if (R == 1 && dtype == GLM_I4) {
         const vus v = (vus)load_bytes(p) ^ 0x8888, u = v >> 8;
         *acc = DOT_I16(*acc, (vf)(v & 15), X(0));
@@ -192,15 +241,17 @@ INLINE void add_words(vf *acc, vf *high, int R, const char *p, const char *x, en
 }
 
 /* What both halves of add_words sum to. */
-INLINE vf whole_words(vf acc, vf high, int R, enum glm_dtype dtype)
+INLINE vf whole_words(vf acc, vf high, int R, enum glm_dtype kind, enum glm_dtype dtype)
 {
+    if (kind == GLM_I8)
+        return NIBBLE_SUMS(acc, 0);
     return R == 1 && dtype == GLM_I4 ? (vf)((vi)acc + ((vi)high >> 4)) : acc;
 }
 
 /* sums[c * R + r] = row r of R (1 or 4) of packed x times row c of C (4 where R is 1) of W, before
  * the scale of W. */
 INLINE void word_rows(float *sums, int R, int C, const char *x, const float *scale,
-                      const int32_t *sum, const char *const *row, int K, enum glm_dtype dtype,
+                      const int32_t *less, const char *const *row, int K, enum glm_dtype dtype,
                       size_t ahead)
 {
     enum { RUN_BYTES = WORD_RUN };
@@ -229,14 +280,14 @@ INLINE void word_rows(float *sums, int R, int C, const char *x, const float *sca
                 const size_t at = glm_bytes(dtype, (size_t)i * CHUNK);
                 if (at % 64 == 0) /* a line once */
                     __builtin_prefetch(row[c] + glm_bytes(dtype, (size_t)k0) + at + ahead, 0, 2);
-                add_words(acc + c * R, high + c, R, p[c] + at, x, dtype);
+                add_words(acc + c * R, high + c, R, p[c] + at, x, GLM_F32, dtype);
             }
         if (R == 1) {
             for (int c = 0; c < 4; c++)
-                acc[c] = whole_words(acc[c], high[c], R, dtype);
+                acc[c] = whole_words(acc[c], high[c], R, GLM_F32, dtype);
             const v4i s = (v4i)SUM4_INT(acc[0], acc[1], acc[2], acc[3]);
-            const int32_t bias = dtype == GLM_I4 ? sum[run] : 0;
-            y[0] += __builtin_convertvector(s - bias, v4) * scale[run];
+            const int32_t bias = dtype == GLM_I4 ? less[run] : 0;
+            y[0] += __builtin_convertvector(s + bias, v4) * scale[run];
             continue;
         }
 #pragma GCC unroll 4
@@ -256,9 +307,10 @@ INLINE void word_rows(float *sums, int R, int C, const char *x, const float *sca
 #endif
 
 /* y[r] += the products of four chunks of W at p, as many groups as a vector has lanes; of_w: their
- * scales; scale, sum: of x, `runs` from one row to the next; `from` is fetched into the cache. */
+ * scales; scale, less: of x, `runs` from one row to the next; `from` is fetched into the cache. */
 INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char *x,
-                       const float *scale, const int32_t *sum, int runs, const float *of_w)
+                       const float *scale, const int32_t *less, int runs, const float *of_w,
+                       enum glm_dtype kind)
 {
     vf t[4][4];
 #pragma GCC unroll 4
@@ -266,16 +318,16 @@ INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char
         vf acc[4] = {{0}}, high = {0};
         if (i * VB % 64 == 0) /* a line once */
             __builtin_prefetch(from + i * VB, 0, 2);
-        add_words(acc, &high, R, p + i * VB, x + i * 4 * R * VB, GLM_I4);
+        add_words(acc, &high, R, p + i * VB, x + i * per_chunk(kind) * R * VB, kind, GLM_I4);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
-            t[r][i] = whole_words(acc[r], high, R, GLM_I4);
+            t[r][i] = whole_words(acc[r], high, R, kind, GLM_I4);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
         vi s = GROUP_SUMS(t[r][0], t[r][1], t[r][2], t[r][3]);
-        if (R == 1)
-            s -= *(const vi *)sum;
+        if (R == 1 || kind == GLM_I8)
+            s += (vi)load((const float *)(less + (size_t)r * (size_t)runs));
         const vf v = INT_TO_FLOAT(s) * (load(scale + (size_t)r * (size_t)runs) * load(of_w));
         y[r] += QUARTER(v, 0);
 #if VL > 4
@@ -289,8 +341,8 @@ INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char
 }
 
 /* The same as word_rows for one row of W with group scales; sums[r]. */
-INLINE void word_groups(float *sums, int R, const char *x, const float *scale, const int32_t *sum,
-                        const struct glm_mat *w, int o, size_t ahead)
+INLINE void word_groups(float *sums, int R, const char *x, const float *scale, const int32_t *less,
+                        const struct glm_mat *w, int o, size_t ahead, enum glm_dtype kind)
 {
     const int K = w->cols, runs = word_runs(K, 1);
     const char *p = (const char *)w->data + (size_t)o * glm_bytes(GLM_I4, (size_t)K);
@@ -303,14 +355,15 @@ INLINE void word_groups(float *sums, int R, const char *x, const float *scale, c
         v4 y[4] = {{0}};
         int left = in_block;
         run_scales(of_w, w, o, k0, in_block);
-        for (; left >= 4 * CHUNK; left -= 4 * CHUNK, p += 4 * VB, x += 16 * R * VB) {
-            add_groups(y, R, p, p + ahead, x, scale, sum, runs, next);
-            scale += VL, sum += VL, next += VL;
+        for (; left >= 4 * CHUNK;
+             left -= 4 * CHUNK, p += 4 * VB, x += 4 * per_chunk(kind) * R * VB) {
+            add_groups(y, R, p, p + ahead, x, scale, less, runs, next, kind);
+            scale += VL, less += VL, next += VL;
         }
         if (left > 0) { /* x has zeros there */
             char end[4 * VB] __attribute__((aligned(64)));
             COPY_PART(end, p, (size_t)left / 2);
-            add_groups(y, R, end, p, x, scale, sum, runs, next);
+            add_groups(y, R, end, p, x, scale, less, runs, next, kind);
         }
         for (int r = 0; r < R; r++)
             sums[r] += (y[r][0] + y[r][1]) + (y[r][2] + y[r][3]);
@@ -318,8 +371,8 @@ INLINE void word_groups(float *sums, int R, const char *x, const float *scale, c
 }
 
 /* tile (a->N, IN_PLACE_COLS) of few rows, R (1 or WORD_ROWS) at a time. */
-INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype dtype, int grouped,
-                           int R, int o0, int cols)
+INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype kind,
+                           enum glm_dtype dtype, int grouped, int R, int o0, int cols)
 {
     const struct glm_mat *w = a->w;
     const int K = w->cols, C = R == 1 ? 4 : WORD_COLS, runs = word_runs(K, grouped);
@@ -330,15 +383,16 @@ INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype 
             row[c] = (const char *)w->data +
                      (size_t)(o0 + o + c < w->rows ? o0 + o + c : w->rows - 1) * stride;
         for (int g = 0; g * R < a->N; g++) {
-            const char *x = a->x + (size_t)g * R * (size_t)word_chunks(K, grouped) * 4 * VB;
+            const char *x =
+                a->x + (size_t)g * R * (size_t)word_chunks(K, grouped) * per_chunk(kind) * VB;
             const float *scale = a->word_scale + (size_t)g * R * runs;
-            const int32_t *sum = a->word_sum + (size_t)g * R * runs;
+            const int32_t *less = a->word_less + (size_t)g * R * runs;
             float sums[16] = {0};
             if (!grouped)
-                word_rows(sums, R, C, x, scale, sum, row, K, dtype,
+                word_rows(sums, R, C, x, scale, less, row, K, dtype,
                           dtype == GLM_I4 ? 1024 : C * stride);
             for (int c = 0; grouped && c < C && o + c < cols; c++)
-                word_groups(sums + c * R, R, x, scale, sum, w, o0 + o + c, 1024);
+                word_groups(sums + c * R, R, x, scale, less, w, o0 + o + c, 1024, kind);
             for (int r = 0; r < R; r++)
                 for (int c = 0; c < C; c++)
                     tile[(g * R + r) * IN_PLACE_COLS + o + c] = sums[c * R + r];
@@ -346,33 +400,29 @@ INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype 
     }
 }
 
-static void words_in_place_task(const void *arg, int task, char *scratch)
+INLINE void few_words(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const void *arg,
+                      int task, char *scratch)
 {
     const struct nt_args *a = arg;
     const struct nt_tile t = tile_in_scratch(a, task, scratch);
-#define CALL(stored, by_group)                                                    \
-    do {                                                                          \
-        if (a->R == 1)                                                            \
-            words_in_place(t.tile, a, stored, by_group, 1, t.o0, t.cols);         \
-        else                                                                      \
-            words_in_place(t.tile, a, stored, by_group, WORD_ROWS, t.o0, t.cols); \
-    } while (0)
-#define EACH_STORED(call)      \
-    if (a->w->dtype == GLM_I8) \
-        call(GLM_I8, 0);       \
-    else if (a->w->group)      \
-        call(GLM_I4, 1);       \
-    else                       \
-        call(GLM_I4, 0)
-    EACH_STORED(CALL);
-#undef CALL
+    if (a->R == 1)
+        words_in_place(t.tile, a, kind, dtype, grouped, 1, t.o0, t.cols);
+    else
+        words_in_place(t.tile, a, kind, dtype, grouped, WORD_ROWS, t.o0, t.cols);
     finish(a, &t, 0, t.rows);
 }
 
-/* NR rows of W from row o on, of which `rows` are there, columns k0 .. k0 + K - 1: (pairs, NR). */
-INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype dtype, int o, int rows,
-                         int k0, int K)
+/* clang-format off */
+#define WORD_KINDS(each, name)                                                            \
+    each(name, F32, I8, 0) each(name, F32, I4, 0) each(name, F32, I4, 1) each(name, I8, I4, 1)
+/* clang-format on */
+TASKS(WORD_KINDS, few_words)
+
+/* NR rows of W from row o on, of which `rows` are there, columns k0 .. k0 + K - 1: (units, NR). */
+INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype kind,
+                         enum glm_dtype dtype, int o, int rows, int k0, int K)
 {
+    const int vectors = per_chunk(kind);
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
     const char *first = (const char *)w->data + (size_t)o * stride;
     for (int k = 0; k < K; k += CHUNK)
@@ -382,6 +432,8 @@ INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype dtype
             const int left = K - k < CHUNK ? K - k : CHUNK;
             for (int r = 0; r < VL; r++) {
                 p[r] = first + (size_t)(v * VL + r) * stride + glm_bytes(dtype, (size_t)(k0 + k));
+                if (glm_bytes(dtype, (size_t)k) % 64 == 0) /* a line once */
+                    __builtin_prefetch(p[r] + NR * stride, 0, 2);
                 if (v * VL + r < rows && left == CHUNK)
                     continue;
                 memset(end[r], 0, sizeof end[r]);
@@ -389,52 +441,55 @@ INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype dtype
                     memcpy(end[r], p[r], glm_bytes(dtype, (size_t)left));
                 p[r] = end[r];
             }
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < vectors; j++) {
                 vf x[VL];
                 for (int r = 0; r < VL; r++)
-                    x[r] = words_of_w(p[r], j, dtype);
+                    x[r] = kind == GLM_I8 ? nibbles_of_w(p[r], j) : words_of_w(p[r], j, dtype);
                 transpose(x);
-                for (int i = 0; i < VL; i++)
-                    store((float *)(to + ((size_t)(k / 2 + place_of_pair(j, i, dtype)) * NV +
-                                          (size_t)v) *
-                                             VB),
-                          x[i]);
+                for (int i = 0; i < VL; i++) {
+                    const int unit = k / CHUNK * vectors * VL + place_of_unit(j, i, kind, dtype);
+                    store((float *)(to + ((size_t)unit * NV + (size_t)v) * VB), x[i]);
+                }
             }
         }
 }
 
-/* Of a tile in registers, which the compiler leaves there where the loops are unrolled. */
-#define EACH_SUM                                          \
-    _Pragma("GCC unroll 12") for (int m = 0; m < MR; m++) \
+/* Of a tile in registers, which the compiler leaves there where the loops are unrolled: M rows, MR or
+ * half of them. */
+#define EACH_SUM                                         \
+    _Pragma("GCC unroll 12") for (int m = 0; m < M; m++) \
         _Pragma("GCC unroll 2") for (int v = 0; v < NV; v++)
 
-/* acc (MR, NV) = sum over `pairs` of those of x (pairs, MR) times those of w (pairs, NR) */
-INLINE void dot_words(vf acc[MR][NV], const float *x, const char *w, int pairs)
+/* acc (M, NV) = sum over `units` of those of x (units, MR) times those of w (units, NR), and of
+ * bytes the less[m * runs] */
+INLINE void dot_words(vf (*acc)[NV], int M, const float *x, const char *w, int units,
+                      enum glm_dtype kind, const int32_t *less, int runs)
 {
-    EACH_SUM acc[m][v] = (vf){0};
-    for (int k = 0; k < pairs; k++, x += MR, w += NV * VB) {
+    EACH_SUM acc[m][v] = kind == GLM_I8 ? NIBBLES_FROM(less[m * runs]) : (vf){0};
+    for (int k = 0; k < units; k++, x += MR, w += NV * VB) {
         vf wv[NV];
 #pragma GCC unroll 2
         for (int v = 0; v < NV; v++)
             wv[v] = load((const float *)(w + v * VB));
 #pragma GCC unroll 12
-        for (int m = 0; m < MR; m++) {
+        for (int m = 0; m < M; m++) {
             const vf xv = splat_unit(x + m);
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++)
-                acc[m][v] = DOT_I16(acc[m][v], wv[v], xv);
+                acc[m][v] = kind == GLM_I8 ? ADD_NIBBLES(acc[m][v], wv[v], xv)
+                                           : DOT_I16(acc[m][v], wv[v], xv);
         }
     }
 }
 
-/* tile (MR, NR; ldt) += the products of `pairs` pairs; scale: of the first run of x */
-INLINE void word_tile(float *tile, size_t ldt, const float *x, const char *w, int pairs,
+/* tile (M, NR; ldt) += the products of `units` pairs; scale: of the first run of x */
+INLINE void word_tile(float *tile, size_t ldt, int M, const float *x, const char *w, int units,
                       const float *scale)
 {
-    for (int k = 0; k < pairs; k += WORD_RUN / 2, scale += MR) {
+    for (int k = 0; k < units; k += WORD_RUN / 2, scale += MR) {
         vf acc[MR][NV];
-        dot_words(acc, x + (size_t)k * MR, w + (size_t)k * NV * VB,
-                  pairs - k < WORD_RUN / 2 ? pairs - k : WORD_RUN / 2);
+        dot_words(acc, M, x + (size_t)k * MR, w + (size_t)k * NV * VB,
+                  units - k < WORD_RUN / 2 ? units - k : WORD_RUN / 2, GLM_F32, NULL, 0);
         EACH_SUM
         {
             float *at = tile + m * ldt + v * VL;
@@ -443,18 +498,27 @@ INLINE void word_tile(float *tile, size_t ldt, const float *x, const char *w, in
     }
 }
 
-/* The same with the scales of W's groups, (groups, NR); `runs` from one row's scales to the next */
-INLINE void word_group_tile(float *tile, size_t ldt, const float *x, const char *w, int pairs,
-                            const float *scale, int runs, const float *of_w)
+/* The same with the scales of W's groups, (groups, NR); `runs` from one row's scale and less to the
+ * next's */
+INLINE void word_group_tile(float *tile, size_t ldt, int M, const float *x, const char *w,
+                            int units, const float *scale, const int32_t *less, int runs,
+                            const float *of_w, enum glm_dtype kind)
 {
+    const int each = per_group(kind);
     vf part[4][MR][NV];
-    memset(part, 0, sizeof part);
-    for (int g = 0; g * WORD_GROUP / 2 < pairs; g++) {
+    for (int i = 0; i < 4; i++)
+        EACH_SUM part[i][m][v] = (vf){0};
+    for (int g = 0; g * each < units; g++) {
         vf acc[MR][NV];
-        dot_words(acc, x + (size_t)g * WORD_GROUP / 2 * MR,
-                  w + (size_t)g * WORD_GROUP / 2 * NV * VB, WORD_GROUP / 2);
-        EACH_SUM part[g % 4][m][v] += INT_TO_FLOAT((vi)acc[m][v]) *
-                                      (splat(scale[m * runs + g]) * load(of_w + g * NR + v * VL));
+        dot_words(acc, M, x + (size_t)g * each * MR, w + (size_t)g * each * NV * VB, each, kind,
+                  less + g, runs);
+        EACH_SUM
+        {
+            const vi s =
+                (vi)(kind == GLM_I8 ? NIBBLE_SUMS(acc[m][v], less[m * runs + g]) : acc[m][v]);
+            part[g % 4][m][v] +=
+                INT_TO_FLOAT(s) * (splat(scale[m * runs + g]) * load(of_w + g * NR + v * VL));
+        }
     }
     EACH_SUM
     {
@@ -464,25 +528,34 @@ INLINE void word_group_tile(float *tile, size_t ldt, const float *x, const char 
 }
 
 /* tile (rows, ldt) of many rows: blocks of W are packed a panel at a time, x is packed already */
-INLINE void words_packed(float *tile, size_t ldt, const struct nt_args *a, enum glm_dtype dtype,
-                         int grouped, int n0, int rows, int o0, int cols, char *wp)
+INLINE void words_packed(const struct nt_args *a, const struct nt_tile *t, enum glm_dtype kind,
+                         enum glm_dtype dtype, int grouped)
 {
+    const int n0 = t->n0, rows = t->rows, o0 = t->o0, cols = t->cols;
+    const size_t ldt = t->ldt;
+    float *tile = t->tile;
+    char *wp = t->wp;
     const int K = a->w->cols, runs = word_runs(K, grouped), panels = (cols + NR - 1) / NR;
     const int tiles = (rows + MR - 1) / MR * panels;
-    const size_t units = (size_t)word_chunks(K, grouped) * 4 * VL;
+    const int in_chunk = per_chunk(kind) * VL;
+    const size_t in_row = (size_t)word_chunks(K, grouped) * in_chunk;
     float *of_w = (float *)(wp + (size_t)NT_COLS / NR * WORD_PANEL), edge[MR * NR] = {0};
     for (int n = 0; n < rows; n++)
         memset(tile + n * ldt, 0, (size_t)cols * 4);
     for (int k0 = 0; k0 < K; k0 += WORD_BLOCK) {
         const int in_block = K - k0 < WORD_BLOCK ? K - k0 : WORD_BLOCK, next = K - k0 - WORD_BLOCK;
-        const int pairs = word_chunks(in_block, 0) * 4 * VL;
+        const int units = word_chunks(in_block, 0) * in_chunk;
         for (int o = 0; o < cols; o += NR)
-            pack_w_words(wp + (size_t)o / NR * WORD_PANEL, a->w, dtype, o0 + o, cols - o, k0,
+            pack_w_words(wp + (size_t)o / NR * WORD_PANEL, a->w, kind, dtype, o0 + o, cols - o, k0,
                          in_block);
         for (int o = 0; grouped && o < panels * NR; o++) {
             float scale[BLOCK_GROUPS] = {0};
-            if (o < cols)
+            if (o < cols) {
+                __builtin_prefetch(a->w->scale + (size_t)(o0 + o + 8) * glm_scale_cols(a->w) +
+                                       k0 / a->w->group,
+                                   0, 2);
                 run_scales(scale, a->w, o0 + o, k0, in_block);
+            }
             for (int g = 0; g < BLOCK_GROUPS; g++)
                 of_w[((size_t)o / NR * BLOCK_GROUPS + g) * NR + o % NR] = scale[g];
         }
@@ -490,9 +563,9 @@ INLINE void words_packed(float *tile, size_t ldt, const struct nt_args *a, enum 
                                          next < WORD_BLOCK ? next & ~1 : WORD_BLOCK, tiles);
         for (int n = 0; n < rows; n += MR) {
             const size_t group = (size_t)(n0 + n) * runs;
-            const float *x = (const float *)a->x + (size_t)(n0 + n) * units + (size_t)k0 / 2 * MR;
-            const float *scale =
-                a->word_scale + group + (grouped ? k0 / WORD_GROUP : k0 / WORD_RUN * MR);
+            const float *x = (const float *)a->x + (size_t)(n0 + n) * in_row +
+                             (size_t)k0 / CHUNK * in_chunk * MR;
+            const size_t run = group + (grouped ? k0 / WORD_GROUP : k0 / WORD_RUN * MR);
             const int height = rows - n < MR ? rows - n : MR;
             for (int o = 0; o < cols; o += NR) {
                 const int width = cols - o < NR ? cols - o : NR;
@@ -506,11 +579,19 @@ INLINE void words_packed(float *tile, size_t ldt, const struct nt_args *a, enum 
                     to = edge;
                     ld = NR;
                 }
-                if (grouped)
-                    word_group_tile(to, ld, x, w, pairs, scale, runs,
-                                    of_w + (size_t)o * BLOCK_GROUPS);
+#define TILE(M)                                                                                    \
+    do {                                                                                           \
+        if (grouped)                                                                               \
+            word_group_tile(to, ld, M, x, w, units, a->word_scale + run, a->word_less + run, runs, \
+                            of_w + (size_t)o * BLOCK_GROUPS, kind);                                \
+        else                                                                                       \
+            word_tile(to, ld, M, x, w, units, a->word_scale + run);                                \
+    } while (0)
+                if (height <= MR / 2)
+                    TILE(MR / 2);
                 else
-                    word_tile(to, ld, x, w, pairs, scale);
+                    TILE(MR);
+#undef TILE
                 for (int r = 0; to == edge && r < height; r++)
                     memcpy(at + r * ldt, edge + r * NR, (size_t)width * 4);
             }
@@ -518,13 +599,13 @@ INLINE void words_packed(float *tile, size_t ldt, const struct nt_args *a, enum 
     }
 }
 
-static void words_task(const void *arg, int task, char *scratch)
+INLINE void many_words(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const void *arg,
+                       int task, char *scratch)
 {
     const struct nt_args *a = arg;
     const struct nt_tile t = tile_of_task(a, task, scratch);
-#define CALL(stored, by_group) \
-    words_packed(t.tile, t.ldt, a, stored, by_group, t.n0, t.rows, t.o0, t.cols, t.wp)
-    EACH_STORED(CALL);
-#undef CALL
+    words_packed(a, &t, kind, dtype, grouped);
     finish(a, &t, 0, t.rows);
 }
+
+TASKS(WORD_KINDS, many_words)

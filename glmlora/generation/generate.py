@@ -413,10 +413,10 @@ def warn_of_products(model: Model) -> None:
     if not core.backend.endswith("/int8"):
         return
     kinds = {core.dtype(name) for name in core.names()}
-    if "I8" not in kinds and ("I4" not in kinds or model.config.quantization_group_size):
+    if not kinds & {"I8", "I4"}:
         tell.once(
-            "compute_dtype 'int8' has no effect: the base is not quantized to integers with a "
-            "scale a row; use quantization_bit=8, model.quantize(8) or model.quantize(4)"
+            "compute_dtype 'int8' has no effect: the base is not quantized to integers; use "
+            "quantization_bit=8 or 4, or model.quantize"
         )
 
 

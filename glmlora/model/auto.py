@@ -60,9 +60,8 @@ class AutoModel:
         load_in_8bit, load_in_4bit: as `quantize(8)` and `quantize(4, group_size=32)`. device: as
         `to` takes it, or "auto"; device_map: the same, or a dict whose values are one device.
         use_safetensors: True takes no other files, False only torch's. family, rope_mode: see
-        ChatGLMConfig. compute_dtype: of the large products, "float32", "bfloat16", "int16" (over
-        int8 and int4 weights) or "int8" (over those with a scale a row); default "auto", see
-        model/device.py;
+        ChatGLMConfig. compute_dtype: of the large products, "float32", "bfloat16", "int16" or
+        "int8" (over int8 and int4 weights); default "auto", see model/device.py;
         `model.compute_dtype` is the one in use.
         generation_config: in place of its generation_config.json.
         others: keys of config.json to replace (`pre_seq_len=128`), and keywords of transformers

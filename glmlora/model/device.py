@@ -10,9 +10,10 @@ library in place of the one beside this package; GLMLORA_CUDA_CHECK=1 waits for 
 the one that fails.
 
 Products on the CPU are in what the processor multiplies fast: bfloat16 rounds both operands to 8
-significant bits and sums in float32; int8 does so to 8-bit integers with a scale for each 2,048
-columns of a row, outliers kept apart, over weights of 8 or 4 bits with a scale a row (over others
-bfloat16 where the processor has it, else float32). Adapters, norms, attention's softmax and the
+significant bits and sums in float32; int8 does so to 8-bit integers over weights of 8 or 4 bits
+(over others bfloat16 where the processor has it, else float32), with a scale for each 2,048 columns
+of a row, outliers kept apart, or for each 32 columns where the weights have groups; gradients of
+what meets groups stay in bfloat16 or float32. Adapters, norms, attention's softmax and the
 optimiser stay in float32.
 """
 

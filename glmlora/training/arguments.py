@@ -103,7 +103,7 @@ class ModelArguments(Group):
         "4 bits are integers in groups of 32", ("fp4", "nf4"))
     double_quantization: bool = option(True, "A", "the scales of a 4-bit base are float16")
     compute_dtype: str | None = option(None, "S",
-        "type of the large products; int8: over an int8 base",
+        "type of the large products; int8: over an int8 or int4 base",
         ("auto", "float32", "bfloat16", "int16", "int8"))
     checkpoint_dir: str | list[str] | None = option(None, "S",
         "trained checkpoints, separated by commas")
