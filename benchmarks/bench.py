@@ -135,6 +135,7 @@ class Bench:
         "int8 arithmetic": ("--bits", 8, "--compute", "int8"),
         "int4": ("--bits", 4),
         "int4 groups": ("--bits", 4, "--group", 32),
+        "int4 groups, int8 arithmetic": ("--bits", 4, "--group", 32, "--compute", "int8"),
     }
 
     def __init__(self, folder, minutes, peers):
@@ -334,11 +335,11 @@ def gemm(b):
 
 
 LLAMA = {"float16": "F16", "int8": "Q8_0", "int8 arithmetic": "Q8_0"}
-LLAMA |= {"int4": "Q4_0", "int4 groups": "Q4_0"}
+LLAMA |= {"int4": "Q4_0", "int4 groups": "Q4_0", "int4 groups, int8 arithmetic": "Q4_0"}
 
 
 def decode(b):
-    kinds = ("float16", "int8", "int4", "int4 groups")
+    kinds = ("float16", "int8", "int4", "int4 groups", "int4 groups, int8 arithmetic")
     job = dict(job="decode", rows=1, context=128, steps=6)
     jobs = {name: (name, job) for name in kinds} | {"torch": ("torch", job)}
     jobs |= {LLAMA[n]: (f"llama.cpp {LLAMA[n]}", job) for n in kinds}
@@ -351,11 +352,12 @@ def decode(b):
         facts = dict(rate=rate, unit="GB/s", limit="read_gb_s", peers=peers, bars=bars)
         b.row(2, f"decode, 1 row, context 128, {name}", m[name], **facts)
     job = dict(job="decode", rows=16, context=64, steps=6)
-    jobs = {n: (n, job | dict(layers=[1, 3])) for n in ("float16", "int8", "int4 groups")}
-    jobs |= {"torch": ("torch", job), "F16": ("llama.cpp F16", job)}
-    m = b.run(jobs, 15)
-    for name in ("float16", "int8", "int4 groups"):
-        peers = those(m, {"torch": "torch", "F16": "F16"} if name == "float16" else {})
+    kinds = ("float16", "int8", "int8 arithmetic", "int4 groups", "int4 groups, int8 arithmetic")
+    jobs = {n: (n, job | dict(layers=[1, 3])) for n in kinds} | {"torch": ("torch", job)}
+    jobs |= {LLAMA[n]: (f"llama.cpp {LLAMA[n]}", job) for n in kinds}
+    m = b.run(jobs, 20)
+    for name in kinds:
+        peers = those(m, {"torch": "torch", LLAMA[name]: LLAMA[name]})
         facts = dict(rate=16 / m[name]["seconds"], unit="tokens/s", peers=peers)
         b.row(8, f"decode, 16 rows, context 64, {name}", m[name], **facts, bars={"torch": 2.0})
 
@@ -366,6 +368,7 @@ def prefill(b):
         "float16": {"torch": 1.0, "F16": 1.8},
         "int8 arithmetic": {"torch": 1.7, "Q8_0": 2.5},
         "int4 groups": {"Q4_0": 1.4},
+        "int4 groups, int8 arithmetic": {"Q4_0": 1.8},
     }
     jobs = {name: (name, job) for name in kinds} | {"torch": ("torch", job)}
     jobs |= {k: (f"llama.cpp {k}", job) for k in ("F16", "Q8_0", "Q4_0")}

@@ -69,6 +69,18 @@ static inline __m256i group_sums(__m256i a, __m256i b, __m256i c, __m256i d)
 #define NIBBLES_FROM(start) ((void)(start), (vf){0})
 #define NIBBLE_SUMS(acc, start) \
     ((vf)((vi)_mm256_madd_epi16((__m256i)(acc), _mm256_set1_epi16(1)) + (start)))
+#define ADD_BOTH(w, x, w2, x2)                                              \
+    ((vf)_mm256_add_epi16(_mm256_maddubs_epi16((__m256i)(w), (__m256i)(x)), \
+                          _mm256_maddubs_epi16((__m256i)(w2), (__m256i)(x2))))
+#define NIBBLE_GROUPS(a, b, c, d) \
+    ((vi)nibble_groups((__m256i)(a), (__m256i)(b), (__m256i)(c), (__m256i)(d)))
+/* 16 bits hold four lanes of ADD_BOTH: 4 * 4 * 15 * 127 */
+static inline __m256i nibble_groups(__m256i a, __m256i b, __m256i c, __m256i d)
+{
+    const __m256i t = _mm256_hadd_epi16(_mm256_hadd_epi16(a, b), _mm256_hadd_epi16(c, d));
+    return _mm256_permutevar8x32_epi32(_mm256_madd_epi16(t, _mm256_set1_epi16(1)),
+                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
 #define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
 /* w unsigned: two products may not overflow 16 bits */
 static inline __m256i dot_nibbles_avx2(__m256i acc, __m256i w, __m256i x)

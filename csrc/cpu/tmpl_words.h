@@ -40,6 +40,18 @@ typedef int8_t v_bytes __attribute__((vector_size(2 * VL), aligned(1)));
 #define ADD_NIBBLES DOT_I8
 #define NIBBLE_SUMS(acc, start) (acc)
 #endif
+/* ADD_BOTH(w, x, w2, x2): those of two vectors, from 0 on; NIBBLE_GROUPS: GROUP_SUMS of four such */
+#ifndef ADD_BOTH
+#define ADD_BOTH(w, x, w2, x2)                            \
+    ({                                                    \
+        const vf first_ = ADD_NIBBLES((vf){0}, (w), (x)); \
+        ADD_NIBBLES(first_, (w2), (x2));                  \
+    })
+#endif
+#ifndef NIBBLE_GROUPS
+#define NIBBLE_GROUPS(a, b, c, d) \
+    GROUP_SUMS(NIBBLE_SUMS(a, 0), NIBBLE_SUMS(b, 0), NIBBLE_SUMS(c, 0), NIBBLE_SUMS(d, 0))
+#endif
 
 typedef int16_t vs __attribute__((vector_size(4 * VL), aligned(4)));
 typedef uint16_t vus __attribute__((vector_size(4 * VL), aligned(4)));
@@ -216,10 +228,8 @@ INLINE void add_words(vf *acc, vf *high, int R, const char *p, const char *x, en
     if (kind == GLM_I8) {
         const vf even = nibbles_of_w(p, 0), odd = nibbles_of_w(p, 1);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            acc[r] = ADD_NIBBLES(acc[r], even, X(r));
-            acc[r] = ADD_NIBBLES(acc[r], odd, X(R + r));
-        }
+        for (int r = 0; r < R; r++)
+            acc[r] = ADD_BOTH(even, X(r), odd, X(R + r));
         return;
     }
     if (R == 1 && dtype == GLM_I4) {
@@ -243,9 +253,7 @@ INLINE void add_words(vf *acc, vf *high, int R, const char *p, const char *x, en
 /* What both halves of add_words sum to. */
 INLINE vf whole_words(vf acc, vf high, int R, enum glm_dtype kind, enum glm_dtype dtype)
 {
-    if (kind == GLM_I8)
-        return NIBBLE_SUMS(acc, 0);
-    return R == 1 && dtype == GLM_I4 ? (vf)((vi)acc + ((vi)high >> 4)) : acc;
+    return kind == GLM_F32 && R == 1 && dtype == GLM_I4 ? (vf)((vi)acc + ((vi)high >> 4)) : acc;
 }
 
 /* sums[c * R + r] = row r of R (1 or 4) of packed x times row c of C (4 where R is 1) of W, before
@@ -325,7 +333,8 @@ INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-        vi s = GROUP_SUMS(t[r][0], t[r][1], t[r][2], t[r][3]);
+        vi s = kind == GLM_I8 ? NIBBLE_GROUPS(t[r][0], t[r][1], t[r][2], t[r][3])
+                              : GROUP_SUMS(t[r][0], t[r][1], t[r][2], t[r][3]);
         if (R == 1 || kind == GLM_I8)
             s += (vi)load((const float *)(less + (size_t)r * (size_t)runs));
         const vf v = INT_TO_FLOAT(s) * (load(scale + (size_t)r * (size_t)runs) * load(of_w));
@@ -392,7 +401,7 @@ INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype 
                 word_rows(sums, R, C, x, scale, less, row, K, dtype,
                           dtype == GLM_I4 ? 1024 : C * stride);
             for (int c = 0; grouped && c < C && o + c < cols; c++)
-                word_groups(sums + c * R, R, x, scale, less, w, o0 + o + c, 1024, kind);
+                word_groups(sums + c * R, R, x, scale, less, w, o0 + o + c, 4096, kind);
             for (int r = 0; r < R; r++)
                 for (int c = 0; c < C; c++)
                     tile[(g * R + r) * IN_PLACE_COLS + o + c] = sums[c * R + r];
