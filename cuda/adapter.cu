@@ -108,15 +108,13 @@ template <int TYPE, int DROPS = 0> static __device__ __forceinline__ void thin_i
 #pragma unroll
             for (int n = 0; n < ROWS; n++)
                 x[n] = columns_of<TYPE>(a, a.inp, min(n0 + n, a.N - 1), c0);
-            if (DROPS) {
-                unsigned bits = 0; /* a row at a time, for want of registers */
+            unsigned bits = 0; /* a row at a time, for want of registers */
 #pragma unroll 1
-                for (int n = ROWS - 1; n >= 0; n--)
-                    bits = bits << 4 | kept_of(a, min(n0 + n, a.N - 1), column_of(a, c0, 0));
+            for (int n = ROWS - 1; DROPS && n >= 0; n--)
+                bits = bits << 4 | kept_of(a, min(n0 + n, a.N - 1), column_of(a, c0, 0));
 #pragma unroll
-                for (int n = 0; n < ROWS; n++)
-                    x[n] = dropped(a, x[n], bits >> 4 * n);
-            }
+            for (int n = 0; DROPS && n < ROWS; n++)
+                x[n] = dropped(a, x[n], bits >> 4 * n);
             ranks_of(w, a, c0, r0);
 #pragma unroll
             for (int n = 0; n < ROWS; n++)
@@ -152,8 +150,17 @@ template <int TYPE, int DROPS = 0> static __device__ __forceinline__ void thin_i
 GLM_TILE_KERNEL(256, 2) k_thin_in(thin a) { thin_in<GLM_F32>(a); }
 GLM_TILE_KERNEL(256, 2) k_thin_in_f16(thin a) { thin_in<GLM_F16>(a); }
 GLM_TILE_KERNEL(256, 2) k_thin_in_bf16(thin a) { thin_in<GLM_BF16>(a); }
-GLM_TILE_KERNEL(256, 2) k_thin_in_dropped_f16(thin a) { thin_in<GLM_F16, 1>(a); }
-GLM_TILE_KERNEL(256, 2) k_thin_in_dropped_bf16(thin a) { thin_in<GLM_BF16, 1>(a); }
+/* Of these `rows` is set, which saves registers where the compiler knows it. */
+GLM_TILE_KERNEL(256, 2) k_thin_in_dropped_f16(thin a)
+{
+    a.rows = 1;
+    thin_in<GLM_F16, 1>(a);
+}
+GLM_TILE_KERNEL(256, 2) k_thin_in_dropped_bf16(thin a)
+{
+    a.rows = 1;
+    thin_in<GLM_BF16, 1>(a);
+}
 
 /* out (N, wide) = scale * inp (N, R) w + bias (+ out): a thread has four columns of four rows;
  * `blocks` blocks across */
