@@ -2,7 +2,7 @@
 since the library's own host code runs at the shapes of published models, on the emulator, with
 kernels left out; times follow from them by the assumptions that are printed, and nothing else.
 
-    python benchmarks/gpu_model.py [--gpu H100 ..] [--model ChatGLM2-6B ..] [--kernels]
+    python benchmarks/gpu_model.py [--gpu H100 ..] [--model GLM-4-9B ..] [--kernels] [--dropout P]
 
 First what the model says of an H100 beside what one measured (gpu_h100.json), of the code of that
 day (gpu_h100_counts.json). Then what today's code does, each model on each GPU: launches, products
@@ -10,7 +10,8 @@ of cuBLAS, blocks, waves (times that all multiprocessors get a block), bytes tha
 FLOPs, bytes live at most, the modelled time, and its share of what the card does: of a copy's
 bandwidth for tokens (weights and cache read once), of the products' rate elsewhere. Goals: tokens
 at least 80 % of bandwidth, a LoRA step of 4 x 512 at most 1.25 times what its FLOPs take, prefill
-at most 1.15 times. --kernels adds a line a kernel.
+at most 1.15 times. --kernels adds a line a kernel; --dropout 0.1 is the trainer's default, where
+steps have none otherwise.
 
 A kernel takes as long as its bytes or its FLOPs, whichever is longer, and a launch besides.
 """
@@ -28,6 +29,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +205,23 @@ def _few(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     return of | ({"bandwidth": "integers"} if dtype == 5 else {})
 
 
-def _thin(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
-    n, wide, _, _, accumulate = _structure(words[0], "iiiii", 40)
-    return {"bytes": 4 * n * wide * (1 + accumulate), "bandwidth": "adapters"}
+def _thin(name: str, words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    """struct thin: the wide operand is what is written, or read in a type."""
+    n, wide, _, _, accumulate, _, dtype = _structure(words[0], "iiiiifi", 40)
+    size = 4 if name == "k_thin_out" else SIZES[dtype]
+    return {"name": name, "bytes": size * n * wide * (1 + accumulate), "bandwidth": "adapters"}
+
+
+def _turn(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    """struct turning: qkv in 16 bits there and back, keys and values into the cache."""
+    (slot,) = _structure(words[0], "P", 48)
+    _, n, NH, KVH, HD, _, _ = _structure(words[0], "iiiiiii", 72)  # noqa: N806
+    return {"bytes": n * HD * (4 * (NH + 2 * KVH) + (8 * KVH if slot else 0))}
+
+
+def _dropout(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    columns, across, added = map(int, words[2:5])
+    return {"bytes": blocks / across * columns * 4 * (2 + added)}
 
 
 def _attention(words: Words, blocks: int, batch: Batch) -> tuple[int, int, int]:
@@ -221,12 +237,17 @@ def _decode(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     return {"name": "attention of few tokens", "bytes": nbytes + 8 * batch.tokens * NH * HD}
 
 
+def _sizes(words: Words) -> list[int]:
+    """Of an element of qkv, dout, out and dqkv, which are 16 bits where such a pointer is there."""
+    return [2 if p else 4 for p in _structure(words[0], "PPPP", 128)]
+
+
 def _tiles(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     NH, KVH, HD = _attention(words, blocks, batch)  # noqa: N806
     tall = max(batch.lengths) > 1024
     return {
         "name": "attention in tiles",
-        "bytes": 4 * batch.tokens * 2 * NH * HD,
+        "bytes": (_sizes(words)[0] + _sizes(words)[2]) * batch.tokens * NH * HD,
         "flops": 4 * batch.pairs * NH * HD,
         "rate": "tall attention" if tall else "attention",
     }
@@ -240,19 +261,21 @@ def _gradients(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
 
 def _narrow(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     NH, KVH, HD = _attention(words, blocks, batch)  # noqa: N806
-    wide = 4 * (3 * NH + 2 * KVH) + 2 * (2 * NH + 2 * KVH)
+    qkv, dout, out, _ = _sizes(words)
+    wide = qkv * (NH + 2 * KVH) + (dout + out) * NH + 2 * (2 * NH + 2 * KVH)
     return {"bytes": batch.tokens * HD * wide}
 
 
 def _pairs(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     _, KVH, HD = _attention(words, blocks, batch)  # noqa: N806
-    return {"bytes": (batch.tokens + batch.past) * 2 * KVH * HD * 6}
+    own = _sizes(words)[0] + 2
+    return {"bytes": (batch.tokens * own + batch.past * 6) * 2 * KVH * HD}
 
 
 def _sums(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     _, KVH, HD = _attention(words, blocks, batch)  # noqa: N806
     slots, _, _, shares = _structure(words[0], "iiii", len(words[0]) // 2 - 88 + 4)
-    return {"bytes": slots * 2 * KVH * HD * 4 * (shares + 1)}
+    return {"bytes": slots * 2 * KVH * HD * (4 * shares + _sizes(words)[3])}
 
 
 def _join(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
@@ -264,7 +287,7 @@ def _join(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
 
 def _by_variable(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     """`kernel` is a variable of two launchers: the larger struct is backward's."""
-    backward = len(words[0]) // 2 > 200
+    backward = len(words[0]) // 2 > 240
     return (_gradients if backward else _decode)(words, blocks, batch)
 
 
@@ -282,7 +305,9 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     "k_embedding_forward": _number(lambda b, o, w, dtype, ids, C: b * C * (4 + SIZES[dtype])),
     "k_rmsnorm_forward": _number(lambda b, *a: b * a[-2] * 8),
     "k_add_rmsnorm_forward": _number(lambda b, *a: b * a[-2] * 16),
-    "k_add_rmsnorm_narrow": _number(lambda b, *a: b * a[-2] * 14),
+    "k_add_rmsnorm_narrow": _number(
+        lambda b, o, to, r, x, added, w, C, eps: b * C * (14 if added else 6)
+    ),
     "k_rmsnorm_backward": _number(lambda b, *a: b * a[-1] * 16),
     "k_bias": _number(lambda b, o, bias, outs, across, add: b / across * outs * 4 * (1 + add)),
     "k_convert": _number(lambda b, o, to, i, of, n, f: n * (SIZES[to] + SIZES[of])),
@@ -315,11 +340,16 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     "k_factor": _number(lambda b, *a: 0),
     "k_thin_sum": _number(lambda b, o, p, n, parts, s: 4 * n * (parts + 2)),
     "k_adamw": lambda words, blocks, batch: {"bytes": 28 * float(words[4])},
+    "k_dropout": _dropout,
     "k_widen": lambda words, blocks, batch: {"bytes": _widened(words)},
     "memset": lambda words, blocks, batch: {"bytes": blocks},
-    "k_thin_in": _thin,
-    "k_thin_out": _thin,
-    "k_thin_gradient": _thin,
+    "k_rope_narrow": _number(
+        lambda b, x, to, t, p, N, heads, HD, stride, d, sign: N * heads * d * 2 * SIZES[to]
+    ),
+    "k_turn": _turn,
+    "k_in": partial(_thin, "k_thin_in"),
+    "k_out": partial(_thin, "k_thin_out"),
+    "k_gradient": partial(_thin, "k_thin_gradient"),
     "k_few": _few,
     "k_gated": _few,
     "k_turned": _few,
@@ -391,7 +421,8 @@ for rows, context in asked["contexts"]:
     log(f"token of {rows} row{'s' * (rows > 1)} at {context}")
     before = cache  # as gpu.py, which holds the last of one row
 before = cache = None
-peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8))
+lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=asked.get("dropout", 0.0))
+peft.get_peft_model(model, lora)
 model.prepare_training()
 for name, lengths in asked["steps"].items():
     lengths = np.array(lengths, np.int32)
@@ -410,7 +441,8 @@ print(json.dumps(found))
 
 def traced(model: str, gpu: GPU, library: Path, bits: int = 0, **asked: Any) -> dict[str, Any]:
     """{item: lines of the emulator and bytes live at most} of the library with that GPU's number of
-    multiprocessors and shared memory. asked: contexts [(rows, tokens)], steps {name: lengths}."""
+    multiprocessors and shared memory. asked: contexts [(rows, tokens)], steps {name: lengths},
+    dropout (of the steps' adapters, or none)."""
     with tempfile.TemporaryDirectory() as directory:
         tiny = json.loads((ROOT / "glmlora/tiny/config.json").read_text())
         Path(directory, "config.json").write_text(json.dumps(tiny | MODELS[model]))
@@ -628,6 +660,7 @@ def main() -> None:
     parser.add_argument("--gpu", nargs="*", default=list(GPUS), choices=list(GPUS))
     parser.add_argument("--model", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--kernels", action="store_true", help="a line a kernel, too")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of the adapters")
     parser.add_argument("--record", metavar="FILE", help="only counts, as gpu_h100_counts.json has")
     args = parser.parse_args()
     emulated = library()
@@ -651,6 +684,7 @@ def main() -> None:
     for model in args.model:
         for name in args.gpu:
             asked: dict[str, Any] = {"contexts": [(1, 1024), (1, 8192)], "steps": EVEN}
+            asked["dropout"] = args.dropout
             found = costs(model, GPUS[name], emulated, **asked)
             show(model, GPUS[name], found, args.kernels)
 

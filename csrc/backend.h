@@ -46,6 +46,26 @@ struct glm_dropout {
     const int32_t *stream, *position; /* (N) each, >= 0 */
 };
 
+/* The half of a layer up to what attention adds to the residual stream: of a norm, the product that
+ * yields queries, keys and values, with its adapter if there is one, and that of attention's output.
+ * Its ops hand ln, qkv and att to each other as a backend likes them, in memory for reals. */
+struct glm_self_attention {
+    const void *norm; /* (C) */
+    double eps;
+    const struct glm_mat *qkv, *dense;
+    const void *qkv_bias, *dense_bias; /* or NULL */
+    const struct glm_mat *A, *B;       /* of qkv, real; NULL, both: none */
+    double scale;                      /* of the adapter */
+    struct glm_dropout dropout;        /* of what A reads; p 0: none */
+    void *dropped;                     /* (N, C) where there is some: its contents are undefined */
+    const void *table;
+    const int32_t *position, *slot; /* slot NULL: nothing goes into the cache */
+    int rotary_dim, n_segments;
+    const struct glm_segment *segments;
+    struct glm_kv cache, dcache;
+    struct glm_heads heads;
+};
+
 /* How a row's next token is chosen of its scores x (V).
  *
  * Of the columns touched[first ..], distinct in each of two runs, the first `penalised` get
@@ -113,6 +133,13 @@ struct glm_backend {
      * 16 bits keeps no more of them; GLM_F32: as real. kept_h: the same for what dense_h_to_4h
      * yields, from which backward goes on. */
     enum glm_dtype kept, kept_h;
+
+    /* Rows of reals that have room for h of swiglu_mlp_forward, or for qkv and att of
+     * self_attention_forward, of N tokens and of fewer. NULL: N. */
+    size_t (*mlp_rows)(struct glm_backend *be, const struct glm_mat *up, const struct glm_mat *down,
+                       int N);
+    size_t (*self_attention_rows)(struct glm_backend *be, const struct glm_self_attention *of,
+                                  int N);
 
     /* Memory of the device, 64-byte aligned; NULL when there is none. refusal() is then the reason,
      * as a sentence; the function is NULL where there is no more to say. */

@@ -182,6 +182,29 @@ OP(linear_rope_append, N,
    const void *table, const int32_t *position, const int32_t *slot, int N, struct glm_heads heads,
    int rotary_dim)
 
+/* The half of a layer before MLP (struct glm_self_attention), over N tokens.
+ * sum += b (NULL: nothing),  ln = rmsnorm(sum)
+ *   ln, sum, b (N, C)   rstd (N) */
+OP(self_attention_norm, N,
+   void *ln, void *rstd, void *sum, const void *b, const struct glm_self_attention *of, int N)
+/* x = ln * mask / (1 - p),  xa = x A^T,  qkv = ln qkv^T + bias + scale * xa B^T, its queries and keys
+ * rotated, its keys and values in the cache where slots are given,  att = attention of it,
+ * out = att dense^T + bias;  qkv and att: in so many rows as the backend's self_attention_rows says
+ *   out, ln (N, C)   att (N, NH*HD)   lse (N, NH)   qkv (N, (NH+2*KVH)*HD)   xa (N, R) */
+OP(self_attention_forward, N,
+   void *out, void *att, void *lse, void *qkv, void *xa, const void *ln,
+   const struct glm_self_attention *of, int N)
+/* Of dout, the gradient of out:
+ *   dinp    = that of ln, by way of x times the mask, too; NULL: it is not made
+ *   dA, dB += those of the adapter, either may be NULL;  dcache as in `attention_backward`
+ *   att, lse, qkv, xa: of the forward of these N tokens   x, rstd: sum and rstd of its norm
+ *   dinp, dout, x (N, C)   work (N, max(C, NH*HD)), may be dinp's memory, dqkv (N, (NH+2*KVH)*HD),
+ *   u (N, R): their contents are undefined */
+OP(self_attention_backward, N,
+   void *dinp, void *dA, void *dB, void *work, void *dqkv, void *u, void *rstd, const void *dout,
+   const void *att, const void *lse, const void *qkv, const void *xa, const void *x,
+   const struct glm_self_attention *of, int N)
+
 /* ---- P-Tuning v2: Liu et al. 2021. Rows of the prefix encoder become cache rows of every layer,
  * `copies` times. */
 
@@ -221,7 +244,8 @@ OP(swiglu_linear_backward, N,
  *   sum += b,  h = rmsnorm(sum) up^T,  out = swiglu_forward(h) down^T + bias; out NULL: without out
  *   out (N, C), may be b   rstd (N)   sum, b (N, C)   weight (C)   up (2F, C)   down (C, F)
  *   work (N, F), C at most F: its contents are undefined
- *   h (N, 2F): for the backward alone, as a backend likes it; reals where its kept_h are not */
+ *   h (N, 2F): for the backward alone, as a backend likes it, in so many rows as its mlp_rows says;
+ *   reals where its kept_h are not */
 OP(swiglu_mlp_forward, N,
    void *out, void *rstd, void *sum, void *work, void *h, const void *b, const void *weight,
    const struct glm_mat *up, const struct glm_mat *down, const void *bias, int N, double eps)

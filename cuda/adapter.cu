@@ -9,10 +9,13 @@ enum { RANKS = 8 };
 /* wide: columns; w (wide, R), or (R, wide) where `rows` is set */
 struct thin {
     float *out;
-    const float *inp, *w, *bias;
+    const void *inp;
+    const float *w, *bias;
     const float *thin; /* k_thin_gradient: the operand (N, R) */
     int N, wide, R, rows, accumulate;
     float scale;
+    int type;     /* of inp, as the kernel has it: float, or 16 bits where it is the wide operand */
+    mask_of mask; /* of the wide operand, where the kernel drops; `rows` is set then */
 };
 
 /* Column i of the four of this thread in the 128 of its warp from c0 on: side by side where those of
@@ -23,17 +26,38 @@ static __device__ __forceinline__ int column_of(const thin &a, int c0, int i)
     return c0 + (a.rows ? 4 * lane + i : lane + 32 * i);
 }
 
-/* These columns of a row; 0 past the last. */
-static __device__ __forceinline__ f4 columns_of(const thin &a, const float *row, int c0)
+/* These columns of row n of an operand of a type; 0 past the last. */
+template <int TYPE>
+static __device__ __forceinline__ f4 columns_of(const thin &a, const void *p, size_t n, int c0)
 {
-    if (a.rows)
-        return load4_or_zero(row, column_of(a, c0, 0), a.wide);
+    const void *row = static_cast<const char *>(p) + stored_bytes(TYPE, n * a.wide);
     f4 x;
+    x.v[0] = x.v[1] = x.v[2] = x.v[3] = 0;
+    if (a.rows && column_of(a, c0, 0) < a.wide)
+        x = load4_stored(row, TYPE, column_of(a, c0, 0), a.wide);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int c = column_of(a, c0, i);
-        x.v[i] = c < a.wide ? row[c] : 0.0f;
-    }
+    for (int i = 0; !a.rows && i < 4; i++)
+        if (column_of(a, c0, i) < a.wide)
+            x.v[i] = load1(row, TYPE, column_of(a, c0, i));
+    return x;
+}
+
+/* Bit i: the mask keeps column c + i of row n; four columns are one counter's. */
+static __device__ __forceinline__ unsigned kept_of(const thin &a, int n, int c)
+{
+    const words w = mask_words(a.mask, n, (unsigned)c / 4);
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        bits |= (unsigned)(keep(a.mask, w.w[i]) != 0) << i;
+    return bits;
+}
+
+static __device__ __forceinline__ f4 dropped(const thin &a, f4 x, unsigned bits)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        x.v[i] *= bits >> i & 1 ? a.mask.kept : 0.0f;
     return x;
 }
 
@@ -46,7 +70,7 @@ static __device__ __forceinline__ void ranks_of(float (&v)[4][RANKS], const thin
         f4 x;
         x.v[0] = x.v[1] = x.v[2] = x.v[3] = 0;
         if (r0 + j < a.R)
-            x = columns_of(a, a.w + (size_t)(r0 + j) * a.wide, c0);
+            x = columns_of<GLM_F32>(a, a.w, r0 + j, c0);
 #pragma unroll
         for (int i = 0; i < 4; i++)
             v[i][j] = x.v[i];
@@ -66,7 +90,7 @@ static __device__ __forceinline__ void ranks_of(float (&v)[4][RANKS], const thin
 
 /* out (N, R) = scale * inp (N, wide) w + bias (+ out): a block has four rows, its eight warps take
  * columns in turn */
-GLM_TILE_KERNEL(256, 2) k_thin_in(thin a)
+template <int TYPE, int DROPS = 0> static __device__ __forceinline__ void thin_in(const thin &a)
 {
     enum { ROWS = 4 };
     __shared__ float part[8][ROWS][RANKS];
@@ -83,7 +107,14 @@ GLM_TILE_KERNEL(256, 2) k_thin_in(thin a)
             float w[4][RANKS];
 #pragma unroll
             for (int n = 0; n < ROWS; n++)
-                x[n] = columns_of(a, a.inp + (size_t)min(n0 + n, a.N - 1) * a.wide, c0);
+                x[n] = columns_of<TYPE>(a, a.inp, min(n0 + n, a.N - 1), c0);
+            unsigned bits = 0; /* a row at a time, for want of registers */
+#pragma unroll 1
+            for (int n = ROWS - 1; DROPS && n >= 0; n--)
+                bits = bits << 4 | kept_of(a, min(n0 + n, a.N - 1), column_of(a, c0, 0));
+#pragma unroll
+            for (int n = 0; DROPS && n < ROWS; n++)
+                x[n] = dropped(a, x[n], bits >> 4 * n);
             ranks_of(w, a, c0, r0);
 #pragma unroll
             for (int n = 0; n < ROWS; n++)
@@ -116,9 +147,24 @@ GLM_TILE_KERNEL(256, 2) k_thin_in(thin a)
     }
 }
 
+GLM_TILE_KERNEL(256, 2) k_thin_in(thin a) { thin_in<GLM_F32>(a); }
+GLM_TILE_KERNEL(256, 2) k_thin_in_f16(thin a) { thin_in<GLM_F16>(a); }
+GLM_TILE_KERNEL(256, 2) k_thin_in_bf16(thin a) { thin_in<GLM_BF16>(a); }
+/* Of these `rows` is set, which saves registers where the compiler knows it. */
+GLM_TILE_KERNEL(256, 2) k_thin_in_dropped_f16(thin a)
+{
+    a.rows = 1;
+    thin_in<GLM_F16, 1>(a);
+}
+GLM_TILE_KERNEL(256, 2) k_thin_in_dropped_bf16(thin a)
+{
+    a.rows = 1;
+    thin_in<GLM_BF16, 1>(a);
+}
+
 /* out (N, wide) = scale * inp (N, R) w + bias (+ out): a thread has four columns of four rows;
  * `blocks` blocks across */
-GLM_TILE_KERNEL(128, 4) k_thin_out(thin a, int blocks)
+template <int DROPS> static __device__ __forceinline__ void thin_out(const thin &a, int blocks)
 {
     enum { ROWS = 4 };
     const int warp = threadIdx.x >> 5, c0 = 128 * (4 * ((int)blockIdx.x % blocks) + warp);
@@ -132,14 +178,14 @@ GLM_TILE_KERNEL(128, 4) k_thin_out(thin a, int blocks)
         sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
         y[n].v[0] = y[n].v[1] = y[n].v[2] = y[n].v[3] = 0;
         if (a.accumulate)
-            y[n] = columns_of(a, a.out + (size_t)min(n0 + n, a.N - 1) * a.wide, c0);
+            y[n] = columns_of<GLM_F32>(a, a.out, min(n0 + n, a.N - 1), c0);
     }
     for (int r0 = 0; r0 < a.R; r0 += RANKS) {
         float w[4][RANKS];
         ranks_of(w, a, c0, r0);
 #pragma unroll
         for (int n = 0; n < ROWS; n++) {
-            const float *x = a.inp + (size_t)min(n0 + n, a.N - 1) * a.R;
+            const float *x = static_cast<const float *>(a.inp) + (size_t)min(n0 + n, a.N - 1) * a.R;
 #pragma unroll
             for (int j = 0; j < RANKS; j += 4) {
                 const f4 v = load4_or_zero(x, r0 + j, a.R);
@@ -154,16 +200,22 @@ GLM_TILE_KERNEL(128, 4) k_thin_out(thin a, int blocks)
     f4 bias;
     bias.v[0] = bias.v[1] = bias.v[2] = bias.v[3] = 0;
     if (a.bias)
-        bias = columns_of(a, a.bias, c0);
+        bias = columns_of<GLM_F32>(a, a.bias, 0, c0);
 #pragma unroll
     for (int n = 0; n < ROWS; n++) {
         if (n0 + n >= a.N)
             break;
         float *to = a.out + (size_t)(n0 + n) * a.wide;
+        const int c = column_of(a, c0, 0);
+        f4 added;
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            y[n].v[i] += bias.v[i] + a.scale * sum[n][i];
-        const int c = column_of(a, c0, 0);
+            added.v[i] = a.scale * sum[n][i];
+        if (DROPS)
+            added = dropped(a, added, kept_of(a, n0 + n, c));
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            y[n].v[i] += bias.v[i] + added.v[i];
         if (a.rows && c < a.wide)
             store4(to, c, a.wide, y[n]);
 #pragma unroll
@@ -173,9 +225,13 @@ GLM_TILE_KERNEL(128, 4) k_thin_out(thin a, int blocks)
     }
 }
 
+GLM_TILE_KERNEL(128, 4) k_thin_out(thin a, int blocks) { thin_out<0>(a, blocks); }
+GLM_TILE_KERNEL(128, 4) k_thin_out_dropped(thin a, int blocks) { thin_out<1>(a, blocks); }
+
 /* out (parts; as w) = inp^T thin, a part for GLM_THIN_ROWS rows: a block has 128 columns of one, its
  * eight warps take rows in turn */
-GLM_TILE_KERNEL(256, 2) k_thin_gradient(thin a, int across)
+template <int TYPE, int DROPS = 0>
+static __device__ __forceinline__ void thin_gradient(const thin &a, int across)
 {
     __shared__ float part[8][RANKS][128];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -191,7 +247,14 @@ GLM_TILE_KERNEL(256, 2) k_thin_gradient(thin a, int across)
                 sum[i][j] = 0;
 #pragma unroll 4
         for (int n = chunk * GLM_THIN_ROWS + warp; n < end; n += 8) {
-            const f4 x = load4_or_zero(a.inp + (size_t)n * a.wide, c, a.wide);
+            f4 x;
+            x.v[0] = x.v[1] = x.v[2] = x.v[3] = 0;
+            if (c < a.wide)
+                x = load4_stored(static_cast<const char *>(a.inp) +
+                                     stored_bytes(TYPE, (size_t)n * a.wide),
+                                 TYPE, c, a.wide);
+            if (DROPS)
+                x = dropped(a, x, kept_of(a, n, c));
 #pragma unroll
             for (int j = 0; j < RANKS; j += 4) {
                 const f4 t = load4_or_zero(a.thin + (size_t)n * a.R, r0 + j, a.R);
@@ -226,6 +289,24 @@ GLM_TILE_KERNEL(256, 2) k_thin_gradient(thin a, int across)
     }
 }
 
+GLM_TILE_KERNEL(256, 2) k_thin_gradient(thin a, int across) { thin_gradient<GLM_F32>(a, across); }
+GLM_TILE_KERNEL(256, 2) k_thin_gradient_f16(thin a, int across)
+{
+    thin_gradient<GLM_F16>(a, across);
+}
+GLM_TILE_KERNEL(256, 2) k_thin_gradient_bf16(thin a, int across)
+{
+    thin_gradient<GLM_BF16>(a, across);
+}
+GLM_TILE_KERNEL(256, 2) k_thin_gradient_dropped_f16(thin a, int across)
+{
+    thin_gradient<GLM_F16, 1>(a, across);
+}
+GLM_TILE_KERNEL(256, 2) k_thin_gradient_dropped_bf16(thin a, int across)
+{
+    thin_gradient<GLM_BF16, 1>(a, across);
+}
+
 /* dweight += scale * the sum of so many parts of n elements */
 GLM_KERNEL(256) k_thin_sum(float *dweight, const float *part, size_t n, int parts, float scale)
 {
@@ -246,40 +327,60 @@ GLM_KERNEL(256) k_thin_sum(float *dweight, const float *part, size_t n, int part
 }
 
 #ifdef GLM_HOST
-void glm_cuda_thin(struct cuda *cuda, void *out, const void *inp, const struct glm_mat *W,
-                   const void *bias, int N, double scale, int accumulate, int transposed)
+/* The kernel for a type, which drops where there is a mask: of the type of 16 bits then. */
+template <class K>
+static K kernel_for(enum glm_dtype type, const struct glm_dropout *drop, K f32, K f16, K bf16,
+                    K dropped_f16, K dropped_bf16)
 {
-    const char *op = transposed ? "linear_backward_input" : "linear_forward";
-    const int rows = W->rows < W->cols;
-    thin a = thin();
-    a.out = (float *)out, a.inp = (const float *)inp;
-    a.w = (const float *)W->data, a.bias = (const float *)bias;
-    a.N = N, a.wide = rows ? W->cols : W->rows, a.R = rows ? W->rows : W->cols;
-    a.rows = rows, a.accumulate = accumulate, a.scale = (float)scale;
-    const int blocks = (int)ceil_div((size_t)a.wide, 512);
-    if (rows != transposed) /* the sum is over the wide side */
-        GLM_LAUNCH(cuda, op, k_thin_in, ceil_div((size_t)N, 4), 256, 0, a);
-    else
-        GLM_LAUNCH(cuda, op, k_thin_out, (size_t)blocks * ceil_div((size_t)N, 4), 128, 0, a,
-                   blocks);
+    if (drop)
+        return type == GLM_F16 ? dropped_f16 : dropped_bf16;
+    return type == GLM_F16 ? f16 : type == GLM_BF16 ? bf16 : f32;
 }
 
-void glm_cuda_thin_gradient(struct cuda *cuda, void *dweight, const void *dout, const void *inp,
-                            int N, int O, int I, double scale)
+void glm_cuda_thin(struct cuda *cuda, const char *op, void *out, const void *inp,
+                   enum glm_dtype type, const struct glm_mat *W, const void *bias, int N,
+                   double scale, int accumulate, int transposed, const struct glm_dropout *drop)
 {
+    const auto k_in = kernel_for(type, drop, k_thin_in, k_thin_in_f16, k_thin_in_bf16,
+                                 k_thin_in_dropped_f16, k_thin_in_dropped_bf16);
+    const auto k_out = drop ? k_thin_out_dropped : k_thin_out;
+    const int rows = W->rows < W->cols;
+    thin a = thin();
+    a.out = (float *)out, a.inp = inp;
+    a.w = (const float *)W->data, a.bias = (const float *)bias;
+    a.N = N, a.wide = rows ? W->cols : W->rows, a.R = rows ? W->rows : W->cols;
+    a.rows = rows, a.accumulate = accumulate, a.scale = (float)scale, a.type = type;
+    if (drop)
+        a.mask = mask_from(drop);
+    const int blocks = (int)ceil_div((size_t)a.wide, 512);
+    if (rows != transposed) /* the sum is over the wide side */
+        GLM_LAUNCH(cuda, op, k_in, ceil_div((size_t)N, 4), 256, 0, a);
+    else
+        GLM_LAUNCH(cuda, op, k_out, (size_t)blocks * ceil_div((size_t)N, 4), 128, 0, a, blocks);
+}
+
+void glm_cuda_thin_gradient(struct cuda *cuda, const char *op, void *dweight, const void *dout,
+                            const void *inp, enum glm_dtype type, int N, int O, int I, double scale,
+                            const struct glm_dropout *drop)
+{
+    const auto k_gradient =
+        kernel_for(type, drop, k_thin_gradient, k_thin_gradient_f16, k_thin_gradient_bf16,
+                   k_thin_gradient_dropped_f16, k_thin_gradient_dropped_bf16);
     const int rows = O < I, parts = glm_thin_parts(N);
     const size_t n = (size_t)O * I;
     float *part = (float *)glm_cuda_scratch(cuda, SCRATCH_B, parts * n * sizeof(float));
     if (!part)
         return;
     thin a = thin();
-    a.out = part, a.inp = (const float *)(rows ? inp : dout);
+    a.out = part, a.inp = rows ? inp : dout;
     a.thin = (const float *)(rows ? dout : inp);
     a.N = N, a.wide = rows ? I : O, a.R = rows ? O : I, a.rows = rows;
+    a.type = type;
+    if (drop)
+        a.mask = mask_from(drop);
     const int across = (int)ceil_div((size_t)a.wide, 128);
-    GLM_LAUNCH(cuda, "linear_backward_weight", k_thin_gradient, (size_t)across * parts, 256, 0, a,
-               across);
-    GLM_LAUNCH(cuda, "linear_backward_weight", k_thin_sum, ceil_div(n, 1024), 256, 0,
-               (float *)dweight, (const float *)part, n, parts, (float)scale);
+    GLM_LAUNCH(cuda, op, k_gradient, (size_t)across * parts, 256, 0, a, across);
+    GLM_LAUNCH(cuda, op, k_thin_sum, ceil_div(n, 1024), 256, 0, (float *)dweight,
+               (const float *)part, n, parts, (float)scale);
 }
 #endif

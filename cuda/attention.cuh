@@ -19,6 +19,10 @@ struct attention {
     int tokens;                     /* rows of qkv */
     const float *dout;              /* backward */
     float *dqkv, *dcache_k, *dcache_v;
+    /* in place of qkv, out, dout and dqkv where those are 16 bits, as float ones are NULL then */
+    const unsigned short *qkv_16, *dout_16;
+    unsigned short *out_16, *dqkv_16;
+    int fewest; /* longer segments go by tiles */
 };
 
 #define LOG2_E 1.4426950408889634f
@@ -86,11 +90,17 @@ static __device__ __forceinline__ size_t head_row(const attention &a, const glm_
     return (size_t)(s.begin + row / a.G) * a.NH + (size_t)g * a.G + row % a.G;
 }
 
+/* Its query's place in qkv */
+static __device__ __forceinline__ size_t query_at(const attention &a, const glm_segment &s, int g,
+                                                  int row)
+{
+    return ((size_t)(s.begin + row / a.G) * (a.NH + 2 * a.KVH) + g * a.G + row % a.G) * a.HD;
+}
+
 static __device__ __forceinline__ const float *query_of(const attention &a, const glm_segment &s,
                                                         int g, int row)
 {
-    return a.qkv + (size_t)(s.begin + row / a.G) * (a.NH + 2 * a.KVH) * a.HD +
-           (size_t)(g * a.G + row % a.G) * a.HD;
+    return a.qkv + query_at(a, s, g, row);
 }
 
 /* Cache rows whose gradients blocks of segment i add up: none where a segment before it shares just
@@ -218,6 +228,7 @@ static inline attention attention_of(const void *qkv, struct glm_kv cache,
     a.NH = heads.NH;
     a.KVH = heads.KVH;
     a.tokens = heads.tokens;
+    a.fewest = GLM_DECODE_TOKENS;
     a.HD = heads.HD;
     a.G = heads.NH / heads.KVH;
     a.scale = (float)(1 / sqrt((double)heads.HD));
@@ -233,6 +244,7 @@ static inline int attention_blocks(const struct cuda *cuda)
 }
 
 void glm_cuda_attention_decode(struct cuda *cuda, const attention &a, struct glm_heads heads);
+void glm_cuda_attention_forward_16(struct cuda *cuda, attention a, struct glm_heads heads);
 void glm_cuda_attention_backward_16(struct cuda *cuda, const attention &a, struct glm_heads heads);
 
 /* Heads wider than 256 have no kernel. */

@@ -38,6 +38,16 @@ static __device__ __forceinline__ void narrow4(unsigned short *row, int c, const
     *reinterpret_cast<uint2 *>(row + c) = both;
 }
 
+/* Four columns of row `at` of HD elements, from floats or from 16 bits, where there are those */
+template <bool BF16>
+static __device__ __forceinline__ f4 columns4(const float *p, const unsigned short *p_16, size_t at,
+                                              int c, int HD)
+{
+    if (p_16 && c < HD)
+        return load4_stored(p_16 + at * HD, BF16 ? GLM_BF16 : GLM_F16, c, HD);
+    return load4_or_zero(p + at * HD, c, HD);
+}
+
 template <bool BF16> static __device__ __forceinline__ void narrow_operands(const gradients &b)
 {
     const attention &a = b.a;
@@ -46,9 +56,9 @@ template <bool BF16> static __device__ __forceinline__ void narrow_operands(cons
                  warps = ((size_t)gridDim.x * blockDim.x) >> 5, width = a.NH + 2 * a.KVH;
     const float factor = b.factor ? *b.factor : 1.0f;
     for (size_t at = warp; at < (size_t)b.tokens * a.NH; at += warps) {
-        const f4 q = load4_or_zero(a.qkv + (at / a.NH * width + at % a.NH) * HD, c, HD);
-        const f4 x = load4_or_zero(a.dout + at * HD, c, HD);
-        const f4 y = load4_or_zero(a.out + at * HD, c, HD);
+        const f4 q = columns4<BF16>(a.qkv, a.qkv_16, at / a.NH * width + at % a.NH, c, HD);
+        const f4 x = columns4<BF16>(a.dout, a.dout_16, at, c, HD);
+        const f4 y = columns4<BF16>(a.out, a.out_16, at, c, HD);
         float sum = 0;
         if (c < b.D) {
             narrow4<BF16>(b.q + at * b.D, c, q, 1);
@@ -67,12 +77,15 @@ template <bool BF16> static __device__ __forceinline__ void narrow_operands(cons
     for (size_t at = warp; at < (size_t)b.slots * a.KVH; at += warps) {
         const size_t slot = at / a.KVH, g = at % a.KVH, row = (slot - b.tokens) * a.KVH + g;
         const bool own = slot < (size_t)b.tokens;
-        const float *k = own ? a.qkv + (slot * width + a.NH + g) * HD : a.cache_k + row * HD;
-        const float *v = own ? k + (size_t)a.KVH * HD : a.cache_v + row * HD;
+        const size_t head = slot * width + a.NH + g;
         if (c >= b.D)
             continue;
-        narrow4<BF16>(b.k + at * b.D, c, load4_or_zero(k, c, HD), 1);
-        narrow4<BF16>(b.v + at * b.D, c, load4_or_zero(v, c, HD), 1);
+        const f4 k = own ? columns4<BF16>(a.qkv, a.qkv_16, head, c, HD)
+                         : load4_or_zero(a.cache_k + row * HD, c, HD);
+        const f4 v = own ? columns4<BF16>(a.qkv, a.qkv_16, head + a.KVH, c, HD)
+                         : load4_or_zero(a.cache_v + row * HD, c, HD);
+        narrow4<BF16>(b.k + at * b.D, c, k, 1);
+        narrow4<BF16>(b.v + at * b.D, c, v, 1);
     }
 }
 
@@ -441,11 +454,11 @@ static __device__ __forceinline__ void query_fragments(const gradients &b, int i
 #pragma unroll
             for (int h = 0; h < 2; h++)
                 if (row + 8 * h < rows) {
-                    float *to = a.dqkv + (query_of(a, s, g, row + 8 * h) - a.qkv);
+                    const size_t to = query_at(a, s, g, row + 8 * h);
 #pragma unroll
                     for (int n = 0; n < STEPS; n++)
-                        put2(to, 8 * n + 2 * (lane % 4), HD, dq[n][2 * h] * undo,
-                             dq[n][2 * h + 1] * undo);
+                        put_pair<BF16>(a.dqkv, a.dqkv_16, to, 8 * n + 2 * (lane % 4), HD,
+                                       dq[n][2 * h] * undo, dq[n][2 * h + 1] * undo);
                 }
         }
         first += items;
@@ -489,9 +502,9 @@ GLM_KERNEL(256) k_attention_sum(gradients b)
             for (int j = 0; j < 4; j++)
                 sum.v[j] += y.v[j];
         }
-        float *to = row < 0
-                        ? a.dqkv + ((size_t)slot * (a.NH + 2 * a.KVH) + a.NH + kv * a.KVH + g) * HD
-                        : (kv ? a.dcache_v : a.dcache_k) + ((size_t)row * a.KVH + g) * HD;
+        const size_t own = ((size_t)slot * (a.NH + 2 * a.KVH) + a.NH + kv * a.KVH + g) * HD;
+        float *to = row < 0 ? a.dqkv + own
+                            : (kv ? a.dcache_v : a.dcache_k) + ((size_t)row * a.KVH + g) * HD;
         const float times = kv ? undo : undo * a.scale;
         f4 there;
         there.v[0] = there.v[1] = there.v[2] = there.v[3] = 0;
@@ -500,7 +513,10 @@ GLM_KERNEL(256) k_attention_sum(gradients b)
 #pragma unroll
         for (int j = 0; j < 4; j++)
             sum.v[j] = sum.v[j] * times + there.v[j];
-        store4(to, c, HD, sum);
+        if (row < 0 && a.dqkv_16)
+            store4_narrow(a.dqkv_16 + own + c, GLM_BF16, sum);
+        else
+            store4(to, c, HD, sum);
     }
 }
 
@@ -547,8 +563,9 @@ void glm_cuda_attention_backward_16(struct cuda *cuda, const attention &a, struc
     /* tiles of ROWS and KEYS; of ROWS what is known, and slices of the values */
     const size_t bytes = (size_t)4 * 32 * (b.D + 8) * 2 + 2 * ROWS * sizeof(float4) +
                          (size_t)4 * 128 * sizeof(uint4);
-    GLM_LAUNCH(cuda, "attention_backward", narrow, blocks, 256, 0, b);
-    GLM_LAUNCH(cuda, "attention_backward", kernel, 2 * blocks, 128, bytes, b);
-    GLM_LAUNCH(cuda, "attention_backward", k_attention_sum, blocks, 256, 0, b);
+    const char *op = a.qkv_16 ? "self_attention_backward" : "attention_backward";
+    GLM_LAUNCH(cuda, op, narrow, blocks, 256, 0, b);
+    GLM_LAUNCH(cuda, op, kernel, 2 * blocks, 128, bytes, b);
+    GLM_LAUNCH(cuda, op, k_attention_sum, blocks, 256, 0, b);
 }
 #endif

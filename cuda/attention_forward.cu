@@ -108,11 +108,27 @@ static __device__ __forceinline__ int done_before(const attention &a, int i, int
 {
     for (int j = 0; j < i; j++) {
         const glm_segment s = a.segments[j];
-        if (s.count > GLM_DECODE_TOKENS && row >= s.shared_begin &&
-            row < s.shared_begin + s.shared_count)
+        if (s.count > a.fewest && row >= s.shared_begin && row < s.shared_begin + s.shared_count)
             return 1;
     }
     return 0;
+}
+
+/* Columns c .. c + 7 of a head of HD, a multiple of 8, in 16 bits; zeros past its end */
+static __device__ __forceinline__ uint4 words_of_head(const unsigned short *head, int c, int HD)
+{
+    uint4 q;
+    q.x = q.y = q.z = q.w = 0;
+    if (c >= HD)
+        return q;
+    if (((size_t)head & 15) == 0)
+        return *reinterpret_cast<const uint4 *>(head + c);
+    unsigned w[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        w[j] = head[c + 2 * j] | (unsigned)head[c + 2 * j + 1] << 16;
+    q.x = w[0], q.y = w[1], q.z = w[2], q.w = w[3];
+    return q;
 }
 
 /* Keys and values of every row that a tile may ask for, once in 16 bits, rows of D with zeros past
@@ -124,16 +140,21 @@ template <int D, bool BF16> static __device__ __forceinline__ void narrow_pairs(
     size_t item = (size_t)blockIdx.x * blockDim.x + threadIdx.x, first = 0;
     for (int i = 0; i < a.n_segments; i++) {
         const glm_segment s = a.segments[i];
-        const size_t items =
-            s.count > GLM_DECODE_TOKENS ? (size_t)(before(s) + s.count) * of_row : 0;
+        const size_t items = s.count > a.fewest ? (size_t)(before(s) + s.count) * of_row : 0;
         for (; item < first + items; item += step) {
             const int j = (int)((item - first) / of_row), e = (int)((item - first) % of_row);
             const int g = e / (2 * STEPS), value = e / STEPS % 2, c = 8 * (e % STEPS);
             if (j < s.shared_count && done_before(a, i, s.shared_begin + j))
                 continue;
+            unsigned short *to = a.pairs + pair_at<D>(a, s, g, j) + value * D;
+            if (a.qkv_16 && j >= before(s)) {
+                const size_t row = s.begin + j - before(s),
+                             head = row * (a.NH + 2 * a.KVH) + a.NH + value * a.KVH + g;
+                *reinterpret_cast<uint4 *>(to + c) = words_of_head(a.qkv_16 + head * a.HD, c, a.HD);
+                continue;
+            }
             const pair_of kv = key_of(a, s, g, j);
-            narrow8_row<BF16>(a.pairs + pair_at<D>(a, s, g, j) + value * D, value ? kv.v : kv.k,
-                              a.HD, c, 1);
+            narrow8_row<BF16>(to, value ? kv.v : kv.k, a.HD, c, 1);
         }
         first += items;
     }
@@ -181,6 +202,13 @@ static __device__ __forceinline__ void fill_queries(unsigned short *tile, const 
                                                     const glm_segment &s, int g, int row0)
 {
     const int STEPS = D / 8, BELOW = 128 / STEPS, c = threadIdx.x % STEPS, last = s.count * a.G - 1;
+    if (a.qkv_16) {
+#pragma unroll 1
+        for (int r = threadIdx.x / STEPS; r < ROWS; r += BELOW)
+            *reinterpret_cast<uint4 *>(tile + swizzled<D>(r, c)) =
+                words_of_head(a.qkv_16 + query_at(a, s, g, min(row0 + r, last)), 8 * c, a.HD);
+        return;
+    }
     if (a.HD != D || ((size_t)a.qkv & 15)) {
         for (int r = threadIdx.x / STEPS; r < ROWS; r += BELOW)
             narrow8_row<BF16>(tile + swizzled<D>(r, c) - 8 * c,
@@ -206,13 +234,15 @@ static __device__ __forceinline__ void fill_queries(unsigned short *tile, const 
 /* Tiles of rows that a segment gives to blocks. */
 static __device__ __forceinline__ int items_of(const attention &a, const glm_segment &s, int ROWS)
 {
-    return s.count > GLM_DECODE_TOKENS ? (s.count * a.G + ROWS - 1) / ROWS * a.KVH : 0;
+    return s.count > a.fewest ? (s.count * a.G + ROWS - 1) / ROWS * a.KVH : 0;
 }
 
 /* Steps of a score's product in one run of code: all, but where registers do not suffice. */
 #if defined(__CUDACC_RTC__) && __CUDA_ARCH__ == 900
 enum { AHEAD = 1 };
 #elif defined(__CUDACC_RTC__) && __CUDA_ARCH__ < 1200
+enum { AHEAD = 4 };
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 enum { AHEAD = 4 };
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 enum { AHEAD = 2 };
@@ -358,8 +388,8 @@ static __device__ __forceinline__ void forward_fragments(const attention &a)
                 const size_t at = head_row(a, a.segments[i], g, r);
 #pragma unroll
                 for (int n = 0; n < STEPS; n++)
-                    put2(a.out + at * a.HD, 8 * n + 2 * (lane % 4), a.HD, mix[m][n][2 * h] * share,
-                         mix[m][n][2 * h + 1] * share);
+                    put_pair<BF16>(a.out, a.out_16, at * a.HD, 8 * n + 2 * (lane % 4), a.HD,
+                                   mix[m][n][2 * h] * share, mix[m][n][2 * h + 1] * share);
                 if (lane % 4 == 0)
                     a.lse[at] = most[m][h] * a.scale + logf(sum);
             }
@@ -417,8 +447,14 @@ static void forward_narrow(struct cuda *cuda, attention a, int blocks, struct gl
         cuda, SCRATCH_A, glm_pairs_bytes(a.tokens + heads.rows, a.KVH, a.HD));
     if (!a.pairs)
         return;
-    GLM_LAUNCH(cuda, "attention_forward", k_pairs, blocks, 256, 0, a);
-    GLM_LAUNCH(cuda, "attention_forward", k_forward, blocks, 128, (size_t)(3 + tall) * tile, a);
+    const char *op = a.qkv_16 ? "self_attention_forward" : "attention_forward";
+    GLM_LAUNCH(cuda, op, k_pairs, blocks, 256, 0, a);
+    GLM_LAUNCH(cuda, op, k_forward, blocks, 128, (size_t)(3 + tall) * tile, a);
+}
+
+void glm_cuda_attention_forward_16(struct cuda *cuda, attention a, struct glm_heads heads)
+{
+    forward_narrow(cuda, a, attention_blocks(cuda), heads);
 }
 
 extern "C" void glm_cuda_attention_forward(void *cx, void *out, void *lse, const void *qkv,

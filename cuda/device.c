@@ -331,6 +331,17 @@ static int backend_threads(struct glm_backend *be)
     return 1;
 }
 
+static size_t backend_mlp_rows(struct glm_backend *be, const struct glm_mat *up,
+                               const struct glm_mat *down, int N)
+{
+    return glm_mlp_rows(((struct cuda *)be->cx)->compute, up, down, N);
+}
+static size_t backend_self_attention_rows(struct glm_backend *be,
+                                          const struct glm_self_attention *of, int N)
+{
+    return glm_self_attention_rows(((struct cuda *)be->cx)->compute, of, N);
+}
+
 static void backend_set_poll(struct glm_backend *be, int (*poll)(void *arg), void *arg)
 {
     struct cuda *cx = of(be);
@@ -621,6 +632,8 @@ glm_status glm_cuda_create(struct glm_backend **out, int device, enum glm_dtype 
     be->threads = backend_threads;
     be->enter = backend_enter;
     be->leave = backend_leave;
+    be->mlp_rows = backend_mlp_rows;
+    be->self_attention_rows = backend_self_attention_rows;
     be->set_poll = backend_set_poll;
     be->stopped = backend_stopped;
     be->error = backend_error;

@@ -120,18 +120,38 @@ const float *glm_cuda_swiglu_backward_narrow(struct cuda *cuda, void *h, enum gl
                                              const void *dact, int N, int F);
 const float *glm_cuda_swiglu_backward_16(struct cuda *cuda, void *h, enum glm_dtype type,
                                          const void *dact, enum glm_dtype from, int N, int F);
-/* norm.cu: sum += b; out = rmsnorm(sum) in a 16-bit type. */
-void glm_cuda_add_rmsnorm_narrow(struct cuda *cuda, void *out, enum glm_dtype type, void *rstd,
-                                 void *sum, const void *b, const void *weight, int N, int C,
-                                 double eps);
+/* norm.cu: sum += b, unless that is NULL; out = rmsnorm(sum) in a 16-bit type. */
+void glm_cuda_add_rmsnorm_narrow(struct cuda *cuda, const char *op, void *out, enum glm_dtype type,
+                                 void *rstd, void *sum, const void *b, const void *weight, int N,
+                                 int C, double eps);
+/* rope.cu: qkv (N, ..) of a 16-bit type, which is a product, gets what the product had to be added,
+ * is rotated and goes into the cache, as `of` says; and gradients of queries and keys are turned
+ * back. */
+void glm_cuda_turn(struct cuda *cuda, void *qkv, enum glm_dtype type, const void *xa,
+                   const struct glm_self_attention *of, int N);
+void glm_cuda_turn_back(struct cuda *cuda, void *dqkv, enum glm_dtype type,
+                        const struct glm_self_attention *of, int N);
 /* At least `bytes` of a scratch buffer, or NULL after keeping the error. */
 void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
 /* Products of an adapter's matrix W (adapter.cu): out = scale * inp W^T, or inp W where it is
- * transposed, + bias (+ out); and dweight += scale * dout^T inp. */
-void glm_cuda_thin(struct cuda *cuda, void *out, const void *inp, const struct glm_mat *W,
-                   const void *bias, int N, double scale, int accumulate, int transposed);
-void glm_cuda_thin_gradient(struct cuda *cuda, void *dweight, const void *dout, const void *inp,
-                            int N, int O, int I, double scale);
+ * transposed, + bias (+ out); and dweight += scale * dout^T inp. type: of the operand that has the
+ * wide side of W. drop: NULL, or the mask of the wide one of inp and out - inp, then in 16 bits, is
+ * dropped before it is multiplied, or the product before it is added - of a W with more columns than
+ * rows. */
+void glm_cuda_thin(struct cuda *cuda, const char *op, void *out, const void *inp,
+                   enum glm_dtype type, const struct glm_mat *W, const void *bias, int N,
+                   double scale, int accumulate, int transposed, const struct glm_dropout *drop);
+void glm_cuda_thin_gradient(struct cuda *cuda, const char *op, void *dweight, const void *dout,
+                            const void *inp, enum glm_dtype type, int N, int O, int I, double scale,
+                            const struct glm_dropout *drop);
+/* Products of a weight with operands of its type (linear.cu): out (N, O) = x W^T + bias, which only
+ * floats have; 0 after an error. dinp (N, I) = d W. And dinp = dout W of float gradients. */
+int glm_cuda_product(struct cuda *cuda, void *out, enum glm_dtype to, const void *x,
+                     const struct glm_mat *W, const void *bias, enum glm_dtype type, int N);
+void glm_cuda_product_back(struct cuda *cuda, void *dinp, const void *d, const struct glm_mat *W,
+                           enum glm_dtype type, int N);
+void glm_cuda_input_gradient(struct cuda *cuda, void *dinp, enum glm_dtype to, const void *dout,
+                             const struct glm_mat *W, int N, double scale, int accumulate);
 /* Device to host, after everything queued; 0 on an error. */
 int glm_cuda_fetch(struct cuda *cx, void *host, const void *device, size_t bytes, const char *op);
 

@@ -491,6 +491,13 @@ static int multiplied(struct cuda *cuda, void *out, enum glm_dtype to, const voi
     return 1;
 }
 
+int glm_cuda_product(struct cuda *cuda, void *out, enum glm_dtype to, const void *x,
+                     const struct glm_mat *W, const void *bias, enum glm_dtype type, int N)
+{
+    put_bias(cuda, out, bias, N, W->rows, 0);
+    return multiplied(cuda, out, to, x, W, type, N, 1, bias != NULL);
+}
+
 extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
                                         const struct glm_mat *weight, const void *bias, int N,
                                         double scale, int accumulate)
@@ -506,7 +513,8 @@ extern "C" void glm_cuda_linear_forward(void *cx, void *out, const void *inp,
         return;
     }
     if (glm_is_adapter(weight->dtype, O, I)) {
-        glm_cuda_thin(cuda, out, inp, weight, bias, N, scale, accumulate, 0);
+        glm_cuda_thin(cuda, "linear_forward", out, inp, GLM_F32, weight, bias, N, scale, accumulate,
+                      0, NULL);
         return;
     }
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
@@ -554,6 +562,12 @@ static void multiplied_back(struct cuda *cuda, void *dinp, const void *dh, int s
     }
 }
 
+void glm_cuda_product_back(struct cuda *cuda, void *dinp, const void *d, const struct glm_mat *W,
+                           enum glm_dtype type, int N)
+{
+    multiplied_back(cuda, dinp, d, W->rows, W, type, N, 0);
+}
+
 extern "C" void glm_cuda_swiglu_linear_backward(void *cx, void *dinp, const void *dact, void *h,
                                                 const struct glm_mat *weight, int N)
 {
@@ -582,7 +596,8 @@ extern "C" void glm_cuda_swiglu_mlp_forward(void *cx, void *out, void *rstd, voi
         if (out)
             glm_cuda_swiglu_linear_forward(cx, out, work, h, down, bias, N);
     } else if (glm_cuda_begin(cuda)) {
-        glm_cuda_add_rmsnorm_narrow(cuda, work, type, rstd, sum, b, weight, N, up->cols, eps);
+        glm_cuda_add_rmsnorm_narrow(cuda, "swiglu_mlp_forward", work, type, rstd, sum, b, weight, N,
+                                    up->cols, eps);
         if (!multiplied(cuda, h, type, work, up, type, N, 1, 0) || !out)
             return;
         put_bias(cuda, out, bias, N, down->rows, 0);
@@ -613,8 +628,8 @@ extern "C" void glm_cuda_adapted_forward(void *cx, void *out, const void *inp,
 }
 
 /* dinp of a type; in 16 bits of all rows of the weight at once, or their sum would be rounded */
-static void input_gradient(struct cuda *cuda, void *dinp, enum glm_dtype to, const void *dout,
-                           const struct glm_mat *weight, int N, double scale, int accumulate)
+void glm_cuda_input_gradient(struct cuda *cuda, void *dinp, enum glm_dtype to, const void *dout,
+                             const struct glm_mat *weight, int N, double scale, int accumulate)
 {
     const int O = weight->rows, I = weight->cols;
     const enum glm_dtype type = glm_product_type(cuda->compute, weight->dtype, O, I);
@@ -643,9 +658,10 @@ extern "C" void glm_cuda_linear_backward_input(void *cx, void *dinp, const void 
     if (!N || !glm_cuda_begin(cuda))
         return;
     if (glm_is_adapter(weight->dtype, weight->rows, weight->cols))
-        glm_cuda_thin(cuda, dinp, dout, weight, NULL, N, scale, accumulate, 1);
+        glm_cuda_thin(cuda, "linear_backward_input", dinp, dout, GLM_F32, weight, NULL, N, scale,
+                      accumulate, 1, NULL);
     else
-        input_gradient(cuda, dinp, GLM_F32, dout, weight, N, scale, accumulate);
+        glm_cuda_input_gradient(cuda, dinp, GLM_F32, dout, weight, N, scale, accumulate);
 }
 
 /* The activation's gradient is bfloat16 where its products are; float16 has no room for what was not
@@ -663,7 +679,7 @@ extern "C" void glm_cuda_swiglu_mlp_backward(void *cx, void *dinp, void *h, cons
     } else if (glm_cuda_begin(cuda)) {
         const int whole = glm_backward_rows(cuda->piece, down, type, N) >= O;
         const enum glm_dtype to = type == GLM_BF16 && whole ? type : GLM_F32;
-        input_gradient(cuda, dinp, to, dout, down, N, 1, 0);
+        glm_cuda_input_gradient(cuda, dinp, to, dout, down, N, 1, 0);
         const float *factor = glm_cuda_swiglu_backward_16(cuda, h, type, dinp, to, N, F);
         multiplied_back(cuda, dinp, h, 2 * F, up, type, N, factor != NULL);
     }
@@ -677,7 +693,8 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
     if (!N || !glm_cuda_begin(cuda))
         return;
     if (dweight && glm_is_adapter(GLM_F32, O, I)) {
-        glm_cuda_thin_gradient(cuda, dweight, dout, inp, N, O, I, scale);
+        glm_cuda_thin_gradient(cuda, "linear_backward_weight", dweight, dout, inp, GLM_F32, N, O, I,
+                               scale, NULL);
     } else if (dweight) {
         const enum glm_dtype type = glm_product_type(cuda->compute, GLM_F32, O, I);
         const float *factor = glm_cuda_factor(cuda, dout, (size_t)N * O, type, 13, scale);

@@ -234,3 +234,15 @@ static __device__ __forceinline__ void put2(float *row, int c, int HD, float x, 
     if (c + 1 < HD)
         row[c + 1] = y;
 }
+
+/* The same of element `at` of an array on, of floats, or of 16 bits where there is one: HD is even
+ * then. */
+template <bool BF16>
+static __device__ __forceinline__ void put_pair(float *to, unsigned short *to_16, size_t at, int c,
+                                                int HD, float x, float y)
+{
+    if (!to_16)
+        put2(to + at, c, HD, x, y);
+    else if (c < HD)
+        *reinterpret_cast<unsigned *>(to_16 + at + c) = pack2<BF16>(x, y);
+}

@@ -38,7 +38,7 @@ VALUES = re.compile(
     r"top > most|most > 0|> fabs\(|word < m\.threshold|wq / qq > most|DECODE_TOKENS|GLM_EXPECT"
     r"|i < \*at|h < NH && i >= rotary_dim"  # the first of equals; what stays as it is
     r"|top_k < r\.V|equal \* each < total"
-    r"|r0 < a\.R|c0 (<|>=) a\.wide|bool second = "  # that cut nothing off when they are equal
+    r"|r0 < [at]\.R|c0 (<|>=) a\.wide|bool second = "  # that cut nothing off when they are equal
     # where one more has nothing to do, or does what is not looked at
     r"|int common = |if \(next < w\.end\)|first < runs; first|chunk < chunks; chunk"
     r"|v0 < (r\.)?V; v0 \+=|threadIdx\.x >> 5\) < busy|mass\[i\] >= needed\("
@@ -50,9 +50,13 @@ LOWER = re.compile(r"(>= (begin|from|0\b|c\.top_k)|<= begin|< begin)")
 # What every file includes is tested by the ops of these.
 LAUNCH = ("adamw", "elementwise", "norm", "linear")
 # Ops that have kernels for products in 16 bits
-NARROW = ("attention", "linear", "adapted", "swiglu_linear", "swiglu_mlp")
+NARROW = ("attention", "linear", "adapted", "swiglu_linear", "swiglu_mlp", "self_attention")
 # What is launched under the name of its caller's op.
-FOR_OTHERS = {"few_quantized": ("linear_forward", "adapted_forward", "linear_swiglu_forward")}
+FOR_OTHERS = {
+    "few_quantized": ("linear_forward", "adapted_forward", "linear_swiglu_forward"),
+    "adapter": ("linear_forward", "linear_backward_input", "linear_backward_weight")
+    + ("self_attention_forward", "self_attention_backward"),
+}
 
 
 def ops_of(file: Path) -> set[str]:
@@ -171,8 +175,10 @@ def cases(file: Path) -> list[tuple]:
         if not called & ops:
             continue
         found += test_cuda.checks(op)
-        if op.startswith(NARROW):  # bfloat16 has the same source
+        if op.startswith(NARROW):  # bfloat16 has the same source ..
             found += test_cuda.checks(op, "float16")
+        if op == "self_attention_backward":  # .. but here, where gradients are 16 bits in it
+            found += test_cuda.checks(op, "bfloat16")
     return sorted(found, key=lambda check: check.cost)
 
 
@@ -193,17 +199,19 @@ def noticed(number: int, checks: list) -> str:
 
 
 def reaching(check: Any, numbers: list[int]) -> set[int]:
-    """The mutants whose places a check comes by."""
+    """The mutants whose places a check comes by. It is run as often as their lists have it: of two
+    calls in a row one has its arrays on the 16-byte grid, where other kernels may do the work."""
     from emulator import emulator
 
     emulator().mutant(-1)
-    check.run("emu")
+    for _ in range(numbers.count(numbers[0])):
+        check.run("emu")
     return {n for n in numbers if emulator().reached(n)}
 
 
 def reached(checks: dict[int, list], jobs: int) -> dict[int, list]:
-    """Of the checks of each mutant those that come by its place: each check is run once, all in so
-    many processes."""
+    """Of the checks of each mutant those that come by its place: each check is run for all mutants
+    at once, all in so many processes."""
     each: dict[str, tuple[Any, list[int]]] = {}
     for n, own in checks.items():
         for check in own:

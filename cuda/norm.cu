@@ -97,7 +97,7 @@ k_add_rmsnorm_forward(float *out, float *rstd, float *sum, const float *a, const
     norm_of(out, GLM_F32, rstd, sum, a, b, weight, C, eps);
 }
 
-/* The same with out in 16 bits, a being sum */
+/* The same with out in 16 bits, a being sum; b NULL: without it */
 GLM_KERNEL(512)
 k_add_rmsnorm_narrow(void *out, int type, float *rstd, float *sum, const float *b,
                      const float *weight, int C, float eps)
@@ -295,13 +295,13 @@ extern "C" void glm_cuda_add_rmsnorm_forward(void *cx, void *out, void *rstd, vo
                          (const float *)b, (const float *)weight, C, (float)eps);
 }
 
-void glm_cuda_add_rmsnorm_narrow(struct cuda *cuda, void *out, enum glm_dtype type, void *rstd,
-                                 void *sum, const void *b, const void *weight, int N, int C,
-                                 double eps)
+void glm_cuda_add_rmsnorm_narrow(struct cuda *cuda, const char *op, void *out, enum glm_dtype type,
+                                 void *rstd, void *sum, const void *b, const void *weight, int N,
+                                 int C, double eps)
 {
-    GLM_LAUNCH_AFTER(cuda, "swiglu_mlp_forward", k_add_rmsnorm_narrow, N, forward_threads(C), 0,
-                     out, (int)type, (float *)rstd, (float *)sum, (const float *)b,
-                     (const float *)weight, C, (float)eps);
+    GLM_LAUNCH_AFTER(cuda, op, k_add_rmsnorm_narrow, N, forward_threads(C), 0, out, (int)type,
+                     (float *)rstd, (float *)sum, (const float *)b, (const float *)weight, C,
+                     (float)eps);
 }
 
 extern "C" void glm_cuda_rmsnorm_backward(void *cx, void *dinp, void *dweight, const void *dout,

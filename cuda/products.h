@@ -5,6 +5,7 @@
 #define GLM_CUDA_PRODUCTS_H
 
 #include "backend.h"
+#include "decode.h"
 
 enum {
     GLM_FEW = 8,            /* rows that one kernel of ours takes, reading the weights once .. */
@@ -91,6 +92,43 @@ static inline enum glm_dtype glm_mlp_type(enum glm_dtype compute, const struct g
                          after = glm_product_type(compute, down->dtype, down->rows, down->cols);
     const int many = N > glm_few_rows(compute, up) && N > glm_few_rows(compute, down);
     return many && type == after && up->cols % 8 == 0 && down->cols % 8 == 0 ? type : GLM_F32;
+}
+
+/* The type in which ln, qkv and att of struct glm_self_attention are, of N tokens: that of its
+ * products, or float. Tiles have all its tokens, so there are no kernels of few of them. */
+static inline enum glm_dtype glm_self_attention_type(enum glm_dtype compute,
+                                                     const struct glm_self_attention *of, int N)
+{
+    const struct glm_mat *in = of->qkv, *out = of->dense;
+    const enum glm_dtype type = glm_product_type(compute, in->dtype, in->rows, in->cols),
+                         after = glm_product_type(compute, out->dtype, out->rows, out->cols);
+    const int many = N > glm_few_rows(compute, in) && N > glm_few_rows(compute, out),
+              words = in->cols % 8 == 0 && of->heads.HD % 8 == 0 && of->heads.HD <= 128,
+              thin = !of->A || (glm_is_adapter(of->B->dtype, of->B->rows, of->B->cols) &&
+                                of->A->rows < of->A->cols && of->B->cols < of->B->rows),
+              tiles = !of->slot || of->heads.shortest > GLM_DECODE_TOKENS;
+    return type == after && many && words && thin && tiles ? type : GLM_F32;
+}
+
+/* Rows of floats that hold h of N rows and of fewer, and likewise qkv and att: half as many where 16
+ * bits are kept of them, but few rows are floats. */
+static inline size_t glm_halved(int few, int N)
+{
+    const int half = N / 2 + N % 2;
+    return (size_t)(half > few ? half : few < N ? few : N);
+}
+static inline size_t glm_mlp_rows(enum glm_dtype compute, const struct glm_mat *up,
+                                  const struct glm_mat *down, int N)
+{
+    const int a = glm_few_rows(compute, up), b = glm_few_rows(compute, down);
+    return glm_mlp_type(compute, up, down, N) == GLM_F32 ? (size_t)N : glm_halved(a > b ? a : b, N);
+}
+static inline size_t glm_self_attention_rows(enum glm_dtype compute,
+                                             const struct glm_self_attention *of, int N)
+{
+    const int a = glm_few_rows(compute, of->qkv), b = glm_few_rows(compute, of->dense);
+    return glm_self_attention_type(compute, of, N) == GLM_F32 ? (size_t)N
+                                                              : glm_halved(a > b ? a : b, N);
 }
 
 /* Gradient of the input: for each row of W a column of the N gradients is narrowed, too. */

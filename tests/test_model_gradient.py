@@ -78,14 +78,15 @@ def make_model(kind="fused", backend="ref_f64"):
     return model
 
 
-def add_lora(model, dropout, kind="fused"):
-    """LoRA of rank 3 on all linears of both layers, and of rank 4 on the output layer; the names of
-    its weights."""
+def add_lora(model, dropout, kind="fused", only=""):
+    """LoRA of rank 3 on all linears of both layers, and of rank 4 on the output layer, or on those
+    with a word in their names; the names of its weights."""
     rng = np.random.default_rng(6)
     names, head = [], head_of(kind)
     start = KINDS[kind][1].tensor_names["layer"].partition("{}")[0]
     layers = [n for n, s in model.shapes().items() if n.startswith(start) and len(s) == 2]
-    for module in [*(name.removesuffix(".weight") for name in layers), head]:
+    modules = [*(name.removesuffix(".weight") for name in layers), head]
+    for module in (module for module in modules if only in module):
         out, inp = (23, 12) if module == head else model.shape(module + ".weight")
         rank = 4 if module == head else 3
         A, B = rng.normal(0, 0.5, (rank, inp)), rng.normal(0, 0.5, (out, rank))
@@ -151,6 +152,13 @@ def check(model, names, picks=6):
 def test_lora(kind, dropout):
     model = make_model(kind)
     check(model, add_lora(model, dropout, kind), picks=3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_lora_on_query_key_value_alone(dropout):
+    """Of the first layer all before MLP is one op."""
+    model = make_model("fused")
+    check(model, add_lora(model, dropout, only="query_key_value"))
 
 
 def test_lora_on_the_output_layer_alone(kind):

@@ -34,6 +34,7 @@ from ops import (
     Mat,
     Ops,
     Segment,
+    SelfAttention,
     backends,
     bf16_to_float,
     dequantized,
@@ -909,6 +910,173 @@ def linear_rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim:
     heads = Heads(NH, KVH, HD)
     m.ops.linear_rope_append((k, v), qkv, x, W, b, table, position, slot, N, heads, rotary_dim)
     return {"qkv": (qkv, most), "k": (k, most), "v": (v, most)}
+
+
+# kind, tokens of segments, (NH, KVH, HD), rotary_dim, C, R, dtype, dropout where there is some
+HALVES = [
+    ("plain", (), (2, 1, 8), 4, 16, 4, "F32"),
+    ("plain", (3,), (2, 1, 8), 4, 16, 4, "F16"),
+    ("plain", (12, 5), (2, 1, 8), 6, 16, 4, "F32", 0.1),
+    ("plain", (9, 4), (2, 1, 8), 8, 264, 9, "F16", 0.25),
+    ("plain", (20,), (2, 1, 8), 4, 8, 12, "F16", 0.5),
+    ("plain", (19,), (2, 1, 8), 8, 40, 34, "BF16"),
+    ("plain", (1, 5, 20), (4, 2, 32), 16, 40, 0, "BF16"),
+    ("plain", (40, 9), (6, 2, 64), 32, 64, 8, "F16"),
+    ("plain", (66,), (2, 1, 128), 64, 24, 9, "BF16"),
+    ("context", (21, 11), (2, 2, 96), 96, 16, 1, "F32"),
+    ("shared", (9, 17), (4, 1, 64), 32, 32, 3, "F16", 0.1),
+    ("shared past", (7, 6), (4, 2, 40), 20, 32, 0, "I8"),
+    ("past", (70,), (2, 1, 64), 32, 32, 5, "I4 by 32"),
+    ("past", (2, 30), (2, 1, 64), 32, 32, 2, "F16"),
+    ("plain", (14,), (2, 1, 33), 10, 16, 2, "F16"),
+    ("plain", (13,), (2, 1, 8), 8, 7, 2, "F16"),
+    ("plain", (11,), (20, 5, 8), 4, 16, 70, "F16"),
+    ("plain", (10,), (2, 1, 160), 80, 16, 4, "BF16"),
+    ("plain", (290,), (3, 1, 24), 12, 8, 20, "F32"),
+]
+
+
+class Half:
+    """Arguments of the ops of struct glm_self_attention, and what bounds of their outputs need."""
+
+    def __init__(self, m: Maker, case: tuple[Any, ...], bias: bool) -> None:
+        kind, counts, (NH, KVH, HD), rotary_dim, C, R, dtype, *p = case
+        segments, rows = segments_of(kind, counts)
+        self.N, self.O, self.C, self.R = N, O, C, R = sum(counts), (NH + 2 * KVH) * HD, C, R
+        (W, self.w), (D, self.d) = m.weight(O, C, dtype), m.weight(C, NH * HD, dtype)
+        weight = m.normal(C, scale=0.4 / C**0.5)
+        cache, slot = None, None
+        if kind not in ("plain", "context"):
+            cache = tuple(m.normal(rows + N, KVH * HD, scale=0.4) for _ in "kv")
+        if "past" in kind:
+            slot = (rows + m.rng.permutation(N)).astype(np.int32)
+        self.dcache = None
+        if kind == "shared":
+            self.dcache = tuple(m.normal(rows + N, KVH * HD) for _ in "kv")
+        # of any rank it adds about as much: softmax of large scores is a step
+        self.A, self.B = m.normal(R, C), m.normal(O, R, scale=min(1, (4 / max(R, 1)) ** 0.5))
+        real = F64 if m.ops.real == np.float64 else F32
+        self.of = SelfAttention(
+            norm=weight,
+            eps=1e-5,
+            qkv=W,
+            dense=D,
+            table=m.put(rope_table(300, rotary_dim)),
+            position=m.ints(300, N),
+            rotary_dim=rotary_dim,
+            segments=segments,
+            heads=Heads(NH, KVH, HD),
+            qkv_bias=m.normal(O, scale=0.3) if bias else None,
+            dense_bias=m.normal(C) if bias else None,
+            A=Mat(self.A, real) if R else None,
+            B=Mat(self.B, real) if R else None,
+            scale=0.5,
+            dropout=m.dropout(N, p[0]) if p else None,
+            dropped=m.out(N, C) if p else None,
+            slot=slot,
+            cache=cache,
+            dcache=self.dcache,
+        )
+        self.sum, self.b = m.normal(N, C), m.normal(N, C)
+        x = self.sum.astype(np.float64) + self.b
+        ln = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-5) * weight
+        self.x = ln.copy()
+        if p:
+            REF.dropout_forward(self.x, ln, N, C, self.of.dropout)
+        most = 1 / (1 - p[0]) if p else 1
+        self.xabs = np.abs(self.x) @ np.abs(self.A.T)
+        self.weff = np.abs(self.w) + 0.5 * most * np.abs(self.B) @ np.abs(self.A)
+        size = (np.abs(ln) @ self.weff.T).max(initial=0) + 1
+        # a sum of C terms of a norm, whose own is one of C, then turned
+        off = 2 * (sum_error(C + R, 2 * size) + (C + 8) * EPS * size)
+        y = ln @ self.w.T + 0.5 * (self.x @ self.A.T) @ self.B.T
+        self.largest = 1.5 * np.abs(y).max(initial=0) + 2
+        score = 2 * HD**0.5 * off * self.largest + 2 * sum_error(HD, HD**0.5 * self.largest)
+        self.keys = max(counts, default=0) + max(
+            (s.shared_count + s.past_count for s in segments), default=0
+        )
+        self.relative = 2 * score + sum_error(self.keys, 1)
+        self.off, self.ln = off, ln
+        self.att, self.lse = m.out(N, NH * HD), m.out(N, NH)
+        self.qkv, self.xa, self.rstd = m.out(N, O), m.out(N, R), m.out(N)
+
+    def forward(self, m: Maker) -> np.ndarray:
+        out, ln = m.out(self.N, self.C), m.out(self.N, self.C)
+        m.ops.self_attention_norm(ln, self.rstd, self.sum, self.b, self.of, self.N)
+        m.ops.self_attention_forward(
+            out, self.att, self.lse, self.qkv, self.xa, ln, self.of, self.N
+        )
+        return out
+
+
+@over((*case, bias) for case in HALVES for bias in (False, True))
+def self_attention_forward(m: Maker, *case: Any):
+    h = Half(m, case[:-1], case[-1])
+    out = h.forward(m)
+    off = h.relative * h.largest + h.off
+    rows = np.abs(h.d).sum(1).max(initial=0)
+    found = {
+        "out": (out, (off + sum_error(h.att.shape[1], h.largest)) * rows + 8 * EPS * 8),
+        "lse": (h.lse, h.relative + 8 * EPS * np.abs(h.lse)),
+        "sum": (h.sum, 2 * EPS * np.abs(h.sum)),
+        "rstd": (h.rstd, (h.C + 8) * EPS * np.abs(h.rstd)),
+    }
+    if h.R:
+        found["xa"] = h.xa, sum_error(2 * h.C, 2 * h.xabs) + (h.C + 8) * EPS * h.xabs
+    if h.of.slot is not None and h.of.cache:
+        found |= {"k": (h.of.cache[0], h.off), "v": (h.of.cache[1], h.off)}
+    return found
+
+
+@over((*case, through) for case in HALVES for through in (True, False) if "past" not in case[0])
+def self_attention_backward(m: Maker, *case: Any):
+    """Of what its forward left, its input's norm made again. Bounds as those of attention_backward,
+    through products."""
+    *case, through = case
+    h = Half(m, tuple(case), True)
+    h.forward(m)
+    of, (N, O, C, R) = h.of, (h.N, h.O, h.C, h.R)
+    AO, dout = h.att.shape[1], m.normal(N, C)
+    dA, dB = m.normal(R, C), m.normal(O, R)
+    exact = dqkv_of(m, h, dout)
+    work, dinp = m.out(N * max(C, AO)), None
+    if through:  # in work's memory, where it is as large
+        dinp = work if C >= AO else m.out(N * C)
+    m.ops.self_attention_backward(
+        dinp, dA if R else None, dB if R else None, work, m.out(N, O), m.out(N, R), h.rstd, dout,
+        h.att, h.lse, h.qkv, h.xa, h.sum, of, N
+    )  # fmt: skip
+    terms = h.keys + N * of.heads.NH // of.heads.KVH + of.heads.HD + C
+    off = 4 * (2 * h.relative + h.off / h.largest + sum_error(terms, 1)) * exact
+    off = off + sum_error(N + O + C + R, exact)
+    found = {}
+    if R:
+        lns = np.abs(h.x).sum(0).max(initial=0)
+        found["dB"] = dB, off * 0.5 * h.xabs.sum(0).max(initial=0) + 8 * EPS * np.abs(dB)
+        found["dA"] = dA, off * 0.5 * np.abs(h.B).sum(0).max() * lns + 8 * EPS * np.abs(dA)
+    if dinp is not None:
+        found["dinp"] = dinp.reshape(N, C), off * h.weff.sum(0).max()
+    if h.dcache:
+        found |= {"dk": (h.dcache[0], off + 8 * EPS * 4), "dv": (h.dcache[1], off + 8 * EPS * 4)}
+    return found
+
+
+def dqkv_of(m: Maker, h: Half, dout: np.ndarray) -> float:
+    """The largest gradient of queries, keys, values and of the cache, in double."""
+    of, N = h.of, h.N
+    qkv = h.ln @ h.w.T + 0.5 * (h.x @ h.A.astype(np.float64).T) @ h.B.T
+    qkv = np.ascontiguousarray(qkv + (0 if of.qkv_bias is None else of.qkv_bias), np.float64)
+    table = of.table.astype(np.float64)
+    heads = of.heads
+    REF.rope_forward(qkv, table, of.position, N, heads.NH + heads.KVH, heads.HD, h.O, of.rotary_dim)
+    cache = tuple(a.astype(np.float64) for a in of.cache) if of.cache else None
+    out, lse, dqkv = np.zeros(h.att.shape), np.zeros(h.lse.shape), np.zeros_like(qkv)
+    n = len(of.segments)
+    REF.attention_forward(out, lse, qkv, cache, of.segments, n, heads)
+    dcache = tuple(a.astype(np.float64) for a in h.dcache) if h.dcache else None
+    datt = np.ascontiguousarray(dout.astype(np.float64) @ h.d)
+    REF.attention_backward(dqkv, dcache, datt, out, lse, qkv, cache, of.segments, n, heads)
+    return max(np.abs(a).max(initial=0) for a in (dqkv, *(dcache or ())))
 
 
 @over((*shape, p) for shape in PREFIXES for p in (None, 0.1))

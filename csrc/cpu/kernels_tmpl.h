@@ -24,6 +24,10 @@
 #include "tmpl_words.h"
 #include "tmpl_products.h"
 
+#define ON(op) op
+#define MADE(op) op
+#include "self_attention.h"
+
 #define TABLE2(name) glm_cpu_ops_##name
 #define TABLE(name) TABLE2(name)
 

@@ -40,10 +40,12 @@ static struct glm_heads heads_of(const struct glm_model *m)
                               .shortest = s->shortest};
 }
 
-static int gathers(const struct glm_model *m, int l)
+static int step_gathers(const struct glm_model *m, const struct glm_step *s, int l)
 {
-    return m->step.gathered && l == m->arch.layers - 1;
+    return s->gathered && l == m->arch.layers - 1;
 }
+
+static int gathers(const struct glm_model *m, int l) { return step_gathers(m, &m->step, l); }
 
 /* After attention */
 static const struct glm_rows *rows_of(const struct glm_model *m, int l)
@@ -66,13 +68,87 @@ static int activates(const struct glm_model *m, int l)
 }
 
 /* Whether all from the second norm on is one op; its backward has no gradients but that of its input. */
-static int mlp_is_one(const struct glm_model *m, int l)
+static int step_mlp_is_one(const struct glm_model *m, const struct glm_step *s, int l)
 {
     const struct glm_layer *layer = &m->layers[l];
     const struct glm_linear *up = &layer->linear[GLM_H_TO_4H], *down = &layer->linear[GLM_4H_TO_H];
-    return !m->arch.gelu && !m->step.fused_swiglu && !m->arch.residual_scale &&
+    return !m->arch.gelu && !s->fused_swiglu && !m->arch.residual_scale &&
            !layer->post_attention_layernorm.bias && !up->bias && glm_is_frozen(m, up) &&
            glm_is_frozen(m, down);
+}
+
+static int mlp_is_one(const struct glm_model *m, int l) { return step_mlp_is_one(m, &m->step, l); }
+
+static const void *bias_of(const struct glm_linear *linear)
+{
+    return linear->bias ? linear->bias->mat.data : NULL;
+}
+
+/* Whether all from the first norm's output to what attention adds is one op: what has adapters is
+ * query_key_value alone, nothing else of it trains, and every row goes through it to the end. */
+static int step_attention_is_one(const struct glm_model *m, const struct glm_step *s, int l)
+{
+    const struct glm_arch *arch = &m->arch;
+    const struct glm_layer *layer = &m->layers[l];
+    const struct glm_linear *qkv = &layer->linear[GLM_QKV];
+    if (arch->split_qkv || arch->qkv_by_head || arch->rope_2d || arch->residual_scale ||
+        layer->input_layernorm.bias || step_gathers(m, s, l) || s->several || s->fused_swiglu ||
+        !glm_is_frozen(m, &layer->linear[GLM_DENSE]))
+        return 0;
+    return !glm_trains(qkv->weight) && !glm_trains(qkv->bias) &&
+           !(glm_adapted(m, qkv) && (glm_present(qkv->magnitude) || glm_present(qkv->B_bias)));
+}
+
+static int attention_is_one(const struct glm_model *m, int l)
+{
+    return step_attention_is_one(m, &m->step, l);
+}
+
+static struct glm_self_attention self_attention_of(const struct glm_model *m, int l)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_layer *layer = &m->layers[l];
+    const struct glm_linear *qkv = &layer->linear[GLM_QKV], *dense = &layer->linear[GLM_DENSE];
+    const int adapted = glm_adapted(m, qkv);
+    return (struct glm_self_attention){.norm = layer->input_layernorm.weight->mat.data,
+                                       .eps = m->arch.eps,
+                                       .qkv = &qkv->weight->mat,
+                                       .dense = &dense->weight->mat,
+                                       .qkv_bias = bias_of(qkv),
+                                       .dense_bias = bias_of(dense),
+                                       .A = adapted ? &qkv->A->mat : NULL,
+                                       .B = adapted ? &qkv->B->mat : NULL,
+                                       .scale = qkv->scale,
+                                       .dropout = glm_mask_of(m, qkv, &s->all),
+                                       .dropped = s->lora_x,
+                                       .table = m->rope_table,
+                                       .position = s->all.position,
+                                       .slot = s->call.cache ? s->slot : NULL,
+                                       .rotary_dim = m->arch.rotary_dim,
+                                       .n_segments = s->S,
+                                       .segments = s->segments,
+                                       .cache = kv_of(m, l),
+                                       .dcache = dkv_of(m, l),
+                                       .heads = heads_of(m)};
+}
+
+size_t glm_mlp_room(const struct glm_model *m, const struct glm_step *s, int l, int n)
+{
+    const struct glm_linear *linear = m->layers[l].linear;
+    struct glm_backend *be = m->be;
+    if (!s->call.training || !be->mlp_rows || !step_mlp_is_one(m, s, l))
+        return (size_t)n;
+    return be->mlp_rows(be, &linear[GLM_H_TO_4H].weight->mat, &linear[GLM_4H_TO_H].weight->mat, n);
+}
+
+size_t glm_attention_room(const struct glm_model *m, const struct glm_step *s, int l, int n)
+{
+    struct glm_backend *be = m->be;
+    if (!s->call.training || !be->self_attention_rows || !step_attention_is_one(m, s, l))
+        return (size_t)n;
+    struct glm_self_attention of = self_attention_of(m, l);
+    of.slot = NULL; /* the step before may have had a cache */
+    return be->self_attention_rows(be, &of, n);
 }
 
 /* Where the last product of a branch puts what goes to out by way of the branch's norm, if there is
@@ -102,7 +178,7 @@ static void branch_forward(struct glm_model *m, int l, int branch, int which, vo
     void *to = before_norm(m, l, branch, out);
     if (h)
         m->be->ops->swiglu_linear_forward(m->be->cx, to, inp, h, &linear->weight->mat,
-                                          linear->bias ? linear->bias->mat.data : NULL, rows->n);
+                                          bias_of(linear), rows->n);
     else
         glm_linear_forward(m, linear, to, inp, a->xa[which], rows);
     branch_norm_forward(m, l, branch, out);
@@ -138,9 +214,8 @@ static void qkv_forward(struct glm_model *m, int l, struct glm_heads heads)
     const struct glm_linear *linear = m->layers[l].linear;
     const struct glm_rows *all = &s->all;
     if (appends(m, l)) {
-        const struct glm_weight *bias = linear[GLM_QKV].bias;
         m->be->ops->linear_rope_append(m->be->cx, kv_of(m, l), a->qkv, s->ln,
-                                       &linear[GLM_QKV].weight->mat, bias ? bias->mat.data : NULL,
+                                       &linear[GLM_QKV].weight->mat, bias_of(&linear[GLM_QKV]),
                                        m->rope_table, all->position, s->slot, all->n, heads,
                                        m->arch.rotary_dim);
         return;
@@ -250,7 +325,14 @@ static void finish(struct glm_model *m, int l, int N)
 {
     const struct glm_step *s = &m->step;
     const void *residual = m->arch.residual_scale ? s->ln : s->acts[l].x1;
-    if (l == m->arch.layers - 1)
+    const int last = l == m->arch.layers - 1;
+    if (!last && attention_is_one(m, l + 1)) {
+        const struct glm_self_attention next = self_attention_of(m, l + 1);
+        m->be->ops->self_attention_norm(m->be->cx, s->ln, s->acts[l + 1].rstd1, s->x[l + 1],
+                                        residual, &next, N);
+        return;
+    }
+    if (last)
         glm_residual_forward(m, &m->final_layernorm, s->final, s->final_mean, s->final_rstd,
                              s->x[l + 1], residual, N);
     else
@@ -266,12 +348,48 @@ static void up_forward(struct glm_model *m, int l, void *h, int act)
     const struct glm_linear *up = &m->layers[l].linear[GLM_H_TO_4H];
     if (s->fused_swiglu && !glm_adapted(m, up)) {
         m->be->ops->linear_swiglu_forward(m->be->cx, s->act, h, s->ln, &up->weight->mat,
-                                          up->bias ? up->bias->mat.data : NULL, rows->n);
+                                          bias_of(up), rows->n);
         return;
     }
     glm_linear_forward(m, up, h, s->ln, s->acts[l].xa[GLM_H_TO_4H], rows);
     if (act)
         activation_forward(m, s->act, h, rows->n);
+}
+
+/* What attention adds, into x1, and the rows of the layer's input that it is added to, which are
+ * returned. norm1: as below. */
+static const void *attention_branch(struct glm_model *m, int l, int norm1)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    const struct glm_step *s = &m->step;
+    const struct glm_block_acts *a = &s->acts[l];
+    const struct glm_heads heads = heads_of(m);
+    const int N = s->N, NR = rows_of(m, l)->n, C = m->arch.hidden;
+    const void *residual = m->arch.residual_scale ? s->ln : s->x[l];
+    void *att = a->att;
+    if (attention_is_one(m, l)) {
+        const struct glm_self_attention of = self_attention_of(m, l);
+        if (norm1)
+            op->self_attention_norm(cx, s->ln, a->rstd1, s->x[l], NULL, &of, N);
+        op->self_attention_forward(cx, before_norm(m, l, GLM_ATTENTION, a->x1), att, a->lse, a->qkv,
+                                   a->xa[GLM_QKV], s->ln, &of, N);
+        branch_norm_forward(m, l, GLM_ATTENTION, a->x1);
+        return residual;
+    }
+    if (norm1)
+        glm_norm_forward(m, &m->layers[l].input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l], N);
+    qkv_forward(m, l, heads);
+    rope_forward(m, l, heads);
+    op->attention_forward(cx, att, a->lse, a->qkv, kv_of(m, l), s->segments, s->S, heads);
+    if (gathers(m, l)) {
+        op->gather_forward(cx, s->att_rows, att, s->gather, NR, heads.NH * heads.HD);
+        op->gather_forward(cx, s->x_rows, residual, s->gather, NR, C);
+        att = s->att_rows;
+        residual = s->x_rows;
+    }
+    branch_forward(m, l, GLM_ATTENTION, GLM_DENSE, a->x1, att, NULL);
+    return residual;
 }
 
 /* The layer up to h, as both passes need it, with the activation where `act` is set, and where MLP is
@@ -283,32 +401,14 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act, void 
     const struct glm_layer *layer = &m->layers[l];
     const struct glm_step *s = &m->step;
     const struct glm_block_acts *a = &s->acts[l];
-    const struct glm_heads heads = heads_of(m);
-    const int N = s->N, C = m->arch.hidden, AO = heads.NH * heads.HD;
-    const struct glm_rows *rows = rows_of(m, l);
-    const int gathered = gathers(m, l), NR = rows->n;
-    const void *residual = m->arch.residual_scale ? s->ln : s->x[l];
-    void *att = a->att;
+    const int NR = rows_of(m, l)->n;
+    const void *residual = attention_branch(m, l, norm1);
     void *h = h_of(m, l);
-
-    if (norm1)
-        glm_norm_forward(m, &layer->input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l], N);
-    qkv_forward(m, l, heads);
-    rope_forward(m, l, heads);
-    op->attention_forward(cx, a->att, a->lse, a->qkv, kv_of(m, l), s->segments, s->S, heads);
-    if (gathered) {
-        op->gather_forward(cx, s->att_rows, a->att, s->gather, NR, AO);
-        op->gather_forward(cx, s->x_rows, residual, s->gather, NR, C);
-        att = s->att_rows;
-        residual = s->x_rows;
-    }
-    branch_forward(m, l, GLM_ATTENTION, GLM_DENSE, a->x1, att, NULL);
     const struct glm_linear *up = &layer->linear[GLM_H_TO_4H], *down = &layer->linear[GLM_4H_TO_H];
     if (mlp_is_one(m, l)) {
         op->swiglu_mlp_forward(cx, out, a->rstd2, a->x1, s->act, h, residual,
                                layer->post_attention_layernorm.weight->mat.data, &up->weight->mat,
-                               &down->weight->mat, down->bias ? down->bias->mat.data : NULL, NR,
-                               m->arch.eps);
+                               &down->weight->mat, bias_of(down), NR, m->arch.eps);
     } else {
         glm_residual_forward(m, &layer->post_attention_layernorm, s->ln, a->mean2, a->rstd2, a->x1,
                              residual, NR);
@@ -379,6 +479,48 @@ static void mlp_backward(struct glm_model *m, int l, void *h, const void *dout)
     glm_linear_backward(m, up, s->dnorm, h, s->ln, a->xa[GLM_H_TO_4H], rows, 0);
 }
 
+/* Of dout, the gradient of what attention adds and of what it is added to, into that of the first
+ * norm's output, if need_dx; where the layer gathers, dx is the latter one of all rows. */
+static void attention_branch_backward(struct glm_model *m, int l, int need_dx, const void *dout)
+{
+    const struct glm_ops *op = m->be->ops;
+    void *cx = m->be->cx;
+    const struct glm_step *s = &m->step;
+    const struct glm_block_acts *a = &s->acts[l];
+    const struct glm_heads heads = heads_of(m);
+    const int N = s->N, C = m->arch.hidden, AO = heads.NH * heads.HD;
+    const struct glm_rows *rows = rows_of(m, l);
+    const int gathered = gathers(m, l), NR = rows->n;
+    const struct glm_linear *linear = m->layers[l].linear;
+    const void *of_branch = branch_backward(m, l, GLM_ATTENTION, dout);
+    void *datt = gathered ? s->datt_rows : s->datt;
+    if (attention_is_one(m, l)) {
+        const struct glm_self_attention of = self_attention_of(m, l);
+        void *dA = of.A ? linear[GLM_QKV].A->grad : NULL,
+             *dB = of.A ? linear[GLM_QKV].B->grad : NULL;
+        op->self_attention_backward(cx, need_dx ? s->dln1 : NULL, dA, dB, datt, s->dqkv, s->lora_u,
+                                    a->rstd1, of_branch, a->att, a->lse, a->qkv, a->xa[GLM_QKV],
+                                    s->x[l], &of, N);
+        return;
+    }
+    if (gathered && glm_reads_input(m, &linear[GLM_DENSE]))
+        op->gather_forward(cx, s->att_rows, a->att, s->gather, NR, AO);
+    glm_linear_backward(m, &linear[GLM_DENSE], datt, of_branch, gathered ? s->att_rows : a->att,
+                        a->xa[GLM_DENSE], rows, 0);
+    if (gathered) {
+        m->be->zero(m->be, s->datt, (size_t)N * AO * m->be->real_size);
+        op->gather_backward(cx, s->datt, datt, s->gather, NR, AO);
+        m->be->zero(m->be, s->dx, (size_t)N * C * m->be->real_size);
+        op->gather_backward(cx, s->dx, dout, s->gather, NR, C);
+    }
+    op->attention_backward(cx, s->dqkv, dkv_of(m, l), s->datt, a->att, a->lse, a->qkv, kv_of(m, l),
+                           s->segments, s->S, heads);
+    rope_backward(m, heads);
+    if (reads_norm1(m, linear))
+        glm_norm_forward(m, &m->layers[l].input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l], N);
+    qkv_backward(m, l, need_dx, heads);
+}
+
 /* step.dx holds the gradient of the layer's output (dx_rows in a gathering layer) and receives that
  * of its input; need_dx 0: only parameter gradients are wanted. */
 void glm_block_backward(struct glm_model *m, int l, int need_dx)
@@ -388,13 +530,9 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     const struct glm_layer *layer = &m->layers[l];
     const struct glm_step *s = &m->step;
     const struct glm_block_acts *a = &s->acts[l];
-    const struct glm_heads heads = heads_of(m);
-    const int N = s->N, C = m->arch.hidden, AO = heads.NH * heads.HD;
-    const struct glm_rows *rows = rows_of(m, l);
-    const int gathered = gathers(m, l), NR = rows->n;
-    void *dout = gathered ? s->dx_rows : s->dx;
-    void *datt = gathered ? s->datt_rows : s->datt;
-    const struct glm_linear *linear = layer->linear;
+    const int NR = rows_of(m, l)->n,
+              through_norm = need_dx || glm_norm_trains(&layer->input_layernorm);
+    void *dout = gathers(m, l) ? s->dx_rows : s->dx;
     void *h = h_of(m, l);
 
     if (s->h) { /* rounded, whether it was kept or recomputed: the same gradients */
@@ -406,24 +544,8 @@ void glm_block_backward(struct glm_model *m, int l, int need_dx)
     mlp_backward(m, l, h, branch_backward(m, l, GLM_MLP, dout));
     glm_residual_backward(m, &layer->post_attention_layernorm, dout, s->dnorm, a->x1, a->mean2,
                           a->rstd2, NR);
-    if (gathered && glm_reads_input(m, &linear[GLM_DENSE]))
-        op->gather_forward(cx, s->att_rows, a->att, s->gather, NR, AO);
-    glm_linear_backward(m, &linear[GLM_DENSE], datt, branch_backward(m, l, GLM_ATTENTION, dout),
-                        gathered ? s->att_rows : a->att, a->xa[GLM_DENSE], rows, 0);
-    if (gathered) {
-        m->be->zero(m->be, s->datt, (size_t)N * AO * m->be->real_size);
-        op->gather_backward(cx, s->datt, datt, s->gather, NR, AO);
-        m->be->zero(m->be, s->dx, (size_t)N * C * m->be->real_size);
-        op->gather_backward(cx, s->dx, dout, s->gather, NR, C);
-    }
-    op->attention_backward(cx, s->dqkv, dkv_of(m, l), s->datt, a->att, a->lse, a->qkv, kv_of(m, l),
-                           s->segments, s->S, heads);
-    rope_backward(m, heads);
-    const int through_norm = need_dx || glm_norm_trains(&layer->input_layernorm);
-    if (reads_norm1(m, linear))
-        glm_norm_forward(m, &layer->input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l], N);
-    qkv_backward(m, l, through_norm, heads);
+    attention_branch_backward(m, l, through_norm, dout);
     if (through_norm)
         glm_residual_backward(m, &layer->input_layernorm, s->dx, s->dln1, s->x[l], a->mean1,
-                              a->rstd1, N);
+                              a->rstd1, s->N);
 }

@@ -22,8 +22,8 @@ int glm_adapted(const struct glm_model *m, const struct glm_linear *lin)
     return found;
 }
 
-static struct glm_dropout mask_of(const struct glm_model *m, const struct glm_linear *lin,
-                                  const struct glm_rows *rows)
+struct glm_dropout glm_mask_of(const struct glm_model *m, const struct glm_linear *lin,
+                               const struct glm_rows *rows)
 {
     const struct glm_call *call = &m->step.call;
     return (struct glm_dropout){
@@ -43,7 +43,7 @@ void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, cons
     void *cx = m->be->cx;
     if (!adapted(m, lin))
         return;
-    const struct glm_dropout mask = mask_of(m, lin, rows);
+    const struct glm_dropout mask = glm_mask_of(m, lin, rows);
     if (mask.p > 0) {
         op->dropout_forward(cx, m->step.lora_x, inp, rows->n, lin->weight->cols, &mask);
         inp = m->step.lora_x;
@@ -174,7 +174,7 @@ void glm_linear_backward(struct glm_model *m, const struct glm_linear *lin, void
     const struct glm_weight *W = lin->weight;
     const int N = rows->n, trains = glm_trains(lin->A) || glm_reads_xa(lin);
     const int adapter = glm_adapted(m, lin) && (dinp || trains || glm_trains(lin->B_bias));
-    const struct glm_dropout mask = mask_of(m, lin, rows);
+    const struct glm_dropout mask = glm_mask_of(m, lin, rows);
     void *u = m->step.lora_u, *x = m->step.lora_x, *dbias = lin->bias ? lin->bias->grad : NULL;
     if (glm_adapted(m, lin) && glm_present(lin->magnitude)) {
         if (dbias)

@@ -68,15 +68,16 @@ struct glm_rows {
 
 /* What backward needs of one layer. NR = N rows, except in the last layer, where what follows
  * attention is computed for the M rows that someone reads; NB = NR, or 0 where branches have no
- * norm; NM, NRM and NBM = N, NR and NB with LayerNorm, else 0; UP: columns of h. Inputs of linears
- * are not here: the norms and the activation yield them again from x, x1 and h, bit for bit and at
- * the memory's speed. The list makes the struct and the memory plan. */
+ * norm; NM, NRM and NBM = N, NR and NB with LayerNorm, else 0; UP: columns of h; NA: rows of reals
+ * with room for N of qkv and att (glm_attention_room). Inputs of linears are not here: the norms and
+ * the activation yield them again from x, x1 and h, bit for bit and at the memory's speed. The list
+ * makes the struct and the memory plan. */
 /* clang-format off */
 #define BLOCK_ACTS(X) /* name, elements */     \
     X(mean1, NM)                               \
     X(rstd1, N)                                \
-    X(qkv, N * QKV)                            \
-    X(att, N * AO)                             \
+    X(qkv, NA * QKV)                           \
+    X(att, NA * AO)                            \
     X(lse, N * NH)                             \
     X(x1, NR * C)                              \
     X(mean2, NRM)                              \
@@ -363,7 +364,9 @@ struct glm_run_of_rows {
 };
 int glm_next_run(const struct glm_model *m, const struct glm_rows *rows, struct glm_run_of_rows *r);
 
-/* model/linear.c; xa = x A^T, of the dropped x where there is dropout */
+/* model/linear.c; xa = x A^T, of the dropped x where there is dropout, whose mask is glm_mask_of */
+struct glm_dropout glm_mask_of(const struct glm_model *m, const struct glm_linear *lin,
+                               const struct glm_rows *rows);
 void glm_adapter_forward(struct glm_model *m, const struct glm_linear *lin, const void *inp,
                          void *xa, const struct glm_rows *rows);
 void glm_linear_forward(struct glm_model *m, const struct glm_linear *lin, void *out,
@@ -385,6 +388,9 @@ int glm_reads_input(const struct glm_model *m, const struct glm_linear *lin);
 void glm_block_forward(struct glm_model *m, int l);
 void glm_block_recompute(struct glm_model *m, int l);
 void glm_block_backward(struct glm_model *m, int l, int need_dx);
+/* Rows of reals that a step of n rows needs for h of layer l, and for its qkv and att. */
+size_t glm_mlp_room(const struct glm_model *m, const struct glm_step *s, int l, int n);
+size_t glm_attention_room(const struct glm_model *m, const struct glm_step *s, int l, int n);
 
 /* model/model.c. Embedding, layers, final norm. */
 glm_status glm_layers_forward(struct glm_model *m, struct glm_error *err);

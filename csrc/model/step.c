@@ -35,22 +35,40 @@ int glm_lowest_layer(const struct glm_model *m)
     return m->arch.layers;
 }
 
+static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
+
+/* Rows of reals for qkv and att, and for h */
+struct rooms {
+    size_t attention, mlp;
+};
+
+/* What layer l needs, and those below `below`, which run in its place when they run again. */
+static struct rooms rooms_of(const struct glm_model *m, const struct glm_step *s, int l, int below,
+                             int N, int NR)
+{
+    struct rooms r = {glm_attention_room(m, s, l, N), glm_mlp_room(m, s, l, NR)};
+    for (int i = 0; i < below; i++) {
+        r.attention = largest(r.attention, glm_attention_room(m, s, i, N));
+        r.mlp = largest(r.mlp, glm_mlp_room(m, s, i, N));
+    }
+    return r;
+}
+
 static void layout_acts(const struct glm_model *m, struct glm_arena *arena,
                         struct glm_block_acts *a, size_t N, size_t NR, const size_t *rank,
-                        size_t h_size)
+                        struct rooms rooms, size_t h_size)
 {
     const struct glm_arch *arch = &m->arch;
     const size_t C = arch->hidden, NH = arch->heads, AO = NH * arch->head_dim;
     const size_t QKV = AO + (size_t)2 * arch->kv_heads * arch->head_dim;
     const size_t NB = arch->branch_norms ? NR : 0, means = arch->layer_norm ? 1 : 0;
-    const size_t NM = means * N, NRM = means * NR, NBM = means * NB;
+    const size_t NA = rooms.attention, NM = means * N, NRM = means * NR, NBM = means * NB;
 #define PUSH(name, elements) a->name = glm_arena_push(arena, elements, m->be->real_size);
     BLOCK_ACTS(PUSH)
 #undef PUSH
-    a->h = h_size ? glm_arena_push(arena, NR * glm_up_columns(arch), h_size) : NULL;
+    const size_t rows = h_size == m->be->real_size ? rooms.mlp : NR;
+    a->h = h_size ? glm_arena_push(arena, rows * glm_up_columns(arch), h_size) : NULL;
 }
-
-static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
 /* LoRA ranks: the largest of each linear over all layers, the head's, and of all; widest: the input
  * of an adapted linear; dora, dora_head: the output of one with a magnitude. */
@@ -108,12 +126,14 @@ static void layout_layers(const struct glm_model *m, struct glm_arena *arena, st
     /* Where h is rounded the last layer and those recomputed have it in the one of its size. */
     const int rounds = training && m->be->kept_h != GLM_F32;
     s->h = rounds ? glm_arena_push(arena, N * glm_up_columns(&m->arch), real) : NULL;
-    layout_acts(m, arena, &s->acts[L - 1], N, NR, rank, rounds ? 0 : real);
+    layout_acts(m, arena, &s->acts[L - 1], N, NR, rank,
+                rooms_of(m, s, L - 1, first_kept, s->N, (int)NR), rounds ? 0 : real);
     for (int l = 0; l < L - 1; l++)
         if (l < first_kept)
             s->acts[l] = s->acts[L - 1];
         else
-            layout_acts(m, arena, &s->acts[l], N, N, rank, rounds ? 2 : real);
+            layout_acts(m, arena, &s->acts[l], N, N, rank, rooms_of(m, s, l, 0, s->N, s->N),
+                        rounds ? 2 : real);
 }
 
 /* What the layer at work needs, and the final norm's gradient before the layers. Most of it is in

@@ -207,16 +207,21 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
     COUNT(linear_forward, linear_flops(N, weight->rows, weight->cols));
     count_forward(cx, weight, bias != NULL, N);
 }
+static void count_adapted(struct plan *plan, const struct glm_mat *weight, int bias,
+                          const struct glm_mat *B, int N)
+{
+    const int few = N <= glm_few_rows(plan->compute, weight);
+    const int first = !few && glm_is_adapter(B->dtype, B->rows, B->cols);
+    count_forward(plan, weight, !first && bias, N);
+    if (!few)
+        count_forward(plan, B, 0, N);
+}
 static void adapted_forward(void *cx, void *out, const void *inp, const struct glm_mat *weight,
                             const void *bias, const void *xa, const struct glm_mat *B, int N,
                             double scale)
 {
     COUNT(adapted_forward, linear_flops(N, weight->rows, weight->cols + B->cols));
-    const int few = N <= glm_few_rows(((struct plan *)cx)->compute, weight);
-    const int first = !few && glm_is_adapter(B->dtype, B->rows, B->cols);
-    count_forward(cx, weight, !first && bias, N);
-    if (!few)
-        count_forward(cx, B, 0, N);
+    count_adapted(cx, weight, bias != NULL, B, N);
 }
 static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
                                   const struct glm_mat *weight, const void *bias, int N)
@@ -308,35 +313,116 @@ static void linear_backward_weight(void *cx, void *dweight, void *dbias, const v
     COUNT(linear_backward_weight, dweight ? linear_flops(N, O, I) : 0);
     count_backward_weight(cx, dweight != NULL, dbias != NULL, N, O, I);
 }
+/* Products of attention itself, of so many terms a pair and head element */
+static double attention_flops(int terms, const struct glm_segment *segments, int n_segments,
+                              struct glm_heads heads)
+{
+    return terms * visible_pairs(segments, n_segments) * heads.NH * heads.HD;
+}
+static void count_tiles(struct plan *plan, int n_segments, struct glm_heads heads)
+{
+    const int narrow = plan->compute != GLM_F32 && heads.HD <= 128;
+    launch(plan, n_segments, 1 + narrow);
+    if (n_segments && narrow)
+        scratch(plan, SCRATCH_A, glm_pairs_bytes(heads.tokens + heads.rows, heads.KVH, heads.HD));
+}
+static void count_attention(struct plan *plan, int n_segments, struct glm_heads heads)
+{
+    const struct glm_decode decode = glm_decode_of(heads, n_segments);
+    scratch(plan, SCRATCH_A, decode.scratch);
+    launch(plan, n_segments && heads.shortest <= GLM_DECODE_TOKENS, decode.runs > 1 ? 2 : 1);
+    if (!heads.longest || heads.longest > GLM_DECODE_TOKENS)
+        count_tiles(plan, n_segments, heads);
+}
 static void attention_forward(void *cx, void *out, void *lse, const void *qkv, struct glm_kv cache,
                               const struct glm_segment *segments, int n_segments,
                               struct glm_heads heads)
 {
-    COUNT(attention_forward, 4 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
-    struct plan *plan = cx;
-    const struct glm_decode decode = glm_decode_of(heads, n_segments);
-    const int tiles = !heads.longest || heads.longest > GLM_DECODE_TOKENS,
-              narrow = plan->compute != GLM_F32 && heads.HD <= 128;
-    scratch(plan, SCRATCH_A, decode.scratch);
-    launch(cx, n_segments && heads.shortest <= GLM_DECODE_TOKENS, decode.runs > 1 ? 2 : 1);
-    launch(cx, n_segments, tiles ? 1 + narrow : 0);
-    if (n_segments && tiles && narrow)
-        scratch(plan, SCRATCH_A, glm_pairs_bytes(heads.tokens + heads.rows, heads.KVH, heads.HD));
+    COUNT(attention_forward, attention_flops(4, segments, n_segments, heads));
+    count_attention(cx, n_segments, heads);
+}
+static void count_attention_backward(struct plan *plan, int n_segments, struct glm_heads heads)
+{
+    const int narrow = glm_backward_narrows(plan->compute, heads);
+    if (!n_segments)
+        return;
+    if (narrow)
+        scratch(plan, SCRATCH_A, glm_backward_scratch(heads));
+    launch(plan, narrow && plan->compute == GLM_F16, 2); /* the factor */
+    launch(plan, 1, 3); /* delta, keys and values, queries; in 16 bits: operands, gradients, sums */
 }
 static void attention_backward(void *cx, void *dqkv, struct glm_kv dcache, const void *dout,
                                const void *out, const void *lse, const void *qkv,
                                struct glm_kv cache, const struct glm_segment *segments,
                                int n_segments, struct glm_heads heads)
 {
+    COUNT(attention_backward, attention_flops(10, segments, n_segments, heads));
+    count_attention_backward(cx, n_segments, heads);
+}
+static void self_attention_forward(void *cx, void *out, void *att, void *lse, void *qkv, void *xa,
+                                   const void *ln, const struct glm_self_attention *of, int N)
+{
     struct plan *plan = cx;
-    const int narrow = glm_backward_narrows(plan->compute, heads);
-    COUNT(attention_backward, 10 * visible_pairs(segments, n_segments) * heads.NH * heads.HD);
-    if (!n_segments)
+    const struct glm_mat *W = of->qkv, *dense = of->dense;
+    const enum glm_dtype type = glm_self_attention_type(plan->compute, of, N);
+    const int R = of->A ? of->A->rows : 0, drops = R && of->dropout.p > 0 && type == GLM_F32;
+    COUNT(self_attention_forward, linear_flops(N, W->rows + R, W->cols) +
+                                      linear_flops(N, W->rows, R) +
+                                      linear_flops(N, dense->rows, dense->cols) +
+                                      attention_flops(4, of->segments, of->n_segments, of->heads));
+    launch(plan, N && drops, 1);
+    if (of->A)
+        count_forward(plan, of->A, 0, N);
+    if (type == GLM_F32) {
+        if (of->A)
+            count_adapted(plan, W, of->qkv_bias != NULL, of->B, N);
+        else
+            count_forward(plan, W, of->qkv_bias != NULL, N);
+        launch(plan, N, 1); /* the rotation */
+        count_attention(plan, of->n_segments, of->heads);
+        count_forward(plan, dense, of->dense_bias != NULL, N);
+    } else if (plan->cuda) {
+        count_pieces(plan, W, type, glm_forward_rows(GLM_PIECE, W, type));
+        launch(plan, N, 1);
+        count_tiles(plan, of->n_segments, of->heads);
+        launch(plan, of->dense_bias != NULL, 1);
+        count_pieces(plan, dense, type, glm_forward_rows(GLM_PIECE, dense, type));
+    }
+}
+static void self_attention_backward(void *cx, void *dinp, void *dA, void *dB, void *work,
+                                    void *dqkv, void *u, void *rstd, const void *dout,
+                                    const void *att, const void *lse, const void *qkv,
+                                    const void *xa, const void *x,
+                                    const struct glm_self_attention *of, int N)
+{
+    struct plan *plan = cx;
+    const struct glm_mat *W = of->qkv, *dense = of->dense;
+    const enum glm_dtype type = glm_self_attention_type(plan->compute, of, N);
+    const int R = of->A ? of->A->rows : 0, drops = R && of->dropout.p > 0 && type == GLM_F32;
+    COUNT(self_attention_backward,
+          linear_flops(N, dense->rows, dense->cols) + (dB ? linear_flops(N, W->rows, R) : 0) +
+              (dinp || dA ? linear_flops(N, W->rows, R) : 0) +
+              (dA ? linear_flops(N, R, W->cols) : 0) +
+              (dinp ? linear_flops(N, W->rows + R, W->cols) : 0) +
+              attention_flops(10, of->segments, of->n_segments, of->heads));
+    count_backward_input(plan, dense, N);
+    count_attention_backward(plan, of->n_segments, of->heads);
+    launch(plan, N, 1); /* the rotation */
+    launch(plan, N && dA, 1);
+    count_backward_weight(plan, dB != NULL, 0, N, W->rows, R);
+    if (of->A && (dinp || dA))
+        count_backward_input(plan, of->B, N);
+    launch(plan, N && dA && drops, 1);
+    count_backward_weight(plan, dA != NULL, 0, N, R, W->cols);
+    if (!dinp)
         return;
-    if (narrow)
-        scratch(plan, SCRATCH_A, glm_backward_scratch(heads));
-    launch(cx, narrow && plan->compute == GLM_F16, 2); /* the factor */
-    launch(cx, 1, 3); /* delta, keys and values, queries; in 16 bits: operands, gradients, sums */
+    if (type == GLM_BF16 && plan->cuda)
+        count_pieces(plan, W, type, glm_forward_rows(GLM_PIECE, W, type));
+    else
+        count_backward_input(plan, W, N);
+    if (of->A)
+        count_backward_input(plan, of->A, N);
+    launch(plan, N && drops, 1);
 }
 static void sum_squares(void *cx, double *out, const void *x, size_t n)
 {
@@ -391,6 +477,8 @@ static const struct glm_ops plan_ops = {
     .swiglu_linear_backward = swiglu_linear_backward,
     .swiglu_mlp_forward = swiglu_mlp_forward,
     .swiglu_mlp_backward = swiglu_mlp_backward,
+    .self_attention_forward = self_attention_forward,
+    .self_attention_backward = self_attention_backward,
     .linear_backward_input = linear_backward_input,
     .linear_backward_weight = linear_backward_weight,
     .dora_norm = dora_norm,
@@ -463,6 +551,16 @@ static void plan_download(struct glm_backend *be, void *host, const void *device
 static void plan_copy(struct glm_backend *be, void *to, const void *from, size_t bytes) {}
 static void plan_zero(struct glm_backend *be, void *p, size_t bytes) {}
 static void plan_set_threads(struct glm_backend *be, int threads) {}
+static size_t plan_mlp_rows(struct glm_backend *be, const struct glm_mat *up,
+                            const struct glm_mat *down, int N)
+{
+    return glm_mlp_rows(plan_of(be)->compute, up, down, N);
+}
+static size_t plan_self_attention_rows(struct glm_backend *be, const struct glm_self_attention *of,
+                                       int N)
+{
+    return glm_self_attention_rows(plan_of(be)->compute, of, N);
+}
 static int plan_threads(struct glm_backend *be) { return 1; }
 static void plan_set_poll(struct glm_backend *be, int (*poll)(void *arg), void *arg) {}
 static int plan_stopped(struct glm_backend *be) { return 0; }
@@ -537,6 +635,8 @@ glm_status glm_plan_create(struct glm_backend **out, const char *name, int cuda,
     if (cuda) {
         plan->be.device_memory = 1;
         plan->be.kept = compute;
+        plan->be.mlp_rows = plan_mlp_rows;
+        plan->be.self_attention_rows = plan_self_attention_rows;
         plan->be.replay = plan_replay;
         plan->be.recorded = plan_recorded;
         live(plan, GLM_CUDA_SMALL);

@@ -998,6 +998,10 @@ static void swiglu_mlp_backward(void *cx, void *dinp, void *h, const void *dout,
     swiglu_linear_backward(cx, dinp, dinp, h, up, N);
 }
 
+#define ON(op) op
+#define MADE(op) op
+#include "self_attention.h"
+
 static void gelu_forward(void *cx, void *out_, const void *inp_, size_t n)
 {
     real *out = out_;

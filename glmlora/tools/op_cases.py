@@ -11,7 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from .optable import BF16, F16, F32, I4, I8, Choice, Dropout, Heads, Mat, Ops, Segment, stored
+from .optable import (
+    BF16,
+    F16,
+    F32,
+    I4,
+    I8,
+    Choice,
+    Dropout,
+    Heads,
+    Mat,
+    Ops,
+    Segment,
+    SelfAttention,
+    stored,
+)
 
 Case = Callable[[Ops, np.random.Generator], list[np.ndarray]]
 
@@ -234,6 +248,56 @@ def _attention(
             dqkv, tuple(dcache), dout, out, lse, qkv, tuple(cache), segments, n, heads
         )
         return [out, lse, dqkv, *dcache]
+
+    return case
+
+
+@_over(
+    {
+        f"self-attention {name} {sum(counts)} of {HD}": (counts, NH, HD, dtype, p)
+        for name, dtype in TYPES.items()
+        for counts, NH, HD, p in (((3,), 2, 8, 0.1), ((21, 5), 6, 64, 0.3), ((70, 1), 2, 128, 0))
+    }
+)
+def _self_attention(counts: tuple[int, ...], NH: int, HD: int, dtype: int, p: float) -> Case:  # noqa: N803
+    """Of a layer's half: its adapter trains, and rows that all segments share."""
+
+    def case(o: Ops, rng: np.random.Generator) -> list[np.ndarray]:
+        N, C, R, O = sum(counts), 64, 5, (NH + 4) * HD  # noqa: E741, N806
+        begins = np.cumsum([0, *counts]).tolist()
+        angle = rng.random((9, HD // 4))
+        A, B = _normal(o, rng, R, C), _normal(o, rng, O, R)  # noqa: N806
+        kv = [_normal(o, rng, 4, 2 * HD) for _ in range(4)]
+        of = SelfAttention(
+            norm=_normal(o, rng, C) / 10,
+            eps=1e-5,
+            qkv=_matrix(rng, O, C, dtype),
+            dense=_matrix(rng, C, NH * HD, dtype),
+            table=np.stack([np.cos(angle), np.sin(angle)], -1).astype(o.real),
+            position=rng.integers(0, 9, N).astype(np.int32),
+            rotary_dim=HD // 2,
+            segments=[Segment(at, n, 0, 4, 0, 0, 0) for at, n in zip(begins, counts, strict=False)],
+            heads=Heads(NH, 2, HD),
+            qkv_bias=_normal(o, rng, O),
+            A=Mat(A, F32),
+            B=Mat(B, F32),
+            scale=0.1,
+            dropout=Dropout(p, np.arange(N) % 3, np.arange(N), seed=7, step=2, site=3),
+            dropped=np.empty((N, C), o.real),
+            cache=(kv[0], kv[1]),
+            dcache=(kv[2], kv[3]),
+        )
+        total, b, dout = (_normal(o, rng, N, C) for _ in range(3))
+        dA, dB = _normal(o, rng, R, C), _normal(o, rng, O, R)  # noqa: N806
+        shapes = (N, C), (N, C), (N, NH * HD), (N, NH), (N, O), (N, R), N, (N, O), (N, R)
+        out, ln, att, lse, qkv, xa, rstd, dqkv, u = (np.empty(s, o.real) for s in shapes)
+        dinp, work = np.empty((N, C), o.real), np.empty((N, max(C, NH * HD)), o.real)
+        o.self_attention_norm(ln, rstd, total, b, of, N)
+        o.self_attention_forward(out, att, lse, qkv, xa, ln, of, N)
+        o.self_attention_backward(
+            dinp, dA, dB, work, dqkv, u, rstd, dout, att, lse, qkv, xa, total, of, N
+        )
+        return [total, rstd, out, lse, xa, dinp, dA, dB, kv[2], kv[3]]
 
     return case
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import (
     POINTER,
     byref,
@@ -22,6 +22,7 @@ from ctypes import (
     c_uint64,
     c_void_p,
 )
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -93,6 +94,50 @@ class _Dropout(ctypes.Structure):
         ("stream", POINTER(c_int32)),
         ("position", POINTER(c_int32)),
     ]
+
+
+class _SelfAttention(ctypes.Structure):
+    _fields_ = [
+        ("norm", c_void_p),
+        ("eps", c_double),
+        *[(name, POINTER(_Mat)) for name in ("qkv", "dense")],
+        *[(name, c_void_p) for name in ("qkv_bias", "dense_bias")],
+        *[(name, POINTER(_Mat)) for name in ("A", "B")],
+        ("scale", c_double),
+        ("dropout", _Dropout),
+        *[(name, c_void_p) for name in ("dropped", "table", "position", "slot")],
+        ("rotary_dim", c_int),
+        ("n_segments", c_int),
+        ("segments", POINTER(Segment)),
+        ("cache", _KV),
+        ("dcache", _KV),
+        ("heads", Heads),
+    ]
+
+
+@dataclass
+class SelfAttention:
+    """struct glm_self_attention, but for the numbers that follow from others."""
+
+    norm: np.ndarray
+    eps: float
+    qkv: Mat
+    dense: Mat
+    table: np.ndarray
+    position: np.ndarray
+    rotary_dim: int
+    segments: list[Segment]
+    heads: Heads
+    qkv_bias: np.ndarray | None = None
+    dense_bias: np.ndarray | None = None
+    A: Mat | None = None
+    B: Mat | None = None
+    scale: float = 1.0
+    dropout: Dropout | None = None
+    dropped: np.ndarray | None = None
+    slot: np.ndarray | None = None
+    cache: tuple[np.ndarray, np.ndarray] | None = None
+    dcache: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def _address(array: np.ndarray | None, dtype: Any, what: str) -> int | None:
@@ -207,6 +252,7 @@ _TYPES = {
     "struct glm_choice *": POINTER(Choice),
     "struct glm_heads": Heads,
     "struct glm_dropout *": POINTER(_Dropout),
+    "struct glm_self_attention *": POINTER(_SelfAttention),
 }
 
 
@@ -216,10 +262,14 @@ def sized(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not op.startswith("attention"):
         return args
     *_, qkv, cache, segments, _, h = args
+    return *args[:-1], _sized_heads(h, len(qkv), cache, segments)
+
+
+def _sized_heads(h: Heads, tokens: int, cache: Any, segments: Sequence[Segment]) -> Heads:
     rows = len(cache[0]) if cache else 0
     before = max((s.shared_count + s.past_count for s in segments), default=0)
     shortest = min((s.count for s in segments), default=0)
-    return *args[:-1], Heads(h.NH, h.KVH, h.HD, h.longest, len(qkv), rows, before, shortest)
+    return Heads(h.NH, h.KVH, h.HD, h.longest, tokens, rows, before, shortest)
 
 
 class Ops:
@@ -258,8 +308,7 @@ class Ops:
             dtype = self.real if type_ == "void *" else _ARRAYS[type_]
             return self._pointer(value, dtype, what)
         if type_ == "struct glm_kv":
-            k, v = value or (None, None)
-            return _KV(self._pointer(k, self.real, what), self._pointer(v, self.real, what))
+            return self._kv(value, what)
         if type_ == "struct glm_mat *":
             return byref(self._mat(value))
         if type_ == "int *":
@@ -268,8 +317,46 @@ class Ops:
             return value
         if type_ == "struct glm_dropout *":
             return byref(self._dropout(value))
+        if type_ == "struct glm_self_attention *":
+            return byref(self._self_attention(value, what))
         kind = Segment if type_ == "struct glm_segment *" else Choice
         return self._structures((kind * max(1, len(value)))(*value), kind)
+
+    def _kv(self, value: Any, what: str) -> _KV:
+        k, v = value or (None, None)
+        return _KV(self._pointer(k, self.real, what), self._pointer(v, self.real, what))
+
+    def _self_attention(self, of: SelfAttention, what: str) -> _SelfAttention:
+        def real(array: np.ndarray | None) -> int | None:
+            return self._pointer(array, self.real, what)
+
+        def mat(value: Mat | None) -> Any:
+            return None if value is None else ctypes.pointer(self._mat(value))
+
+        n, tokens = len(of.segments), len(of.position)
+        segments = self._structures((Segment * max(1, n))(*of.segments), Segment)
+        return _SelfAttention(
+            real(of.norm),
+            of.eps,
+            mat(of.qkv),
+            mat(of.dense),
+            real(of.qkv_bias),
+            real(of.dense_bias),
+            mat(of.A),
+            mat(of.B),
+            of.scale,
+            _Dropout() if of.dropout is None else self._dropout(of.dropout),
+            real(of.dropped),
+            real(of.table),
+            self._pointer(of.position, np.int32, what),
+            self._pointer(of.slot, np.int32, what),
+            of.rotary_dim,
+            n,
+            segments,
+            self._kv(of.cache, what),
+            self._kv(of.dcache, what),
+            _sized_heads(of.heads, tokens, of.cache, of.segments),
+        )
 
     # Where an argument lies for the op; DeviceOps puts it on the device.
 
