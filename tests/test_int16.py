@@ -85,7 +85,8 @@ def reference(x: np.ndarray, w: Stored, largest: int) -> np.ndarray:
 def test_every_set_has_the_bits_of_the_definition(isa: str, type_: str, kind: str) -> None:
     """Few rows read W where it lies, more than 16 pack it; every kind of end of a row."""
     ops, rng = ops_of(f"cpu:{isa}/{type_}"), np.random.default_rng(8)
-    for N, O, I in ((1, 70, 5000), (1, 9, 34), (1, 9, 1792), (5, 33, 2048), (17, 130, 2100), (40, 200, 302)):
+    shapes = (1, 70, 5000), (1, 9, 34), (1, 9, 1792), (5, 33, 2048), (17, 130, 2100), (40, 200, 302)
+    for N, O, I in shapes:
         W, w = weight(rng, O, I, kind)
         x = rng.normal(size=(N, I)).astype(np.float32)
         x[0], x[-1, : I // 2], x[:, ::700] = 3, 0, 50  # the largest sums; a run of zeros
