@@ -67,7 +67,8 @@ fmt: all
 bench: all
 	$(BIN)/python benchmarks/bench.py
 
-# torch, transformers, peft and llama.cpp (built for this processor, ten minutes), which bench then runs beside ours;
+# torch, transformers, peft and llama.cpp (built for this processor, ten minutes; pip's cache may hold it built for
+# another set), which bench then runs beside ours;
 # `make peers SET=avx2`: llama.cpp alone, built for no more than AVX2, for `GLMLORA_ISA=avx2 make bench`
 PEERS = benchmarks/peers/requirements-torch.txt benchmarks/peers/requirements-llama.txt
 ifdef SET
@@ -79,11 +80,11 @@ SET_CMAKE_avx512vnni = $(AVX2_CMAKE) -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON
 peers:
 	test -n "$(SET_CMAKE_$(SET))" || { echo "make peers: SET: expected avx2, avxvnni, avx512 or avx512vnni, got $(SET)"; exit 1; }
 	test -x .peers-$(SET)/bin/python || $(PYTHON) -m venv .peers-$(SET)
-	CMAKE_ARGS="$(SET_CMAKE_$(SET)) -DLLAVA_BUILD=OFF" .peers-$(SET)/bin/python -m pip install -q -r benchmarks/peers/requirements-llama.txt
+	CMAKE_ARGS="$(SET_CMAKE_$(SET)) -DLLAVA_BUILD=OFF" .peers-$(SET)/bin/python -m pip install -q --no-cache-dir -r benchmarks/peers/requirements-llama.txt
 else
 peers:
 	test -x .peers/bin/python || $(PYTHON) -m venv .peers
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" .peers/bin/python -m pip install -q $(addprefix -r ,$(PEERS))
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" .peers/bin/python -m pip install -q --no-cache-dir $(addprefix -r ,$(PEERS))
 endif
 
 # address and undefined-behaviour sanitizers; leaks are counted by tests/test_leaks.py (the interpreter has its own).
