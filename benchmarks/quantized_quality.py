@@ -47,6 +47,7 @@ ROWS = {
     "int8": (8, 0, "float32"),
     "int8-int8": (8, 0, "int8"),
     "int4-groups": (4, 32, "float32"),
+    "int4-groups-int8": (4, 32, "int8"),
 }
 
 
