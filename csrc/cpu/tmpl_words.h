@@ -63,8 +63,9 @@ enum {
     WORD_BLOCK = 1024, /* columns whose groups are summed, and which are packed, together */
     BLOCK_GROUPS = WORD_BLOCK / WORD_GROUP,
     CHUNK = 8 * VL,
-    WORD_ROWS = 4,                /* rows of x at a time in place, if there are several, .. */
-    WORD_COLS = VL == 16 ? 4 : 2, /* .. and rows of W then */
+    WORD_ROWS = 4,                    /* rows of x at a time in place, if there are several, .. */
+    WORD_COLS = VL == 16 ? 4 : 2,     /* .. and rows of W then */
+    SLICE = MR % 3 ? MR / 2 : MR / 3, /* rows of a lower tile */
     WORD_PANEL = WORD_BLOCK / 2 * 4 * NR, /* bytes of a packed panel of NR rows of W */
 };
 
@@ -219,88 +220,82 @@ INLINE vf nibbles_of_w(const char *p, int j)
     return (vf)((j ? both : both >> 4) & 0x0f0f0f0fu);
 }
 
-/* acc[r] += the chunk at p times those of R rows of x. One row meets 4-bit columns as they are
- * masked: 8 too large, and two of the vectors, summed in `high`, 16 times as large. */
-INLINE void add_words(vf *acc, vf *high, int R, const char *p, const char *x, enum glm_dtype kind,
-                      enum glm_dtype dtype)
+/* The chunk of 4-bit columns at p times that of one row of x, as they are masked: 8 too large, added to
+ * acc[0] and acc[apart], and 16 times as large, too, added to high[0] and high[apart]. */
+INLINE void add_masked_words(vf *acc, vf *high, int apart, const char *p, const char *x)
 {
-#define X(i) load((const float *)(x + (i) * VB))
-    if (kind == GLM_I8) {
-        const vf even = nibbles_of_w(p, 0), odd = nibbles_of_w(p, 1);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-            acc[r] = ADD_BOTH(even, X(r), odd, X(R + r));
-        return;
-    }
-    if (R == 1 && dtype == GLM_I4) {
-        const vus v = (vus)load_bytes(p) ^ 0x8888, u = v >> 8;
-        *acc = DOT_I16(*acc, (vf)(v & 15), X(0));
-        *high = DOT_I16(*high, (vf)(v & 240), X(2));
-        *acc = DOT_I16(*acc, (vf)(u & 15), X(1));
-        *high = DOT_I16(*high, (vf)(u & 240), X(3));
-        return;
-    }
+    const vus v = (vus)load_bytes(p) ^ 0x8888, u = v >> 8;
+    acc[0] = DOT_I16(acc[0], (vf)(v & 15), load((const float *)x));
+    high[0] = DOT_I16(high[0], (vf)(v & 240), load((const float *)(x + 2 * VB)));
+    acc[apart] = DOT_I16(acc[apart], (vf)(u & 15), load((const float *)(x + VB)));
+    high[apart] = DOT_I16(high[apart], (vf)(u & 240), load((const float *)(x + 3 * VB)));
+}
+
+/* acc[r] += the chunk at p times those of R rows of x */
+INLINE void add_words(vf *acc, int R, const char *p, const char *x, enum glm_dtype dtype)
+{
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
         const vf w = words_of_w(p, j, dtype);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
-            acc[r] = DOT_I16(acc[r], w, X(j * R + r));
+            acc[r] = DOT_I16(acc[r], w, load((const float *)(x + (j * R + r) * VB)));
     }
-#undef X
 }
 
-/* What both halves of add_words sum to. */
-INLINE vf whole_words(vf acc, vf high, int R, enum glm_dtype kind, enum glm_dtype dtype)
+/* sum[r] = the chunk of groups at p times those of R rows of x, as bytes */
+INLINE void nibble_products(vf *sum, int R, const char *p, const char *x)
 {
-    return kind == GLM_F32 && R == 1 && dtype == GLM_I4 ? (vf)((vi)acc + ((vi)high >> 4)) : acc;
+    const vf even = nibbles_of_w(p, 0), odd = nibbles_of_w(p, 1);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+        sum[r] = ADD_BOTH(even, load((const float *)(x + r * VB)), odd,
+                          load((const float *)(x + (R + r) * VB)));
 }
 
-/* acc[r] = lanes whose sum is that of run r of n side by side, `chunks` long, of one row of packed x
- * times one row of W: see dot_runs of tmpl_few.h. */
-INLINE void word_lanes(vf *acc, int n, const char *x, const char *p, int chunks,
-                       enum glm_dtype dtype)
+/* Lanes whose sum is that of a run, `chunks` long, of one row of packed x times one row of W: four
+ * sums that do not wait for each other. */
+INLINE vf word_lanes(const char *x, const char *p, int chunks, enum glm_dtype dtype)
 {
-    const size_t of_w = glm_bytes(dtype, WORD_RUN), of_x = WORD_RUN / CHUNK * 4 * VB;
-    vf high[4] = {{0}};
+    vf acc[4] = {{0}};
+    for (int i = 0; i < chunks; i++, x += 4 * VB) {
+        const size_t at = glm_bytes(dtype, (size_t)i * CHUNK);
+        if (at % 64 == 0) /* a line once */
+            __builtin_prefetch(p + at + FETCHED, 0, 2);
+        if (dtype == GLM_I4)
+            add_masked_words(acc, acc + 2, 1, p + at, x);
+        else
 #pragma GCC unroll 4
-    for (int r = 0; r < n; r++)
-        acc[r] = (vf){0};
-    for (int i = 0; i < chunks; i++, x += 4 * VB)
-#pragma GCC unroll 4
-        for (int r = 0; r < n; r++) {
-            const char *at = p + r * of_w + glm_bytes(dtype, (size_t)i * CHUNK);
-            if (glm_bytes(dtype, (size_t)i * CHUNK) % 64 == 0) /* a line once */
-                __builtin_prefetch(at + FETCHED, 0, 2);
-            add_words(acc + r, high + r, 1, at, x + r * of_x, GLM_F32, dtype);
-        }
-#pragma GCC unroll 4
-    for (int r = 0; r < n; r++)
-        acc[r] = whole_words(acc[r], high[r], 1, GLM_F32, dtype);
+            for (int j = 0; j < 4; j++)
+                acc[j] = DOT_I16(acc[j], words_of_w(p + at, j, dtype),
+                                 load((const float *)(x + j * VB)));
+    }
+    const vi first = (vi)acc[0] + (vi)acc[1], last = (vi)acc[2] + (vi)acc[3];
+    return (vf)(first + (dtype == GLM_I4 ? last >> 4 : last));
 }
 
-/* One row of packed x times one row of W, before the scale of W. */
+/* One row of packed x times one row of W, before the scale of W: W is read from its first byte to its
+ * last, as in one_row of tmpl_few.h. */
 INLINE float word_row(const char *x, const float *scale, const int32_t *less, const char *row,
                       int K, enum glm_dtype dtype)
 {
     const size_t of_w = glm_bytes(dtype, WORD_RUN), of_x = WORD_RUN / CHUNK * 4 * VB;
     float sum = 0;
-    for (int k0 = 0; k0 < K; k0 += 4 * WORD_RUN, row += 4 * of_w, x += 4 * of_x) {
-        char end[WORD_RUN] __attribute__((aligned(64))) = {0};
-        vf acc[4] = {{0}};
-        const int left = K - k0, n = left < 4 * WORD_RUN ? (left + WORD_RUN - 1) / WORD_RUN : 4;
-        if (left >= 4 * WORD_RUN)
-            word_lanes(acc, 4, x, row, WORD_RUN / CHUNK, dtype);
-        else
-            for (int r = 0; r < n; r++) {
-                const int k = left - r * WORD_RUN < WORD_RUN ? left - r * WORD_RUN : WORD_RUN;
-                const char *p = row + r * of_w;
-                if (k < WORD_RUN)
-                    p = memcpy(end, p, glm_bytes(dtype, (size_t)k));
-                word_lanes(acc + r, 1, x + r * of_x, p, word_chunks(k, 0), dtype);
+    for (int k0 = 0; k0 < K; k0 += 4 * WORD_RUN) {
+        vf lanes[4] = {{0}};
+        int runs = 0;
+        for (int k = k0; runs < 4 && k < K; k += WORD_RUN, runs++, row += of_w, x += of_x) {
+            char end[WORD_RUN] __attribute__((aligned(64)));
+            if (K - k >= WORD_RUN) {
+                lanes[runs] = word_lanes(x, row, WORD_RUN / CHUNK, dtype);
+                continue;
             }
-        const v4i s = (v4i)SUM4_INT(acc[0], acc[1], acc[2], acc[3]);
-        for (int r = 0; r < n; r++, scale++, less++)
+            memset(end, 0, sizeof end);
+            memcpy(end, row, glm_bytes(dtype, (size_t)(K - k)));
+            lanes[runs] = word_lanes(x, end, word_chunks(K - k, 0), dtype);
+        }
+        const v4i s = (v4i)SUM4_INT(lanes[0], lanes[1], lanes[2], lanes[3]);
+        for (int r = 0; r < runs; r++, scale++, less++)
             sum += (float)(s[r] + (dtype == GLM_I4 ? *less : 0)) * *scale;
     }
     return sum;
@@ -333,7 +328,7 @@ INLINE void word_rows(float *sums, int C, const char *x, const float *scale, con
                 const size_t at = glm_bytes(dtype, (size_t)i * CHUNK);
                 if (at % 64 == 0) /* a line once */
                     __builtin_prefetch(row[c] + glm_bytes(dtype, (size_t)k0) + at + ahead, 0, 2);
-                add_words(acc + c * R, NULL, R, p[c] + at, x, GLM_F32, dtype);
+                add_words(acc + c * R, R, p[c] + at, x, dtype);
             }
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
@@ -360,13 +355,19 @@ INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char
     vf t[4][4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
+        const char *at = p + i * VB, *xi = x + i * per_chunk(kind) * R * VB;
         vf acc[4] = {{0}}, high = {0};
         if (i * VB % 64 == 0) /* a line once */
             __builtin_prefetch(from + i * VB, 0, 2);
-        add_words(acc, &high, R, p + i * VB, x + i * per_chunk(kind) * R * VB, kind, GLM_I4);
+        if (kind == GLM_I8)
+            nibble_products(acc, R, at, xi);
+        else if (R == 1)
+            add_masked_words(acc, &high, 0, at, xi);
+        else
+            add_words(acc, R, at, xi, GLM_I4);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
-            t[r][i] = whole_words(acc[r], high, R, kind, GLM_I4);
+            t[r][i] = (vf)((vi)acc[r] + ((vi)high >> 4));
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
@@ -502,7 +503,7 @@ INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype kind,
 }
 
 /* Of a tile in registers, which the compiler leaves there where the loops are unrolled: M rows, MR or
- * half of them. */
+ * one or two slices. */
 #define EACH_SUM                                         \
     _Pragma("GCC unroll 12") for (int m = 0; m < M; m++) \
         _Pragma("GCC unroll 2") for (int v = 0; v < NV; v++)
@@ -634,8 +635,10 @@ INLINE void words_packed(const struct nt_args *a, const struct nt_tile *t, enum 
         else                                                                                       \
             word_tile(to, ld, M, x, w, units, a->word_scale + run);                                \
     } while (0)
-                if (height <= MR / 2)
-                    TILE(MR / 2);
+                if (height <= SLICE)
+                    TILE(SLICE);
+                else if (height <= 2 * SLICE)
+                    TILE(2 * SLICE);
                 else
                     TILE(MR);
 #undef TILE
