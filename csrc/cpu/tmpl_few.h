@@ -1,5 +1,14 @@
 /* linear_forward over few rows of x, which reads W where it lies, at the memory's speed: R rows of x
- * at a time with C rows of W. The sums are those of tmpl_linear.h. */
+ * at a time with C rows of W. Where W is read for one group of rows of x, the C rows lie `apart`, a C-th
+ * of a task's rows, so that each is followed by the next one of its part: memory answers C streams
+ * that go on a tenth to a quarter faster than C rows that lie together, where all streams end with
+ * the rows. The sums are those of tmpl_linear.h. */
+
+/* Row c of the C that are multiplied with row o. Where W ends its last row repeats. */
+INLINE int row_at(const struct glm_mat *w, int o, int c, int apart)
+{
+    return o + c * apart < w->rows ? o + c * apart : w->rows - 1;
+}
 
 /* acc[r][c] += products of a chunk of row r of x with the chunk v of row c of W */
 INLINE void add_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v, const float *scale,
@@ -152,27 +161,27 @@ INLINE void sum_rows(v4 *s, vf *acc, int R, int C, enum glm_dtype kind)
     sum_lanes(s, acc, R * C, kind);
 }
 
-/* s[r * C + c] = dot product of row r of packed x with row o + c of W where it lies, columns k0 ..
- * k0 + K - 1. Where W ends its last row repeats. The next C rows of W, every turns-th of
- * them here, and their scales are fetched into the cache. With `keep` the converted run is left in
- * `kept`, (vectors, C). */
+/* s[r * C + c] = dot product of row r of packed x with row_at(c) of W where it lies, columns k0 ..
+ * k0 + K - 1. What follows in W, every turns-th row's here, and the next rows' scales are fetched into
+ * the cache. With `keep` the converted run is left in `kept`, (vectors, C). */
 INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w,
-                     enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int k0, int K,
-                     int keep, vf *kept, int turns)
+                     enum glm_dtype kind, enum glm_dtype dtype, int grouped, int o, int apart,
+                     int k0, int K, int keep, vf *kept, int turns)
 {
     const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
+    const size_t ahead = keep ? C * stride : FOLLOWING;
     const char *row[8];
     float scale[8][RUN_GROUPS];
     vf acc[24 + 8], v[2][4];
     int k = 0;
     for (int c = 0; c < C; c++) {
-        const int at = o + c < w->rows ? o + c : w->rows - 1;
+        const int at = row_at(w, o, c, apart);
         row[c] = (const char *)w->data + (size_t)at * stride + glm_bytes(dtype, (size_t)k0);
         if (grouped) {
             run_scales(scale[c], w, at, k0, K);
-            __builtin_prefetch(w->scale + (size_t)(at + C) * glm_scale_cols(w) + k0 / w->group, 0,
-                               2);
+            __builtin_prefetch(
+                w->scale + (size_t)(at + (keep ? C : 1)) * glm_scale_cols(w) + k0 / w->group, 0, 2);
         }
     }
 #pragma GCC unroll 24
@@ -184,7 +193,7 @@ INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w
         for (int c = 0; c < C; c++) {
             load_chunk(v[c % 2], row[c] + at, kind, dtype);
             if (c % turns == 0 && at % 64 == 0) /* a line once */
-                __builtin_prefetch(row[c] + at + C * stride, 0, 2);
+                __builtin_prefetch(row[c] + at + ahead, 0, 2);
             add_row_chunk(acc, R, C, c, x, v, grouped ? scale : NULL, k / 32, kind, dtype,
                           keep ? &kept : NULL);
         }
@@ -206,19 +215,20 @@ INLINE void dot_kept(v4 *s, int R, int C, const char *x, const struct glm_mat *w
 {
     const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
-    const char *row = (const char *)w->data + (size_t)o * stride + glm_bytes(dtype, (size_t)k0);
+    const char *next =
+        (const char *)w->data + (size_t)(o + C) * stride + glm_bytes(dtype, (size_t)k0);
     float scale[8][RUN_GROUPS];
     vf acc[24 + 8];
     for (int c = 0; grouped && c < C; c++)
-        run_scales(scale[c], w, o + c < w->rows ? o + c : w->rows - 1, k0, K);
+        run_scales(scale[c], w, row_at(w, o, c, 1), k0, K);
 #pragma GCC unroll 24
     for (int i = 0; i < R * C; i++)
         acc[i] = (vf){0};
     for (int k = 0; k < K; k += width, x += chunk * R * VB, kept += chunk * C) {
         for (int c = turn; c < C; c += turns)
             for (int i = 0; i * 64 < (int)glm_bytes(dtype, (size_t)width); i++)
-                __builtin_prefetch(
-                    row + (size_t)(C + c) * stride + glm_bytes(dtype, (size_t)k) + i * 64, 0, 2);
+                __builtin_prefetch(next + (size_t)c * stride + glm_bytes(dtype, (size_t)k) + i * 64,
+                                   0, 2);
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++)
             add_kept_chunk(acc, R, C, c, x, kept + c * chunk, grouped ? scale : NULL, k / 32, kind,
@@ -256,15 +266,15 @@ INLINE void add_byte_sums(v4 *at, const v4 *s, const struct byte_terms *terms, i
             __builtin_convertvector((i4)s[i] - *(const i4 *)terms[i].less, v4) * terms[i].scale;
 }
 
-/* Outliers of R rows of x from row n on, in run b, times C rows of W from row o on */
+/* Outliers of R rows of x from row n on, in run b, times C rows of W, row_at(c) */
 INLINE void add_few_outliers(float *sum, const struct nt_args *a, enum glm_dtype dtype, int R,
-                             int C, int n, int o, int b, int n_runs)
+                             int C, int n, int o, int apart, int b, int n_runs)
 {
     for (int r = 0; r < R && n + r < a->N; r++) {
         const struct x_run *run = a->runs + (size_t)(n + r) * n_runs + b;
         for (int c = 0; run->count && c < C; c++) {
-            const int row = o + c < a->w->rows ? o + c : a->w->rows - 1;
-            const char *q = (const char *)a->w->data + row * glm_bytes(dtype, (size_t)a->w->cols) +
+            const char *q = (const char *)a->w->data +
+                            row_at(a->w, o, c, apart) * glm_bytes(dtype, (size_t)a->w->cols) +
                             glm_bytes(dtype, (size_t)b * SHORT_RUN_BYTES);
             for (int j = 0; j < run->count; j++)
                 sum[r * C + c] += run->value[j] * load_one(q, dtype, (size_t)run->column[j]);
@@ -273,14 +283,14 @@ INLINE void add_few_outliers(float *sum, const struct nt_args *a, enum glm_dtype
 }
 
 /* One row of x by the rows of W one after the other: memory answers fastest where W is read from its
- * first byte to its last, by a quarter and more beside C1 rows at a time. So it is where the sums do
- * not wait for each other: runs of a row that are summed side by side, 0: C1 rows are. */
+ * first byte to its last. So it is where the sums do not wait for each other: runs of a row that are
+ * summed side by side, 0: C1 rows are. */
 INLINE int runs_together(enum glm_dtype kind, enum glm_dtype dtype)
 {
     const size_t of_w = glm_bytes(dtype, (size_t)per_vector(kind)); /* bytes that a vector takes */
-    if (VL == 4 || pairs_in_place(kind) || of_w < 16)
+    if (VL == 4 || pairs_in_place(kind) || of_w < (kind == GLM_F32 ? 32 : 16))
         return 0; /* VL of 4: not measured */
-    return kind != GLM_I8 && of_w == 16 ? 4 : 1;
+    return kind == GLM_BF16 && of_w == 16 ? 4 : 1;
 }
 
 /* Sums of n runs of K columns side by side, 4 at most, of one row of packed x times one row of W at
@@ -336,7 +346,7 @@ INLINE void one_row(float *tile, const struct nt_args *a, enum glm_dtype kind, e
             for (int r = 0; r < n; r++) {
                 sum += run_value(s, a->runs + b + r, kind, dtype)[r];
                 if (kind == GLM_I8)
-                    add_few_outliers(&sum, a, dtype, 1, 1, 0, o, b + r, 0);
+                    add_few_outliers(&sum, a, dtype, 1, 1, 0, o, 1, b + r, 0);
             }
         }
         tile[o - o0] = sum;
@@ -352,6 +362,7 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
     const int in_full = run_of(kind, dtype), width = in_full * per_vector(kind);
     const int n_runs = (vectors + in_full - 1) / in_full;
     const int steps = (cols + C - 1) / C, groups = (a->N + R - 1) / R;
+    const int apart = groups == 1 ? steps : 1;
     v4 *sums = (v4 *)(tile + IN_PLACE_ROWS * IN_PLACE_COLS);
     vf kept[NT_RUN_BYTES / VB * 8];
     memset(sums, 0, (size_t)(groups * steps * S) * sizeof *sums);
@@ -361,14 +372,16 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
     for (int step = 0; step < steps; step++)
         for (int b = 0; b < n_runs; b++)
             for (int g = 0; g < groups; g++) {
-                const int K = I - b * width < width ? I - b * width : width, o = o0 + step * C;
+                const int K = I - b * width < width ? I - b * width : width;
+                const int o = o0 + (apart == 1 ? step * C : step);
                 v4 s[8], *at = sums + (g * steps + step) * S;
                 const char *x = a->x + ((size_t)g * vectors + (size_t)b * in_full) * R * VB;
                 if (R == 1 || groups == 1)
-                    dot_rows(s, R, C, x, a->w, kind, dtype, grouped, o, b * width, K, 0, kept, 1);
+                    dot_rows(s, R, C, x, a->w, kind, dtype, grouped, o, apart, b * width, K, 0,
+                             kept, 1);
                 else if (g == 0)
-                    dot_rows(s, R, C, x, a->w, kind, dtype, grouped, o, b * width, K, 1, kept,
-                             groups);
+                    dot_rows(s, R, C, x, a->w, kind, dtype, grouped, o, apart, b * width, K, 1,
+                             kept, groups);
                 else
                     dot_kept(s, R, C, x, a->w, kind, dtype, grouped, o, b * width, K, kept, g,
                              groups);
@@ -376,14 +389,20 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
                     at[i] += s[i];
                 if (kind == GLM_I8) {
                     add_byte_sums(at, s, terms + (g * n_runs + b) * S, S);
-                    add_few_outliers((float *)at, a, dtype, R, C, g * R, o, b, n_runs);
+                    add_few_outliers((float *)at, a, dtype, R, C, g * R, o, apart, b, n_runs);
                 }
             }
     for (int g = 0; g < groups; g++)
         for (int step = 0; step < steps; step++)
-            for (int r = 0; r < R; r++)
-                memcpy(tile + (g * R + r) * IN_PLACE_COLS + step * C,
-                       (float *)(sums + (g * steps + step) * S) + r * C, (size_t)C * 4);
+            for (int r = 0; r < R; r++) {
+                const float *from = (float *)(sums + (g * steps + step) * S) + r * C;
+                float *to = tile + (g * R + r) * IN_PLACE_COLS;
+                if (apart == 1)
+                    memcpy(to + step * C, from, (size_t)C * 4);
+                else
+                    for (int c = 0; c < C; c++)
+                        to[step + c * apart] = from[c];
+            }
 }
 
 /* Of few rows, W read in place */

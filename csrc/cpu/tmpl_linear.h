@@ -13,7 +13,7 @@
 /* clang-format off */
 enum {
 #if REGISTERS == 32
-    XR = 6, R1 = 1, C1 = 8, R2 = 4, C2 = VL == 4 ? 4 : 6, IN_PLACE_ROWS = 16,
+    XR = 6, R1 = 1, C1 = 4, R2 = 4, C2 = VL == 4 ? 4 : 6, IN_PLACE_ROWS = 16,
 #else
     XR = 3, R1 = 1, C1 = 4, R2 = 3, C2 = 4, IN_PLACE_ROWS = 3,
 #endif
@@ -27,7 +27,8 @@ enum {
     GROUP = BR == 32 ? 96 : ROW_GROUP, /* rows of a task: a multiple of every kernel's */
     IN_PLACE_COLS = 96, /* rows of W of a task in place: a multiple of each C */
     VB = 4 * VL,        /* bytes of a vector */
-    FETCHED = 4096,     /* one row of x: so far ahead in W */
+    FETCHED = 4096,     /* bytes of W ahead where few rows read one row of it .. */
+    FOLLOWING = 1024,   /* .. or several, once */
     RUN_GROUPS = SHORT_RUN_BYTES / 2 / 32 + 4, /* most groups of 32 columns of a run */
 };
 /* clang-format on */

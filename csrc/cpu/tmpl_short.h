@@ -163,18 +163,20 @@ INLINE void store_one_row(const struct nt_args *a, int o, v4 s, int n)
     }
 }
 
+enum { ONE_COLS = REGISTERS == 32 ? 8 : 4 };
+
 /* One row of x, as it lies, by W where it lies: what tile_in_place makes, without its runs. */
 INLINE void one_short_row(const struct nt_args *a, enum glm_dtype dtype, int o0, int end)
 {
     const int K = a->w->cols, rest = K % VL, whole = K - rest, in_chunk = K % (2 * VL);
     const size_t stride = glm_bytes(dtype, (size_t)K), last = glm_bytes(dtype, (size_t)whole);
     const float *x = (const float *)a->x;
-    for (int o = o0; o < end; o += C1) {
-        const char *first = (const char *)a->w->data + (size_t)o * stride, *row[C1];
-        vf acc[C1];
+    for (int o = o0; o < end; o += ONE_COLS) {
+        const char *first = (const char *)a->w->data + (size_t)o * stride, *row[ONE_COLS];
+        vf acc[ONE_COLS];
         v4 s[2];
 #pragma GCC unroll 8
-        for (int c = 0; c < C1; c++) {
+        for (int c = 0; c < ONE_COLS; c++) {
             row[c] = first + (size_t)(o + c < end ? c : end - 1 - o) * stride;
             acc[c] = (vf){0};
         }
@@ -182,15 +184,15 @@ INLINE void one_short_row(const struct nt_args *a, enum glm_dtype dtype, int o0,
             const vf xv = load(x + k);
             const size_t at = glm_bytes(dtype, (size_t)k);
 #pragma GCC unroll 8
-            for (int c = 0; c < C1; c++) {
-                __builtin_prefetch(row[c] + at + C1 * stride, 0, 3);
+            for (int c = 0; c < ONE_COLS; c++) {
+                __builtin_prefetch(row[c] + at + ONE_COLS * stride, 0, 3);
                 acc[c] = MADD(xv, load_as(row[c] + at, dtype, 0), acc[c]);
             }
         }
         if (rest) {
             const vf xv = load_part(x + whole, rest);
 #pragma GCC unroll 8
-            for (int c = 0; c < C1; c++) {
+            for (int c = 0; c < ONE_COLS; c++) {
                 vf w[2];
                 if (dtype == GLM_F32)
                     w[0] = load_part((const float *)(row[c] + last), rest);
@@ -201,10 +203,10 @@ INLINE void one_short_row(const struct nt_args *a, enum glm_dtype dtype, int o0,
         }
         if (in_chunk && in_chunk <= VL) /* as in short_lane */
 #pragma GCC unroll 8
-            for (int c = 0; c < C1; c++)
+            for (int c = 0; c < ONE_COLS; c++)
                 acc[c] += (vf){0};
-        sum_lanes(s, acc, C1, GLM_F32);
-        for (int c = 0; c < C1 && o + c < end; c += 4)
+        sum_lanes(s, acc, ONE_COLS, GLM_F32);
+        for (int c = 0; c < ONE_COLS && o + c < end; c += 4)
             store_one_row(a, o + c, s[c / 4], end - o - c);
     }
 }
