@@ -134,6 +134,7 @@ class Bench:
         "int8": ("--bits", 8),
         "int8 arithmetic": ("--bits", 8, "--compute", "int8"),
         "int4": ("--bits", 4),
+        "int4, int8 arithmetic": ("--bits", 4, "--compute", "int8"),
         "int4 groups": ("--bits", 4, "--group", 32),
         "int4 groups, int8 arithmetic": ("--bits", 4, "--group", 32, "--compute", "int8"),
     }
@@ -335,11 +336,11 @@ def gemm(b):
 
 
 LLAMA = {"float16": "F16", "int8": "Q8_0", "int8 arithmetic": "Q8_0"}
-LLAMA |= {"int4": "Q4_0", "int4 groups": "Q4_0", "int4 groups, int8 arithmetic": "Q4_0"}
+LLAMA |= {n + a: "Q4_0" for n in ("int4", "int4 groups") for a in ("", ", int8 arithmetic")}
 
 
 def decode(b):
-    kinds = ("float16", "int8", "int4", "int4 groups", "int4 groups, int8 arithmetic")
+    kinds = ("float16", "int8", *(name for name, kind in LLAMA.items() if kind == "Q4_0"))
     job = dict(job="decode", rows=1, context=128, steps=6)
     jobs = {name: (name, job) for name in kinds} | {"torch": ("torch", job)}
     jobs |= {LLAMA[n]: (f"llama.cpp {LLAMA[n]}", job) for n in kinds}
