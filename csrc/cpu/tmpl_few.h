@@ -312,7 +312,7 @@ INLINE v4 dot_runs(int n, const char *x, const char *row, float (*scale)[RUN_GRO
         for (int r = 0; r < n; r++) {
             load_chunk(v, row + at + r * of_w, kind, dtype);
             if ((n * at + r * of_chunk) % 64 == 0) /* a line once */
-                __builtin_prefetch(next + r * of_chunk, 0, 2);
+                FETCH_ONCE(next + r * of_chunk);
             add_chunk(acc, 1, n, r, x + r * of_x, v, scale ? scale[r] : NULL, k / 32, kind, dtype);
         }
     }

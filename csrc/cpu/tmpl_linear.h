@@ -33,6 +33,9 @@ enum {
 };
 /* clang-format on */
 
+/* A line of W that is read once: it takes no room in the second cache. */
+#define FETCH_ONCE(p) __builtin_prefetch((p), 0, 0)
+
 INLINE int per_vector(enum glm_dtype kind) { return glm_per_unit(kind) * VL; }
 
 /* Vectors of a run. Rows of 4 bits come from memory a tenth slower in runs of the longer one. */

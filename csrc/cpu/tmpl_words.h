@@ -253,7 +253,7 @@ INLINE vf word_lanes(const char *x, const char *p, const char *from, int chunks,
     for (int i = 0; i < chunks; i++, x += 4 * VB) {
         const size_t at = glm_bytes(dtype, (size_t)i * CHUNK);
         if (at % 64 == 0) /* a line once */
-            __builtin_prefetch(from + at, 0, 2);
+            FETCH_ONCE(from + at);
         if (dtype == GLM_I4)
             add_masked_words(acc, acc + 2, 1, p + at, x);
         else
@@ -381,7 +381,7 @@ INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         if (i * VB % 64 == 0) /* a line once */
-            __builtin_prefetch(from + i * VB, 0, 2);
+            FETCH_ONCE(from + i * VB);
         even[i] = nibbles_of_w(p + i * VB, 0);
         odd[i] = nibbles_of_w(p + i * VB, 1);
     }
