@@ -196,6 +196,7 @@ NARROW_OPS = (
     *test_ops.NARROW_OPS,
     test_ops.adapted_forward,
     test_ops.linear_swiglu_forward,
+    test_ops.rmsnorm_swiglu_forward,
     test_ops.linear_rope_append,
     test_ops.swiglu_linear_forward,
     test_ops.swiglu_linear_backward,
@@ -329,6 +330,8 @@ STREAMING = [
     *((test_ops.adapted_forward, n, 512, 512, 8, kind, True) for n, kind in ((1, "F16"),
       (8, "F16"), (8, "I4 by 32"))),
     *((test_ops.linear_swiglu_forward, n, 256, 512, kind, False) for n in (1, 8)
+      for kind in ("F16", "I4 by 32")),
+    *((test_ops.rmsnorm_swiglu_forward, n, 256, 512, kind, False) for n in (1, 4, 8)
       for kind in ("F16", "I4 by 32")),
     *((test_ops.linear_rope_append, n, 4, 2, 64, 32, kind) for n in (1, 4)
       for kind in ("F16", "I4 by 32")),

@@ -230,6 +230,16 @@ static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
     count_forward(cx, weight, bias != NULL, N);
     launch(cx, N > glm_few_rows(((struct plan *)cx)->compute, weight), 1);
 }
+static void rmsnorm_swiglu_forward(void *cx, void *out, void *h, void *ln, void *rstd,
+                                   const void *inp, const void *norm, const struct glm_mat *weight,
+                                   const void *bias, int N, double eps)
+{
+    const enum glm_dtype compute = ((struct plan *)cx)->compute;
+    COUNT(rmsnorm_swiglu_forward, linear_flops(N, weight->rows, weight->cols));
+    launch(cx, N && !glm_few_norms(compute, weight, N), 1);
+    count_forward(cx, weight, bias != NULL, N);
+    launch(cx, N > glm_few_rows(compute, weight), 1);
+}
 static void count_activated(struct plan *plan, const struct glm_mat *W, int bias, int N)
 {
     const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
@@ -472,6 +482,7 @@ static const struct glm_ops plan_ops = {
     .linear_forward = linear_forward,
     .adapted_forward = adapted_forward,
     .linear_swiglu_forward = linear_swiglu_forward,
+    .rmsnorm_swiglu_forward = rmsnorm_swiglu_forward,
     .linear_rope_append = linear_rope_append,
     .swiglu_linear_forward = swiglu_linear_forward,
     .swiglu_linear_backward = swiglu_linear_backward,
