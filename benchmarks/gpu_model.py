@@ -213,6 +213,12 @@ def _normed(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     return of | {"bytes": of["bytes"] + 4 * cols}
 
 
+def _turned(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    """struct turned_rows ends with a norm_of_rows, which may be empty."""
+    (norm,) = _structure(words[0], "P", len(words[0]) // 2 - 16)
+    return (_normed if norm else _few)(words, blocks, batch)
+
+
 def _thin(name: str, words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     """struct thin: the wide operand is what is written, or read in a type."""
     n, wide, _, _, accumulate, _, dtype = _structure(words[0], "iiiiifi", 40)
@@ -361,7 +367,7 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     "k_few": _few,
     "k_gated": _few,
     "k_normed": _normed,
-    "k_turned": _few,
+    "k_turned": _turned,
     "narrow": _narrow,
     "k_pairs": _pairs,
     "k_forward": _tiles,

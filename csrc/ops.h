@@ -188,6 +188,13 @@ OP(linear_rope_append, N,
    const void *table, const int32_t *position, const int32_t *slot, int N, struct glm_heads heads,
    int rotary_dim)
 
+/* The same of inp's norm
+ *   norm (I)   ln (N, I), rstd (N): their contents are undefined */
+OP(rmsnorm_rope_append, N,
+   struct glm_kv cache, void *qkv, void *ln, void *rstd, const void *inp, const void *norm,
+   const struct glm_mat *weight, const void *bias, const void *table, const int32_t *position,
+   const int32_t *slot, int N, struct glm_heads heads, int rotary_dim, double eps)
+
 /* The half of a layer before MLP (struct glm_self_attention), over N tokens.
  * sum += b (NULL: nothing),  ln = rmsnorm(sum)
  *   ln, sum, b (N, C)   rstd (N) */

@@ -903,14 +903,19 @@ def rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int):
     return {"qkv": (qkv, most), "k": (k, most), "v": (v, 0)}
 
 
-@over(
+APPENDED = [
     (N, *heads, dtype)
     for dtype in (*DTYPES, *QUANTIZED)
     for N, *heads in ((1, 4, 2, 8, 4), (3, 2, 1, 16, 16), (4, 2, 2, 2, 2), (5, 2, 1, 10, 6),
                       (2, 2, 1, 33, 10), (9, 2, 1, 8, 8), (33, 4, 2, 8, 4), (0, 2, 1, 8, 4))
     if dtype != "I4 by 96"
-)  # fmt: skip
-def linear_rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int, dtype: str):
+]  # fmt: skip
+
+
+@over(APPENDED)
+def linear_rope_append(
+    m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int, dtype: str, normed: bool = False
+):
     """Each element is a product's, or of two of them, turned."""
     O, I = (NH + 2 * KVH) * HD, 64  # noqa: E741, N806
     W, w = m.weight(O, I, dtype)
@@ -918,12 +923,23 @@ def linear_rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim:
     k, v, table = m.normal(N + 5, KVH * HD), m.normal(N + 5, KVH * HD), m.normal(7, rotary_dim)
     slot = m.rng.permutation(N + 5)[:N].astype(np.int32)
     position = m.rng.integers(0, 7, N).astype(np.int32)
-    error = sum_error(I, np.abs(x) @ np.abs(w.T) + np.abs(b)).max(initial=0)
+    norm, ln, rstd = m.normal(I, scale=0.3), m.out(N, I), m.out(N)
+    size = np.abs(x) if not normed else np.abs(x * norm) / np.sqrt((x**2).mean(1, keepdims=True))
+    size = size @ np.abs(w.T) + np.abs(b)
+    error = (sum_error(I, size) + 4 * EPS * normed * size).max(initial=0)
     most = 2 * error * max(np.abs(table).max(initial=0), 1) + 8 * EPS * 10
     qkv = m.out(N, O)
-    heads = Heads(NH, KVH, HD)
-    m.ops.linear_rope_append((k, v), qkv, x, W, b, table, position, slot, N, heads, rotary_dim)
+    rest = (table, position, slot, N, Heads(NH, KVH, HD), rotary_dim)
+    if normed:
+        m.ops.rmsnorm_rope_append((k, v), qkv, ln, rstd, x, norm, W, b, *rest, 1e-5)
+    else:
+        m.ops.linear_rope_append((k, v), qkv, x, W, b, *rest)
     return {"qkv": (qkv, most), "k": (k, most), "v": (v, most)}
+
+
+@over(APPENDED)
+def rmsnorm_rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int, dtype: str):
+    return linear_rope_append(m, N, NH, KVH, HD, rotary_dim, dtype, normed=True)
 
 
 # kind, tokens of segments, (NH, KVH, HD), rotary_dim, C, R, dtype, dropout where there is some

@@ -338,6 +338,17 @@ static void linear_rope_append(void *cx, struct glm_kv cache, void *qkv, const v
     rope_append(cx, cache, qkv, table, position, slot, N, heads, rotary_dim);
 }
 
+static void rmsnorm_rope_append(void *cx, struct glm_kv cache, void *qkv, void *ln, void *rstd,
+                                const void *inp, const void *norm, const struct glm_mat *weight,
+                                const void *bias, const void *table, const int32_t *position,
+                                const int32_t *slot, int N, struct glm_heads heads, int rotary_dim,
+                                double eps)
+{
+    rmsnorm_forward(cx, ln, rstd, inp, norm, N, weight->cols, eps);
+    linear_rope_append(cx, cache, qkv, ln, weight, bias, table, position, slot, N, heads,
+                       rotary_dim);
+}
+
 static void swiglu_linear_forward(void *cx, void *out, void *act, const void *h,
                                   const struct glm_mat *weight, const void *bias, int N)
 {

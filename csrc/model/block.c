@@ -219,6 +219,13 @@ static int appends(const struct glm_model *m, int l)
            !glm_adapted(m, &m->layers[l].linear[GLM_QKV]);
 }
 
+/* Whether the first norm is part of that op, too. */
+static int appends_norm(const struct glm_model *m, int l)
+{
+    return appends(m, l) && m->step.fused_swiglu && !m->arch.residual_scale &&
+           !m->layers[l].input_layernorm.bias && (l == 0 || adds_in_place(m, l - 1));
+}
+
 /* Queries, keys and values of norm1, from one product or three. */
 static void qkv_forward(struct glm_model *m, int l, struct glm_heads heads)
 {
@@ -333,13 +340,15 @@ static void activation_backward(struct glm_model *m, void *h, const void *dact, 
         m->be->ops->swiglu_backward(m->be->cx, h, dact, h, N, F);
 }
 
-/* x[l + 1] += x1, unless it was done, and its norm where the next layer, or the output layer, looks
- * for it */
+/* x[l + 1] += x1 and its norm where the next layer, or the output layer, looks for it, each unless it
+ * was done or the next layer does */
 static void finish(struct glm_model *m, int l, int N)
 {
     const struct glm_step *s = &m->step;
     const void *residual = m->arch.residual_scale ? s->ln : s->acts[l].x1;
     const int last = l == m->arch.layers - 1;
+    if (!last && appends_norm(m, l + 1))
+        return;
     if (!last && attention_is_one(m, l + 1)) {
         const struct glm_self_attention next = self_attention_of(m, l + 1);
         m->be->ops->self_attention_norm(m->be->cx, s->ln, s->acts[l + 1].rstd1, s->x[l + 1],
@@ -377,10 +386,18 @@ static void attend(struct glm_model *m, int l, int norm1)
     const struct glm_step *s = &m->step;
     const struct glm_block_acts *a = &s->acts[l];
     const struct glm_heads heads = heads_of(m);
-    if (norm1)
-        glm_norm_forward(m, &m->layers[l].input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l],
-                         s->N);
-    qkv_forward(m, l, heads);
+    if (appends_norm(m, l)) {
+        const struct glm_linear *qkv = &m->layers[l].linear[GLM_QKV];
+        m->be->ops->rmsnorm_rope_append(
+            m->be->cx, kv_of(m, l), a->qkv, s->ln, a->rstd1, s->x[l],
+            m->layers[l].input_layernorm.weight->mat.data, &qkv->weight->mat, bias_of(qkv),
+            m->rope_table, s->all.position, s->slot, s->N, heads, m->arch.rotary_dim, m->arch.eps);
+    } else {
+        if (norm1)
+            glm_norm_forward(m, &m->layers[l].input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l],
+                             s->N);
+        qkv_forward(m, l, heads);
+    }
     rope_forward(m, l, heads);
     m->be->ops->attention_forward(m->be->cx, a->att, a->lse, a->qkv, kv_of(m, l), s->segments, s->S,
                                   heads);

@@ -104,7 +104,11 @@ def _into_heads(N: int, HD: int, dtype: int) -> Case:  # noqa: N803
         qkv, k, v = (_normal(o, rng, *s) for s in ((N, 8 * HD), (N + 3, 2 * HD), (N + 3, 2 * HD)))
         heads = Heads(4, 2, HD)
         o.linear_rope_append((k, v), qkv, x, W, bias, table, at, slot, N, heads, HD // 2)
-        return [qkv, k, v]
+        qkv2, ln, rstd = _normal(o, rng, N, 8 * HD), _normal(o, rng, N, 96), _normal(o, rng, N)
+        k2, v2 = (_normal(o, rng, N + 3, 2 * HD) for _ in range(2))
+        norm, rest = _normal(o, rng, 96), (table, at, slot, N, heads, HD // 2)
+        o.rmsnorm_rope_append((k2, v2), qkv2, ln, rstd, x, norm, W, bias, *rest, 1e-5)
+        return [qkv, k, v, qkv2, k2, v2]
 
     return case
 
