@@ -389,14 +389,15 @@ def prefill(b):
 
 def predict(b):
     job = dict(job="predict", lengths=SHORTER, new=3, opening=OPENING)
-    jobs = {"float16": ("float16", job), "int8 arithmetic": ("int8 arithmetic", job)}
-    jobs |= {"torch": ("torch", job), "F16": ("llama.cpp F16", job)}
+    bars = {"float16": {"torch": 1.2, "F16": 2.0}, "int8 arithmetic": {"torch": 2.2, "Q8_0": 2.0}}
+    bars |= {"int4 groups, int8 arithmetic": {"Q4_0": 2.0}}
+    jobs = {name: (name, job) for name in bars} | {"torch": ("torch", job)}
+    jobs |= {LLAMA[n]: (f"llama.cpp {LLAMA[n]}", job) for n in bars}
     m = b.run(jobs, 90)
-    bars = {"float16": {"torch": 1.2, "F16": 2.0}, "int8 arithmetic": {"torch": 2.2}}
-    peers = those(m, {"torch": "torch", "F16": "F16"})
     scale = FORECAST_ROWS / len(PROMPTS) * sum(PROMPTS) / sum(SHORTER)
     for name in bars:
         if name in m:
+            peers = those(m, {"torch": "torch", LLAMA[name]: LLAMA[name]})
             facts = dict(rate=16 / m[name]["seconds"], unit="rows/s", peers=peers, bars=bars[name])
             b.row(8, f"16 prompts of 440, 3 new tokens, {name}", m[name], **facts)
             mine, later = times(m[name], scale), {n: times(a, scale) for n, a in peers.items()}

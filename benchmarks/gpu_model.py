@@ -200,9 +200,23 @@ def _matrix(words: str, at: int) -> float:
 def _few(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     """struct few_rows, or quantized_rows, which begins with one."""
     *_, dtype, rows, cols, _, _ = _structure(words[0], "PPiiiii", 24)
-    (n,) = _structure(words[0], "i", 64)
-    of = {"name": "products of few rows", "bytes": _matrix(words[0], 24) + 4 * n * (rows + cols)}
+    n, accumulate = _structure(words[0], "ii", 64)
+    size = _matrix(words[0], 24) + 4 * n * (rows * (1 + accumulate) + cols)
+    of = {"name": "products of few rows", "bytes": size}
     return of | ({"bandwidth": "integers"} if dtype == 5 else {})
+
+
+def _normed(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    """struct normed_rows begins with a few_rows; the norm's weight is read besides."""
+    *_, cols, _, _ = _structure(words[0], "PPiiiii", 24)
+    of = _few(words, blocks, batch)
+    return of | {"bytes": of["bytes"] + 4 * cols}
+
+
+def _turned(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    """struct turned_rows ends with a norm_of_rows, which may be empty."""
+    (norm,) = _structure(words[0], "P", len(words[0]) // 2 - 16)
+    return (_normed if norm else _few)(words, blocks, batch)
 
 
 def _thin(name: str, words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
@@ -375,7 +389,8 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     "k_norm": _adapter_a,
     "k_few": _few,
     "k_gated": _few,
-    "k_turned": _few,
+    "k_normed": _normed,
+    "k_turned": _turned,
     "narrow": _narrow,
     "k_pairs": _pairs,
     "k_forward": _tiles,

@@ -87,6 +87,12 @@ OP(adapted_forward, N,
 OP(linear_swiglu_forward, N,
    void *out, void *h, const void *inp, const struct glm_mat *weight, const void *bias, int N)
 
+/* The same of inp's norm: h = rmsnorm_forward(inp) W^T + bias
+ *   norm (I)   ln (N, I), rstd (N): their contents are undefined */
+OP(rmsnorm_swiglu_forward, N,
+   void *out, void *h, void *ln, void *rstd, const void *inp, const void *norm,
+   const struct glm_mat *weight, const void *bias, int N, double eps)
+
 /* ---- DoRA: Liu et al. 2024, eq. 5. An output of a linear layer with an adapter is divided by the
  * norm of its row of weights, a constant to the gradient (section 4.3), and gets a magnitude that is
  * trained. */
@@ -181,6 +187,13 @@ OP(linear_rope_append, N,
    struct glm_kv cache, void *qkv, const void *inp, const struct glm_mat *weight, const void *bias,
    const void *table, const int32_t *position, const int32_t *slot, int N, struct glm_heads heads,
    int rotary_dim)
+
+/* The same of inp's norm
+ *   norm (I)   ln (N, I), rstd (N): their contents are undefined */
+OP(rmsnorm_rope_append, N,
+   struct glm_kv cache, void *qkv, void *ln, void *rstd, const void *inp, const void *norm,
+   const struct glm_mat *weight, const void *bias, const void *table, const int32_t *position,
+   const int32_t *slot, int N, struct glm_heads heads, int rotary_dim, double eps)
 
 /* The half of a layer before MLP (struct glm_self_attention), over N tokens.
  * sum += b (NULL: nothing),  ln = rmsnorm(sum)

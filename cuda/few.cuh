@@ -140,6 +140,23 @@ template <int DTYPE> static __device__ __forceinline__ uint4 word_of(const char 
     return load_once(reinterpret_cast<const uint4 *>(row + stored_bytes(DTYPE, c)));
 }
 
+/* RMSNorm of inp as it is read: columns are multiplied by its weight, their squares are summed, and
+ * what a row is divided by comes last. */
+struct norm_of_rows {
+    const float *weight;
+    float eps;
+};
+
+static __device__ __forceinline__ f4 normed(f4 x, const f4 &weight, float &squares)
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        squares += x.v[j] * x.v[j];
+        x.v[j] *= weight.v[j];
+    }
+    return x;
+}
+
 /* Columns c .. c + 7 of NB rows of inp, which lie on the grid or not; c + 8 <= I. */
 template <int NB>
 static __device__ __forceinline__ void load_inputs(f4 (&x)[2 * NB], const few_rows &a, int c)
@@ -161,11 +178,11 @@ static __device__ __forceinline__ void load_inputs(f4 (&x)[2 * NB], const few_ro
 }
 
 /* sum += the products of words of ROWS rows of W, from column c on, with the rows of inp, HELD
- * or in memory */
+ * or in memory; with `norm` their squares are added, too, unless they are HELD */
 template <int DTYPE, int NB, int ROWS, bool HELD>
-static __device__ __forceinline__ void add_words(float (&sum)[ROWS][NB], const few_rows &a,
-                                                 const uint4 (&q)[ROWS], const float (&s)[ROWS],
-                                                 int c, const f4 (&held)[2 * NB])
+static __device__ __forceinline__ void
+add_words(float (&sum)[ROWS][NB], const few_rows &a, const uint4 (&q)[ROWS], const float (&s)[ROWS],
+          int c, const f4 (&held)[2 * NB], const norm_of_rows *norm, float (&squares)[NB])
 {
     const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
     const int SUB = PIECE < 8 ? PIECE : 8, I = a.w.cols;
@@ -180,12 +197,18 @@ static __device__ __forceinline__ void add_words(float (&sum)[ROWS][NB], const f
                 for (int j = 0; j < SUB; j++)
                     w[r][j] *= s[r];
         }
+        f4 weight[2];
+#pragma unroll
+        for (int k = 0; !HELD && norm && k < SUB; k += 4)
+            weight[k / 4] = load4(norm->weight, c + at * SUB + k, I);
 #pragma unroll
         for (int n = 0; n < NB; n++) {
             const float *x = a.inp + (size_t)min(n, a.N - 1) * I;
 #pragma unroll
             for (int k = 0; k < SUB; k += 4) {
-                const f4 v = HELD ? held[2 * n + k / 4] : load4(x, c + at * SUB + k, I);
+                f4 v = HELD ? held[2 * n + k / 4] : load4(x, c + at * SUB + k, I);
+                if (!HELD && norm)
+                    v = normed(v, weight[k / 4], squares[n]);
 #pragma unroll
                 for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -196,9 +219,11 @@ static __device__ __forceinline__ void add_words(float (&sum)[ROWS][NB], const f
     }
 }
 
-/* out = inp W^T and what is added; GATED: swiglu of it, O / 2 columns; with `turn` its heads turned */
+/* out = inp W^T and what is added; GATED: swiglu of it, O / 2 columns; with `turn` its heads turned;
+ * with `norm` of the norm of inp */
 template <int DTYPE, int NB, int ROWS, bool GATED>
-static __device__ __forceinline__ void few_body(const few_rows &a, const turned_heads *turn = NULL)
+static __device__ __forceinline__ void few_body(const few_rows &a, const turned_heads *turn = NULL,
+                                                const norm_of_rows *norm = NULL)
 {
     const int PIECE = DTYPE == GLM_F32 ? 4 : DTYPE == GLM_I8 ? 16 : DTYPE == GLM_I4 ? 32 : 8;
     const int lane = threadIdx.x & 31, O = a.w.rows, I = a.w.cols;
@@ -209,8 +234,11 @@ static __device__ __forceinline__ void few_body(const few_rows &a, const turned_
         after_previous();
         return;
     }
-    float sum[ROWS][NB];
+    float sum[ROWS][NB], squares[NB];
     const char *row[ROWS];
+#pragma unroll
+    for (int n = 0; n < NB; n++)
+        squares[n] = 0;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const size_t o = row_at<GATED, ROWS>(first, r, O);
@@ -231,7 +259,10 @@ static __device__ __forceinline__ void few_body(const few_rows &a, const turned_
             for (int r = 0; r < ROWS; r++)
                 if (lane * PIECE + d * TURN < I)
                     ahead[d][r] = word_of<DTYPE>(row[r], lane * PIECE + d * TURN);
-        f4 next[2 * NB];
+        f4 next[2 * NB], weight[2];
+#pragma unroll
+        for (int k = 0; HELD && norm && k < 2; k++)
+            weight[k] = load4_or_zero(norm->weight, lane * PIECE + 4 * k, I);
         after_previous();
         if (HELD && lane * PIECE < I)
             load_inputs<NB>(next, a, lane * PIECE);
@@ -246,9 +277,13 @@ static __device__ __forceinline__ void few_body(const few_rows &a, const turned_
                 f4 x[2 * NB];
 #pragma unroll
                 for (int i = 0; HELD && i < 2 * NB; i++)
-                    x[i] = next[i];
-                if (HELD && c + TURN < I)
+                    x[i] = norm ? normed(next[i], weight[i % 2], squares[i / 2]) : next[i];
+                if (HELD && c + TURN < I) {
                     load_inputs<NB>(next, a, c + TURN);
+#pragma unroll
+                    for (int k = 0; norm && k < 2; k++)
+                        weight[k] = load4(norm->weight, c + TURN + 4 * k, I);
+                }
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
                     q[r] = ahead[d][r];
@@ -258,11 +293,20 @@ static __device__ __forceinline__ void few_body(const few_rows &a, const turned_
                                ? scale_at(a.w, row_at<GATED, ROWS>(first, r, O), c)
                                : 1.0f;
                 }
-                add_words<DTYPE, NB, ROWS, HELD>(sum, a, q, s, c, x);
+                add_words<DTYPE, NB, ROWS, HELD>(sum, a, q, s, c, x, norm, squares);
             }
     } else {
         after_previous();
-        for (int c = lane; c < I; c += 32)
+        for (int c = lane; c < I; c += 32) {
+            float x[NB];
+#pragma unroll
+            for (int n = 0; n < NB; n++) {
+                x[n] = a.inp[(size_t)min(n, a.N - 1) * I + c];
+                if (norm) {
+                    squares[n] += x[n] * x[n];
+                    x[n] *= norm->weight[c];
+                }
+            }
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 float w = load1(row[r], DTYPE, c);
@@ -270,8 +314,16 @@ static __device__ __forceinline__ void few_body(const few_rows &a, const turned_
                     w *= scale_at(a.w, row_at<GATED, ROWS>(first, r, O), c);
 #pragma unroll
                 for (int n = 0; n < NB; n++)
-                    sum[r][n] += w * a.inp[(size_t)min(n, a.N - 1) * I + c];
+                    sum[r][n] += w * x[n];
             }
+        }
+    }
+#pragma unroll
+    for (int n = 0; norm && n < NB; n++) {
+        const float rstd = 1.0f / sqrtf(warp_sum(squares[n]) / (float)I + norm->eps);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            sum[r][n] *= rstd;
     }
 #pragma unroll
     for (int r = 0; r < own; r++)

@@ -51,6 +51,7 @@ LOWER = re.compile(r"(>= (begin|from|0\b|c\.top_k)|<= begin|< begin)")
 LAUNCH = ("adamw", "elementwise", "norm", "linear")
 # Ops that have kernels for products in 16 bits
 NARROW = ("attention", "linear", "adapted", "swiglu_linear", "swiglu_mlp", "self_attention")
+NARROW += ("rmsnorm_swiglu", "rmsnorm_rope")
 # What is launched under the name of its caller's op.
 FOR_OTHERS = {
     "few_quantized": ("linear_forward", "adapted_forward", "linear_swiglu_forward"),

@@ -57,6 +57,12 @@ static inline int glm_few_turns(enum glm_dtype compute, const struct glm_mat *W,
            !glm_is_quantized(W->dtype);
 }
 
+/* Whether a product of so many rows norms them itself. */
+static inline int glm_few_norms(enum glm_dtype compute, const struct glm_mat *W, int N)
+{
+    return N <= GLM_FEW_TURNED && N <= glm_few_rows(compute, W) && !glm_is_quantized(W->dtype);
+}
+
 /* Whether it is a product of an adapter. */
 static inline int glm_is_adapter(enum glm_dtype dtype, int rows, int cols)
 {

@@ -196,7 +196,9 @@ NARROW_OPS = (
     *test_ops.NARROW_OPS,
     test_ops.adapted_forward,
     test_ops.linear_swiglu_forward,
+    test_ops.rmsnorm_swiglu_forward,
     test_ops.linear_rope_append,
+    test_ops.rmsnorm_rope_append,
     test_ops.swiglu_linear_forward,
     test_ops.swiglu_linear_backward,
     test_ops.swiglu_mlp_forward,
@@ -359,7 +361,10 @@ STREAMING = [
       (8, "F16"), (8, "I4 by 32"))),
     *((test_ops.linear_swiglu_forward, n, 256, 512, kind, False) for n in (1, 8)
       for kind in ("F16", "I4 by 32")),
-    *((test_ops.linear_rope_append, n, 4, 2, 64, 32, kind) for n in (1, 4)
+    *((test_ops.rmsnorm_swiglu_forward, n, 256, 512, kind, False) for n in (1, 4, 8)
+      for kind in ("F16", "I4 by 32")),
+    *((op, n, 4, 2, 64, 32, kind) for n in (1, 4)
+      for op in (test_ops.linear_rope_append, test_ops.rmsnorm_rope_append)
       for kind in ("F16", "I4 by 32")),
     (test_ops.choose, 8, 4096, "plain"), (test_ops.choose_drawn, 4, 4096, 0.8, 50, 0.8, False),
     (test_ops.linear_backward_weight, 64, 288, 384, 1.0, True, True),

@@ -68,7 +68,7 @@ def test_a_chat_of_2048_tokens(six_b, gigabytes, bits):
     assert planned.total <= gigabytes * 1e9
     token, recorded = planned.work["a token"], planned.work["a token, recorded"]
     around = 4  # the embedding and its norm before the layers, the logits and their maximum after
-    assert token.launches == 28 * (9 if bits else 8) + around and token.products == 0
+    assert token.launches == 28 * (9 if bits else 6) + around and token.products == 0
     assert (recorded.launches, recorded.products, recorded.graphs) == (0, 0, 1)
     for work in (token, recorded):
         assert work.syncs == 1 and work.downloaded <= 16
@@ -97,7 +97,7 @@ def test_an_update_is_few_launches(six_b, method, more, most):
 
 
 def test_a_token_with_an_adapter(six_b):
-    """An adapter on query_key_value that is not merged takes one launch more a layer."""
+    """An adapter on query_key_value that is not merged takes three launches more a layer."""
     config = ChatGLMConfig.from_pretrained(six_b)
     model, _ = planning._build(config, "F16", 0, 0, "plan:cuda/float16")
     peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8))
@@ -106,7 +106,7 @@ def test_a_token_with_an_adapter(six_b):
     core.next(cache, [0], np.ones(1000, np.int32), 1000 * one)
     core.counts()
     core.next(cache, [0], one, one)
-    assert core.counts()["launches"] == 28 * 10 + 4
+    assert core.counts()["launches"] == 28 * 9 + 4
 
 
 def test_a_token_of_chatglm_6b(tmp_path):

@@ -607,6 +607,20 @@ def linear_swiglu_forward(m: Maker, N: int, F: int, I: int, dtype: str, bias: bo
     return {"out": (out, off)}
 
 
+def rmsnorm_swiglu_forward(m: Maker, N: int, F: int, I: int, dtype: str, bias: bool):
+    W, w = m.weight(2 * F, I, dtype)
+    x, b = m.normal(N, I), m.normal(2 * F) if bias else None
+    norm = m.normal(I, scale=0.3)
+    out, h, ln, rstd = m.out(N, F), m.out(N, 2 * F), m.out(N, I), m.out(N)
+    normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5) * norm
+    size = np.abs(normed) @ np.abs(w.T) + (np.abs(b) if bias else 0)
+    error = np.broadcast_to(sum_error(I, size), (N, 2 * F)) + 4 * EPS * size
+    y = np.abs(normed @ w.T + (b if bias else 0))
+    off = 1.1 * y[:, F:] * error[:, :F] + y[:, :F] * error[:, F:] + 8 * EPS * y[:, :F] * y[:, F:]
+    m.ops.rmsnorm_swiglu_forward(out, h, ln, rstd, x, norm, W, b, N, 1e-5)
+    return {"out": (out, off)}
+
+
 def quantize(m: Maker, rows: int, cols: int, kind: str, inp_dtype: str, size: float):
     """Row-wise: the reference's bits. In groups: as small an error, and integers that fit it."""
     dtype, group = QUANTIZED[kind]
@@ -889,14 +903,19 @@ def rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int):
     return {"qkv": (qkv, most), "k": (k, most), "v": (v, 0)}
 
 
-@over(
+APPENDED = [
     (N, *heads, dtype)
     for dtype in (*DTYPES, *QUANTIZED)
     for N, *heads in ((1, 4, 2, 8, 4), (3, 2, 1, 16, 16), (4, 2, 2, 2, 2), (5, 2, 1, 10, 6),
                       (2, 2, 1, 33, 10), (9, 2, 1, 8, 8), (33, 4, 2, 8, 4), (0, 2, 1, 8, 4))
     if dtype != "I4 by 96"
-)  # fmt: skip
-def linear_rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int, dtype: str):
+]  # fmt: skip
+
+
+@over(APPENDED)
+def linear_rope_append(
+    m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int, dtype: str, normed: bool = False
+):
     """Each element is a product's, or of two of them, turned."""
     O, I = (NH + 2 * KVH) * HD, 64  # noqa: E741, N806
     W, w = m.weight(O, I, dtype)
@@ -904,12 +923,23 @@ def linear_rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim:
     k, v, table = m.normal(N + 5, KVH * HD), m.normal(N + 5, KVH * HD), m.normal(7, rotary_dim)
     slot = m.rng.permutation(N + 5)[:N].astype(np.int32)
     position = m.rng.integers(0, 7, N).astype(np.int32)
-    error = sum_error(I, np.abs(x) @ np.abs(w.T) + np.abs(b)).max(initial=0)
+    norm, ln, rstd = m.normal(I, scale=0.3), m.out(N, I), m.out(N)
+    size = np.abs(x) if not normed else np.abs(x * norm) / np.sqrt((x**2).mean(1, keepdims=True))
+    size = size @ np.abs(w.T) + np.abs(b)
+    error = (sum_error(I, size) + 4 * EPS * normed * size).max(initial=0)
     most = 2 * error * max(np.abs(table).max(initial=0), 1) + 8 * EPS * 10
     qkv = m.out(N, O)
-    heads = Heads(NH, KVH, HD)
-    m.ops.linear_rope_append((k, v), qkv, x, W, b, table, position, slot, N, heads, rotary_dim)
+    rest = (table, position, slot, N, Heads(NH, KVH, HD), rotary_dim)
+    if normed:
+        m.ops.rmsnorm_rope_append((k, v), qkv, ln, rstd, x, norm, W, b, *rest, 1e-5)
+    else:
+        m.ops.linear_rope_append((k, v), qkv, x, W, b, *rest)
     return {"qkv": (qkv, most), "k": (k, most), "v": (v, most)}
+
+
+@over(APPENDED)
+def rmsnorm_rope_append(m: Maker, N: int, NH: int, KVH: int, HD: int, rotary_dim: int, dtype: str):
+    return linear_rope_append(m, N, NH, KVH, HD, rotary_dim, dtype, normed=True)
 
 
 # kind, tokens of segments, (NH, KVH, HD), rotary_dim, C, R, dtype, dropout where there is some
@@ -1508,6 +1538,8 @@ def linear_cases() -> list[tuple[Any, ...]]:
                 if usable(dtype, I):
                     cases.append((adapted_forward, N, O, I, R, dtype, step % 2 > 0))
                     cases.append((linear_swiglu_forward, N, O, I, dtype, step % 2 > 0))
+                    if O > 1:  # a row of one number has no average error
+                        cases.append((rmsnorm_swiglu_forward, N, O, I, dtype, step % 2 > 0))
     return cases
 
 

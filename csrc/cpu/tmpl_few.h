@@ -170,7 +170,7 @@ INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w
 {
     const int chunk = chunk_of(kind, dtype), width = chunk * per_vector(kind);
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
-    const size_t ahead = keep ? C * stride : FOLLOWING;
+    const size_t ahead = keep ? C * stride : FOLLOWING, scales = grouped ? glm_scale_cols(w) : 0;
     const char *row[8];
     float scale[8][RUN_GROUPS];
     vf acc[24 + 8], v[2][4];
@@ -179,9 +179,9 @@ INLINE void dot_rows(v4 *s, int R, int C, const char *x, const struct glm_mat *w
         const int at = row_at(w, o, c, apart);
         row[c] = (const char *)w->data + (size_t)at * stride + glm_bytes(dtype, (size_t)k0);
         if (grouped) {
-            run_scales(scale[c], w, at, k0, K);
-            __builtin_prefetch(
-                w->scale + (size_t)(at + (keep ? C : 1)) * glm_scale_cols(w) + k0 / w->group, 0, 2);
+            const uint16_t *from = w->scale + (size_t)at * scales;
+            run_scales(scale[c], from, w->group, k0, K);
+            __builtin_prefetch(from + (keep ? C : 1) * scales + k0 / w->group, 0, 2);
         }
     }
 #pragma GCC unroll 24
@@ -217,10 +217,11 @@ INLINE void dot_kept(v4 *s, int R, int C, const char *x, const struct glm_mat *w
     const size_t stride = glm_bytes(dtype, (size_t)w->cols);
     const char *next =
         (const char *)w->data + (size_t)(o + C) * stride + glm_bytes(dtype, (size_t)k0);
+    const size_t scales = grouped ? glm_scale_cols(w) : 0;
     float scale[8][RUN_GROUPS];
     vf acc[24 + 8];
     for (int c = 0; grouped && c < C; c++)
-        run_scales(scale[c], w, row_at(w, o, c, 1), k0, K);
+        run_scales(scale[c], w->scale + row_at(w, o, c, 1) * scales, w->group, k0, K);
 #pragma GCC unroll 24
     for (int i = 0; i < R * C; i++)
         acc[i] = (vf){0};
@@ -311,7 +312,7 @@ INLINE v4 dot_runs(int n, const char *x, const char *row, float (*scale)[RUN_GRO
         for (int r = 0; r < n; r++) {
             load_chunk(v, row + at + r * of_w, kind, dtype);
             if ((n * at + r * of_chunk) % 64 == 0) /* a line once */
-                __builtin_prefetch(next + r * of_chunk, 0, 2);
+                FETCH_ONCE(next + r * of_chunk);
             add_chunk(acc, 1, n, r, x + r * of_x, v, scale ? scale[r] : NULL, k / 32, kind, dtype);
         }
     }
@@ -329,6 +330,7 @@ INLINE void one_row(float *tile, const struct nt_args *a, enum glm_dtype kind, e
     const int in_run = run_of(kind, dtype) * per_vector(kind), K = a->w->cols;
     const size_t of_w = glm_bytes(dtype, (size_t)in_run), of_x = (size_t)run_of(kind, dtype) * VB;
     const size_t stride = glm_bytes(dtype, (size_t)K);
+    const size_t scales = grouped ? glm_scale_cols(a->w) : 0;
     for (int o = o0; o < o0 + cols; o++) {
         const char *row = (const char *)a->w->data + (size_t)o * stride;
         float sum = 0, scale[4][RUN_GROUPS];
@@ -338,7 +340,8 @@ INLINE void one_row(float *tile, const struct nt_args *a, enum glm_dtype kind, e
             v4 s;
             n = left < together * in_run ? 1 : together;
             for (int r = 0; grouped && r < n; r++)
-                run_scales(scale[r], a->w, o, k + r * in_run, in_last);
+                run_scales(scale[r], a->w->scale + o * scales, a->w->group, k + r * in_run,
+                           in_last);
             if (n > 1)
                 s = dot_runs(together, x, row, grouped ? scale : NULL, in_run, kind, dtype);
             else

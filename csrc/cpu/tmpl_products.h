@@ -321,6 +321,14 @@ static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
     swiglu_forward(cx, out, h, N, weight->rows / 2);
 }
 
+static void rmsnorm_swiglu_forward(void *cx, void *out, void *h, void *ln, void *rstd,
+                                   const void *inp, const void *norm, const struct glm_mat *weight,
+                                   const void *bias, int N, double eps)
+{
+    rmsnorm_forward(cx, ln, rstd, inp, norm, N, weight->cols, eps);
+    linear_swiglu_forward(cx, out, h, ln, weight, bias, N);
+}
+
 static void linear_rope_append(void *cx, struct glm_kv cache, void *qkv, const void *inp,
                                const struct glm_mat *weight, const void *bias, const void *table,
                                const int32_t *position, const int32_t *slot, int N,
@@ -328,6 +336,17 @@ static void linear_rope_append(void *cx, struct glm_kv cache, void *qkv, const v
 {
     linear_forward(cx, qkv, inp, weight, bias, N, 1, 0);
     rope_append(cx, cache, qkv, table, position, slot, N, heads, rotary_dim);
+}
+
+static void rmsnorm_rope_append(void *cx, struct glm_kv cache, void *qkv, void *ln, void *rstd,
+                                const void *inp, const void *norm, const struct glm_mat *weight,
+                                const void *bias, const void *table, const int32_t *position,
+                                const int32_t *slot, int N, struct glm_heads heads, int rotary_dim,
+                                double eps)
+{
+    rmsnorm_forward(cx, ln, rstd, inp, norm, N, weight->cols, eps);
+    linear_rope_append(cx, cache, qkv, ln, weight, bias, table, position, slot, N, heads,
+                       rotary_dim);
 }
 
 static void swiglu_linear_forward(void *cx, void *out, void *act, const void *h,

@@ -243,25 +243,17 @@ INLINE void add_words(vf *acc, int R, const char *p, const char *x, enum glm_dty
     }
 }
 
-/* sum[r] = the chunk of groups at p times those of R rows of x, as bytes */
-INLINE void nibble_products(vf *sum, int R, const char *p, const char *x)
-{
-    const vf even = nibbles_of_w(p, 0), odd = nibbles_of_w(p, 1);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-        sum[r] = ADD_BOTH(even, load((const float *)(x + r * VB)), odd,
-                          load((const float *)(x + (R + r) * VB)));
-}
-
-/* Lanes whose sum is that of a run, `chunks` long, of one row of packed x times one row of W: four
- * sums that do not wait for each other. */
-INLINE vf word_lanes(const char *x, const char *p, int chunks, enum glm_dtype dtype)
+/* Lanes whose sum is that of a run, `chunks` long, of one row of packed x times one row of W at p:
+ * four sums that do not wait for each other. `from` is fetched into the cache. */
+INLINE vf word_lanes(const char *x, const char *p, const char *from, int chunks,
+                     enum glm_dtype dtype)
 {
     vf acc[4] = {{0}};
+#pragma GCC unroll 4
     for (int i = 0; i < chunks; i++, x += 4 * VB) {
         const size_t at = glm_bytes(dtype, (size_t)i * CHUNK);
         if (at % 64 == 0) /* a line once */
-            __builtin_prefetch(p + at + FETCHED, 0, 2);
+            FETCH_ONCE(from + at);
         if (dtype == GLM_I4)
             add_masked_words(acc, acc + 2, 1, p + at, x);
         else
@@ -281,22 +273,27 @@ INLINE float word_row(const char *x, const float *scale, const int32_t *less, co
 {
     const size_t of_w = glm_bytes(dtype, WORD_RUN), of_x = WORD_RUN / CHUNK * 4 * VB;
     float sum = 0;
-    for (int k0 = 0; k0 < K; k0 += 4 * WORD_RUN) {
-        vf lanes[4] = {{0}};
-        int runs = 0;
-        for (int k = k0; runs < 4 && k < K; k += WORD_RUN, runs++, row += of_w, x += of_x) {
-            char end[WORD_RUN] __attribute__((aligned(64)));
-            if (K - k >= WORD_RUN) {
-                lanes[runs] = word_lanes(x, row, WORD_RUN / CHUNK, dtype);
-                continue;
-            }
-            memset(end, 0, sizeof end);
-            memcpy(end, row, glm_bytes(dtype, (size_t)(K - k)));
-            lanes[runs] = word_lanes(x, end, word_chunks(K - k, 0), dtype);
-        }
-        const v4i s = (v4i)SUM4_INT(lanes[0], lanes[1], lanes[2], lanes[3]);
-        for (int r = 0; r < runs; r++, scale++, less++)
-            sum += (float)(s[r] + (dtype == GLM_I4 ? *less : 0)) * *scale;
+    int k = 0;
+    for (; K - k >= 4 * WORD_RUN; k += 4 * WORD_RUN, scale += 4, less += 4) {
+        vf lanes[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++, row += of_w, x += of_x)
+            lanes[r] = word_lanes(x, row, row + FETCHED, WORD_RUN / CHUNK, dtype);
+        v4i s = (v4i)SUM4_INT(lanes[0], lanes[1], lanes[2], lanes[3]);
+        if (dtype == GLM_I4)
+            s += *(const v4i *)less;
+        const v4 y = __builtin_convertvector(s, v4) * *(const v4 *)scale;
+        for (int r = 0; r < 4; r++)
+            sum += y[r];
+    }
+    for (; k < K; k += WORD_RUN, row += of_w, x += of_x, scale++, less++) {
+        char end[WORD_RUN] __attribute__((aligned(64))) = {0};
+        const int left = K - k < WORD_RUN ? K - k : WORD_RUN;
+        memcpy(end, row, glm_bytes(dtype, (size_t)left));
+        const vf none = {0};
+        const vf lanes = word_lanes(x, end, row, word_chunks(left, 0), dtype);
+        const v4i s = (v4i)SUM4_INT(lanes, none, none, none);
+        sum += (float)(s[0] + (dtype == GLM_I4 ? *less : 0)) * *scale;
     }
     return sum;
 }
@@ -346,36 +343,62 @@ INLINE void word_rows(float *sums, int C, const char *x, const float *scale, con
     ((v4)__builtin_shufflevector(v, v, 4 * (q), 4 * (q) + 1, 4 * (q) + 2, 4 * (q) + 3))
 #endif
 
+/* The scales of VL groups of a row of W from column k on, of which n columns are there. */
+INLINE vf scales_of_groups(const struct glm_mat *w, const uint16_t *row, int k, int n)
+{
+    float s[VL] = {0};
+    if (w->group == WORD_GROUP && n >= WORD_GROUP * VL)
+        return HALF_TO_FLOAT(row + k / WORD_GROUP);
+    for (int g = 0; g < VL && g * WORD_GROUP < n; g++)
+        s[g] = half_to_float(row[(k + g * WORD_GROUP) / w->group]);
+    return load(s);
+}
+
+/* Lanes whose sums, four by four, are those of the groups of four chunks of W: t[i] of chunk i. */
+INLINE void group_lanes(vf *t, int R, int r, const char *p, const char *x)
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++, p += VB, x += 4 * R * VB) {
+        vf acc[4] = {{0}}, high = {0};
+        if (R == 1)
+            add_masked_words(acc, &high, 0, p, x);
+        else
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                acc[0] = DOT_I16(acc[0], words_of_w(p, j, GLM_I4),
+                                 load((const float *)(x + (j * R + r) * VB)));
+        t[i] = (vf)((vi)acc[0] + ((vi)high >> 4));
+    }
+}
+
 /* y[r] += the products of four chunks of W at p, as many groups as a vector has lanes; of_w: their
  * scales; scale, less: of x, `runs` from one row to the next; `from` is fetched into the cache. */
 INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char *x,
-                       const float *scale, const int32_t *less, int runs, const float *of_w,
+                       const float *scale, const int32_t *less, int runs, vf of_w,
                        enum glm_dtype kind)
 {
-    vf t[4][4];
+    vf even[4], odd[4]; /* as bytes */
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        const char *at = p + i * VB, *xi = x + i * per_chunk(kind) * R * VB;
-        vf acc[4] = {{0}}, high = {0};
         if (i * VB % 64 == 0) /* a line once */
-            __builtin_prefetch(from + i * VB, 0, 2);
-        if (kind == GLM_I8)
-            nibble_products(acc, R, at, xi);
-        else if (R == 1)
-            add_masked_words(acc, &high, 0, at, xi);
-        else
-            add_words(acc, R, at, xi, GLM_I4);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-            t[r][i] = (vf)((vi)acc[r] + ((vi)high >> 4));
+            FETCH_ONCE(from + i * VB);
+        even[i] = nibbles_of_w(p + i * VB, 0);
+        odd[i] = nibbles_of_w(p + i * VB, 1);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-        vi s = kind == GLM_I8 ? NIBBLE_GROUPS(t[r][0], t[r][1], t[r][2], t[r][3])
-                              : GROUP_SUMS(t[r][0], t[r][1], t[r][2], t[r][3]);
+        vf t[4];
+#pragma GCC unroll 4
+        for (int i = 0; kind == GLM_I8 && i < 4; i++)
+            t[i] = ADD_BOTH(even[i], load((const float *)(x + (2 * i * R + r) * VB)), odd[i],
+                            load((const float *)(x + ((2 * i + 1) * R + r) * VB)));
+        if (kind != GLM_I8)
+            group_lanes(t, R, r, p, x);
+        vi s = kind == GLM_I8 ? NIBBLE_GROUPS(t[0], t[1], t[2], t[3])
+                              : GROUP_SUMS(t[0], t[1], t[2], t[3]);
         if (R == 1 || kind == GLM_I8)
             s += (vi)load((const float *)(less + (size_t)r * (size_t)runs));
-        const vf v = INT_TO_FLOAT(s) * (load(scale + (size_t)r * (size_t)runs) * load(of_w));
+        const vf v = INT_TO_FLOAT(s) * (load(scale + (size_t)r * (size_t)runs) * of_w);
         y[r] += QUARTER(v, 0);
 #if VL > 4
         y[r] += QUARTER(v, 1);
@@ -391,29 +414,27 @@ INLINE void add_groups(v4 *y, int R, const char *p, const char *from, const char
 INLINE void word_groups(float *sums, int R, const char *x, const float *scale, const int32_t *less,
                         const struct glm_mat *w, int o, enum glm_dtype kind)
 {
+    enum { COLUMNS = 4 * CHUNK };
     const int K = w->cols, runs = word_runs(K, 1);
     const char *p = (const char *)w->data + (size_t)o * glm_bytes(GLM_I4, (size_t)K);
+    const uint16_t *of_w = w->scale + (size_t)o * glm_scale_cols(w);
+    v4 y[4] = {{0}};
     for (int r = 0; r < R; r++)
         sums[r] = 0;
-    for (int k0 = 0; k0 < K; k0 += WORD_BLOCK) {
-        const int in_block = K - k0 < WORD_BLOCK ? K - k0 : WORD_BLOCK;
-        float of_w[BLOCK_GROUPS] = {0};
-        const float *next = of_w;
-        v4 y[4] = {{0}};
-        int left = in_block;
-        run_scales(of_w, w, o, k0, in_block);
-        for (; left >= 4 * CHUNK;
-             left -= 4 * CHUNK, p += 4 * VB, x += 4 * per_chunk(kind) * R * VB) {
-            add_groups(y, R, p, p + FETCHED, x, scale, less, runs, next, kind);
-            scale += VL, less += VL, next += VL;
-        }
-        if (left > 0) { /* x has zeros there */
-            char end[4 * VB] __attribute__((aligned(64)));
-            COPY_PART(end, p, (size_t)left / 2);
-            add_groups(y, R, end, p, x, scale, less, runs, next, kind);
-        }
-        for (int r = 0; r < R; r++)
+    for (int k = 0; k < K; k += COLUMNS, p += 4 * VB, x += 4 * per_chunk(kind) * R * VB) {
+        const vf s = scales_of_groups(w, of_w, k, K - k);
+        char end[4 * VB] __attribute__((aligned(64)));
+        const int whole = K - k >= COLUMNS;
+        if (!whole) /* x has zeros there */
+            COPY_PART(end, p, (size_t)(K - k) / 2);
+        add_groups(y, R, whole ? p : end, p + FETCHED, x, scale, less, runs, s, kind);
+        scale += VL, less += VL;
+        if ((k + COLUMNS) % WORD_BLOCK && k + COLUMNS < K)
+            continue;
+        for (int r = 0; r < R; r++) {
             sums[r] += (y[r][0] + y[r][1]) + (y[r][2] + y[r][3]);
+            y[r] = (v4){0};
+        }
     }
 }
 
@@ -500,6 +521,26 @@ INLINE void pack_w_words(char *to, const struct glm_mat *w, enum glm_dtype kind,
                 }
             }
         }
+}
+
+/* to (BLOCK_GROUPS, NR): VL columns of it, the scales of VL rows of W, of which `rows` are there, in the
+ * block of K columns from k0 on; zeros where there are none. Those of the rows after are fetched. */
+INLINE void turn_scales(float *to, const struct glm_mat *w, int o, int rows, int k0, int K)
+{
+    const size_t scales = glm_scale_cols(w);
+    const uint16_t *row = w->scale + (size_t)o * scales;
+    for (int r = 0; r < VL && r < rows; r++)
+        __builtin_prefetch(row + (VL + r) * scales + k0 / w->group, 0, 2);
+    for (int g = 0; g < BLOCK_GROUPS; g += VL) {
+        vf s[VL];
+        for (int r = 0; r < VL; r++)
+            s[r] = r < rows ? scales_of_groups(w, row + r * scales, k0 + g * WORD_GROUP,
+                                               K - g * WORD_GROUP)
+                            : (vf){0};
+        transpose(s);
+        for (int i = 0; i < VL; i++)
+            store(to + (g + i) * NR, s[i]);
+    }
 }
 
 /* Of a tile in registers, which the compiler leaves there where the loops are unrolled: M rows, MR or
@@ -596,17 +637,9 @@ INLINE void words_packed(const struct nt_args *a, const struct nt_tile *t, enum 
         for (int o = 0; o < cols; o += NR)
             pack_w_words(wp + (size_t)o / NR * WORD_PANEL, a->w, kind, dtype, o0 + o, cols - o, k0,
                          in_block);
-        for (int o = 0; grouped && o < panels * NR; o++) {
-            float scale[BLOCK_GROUPS] = {0};
-            if (o < cols) {
-                __builtin_prefetch(a->w->scale + (size_t)(o0 + o + 8) * glm_scale_cols(a->w) +
-                                       k0 / a->w->group,
-                                   0, 2);
-                run_scales(scale, a->w, o0 + o, k0, in_block);
-            }
-            for (int g = 0; g < BLOCK_GROUPS; g++)
-                of_w[((size_t)o / NR * BLOCK_GROUPS + g) * NR + o % NR] = scale[g];
-        }
+        for (int o = 0; grouped && o < panels * NR; o += VL)
+            turn_scales(of_w + (size_t)o / NR * NR * BLOCK_GROUPS + o % NR, a->w, o0 + o, cols - o,
+                        k0, in_block);
         struct ahead ahead = start_ahead(a->w, dtype, o0, cols, k0 + WORD_BLOCK,
                                          next < WORD_BLOCK ? next & ~1 : WORD_BLOCK, tiles);
         for (int n = 0; n < rows; n += MR) {

@@ -84,6 +84,19 @@ static const void *bias_of(const struct glm_linear *linear)
     return linear->bias ? linear->bias->mat.data : NULL;
 }
 
+/* Whether both branches are added to the layer's input, where it lies, by their last products: so a
+ * token's norms have nothing to add, and the second is part of the product after it. */
+static int adds_in_place(const struct glm_model *m, int l)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_layer *layer = &m->layers[l];
+    const struct glm_linear *linear = layer->linear;
+    return s->fused_swiglu && !s->several && !step_gathers(m, s, l) && s->x[l] == s->x[l + 1] &&
+           !m->arch.residual_scale && !m->arch.branch_norms &&
+           !layer->post_attention_layernorm.bias && !glm_adapted(m, &linear[GLM_DENSE]) &&
+           !glm_adapted(m, &linear[GLM_H_TO_4H]) && !glm_adapted(m, &linear[GLM_4H_TO_H]);
+}
+
 /* Whether all from the first norm's output to what attention adds is one op: what has adapters is
  * query_key_value alone, nothing else of it trains, and every row goes through it to the end. */
 static int step_attention_is_one(const struct glm_model *m, const struct glm_step *s, int l)
@@ -206,6 +219,13 @@ static int appends(const struct glm_model *m, int l)
            !glm_adapted(m, &m->layers[l].linear[GLM_QKV]);
 }
 
+/* Whether the first norm is part of that op, too. */
+static int appends_norm(const struct glm_model *m, int l)
+{
+    return appends(m, l) && m->step.fused_swiglu && !m->arch.residual_scale &&
+           !m->layers[l].input_layernorm.bias && (l == 0 || adds_in_place(m, l - 1));
+}
+
 /* Queries, keys and values of norm1, from one product or three. */
 static void qkv_forward(struct glm_model *m, int l, struct glm_heads heads)
 {
@@ -320,24 +340,28 @@ static void activation_backward(struct glm_model *m, void *h, const void *dact, 
         m->be->ops->swiglu_backward(m->be->cx, h, dact, h, N, F);
 }
 
-/* x[l + 1] += x1, and its norm where the next layer, or the output layer, looks for it */
+/* x[l + 1] += x1 and its norm where the next layer, or the output layer, looks for it, each unless it
+ * was done or the next layer does */
 static void finish(struct glm_model *m, int l, int N)
 {
     const struct glm_step *s = &m->step;
     const void *residual = m->arch.residual_scale ? s->ln : s->acts[l].x1;
     const int last = l == m->arch.layers - 1;
+    if (!last && appends_norm(m, l + 1))
+        return;
     if (!last && attention_is_one(m, l + 1)) {
         const struct glm_self_attention next = self_attention_of(m, l + 1);
         m->be->ops->self_attention_norm(m->be->cx, s->ln, s->acts[l + 1].rstd1, s->x[l + 1],
                                         residual, &next, N);
         return;
     }
-    if (last)
-        glm_residual_forward(m, &m->final_layernorm, s->final, s->final_mean, s->final_rstd,
-                             s->x[l + 1], residual, N);
+    const struct glm_norm *norm = last ? &m->final_layernorm : &m->layers[l + 1].input_layernorm;
+    void *out = last ? s->final : s->ln, *mean = last ? s->final_mean : s->acts[l + 1].mean1,
+         *rstd = last ? s->final_rstd : s->acts[l + 1].rstd1;
+    if (adds_in_place(m, l))
+        glm_norm_forward(m, norm, out, mean, rstd, s->x[l + 1], N);
     else
-        glm_residual_forward(m, &m->layers[l + 1].input_layernorm, s->ln, s->acts[l + 1].mean1,
-                             s->acts[l + 1].rstd1, s->x[l + 1], residual, N);
+        glm_residual_forward(m, norm, out, mean, rstd, s->x[l + 1], residual, N);
 }
 
 /* h of ln, and the activation where `act` is set */
@@ -354,6 +378,29 @@ static void up_forward(struct glm_model *m, int l, void *h, int act)
     glm_linear_forward(m, up, h, s->ln, s->acts[l].xa[GLM_H_TO_4H], rows);
     if (act)
         activation_forward(m, s->act, h, rows->n);
+}
+
+/* Queries, keys and values, and attention of them, into att. norm1: as below. */
+static void attend(struct glm_model *m, int l, int norm1)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_block_acts *a = &s->acts[l];
+    const struct glm_heads heads = heads_of(m);
+    if (appends_norm(m, l)) {
+        const struct glm_linear *qkv = &m->layers[l].linear[GLM_QKV];
+        m->be->ops->rmsnorm_rope_append(
+            m->be->cx, kv_of(m, l), a->qkv, s->ln, a->rstd1, s->x[l],
+            m->layers[l].input_layernorm.weight->mat.data, &qkv->weight->mat, bias_of(qkv),
+            m->rope_table, s->all.position, s->slot, s->N, heads, m->arch.rotary_dim, m->arch.eps);
+    } else {
+        if (norm1)
+            glm_norm_forward(m, &m->layers[l].input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l],
+                             s->N);
+        qkv_forward(m, l, heads);
+    }
+    rope_forward(m, l, heads);
+    m->be->ops->attention_forward(m->be->cx, a->att, a->lse, a->qkv, kv_of(m, l), s->segments, s->S,
+                                  heads);
 }
 
 /* What attention adds, into x1, and the rows of the layer's input that it is added to, which are
@@ -377,11 +424,7 @@ static const void *attention_branch(struct glm_model *m, int l, int norm1)
         branch_norm_forward(m, l, GLM_ATTENTION, a->x1);
         return residual;
     }
-    if (norm1)
-        glm_norm_forward(m, &m->layers[l].input_layernorm, s->ln, a->mean1, a->rstd1, s->x[l], N);
-    qkv_forward(m, l, heads);
-    rope_forward(m, l, heads);
-    op->attention_forward(cx, att, a->lse, a->qkv, kv_of(m, l), s->segments, s->S, heads);
+    attend(m, l, norm1);
     if (gathers(m, l)) {
         op->gather_forward(cx, s->att_rows, att, s->gather, NR, heads.NH * heads.HD);
         op->gather_forward(cx, s->x_rows, residual, s->gather, NR, C);
@@ -418,9 +461,34 @@ static void to_last_linear(struct glm_model *m, int l, int norm1, int act, void 
         op->convert(cx, a->h, m->be->kept_h, h, m->be->real, (size_t)NR * glm_up_columns(&m->arch));
 }
 
+/* out += inp W^T + bias */
+static void add_product(struct glm_model *m, void *out, const void *inp,
+                        const struct glm_linear *linear, int N)
+{
+    m->be->ops->linear_forward(m->be->cx, out, inp, &linear->weight->mat, bias_of(linear), N, 1, 1);
+}
+
+static void in_place_forward(struct glm_model *m, int l)
+{
+    const struct glm_step *s = &m->step;
+    const struct glm_layer *layer = &m->layers[l];
+    const struct glm_linear *up = &layer->linear[GLM_H_TO_4H];
+    attend(m, l, l == 0);
+    add_product(m, s->x[l], s->acts[l].att, &layer->linear[GLM_DENSE], s->N);
+    m->be->ops->rmsnorm_swiglu_forward(m->be->cx, s->act, h_of(m, l), s->ln, s->acts[l].rstd2,
+                                       s->x[l], layer->post_attention_layernorm.weight->mat.data,
+                                       &up->weight->mat, bias_of(up), s->N, m->arch.eps);
+    add_product(m, s->x[l], s->act, &layer->linear[GLM_4H_TO_H], s->N);
+    finish(m, l, s->N);
+}
+
 void glm_block_forward(struct glm_model *m, int l)
 {
     const struct glm_step *s = &m->step;
+    if (adds_in_place(m, l)) {
+        in_place_forward(m, l);
+        return;
+    }
     const void *h = activates(m, l) ? h_of(m, l) : NULL;
     void *out = s->x[l + 1];
     /* the other norms come with the layer before */

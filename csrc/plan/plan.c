@@ -239,6 +239,16 @@ static void linear_swiglu_forward(void *cx, void *out, void *h, const void *inp,
     count_forward(cx, weight, bias != NULL, N);
     launch(cx, N > glm_few_rows(((struct plan *)cx)->compute, weight), 1);
 }
+static void rmsnorm_swiglu_forward(void *cx, void *out, void *h, void *ln, void *rstd,
+                                   const void *inp, const void *norm, const struct glm_mat *weight,
+                                   const void *bias, int N, double eps)
+{
+    const enum glm_dtype compute = ((struct plan *)cx)->compute;
+    COUNT(rmsnorm_swiglu_forward, linear_flops(N, weight->rows, weight->cols));
+    launch(cx, N && !glm_few_norms(compute, weight, N), 1);
+    count_forward(cx, weight, bias != NULL, N);
+    launch(cx, N > glm_few_rows(compute, weight), 1);
+}
 static void count_activated(struct plan *plan, const struct glm_mat *W, int bias, int N)
 {
     const enum glm_dtype type = glm_product_type(plan->compute, W->dtype, W->rows, W->cols);
@@ -309,6 +319,17 @@ static void linear_rope_append(void *cx, struct glm_kv cache, void *qkv, const v
     COUNT(linear_rope_append, linear_flops(N, weight->rows, weight->cols));
     count_forward(cx, weight, bias != NULL, N);
     launch(cx, N && !glm_few_turns(((struct plan *)cx)->compute, weight, N, heads), 1);
+}
+static void rmsnorm_rope_append(void *cx, struct glm_kv cache, void *qkv, void *ln, void *rstd,
+                                const void *inp, const void *norm, const struct glm_mat *weight,
+                                const void *bias, const void *table, const int32_t *position,
+                                const int32_t *slot, int N, struct glm_heads heads, int rotary_dim,
+                                double eps)
+{
+    const int turns = glm_few_turns(((struct plan *)cx)->compute, weight, N, heads);
+    COUNT(rmsnorm_rope_append, linear_flops(N, weight->rows, weight->cols));
+    launch(cx, N && !turns, 2);
+    count_forward(cx, weight, bias != NULL, N);
 }
 static void linear_backward_input(void *cx, void *dinp, const void *dout,
                                   const struct glm_mat *weight, int N, double scale, int accumulate)
@@ -489,7 +510,9 @@ static const struct glm_ops plan_ops = {
     .linear_forward = linear_forward,
     .adapted_forward = adapted_forward,
     .linear_swiglu_forward = linear_swiglu_forward,
+    .rmsnorm_swiglu_forward = rmsnorm_swiglu_forward,
     .linear_rope_append = linear_rope_append,
+    .rmsnorm_rope_append = rmsnorm_rope_append,
     .swiglu_linear_forward = swiglu_linear_forward,
     .swiglu_linear_backward = swiglu_linear_backward,
     .swiglu_mlp_forward = swiglu_mlp_forward,

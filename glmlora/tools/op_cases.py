@@ -71,13 +71,15 @@ def _linear(N: int, O: int, I: int, dtype: int) -> Case:  # noqa: E741, N803
         o.linear_forward(y, x, W, bias, N, 0.5, 1)
         R = 1 + O % 9  # noqa: N806
         A, B = _normal(o, rng, N, R), Mat(_normal(o, rng, O, R), F32)  # noqa: N806
-        both, h, act = (_normal(o, rng, N, n) for n in (O, O, O // 2))
+        both, h, act, normed = (_normal(o, rng, N, n) for n in (O, O, O // 2, O // 2))
         o.adapted_forward(both, x, W, bias, A, B, N, 0.5)
         if O % 2 == 0:
             o.linear_swiglu_forward(act, h, x, W, bias, N)
+            ln, rstd, norm = _normal(o, rng, N, I), _normal(o, rng, N), _normal(o, rng, I)
+            o.rmsnorm_swiglu_forward(normed, h, ln, rstd, x, norm, W, bias, N, 1e-5)
         o.linear_backward_input(dx, dy, W, N, 2.0, 1)
         o.linear_backward_weight(dW, db, dy, x, N, O, I, 1.0)
-        return [y, dx, dW, db, both, act]
+        return [y, dx, dW, db, both, act, normed]
 
     return case
 
@@ -102,7 +104,11 @@ def _into_heads(N: int, HD: int, dtype: int) -> Case:  # noqa: N803
         qkv, k, v = (_normal(o, rng, *s) for s in ((N, 8 * HD), (N + 3, 2 * HD), (N + 3, 2 * HD)))
         heads = Heads(4, 2, HD)
         o.linear_rope_append((k, v), qkv, x, W, bias, table, at, slot, N, heads, HD // 2)
-        return [qkv, k, v]
+        qkv2, ln, rstd = _normal(o, rng, N, 8 * HD), _normal(o, rng, N, 96), _normal(o, rng, N)
+        k2, v2 = (_normal(o, rng, N + 3, 2 * HD) for _ in range(2))
+        norm, rest = _normal(o, rng, 96), (table, at, slot, N, heads, HD // 2)
+        o.rmsnorm_rope_append((k2, v2), qkv2, ln, rstd, x, norm, W, bias, *rest, 1e-5)
+        return [qkv, k, v, qkv2, k2, v2]
 
     return case
 
