@@ -226,6 +226,27 @@ def _thin(name: str, words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     return {"name": name, "bytes": size * n * wide * (1 + accumulate), "bandwidth": "adapters"}
 
 
+def _parts(n: int, wide: int, rank: int) -> float:
+    """Of a gradient, a part for 128 rows, there and back, and what they are added to."""
+    return 4 * wide * (2 * -(-n // 128) * -(-rank // 8) * 8 + 2 * rank)
+
+
+def _adapter_b(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    """struct backward_b: dqkv, gradients of B, and that of what B multiplied, a part a strip."""
+    n, wide, rank, dtype = _structure(words[0], "iiii", 72)
+    of_u = 4 * n * rank * (2 * -(-wide // 128) + 2)
+    nbytes = SIZES[dtype] * n * wide + _parts(n, wide, rank) + of_u
+    return {"name": "k_adapter_b", "bytes": nbytes, "bandwidth": "adapters"}
+
+
+def _adapter_a(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
+    """struct backward_a: the norm's input for gradients of A, and what A yields."""
+    dA, dinp = _structure(words[0], "PP", 0)  # noqa: N806
+    n, wide, rank = _structure(words[0], "iii", 72)
+    nbytes = 4 * n * (wide * (bool(dA) + bool(dinp)) + rank) + bool(dA) * _parts(n, wide, rank)
+    return {"name": "k_adapter_a", "bytes": nbytes, "bandwidth": "adapters"}
+
+
 def _turn(words: Words, blocks: int, batch: Batch) -> dict[str, Any]:
     """struct turning: qkv in 16 bits there and back, keys and values into the cache."""
     (slot,) = _structure(words[0], "P", 48)
@@ -362,8 +383,10 @@ COSTS: dict[str, Callable[..., dict[str, Any]]] = {
     ),
     "k_turn": _turn,
     "k_in": partial(_thin, "k_thin_in"),
-    "k_out": partial(_thin, "k_thin_out"),
-    "k_gradient": partial(_thin, "k_thin_gradient"),
+    "k_thin_out": partial(_thin, "k_thin_out"),
+    "k_thin_gradient": partial(_thin, "k_thin_gradient"),
+    "k_adapter": _adapter_b,
+    "k_norm": _adapter_a,
     "k_few": _few,
     "k_gated": _few,
     "k_normed": _normed,

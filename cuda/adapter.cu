@@ -1,10 +1,8 @@
 /* Products with the thin float matrices of adapters, in float: one side of them is a rank. Each
  * reads the wide operand once, which is what it costs; cuBLAS takes two to six times as long. Eight
  * ranks go by at a time. */
-#include "launch.cuh"
+#include "adapter.cuh"
 #include "products.h"
-
-enum { RANKS = 8 };
 
 /* wide: columns; w (wide, R), or (R, wide) where `rows` is set */
 struct thin {
@@ -14,8 +12,9 @@ struct thin {
     const float *thin; /* k_thin_gradient: the operand (N, R) */
     int N, wide, R, rows, accumulate;
     float scale;
-    int type;     /* of inp, as the kernel has it: float, or 16 bits where it is the wide operand */
-    mask_of mask; /* of the wide operand, where the kernel drops; `rows` is set then */
+    int type; /* of inp, as the kernel has it: float, or 16 bits where it is the wide operand and
+                     `rows` is set */
+    mask_of mask; /* of it, where the kernel drops */
 };
 
 /* Column i of the four of this thread in the 128 of its warp from c0 on: side by side where those of
@@ -39,25 +38,6 @@ static __device__ __forceinline__ f4 columns_of(const thin &a, const void *p, si
     for (int i = 0; !a.rows && i < 4; i++)
         if (column_of(a, c0, i) < a.wide)
             x.v[i] = load1(row, TYPE, column_of(a, c0, i));
-    return x;
-}
-
-/* Bit i: the mask keeps column c + i of row n; four columns are one counter's. */
-static __device__ __forceinline__ unsigned kept_of(const thin &a, int n, int c)
-{
-    const words w = mask_words(a.mask, n, (unsigned)c / 4);
-    unsigned bits = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        bits |= (unsigned)(keep(a.mask, w.w[i]) != 0) << i;
-    return bits;
-}
-
-static __device__ __forceinline__ f4 dropped(const thin &a, f4 x, unsigned bits)
-{
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        x.v[i] *= bits >> i & 1 ? a.mask.kept : 0.0f;
     return x;
 }
 
@@ -111,10 +91,10 @@ template <int TYPE, int DROPS = 0> static __device__ __forceinline__ void thin_i
             unsigned bits = 0; /* a row at a time, for want of registers */
 #pragma unroll 1
             for (int n = ROWS - 1; DROPS && n >= 0; n--)
-                bits = bits << 4 | kept_of(a, min(n0 + n, a.N - 1), column_of(a, c0, 0));
+                bits = bits << 4 | kept_of(a.mask, min(n0 + n, a.N - 1), column_of(a, c0, 0));
 #pragma unroll
             for (int n = 0; DROPS && n < ROWS; n++)
-                x[n] = dropped(a, x[n], bits >> 4 * n);
+                x[n] = dropped(a.mask, x[n], bits >> 4 * n);
             ranks_of(w, a, c0, r0);
 #pragma unroll
             for (int n = 0; n < ROWS; n++)
@@ -148,9 +128,17 @@ template <int TYPE, int DROPS = 0> static __device__ __forceinline__ void thin_i
 }
 
 GLM_TILE_KERNEL(256, 2) k_thin_in(thin a) { thin_in<GLM_F32>(a); }
-GLM_TILE_KERNEL(256, 2) k_thin_in_f16(thin a) { thin_in<GLM_F16>(a); }
-GLM_TILE_KERNEL(256, 2) k_thin_in_bf16(thin a) { thin_in<GLM_BF16>(a); }
 /* Of these `rows` is set, which saves registers where the compiler knows it. */
+GLM_TILE_KERNEL(256, 2) k_thin_in_f16(thin a)
+{
+    a.rows = 1;
+    thin_in<GLM_F16>(a);
+}
+GLM_TILE_KERNEL(256, 2) k_thin_in_bf16(thin a)
+{
+    a.rows = 1;
+    thin_in<GLM_BF16>(a);
+}
 GLM_TILE_KERNEL(256, 2) k_thin_in_dropped_f16(thin a)
 {
     a.rows = 1;
@@ -164,7 +152,7 @@ GLM_TILE_KERNEL(256, 2) k_thin_in_dropped_bf16(thin a)
 
 /* out (N, wide) = scale * inp (N, R) w + bias (+ out): a thread has four columns of four rows;
  * `blocks` blocks across */
-template <int DROPS> static __device__ __forceinline__ void thin_out(const thin &a, int blocks)
+GLM_TILE_KERNEL(128, 4) k_thin_out(thin a, int blocks)
 {
     enum { ROWS = 4 };
     const int warp = threadIdx.x >> 5, c0 = 128 * (4 * ((int)blockIdx.x % blocks) + warp);
@@ -207,15 +195,9 @@ template <int DROPS> static __device__ __forceinline__ void thin_out(const thin 
             break;
         float *to = a.out + (size_t)(n0 + n) * a.wide;
         const int c = column_of(a, c0, 0);
-        f4 added;
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            added.v[i] = a.scale * sum[n][i];
-        if (DROPS)
-            added = dropped(a, added, kept_of(a, n0 + n, c));
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            y[n].v[i] += bias.v[i] + added.v[i];
+            y[n].v[i] += bias.v[i] + a.scale * sum[n][i];
         if (a.rows && c < a.wide)
             store4(to, c, a.wide, y[n]);
 #pragma unroll
@@ -225,13 +207,9 @@ template <int DROPS> static __device__ __forceinline__ void thin_out(const thin 
     }
 }
 
-GLM_TILE_KERNEL(128, 4) k_thin_out(thin a, int blocks) { thin_out<0>(a, blocks); }
-GLM_TILE_KERNEL(128, 4) k_thin_out_dropped(thin a, int blocks) { thin_out<1>(a, blocks); }
-
 /* out (parts; as w) = inp^T thin, a part for GLM_THIN_ROWS rows: a block has 128 columns of one, its
  * eight warps take rows in turn */
-template <int TYPE, int DROPS = 0>
-static __device__ __forceinline__ void thin_gradient(const thin &a, int across)
+GLM_TILE_KERNEL(256, 2) k_thin_gradient(thin a, int across)
 {
     __shared__ float part[8][RANKS][128];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -250,11 +228,7 @@ static __device__ __forceinline__ void thin_gradient(const thin &a, int across)
             f4 x;
             x.v[0] = x.v[1] = x.v[2] = x.v[3] = 0;
             if (c < a.wide)
-                x = load4_stored(static_cast<const char *>(a.inp) +
-                                     stored_bytes(TYPE, (size_t)n * a.wide),
-                                 TYPE, c, a.wide);
-            if (DROPS)
-                x = dropped(a, x, kept_of(a, n, c));
+                x = load4(static_cast<const float *>(a.inp) + (size_t)n * a.wide, c, a.wide);
 #pragma unroll
             for (int j = 0; j < RANKS; j += 4) {
                 const f4 t = load4_or_zero(a.thin + (size_t)n * a.R, r0 + j, a.R);
@@ -289,24 +263,6 @@ static __device__ __forceinline__ void thin_gradient(const thin &a, int across)
     }
 }
 
-GLM_TILE_KERNEL(256, 2) k_thin_gradient(thin a, int across) { thin_gradient<GLM_F32>(a, across); }
-GLM_TILE_KERNEL(256, 2) k_thin_gradient_f16(thin a, int across)
-{
-    thin_gradient<GLM_F16>(a, across);
-}
-GLM_TILE_KERNEL(256, 2) k_thin_gradient_bf16(thin a, int across)
-{
-    thin_gradient<GLM_BF16>(a, across);
-}
-GLM_TILE_KERNEL(256, 2) k_thin_gradient_dropped_f16(thin a, int across)
-{
-    thin_gradient<GLM_F16, 1>(a, across);
-}
-GLM_TILE_KERNEL(256, 2) k_thin_gradient_dropped_bf16(thin a, int across)
-{
-    thin_gradient<GLM_BF16, 1>(a, across);
-}
-
 /* dweight += scale * the sum of so many parts of n elements */
 GLM_KERNEL(256) k_thin_sum(float *dweight, const float *part, size_t n, int parts, float scale)
 {
@@ -327,23 +283,13 @@ GLM_KERNEL(256) k_thin_sum(float *dweight, const float *part, size_t n, int part
 }
 
 #ifdef GLM_HOST
-/* The kernel for a type, which drops where there is a mask: of the type of 16 bits then. */
-template <class K>
-static K kernel_for(enum glm_dtype type, const struct glm_dropout *drop, K f32, K f16, K bf16,
-                    K dropped_f16, K dropped_bf16)
-{
-    if (drop)
-        return type == GLM_F16 ? dropped_f16 : dropped_bf16;
-    return type == GLM_F16 ? f16 : type == GLM_BF16 ? bf16 : f32;
-}
-
 void glm_cuda_thin(struct cuda *cuda, const char *op, void *out, const void *inp,
                    enum glm_dtype type, const struct glm_mat *W, const void *bias, int N,
                    double scale, int accumulate, int transposed, const struct glm_dropout *drop)
 {
-    const auto k_in = kernel_for(type, drop, k_thin_in, k_thin_in_f16, k_thin_in_bf16,
-                                 k_thin_in_dropped_f16, k_thin_in_dropped_bf16);
-    const auto k_out = drop ? k_thin_out_dropped : k_thin_out;
+    const auto k_f16 = drop ? k_thin_in_dropped_f16 : k_thin_in_f16;
+    const auto k_bf16 = drop ? k_thin_in_dropped_bf16 : k_thin_in_bf16;
+    const auto k_in = type == GLM_F16 ? k_f16 : type == GLM_BF16 ? k_bf16 : k_thin_in;
     const int rows = W->rows < W->cols;
     thin a = thin();
     a.out = (float *)out, a.inp = inp;
@@ -356,16 +302,13 @@ void glm_cuda_thin(struct cuda *cuda, const char *op, void *out, const void *inp
     if (rows != transposed) /* the sum is over the wide side */
         GLM_LAUNCH(cuda, op, k_in, ceil_div((size_t)N, 4), 256, 0, a);
     else
-        GLM_LAUNCH(cuda, op, k_out, (size_t)blocks * ceil_div((size_t)N, 4), 128, 0, a, blocks);
+        GLM_LAUNCH(cuda, op, k_thin_out, (size_t)blocks * ceil_div((size_t)N, 4), 128, 0, a,
+                   blocks);
 }
 
 void glm_cuda_thin_gradient(struct cuda *cuda, const char *op, void *dweight, const void *dout,
-                            const void *inp, enum glm_dtype type, int N, int O, int I, double scale,
-                            const struct glm_dropout *drop)
+                            const void *inp, int N, int O, int I, double scale)
 {
-    const auto k_gradient =
-        kernel_for(type, drop, k_thin_gradient, k_thin_gradient_f16, k_thin_gradient_bf16,
-                   k_thin_gradient_dropped_f16, k_thin_gradient_dropped_bf16);
     const int rows = O < I, parts = glm_thin_parts(N);
     const size_t n = (size_t)O * I;
     float *part = (float *)glm_cuda_scratch(cuda, SCRATCH_B, parts * n * sizeof(float));
@@ -375,11 +318,8 @@ void glm_cuda_thin_gradient(struct cuda *cuda, const char *op, void *dweight, co
     a.out = part, a.inp = rows ? inp : dout;
     a.thin = (const float *)(rows ? dout : inp);
     a.N = N, a.wide = rows ? I : O, a.R = rows ? O : I, a.rows = rows;
-    a.type = type;
-    if (drop)
-        a.mask = mask_from(drop);
     const int across = (int)ceil_div((size_t)a.wide, 128);
-    GLM_LAUNCH(cuda, op, k_gradient, (size_t)across * parts, 256, 0, a, across);
+    GLM_LAUNCH(cuda, op, k_thin_gradient, (size_t)across * parts, 256, 0, a, across);
     GLM_LAUNCH(cuda, op, k_thin_sum, ceil_div(n, 1024), 256, 0, (float *)dweight,
                (const float *)part, n, parts, (float)scale);
 }

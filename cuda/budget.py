@@ -26,7 +26,7 @@ WITHOUT_ASKING = 48 << 10  # dynamic shared memory of a launch; GLM_LAUNCH asks 
 # products of few rows or ranks, sums that leave little, what computes more than it moves, and
 # k_widen, whose threads have seven loads each on their way (2.2 to 2.6 TB/s on an H100).
 OTHERS = re.compile(
-    r"k_(attention_|few_|turned_|gated_|normed_|turn$|thin_(in|out|gradient)(_dropped)?(_b?f16)?$|widen$|factor$|sum_partials$|column_sum$|rmsnorm_dweight$|layernorm_gradients$|prefix_|merge$"
+    r"k_(attention_|few_|turned_|gated_|normed_|turn$|thin_(in|out|gradient)(_dropped)?(_b?f16)?$|adapter_[ab](_dropped)?(_b?f16)?$|widen$|factor$|sum_partials$|column_sum$|rmsnorm_dweight$|layernorm_gradients$|prefix_|merge$"
     r"|quantize$|convert_double$|dora_norm$|dora_dmagnitude$)"
 )
 # Those that only read.

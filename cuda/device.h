@@ -9,6 +9,7 @@ extern "C" {
 #endif
 
 #include "glm_cuda.h"
+#include "products.h"
 
 /* cuBLAS by function pointers, so that the library loads where cuBLAS is absent; enumerators have
  * the values of cublas_api.h and library_types.h. */
@@ -45,6 +46,8 @@ struct glm_small {
     float largest[PARTIALS];
     float factor, alpha, zero, one; /* glm_cuda_factor; constants of products */
     int found[PARTIALS];
+    /* Blocks that have come by (adapter_backward.cu): zeros between launches */
+    unsigned strips[GLM_ADAPTER_STRIPS], chunks[GLM_ADAPTER_CHUNKS];
 };
 
 /* A sequence of launches that comes again (glm_backend.replay). */
@@ -134,22 +137,27 @@ void glm_cuda_turn_back(struct cuda *cuda, void *dqkv, enum glm_dtype type,
 /* At least `bytes` of a scratch buffer, or NULL after keeping the error. */
 void *glm_cuda_scratch(struct cuda *cx, enum glm_scratch which, size_t bytes);
 /* Products of an adapter's matrix W (adapter.cu): out = scale * inp W^T, or inp W where it is
- * transposed, + bias (+ out); and dweight += scale * dout^T inp. type: of the operand that has the
- * wide side of W. drop: NULL, or the mask of the wide one of inp and out - inp, then in 16 bits, is
- * dropped before it is multiplied, or the product before it is added - of a W with more columns than
- * rows. */
+ * transposed, + bias (+ out); and dweight += scale * dout^T inp. type: of inp, in 16 bits where it
+ * has the wide side of a W with more columns than rows. drop: NULL, or the mask of such an inp. */
 void glm_cuda_thin(struct cuda *cuda, const char *op, void *out, const void *inp,
                    enum glm_dtype type, const struct glm_mat *W, const void *bias, int N,
                    double scale, int accumulate, int transposed, const struct glm_dropout *drop);
 void glm_cuda_thin_gradient(struct cuda *cuda, const char *op, void *dweight, const void *dout,
-                            const void *inp, enum glm_dtype type, int N, int O, int I, double scale,
-                            const struct glm_dropout *drop);
+                            const void *inp, int N, int O, int I, double scale);
+/* The same of an adapter of query_key_value, backward (adapter_backward.cu): what B does with dqkv, of
+ * float or bfloat16: u = scale * dqkv B and dB; and what A does with the norm of inp in a 16-bit type:
+ * dA, and dinp = u A, 0 after an error. What is NULL is not made, but u always. */
+void glm_cuda_adapter_b(struct cuda *cuda, void *dB, void *u, const void *dqkv, enum glm_dtype type,
+                        const void *xa, const struct glm_self_attention *of, int N);
+int glm_cuda_adapter_a(struct cuda *cuda, void *dA, void *dinp, const void *u, const void *inp,
+                       const void *rstd, enum glm_dtype type, const struct glm_self_attention *of,
+                       int N);
 /* Products of a weight with operands of its type (linear.cu): out (N, O) = x W^T + bias, which only
- * floats have; 0 after an error. dinp (N, I) = d W. And dinp = dout W of float gradients. */
+ * floats have; 0 after an error. dinp (N, I) = d W (+ dinp). And dinp = dout W of float gradients. */
 int glm_cuda_product(struct cuda *cuda, void *out, enum glm_dtype to, const void *x,
                      const struct glm_mat *W, const void *bias, enum glm_dtype type, int N);
 void glm_cuda_product_back(struct cuda *cuda, void *dinp, const void *d, const struct glm_mat *W,
-                           enum glm_dtype type, int N);
+                           enum glm_dtype type, int N, int accumulate);
 void glm_cuda_input_gradient(struct cuda *cuda, void *dinp, enum glm_dtype to, const void *dout,
                              const struct glm_mat *W, int N, double scale, int accumulate);
 /* Device to host, after everything queued; 0 on an error. */

@@ -547,9 +547,10 @@ extern "C" void glm_cuda_swiglu_linear_forward(void *cx, void *out, void *act, c
     }
 }
 
-/* dinp (N, I) = dh W of gradients in 16 bits with `stride` elements from row to row */
+/* dinp (N, I) = dh W (+ dinp) of gradients in 16 bits with `stride` elements from row to row */
 static void multiplied_back(struct cuda *cuda, void *dinp, const void *dh, int stride,
-                            const struct glm_mat *W, enum glm_dtype type, int N, int scaled)
+                            const struct glm_mat *W, enum glm_dtype type, int N, int scaled,
+                            int accumulate)
 {
     const int O = W->rows, I = W->cols, rows = glm_forward_rows(cuda->piece, W, type);
     for (int o = 0; o < O; o += rows) {
@@ -558,14 +559,14 @@ static void multiplied_back(struct cuda *cuda, void *dinp, const void *dh, int s
         if (!w)
             return;
         product(cuda, BLAS_N, BLAS_N, I, N, count, 1, scaled, w, I, (const unsigned short *)dh + o,
-                stride, type, o > 0, dinp, I);
+                stride, type, accumulate || o, dinp, I);
     }
 }
 
 void glm_cuda_product_back(struct cuda *cuda, void *dinp, const void *d, const struct glm_mat *W,
-                           enum glm_dtype type, int N)
+                           enum glm_dtype type, int N, int accumulate)
 {
-    multiplied_back(cuda, dinp, d, W->rows, W, type, N, 0);
+    multiplied_back(cuda, dinp, d, W->rows, W, type, N, 0, accumulate);
 }
 
 extern "C" void glm_cuda_swiglu_linear_backward(void *cx, void *dinp, const void *dact, void *h,
@@ -579,7 +580,7 @@ extern "C" void glm_cuda_swiglu_linear_backward(void *cx, void *dinp, const void
         glm_cuda_linear_backward_input(cx, dinp, h, weight, N, 1, 0);
     } else if (glm_cuda_begin(cuda)) {
         const float *factor = glm_cuda_swiglu_backward_narrow(cuda, h, type, dact, N, F);
-        multiplied_back(cuda, dinp, h, 2 * O, weight, type, N, factor != NULL);
+        multiplied_back(cuda, dinp, h, 2 * O, weight, type, N, factor != NULL, 0);
     }
 }
 
@@ -681,7 +682,7 @@ extern "C" void glm_cuda_swiglu_mlp_backward(void *cx, void *dinp, void *h, cons
         const enum glm_dtype to = type == GLM_BF16 && whole ? type : GLM_F32;
         glm_cuda_input_gradient(cuda, dinp, to, dout, down, N, 1, 0);
         const float *factor = glm_cuda_swiglu_backward_16(cuda, h, type, dinp, to, N, F);
-        multiplied_back(cuda, dinp, h, 2 * F, up, type, N, factor != NULL);
+        multiplied_back(cuda, dinp, h, 2 * F, up, type, N, factor != NULL, 0);
     }
 }
 
@@ -693,8 +694,7 @@ extern "C" void glm_cuda_linear_backward_weight(void *cx, void *dweight, void *d
     if (!N || !glm_cuda_begin(cuda))
         return;
     if (dweight && glm_is_adapter(GLM_F32, O, I)) {
-        glm_cuda_thin_gradient(cuda, "linear_backward_weight", dweight, dout, inp, GLM_F32, N, O, I,
-                               scale, NULL);
+        glm_cuda_thin_gradient(cuda, "linear_backward_weight", dweight, dout, inp, N, O, I, scale);
     } else if (dweight) {
         const enum glm_dtype type = glm_product_type(cuda->compute, GLM_F32, O, I);
         const float *factor = glm_cuda_factor(cuda, dout, (size_t)N * O, type, 13, scale);

@@ -5,10 +5,10 @@
     python cuda/mutate.py --list          what there is
     python cuda/mutate.py WORD..          those whose line in the list has one of the words
 
-A mutant is a barrier taken out, a bounds test of device code that is wider by one, or a place where
-the context of a segment is not looked at. All of them are compiled into one checked build, each
-behind a switch that the emulator holds (emu_mutant); a process for each throws its switch and runs
-the cases of tests/test_cuda.py for the ops of that file until one fails.
+A mutant is a barrier or a fence taken out, a bounds test of device code that is wider by one, or a
+place where the context of a segment is not looked at. All of them are compiled into one checked
+build, each behind a switch that the emulator holds (emu_mutant); a process for each throws its
+switch and runs the cases of tests/test_cuda.py for the ops of that file until one fails.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from common import CUDA, OUT, ROOT
 
 import build
 
-BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
+BARRIER = re.compile(r"__(?:syncthreads|syncwarp|threadfence)\(\);")
 SEEN = re.compile(r"(?<=seen_by\()(\w+(?:\.\w+)?)(?=, )|(?<=min\()(\w+\.context)\b")
 COMPARISON = re.compile(r"(?<= )(<|<=|>|>=) (?=[-\w(*])")
 
@@ -56,7 +56,7 @@ NARROW += ("rmsnorm_swiglu", "rmsnorm_rope")
 FOR_OTHERS = {
     "few_quantized": ("linear_forward", "adapted_forward", "linear_swiglu_forward"),
     "adapter": ("linear_forward", "linear_backward_input", "linear_backward_weight")
-    + ("self_attention_forward", "self_attention_backward"),
+    + ("self_attention_forward",),
 }
 
 

@@ -15,11 +15,17 @@ enum {
     GLM_THIN = 256,         /* float matrices with a side up to this are multiplied in float */
     GLM_RANK = 64,          /* and up to this by kernels of ours (adapter.cu) */
     GLM_THIN_ROWS = 256,    /* rows of one part of its gradient */
+    /* The adapter's gradients in 16 bits (adapter_backward.cu): columns of a tile, its rows, and how
+     * many strips of columns and chunks of rows there may be */
+    GLM_ADAPTER_STRIP = 128,
+    GLM_ADAPTER_ROWS = 128,
+    GLM_ADAPTER_STRIPS = 1024,
+    GLM_ADAPTER_CHUNKS = 8192,
 };
 /* Elements of an operand that are converted at a time. */
 #define GLM_PIECE ((size_t)1 << 24)
 /* Bytes of struct glm_small (device.h). */
-#define GLM_CUDA_SMALL ((size_t)16400)
+#define GLM_CUDA_SMALL ((size_t)53264)
 
 /* The type of both operands of a product with a matrix of rows by cols elements of a dtype. */
 static inline enum glm_dtype glm_product_type(enum glm_dtype compute, enum glm_dtype dtype,
@@ -65,6 +71,20 @@ static inline int glm_is_adapter(enum glm_dtype dtype, int rows, int cols)
 
 static inline int glm_thin_parts(int N) { return (N + GLM_THIN_ROWS - 1) / GLM_THIN_ROWS; }
 
+/* Scratch: of the gradient of an adapter's matrix, a tile a part, eight ranks at a time; of the one of
+ * what it multiplied, a strip a part */
+static inline size_t glm_adapter_parts(int wide, int R, int N)
+{
+    const size_t strips = ((size_t)wide + GLM_ADAPTER_STRIP - 1) / GLM_ADAPTER_STRIP,
+                 chunks = ((size_t)N + GLM_ADAPTER_ROWS - 1) / GLM_ADAPTER_ROWS;
+    return strips * chunks * (((size_t)R + 7) / 8) * 8 * GLM_ADAPTER_STRIP * sizeof(float);
+}
+static inline size_t glm_adapter_parts_u(int wide, int R, int N)
+{
+    return ((size_t)wide + GLM_ADAPTER_STRIP - 1) / GLM_ADAPTER_STRIP * (size_t)N * (size_t)R *
+           sizeof(float);
+}
+
 /* Rows of W (rows, cols) that make one product of `type`: all where nothing has to be converted.
  * width: elements that are converted for each of them, beside or in place of the row itself. */
 static inline int glm_piece_rows(size_t piece, int rows, size_t width)
@@ -108,10 +128,13 @@ static inline enum glm_dtype glm_self_attention_type(enum glm_dtype compute,
     const struct glm_mat *in = of->qkv, *out = of->dense;
     const enum glm_dtype type = glm_product_type(compute, in->dtype, in->rows, in->cols),
                          after = glm_product_type(compute, out->dtype, out->rows, out->cols);
-    const int many = N > glm_few_rows(compute, in) && N > glm_few_rows(compute, out),
+    const int most = GLM_ADAPTER_STRIP * GLM_ADAPTER_STRIPS,
+              fits = N <= GLM_ADAPTER_ROWS * GLM_ADAPTER_CHUNKS && in->cols <= most &&
+                     in->rows <= most,
+              many = N > glm_few_rows(compute, in) && N > glm_few_rows(compute, out),
               words = in->cols % 8 == 0 && of->heads.HD % 8 == 0 && of->heads.HD <= 128,
               thin = !of->A || (glm_is_adapter(of->B->dtype, of->B->rows, of->B->cols) &&
-                                of->A->rows < of->A->cols && of->B->cols < of->B->rows),
+                                of->A->rows < of->A->cols && of->B->cols < of->B->rows && fits),
               tiles = !of->slot || of->heads.shortest > GLM_DECODE_TOKENS;
     return type == after && many && words && thin && tiles ? type : GLM_F32;
 }

@@ -75,8 +75,7 @@ extern "C" void glm_cuda_self_attention_backward(void *cx, void *dinp, void *dA,
                                                  const struct glm_self_attention *of, int N)
 {
     struct cuda *cuda = cuda_of(cx);
-    const char *op = "self_attention_backward";
-    const int C = of->qkv->cols, O = of->qkv->rows, R = of->A ? of->A->rows : 0;
+    const int C = of->qkv->cols, O = of->qkv->rows;
     const enum glm_dtype type = type_of(cuda, of, N), back = type == GLM_BF16 ? type : GLM_F32;
     if (type == GLM_F32) {
         in_float_self_attention_backward(cx, dinp, dA, dB, work, dqkv, u, rstd, dout, att, lse, qkv,
@@ -104,22 +103,15 @@ extern "C" void glm_cuda_self_attention_backward(void *cx, void *dinp, void *dA,
     else
         glm_cuda_rope_backward(cx, dqkv, of->table, of->position, N, of->heads.NH + of->heads.KVH,
                                of->heads.HD, O, of->rotary_dim);
-    if (dA)
-        glm_cuda_add_rmsnorm_narrow(cuda, op, work, type, rstd, (void *)x, NULL, of->norm, N, C,
-                                    of->eps);
-    if (dB)
-        glm_cuda_thin_gradient(cuda, op, dB, dqkv, xa, back, N, O, R, of->scale, NULL);
-    if (of->A && (dinp || dA))
-        glm_cuda_thin(cuda, op, u, dqkv, back, of->B, NULL, N, of->scale, 0, 1, NULL);
-    if (dA)
-        glm_cuda_thin_gradient(cuda, op, dA, u, work, type, N, R, C, 1, drop_of(of));
-    if (!dinp)
+    if (of->A && (dinp || dA || dB))
+        glm_cuda_adapter_b(cuda, dB, u, dqkv, back, xa, of, N);
+    if (of->A && (dinp || dA) && !glm_cuda_adapter_a(cuda, dA, dinp, u, x, rstd, type, of, N))
+        return;
+    if (!dinp) /* the product adds to what came by way of A */
         return;
     if (back != GLM_F32)
-        glm_cuda_product_back(cuda, dinp, dqkv, of->qkv, type, N);
+        glm_cuda_product_back(cuda, dinp, dqkv, of->qkv, type, N, of->A != NULL);
     else
-        glm_cuda_input_gradient(cuda, dinp, GLM_F32, dqkv, of->qkv, N, 1, 0);
-    if (of->A)
-        glm_cuda_thin(cuda, op, dinp, u, GLM_F32, of->A, NULL, N, 1, 1, 1, drop_of(of));
+        glm_cuda_input_gradient(cuda, dinp, GLM_F32, dqkv, of->qkv, N, 1, of->A != NULL);
 }
 #endif

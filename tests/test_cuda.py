@@ -261,6 +261,35 @@ def test_height_of_tiles_changes_no_bit(device):
 
 
 @on_devices
+@pytest.mark.parametrize("type_", ["float16", "bfloat16"])
+def test_order_of_blocks_changes_no_bit_of_an_adapter(device, type_):
+    """Whichever block comes last adds what all have left, in one order; and a gradient that is not
+    asked for changes no other."""
+    case = ("plain", (270, 1), (3, 1, 64), 32, 144, 12, "BF16", 0.2)
+    m, emu, found = test_ops.Maker(ops_of(f"{device}/{type_}"), 3), emulator(), []
+    h, dout = test_ops.Half(m, case, True), m.normal(271, 144)
+    h.forward(m)
+    for seed, wanted in enumerate(("dA dB dinp", "dA dB dinp", "dA dB", "dB dinp", "dA dinp")):
+        work, dinp = m.out(271 * 192), m.out(271, 144)
+        dA, dB = np.zeros((12, 144), np.float32), np.zeros((320, 12), np.float32)
+        asked = {"dA": dA, "dB": dB, "dinp": dinp}
+        if emu:
+            emu.mode(seed=seed)
+        m.ops.self_attention_backward(
+            *(asked[n] if n in wanted.split() else None for n in ("dinp", "dA", "dB")),
+            *(work, m.out(271, 320), m.out(271, 12), h.rstd, dout, h.att, h.lse, h.qkv, h.xa),
+            *(h.sum, h.of, h.N),
+        )
+        if emu:
+            emu.mode()
+        found.append({n: asked[n] for n in wanted.split()})
+    for other in found[1:]:
+        for name, values in other.items():
+            test_ops.same_bits(values, found[0][name], f"{name} of {', '.join(other)}")
+        assert np.abs(other["dA" if "dA" in other else "dB"]).max() > 0
+
+
+@on_devices
 @pytest.mark.parametrize("kind", test_ops.QUANTIZED)
 def test_a_row_over_a_quantized_weight_has_the_same_bits_in_few_rows(device, kind):
     """Whatever the kernel and the piece of inp: columns are summed in the same order."""

@@ -161,6 +161,15 @@ static void count_backward_weight(struct plan *plan, int dweight, int dbias, int
     launch(plan, dbias, 1);
 }
 
+/* Of an adapter in 16 bits all that its matrix with so many columns on one side does, backward; and
+ * whether that makes a gradient of what it multiplied in parts, too */
+static void count_adapter(struct plan *plan, int wide, int R, int N, int thin)
+{
+    launch(plan, N, 1);
+    scratch(plan, SCRATCH_B,
+            glm_adapter_parts(wide, R, N) + (thin ? glm_adapter_parts_u(wide, R, N) : 0));
+}
+
 /* ---- ops */
 
 static double linear_flops(int N, int O, int I) { return 2.0 * N * O * I; }
@@ -429,6 +438,17 @@ static void self_attention_backward(void *cx, void *dinp, void *dA, void *dB, vo
     count_backward_input(plan, dense, N);
     count_attention_backward(plan, of->n_segments, of->heads);
     launch(plan, N, 1); /* the rotation */
+    if (type != GLM_F32 && plan->cuda) {
+        if (of->A && (dinp || dA || dB))
+            count_adapter(plan, W->rows, R, N, 1);
+        if (of->A && (dinp || dA))
+            count_adapter(plan, W->cols, R, N, 0);
+        if (dinp && type == GLM_BF16)
+            count_pieces(plan, W, type, glm_forward_rows(GLM_PIECE, W, type));
+        else if (dinp)
+            count_backward_input(plan, W, N);
+        return;
+    }
     launch(plan, N && dA, 1);
     count_backward_weight(plan, dB != NULL, 0, N, W->rows, R);
     if (of->A && (dinp || dA))
@@ -437,10 +457,7 @@ static void self_attention_backward(void *cx, void *dinp, void *dA, void *dB, vo
     count_backward_weight(plan, dA != NULL, 0, N, R, W->cols);
     if (!dinp)
         return;
-    if (type == GLM_BF16 && plan->cuda)
-        count_pieces(plan, W, type, glm_forward_rows(GLM_PIECE, W, type));
-    else
-        count_backward_input(plan, W, N);
+    count_backward_input(plan, W, N);
     if (of->A)
         count_backward_input(plan, of->A, N);
     launch(plan, N && drops, 1);

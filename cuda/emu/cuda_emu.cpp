@@ -609,12 +609,57 @@ static inline u64 stamp()
     return (u64)(g_launch & 0x3fff) << 50 | (u64)(b & 0xffff) << 34 | (u64)f->tid << 24 |
            (u64)(f->bep & 0xfff) << 12 | (f->wep & 0xfff);
 }
+// What blocks of a launch know of each other: an atomic gives away, at its place, what the block wrote
+// before the barrier that is before the thread's last fence; it takes what others gave there, for the
+// thread from its next fence on, for the block from the next barrier on.
+struct Known {
+    u64 block;       // of a stamp
+    unsigned before; // what that block did before this barrier ..
+    unsigned since;  // .. is known from this barrier of ours on, or by this thread
+    unsigned tid;
+};
+static std::unordered_map<const void *, std::vector<Known>> given; // of a launch
+static std::unordered_map<unsigned, std::vector<Known>> asked;     // by thread, of a block
+static std::unordered_map<unsigned, unsigned> fenced;              // barrier of its last fence
+static std::unordered_map<u64, Known> known;                       // of a block
+static void forget_blocks(bool launch)
+{
+    asked.clear(), fenced.clear(), known.clear();
+    if (launch)
+        given.clear();
+}
+static u64 block_of(u64 stamp) { return stamp >> 34 & 0xffff; }
+static void know(const void *p)
+{
+    const unsigned tid = emu_cur->tid;
+    std::vector<Known> &all = given[p], &mine = asked[tid];
+    mine.insert(mine.end(), all.begin(), all.end());
+    if (fenced.count(tid))
+        all.push_back({block_of(stamp()), fenced[tid], 0, 0});
+}
+void __threadfence()
+{
+    const unsigned tid = emu_cur->tid;
+    fenced[tid] = emu_cur->bep;
+    for (Known k : asked[tid]) {
+        k.since = emu_cur->bep, k.tid = tid;
+        known[k.block] = k;
+    }
+    asked[tid].clear();
+}
+static bool is_known(u64 other)
+{
+    auto found = known.find(block_of(other));
+    if (found == known.end() || (other >> 12 & 0xfff) >= found->second.before)
+        return false;
+    return emu_cur->bep > found->second.since || emu_cur->tid == found->second.tid;
+}
 static inline bool conflict(u64 a, u64 b)
 {
     if (!b || (a ^ b) >> 50)
         return false; // never touched, or by another launch
     if ((a ^ b) >> 34)
-        return true; // two blocks of one launch
+        return !is_known(b); // two blocks of one launch
     if (!((a ^ b) >> 24 & 1023) || ((a ^ b) >> 12 & 0xfff))
         return false; // same thread, or a block barrier between
     return ((a ^ b) >> 29 & 31) ||
@@ -859,6 +904,8 @@ void __ubsan_handle_type_mismatch_v1(UbMis *d, void *p)
     {                                              \
         if (g_checked)                             \
             access(p, sizeof(T), false, true, PC); \
+        if (g_checked && is_dev(p))                \
+            know(p);                               \
         T o = *p;                                  \
         if (is_dev(p))                             \
             S.wr += sizeof(T);                     \
@@ -868,6 +915,7 @@ void __ubsan_handle_type_mismatch_v1(UbMis *d, void *p)
 ATOM(float, atomicAdd, o + v)
 ATOM(int, atomicAdd, o + v)
 ATOM(unsigned, atomicAdd, o + v)
+ATOM(unsigned, atomicInc, o >= v ? 0 : o + 1)
 ATOM(int, atomicMax, o > v ? o : v)
 
 // ---------------------------------------------------------------- streams, events, graphs
@@ -1010,18 +1058,25 @@ void __attribute__((noinline)) emu_launch(const char *name, const void *id, dim3
             }
         }
         find_static_shared();
+        std::vector<uint3> blocks;
         for (unsigned z = 0; z < g.z; z++)
             for (unsigned y = 0; y < g.y; y++)
-                for (unsigned x = 0; x < g.x; x++) {
-                    emu_bid = {x, y, z};
-                    memset(dyn.base, 0xff, smem);
-                    clear_shadow(dyn, smem);
-                    if (sta.base)
-                        memset(sta.base, 0xff, sta.limit), clear_shadow(sta, sta.limit);
-                    run_block();
-                    if (g_metrics)
-                        count_traffic();
-                }
+                for (unsigned x = 0; x < g.x; x++)
+                    blocks.push_back({x, y, z});
+        for (size_t i = blocks.size(); g_seed && i > 1; i--)
+            std::swap(blocks[i - 1], blocks[rnd() % i]);
+        forget_blocks(true);
+        for (uint3 id : blocks) {
+            forget_blocks(false);
+            emu_bid = id;
+            memset(dyn.base, 0xff, smem);
+            clear_shadow(dyn, smem);
+            if (sta.base)
+                memset(sta.base, 0xff, sta.limit), clear_shadow(sta, sta.limit);
+            run_block();
+            if (g_metrics)
+                count_traffic();
+        }
         g_traffic[name].launches++;
         g_traffic[name].barriers += g_barriers;
         in_kernel = false;

@@ -204,8 +204,9 @@ static inline unsigned emu_ballot(unsigned m, int p, const char *f, int l)
 float atomicAdd(float *, float);
 int atomicAdd(int *, int);
 unsigned atomicAdd(unsigned *, unsigned);
+unsigned atomicInc(unsigned *, unsigned);
 int atomicMax(int *, int);
-static inline void __threadfence() {}
+void __threadfence();
 
 // ---------------------------------------------------------------- tensor-core primitives
 // wmma fragments: 8 elements per lane, spread by a scrambled bijection so that code which assumes a
