@@ -57,7 +57,17 @@ static inline __m256i group_sums(__m256i a, __m256i b, __m256i c, __m256i d)
     })
 #define BYTE_BIAS 0
 #define BYTES_OF_W(v) (v)
-#define DOT_I8(acc, w, x) ((vf)dot_i8_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
+/* |w| times x with the sign of w: two of them are 2 * 128 * 127 at most */
+#define DOT_I8(acc, w, x)                                                         \
+    ({ /* as in DOT_I16 */                                                        \
+       vf sum_ = (acc), pairs_;                                                   \
+       __asm__("vpsignb %2, %3, %1\n\tvpmaddubsw %1, %4, %1\n\t"                  \
+               "vpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"                         \
+               : "+x"(sum_), "=&x"(pairs_)                                        \
+               : "xm"((vf)(w)), "x"((vf)(x)), "x"(_mm256_abs_epi8((__m256i)(w))), \
+                 "xm"(_mm256_set1_epi16(1)));                                     \
+       sum_;                                                                      \
+    })
 #define ADD_NIBBLES(acc, w, x)                              \
     ({ /* as in DOT_I16 */                                  \
        vf sum_ = (acc), pairs_;                             \
@@ -81,18 +91,15 @@ static inline __m256i nibble_groups(__m256i a, __m256i b, __m256i c, __m256i d)
     return _mm256_permutevar8x32_epi32(_mm256_madd_epi16(t, _mm256_set1_epi16(1)),
                                        _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-#define DOT_NIBBLES(acc, w, x) ((vf)dot_nibbles_avx2((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
 /* w unsigned: two products may not overflow 16 bits */
-static inline __m256i dot_nibbles_avx2(__m256i acc, __m256i w, __m256i x)
-{
-    const __m256i pairs = _mm256_maddubs_epi16(w, x);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-/* |w| times x with the sign of w: two of them are 2 * 128 * 127 at most */
-static inline __m256i dot_i8_avx2(__m256i acc, __m256i w, __m256i x)
-{
-    return dot_nibbles_avx2(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-}
+#define DOT_NIBBLES(acc, w, x)                                                      \
+    ({                                                                              \
+        vf sum_ = (acc), pairs_;                                                    \
+        __asm__("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0" \
+                : "+x"(sum_), "=&x"(pairs_)                                         \
+                : "x"((vf)(w)), "xm"((vf)(x)), "xm"(_mm256_set1_epi16(1)));         \
+        sum_;                                                                       \
+    })
 #endif
 #define SUM4_INT(a, b, c, d) ((v4)sum4_int((__m256i)(a), (__m256i)(b), (__m256i)(c), (__m256i)(d)))
 #define QUADS(v, rows) quads((__m256i *)(v), rows)
