@@ -46,11 +46,18 @@ static inline int glm_per_unit(enum glm_dtype kind)
     return kind == GLM_I8 ? 4 : kind == GLM_BF16 ? 2 : 1;
 }
 
+/* The first row of a group where N rows are cut into groups that differ by a row at most. */
+static inline int first_of_group(int N, int groups, int group)
+{
+    const int more = N % groups;
+    return group * (N / groups) + (group < more ? group : more);
+}
+
 struct pack_args { /* rows of x (N, K), or of A with strides am, ak, for the products of a kind */
     char *to;
     struct x_run *runs; /* kind GLM_I8: (N, runs of a row) */
     const float *x;
-    int N, K, R;                /* R rows together */
+    int N, K, R, groups;        /* R rows together; or, if not 0, see first_of_group */
     enum glm_dtype kind, dtype; /* dtype of W, whose columns' order x follows */
     size_t am, ak;
     const uint16_t *factor; /* float16 factors of the K terms, or NULL */
@@ -70,7 +77,7 @@ struct nt_args { /* out[n * ldo + o * ldc] = scale * x W^T + bias (+ out) */
     const float *bias;
     const struct glm_mat *w;
     enum glm_dtype kind;
-    int N, accumulate, rows, R; /* rows of a task */
+    int N, accumulate, rows, R, groups; /* rows of a task */
     float scale;
 };
 

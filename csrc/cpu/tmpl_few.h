@@ -408,6 +408,78 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
             }
 }
 
+/* Whether N rows, more than R2, are cut into groups of XR and XR - 1, which meet W four rows at a time:
+ * there are registers for no more. */
+INLINE int by_fours(int N) { return REGISTERS == 16 && N > R2; }
+
+/* s[r] = dot products of row r of R rows of packed x with four rows of packed w: see dot_panel */
+INLINE void dot_group(v4 *s, int R, const char *x, const char *w, int vectors, enum glm_dtype kind,
+                      enum glm_dtype dtype)
+{
+    vf acc[XR][4], xv[XR];
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++)
+            acc[r][c] = (vf){0};
+    for (int k = 0; k < vectors; k++, x += R * VB, w += 4 * VB) {
+#pragma GCC unroll 3
+        for (int r = 0; r < R; r++)
+            xv[r] = load((const float *)(x + r * VB));
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) {
+            vf wv = load((const float *)(w + c * VB));
+#if REGISTERS == 16 && defined(__x86_64__)
+            __asm__("" : "+x"(wv)); /* once, not with each row of x */
+#endif
+#pragma GCC unroll 3
+            for (int r = 0; r < R; r++)
+                acc[r][c] = multiply_add(kind, dtype, acc[r][c], xv[r], wv);
+        }
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++)
+        s[r] = sums_of(kind, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+}
+
+/* tile (a->N, IN_PLACE_COLS) by_fours: a run of four rows of W is converted once, and all groups of
+ * rows of x find it in the nearest cache. */
+INLINE void tile_by_fours(float *tile, const struct nt_args *a, enum glm_dtype kind,
+                          enum glm_dtype dtype, int grouped, int o0, int cols)
+{
+    const int I = a->w->cols, vectors = vectors_of(kind, dtype, I);
+    const int in_full = run_of(kind, dtype), width = in_full * per_vector(kind);
+    const int n_runs = (vectors + in_full - 1) / in_full;
+    vf panel[NT_RUN_BYTES / VB * 4];
+    for (int o = 0; o < cols; o += 4)
+        for (int b = 0; b < n_runs; b++) {
+            const int K = I - b * width < width ? I - b * width : width;
+            const int rest = vectors - b * in_full, in_run = rest < in_full ? rest : in_full;
+            struct ahead ahead =
+                start_ahead(a->w, dtype, o0 + o + 4, 4, b * width, K & ~1, a->groups);
+            pack_w((char *)panel, a->w, kind, dtype, grouped, o0 + o, cols - o, b * width, K);
+            for (int g = 0; g < a->groups; g++) {
+                const int n = first_of_group(a->N, a->groups, g);
+                const int R = first_of_group(a->N, a->groups, g + 1) - n;
+                const char *x = a->x + ((size_t)n * vectors + (size_t)b * in_full * R) * VB;
+                v4 s[XR];
+                fetch_ahead(&ahead);
+                if (R == XR)
+                    dot_group(s, XR, x, (char *)panel, in_run, kind, dtype);
+                else
+                    dot_group(s, XR - 1, x, (char *)panel, in_run, kind, dtype);
+                for (int r = n; r < n + R; r++) {
+                    float *at = tile + r * IN_PLACE_COLS + o;
+                    const v4 v = run_value(
+                        s[r - n], kind == GLM_I8 ? a->runs + r * n_runs + b : NULL, kind, dtype);
+                    *(v4 *)at = b ? *(v4 *)at + v : v;
+                    if (kind == GLM_I8)
+                        add_few_outliers(at, a, dtype, 1, 4, r, o0 + o, 1, b, n_runs);
+                }
+            }
+        }
+}
+
 /* Of few rows, W read in place */
 INLINE struct nt_tile tile_in_scratch(const struct nt_args *a, int task, char *scratch)
 {
@@ -431,6 +503,8 @@ INLINE void few(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const vo
         one_row(t.tile, a, kind, dtype, grouped, together, t.o0, t.cols);
     else if (a->R == R1)
         tile_in_place(t.tile, a, kind, dtype, grouped, R1, C1, t.o0, t.cols);
+    else if (by_fours(a->N))
+        tile_by_fours(t.tile, a, kind, dtype, grouped, t.o0, t.cols);
     else
         tile_in_place(t.tile, a, kind, dtype, grouped, R2, C2, t.o0, t.cols);
     finish(a, &t, 0, t.rows);

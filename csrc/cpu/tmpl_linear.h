@@ -13,10 +13,11 @@
 /* clang-format off */
 enum {
 #if REGISTERS == 32
-    XR = 6, R1 = 1, C1 = 4, R2 = 4, C2 = VL == 4 ? 4 : 6, IN_PLACE_ROWS = 16,
+    XR = 6, R1 = 1, C1 = 4, R2 = 4, C2 = VL == 4 ? 4 : 6,
 #else
-    XR = 3, R1 = 1, C1 = 4, R2 = 3, C2 = 4, IN_PLACE_ROWS = 3,
+    XR = 3, R1 = 1, C1 = 4, R2 = 3, C2 = 4,
 #endif
+    IN_PLACE_ROWS = 16,
     MR = VL == 16 ? 12 : VL == 8 ? 6 : 4, /* of rank-1 updates: rows times .. */
     NV = VL == 4 && REGISTERS == 32 ? 4 : 2, NR = NV * VL, /* .. columns, which lanes are */
 #ifdef BYTE_TILES
@@ -286,14 +287,31 @@ INLINE void pack_w(char *to, const struct glm_mat *w, enum glm_dtype kind, enum 
     float scale[4][RUN_GROUPS];
     for (int c = 0; grouped && c < 4 && c < rows; c++)
         run_scales(scale[c], w->scale + (size_t)(o + c) * scales, w->group, k0, K);
-    for (int k = 0; k < K; k += width, to += chunk * 4 * VB) {
-        const char *p = first + glm_bytes(dtype, (size_t)k);
+    const char *row[4];
+    int k = 0;
+    for (int c = 0; c < 4; c++)
+        row[c] = first + c * stride;
+    for (; rows >= 4 && k + width <= K; k += width, to += chunk * 4 * VB) {
+        const size_t at = glm_bytes(dtype, (size_t)k);
 #pragma GCC unroll 4
-        for (int c = 0; c < 4; c++, p += stride) {
+        for (int c = 0; c < 4; c++) {
+            vf v[4];
+            if (at % 64 == 0) /* a line once */
+                __builtin_prefetch(row[c] + at + 4 * stride);
+            load_chunk(v, row[c] + at, kind, dtype);
+            if (grouped)
+                scale_chunk(v, scale[c], k / 32, kind);
+            for (int j = 0; j < chunk; j++)
+                store_packed(to + j * 4 * VB, c, v[j], paired(kind, XR));
+        }
+    }
+    for (; k < K; k += width, to += chunk * 4 * VB)
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) {
+            const char *p = row[c] + glm_bytes(dtype, (size_t)k);
             vf v[4] = {{0}};
-            __builtin_prefetch(p + 4 * stride);
             if (c < rows) {
-                if (__builtin_expect(K - k >= width, 1))
+                if (K - k >= width)
                     load_chunk(v, p, kind, dtype);
                 else
                     load_last(v, p, kind, dtype, K - k);
@@ -303,7 +321,6 @@ INLINE void pack_w(char *to, const struct glm_mat *w, enum glm_dtype kind, enum 
             for (int j = 0; j < chunk; j++)
                 store_packed(to + j * 4 * VB, c, v[j], paired(kind, XR));
         }
-    }
 }
 
 /* s[r] = dot products of row r of packed x with four rows of packed w, `vectors` vectors long */
@@ -386,18 +403,20 @@ static __attribute__((noinline)) void dot_byte_panel(v4 *s, const char *x, const
 static void pack_x_task(const void *arg, int task, char *scratch)
 {
     const struct pack_args *p = arg;
-    const int rows = p->N - task * p->R;
-    const float *x = p->x + (size_t)task * p->R * p->K;
+    const int first = p->groups ? first_of_group(p->N, p->groups, task) : task * p->R;
+    const int R = p->groups ? first_of_group(p->N, p->groups, task + 1) - first : p->R;
+    const int rows = p->N - first;
+    const float *x = p->x + (size_t)first * p->K;
     const int vectors = vectors_of(p->kind, p->dtype, p->K);
-    char *to = p->to + (size_t)task * p->R * vectors * VB;
+    char *to = p->to + (size_t)first * vectors * VB;
     (void)scratch;
     if (p->kind == GLM_I8) {
         const int in_full = run_of(GLM_I8, p->dtype), n_runs = glm_byte_runs(p->K);
-        for (int r = 0; r < p->R; r++)
+        for (int r = 0; r < R; r++)
             for (int b = 0; b < n_runs; b++) {
                 const int left = p->K - b * SHORT_RUN_BYTES, in_run = vectors - b * in_full;
                 int8_t q[SHORT_RUN_BYTES] __attribute__((aligned(64))) = {0};
-                struct x_run *run = p->runs + ((size_t)task * p->R + r) * n_runs + b;
+                struct x_run *run = p->runs + (size_t)(first + r) * n_runs + b;
                 if (r < rows)
                     quantize_x(q, run, x + (size_t)r * p->K + (size_t)b * SHORT_RUN_BYTES,
                                left < SHORT_RUN_BYTES ? left : SHORT_RUN_BYTES);
@@ -406,26 +425,26 @@ static void pack_x_task(const void *arg, int task, char *scratch)
                 if (p->dtype == GLM_I4)
                     evens_first(q);
                 for (int v = 0; v < (in_run < in_full ? in_run : in_full); v++)
-                    store_packed(to + ((size_t)b * in_full + v) * p->R * VB, r,
-                                 load((float *)(q + v * VB)), paired(GLM_I8, p->R));
+                    store_packed(to + ((size_t)b * in_full + v) * R * VB, r,
+                                 load((float *)(q + v * VB)), paired(GLM_I8, R));
             }
         return;
     }
 #ifdef DOT_BF16
     if (p->kind == GLM_BF16) {
         if (p->dtype == GLM_I4)
-            pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_I4);
+            pack_x(to, R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_I4);
         else if (p->dtype == GLM_I8)
-            pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_I8);
+            pack_x(to, R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_I8);
         else
-            pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_F32);
+            pack_x(to, R, x, (size_t)p->K, rows, p->K, GLM_BF16, GLM_F32);
         return;
     }
 #endif
     if (p->dtype == GLM_I4)
-        pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_F32, GLM_I4);
+        pack_x(to, R, x, (size_t)p->K, rows, p->K, GLM_F32, GLM_I4);
     else
-        pack_x(to, p->R, x, (size_t)p->K, rows, p->K, GLM_F32, GLM_F32);
+        pack_x(to, R, x, (size_t)p->K, rows, p->K, GLM_F32, GLM_F32);
 }
 
 /* Four outputs of a run, to be added to their sums. */

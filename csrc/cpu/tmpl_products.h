@@ -65,8 +65,10 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
     const size_t bytes = (size_t)vectors_of(p->kind, p->dtype, p->K) * VB;
     p->R = N > 1 ? R2 : R1;
     p->N = a->N = N;
+    a->groups = ceil_div((size_t)N, (size_t)p->R);
+    p->groups = by_fours(N) ? a->groups : 0;
     packed_rows(p, cpu, bytes, N, p->R);
-    run(cpu, ceil_div((size_t)N, (size_t)p->R), (size_t)N * (size_t)p->K, pack_x_task, p);
+    run(cpu, a->groups, (size_t)N * (size_t)p->K, pack_x_task, p);
     a->x = p->to;
     a->runs = p->runs;
     a->R = p->R;
