@@ -79,10 +79,13 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
 
 static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
 {
-    const int K = p->K, O = a->w->rows, few = N <= most_in_place(p->dtype);
+    const int K = p->K, O = a->w->rows, few = N <= most_in_place(p->grouped);
     const size_t bytes = (size_t)word_chunks(K, p->grouped) * per_chunk(p->kind) * VB,
                  runs = (size_t)word_runs(K, p->grouped);
-    const int R = few ? N > 1 ? WORD_ROWS : 1 : MR, columns = ceil_div((size_t)O, NT_COLS);
+    const int turns = few && !p->grouped && N > WORD_ROWS;
+    const int in_place = p->grouped && N > 1 ? WORD_ROWS : N;
+    const int R = turns ? WORD_TURN : few ? in_place : MR;
+    const int columns = ceil_div((size_t)O, NT_COLS);
     const float *x = p->x;
     float *out = a->out;
     int most = (int)(PACKED / (bytes + 8 * runs)) / R * R;
@@ -93,6 +96,8 @@ static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *
     p->word_less = (int32_t *)(p->word_scale + (size_t)most * runs);
     p->R = a->R = R;
     p->pairs = !few;
+    a->groups = ceil_div((size_t)N, (size_t)R);
+    p->groups = turns ? a->groups : 0;
     a->x = p->to;
     a->word_scale = p->word_scale;
     a->word_less = p->word_less;

@@ -63,9 +63,10 @@ enum {
     WORD_BLOCK = 1024, /* columns whose groups are summed, and which are packed, together */
     BLOCK_GROUPS = WORD_BLOCK / WORD_GROUP,
     CHUNK = 8 * VL,
-    WORD_ROWS = 4,                    /* rows of x at a time in place, if there are several, .. */
-    WORD_COLS = VL == 16 ? 4 : 2,     /* .. and rows of W then */
-    SLICE = MR % 3 ? MR / 2 : MR / 3, /* rows of a lower tile */
+    WORD_ROWS = 4,                /* rows of x, at most, that are multiplied where W lies, .. */
+    WORD_COLS = VL == 16 ? 4 : 2, /* .. and rows of W then, which has no groups; .. */
+    WORD_TURN = REGISTERS == 32 ? 4 : 3,  /* .. more rows of x by so many, with four of W */
+    SLICE = MR % 3 ? MR / 2 : MR / 3,     /* rows of a lower tile */
     WORD_PANEL = WORD_BLOCK / 2 * 4 * NR, /* bytes of a packed panel of NR rows of W */
 };
 
@@ -83,7 +84,7 @@ INLINE size_t run_at(int r, int R, int run, int runs, int grouped)
 }
 
 /* More rows of x are worth packing W. */
-INLINE int most_in_place(enum glm_dtype dtype) { return dtype == GLM_I4 ? 8 : 16; }
+INLINE int most_in_place(int grouped) { return grouped ? 8 : 16; }
 
 /* Vectors of a chunk of x. */
 INLINE int per_chunk(enum glm_dtype kind) { return kind == GLM_I8 ? 2 : 4; }
@@ -166,19 +167,21 @@ INLINE int place_of_unit(int j, int i, enum glm_dtype kind, enum glm_dtype dtype
 static void pack_words_task(const void *arg, int task, char *scratch)
 {
     const struct pack_args *p = arg;
-    const int R = p->R, rows = p->N - task * R < R ? p->N - task * R : R;
+    const int first = p->groups ? first_of_group(p->N, p->groups, task) : task * p->R;
+    const int R = p->groups ? first_of_group(p->N, p->groups, task + 1) - first : p->R;
+    const int rows = p->N - first < R ? p->N - first : R;
     const int grouped = p->grouped, run = grouped ? WORD_GROUP : WORD_RUN;
     const int runs = word_runs(p->K, grouped), chunks = word_chunks(p->K, grouped);
     const int vectors = per_chunk(p->kind);
-    int32_t *to = (int32_t *)p->to + (size_t)task * R * chunks * vectors * VL;
-    float *scale = p->word_scale + (size_t)task * R * runs;
-    int32_t *less = p->word_less + (size_t)task * R * runs;
+    int32_t *to = (int32_t *)p->to + (size_t)first * chunks * vectors * VL;
+    float *scale = p->word_scale + (size_t)first * runs;
+    int32_t *less = p->word_less + (size_t)first * runs;
     (void)scratch;
     for (int r = 0; r < R; r++)
         for (int k0 = 0, n = 0; k0 < p->K; k0 += WORD_BLOCK) {
             int16_t q[WORD_BLOCK] __attribute__((aligned(64))) = {0};
             const int left = p->K - k0, K = left < WORD_BLOCK ? left : WORD_BLOCK;
-            const float *x = p->x + ((size_t)task * R + (size_t)r) * p->K + k0;
+            const float *x = p->x + (size_t)(first + r) * p->K + k0;
             for (int k = 0; k < WORD_BLOCK && n < runs; k += run, n++) {
                 const size_t at = run_at(r, R, n, runs, grouped);
                 const int there = r >= rows || K < k ? 0 : K - k < run ? K - k : run;
@@ -186,7 +189,7 @@ static void pack_words_task(const void *arg, int task, char *scratch)
                          p->kind == GLM_I8 ? 127.0f : 32767.0f);
             }
             for (int c = 0; c < WORD_BLOCK / CHUNK && k0 / CHUNK + c < chunks; c++) {
-                const size_t first = (size_t)(k0 / CHUNK + c) * vectors;
+                const size_t vector = (size_t)(k0 / CHUNK + c) * vectors;
                 int16_t *from = q + c * CHUNK;
                 if (p->kind == GLM_I8)
                     bytes_as_nibbles(from);
@@ -194,10 +197,10 @@ static void pack_words_task(const void *arg, int task, char *scratch)
                     words_as_nibbles(from);
                 for (int j = 0; j < vectors; j++, from += 2 * VL)
                     if (!p->pairs)
-                        memcpy(to + ((first + j) * R + r) * VL, from, 4 * VL);
+                        memcpy(to + ((vector + j) * R + r) * VL, from, 4 * VL);
                     else
                         for (int i = 0; i < VL; i++)
-                            memcpy(to + (first * VL + place_of_unit(j, i, p->kind, p->dtype)) * R +
+                            memcpy(to + (vector * VL + place_of_unit(j, i, p->kind, p->dtype)) * R +
                                        r,
                                    from + 2 * i, 4);
             }
@@ -253,7 +256,8 @@ INLINE vf word_lanes(const char *x, const char *p, const char *from, int chunks,
     for (int i = 0; i < chunks; i++, x += 4 * VB) {
         const size_t at = glm_bytes(dtype, (size_t)i * CHUNK);
         if (at % 64 == 0) /* a line once */
-            FETCH_ONCE(from + at);
+            for (size_t line = 0; line < glm_bytes(dtype, CHUNK); line += 64)
+                FETCH_ONCE(from + at + line);
         if (dtype == GLM_I4)
             add_masked_words(acc, acc + 2, 1, p + at, x);
         else
@@ -298,22 +302,24 @@ INLINE float word_row(const char *x, const float *scale, const int32_t *less, co
     return sum;
 }
 
-/* sums[c * 4 + r] = row r of 4 of packed x times row c of C of W, before the scale of W. */
-INLINE void word_rows(float *sums, int C, const char *x, const float *scale, const char *const *row,
-                      int K, enum glm_dtype dtype, size_t ahead)
+/* sums[c * 4 + r] = row r of R (2 to 4) of packed x times row c of C of W, before the scale of W. */
+INLINE void word_rows(float *sums, int R, int C, const char *x, const float *scale,
+                      const char *const *row, int K, enum glm_dtype dtype, size_t ahead)
 {
-    enum { RUN_BYTES = WORD_RUN, R = WORD_ROWS };
+    const vf none = {0};
     v4 y[4] = {{0}};
     for (int k0 = 0, run = 0; k0 < K; k0 += WORD_RUN, run++) {
-        char end[4][RUN_BYTES] __attribute__((aligned(64)));
-        const char *p[4];
+        char end[4][WORD_RUN] __attribute__((aligned(64)));
+        const char *p[4], *from[4];
         vf acc[16];
         const int left = K - k0, chunks = left < WORD_RUN ? word_chunks(left, 0) : WORD_RUN / CHUNK;
-        for (int c = 0; c < C; c++)
+        for (int c = 0; c < C; c++) {
             p[c] = row[c] + glm_bytes(dtype, (size_t)k0);
+            from[c] = p[c] + ahead;
+        }
         if (left < WORD_RUN)
             for (int c = 0; c < C; c++) {
-                memset(end[c], 0, RUN_BYTES);
+                memset(end[c], 0, WORD_RUN);
                 p[c] = memcpy(end[c], p[c], glm_bytes(dtype, (size_t)left));
             }
 #pragma GCC unroll 16
@@ -324,16 +330,115 @@ INLINE void word_rows(float *sums, int C, const char *x, const float *scale, con
             for (int c = 0; c < C; c++) {
                 const size_t at = glm_bytes(dtype, (size_t)i * CHUNK);
                 if (at % 64 == 0) /* a line once */
-                    __builtin_prefetch(row[c] + glm_bytes(dtype, (size_t)k0) + at + ahead, 0, 2);
+                    for (size_t line = 0; line < glm_bytes(dtype, CHUNK); line += 64)
+                        __builtin_prefetch(from[c] + at + line, 0, 2);
                 add_words(acc + c * R, R, p[c] + at, x, dtype);
             }
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
-            const v4i s = (v4i)SUM4_INT(acc[c * R], acc[c * R + 1], acc[c * R + 2], acc[c * R + 3]);
-            y[c] += __builtin_convertvector(s, v4) * *(const v4 *)(scale + run * 4);
+            const v4i s = (v4i)SUM4_INT(acc[c * R], acc[c * R + 1], R > 2 ? acc[c * R + 2] : none,
+                                        R > 3 ? acc[c * R + 3] : none);
+            y[c] += __builtin_convertvector(s, v4) * *(const v4 *)(scale + run * R); /* of R */
         }
     }
-    memcpy(sums, y, (size_t)(R * C) * 4);
+    memcpy(sums, y, (size_t)C * sizeof *y);
+}
+
+/* Four rows of W from row o on, columns k0 .. k0 + K - 1, as words: vector by vector, four of them.
+ * Where W ends its last row repeats. */
+INLINE void pack_four_as_words(char *to, const struct glm_mat *w, enum glm_dtype dtype, int o,
+                               int k0, int K)
+{
+    const size_t stride = glm_bytes(dtype, (size_t)w->cols);
+    const char *row[4];
+    for (int c = 0; c < 4; c++)
+        row[c] = (const char *)w->data + (size_t)(o + c < w->rows ? o + c : w->rows - 1) * stride +
+                 glm_bytes(dtype, (size_t)k0);
+    for (int k = 0; k < K; k += CHUNK, to += 16 * VB)
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) {
+            char end[8 * VL] __attribute__((aligned(64)));
+            const char *p = row[c] + glm_bytes(dtype, (size_t)k);
+            if (glm_bytes(dtype, (size_t)k) % 64 == 0)
+                __builtin_prefetch(p + 4 * stride);
+            if (K - k < CHUNK) {
+                memset(end, 0, sizeof end);
+                p = memcpy(end, p, glm_bytes(dtype, (size_t)(K - k)));
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                store((float *)(to + (j * 4 + c) * VB), words_of_w(p, j, dtype));
+        }
+}
+
+/* (R, 4; IN_PLACE_COLS) at `to` (+)= R rows of packed x times four of W in `panel`, `chunks` of them,
+ * before the scale of W */
+INLINE void add_word_rows(float *to, int R, const char *x, const char *panel, int chunks,
+                          const float *scale, int add)
+{
+    v4 y[WORD_TURN];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+        y[r] = add ? *(v4 *)(to + r * IN_PLACE_COLS) : (v4){0};
+    for (int i = 0; i < chunks; i += WORD_RUN / CHUNK, scale += R) {
+        const int rest = chunks - i, in_run = rest < WORD_RUN / CHUNK ? rest : WORD_RUN / CHUNK;
+        vf acc[WORD_TURN][4], xv[WORD_TURN];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++)
+                acc[r][c] = (vf){0};
+        for (int v = 0; v < 4 * in_run; v++, x += R * VB, panel += 4 * VB) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++)
+                xv[r] = load((const float *)(x + r * VB));
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) {
+                const vf wv = load((const float *)(panel + c * VB));
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++)
+                    acc[r][c] = DOT_I16(acc[r][c], wv, xv[r]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const v4i s = (v4i)SUM4_INT(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+            y[r] += __builtin_convertvector(s, v4) * (scale[r] - (v4){0});
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+        *(v4 *)(to + r * IN_PLACE_COLS) = y[r];
+}
+
+/* tile (a->N, IN_PLACE_COLS) of several rows: a block of four rows of W becomes words once, and all
+ * groups of rows of x find it in the nearest cache. */
+INLINE void words_by_fours(float *tile, const struct nt_args *a, enum glm_dtype dtype, int o0,
+                           int cols)
+{
+    const int K = a->w->cols, runs = word_runs(K, 0), G = a->groups;
+    const size_t in_row = (size_t)word_chunks(K, 0) * 4 * VB;
+    vf panel[WORD_BLOCK / CHUNK * 16];
+    for (int o = 0; o < cols; o += 4)
+        for (int k0 = 0; k0 < K; k0 += WORD_BLOCK) {
+            const int in_block = K - k0 < WORD_BLOCK ? K - k0 : WORD_BLOCK;
+            const int chunks = word_chunks(in_block, 0);
+            struct ahead ahead = start_ahead(a->w, dtype, o0 + o + 4, 4, k0, in_block & ~1, G);
+            pack_four_as_words((char *)panel, a->w, dtype, o0 + o, k0, in_block);
+            for (int g = 0; g < G; g++) {
+                const int n = first_of_group(a->N, G, g), R = first_of_group(a->N, G, g + 1) - n;
+                const char *x = a->x + (size_t)n * in_row + (size_t)(k0 / CHUNK * 4 * R) * VB;
+                const float *scale = a->word_scale + (size_t)n * runs + k0 / WORD_RUN * R;
+                float *to = tile + n * IN_PLACE_COLS + o;
+                fetch_ahead(&ahead);
+                if (R == WORD_TURN)
+                    add_word_rows(to, WORD_TURN, x, (char *)panel, chunks, scale, k0 > 0);
+                else if (WORD_TURN == 4 && R == 3)
+                    add_word_rows(to, WORD_TURN - 1, x, (char *)panel, chunks, scale, k0 > 0);
+                else
+                    add_word_rows(to, 2, x, (char *)panel, chunks, scale, k0 > 0);
+            }
+        }
 }
 
 #if VL == 4
@@ -438,33 +543,32 @@ INLINE void word_groups(float *sums, int R, const char *x, const float *scale, c
     }
 }
 
-/* tile (a->N, IN_PLACE_COLS) of few rows, R (1 or WORD_ROWS) at a time. */
+/* tile (a->N, IN_PLACE_COLS) of few rows, R at a time: all of them, or WORD_ROWS over groups. */
 INLINE void words_in_place(float *tile, const struct nt_args *a, enum glm_dtype kind,
                            enum glm_dtype dtype, int grouped, int R, int o0, int cols)
 {
     const struct glm_mat *w = a->w;
-    const int K = w->cols, C = R == 1 ? 1 : WORD_COLS, runs = word_runs(K, grouped);
+    const int K = w->cols, C = grouped || R == 1 ? 1 : WORD_COLS, runs = word_runs(K, grouped);
     const size_t stride = glm_bytes(dtype, (size_t)K);
     for (int o = 0; o < cols; o += C) {
         const char *row[4];
         for (int c = 0; c < C; c++) /* where W ends its last row repeats */
             row[c] = (const char *)w->data +
                      (size_t)(o0 + o + c < w->rows ? o0 + o + c : w->rows - 1) * stride;
-        for (int g = 0; g * R < a->N; g++) {
-            const char *x =
-                a->x + (size_t)g * R * (size_t)word_chunks(K, grouped) * per_chunk(kind) * VB;
-            const float *scale = a->word_scale + (size_t)g * R * runs;
-            const int32_t *less = a->word_less + (size_t)g * R * runs;
-            float sums[16] = {0};
-            if (!grouped && R == 1)
+        for (int n = 0; n < a->N; n += R) {
+            const char *x = a->x + (size_t)n * word_chunks(K, grouped) * per_chunk(kind) * VB;
+            const float *scale = a->word_scale + (size_t)n * runs;
+            const int32_t *less = a->word_less + (size_t)n * runs;
+            float sums[4 * WORD_ROWS];
+            if (grouped)
+                word_groups(sums, R, x, scale, less, w, o0 + o, kind);
+            else if (R == 1)
                 sums[0] = word_row(x, scale, less, row[0], K, dtype);
-            else if (!grouped)
-                word_rows(sums, C, x, scale, row, K, dtype, dtype == GLM_I4 ? 1024 : C * stride);
-            for (int c = 0; grouped && c < C && o + c < cols; c++)
-                word_groups(sums + c * R, R, x, scale, less, w, o0 + o + c, kind);
+            else
+                word_rows(sums, R, C, x, scale, row, K, dtype, dtype == GLM_I4 ? 1024 : C * stride);
             for (int r = 0; r < R; r++)
                 for (int c = 0; c < C; c++)
-                    tile[(g * R + r) * IN_PLACE_COLS + o + c] = sums[c * R + r];
+                    tile[(n + r) * IN_PLACE_COLS + o + c] = sums[c * WORD_ROWS + r];
         }
     }
 }
@@ -476,8 +580,16 @@ INLINE void few_words(enum glm_dtype kind, enum glm_dtype dtype, int grouped, co
     const struct nt_tile t = tile_in_scratch(a, task, scratch);
     if (a->R == 1)
         words_in_place(t.tile, a, kind, dtype, grouped, 1, t.o0, t.cols);
+    else if (grouped)
+        words_in_place(t.tile, a, kind, dtype, 1, WORD_ROWS, t.o0, t.cols);
+    else if (a->N > WORD_ROWS)
+        words_by_fours(t.tile, a, dtype, t.o0, t.cols);
+    else if (a->N == 2)
+        words_in_place(t.tile, a, kind, dtype, 0, 2, t.o0, t.cols);
+    else if (a->N == 3)
+        words_in_place(t.tile, a, kind, dtype, 0, 3, t.o0, t.cols);
     else
-        words_in_place(t.tile, a, kind, dtype, grouped, WORD_ROWS, t.o0, t.cols);
+        words_in_place(t.tile, a, kind, dtype, 0, 4, t.o0, t.cols);
     finish(a, &t, 0, t.rows);
 }
 
