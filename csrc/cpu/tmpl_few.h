@@ -480,6 +480,14 @@ INLINE void tile_by_fours(float *tile, const struct nt_args *a, enum glm_dtype k
         }
 }
 
+/* Rows of x at a time of N. Where a chunk is several vectors of each, registers hold those of two rows
+ * only; up to R2 rows memory is waited for. */
+INLINE int rows_in_place(enum glm_dtype kind, enum glm_dtype dtype, int N)
+{
+    const int many_vectors = VL == 16 && kind == GLM_BF16 && chunk_of(kind, dtype) > 1;
+    return N == 1 ? R1 : many_vectors && N > R2 ? 2 : R2;
+}
+
 /* Of few rows, W read in place */
 INLINE struct nt_tile tile_in_scratch(const struct nt_args *a, int task, char *scratch)
 {
@@ -505,8 +513,10 @@ INLINE void few(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const vo
         tile_in_place(t.tile, a, kind, dtype, grouped, R1, C1, t.o0, t.cols);
     else if (by_fours(a->N))
         tile_by_fours(t.tile, a, kind, dtype, grouped, t.o0, t.cols);
-    else
+    else if (a->R == R2)
         tile_in_place(t.tile, a, kind, dtype, grouped, R2, C2, t.o0, t.cols);
+    else if (rows_in_place(kind, dtype, R2 + 1) == 2)
+        tile_in_place(t.tile, a, kind, dtype, grouped, 2, C2, t.o0, t.cols);
     finish(a, &t, 0, t.rows);
 }
 

@@ -63,7 +63,7 @@ TASKS(KINDS, many)
 static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
 {
     const size_t bytes = (size_t)vectors_of(p->kind, p->dtype, p->K) * VB;
-    p->R = N > 1 ? R2 : R1;
+    p->R = rows_in_place(p->kind, p->dtype, N);
     p->N = a->N = N;
     a->groups = ceil_div((size_t)N, (size_t)p->R);
     p->groups = by_fours(N) ? a->groups : 0;
