@@ -1844,7 +1844,8 @@ def bytes_reference(x: np.ndarray, w: np.ndarray, scale: np.ndarray, factor: flo
 def test_int8_arithmetic_is_that_of_the_reference_bit_for_bit(backend: str, bits: int) -> None:
     ops, rng, most = ops_of(backend), np.random.default_rng(8), 2 ** (bits - 1)
     shapes = (1, 70, 5000), (5, 33, 2048), (11, 97, 4100), (17, 130, 2100), (40, 200, 302)
-    for rows, O, I in (*shapes, (49, 30, 130), (107, 210, 4230)):  # more rows than 48 are multiplied otherwise
+    shapes = (*shapes, (49, 30, 130), (107, 210, 4230))  # above 48 rows others multiply
+    for rows, O, I in shapes:
         data = rng.integers(-most, most, (O, I)).astype(np.int8)
         data[0], data[-1] = -most, most - 1  # the largest sums, both ways
         scale = rng.uniform(0.001, 0.02, O).astype(np.float16)

@@ -22,6 +22,7 @@
 #include "tmpl_short.h"
 #include "tmpl_linear_backward.h"
 #include "tmpl_words.h"
+#include "tmpl_few_words.h"
 #include "tmpl_products.h"
 
 #define ON(op) op
