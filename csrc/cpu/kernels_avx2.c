@@ -97,7 +97,7 @@ static inline __m256i nibble_groups(__m256i a, __m256i b, __m256i c, __m256i d)
         vf sum_ = (acc), pairs_;                                                    \
         __asm__("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0" \
                 : "+x"(sum_), "=&x"(pairs_)                                         \
-                : "x"((vf)(w)), "xm"((vf)(x)), "xm"(_mm256_set1_epi16(1)));         \
+                : "x"((vf)(w)), "xm"((vf)(x)), "x"(_mm256_set1_epi16(1)));          \
         sum_;                                                                       \
     })
 #endif

@@ -31,6 +31,9 @@ INLINE void add_chunk(vf *acc, int R, int C, int c, const char *x, const vf *v, 
     }
 #endif
     vf w[4];
+#if REGISTERS == 16 /* of x again with each row of W: kept, it would take the sums' registers */
+    __asm__("" : "+r"(x));
+#endif
     for (int j = 0; j < chunk; j++)
         w[j] = scale ? v[j] * splat(scale[g]) : v[j];
 #pragma GCC unroll 4
@@ -313,8 +316,18 @@ INLINE v4 dot_runs(int n, const char *x, const char *row, float (*scale)[RUN_GRO
             load_chunk(v, row + at + r * of_w, kind, dtype);
             if ((n * at + r * of_chunk) % 64 == 0) /* a line once */
                 FETCH_ONCE(next + r * of_chunk);
-            add_chunk(acc, 1, n, r, x + r * of_x, v, scale ? scale[r] : NULL, k / 32, kind, dtype);
+            if (kind == GLM_I8 && n == 1) /* integers: sums that do not wait for each other */
+                for (int j = 0; j < chunk; j++)
+                    acc[j] =
+                        multiply_add(kind, dtype, acc[j], load((const float *)(x + j * VB)), v[j]);
+            else
+                add_chunk(acc, 1, n, r, x + r * of_x, v, scale ? scale[r] : NULL, k / 32, kind,
+                          dtype);
         }
+    }
+    if (kind == GLM_I8 && n == 1) {
+        acc[0] = (vf)((vi)acc[0] + (vi)acc[1]);
+        acc[1] = (vf){0};
     }
     if (k < K) { /* of the last run, which is alone */
         load_last(v, row + glm_bytes(dtype, (size_t)k), kind, dtype, K - k);
@@ -379,7 +392,7 @@ INLINE void tile_in_place(float *tile, const struct nt_args *a, enum glm_dtype k
                 const int o = o0 + (apart == 1 ? step * C : step);
                 v4 s[8], *at = sums + (g * steps + step) * S;
                 const char *x = a->x + ((size_t)g * vectors + (size_t)b * in_full) * R * VB;
-                if (R == 1 || groups == 1)
+                if (R == 1 || REGISTERS == 16 || groups == 1)
                     dot_rows(s, R, C, x, a->w, kind, dtype, grouped, o, apart, b * width, K, 0,
                              kept, 1);
                 else if (g == 0)
@@ -511,8 +524,6 @@ INLINE void few(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const vo
         one_row(t.tile, a, kind, dtype, grouped, together, t.o0, t.cols);
     else if (a->R == R1)
         tile_in_place(t.tile, a, kind, dtype, grouped, R1, C1, t.o0, t.cols);
-    else if (by_fours(a->N))
-        tile_by_fours(t.tile, a, kind, dtype, grouped, t.o0, t.cols);
     else if (a->R == R2)
         tile_in_place(t.tile, a, kind, dtype, grouped, R2, C2, t.o0, t.cols);
     else if (rows_in_place(kind, dtype, R2 + 1) == 2)
@@ -521,3 +532,14 @@ INLINE void few(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const vo
 }
 
 TASKS(KINDS, few)
+
+INLINE void fours(enum glm_dtype kind, enum glm_dtype dtype, int grouped, const void *arg, int task,
+                  char *scratch)
+{
+    const struct nt_args *a = arg;
+    const struct nt_tile t = tile_in_scratch(a, task, scratch);
+    tile_by_fours(t.tile, a, kind, dtype, grouped, t.o0, t.cols);
+    finish(a, &t, 0, t.rows);
+}
+
+TASKS(KINDS, fours)

@@ -73,8 +73,8 @@ static void in_place(struct cpu *cpu, struct nt_args *a, struct pack_args *p, in
     a->runs = p->runs;
     a->R = p->R;
     glm_pool_run(cpu->pool, ceil_div((size_t)a->w->rows, (size_t)IN_PLACE_COLS),
-                 products_ns((size_t)a->w->rows * a->w->cols * (N + 1)), few_task(p->kind, a->w),
-                 a);
+                 products_ns((size_t)a->w->rows * a->w->cols * (N + 1)),
+                 by_fours(N) ? fours_task(p->kind, a->w) : few_task(p->kind, a->w), a);
 }
 
 static void words_forward(struct cpu *cpu, struct nt_args *a, struct pack_args *p, int N)
