@@ -67,6 +67,12 @@ struct pack_args { /* rows of x (N, K), or of A with strides am, ak, for the pro
     int grouped, pairs;
 };
 
+/* The first row that a task packs; the next task's is where its own end. */
+static inline int first_packed(const struct pack_args *p, int task)
+{
+    return p->groups ? first_of_group(p->N, p->groups, task) : task * p->R;
+}
+
 struct nt_args { /* out[n * ldo + o * ldc] = scale * x W^T + bias (+ out) */
     float *out;
     size_t ldo, ldc;

@@ -403,8 +403,7 @@ static __attribute__((noinline)) void dot_byte_panel(v4 *s, const char *x, const
 static void pack_x_task(const void *arg, int task, char *scratch)
 {
     const struct pack_args *p = arg;
-    const int first = p->groups ? first_of_group(p->N, p->groups, task) : task * p->R;
-    const int R = p->groups ? first_of_group(p->N, p->groups, task + 1) - first : p->R;
+    const int first = first_packed(p, task), R = first_packed(p, task + 1) - first;
     const int rows = p->N - first;
     const float *x = p->x + (size_t)first * p->K;
     const int vectors = vectors_of(p->kind, p->dtype, p->K);

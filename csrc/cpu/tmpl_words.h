@@ -167,8 +167,7 @@ INLINE int place_of_unit(int j, int i, enum glm_dtype kind, enum glm_dtype dtype
 static void pack_words_task(const void *arg, int task, char *scratch)
 {
     const struct pack_args *p = arg;
-    const int first = p->groups ? first_of_group(p->N, p->groups, task) : task * p->R;
-    const int R = p->groups ? first_of_group(p->N, p->groups, task + 1) - first : p->R;
+    const int first = first_packed(p, task), R = first_packed(p, task + 1) - first;
     const int rows = p->N - first < R ? p->N - first : R;
     const int grouped = p->grouped, run = grouped ? WORD_GROUP : WORD_RUN;
     const int runs = word_runs(p->K, grouped), chunks = word_chunks(p->K, grouped);
