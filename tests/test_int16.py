@@ -198,3 +198,12 @@ def test_it_is_what_a_quantized_model_takes_by_itself(bits, group, monkeypatch, 
     assert 0 < error < 3e-4
     alone = model(input_ids=ids[:, :9]).logits[0]
     assert (alone == near[0, :9]).all()  # few rows and many
+
+
+@pytest.mark.parametrize("compute", ["int16", "int8"])
+@pytest.mark.parametrize("group", [0, 32])
+def test_no_rows_at_all(compute: str, group: int) -> None:
+    scale = np.ones((5, 10) if group else 5, np.float16)
+    W = Mat(np.zeros((5, 160), np.int8), I4, scale, group)
+    out, x = np.empty((0, 5), np.float32), np.empty((0, 320), np.float32)
+    ops_of(f"cpu/{compute}").linear_forward(out, x, W, None, 0, 1.0, 0)

@@ -146,6 +146,8 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
                         .kind = kind,
                         .accumulate = accumulate,
                         .scale = (float)scale};
+    if (!N)
+        return;
     const int bytes_by_group = cpu->compute == GLM_I8 && weight->group;
     if (bytes_by_group || (cpu->words && kind == GLM_F32 && glm_is_quantized(weight->dtype))) {
         p.kind = bytes_by_group ? GLM_I8 : kind;
@@ -162,8 +164,7 @@ static void linear_forward(void *cx, void *out, const void *inp, const struct gl
         return;
     }
     if (N <= few) {
-        if (N)
-            in_place(cpu, &a, &p, N);
+        in_place(cpu, &a, &p, N);
         return;
     }
     if (O <= IN_PLACE_ROWS && weight->dtype == GLM_F32 && !bias) { /* x is the large one */
